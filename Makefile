@@ -1,0 +1,34 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint bench zoo clean
+
+# torch comes first and by itself, so that no other package can pull a different build of it.
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[models,dev]'
+	touch $@
+
+demo: .venv/.installed
+	$(BIN)/bitwright demo --force
+
+test: .venv/.installed
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: .venv/.installed
+	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m benchmarks.run
+
+# Trains the embedded networks again; needs Fashion-MNIST in its original four files.
+zoo: .venv/.installed
+	$(BIN)/python -m bitwright.zoo.train
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

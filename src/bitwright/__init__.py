@@ -1,0 +1,1 @@
+"""bitwright: low-bit vision networks from a trained model and a few unlabelled images."""
