@@ -1,1 +1,51 @@
-"""bitwright: low-bit vision networks from a trained model and a few unlabelled images."""
+"""bitwright: low-bit vision networks from a trained model and a few unlabelled images.
+
+Names are imported when they are first used, so that ``bitwright --help`` need not load PyTorch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from bitwright.api import quantize
+    from bitwright.capture import capture
+    from bitwright.data import Images, Preprocessing, load_images
+    from bitwright.errors import BitwrightError, DataError, ModelError, ParityError, UsageError
+    from bitwright.evaluate import evaluate
+    from bitwright.models import load_model
+    from bitwright.quant.scheme import Rule, Scheme
+    from bitwright.quantized import QuantizedModel
+    from bitwright.recipes import Recipe
+    from bitwright.run_folder import load
+
+_HOMES = {
+    "api": ["quantize"],
+    "capture": ["capture"],
+    "data": ["Images", "Preprocessing", "load_images"],
+    "errors": ["BitwrightError", "DataError", "ModelError", "ParityError", "UsageError"],
+    "evaluate": ["evaluate"],
+    "models": ["load_model"],
+    "quant.scheme": ["Rule", "Scheme"],
+    "quantized": ["QuantizedModel"],
+    "recipes": ["Recipe"],
+    "run_folder": ["load"],
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = [
+    "BitwrightError", "DataError", "Images", "ModelError", "ParityError", "Preprocessing", "QuantizedModel", "Recipe",
+    "Rule", "Scheme", "UsageError", "capture", "evaluate", "load", "load_images", "load_model", "quantize",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"bitwright.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'bitwright' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

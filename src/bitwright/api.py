@@ -1,0 +1,165 @@
+"""The whole job: a network and a few images in, a low-bit network out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitwright.capture import Captured, capture, select_output
+from bitwright.data import Images, PreprocessFunction, Preprocessing, load_images
+from bitwright.errors import UsageError
+from bitwright.graph.prepare import prepare
+from bitwright.models import Model, load_model
+from bitwright.pipeline import run_stages
+from bitwright.quant.scheme import Rule, Scheme
+from bitwright.quantized import QuantizedModel, insert_quantizers
+from bitwright.recipes import Recipe
+from bitwright.recipes import recipe as find_recipe
+from bitwright.result import describe_layers, describe_unquantized, environment, peak_memory_bytes, totals
+from bitwright.stages.base import Progress, Run, silent
+
+DEFAULT_RECIPE = "mse"
+DEFAULT_SAMPLES = 512
+
+
+def quantize(
+    model: nn.Module | torch.export.ExportedProgram | Model | str,
+    images: Any,
+    recipe: str | Path | Recipe = DEFAULT_RECIPE,
+    *,
+    weights: int | str | None = 8,
+    activations: int | str | None = 8,
+    rules: Sequence[str | Rule] = (),
+    runtime: str = "onnxruntime",
+    scheme: Scheme | None = None,
+    samples: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    preprocessing: Preprocessing | PreprocessFunction | None = None,
+    output: str | None = None,
+    skip_unreadable: bool = False,
+    progress: Progress = silent,
+    state: Path | None = None,
+) -> QuantizedModel:
+    """Quantizes a trained network with unlabelled images.
+
+    Args:
+        model: any module of one image tensor, a saved export program, or a name (``timm:resnet18@weights.pt``).
+        images: a path, an array, tensors, a loader; labels in it are not looked at.
+        recipe: how; see ``bitwright recipes``.
+        weights: bits of weights, 2 to 8, or ``"float"``.
+        activations: bits of activations, 2 to 8 or 16, or ``"float"``.
+        rules: exceptions such as ``"head=w8a8"``; the last that matches a layer decides.
+        runtime: where the result will run, which decides what is computed without rounding in between.
+        scheme: all of the five above and more, in one object, instead of them.
+        samples: how many images to use, evenly spread; 512 at most if not given.
+        seed: of everything random.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        preprocessing: of image files; a named model brings its own.
+        output: name of the one output to keep, for a model that returns several.
+        skip_unreadable: go on when a file cannot be decoded.
+        progress: called as ``progress(what, done, total)``.
+        state: folder for checkpoints, to resume from.
+
+    Returns:
+        The frozen low-bit network; ``.result`` tells how it was made.
+
+    Raises:
+        UsageError: an argument, a file, or the model cannot be used; one line says why.
+    """
+    scheme = scheme or Scheme(
+        weights=weights, activations=activations, runtime=runtime, rules=tuple(map(_as_rule, rules))
+    )
+    method, run = find_recipe(recipe), Run(seed=seed, device=find_device(device), progress=progress)
+    network = as_model(model, preprocessing)
+    data = _calibration_images(images, network, samples, skip_unreadable)
+
+    with run.timed("capture"):
+        teacher = prepare_teacher(network, data, output)
+    student = insert_quantizers(teacher, scheme)
+    teacher.graph.to(run.device)
+    student.to(run.device)
+
+    identity = f"{scheme} {method} {seed} {data.sha256}"
+    student = run_stages(method, student, teacher, data, run, state=state, identity=identity)
+
+    student.freeze()
+    student.to("cpu")
+    teacher.graph.to("cpu")
+    student.preprocessing, student.calibration = network.preprocessing, data
+    student.result = _describe(student, network, method, scheme, data, run)
+    return student
+
+
+def as_model(
+    model: nn.Module | torch.export.ExportedProgram | Model | str,
+    preprocessing: Preprocessing | PreprocessFunction | None = None,
+) -> Model:
+    """A model under one type, however it was given."""
+    if isinstance(model, str):
+        model = load_model(model)
+    if isinstance(model, Model):
+        return model if preprocessing is None else Model(model.module, model.name, preprocessing, model.output)
+    return Model(model, type(model).__name__, preprocessing, None)
+
+
+def prepare_teacher(network: Model, images: Images, output: str | None = None) -> Captured:
+    """Captures the network on two of the images and brings it into the form that is quantized."""
+    captured = capture(network.module, images.batch(range(min(2, len(images)))))
+    name = output or network.output
+    return prepare(captured if name is None else select_output(captured, name))
+
+
+def find_device(name: str) -> torch.device:
+    """``auto`` takes a GPU where there is one.
+
+    Raises:
+        UsageError: a name other than auto, cpu, cuda; or cuda where there is none.
+    """
+    if name not in {"auto", "cpu", "cuda"}:
+        raise UsageError(f"Expected a device out of auto, cpu, cuda, found '{name}'.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("There is no CUDA device here. Use --device cpu.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _as_rule(rule: str | Rule) -> Rule:
+    return rule if isinstance(rule, Rule) else Rule.parse(rule)
+
+
+def _calibration_images(source: Any, network: Model, samples: int | None, skip_unreadable: bool) -> Images:
+    images = source if isinstance(source, Images) else load_images(
+        source, network.preprocessing, skip_unreadable=skip_unreadable
+    )
+    if samples is not None and samples < 1:
+        raise UsageError(f"Expected at least one sample, found {samples}.")
+    if samples is not None and samples > len(images):
+        warnings.warn(f"{samples} images were asked for, there are {len(images)}; all are used.", stacklevel=3)
+    count = min(samples or DEFAULT_SAMPLES, len(images))
+    return images.sample(count, seed=0).unlabelled()
+
+
+def _describe(
+    model: QuantizedModel, network: Model, method: Recipe, scheme: Scheme, data: Images, run: Run
+) -> dict[str, Any]:
+    return {
+        **environment(run.device, run.seed),
+        "model": {"name": network.name, **totals(model)},
+        "data": {"calibration": {"count": len(data), "sha256": data.sha256}, "evaluation": None},
+        "recipe": {"name": method.name, "settings": method.settings()},
+        "bits": {"weights": scheme.weights, "activations": scheme.activations},
+        "scheme": scheme.model_dump(mode="json"),
+        "size": {"float_bytes": 4 * totals(model)["parameters"]},
+        "seconds": dict(run.seconds),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "layers": describe_layers(model),
+        "unquantized": describe_unquantized(model),
+        "unfolded": [vars(u) for u in model.teacher.unfolded] if model.teacher else [],
+        "warnings": [],
+        **run.notes,
+    }

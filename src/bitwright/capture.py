@@ -1,0 +1,291 @@
+"""From any ``nn.Module`` to a graph of ATen operators that computes the same, with a free batch size."""
+
+from __future__ import annotations
+
+import linecache
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from bitwright.errors import ModelError
+from bitwright.graph import ops, rewrite
+from bitwright.graph.fold import Unfolded
+
+TOLERANCE = 1e-5
+
+
+@dataclass
+class Captured:
+    """A float network as a graph.
+
+    Invariants: ``graph(images)`` returns a flat list of tensors; every parameter is a ``get_attr`` node whose
+    target is the path the user knows it by; a parameter shared by several modules is one target; every
+    operator's ``meta["layer"]`` names it by module path.
+    """
+
+    graph: fx.GraphModule
+    example: Tensor
+    """Two images, [2, C, H, W]."""
+    outputs: tuple[str, ...]
+    """A name for each tensor that the graph returns."""
+    structure: pytree.TreeSpec
+    """How the user's model arranged them."""
+    unfolded: list[Unfolded] = field(default_factory=list)
+    """Batch norms that could not be folded, with the reason."""
+
+
+def capture(model: nn.Module | torch.export.ExportedProgram, example: Tensor) -> Captured:
+    """Captures the model in evaluation mode and checks that the graph computes what the model computes.
+
+    Args:
+        model: any module of one image tensor, or a saved export program with a dynamic batch. Not changed.
+        example: a few real images, [N >= 1, C, H, W].
+
+    Raises:
+        ModelError: the model cannot run on the images, cannot be captured, or the graph disagrees with it.
+    """
+    images = torch.cat([example, example])[:2].contiguous() if len(example) < 2 else example[:2].contiguous()
+    if isinstance(model, torch.export.ExportedProgram):
+        program, reference = model, _run(model.module(), images)
+    else:
+        with _evaluation_mode(model):
+            reference = _run(model, images)
+            program = _export(model, images)
+    graph = _to_graph(program, images)
+    leaves, structure = pytree.tree_flatten(reference)
+    captured = Captured(graph, images, _output_names(reference), structure)
+    _check_single_input(graph)
+    _check_equal(captured, leaves)
+    return captured
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, every module's own mode again after."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _run(model: nn.Module, images: Tensor) -> object:
+    try:
+        with torch.no_grad():
+            return model(images)
+    except Exception as error:
+        shape = "x".join(str(d) for d in images.shape[1:])
+        raise ModelError(
+            f"The model cannot run on images of {shape} ({_first_line(error)}){_where(error)}. "
+            "Give the size it was trained with, for instance --input-size 224."
+        ) from error
+
+
+def _export(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
+    """Non-strict capture, which runs the model's own Python; the strict one where that fails."""
+    first: Exception | None = None
+    for strict in (False, True):
+        for batch in (torch.export.Dim.DYNAMIC, torch.export.Dim.AUTO):
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},), strict=strict)
+                if _batch_is_dynamic(program):
+                    return program
+            except Exception as error:
+                first = first or error
+    raise ModelError(_explain(first)) from first
+
+
+def _batch_is_dynamic(program: torch.export.ExportedProgram) -> bool:
+    names = set(program.graph_signature.user_inputs)
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in names and isinstance(node.meta.get("val"), Tensor):
+            return isinstance(node.meta["val"].shape[0], torch.SymInt)
+    return False
+
+
+def _explain(error: Exception | None) -> str:
+    """One line: the user's source line, the construct, one remedy."""
+    if error is None:
+        return (
+            "The model fixes its batch size while it runs (a shape taken as a plain number). "
+            "Use x.shape[0] or -1 where it reshapes."
+        )
+    text = str(error)
+    if "data-dependent" in text.lower() or "DataDependent" in type(error).__name__:
+        construct, remedy = "a decision that depends on the values of a tensor", "Use torch.where or torch.cond"
+    elif "specializ" in text.lower() or "constraints violated" in text.lower() or "dynamic" in text.lower():
+        construct, remedy = "a batch size that is fixed while the model runs", "Reshape with x.shape[0] or -1"
+    else:
+        construct, remedy = _first_line(error), "Rewrite the line with tensor operators of PyTorch"
+    return f"The model cannot be captured: {construct}{_where(error)}. {remedy}, or give a saved .pt2 program."
+
+
+def _where(error: BaseException) -> str:
+    """The innermost source line of the user's own code, as `` at file:line: code``."""
+    own = str(Path(__file__).parent)
+    frames = traceback.extract_tb(error.__traceback__)
+    cause = error.__cause__ or error.__context__
+    if cause is not None:
+        frames = traceback.StackSummary.from_list([*frames, *traceback.extract_tb(cause.__traceback__)])
+    torch_home = str(Path(torch.__file__).parent)
+    users = [f for f in frames if not f.filename.startswith((own, torch_home, "<"))]
+    users = [f for f in users if f.name == "forward"] or users
+    if not users or users[-1].filename.endswith(("__main__.py", "/bitwright")):
+        return ""
+    frame = users[-1]
+    line = (frame.line or linecache.getline(frame.filename, frame.lineno or 0)).strip()
+    return f" at {frame.filename}:{frame.lineno}: {line}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _to_graph(program: torch.export.ExportedProgram, images: Tensor) -> fx.GraphModule:
+    """The program as a graph module with its own copies of the parameters and a flat list as output."""
+    if not _batch_is_dynamic(program):
+        raise ModelError(
+            "The saved program has a fixed batch size. Export it with "
+            "dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)."
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = program.module(check_guards=False)
+    graph, root = fx.Graph(), nn.Module()
+    returned = graph.graph_copy(module.graph, {})
+    _share_parameters(module, graph, root)
+    graph.output(pytree.tree_leaves(returned))
+    for node in [n for n in graph.nodes if n.op == "call_module"]:
+        graph.erase_node(node)  # checks of the input's shape
+    rewrite.spell_shapes(graph)
+    rewrite.remove_dropout(graph)
+    rewrite.fold_constants(root, graph)
+    rewrite.functionalize(graph)
+    rewrite.prune(graph)
+    _name_layers(graph)
+    return fx.GraphModule(root, graph).eval()
+
+
+def _share_parameters(module: nn.Module, graph: fx.Graph, root: nn.Module) -> None:
+    """Copies what the graph reads into ``root``; one target for each distinct tensor."""
+    targets: dict[int, str] = {}
+    for node in graph.nodes:
+        if node.op != "get_attr":
+            continue
+        tensor = rewrite.get_tensor(module, str(node.target))
+        if id(tensor) not in targets:
+            targets[id(tensor)] = str(node.target)
+            rewrite.set_tensor(root, str(node.target), tensor.detach().clone())
+        node.target = targets[id(tensor)]
+        node.meta.setdefault("val", tensor.detach())
+
+
+def _name_layers(graph: fx.Graph) -> None:
+    """Gives every operator the name its user would look for.
+
+    An operator that is all of a standard layer takes the layer's path; others take the path of the innermost
+    module and the operator's name; repeated names are numbered.
+    """
+    seen: dict[str, int] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            node.meta["layer"] = "input"
+        if node.op != "call_function" or not ops.is_float_tensor(node):
+            continue
+        name = _layer_name(node)
+        count = seen[name] = seen.get(name, -1) + 1
+        node.meta["layer"] = f"{name}_{count}" if count else name
+
+
+def _layer_name(node: fx.Node) -> str:
+    operator = ops.base_name(node).rstrip("_")
+    if ops.kind(node) == "linear":
+        weight = node.args[1]
+        assert isinstance(weight, fx.Node)
+        return str(weight.target).removesuffix(".weight")
+    stack = [entry for entry in (node.meta.get("nn_module_stack") or {}).values() if entry[0]]
+    if not stack:
+        return operator
+    path, kind = stack[-1][0], str(stack[-1][1])
+    standard = kind.startswith("torch.nn.modules") and "container" not in kind
+    return path if standard and ops.kind(node) != "move" else f"{path}.{operator}"
+
+
+def _check_single_input(graph: fx.GraphModule) -> None:
+    inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    if len(inputs) != 1:
+        names = ", ".join(n.name for n in inputs)
+        raise ModelError(f"Expected a model of one image tensor, found {len(inputs)} inputs ({names}). Wrap it.")
+
+
+def _output_names(output: object) -> tuple[str, ...]:
+    """Names of the leaves: keys of a dict, fields, or positions."""
+    leaves, _ = pytree.tree_flatten_with_path(output)
+    if len(leaves) == 1 and not leaves[0][0]:
+        return ("output",)
+    names = []
+    for path, leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            raise ModelError(f"Expected tensors in the model's output, found {type(leaf).__name__}. Wrap the model.")
+        names.append("_".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path))
+    return tuple(f"output_{n}" if n.isdigit() else n for n in names)
+
+
+def _check_equal(captured: Captured, expected: list[Tensor]) -> None:
+    """The graph must compute what the model computed on the same images."""
+    with torch.no_grad():
+        found = captured.graph(captured.example)
+    assert_outputs_equal(expected, found, captured.outputs, "the captured graph")
+
+
+def assert_outputs_equal(
+    expected: list[Tensor], found: list[Tensor], names: tuple[str, ...], what: str, tolerance: float = TOLERANCE
+) -> None:
+    """Raises unless all outputs agree to the tolerance, relative to their range.
+
+    Raises:
+        ModelError: naming the output, the difference and what was compared.
+    """
+    for name, a, b in zip(names, expected, found, strict=True):
+        if not bool(torch.isfinite(a).all()):
+            raise ModelError(f"The model returns values that are not finite in '{name}'. Check its weights and input.")
+        difference = relative_difference(a, b)
+        if difference > tolerance:
+            raise ModelError(
+                f"Output '{name}' of {what} differs from the model by {difference:.2g} of its range. "
+                "The model may be random or keep state: make its forward a pure function."
+            )
+
+
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    """Largest difference in units of the largest magnitude of ``a``."""
+    if not a.numel():
+        return 0.0
+    return float((a.double() - b.double()).abs().max()) / max(float(a.abs().max()), 1e-6)
+
+
+def select_output(captured: Captured, name: str) -> Captured:
+    """Keeps one output of a model that returns several.
+
+    Raises:
+        ModelError: there is no output of that name; lists those that exist.
+    """
+    if name not in captured.outputs:
+        raise ModelError(f"Expected an output out of {', '.join(captured.outputs)}, found '{name}'.")
+    (end,) = (n for n in captured.graph.graph.nodes if n.op == "output")
+    end.args = ([end.args[0][captured.outputs.index(name)]],)
+    rewrite.prune(captured.graph.graph)
+    captured.graph.recompile()
+    return replace(captured, outputs=(name,), structure=pytree.tree_structure(0))

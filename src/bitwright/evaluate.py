@@ -1,0 +1,118 @@
+"""What was lost: accuracy where there are labels, fidelity to the float network always. Labels are read here alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bitwright.errors import DataError
+from bitwright.graph.watch import Callback, watch
+from bitwright.metrics import Accuracy, Fidelity, SignalToNoise
+from bitwright.stages.base import Progress, silent
+
+if TYPE_CHECKING:
+    from bitwright.data import Images
+    from bitwright.quantized import QuantizedModel
+
+Network = Callable[[Tensor], list[Tensor]]
+
+
+def evaluate(
+    model: QuantizedModel, source: Any, *, labels: Any = None, batch: int = 50, progress: Progress = silent
+) -> dict[str, Any]:
+    """Accuracy and fidelity of a quantized model.
+
+    Args:
+        model: with its float teacher, or loaded without.
+        source: images as everywhere (a path, a tensor, a loader, :class:`bitwright.data.Images`).
+        labels: a CSV of ``file,class_index``, if the images do not carry their own.
+        batch: images at a time.
+        progress: called as it goes.
+
+    Returns:
+        ``quantized`` and, with a teacher, ``float`` and ``fidelity``, as in ``result.json``.
+    """
+    from bitwright.data import Images, load_images
+
+    images = source if isinstance(source, Images) else load_images(source, model.preprocessing, labels=labels)
+    teacher = model.teacher
+    reference = None if teacher is None else (lambda x: list(teacher.graph(x)))
+    return compare(model.flat, reference, images, batch=batch, progress=progress)
+
+
+def compare(
+    network: Network, reference: Network | None, images: Images, *, batch: int = 50, progress: Progress = silent
+) -> dict[str, Any]:
+    """Runs one or two networks over the images.
+
+    Returns:
+        ``quantized`` (metrics of ``network``; empty without labels) and, with a reference, ``float`` and ``fidelity``.
+    """
+    ours, theirs, fidelity = Accuracy(), Accuracy(), Fidelity()
+    done = 0
+    for inputs in images.batches(batch):
+        with torch.no_grad():
+            found = network(inputs)
+            expected = None if reference is None else reference(inputs)
+        if images.labels is not None:
+            truth = images.labels[done : done + len(inputs)]
+            ours.update(class_scores(found, truth), truth)
+            if expected is not None:
+                theirs.update(class_scores(expected, truth), truth)
+        if expected is not None:
+            fidelity.update(expected, found)
+        done += len(inputs)
+        progress("Evaluating", done, len(images))
+    result: dict[str, Any] = {"quantized": ours.result() if ours.count else {}}
+    if reference is not None:
+        result |= {"float": theirs.result() if theirs.count else {}, "fidelity": fidelity.result()}
+    return result
+
+
+def class_scores(outputs: list[Tensor], labels: Tensor) -> Tensor:
+    """The output that holds class scores, [B, K].
+
+    Raises:
+        DataError: no output is one, several are, or a label is beyond its classes.
+    """
+    scores = [o for o in outputs if o.dim() == 2]
+    if len(scores) != 1:
+        shapes = ", ".join("x".join(map(str, o.shape[1:])) for o in outputs)
+        raise DataError(
+            f"Expected one output of class scores to compare with labels, found outputs of {shapes}. "
+            "Name the one to keep with --output, or evaluate without labels."
+        )
+    if len(labels) and int(labels.max()) >= scores[0].shape[1]:
+        raise DataError(
+            f"Expected labels below {scores[0].shape[1]}, the number of classes, found {int(labels.max())}."
+        )
+    return scores[0]
+
+
+def layer_sqnr(model: QuantizedModel, images: Tensor) -> dict[str, float | None]:
+    """Signal to quantization noise of every layer's output, in dB, on a few images [B, C, H, W].
+
+    Errors accumulate from layer to layer, as they do when the network runs.
+    """
+    assert model.teacher is not None, "needs the float network"
+    ends = {layer.end or layer.node for layer in model.layers}
+    kept: dict[str, Tensor] = {}
+    ratios: dict[str, SignalToNoise] = {}
+
+    def keep(node: Any, value: Tensor) -> None:
+        kept[node.name] = value
+
+    def measure(name: str) -> Callback:
+        def callback(_: Any, value: Tensor) -> None:
+            ratios[name] = SignalToNoise()
+            ratios[name].update(kept[name], value)
+
+        return callback
+
+    watch(model.teacher.graph, images, dict.fromkeys(ends, keep))
+    quantized = {n.args[0].name: n.name for n in model.graph.graph.nodes if n.op == "call_module" and n.args}
+    watch(model.graph, images, {quantized.get(e, e): measure(e) for e in ends})
+    return {layer.name: ratios[layer.end or layer.node].result() for layer in model.layers if (layer.end or layer.node) in ratios}

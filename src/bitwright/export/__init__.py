@@ -1,0 +1,1 @@
+"""Files that leave the house: packed integers, ONNX, and the check that they compute what was measured."""

@@ -1,0 +1,254 @@
+"""``model.safetensors``: integers at their true bit-width, and everything needed to run them, in one file.
+
+Four tensors hold all numbers of a kind end to end (``codes``, ``biases``, ``scales``, ``floats``), because a small
+network has more headers than weights; the metadata says what lies where.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from bitwright.errors import UsageError
+from bitwright.graph import rewrite
+from bitwright.graph.insert import Layer
+from bitwright.graph.place import Unquantized
+from bitwright.graph.store import dump_graph, load_graph
+from bitwright.quant.quantizer import BiasQuantizer, Frozen, Grid, Quantizer
+from bitwright.quant.scheme import Scheme
+from bitwright.quantized import QuantizedModel
+
+FORMAT = 1
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Packs unsigned codes of ``bits`` bits end to end, least significant bit first: uint8 [ceil(n * bits / 8)].
+
+    Example:
+        >>> pack_bits(torch.tensor([1, 2, 3]), 2).tolist()
+        [57]
+    """
+    values = codes.reshape(-1, 1).numpy().astype(np.uint8)
+    planes = np.unpackbits(values, axis=1, bitorder="little")[:, :bits]
+    return torch.from_numpy(np.packbits(planes.reshape(-1), bitorder="little"))
+
+
+def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The ``count`` codes that :func:`pack_bits` packed, as int16.
+
+    Example:
+        >>> unpack_bits(torch.tensor([57], dtype=torch.uint8), 2, 3).tolist()
+        [1, 2, 3]
+    """
+    planes = np.unpackbits(packed.numpy(), bitorder="little")[: count * bits].reshape(count, bits)
+    weights: npt.NDArray[np.int16] = (1 << np.arange(bits)).astype(np.int16)
+    return torch.from_numpy((planes.astype(np.int16) * weights).sum(axis=1, dtype=np.int16))
+
+
+def ideal_bytes(model: QuantizedModel) -> int:
+    """Bits times parameters, plus scales, zero points, biases and float parameters; no names, no structure."""
+    total = 0
+    for module in model.graph.modules():
+        if isinstance(module, Frozen):
+            quantizer = module.quantizer
+            bits = quantizer.grid.bits if isinstance(quantizer, Quantizer) else 32
+            total += -(-module.codes.numel() * bits // 8)
+        elif isinstance(module, Quantizer):
+            total += 4 * module.scale.numel() + (0 if module.grid.symmetric else 4 * module.zero_point.numel())
+    for node in _stored(model):
+        tensor = rewrite.get_tensor(model.graph, node)
+        total += tensor.numel() * tensor.element_size()
+    return total
+
+
+def _stored(model: QuantizedModel) -> list[str]:
+    return list(dict.fromkeys(str(n.target) for n in model.graph.graph.nodes if n.op == "get_attr"))
+
+
+def save_packed(model: QuantizedModel, path: Path, extra: dict[str, Any] | None = None) -> None:
+    """Writes a frozen model.
+
+    Args:
+        model: frozen.
+        path: of the file.
+        extra: more JSON to keep with it (preprocessing, name).
+
+    Raises:
+        UsageError: the model is not frozen, or holds an operator that the format lacks.
+    """
+    if not model.frozen:
+        raise UsageError("Expected a frozen model. Call freeze() first.")
+    blobs = _Blobs()
+    modules = {key: _describe_module(model, key, module, blobs) for key, module in _called(model).items()}
+    tensors = {name: blobs.add("floats", rewrite.get_tensor(model.graph, name)) for name in _stored(model)}
+    structure = {
+        "format": FORMAT,
+        "graph": dump_graph(model.graph.graph),
+        "modules": modules,
+        "tensors": tensors,
+        "layers": [asdict(layer) for layer in model.layers],
+        "unquantized": [asdict(u) for u in model.unquantized],
+        "scheme": model.scheme.model_dump(mode="json"),
+        "outputs": list(model.outputs),
+        "structure": _dump_structure(model),
+        "input_shape": list(model.input_shape),
+        "extra": extra or {},
+    }
+    text = zlib.compress(json.dumps(structure, separators=(",", ":")).encode(), 9)
+    metadata = {"format": "bitwright", "version": str(FORMAT), "structure": base64.b85encode(text).decode()}
+    save_file(blobs.tensors(), path, metadata=metadata)
+
+
+def load_packed(path: Path) -> tuple[QuantizedModel, dict[str, Any]]:
+    """The model in a file of :func:`save_packed`, and the extra JSON kept with it.
+
+    Raises:
+        UsageError: the file is missing, damaged, of another kind, or of a newer format.
+    """
+    if not path.is_file():
+        raise UsageError(f"Expected a quantized model at {path}, found none.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            blobs = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError as error:
+        raise UsageError(f"{path} is damaged ({error}). Quantize again.") from error
+    if metadata.get("format") != "bitwright":
+        raise UsageError(f"{path} was not written by bitwright. Give a run folder.")
+    if int(metadata["version"]) > FORMAT:
+        raise UsageError(f"{path} has format {metadata['version']}, this version reads up to {FORMAT}. Upgrade.")
+    data = json.loads(zlib.decompress(base64.b85decode(metadata["structure"])))
+    return _rebuild(data, blobs), data["extra"]
+
+
+class _Blobs:
+    """Numbers of a kind, end to end."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, list[Tensor]] = {}
+        self.lengths: dict[str, int] = {}
+
+    def add(self, kind: str, tensor: Tensor) -> dict[str, Any]:
+        """Appends a tensor; where it lies. What is not float32 goes into a blob of its dtype."""
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        if kind == "floats" and flat.dtype != torch.float32:
+            kind = str(flat.dtype).removeprefix("torch.")
+        start = self.lengths.get(kind, 0)
+        self.parts.setdefault(kind, []).append(flat)
+        self.lengths[kind] = start + flat.numel()
+        return {"blob": kind, "start": start, "count": flat.numel(), "shape": list(tensor.shape)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {kind: torch.cat(parts) for kind, parts in self.parts.items()}
+
+
+def _called(model: QuantizedModel) -> dict[str, nn.Module]:
+    """Modules of the graph, quantizers before what refers to them."""
+    found = {k: m for k, m in model.graph.named_children() if isinstance(m, Quantizer | BiasQuantizer | Frozen)}
+    used = {str(n.target) for n in model.graph.graph.nodes if n.op == "call_module"}
+    rank = {Quantizer: 0, BiasQuantizer: 1, Frozen: 2}
+    needed = {k: m for k, m in found.items() if k in used or not isinstance(m, Frozen)}
+    return dict(sorted(needed.items(), key=lambda item: rank[type(item[1])]))  # type: ignore[index]
+
+
+def _describe_module(model: QuantizedModel, key: str, module: nn.Module, blobs: _Blobs) -> dict[str, Any]:
+    keys = {id(m): k for k, m in model.graph.named_children()}
+    if isinstance(module, Quantizer):
+        return _describe_quantizer(module, blobs)
+    if isinstance(module, BiasQuantizer):
+        return {"is": "bias", "name": module.name, "source": keys[id(module.source)], "weight": keys[id(module.weight)]}
+    assert isinstance(module, Frozen), key
+    quantizer = module.quantizer
+    if isinstance(quantizer, BiasQuantizer):
+        where = blobs.add("biases", module.codes)
+    else:
+        packed = pack_bits(module.codes.int() - quantizer.grid.qmin, quantizer.grid.bits)
+        where = blobs.add("codes", packed) | {"shape": list(module.codes.shape)}
+    return {"is": "frozen", "quantizer": keys[id(quantizer)], "codes": where}
+
+
+def _describe_quantizer(quantizer: Quantizer, blobs: _Blobs) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "is": "quantizer",
+        "name": quantizer.name,
+        "bits": quantizer.grid.bits,
+        "symmetric": quantizer.grid.symmetric,
+        "role": quantizer.role,
+        "shape": list(quantizer.shape),
+        "block": None if quantizer.block is None else list(quantizer.block),
+        "scale": blobs.add("scales", quantizer.scale),
+    }
+    if not quantizer.grid.symmetric:
+        described["zero_point"] = [int(z) for z in quantizer.zero_point]
+    return described
+
+
+def _rebuild(data: dict[str, Any], blobs: dict[str, Tensor]) -> QuantizedModel:
+    root = nn.Module()
+    for key, described in data["modules"].items():
+        root.add_module(key, _rebuild_module(root, described, blobs))
+    for name, where in data["tensors"].items():
+        rewrite.set_tensor(root, name, _read(blobs, where).clone())
+    graph = load_graph(data["graph"], root)
+    shape = tuple(data["input_shape"])
+    rewrite.propagate(graph, torch.zeros(2, *shape))
+    return QuantizedModel(
+        graph,
+        [Layer(**layer) for layer in data["layers"]],
+        [Unquantized(**u) for u in data["unquantized"]],
+        Scheme(**data["scheme"]),
+        outputs=tuple(data["outputs"]),
+        structure=pytree.treespec_loads(data["structure"]),
+        input_shape=shape,  # type: ignore[arg-type]
+    )
+
+
+def _rebuild_module(root: nn.Module, described: dict[str, Any], blobs: dict[str, Tensor]) -> nn.Module:
+    if described["is"] == "bias":
+        source, weight = (root.get_submodule(described[k]) for k in ("source", "weight"))
+        assert isinstance(source, Quantizer)
+        assert isinstance(weight, Quantizer)
+        return BiasQuantizer(described["name"], source, weight)
+    if described["is"] == "frozen":
+        quantizer, where = root.get_submodule(described["quantizer"]), described["codes"]
+        assert isinstance(quantizer, Quantizer | BiasQuantizer)
+        if isinstance(quantizer, BiasQuantizer):
+            return Frozen(_read(blobs, where).clone(), quantizer)
+        count = int(np.prod(where["shape"]))
+        packed = blobs["codes"][where["start"] : where["start"] + where["count"]]
+        codes = unpack_bits(packed, quantizer.grid.bits, count) + quantizer.grid.qmin
+        return Frozen(codes.reshape(where["shape"]), quantizer)
+    quantizer = Quantizer(
+        described["name"],
+        Grid(described["bits"], described["symmetric"]),
+        described["role"],
+        tuple(described["shape"]),
+        None if described["block"] is None else tuple(described["block"]),
+    )
+    zero = described.get("zero_point")
+    if described["scale"]["count"]:
+        quantizer.set_range(_read(blobs, described["scale"]), None if zero is None else torch.tensor(zero))
+    return quantizer
+
+
+def _read(blobs: dict[str, Tensor], where: dict[str, Any]) -> Tensor:
+    return blobs[where["blob"]][where["start"] : where["start"] + where["count"]].reshape(where["shape"])
+
+
+def _dump_structure(model: QuantizedModel) -> str:
+    try:
+        return str(pytree.treespec_dumps(model.structure))
+    except NotImplementedError:  # a container of the user's own: its tensors come back as a list
+        return str(pytree.treespec_dumps(pytree.tree_structure([0] * len(model.outputs))))

@@ -1,0 +1,1 @@
+"""Passes over the captured graph: rewrite, fold, place quantizers, watch values, store."""

@@ -1,0 +1,230 @@
+"""Puts quantizers into a copy of the prepared graph."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from bitwright.graph import ops, rewrite
+from bitwright.graph.place import Placement, Point, Unquantized, place
+from bitwright.quant.quantizer import BiasQuantizer, Grid, Quantizer
+from bitwright.quant.scheme import Scheme
+
+
+@dataclass
+class Layer:
+    """One row of a network's description: a quantized tensor and what computes it.
+
+    Keys are paths of modules inside the graph. ``node`` is the operator's name in the teacher and the student.
+    """
+
+    name: str
+    op: str
+    node: str
+    parameters: int = 0
+    macs: int = 0
+    weight: str | None = None
+    bias: str | None = None
+    source: str | None = None
+    """Key of the quantizer of a linear operator's input."""
+    activation: str | None = None
+    """Key of the quantizer that ends the layer's group."""
+    end: str | None = None
+    """Name of the node that this quantizer follows."""
+
+
+@dataclass
+class Inserted:
+    """A student graph and its description."""
+
+    graph: fx.GraphModule
+    layers: list[Layer]
+    unquantized: list[Unquantized]
+
+
+def insert(teacher: fx.GraphModule, scheme: Scheme) -> Inserted:
+    """A copy of the teacher with quantizers in it. Tensors are shared with the teacher and replaced, never changed.
+
+    Raises:
+        UsageError: a rule of the scheme matches no layer.
+    """
+    placement = place(teacher.graph, scheme)
+    scheme.check_rules(_layer_names(teacher.graph, placement))
+    tensors = {id(t): t for t in [*teacher.buffers(), *teacher.parameters()]}
+    student = copy.deepcopy(teacher, memo=dict(tensors))
+    twin = dict(zip(teacher.graph.nodes, student.graph.nodes, strict=True))
+    keys = _insert_activations(student, placement, twin, scheme)
+    layers = _describe(teacher.graph, placement, keys)
+    unquantized = list(placement.unquantized)
+    for node in placement.linears:
+        layer = next(x for x in layers if x.node == node.name)
+        _insert_weight(student, twin[node], layer, keys.get(placement.source[_first(node)]), scheme, unquantized)
+    student.graph.lint()
+    student.recompile()
+    return Inserted(student, layers, _with_settings(teacher.graph, unquantized))
+
+
+def _first(node: fx.Node) -> fx.Node:
+    first = node.args[0]
+    assert isinstance(first, fx.Node)
+    return first
+
+
+def _layer_names(graph: fx.Graph, placement: Placement) -> list[str]:
+    names = [str(n.meta["layer"]) for n in graph.nodes if ops.is_float_tensor(n) and n.op == "call_function"]
+    return ["input", *names, *(p.name for p in placement.points.values())]
+
+
+def module_key(role: str, name: str) -> str:
+    """Path of a quantizer in the graph; module paths cannot contain dots, so that ``/`` stands for them."""
+    return f"quantizer_{role}_{name.replace('.', '/')}"
+
+
+def _insert_activations(
+    student: fx.GraphModule, placement: Placement, twin: dict[fx.Node, fx.Node], scheme: Scheme
+) -> dict[fx.Node, str]:
+    keys: dict[fx.Node, str] = {}
+    for node, point in placement.points.items():
+        leader = point
+        while leader.shares is not None:
+            leader = placement.points[leader.shares]
+        keys[node] = key = module_key(leader.role, leader.name)
+        if not hasattr(student, key):
+            student.add_module(key, _activation_quantizer(leader, scheme))
+        _call_after(student, twin[node], key)
+    return keys
+
+
+def _activation_quantizer(point: Point, scheme: Scheme) -> Quantizer:
+    assert point.bits is not None
+    symmetric = scheme.activation_grid == "symmetric"
+    role = "parameter" if point.role == "parameter" else "activation"
+    return Quantizer(point.name, Grid(point.bits, symmetric), role)
+
+
+def _call_after(student: fx.GraphModule, node: fx.Node, key: str, users: list[fx.Node] | None = None) -> None:
+    readers = list(node.users) if users is None else users
+    with student.graph.inserting_after(node):
+        call = student.graph.call_module(key, (node,))
+    call.meta = {"val": ops.value(node), "layer": node.meta.get("layer")}
+    for reader in readers:
+        reader.replace_input_with(node, call)
+
+
+def _insert_weight(
+    student: fx.GraphModule,
+    node: fx.Node,
+    layer: Layer,
+    source: str | None,
+    scheme: Scheme,
+    unquantized: list[Unquantized],
+) -> None:
+    stored, bias = node.args[1], node.args[2]
+    assert isinstance(stored, fx.Node)
+    assert isinstance(bias, fx.Node)
+    bits = scheme.weight_bits(layer.name)
+    if stored.op == "call_module":  # shared with a layer before, which decided
+        layer.weight = str(stored.target)
+    elif bits is None:
+        reason = "weights are float" if scheme.weights is None else "float by rule"
+        unquantized.append(Unquantized(str(stored.target), "weight", reason))
+    else:
+        layer.weight = module_key("weight", str(stored.target).removesuffix(".weight"))
+        shape = tuple(int(s) for s in ops.shape(stored))
+        block = weight_block(node, shape, scheme)
+        student.add_module(layer.weight, Quantizer(layer.name, Grid(bits, True), "weight", shape, block))
+        _call_after(student, stored, layer.weight, [u for u in stored.users if ops.base_name(u) in ops.LINEAR])
+    reason = _insert_bias(student, bias, layer, source)
+    if reason:
+        unquantized.append(Unquantized(str(bias.target), "bias", reason))
+
+
+def _insert_bias(student: fx.GraphModule, bias: fx.Node, layer: Layer, source: str | None) -> str | None:
+    layer.source = source
+    if layer.weight is None or source is None:
+        return "its layer's weight or input is float"
+    weight, quantizer = student.get_submodule(layer.weight), student.get_submodule(source)
+    assert isinstance(weight, Quantizer)
+    assert isinstance(quantizer, Quantizer)
+    channels = int(ops.shape(bias)[0])
+    blocks = 1
+    for d, b in zip(weight.shape, weight.block or weight.shape, strict=True):
+        blocks *= -(-d // b)
+    if blocks not in {1, channels} or len(bias.users) > 1:
+        return "its layer's weight has several scales per output channel"
+    layer.bias = module_key("bias", layer.name)
+    student.add_module(layer.bias, BiasQuantizer(layer.name, quantizer, weight))
+    _call_after(student, bias, layer.bias)
+    return None
+
+
+def weight_block(node: fx.Node, shape: tuple[int, ...], scheme: Scheme) -> tuple[int, ...]:
+    """Extent of one scale along each axis of a linear operator's weight.
+
+    Example: a convolution [O, I, kh, kw] per channel gives (1, I, kh, kw), per group of 64 gives (1, 64, kh, kw); a
+    transposed one [I, O / groups, kh, kw] per channel gives (I / groups, 1, kh, kw).
+    """
+    if scheme.granularity == "tensor":
+        return shape
+    if ops.base_name(node) in ops.CONV_TRANSPOSE:
+        return (shape[0] // rewrite.groups(node), 1, *shape[2:])
+    if scheme.granularity == "group":
+        return (1, min(scheme.group_size, shape[1]), *shape[2:])
+    return (1, *shape[1:])
+
+
+def _describe(graph: fx.Graph, placement: Placement, keys: dict[fx.Node, str]) -> list[Layer]:
+    """A row for every point and every linear operator, in program order."""
+    ends = {m: node for node, p in placement.points.items() for m in p.members}
+    layers = []
+    for node in graph.nodes:
+        point = placement.points.get(node)
+        if node not in placement.linears and point is None:
+            continue
+        end = ends.get(str(node.meta["layer"])) if point is None else node
+        layers.append(
+            Layer(
+                name=str(node.meta["layer"]),
+                op="parameter" if node.op == "get_attr" else "input" if node.op == "placeholder" else ops.base_name(node),
+                node=node.name,
+                parameters=_parameters(node),
+                macs=macs(node),
+                activation=keys[end] if end is not None else None,
+                end=end.name if end is not None else None,
+            )
+        )
+    return layers
+
+
+def _parameters(node: fx.Node) -> int:
+    if node.op == "get_attr":
+        return ops.numel(node)
+    if ops.kind(node) != "linear":
+        return 0
+    return sum(ops.numel(a) for a in node.args[1:3] if isinstance(a, fx.Node))
+
+
+def macs(node: fx.Node) -> int:
+    """Multiply-accumulates for one image; the graph's recorded shapes are those of two."""
+    kind = ops.kind(node)
+    if kind not in {"linear", "matmul"}:
+        return 0
+    if kind == "matmul":
+        return ops.numel(node) * int(ops.shape(_first(node))[-1]) // 2
+    weight = node.args[1]
+    assert isinstance(weight, fx.Node)
+    positions = _first(node) if ops.base_name(node) in ops.CONV_TRANSPOSE else node
+    return ops.numel(positions) * (ops.numel(weight) // int(ops.shape(weight)[0])) // 2
+
+
+def _with_settings(graph: fx.Graph, unquantized: list[Unquantized]) -> list[Unquantized]:
+    """Program order for what the graph names; the same tensor once."""
+    order = {str(n.meta.get("layer", n.target)): i for i, n in enumerate(graph.nodes)}
+    return sorted(dict.fromkeys(unquantized), key=lambda u: order.get(u.name, -1))
+
+
+def quantizers(graph: nn.Module) -> list[Quantizer]:
+    """All quantizers of weights, activations and parameters, in program order."""
+    return [m for m in graph.modules() if isinstance(m, Quantizer)]

@@ -1,0 +1,263 @@
+"""Decides which tensors of a prepared graph get a quantizer, and says why the others do not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import fx
+
+from bitwright.graph import ops
+from bitwright.quant.scheme import Scheme
+from bitwright.quant.targets import Target
+
+
+@dataclass(frozen=True)
+class Unquantized:
+    """A tensor that stays float."""
+
+    name: str
+    op: str
+    reason: str
+
+
+@dataclass
+class Point:
+    """An activation, or a stored operand of one, with a quantizer.
+
+    Example: in ``conv -> relu`` the ReLU is the node, and both layers are members.
+    """
+
+    name: str
+    node: fx.Node
+    role: str
+    members: list[str] = field(default_factory=list)
+    shares: fx.Node | None = None
+    """The node whose quantizer it uses, if not one of its own."""
+    bits: int | None = None
+
+
+@dataclass
+class Placement:
+    """Where quantizers go.
+
+    Invariant: every floating tensor is a point, moves data of one (``source``), is a weight or a bias of a linear
+    operator, or stands in ``unquantized``.
+    """
+
+    points: dict[fx.Node, Point]
+    linears: list[fx.Node]
+    unquantized: list[Unquantized]
+    source: dict[fx.Node, fx.Node]
+    """For every tensor the node whose values it carries (itself unless it only moves data)."""
+
+
+class _Consumer(NamedTuple):
+    node: fx.Node
+    moved: bool
+
+
+def place(graph: fx.Graph, scheme: Scheme) -> Placement:
+    """Chooses the tensors to quantize (methods, sections 0.6 and 1.1).
+
+    One quantizer ends each group of operators that the target computes without rounding in between; an operator
+    that only moves data shares its source's.
+    """
+    source = _sources(graph)
+    placement = Placement({}, [], [], source)
+    fused = {n: c for n in graph.nodes if (c := _fuses_into(n, scheme.target)) is not None}
+    for node in graph.nodes:
+        kind = ops.kind(node)
+        if kind == "linear":
+            placement.linears.append(node)
+        if kind in {"shape", "output", "move"} or not ops.is_float_tensor(node):
+            continue
+        if kind == "constant":
+            _place_constant(placement, node, fused, scheme)
+        else:
+            _place_activation(placement, node, fused, scheme)
+    if scheme.target.concat_shares_scale:
+        _share_concats(placement, graph)
+    return placement
+
+
+def consumers(node: fx.Node) -> list[fx.Node]:
+    """The operators that read the node's values, behind those that only move them."""
+    found: list[fx.Node] = []
+    for user in node.users:
+        found += consumers(user) if ops.kind(user) == "move" else [user]
+    return found
+
+
+def _sources(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    source: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if not ops.is_float_tensor(node):
+            continue
+        origin = node.args[0] if ops.kind(node) == "move" else node
+        assert isinstance(origin, fx.Node)
+        source[node] = source.get(origin, origin)
+    return source
+
+
+def _only_consumer(node: fx.Node) -> _Consumer | None:
+    moved = False
+    while len(node.users) == 1:
+        (user,) = node.users
+        if ops.kind(user) != "move":
+            return _Consumer(user, moved)
+        node, moved = user, True
+    return None
+
+
+def _fuses_into(node: fx.Node, target: Target) -> fx.Node | None:
+    """The operator that continues this one's group, if any."""
+    if not ops.is_float_tensor(node) or ops.kind(node) in {"move", "constant", "input"}:
+        return None
+    consumer = _only_consumer(node)
+    if consumer is None or not _can_fuse(node, consumer, target):
+        return None
+    if ops.kind(consumer.node) == "add":
+        rivals = [n for n in _operands(consumer.node) if _only_consumer(n) and _can_fuse(n, consumer, target)]
+        if len(rivals) > 1 and rivals[-1] is not node:
+            return None
+    return consumer.node
+
+
+def _operands(node: fx.Node) -> list[fx.Node]:
+    """Operands behind operators that only move data, in program order."""
+    found = []
+    for operand in ops.tensor_operands(node):
+        while ops.kind(operand) == "move":
+            first = operand.args[0]
+            assert isinstance(first, fx.Node)
+            operand = first  # noqa: PLW2901
+        found.append(operand)
+    order = {n: i for i, n in enumerate(node.graph.nodes)}
+    return sorted(found, key=order.__getitem__)
+
+
+def _can_fuse(node: fx.Node, consumer: _Consumer, target: Target) -> bool:
+    kind, name = ops.kind(node), ops.base_name(node)
+    conv = kind == "linear" and name != "linear"
+    then, activation = ops.kind(consumer.node), ops.base_name(consumer.node)
+    free = kind in {"linear", "matmul"} and (not conv or target.conv_into_add)
+    if then == "activation":
+        if conv and (target.conv_activations is not None):
+            return activation in target.conv_activations and not consumer.moved
+        if kind == "add" and target.add_activations is not None:
+            return activation in target.add_activations and not consumer.moved
+        return kind in {"linear", "matmul", "add", "norm", "scalar"}
+    if then == "softmax":
+        return kind in {"matmul", "scalar"} or (kind == "add" and _adds_constant(node))
+    if then == "scalar":
+        return free or kind == "scalar"
+    if then == "add":
+        fused_activation = kind == "activation" and target.conv_into_add and _follows_linear(node)
+        return free or fused_activation or (kind == "scalar" and _adds_constant(consumer.node))
+    return False
+
+
+def _adds_constant(node: fx.Node) -> bool:
+    return any(n.op == "get_attr" for n in _operands(node)) or (
+        ops.kind(node) == "add" and any(_is_mask(n) for n in node.all_input_nodes)
+    )
+
+
+def _is_mask(node: fx.Node) -> bool:
+    return not ops.is_float_tensor(node)
+
+
+def _follows_linear(node: fx.Node) -> bool:
+    first = node.args[0]
+    return isinstance(first, fx.Node) and ops.kind(first) == "linear" and len(first.users) == 1
+
+
+def _group(node: fx.Node, fused: dict[fx.Node, fx.Node]) -> list[str]:
+    """Names of the layers whose group ends at the node, in program order."""
+    members = [n for n in fused if _end(n, fused) is node]
+    return [str(n.meta["layer"]) for n in [*members, node]]
+
+
+def _end(node: fx.Node, fused: dict[fx.Node, fx.Node]) -> fx.Node:
+    while node in fused:
+        node = fused[node]
+    return node
+
+
+def _place_activation(placement: Placement, node: fx.Node, fused: dict[fx.Node, fx.Node], scheme: Scheme) -> None:
+    name, op = str(node.meta["layer"]), ops.base_name(node)
+    if node in fused:
+        end = _end(node, fused).meta["layer"]
+        placement.unquantized.append(Unquantized(name, op, f"inside the group that is quantized after {end}"))
+        return
+    readers = consumers(node)
+    if not scheme.outputs and all(r.op == "output" for r in readers):
+        placement.unquantized.append(Unquantized(name, op, "output of the network, left in float"))
+        return
+    members = _group(node, fused)
+    bits = scheme.activation_bits(members)
+    if bits is None:
+        reason = "activations are float" if scheme.activations is None else "float by rule"
+        placement.unquantized.append(Unquantized(name, op, reason))
+        return
+    placement.points[node] = Point(name, node, "activation", members, bits=bits)
+
+
+def _place_constant(placement: Placement, node: fx.Node, fused: dict[fx.Node, fx.Node], scheme: Scheme) -> None:
+    name = str(node.target)
+    role, reader = _constant_role(node)
+    if role in {"weight", "bias"}:
+        return
+    reason = None
+    if role == "scalar":
+        reason = "a single number"
+    elif role == "setting":
+        reason = f"parameter of {reader.meta.get('layer')}, which computes in float"
+    elif all(r in fused for r in consumers(node)):
+        reason = f"constant inside the group that is quantized after {_end(reader, fused).meta['layer']}"
+    elif scheme.activations is None:
+        reason = "activations are float"
+    if reason:
+        placement.unquantized.append(Unquantized(name, "parameter", reason))
+        return
+    bits = scheme.activation_bits([]) if not scheme.rules else scheme.activation_bits([name])
+    bits = None if bits is None else max(scheme.parameter_bits, 0)
+    if bits is None:
+        placement.unquantized.append(Unquantized(name, "parameter", "float by rule"))
+        return
+    node.meta["layer"] = name
+    placement.points[node] = Point(name, node, "parameter", [name], bits=bits)
+
+
+def _constant_role(node: fx.Node) -> tuple[str, fx.Node]:
+    """What a stored tensor is to its first reader: weight, bias, setting, scalar or operand."""
+    reader = next(iter(consumers(node)), node)
+    for user in node.users:
+        if ops.kind(user) == "linear" and node in user.args[1:3]:
+            return ("weight" if node is user.args[1] else "bias"), user
+        if ops.kind(user) in {"norm", "activation"} and node in user.args[1:]:
+            return "setting", user
+    return ("scalar" if ops.numel(node) == 1 else "operand"), reader
+
+
+def _share_concats(placement: Placement, graph: fx.Graph) -> None:
+    """Puts all inputs of a concatenation, and its output, on one grid."""
+    for node in graph.nodes:
+        if ops.kind(node) != "concat" or node not in placement.points:
+            continue
+        joined = [placement.points[s] for s in (placement.source[n] for n in ops.tensor_operands(node)) if s in placement.points]
+        joined.append(placement.points[node])
+        leader = _leader(placement, joined[-1])
+        bits = max(p.bits or 0 for p in joined)
+        for point in joined:
+            mine = _leader(placement, point)
+            if mine is not leader:
+                mine.shares = leader.node
+        leader.bits = bits
+
+
+def _leader(placement: Placement, point: Point) -> Point:
+    while point.shares is not None:
+        point = placement.points[point.shares]
+    return point

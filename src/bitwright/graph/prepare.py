@@ -1,0 +1,42 @@
+"""The float network in the form that quantizers are inserted into: the teacher of everything that follows."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from bitwright.capture import TOLERANCE, Captured, assert_outputs_equal, relative_difference
+from bitwright.graph import fold, rewrite
+
+
+def prepare(captured: Captured) -> Captured:
+    """Folds batch norms, decomposes attention and checks that the outputs did not change by more than 1e-5.
+
+    Args:
+        captured: not changed.
+
+    Raises:
+        ModelError: the prepared graph disagrees with the captured one.
+    """
+    graph = copy.deepcopy(captured.graph)
+    rewrite.propagate(graph, captured.example)
+    rewrite.rewrite(graph)
+    unfolded = fold.fold(graph)
+    rewrite.propagate(graph, captured.example)
+    _check(captured, graph)
+    return replace(captured, graph=graph, unfolded=unfolded)
+
+
+def _check(captured: Captured, graph: fx.GraphModule) -> None:
+    """Ten times float32's own rounding error is allowed where a deep network makes that more than 1e-5."""
+    with torch.no_grad():
+        expected, found = captured.graph(captured.example), graph(captured.example)
+        worst = max(map(relative_difference, expected, found), default=0.0)
+        tolerance = TOLERANCE
+        if worst > TOLERANCE:
+            exact = copy.deepcopy(captured.graph).double()(captured.example.double())
+            tolerance = max(TOLERANCE, 10 * max(map(relative_difference, exact, expected)))
+    assert_outputs_equal(expected, found, captured.outputs, "the folded graph", tolerance)

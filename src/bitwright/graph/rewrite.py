@@ -1,0 +1,279 @@
+"""Exact rewrites of the captured graph: the same function in fewer kinds of operators."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bitwright.graph import ops
+
+aten = torch.ops.aten
+DROPOUT = frozenset({"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"})
+IDENTITY = frozenset({"contiguous", "clone", "detach", "alias", "lift_fresh_copy"})
+ENLARGING = frozenset({"index", "gather", "index_select", "embedding", "repeat", "repeat_interleave", "expand"})
+FACTORIES = frozenset({"new_zeros", "new_ones", "new_full", "new_empty"})
+
+
+def get_tensor(module: nn.Module, target: str) -> Tensor:
+    """The tensor at a dotted path."""
+    value: object = module
+    for part in target.split("."):
+        value = getattr(value, part)
+    assert isinstance(value, Tensor), f"{target} is not a tensor"
+    return value
+
+
+def set_tensor(module: nn.Module, target: str, tensor: Tensor) -> None:
+    """Puts a tensor at a dotted path as a buffer, making the modules on the way."""
+    *parents, leaf = target.split(".")
+    for part in parents:
+        child = getattr(module, part, None)
+        if child is None:
+            child = nn.Module()
+            module.add_module(part, child)
+        module = child
+    if leaf in module._buffers:
+        module._buffers[leaf] = tensor
+    else:
+        module.register_buffer(leaf, tensor)
+
+
+def functionalize(graph: fx.Graph) -> None:
+    """Replaces in-place operators by the ones that return their result (``relu_`` by ``relu``).
+
+    Capture hands later uses of the changed tensor to the operator's result, so that only views taken before the
+    change could still see the old values; the comparison with the model after capture finds those.
+    """
+    for node in graph.nodes:
+        name = ops.base_name(node)
+        if node.op != "call_function" or not name.endswith("_") or name.startswith("__"):
+            continue
+        packet = getattr(aten, name[:-1], None)
+        overload = getattr(packet, node.target._overloadname, None) if packet else None
+        if overload is not None:
+            node.target = overload
+
+
+def spell_shapes(graph: fx.Graph) -> None:
+    """``reshape_as(x, y)`` becomes a reshape to the shape of ``y``, so that ``y`` is not kept for its shape alone."""
+    for node in list(graph.nodes):
+        if ops.base_name(node) not in {"reshape_as", "view_as"}:
+            continue
+        source, like = node.args
+        sizes = [-1 if isinstance(s, torch.SymInt) else int(s) for s in ops.shape(like)]
+        if sizes.count(-1) > 1:
+            continue
+        node.target, node.args = aten.reshape.default, (source, sizes)
+
+
+def remove_dropout(graph: fx.Graph) -> None:
+    """Takes out dropout and gives batch norms their stored statistics, as evaluation mode does."""
+    for node in list(graph.nodes):
+        name = ops.base_name(node)
+        if name in DROPOUT:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif name == "batch_norm" and len(node.args) > 5:
+            node.update_arg(5, False)
+
+
+def fold_constants(module: nn.Module, graph: fx.Graph) -> None:
+    """Computes once what does not depend on the image (positions, masks, standardised weights).
+
+    What would grow a parameter (a table that is indexed) stays an operator, so that the stored file does not.
+    """
+    values: dict[fx.Node, Any] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            values[node] = get_tensor(module, str(node.target))
+        elif node.op == "call_function" and _is_constant(node, values):
+            result = _evaluate(node, values)
+            if result is not None:
+                values[node] = result
+    taken = {str(n.target) for n in values if n.op == "get_attr" and any(u not in values for u in n.users)}
+    for node in [n for n in values if n.op != "get_attr" and any(u not in values for u in n.users)]:
+        if isinstance(values[node], Tensor):
+            _store(module, graph, node, values[node], taken)
+    for node in reversed(list(values)):
+        if not node.users:
+            graph.erase_node(node)
+
+
+def _is_constant(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
+    if ops.base_name(node) in FACTORIES:
+        return not any(isinstance(a, fx.Node) for a in fx.node.map_arg(node.args[1:], lambda n: n) or ())
+    return all(n in values for n in node.all_input_nodes)
+
+
+def _evaluate(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    assert callable(node.target)
+    like = torch.zeros((), dtype=getattr(ops.value(node), "dtype", torch.float32))
+
+    def resolve(n: fx.Node) -> Any:
+        return values.get(n, like)
+
+    args, kwargs = fx.node.map_arg(node.args, resolve), fx.node.map_arg(node.kwargs, resolve)
+    with torch.no_grad():
+        result = node.target(*args, **kwargs)
+    before = sum(v.numel() for v in map(resolve, node.all_input_nodes) if isinstance(v, Tensor))
+    if isinstance(result, Tensor) and ops.base_name(node) in ENLARGING and result.numel() > before:
+        return None
+    return result
+
+
+def _store(module: nn.Module, graph: fx.Graph, node: fx.Node, tensor: Tensor, taken: set[str]) -> None:
+    """Replaces a computed node by a stored tensor, named after the parameter that it was computed from."""
+    source = node
+    while source.op != "get_attr" and source.all_input_nodes:
+        source = source.all_input_nodes[0]
+    base = str(source.target) if source.op == "get_attr" else f"constants.{node.name}"
+    target, count = base, 0
+    while target in taken:
+        count += 1
+        target = f"{base}_{count}"
+    taken.add(target)
+    with graph.inserting_before(node):
+        stored = graph.get_attr(target)
+    set_tensor(module, target, tensor.detach().clone())
+    stored.meta.update(val=tensor.detach(), nn_module_stack=node.meta.get("nn_module_stack"))
+    node.replace_all_uses_with(stored)
+
+
+def rewrite(graph_module: fx.GraphModule) -> None:
+    """Applies the rewrites that later passes and quantizers rely on; the function stays the same."""
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        name = ops.base_name(node)
+        if name == "scaled_dot_product_attention":
+            _decompose_attention(graph_module, node)
+        elif name in IDENTITY:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif name == "view":
+            node.target = aten.reshape.default  # a view of what is no longer contiguous
+        elif name in {"addmm", "matmul", "mm"}:
+            _constant_matmul_to_linear(graph_module, node)
+    _give_biases(graph_module)
+    graph.lint()
+    graph_module.recompile()
+
+
+def insert(graph: fx.Graph, like: fx.Node, layer: str, target: Callable[..., Any], *args: Any) -> fx.Node:
+    """Adds an operator before ``like`` with its provenance and a layer name of its own."""
+    with graph.inserting_before(like):
+        node = graph.call_function(target, args)
+    node.meta.update({k: v for k, v in like.meta.items() if k != "val"}, layer=layer, val=ops.value(like))
+    return node
+
+
+def _decompose_attention(module: fx.GraphModule, node: fx.Node) -> None:
+    """``softmax(q k^T * scale + mask) v`` in operators that a quantizer can see."""
+    arguments = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), node.args, strict=False))
+    arguments.update(node.kwargs)
+    query, key, value = (arguments[k] for k in ("query", "key", "value"))
+    if arguments.get("enable_gqa") or not all(isinstance(n, fx.Node) for n in (query, key, value)):
+        return
+    graph, base = module.graph, str(node.meta["layer"]).removesuffix(".scaled_dot_product_attention")
+    scale = arguments.get("scale") or 1 / math.sqrt(int(ops.shape(query)[-1]))
+    transposed = insert(graph, node, f"{base}.key", aten.transpose.int, key, -2, -1)
+    scores = insert(graph, node, f"{base}.qk", aten.matmul.default, query, transposed)
+    scores = insert(graph, node, f"{base}.scale", aten.mul.Tensor, scores, scale)
+    mask = arguments.get("attn_mask")
+    if arguments.get("is_causal"):
+        length, width = int(ops.shape(query)[-2]), int(ops.shape(key)[-2])
+        mask = _stored(module, node, f"{base}.causal", torch.ones(length, width, dtype=torch.bool).tril())
+    if isinstance(mask, fx.Node):
+        scores = _masked(graph, node, base, scores, mask)
+    weights = insert(graph, node, f"{base}.softmax", aten.softmax.int, scores, -1)
+    mixed = insert(graph, node, f"{base}.pv", aten.matmul.default, weights, value)
+    node.replace_all_uses_with(mixed)
+    graph.erase_node(node)
+
+
+def _stored(module: fx.GraphModule, node: fx.Node, target: str, tensor: Tensor) -> fx.Node:
+    set_tensor(module, target, tensor)
+    with module.graph.inserting_before(node):
+        stored = module.graph.get_attr(target)
+    stored.meta["val"] = tensor
+    return stored
+
+
+def _masked(graph: fx.Graph, node: fx.Node, base: str, scores: fx.Node, mask: fx.Node) -> fx.Node:
+    value = ops.value(mask)
+    if isinstance(value, Tensor) and value.dtype == torch.bool:
+        inverted = insert(graph, node, f"{base}.mask", aten.logical_not.default, mask)
+        inverted.meta["val"] = value
+        return insert(graph, node, f"{base}.masked", aten.masked_fill.Scalar, scores, inverted, float("-inf"))
+    return insert(graph, node, f"{base}.mask", aten.add.Tensor, scores, mask)
+
+
+def _constant_matmul_to_linear(module: fx.GraphModule, node: fx.Node) -> None:
+    """``x @ W (+ b)`` with a stored 2-D ``W`` becomes a linear operator with weight ``W^T``."""
+    bias, x, weight = node.args[:3] if ops.base_name(node) == "addmm" else (None, *node.args[:2])
+    if not (isinstance(weight, fx.Node) and weight.op == "get_attr" and len(ops.shape(weight)) == 2):
+        return
+    if node.kwargs or (isinstance(x, fx.Node) and x.op == "get_attr"):
+        return
+    target = f"{weight.target}_transposed"
+    transposed = _stored(module, node, target, get_tensor(module, str(weight.target)).t().contiguous().clone())
+    layer = str(weight.target).removesuffix(".weight")
+    linear = insert(module.graph, node, layer, aten.linear.default, x, transposed, bias)
+    node.replace_all_uses_with(linear)
+    module.graph.erase_node(node)
+    if not weight.users:
+        module.graph.erase_node(weight)
+
+
+def _give_biases(module: fx.GraphModule) -> None:
+    """A zero bias for every convolution and linear operator without one, so that errors can be corrected there."""
+    for node in list(module.graph.nodes):
+        if ops.kind(node) != "linear" or (len(node.args) > 2 and node.args[2] is not None):
+            continue
+        weight = node.args[1]
+        assert isinstance(weight, fx.Node)
+        target = f"{node.meta['layer']}.bias"
+        stored = _stored(module, node, target, torch.zeros(out_channels(node)))
+        node.args = (*node.args[:2], stored, *node.args[3:])
+
+
+def out_channels(node: fx.Node) -> int:
+    """Output channels of a linear operator."""
+    weight = node.args[1]
+    assert isinstance(weight, fx.Node)
+    sizes = ops.shape(weight)
+    return int(sizes[1]) * groups(node) if ops.base_name(node) in ops.CONV_TRANSPOSE else int(sizes[0])
+
+
+def groups(node: fx.Node) -> int:
+    """Groups of a convolution; 1 for a linear operator."""
+    if ops.base_name(node) == "linear":
+        return 1
+    value = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
+    assert isinstance(value, int)
+    return value
+
+
+def propagate(module: fx.GraphModule, example: Tensor) -> None:
+    """Records at every node the shapes that the example images give, without computing anything."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            n.meta["val"] = super().run_node(n)
+            return n.meta["val"]
+
+    with mode, torch.no_grad():
+        Recorder(module).run(mode.from_tensor(example))
+
+
+def prune(graph: fx.Graph) -> None:
+    """Removes operators whose result nobody uses."""
+    for node in reversed(list(graph.nodes)):
+        if node.op not in {"placeholder", "output"} and not node.users:
+            graph.erase_node(node)
+

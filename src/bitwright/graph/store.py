@@ -1,0 +1,115 @@
+"""A graph as plain data and back, without pickle: operators by name, arguments by value."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from bitwright.errors import UsageError
+
+_OPERATORS = {
+    name: getattr(operator, name)
+    for name in "add sub mul floordiv truediv mod neg getitem eq ne lt le gt ge pow and_ or_ not_".split()
+}
+_SYMBOLIC = {name: getattr(torch, name) for name in ("sym_int", "sym_float", "sym_max", "sym_min", "sym_not")}
+_FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+
+
+def dump_graph(graph: fx.Graph) -> list[list[Any]]:
+    """Nodes in order as ``[op, name, target, args, kwargs, layer]``.
+
+    Raises:
+        UsageError: an operator or an argument has no place in the format.
+    """
+    index = {node: i for i, node in enumerate(graph.nodes)}
+    return [
+        [n.op, n.name, _target_name(n), _encode(n.args, index), _encode(n.kwargs, index), n.meta.get("layer")]
+        for n in graph.nodes
+    ]
+
+
+def load_graph(data: list[list[Any]], root: nn.Module) -> fx.GraphModule:
+    """The graph module of :func:`dump_graph`'s data; ``root`` holds its tensors and modules.
+
+    Raises:
+        UsageError: the data names an operator that does not exist in this PyTorch.
+    """
+    graph, nodes = fx.Graph(), []
+    for op, name, target, args, kwargs, layer in data:
+        found = _find_target(target) if op == "call_function" else target
+        made = graph.create_node(op, found, _decode(args, nodes), _decode(kwargs, nodes), name)
+        if layer is not None:
+            made.meta["layer"] = layer
+        nodes.append(made)
+    graph.lint()
+    return fx.GraphModule(root, graph).eval()
+
+
+def _target_name(node: fx.Node) -> str:
+    target = node.target
+    if isinstance(target, str):
+        return target
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    name = getattr(target, "__name__", "")
+    if _OPERATORS.get(name) is target:
+        return f"operator.{name}"
+    if _SYMBOLIC.get(name) is target:
+        return f"torch.{name}"
+    raise UsageError(f"The operator {target} of {node.name} cannot be stored in a file.")
+
+
+def _find_target(name: str) -> Any:
+    space, *parts = name.split(".")
+    if space == "operator" and len(parts) == 1 and parts[0] in _OPERATORS:
+        return _OPERATORS[parts[0]]
+    if space == "torch" and len(parts) == 1 and parts[0] in _SYMBOLIC:
+        return _SYMBOLIC[parts[0]]
+    if space == "aten" and len(parts) == 2:
+        packet = getattr(torch.ops.aten, parts[0], None)
+        if packet is not None and parts[1] in packet.overloads():
+            return getattr(packet, parts[1])
+    raise UsageError(f"The file needs the operator '{name}', which PyTorch {torch.__version__} does not have.")
+
+
+def _encode(value: Any, index: dict[fx.Node, int]) -> Any:
+    if isinstance(value, fx.Node):
+        return {"n": index[value]}
+    if isinstance(value, list | tuple):
+        return [_encode(v, index) for v in value]
+    if isinstance(value, dict):
+        return {"d": {k: _encode(v, index) for k, v in value.items()}}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"f": str(value)}
+    if isinstance(value, torch.dtype | torch.memory_format | torch.layout):
+        return {"t": str(value).removeprefix("torch.")}
+    if isinstance(value, torch.device):
+        return {"c": str(value)}
+    if isinstance(value, slice):
+        return {"s": [_encode(v, index) for v in (value.start, value.stop, value.step)]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise UsageError(f"An argument of type {type(value).__name__} cannot be stored in a file.")
+
+
+def _decode(value: Any, nodes: list[fx.Node]) -> Any:
+    if isinstance(value, list):
+        return tuple(_decode(v, nodes) for v in value)
+    if not isinstance(value, dict):
+        return value
+    ((tag, content),) = value.items()
+    if tag == "n":
+        return nodes[content]
+    if tag == "d":
+        return {k: _decode(v, nodes) for k, v in content.items()}
+    if tag == "f":
+        return _FLOATS[content]
+    if tag == "t":
+        return getattr(torch, content)
+    if tag == "c":
+        return torch.device(content)
+    return slice(*_decode(content, nodes))

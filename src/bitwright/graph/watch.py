@@ -1,0 +1,42 @@
+"""Runs a graph and shows chosen values to a callback as they pass: nothing is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+Callback = Callable[[fx.Node, Tensor], Tensor | None]
+
+
+class Watcher(fx.Interpreter):
+    """Interprets a graph; calls back with the value of each watched node.
+
+    Args:
+        module: the graph.
+        callbacks: by node name. A callback that returns a tensor replaces the value.
+
+    Memory: values are released after their last reader, as in a plain forward pass.
+    """
+
+    def __init__(self, module: fx.GraphModule, callbacks: Mapping[str, Callback]) -> None:
+        super().__init__(module)
+        self.callbacks = callbacks
+
+    def run_node(self, n: fx.Node) -> Any:
+        """One operator, then its callback."""
+        result = super().run_node(n)
+        callback = self.callbacks.get(n.name)
+        if callback is None:
+            return result
+        replaced = callback(n, result)
+        return result if replaced is None else replaced
+
+
+def watch(module: fx.GraphModule, images: Tensor, callbacks: Mapping[str, Callback]) -> list[Tensor]:
+    """Outputs of the graph for a batch, [B, C, H, W], without gradients; see :class:`Watcher`."""
+    with torch.no_grad():
+        outputs = Watcher(module, callbacks).run(images)
+    return list(outputs)

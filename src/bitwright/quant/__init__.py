@@ -1,0 +1,1 @@
+"""Grids, ranges and the modules that hold them."""

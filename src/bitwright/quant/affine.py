@@ -1,0 +1,102 @@
+"""The affine quantizer as pure functions of tensors. Imports torch and nothing else."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    """Integer codes of ``x`` on the grid, kept in the dtype of ``x``.
+
+    ``clamp(round(x / scale) + zero_point, qmin, qmax)``, rounding half to even and before the zero point is
+    added, as ONNX ``QuantizeLinear`` does.
+
+    Args:
+        x: any shape.
+        scale: step, broadcastable to ``x``, positive.
+        zero_point: integer-valued, broadcastable to ``x``.
+        qmin: lowest code.
+        qmax: highest code.
+
+    Example:
+        >>> quantize(torch.tensor([-1.0, 0.5, 1.5, 9.0]), torch.tensor(1.0), torch.tensor(0.0), 0, 3)
+        tensor([0., 0., 2., 3.])
+    """
+    return torch.round(x / scale).add_(zero_point).clamp_(qmin, qmax)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Values of integer codes: ``(codes - zero_point) * scale``, in the dtype of ``scale``."""
+    return (codes.to(scale.dtype) - zero_point).mul_(scale)
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    """``x`` moved to the nearest value of the grid: ``dequantize(quantize(x))`` (methods, section 0.1).
+
+    Example:
+        >>> fake_quantize(torch.tensor([0.3, 2.2]), torch.tensor(0.5), torch.tensor(0.0), 0, 3)
+        tensor([0.5000, 1.5000])
+    """
+    return quantize(x, scale, zero_point, qmin, qmax).sub_(zero_point).mul_(scale)
+
+
+def to_blocks(x: Tensor, block: tuple[int, ...]) -> Tensor:
+    """Gathers the elements that share one scale into rows.
+
+    Args:
+        x: a weight, for example [O, I, kh, kw].
+        block: extent of one scale along each axis; ``(1, I, kh, kw)`` is one scale per output channel. A block
+            that does not divide its axis leaves a shorter tail, filled with zeros here.
+
+    Returns:
+        [number of blocks, elements per block], the blocks in row-major order.
+
+    Example:
+        >>> to_blocks(torch.arange(6.0).view(2, 3), (1, 2))
+        tensor([[0., 1.],
+                [2., 0.],
+                [3., 4.],
+                [5., 0.]])
+    """
+    counts = [-(-d // b) for d, b in zip(x.shape, block, strict=True)]
+    padding: list[int] = []
+    for d, b, n in reversed(list(zip(x.shape, block, counts, strict=True))):
+        padding += [0, n * b - d]
+    if any(padding):
+        x = torch.nn.functional.pad(x, padding)
+    split = [s for n, b in zip(counts, block, strict=True) for s in (n, b)]
+    rank = len(block)
+    order = [2 * i for i in range(rank)] + [2 * i + 1 for i in range(rank)]
+    return x.reshape(split).permute(order).reshape(_product(counts), _product(block))
+
+
+def expand_blocks(per_block: Tensor, shape: tuple[int, ...], block: tuple[int, ...]) -> Tensor:
+    """Broadcasts one value per block back over a tensor.
+
+    Args:
+        per_block: as many elements as blocks, in row-major order.
+        shape: of the tensor that is quantized.
+        block: as in :func:`to_blocks`.
+
+    Returns:
+        A tensor broadcastable to ``shape``.
+
+    Example:
+        >>> expand_blocks(torch.tensor([1.0, 2.0, 3.0, 4.0]), (2, 3), (1, 2))
+        tensor([[1., 1., 2.],
+                [3., 3., 4.]])
+    """
+    counts = [-(-d // b) for d, b in zip(shape, block, strict=True)]
+    out = per_block.reshape(counts)
+    for axis, (d, b) in enumerate(zip(shape, block, strict=True)):
+        if 1 < b < d:
+            out = out.repeat_interleave(b, dim=axis).narrow(axis, 0, d)
+    return out
+
+
+def _product(values: list[int] | tuple[int, ...]) -> int:
+    result = 1
+    for v in values:
+        result *= v
+    return result

@@ -1,0 +1,208 @@
+"""The modules that put a tensor on its grid: one for weights and activations, one for biases."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.errors import UsageError
+from bitwright.quant import affine
+
+TINY = 2.0**-60  # so that the product of two steps is still a normal float32
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The integers a tensor may take.
+
+    Example:
+        >>> Grid(4, symmetric=True).qmin, Grid(4, symmetric=True).qmax
+        (-8, 7)
+        >>> Grid(8, symmetric=False).qmin, Grid(8, symmetric=False).qmax
+        (0, 255)
+    """
+
+    bits: int
+    symmetric: bool = False
+    """Signed codes around zero point 0. Otherwise unsigned codes with a zero point of their own."""
+
+    @property
+    def qmin(self) -> int:
+        """Lowest code."""
+        return -(2 ** (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def qmax(self) -> int:
+        """Highest code."""
+        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+
+
+class Quantizer(nn.Module):
+    """Puts one tensor on its grid; the identity until it has a scale.
+
+    Invariants once calibrated (:meth:`validate`): every scale is finite and positive; every zero point is an
+    integer of the grid; there is one of each per block.
+
+    Args:
+        name: the layer it belongs to, as the user knows it.
+        grid: its integers.
+        role: what it quantizes.
+        shape: of the weight; unused without ``block``.
+        block: extent of one scale along each axis of a weight (:func:`affine.to_blocks`); None for one scale.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(
+        self,
+        name: str,
+        grid: Grid,
+        role: Literal["weight", "activation", "parameter"],
+        shape: tuple[int, ...] = (),
+        block: tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        self.name, self.grid, self.role = name, grid, role
+        self.shape, self.block = shape, block
+        self.register_buffer("scale", torch.empty(0))
+        self.register_buffer("zero_point", torch.empty(0))
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it has a scale."""
+        return self.scale.numel() > 0
+
+    @property
+    def granularity(self) -> str:
+        """``tensor``, ``channel`` or ``group``: how many elements share a scale."""
+        if self.block is None or self.scale.numel() == 1:
+            return "tensor"
+        cut = [d for d, b in zip(self.shape, self.block, strict=True) if b < d]
+        return "channel" if self.scale.numel() == max(cut) and len(cut) == 1 else "group"
+
+    def set_range(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
+        """Takes over scales (and zero points) of any shape with one element per block.
+
+        Raises:
+            UsageError: a scale is not finite and positive, or a zero point is off the grid.
+        """
+        scale = scale.detach().reshape(-1).to(torch.float32).clamp_min(TINY)
+        zero = torch.zeros_like(scale) if zero_point is None else zero_point.detach().reshape(-1).to(torch.float32)
+        self.scale, self.zero_point = scale, zero
+        self.validate()
+
+    def validate(self) -> None:
+        """Checks the invariants listed on the class.
+
+        Raises:
+            UsageError: one of them does not hold.
+        """
+        if not bool((torch.isfinite(self.scale) & (self.scale > 0)).all()):
+            raise UsageError(f"Expected finite positive scales for {self.name}, found {self.scale.tolist()[:4]}.")
+        low, high = (0, 0) if self.grid.symmetric else (self.grid.qmin, self.grid.qmax)
+        if not bool(((self.zero_point == self.zero_point.round()) & (self.zero_point >= low) & (self.zero_point <= high)).all()):
+            raise UsageError(f"Expected integer zero points in [{low}, {high}] for {self.name}.")
+
+    def expanded(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, broadcastable to the tensor."""
+        if self.block is None:
+            return self.scale.reshape(()), self.zero_point.reshape(())
+        return (
+            affine.expand_blocks(self.scale, self.shape, self.block),
+            affine.expand_blocks(self.zero_point, self.shape, self.block),
+        )
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Integer codes of ``x``, as int32."""
+        return affine.quantize(x, *self.expanded(), self.grid.qmin, self.grid.qmax).to(torch.int32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` on the grid, same shape; ``x`` itself before calibration."""
+        if not self.calibrated:
+            return x
+        return affine.fake_quantize(x, *self.expanded(), self.grid.qmin, self.grid.qmax)
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        sign = "symmetric" if self.grid.symmetric else "affine"
+        return f"{self.name}, {self.role}, {self.grid.bits} bits, {sign}, {self.scale.numel()} scales"
+
+
+class BiasQuantizer(nn.Module):
+    """Puts a bias on the grid of its layer's accumulator: 32-bit integers with step ``s_x * s_w``.
+
+    The layer's integer kernel adds the bias to its accumulator, so that the simulation must use the same values.
+    The identity until both quantizers have scales.
+    """
+
+    LIMIT = 2.0**31 - 128  # the largest float32 below 2**31
+
+    def __init__(self, name: str, source: Quantizer, weight: Quantizer) -> None:
+        super().__init__()
+        self.name = name
+        self._parts = (source, weight)  # in a tuple, so that they are not registered a second time
+
+    @property
+    def source(self) -> Quantizer:
+        """Quantizer of the layer's input."""
+        return self._parts[0]
+
+    @property
+    def weight(self) -> Quantizer:
+        """Quantizer of the layer's weight, with one scale or one per output channel."""
+        return self._parts[1]
+
+    @property
+    def scale(self) -> Tensor:
+        """Step of each bias: [C_out] or [1]."""
+        return self.source.scale * self.weight.scale
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether both of its quantizers have scales."""
+        return self.source.calibrated and self.weight.calibrated
+
+    def codes(self, bias: Tensor) -> Tensor:
+        """int32 codes, [C_out]."""
+        codes = torch.round(bias.double() / self.scale.double()).clamp_(-self.LIMIT, self.LIMIT)
+        return codes.to(torch.int32)
+
+    def forward(self, bias: Tensor) -> Tensor:
+        """The bias on its grid, [C_out]."""
+        if not self.calibrated:
+            return bias
+        return self.codes(bias).to(torch.float32) * self.scale
+
+
+class Frozen(nn.Module):
+    """Integers in place of a float parameter: ``(codes - zero_point) * scale``, exactly as fake quantization.
+
+    Args:
+        codes: int32, in the shape of the parameter.
+        quantizer: the one whose grid the codes are on.
+    """
+
+    codes: Tensor
+
+    def __init__(self, codes: Tensor, quantizer: Quantizer | BiasQuantizer) -> None:
+        super().__init__()
+        self.name = quantizer.name
+        self._quantizer = (quantizer,)
+        narrow = isinstance(quantizer, Quantizer)
+        self.register_buffer("codes", codes.to(torch.int16) if narrow else codes)
+
+    @property
+    def quantizer(self) -> Quantizer | BiasQuantizer:
+        """The grid of the codes."""
+        return self._quantizer[0]
+
+    def forward(self, _: Tensor | None = None) -> Tensor:
+        """The parameter's values, float32."""
+        q = self.quantizer
+        if isinstance(q, BiasQuantizer):
+            return self.codes.to(torch.float32) * q.scale
+        return affine.dequantize(self.codes, *q.expanded())

@@ -1,0 +1,158 @@
+"""From statistics to scales: min-max, percentile and the range of least error, for weights and activations."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bitwright.quant import affine
+from bitwright.quant.quantizer import Grid
+from bitwright.quant.statistics import Statistics
+
+RangeMethod = Literal["minmax", "percentile", "mse"]
+FINE_BITS = 12
+"""From here on the step is finer than a histogram's bin, and clipping cannot pay: min-max is used."""
+
+
+def minmax_scale(absmax: Tensor, grid: Grid) -> Tensor:
+    """Symmetric step that spans [-absmax, absmax]: ``absmax / ((qmax - qmin) / 2)`` (methods, section 0.1).
+
+    A block without any weight but zeros gets step 1.
+
+    Example:
+        >>> minmax_scale(torch.tensor([7.5, 0.0]), Grid(4, symmetric=True))
+        tensor([1., 1.])
+    """
+    return torch.where(absmax > 0, absmax / ((grid.qmax - grid.qmin) / 2), torch.ones_like(absmax))
+
+
+def weight_scale(
+    weight: Tensor,
+    grid: Grid,
+    block: tuple[int, ...],
+    method: RangeMethod = "mse",
+    *,
+    percentile: float = 0.9999,
+    power: float = 2.0,
+    importance: Tensor | None = None,
+) -> Tensor:
+    """One symmetric step per block of a weight.
+
+    Args:
+        weight: [O, I, ...].
+        grid: symmetric.
+        block: extent of one scale along each axis (:func:`affine.to_blocks`).
+        method: ``minmax``; ``percentile`` of the magnitudes; ``mse``, the step of least error.
+        percentile: for that method, as a fraction.
+        power: of the absolute error, 2 for squares.
+        importance: weight of each element's error, shaped as the weight; ones if absent.
+
+    Returns:
+        [number of blocks], float32.
+    """
+    rows = affine.to_blocks(weight.detach().float(), block)
+    absmax = rows.abs().amax(1)
+    if method == "minmax":
+        return minmax_scale(absmax, grid)
+    if method == "percentile":
+        return minmax_scale(rows.abs().quantile(percentile, dim=1), grid)
+    factors = None if importance is None else affine.to_blocks(importance.float(), block)
+    return _least_error_scale(rows, minmax_scale(absmax, grid), grid, power, factors)
+
+
+def _least_error_scale(rows: Tensor, start: Tensor, grid: Grid, power: float, importance: Tensor | None) -> Tensor:
+    """Grid search from coarse to fine, all rows at once."""
+    best_factor = torch.ones_like(start)
+    best_error = torch.full_like(start, float("inf"))
+    zero = torch.zeros(())
+    width = 0.42
+    centre = torch.full_like(start, 0.62)
+    for points in (29, 9, 7):
+        for offset in torch.linspace(-width, width, points).tolist():
+            factor = centre + offset
+            scale = (start * factor).unsqueeze(1)
+            error = affine.fake_quantize(rows, scale, zero, grid.qmin, grid.qmax).sub_(rows)
+            error = error.square_() if power == 2.0 else error.abs_().pow_(power)
+            total = (error if importance is None else error.mul_(importance)).sum(1)
+            better = total < best_error
+            best_error = torch.where(better, total, best_error)
+            best_factor = torch.where(better, factor, best_factor)
+        width, centre = 2 * width / (points - 1) * 0.8, best_factor.clone()
+    return start * best_factor
+
+
+def activation_range(
+    statistics: Statistics, grid: Grid, method: RangeMethod = "mse", *, percentile: float = 0.9999, power: float = 2.0
+) -> tuple[float, float]:
+    """Interval [low, high] that a tensor's grid should span; it contains 0.
+
+    Args:
+        statistics: of the tensor.
+        grid: its bits.
+        method: ``minmax``; ``percentile`` cut off on either side; ``mse``, the interval of least error, searched on the
+            histogram, first shrinking both ends together, then each alone.
+        percentile: for that method, as a fraction.
+        power: of the absolute error.
+    """
+    low, high = min(statistics.minimum, 0.0), max(statistics.maximum, 0.0)
+    if low == high or method == "minmax" or grid.bits >= FINE_BITS:
+        return low, high
+    values, counts = statistics.histogram()
+    if method == "percentile":
+        return _percentile(values, counts, low, high, percentile)
+    return _least_error_range(values, counts, low, high, grid, power)
+
+
+def _percentile(values: Tensor, counts: Tensor, low: float, high: float, fraction: float) -> tuple[float, float]:
+    cumulated = counts.cumsum(0) / counts.sum()
+    top = values[int((cumulated >= fraction).int().argmax())]
+    bottom = values[int((cumulated >= 1 - fraction).int().argmax())]
+    return max(low, min(float(bottom), 0.0)), min(high, max(float(top), 0.0))
+
+
+def _least_error_range(
+    values: Tensor, counts: Tensor, low: float, high: float, grid: Grid, power: float
+) -> tuple[float, float]:
+    shrink = torch.linspace(1.0, 0.02, 99, dtype=torch.float64)
+    lows, highs = low * shrink, high * shrink
+    for _ in range(3):
+        best = int(_errors(values, counts, lows, highs, grid, power).argmin())
+        low, high = float(lows[best]), float(highs[best])
+        if grid.symmetric or 0.0 in (low, high):
+            around = torch.linspace(0.97, 1.03, 25, dtype=torch.float64)
+            lows, highs = low * around, high * around
+            continue
+        around = torch.linspace(0.6, 1.2, 13, dtype=torch.float64)
+        lows, highs = (m.reshape(-1) for m in torch.meshgrid(low * around, high * around, indexing="ij"))
+    best = int(_errors(values, counts, lows, highs, grid, power).argmin())
+    return float(lows[best]), float(highs[best])
+
+
+def _errors(values: Tensor, counts: Tensor, lows: Tensor, highs: Tensor, grid: Grid, power: float) -> Tensor:
+    """Total error of each candidate interval, [K]."""
+    scale, zero = affine_parameters(lows, highs, grid)
+    scale, zero = scale.unsqueeze(1).float(), zero.unsqueeze(1).float()
+    x = values.float()
+    error = affine.fake_quantize(x, scale, zero, grid.qmin, grid.qmax).sub_(x)
+    error = error.square_() if power == 2.0 else error.abs_().pow_(power)
+    return error @ counts.float()
+
+
+def affine_parameters(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of grids that span [low, high], with ``low <= 0 <= high``.
+
+    Affine: ``scale = (high - low) / (2^b - 1)``, ``zero_point = round(-low / scale)``. Symmetric: the larger magnitude,
+    zero point 0. An interval without extent gets scale 1.
+
+    Example:
+        >>> affine_parameters(torch.tensor([-1.0]), torch.tensor([2.0]), Grid(2))
+        (tensor([1.]), tensor([1.]))
+    """
+    if grid.symmetric:
+        scale = minmax_scale(torch.maximum(-low, high), grid)
+        return scale, torch.zeros_like(scale)
+    span = high - low
+    scale = torch.where(span > 0, span / (grid.qmax - grid.qmin), torch.ones_like(span))
+    return scale, (torch.round(-low / scale) + grid.qmin).clamp(grid.qmin, grid.qmax)

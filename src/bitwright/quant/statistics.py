@@ -1,0 +1,106 @@
+"""What calibration remembers of a tensor: a fixed amount, however many images pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bitwright.errors import DataError
+
+BINS = 8192
+SAMPLE = 2**15
+
+
+class Statistics:
+    """Minimum, maximum and histogram of a stream of tensors.
+
+    The extremes are exact. The histogram counts at most ``SAMPLE`` evenly spaced elements of each batch; its range
+    starts with the first batch and doubles when a value falls outside, two bins becoming one, so that its bins are
+    never wider than 1/2048 of the largest magnitude seen.
+
+    Args:
+        name: the layer, for errors.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.minimum, self.maximum = 0.0, 0.0
+        self.count = 0
+        self._counts = torch.zeros(BINS, dtype=torch.float64)
+        self._reach = 0.0
+        self._two_sided = False
+
+    def update(self, x: Tensor) -> None:
+        """Adds a batch of any shape.
+
+        Raises:
+            DataError: a value is not finite; names the layer.
+        """
+        low, high = (float(v) for v in torch.aminmax(x.detach()))
+        if not (abs(low) < float("inf") and abs(high) < float("inf")):
+            raise DataError(
+                f"The output of {self.name} is not finite on the calibration images. "
+                "Check the preprocessing (mean, std) and the weights before it."
+            )
+        self.minimum = min(low, self.minimum) if self.count else low
+        self.maximum = max(high, self.maximum) if self.count else high
+        self.count += x.numel()
+        self._grow(max(abs(low), abs(high)), low < 0)
+        if self._reach == 0:
+            self._counts[0 if not self._two_sided else BINS // 2] += min(x.numel(), SAMPLE)
+            return
+        flat = x.detach().reshape(-1)
+        stride = -(-flat.numel() // SAMPLE)
+        if stride > 1:
+            flat = flat[:: stride | 1]  # odd, so that it does not run along one column of a power-of-two image
+        start = -self._reach if self._two_sided else 0.0
+        self._counts += torch.histc(flat.float(), BINS, start, self._reach).double().cpu()
+
+    def _grow(self, magnitude: float, negative: bool) -> None:
+        if negative and not self._two_sided:
+            halved = self._counts.reshape(-1, 2).sum(1)
+            self._counts = torch.cat([torch.zeros_like(halved), halved])
+            self._two_sided = True
+        if self._reach == 0:
+            self._reach = magnitude
+        while magnitude > self._reach:
+            halved = self._counts.reshape(-1, 2).sum(1)
+            if self._two_sided:
+                quarter = torch.zeros(BINS // 4, dtype=torch.float64)
+                self._counts = torch.cat([quarter, halved, quarter])
+            else:
+                self._counts = torch.cat([halved, torch.zeros_like(halved)])
+            self._reach *= 2
+
+    def histogram(self) -> tuple[Tensor, Tensor]:
+        """Values and counts of the bins that are not empty: [K], [K], float64.
+
+        A bin is represented by its middle, clamped to what was seen; the bin that starts at zero by zero, where
+        rectified tensors have most of their mass.
+        """
+        start = -self._reach if self._two_sided else 0.0
+        width = (self._reach - start) / BINS
+        middles = start + width * (torch.arange(BINS, dtype=torch.float64) + 0.5)
+        middles[BINS // 2 if self._two_sided else 0] = 0.0
+        filled = self._counts > 0
+        return middles[filled].clamp(self.minimum, self.maximum), self._counts[filled]
+
+
+class MeanInput:
+    """Mean over images of a layer's input, elementwise: [1, ...], as large as one image's activation."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self.count = 0
+
+    def update(self, x: Tensor) -> None:
+        """Adds a batch, [B, ...]; windows or tokens folded into the first axis are averaged too."""
+        summed = x.detach().sum(0, keepdim=True)
+        self.total = summed if self.total is None else self.total + summed
+        self.count += x.shape[0]
+
+    @property
+    def mean(self) -> Tensor:
+        """[1, ...], float32."""
+        assert self.total is not None
+        return self.total / self.count

@@ -1,0 +1,148 @@
+"""The quantized model: a graph with quantizers in it, and what is known of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from bitwright.capture import Captured
+from bitwright.graph import rewrite
+from bitwright.graph.insert import Layer, insert
+from bitwright.graph.place import Unquantized
+from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
+from bitwright.quant.scheme import Scheme
+
+if TYPE_CHECKING:
+    from bitwright.data import Images, PreprocessFunction, Preprocessing
+    from bitwright.export.parity import Parity
+
+
+class QuantizedModel(nn.Module):
+    """A network whose tensors pass through quantizers; called as the user's model is.
+
+    Invariants: until :meth:`freeze`, every quantized parameter is a float tensor followed by its quantizer;
+    afterwards it is integers. Both compute the same, bit for bit.
+    """
+
+    def __init__(
+        self,
+        graph: fx.GraphModule,
+        layers: list[Layer],
+        unquantized: list[Unquantized],
+        scheme: Scheme,
+        *,
+        outputs: tuple[str, ...],
+        structure: pytree.TreeSpec,
+        input_shape: tuple[int, int, int],
+        teacher: Captured | None = None,
+    ) -> None:
+        super().__init__()
+        self.graph = graph
+        self.layers, self.unquantized, self.scheme = layers, unquantized, scheme
+        self.outputs, self.structure, self.input_shape = outputs, structure, input_shape
+        self._not_modules = [teacher]
+        self.preprocessing: Preprocessing | PreprocessFunction | None = None
+        self.calibration: Images | None = None
+        """The images it was made with; None after loading."""
+        self.result: dict[str, Any] = {}
+        """What ``result.json`` holds."""
+
+    @property
+    def teacher(self) -> Captured | None:
+        """The float network it was made from; None after loading, until :meth:`attach_teacher`."""
+        return self._not_modules[0]
+
+    def attach_teacher(self, teacher: Captured) -> None:
+        """Gives a loaded model its float network back, so that fidelity can be measured."""
+        self._not_modules[0] = teacher
+
+    def forward(self, images: Tensor) -> Any:
+        """Outputs as the user's model arranges them, for [B, C, H, W]."""
+        return pytree.tree_unflatten(self.flat(images), self.structure)
+
+    def flat(self, images: Tensor) -> list[Tensor]:
+        """Outputs in the order of ``outputs``."""
+        return list(self.graph(images))
+
+    @property
+    def frozen(self) -> bool:
+        """Whether its parameters are integers."""
+        return any(isinstance(m, Frozen) for m in self.graph.modules())
+
+    def freeze(self) -> QuantizedModel:
+        """Puts integers in place of every quantized parameter (itself; does nothing the second time)."""
+        graph = self.graph.graph
+        for node in list(graph.nodes):
+            stored = node.args[0] if node.args else None
+            if node.op != "call_module" or not isinstance(stored, fx.Node) or stored.op != "get_attr":
+                continue
+            quantizer = self.graph.get_submodule(str(node.target))
+            assert isinstance(quantizer, Quantizer | BiasQuantizer)
+            if not quantizer.calibrated:
+                continue
+            tensor = rewrite.get_tensor(self.graph, str(stored.target))
+            key = str(node.target).replace("quantizer_", "frozen_", 1)
+            self.graph.add_module(key, Frozen(quantizer.codes(tensor), quantizer))
+            node.target, node.args = key, ()
+            if not stored.users:
+                graph.erase_node(stored)
+        _drop_unused_tensors(self.graph)
+        graph.lint()
+        self.graph.recompile()
+        return self
+
+    def quantizer(self, key: str) -> Quantizer:
+        """The quantizer at a layer's key."""
+        found = self.graph.get_submodule(key)
+        assert isinstance(found, Quantizer), f"{key} is not a quantizer"
+        return found
+
+    def evaluate(self, images: Any, labels: Any = None) -> dict[str, Any]:
+        """Accuracy and fidelity on images; see :func:`bitwright.evaluate`."""
+        from bitwright.evaluate import evaluate
+
+        return evaluate(self, images, labels=labels)
+
+    def save(self, folder: str | Path, *, force: bool = False) -> Path:
+        """Writes a run folder; see :func:`bitwright.run_folder.save`."""
+        from bitwright.run_folder import save
+
+        return save(self, Path(folder), force=force)
+
+    def export(self, path: str | Path, *, force: bool = False) -> Parity:
+        """Writes an ONNX file and checks it against the simulation; see :func:`bitwright.export.onnx.export`."""
+        from bitwright.export.parity import export_checked
+
+        return export_checked(self, Path(path), force=force)
+
+
+def _drop_unused_tensors(module: fx.GraphModule) -> None:
+    used = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
+    for name, _ in list(module.named_buffers()):
+        *parents, leaf = name.split(".")
+        owner = module.get_submodule(".".join(parents))
+        if not isinstance(owner, Quantizer | Frozen) and name not in used:
+            delattr(owner, leaf)
+
+
+def insert_quantizers(teacher: Captured, scheme: Scheme) -> QuantizedModel:
+    """The student: the prepared network with quantizers that are not calibrated yet, so that it computes in float.
+
+    Raises:
+        UsageError: a rule matches no layer.
+    """
+    inserted = insert(teacher.graph, scheme)
+    return QuantizedModel(
+        inserted.graph,
+        inserted.layers,
+        inserted.unquantized,
+        scheme,
+        outputs=teacher.outputs,
+        structure=teacher.structure,
+        input_shape=tuple(teacher.example.shape[1:]),  # type: ignore[arg-type]
+        teacher=teacher,
+    )
+

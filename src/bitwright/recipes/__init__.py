@@ -1,0 +1,124 @@
+"""Recipes: one file a paper. A recipe is a name and a tuple of stages; everything else is in the stages."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+import runpy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, SerializeAsAny, ValidationError, field_validator
+
+from bitwright.errors import UsageError
+from bitwright.stages.base import Stage
+
+
+class Recipe(BaseModel):
+    """Stages in order.
+
+    Example:
+        >>> from bitwright.stages.calibrate import Calibrate
+        >>> print(Recipe(name="plain", summary="An example.", stages=(Calibrate(weights="minmax"),)).to_yaml())
+        name: plain
+        summary: An example.
+        paper: ''
+        stages:
+        - calibrate:
+            weights: minmax
+            activations: mse
+            percentile: 0.9999
+            power: 2.0
+            bias_correction: none
+            bias_images: 128
+        <BLANKLINE>
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    summary: str = ""
+    paper: str = ""
+    stages: tuple[SerializeAsAny[Stage], ...]
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _read_stages(cls, value: Any) -> Any:
+        return tuple(_read_stage(v) for v in value)
+
+    def settings(self) -> dict[str, Any]:
+        """Name, paper and every stage with every setting, as plain data."""
+        data = self.model_dump(mode="json")
+        data["stages"] = [{stage.kind: stage.model_dump(mode="json")} for stage in self.stages]
+        return data
+
+    def to_yaml(self) -> str:
+        """Text that :func:`recipe` reads back."""
+        return str(yaml.safe_dump(self.settings(), sort_keys=False))
+
+
+def _read_stage(value: Any) -> Any:
+    if isinstance(value, Stage):
+        return value
+    if isinstance(value, str):
+        value = {value: {}}
+    if not isinstance(value, dict) or len(value) != 1:
+        raise ValueError(f"expected a stage like 'calibrate: {{weights: mse}}', found {value!r}")
+    ((kind, settings),) = value.items()
+    if kind not in Stage.registry:
+        raise ValueError(f"unknown stage '{kind}'; there are {', '.join(sorted(Stage.registry))}")
+    return Stage.registry[kind](**(settings or {}))
+
+
+@cache
+def builtin() -> dict[str, Recipe]:
+    """Every recipe in this folder, by name: each module holds one in ``RECIPE``, or several in ``RECIPES``."""
+    found = {}
+    for info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{info.name}")
+        for made in (*getattr(module, "RECIPES", ()), *filter(None, [getattr(module, "RECIPE", None)])):
+            found[made.name] = made
+    return found
+
+
+def recipe(reference: str | Path | Recipe) -> Recipe:
+    """A recipe by name, by YAML file, or by Python file that defines ``RECIPE``.
+
+    Raises:
+        UsageError: there is no such recipe (the nearest is named), or the file is not one (the field is named).
+    """
+    if isinstance(reference, Recipe):
+        return reference
+    path = Path(reference)
+    if path.suffix in {".yaml", ".yml", ".py"}:
+        if not path.is_file():
+            raise UsageError(f"Expected a recipe file at {path}, found none.")
+        return _from_python(path) if path.suffix == ".py" else _from_yaml(path)
+    known = builtin()
+    if str(reference) not in known:
+        near = difflib.get_close_matches(str(reference), known, n=1, cutoff=0.0)
+        raise UsageError(f"There is no recipe '{reference}'. Did you mean '{near[0]}'? All: {', '.join(known)}.")
+    return known[str(reference)]
+
+
+def _from_python(path: Path) -> Recipe:
+    made = runpy.run_path(str(path)).get("RECIPE")
+    if not isinstance(made, Recipe):
+        raise UsageError(f"Expected {path} to define RECIPE, a bitwright.Recipe.")
+    return made
+
+
+def _from_yaml(path: Path) -> Recipe:
+    builtin()  # so that all stages are known
+    try:
+        data = yaml.safe_load(path.read_text())
+        return Recipe.model_validate(data)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is not YAML: {str(error).splitlines()[0]}.") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(p) for p in first["loc"]) or "the file"
+        raise UsageError(f"In the recipe {path}, {field}: {first['msg']}.") from error

@@ -1,0 +1,91 @@
+"""``result.json``: everything that was measured, under stable keys."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+import bitwright
+from bitwright.quantized import QuantizedModel
+
+
+def describe_layers(model: QuantizedModel, sqnr: dict[str, float | None] | None = None) -> list[dict[str, Any]]:
+    """One row per quantized tensor: bits, granularity, parameters, MACs for one image, SQNR in dB."""
+    rows = []
+    for layer in model.layers:
+        weight = None if layer.weight is None else model.quantizer(layer.weight)
+        activation = None if layer.activation is None else model.quantizer(layer.activation)
+        stored = layer.op == "parameter"
+        rows.append(
+            {
+                "name": layer.name,
+                "op": layer.op,
+                "weight_bits": activation.grid.bits if stored and activation else weight and weight.grid.bits,
+                "activation_bits": None if stored or activation is None else activation.grid.bits,
+                "granularity": weight.granularity if weight is not None else "tensor",
+                "parameters": layer.parameters,
+                "macs": layer.macs,
+                "sqnr_db": (sqnr or {}).get(layer.name),
+            }
+        )
+    return rows
+
+
+def describe_plan(model: QuantizedModel) -> dict[str, Any]:
+    """``plan.json``: for every layer its bits, granularity, sign and what shares its scale."""
+    sharing: dict[str, list[str]] = {}
+    for layer in model.layers:
+        if layer.activation is not None and layer.end == layer.node:
+            sharing.setdefault(layer.activation, []).append(layer.name)
+    plan = {}
+    for layer in model.layers:
+        weight = None if layer.weight is None else model.quantizer(layer.weight)
+        entry: dict[str, Any] = {}
+        if weight is not None:
+            entry["weight"] = {
+                "bits": weight.grid.bits,
+                "granularity": weight.granularity,
+                "symmetric": weight.grid.symmetric,
+            }
+        if layer.activation is not None:
+            activation = model.quantizer(layer.activation)
+            others = [n for n in sharing.get(layer.activation, []) if n != layer.name]
+            entry["activation"] = {"bits": activation.grid.bits, "symmetric": activation.grid.symmetric}
+            if others:
+                entry["activation"]["shares_scale_with"] = others
+        plan[layer.name] = entry
+    return {"runtime": model.scheme.runtime, "layers": plan}
+
+
+def environment(device: torch.device | str, seed: int) -> dict[str, Any]:
+    """Versions, machine, seed and command."""
+    return {
+        "bitwright": bitwright.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": str(device),
+        "seed": seed,
+        "command": " ".join(sys.argv),
+    }
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def totals(model: QuantizedModel) -> dict[str, int]:
+    """Parameters and MACs of the whole network, for one image."""
+    return {"parameters": sum(x.parameters for x in model.layers), "macs": sum(x.macs for x in model.layers)}
+
+
+def describe_unquantized(model: QuantizedModel) -> list[dict[str, str]]:
+    """Tensors that stay float, with the reason."""
+    return [asdict(u) for u in model.unquantized]

@@ -1,0 +1,108 @@
+"""The folder that a run leaves behind: written as a whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from bitwright.data import Preprocessing
+from bitwright.errors import UsageError
+from bitwright.export.packed import ideal_bytes, load_packed, save_packed
+from bitwright.quantized import QuantizedModel
+from bitwright.result import describe_plan
+
+MODEL, PLAN, RESULT, ONNX, LOG, STATE = (
+    "model.safetensors", "plan.json", "result.json", "model.onnx", "log.jsonl", "state",
+)  # fmt: skip
+
+
+def check_target(folder: Path, *, force: bool = False, resume: bool = False) -> None:
+    """Refuses a folder that cannot be written, before the long work starts.
+
+    Raises:
+        UsageError: it is a file, holds something already, or cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"Expected a folder at {folder}, found a file. Choose another --out.")
+    filled = folder.is_dir() and any(folder.iterdir())
+    unfinished = (folder / STATE).is_dir() and not (folder / RESULT).exists()
+    if filled and not force and not (resume and unfinished):
+        advice = "Go on with --resume, or replace it with --force." if unfinished else "Choose another --out, or --force."
+        raise UsageError(f"The folder {folder} is not empty. {advice}")
+    parent = folder
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK | os.X_OK) or not parent.is_dir():
+        raise UsageError(f"The folder {folder} cannot be written. Choose another --out.")
+
+
+@contextmanager
+def staged(folder: Path, *, force: bool = False) -> Iterator[Path]:
+    """A folder beside the target to write into; it takes the target's place when all went well."""
+    check_target(folder, force=True)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_files(model: QuantizedModel, folder: Path) -> None:
+    """Model, plan and sizes into an existing folder; ``result.json`` is written last by :func:`write_result`."""
+    settings = model.preprocessing.model_dump(mode="json") if isinstance(model.preprocessing, Preprocessing) else None
+    save_packed(model, folder / MODEL, {"preprocessing": settings})
+    _dump(describe_plan(model), folder / PLAN)
+    model.result["size"] = {
+        **model.result.get("size", {}),
+        "ideal_bytes": ideal_bytes(model),
+        "packed_bytes": (folder / MODEL).stat().st_size,
+    }
+
+
+def write_result(model: QuantizedModel, folder: Path) -> None:
+    """``result.json``."""
+    _dump(model.result, folder / RESULT)
+
+
+def save(model: QuantizedModel, folder: Path, *, force: bool = False) -> Path:
+    """Writes the model (frozen first), its plan and its result. The ONNX file is written by ``model.export``.
+
+    Raises:
+        UsageError: the folder is not empty (unless ``force``) or cannot be written.
+    """
+    check_target(folder, force=force)
+    model.freeze()
+    with staged(folder, force=force) as partial:
+        write_files(model, partial)
+        write_result(model, partial)
+    return folder
+
+
+def load(folder: str | Path) -> QuantizedModel:
+    """The quantized model of a run folder (or of its ``model.safetensors``), bit for bit.
+
+    Raises:
+        UsageError: there is none, or it is damaged.
+    """
+    path = Path(folder)
+    file = path / MODEL if path.is_dir() else path
+    model, extra = load_packed(file)
+    settings = extra.get("preprocessing")
+    model.preprocessing = None if settings is None else Preprocessing(**settings)
+    if (file.parent / RESULT).is_file():
+        model.result = json.loads((file.parent / RESULT).read_text())
+    return model
+
+
+def _dump(data: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n")

@@ -1,0 +1,195 @@
+"""Chooses every scale from one pass of the float network over the images, then corrects the biases."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, fx
+
+from bitwright.capture import Captured
+from bitwright.data import Images
+from bitwright.graph import ops, rewrite
+from bitwright.graph.watch import Callback, watch
+from bitwright.quant.quantizer import BiasQuantizer, Grid, Quantizer
+from bitwright.quant.ranges import RangeMethod, activation_range, affine_parameters, weight_scale
+from bitwright.quant.statistics import MeanInput, Statistics
+from bitwright.quantized import QuantizedModel
+from bitwright.stages.base import Run, Stage
+
+BIAS_REACH = 2.0**30
+"""Largest bias in steps of its accumulator; wider steps are chosen for the weights of a channel that would exceed it."""
+
+
+class Calibrate(Stage):
+    """Ranges of weights and activations, and bias correction.
+
+    Bias correction gives every output channel the mean it has in the float network. ``analytic``: the mean error of a
+    linear operator is the operator applied to the mean input with the weight error in place of the weight, which is
+    exact at the borders too. ``sequential``: measured layer after layer on the quantized network, activations included.
+    """
+
+    kind: ClassVar[str] = "calibrate"
+
+    weights: RangeMethod = "mse"
+    activations: RangeMethod = "mse"
+    percentile: float = Field(0.9999, gt=0.5, le=1.0)
+    power: float = Field(2.0, gt=0)
+    bias_correction: Literal["analytic", "sequential", "none"] = "none"
+    bias_images: int = Field(128, ge=1)
+    """Images that ``sequential`` uses, in one batch."""
+
+    def run(self, student: QuantizedModel, teacher: Captured, images: Images, run: Run) -> QuantizedModel:
+        """One pass over the images, whose memory does not depend on their number."""
+        means = _mean_inputs(teacher.graph) if self.bias_correction == "analytic" else {}
+        statistics = _observe(student, teacher, images, run, means)
+        self._set_weights(student)
+        self._set_activations(student, statistics)
+        if self.bias_correction == "analytic":
+            correct_biases(student, teacher, {k: v.mean for k, v in means.items()})
+        elif self.bias_correction == "sequential":
+            correct_biases_in_sequence(student, teacher, images.batch(range(min(self.bias_images, len(images)))), run)
+        widen_for_biases(student)
+        return student
+
+    def _set_weights(self, student: QuantizedModel) -> None:
+        for stored, quantizer in parameters(student.graph, "weight"):
+            weight = rewrite.get_tensor(student.graph, stored)
+            assert quantizer.block is not None
+            quantizer.set_range(
+                weight_scale(
+                    weight, quantizer.grid, quantizer.block, self.weights, percentile=self.percentile, power=self.power
+                )
+            )
+
+    def _set_activations(self, student: QuantizedModel, statistics: dict[str, Statistics]) -> None:
+        for key, seen in statistics.items():
+            quantizer = student.quantizer(key)
+            if student.scheme.activation_grid == "symmetric":
+                quantizer.grid = Grid(quantizer.grid.bits, symmetric=seen.minimum < 0)
+            low, high = activation_range(
+                seen, quantizer.grid, self.activations, percentile=self.percentile, power=self.power
+            )
+            quantizer.set_range(*affine_parameters(torch.tensor(low), torch.tensor(high), quantizer.grid))
+
+
+def parameters(graph: fx.GraphModule, role: str) -> list[tuple[str, Quantizer]]:
+    """Stored tensors with a quantizer of the role: (path of the tensor, quantizer)."""
+    found = []
+    for node in graph.graph.nodes:
+        if node.op != "call_module":
+            continue
+        quantizer = graph.get_submodule(node.target)
+        if isinstance(quantizer, Quantizer) and quantizer.role == role:
+            found.append((str(node.args[0].target), quantizer))
+    return found
+
+
+def _observe(
+    student: QuantizedModel, teacher: Captured, images: Images, run: Run, means: dict[str, MeanInput]
+) -> dict[str, Statistics]:
+    """Statistics of every tensor with an activation quantizer, by the quantizer's key."""
+    statistics: dict[str, Statistics] = {}
+    watched: dict[str, list[Any]] = defaultdict(list)
+    for node in student.graph.graph.nodes:
+        if node.op != "call_module" or not _is_activation(student.graph, node):
+            continue
+        seen = statistics.setdefault(str(node.target), Statistics(student.quantizer(str(node.target)).name))
+        source = node.args[0]
+        if source.op == "get_attr":
+            seen.update(rewrite.get_tensor(student.graph, str(source.target)))
+        else:
+            watched[source.name].append(seen)
+    for name, mean in means.items():
+        watched[name].append(mean)
+    callbacks: dict[str, Callback] = {name: _updater(observers) for name, observers in watched.items()}
+    for batch in run.batches(images, "Calibrating"):
+        watch(teacher.graph, batch, callbacks)
+    return statistics
+
+
+def _is_activation(graph: fx.GraphModule, node: fx.Node) -> bool:
+    quantizer = graph.get_submodule(str(node.target))
+    return isinstance(quantizer, Quantizer) and quantizer.role != "weight"
+
+
+def _updater(observers: list[Any]) -> Callback:
+    def update(_: fx.Node, value: Tensor) -> None:
+        for observer in observers:
+            observer.update(value)
+
+    return update
+
+
+def _mean_inputs(graph: fx.GraphModule) -> dict[str, MeanInput]:
+    """One accumulator for the input of every linear operator, by the name of the node that yields it."""
+    return {node.args[0].name: MeanInput() for node in graph.graph.nodes if ops.kind(node) == "linear"}
+
+
+def channel_mean(node: fx.Node, value: Tensor) -> Tensor:
+    """Mean of a linear operator's output per output channel, [C_out]."""
+    axis = value.dim() - 1 if ops.base_name(node) == "linear" else 1
+    return value.mean([d for d in range(value.dim()) if d != axis])
+
+
+def correct_biases(student: QuantizedModel, teacher: Captured, means: dict[str, Tensor]) -> None:
+    """Takes the mean output error of quantized weights off the biases, given mean inputs by node name."""
+    twin = {n.name: n for n in student.graph.graph.nodes}
+    corrections: dict[str, list[Tensor]] = defaultdict(list)
+    for node in teacher.graph.graph.nodes:
+        if ops.kind(node) != "linear":
+            continue
+        called = twin[node.name].args[1]
+        if called.op != "call_module":
+            continue
+        weight = rewrite.get_tensor(teacher.graph, str(node.args[1].target))
+        with torch.no_grad():
+            error = student.quantizer(str(called.target))(weight) - weight
+            shift = node.target(means[node.args[0].name], error, None, *node.args[3:])
+        corrections[str(node.args[2].target)].append(channel_mean(node, shift))
+    for target, shifts in corrections.items():
+        bias = rewrite.get_tensor(student.graph, target)
+        rewrite.set_tensor(student.graph, target, bias - torch.stack(shifts).mean(0))
+
+
+def correct_biases_in_sequence(student: QuantizedModel, teacher: Captured, batch: Tensor, run: Run) -> None:
+    """Gives each linear operator of the quantized network the float network's channel means, first to last."""
+    batch = batch.to(run.device)
+    expected: dict[str, Tensor] = {}
+    linears = [n.name for n in teacher.graph.graph.nodes if ops.kind(n) == "linear"]
+
+    def remember(node: fx.Node, value: Tensor) -> None:
+        expected[node.name] = channel_mean(node, value)
+
+    def correct(node: fx.Node, value: Tensor) -> Tensor:
+        shift = expected[node.name] - channel_mean(node, value)
+        stored = node.args[2]
+        assert isinstance(stored, fx.Node)
+        stored = stored.args[0] if stored.op == "call_module" else stored
+        assert isinstance(stored, fx.Node)
+        target = str(stored.target)
+        rewrite.set_tensor(student.graph, target, rewrite.get_tensor(student.graph, target) + shift)
+        tail = 0 if ops.base_name(node) == "linear" else value.dim() - 2
+        return value + shift.reshape(-1, *[1] * tail)
+
+    watch(teacher.graph, batch, dict.fromkeys(linears, remember))
+    watch(student.graph, batch, dict.fromkeys(linears, correct))
+
+
+def widen_for_biases(student: QuantizedModel) -> None:
+    """Widens the weight steps of channels whose bias would not fit the accumulator.
+
+    Such channels have next to no weights (dead ones have none), so that a wider step costs nothing.
+    """
+    for node in student.graph.graph.nodes:
+        if node.op != "call_module":
+            continue
+        quantizer = student.graph.get_submodule(node.target)
+        if not isinstance(quantizer, BiasQuantizer) or not quantizer.calibrated:
+            continue
+        bias = rewrite.get_tensor(student.graph, str(node.args[0].target)).abs()
+        needed = bias / (BIAS_REACH * quantizer.source.scale)
+        weight = quantizer.weight
+        weight.set_range(torch.maximum(weight.scale, needed if weight.scale.numel() > 1 else needed.max()))
