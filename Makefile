@@ -24,7 +24,7 @@ lint: .venv/.installed
 
 bench: .venv/.installed
 	$(BIN)/python -m pytest -m slow
-	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.calibration
 
 # Trains the embedded networks again; needs Fashion-MNIST in its original four files.
 zoo: .venv/.installed

@@ -16,7 +16,7 @@ from bitwright.errors import UsageError
 from bitwright.graph.prepare import prepare
 from bitwright.models import Model, load_model
 from bitwright.pipeline import run_stages
-from bitwright.quant.scheme import Rule, Scheme
+from bitwright.quant.scheme import Rule, Scheme, parse_activation_bits, parse_weight_bits
 from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.recipes import Recipe
 from bitwright.recipes import recipe as find_recipe
@@ -73,7 +73,10 @@ def quantize(
         UsageError: an argument, a file, or the model cannot be used; one line says why.
     """
     scheme = scheme or Scheme(
-        weights=weights, activations=activations, runtime=runtime, rules=tuple(map(_as_rule, rules))
+        weights=parse_weight_bits(weights),
+        activations=parse_activation_bits(activations),
+        runtime=runtime,
+        rules=tuple(map(_as_rule, rules)),
     )
     method, run = find_recipe(recipe), Run(seed=seed, device=find_device(device), progress=progress)
     network = as_model(model, preprocessing)
@@ -94,6 +97,31 @@ def quantize(
     student.preprocessing, student.calibration = network.preprocessing, data
     student.result = _describe(student, network, method, scheme, data, run)
     return student
+
+
+def preview(
+    model: nn.Module | torch.export.ExportedProgram | Model | str,
+    images: Any,
+    *,
+    scheme: Scheme | None = None,
+    preprocessing: Preprocessing | PreprocessFunction | None = None,
+    output: str | None = None,
+) -> QuantizedModel:
+    """What :func:`quantize` would quantize to how many bits: quantizers in place, none calibrated, still in float.
+
+    Args:
+        model: as for :func:`quantize`.
+        images: likewise; two of them are looked at.
+        scheme: bits, rules, runtime; 8 bits everywhere if not given.
+        preprocessing: of image files; a named model brings its own.
+        output: name of the one output to keep.
+
+    Raises:
+        UsageError: an argument, a file, or the model cannot be used; one line says why.
+    """
+    network = as_model(model, preprocessing)
+    data = images if isinstance(images, Images) else load_images(images, network.preprocessing)
+    return insert_quantizers(prepare_teacher(network, data, output), scheme or Scheme())
 
 
 def as_model(
@@ -133,8 +161,10 @@ def _as_rule(rule: str | Rule) -> Rule:
 
 
 def _calibration_images(source: Any, network: Model, samples: int | None, skip_unreadable: bool) -> Images:
-    images = source if isinstance(source, Images) else load_images(
-        source, network.preprocessing, skip_unreadable=skip_unreadable
+    images = (
+        source
+        if isinstance(source, Images)
+        else load_images(source, network.preprocessing, skip_unreadable=skip_unreadable)
     )
     if samples is not None and samples < 1:
         raise UsageError(f"Expected at least one sample, found {samples}.")

@@ -124,7 +124,10 @@ def _explain(error: Exception | None) -> str:
         )
     text = str(error)
     if "data-dependent" in text.lower() or "DataDependent" in type(error).__name__:
-        construct, remedy = "a decision that depends on the values of a tensor", "Use torch.where or torch.cond"
+        construct, remedy = (
+            "a decision that depends on the values of a tensor",
+            "Use torch.where or torch.cond",
+        )
     elif "specializ" in text.lower() or "constraints violated" in text.lower() or "dynamic" in text.lower():
         construct, remedy = "a batch size that is fixed while the model runs", "Reshape with x.shape[0] or -1"
     else:
@@ -157,8 +160,7 @@ def _to_graph(program: torch.export.ExportedProgram, images: Tensor) -> fx.Graph
     """The program as a graph module with its own copies of the parameters and a flat list as output."""
     if not _batch_is_dynamic(program):
         raise ModelError(
-            "The saved program has a fixed batch size. Export it with "
-            "dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)."
+            "The saved program has a fixed batch size. Export it with dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)."
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -196,17 +198,23 @@ def _name_layers(graph: fx.Graph) -> None:
     """Gives every operator the name its user would look for.
 
     An operator that is all of a standard layer takes the layer's path; others take the path of the innermost
-    module and the operator's name; repeated names are numbered.
+    module and the operator's name; repeated names are numbered, past the names that others have.
     """
-    seen: dict[str, int] = {}
+    found = {n: _layer_name(n) for n in graph.nodes if n.op == "call_function" and ops.is_float_tensor(n)}
+    own, counts, taken = set(found.values()), {"input": 0}, {"input"}
     for node in graph.nodes:
         if node.op == "placeholder":
             node.meta["layer"] = "input"
-        if node.op != "call_function" or not ops.is_float_tensor(node):
+        if node not in found:
             continue
-        name = _layer_name(node)
-        count = seen[name] = seen.get(name, -1) + 1
-        node.meta["layer"] = f"{name}_{count}" if count else name
+        name = base = found[node]
+        if base in counts:
+            while name in taken or name in own:
+                counts[base] += 1
+                name = f"{base}_{counts[base]}"
+        counts.setdefault(base, 0)
+        taken.add(name)
+        node.meta["layer"] = name
 
 
 def _layer_name(node: fx.Node) -> str:
@@ -251,7 +259,11 @@ def _check_equal(captured: Captured, expected: list[Tensor]) -> None:
 
 
 def assert_outputs_equal(
-    expected: list[Tensor], found: list[Tensor], names: tuple[str, ...], what: str, tolerance: float = TOLERANCE
+    expected: list[Tensor],
+    found: list[Tensor],
+    names: tuple[str, ...],
+    what: str,
+    tolerance: float = TOLERANCE,
 ) -> None:
     """Raises unless all outputs agree to the tolerance, relative to their range.
 

@@ -44,7 +44,12 @@ def evaluate(
 
 
 def compare(
-    network: Network, reference: Network | None, images: Images, *, batch: int = 50, progress: Progress = silent
+    network: Network,
+    reference: Network | None,
+    images: Images,
+    *,
+    batch: int = 50,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Runs one or two networks over the images.
 
@@ -115,4 +120,8 @@ def layer_sqnr(model: QuantizedModel, images: Tensor) -> dict[str, float | None]
     watch(model.teacher.graph, images, dict.fromkeys(ends, keep))
     quantized = {n.args[0].name: n.name for n in model.graph.graph.nodes if n.op == "call_module" and n.args}
     watch(model.graph, images, {quantized.get(e, e): measure(e) for e in ends})
-    return {layer.name: ratios[layer.end or layer.node].result() for layer in model.layers if (layer.end or layer.node) in ratios}
+    return {
+        layer.name: ratios[layer.end or layer.node].result()
+        for layer in model.layers
+        if (layer.end or layer.node) in ratios
+    }

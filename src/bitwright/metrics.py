@@ -87,13 +87,13 @@ class Fidelity:
         """Adds a batch of outputs; classes are read from the first."""
         for a, b in zip(reference, other, strict=True):
             self.ratio.update(a, b)
-        a, b = (_as_log_probabilities(x[0]) for x in (reference, other))
-        if a is None or b is None:
+        p, q = _as_log_probabilities(reference[0]), _as_log_probabilities(other[0])
+        if p is None or q is None:
             self.applicable = False
             return
-        self.agreeing += float((a.argmax(1) == b.argmax(1)).sum())
-        self.divergence += float((a.exp() * (a - b)).sum())
-        self.count += a.numel() // a.shape[1]
+        self.agreeing += float((p.argmax(1) == q.argmax(1)).sum())
+        self.divergence += float((p.exp() * (p - q)).sum())
+        self.count += p.numel() // p.shape[1]
 
     def result(self) -> dict[str, float | None]:
         """``agreement`` as a fraction, ``kl`` in nats, ``sqnr_db``."""

@@ -145,4 +145,3 @@ def insert_quantizers(teacher: Captured, scheme: Scheme) -> QuantizedModel:
         input_shape=tuple(teacher.example.shape[1:]),  # type: ignore[arg-type]
         teacher=teacher,
     )
-

@@ -32,7 +32,9 @@ def check_target(folder: Path, *, force: bool = False, resume: bool = False) -> 
     filled = folder.is_dir() and any(folder.iterdir())
     unfinished = (folder / STATE).is_dir() and not (folder / RESULT).exists()
     if filled and not force and not (resume and unfinished):
-        advice = "Go on with --resume, or replace it with --force." if unfinished else "Choose another --out, or --force."
+        advice = (
+            "Go on with --resume, or replace it with --force." if unfinished else "Choose another --out, or --force."
+        )
         raise UsageError(f"The folder {folder} is not empty. {advice}")
     parent = folder
     while not parent.exists():

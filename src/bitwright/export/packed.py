@@ -160,7 +160,7 @@ def _called(model: QuantizedModel) -> dict[str, nn.Module]:
     used = {str(n.target) for n in model.graph.graph.nodes if n.op == "call_module"}
     rank = {Quantizer: 0, BiasQuantizer: 1, Frozen: 2}
     needed = {k: m for k, m in found.items() if k in used or not isinstance(m, Frozen)}
-    return dict(sorted(needed.items(), key=lambda item: rank[type(item[1])]))  # type: ignore[index]
+    return dict(sorted(needed.items(), key=lambda item: rank[type(item[1])]))
 
 
 def _describe_module(model: QuantizedModel, key: str, module: nn.Module, blobs: _Blobs) -> dict[str, Any]:
@@ -168,7 +168,12 @@ def _describe_module(model: QuantizedModel, key: str, module: nn.Module, blobs: 
     if isinstance(module, Quantizer):
         return _describe_quantizer(module, blobs)
     if isinstance(module, BiasQuantizer):
-        return {"is": "bias", "name": module.name, "source": keys[id(module.source)], "weight": keys[id(module.weight)]}
+        return {
+            "is": "bias",
+            "name": module.name,
+            "source": keys[id(module.source)],
+            "weight": keys[id(module.weight)],
+        }
     assert isinstance(module, Frozen), key
     quantizer = module.quantizer
     if isinstance(quantizer, BiasQuantizer):
@@ -201,6 +206,7 @@ def _rebuild(data: dict[str, Any], blobs: dict[str, Tensor]) -> QuantizedModel:
         root.add_module(key, _rebuild_module(root, described, blobs))
     for name, where in data["tensors"].items():
         rewrite.set_tensor(root, name, _read(blobs, where).clone())
+    rewrite.channels_last(root)
     graph = load_graph(data["graph"], root)
     shape = tuple(data["input_shape"])
     rewrite.propagate(graph, torch.zeros(2, *shape))
@@ -211,7 +217,7 @@ def _rebuild(data: dict[str, Any], blobs: dict[str, Tensor]) -> QuantizedModel:
         Scheme(**data["scheme"]),
         outputs=tuple(data["outputs"]),
         structure=pytree.treespec_loads(data["structure"]),
-        input_shape=shape,  # type: ignore[arg-type]
+        input_shape=shape,
     )
 
 

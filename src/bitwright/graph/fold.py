@@ -93,8 +93,7 @@ def _fold_backwards(module: fx.GraphModule, norm: fx.Node, scale: Tensor, shift:
     if (last and len(ops.shape(norm)) != 2) or (moved and not last):
         return f"its channels are not those of {producer.meta['layer']}"
     scale_outputs(module, producer, scale, shift)
-    norm.replace_all_uses_with(norm.args[0])
-    module.graph.erase_node(norm)
+    _bypass(norm)
     return None
 
 
@@ -130,16 +129,22 @@ def _fold_forwards(module: fx.GraphModule, norm: fx.Node, scale: Tensor, shift: 
     if name != "linear" and not _is_unpadded(consumer):
         return f"{consumer.meta['layer']} pads its input, which the norm would shift"
     _scale_inputs(module, consumer, scale, shift)
-    norm.replace_all_uses_with(norm.args[0])
-    module.graph.erase_node(norm)
+    _bypass(norm)
     return None
+
+
+def _bypass(norm: fx.Node) -> None:
+    source = norm.args[0]
+    assert isinstance(source, fx.Node)
+    norm.replace_all_uses_with(source)
+    norm.graph.erase_node(norm)
 
 
 def _is_unpadded(conv: fx.Node) -> bool:
     padding = conv.args[4] if len(conv.args) > 4 else 0
     if isinstance(padding, str):
         return padding == "valid"
-    return not any(padding) if isinstance(padding, list | tuple) else padding == 0
+    return not any(padding) if isinstance(padding, list | tuple) else bool(padding == 0)
 
 
 def _scale_inputs(module: fx.GraphModule, node: fx.Node, scale: Tensor, shift: Tensor) -> None:

@@ -100,8 +100,7 @@ def _insert_activations(
 def _activation_quantizer(point: Point, scheme: Scheme) -> Quantizer:
     assert point.bits is not None
     symmetric = scheme.activation_grid == "symmetric"
-    role = "parameter" if point.role == "parameter" else "activation"
-    return Quantizer(point.name, Grid(point.bits, symmetric), role)
+    return Quantizer(point.name, Grid(point.bits, symmetric), point.role)
 
 
 def _call_after(student: fx.GraphModule, node: fx.Node, key: str, users: list[fx.Node] | None = None) -> None:
@@ -136,9 +135,9 @@ def _insert_weight(
         block = weight_block(node, shape, scheme)
         student.add_module(layer.weight, Quantizer(layer.name, Grid(bits, True), "weight", shape, block))
         _call_after(student, stored, layer.weight, [u for u in stored.users if ops.base_name(u) in ops.LINEAR])
-    reason = _insert_bias(student, bias, layer, source)
-    if reason:
-        unquantized.append(Unquantized(str(bias.target), "bias", reason))
+    why = _insert_bias(student, bias, layer, source)
+    if why:
+        unquantized.append(Unquantized(str(bias.target), "bias", why))
 
 
 def _insert_bias(student: fx.GraphModule, bias: fx.Node, layer: Layer, source: str | None) -> str | None:
@@ -187,7 +186,11 @@ def _describe(graph: fx.Graph, placement: Placement, keys: dict[fx.Node, str]) -
         layers.append(
             Layer(
                 name=str(node.meta["layer"]),
-                op="parameter" if node.op == "get_attr" else "input" if node.op == "placeholder" else ops.base_name(node),
+                op="parameter"
+                if node.op == "get_attr"
+                else "input"
+                if node.op == "placeholder"
+                else ops.base_name(node),
                 node=node.name,
                 parameters=_parameters(node),
                 macs=macs(node),

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import fx
 
 from bitwright.graph import ops
+from bitwright.quant.quantizer import Role
 from bitwright.quant.scheme import Scheme
 from bitwright.quant.targets import Target
 
@@ -30,7 +31,7 @@ class Point:
 
     name: str
     node: fx.Node
-    role: str
+    role: Role
     members: list[str] = field(default_factory=list)
     shares: fx.Node | None = None
     """The node whose quantizer it uses, if not one of its own."""
@@ -131,7 +132,7 @@ def _operands(node: fx.Node) -> list[fx.Node]:
         while ops.kind(operand) == "move":
             first = operand.args[0]
             assert isinstance(first, fx.Node)
-            operand = first  # noqa: PLW2901
+            operand = first
         found.append(operand)
     order = {n: i for i, n in enumerate(node.graph.nodes)}
     return sorted(found, key=order.__getitem__)
@@ -246,7 +247,11 @@ def _share_concats(placement: Placement, graph: fx.Graph) -> None:
     for node in graph.nodes:
         if ops.kind(node) != "concat" or node not in placement.points:
             continue
-        joined = [placement.points[s] for s in (placement.source[n] for n in ops.tensor_operands(node)) if s in placement.points]
+        joined = [
+            placement.points[s]
+            for s in (placement.source[n] for n in ops.tensor_operands(node))
+            if s in placement.points
+        ]
         joined.append(placement.points[node])
         leader = _leader(placement, joined[-1])
         bits = max(p.bits or 0 for p in joined)

@@ -26,6 +26,7 @@ def prepare(captured: Captured) -> Captured:
     rewrite.rewrite(graph)
     unfolded = fold.fold(graph)
     rewrite.propagate(graph, captured.example)
+    rewrite.channels_last(graph)
     _check(captured, graph)
     return replace(captured, graph=graph, unfolded=unfolded)
 

@@ -13,7 +13,7 @@ from bitwright.errors import UsageError
 
 _OPERATORS = {
     name: getattr(operator, name)
-    for name in "add sub mul floordiv truediv mod neg getitem eq ne lt le gt ge pow and_ or_ not_".split()
+    for name in ["add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "getitem", "eq", "ne", "lt", "le", "gt", "ge", "pow", "and_", "or_", "not_"]
 }
 _SYMBOLIC = {name: getattr(torch, name) for name in ("sym_int", "sym_float", "sym_max", "sym_min", "sym_not")}
 _FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
@@ -38,7 +38,8 @@ def load_graph(data: list[list[Any]], root: nn.Module) -> fx.GraphModule:
     Raises:
         UsageError: the data names an operator that does not exist in this PyTorch.
     """
-    graph, nodes = fx.Graph(), []
+    graph = fx.Graph()
+    nodes: list[fx.Node] = []
     for op, name, target, args, kwargs, layer in data:
         found = _find_target(target) if op == "call_function" else target
         made = graph.create_node(op, found, _decode(args, nodes), _decode(kwargs, nodes), name)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bitwright.errors import UsageError
 from bitwright.quant import affine
 
+Role = Literal["weight", "activation", "parameter"]
 TINY = 2.0**-60  # so that the product of two steps is still a normal float32
 
 
@@ -32,12 +33,12 @@ class Grid:
     @property
     def qmin(self) -> int:
         """Lowest code."""
-        return -(2 ** (self.bits - 1)) if self.symmetric else 0
+        return -(1 << (self.bits - 1)) if self.symmetric else 0
 
     @property
     def qmax(self) -> int:
         """Highest code."""
-        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
+        return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
 
 
 class Quantizer(nn.Module):
@@ -61,7 +62,7 @@ class Quantizer(nn.Module):
         self,
         name: str,
         grid: Grid,
-        role: Literal["weight", "activation", "parameter"],
+        role: Role,
         shape: tuple[int, ...] = (),
         block: tuple[int, ...] | None = None,
     ) -> None:
@@ -104,7 +105,9 @@ class Quantizer(nn.Module):
         if not bool((torch.isfinite(self.scale) & (self.scale > 0)).all()):
             raise UsageError(f"Expected finite positive scales for {self.name}, found {self.scale.tolist()[:4]}.")
         low, high = (0, 0) if self.grid.symmetric else (self.grid.qmin, self.grid.qmax)
-        if not bool(((self.zero_point == self.zero_point.round()) & (self.zero_point >= low) & (self.zero_point <= high)).all()):
+        if not bool(
+            ((self.zero_point == self.zero_point.round()) & (self.zero_point >= low) & (self.zero_point <= high)).all()
+        ):
             raise UsageError(f"Expected integer zero points in [{low}, {high}] for {self.name}.")
 
     def expanded(self) -> tuple[Tensor, Tensor]:

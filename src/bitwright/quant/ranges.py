@@ -84,7 +84,12 @@ def _least_error_scale(rows: Tensor, start: Tensor, grid: Grid, power: float, im
 
 
 def activation_range(
-    statistics: Statistics, grid: Grid, method: RangeMethod = "mse", *, percentile: float = 0.9999, power: float = 2.0
+    statistics: Statistics,
+    grid: Grid,
+    method: RangeMethod = "mse",
+    *,
+    percentile: float = 0.9999,
+    power: float = 2.0,
 ) -> tuple[float, float]:
     """Interval [low, high] that a tensor's grid should span; it contains 0.
 

@@ -87,14 +87,22 @@ class Statistics:
 
 
 class MeanInput:
-    """Mean over images of a layer's input, elementwise: [1, ...], as large as one image's activation."""
+    """Mean over images of a layer's input, elementwise: [1, ...], as large as one image's activation.
 
-    def __init__(self) -> None:
+    Args:
+        channels_only: average over all axes but the last, [1, C], which is all that a linear layer needs, and leaves
+            it free where the images are (attention puts tokens first).
+    """
+
+    def __init__(self, channels_only: bool = False) -> None:
+        self.channels_only = channels_only
         self.total: Tensor | None = None
         self.count = 0
 
     def update(self, x: Tensor) -> None:
         """Adds a batch, [B, ...]; windows or tokens folded into the first axis are averaged too."""
+        if self.channels_only:
+            x = x.flatten(0, -2)
         summed = x.detach().sum(0, keepdim=True)
         self.total = summed if self.total is None else self.total + summed
         self.count += x.shape[0]

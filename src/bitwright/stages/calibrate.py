@@ -35,10 +35,10 @@ class Calibrate(Stage):
 
     weights: RangeMethod = "mse"
     activations: RangeMethod = "mse"
-    percentile: float = Field(0.9999, gt=0.5, le=1.0)
-    power: float = Field(2.0, gt=0)
+    percentile: float = Field(default=0.9999, gt=0.5, le=1.0)
+    power: float = Field(default=2.0, gt=0)
     bias_correction: Literal["analytic", "sequential", "none"] = "none"
-    bias_images: int = Field(128, ge=1)
+    bias_images: int = Field(default=128, ge=1)
     """Images that ``sequential`` uses, in one batch."""
 
     def run(self, student: QuantizedModel, teacher: Captured, images: Images, run: Run) -> QuantizedModel:
@@ -47,6 +47,7 @@ class Calibrate(Stage):
         statistics = _observe(student, teacher, images, run, means)
         self._set_weights(student)
         self._set_activations(student, statistics)
+        widen_for_biases(student)
         if self.bias_correction == "analytic":
             correct_biases(student, teacher, {k: v.mean for k, v in means.items()})
         elif self.bias_correction == "sequential":
@@ -60,7 +61,12 @@ class Calibrate(Stage):
             assert quantizer.block is not None
             quantizer.set_range(
                 weight_scale(
-                    weight, quantizer.grid, quantizer.block, self.weights, percentile=self.percentile, power=self.power
+                    weight,
+                    quantizer.grid,
+                    quantizer.block,
+                    self.weights,
+                    percentile=self.percentile,
+                    power=self.power,
                 )
             )
 
@@ -125,7 +131,11 @@ def _updater(observers: list[Any]) -> Callback:
 
 def _mean_inputs(graph: fx.GraphModule) -> dict[str, MeanInput]:
     """One accumulator for the input of every linear operator, by the name of the node that yields it."""
-    return {node.args[0].name: MeanInput() for node in graph.graph.nodes if ops.kind(node) == "linear"}
+    readers: dict[str, list[str]] = defaultdict(list)
+    for node in graph.graph.nodes:
+        if ops.kind(node) == "linear":
+            readers[node.args[0].name].append(ops.base_name(node))
+    return {name: MeanInput(channels_only=set(kinds) == {"linear"}) for name, kinds in readers.items()}
 
 
 def channel_mean(node: fx.Node, value: Tensor) -> Tensor:

@@ -59,9 +59,7 @@ def network(name: str) -> nn.Module:
 
     path = _FOLDER / f"{name}.safetensors"
     if not path.is_file():
-        raise ModelError(
-            f"expected weights in {path}, found none: run python -m bitwright.zoo.train --only {name}"
-        )
+        raise ModelError(f"expected weights in {path}, found none: run python -m bitwright.zoo.train --only {name}")
     model = BUILDERS[name]()
     model.load_state_dict(load_file(str(path)))
     return model.eval()

@@ -50,8 +50,7 @@ def read(folder: Path, split: Split) -> tuple[NDArray[np.uint8], NDArray[np.uint
     labels = _idx(folder / f"{prefix}-labels-idx1-ubyte.gz", _LABELS_MAGIC, _LABELS_HEADER)
     if images.size != labels.size * 28 * 28:
         raise DataError(
-            f"expected {labels.size} images of 28x28, found {images.size} pixels in {folder}: "
-            "fetch the files again"
+            f"expected {labels.size} images of 28x28, found {images.size} pixels in {folder}: fetch the files again"
         )
     return images.reshape(-1, 28, 28, 1), labels
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from bitwright.errors import DataError
@@ -63,9 +63,7 @@ def _augmented(padded: Tensor, chosen: Tensor, generator: torch.Generator) -> Te
     return padded[chosen[:, None, None], 0, rows[:, :, None], columns[:, None, :]].unsqueeze(1)
 
 
-def _batches(
-    padded: Tensor, labels: Tensor, batch: int, generator: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(padded: Tensor, labels: Tensor, batch: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
     order = torch.randperm(len(labels), generator=generator)
     for chosen in order[: len(order) // batch * batch].view(-1, batch):
         yield _augmented(padded, chosen, generator), labels[chosen]
@@ -96,9 +94,7 @@ def _epoch(
     return float(np.mean(losses))
 
 
-def train(
-    name: str, images: NDArray[np.uint8], labels: NDArray[np.uint8], epochs: int, seed: int
-) -> nn.Module:
+def train(name: str, images: NDArray[np.uint8], labels: NDArray[np.uint8], epochs: int, seed: int) -> nn.Module:
     """Train a network from scratch and return it in eval mode, as it is after the last epoch."""
     recipe = RECIPES[name]
     torch.manual_seed(seed)
@@ -153,7 +149,7 @@ def save(
         "data": "Fashion-MNIST, (c) 2017 Zalando SE, MIT licence",
         **facts,
     }
-    save_file(state, str(path), metadata=metadata)
+    path.write_bytes(serialize(state, metadata=metadata))
     return top1
 
 

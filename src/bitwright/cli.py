@@ -1,0 +1,432 @@
+"""The command line: one typed function a verb. What a verb does stands in `bitwright.commands`.
+
+Nothing here may import torch or pydantic at the top: ``bitwright --help`` answers in under half a second.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bitwright.errors import BitwrightError, UsageError
+from bitwright.terminal import Terminal, debugging, one_line, print_error
+
+app = typer.Typer(
+    name="bitwright",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# ----------------------------------------------------------------------------------------------- arguments
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        help="zoo:NAME, timm:NAME@weights, torchvision:NAME@weights, path/to/file.py:callable or model.pt2",
+        show_default=False,
+    ),
+]
+ImagesArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A folder, an .npz file or zoo:NAME, with an optional slice as in 'photos[0::2]'",
+        show_default=False,
+    ),
+]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option(help="A name out of `bitwright recipes`, or a .yaml or .py file  [default: the best there is]"),
+]
+WeightsOption = Annotated[str, typer.Option(help="Bits of weights: 2 to 8, or float")]
+ActivationsOption = Annotated[str, typer.Option(help="Bits of activations: 2 to 8, 16, or float")]
+RuleOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Exception for layers, as in 'head=w8a8' or 'blocks.*=w3'; the last that matches decides"),
+]
+RuntimeOption = Annotated[str, typer.Option(help="Where the result will run: onnxruntime or generic")]
+GranularityOption = Annotated[str, typer.Option(help="What shares a weight scale: channel, tensor or group")]
+GroupSizeOption = Annotated[int, typer.Option(help="Input channels of one scale with --granularity group")]
+LabelsOption = Annotated[
+    str | None, typer.Option(help="CSV of file,class_index; class folders and .npz files bring their own")
+]
+OutputOption = Annotated[str | None, typer.Option(help="Name of the output to keep, if the model returns several")]
+InputSizeOption = Annotated[str | None, typer.Option(help="224, 224x320 (height x width) or 1x28x28")]
+MeanOption = Annotated[str | None, typer.Option(help="One number or one a channel, for values in 0..1")]
+StdOption = Annotated[str | None, typer.Option(help="Likewise, above 0")]
+InterpolationOption = Annotated[str | None, typer.Option(help="nearest, bilinear, bicubic or lanczos")]
+CropOption = Annotated[float | None, typer.Option("--crop-pct", help="Input size over resized size, such as 0.875")]
+SkipOption = Annotated[bool, typer.Option("--skip-unreadable", help="Leave out images that cannot be decoded")]
+SeedOption = Annotated[int, typer.Option(help="Of everything random")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, everything else on stderr")]
+
+
+def _settings(**given: Any) -> dict[str, Any]:
+    """What was said of preprocessing."""
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _scheme(
+    weights: str, activations: str, rule: list[str] | None, runtime: str, granularity: str, group_size: int
+) -> Any:
+    """The scheme, checked before PyTorch is loaded."""
+    from bitwright.quant.scheme import Rule, Scheme
+
+    kinds = ("channel", "tensor", "group")
+    if granularity not in kinds:
+        raise UsageError(f"Expected a granularity out of {', '.join(kinds)}, found '{granularity}'.")
+    if group_size < 1:
+        raise UsageError(f"Expected a group of at least 1 channel, found {group_size}.")
+    scheme = Scheme.model_validate(
+        {
+            "weights": weights,
+            "activations": activations,
+            "rules": tuple(Rule.parse(text) for text in rule or ()),
+            "runtime": runtime,
+            "granularity": granularity,
+            "group_size": group_size,
+        }
+    )
+    _ = scheme.target
+    return scheme
+
+
+# --------------------------------------------------------------------------------------------------- verbs
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import bitwright
+
+        typer.echo(f"bitwright {bitwright.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _bitwright(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit")
+    ] = False,
+) -> None:
+    """Turns a trained vision network and a few unlabelled images into the best low-bit network they can give.
+
+    Start with `bitwright demo`; then `bitwright quantize MODEL IMAGES`. Every verb explains itself with `--help`.
+    """
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the two runs")] = Path("demo"),
+    recipe: RecipeOption = None,
+    seed: SeedOption = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace the runs of an earlier demo")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """The whole job on two networks and images that ship with bitwright: about a minute, nothing to download.
+
+    Quantizes a small CNN and a small vision transformer to 4-bit weights and 8-bit activations from unlabelled
+    images, scores them on 10,000 test images, writes ONNX files and checks those in ONNX Runtime.
+
+    Example: `bitwright demo --out demo --force`
+    """
+    with Terminal(as_json=as_json) as terminal:
+        terminal.begin("Loading PyTorch")
+        from bitwright.commands import demo as command
+
+        results = command.demo(out, recipe=recipe, force=force, seed=seed, terminal=terminal)
+        terminal.result({"out": str(out), "runs": results})
+        command.show(results, out, terminal)
+
+
+@app.command()
+def quantize(
+    model: ModelArgument,
+    images: ImagesArgument,
+    recipe: RecipeOption = None,
+    weights: WeightsOption = "8",
+    activations: ActivationsOption = "8",
+    rule: RuleOption = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Images to calibrate on, evenly spread  [default: 512 at most]")
+    ] = None,
+    evaluate: Annotated[
+        str | None, typer.Option(help="Images to measure on; the calibration images if not given")
+    ] = None,
+    labels: LabelsOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write  [default: runs/MODEL-RECIPE-w8a8]", show_default=False),
+    ] = None,
+    seed: SeedOption = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    runtime: RuntimeOption = "onnxruntime",
+    granularity: GranularityOption = "channel",
+    group_size: GroupSizeOption = 64,
+    output: OutputOption = None,
+    input_size: InputSizeOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    interpolation: InterpolationOption = None,
+    crop_pct: CropOption = None,
+    skip_unreadable: SkipOption = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a run in --out; keep an ONNX file that fails its check")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be quantized; calibrate and write nothing")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Quantizes a network with unlabelled images and writes a run folder: packed integers, ONNX, measurements.
+
+    Labels are never used for quantizing; with `--evaluate` (and `--labels`, where the images do not carry them) they
+    say how accurate the result is. The ONNX file is checked in ONNX Runtime on real images before it is kept.
+
+    Example: `bitwright quantize zoo:fashion_cnn zoo:fashion --weights 4 --evaluate 'zoo:fashion-test[:2000]'`
+    """
+    with Terminal(as_json=as_json) as terminal:
+        scheme = _scheme(weights, activations, rule, runtime, granularity, group_size)
+        settings = _settings(input_size=input_size, mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct)
+        terminal.begin("Loading PyTorch")
+        from bitwright.api import DEFAULT_RECIPE
+        from bitwright.commands import quantize as command
+
+        job = command.Job(
+            model,
+            images,
+            scheme,
+            recipe or DEFAULT_RECIPE,
+            samples=samples,
+            evaluate=evaluate,
+            labels=labels,
+            out=out,
+            seed=seed,
+            device=device,
+            output=output,
+            settings=settings,
+            skip_unreadable=skip_unreadable,
+            resume=resume,
+            force=force,
+        )
+        if dry_run:
+            command.dry_run(job, terminal)
+            return
+        result, folder, failure = command.quantize(job, terminal)
+        terminal.result({**result, "run": str(folder)})
+        command.show(result, folder, terminal)
+    if failure is not None:
+        raise failure
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A run folder, an ONNX file, or a float network as for quantize")],
+    images: ImagesArgument,
+    labels: LabelsOption = None,
+    float_model: Annotated[
+        str | None, typer.Option("--float", help="The float network to compare with; a run knows its own")
+    ] = None,
+    output: OutputOption = None,
+    input_size: InputSizeOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    interpolation: InterpolationOption = None,
+    crop_pct: CropOption = None,
+    skip_unreadable: SkipOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Accuracy with its 95 % interval where there are labels; agreement, KL and noise against the float network.
+
+    An ONNX file is run by ONNX Runtime on the CPU.
+
+    Example: `bitwright evaluate zoo:fashion_cnn 'zoo:fashion-test[:1000]'`
+    """
+    with Terminal(as_json=as_json) as terminal:
+        settings = _settings(input_size=input_size, mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct)
+        terminal.begin("Loading PyTorch")
+        from bitwright.commands import evaluate as command
+
+        found = command.evaluate(
+            model,
+            images,
+            labels=labels,
+            float_model=float_model,
+            output=output,
+            skip_unreadable=skip_unreadable,
+            settings=settings,
+            terminal=terminal,
+        )
+        found["warnings"] = terminal.warnings
+        terminal.result(found)
+        terminal.show(command.table(found))
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="A run folder, or a float network as for quantize")],
+    weights: WeightsOption = "8",
+    activations: ActivationsOption = "8",
+    rule: RuleOption = None,
+    runtime: RuntimeOption = "onnxruntime",
+    granularity: GranularityOption = "channel",
+    group_size: GroupSizeOption = 64,
+    output: OutputOption = None,
+    input_size: InputSizeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Shows every tensor that is quantized, every one that is not and why; parameters, MACs and sizes.
+
+    For a float network: what would be quantized with these bits and rules. For a run: what was.
+
+    Example: `bitwright inspect zoo:fashion_vit --weights 4 --rule 'head=w8'`
+    """
+    with Terminal(as_json=as_json) as terminal:
+        scheme = _scheme(weights, activations, rule, runtime, granularity, group_size)
+        terminal.begin("Loading PyTorch")
+        from bitwright.commands import inspect as command
+
+        settings = _settings(input_size=input_size)
+        facts, views = command.inspect(model, scheme=scheme, output=output, settings=settings, terminal=terminal)
+        terminal.result(facts)
+        terminal.show(*views)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="A run folder")],
+    to: Annotated[str, typer.Option(help="onnx")] = "onnx",
+    images: Annotated[
+        str | None, typer.Option(help="Images for the check; those of the run if they are still there")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Images to check on")] = 128,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write  [default: model.onnx in the run]", show_default=False),
+    ] = None,
+    input_size: InputSizeOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    interpolation: InterpolationOption = None,
+    crop_pct: CropOption = None,
+    skip_unreadable: SkipOption = False,
+    force: Annotated[bool, typer.Option("--force", help="Keep a file that fails the check")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Writes a run for another runtime and checks it there on real images, layer by layer and as a whole.
+
+    A file that computes something else than what was measured is refused, naming the first layer that diverges.
+
+    Example: `bitwright demo --force && bitwright export demo/fashion_cnn --to onnx`
+    """
+    with Terminal(as_json=as_json) as terminal:
+        settings = _settings(input_size=input_size, mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct)
+        terminal.begin("Loading PyTorch")
+        from bitwright.commands import export as command
+
+        found = command.export(
+            run,
+            to=to,
+            images=images,
+            out=out,
+            force=force,
+            skip_unreadable=skip_unreadable,
+            settings=settings,
+            samples=samples,
+            terminal=terminal,
+        )
+        found["warnings"] = terminal.warnings
+        terminal.result(found)
+        terminal.show(command.table(found))
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="The recipe to print", show_default=False)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Lists the recipes, or prints one as YAML that `--recipe` reads back: copy it, change it, use it.
+
+    Example: `bitwright recipes mse`
+    """
+    with Terminal(as_json=as_json) as terminal:
+        from bitwright.commands import recipes as command
+
+        if name is None:
+            terminal.result({"recipes": command.listed()})
+            terminal.show(command.table())
+        else:
+            settings, text = command.printed(name)
+            terminal.result(settings)
+            terminal.show(text)
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Versions and devices; what is missing or does not fit together, and the line that installs it.
+
+    Example: `bitwright doctor`
+    """
+    with Terminal(as_json=as_json) as terminal:
+        from bitwright.doctor import examine, views
+
+        terminal.begin("Looking around")
+        found = examine()
+        terminal.result(found)
+        terminal.show(*views(found))
+    if not found["ok"]:
+        raise typer.Exit(1)
+
+
+# ---------------------------------------------------------------------------------------------------- main
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; the entry point.
+
+    Returns:
+        0 done, 1 the job failed, 2 the call was wrong, 130 interrupted.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        status = app(args=given or ["--help"], prog_name="bitwright", standalone_mode=False)
+    except BitwrightError as error:
+        print_error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        status = 130
+    except Exception as error:
+        return _other(error, given)
+    if status == 130:
+        print_error("interrupted")
+    return status if isinstance(status, int) else 0
+
+
+def _other(error: Exception, given: list[str]) -> int:
+    """A wrong call, as typer sees it, or something that nobody expected."""
+    if type(error).__name__ == "Abort":
+        print_error("interrupted")
+        return 130
+    describe, code = getattr(error, "format_message", None), getattr(error, "exit_code", 1)
+    if callable(describe):  # every usage error of typer and click
+        verb = next((a for a in given if not a.startswith("-")), "")
+        known = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback is not None}
+        advice = f"bitwright {verb} --help" if verb in known else "bitwright --help"
+        print_error(f"{one_line(str(describe()))} See {advice}.")
+        return int(code)
+    hint = "" if debugging() else " BITWRIGHT_DEBUG=1 shows where."
+    if debugging():
+        import traceback
+
+        traceback.print_exception(error)
+    print_error(f"unexpected {type(error).__name__}: {one_line(str(error))[:300]}.{hint}")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""`bitwright demo`: the whole job on the networks and images that ship with bitwright."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bitwright import api, zoo
+from bitwright.commands import quantize, tables
+from bitwright.commands.sources import check_out
+from bitwright.errors import BitwrightError
+from bitwright.quant.scheme import Scheme
+from bitwright.terminal import Terminal
+
+KINDS = {"fashion_cnn": "a convolutional network", "fashion_vit": "a vision transformer"}
+
+
+def demo(out: Path, *, recipe: str | None, force: bool, seed: int, terminal: Terminal) -> dict[str, Any]:
+    """Quantizes the two zoo networks to 4-bit weights and 8-bit activations, without labels, and scores them.
+
+    Returns:
+        The result of each, by name.
+
+    Raises:
+        BitwrightError: a network's ONNX file does not compute what was measured.
+    """
+    jobs = {
+        name: quantize.Job(
+            f"zoo:{name}",
+            "zoo:fashion",
+            Scheme(weights=4, activations=8),
+            recipe or api.DEFAULT_RECIPE,
+            evaluate="zoo:fashion-test",
+            out=out / name,
+            seed=seed,
+            force=force,
+        )
+        for name in zoo.NETWORKS
+    }
+    for job in jobs.values():
+        assert job.out is not None
+        check_out(job.out.expanduser().absolute(), force=force)
+    results = {}
+    for name, job in jobs.items():
+        terminal.say(f"{name}, {KINDS.get(name, 'a network')}:")
+        before = len(terminal.warnings)
+        results[name], _, failure = quantize.quantize(job, terminal)
+        del terminal.warnings[:before]
+        if failure is not None:
+            raise BitwrightError(f"{name}: {failure}") from failure
+    return results
+
+
+def show(results: dict[str, Any], out: Path, terminal: Terminal) -> None:
+    """One table for both, and how to read what was written."""
+    some = next(iter(results.values()))
+    counts = some["data"]["calibration"]["count"], some["data"]["evaluation"]["count"]
+    terminal.show(
+        "",
+        f"Each network was turned into {some['bits']['weights']}-bit weights and {some['bits']['activations']}-bit "
+        f"activations with recipe '{some['recipe']['name']}', from {counts[0]} images without labels, and scored on "
+        f"{counts[1]} test images that it never saw.",
+        "",
+        _table(results),
+        "Accuracy with its 95 % interval. 'same answer' compares the 4-bit network with the float one, image by image;",
+        "'ONNX Runtime' compares the exported file, run by ONNX Runtime, with what was measured here.",
+        "",
+        "What was written, for each network:",
+    )
+    for name in results:
+        folder = quantize._short((out / name).expanduser().absolute())
+        terminal.show(f"  {folder}/model.onnx           to deploy: onnxruntime.InferenceSession('{folder}/model.onnx')")
+        terminal.show(f"  {folder}/model.safetensors    the packed integers: bitwright.load('{folder}')")
+        terminal.show(
+            f"  {folder}/result.json          every figure above and one row a layer; plan.json beside it: the bits"
+        )
+    first = next(iter(results))
+    folder = quantize._short((out / first).expanduser().absolute())
+    terminal.show(
+        "",
+        f"See every layer:   bitwright inspect {folder}",
+        "Your own network:  bitwright quantize timm:NAME@weights.pt photos/ --weights 4 --activations 8",
+    )
+
+
+def _table(results: dict[str, Any]) -> Any:
+    made = tables.table("")
+    for name in results:
+        made.add_column(name, justify="right")
+    rows: dict[str, Callable[[dict[str, Any]], str]] = {
+        "accuracy in float": lambda r: tables.with_interval(r["float"]),
+        "accuracy at 4 bits": lambda r: tables.with_interval(r["quantized"]),
+        "same answer as float": lambda r: tables.percent(r["fidelity"]["agreement"]),
+        "size in float": lambda r: tables.bytes_text(r["size"]["float_bytes"]),
+        "size at 4 bits": lambda r: tables.bytes_text(r["size"]["packed_bytes"]),
+        "smaller by": lambda r: f"{r['size']['float_bytes'] / r['size']['packed_bytes']:.1f} x",
+        "ONNX Runtime": lambda r: tables.parity_text(r["parity"]),
+        "seconds": lambda r: f"{r['seconds']['total']:.0f}",
+    }
+    for what, read in rows.items():
+        made.add_row(what, *(read(r) for r in results.values()))
+    return made

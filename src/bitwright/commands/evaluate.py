@@ -1,0 +1,200 @@
+"""`bitwright evaluate`: what a float network, a run or an ONNX file scores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from bitwright import run_folder
+from bitwright.api import prepare_teacher
+from bitwright.commands import tables
+from bitwright.commands.sources import (
+    Settings,
+    absolute_source,
+    float_network,
+    images_at,
+    is_run,
+    load_run,
+)
+from bitwright.data import Images, Preprocessing
+from bitwright.errors import BitwrightError, ModelError, UsageError
+from bitwright.evaluate import Network, compare
+from bitwright.models import Model, load_model
+from bitwright.terminal import Terminal, one_line
+
+BATCH = 50
+
+
+class Subject(NamedTuple):
+    """What is evaluated."""
+
+    kind: str
+    """``float``, ``run`` or ``onnx``."""
+    network: Network
+    reference: Network | None
+    images: Images
+    batch: int = BATCH
+
+
+def evaluate(
+    model: str,
+    images: str,
+    *,
+    labels: str | None,
+    float_model: str | None,
+    output: str | None,
+    skip_unreadable: bool,
+    settings: Settings,
+    terminal: Terminal,
+) -> dict[str, Any]:
+    """Scores a model on images.
+
+    Returns:
+        ``model``, ``data`` and, as in ``result.json``, ``float``, ``quantized`` and ``fidelity`` where they exist.
+
+    Raises:
+        UsageError: there is nothing to compare with: no labels and no float network.
+    """
+    options: dict[str, Any] = {"labels": labels, "skip_unreadable": skip_unreadable, "settings": settings}
+    terminal.begin("Loading")
+    if Path(model).suffix == ".onnx":
+        subject = _onnx(model, images, float_model, output, options)
+    elif is_run(model) or Path(model).expanduser().is_dir():
+        subject = _run(model, images, float_model, options)
+    else:
+        subject = _float(model, images, float_model, output, options)
+    terminal.finish()
+    if subject.images.labels is None and subject.reference is None:
+        raise UsageError(
+            "Expected labels to compare with, found none. "
+            "Give --labels, class folders, or a float network with --float."
+        )
+    found = compare(subject.network, subject.reference, subject.images, batch=subject.batch, progress=terminal.progress)
+    if subject.kind == "float" and subject.reference is None:
+        found = {"float": found["quantized"]}
+    data = {
+        "count": len(subject.images),
+        "sha256": subject.images.sha256,
+        "labelled": subject.images.labels is not None,
+        "source": absolute_source(images),
+    }
+    return {"model": {"name": model, "kind": subject.kind}, "data": {"evaluation": data}, **found}
+
+
+def _run(model: str, source: str, float_model: str | None, options: dict[str, Any]) -> Subject:
+    run = load_run(model)
+    try:
+        network = float_network(run, float_model, options["settings"])
+    except UsageError as error:
+        if float_model is not None or run.preprocessing is None:
+            raise
+        import warnings
+
+        warnings.warn(f"Fidelity to the float network is not measured: {error}", stacklevel=2)
+        images = images_at(source, Model(run, model, run.preprocessing), **options)
+        return Subject("run", run.flat, None, images)
+    images = images_at(source, network, **options)
+    teacher = prepare_teacher(network, images, run.result.get("model", {}).get("output"))
+    run.attach_teacher(teacher)
+    return Subject("run", run.flat, lambda x: list(teacher.graph(x)), images)
+
+
+def _float(model: str, source: str, float_model: str | None, output: str | None, options: dict[str, Any]) -> Subject:
+    network = load_model(model, **options["settings"])
+    images = images_at(source, network, **options)
+    graph = prepare_teacher(network, images, output).graph
+    reference = None if float_model is None else _reference(float_model, images, output, options["settings"])
+    return Subject("float", lambda x: list(graph(x)), reference, images)
+
+
+def _reference(model: str, images: Images, output: str | None, settings: Settings) -> Network:
+    graph = prepare_teacher(load_model(model, **settings), images, output).graph
+    return lambda x: list(graph(x))
+
+
+def _onnx(model: str, source: str, float_model: str | None, output: str | None, options: dict[str, Any]) -> Subject:
+    session = _session(Path(model).expanduser())
+    (given,) = session.get_inputs() if len(session.get_inputs()) == 1 else (None,)
+    if given is None or len(given.shape) != 4:
+        raise ModelError(f"Expected one image input [N, C, H, W] in {model}, found {_inputs(session)}.")
+    network = load_model(float_model, **options["settings"]) if float_model is not None else None
+    images = images_at(source, network or _beside(Path(model), given.shape, options["settings"]), **options)
+    shape = tuple(images[0].shape)
+    if any(isinstance(side, int) and side != ours for side, ours in zip(given.shape[1:], shape, strict=True)):
+        raise UsageError(
+            f"Expected images of {_by(given.shape[1:])} for {model}, found {_by(shape)}. Give --input-size."
+        )
+    fixed = given.shape[0] if isinstance(given.shape[0], int) else None
+
+    def run(x: Tensor) -> list[Tensor]:
+        missing = (fixed or len(x)) - len(x)
+        padded = torch.cat([x, x[:1].expand(missing, *x.shape[1:])]) if missing else x
+        return [torch.from_numpy(o)[: len(x)] for o in session.run(None, {given.name: padded.numpy()})]
+
+    reference = None
+    if network is not None:
+        graph = prepare_teacher(network, images, output).graph
+        reference = lambda x: list(graph(x))  # noqa: E731 - as short as it can be
+    return Subject("onnx", run, reference, images, fixed or BATCH)
+
+
+def _session(path: Path) -> Any:
+    import onnxruntime
+
+    if not path.is_file():
+        raise ModelError(f"Expected an ONNX file, {path} does not exist. Check the path.")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ModelError(f"ONNX Runtime cannot load {path} ({one_line(str(error))[:200]}). Export it again.") from error
+
+
+def _inputs(session: Any) -> str:
+    return ", ".join(f"{i.name} [{_by(i.shape)}]" for i in session.get_inputs())
+
+
+def _by(shape: Any) -> str:
+    return "x".join(map(str, shape))
+
+
+def _beside(path: Path, shape: list[Any], settings: Settings) -> Model | None:
+    """The preprocessing of an ONNX file: as given, else as recorded in the run folder it lies in."""
+    base: dict[str, Any] = {}
+    result = path.parent / run_folder.RESULT
+    if result.is_file():
+        try:
+            base = json.loads(result.read_text())["model"].get("preprocessing") or {}
+        except (ValueError, KeyError, OSError):
+            base = {}
+    if not base and not settings:
+        return None
+    if "input_size" not in settings and "input_size" not in base:
+        base["input_size"] = "x".join(map(str, shape[1:]))
+    try:
+        how = Preprocessing(**{**base, **settings})
+    except BitwrightError as error:
+        raise UsageError(f"The preprocessing of {path}: {error}") from error
+    return Model(torch.nn.Identity(), path.stem, how)
+
+
+def table(found: dict[str, Any]) -> Table:
+    """The scores for people."""
+    count, kind = found["data"]["evaluation"]["count"], found["model"]["kind"]
+    title = f"{found['model']['name']} on {count} images"
+    if "quantized" not in found:
+        made = tables.table("", ">float", title=title)
+        for what, theirs, _ in tables.metric_rows(found):
+            made.add_row(what, theirs)
+        return made
+    ours = {"run": "quantized", "onnx": "in ONNX Runtime", "float": "this network"}[kind]
+    made = tables.table("", ">float", f">{ours}", title=title)
+    for row in tables.metric_rows(found):
+        made.add_row(*row)
+    return made

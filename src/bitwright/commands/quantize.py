@@ -1,0 +1,274 @@
+"""`bitwright quantize`: a network and images in, a run folder out."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bitwright import api, run_folder
+from bitwright.commands import inspect, tables
+from bitwright.commands.sources import (
+    Settings,
+    absolute_reference,
+    absolute_source,
+    check_labels,
+    check_out,
+    images_at,
+    remove_empty,
+)
+from bitwright.data import Images, Preprocessing
+from bitwright.errors import BitwrightError, UsageError
+from bitwright.evaluate import evaluate, layer_sqnr
+from bitwright.export.parity import export_checked
+from bitwright.models import Model, load_model
+from bitwright.quant.scheme import Scheme
+from bitwright.quantized import QuantizedModel
+from bitwright.recipes import recipe as find_recipe
+from bitwright.result import peak_memory_bytes
+from bitwright.terminal import Terminal, one_line, quiet_libraries
+
+SQNR_IMAGES = 32
+PARITY_IMAGES = 128
+
+
+@dataclass(frozen=True)
+class Job:
+    """The arguments of one quantization, as the command line takes them."""
+
+    model: str
+    images: str
+    scheme: Scheme
+    recipe: str = api.DEFAULT_RECIPE
+    samples: int | None = None
+    evaluate: str | None = None
+    labels: str | None = None
+    out: Path | None = None
+    seed: int = 0
+    device: str = "auto"
+    output: str | None = None
+    settings: Settings = field(default_factory=dict)
+    """Of preprocessing."""
+    skip_unreadable: bool = False
+    resume: bool = False
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a job names, found and checked."""
+
+    network: Model
+    calibration: Images
+    evaluation: Images | None
+
+
+def quantize(job: Job, terminal: Terminal) -> tuple[dict[str, Any], Path, BitwrightError | None]:
+    """Does the whole job.
+
+    Returns:
+        What ``result.json`` holds, the run folder, and the error that kept ``model.onnx`` out of it, if one did.
+
+    Raises:
+        BitwrightError: anything else went wrong; then nothing is left behind.
+    """
+    started = time.perf_counter()
+    folder = (job.out or Path("runs") / default_name(job)).expanduser().absolute()
+    check_out(folder, force=job.force, resume=job.resume)
+    until = next(p for p in (folder, *folder.parents) if p.exists())
+    terminal.log("start", command=job.model, images=job.images, recipe=job.recipe)
+    state = folder / run_folder.STATE
+    if not job.resume:
+        shutil.rmtree(state, ignore_errors=True)
+    try:
+        inputs = find_inputs(job, terminal)
+        model = _quantize(job, inputs, state, terminal)
+        _measure(model, job, inputs, terminal)
+        failure = _write(model, job, inputs, folder, terminal, started)
+    except Exception:
+        shutil.rmtree(state, ignore_errors=True)
+        remove_empty(folder, until)
+        raise
+    except KeyboardInterrupt:
+        kept = state.is_dir() and any(state.iterdir())
+        remove_empty(folder, until)
+        terminal.finish()
+        terminal.say(
+            "Interrupted. The same command with --resume goes on from the last finished stage."
+            if kept
+            else "Interrupted before the first stage was finished: nothing is kept, --resume starts from the beginning."
+        )
+        raise
+    return model.result, folder, failure
+
+
+def default_name(job: Job) -> str:
+    """Model, recipe and bits: the folder of a run that was not given one.
+
+    Example:
+        >>> default_name(Job("timm:resnet18@w.pt", "photos", Scheme(weights=4), "mse"))
+        'resnet18-mse-w4a8'
+    """
+    name = re.sub(r"@.*", "", job.model).rpartition(":")[2] if ":" in job.model else Path(job.model).stem
+    weights, activations = (b or "float" for b in (job.scheme.weights, job.scheme.activations))
+    return re.sub(r"[^\w.-]+", "_", f"{name}-{Path(job.recipe).stem}-w{weights}a{activations}")
+
+
+def find_inputs(job: Job, terminal: Terminal) -> Inputs:
+    """Loads the model, opens the images, and finds what can be wrong with them before the long work starts."""
+    find_recipe(job.recipe)
+    api.find_device(job.device)
+    if job.labels is not None and job.evaluate is None:
+        raise UsageError("Labels are used for evaluation only. Give the images they belong to with --evaluate.")
+    terminal.begin("Loading the network")
+    network = load_model(job.model, **job.settings)
+    terminal.begin("Opening the images")
+    calibration = images_at(job.images, network, skip_unreadable=job.skip_unreadable, settings=job.settings)
+    evaluation = None
+    if job.evaluate is not None:
+        evaluation = images_at(
+            job.evaluate,
+            network,
+            labels=job.labels,
+            skip_unreadable=job.skip_unreadable,
+            settings=job.settings,
+        )
+        if job.output is None:
+            check_labels(network, evaluation)
+    terminal.finish()
+    return Inputs(network, calibration, evaluation)
+
+
+def preview(job: Job, terminal: Terminal) -> QuantizedModel:
+    """The network with quantizers that are not calibrated: what ``--dry-run`` shows."""
+    inputs = find_inputs(job, terminal)
+    terminal.begin("Capturing the network")
+    model = api.preview(inputs.network, inputs.calibration, scheme=job.scheme, output=job.output)
+    terminal.finish()
+    return model
+
+
+def _quantize(job: Job, inputs: Inputs, state: Path, terminal: Terminal) -> QuantizedModel:
+    terminal.begin("Capturing the network")
+    return api.quantize(
+        inputs.network,
+        inputs.calibration,
+        job.recipe,
+        scheme=job.scheme,
+        samples=job.samples,
+        seed=job.seed,
+        device=job.device,
+        output=job.output,
+        progress=terminal.progress,
+        state=state,
+    )
+
+
+def _measure(model: QuantizedModel, job: Job, inputs: Inputs, terminal: Terminal) -> None:
+    """Accuracy, fidelity and the noise of every layer into the result."""
+    started = time.perf_counter()
+    images = inputs.evaluation or model.calibration
+    assert images is not None
+    model.result |= evaluate(model, images, progress=terminal.progress)
+    terminal.begin("Measuring every layer")
+    noise = layer_sqnr(model, images.batch(range(min(SQNR_IMAGES, len(images)))))
+    terminal.finish()
+    for row in model.result["layers"]:
+        row["sqnr_db"] = noise.get(row["name"])
+    data = model.result["data"]
+    data["calibration"]["source"] = absolute_source(job.images)
+    data["evaluation"] = {
+        "count": len(images),
+        "sha256": images.sha256,
+        "labelled": images.labels is not None,
+        "source": absolute_source(job.evaluate or job.images),
+        "same_as_calibration": inputs.evaluation is None,
+    }
+    model.result["seconds"]["evaluate"] = round(time.perf_counter() - started, 3)
+
+
+def _write(
+    model: QuantizedModel, job: Job, inputs: Inputs, folder: Path, terminal: Terminal, started: float
+) -> BitwrightError | None:
+    """The run folder, complete or not at all; without ``model.onnx`` where that cannot be, and then why."""
+    with run_folder.staged(folder, force=job.force) as partial:
+        run_folder.write_files(model, partial)
+        failure = _export(model, inputs.evaluation, partial / run_folder.ONNX, terminal, force=job.force)
+        result = model.result
+        how = inputs.network.preprocessing
+        result["model"] |= {
+            "reference": absolute_reference(job.model),
+            "settings": job.settings,
+            "output": job.output or inputs.network.output,
+            "preprocessing": how.model_dump(mode="json") if isinstance(how, Preprocessing) else None,
+        }
+        if failure is not None:
+            terminal.warnings.append(one_line(str(failure)))
+        result["warnings"] = list(terminal.warnings)
+        result["seconds"]["total"] = time.perf_counter() - started
+        result["seconds"] = {name: round(seconds, 3) for name, seconds in result["seconds"].items()}
+        result["peak_memory_bytes"] = peak_memory_bytes()
+        run_folder.write_result(model, partial)
+        terminal.log("written", folder=str(folder))
+        (partial / run_folder.LOG).write_text("".join(json.dumps(event) + "\n" for event in terminal.events))
+    return failure
+
+
+def _export(
+    model: QuantizedModel, images: Images | None, path: Path, terminal: Terminal, *, force: bool
+) -> BitwrightError | None:
+    """Writes and checks the ONNX file; what went wrong is returned, so that hours of work are not thrown away."""
+    started = time.perf_counter()
+    terminal.begin("Writing ONNX and checking it in ONNX Runtime")
+    failure: BitwrightError | None = None
+    parity, size = None, None
+    try:
+        with quiet_libraries():
+            parity = export_checked(model, path, images, force=force, count=PARITY_IMAGES).to_dict()
+        size = sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*"))
+    except BitwrightError as error:
+        failure = error
+    except Exception as error:
+        failure = BitwrightError(
+            f"The network could not be written as ONNX: {type(error).__name__}: {one_line(str(error))}"
+        )
+        failure.__cause__ = error
+    if failure is not None:
+        for leftover in path.parent.glob(f"{path.name}*"):
+            leftover.unlink()
+    terminal.finish()
+    model.result["parity"] = parity
+    model.result["size"]["onnx_bytes"] = size
+    model.result["seconds"]["export"] = time.perf_counter() - started
+    return failure
+
+
+def show(result: dict[str, Any], folder: Path, terminal: Terminal) -> None:
+    """The result as people read it."""
+    terminal.show(tables.outcome(result))
+    if result["data"]["evaluation"]["same_as_calibration"]:
+        terminal.show("Measured on the calibration images; name others with --evaluate.")
+    files = ", ".join(sorted(p.name for p in folder.iterdir()))
+    terminal.show(f"Written to {_short(folder)}: {files}")
+
+
+def _short(folder: Path) -> str:
+    here = Path.cwd()
+    return str(folder.relative_to(here)) if folder.is_relative_to(here) else str(folder)
+
+
+def dry_run(job: Job, terminal: Terminal) -> None:
+    """Shows what would be quantized to how many bits; calibrates and writes nothing."""
+    model = preview(job, terminal)
+    name = find_name(job)
+    terminal.result({**inspect.facts(model, name), "dry_run": True, "warnings": terminal.warnings})
+    terminal.show(*inspect.views(model, name), "Nothing was calibrated or written (--dry-run).")
+
+
+def find_name(job: Job) -> str:
+    """The model's short name."""
+    return default_name(job).rsplit("-", 2)[0]

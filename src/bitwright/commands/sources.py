@@ -1,0 +1,189 @@
+"""Where models and images of a command come from, and how a later command finds them again."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils import _pytree as pytree
+
+from bitwright import run_folder
+from bitwright.data import Images, Preprocessing, load_images
+from bitwright.errors import BitwrightError, UsageError
+from bitwright.evaluate import class_scores
+from bitwright.models import Model, load_model
+from bitwright.quantized import QuantizedModel
+
+Settings = dict[str, Any]
+"""What was said of preprocessing on the command line, by name; only what was said."""
+
+
+def images_at(
+    source: str,
+    network: Model | None,
+    *,
+    labels: str | None = None,
+    skip_unreadable: bool = False,
+    settings: Settings,
+) -> Images:
+    """The images of a command; every header is looked at now, so that a text file is found before the long work.
+
+    Raises:
+        DataError: there are none, one is no image, the labels do not match, or nobody said how to preprocess.
+    """
+    how = None if network is None else network.preprocessing
+    if network is None and settings:
+        how = Preprocessing(**settings)
+    images = load_images(source, how, labels=labels, skip_unreadable=skip_unreadable)
+    if not skip_unreadable:
+        images.check()
+    return images
+
+
+def check_labels(network: Model, images: Images) -> None:
+    """Labels must be below the number of classes; tried on one image before the long work.
+
+    Raises:
+        DataError: one is not, or no single output holds class scores.
+    """
+    module: Any = network.module
+    if images.labels is None:
+        return
+    module = module.module() if isinstance(module, torch.export.ExportedProgram) else module
+    try:
+        with torch.no_grad():
+            outputs = module(images.batch([0, 0]))
+    except Exception:
+        return  # capture finds the same and says where
+    if network.output is not None and isinstance(outputs, dict):
+        outputs = outputs.get(network.output, outputs)
+    class_scores(pytree.tree_leaves(outputs), images.labels)
+
+
+def absolute_reference(reference: str) -> str:
+    """The same model, found from any folder.
+
+    Example:
+        >>> absolute_reference("timm:resnet18"), absolute_reference("zoo:fashion_cnn")
+        ('timm:resnet18', 'zoo:fashion_cnn')
+    """
+    kind, colon, rest = reference.partition(":")
+    if colon and kind in {"zoo", "timm", "torchvision"}:
+        name, at, weights = rest.partition("@")
+        return f"{kind}:{name}{at}{os.path.abspath(os.path.expanduser(weights)) if at else ''}"
+    script = re.fullmatch(r"(.+\.py:[^:@]+)@(.+)", reference)
+    parts = script.groups() if script else (reference,)
+    return "@".join(os.path.abspath(os.path.expanduser(part)) for part in parts)
+
+
+def absolute_source(source: str) -> str:
+    """The same images, found from any folder.
+
+    Example:
+        >>> absolute_source("zoo:fashion[:8]")
+        'zoo:fashion[:8]'
+    """
+    return source if source.startswith("zoo:") else os.path.abspath(os.path.expanduser(source))
+
+
+def is_run(reference: str) -> bool:
+    """Whether the reference names a run folder, or the quantized model in one."""
+    path = Path(reference).expanduser()
+    return (path / run_folder.MODEL).is_file() or (path.is_file() and path.suffix == ".safetensors")
+
+
+def load_run(reference: str) -> QuantizedModel:
+    """The quantized model of a run folder.
+
+    Raises:
+        UsageError: there is none.
+    """
+    path = Path(reference).expanduser()
+    if path.is_dir() and not (path / run_folder.MODEL).is_file():
+        unfinished = (
+            " It is unfinished: repeat its command with --resume." if (path / run_folder.STATE).is_dir() else ""
+        )
+        raise UsageError(f"Expected a run folder with {run_folder.MODEL} in it, found none in {path}.{unfinished}")
+    return run_folder.load(path)
+
+
+def float_network(run: QuantizedModel, reference: str | None, settings: Settings) -> Model:
+    """The float network that a run was made from.
+
+    Args:
+        run: loaded.
+        reference: where it is now, if not where it was.
+        settings: of preprocessing; those of the run if none is given.
+
+    Raises:
+        UsageError: nobody knows where it is, or it cannot be loaded any more.
+    """
+    recorded = run.result.get("model", {})
+    if reference is not None:
+        settings = settings or (recorded.get("settings") or {})
+        return load_model(reference, **settings)
+    if not recorded.get("reference"):
+        raise UsageError("This run does not say which network it was made from. Give it with --float.")
+    try:
+        return load_model(recorded["reference"], **(settings or recorded.get("settings") or {}))
+    except BitwrightError as error:
+        raise UsageError(f"The network of this run is not where it was ({error}). Give it with --float.") from error
+
+
+def blank_images(network: Model) -> Images:
+    """Two made-up images of the size the network takes, for commands that only look at its structure.
+
+    Raises:
+        UsageError: nobody said the size.
+    """
+    how = network.preprocessing
+    if how is None:
+        raise UsageError("Expected to know the size of the network's images. Give --input-size.")
+    if isinstance(how, Preprocessing):
+        shape: tuple[int, ...] = how.input_size
+    else:
+        shape = tuple(torch.as_tensor(how(Image.new("RGB", (256, 256), (128, 128, 128)))).shape)
+    return load_images(torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)), None)
+
+
+def check_out(folder: Path, *, force: bool, resume: bool = False) -> None:
+    """Refuses a target that cannot be written or must not be replaced, by trying.
+
+    Raises:
+        UsageError: it holds something, holds what is no run (even with ``force``), or cannot be written.
+    """
+    run_folder.check_target(folder, force=force, resume=resume)
+    known = {
+        run_folder.MODEL,
+        run_folder.PLAN,
+        run_folder.RESULT,
+        run_folder.ONNX,
+        run_folder.LOG,
+        run_folder.STATE,
+    }
+    known |= {"report.html", f"{run_folder.ONNX}.data"}
+    foreign = sorted(p.name for p in folder.iterdir() if p.name not in known) if folder.is_dir() else []
+    if foreign:
+        raise UsageError(
+            f"Expected a run in {folder} for --force to replace, found other files ({foreign[0]}). "
+            "Choose another --out."
+        )
+    parent = next(p for p in (folder, *folder.parents) if p.exists())
+    for place in {parent, folder.parent if folder.exists() else parent}:
+        try:
+            os.rmdir(tempfile.mkdtemp(prefix=".bitwright", dir=place))
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise UsageError(f"The folder {folder} cannot be written ({reason}). Choose another --out.") from error
+
+
+def remove_empty(folder: Path, until: Path) -> None:
+    """Removes the folder and its parents below ``until``, as long as they are empty."""
+    while folder != until and folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+        folder = folder.parent

@@ -1,0 +1,229 @@
+"""Results as tables that people read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from bitwright.graph import rewrite
+from bitwright.quant.quantizer import Frozen, Quantizer
+from bitwright.quantized import QuantizedModel
+from bitwright.result import describe_layers, describe_unquantized, totals
+
+
+def table(*columns: str, title: str | None = None) -> Table:
+    """An empty table; columns that start with ``>`` hold numbers."""
+    made = Table(
+        box=box.SIMPLE_HEAD,
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        pad_edge=False,
+        show_header=any(c.lstrip(">") for c in columns),
+    )
+    for column in columns:
+        numbers = column.startswith(">")
+        made.add_column(column.lstrip(">"), justify="right" if numbers else "left", overflow="fold", no_wrap=numbers)
+    return made
+
+
+def bytes_text(count: float | None) -> str:
+    """Bytes in the unit that fits, powers of 1000.
+
+    Example:
+        >>> bytes_text(3_480_000), bytes_text(640)
+        ('3.48 MB', '640 B')
+    """
+    if count is None:
+        return "-"
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def count_text(count: int) -> str:
+    """A number with its unit.
+
+    Example:
+        >>> count_text(4_650_000), count_text(12)
+        ('4.65 M', '12')
+    """
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return str(count)
+
+
+def percent(value: float | None) -> str:
+    """A fraction in percent.
+
+    Example:
+        >>> percent(0.9231)
+        '92.31 %'
+    """
+    return "-" if value is None else f"{100 * value:.2f} %"
+
+
+def with_interval(metrics: dict[str, Any]) -> str:
+    """Top-1 with its 95 % interval.
+
+    Example:
+        >>> with_interval({"top1": 0.923, "top1_ci": [0.918, 0.928]})
+        '92.30 % (91.8 to 92.8)'
+    """
+    if not metrics:
+        return "-"
+    low, high = metrics["top1_ci"]
+    return f"{100 * metrics['top1']:.2f} % ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def bits_text(bits: dict[str, Any]) -> str:
+    """``W4A8`` and the like.
+
+    Example:
+        >>> bits_text({"weights": 4, "activations": None})
+        'W4, activations in float'
+    """
+    weights, activations = bits["weights"], bits["activations"]
+    if weights is None:
+        return f"weights in float, A{activations}"
+    return f"W{weights}A{activations}" if activations else f"W{weights}, activations in float"
+
+
+def metric_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(what, float, quantized) for everything that was measured."""
+    theirs, ours = result.get("float") or {}, result.get("quantized") or {}
+    rows = []
+    if theirs or ours:
+        rows.append(("top-1 accuracy (95 % interval)", with_interval(theirs), with_interval(ours)))
+        rows.append(("top-5 accuracy", percent(theirs.get("top5")), percent(ours.get("top5"))))
+    fidelity = result.get("fidelity") or {}
+    if fidelity.get("agreement") is not None:
+        rows.append(("same answer as float", "", percent(fidelity["agreement"])))
+        rows.append(("KL divergence from float", "", f"{fidelity['kl']:.2g} nats"))
+    if fidelity:
+        noise = fidelity.get("sqnr_db")
+        rows.append(("signal to quantization noise", "", "no noise" if noise is None else f"{noise:.1f} dB"))
+    return rows
+
+
+def outcome(result: dict[str, Any]) -> Table:
+    """Float against quantized: accuracy, fidelity, size, and what ONNX Runtime makes of the file."""
+    size, parity = result["size"], result.get("parity")
+    made = table(
+        "",
+        ">float",
+        f">{bits_text(result['bits'])}",
+        title=f"{result['model']['name']}, {result['recipe']['name']}",
+    )
+    for row in metric_rows(result):
+        made.add_row(*row)
+    packed = f"{bytes_text(size['packed_bytes'])} ({size['float_bytes'] / size['packed_bytes']:.1f} x smaller)"
+    made.add_row("size", bytes_text(size["float_bytes"]), packed)
+    made.add_row("size of model.onnx", "", bytes_text(size.get("onnx_bytes")))
+    made.add_row("model.onnx in ONNX Runtime", "", parity_text(parity))
+    made.add_row("time", "", f"{result['seconds']['total']:.0f} s")
+    return made
+
+
+def parity_text(parity: dict[str, Any] | None) -> str:
+    """What the parity check found, in a few words."""
+    if parity is None:
+        return "not written"
+    if parity["first_divergence"] is not None:
+        return f"DIFFERS, first at {parity['first_divergence']}"
+    agreement = (parity.get("optimized") or {}).get("agreement") or parity["agreement"]
+    if agreement is None:
+        return f"agrees on {parity['images']} images"
+    return f"same answer on {percent(agreement)} of {parity['images']} images"
+
+
+def structure(model: QuantizedModel, recorded: list[dict[str, Any]] | None = None) -> list[Table]:
+    """Every tensor that is quantized, and every one that is not, with the reason."""
+    rows = layer_rows(model) if recorded is None else recorded
+    with_noise = any(r["sqnr_db"] is not None for r in rows)
+    columns = ["layer", "operator", ">weights", ">activations", "scale per", ">parameters", ">MACs"]
+    layers = table(*columns, *([">SQNR"] if with_noise else []), title="Quantized")
+    for row in rows:
+        cells = [
+            row["name"],
+            row["op"],
+            _bits(row["weight_bits"]),
+            _bits(row["activation_bits"]),
+            row["granularity"] if row["weight_bits"] else "",
+            count_text(row["parameters"]) if row["parameters"] else "",
+            count_text(row["macs"]) if row["macs"] else "",
+        ]
+        noise_text = "" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f} dB"
+        layers.add_row(*cells, *([noise_text] if with_noise else []))
+    floats = table("tensor", "operator", "why it is not quantized", title="Not quantized")
+    for item in describe_unquantized(model):
+        floats.add_row(item["name"], item["op"], item["reason"])
+    return [layers, floats] if floats.row_count else [layers]
+
+
+def _bits(bits: int | None) -> str:
+    return "" if bits is None else f"{bits} bits"
+
+
+def layer_rows(model: QuantizedModel) -> list[dict[str, Any]]:
+    """As in ``result.json``; the granularity also of weights that have no scale yet."""
+    rows = describe_layers(model)
+    for row, layer in zip(rows, model.layers, strict=True):
+        if layer.weight is not None and not quantizer_at(model, layer.weight).calibrated:
+            row["granularity"] = model.scheme.granularity
+    return rows
+
+
+def sizes(model: QuantizedModel) -> dict[str, int]:
+    """Bytes in float, and bytes expected at the bits planned: codes, scales, zero points and what stays float."""
+    quantized = 0
+    for key in dict.fromkeys(layer.weight for layer in model.layers if layer.weight):
+        quantizer = quantizer_at(model, key)
+        codes, scales = 1, 1
+        for extent, block in zip(quantizer.shape, quantizer.block or quantizer.shape, strict=True):
+            codes, scales = codes * extent, scales * -(-extent // block)
+        quantized += -(-codes * quantizer.grid.bits // 8) + 4 * scales - 4 * codes
+    activations = {layer.activation for layer in model.layers if layer.activation}
+    stored = stored_values(model)
+    for layer in model.layers:
+        if layer.op == "parameter" and layer.activation is not None:
+            bits = quantizer_at(model, layer.activation).grid.bits
+            quantized += -(-layer.parameters * bits // 8) - 4 * layer.parameters
+    return {"float_bytes": 4 * stored, "expected_bytes": 4 * stored + quantized + 8 * len(activations)}
+
+
+def quantizer_at(model: QuantizedModel, key: str) -> Quantizer:
+    """The quantizer at a layer's key, also where only the integers it made are left of it."""
+    for candidate in (key, key.replace("quantizer_", "frozen_", 1)):
+        found = getattr(model.graph, candidate, None)
+        found = found.quantizer if isinstance(found, Frozen) else found
+        if isinstance(found, Quantizer):
+            return found
+    raise KeyError(key)
+
+
+def stored_values(model: QuantizedModel) -> int:
+    """Numbers that the float network stores: weights, biases, and parameters of what is not quantized."""
+    names = dict.fromkeys(str(n.target) for n in model.graph.graph.nodes if n.op == "get_attr")
+    tensors = [rewrite.get_tensor(model.graph, name) for name in names]
+    used = dict.fromkeys(str(n.target) for n in model.graph.graph.nodes if n.op == "call_module")
+    frozen = [m for m in (model.graph.get_submodule(key) for key in used) if isinstance(m, Frozen)]
+    return sum(t.numel() for t in tensors) + sum(m.codes.numel() for m in frozen)
+
+
+def summary(model: QuantizedModel, name: str) -> Table:
+    """Parameters, MACs and sizes of a network."""
+    made = table("", ">", title=name)
+    expected = sizes(model)
+    made.add_row("parameters", count_text(stored_values(model)))
+    made.add_row("multiply-accumulates for one image", count_text(totals(model)["macs"]))
+    made.add_row("size in float", bytes_text(expected["float_bytes"]))
+    bits = {"weights": model.scheme.weights, "activations": model.scheme.activations}
+    made.add_row(f"size at {bits_text(bits)}", bytes_text(expected["expected_bytes"]))
+    made.add_row("quantized tensors", str(len(model.layers)))
+    made.add_row("left in float", str(len(model.unquantized)))
+    return made

@@ -1,0 +1,162 @@
+"""What is installed, what is missing, and the line that installs it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import warnings
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import bitwright
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+REQUIRED = (
+    "torch",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "pillow",
+    "pydantic",
+    "safetensors",
+    "scipy",
+)
+OPTIONAL = {"timm": "timm: models", "torchvision": "torchvision: models"}
+MODULES = {"pillow": "PIL"}
+
+
+@dataclass
+class Finding:
+    """One package: its version, whether it works, and what to do if not."""
+
+    name: str
+    version: str | None
+    ok: bool
+    note: str = ""
+    remedy: str = ""
+
+
+def examine() -> dict[str, Any]:
+    """Everything that ``bitwright doctor`` tells, as plain data; ``ok`` if nothing required is missing or broken."""
+    required = [_package(name, "pip install --upgrade bitwright") for name in REQUIRED]
+    optional = [_package(name, "pip install 'bitwright[models]'", what) for name, what in OPTIONAL.items()]
+    if required[0].ok:
+        optional = [_torchvision_built_for(f) if f.name == "torchvision" else f for f in optional]
+    return {
+        "ok": all(f.ok for f in required),
+        "bitwright": bitwright.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "disk_free_bytes": shutil.disk_usage(".").free,
+        "devices": devices() if required[0].ok else [],
+        "runtimes": _runtimes() if any(f.name == "onnxruntime" and f.ok for f in required) else [],
+        "zoo": _zoo(),
+        "required": [asdict(f) for f in required],
+        "optional": [asdict(f) for f in optional],
+    }
+
+
+def _package(name: str, remedy: str, what: str = "") -> Finding:
+    note = f"for {what}" if what else ""
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(name, None, False, f"not installed{', needed ' + note if note else ''}", remedy)
+    if what:
+        return Finding(name, version, True, note)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module(MODULES.get(name, name))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        return Finding(name, version, False, f"does not import: {reason}", f"pip install --force-reinstall {name}")
+    return Finding(name, version, True, note)
+
+
+def _torchvision_built_for(found: Finding) -> Finding:
+    """Says when torchvision's compiled part does not load, which bitwright works around."""
+    if found.version is None:
+        return found
+    import torch
+
+    from bitwright.compat import import_torchvision
+    from bitwright.errors import UsageError
+
+    try:
+        vision = import_torchvision()
+    except UsageError as error:
+        return Finding(found.name, found.version, False, str(error), f"pip install --force-reinstall {found.name}")
+    if vision.extension._has_ops():
+        return found
+    note = f"its compiled part was built for another torch than {torch.__version__}; bitwright works without it"
+    source = "" if torch.version.cuda else " --index-url https://download.pytorch.org/whl/cpu"
+    return Finding(
+        found.name, found.version, True, note, f"pip install --force-reinstall --no-deps torchvision{source}"
+    )
+
+
+def devices() -> list[dict[str, Any]]:
+    """The CPU and every CUDA device that this torch can use."""
+    import torch
+
+    found: list[dict[str, Any]] = [
+        {
+            "device": "cpu",
+            "name": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+        }
+    ]
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            about = torch.cuda.get_device_properties(index)
+            found.append({"device": f"cuda:{index}", "name": about.name, "memory_bytes": about.total_memory})
+    return found
+
+
+def _runtimes() -> list[str]:
+    import onnxruntime
+
+    return list(onnxruntime.get_available_providers())
+
+
+def _zoo() -> dict[str, bool]:
+    """Whether each embedded network is there."""
+    from pathlib import Path
+
+    from bitwright import zoo
+
+    home = Path(zoo.__file__).parent
+    return {name: (home / f"{name}.safetensors").is_file() for name in zoo.NETWORKS}
+
+
+def views(found: dict[str, Any]) -> list[RenderableType]:
+    """The same as tables, and a last line that says whether all is well."""
+    from bitwright.commands import tables
+
+    about = tables.table("", "", title=f"bitwright {found['bitwright']}")
+    about.add_row("python", found["python"])
+    about.add_row("platform", found["platform"])
+    about.add_row("cores", str(found["cores"]))
+    for device in found["devices"]:
+        about.add_row("device", f"{device['device']}: {device['name']}")
+    about.add_row("ONNX Runtime runs on", ", ".join(found["runtimes"]) or "nothing")
+    missing = [name for name, there in found["zoo"].items() if not there]
+    about.add_row("embedded networks", f"missing: {', '.join(missing)}" if missing else "all there")
+    packages = tables.table("package", "version", "state", "to install")
+    for row in (*found["required"], *found["optional"]):
+        state = row["note"] if row["note"] and not (row["ok"] and row["note"].startswith("for ")) else "fine"
+        packages.add_row(row["name"], row["version"] or "none", state, row["remedy"] if state != "fine" else "")
+    verdict = (
+        "Everything that is needed is there."
+        if found["ok"]
+        else "Something that is needed is missing: run the lines above."
+    )
+    return [about, packages, verdict]

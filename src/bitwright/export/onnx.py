@@ -1,0 +1,296 @@
+"""A frozen model as an ONNX file: integer initialisers, QuantizeLinear and DequantizeLinear, a free batch size."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx, nn
+
+import bitwright
+from bitwright.errors import UsageError
+from bitwright.graph import rewrite
+from bitwright.quant.quantizer import BiasQuantizer, Frozen, Grid, Quantizer
+from bitwright.quantized import QuantizedModel
+
+OPSET = 21
+"""The first with 4-bit integers and grouped scales."""
+MARK = "Mark"
+READS_INTEGER_BIAS = frozenset({"Conv", "Gemm"})
+Array = npt.NDArray[Any]
+
+
+def to_onnx(model: QuantizedModel) -> ir.Model:
+    """The model in ONNX, in memory.
+
+    PyTorch's exporter translates the operators; quantizers pass through it as marks, which are then replaced by
+    integers and Q/DQ pairs. Weights of up to 4 bits are stored as INT4, wider ones as INT8; activations as
+    UINT4, UINT8 or UINT16, with a Clip where their bits are fewer.
+
+    Raises:
+        UsageError: an operator has no translation; it is named.
+    """
+    marked, modules = _mark(model)
+    program = _translate(marked, model)
+    _replace_marks(program, modules)
+    _rename_outputs(program, model)
+    program.producer_name, program.producer_version = "bitwright", bitwright.__version__
+    program.metadata_props.update(_metadata(model))
+    return program
+
+
+def save_onnx(program: ir.Model, path: Path) -> None:
+    """Writes the file; tensors go beside it when they would not fit the format's 2 GB."""
+    size = sum(v.const_value.nbytes for v in program.graph.initializers.values() if v.const_value is not None)
+    ir.save(program, path, external_data=f"{path.name}.data" if size > 1_800_000_000 else None)
+
+
+def _metadata(model: QuantizedModel) -> dict[str, str]:
+    keep = {k: model.result[k] for k in ("model", "recipe", "bits", "seed", "command") if k in model.result}
+    return {"bitwright": json.dumps(keep)}
+
+
+def _mark_tensor(x: Tensor, name: str) -> Tensor:
+    """Stands for a quantizer while the graph is translated."""
+    result: Tensor = torch.onnx.ops.symbolic(
+        f"bitwright::{MARK}", (x,), {"name": name}, dtype=x.dtype, shape=x.shape, version=1
+    )
+    return result
+
+
+def _mark(model: QuantizedModel) -> tuple[fx.GraphModule, dict[str, nn.Module]]:
+    """A copy of the graph with marks for quantizers; the module behind each mark."""
+    marked = copy.deepcopy(model.freeze().graph)
+    modules: dict[str, nn.Module] = {}
+    for node in list(marked.graph.nodes):
+        if node.op != "call_module":
+            continue
+        module = modules[node.name] = marked.get_submodule(str(node.target))
+        with marked.graph.inserting_before(node):
+            source = node.args[0] if node.args else _float_value(marked, node, module)
+            mark = marked.graph.call_function(_mark_tensor, (source, node.name))
+        mark.meta = dict(node.meta)
+        node.replace_all_uses_with(mark)
+        marked.graph.erase_node(node)
+    marked.recompile()
+    return marked, modules
+
+
+def _float_value(graph: fx.GraphModule, node: fx.Node, module: nn.Module) -> fx.Node:
+    assert isinstance(module, Frozen)
+    target = f"value_{node.name}"
+    rewrite.set_tensor(graph, target, module())
+    return graph.graph.get_attr(target)
+
+
+def _translate(marked: fx.GraphModule, model: QuantizedModel) -> ir.Model:
+    example = torch.zeros(2, *model.input_shape)
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                marked,
+                (example,),
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+                opset_version=OPSET,
+                verbose=False,
+                input_names=["images"],
+            )
+    except Exception as error:
+        raise UsageError(f"This network cannot be written as ONNX: {_reason(error)}.") from error
+    assert program is not None
+    return program.model
+
+
+def _reason(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _rename_outputs(program: ir.Model, model: QuantizedModel) -> None:
+    taken = {v.name for node in program.graph for v in node.outputs}
+    for value, name in zip(program.graph.outputs, model.outputs, strict=True):
+        value.name = name if name not in taken else f"{name}_out"
+
+
+def _replace_marks(program: ir.Model, modules: dict[str, nn.Module]) -> None:
+    graph = program.graph
+    for node in list(graph):
+        if node.op_type != MARK or node.domain != "bitwright":
+            continue
+        name = node.attributes["name"].as_string()
+        module = modules[name]
+        if isinstance(module, Frozen):
+            _replace_stored(graph, node, name, module)
+        else:
+            assert isinstance(module, Quantizer)
+            _replace_activation(graph, node, name, module)
+    program.opset_imports.pop("bitwright", None)
+    _drop_unused(graph)
+
+
+def _drop_unused(graph: ir.Graph) -> None:
+    for node in reversed(list(graph)):
+        if not any(v.uses() or v.is_graph_output() for v in node.outputs):
+            graph.remove(node, safe=True)
+    for name, value in list(graph.initializers.items()):
+        if not value.uses():
+            del graph.initializers[name]
+
+
+def storage(grid: Grid) -> ir.DataType:
+    """The smallest ONNX type that holds the grid's codes."""
+    if grid.bits <= 4:
+        return ir.DataType.INT4 if grid.symmetric else ir.DataType.UINT4
+    if grid.bits <= 8:
+        return ir.DataType.INT8 if grid.symmetric else ir.DataType.UINT8
+    return ir.DataType.INT16 if grid.symmetric else ir.DataType.UINT16
+
+
+_NUMPY: dict[ir.DataType, Any] = {
+    ir.DataType.INT4: ml_dtypes.int4,
+    ir.DataType.UINT4: ml_dtypes.uint4,
+    ir.DataType.INT8: np.int8,
+    ir.DataType.UINT8: np.uint8,
+    ir.DataType.INT16: np.int16,
+    ir.DataType.UINT16: np.uint16,
+}
+
+
+def _initializer(graph: ir.Graph, name: str, array: Array) -> ir.Value:
+    tensor = ir.Tensor(array, name=name)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def _node(
+    graph: ir.Graph, before: ir.Node, op: str, inputs: list[ir.Value], output: str, **attributes: int
+) -> ir.Value:
+    node = ir.node(op, inputs, attributes=attributes or None, name=f"{output}/{op}")
+    node.outputs[0].name = output
+    graph.insert_before(before, node)
+    return node.outputs[0]
+
+
+def _replace_activation(graph: ir.Graph, mark: ir.Node, name: str, quantizer: Quantizer) -> None:
+    """Clip (where the type is wider than the grid), QuantizeLinear, DequantizeLinear."""
+    source, old = mark.inputs[0], mark.outputs[0]
+    assert source is not None
+    grid, kind = quantizer.grid, storage(quantizer.grid)
+    scale = quantizer.scale.reshape(()).numpy()
+    zero = quantizer.zero_point.reshape(()).numpy()
+    step = _shared(graph, f"{quantizer.name}/scale", scale)
+    point = _shared(graph, f"{quantizer.name}/zero_point", zero.astype(_NUMPY[kind]))
+    if grid.bits not in {4, 8, 16}:
+        bounds = [
+            _shared(graph, f"{quantizer.name}/{end}", ((code - zero) * scale).astype(np.float32))
+            for end, code in (("low", grid.qmin), ("high", grid.qmax))
+        ]
+        source = _node(graph, mark, "Clip", [source, *bounds], f"{name}/clipped")
+    codes = _node(graph, mark, "QuantizeLinear", [source, step, point], f"{name}/codes")
+    codes.type, codes.shape = ir.TensorType(kind), old.shape
+    value = _node(graph, mark, "DequantizeLinear", [codes, step, point], f"{name}/value")
+    value.type, value.shape = old.type, old.shape
+    old.replace_all_uses_with(value, replace_graph_outputs=True)
+    graph.remove(mark, safe=True)
+
+
+def _shared(graph: ir.Graph, name: str, array: Array) -> ir.Value:
+    return graph.initializers.get(name) or _initializer(graph, name, array)
+
+
+def _replace_stored(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen) -> None:
+    """Integers and DequantizeLinear; a transposition of the weight is done in the file already."""
+    old = mark.outputs[0]
+    if isinstance(frozen.quantizer, BiasQuantizer):
+        readers = {use.node.op_type for use in old.uses()}
+        value = _integer_bias(graph, mark, name, frozen) if readers <= READS_INTEGER_BIAS else None
+        value = value or _initializer(graph, name, frozen().numpy())
+    else:
+        transposed = [use.node for use in old.uses() if use.node.op_type == "Transpose"]
+        for node in transposed:
+            order = list(node.attributes["perm"].as_ints())
+            turned = _integers(graph, mark, f"{name}/transposed", frozen, order)
+            node.outputs[0].replace_all_uses_with(turned)
+            graph.remove(node, safe=True)
+        value = _integers(graph, mark, name, frozen, None) if old.uses() else None
+    if value is not None:
+        value.shape, value.type = old.shape, old.type
+        old.replace_all_uses_with(value, replace_graph_outputs=True)
+    graph.remove(mark, safe=True)
+
+
+def _integer_bias(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen) -> ir.Value:
+    quantizer = frozen.quantizer
+    scale = quantizer.scale.numpy()
+    codes = _initializer(graph, f"{name}/integers", frozen.codes.numpy().astype(np.int32))
+    if scale.size == 1:
+        return _node(
+            graph,
+            mark,
+            "DequantizeLinear",
+            [codes, _initializer(graph, f"{name}/scale", scale.reshape(()))],
+            name,
+        )
+    step = _initializer(graph, f"{name}/scale", scale)
+    return _node(graph, mark, "DequantizeLinear", [codes, step], name, axis=0)
+
+
+def _integers(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, order: list[int] | None) -> ir.Value:
+    quantizer = frozen.quantizer
+    assert isinstance(quantizer, Quantizer)
+    codes, scale, zero = frozen.codes, quantizer.scale, quantizer.zero_point
+    attributes: dict[str, int] = {}
+    if scale.numel() == 1:
+        scale, zero = scale.reshape(()), zero.reshape(())
+    else:
+        scale, zero, attributes = _scales_for_onnx(quantizer, codes)
+    if order is not None:
+        codes = codes.permute(order)
+        if scale.dim() > 1:
+            scale, zero = scale.permute(order), zero.permute(order)
+        if "axis" in attributes:
+            attributes["axis"] = order.index(attributes["axis"])
+    kind = storage(quantizer.grid)
+    inputs = [
+        _initializer(graph, f"{name}/integers", codes.contiguous().numpy().astype(_NUMPY[kind])),
+        _initializer(graph, f"{name}/scale", scale.contiguous().numpy()),
+    ]
+    if bool((zero != 0).any()):
+        inputs.append(_initializer(graph, f"{name}/zero_point", zero.contiguous().numpy().astype(_NUMPY[kind])))
+    return _node(graph, mark, "DequantizeLinear", inputs, name, **attributes)
+
+
+def _scales_for_onnx(quantizer: Quantizer, codes: Tensor) -> tuple[Tensor, Tensor, dict[str, int]]:
+    """Scale, zero point and attributes: one axis per channel, or blocks along one axis."""
+    block = quantizer.block
+    assert block is not None
+    shape = tuple(codes.shape)
+    cut = [axis for axis, (d, b) in enumerate(zip(shape, block, strict=True)) if b < d]
+    partial = [axis for axis in cut if block[axis] > 1]
+    if len(cut) == 1 and not partial:
+        return quantizer.scale, quantizer.zero_point, {"axis": cut[0]}
+    if len(partial) > 1:
+        raise UsageError(f"{quantizer.name}: ONNX has scales for blocks along one axis only.")
+    axis = partial[0] if partial else next(a for a in range(len(shape)) if a not in cut or shape[a] > 1)
+    size = block[axis]
+    counts = [-(-d // b) for d, b in zip(shape, block, strict=True)]
+    wanted = [counts[a] if a == axis else d for a, d in enumerate(shape)]
+
+    def spread(values: Tensor) -> Tensor:
+        return values.reshape(counts).expand(wanted).contiguous()
+
+    return spread(quantizer.scale), spread(quantizer.zero_point), {"axis": axis, "block_size": size}
