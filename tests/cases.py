@@ -133,7 +133,7 @@ class RelativePosition(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.patches, self.qkv = nn.Conv2d(3, 8, 4, stride=4), nn.Linear(8, 24)
-        self.table = nn.Parameter(torch.randn(2, 9))
+        self.table = nn.Parameter(torch.randn(4, 9))
         at = torch.stack(torch.meshgrid(torch.arange(2), torch.arange(2), indexing="ij")).flatten(1)
         offset = at[:, :, None] - at[:, None, :] + 1
         self.register_buffer("index", offset[0] * 3 + offset[1])
@@ -142,8 +142,8 @@ class RelativePosition(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2)
         b, n, c = x.shape
-        q, k, v = self.qkv(x).view(b, n, 3, 2, c // 2).permute(2, 0, 3, 1, 4)
-        scores = q @ k.transpose(-2, -1) * (c // 2) ** -0.5 + self.table[:, self.index]
+        q, k, v = self.qkv(x).view(b, n, 3, 4, c // 4).permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(-2, -1) * (c // 4) ** -0.5 + self.table[:, self.index]
         return self.head((scores.softmax(-1) @ v).transpose(1, 2).reshape(b, n, c).mean(1))
 
 

@@ -17,7 +17,7 @@ def test_a_run_folder_holds_what_the_contract_says(model, tmp_path):
     model.save(tmp_path / "run")
     assert {p.name for p in (tmp_path / "run").iterdir()} >= {"model.safetensors", "plan.json", "result.json"}
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())["layers"]
-    assert plan["conv1"]["weight"] == {"bits": 4, "granularity": "channel", "symmetric": True}
+    assert plan["stem"]["weight"] == {"bits": 4, "granularity": "channel", "symmetric": True}
     assert torch.equal(bw.load(tmp_path / "run")(cases.images()), model(cases.images()))
 
 

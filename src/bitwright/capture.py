@@ -53,6 +53,7 @@ def capture(model: nn.Module | torch.export.ExportedProgram, example: Tensor) ->
     """
     images = torch.cat([example, example])[:2].contiguous() if len(example) < 2 else example[:2].contiguous()
     if isinstance(model, torch.export.ExportedProgram):
+        _check_program(model)
         program, reference = model, _run(model.module(), images)
     else:
         with _evaluation_mode(model):
@@ -62,6 +63,7 @@ def capture(model: nn.Module | torch.export.ExportedProgram, example: Tensor) ->
     leaves, structure = pytree.tree_flatten(reference)
     captured = Captured(graph, images, _output_names(reference), structure)
     _check_single_input(graph)
+    _check_batch_axis(graph.graph)
     _check_equal(captured, leaves)
     return captured
 
@@ -84,6 +86,8 @@ def _run(model: nn.Module, images: Tensor) -> object:
         with torch.no_grad():
             return model(images)
     except Exception as error:
+        if isinstance(error, TypeError) and "positional argument" in str(error):
+            raise ModelError(f"Expected a model of one image tensor ({_first_line(error)}). Wrap it.") from error
         shape = "x".join(str(d) for d in images.shape[1:])
         raise ModelError(
             f"The model cannot run on images of {shape} ({_first_line(error)}){_where(error)}. "
@@ -113,6 +117,16 @@ def _batch_is_dynamic(program: torch.export.ExportedProgram) -> bool:
         if node.op == "placeholder" and node.name in names and isinstance(node.meta.get("val"), Tensor):
             return isinstance(node.meta["val"].shape[0], torch.SymInt)
     return False
+
+
+def _check_program(program: torch.export.ExportedProgram) -> None:
+    inputs = program.graph_signature.user_inputs
+    if len(inputs) != 1:
+        raise ModelError(_several_inputs(list(map(str, inputs))))
+    if not _batch_is_dynamic(program):
+        raise ModelError(
+            "The saved program has a fixed batch size. Export it with dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)."
+        )
 
 
 def _explain(error: Exception | None) -> str:
@@ -158,10 +172,6 @@ def _first_line(error: BaseException) -> str:
 
 def _to_graph(program: torch.export.ExportedProgram, images: Tensor) -> fx.GraphModule:
     """The program as a graph module with its own copies of the parameters and a flat list as output."""
-    if not _batch_is_dynamic(program):
-        raise ModelError(
-            "The saved program has a fixed batch size. Export it with dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)."
-        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module = program.module(check_guards=False)
@@ -219,11 +229,13 @@ def _name_layers(graph: fx.Graph) -> None:
 
 def _layer_name(node: fx.Node) -> str:
     operator = ops.base_name(node).rstrip("_")
+    stack = [entry for entry in (node.meta.get("nn_module_stack") or {}).values() if entry[0]]
     if ops.kind(node) == "linear":
         weight = node.args[1]
         assert isinstance(weight, fx.Node)
+        if stack and str(stack[-1][1]).startswith(("torch.nn.modules.conv", "torch.nn.modules.linear")):
+            return str(stack[-1][0])
         return str(weight.target).removesuffix(".weight")
-    stack = [entry for entry in (node.meta.get("nn_module_stack") or {}).values() if entry[0]]
     if not stack:
         return operator
     path, kind = stack[-1][0], str(stack[-1][1])
@@ -234,14 +246,50 @@ def _layer_name(node: fx.Node) -> str:
 def _check_single_input(graph: fx.GraphModule) -> None:
     inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]
     if len(inputs) != 1:
-        names = ", ".join(n.name for n in inputs)
-        raise ModelError(f"Expected a model of one image tensor, found {len(inputs)} inputs ({names}). Wrap it.")
+        raise ModelError(_several_inputs([n.name for n in inputs]))
+
+
+def _several_inputs(names: list[str]) -> str:
+    return f"Expected a model of one image tensor, found {len(names)} inputs ({', '.join(names)}). Wrap it."
+
+
+def _check_batch_axis(graph: fx.Graph) -> None:
+    """The images must be along the first axis of every output; blames the first operator that fixes that axis."""
+    (end,) = (n for n in graph.nodes if n.op == "output")
+    for node in end.all_input_nodes:
+        blamed, source = None, node
+        while source.op == "call_function" and not _has_batch(source):
+            inputs = [n for n in source.all_input_nodes if isinstance(ops.value(n), Tensor)]
+            if not inputs:
+                break
+            blamed, source = source, inputs[0]
+        if blamed is None or source.op == "get_attr":
+            continue
+        raise ModelError(
+            f"The model mixes the images of a batch, or fixes its size{_recorded_line(blamed)}. "
+            "Reshape with x.shape[0] or -1, and keep the images along the first axis."
+        )
+
+
+def _has_batch(node: fx.Node) -> bool:
+    val = ops.value(node)
+    return not isinstance(val, Tensor) or (val.dim() > 0 and isinstance(val.shape[0], torch.SymInt))
+
+
+def _recorded_line(node: fx.Node) -> str:
+    """The source line that made the operator, as `` at file:line: code``."""
+    lines = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines()]
+    places = [i for i, line in enumerate(lines) if line.startswith('File "')]
+    if not places:
+        return ""
+    file, line = lines[places[-1]].removeprefix('File "').split('", line ')
+    return f" at {file}:{line.split(',')[0]}: {' '.join(lines[places[-1] + 1 : places[-1] + 2])}"
 
 
 def _output_names(output: object) -> tuple[str, ...]:
     """Names of the leaves: keys of a dict, fields, or positions."""
     leaves, _ = pytree.tree_flatten_with_path(output)
-    if len(leaves) == 1 and not leaves[0][0]:
+    if len(leaves) == 1 and not leaves[0][0] and isinstance(leaves[0][1], Tensor):
         return ("output",)
     names = []
     for path, leaf in leaves:

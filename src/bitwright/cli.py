@@ -5,6 +5,7 @@ Nothing here may import torch or pydantic at the top: ``bitwright --help`` answe
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,9 +26,12 @@ app = typer.Typer(
 
 # ----------------------------------------------------------------------------------------------- arguments
 
+_BITS, _IMAGES = "What is quantized, and how", "How image files become the network's input"
+
 ModelArgument = Annotated[
     str,
     typer.Argument(
+        metavar="MODEL",
         help="zoo:NAME, timm:NAME@weights, torchvision:NAME@weights, path/to/file.py:callable or model.pt2",
         show_default=False,
     ),
@@ -35,32 +39,56 @@ ModelArgument = Annotated[
 ImagesArgument = Annotated[
     str,
     typer.Argument(
+        metavar="IMAGES",
         help="A folder, an .npz file or zoo:NAME, with an optional slice as in 'photos[0::2]'",
         show_default=False,
     ),
 ]
 RecipeOption = Annotated[
     str | None,
-    typer.Option(help="A name out of `bitwright recipes`, or a .yaml or .py file  [default: the best there is]"),
+    typer.Option(
+        help="A name out of `bitwright recipes`, or a .yaml or .py file  [default: the best there is]",
+        rich_help_panel=_BITS,
+    ),
 ]
-WeightsOption = Annotated[str, typer.Option(help="Bits of weights: 2 to 8, or float")]
-ActivationsOption = Annotated[str, typer.Option(help="Bits of activations: 2 to 8, 16, or float")]
+WeightsOption = Annotated[str, typer.Option(help="Bits of weights: 2 to 8, or float", rich_help_panel=_BITS)]
+ActivationsOption = Annotated[
+    str, typer.Option(help="Bits of activations: 2 to 8, 16, or float", rich_help_panel=_BITS)
+]
 RuleOption = Annotated[
     list[str] | None,
-    typer.Option(help="Exception for layers, as in 'head=w8a8' or 'blocks.*=w3'; the last that matches decides"),
+    typer.Option(
+        help="Exception for layers, as in 'head=w8a8' or 'blocks.*=w3'; the last that matches decides",
+        rich_help_panel=_BITS,
+    ),
 ]
-RuntimeOption = Annotated[str, typer.Option(help="Where the result will run: onnxruntime or generic")]
-GranularityOption = Annotated[str, typer.Option(help="What shares a weight scale: channel, tensor or group")]
-GroupSizeOption = Annotated[int, typer.Option(help="Input channels of one scale with --granularity group")]
+RuntimeOption = Annotated[
+    str, typer.Option(help="Where the result will run: onnxruntime or generic", rich_help_panel=_BITS)
+]
+GranularityOption = Annotated[
+    str, typer.Option(help="What shares a weight scale: channel, tensor or group", rich_help_panel=_BITS)
+]
+GroupSizeOption = Annotated[
+    int, typer.Option(help="Input channels of one scale with --granularity group", rich_help_panel=_BITS)
+]
 LabelsOption = Annotated[
     str | None, typer.Option(help="CSV of file,class_index; class folders and .npz files bring their own")
 ]
 OutputOption = Annotated[str | None, typer.Option(help="Name of the output to keep, if the model returns several")]
-InputSizeOption = Annotated[str | None, typer.Option(help="224, 224x320 (height x width) or 1x28x28")]
-MeanOption = Annotated[str | None, typer.Option(help="One number or one a channel, for values in 0..1")]
-StdOption = Annotated[str | None, typer.Option(help="Likewise, above 0")]
-InterpolationOption = Annotated[str | None, typer.Option(help="nearest, bilinear, bicubic or lanczos")]
-CropOption = Annotated[float | None, typer.Option("--crop-pct", help="Input size over resized size, such as 0.875")]
+InputSizeOption = Annotated[
+    str | None, typer.Option(help="224, 224x320 (height x width) or 1x28x28", rich_help_panel=_IMAGES)
+]
+MeanOption = Annotated[
+    str | None, typer.Option(help="One number or one a channel, for values in 0..1", rich_help_panel=_IMAGES)
+]
+StdOption = Annotated[str | None, typer.Option(help="Likewise, above 0", rich_help_panel=_IMAGES)]
+InterpolationOption = Annotated[
+    str | None, typer.Option(help="nearest, bilinear, bicubic or lanczos", rich_help_panel=_IMAGES)
+]
+CropOption = Annotated[
+    float | None,
+    typer.Option("--crop-pct", help="Input size over resized size, such as 0.875", rich_help_panel=_IMAGES),
+]
 SkipOption = Annotated[bool, typer.Option("--skip-unreadable", help="Leave out images that cannot be decoded")]
 SeedOption = Annotated[int, typer.Option(help="Of everything random")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, everything else on stderr")]
@@ -188,7 +216,7 @@ def quantize(
     Labels are never used for quantizing; with `--evaluate` (and `--labels`, where the images do not carry them) they
     say how accurate the result is. The ONNX file is checked in ONNX Runtime on real images before it is kept.
 
-    Example: `bitwright quantize zoo:fashion_cnn zoo:fashion --weights 4 --evaluate 'zoo:fashion-test[:2000]'`
+    Example: `bitwright quantize zoo:fashion_cnn zoo:fashion --weights 4`
     """
     with Terminal(as_json=as_json) as terminal:
         scheme = _scheme(weights, activations, rule, runtime, granularity, group_size)
@@ -226,7 +254,9 @@ def quantize(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A run folder, an ONNX file, or a float network as for quantize")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A run folder, an ONNX file, or a float network as for quantize")
+    ],
     images: ImagesArgument,
     labels: LabelsOption = None,
     float_model: Annotated[
@@ -269,7 +299,7 @@ def evaluate(
 
 @app.command()
 def inspect(
-    model: Annotated[str, typer.Argument(help="A run folder, or a float network as for quantize")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run folder, or a float network as for quantize")],
     weights: WeightsOption = "8",
     activations: ActivationsOption = "8",
     rule: RuleOption = None,
@@ -284,7 +314,7 @@ def inspect(
 
     For a float network: what would be quantized with these bits and rules. For a run: what was.
 
-    Example: `bitwright inspect zoo:fashion_vit --weights 4 --rule 'head=w8'`
+    Example: `bitwright inspect zoo:fashion_vit --weights 4`
     """
     with Terminal(as_json=as_json) as terminal:
         scheme = _scheme(weights, activations, rule, runtime, granularity, group_size)
@@ -299,7 +329,7 @@ def inspect(
 
 @app.command()
 def export(
-    run: Annotated[str, typer.Argument(help="A run folder")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder")],
     to: Annotated[str, typer.Option(help="onnx")] = "onnx",
     images: Annotated[
         str | None, typer.Option(help="Images for the check; those of the run if they are still there")
@@ -322,7 +352,7 @@ def export(
 
     A file that computes something else than what was measured is refused, naming the first layer that diverges.
 
-    Example: `bitwright demo --force && bitwright export demo/fashion_cnn --to onnx`
+    Example, after `bitwright demo`: `bitwright export demo/fashion_cnn`
     """
     with Terminal(as_json=as_json) as terminal:
         settings = _settings(input_size=input_size, mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct)
@@ -347,7 +377,7 @@ def export(
 
 @app.command()
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="The recipe to print", show_default=False)] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="The recipe to print", show_default=False)] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Lists the recipes, or prints one as YAML that `--recipe` reads back: copy it, change it, use it.
@@ -393,6 +423,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 done, 1 the job failed, 2 the call was wrong, 130 interrupted.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    # Threads that sleep while they wait; spinning ones make everything many times slower on a machine with other work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         status = app(args=given or ["--help"], prog_name="bitwright", standalone_mode=False)
     except BitwrightError as error:
@@ -402,22 +434,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = 130
     except Exception as error:
         return _other(error, given)
-    if status == 130:
-        print_error("interrupted")
     return status if isinstance(status, int) else 0
 
 
 def _other(error: Exception, given: list[str]) -> int:
     """A wrong call, as typer sees it, or something that nobody expected."""
     if type(error).__name__ == "Abort":
-        print_error("interrupted")
         return 130
     describe, code = getattr(error, "format_message", None), getattr(error, "exit_code", 1)
     if callable(describe):  # every usage error of typer and click
         verb = next((a for a in given if not a.startswith("-")), "")
         known = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback is not None}
         advice = f"bitwright {verb} --help" if verb in known else "bitwright --help"
-        print_error(f"{one_line(str(describe()))} See {advice}.")
+        print_error(f"{one_line(str(describe())).rstrip('.')}. See {advice}.")
         return int(code)
     hint = "" if debugging() else " BITWRIGHT_DEBUG=1 shows where."
     if debugging():

@@ -28,7 +28,7 @@ REQUIRED = (
     "scipy",
 )
 OPTIONAL = {"timm": "timm: models", "torchvision": "torchvision: models"}
-MODULES = {"pillow": "PIL"}
+MODULES = {"pillow": "PIL", "pyyaml": "yaml"}
 
 
 @dataclass
@@ -70,7 +70,7 @@ def _package(name: str, remedy: str, what: str = "") -> Finding:
     except importlib.metadata.PackageNotFoundError:
         return Finding(name, None, False, f"not installed{', needed ' + note if note else ''}", remedy)
     if what:
-        return Finding(name, version, True, note)
+        return Finding(name, version, True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -78,7 +78,7 @@ def _package(name: str, remedy: str, what: str = "") -> Finding:
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         return Finding(name, version, False, f"does not import: {reason}", f"pip install --force-reinstall {name}")
-    return Finding(name, version, True, note)
+    return Finding(name, version, True)
 
 
 def _torchvision_built_for(found: Finding) -> Finding:
@@ -97,9 +97,10 @@ def _torchvision_built_for(found: Finding) -> Finding:
     if vision.extension._has_ops():
         return found
     note = f"its compiled part was built for another torch than {torch.__version__}; bitwright works without it"
+    plain = found.version.split("+")[0]
     source = "" if torch.version.cuda else " --index-url https://download.pytorch.org/whl/cpu"
     return Finding(
-        found.name, found.version, True, note, f"pip install --force-reinstall --no-deps torchvision{source}"
+        found.name, found.version, True, note, f"pip install --force-reinstall --no-deps torchvision=={plain}{source}"
     )
 
 
@@ -150,13 +151,12 @@ def views(found: dict[str, Any]) -> list[RenderableType]:
     about.add_row("ONNX Runtime runs on", ", ".join(found["runtimes"]) or "nothing")
     missing = [name for name, there in found["zoo"].items() if not there]
     about.add_row("embedded networks", f"missing: {', '.join(missing)}" if missing else "all there")
-    packages = tables.table("package", "version", "state", "to install")
+    packages = tables.table("package", "version", "state")
+    remedies: dict[str, list[str]] = {}
     for row in (*found["required"], *found["optional"]):
-        state = row["note"] if row["note"] and not (row["ok"] and row["note"].startswith("for ")) else "fine"
-        packages.add_row(row["name"], row["version"] or "none", state, row["remedy"] if state != "fine" else "")
-    verdict = (
-        "Everything that is needed is there."
-        if found["ok"]
-        else "Something that is needed is missing: run the lines above."
-    )
-    return [about, packages, verdict]
+        fine = row["ok"] and not row["remedy"]
+        packages.add_row(row["name"], row["version"] or "none", "fine" if fine else row["note"])
+        if not fine:
+            remedies.setdefault(row["remedy"], []).append(row["name"])
+    verdict = "Everything that is needed is there." if found["ok"] else "Something that is needed is missing."
+    return [about, packages, verdict, *(f"For {', '.join(names)}:  {line}" for line, names in remedies.items())]

@@ -79,11 +79,14 @@ def _restore(student: QuantizedModel, state: Path | None, identity: str) -> int:
     path = None if state is None else state / "checkpoint.safetensors"
     if path is None or not path.is_file():
         return 0
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, framework="pt") as file:
-        header = file.metadata()
-    if header["identity"] != identity:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+    except SafetensorError as error:
+        raise UsageError(f"{path} is no checkpoint ({error}). Delete it, or use --force.") from error
+    if header.get("identity") != identity:
         raise UsageError("The unfinished run in this folder had other settings. Repeat its command, or use --force.")
     signs = json.loads(header["symmetric"])
     for name, tensor in load_file(path).items():

@@ -89,7 +89,7 @@ class QuantizedModel(nn.Module):
             node.target, node.args = key, ()
             if not stored.users:
                 graph.erase_node(stored)
-        _drop_unused_tensors(self.graph)
+        rewrite.drop_unused_tensors(self.graph)
         graph.lint()
         self.graph.recompile()
         return self
@@ -117,15 +117,6 @@ class QuantizedModel(nn.Module):
         from bitwright.export.parity import export_checked
 
         return export_checked(self, Path(path), force=force)
-
-
-def _drop_unused_tensors(module: fx.GraphModule) -> None:
-    used = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
-    for name, _ in list(module.named_buffers()):
-        *parents, leaf = name.split(".")
-        owner = module.get_submodule(".".join(parents))
-        if not isinstance(owner, Quantizer | Frozen) and name not in used:
-            delattr(owner, leaf)
 
 
 def insert_quantizers(teacher: Captured, scheme: Scheme) -> QuantizedModel:

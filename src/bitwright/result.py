@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import platform
 import resource
+import shlex
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import bitwright
+from bitwright.graph import rewrite
+from bitwright.quant.quantizer import Frozen
 from bitwright.quantized import QuantizedModel
 
 
@@ -71,7 +75,7 @@ def environment(device: torch.device | str, seed: int) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": str(device),
         "seed": seed,
-        "command": " ".join(sys.argv),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
 
@@ -83,7 +87,16 @@ def peak_memory_bytes() -> int:
 
 def totals(model: QuantizedModel) -> dict[str, int]:
     """Parameters and MACs of the whole network, for one image."""
-    return {"parameters": sum(x.parameters for x in model.layers), "macs": sum(x.macs for x in model.layers)}
+    return {"parameters": stored_values(model), "macs": sum(x.macs for x in model.layers)}
+
+
+def stored_values(model: QuantizedModel) -> int:
+    """Numbers that the float network stores: weights, biases, and parameters of what is not quantized."""
+    names = dict.fromkeys(str(n.target) for n in model.graph.graph.nodes if n.op == "get_attr")
+    tensors = [rewrite.get_tensor(model.graph, name) for name in names]
+    used = dict.fromkeys(str(n.target) for n in model.graph.graph.nodes if n.op == "call_module")
+    frozen = [m for m in (model.graph.get_submodule(key) for key in used) if isinstance(m, Frozen)]
+    return sum(t.numel() for t in tensors) + sum(m.codes.numel() for m in frozen)
 
 
 def describe_unquantized(model: QuantizedModel) -> list[dict[str, str]]:

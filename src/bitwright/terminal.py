@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from typing import Any, TextIO
 
@@ -33,6 +35,8 @@ class Terminal:
         self.as_json = as_json
         self.warnings: list[str] = []
         self.events: list[dict[str, Any]] = []
+        self.farewell = "Interrupted."
+        self._interrupted = False
         self._stdout = sys.stdout
         self._out, self._err = _console(sys.stdout), _console(sys.stderr)
         self._progress = Progress(
@@ -50,15 +54,31 @@ class Terminal:
         self._exits.enter_context(warnings.catch_warnings())
         warnings.simplefilter("always")
         warnings.showwarning = self._warn
+        if threading.current_thread() is threading.main_thread():
+            self._exits.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, self._interrupt))
+            self._exits.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
+            sys.unraisablehook = _without_interrupts(sys.unraisablehook)
         if self.as_json:
             self._exits.enter_context(contextlib.redirect_stdout(sys.stderr))
         if self._err.is_terminal:
             self._exits.enter_context(self._progress)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.finish()
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        self._close(failed=failure is not None)
+        if failure is not None and issubclass(failure, KeyboardInterrupt):
+            self.say(self.farewell)
         self._exits.close()
+
+    def _close(self, *, failed: bool = False) -> None:
+        """Ends the display of progress; what failed is not shown as done."""
+        if failed:
+            if self._task is not None:
+                self._progress.remove_task(self._task)
+            self._task, self._what = None, ""
+        self.finish()
+        if self._progress.live.is_started:
+            self._progress.stop()
 
     def log(self, event: str, **details: Any) -> None:
         """Keeps an event for ``log.jsonl``."""
@@ -71,15 +91,15 @@ class Terminal:
         self._err.print(Text(text), soft_wrap=True)
 
     def show(self, *renderables: RenderableType) -> None:
-        """The result for a human on stdout; nothing with ``--json``."""
-        self.finish()
+        """The result for a human on stdout; nothing with ``--json``. Nothing goes on after it."""
+        self._close()
         if not self.as_json:
             for renderable in renderables:
-                self._out.print(renderable, soft_wrap=isinstance(renderable, str), highlight=False)
+                self._out.print(renderable, soft_wrap=isinstance(renderable, str))
 
     def result(self, data: dict[str, Any]) -> None:
-        """The result for a program on stdout; nothing without ``--json``."""
-        self.finish()
+        """The result for a program on stdout; nothing without ``--json``. Nothing goes on after it."""
+        self._close()
         if self.as_json:
             print(json.dumps(data, indent=2, allow_nan=False), file=self._stdout, flush=True)
 
@@ -89,6 +109,8 @@ class Terminal:
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Shows how far ``what`` is, with the time left; the callback that the library takes."""
+        if self._interrupted:  # and something between here and there swallowed it
+            raise KeyboardInterrupt
         if what != self._what:
             self.finish()
             self._what, self._started = what, time.perf_counter()
@@ -111,6 +133,10 @@ class Terminal:
             self.say(f"{self._what} … {seconds:.1f} s")
         self._task, self._what = None, ""
 
+    def _interrupt(self, *_: object) -> None:
+        self._interrupted = True
+        raise KeyboardInterrupt
+
     def _warn(
         self,
         message: Warning | str,
@@ -129,7 +155,7 @@ class Terminal:
 
 
 def _console(stream: TextIO) -> Console:
-    return Console(file=stream, width=None if stream.isatty() else PIPE_WIDTH)
+    return Console(file=stream, width=None if stream.isatty() else PIPE_WIDTH, markup=False, highlight=False)
 
 
 def _speaks_to_user() -> bool:
@@ -138,6 +164,11 @@ def _speaks_to_user() -> bool:
     while frame.f_back is not None and frame.f_globals.get("__name__") in {"warnings", "_py_warnings"}:
         frame = frame.f_back
     return str(frame.f_globals.get("__name__")).startswith(("bitwright", "_bitwright_"))
+
+
+def _without_interrupts(hook: Callable[[Any], object]) -> Callable[[Any], object]:
+    """A hook that says nothing of an interrupt that fell into a destructor: it is raised again at the next step."""
+    return lambda unraisable: None if unraisable.exc_type is KeyboardInterrupt else hook(unraisable)
 
 
 def one_line(text: str) -> str:

@@ -13,6 +13,7 @@ from bitwright.errors import BitwrightError
 from bitwright.quant.scheme import Scheme
 from bitwright.terminal import Terminal
 
+CALIBRATION, TEST = "zoo:fashion", "zoo:fashion-test"
 KINDS = {"fashion_cnn": "a convolutional network", "fashion_vit": "a vision transformer"}
 
 
@@ -28,10 +29,10 @@ def demo(out: Path, *, recipe: str | None, force: bool, seed: int, terminal: Ter
     jobs = {
         name: quantize.Job(
             f"zoo:{name}",
-            "zoo:fashion",
+            CALIBRATION,
             Scheme(weights=4, activations=8),
             recipe or api.DEFAULT_RECIPE,
-            evaluate="zoo:fashion-test",
+            evaluate=TEST,
             out=out / name,
             seed=seed,
             force=force,
@@ -85,9 +86,7 @@ def show(results: dict[str, Any], out: Path, terminal: Terminal) -> None:
 
 
 def _table(results: dict[str, Any]) -> Any:
-    made = tables.table("")
-    for name in results:
-        made.add_column(name, justify="right")
+    made = tables.table("", *(f">{name}" for name in results))
     rows: dict[str, Callable[[dict[str, Any]], str]] = {
         "accuracy in float": lambda r: tables.with_interval(r["float"]),
         "accuracy at 4 bits": lambda r: tables.with_interval(r["quantized"]),

@@ -42,7 +42,7 @@ def facts(model: QuantizedModel, name: str, recorded: Rows | None = None) -> dic
     """Names as in ``result.json``."""
     size = tables.sizes(model)
     return {
-        "model": {"name": name, "parameters": tables.stored_values(model), "macs": totals(model)["macs"]},
+        "model": {"name": name, **totals(model)},
         "bits": {"weights": model.scheme.weights, "activations": model.scheme.activations},
         "size": model.result.get("size") or size,
         "layers": tables.layer_rows(model) if recorded is None else recorded,

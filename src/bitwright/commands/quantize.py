@@ -34,6 +34,7 @@ from bitwright.terminal import Terminal, one_line, quiet_libraries
 
 SQNR_IMAGES = 32
 PARITY_IMAGES = 128
+DECODE_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,10 @@ def quantize(job: Job, terminal: Terminal) -> tuple[dict[str, Any], Path, Bitwri
     except KeyboardInterrupt:
         kept = state.is_dir() and any(state.iterdir())
         remove_empty(folder, until)
-        terminal.finish()
-        terminal.say(
-            "Interrupted. The same command with --resume goes on from the last finished stage."
-            if kept
-            else "Interrupted before the first stage was finished: nothing is kept, --resume starts from the beginning."
-        )
+        if kept:
+            terminal.farewell = "Interrupted. The same command with --resume goes on from the last finished stage."
+        else:
+            terminal.farewell = "Interrupted before the first stage was finished: nothing is kept."
         raise
     return model.result, folder, failure
 
@@ -139,8 +138,17 @@ def find_inputs(job: Job, terminal: Terminal) -> Inputs:
         )
         if job.output is None:
             check_labels(network, evaluation)
+        decode(evaluation, terminal)
     terminal.finish()
     return Inputs(network, calibration, evaluation)
+
+
+def decode(images: Images, terminal: Terminal) -> None:
+    """Decodes every image, so that a corrupt one is found before the long work; what fits in memory is kept."""
+    done = 0
+    for batch in images.batches(DECODE_BATCH):
+        done += len(batch)
+        terminal.progress("Decoding the images to evaluate", done, len(images))
 
 
 def preview(job: Job, terminal: Terminal) -> QuantizedModel:

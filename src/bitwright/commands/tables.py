@@ -7,10 +7,9 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from bitwright.graph import rewrite
 from bitwright.quant.quantizer import Frozen, Quantizer
 from bitwright.quantized import QuantizedModel
-from bitwright.result import describe_layers, describe_unquantized, totals
+from bitwright.result import describe_layers, describe_unquantized, stored_values, totals
 
 
 def table(*columns: str, title: str | None = None) -> Table:
@@ -206,15 +205,6 @@ def quantizer_at(model: QuantizedModel, key: str) -> Quantizer:
     raise KeyError(key)
 
 
-def stored_values(model: QuantizedModel) -> int:
-    """Numbers that the float network stores: weights, biases, and parameters of what is not quantized."""
-    names = dict.fromkeys(str(n.target) for n in model.graph.graph.nodes if n.op == "get_attr")
-    tensors = [rewrite.get_tensor(model.graph, name) for name in names]
-    used = dict.fromkeys(str(n.target) for n in model.graph.graph.nodes if n.op == "call_module")
-    frozen = [m for m in (model.graph.get_submodule(key) for key in used) if isinstance(m, Frozen)]
-    return sum(t.numel() for t in tensors) + sum(m.codes.numel() for m in frozen)
-
-
 def summary(model: QuantizedModel, name: str) -> Table:
     """Parameters, MACs and sizes of a network."""
     made = table("", ">", title=name)
@@ -223,7 +213,12 @@ def summary(model: QuantizedModel, name: str) -> Table:
     made.add_row("multiply-accumulates for one image", count_text(totals(model)["macs"]))
     made.add_row("size in float", bytes_text(expected["float_bytes"]))
     bits = {"weights": model.scheme.weights, "activations": model.scheme.activations}
-    made.add_row(f"size at {bits_text(bits)}", bytes_text(expected["expected_bytes"]))
+    written = model.result.get("size", {})
+    if "packed_bytes" in written:
+        made.add_row("size of model.safetensors", bytes_text(written["packed_bytes"]))
+        made.add_row("size of model.onnx", bytes_text(written.get("onnx_bytes")))
+    else:
+        made.add_row(f"size at {bits_text(bits)}, without names", bytes_text(expected["expected_bytes"]))
     made.add_row("quantized tensors", str(len(model.layers)))
     made.add_row("left in float", str(len(model.unquantized)))
     return made

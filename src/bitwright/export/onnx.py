@@ -34,7 +34,7 @@ def to_onnx(model: QuantizedModel) -> ir.Model:
 
     PyTorch's exporter translates the operators; quantizers pass through it as marks, which are then replaced by
     integers and Q/DQ pairs. Weights of up to 4 bits are stored as INT4, wider ones as INT8; activations as
-    UINT4, UINT8 or UINT16, with a Clip where their bits are fewer.
+    UINT8 or UINT16, with a Clip where their bits are fewer (ONNX Runtime 1.31 fails on a Clip before UINT4).
 
     Raises:
         UsageError: an operator has no translation; it is named.
@@ -43,6 +43,7 @@ def to_onnx(model: QuantizedModel) -> ir.Model:
     program = _translate(marked, model)
     _replace_marks(program, modules)
     _rename_outputs(program, model)
+    _forget_provenance(program)
     program.producer_name, program.producer_version = "bitwright", bitwright.__version__
     program.metadata_props.update(_metadata(model))
     return program
@@ -52,6 +53,18 @@ def save_onnx(program: ir.Model, path: Path) -> None:
     """Writes the file; tensors go beside it when they would not fit the format's 2 GB."""
     size = sum(v.const_value.nbytes for v in program.graph.initializers.values() if v.const_value is not None)
     ir.save(program, path, external_data=f"{path.name}.data" if size > 1_800_000_000 else None)
+
+
+def _forget_provenance(program: ir.Model) -> None:
+    """Takes out the exporter's notes, which hold source lines and paths of this machine."""
+    program.metadata_props.clear()
+    program.graph.metadata_props.clear()
+    for node in program.graph:
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*program.graph.inputs, *program.graph.initializers.values()):
+        value.metadata_props.clear()
 
 
 def _metadata(model: QuantizedModel) -> dict[str, str]:
@@ -145,14 +158,14 @@ def _drop_unused(graph: ir.Graph) -> None:
     for node in reversed(list(graph)):
         if not any(v.uses() or v.is_graph_output() for v in node.outputs):
             graph.remove(node, safe=True)
-    for name, value in list(graph.initializers.items()):
-        if not value.uses():
-            del graph.initializers[name]
+    stored = sorted(graph.initializers.items())
+    graph.initializers.clear()
+    graph.initializers.update({name: value for name, value in stored if value.uses()})
 
 
-def storage(grid: Grid) -> ir.DataType:
-    """The smallest ONNX type that holds the grid's codes."""
-    if grid.bits <= 4:
+def storage(grid: Grid, smallest: int = 4) -> ir.DataType:
+    """The smallest ONNX type of at least that many bits that holds the grid's codes."""
+    if max(grid.bits, smallest) <= 4:
         return ir.DataType.INT4 if grid.symmetric else ir.DataType.UINT4
     if grid.bits <= 8:
         return ir.DataType.INT8 if grid.symmetric else ir.DataType.UINT8
@@ -186,15 +199,20 @@ def _node(
 
 
 def _replace_activation(graph: ir.Graph, mark: ir.Node, name: str, quantizer: Quantizer) -> None:
-    """Clip (where the type is wider than the grid), QuantizeLinear, DequantizeLinear."""
+    """Clip (where the type is wider than the grid), QuantizeLinear, DequantizeLinear.
+
+    Signed grids are stored as unsigned ones with a zero point in the middle, the same values: ONNX Runtime turns
+    signed activations into those on x86 anyway, and fails when a reshape stands between (1.31).
+    """
     source, old = mark.inputs[0], mark.outputs[0]
     assert source is not None
-    grid, kind = quantizer.grid, storage(quantizer.grid)
+    grid, kind = quantizer.grid, storage(Grid(quantizer.grid.bits), smallest=8)
     scale = quantizer.scale.reshape(()).numpy()
     zero = quantizer.zero_point.reshape(()).numpy()
+    middle = (128 if kind == ir.DataType.UINT8 else 32768) if grid.symmetric else 0
     step = _shared(graph, f"{quantizer.name}/scale", scale)
-    point = _shared(graph, f"{quantizer.name}/zero_point", zero.astype(_NUMPY[kind]))
-    if grid.bits not in {4, 8, 16}:
+    point = _shared(graph, f"{quantizer.name}/zero_point", (zero + middle).astype(_NUMPY[kind]))
+    if grid.bits not in {8, 16}:
         bounds = [
             _shared(graph, f"{quantizer.name}/{end}", ((code - zero) * scale).astype(np.float32))
             for end, code in (("low", grid.qmin), ("high", grid.qmax))
@@ -269,8 +287,7 @@ def _integers(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, order: 
         _initializer(graph, f"{name}/integers", codes.contiguous().numpy().astype(_NUMPY[kind])),
         _initializer(graph, f"{name}/scale", scale.contiguous().numpy()),
     ]
-    if bool((zero != 0).any()):
-        inputs.append(_initializer(graph, f"{name}/zero_point", zero.contiguous().numpy().astype(_NUMPY[kind])))
+    inputs.append(_initializer(graph, f"{name}/zero_point", zero.contiguous().numpy().astype(_NUMPY[kind])))
     return _node(graph, mark, "DequantizeLinear", inputs, name, **attributes)
 
 

@@ -31,6 +31,7 @@ from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel
 
 FORMAT = 1
+KEY = "bitwright"
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -107,8 +108,8 @@ def save_packed(model: QuantizedModel, path: Path, extra: dict[str, Any] | None 
         "extra": extra or {},
     }
     text = zlib.compress(json.dumps(structure, separators=(",", ":")).encode(), 9)
-    metadata = {"format": "bitwright", "version": str(FORMAT), "structure": base64.b85encode(text).decode()}
-    save_file(blobs.tensors(), path, metadata=metadata)
+    # one entry, because safetensors writes several in an order of its own
+    save_file(blobs.tensors(), path, metadata={KEY: f"{FORMAT}:{base64.b85encode(text).decode()}"})
 
 
 def load_packed(path: Path) -> tuple[QuantizedModel, dict[str, Any]]:
@@ -125,11 +126,12 @@ def load_packed(path: Path) -> tuple[QuantizedModel, dict[str, Any]]:
             blobs = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise UsageError(f"{path} is damaged ({error}). Quantize again.") from error
-    if metadata.get("format") != "bitwright":
+    if KEY not in metadata:
         raise UsageError(f"{path} was not written by bitwright. Give a run folder.")
-    if int(metadata["version"]) > FORMAT:
-        raise UsageError(f"{path} has format {metadata['version']}, this version reads up to {FORMAT}. Upgrade.")
-    data = json.loads(zlib.decompress(base64.b85decode(metadata["structure"])))
+    version, _, text = metadata[KEY].partition(":")
+    if int(version) > FORMAT:
+        raise UsageError(f"{path} has format {version}, this version reads up to {FORMAT}. Upgrade bitwright.")
+    data = json.loads(zlib.decompress(base64.b85decode(text)))
     return _rebuild(data, blobs), data["extra"]
 
 

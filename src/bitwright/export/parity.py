@@ -67,7 +67,8 @@ class Parity:
     mean_abs: float
     range: float
     agreement: float | None
-    worst_layer: LayerParity
+    worst_layer: LayerParity | None
+    """None if no activation is quantized."""
     first_divergence: str | None
     optimized: OutputParity = field(default_factory=OutputParity)
     batch_sizes: tuple[int, ...] = ()
@@ -106,10 +107,10 @@ def export_checked(
         save_onnx(program, path)
     if not parity.passed and not force:
         worst = parity.worst_layer
+        detail = f" (worst: {worst.name}, {worst.differing_fraction:.2%} of its values)" if worst else ""
         raise ParityError(
-            f"The ONNX file does not compute what was measured: {parity.first_divergence} is the first to differ (worst: "
-            f"{worst.name}, {worst.differing_fraction:.2%} of its values, up to {worst.max_steps} steps). "
-            "It was not written; --force keeps it."
+            "The ONNX file does not compute what was measured: "
+            f"{parity.first_divergence} is the first to differ{detail}. It was not written; --force keeps it."
         )
     return parity
 
@@ -140,7 +141,7 @@ def check_parity(model: QuantizedModel, program: ir.Model, images: Tensor) -> Pa
         runtime=_runtime_name(),
         images=len(images),
         **asdict(plain),
-        worst_layer=max(layers, key=lambda x: (x.max_steps > MOST_STEPS, x.differing_fraction)),
+        worst_layer=max(layers, key=lambda x: (x.max_steps > MOST_STEPS, x.differing_fraction), default=None),
         first_divergence=_first_divergence(layers, plain, optimized),
         optimized=optimized,
         batch_sizes=sizes,
@@ -218,6 +219,8 @@ def compare_layers(model: QuantizedModel, program: ir.Model, images: Tensor) -> 
         simulated[node.name] = value
 
     watch(model.graph, images, dict.fromkeys(quantizers, keep))
+    if not simulated:
+        return []
     cut, names = _cut(program, set(simulated))
     with session(cut, optimize=False) as runtime:
         wanted = {i.name for i in runtime.get_inputs()}

@@ -41,6 +41,7 @@ def fold(module: fx.GraphModule) -> list[Unfolded]:
         elif name == "mul":
             _fold_layer_scale(module, node)
     rewrite.prune(module.graph)
+    rewrite.drop_unused_tensors(module)
     module.recompile()
     return unfolded
 

@@ -11,6 +11,7 @@ from bitwright.graph import ops, rewrite
 from bitwright.graph.place import Placement, Point, Unquantized, place
 from bitwright.quant.quantizer import BiasQuantizer, Grid, Quantizer
 from bitwright.quant.scheme import Scheme
+from bitwright.quant.targets import Target
 
 
 @dataclass
@@ -135,12 +136,15 @@ def _insert_weight(
         block = weight_block(node, shape, scheme)
         student.add_module(layer.weight, Quantizer(layer.name, Grid(bits, True), "weight", shape, block))
         _call_after(student, stored, layer.weight, [u for u in stored.users if ops.base_name(u) in ops.LINEAR])
-    why = _insert_bias(student, bias, layer, source)
+    why = _insert_bias(student, bias, layer, source, scheme.target)
     if why:
         unquantized.append(Unquantized(str(bias.target), "bias", why))
 
 
-def _insert_bias(student: fx.GraphModule, bias: fx.Node, layer: Layer, source: str | None) -> str | None:
+def _insert_bias(
+    student: fx.GraphModule, bias: fx.Node, layer: Layer, source: str | None, target: Target
+) -> str | None:
+    """Makes the bias an integer of the layer's accumulator; the reason if it stays float."""
     layer.source = source
     if layer.weight is None or source is None:
         return "its layer's weight or input is float"
@@ -153,6 +157,8 @@ def _insert_bias(student: fx.GraphModule, bias: fx.Node, layer: Layer, source: s
         blocks *= -(-d // b)
     if blocks not in {1, channels} or len(bias.users) > 1:
         return "its layer's weight has several scales per output channel"
+    if weight.grid.bits + quantizer.grid.bits < target.integer_bias_bits:
+        return "with so few bits the accumulator's step would be too coarse for it"
     layer.bias = module_key("bias", layer.name)
     student.add_module(layer.bias, BiasQuantizer(layer.name, quantizer, weight))
     _call_after(student, bias, layer.bias)

@@ -209,6 +209,9 @@ def _place_constant(placement: Placement, node: fx.Node, fused: dict[fx.Node, fx
     name = str(node.target)
     role, reader = _constant_role(node)
     if role in {"weight", "bias"}:
+        if any(ops.kind(user) != "linear" for user in node.users):
+            reason = f"the {role} of {reader.meta.get('layer')}, which other operators read in float"
+            placement.unquantized.append(Unquantized(name, "parameter", reason))
         return
     reason = None
     if role == "scalar":

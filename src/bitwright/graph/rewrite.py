@@ -77,7 +77,7 @@ def remove_dropout(graph: fx.Graph) -> None:
     """Takes out dropout and gives batch norms their stored statistics, as evaluation mode does."""
     for node in list(graph.nodes):
         name = ops.base_name(node)
-        if name in DROPOUT:
+        if name.removesuffix("_") in DROPOUT:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         elif name == "batch_norm" and len(node.args) > 5:
@@ -87,28 +87,40 @@ def remove_dropout(graph: fx.Graph) -> None:
 def fold_constants(module: nn.Module, graph: fx.Graph) -> None:
     """Computes once what does not depend on the image (positions, masks, standardised weights).
 
-    What would grow a parameter (a table that is indexed) stays an operator, so that the stored file does not.
+    What would grow a parameter (a table that is indexed) stays an operator, so that the stored file does not. What is
+    written to in place is stored as each of its readers finds it.
     """
     values: dict[fx.Node, Any] = {}
+    versions: dict[fx.Node, list[tuple[Tensor, list[fx.Node]]]] = {}
     for node in graph.nodes:
         if node.op == "get_attr":
             values[node] = get_tensor(module, str(node.target))
-        elif node.op == "call_function" and _is_constant(node, values):
-            result = _evaluate(node, values)
-            if result is not None:
-                values[node] = result
+            continue
+        result = _evaluate(node, values) if node.op == "call_function" and _is_constant(node, values) else None
+        if result is not None:
+            values[node] = result
+            continue
+        for source in node.all_input_nodes:
+            if source.op != "get_attr" and isinstance(values.get(source), Tensor):
+                _remember(versions.setdefault(source, []), values[source], node)
     taken = {str(n.target) for n in values if n.op == "get_attr" and any(u not in values for u in n.users)}
-    for node in [n for n in values if n.op != "get_attr" and any(u not in values for u in n.users)]:
-        if isinstance(values[node], Tensor):
-            _store(module, graph, node, values[node], taken)
+    for node, found in versions.items():
+        for tensor, readers in found:
+            _store(module, graph, node, tensor, readers, taken)
     for node in reversed(list(values)):
         if not node.users:
             graph.erase_node(node)
 
 
+def _remember(versions: list[tuple[Tensor, list[fx.Node]]], tensor: Tensor, reader: fx.Node) -> None:
+    if not versions or not torch.equal(versions[-1][0], tensor):
+        versions.append((tensor.detach().clone(), []))
+    versions[-1][1].append(reader)
+
+
 def _is_constant(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
     if ops.base_name(node) in FACTORIES:
-        return not any(isinstance(a, fx.Node) for a in fx.node.map_arg(node.args[1:], lambda n: n) or ())
+        return all(n in values for n in node.all_input_nodes if n is not node.args[0])
     return all(n in values for n in node.all_input_nodes)
 
 
@@ -128,7 +140,9 @@ def _evaluate(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     return result
 
 
-def _store(module: nn.Module, graph: fx.Graph, node: fx.Node, tensor: Tensor, taken: set[str]) -> None:
+def _store(
+    module: nn.Module, graph: fx.Graph, node: fx.Node, tensor: Tensor, readers: list[fx.Node], taken: set[str]
+) -> None:
     """Replaces a computed node by a stored tensor, named after the parameter that it was computed from."""
     source = node
     while source.op != "get_attr" and source.all_input_nodes:
@@ -141,9 +155,10 @@ def _store(module: nn.Module, graph: fx.Graph, node: fx.Node, tensor: Tensor, ta
     taken.add(target)
     with graph.inserting_before(node):
         stored = graph.get_attr(target)
-    set_tensor(module, target, tensor.detach().clone())
-    stored.meta.update(val=tensor.detach(), nn_module_stack=node.meta.get("nn_module_stack"))
-    node.replace_all_uses_with(stored)
+    set_tensor(module, target, tensor)
+    stored.meta.update(val=tensor, nn_module_stack=node.meta.get("nn_module_stack"))
+    for reader in readers:
+        reader.replace_input_with(node, stored)
 
 
 def rewrite(graph_module: fx.GraphModule) -> None:
@@ -296,6 +311,16 @@ def channels_last(module: nn.Module) -> None:
         for name, tensor in owner._buffers.items():
             if tensor is not None and tensor.dim() == 4:
                 owner._buffers[name] = tensor.contiguous(memory_format=torch.channels_last)
+
+
+def drop_unused_tensors(module: fx.GraphModule) -> None:
+    """Deletes stored tensors that no node reads; what the graph's own modules hold stays."""
+    used = {str(n.target) for n in module.graph.nodes if n.op == "get_attr"}
+    called = {str(n.target) for n in module.graph.nodes if n.op == "call_module"}
+    for name, _ in list(module.named_buffers()):
+        parents, _, leaf = name.rpartition(".")
+        if name not in used and not parents.startswith("quantizer_") and parents not in called:
+            delattr(module.get_submodule(parents), leaf)
 
 
 def prune(graph: fx.Graph) -> None:

@@ -80,10 +80,9 @@ class Quantizer(nn.Module):
     @property
     def granularity(self) -> str:
         """``tensor``, ``channel`` or ``group``: how many elements share a scale."""
-        if self.block is None or self.scale.numel() == 1:
+        if self.block is None or self.block == self.shape:
             return "tensor"
-        cut = [d for d, b in zip(self.shape, self.block, strict=True) if b < d]
-        return "channel" if self.scale.numel() == max(cut) and len(cut) == 1 else "group"
+        return "group" if self.block[0] == 1 and self.block[1] < self.shape[1] else "channel"
 
     def set_range(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
         """Takes over scales (and zero points) of any shape with one element per block.
@@ -195,7 +194,7 @@ class Frozen(nn.Module):
         super().__init__()
         self.name = quantizer.name
         self._quantizer = (quantizer,)
-        narrow = isinstance(quantizer, Quantizer)
+        narrow = isinstance(quantizer, Quantizer) and quantizer.grid.qmax < 1 << 15
         self.register_buffer("codes", codes.to(torch.int16) if narrow else codes)
 
     @property

@@ -63,15 +63,19 @@ def weight_scale(
 
 
 def _least_error_scale(rows: Tensor, start: Tensor, grid: Grid, power: float, importance: Tensor | None) -> Tensor:
-    """Grid search from coarse to fine, all rows at once."""
+    """Grid search from coarse to fine, all rows at once; from ``start`` itself, so that it is never worse.
+
+    It ends where the highest code reaches the largest magnitude, which pays for rows of one sign.
+    """
     best_factor = torch.ones_like(start)
     best_error = torch.full_like(start, float("inf"))
     zero = torch.zeros(())
-    width = 0.42
-    centre = torch.full_like(start, 0.62)
+    top = 1.02 * (grid.qmax - grid.qmin) / (2 * grid.qmax)
+    width = (top - 0.2) / 2
+    centre = torch.full_like(start, 0.2 + width)
     for points in (29, 9, 7):
-        for offset in torch.linspace(-width, width, points).tolist():
-            factor = centre + offset
+        around = [centre + offset for offset in torch.linspace(-width, width, points).tolist()]
+        for factor in (*around, torch.ones_like(start)) if points == 29 else around:
             scale = (start * factor).unsqueeze(1)
             error = affine.fake_quantize(rows, scale, zero, grid.qmin, grid.qmax).sub_(rows)
             error = error.square_() if power == 2.0 else error.abs_().pow_(power)

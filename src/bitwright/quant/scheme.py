@@ -45,7 +45,7 @@ def _parse_bits(text: str | int | None, allowed: Iterable[int], what: str, descr
     if text is None or text == "float":
         return None
     try:
-        bits = int(text)
+        bits = int(str(text))
     except ValueError:
         bits = -1
     if bits not in allowed:

@@ -28,6 +28,9 @@ class Target:
     """Whether a convolution's accumulator may go into an addition unrounded."""
     concat_shares_scale: bool
     """Whether all inputs of a concatenation must be on one grid."""
+    integer_bias_bits: int = 13
+    """Bits of weight and input together from which a layer's bias is an integer of its accumulator. Below, the step of
+    that integer would be coarse against the layer's output; the layer computes in float, or rescales before it adds."""
 
 
 ONNXRUNTIME = Target("onnxruntime", CLAMPING, CLAMPING, conv_into_add=False, concat_shares_scale=False)

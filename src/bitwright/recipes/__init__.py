@@ -47,6 +47,8 @@ class Recipe(BaseModel):
     @field_validator("stages", mode="before")
     @classmethod
     def _read_stages(cls, value: Any) -> Any:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"expected a list of stages, found {value!r}")
         return tuple(_read_stage(v) for v in value)
 
     def settings(self) -> dict[str, Any]:
@@ -70,6 +72,8 @@ def _read_stage(value: Any) -> Any:
     ((kind, settings),) = value.items()
     if kind not in Stage.registry:
         raise ValueError(f"unknown stage '{kind}'; there are {', '.join(sorted(Stage.registry))}")
+    if not isinstance(settings or {}, dict):
+        raise ValueError(f"expected settings of '{kind}' like '{{weights: mse}}', found {settings!r}")
     return Stage.registry[kind](**(settings or {}))
 
 
@@ -99,7 +103,7 @@ def recipe(reference: str | Path | Recipe) -> Recipe:
         return _from_python(path) if path.suffix == ".py" else _from_yaml(path)
     known = builtin()
     if str(reference) not in known:
-        near = difflib.get_close_matches(str(reference), known, n=1, cutoff=0.0)
+        near = difflib.get_close_matches(str(reference).lower(), known, n=1, cutoff=0.0)
         raise UsageError(f"There is no recipe '{reference}'. Did you mean '{near[0]}'? All: {', '.join(known)}.")
     return known[str(reference)]
 

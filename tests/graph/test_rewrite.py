@@ -1,0 +1,193 @@
+"""Rewrites keep the function and bring it into the operators that quantizers know."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES, captured, images, outputs, prepared
+from torch import Tensor, nn
+
+from bitwright.capture import Captured, capture
+from bitwright.graph import ops
+from bitwright.graph.prepare import prepare
+
+
+def names(made: Captured) -> list[str]:
+    return [ops.base_name(n) for n in made.graph.graph.nodes if n.op == "call_function"]
+
+
+class _Attends(nn.Module):
+    """Attention over the rows of an image, [N, 3, 8, 8] read as three heads of eight tokens."""
+
+    def __init__(self, **settings: object) -> None:
+        super().__init__()
+        mask = settings.pop("mask", None)
+        self.register_buffer("mask", mask)
+        self.settings = settings
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(x, x.flip(-1), x * 0.5, self.mask, **self.settings)
+
+
+def reference(x: Tensor, mask: Tensor | None, causal: bool, scale: float | None) -> Tensor:
+    """Attention token by token, with exponentials."""
+    q, k, v = x, x.flip(-1), x * 0.5
+    factor = 1 / math.sqrt(8) if scale is None else scale
+    out = torch.zeros_like(x)
+    for head in range(3):
+        for i in range(8):
+            scores = (q[:, head, i, None] * k[:, head]).sum(-1) * factor
+            allowed = torch.ones(8, dtype=torch.bool)
+            if causal:
+                allowed[i + 1 :] = False
+            if mask is not None and mask.dtype == torch.bool:
+                allowed &= mask[i]
+            elif mask is not None:
+                scores = scores + mask[i]
+            e = torch.exp(scores - scores.max()) * allowed
+            out[:, head, i] = (e / e.sum(1, keepdim=True)).unsqueeze(-1).mul(v[:, head]).sum(1)
+    return out
+
+
+_generator = torch.Generator().manual_seed(0)
+FLOAT_MASK = torch.randn(8, 8, generator=_generator) * 2
+BOOL_MASK = (torch.rand(8, 8, generator=_generator) > 0.4) | torch.eye(8, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("scale", [None, 0.7])
+@pytest.mark.parametrize(
+    ("mask", "causal"), [(None, False), (None, True), (FLOAT_MASK, False), (BOOL_MASK, False)], ids=str
+)
+def test_attention_is_decomposed(mask: Tensor | None, causal: bool, scale: float | None) -> None:
+    network = _Attends(mask=mask, is_causal=causal, scale=scale)
+    made = prepare(capture(network, images(2)))
+    assert "scaled_dot_product_attention" not in names(made)
+    assert names(made).count("matmul") == 2
+    assert names(made).count("softmax") == 1
+    for count in (1, 4):
+        x = images(count, seed=5)
+        torch.testing.assert_close(made.graph(x)[0], network(x), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(made.graph(x)[0], reference(x, mask, causal, scale), rtol=1e-5, atol=1e-6)
+
+
+def test_two_attentions_in_one_module_have_names_of_their_own() -> None:
+    class Twice(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.scaled_dot_product_attention(x, x, x, is_causal=True)
+            return F.scaled_dot_product_attention(y, x, y, is_causal=True)
+
+    made, x = prepare(capture(Twice(), images(2))), images(3)
+    layers = [n.meta["layer"] for n in made.graph.graph.nodes if n.op == "call_function"]
+    assert len(set(layers)) == len(layers)
+    torch.testing.assert_close(made.graph(x)[0], Twice()(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_layer_names_stay_unique(name: str) -> None:
+    layers = [
+        n.meta["layer"] for n in prepared(name).graph.graph.nodes if n.op == "call_function" and ops.is_float_tensor(n)
+    ]
+    assert len(set(layers)) == len(layers)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_operator_is_left_that_has_no_image_in_it(name: str) -> None:
+    """Constants are computed once; only what would enlarge a stored parameter is computed every time."""
+    depends: set[torch.fx.Node] = set()
+    for node in prepared(name).graph.graph.nodes:
+        if node.op == "placeholder" or any(n in depends for n in node.all_input_nodes):
+            depends.add(node)
+        elif node.op == "call_function":
+            assert ops.base_name(node) == "index", node.format_node()
+            assert name == "relative_position"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_random_identical_or_in_place_is_left(name: str) -> None:
+    left = names(prepared(name))
+    assert not [n for n in left if n.endswith("_") and not n.startswith("__")]
+    assert not {"dropout", "feature_dropout", "clone", "contiguous", "detach", "alias", "view"} & set(left)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_linear_operator_has_a_bias(name: str) -> None:
+    graph = prepared(name).graph
+    found = [n for n in graph.graph.nodes if ops.kind(n) == "linear"]
+    biases = [str(n.args[2].target) for n in found]
+    assert all(graph.get_buffer(b).dim() == 1 for b in biases)
+    assert len(set(biases)) == len(biases)
+
+
+def test_standardised_weights_are_computed_once() -> None:
+    convs = [n for n in prepared("functional").graph.graph.nodes if ops.kind(n) == "linear"]
+    assert [str(n.args[1].target) for n in convs] == ["kernel", "raw"]
+    assert "var_mean" not in names(prepared("functional"))
+    assert "rsqrt" not in names(prepared("functional"))
+
+
+def test_products_with_stored_matrices_are_linear_layers() -> None:
+    graph = prepared("constant_matmul").graph.graph
+    (linear,) = [n for n in graph.nodes if ops.kind(n) == "linear"]
+    assert linear.meta["layer"] == "matrix"
+    assert names(prepared("constant_matmul")).count("matmul") == 2  # stored on the left, and one matrix a channel
+
+
+class _Writes(nn.Module):
+    """A constant that is read between the writes to it, as a whole and through a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.arange(64.0).view(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.ones(8, 8)
+        first = x * mask
+        mask[:4] = 3.0
+        second = x * mask
+        mask.add_(1)
+        copy = self.table.clone()
+        row = copy[0]
+        third = x * mask + row
+        copy[0] = -1.0
+        return torch.stack([first, second, third, x * copy + row, x * self.table], 1)
+
+
+def test_constants_are_stored_as_their_readers_find_them() -> None:
+    network, x = _Writes(), images(3)
+    with torch.no_grad():
+        expected = network(x)
+    assert not torch.equal(expected[:, 0], expected[:, 1])
+    captured_, table = capture(network, images(2)), network.table.detach().clone()
+    assert torch.equal(captured_.graph(x)[0], expected)
+    assert torch.equal(prepare(captured_).graph(x)[0], expected)
+    assert torch.equal(network.table, table)
+    assert torch.equal(captured_.graph.table, table)
+
+
+def test_the_mask_of_shifted_windows_is_one_constant() -> None:
+    constants = [n for n in captured("shifted_window").graph.graph.nodes if n.op == "get_attr"]
+    (mask,) = [n for n in constants if str(n.target).startswith("constants.")]
+    stored = captured("shifted_window").graph.get_buffer(str(mask.target))
+    assert sorted(set(stored.flatten().tolist())) == [-100.0, 0.0]
+    x = images(2)
+    torch.testing.assert_close(captured("shifted_window").graph(x)[0], outputs("shifted_window", x)[0])
+
+
+def test_a_function_beside_its_module_gets_a_bias_of_its_own() -> None:
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(F.relu(F.linear(x, self.fc.weight)))
+
+    network, x = Beside(), images(3)
+    made = prepare(capture(network, images(2)))
+    with torch.no_grad():
+        torch.testing.assert_close(made.graph(x)[0], network(x))
+    layers = [n.meta["layer"] for n in made.graph.graph.nodes if ops.kind(n) == "linear"]
+    assert len(set(layers)) == 2

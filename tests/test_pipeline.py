@@ -1,0 +1,134 @@
+"""An interrupted run goes on where it was, and gives what the whole run gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from cases import dataset, images, prepared
+from torch import Tensor
+
+from bitwright.errors import BitwrightError, UsageError
+from bitwright.graph import rewrite
+from bitwright.pipeline import run_stages
+from bitwright.quant.scheme import Scheme
+from bitwright.quantized import QuantizedModel, insert_quantizers
+from bitwright.recipes import Recipe
+from bitwright.stages.base import Run, Stage
+from bitwright.stages.calibrate import Calibrate
+
+SCHEME = Scheme(weights=4, activation_grid="symmetric")
+
+
+class Shake(Stage):
+    """Random numbers on the biases: the result depends on the generator's state."""
+
+    kind: ClassVar[str] = "test-shake"
+    calls: ClassVar[int] = 0
+    broken: ClassVar[bool] = False
+
+    def run(self, student, teacher, images, run):
+        Shake.calls += 1
+        if Shake.broken:
+            raise KeyboardInterrupt
+        bias = rewrite.get_tensor(student.graph, "head.bias")
+        rewrite.set_tensor(student.graph, "head.bias", bias + torch.randn(bias.shape))
+        assert images.labels is None
+        return student
+
+
+RECIPE = Recipe(name="two", stages=(Calibrate(weights="minmax", bias_correction="analytic"), Shake()))
+
+
+def run(state: Path | None = None, identity: str = "mine", recipe: Recipe = RECIPE, seed: int = 3) -> QuantizedModel:
+    student = insert_quantizers(prepared("residual"), SCHEME)
+    return run_stages(recipe, student, prepared("residual"), dataset(6), Run(seed=seed), state=state, identity=identity)
+
+
+def buffers(student: QuantizedModel) -> dict[str, Tensor]:
+    return dict(student.graph.named_buffers())
+
+
+def assert_same(a: QuantizedModel, b: QuantizedModel) -> None:
+    assert buffers(a).keys() == buffers(b).keys()
+    assert all(torch.equal(v, buffers(b)[k]) for k, v in buffers(a).items())
+    assert torch.equal(a.flat(images(3))[0], b.flat(images(3))[0])
+    assert torch.equal(a.freeze().flat(images(3))[0], b.freeze().flat(images(3))[0])
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The state of a run that was interrupted in its second stage."""
+    monkeypatch.setattr(Shake, "broken", True)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    monkeypatch.setattr(Shake, "broken", False)
+    return tmp_path
+
+
+def test_resumed_run_equals_the_whole_run(broken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the first stage ran again")
+
+    monkeypatch.setattr(Calibrate, "run", never)
+    torch.manual_seed(99)
+    resumed = run(broken)
+    monkeypatch.undo()
+    assert_same(resumed, run())
+
+
+def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
+    first, calls = run(tmp_path), Shake.calls
+    second = run(tmp_path)
+    assert Shake.calls == calls
+    assert_same(first, second)
+
+
+def test_only_one_checkpoint_is_left(tmp_path: Path) -> None:
+    run(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.safetensors"]
+
+
+def test_a_checkpoint_of_another_run_is_refused(broken: Path) -> None:
+    before = (broken / "checkpoint.safetensors").read_bytes()
+    with pytest.raises(UsageError, match="had other settings"):
+        run(broken, identity="yours")
+    assert (broken / "checkpoint.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint at all", b"\x08\0\0\0\0\0\0\0{}      "])
+def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "checkpoint.safetensors").write_bytes(content)
+    with pytest.raises(UsageError) as caught:
+        run(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_two_runs_are_identical_and_the_seed_matters() -> None:
+    assert_same(run(), run())
+    assert not torch.equal(buffers(run())["head.bias"], buffers(run(seed=4))["head.bias"])
+
+
+def test_the_teacher_and_the_generator_do_not_matter_to_each_other(tmp_path: Path) -> None:
+    before = {k: v.clone() for k, v in prepared("residual").graph.state_dict().items()}
+    run(tmp_path)
+    run(tmp_path).freeze()
+    after = prepared("residual").graph.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
+class Poison(Stage):
+    """Leaves a bias that is no number."""
+
+    kind: ClassVar[str] = "test-poison"
+
+    def run(self, student, teacher, images, run):
+        rewrite.set_tensor(student.graph, "head.bias", torch.full((4,), float("nan")))
+        return student
+
+
+def test_a_result_that_is_not_finite_names_the_tensor(tmp_path: Path) -> None:
+    with pytest.raises(BitwrightError, match=r"head\.bias is not finite"):
+        run(tmp_path, recipe=Recipe(name="bad", stages=(Calibrate(), Poison())))
