@@ -85,9 +85,7 @@ class CifarResNet(nn.Module):
 
     @staticmethod
     def _stage(inputs: int, width: int, n: int, stride: int) -> nn.Sequential:
-        return nn.Sequential(
-            BasicBlock(inputs, width, stride), *(BasicBlock(width, width, 1) for _ in range(n - 1))
-        )
+        return nn.Sequential(BasicBlock(inputs, width, stride), *(BasicBlock(width, width, 1) for _ in range(n - 1)))
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
@@ -113,9 +111,7 @@ class SaliencyViT(nn.Module):
         x = self.backbone.forward_features(x)[:, 1:].transpose(1, 2).unflatten(2, (16, 16))
         for i in (1, 2, 3):
             x = F.relu(self.decoder[f"bn{i}"](self.decoder[f"upconv{i}"](x)))
-        x = F.interpolate(
-            self.decoder["final_conv"](x), size=(224, 224), mode="bilinear", align_corners=False
-        )
+        x = F.interpolate(self.decoder["final_conv"](x), size=(224, 224), mode="bilinear", align_corners=False)
         return x.sigmoid()
 
 

@@ -87,9 +87,7 @@ def test_absent_package_names_the_install_line(load: Any) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "error", [RuntimeError("CUDA versions\ndiffer"), ImportError("libx.so: cannot open")]
-)
+@pytest.mark.parametrize("error", [RuntimeError("CUDA versions\ndiffer"), ImportError("libx.so: cannot open")])
 def test_otherwise_broken_package_says_why(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def broken(name: str) -> Any:
         raise error

@@ -164,9 +164,7 @@ def palette(transparency: int | bytes) -> Image.Image:
         (flat(257 * 100, "I"), "tif", (100, 100, 100)),
     ],
 )
-def test_every_mode_becomes_8_bit_rgb(
-    tmp_path: Path, image: Image.Image, kind: str, rgb: tuple[int, int, int]
-) -> None:
+def test_every_mode_becomes_8_bit_rgb(tmp_path: Path, image: Image.Image, kind: str, rgb: tuple[int, int, int]) -> None:
     image.save(tmp_path / f"a.{kind}")
     pixel = load_images(tmp_path, SMALL)[0][:, 0, 0] * 255
     assert pixel.tolist() == pytest.approx(rgb, abs=1.01)
@@ -318,9 +316,7 @@ def test_second_epoch_decodes_only_what_found_no_room(
     assert len(seen) == reads
 
 
-def test_leaving_a_loop_early_does_not_decode_the_rest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_leaving_a_loop_early_does_not_decode_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder_of(tmp_path, " ".join(f"{k:02}.png" for k in range(40)))
     seen: list[int] = []
     read = data._Files.read
@@ -360,9 +356,7 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
 
 def test_skip_unreadable_goes_on_with_the_count_and_the_right_labels(tmp_path: Path) -> None:
     broken_folder(tmp_path)
-    labels = write(
-        tmp_path / "l.csv", "".join(f"{k}.{'jpg' if k in (1, 5) else 'png'},{k}\n" for k in range(8))
-    )
+    labels = write(tmp_path / "l.csv", "".join(f"{k}.{'jpg' if k in (1, 5) else 'png'},{k}\n" for k in range(8)))
     with pytest.warns(UserWarning, match="skipped 3 unreadable images: 3 of 8"):
         images = load_images(tmp_path, SMALL, labels=labels, skip_unreadable=True)
     assert images.names == ["0.png", "2.png", "4.png", "6.png", "7.png"]
@@ -632,9 +626,7 @@ def test_preprocess_function_gets_rgb_and_is_cached(tmp_path: Path) -> None:
         (lambda image: torch.zeros(3, *image.size), "got (3, 10, 12) for a.png and (3, 9, 12) for b.png"),
     ],
 )
-def test_bad_preprocess_functions(
-    tmp_path: Path, function: Callable[[Image.Image], torch.Tensor], part: str
-) -> None:
+def test_bad_preprocess_functions(tmp_path: Path, function: Callable[[Image.Image], torch.Tensor], part: str) -> None:
     folder_of(tmp_path, "a.png")
     Image.fromarray(noise(12, 9)).save(tmp_path / "b.png")
     with fails(part, "a.png"):

@@ -128,9 +128,7 @@ def test_classes_instances_and_halves(script: Path, name: str) -> None:
 
 def test_settings_and_dicts_beside_the_callable(script: Path) -> None:
     with pytest.warns(UserWarning, match="no mean and std"):
-        assert load_model(f"{script}:build", input_size="8x9").preprocessing == Preprocessing(
-            input_size="8x9"
-        )
+        assert load_model(f"{script}:build", input_size="8x9").preprocessing == Preprocessing(input_size="8x9")
     given = load_model(f"{script}:build", input_size=8, mean="0.5", std="0.5").preprocessing
     assert given == Preprocessing(input_size=8, mean=0.5, std=0.5)
     with fails("--input-size", kind=UsageError):
@@ -232,9 +230,7 @@ def test_exported_program(tmp_path: Path) -> None:
     assert isinstance(model.module, torch.export.ExportedProgram)
     assert model.name == "net"
     assert model.preprocessing is None
-    assert load_model(str(path), mean=0.5, std=0.5).preprocessing == Preprocessing(
-        input_size="8x12", mean=0.5, std=0.5
-    )
+    assert load_model(str(path), mean=0.5, std=0.5).preprocessing == Preprocessing(input_size="8x12", mean=0.5, std=0.5)
     net[0].bias.data[0] = torch.inf
     torch.export.save(torch.export.export(net, (torch.zeros(1, 3, 8, 12),)), path)
     with fails("0.bias", "NaN or infinity"):
@@ -385,9 +381,7 @@ def filled(value: float) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("key", ["state_dict", "model", "model_ema", "ema", "net"])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model.", "module._orig_mod."])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_nested_prefixed_and_half_checkpoints(
-    tmp_path: Path, key: str, prefix: str, dtype: torch.dtype
-) -> None:
+def test_nested_prefixed_and_half_checkpoints(tmp_path: Path, key: str, prefix: str, dtype: torch.dtype) -> None:
     state = {prefix + k: v.to(dtype) if v.is_floating_point() else v for k, v in filled(2).items()}
     content = {key: state, "epoch": 3, "args": argparse.Namespace(lr=0.1)}
     torch.save(content, tmp_path / "w.th")
@@ -497,9 +491,7 @@ def test_real_preprocessing_and_labels() -> None:
     timm = timm_or_skip()
     model = load_model(f"timm:tf_efficientnet_lite0@{assets.weights('tf_efficientnet_lite0.pt')}")
     assert model.preprocessing == Preprocessing(**assets.PREPROCESSING["efficientnet_lite0"])
-    images = load_images(
-        f"{assets.imagenet_folder()}[::100]", model.preprocessing, labels=assets.imagenet_labels()
-    )
+    images = load_images(f"{assets.imagenet_folder()}[::100]", model.preprocessing, labels=assets.imagenet_labels())
     config = timm.data.resolve_model_data_config(model.module)
     transform = timm.data.create_transform(**config)
     with Image.open(assets.imagenet_folder() / images.names[7]) as image:

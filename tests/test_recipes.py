@@ -76,7 +76,9 @@ def test_every_builtin_recipe_survives_a_round_trip(tmp_path: Path) -> None:
 
 
 def test_yaml_holds_every_setting(tmp_path: Path) -> None:
-    stage = Calibrate(weights="percentile", percentile=0.9, bias_correction="sequential", bias_images=7, power=2.4)
+    stage = Calibrate(
+        weights="percentile", percentile=0.9, bias_correction="sequential", bias_images=7, weight_power=2.4
+    )
     made = Recipe(name="mine", summary="A try.", paper="none", stages=(stage, Calibrate()))
     data = yaml.safe_load(made.to_yaml())
     assert data["stages"][0]["calibrate"] == stage.model_dump()

@@ -24,7 +24,19 @@ def test_a_run_folder_holds_what_the_contract_says(model, tmp_path):
 def test_result_has_the_contracts_keys(model, tmp_path):
     model.save(tmp_path / "run")
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    for key in ("bitwright", "torch", "python", "platform", "device", "seed", "command", "model", "data", "recipe", "bits"):
+    for key in (
+        "bitwright",
+        "torch",
+        "python",
+        "platform",
+        "device",
+        "seed",
+        "command",
+        "model",
+        "data",
+        "recipe",
+        "bits",
+    ):
         assert key in result
     assert result["size"]["packed_bytes"] == (tmp_path / "run" / "model.safetensors").stat().st_size
     assert {"name", "op", "weight_bits", "activation_bits", "granularity", "parameters", "macs", "sqnr_db"} == set(
@@ -39,9 +51,26 @@ def test_a_filled_folder_is_refused_and_left_alone(model, tmp_path):
     (tmp_path / "run" / "mine.txt").write_text("keep")
     with pytest.raises(bw.UsageError, match="not empty"):
         model.save(tmp_path / "run")
+    with pytest.raises(bw.UsageError, match="other files"):
+        model.save(tmp_path / "run", force=True)
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["mine.txt"]
+
+
+def test_a_run_is_replaced_by_force_alone(model, tmp_path):
+    model.save(tmp_path / "run")
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    with pytest.raises(bw.UsageError, match="not empty"):
+        model.save(tmp_path / "run")
     model.save(tmp_path / "run", force=True)
-    assert (tmp_path / "run" / "model.safetensors").exists()
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+
+
+def test_a_loaded_run_can_be_saved_again(model, tmp_path):
+    model.save(tmp_path / "run")
+    bw.load(tmp_path / "run").save(tmp_path / "again")
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (
+        tmp_path / "again" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_nothing_half_written_stays(model, tmp_path, monkeypatch):

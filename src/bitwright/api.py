@@ -15,7 +15,7 @@ from bitwright.data import Images, PreprocessFunction, Preprocessing, load_image
 from bitwright.errors import UsageError
 from bitwright.graph.prepare import prepare
 from bitwright.models import Model, load_model
-from bitwright.pipeline import run_stages
+from bitwright.pipeline import fingerprint, run_stages
 from bitwright.quant.scheme import Rule, Scheme, parse_activation_bits, parse_weight_bits
 from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.recipes import Recipe
@@ -88,7 +88,7 @@ def quantize(
     teacher.graph.to(run.device)
     student.to(run.device)
 
-    identity = f"{scheme} {method} {seed} {data.sha256}"
+    identity = f"{scheme} {method} {seed} {data.sha256} {fingerprint(teacher.graph)}"
     student = run_stages(method, student, teacher, data, run, state=state, identity=identity)
 
     student.freeze()

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from bitwright.errors import ModelError
 from bitwright.graph import ops, rewrite
 from bitwright.graph.fold import Unfolded
+from bitwright.graph.watch import watch
 
 TOLERANCE = 1e-5
 
@@ -303,7 +304,32 @@ def _check_equal(captured: Captured, expected: list[Tensor]) -> None:
     """The graph must compute what the model computed on the same images."""
     with torch.no_grad():
         found = captured.graph(captured.example)
+    if not all(bool(torch.isfinite(o).all()) for o in found):
+        raise ModelError(
+            f"The output of {_first_not_finite(captured)} is not finite on the first images. "
+            "Check the preprocessing (mean, std) and the weights before it."
+        )
     assert_outputs_equal(expected, found, captured.outputs, "the captured graph")
+
+
+def _first_not_finite(captured: Captured) -> str:
+    """The layer where values stop being finite; masks inside attention may hold infinities."""
+    bad: list[str] = []
+
+    def look(node: fx.Node, value: object) -> None:
+        if isinstance(value, Tensor) and value.is_floating_point() and bool(torch.isnan(value).any()):
+            bad.append(str(node.meta.get("layer", node.name)))
+
+    def look_harder(node: fx.Node, value: object) -> None:
+        if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            bad.append(str(node.meta.get("layer", node.name)))
+
+    names = [n.name for n in captured.graph.graph.nodes if n.op == "call_function"]
+    for callback in (look, look_harder):
+        watch(captured.graph, captured.example, dict.fromkeys(names, callback))
+        if bad:
+            return bad[0]
+    return "the model"
 
 
 def assert_outputs_equal(

@@ -99,9 +99,7 @@ class Preprocessing(BaseModel):
             raise UsageError(f"expected preprocessing as a dict of settings, got {type(settings).__name__}")
         unknown = sorted(set(settings) - set(cls.model_fields))
         if unknown:
-            raise UsageError(
-                f"unknown preprocessing setting {unknown[0]!r}: use {', '.join(cls.model_fields)}"
-            )
+            raise UsageError(f"unknown preprocessing setting {unknown[0]!r}: use {', '.join(cls.model_fields)}")
         parsed = dict(settings)
         parsed["input_size"] = size = parse_input_size(settings.get("input_size"))
         parsed["mean"] = _per_channel("mean", settings.get("mean", 0.0), size[0])
@@ -112,9 +110,7 @@ class Preprocessing(BaseModel):
         _one_of("crop_mode", parsed.get("crop_mode", "center"), _CROP_MODES)
         parsed["crop_pct"] = _number("crop_pct", parsed.get("crop_pct", 1.0))
         if not 0.1 <= parsed["crop_pct"] <= 10:
-            raise UsageError(
-                f"expected crop_pct between 0.1 and 10 (usually 0.875 to 1), got {parsed['crop_pct']}"
-            )
+            raise UsageError(f"expected crop_pct between 0.1 and 10 (usually 0.875 to 1), got {parsed['crop_pct']}")
         return parsed
 
     def __call__(self, image: Image.Image | Pixels) -> Tensor:
@@ -206,12 +202,9 @@ def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
 
 
 def _from_pixels(pixels: Pixels) -> Image.Image:
-    if pixels.dtype != np.uint8 or not (
-        pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4))
-    ):
+    if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4))):
         raise DataError(
-            "expected uint8 pixels (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), "
-            f"got {pixels.dtype} {pixels.shape}"
+            f"expected uint8 pixels (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), got {pixels.dtype} {pixels.shape}"
         )
     return Image.fromarray(pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
 
@@ -238,8 +231,7 @@ def _sixteen_to_eight(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise DataError(
-            f"expected pixels of at most 16 bits, got values from {values.min()} to {values.max()}: "
-            "save it as 8 bit"
+            f"expected pixels of at most 16 bits, got values from {values.min()} to {values.max()}: save it as 8 bit"
         )
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
@@ -257,9 +249,7 @@ def _resize(image: Image.Image, how: Preprocessing) -> Image.Image:
     else:
         size = _scaled(image, min(image.height / height, image.width / width))
     if size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or math.inf):
-        raise DataError(
-            f"the aspect ratio of {image.width}x{image.height} pixels is too extreme to crop a centre"
-        )
+        raise DataError(f"the aspect ratio of {image.width}x{image.height} pixels is too extreme to crop a centre")
     return image if size == image.size else image.resize(size, _RESAMPLING[how.interpolation])
 
 
@@ -374,9 +364,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _unreadable(path: Path, error: Exception) -> DataError:
     what = "" if isinstance(error, UnidentifiedImageError) else f" ({_one_line(error)})"
-    return DataError(
-        f"expected an image, cannot read {path}{what}: repair or remove it, or pass --skip-unreadable"
-    )
+    return DataError(f"expected an image, cannot read {path}{what}: repair or remove it, or pass --skip-unreadable")
 
 
 def _bomb(path: Path) -> DataError:
@@ -480,9 +468,7 @@ class _Store:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _next(
-        self, waiting: deque[tuple[Sequence[int], list[Future[Pixels | Tensor | Image.Image]]]]
-    ) -> Tensor:
+    def _next(self, waiting: deque[tuple[Sequence[int], list[Future[Pixels | Tensor | Image.Image]]]]) -> Tensor:
         group, futures = waiting.popleft()
         return self.stack(group, [future.result() for future in futures])
 
@@ -642,9 +628,7 @@ class Images:
         """Hex digest of the names, the file or array bytes, and the preprocessing; labels do not enter."""
         digest = hashlib.sha256(_identity(self.preprocessing).encode())
         with ThreadPoolExecutor(self._store.threads) as pool:
-            for name, content in zip(
-                self.names, pool.map(self._store.source.digest, self._indices), strict=True
-            ):
+            for name, content in zip(self.names, pool.map(self._store.source.digest, self._indices), strict=True):
                 digest.update(hashlib.sha256(name.encode()).digest() + content)
         return digest.hexdigest()
 
@@ -831,8 +815,7 @@ def _from_array(array: npt.NDArray[Any], where: str) -> _Source:
         source = _from_tensor(torch.from_numpy(np.asarray(array, dtype=np.float32)), where)
     else:
         raise DataError(
-            f"expected uint8 (N, H, W, 3 or 1) or float (N, C, H, W) images in {where}, "
-            f"got {array.dtype} {shape}"
+            f"expected uint8 (N, H, W, 3 or 1) or float (N, C, H, W) images in {where}, got {array.dtype} {shape}"
         )
     if not source.names:
         raise DataError(f"expected images in {where}, got {shape}")
@@ -842,9 +825,7 @@ def _from_array(array: npt.NDArray[Any], where: str) -> _Source:
 def _from_tensor(tensor: Tensor, where: str) -> _Source:
     shape = tuple(tensor.shape)
     if not tensor.is_floating_point() or tensor.ndim != 4:
-        raise DataError(
-            f"expected preprocessed float images (N, C, H, W) in {where}, got {tensor.dtype} {shape}"
-        )
+        raise DataError(f"expected preprocessed float images (N, C, H, W) in {where}, got {tensor.dtype} {shape}")
     if 0 in shape:
         raise DataError(f"expected images in {where}, got the empty shape {shape}")
     if shape[3] in (1, 3) and shape[1] not in (1, 3):
@@ -878,9 +859,7 @@ def _from_batches(batches: Any, where: str) -> tuple[_Source, Tensor | None]:
     labels: list[Any] = []
     held = 0
     for item in batches:
-        tensor, label = (
-            (item[0], item[1]) if isinstance(item, tuple | list) and len(item) > 1 else (item, None)
-        )
+        tensor, label = (item[0], item[1]) if isinstance(item, tuple | list) and len(item) > 1 else (item, None)
         tensor = tensor[0] if isinstance(tensor, tuple | list) and len(tensor) == 1 else tensor
         tensors.append(_one_batch(tensor, where, tensors))
         labels.append(label)
@@ -898,15 +877,12 @@ def _from_batches(batches: Any, where: str) -> tuple[_Source, Tensor | None]:
 def _one_batch(tensor: Any, where: str, before: list[Tensor]) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise DataError(
-            f"expected tensors (B, C, H, W) or (tensor, label) pairs from {where}, "
-            f"got {type(tensor).__name__}"
+            f"expected tensors (B, C, H, W) or (tensor, label) pairs from {where}, got {type(tensor).__name__}"
         )
     batch = tensor.detach().cpu()
     batch = batch.unsqueeze(0) if batch.ndim == 3 else batch
     if batch.ndim != 4 or not batch.is_floating_point():
-        raise DataError(
-            f"expected float tensors (B, C, H, W) from {where}, got {tensor.dtype} {tuple(tensor.shape)}"
-        )
+        raise DataError(f"expected float tensors (B, C, H, W) from {where}, got {tensor.dtype} {tuple(tensor.shape)}")
     if before and batch.shape[1:] != before[0].shape[1:]:
         raise DataError(
             f"expected images of one shape from {where}, got {tuple(before[0].shape[1:])}, "
@@ -927,9 +903,7 @@ def _batch_labels(labels: list[Any], tensors: list[Tensor]) -> Tensor | None:
     return torch.cat(joined)
 
 
-def _check_preprocessing(
-    source: _Source, preprocessing: Preprocessing | PreprocessFunction | None, where: str
-) -> None:
+def _check_preprocessing(source: _Source, preprocessing: Preprocessing | PreprocessFunction | None, where: str) -> None:
     if not isinstance(source, _Tensors):
         if preprocessing is None:
             raise DataError(
@@ -994,9 +968,7 @@ def _read_labels(path: Path) -> dict[str, int]:
 
 def _label_row(row: list[str], where: str, *, header: bool) -> tuple[str, int | None]:
     if len(row) != 2:
-        raise DataError(
-            f"expected file,class_index in {where}, got {len(row)} columns: {','.join(row)[:80]!r}"
-        )
+        raise DataError(f"expected file,class_index in {where}, got {len(row)} columns: {','.join(row)[:80]!r}")
     name = row[0].strip().replace("\\", "/").removeprefix("./")
     text = row[1].strip()
     if re.fullmatch(r"\d+", text):

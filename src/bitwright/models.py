@@ -115,8 +115,7 @@ def _resolve(reference: str, settings: Settings) -> Model:
         return _from_program(path, settings)
     if path.suffix in _CHECKPOINTS:
         raise UsageError(
-            f"expected a network, {reference} holds weights at most: name the network too, as in "
-            f"timm:NAME@{reference}"
+            f"expected a network, {reference} holds weights at most: name the network too, as in timm:NAME@{reference}"
         )
     raise UsageError(f"expected a model as {FORMS}, got {reference!r}{_perhaps_zoo(reference)}")
 
@@ -294,8 +293,7 @@ def _run_script(path: Path) -> ModuleType:
     except (Exception, SystemExit) as error:
         del sys.modules[spec.name]
         raise ModelError(
-            f"expected {path} to run, it raised {type(error).__name__} ({_one_line(error)}): "
-            f"try python {path}"
+            f"expected {path} to run, it raised {type(error).__name__} ({_one_line(error)}): try python {path}"
         ) from error
     finally:
         sys.path.remove(str(path.resolve().parent))
@@ -388,11 +386,7 @@ def _from_program(path: Path, settings: Settings) -> Model:
 
 def _program_input_size(program: ExportedProgram) -> tuple[int, int, int] | None:
     names = program.graph_signature.user_inputs
-    values = [
-        node.meta.get("val")
-        for node in program.graph.nodes
-        if node.op == "placeholder" and node.name in names
-    ]
+    values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
     if len(values) != 1 or not isinstance(values[0], Tensor) or values[0].ndim != 4:
         return None
     size = tuple(values[0].shape[1:])
@@ -423,8 +417,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ModelError(
-            f"expected a state dict (names and tensors) in {path}, found {_contents(loaded)}: "
-            "save model.state_dict()"
+            f"expected a state dict (names and tensors) in {path}, found {_contents(loaded)}: save model.state_dict()"
         )
     return tensors
 
@@ -447,10 +440,11 @@ def _read_pickle(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
-        if wanted is None:
+        if wanted is None and "weights_only" not in str(error):
             raise _unreadable(path, error) from error
+        code = f" ({wanted[1]})" if wanted else ""
         raise ModelError(
-            f"expected plain tensors, {path} wants to run code when read ({wanted[1]}) and is refused: "
+            f"expected plain tensors, {path} wants to run code when read{code} and is refused: "
             "save model.state_dict() where the model was made"
         ) from error
     except Exception as error:
@@ -458,9 +452,7 @@ def _read_pickle(path: Path) -> Any:
 
 
 def _unreadable(path: Path, error: Exception) -> ModelError:
-    return ModelError(
-        f"expected a PyTorch checkpoint, cannot read {path} ({_one_line(error)}): fetch or save it again"
-    )
+    return ModelError(f"expected a PyTorch checkpoint, cannot read {path} ({_one_line(error)}): fetch or save it again")
 
 
 def _innermost(loaded: Any, path: Path) -> Mapping[str, Any]:
@@ -480,8 +472,7 @@ def _innermost(loaded: Any, path: Path) -> Mapping[str, Any]:
         state = state[inner[0]]
     if not isinstance(state, Mapping):
         raise ModelError(
-            f"expected a state dict (names and tensors) in {path}, found {_contents(loaded)}: "
-            "save model.state_dict()"
+            f"expected a state dict (names and tensors) in {path}, found {_contents(loaded)}: save model.state_dict()"
         )
     return state
 
@@ -489,11 +480,7 @@ def _innermost(loaded: Any, path: Path) -> Mapping[str, Any]:
 def _contents(loaded: Any) -> str:
     if isinstance(loaded, Mapping):
         names = [str(name) for name in loaded]
-        return (
-            f"a dict of {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
-            if names
-            else "an empty dict"
-        )
+        return f"a dict of {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "an empty dict"
     return f"a {type(loaded).__name__}"
 
 
@@ -567,9 +554,7 @@ def _other_classes(module: nn.Module, state: Mapping[str, Tensor]) -> int | None
     found = _renamed(state, wanted)
     if found.keys() != wanted.keys():
         return None
-    pairs = [
-        (found[name].shape, wanted[name].shape) for name in wanted if found[name].shape != wanted[name].shape
-    ]
+    pairs = [(found[name].shape, wanted[name].shape) for name in wanted if found[name].shape != wanted[name].shape]
     rows = {(have[0], want[0]) for have, want in pairs if len(have) == len(want) > 0 and have[1:] == want[1:]}
     whole = all(len(have) == len(want) > 0 and have[1:] == want[1:] for have, want in pairs)
     return int(next(iter(rows))[0]) if whole and len(rows) == 1 else None
@@ -582,9 +567,7 @@ def _check_weights(model: Model) -> None:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             continue
         if value.is_meta:
-            raise ModelError(
-                f"expected weights in {model.name}, {name} is on the meta device: load them first"
-            )
+            raise ModelError(f"expected weights in {model.name}, {name} is on the meta device: load them first")
         if not torch.isfinite(value).all():
             broken = int((~torch.isfinite(value)).sum())
             raise ModelError(
@@ -592,9 +575,7 @@ def _check_weights(model: Model) -> None:
                 f"{value.numel()} values: train or fetch it again"
             )
         if isinstance(module, ExportedProgram) and value.dtype != torch.float32:
-            raise ModelError(
-                f"expected float32 in {model.name}, {name} is {value.dtype}: export it in float32"
-            )
+            raise ModelError(f"expected float32 in {model.name}, {name} is {value.dtype}: export it in float32")
 
 
 def _one_line(error: BaseException) -> str:

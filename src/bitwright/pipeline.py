@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from bitwright.capture import Captured
 from bitwright.data import Images
@@ -53,6 +55,15 @@ def run_stages(
         if state is not None:
             _keep(student, state, position + 1, identity)
     return student
+
+
+def fingerprint(graph: nn.Module) -> str:
+    """SHA-256 over the names and values of all stored tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in graph.named_buffers():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _check_finite(student: QuantizedModel) -> None:

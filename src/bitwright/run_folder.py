@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,12 +21,14 @@ MODEL, PLAN, RESULT, ONNX, LOG, STATE = (
     "model.safetensors", "plan.json", "result.json", "model.onnx", "log.jsonl", "state",
 )  # fmt: skip
 
+OURS = frozenset({MODEL, PLAN, RESULT, ONNX, LOG, STATE, "report.html", f"{ONNX}.data"})
+
 
 def check_target(folder: Path, *, force: bool = False, resume: bool = False) -> None:
     """Refuses a folder that cannot be written, before the long work starts.
 
     Raises:
-        UsageError: it is a file, holds something already, or cannot be written.
+        UsageError: it is a file, holds something already (what is no run, even with ``force``), or cannot be written.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"Expected a folder at {folder}, found a file. Choose another --out.")
@@ -36,11 +39,24 @@ def check_target(folder: Path, *, force: bool = False, resume: bool = False) -> 
             "Go on with --resume, or replace it with --force." if unfinished else "Choose another --out, or --force."
         )
         raise UsageError(f"The folder {folder} is not empty. {advice}")
-    parent = folder
-    while not parent.exists():
-        parent = parent.parent
-    if not os.access(parent, os.W_OK | os.X_OK) or not parent.is_dir():
-        raise UsageError(f"The folder {folder} cannot be written. Choose another --out.")
+    foreign = sorted(p.name for p in folder.iterdir() if p.name not in OURS) if folder.is_dir() else []
+    if foreign:
+        raise UsageError(
+            f"Expected a run in {folder} for --force to replace, found other files ({foreign[0]}). "
+            "Choose another --out."
+        )
+    _check_writable(folder)
+
+
+def _check_writable(folder: Path) -> None:
+    """By trying, because permissions do not tell all (read-only mounts, quotas, administrators)."""
+    parent = next(p for p in (folder, *folder.parents) if p.exists())
+    for place in {parent, folder.parent if folder.exists() else parent}:
+        try:
+            os.rmdir(tempfile.mkdtemp(prefix=".bitwright", dir=place))
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise UsageError(f"The folder {folder} cannot be written ({reason}). Choose another --out.") from error
 
 
 @contextmanager

@@ -59,7 +59,9 @@ def test_outputs_keep_their_structure(tmp_path):
 
 
 def test_ideal_size_counts_bits_scales_and_biases():
-    network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(288, 5))
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(288, 5)
+    )
     model = bw.quantize(network, cases.dataset(), recipe="rtn", weights=3)
     codes = -(-(8 * 27) * 3 // 8) + -(-(5 * 288) * 3 // 8)
     scales = 4 * (8 + 5)
@@ -95,7 +97,12 @@ def test_damaged_and_foreign_files_are_one_clear_line(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "foreign")
     tensors = load_file(path)
     save_file(tensors, tmp_path / "newer", metadata={"bitwright": "99:"})
-    for name, expected in (("none", "found none"), ("short", "damaged"), ("foreign", "not written by"), ("newer", "99")):
+    for name, expected in (
+        ("none", "found none"),
+        ("short", "damaged"),
+        ("foreign", "not written by"),
+        ("newer", "99"),
+    ):
         with pytest.raises(UsageError, match=expected) as caught:
             load_packed(tmp_path / name)
         assert "\n" not in str(caught.value)
@@ -104,6 +111,9 @@ def test_damaged_and_foreign_files_are_one_clear_line(tmp_path):
 def test_a_file_cannot_name_operators_of_other_libraries(tmp_path):
     from bitwright.graph.store import load_graph
 
-    evil = [["call_function", "x", "os.system", ["true"], {"d": {}}, None], ["output", "output", "output", [[]], {"d": {}}, None]]
+    evil = [
+        ["call_function", "x", "os.system", ["true"], {"d": {}}, None],
+        ["output", "output", "output", [[]], {"d": {}}, None],
+    ]
     with pytest.raises(UsageError, match=r"os\.system"):
         load_graph(json.loads(json.dumps(evil)), torch.nn.Module())

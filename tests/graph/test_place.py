@@ -227,6 +227,25 @@ def test_chained_concatenations_take_the_largest_number_of_bits() -> None:
     assert made.quantizer(key).grid.bits == 16
 
 
+def test_a_tensor_in_two_concatenations_brings_their_grids_together() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.conv2 = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+            self.head = nn.Conv2d(12, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = self.conv1(x).relu(), self.conv2(x).relu()
+            return self.head(torch.cat([torch.cat([x, a], 1), torch.cat([a, b], 1)[:, :6]], 1))
+
+    teacher = prepare(capture(Twice(), images(2)))
+    scheme = Scheme(runtime="generic", rules=(Rule.parse("input=a16"),))
+    made = insert_quantizers(teacher, scheme)
+    keys = {quantizer_after(made, layer) for layer in ("input", "relu", "relu_1", "cat", "cat_1", "cat_2")}
+    assert len(keys) == 1
+    assert made.quantizer(keys.pop()).grid.bits == 16
+
+
 def test_rules_are_taken_in_order() -> None:
     made = with_rules("residual", "*=w4a4", "head=w8", "conv=w3a6", "conv=w5")
     bits = {m.name: m.grid.bits for m in made.graph.modules() if isinstance(m, Quantizer) and m.role == "weight"}

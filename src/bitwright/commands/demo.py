@@ -8,7 +8,6 @@ from typing import Any
 
 from bitwright import api, zoo
 from bitwright.commands import quantize, tables
-from bitwright.commands.sources import check_out
 from bitwright.errors import BitwrightError
 from bitwright.quant.scheme import Scheme
 from bitwright.terminal import Terminal
@@ -41,7 +40,7 @@ def demo(out: Path, *, recipe: str | None, force: bool, seed: int, terminal: Ter
     }
     for job in jobs.values():
         assert job.out is not None
-        check_out(job.out.expanduser().absolute(), force=force)
+        check_target(job.out.expanduser().absolute(), force=force)
     results = {}
     for name, job in jobs.items():
         terminal.say(f"{name}, {KINDS.get(name, 'a network')}:")

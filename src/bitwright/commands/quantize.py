@@ -17,7 +17,6 @@ from bitwright.commands.sources import (
     absolute_reference,
     absolute_source,
     check_labels,
-    check_out,
     images_at,
     remove_empty,
 )
@@ -79,7 +78,7 @@ def quantize(job: Job, terminal: Terminal) -> tuple[dict[str, Any], Path, Bitwri
     """
     started = time.perf_counter()
     folder = (job.out or Path("runs") / default_name(job)).expanduser().absolute()
-    check_out(folder, force=job.force, resume=job.resume)
+    run_folder.check_target(folder, force=job.force, resume=job.resume)
     until = next(p for p in (folder, *folder.parents) if p.exists())
     terminal.log("start", command=job.model, images=job.images, recipe=job.recipe)
     state = folder / run_folder.STATE

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -149,37 +148,6 @@ def blank_images(network: Model) -> Images:
     else:
         shape = tuple(torch.as_tensor(how(Image.new("RGB", (256, 256), (128, 128, 128)))).shape)
     return load_images(torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)), None)
-
-
-def check_out(folder: Path, *, force: bool, resume: bool = False) -> None:
-    """Refuses a target that cannot be written or must not be replaced, by trying.
-
-    Raises:
-        UsageError: it holds something, holds what is no run (even with ``force``), or cannot be written.
-    """
-    run_folder.check_target(folder, force=force, resume=resume)
-    known = {
-        run_folder.MODEL,
-        run_folder.PLAN,
-        run_folder.RESULT,
-        run_folder.ONNX,
-        run_folder.LOG,
-        run_folder.STATE,
-    }
-    known |= {"report.html", f"{run_folder.ONNX}.data"}
-    foreign = sorted(p.name for p in folder.iterdir() if p.name not in known) if folder.is_dir() else []
-    if foreign:
-        raise UsageError(
-            f"Expected a run in {folder} for --force to replace, found other files ({foreign[0]}). "
-            "Choose another --out."
-        )
-    parent = next(p for p in (folder, *folder.parents) if p.exists())
-    for place in {parent, folder.parent if folder.exists() else parent}:
-        try:
-            os.rmdir(tempfile.mkdtemp(prefix=".bitwright", dir=place))
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise UsageError(f"The folder {folder} cannot be written ({reason}). Choose another --out.") from error
 
 
 def remove_empty(folder: Path, until: Path) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from bitwright.quant.quantizer import Frozen, Quantizer
 from bitwright.quantized import QuantizedModel
 from bitwright.result import describe_layers, describe_unquantized, stored_values, totals
 
@@ -172,7 +171,7 @@ def layer_rows(model: QuantizedModel) -> list[dict[str, Any]]:
     """As in ``result.json``; the granularity also of weights that have no scale yet."""
     rows = describe_layers(model)
     for row, layer in zip(rows, model.layers, strict=True):
-        if layer.weight is not None and not quantizer_at(model, layer.weight).calibrated:
+        if layer.weight is not None and not model.quantizer(layer.weight).calibrated:
             row["granularity"] = model.scheme.granularity
     return rows
 
@@ -181,7 +180,7 @@ def sizes(model: QuantizedModel) -> dict[str, int]:
     """Bytes in float, and bytes expected at the bits planned: codes, scales, zero points and what stays float."""
     quantized = 0
     for key in dict.fromkeys(layer.weight for layer in model.layers if layer.weight):
-        quantizer = quantizer_at(model, key)
+        quantizer = model.quantizer(key)
         codes, scales = 1, 1
         for extent, block in zip(quantizer.shape, quantizer.block or quantizer.shape, strict=True):
             codes, scales = codes * extent, scales * -(-extent // block)
@@ -190,19 +189,9 @@ def sizes(model: QuantizedModel) -> dict[str, int]:
     stored = stored_values(model)
     for layer in model.layers:
         if layer.op == "parameter" and layer.activation is not None:
-            bits = quantizer_at(model, layer.activation).grid.bits
+            bits = model.quantizer(layer.activation).grid.bits
             quantized += -(-layer.parameters * bits // 8) - 4 * layer.parameters
     return {"float_bytes": 4 * stored, "expected_bytes": 4 * stored + quantized + 8 * len(activations)}
-
-
-def quantizer_at(model: QuantizedModel, key: str) -> Quantizer:
-    """The quantizer at a layer's key, also where only the integers it made are left of it."""
-    for candidate in (key, key.replace("quantizer_", "frozen_", 1)):
-        found = getattr(model.graph, candidate, None)
-        found = found.quantizer if isinstance(found, Frozen) else found
-        if isinstance(found, Quantizer):
-            return found
-    raise KeyError(key)
 
 
 def summary(model: QuantizedModel, name: str) -> Table:

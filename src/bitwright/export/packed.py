@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import zlib
 from dataclasses import asdict
 from pathlib import Path
@@ -110,6 +111,7 @@ def save_packed(model: QuantizedModel, path: Path, extra: dict[str, Any] | None 
     text = zlib.compress(json.dumps(structure, separators=(",", ":")).encode(), 9)
     # one entry, because safetensors writes several in an order of its own
     save_file(blobs.tensors(), path, metadata={KEY: f"{FORMAT}:{base64.b85encode(text).decode()}"})
+    path.chmod(0o666 & ~_umask())
 
 
 def load_packed(path: Path) -> tuple[QuantizedModel, dict[str, Any]]:
@@ -133,6 +135,12 @@ def load_packed(path: Path) -> tuple[QuantizedModel, dict[str, Any]]:
         raise UsageError(f"{path} has format {version}, this version reads up to {FORMAT}. Upgrade bitwright.")
     data = json.loads(zlib.decompress(base64.b85decode(text)))
     return _rebuild(data, blobs), data["extra"]
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 class _Blobs:
@@ -210,6 +218,8 @@ def _rebuild(data: dict[str, Any], blobs: dict[str, Tensor]) -> QuantizedModel:
         rewrite.set_tensor(root, name, _read(blobs, where).clone())
     rewrite.channels_last(root)
     graph = load_graph(data["graph"], root)
+    for key in data["modules"]:  # a graph module takes over only what it calls, not the grids of its integers
+        graph.add_module(key, root.get_submodule(key))
     shape = tuple(data["input_shape"])
     rewrite.propagate(graph, torch.zeros(2, *shape))
     return QuantizedModel(

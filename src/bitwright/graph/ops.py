@@ -22,17 +22,123 @@ CONV_TRANSPOSE = frozenset({"conv_transpose1d", "conv_transpose2d", "conv_transp
 LINEAR = CONV | CONV_TRANSPOSE | {"linear"}
 MATMUL = frozenset({"matmul", "bmm", "mm"})
 ACTIVATION = frozenset(
-    ["relu", "relu6", "hardtanh", "clamp", "clamp_min", "clamp_max", "silu", "gelu", "hardswish", "hardsigmoid", "sigmoid", "tanh", "elu", "celu", "selu", "leaky_relu", "prelu", "softplus", "mish", "log_sigmoid", "softsign", "threshold", "rrelu", "glu"]
+    [
+        "relu",
+        "relu6",
+        "hardtanh",
+        "clamp",
+        "clamp_min",
+        "clamp_max",
+        "silu",
+        "gelu",
+        "hardswish",
+        "hardsigmoid",
+        "sigmoid",
+        "tanh",
+        "elu",
+        "celu",
+        "selu",
+        "leaky_relu",
+        "prelu",
+        "softplus",
+        "mish",
+        "log_sigmoid",
+        "softsign",
+        "threshold",
+        "rrelu",
+        "glu",
+    ]
 )
 SOFTMAX = frozenset({"softmax", "_softmax", "log_softmax", "_log_softmax"})
 NORM = frozenset(
-    ["batch_norm", "layer_norm", "native_layer_norm", "group_norm", "native_group_norm", "instance_norm", "rms_norm", "linalg_vector_norm", "norm"]
+    [
+        "batch_norm",
+        "layer_norm",
+        "native_layer_norm",
+        "group_norm",
+        "native_group_norm",
+        "instance_norm",
+        "rms_norm",
+        "linalg_vector_norm",
+        "norm",
+    ]
 )
 POOL = frozenset(
-    ["mean", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "sum", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_linear1d", "upsample_trilinear3d"]
+    [
+        "mean",
+        "avg_pool1d",
+        "avg_pool2d",
+        "avg_pool3d",
+        "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+        "adaptive_avg_pool3d",
+        "sum",
+        "upsample_bilinear2d",
+        "upsample_bicubic2d",
+        "upsample_linear1d",
+        "upsample_trilinear3d",
+    ]
 )
 MOVE = frozenset(
-    ["view", "reshape", "reshape_as", "view_as", "flatten", "unflatten", "permute", "transpose", "t", "numpy_T", "movedim", "swapaxes", "slice", "select", "narrow", "squeeze", "unsqueeze", "expand", "expand_as", "repeat", "repeat_interleave", "tile", "contiguous", "clone", "alias", "detach", "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool2d", "amax", "chunk", "split", "split_with_sizes", "unbind", "roll", "flip", "rot90", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact2d", "index", "index_select", "gather", "im2col", "unfold", "lift_fresh_copy", "constant_pad_nd", "pad", "reflection_pad2d", "replication_pad2d", "tensor_split", "getitem"]
+    [
+        "view",
+        "reshape",
+        "reshape_as",
+        "view_as",
+        "flatten",
+        "unflatten",
+        "permute",
+        "transpose",
+        "t",
+        "numpy_T",
+        "movedim",
+        "swapaxes",
+        "slice",
+        "select",
+        "narrow",
+        "squeeze",
+        "unsqueeze",
+        "expand",
+        "expand_as",
+        "repeat",
+        "repeat_interleave",
+        "tile",
+        "contiguous",
+        "clone",
+        "alias",
+        "detach",
+        "max_pool1d",
+        "max_pool2d",
+        "max_pool3d",
+        "adaptive_max_pool2d",
+        "amax",
+        "chunk",
+        "split",
+        "split_with_sizes",
+        "unbind",
+        "roll",
+        "flip",
+        "rot90",
+        "pixel_shuffle",
+        "pixel_unshuffle",
+        "channel_shuffle",
+        "upsample_nearest1d",
+        "upsample_nearest2d",
+        "upsample_nearest3d",
+        "_upsample_nearest_exact2d",
+        "index",
+        "index_select",
+        "gather",
+        "im2col",
+        "unfold",
+        "lift_fresh_copy",
+        "constant_pad_nd",
+        "pad",
+        "reflection_pad2d",
+        "replication_pad2d",
+        "tensor_split",
+        "getitem",
+    ]
 )
 CONCAT = frozenset({"cat", "concat", "stack", "concatenate"})
 ADD = frozenset({"add", "sub"})

@@ -210,10 +210,10 @@ def _place_constant(placement: Placement, node: fx.Node, fused: dict[fx.Node, fx
     role, reader = _constant_role(node)
     if role in {"weight", "bias"}:
         if any(ops.kind(user) != "linear" for user in node.users):
-            reason = f"the {role} of {reader.meta.get('layer')}, which other operators read in float"
-            placement.unquantized.append(Unquantized(name, "parameter", reason))
+            why = f"the {role} of {reader.meta.get('layer')}, which other operators read in float"
+            placement.unquantized.append(Unquantized(name, "parameter", why))
         return
-    reason = None
+    reason: str | None = None
     if role == "scalar":
         reason = "a single number"
     elif role == "setting":

@@ -13,7 +13,26 @@ from bitwright.errors import UsageError
 
 _OPERATORS = {
     name: getattr(operator, name)
-    for name in ["add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "getitem", "eq", "ne", "lt", "le", "gt", "ge", "pow", "and_", "or_", "not_"]
+    for name in [
+        "add",
+        "sub",
+        "mul",
+        "floordiv",
+        "truediv",
+        "mod",
+        "neg",
+        "getitem",
+        "eq",
+        "ne",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+        "pow",
+        "and_",
+        "or_",
+        "not_",
+    ]
 }
 _SYMBOLIC = {name: getattr(torch, name) for name in ("sym_int", "sym_float", "sym_max", "sym_min", "sym_not")}
 _FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}

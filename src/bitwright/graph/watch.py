@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-Callback = Callable[[fx.Node, Tensor], Tensor | None]
+Callback = Callable[[fx.Node, Any], Tensor | None]
 
 
 class Watcher(fx.Interpreter):

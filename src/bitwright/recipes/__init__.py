@@ -31,7 +31,8 @@ class Recipe(BaseModel):
             weights: minmax
             activations: mse
             percentile: 0.9999
-            power: 2.0
+            weight_power: 4.0
+            activation_power: 2.0
             bias_correction: none
             bias_images: 128
         <BLANKLINE>

@@ -20,7 +20,7 @@ from bitwright.quantized import QuantizedModel
 from bitwright.stages.base import Run, Stage
 
 BIAS_REACH = 2.0**30
-"""Largest bias in steps of its accumulator; wider steps are chosen for the weights of a channel that would exceed it."""
+"""Largest bias in steps of its accumulator; a channel that would exceed it gets wider weight steps."""
 
 
 class Calibrate(Stage):
@@ -36,7 +36,11 @@ class Calibrate(Stage):
     weights: RangeMethod = "mse"
     activations: RangeMethod = "mse"
     percentile: float = Field(default=0.9999, gt=0.5, le=1.0)
-    power: float = Field(default=2.0, gt=0)
+    weight_power: float = Field(default=4.0, gt=0)
+    """Of the absolute error that ``mse`` sums up for weights. Large weights count for more than their square: 4 gave
+    a lower KL than 2 on held-out images for both zoo networks and EfficientNet-Lite0 at 3 and 4 bits."""
+    activation_power: float = Field(default=2.0, gt=0)
+    """The same for activations."""
     bias_correction: Literal["analytic", "sequential", "none"] = "none"
     bias_images: int = Field(default=128, ge=1)
     """Images that ``sequential`` uses, in one batch."""
@@ -66,7 +70,7 @@ class Calibrate(Stage):
                     quantizer.block,
                     self.weights,
                     percentile=self.percentile,
-                    power=self.power,
+                    power=self.weight_power,
                 )
             )
 
@@ -76,7 +80,7 @@ class Calibrate(Stage):
             if student.scheme.activation_grid == "symmetric":
                 quantizer.grid = Grid(quantizer.grid.bits, symmetric=seen.minimum < 0)
             low, high = activation_range(
-                seen, quantizer.grid, self.activations, percentile=self.percentile, power=self.power
+                seen, quantizer.grid, self.activations, percentile=self.percentile, power=self.activation_power
             )
             quantizer.set_range(*affine_parameters(torch.tensor(low), torch.tensor(high), quantizer.grid))
 
