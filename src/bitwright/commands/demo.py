@@ -10,6 +10,7 @@ from bitwright import api, zoo
 from bitwright.commands import quantize, tables
 from bitwright.errors import BitwrightError
 from bitwright.quant.scheme import Scheme
+from bitwright.run_folder import check_target
 from bitwright.terminal import Terminal
 
 CALIBRATION, TEST = "zoo:fashion", "zoo:fashion-test"
