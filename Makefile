@@ -14,8 +14,9 @@ BIN := .venv/bin
 demo: .venv/.installed
 	$(BIN)/bitwright demo --force
 
+# One thread a worker: the tests' networks are tiny, and waiting threads would only get in each other's way.
 test: .venv/.installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto
 
 lint: .venv/.installed
 	$(BIN)/ruff format --check .

@@ -1,1 +1,20 @@
 """Lets the tests in the folders below import ``cases``: pytest puts this file's folder on the path."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_for_tiny_networks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What takes microseconds loses far more to threads that wait for each other, above all on a busy machine."""
+    module = getattr(request.node, "module", None)
+    tiny = any(getattr(v, "__module__", None) == "cases" for v in vars(module).values()) if module else False
+    threads = torch.get_num_threads()
+    if tiny:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

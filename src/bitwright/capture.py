@@ -351,7 +351,7 @@ def assert_outputs_equal(
         if difference > tolerance:
             raise ModelError(
                 f"Output '{name}' of {what} differs from the model by {difference:.2g} of its range. "
-                "The model may be random or keep state: make its forward a pure function."
+                "The model may be random, keep state, or write into part of a tensor: make its forward a pure function."
             )
 
 

@@ -14,7 +14,7 @@ def quantized(name, **settings):
     return bw.quantize(cases.model(name), cases.dataset(), recipe="rtn", **settings)
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("bits", [*range(2, 9), 16])
 def test_packing_is_exact_and_dense(bits):
     codes = torch.randint(0, 2**bits, (1001,), generator=torch.Generator().manual_seed(bits))
     packed = pack_bits(codes, bits)
@@ -45,6 +45,13 @@ def test_loading_gives_the_same_outputs_bit_for_bit(name, bits, tmp_path):
 def test_other_granularities_survive(settings, tmp_path):
     scheme = bw.Scheme(weights=4, activation_grid="symmetric", **settings)
     model = bw.quantize(cases.model("transposed"), cases.dataset(), recipe="mse", scheme=scheme)
+    save_packed(model, tmp_path / "m.safetensors")
+    loaded, _ = load_packed(tmp_path / "m.safetensors")
+    assert torch.equal(model.flat(cases.images())[0], loaded.flat(cases.images())[0])
+
+
+def test_stored_operands_of_sixteen_bits_survive(tmp_path):
+    model = quantized("transformer", activations=16, runtime="generic")
     save_packed(model, tmp_path / "m.safetensors")
     loaded, _ = load_packed(tmp_path / "m.safetensors")
     assert torch.equal(model.flat(cases.images())[0], loaded.flat(cases.images())[0])

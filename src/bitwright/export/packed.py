@@ -42,21 +42,21 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
         >>> pack_bits(torch.tensor([1, 2, 3]), 2).tolist()
         [57]
     """
-    values = codes.reshape(-1, 1).numpy().astype(np.uint8)
+    values = codes.reshape(-1, 1).numpy().astype("<u2").view(np.uint8)
     planes = np.unpackbits(values, axis=1, bitorder="little")[:, :bits]
     return torch.from_numpy(np.packbits(planes.reshape(-1), bitorder="little"))
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The ``count`` codes that :func:`pack_bits` packed, as int16.
+    """The ``count`` codes that :func:`pack_bits` packed, as int32.
 
     Example:
         >>> unpack_bits(torch.tensor([57], dtype=torch.uint8), 2, 3).tolist()
         [1, 2, 3]
     """
     planes = np.unpackbits(packed.numpy(), bitorder="little")[: count * bits].reshape(count, bits)
-    weights: npt.NDArray[np.int16] = (1 << np.arange(bits)).astype(np.int16)
-    return torch.from_numpy((planes.astype(np.int16) * weights).sum(axis=1, dtype=np.int16))
+    place: npt.NDArray[np.int32] = (1 << np.arange(bits)).astype(np.int32)
+    return torch.from_numpy((planes * place).sum(axis=1, dtype=np.int32))
 
 
 def ideal_bytes(model: QuantizedModel) -> int:

@@ -155,7 +155,9 @@ def _insert_bias(
     blocks = 1
     for d, b in zip(weight.shape, weight.block or weight.shape, strict=True):
         blocks *= -(-d // b)
-    if blocks not in {1, channels} or len(bias.users) > 1:
+    if len(bias.users) > 1:
+        return "several layers share it"
+    if blocks not in {1, channels}:
         return "its layer's weight has several scales per output channel"
     if weight.grid.bits + quantizer.grid.bits < target.integer_bias_bits:
         return "with so few bits the accumulator's step would be too coarse for it"

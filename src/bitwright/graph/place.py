@@ -257,7 +257,7 @@ def _share_concats(placement: Placement, graph: fx.Graph) -> None:
         ]
         joined.append(placement.points[node])
         leader = _leader(placement, joined[-1])
-        bits = max(p.bits or 0 for p in joined)
+        bits = max(_leader(placement, p).bits or 0 for p in joined)
         for point in joined:
             mine = _leader(placement, point)
             if mine is not leader:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from bitwright.errors import UsageError
 from bitwright.quant.targets import Target, target
@@ -101,11 +101,11 @@ class Scheme(BaseModel):
     rules: tuple[Rule, ...] = ()
     granularity: Literal["channel", "tensor", "group"] = "channel"
     """What shares a weight scale: an output channel, the whole tensor, or ``group_size`` input channels of one."""
-    group_size: int = 64
+    group_size: int = Field(default=64, ge=1)
     activation_grid: Literal["affine", "symmetric"] = "affine"
     """``affine``: unsigned codes with a zero point. ``symmetric``: signed codes around zero, or unsigned ones from
     zero for a tensor that is never negative."""
-    parameter_bits: int = 8
+    parameter_bits: int = Field(default=8, ge=2, le=8)
     """For stored operands of activations: positions, class tokens, tables of relative positions."""
     outputs: bool = False
     """Whether the network's outputs are quantized too."""
