@@ -19,6 +19,7 @@ from bitwright import data
 from bitwright.compat import import_timm
 from bitwright.data import Images, Preprocessing, load_images, parse_input_size
 from bitwright.errors import DataError, UsageError
+from bitwright.sources import Files
 
 SMALL = Preprocessing(input_size=8)
 
@@ -308,8 +309,8 @@ def test_second_epoch_decodes_only_what_found_no_room(
 ) -> None:
     folder_of(tmp_path, "0.png 1.png 2.png 3.png 4.png 5.png")
     seen: list[int] = []
-    read = data._Files.read
-    monkeypatch.setattr(data._Files, "read", lambda self, i: seen.append(i) or read(self, i))
+    read = Files.read
+    monkeypatch.setattr(Files, "read", lambda self, i: seen.append(i) or read(self, i))
     images = load_images(tmp_path, SMALL, cache_bytes=cache_bytes)
     for _ in range(2):
         list(images.batches(4))
@@ -319,8 +320,8 @@ def test_second_epoch_decodes_only_what_found_no_room(
 def test_leaving_a_loop_early_does_not_decode_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder_of(tmp_path, " ".join(f"{k:02}.png" for k in range(40)))
     seen: list[int] = []
-    read = data._Files.read
-    monkeypatch.setattr(data._Files, "read", lambda self, i: seen.append(i) or read(self, i))
+    read = Files.read
+    monkeypatch.setattr(Files, "read", lambda self, i: seen.append(i) or read(self, i))
     for _ in itertools.islice(load_images(tmp_path, SMALL).batches(2), 2):
         pass
     assert len(seen) <= 6

@@ -13,10 +13,11 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from bitwright.api import quantize
     from bitwright.capture import capture
-    from bitwright.data import Images, Preprocessing, load_images
+    from bitwright.data import Images, load_images
     from bitwright.errors import BitwrightError, DataError, ModelError, ParityError, UsageError
     from bitwright.evaluate import evaluate
     from bitwright.models import load_model
+    from bitwright.preprocessing import Preprocessing
     from bitwright.quant.scheme import Rule, Scheme
     from bitwright.quantized import QuantizedModel
     from bitwright.recipes import Recipe
@@ -25,10 +26,11 @@ if TYPE_CHECKING:
 _HOMES = {
     "api": ["quantize"],
     "capture": ["capture"],
-    "data": ["Images", "Preprocessing", "load_images"],
+    "data": ["Images", "load_images"],
     "errors": ["BitwrightError", "DataError", "ModelError", "ParityError", "UsageError"],
     "evaluate": ["evaluate"],
     "models": ["load_model"],
+    "preprocessing": ["Preprocessing"],
     "quant.scheme": ["Rule", "Scheme"],
     "quantized": ["QuantizedModel"],
     "recipes": ["Recipe"],

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from bitwright.capture import Captured, capture, select_output
-from bitwright.data import Images, PreprocessFunction, Preprocessing, load_images
+from bitwright.data import Images, load_images
 from bitwright.errors import UsageError
 from bitwright.graph.prepare import prepare
 from bitwright.models import Model, load_model
 from bitwright.pipeline import fingerprint, run_stages
+from bitwright.preprocessing import PreprocessFunction, Preprocessing
 from bitwright.quant.scheme import Rule, Scheme, parse_activation_bits, parse_weight_bits
 from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.recipes import Recipe

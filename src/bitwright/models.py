@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from bitwright.compat import import_timm, import_torchvision
-from bitwright.data import PreprocessFunction, Preprocessing, parse_input_size
 from bitwright.errors import BitwrightError, ModelError, UsageError
+from bitwright.preprocessing import PreprocessFunction, Preprocessing, parse_input_size
 
 FORMS = "zoo:NAME, timm:NAME[@weights], torchvision:NAME[@weights], path/to/file.py:callable or model.pt2"
 

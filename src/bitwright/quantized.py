@@ -16,8 +16,9 @@ from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
 from bitwright.quant.scheme import Scheme
 
 if TYPE_CHECKING:
-    from bitwright.data import Images, PreprocessFunction, Preprocessing
+    from bitwright.data import Images
     from bitwright.export.parity import Parity
+    from bitwright.preprocessing import PreprocessFunction, Preprocessing
 
 
 class QuantizedModel(nn.Module):
@@ -112,11 +113,11 @@ class QuantizedModel(nn.Module):
 
         return save(self, Path(folder), force=force)
 
-    def export(self, path: str | Path, *, force: bool = False) -> Parity:
-        """Writes an ONNX file and checks it against the simulation; see :func:`bitwright.export.onnx.export`."""
+    def export(self, path: str | Path, images: Any = None, *, force: bool = False) -> Parity:
+        """Writes an ONNX file and checks it against the simulation; see :func:`bitwright.export.parity.export_checked`."""
         from bitwright.export.parity import export_checked
 
-        return export_checked(self, Path(path), force=force)
+        return export_checked(self, Path(path), images, force=force)
 
 
 def insert_quantizers(teacher: Captured, scheme: Scheme) -> QuantizedModel:

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bitwright.data import Preprocessing
 from bitwright.errors import UsageError
 from bitwright.export.packed import ideal_bytes, load_packed, save_packed
+from bitwright.preprocessing import Preprocessing
 from bitwright.quantized import QuantizedModel
 from bitwright.result import describe_plan
 

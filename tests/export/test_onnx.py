@@ -9,7 +9,7 @@ import torch
 
 import bitwright as bw
 from bitwright.export.onnx import save_onnx, to_onnx
-from bitwright.export.parity import check_parity, compare_layers, export_checked, session
+from bitwright.export.parity import check_parity, compare_layers, compare_outputs, export_checked, session
 from bitwright.quant.quantizer import Quantizer
 
 
@@ -77,6 +77,12 @@ def test_eight_bits_become_integer_kernels(tmp_path):
     assert operators["QLinearConv"] == convolutions
     assert operators["Conv"] == 0
     assert operators["QLinearAdd"] == 1
+
+
+def test_the_runtime_leaves_a_float_bias_as_fine_as_it_is():
+    model = quantized("squeeze_excite", weights=4)
+    whole = compare_outputs(model, to_onnx(model), cases.images(12), (1, 8), optimize=True)
+    assert whole.max_abs <= 1e-5 * whole.range
 
 
 def test_the_batch_size_is_free():

@@ -21,10 +21,11 @@ from bitwright.commands.sources import (
     is_run,
     load_run,
 )
-from bitwright.data import Images, Preprocessing
+from bitwright.data import Images
 from bitwright.errors import BitwrightError, ModelError, UsageError
 from bitwright.evaluate import Network, compare
 from bitwright.models import Model, load_model
+from bitwright.preprocessing import Preprocessing
 from bitwright.terminal import Terminal, one_line
 
 BATCH = 50

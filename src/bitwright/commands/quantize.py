@@ -20,11 +20,12 @@ from bitwright.commands.sources import (
     images_at,
     remove_empty,
 )
-from bitwright.data import Images, Preprocessing
+from bitwright.data import Images
 from bitwright.errors import BitwrightError, UsageError
 from bitwright.evaluate import evaluate, layer_sqnr
 from bitwright.export.parity import export_checked
 from bitwright.models import Model, load_model
+from bitwright.preprocessing import Preprocessing
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel
 from bitwright.recipes import recipe as find_recipe

@@ -12,10 +12,11 @@ from PIL import Image
 from torch.utils import _pytree as pytree
 
 from bitwright import run_folder
-from bitwright.data import Images, Preprocessing, load_images
+from bitwright.data import Images, load_images
 from bitwright.errors import BitwrightError, UsageError
 from bitwright.evaluate import class_scores
 from bitwright.models import Model, load_model
+from bitwright.preprocessing import Preprocessing
 from bitwright.quantized import QuantizedModel
 
 Settings = dict[str, Any]

@@ -150,6 +150,8 @@ def _replace_marks(program: ir.Model, modules: dict[str, nn.Module]) -> None:
         else:
             assert isinstance(module, Quantizer)
             _replace_activation(graph, node, name, module)
+    for node in list(graph):
+        _shield_bias(graph, node)
     program.opset_imports.pop("bitwright", None)
     _drop_unused(graph)
 
@@ -265,6 +267,26 @@ def _integer_bias(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen) -> 
         )
     step = _initializer(graph, f"{name}/scale", scale)
     return _node(graph, mark, "DequantizeLinear", [codes, step], name, axis=0)
+
+
+def _shield_bias(graph: ir.Graph, node: ir.Node) -> None:
+    """Stores a float bias beside an integer weight as 32-bit integers of a power-of-two step of its own.
+
+    Given a float bias there, ONNX Runtime puts it on the coarse grid of input times weight step by itself.
+    """
+    if node.op_type not in {*READS_INTEGER_BIAS, "ConvTranspose"} or len(node.inputs) < 3:
+        return
+    weight, bias = node.inputs[1], node.inputs[2]
+    producer = weight.producer() if weight is not None else None
+    if producer is None or producer.op_type != "DequantizeLinear" or bias is None or bias.const_value is None:
+        return
+    values = bias.const_value.numpy().astype(np.float64)
+    step = np.float32(2.0 ** np.ceil(np.log2(max(float(np.abs(values).max(initial=0.0)), 2.0**-60) / 2.0**30)))
+    name = f"{bias.name}/fine"
+    if f"{name}/integers" not in graph.initializers:
+        codes = _initializer(graph, f"{name}/integers", np.rint(values / step).astype(np.int32))
+        scale = _initializer(graph, f"{name}/scale", np.asarray(step))
+        node.replace_input_with(2, _node(graph, node, "DequantizeLinear", [codes, scale], name))
 
 
 def _integers(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, order: list[int] | None) -> ir.Value:

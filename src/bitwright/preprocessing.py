@@ -1,0 +1,244 @@
+"""Preprocessing: from a decoded image to the float32 tensor a network was trained on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, model_validator
+from torch import Tensor
+
+from bitwright.errors import DataError, UsageError
+
+_RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+_CROP_MODES = ("center", "squash", "border")
+
+Pixels: TypeAlias = npt.NDArray[np.uint8]
+
+
+class Preprocessing(BaseModel):
+    """How a decoded image becomes the tensor a network was trained on.
+
+    The shorter side is resized to ``floor(size / crop_pct)`` (antialiased, by Pillow), the centre is cropped
+    to ``(H, W)``, values are divided by 255, then ``mean`` is subtracted and ``std`` divided, channel by
+    channel: the numbers of timm's evaluation transform, bit for bit.
+
+    ``crop_mode``: ``"center"`` as above; ``"squash"`` resizes both sides without keeping the aspect ratio;
+    ``"border"`` resizes the longer side and pads with the mean colour.
+
+    Settings may be given as on the command line: ``"224"``, ``"224x320"`` (height x width) or ``"1x28x28"``
+    for ``input_size``, ``"0.485,0.456,0.406"`` or one number for ``mean`` and ``std``.
+
+    Raises:
+        UsageError: for a setting that has no meaning, in one line.
+
+    Example:
+        >>> p = Preprocessing(input_size=(3, 32, 32), mean=0.5, std=0.25)
+        >>> p.mean
+        (0.5, 0.5, 0.5)
+        >>> p(np.full((40, 60, 3), 255, np.uint8))[0, 0, 0].item()
+        2.0
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
+    crop_pct: float = 1.0
+    crop_mode: Literal["center", "squash", "border"] = "center"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parse(cls, settings: Any) -> Any:
+        if not isinstance(settings, Mapping):
+            raise UsageError(f"expected preprocessing as a dict of settings, got {type(settings).__name__}")
+        unknown = sorted(set(settings) - set(cls.model_fields))
+        if unknown:
+            raise UsageError(f"unknown preprocessing setting {unknown[0]!r}: use {', '.join(cls.model_fields)}")
+        parsed = dict(settings)
+        parsed["input_size"] = size = parse_input_size(settings.get("input_size"))
+        parsed["mean"] = _per_channel("mean", settings.get("mean", 0.0), size[0])
+        parsed["std"] = _per_channel("std", settings.get("std", 1.0), size[0])
+        if min(parsed["std"]) <= 0:
+            raise UsageError(f"expected std above 0, got {parsed['std']}")
+        _one_of("interpolation", parsed.get("interpolation", "bicubic"), tuple(_RESAMPLING))
+        _one_of("crop_mode", parsed.get("crop_mode", "center"), _CROP_MODES)
+        parsed["crop_pct"] = _number("crop_pct", parsed.get("crop_pct", 1.0))
+        if not 0.1 <= parsed["crop_pct"] <= 10:
+            raise UsageError(f"expected crop_pct between 0.1 and 10 (usually 0.875 to 1), got {parsed['crop_pct']}")
+        return parsed
+
+    def __call__(self, image: Image.Image | Pixels) -> Tensor:
+        """Return the network's input for one image.
+
+        Args:
+            image: a Pillow image of any mode, or uint8 pixels (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
+
+        Returns:
+            float32 (C, H, W).
+        """
+        return self.normalize(torch.from_numpy(self.pixels(image)).unsqueeze(0))[0]
+
+    def pixels(self, image: Image.Image | Pixels) -> Pixels:
+        """Return the resized and cropped pixels before normalisation: uint8 (H, W, C)."""
+        if isinstance(image, np.ndarray):
+            image = from_pixels(image)
+        image = _crop(_resize(to_channels(image, self.input_size[0]), self), self)
+        pixels = np.array(image, dtype=np.uint8)
+        return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Return float32 (B, C, H, W) from uint8 pixels (B, H, W, C)."""
+        mean = torch.tensor(self.mean, dtype=torch.float32).view(-1, 1, 1)
+        std = torch.tensor(self.std, dtype=torch.float32).view(-1, 1, 1)
+        values = pixels.permute(0, 3, 1, 2).contiguous().to(torch.float32)
+        return values.div_(255).sub_(mean).div_(std)
+
+
+PreprocessFunction: TypeAlias = Callable[[Image.Image], Tensor]
+"""A user's own preprocessing: takes an upright 8-bit RGB image, returns float (C, H, W)."""
+
+
+def parse_input_size(value: Any) -> tuple[int, int, int]:
+    """Return (C, H, W) from ``224``, ``"224"``, ``"224x320"``, ``(H, W)``, ``(C, H, W)``; C is 3 by default.
+
+    Raises:
+        UsageError: when the value is none of these, or the images cannot have that many channels.
+
+    Example:
+        >>> parse_input_size("224x320")
+        (3, 224, 320)
+    """
+    expected = "input_size as 224, 224x320 (height x width) or channels x height x width"
+    if value is None:
+        raise UsageError(f"expected {expected}, got none: give --input-size")
+    parts = str(value).lower().split("x") if isinstance(value, str | int) else list(value)
+    try:
+        size = tuple(int(part) for part in parts)
+    except (TypeError, ValueError):
+        size = ()
+    if len(size) not in (1, 2, 3) or min(size) < 1:
+        raise UsageError(f"expected {expected}, got {value!r}")
+    size = size * 2 if len(size) == 1 else size
+    channels, height, width = size if len(size) == 3 else (3, *size)
+    if channels not in (1, 3):
+        raise UsageError(
+            f"expected an input of 1 or 3 channels, got {channels} in {value!r}: images have no more, "
+            "give a preprocess function or tensors"
+        )
+    return channels, height, width
+
+
+def _per_channel(name: str, value: Any, channels: int) -> tuple[float, ...]:
+    if isinstance(value, str):
+        value = value.split(",")
+    parts = list(value) if isinstance(value, Iterable) else [value]
+    numbers = tuple(_number(name, part) for part in parts)
+    if len(numbers) == 1:
+        numbers *= channels
+    if len(numbers) != channels:
+        raise UsageError(f"expected one {name} or one for each of {channels} channels, got {len(numbers)}")
+    return numbers
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UsageError(f"expected {name} as a number, got {value!r}")
+    return number
+
+
+def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UsageError(f"unknown {name} {value!r}: use {', '.join(known)}")
+
+
+def from_pixels(pixels: Pixels) -> Image.Image:
+    """Return uint8 pixels (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) as an image."""
+    if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4))):
+        raise DataError(
+            f"expected uint8 pixels (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), got {pixels.dtype} {pixels.shape}"
+        )
+    return Image.fromarray(pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
+
+
+def to_channels(image: Image.Image, channels: int) -> Image.Image:
+    """Convert any Pillow mode to 8-bit RGB or greyscale.
+
+    Transparency is dropped and the stored colours are kept, as the loaders of timm and torchvision do.
+    """
+    mode = "L" if channels == 1 else "RGB"
+    if image.mode == mode:
+        return image
+    if image.mode.startswith("I"):
+        image = _sixteen_to_eight(image)
+    elif image.mode == "F":
+        raise DataError("expected 8 or 16 bit pixels, got 32-bit float: save it as 8 bit, or give tensors")
+    elif image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")  # the same colours, without Pillow's warning about the lost alpha
+    return image.convert(mode)
+
+
+def _sixteen_to_eight(image: Image.Image) -> Image.Image:
+    # Pillow's own conversion clips at 255 and so turns nearly every 16-bit image white.
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise DataError(
+            f"expected pixels of at most 16 bits, got values from {values.min()} to {values.max()}: save it as 8 bit"
+        )
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+
+
+def _resize(image: Image.Image, how: Preprocessing) -> Image.Image:
+    height, width = (math.floor(side / how.crop_pct) for side in how.input_size[1:])
+    if how.crop_mode == "squash":
+        size = (width, height)
+    elif how.crop_mode == "border":
+        size = _scaled(image, max(image.height / height, image.width / width))
+    elif height == width:
+        short, long = sorted(image.size)
+        other = int(height * long / short)
+        size = (height, other) if image.width <= image.height else (other, height)
+    else:
+        size = _scaled(image, min(image.height / height, image.width / width))
+    if size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise DataError(f"the aspect ratio of {image.width}x{image.height} pixels is too extreme to crop a centre")
+    return image if size == image.size else image.resize(size, _RESAMPLING[how.interpolation])
+
+
+def _scaled(image: Image.Image, ratio: float) -> tuple[int, int]:
+    return max(1, round(image.width / ratio)), max(1, round(image.height / ratio))
+
+
+def _crop(image: Image.Image, how: Preprocessing) -> Image.Image:
+    _, height, width = how.input_size
+    image = _pad(image, how)
+    left = round((image.width - width) / 2)
+    top = round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def _pad(image: Image.Image, how: Preprocessing) -> Image.Image:
+    _, height, width = how.input_size
+    if image.width >= width and image.height >= height:
+        return image
+    colour = tuple(round(255 * value) if how.crop_mode == "border" else 0 for value in how.mean)
+    size = (max(width, image.width), max(height, image.height))
+    canvas = Image.new(image.mode, size, colour if len(colour) > 1 else colour[0])
+    canvas.paste(image, (max(0, width - image.width) // 2, max(0, height - image.height) // 2))
+    return canvas
