@@ -114,7 +114,7 @@ class QuantizedModel(nn.Module):
         return save(self, Path(folder), force=force)
 
     def export(self, path: str | Path, images: Any = None, *, force: bool = False) -> Parity:
-        """Writes an ONNX file and checks it against the simulation; see :func:`bitwright.export.parity.export_checked`."""
+        """Writes an ONNX file once it passed its check; see :func:`bitwright.export.parity.export_checked`."""
         from bitwright.export.parity import export_checked
 
         return export_checked(self, Path(path), images, force=force)

@@ -36,7 +36,8 @@ class Statistics:
         Raises:
             DataError: a value is not finite; names the layer.
         """
-        low, high = (float(v) for v in torch.aminmax(x.detach()))
+        flat = _in_memory_order(x.detach()).reshape(-1)
+        low, high = (float(v) for v in torch.aminmax(flat))
         if not (abs(low) < float("inf") and abs(high) < float("inf")):
             raise DataError(
                 f"The output of {self.name} is not finite on the calibration images. "
@@ -49,7 +50,6 @@ class Statistics:
         if self._reach == 0:
             self._counts[0 if not self._two_sided else BINS // 2] += min(x.numel(), SAMPLE)
             return
-        flat = x.detach().reshape(-1)
         stride = -(-flat.numel() // SAMPLE)
         if stride > 1:
             flat = flat[:: stride | 1]  # odd, so that it does not run along one column of a power-of-two image
@@ -86,6 +86,12 @@ class Statistics:
         return middles[filled].clamp(self.minimum, self.maximum), self._counts[filled]
 
 
+def _in_memory_order(x: Tensor) -> Tensor:
+    """The same values with axes in the order of memory, [B, H, W, C] for channels last: much faster to reduce."""
+    last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return x.permute(0, 2, 3, 1) if last else x
+
+
 class MeanInput:
     """Mean over images of a layer's input, elementwise: [1, ...], as large as one image's activation.
 
@@ -103,7 +109,10 @@ class MeanInput:
         """Adds a batch, [B, ...]; windows or tokens folded into the first axis are averaged too."""
         if self.channels_only:
             x = x.flatten(0, -2)
-        summed = x.detach().sum(0, keepdim=True)
+        x = x.detach()
+        ordered = _in_memory_order(x)
+        summed = ordered.reshape(len(x), -1).sum(0).reshape(1, *ordered.shape[1:])
+        summed = summed if ordered is x else summed.permute(0, 3, 1, 2)
         self.total = summed if self.total is None else self.total + summed
         self.count += x.shape[0]
 
