@@ -103,7 +103,7 @@ def test_damaged_and_foreign_files_are_one_clear_line(tmp_path):
     (tmp_path / "short").write_bytes(whole[: len(whole) // 2])
     save_file({"x": torch.zeros(1)}, tmp_path / "foreign")
     tensors = load_file(path)
-    save_file(tensors, tmp_path / "newer", metadata={"bitwright": "99:"})
+    save_file(tensors, tmp_path / "newer", metadata={"bitwright": "99"})
     for name, expected in (
         ("none", "found none"),
         ("short", "damaged"),

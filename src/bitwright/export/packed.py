@@ -1,15 +1,14 @@
 """``model.safetensors``: integers at their true bit-width, and everything needed to run them, in one file.
 
 Four tensors hold all numbers of a kind end to end (``codes``, ``biases``, ``scales``, ``floats``), because a small
-network has more headers than weights; the metadata says what lies where.
+network has more headers than weights. A fifth, ``structure``, is compressed JSON: the graph, and what lies where.
 """
 
 from __future__ import annotations
 
-import base64
 import json
+import lzma
 import os
-import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from bitwright.quantized import QuantizedModel
 
 FORMAT = 1
 KEY = "bitwright"
+LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -108,9 +108,10 @@ def save_packed(model: QuantizedModel, path: Path, extra: dict[str, Any] | None 
         "input_shape": list(model.input_shape),
         "extra": extra or {},
     }
-    text = zlib.compress(json.dumps(structure, separators=(",", ":")).encode(), 9)
+    text = lzma.compress(json.dumps(structure, separators=(",", ":")).encode(), lzma.FORMAT_RAW, filters=LZMA)
+    described = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     # one entry, because safetensors writes several in an order of its own
-    save_file(blobs.tensors(), path, metadata={KEY: f"{FORMAT}:{base64.b85encode(text).decode()}"})
+    save_file(blobs.tensors() | {"structure": described}, path, metadata={KEY: str(FORMAT)})
     path.chmod(0o666 & ~_umask())
 
 
@@ -130,10 +131,10 @@ def load_packed(path: Path) -> tuple[QuantizedModel, dict[str, Any]]:
         raise UsageError(f"{path} is damaged ({error}). Quantize again.") from error
     if KEY not in metadata:
         raise UsageError(f"{path} was not written by bitwright. Give a run folder.")
-    version, _, text = metadata[KEY].partition(":")
-    if int(version) > FORMAT:
-        raise UsageError(f"{path} has format {version}, this version reads up to {FORMAT}. Upgrade bitwright.")
-    data = json.loads(zlib.decompress(base64.b85decode(text)))
+    if int(metadata[KEY]) > FORMAT:
+        raise UsageError(f"{path} has format {metadata[KEY]}, this version reads up to {FORMAT}. Upgrade bitwright.")
+    text = lzma.decompress(blobs.pop("structure").numpy().tobytes(), lzma.FORMAT_RAW, filters=LZMA)
+    data = json.loads(text)
     return _rebuild(data, blobs), data["extra"]
 
 
