@@ -315,6 +315,22 @@ class InPlace(nn.Module):
         return F.hardtanh_(y).mean((2, 3))
 
 
+class PartialWrites(nn.Module):
+    """Writes into parts of activations, and into a tensor of zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.conv(x))) * 2
+        x[:, 0] = 0.5
+        x[:, 1:3] += 1
+        filled = torch.zeros(x.shape[0], 6)
+        filled[:, 1:5] = x.mean((2, 3))
+        return self.head(filled)
+
+
 class ShiftedWindow(nn.Module):
     """Attention in rolled windows with a mask made in ``forward`` (as in Swin)."""
 
@@ -434,6 +450,7 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     "tuple_output": lambda: Outputs(tuple),
     "functional": Functional,
     "in_place": InPlace,
+    "partial_writes": PartialWrites,
     "shifted_window": ShiftedWindow,
     "shuffle": Shuffle,
     "upsample": Upsample,
@@ -444,6 +461,7 @@ CASES: dict[str, Callable[[], nn.Module]] = {
 
 FOLDS = {
     "conv_bn_relu6": 1,
+    "partial_writes": 1,
     "squeeze_excite": 1,
     "transposed": 3,
     "residual": 2,

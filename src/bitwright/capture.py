@@ -60,6 +60,15 @@ def capture(model: nn.Module | torch.export.ExportedProgram, example: Tensor) ->
         with _evaluation_mode(model):
             reference = _run(model, images)
             program = _export(model, images)
+    if not _writes(program):
+        return _checked(program, images, reference)
+    try:  # in-place activations, as most networks have them
+        return _checked(program, images, reference)
+    except ModelError:  # writes into parts of tensors
+        return _checked(_without_writes(program), images, reference)
+
+
+def _checked(program: torch.export.ExportedProgram, images: Tensor, reference: object) -> Captured:
     graph = _to_graph(program, images)
     leaves, structure = pytree.tree_flatten(reference)
     captured = Captured(graph, images, _output_names(reference), structure)
@@ -67,6 +76,18 @@ def capture(model: nn.Module | torch.export.ExportedProgram, example: Tensor) ->
     _check_batch_axis(graph.graph)
     _check_equal(captured, leaves)
     return captured
+
+
+def _writes(program: torch.export.ExportedProgram) -> bool:
+    return any(getattr(getattr(n.target, "_schema", None), "is_mutable", False) for n in program.graph.nodes)
+
+
+def _without_writes(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The same program in operators that return their result; PyTorch follows the views that were written through."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        functional: torch.export.ExportedProgram = program.run_decompositions({})
+    return functional
 
 
 @contextmanager
@@ -183,6 +204,7 @@ def _to_graph(program: torch.export.ExportedProgram, images: Tensor) -> fx.Graph
     for node in [n for n in graph.nodes if n.op == "call_module"]:
         graph.erase_node(node)  # checks of the input's shape
     rewrite.spell_shapes(graph)
+    rewrite.restore_batch_norms(graph)
     rewrite.remove_dropout(graph)
     rewrite.fold_constants(root, graph)
     rewrite.functionalize(graph)

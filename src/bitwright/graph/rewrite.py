@@ -73,6 +73,21 @@ def spell_shapes(graph: fx.Graph) -> None:
         node.target, node.args = aten.reshape.default, (source, sizes)
 
 
+def restore_batch_norms(graph: fx.Graph) -> None:
+    """Gives batch norms that PyTorch has decomposed into (output, mean, deviation) their one-output form back."""
+    for node in list(graph.nodes):
+        if ops.base_name(node) != "_native_batch_norm_legit_no_training":
+            continue
+        momentum, eps = node.args[5:7]
+        with graph.inserting_before(node):
+            norm = graph.call_function(aten.batch_norm.default, (*node.args[:5], False, momentum, eps, False))
+        for taken in list(node.users):
+            norm.meta = dict(taken.meta)
+            taken.replace_all_uses_with(norm)
+            graph.erase_node(taken)
+        graph.erase_node(node)
+
+
 def remove_dropout(graph: fx.Graph) -> None:
     """Takes out dropout and gives batch norms their stored statistics, as evaluation mode does."""
     for node in list(graph.nodes):
