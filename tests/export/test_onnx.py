@@ -79,6 +79,23 @@ def test_eight_bits_become_integer_kernels(tmp_path):
     assert operators["QLinearAdd"] == 1
 
 
+@pytest.mark.parametrize("weights", [8, 4])
+def test_a_bias_that_two_layers_share(weights):
+    class Shared(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = torch.nn.Conv2d(3, 4, 3), torch.nn.Linear(4, 3)
+
+        def forward(self, x):
+            y = self.conv(x).mean((2, 3))
+            return self.head(y) + self.head(torch.relu(y))
+
+    model = bw.quantize(Shared(), cases.dataset(), "mse", weights=weights)
+    parity = check_parity(model, to_onnx(model), cases.images(12))
+    assert parity.passed
+    assert parity.optimized.mean_abs <= 5e-3 * parity.optimized.range
+
+
 def test_the_runtime_leaves_a_float_bias_as_fine_as_it_is(monkeypatch):
     from bitwright.export import onnx as exporter
 

@@ -150,8 +150,9 @@ def _replace_marks(program: ir.Model, modules: dict[str, nn.Module]) -> None:
         else:
             assert isinstance(module, Quantizer)
             _replace_activation(graph, node, name, module)
+    shielded: dict[str | None, ir.Value] = {}
     for node in list(graph):
-        _shield_bias(graph, node)
+        _shield_bias(graph, node, shielded)
     program.opset_imports.pop("bitwright", None)
     _drop_unused(graph)
 
@@ -269,10 +270,11 @@ def _integer_bias(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen) -> 
     return _node(graph, mark, "DequantizeLinear", [codes, step], name, axis=0)
 
 
-def _shield_bias(graph: ir.Graph, node: ir.Node) -> None:
-    """Stores a float bias beside an integer weight as 32-bit integers of a power-of-two step of its own.
+def _shield_bias(graph: ir.Graph, node: ir.Node, shielded: dict[str | None, ir.Value]) -> None:
+    """Stores a float bias beside a 4-bit weight as 32-bit integers of a power-of-two step of its own.
 
-    Given a float bias there, ONNX Runtime puts it on the coarse grid of input times weight step by itself.
+    Given a float bias there, ONNX Runtime puts it on the coarse grid of input times weight step by itself. Beside an
+    8-bit weight that grid is fine, and its integer kernels take no other.
     """
     if node.op_type not in {*READS_INTEGER_BIAS, "ConvTranspose"} or len(node.inputs) < 3:
         return
@@ -280,13 +282,17 @@ def _shield_bias(graph: ir.Graph, node: ir.Node) -> None:
     producer = weight.producer() if weight is not None else None
     if producer is None or producer.op_type != "DequantizeLinear" or bias is None or bias.const_value is None:
         return
+    stored = producer.inputs[0]
+    if stored is None or stored.dtype != ir.DataType.INT4:
+        return
     values = bias.const_value.numpy().astype(np.float64)
     step = np.float32(2.0 ** np.ceil(np.log2(max(float(np.abs(values).max(initial=0.0)), 2.0**-60) / 2.0**30)))
     name = f"{bias.name}/fine"
-    if f"{name}/integers" not in graph.initializers:
+    if bias.name not in shielded:
         codes = _initializer(graph, f"{name}/integers", np.rint(values / step).astype(np.int32))
         scale = _initializer(graph, f"{name}/scale", np.asarray(step))
-        node.replace_input_with(2, _node(graph, node, "DequantizeLinear", [codes, scale], name))
+        shielded[bias.name] = _node(graph, node, "DequantizeLinear", [codes, scale], name)
+    node.replace_input_with(2, shielded[bias.name])
 
 
 def _integers(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, order: list[int] | None) -> ir.Value:
