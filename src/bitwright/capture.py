@@ -336,21 +336,18 @@ def _check_equal(captured: Captured, expected: list[Tensor]) -> None:
 
 def _first_not_finite(captured: Captured) -> str:
     """The layer where values stop being finite; masks inside attention may hold infinities."""
-    bad: list[str] = []
+    nan: list[str] = []
+    infinite: list[str] = []
 
     def look(node: fx.Node, value: object) -> None:
-        if isinstance(value, Tensor) and value.is_floating_point() and bool(torch.isnan(value).any()):
-            bad.append(str(node.meta.get("layer", node.name)))
-
-    def look_harder(node: fx.Node, value: object) -> None:
         if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            bad.append(str(node.meta.get("layer", node.name)))
+            kind = nan if bool(torch.isnan(value).any()) else infinite
+            kind.append(str(node.meta.get("layer", node.name)))
 
     names = [n.name for n in captured.graph.graph.nodes if n.op == "call_function"]
-    for callback in (look, look_harder):
-        watch(captured.graph, captured.example, dict.fromkeys(names, callback))
-        if bad:
-            return bad[0]
+    watch(captured.graph, captured.example, dict.fromkeys(names, look))
+    if nan or infinite:
+        return (nan or infinite)[0]
     return "the model"
 
 
