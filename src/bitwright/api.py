@@ -22,7 +22,7 @@ from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.recipes import Recipe
 from bitwright.recipes import recipe as find_recipe
 from bitwright.result import describe_layers, describe_unquantized, environment, peak_memory_bytes, totals
-from bitwright.stages.base import Progress, Run, silent
+from bitwright.stages.base import Precision, Progress, Run, silent
 
 DEFAULT_RECIPE = "mse"
 DEFAULT_SAMPLES = 512
@@ -39,6 +39,9 @@ def quantize(
     runtime: str = "onnxruntime",
     scheme: Scheme | None = None,
     samples: int | None = None,
+    steps: int | None = None,
+    minutes: float | None = None,
+    precision: Precision = "auto",
     seed: int = 0,
     device: str = "auto",
     preprocessing: Preprocessing | PreprocessFunction | None = None,
@@ -59,12 +62,15 @@ def quantize(
         runtime: where the result will run, which decides what is computed without rounding in between.
         scheme: all of the five above and more, in one object, instead of them.
         samples: how many images to use, evenly spread; 512 at most if not given.
+        steps: of the optimisation, instead of the recipe's; schedules stretch with them.
+        minutes: what the whole of it may take, instead of ``steps``; the steps that this made are in the result.
+        precision: in which networks are optimised: ``float32``, ``bfloat16``, or ``auto``, the faster one.
         seed: of everything random.
         device: ``auto``, ``cpu`` or ``cuda``.
         preprocessing: of image files; a named model brings its own.
         output: name of the one output to keep, for a model that returns several.
         skip_unreadable: go on when a file cannot be decoded.
-        progress: called as ``progress(what, done, total)``.
+        progress: called as ``progress(what, done, total, detail)``.
         state: folder for checkpoints, to resume from.
 
     Returns:
@@ -79,7 +85,16 @@ def quantize(
         runtime=runtime,
         rules=tuple(map(_as_rule, rules)),
     )
-    method, run = find_recipe(recipe), Run(seed=seed, device=find_device(device), progress=progress)
+    check_budget(steps, minutes)
+    method = find_recipe(recipe)
+    run = Run(
+        seed=seed,
+        device=find_device(device),
+        progress=progress,
+        steps=steps,
+        minutes=minutes,
+        precision=precision,
+    )
     network = as_model(model, preprocessing)
     data = _calibration_images(images, network, samples, skip_unreadable)
 
@@ -89,7 +104,8 @@ def quantize(
     teacher.graph.to(run.device)
     student.to(run.device)
 
-    identity = f"{scheme} {method} {seed} {data.sha256} {fingerprint(teacher.graph)}"
+    budget = (steps, minutes, precision)
+    identity = f"{scheme} {method} {seed} {budget} {data.sha256} {fingerprint(teacher.graph)}"
     student = run_stages(method, student, teacher, data, run, state=state, identity=identity)
 
     student.freeze()
@@ -155,6 +171,20 @@ def find_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("There is no CUDA device here. Use --device cpu.")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def check_budget(steps: int | None, minutes: float | None) -> None:
+    """Finds what cannot be asked for.
+
+    Raises:
+        UsageError: both are given, or one is out of range.
+    """
+    if steps is not None and minutes is not None:
+        raise UsageError("Expected --steps or --minutes, found both.")
+    if steps is not None and steps < 0:
+        raise UsageError(f"Expected at least 0 steps, found {steps}.")
+    if minutes is not None and not 0 < minutes < float("inf"):
+        raise UsageError(f"Expected a positive number of minutes, found {minutes}.")
 
 
 def _as_rule(rule: str | Rule) -> Rule:

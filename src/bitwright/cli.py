@@ -27,6 +27,7 @@ app = typer.Typer(
 # ----------------------------------------------------------------------------------------------- arguments
 
 _BITS, _IMAGES = "What is quantized, and how", "How image files become the network's input"
+_BUDGET = "How long the optimisation may take"
 
 ModelArgument = Annotated[
     str,
@@ -89,6 +90,20 @@ CropOption = Annotated[
     float | None,
     typer.Option("--crop-pct", help="Input size over resized size, such as 0.875", rich_help_panel=_IMAGES),
 ]
+StepsOption = Annotated[
+    int | None,
+    typer.Option(help="Of the optimisation, instead of the recipe's; schedules stretch", rich_help_panel=_BUDGET),
+]
+MinutesOption = Annotated[
+    float | None,
+    typer.Option(help="For all of it, instead of --steps; the result says how many steps", rich_help_panel=_BUDGET),
+]
+PrecisionOption = Annotated[
+    str,
+    typer.Option(
+        help="Of the optimisation: float32, bfloat16, or auto, whichever is faster here", rich_help_panel=_BUDGET
+    ),
+]
 SkipOption = Annotated[bool, typer.Option("--skip-unreadable", help="Leave out images that cannot be decoded")]
 SeedOption = Annotated[int, typer.Option(help="Of everything random")]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, everything else on stderr")]
@@ -97,6 +112,12 @@ JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on std
 def _settings(**given: Any) -> dict[str, Any]:
     """What was said of preprocessing."""
     return {name: value for name, value in given.items() if value is not None}
+
+
+def _precision(name: str) -> Any:
+    if name not in {"auto", "float32", "bfloat16"}:
+        raise UsageError(f"Expected --precision auto, float32 or bfloat16, found '{name}'.")
+    return name
 
 
 def _scheme(
@@ -202,6 +223,9 @@ def quantize(
     interpolation: InterpolationOption = None,
     crop_pct: CropOption = None,
     skip_unreadable: SkipOption = False,
+    steps: StepsOption = None,
+    minutes: MinutesOption = None,
+    precision: PrecisionOption = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out")] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace a run in --out; keep an ONNX file that fails its check")
@@ -231,6 +255,9 @@ def quantize(
             scheme,
             recipe or DEFAULT_RECIPE,
             samples=samples,
+            steps=steps,
+            minutes=minutes,
+            precision=_precision(precision),
             evaluate=evaluate,
             labels=labels,
             out=out,

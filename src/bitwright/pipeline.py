@@ -7,14 +7,15 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bitwright.capture import Captured
 from bitwright.data import Images
 from bitwright.errors import BitwrightError, UsageError
-from bitwright.quant.quantizer import Grid, Quantizer
-from bitwright.quantized import QuantizedModel
+from bitwright.memory import keep_pages
+from bitwright.quantized import QuantizedModel, Snapshot
 from bitwright.recipes import Recipe
 from bitwright.stages.base import Run
 
@@ -44,16 +45,19 @@ def run_stages(
         UsageError: the checkpoint belongs to another run.
         BitwrightError: the result is not finite.
     """
-    done = _restore(student, state, identity)
-    for position, stage in enumerate(recipe.stages):
-        if position < done:
-            continue
-        torch.manual_seed(run.seed + position)
-        with run.timed(stage.kind):
-            student = stage.run(student, teacher, images.unlabelled(), run)
-        _check_finite(student)
-        if state is not None:
-            _keep(student, state, position + 1, identity)
+    run.state, run.identity = state, identity
+    done = _restore(student, state, run, identity)
+    with keep_pages():
+        for position, stage in enumerate(recipe.stages):
+            if position < done:
+                continue
+            torch.manual_seed(run.seed + position)
+            with run.timed(stage.kind):
+                student = stage.run(student, teacher, images.unlabelled(), run)
+            _check_finite(student)
+            run.history.append((stage.kind, student.snapshot()))
+            if state is not None:
+                _keep(student.snapshot(), state, position, stage.kind, run, identity)
     return student
 
 
@@ -74,36 +78,41 @@ def _check_finite(student: QuantizedModel) -> None:
             raise BitwrightError(f"{name} is not finite after the last stage. Please report this with the command.")
 
 
-def _keep(student: QuantizedModel, state: Path, done: int, identity: str) -> None:
-    """Writes the checkpoint beside the last one and swaps them, so that a kill leaves one of the two."""
+def _keep(snapshot: Snapshot, state: Path, position: int, kind: str, run: Run, identity: str) -> None:
+    """Writes the checkpoint under another name and moves it, so that a kill leaves all of it or nothing."""
     state.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.contiguous().clone() for name, tensor in student.graph.named_buffers()}
-    signs = {k: m.grid.symmetric for k, m in student.graph.named_children() if isinstance(m, Quantizer)}
-    header = {"done": str(done), "identity": identity, "symmetric": json.dumps(signs)}
+    tensors = {name: tensor.contiguous().clone() for name, tensor in snapshot.tensors.items()}
+    header = {"kind": kind, "identity": identity, "symmetric": json.dumps(snapshot.symmetric)}
+    header |= {"notes": json.dumps(run.notes), "seconds": json.dumps(run.seconds)}
     fresh = state / "checkpoint.new"
     save_file(tensors, fresh, metadata=header)
-    fresh.replace(state / "checkpoint.safetensors")
+    fresh.replace(state / f"checkpoint-{position}.safetensors")
 
 
-def _restore(student: QuantizedModel, state: Path | None, identity: str) -> int:
-    """Takes over the checkpoint, if there is one; how many stages it has behind it."""
-    path = None if state is None else state / "checkpoint.safetensors"
-    if path is None or not path.is_file():
-        return 0
-    from safetensors import SafetensorError, safe_open
+def _restore(student: QuantizedModel, state: Path | None, run: Run, identity: str) -> int:
+    """Takes over the checkpoints of finished stages; how many there are."""
+    done = 0
+    while state is not None and (path := state / f"checkpoint-{done}.safetensors").is_file():
+        header, snapshot = _read(path)
+        if header.get("identity") != identity:
+            raise UsageError(
+                "The unfinished run in this folder had other settings. Repeat its command, or use --force."
+            )
+        student.restore(snapshot)
+        run.history.append((header["kind"], snapshot))
+        run.notes, run.seconds = json.loads(header["notes"]), json.loads(header["seconds"])
+        done += 1
+    return done
 
+
+def _read(path: Path) -> tuple[dict[str, str], Snapshot]:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
+        tensors = load_file(path)
     except SafetensorError as error:
         raise UsageError(f"{path} is no checkpoint ({error}). Delete it, or use --force.") from error
-    if header.get("identity") != identity:
-        raise UsageError("The unfinished run in this folder had other settings. Repeat its command, or use --force.")
-    signs = json.loads(header["symmetric"])
-    for name, tensor in load_file(path).items():
-        *owner, leaf = name.split(".")
-        module = student.graph.get_submodule(".".join(owner))
-        module._buffers[leaf] = tensor
-        if isinstance(module, Quantizer):
-            module.grid = Grid(module.grid.bits, signs[".".join(owner)])
-    return int(header["done"])
+    for name, tensor in tensors.items():
+        if tensor.dim() == 4:
+            tensors[name] = tensor.contiguous(memory_format=torch.channels_last)
+    return header, Snapshot(tensors, json.loads(header.get("symmetric", "{}")))

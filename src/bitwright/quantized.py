@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +13,21 @@ from bitwright.capture import Captured
 from bitwright.graph import rewrite
 from bitwright.graph.insert import Layer, insert
 from bitwright.graph.place import Unquantized
-from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
+from bitwright.quant.quantizer import BiasQuantizer, Frozen, Grid, Quantizer
 from bitwright.quant.scheme import Scheme
 
 if TYPE_CHECKING:
     from bitwright.data import Images
     from bitwright.export.parity import Parity
     from bitwright.preprocessing import PreprocessFunction, Preprocessing
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What calibration and optimisation change: stored tensors and scales by path, and the signs of grids."""
+
+    tensors: dict[str, Tensor]
+    symmetric: dict[str, bool]
 
 
 class QuantizedModel(nn.Module):
@@ -94,6 +103,20 @@ class QuantizedModel(nn.Module):
         graph.lint()
         self.graph.recompile()
         return self
+
+    def snapshot(self) -> Snapshot:
+        """The state of a model that is not frozen; costs no memory, since tensors are replaced and never changed."""
+        signs = {k: m.grid.symmetric for k, m in self.graph.named_children() if isinstance(m, Quantizer)}
+        return Snapshot(dict(self.graph.named_buffers()), signs)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Takes a snapshot's state over."""
+        for name, tensor in snapshot.tensors.items():
+            owner, _, leaf = name.rpartition(".")
+            self.graph.get_submodule(owner)._buffers[leaf] = tensor
+        for key, symmetric in snapshot.symmetric.items():
+            quantizer = self.quantizer(key)
+            quantizer.grid = Grid(quantizer.grid.bits, symmetric)
 
     def quantizer(self, key: str) -> Quantizer:
         """The quantizer at a layer's key."""

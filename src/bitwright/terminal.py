@@ -19,6 +19,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+DETAIL_SECONDS = 15.0
+"""Between two lines of figures where there is no terminal to draw on."""
 PIPE_WIDTH = 160
 """Columns of a table that goes into a file or a pipe."""
 
@@ -47,7 +49,7 @@ class Terminal:
             console=self._err,
         )
         self._task: TaskID | None = None
-        self._what, self._started = "", 0.0
+        self._what, self._started, self._said = "", 0.0, 0.0
         self._exits = contextlib.ExitStack()
 
     def __enter__(self) -> Terminal:
@@ -107,17 +109,23 @@ class Terminal:
         """Says what goes on from here, for work whose length is not known."""
         self.progress(what, 0, 0)
 
-    def progress(self, what: str, done: int, total: int) -> None:
-        """Shows how far ``what`` is, with the time left; the callback that the library takes."""
+    def progress(self, what: str, done: int, total: int, detail: str = "") -> None:
+        """Shows how far ``what`` is, with the time left and figures; the callback that the library takes."""
         if self._interrupted:  # and something between here and there swallowed it
             raise KeyboardInterrupt
         if what != self._what:
             self.finish()
             self._what, self._started = what, time.perf_counter()
+            self._said = self._started
             if self._err.is_terminal:
                 self._task = self._progress.add_task(what, total=total or None)
         if self._task is not None:
-            self._progress.update(self._task, completed=done, total=total or None)
+            shown = f"{what}  {detail}" if detail else what
+            self._progress.update(self._task, completed=done, total=total or None, description=shown)
+        elif detail and time.perf_counter() - self._said > DETAIL_SECONDS:
+            self._said = time.perf_counter()
+            left = (self._said - self._started) / max(done, 1) * (total - done)
+            self.say(f"{what} {done}/{total}, {detail}, {_duration(left)} left")
         if total and done >= total:
             self.finish(total)
 
@@ -152,6 +160,10 @@ class Terminal:
         self.warnings.append(text)
         self.log("warning", text=text)
         self._err.print(Text(f"warning: {text}", style="yellow"), soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def _console(stream: TextIO) -> Console:

@@ -30,6 +30,7 @@ from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel
 from bitwright.recipes import recipe as find_recipe
 from bitwright.result import peak_memory_bytes
+from bitwright.stages.base import Precision
 from bitwright.terminal import Terminal, one_line, quiet_libraries
 
 SQNR_IMAGES = 32
@@ -46,6 +47,9 @@ class Job:
     scheme: Scheme
     recipe: str = api.DEFAULT_RECIPE
     samples: int | None = None
+    steps: int | None = None
+    minutes: float | None = None
+    precision: Precision = "auto"
     evaluate: str | None = None
     labels: str | None = None
     out: Path | None = None
@@ -121,6 +125,7 @@ def find_inputs(job: Job, terminal: Terminal) -> Inputs:
     """Loads the model, opens the images, and finds what can be wrong with them before the long work starts."""
     find_recipe(job.recipe)
     api.find_device(job.device)
+    api.check_budget(job.steps, job.minutes)
     if job.labels is not None and job.evaluate is None:
         raise UsageError("Labels are used for evaluation only. Give the images they belong to with --evaluate.")
     terminal.begin("Loading the network")
@@ -168,6 +173,9 @@ def _quantize(job: Job, inputs: Inputs, state: Path, terminal: Terminal) -> Quan
         job.recipe,
         scheme=job.scheme,
         samples=job.samples,
+        steps=job.steps,
+        minutes=job.minutes,
+        precision=job.precision,
         seed=job.seed,
         device=job.device,
         output=job.output,

@@ -3,35 +3,60 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from bitwright.capture import Captured
     from bitwright.data import Images
-    from bitwright.quantized import QuantizedModel
-
-Progress = Callable[[str, int, int], None]
-"""Called as ``progress(what, done, total)``."""
+    from bitwright.quantized import QuantizedModel, Snapshot
 
 
-def silent(what: str, done: int, total: int) -> None:
+class Progress(Protocol):
+    """Called as ``progress(what, done, total)``, with figures worth seeing in ``detail``."""
+
+    def __call__(self, what: str, done: int, total: int, detail: str = "") -> None:
+        """Takes note."""
+
+
+def silent(what: str, done: int, total: int, detail: str = "") -> None:
     """Shows nothing."""
+
+
+Precision = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass
 class Run:
-    """What every stage shares: seed, device, batch size, progress, and what it leaves for the result."""
+    """What every stage shares: seed, device, batch size, budget, progress, and what it leaves for the result.
+
+    Attributes:
+        steps: of an optimisation, instead of the recipe's.
+        minutes: to spend from ``started`` on, instead of a number of steps.
+        precision: in which networks are optimised; ``auto`` measures what is faster.
+        state: folder for checkpoints inside a stage; None keeps none.
+        identity: what the run depends on; the key of what is kept in ``state``.
+        history: the student as each stage left it, by the stage's kind.
+    """
 
     seed: int = 0
     batch: int = 32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     progress: Progress = silent
+    steps: int | None = None
+    minutes: float | None = None
+    precision: Precision = "auto"
+    state: Path | None = None
+    identity: str = ""
+    started: float = field(default_factory=time.perf_counter)
+    history: list[tuple[str, Snapshot]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
 

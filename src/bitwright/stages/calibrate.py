@@ -10,8 +10,10 @@ from pydantic import Field
 from torch import Tensor, fx
 
 from bitwright.capture import Captured
+from bitwright.curvature.label_free import label_free_scores
 from bitwright.data import Images
 from bitwright.graph import ops, rewrite
+from bitwright.graph.points import linear_points
 from bitwright.graph.watch import Callback, watch
 from bitwright.quant.quantizer import BiasQuantizer, Grid, Quantizer
 from bitwright.quant.ranges import RangeMethod, activation_range, affine_parameters, weight_scale
@@ -33,7 +35,7 @@ class Calibrate(Stage):
 
     kind: ClassVar[str] = "calibrate"
 
-    weights: RangeMethod = "mse"
+    weights: RangeMethod | Literal["hmse"] = "mse"
     activations: RangeMethod = "mse"
     percentile: float = Field(default=0.9999, gt=0.5, le=1.0)
     weight_power: float = Field(default=4.0, gt=0)
@@ -44,12 +46,16 @@ class Calibrate(Stage):
     bias_correction: Literal["analytic", "sequential", "none"] = "none"
     bias_images: int = Field(default=128, ge=1)
     """Images that ``sequential`` uses, in one batch."""
+    score_images: int = Field(default=64, ge=1)
+    """Images from which ``hmse`` scores the elements of weights."""
+    score_probes: int = Field(default=8, ge=1)
+    """Backward passes for each batch of those."""
 
     def run(self, student: QuantizedModel, teacher: Captured, images: Images, run: Run) -> QuantizedModel:
         """One pass over the images, whose memory does not depend on their number."""
-        means = _mean_inputs(teacher.graph) if self.bias_correction == "analytic" else {}
+        means = mean_inputs(teacher.graph) if self.bias_correction == "analytic" else {}
         statistics = _observe(student, teacher, images, run, means)
-        self._set_weights(student)
+        self._set_weights(student, self._element_scores(teacher, images, run))
         self._set_activations(student, statistics)
         widen_for_biases(student)
         if self.bias_correction == "analytic":
@@ -59,7 +65,8 @@ class Calibrate(Stage):
         widen_for_biases(student)
         return student
 
-    def _set_weights(self, student: QuantizedModel) -> None:
+    def _set_weights(self, student: QuantizedModel, importance: dict[str, Tensor]) -> None:
+        weighted = self.weights == "hmse"
         for stored, quantizer in parameters(student.graph, "weight"):
             weight = rewrite.get_tensor(student.graph, stored)
             assert quantizer.block is not None
@@ -68,11 +75,28 @@ class Calibrate(Stage):
                     weight,
                     quantizer.grid,
                     quantizer.block,
-                    self.weights,
+                    "mse" if self.weights == "hmse" else self.weights,
                     percentile=self.percentile,
-                    power=self.weight_power,
+                    power=2.0 if weighted else self.weight_power,
+                    importance=importance.get(stored) if weighted else None,
                 )
             )
+
+    def _element_scores(self, teacher: Captured, images: Images, run: Run) -> dict[str, Tensor]:
+        """``diag(J^T J)`` of the elements of every weight, for ``hmse``."""
+        if self.weights != "hmse":
+            return {}
+        points = linear_points(teacher.graph, teacher.example.to(run.device))
+        some = images.sample(min(self.score_images, len(images)), seed=run.seed)
+        return label_free_scores(
+            teacher.graph,
+            run.batches(some, "Scoring weights"),
+            points,
+            probes=self.score_probes,
+            least=self.score_probes,
+            elements=True,
+            seed=run.seed,
+        ).elements
 
     def _set_activations(self, student: QuantizedModel, statistics: dict[str, Statistics]) -> None:
         for key, seen in statistics.items():
@@ -133,7 +157,7 @@ def _updater(observers: list[Any]) -> Callback:
     return update
 
 
-def _mean_inputs(graph: fx.GraphModule) -> dict[str, MeanInput]:
+def mean_inputs(graph: fx.GraphModule) -> dict[str, MeanInput]:
     """One accumulator for the input of every linear operator, by the name of the node that yields it."""
     readers: dict[str, list[str]] = defaultdict(list)
     for node in graph.graph.nodes:
@@ -160,11 +184,12 @@ def correct_biases(student: QuantizedModel, teacher: Captured, means: dict[str, 
             continue
         weight = rewrite.get_tensor(teacher.graph, str(node.args[1].target))
         with torch.no_grad():
-            error = student.quantizer(str(called.target))(weight) - weight
+            stored = rewrite.get_tensor(student.graph, str(called.args[0].target))
+            error = student.quantizer(str(called.target))(stored) - weight
             shift = node.target(means[node.args[0].name], error, None, *node.args[3:])
         corrections[str(node.args[2].target)].append(channel_mean(node, shift))
     for target, shifts in corrections.items():
-        bias = rewrite.get_tensor(student.graph, target)
+        bias = rewrite.get_tensor(teacher.graph, target)
         rewrite.set_tensor(student.graph, target, bias - torch.stack(shifts).mean(0))
 
 

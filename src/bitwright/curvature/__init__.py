@@ -1,0 +1,1 @@
+"""How much each tensor of a network matters to its output."""

@@ -1,0 +1,314 @@
+"""The label-free Hessian of EPTQ, for all layers and a whole batch of images from one backward pass per probe.
+
+For an interest tensor ``z`` with Jacobian ``J = df/dz`` of the outputs ``f``, and random ``v`` with ``E[v v^T] = I``::
+
+    E ||J^T v||^2 = Tr(J^T J) = ||J||_F^2          E (J^T v)_j^2 = (J^T J)_jj
+
+``J^T v`` is the gradient of the scalar ``v^T f``. No label is needed: with the loss ``1/k ||f - y||^2`` the Hessian is
+``2/k J^T J`` whatever ``y`` is, and it bounds that of cross-entropy (methods, section 0.7; arXiv:2309.11531).
+
+Activations of different images do not mix, so that one pass gives every image its own scores. Gradients of weights
+sum over the images, but with independent probes the mixed terms of their squares vanish in expectation, so that
+weights need no loop over images either.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, fx
+
+from bitwright.errors import ModelError
+from bitwright.graph import ops, rewrite
+from bitwright.graph.points import Point, expose
+
+Distribution = Literal["rademacher", "gaussian"]
+
+
+@dataclass
+class Scores:
+    """What the label-free Hessian says of each interest tensor.
+
+    Shapes: N images, L points.
+    """
+
+    layers: list[str]
+    """Names, [L]."""
+    outputs: int
+    """Length k of one image's output."""
+    trace: Tensor
+    """``2/k ||J||_F^2``, [N, L]."""
+    attention: Tensor
+    """Largest over channels of the mean over positions of ``diag(J^T J)``: EPTQ v2's sample-layer attention, [N, L]."""
+    error: Tensor
+    """Relative standard error of each layer's mean trace, from the spread of the probes, [L]."""
+    probes: int
+    """The most that a batch took."""
+    elements: dict[str, Tensor] = field(default_factory=dict)
+    """``diag(J^T J)`` for the elements of each weight, a mean over images; by the path of the stored tensor."""
+
+    @property
+    def layer_trace(self) -> Tensor:
+        """Mean over images, [L]."""
+        return self.trace.mean(0)
+
+    def log_weights(self) -> Tensor:
+        """EPTQ v1's weights of the layers: ``log10`` of the mean trace above the least one, [L].
+
+        A layer whose trace is zero takes the second smallest value; where all are, every weight is 1.
+        """
+        trace = self.layer_trace.double()
+        positive = trace[trace > 0]
+        if len(positive) == 0:
+            return torch.ones(len(trace))
+        logs = torch.where(trace > 0, trace, positive.min()).log10()
+        return (logs - logs.min()).float()
+
+
+def label_free_scores(
+    graph: fx.GraphModule,
+    batches: Iterable[Tensor],
+    points: list[Point],
+    *,
+    probes: int = 16,
+    least: int = 4,
+    tolerance: float = 0.05,
+    distribution: Distribution = "rademacher",
+    elements: bool = False,
+    seed: int = 0,
+    total: int | None = None,
+) -> Scores:
+    """Scores of every point for every image.
+
+    Args:
+        graph: the float network.
+        batches: images [B, C, H, W] on the graph's device.
+        points: where.
+        probes: the most backward passes a batch may take.
+        least: and the fewest.
+        tolerance: the relative standard error of the layers' mean traces that ends the probing. A batch is done when
+            its own error is small enough for the mean over all images to reach it.
+        distribution: of the probes; Rademacher has the smaller variance.
+        elements: score the elements of weights as well.
+        seed: of the probes.
+        total: number of images to come, which the criterion needs to spread the error; one batch's own if not known.
+
+    Raises:
+        ModelError: no output depends on the images through a point, as far as derivatives can tell.
+    """
+    probe = _Probe(graph, points, elements)
+    parts: list[_Batch] = []
+    for position, images in enumerate(batches):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
+        share = 1.0 if total is None else max(1.0, total / len(images))
+        part = _Batch(points, len(images))
+        for gradients, weights in probe.run(images, probes, distribution, generator):
+            part.add(gradients, weights)
+            if part.probes >= least and float(part.relative_error().max()) <= tolerance * share**0.5:
+                break
+        parts.append(part)
+    return _join(parts, points, probe)
+
+
+class _Probe:
+    """Runs the network with its interest tensors as variables."""
+
+    def __init__(self, graph: fx.GraphModule, points: list[Point], elements: bool) -> None:
+        self.points = points
+        self.graph = _differentiable(graph, points)
+        self.stored = _linear_weights(graph) if elements else []
+        self.outputs = 0
+
+    def run(
+        self, images: Tensor, probes: int, distribution: Distribution, generator: torch.Generator
+    ) -> Iterator[tuple[list[Tensor | None], dict[str, Tensor]]]:
+        """Gradients of ``v^T f`` with respect to the points and the weights, one pair per probe."""
+        weights = {name: rewrite.get_tensor(self.graph, name) for name in self.stored}
+        with torch.enable_grad():
+            for tensor in weights.values():
+                tensor.requires_grad_(True)
+            try:
+                outputs, values = self.graph(images.detach().clone().requires_grad_(True))
+                flat = [o.reshape(len(images), -1).float() for o in outputs if o.requires_grad]
+                self.outputs = sum(o.shape[1] for o in flat)
+                wanted = [v for v in values if v.requires_grad] + list(weights.values())
+                for step in range(probes if flat and wanted else 0):
+                    directions = [_draw(o.shape, distribution, generator).to(o.device) for o in flat]
+                    found = torch.autograd.grad(
+                        flat, wanted, directions, retain_graph=step + 1 < probes, allow_unused=True
+                    )
+                    each = iter(found)
+                    gradients = [next(each) if v.requires_grad else None for v in values]
+                    yield gradients, {n: g for n, g in zip(weights, each, strict=True) if g is not None}
+            finally:
+                for tensor in weights.values():
+                    tensor.requires_grad_(False)
+
+
+class _Batch:
+    """Running sums over the probes of one batch."""
+
+    def __init__(self, points: list[Point], count: int) -> None:
+        self.points, self.count, self.probes = points, count, 0
+        self.sum = torch.zeros(count, len(points), dtype=torch.float64)
+        self.squares = torch.zeros(len(points), dtype=torch.float64)
+        self.totals = torch.zeros(len(points), dtype=torch.float64)
+        self.channels: list[Tensor | None] = [None] * len(points)
+        self.elements: dict[str, Tensor] = {}
+
+    def add(self, gradients: list[Tensor | None], weights: dict[str, Tensor]) -> None:
+        self.probes += 1
+        for i, (point, gradient) in enumerate(zip(self.points, gradients, strict=True)):
+            if gradient is None:
+                continue
+            squares = gradient.float().square()
+            means = point.channel_means(squares, self.count)
+            norms = (means.double().sum(1) * point.positions(gradient, self.count)).cpu()
+            before = self.channels[i]
+            self.channels[i] = means if before is None else before + means
+            self.sum[:, i] += norms
+            self.totals[i] += norms.mean()
+            self.squares[i] += norms.mean() ** 2
+        for name, gradient in weights.items():
+            squares = gradient.float().square()
+            self.elements[name] = squares if name not in self.elements else self.elements[name].add_(squares)
+
+    def relative_error(self) -> Tensor:
+        """Of each point's mean over the batch, [L]; zero where there is no gradient at all."""
+        if self.probes < 2:
+            return torch.full((len(self.points),), float("inf"), dtype=torch.float64)
+        mean = self.totals / self.probes
+        variance = (self.squares / self.probes - mean**2).clamp_min(0) / (self.probes - 1)
+        return torch.where(mean > 0, variance.sqrt() / mean.clamp_min(1e-300), 0.0)
+
+
+def _join(parts: list[_Batch], points: list[Point], probe: _Probe) -> Scores:
+    count = sum(p.count for p in parts)
+    factor = 2 / max(probe.outputs, 1)
+    trace = torch.cat([p.sum / max(p.probes, 1) for p in parts]) * factor
+    attention = torch.zeros(count, len(points))
+    start = 0
+    for part in parts:
+        for i, channels in enumerate(part.channels):
+            if channels is not None:
+                attention[start : start + part.count, i] = (channels / part.probes).amax(1).float().cpu()
+        start += part.count
+    variance = sum((p.relative_error() * p.totals / max(p.probes, 1) * p.count) ** 2 for p in parts)
+    mean = trace.sum(0) / factor
+    error = torch.where(mean > 0, torch.as_tensor(variance).sqrt() / mean.clamp_min(1e-300), 0.0)
+    elements: dict[str, Tensor] = {}
+    for part in parts:
+        for name, squares in part.elements.items():
+            share = squares / (part.probes * count)
+            elements[name] = share if name not in elements else elements[name] + share
+    if not bool(torch.isfinite(trace).all()):
+        worst = int((~torch.isfinite(trace)).any(0).nonzero()[0])
+        raise ModelError(f"The gradient at {points[worst].layer} is not finite for some calibration image.")
+    return Scores(
+        [p.layer for p in points],
+        probe.outputs,
+        trace.float(),
+        attention,
+        error.float(),
+        max((p.probes for p in parts), default=0),
+        elements,
+    )
+
+
+def _draw(shape: torch.Size, distribution: Distribution, generator: torch.Generator) -> Tensor:
+    if distribution == "gaussian":
+        return torch.randn(shape, generator=generator)
+    return torch.randint(0, 2, shape, generator=generator).mul_(2).sub_(1).float()
+
+
+def _linear_weights(graph: fx.GraphModule) -> list[str]:
+    found = [str(n.args[1].target) for n in graph.graph.nodes if ops.kind(n) == "linear"]
+    return list(dict.fromkeys(found))
+
+
+UNDIFFERENTIABLE = frozenset({"argmax", "argmin", "round", "sign", "floor", "ceil", "eq", "gt", "ge", "lt", "le", "to"})
+
+
+def _differentiable(graph: fx.GraphModule, points: list[Point]) -> fx.GraphModule:
+    """The network with its interest tensors exposed, and outputs that have a useful derivative.
+
+    A softmax, and an operator without a derivative (argmax), is replaced by what it is applied to: the logits.
+    """
+    exposed = expose(graph, [p.node for p in points])
+    output = next(n for n in exposed.graph.nodes if n.op == "output")
+    outputs, values = output.args[0]
+    output.args = (([_logits(o) for o in outputs], values),)
+    exposed.recompile()
+    return exposed
+
+
+def _logits(node: fx.Node) -> fx.Node:
+    while ops.kind(node) == "softmax" or (
+        node.op == "call_function"
+        and (ops.base_name(node) in UNDIFFERENTIABLE or not ops.is_float_tensor(node))
+        and any(ops.is_float_tensor(a) for a in node.all_input_nodes)
+    ):
+        node = next(a for a in node.all_input_nodes if ops.is_float_tensor(a))
+    return node
+
+
+# ---------------------------------------------------------------------------------------------- the cache
+
+
+def cached_scores(folder: Path | None, key: str, compute: object) -> Scores:
+    """Scores kept beside the run under a key of everything they depend on; computed if they are not there.
+
+    Args:
+        folder: None keeps nothing.
+        key: what they depend on: network, images, settings.
+        compute: called without arguments.
+    """
+    assert callable(compute)
+    if folder is None:
+        found = compute()
+        assert isinstance(found, Scores)
+        return found
+    path = folder / f"scores-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
+    if path.is_file():
+        return _load(path)
+    found = compute()
+    assert isinstance(found, Scores)
+    _save(found, path)
+    return found
+
+
+def _save(scores: Scores, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {"trace": scores.trace, "attention": scores.attention, "error": scores.error}
+    tensors |= {f"elements/{name}": t.contiguous() for name, t in scores.elements.items()}
+    header = {
+        "layers": json.dumps(scores.layers),
+        "outputs": str(scores.outputs),
+        "probes": str(scores.probes),
+    }
+    fresh = path.with_suffix(".new")
+    save_file({k: t.contiguous().cpu() for k, t in tensors.items()}, fresh, metadata=header)
+    fresh.replace(path)
+
+
+def _load(path: Path) -> Scores:
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    return Scores(
+        json.loads(header["layers"]),
+        int(header["outputs"]),
+        tensors["trace"],
+        tensors["attention"],
+        tensors["error"],
+        int(header["probes"]),
+        {n.removeprefix("elements/"): t for n, t in tensors.items() if n.startswith("elements/")},
+    )

@@ -1,0 +1,272 @@
+"""Quantizers whose rounding, steps and ranges are variables of an optimisation.
+
+Each takes the place of a :class:`~bitwright.quant.quantizer.Quantizer` in the student's graph while it is tuned, and
+gives plain integers and scales back at the end.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.quant import affine
+from bitwright.quant.quantizer import Grid, Quantizer
+
+ZETA, GAMMA = 1.1, -0.1
+DECIDED = 1e-3
+"""A rounding is decided when it is this near to up or down."""
+FLOOR = 2.0**-16
+"""Of a multiplicative step (EPTQ)."""
+
+
+# ------------------------------------------------------------------------------------------ soft rounding
+
+
+def rectified_sigmoid(a: Tensor) -> Tensor:
+    """How far up each weight is rounded, in 0..1: ``clamp(sigmoid(a) (zeta - gamma) + gamma, 0, 1)``.
+
+    AdaRound, arXiv:2004.10568, equation 23 (methods, section 0.3).
+
+    Example:
+        >>> rectified_sigmoid(torch.tensor([-9.0, 0.0, 9.0]))
+        tensor([0.0000, 0.5000, 1.0000])
+    """
+    return torch.sigmoid(a).mul(ZETA - GAMMA).add(GAMMA).clamp(0, 1)
+
+
+def inverse_rectified_sigmoid(h: Tensor) -> Tensor:
+    """The ``a`` whose rectified sigmoid is ``h``.
+
+    Example:
+        >>> rectified_sigmoid(inverse_rectified_sigmoid(torch.tensor([0.0, 0.25, 0.5])))
+        tensor([0.0000, 0.2500, 0.5000])
+    """
+    return -torch.log((ZETA - GAMMA) / (h - GAMMA) - 1)
+
+
+def rounding_regularizer(h: Tensor, beta: float) -> Tensor:
+    """``sum(1 - |2h - 1|^beta)``: zero exactly where every rounding is decided (AdaRound, equation 24).
+
+    Example:
+        >>> rounding_regularizer(torch.tensor([0.0, 0.5, 1.0]), 20.0)
+        tensor(1.)
+    """
+    return (1 - (2 * h - 1).abs().pow(beta)).sum()
+
+
+# ------------------------------------------------------------------------------------------------ weights
+
+
+class _Round(torch.autograd.Function):
+    """Rounds; the gradient passes through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.round(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+class _ScaleGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.factor, None
+
+
+Rounding = Literal["soft", "straight-through"]
+StepKind = Literal["multiplicative", "lsq"]
+
+
+class LearnedWeight(nn.Module):
+    """A weight as ``step * code`` with variables for both.
+
+    Args:
+        weight: [O, I, ...], float; what is rounded to nearest at the start.
+        quantizer: calibrated, symmetric.
+        rounding: ``soft`` lets every code move between floor and ceil of where it starts, by a rectified sigmoid;
+            ``straight-through`` rounds a free real code and passes the gradient, so that codes may move further.
+        step: ``multiplicative``, a factor on the step that leaves the codes; ``lsq``, the step itself with the
+            gradient of LSQ (arXiv:1902.08153), under which codes follow the weight.
+
+    The parameters are ``codes`` (logits for ``soft``, real codes otherwise) and ``step``, one per block.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        quantizer: Quantizer,
+        rounding: Rounding = "soft",
+        step: StepKind = "multiplicative",
+    ) -> None:
+        super().__init__()
+        self.name, self.grid, self.rounding, self.step_kind = quantizer.name, quantizer.grid, rounding, step
+        self._shape, self._block = tuple(weight.shape), quantizer.block or tuple(weight.shape)
+        scale, _ = quantizer.expanded()
+        real = weight.detach().float() / scale
+        self.register_buffer("initial", quantizer.scale.detach().float().clone())
+        self.base: Tensor | None = None
+        if rounding == "soft":
+            self.base = torch.floor(real)
+            self.codes = nn.Parameter(inverse_rectified_sigmoid(real - self.base))
+        else:
+            self.codes = nn.Parameter(real.clone())
+        self.step = nn.Parameter(torch.ones_like(self.initial) if step == "multiplicative" else self.initial.clone())
+
+    def forward(self, stored: Tensor | None = None) -> Tensor:
+        """The weight for one pass, [O, I, ...]."""
+        qmin, qmax = self.grid.qmin, self.grid.qmax
+        if self.rounding == "soft":
+            assert self.base is not None
+            real = self.base + rectified_sigmoid(self.codes)
+        else:
+            real = self.codes
+        if self.step_kind == "lsq":
+            factor = (self.codes.numel() / self.step.numel() * qmax) ** -0.5
+            step = self._expand(_ScaleGradient.apply(self.step, factor))
+            if self.rounding != "soft":
+                real = real * (self._expand(self.initial) / step)
+            clamped = real.clamp(qmin, qmax)
+        else:
+            step = self._expand(self.initial * self.step.clamp_min(FLOOR))
+            clamped = real.clamp(qmin, qmax)
+        return (clamped if self.rounding == "soft" else _Round.apply(clamped)) * step
+
+    def hard_codes(self) -> Tensor:
+        """The integers, float32, in the shape of the weight."""
+        with torch.no_grad():
+            if self.rounding == "soft":
+                assert self.base is not None
+                real = self.base + (self.codes >= 0)
+            elif self.step_kind == "lsq":
+                real = self.codes * (self._expand(self.initial) / self._expand(self.scale()))
+            else:
+                real = self.codes
+            return torch.round(real.clamp(self.grid.qmin, self.grid.qmax))
+
+    def scale(self) -> Tensor:
+        """The steps, [number of blocks]."""
+        step = self.step.detach()
+        return (self.initial * step.clamp_min(FLOOR)) if self.step_kind == "multiplicative" else step.abs()
+
+    def hard(self) -> Tensor:
+        """The weight with its integers."""
+        return self.hard_codes() * self._expand(self.scale())
+
+    def softness(self) -> Tensor:
+        """How far up each weight is rounded, in 0..1 (``soft`` only)."""
+        return rectified_sigmoid(self.codes)
+
+    def decided(self) -> int:
+        """How many roundings are within 1e-3 of up or down; all, where they are straight-through."""
+        if self.rounding != "soft":
+            return self.codes.numel()
+        with torch.no_grad():
+            h = self.softness()
+            return int(((h < DECIDED) | (h > 1 - DECIDED)).sum())
+
+    def _expand(self, per_block: Tensor) -> Tensor:
+        return affine.expand_blocks(per_block, self._shape, self._block)
+
+
+# -------------------------------------------------------------------------------------------- activations
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Fake quantization with LSQ's gradients, in as few passes over memory as PyTorch's operators allow.
+
+    Inside the range the gradient passes; outside it is zero. For the step, with ``r = x/s``: ``round(r) - r`` inside,
+    the end of the range outside (arXiv:1902.08153, equation 3). Summed up, that is
+    ``(<g, y> - <g inside, x>) / s``, two dot products.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor, low: float, high: float, factor: float, mix: float) -> Tensor:
+        y = torch.round(x / step).clamp_(low, high).mul_(step)
+        ctx.save_for_backward(x, y, step)
+        ctx.bounds = (low, high, factor, mix)
+        return torch.lerp(y, x, mix) if mix else y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, step = ctx.saved_tensors
+        low, high, factor, mix = ctx.bounds
+        gradient = gradients[0]
+        s = float(step)
+        inside = torch.ops.aten.hardtanh_backward(gradient, x, low * s, high * s)
+        slope = None
+        if ctx.needs_input_grad[1]:
+            slope = (_dot(gradient, y) - _dot(inside, x)) * (factor * (1 - mix) / s)
+            slope = slope.to(step.dtype).reshape(step.shape)
+        if mix:
+            inside = torch.lerp(inside, gradient, mix)
+        return inside, slope, None, None, None, None
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of products, without a copy where both are dense in the same order."""
+    if a.dim() == 4 and a.is_contiguous(memory_format=torch.channels_last):
+        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
+    return torch.dot(a.reshape(-1).float(), b.reshape(-1).float())
+
+
+class LearnedActivation(nn.Module):
+    """An activation quantizer whose step is a variable; the zero point stays.
+
+    Args:
+        quantizer: calibrated, with one scale.
+        learn: whether the step is one.
+
+    ``mix`` is the share of the float activation in the output: 1 gives it bit for bit, 0 the quantized one. ``drop`` is
+    the share of elements, drawn anew in every pass, that stay float.
+    """
+
+    def __init__(self, quantizer: Quantizer, *, learn: bool = True) -> None:
+        super().__init__()
+        self.name, self.grid = quantizer.name, quantizer.grid
+        self.register_buffer("zero_point", quantizer.zero_point.detach().clone().reshape(()))
+        self.step = nn.Parameter(quantizer.scale.detach().float().clone().reshape(()), requires_grad=learn)
+        self.mix, self.drop = 0.0, 0.0
+        zero = float(self.zero_point)
+        self._low, self._high = self.grid.qmin - zero, self.grid.qmax - zero
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The activation, same shape and dtype."""
+        if self.mix >= 1.0 or self.drop >= 1.0:
+            return x
+        factor = (x.numel() * max(self._high, 1.0)) ** -0.5
+        y = _FakeQuantize.apply(x, self.step, self._low, self._high, factor, self.mix)
+        if self.drop:
+            return torch.where(torch.rand_like(x) < self.drop, x, y)
+        return y
+
+    def scale(self) -> Tensor:
+        """The step, a scalar."""
+        return self.step.detach().abs().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+class LearnedBias(nn.Module):
+    """A bias as a variable, in the place of its quantizer or of nothing."""
+
+    def __init__(self, bias: Tensor, *, learn: bool = True) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(bias.detach().float().clone(), requires_grad=learn)
+
+    def forward(self, stored: Tensor | None = None) -> Tensor:
+        """The bias, [C_out]."""
+        return self.bias
+
+
+def grid_span(grid: Grid) -> int:
+    """Number of steps between the lowest and the highest code."""
+    return grid.qmax - grid.qmin

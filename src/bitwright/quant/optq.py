@@ -1,0 +1,93 @@
+"""OPTQ: rounds a weight column by column and lets the columns to come make up for each error.
+
+Imports torch and nothing else. After GPTQ/OPTQ, arXiv:2210.17323, algorithm 1 (methods, section 10).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def compensate(
+    weight: Tensor,
+    hessian: Tensor,
+    scale: Tensor,
+    qmin: int,
+    qmax: int,
+    *,
+    damping: float = 0.01,
+    ordered: bool = True,
+    lazy: int = 128,
+) -> Tensor:
+    """The weight just before each of its columns was rounded; rounding it to nearest gives OPTQ's codes.
+
+    Minimises ``tr((W - Q) H (W - Q)^T)`` greedily: after column ``j`` is rounded with error ``e``, the columns to come
+    move by ``-e / U_jj U_j,j:`` with ``U`` the upper Cholesky factor of the inverse Hessian.
+
+    Args:
+        weight: [G, R, K]: groups, rows (output channels), columns (inputs).
+        hessian: [G, K, K], ``X X^T`` over the inputs of the layer.
+        scale: step, broadcastable to the weight.
+        qmin: lowest code.
+        qmax: highest code.
+        damping: share of the mean diagonal that is added to the diagonal.
+        ordered: take columns of large diagonal first, while there are many left to make up for them.
+        lazy: columns whose updates of all the others are collected into one product.
+
+    Returns:
+        [G, R, K], float32.
+
+    Example:
+        >>> h = torch.tensor([[[1.0, 0.9], [0.9, 1.0]]])
+        >>> compensate(torch.tensor([[[0.4, 0.4]]]), h, torch.ones(1, 1, 2), -8, 7, damping=0.0).round()
+        tensor([[[0., 1.]]])
+    """
+    w = weight.detach().float().clone()
+    h = hessian.detach().double().clone()
+    steps = scale.float().expand_as(w)
+    diagonal = h.diagonal(dim1=-2, dim2=-1)
+    dead = diagonal <= 0
+    diagonal[dead] = 1.0
+    order = torch.argsort(diagonal, dim=-1, descending=True, stable=True) if ordered else _identity(diagonal)
+    w, steps = _columns(w, order), _columns(steps, order)
+    h = torch.gather(h, 1, order.unsqueeze(2).expand_as(h))
+    h = torch.gather(h, 2, order.unsqueeze(1).expand_as(h))
+    upper = _inverse_factor(h, damping).float()
+    out = torch.empty_like(w)
+    columns = w.shape[2]
+    for start in range(0, columns, lazy):
+        stop = min(start + lazy, columns)
+        errors = torch.empty_like(w[:, :, start:stop])
+        for j in range(start, stop):
+            column, step = w[:, :, j], steps[:, :, j]
+            out[:, :, j] = column
+            rounded = torch.round(column / step).clamp(qmin, qmax) * step
+            error = (column - rounded) / upper[:, j, j].unsqueeze(1)
+            w[:, :, j:stop] -= error.unsqueeze(2) * upper[:, j, j:stop].unsqueeze(1)
+            errors[:, :, j - start] = error
+        w[:, :, stop:] -= errors @ upper[:, start:stop, stop:]
+    return _columns(out, order.argsort(-1))
+
+
+def _inverse_factor(h: Tensor, damping: float) -> Tensor:
+    """Upper Cholesky factor of the damped inverse, [G, K, K]; damped more where that is not positive definite."""
+    mean = h.diagonal(dim1=-2, dim2=-1).mean(-1).reshape(-1, 1, 1)
+    eye = torch.eye(h.shape[1], dtype=h.dtype, device=h.device)
+    for attempt in range(8):
+        damped = h + eye * mean * max(damping, 1e-10) * 10.0**attempt if damping or attempt else h
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if bool(failed.any()):
+            continue
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not bool(failed.any()):
+            return upper
+    return eye.expand_as(h)
+
+
+def _identity(diagonal: Tensor) -> Tensor:
+    return torch.arange(diagonal.shape[1], device=diagonal.device).expand_as(diagonal)
+
+
+def _columns(w: Tensor, order: Tensor) -> Tensor:
+    return torch.gather(w, 2, order.unsqueeze(1).expand_as(w))

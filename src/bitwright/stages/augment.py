@@ -1,0 +1,53 @@
+"""Several views of every image, each always the same, so that scores can follow a sample and its augmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitwright.data import Images
+
+
+class Views:
+    """A sequence of ``draws`` views of every image: the image itself, then random crops, half of them mirrored.
+
+    Example:
+        >>> from bitwright.data import load_images
+        >>> views = Views(load_images(torch.rand(2, 3, 8, 8), None), draws=3, seed=0)
+        >>> len(views), views.batch([5]).shape, bool((views.batch([5]) == views.batch([4, 5])[1:]).all())
+        (6, torch.Size([1, 3, 8, 8]), True)
+    """
+
+    def __init__(self, images: Images, draws: int = 1, seed: int = 0, smallest: float = 0.5) -> None:
+        self.images, self.draws, self.seed, self.smallest = images, draws, seed, smallest
+
+    def __len__(self) -> int:
+        return len(self.images) * self.draws
+
+    def batch(self, indices: Sequence[int] | Tensor) -> Tensor:
+        """[B, C, H, W]; index ``i`` is view ``i // len(images)`` of image ``i % len(images)``."""
+        chosen = [int(i) for i in indices]
+        batch = self.images.batch([i % len(self.images) for i in chosen])
+        if all(i < len(self.images) for i in chosen):
+            return batch
+        return torch.stack([self._view(x, i) for x, i in zip(batch, chosen, strict=True)])
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """All views in order."""
+        for start in range(0, len(self), size):
+            yield self.batch(range(start, min(start + size, len(self))))
+
+    def _view(self, image: Tensor, index: int) -> Tensor:
+        if index < len(self.images):
+            return image
+        draw = torch.rand(4, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + index)).tolist()
+        side = (self.smallest + (1 - self.smallest) * draw[0]) ** 0.5
+        height, width = (max(1, round(side * d)) for d in image.shape[1:])
+        top = round(draw[1] * (image.shape[1] - height))
+        left = round(draw[2] * (image.shape[2] - width))
+        part = image[None, :, top : top + height, left : left + width]
+        view = F.interpolate(part, size=image.shape[1:], mode="bilinear", align_corners=False, antialias=True)[0]
+        return view.flip(-1) if draw[3] < 0.5 else view

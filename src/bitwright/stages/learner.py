@@ -1,0 +1,138 @@
+"""The student with variables in place of its quantizers: what a reconstruction optimises."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from bitwright.graph import ops, rewrite
+from bitwright.graph.points import Point, expose
+from bitwright.quant.learned import LearnedActivation, LearnedBias, LearnedWeight, Rounding, StepKind
+from bitwright.quant.quantizer import BiasQuantizer, Quantizer
+from bitwright.quantized import QuantizedModel
+
+
+@dataclass(frozen=True)
+class Variables:
+    """Which of them are learned, and how weights are parametrised."""
+
+    rounding: Rounding = "soft"
+    weight_step: StepKind = "multiplicative"
+    codes: bool = True
+    weight_steps: bool = True
+    biases: bool = True
+    activation_steps: bool = True
+
+
+class Learner(nn.Module):
+    """A copy of the student's graph that returns its outputs and the values at the points.
+
+    It shares the student's tensors; the student is unchanged until :meth:`absorb`.
+
+    Attributes:
+        weights: by the path of the stored tensor.
+        biases: likewise.
+        activations: by the key of the quantizer.
+    """
+
+    def __init__(self, student: QuantizedModel, points: list[Point], variables: Variables) -> None:
+        super().__init__()
+        self.points = points
+        self.graph = expose(student.graph, [p.node for p in points])
+        self.weights: dict[str, LearnedWeight] = {}
+        self.biases: dict[str, LearnedBias] = {}
+        self.activations: dict[str, LearnedActivation] = {}
+        self._keys: dict[str, str] = {}
+        for node in list(self.graph.graph.nodes):
+            if node.op == "call_module":
+                self._replace(node, variables)
+        self._find_biases(variables)
+        self.graph.graph.lint()
+        self.graph.recompile()
+
+    def _replace(self, node: fx.Node, variables: Variables) -> None:
+        key = str(node.target)
+        quantizer = self.graph.get_submodule(key)
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if isinstance(quantizer, BiasQuantizer):
+            self._learn_bias(node, str(source.target), variables)
+        elif not isinstance(quantizer, Quantizer) or not quantizer.calibrated:
+            return
+        elif quantizer.role == "weight":
+            stored = str(source.target)
+            if stored not in self.weights:
+                tensor = rewrite.get_tensor(self.graph, stored)
+                self.weights[stored] = LearnedWeight(tensor, quantizer, variables.rounding, variables.weight_step)
+                self.weights[stored].codes.requires_grad_(variables.codes)
+                self.weights[stored].step.requires_grad_(variables.weight_steps)
+                self._keys[stored] = key
+            setattr(self.graph, key, self.weights[stored])
+        elif quantizer.role == "activation":
+            self.activations[key] = LearnedActivation(quantizer, learn=variables.activation_steps)
+            setattr(self.graph, key, self.activations[key])
+
+    def _learn_bias(self, node: fx.Node, stored: str, variables: Variables) -> None:
+        if stored not in self.biases:
+            self.biases[stored] = LearnedBias(rewrite.get_tensor(self.graph, stored), learn=variables.biases)
+        setattr(self.graph, str(node.target), self.biases[stored])
+
+    def _find_biases(self, variables: Variables) -> None:
+        """Biases that stay float are variables as well."""
+        for node in list(self.graph.graph.nodes):
+            if node.op != "call_function" or ops.base_name(node) not in ops.LINEAR:
+                continue
+            bias = node.args[2] if len(node.args) > 2 else None
+            if not isinstance(bias, fx.Node) or bias.op != "get_attr":
+                continue
+            stored = str(bias.target)
+            if stored not in self.biases:
+                self.biases[stored] = LearnedBias(rewrite.get_tensor(self.graph, stored), learn=variables.biases)
+            key = f"learned_bias_{stored.replace('.', '/')}"
+            if not hasattr(self.graph, key):
+                self.graph.add_module(key, self.biases[stored])
+            with self.graph.graph.inserting_before(node):
+                call = self.graph.graph.call_module(key, (bias,))
+            node.args = (*node.args[:2], call, *node.args[3:])
+
+    def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Outputs, and values at the points."""
+        outputs, values = self.graph(images)
+        return list(outputs), list(values)
+
+    def set_mix(self, mix: float, drop: float = 0.0) -> None:
+        """The share of float in every activation, and the share of its elements that stay float."""
+        for activation in self.activations.values():
+            activation.mix, activation.drop = mix, drop
+
+    def of_point(self) -> list[LearnedWeight | None]:
+        """The weight of each point's operator; None where it is float."""
+        by_name = {n.name: n for n in self.graph.graph.nodes}
+        found = []
+        for point in self.points:
+            weight = by_name[point.node].args[1]
+            assert isinstance(weight, fx.Node)
+            stored = str(weight.args[0].target) if weight.op == "call_module" and weight.args else ""  # type: ignore[union-attr]
+            found.append(self.weights.get(stored))
+        return found
+
+    def share_decided(self) -> float:
+        """Share of all roundings that are up or down."""
+        total = sum(w.codes.numel() for w in self.weights.values())
+        return sum(w.decided() for w in self.weights.values()) / max(total, 1)
+
+    def absorb(self, student: QuantizedModel) -> None:
+        """Writes integers times steps, biases and steps into the student."""
+        for stored, weight in self.weights.items():
+            student.quantizer(self._keys[stored]).set_range(weight.scale())
+            hard = weight.hard()
+            if hard.dim() == 4:
+                hard = hard.contiguous(memory_format=torch.channels_last)
+            rewrite.set_tensor(student.graph, stored, hard)
+        for stored, bias in self.biases.items():
+            rewrite.set_tensor(student.graph, stored, bias.bias.detach().clone())
+        for key, activation in self.activations.items():
+            quantizer = student.quantizer(key)
+            quantizer.set_range(activation.scale().reshape(quantizer.scale.shape), quantizer.zero_point)

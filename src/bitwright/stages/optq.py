@@ -1,0 +1,196 @@
+"""Rounds every weight in closed form so that each layer's output changes least."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, fx
+
+from bitwright.capture import Captured
+from bitwright.data import Images
+from bitwright.graph import ops, rewrite
+from bitwright.graph.watch import Callback, watch
+from bitwright.quant import optq
+from bitwright.quant.quantizer import Quantizer
+from bitwright.quantized import QuantizedModel
+from bitwright.stages.base import Run, Stage
+from bitwright.stages.calibrate import correct_biases, mean_inputs, widen_for_biases
+
+COMPENSATED = frozenset({"linear", "conv1d", "conv2d"})
+
+
+class Optq(Stage):
+    """OPTQ (arXiv:2210.17323) with the float network's inputs, all layers from one pass.
+
+    Afterwards the stored weights are what rounding to nearest turns into OPTQ's codes. Not applied to transposed and
+    three-dimensional convolutions, whose weights stay.
+    """
+
+    kind: ClassVar[str] = "optq"
+
+    images: int = Field(default=256, ge=1)
+    """How many images to take the inputs from."""
+    positions: int = Field(default=64, ge=1)
+    """Output positions drawn from each image."""
+    damping: float = Field(default=0.01, gt=0)
+    """Share of the mean diagonal that is added to the diagonal."""
+    ordered: bool = True
+    """Columns of large inputs first."""
+    bias_correction: bool = True
+    """Give every output channel its mean back afterwards, as ``calibrate`` does (analytic)."""
+
+    def run(self, student: QuantizedModel, teacher: Captured, images: Images, run: Run) -> QuantizedModel:
+        """One pass over the images; memory is one matrix of inputs x inputs a layer."""
+        some = images.sample(min(self.images, len(images)), seed=run.seed)
+        grams = _Grams(student, teacher.graph, self.positions, run.seed)
+        means = mean_inputs(teacher.graph) if self.bias_correction else {}
+        callbacks = grams.callbacks()
+        for name, mean in means.items():
+            callbacks[name] = _both(callbacks.get(name), mean.update)
+        for batch in run.batches(some, "Reading layer inputs"):
+            watch(teacher.graph, batch, callbacks)
+        for position, (node, gram) in enumerate(grams.matrices.items()):
+            run.progress("Compensating roundings", position, len(grams.matrices))
+            self._round(student, teacher, node, gram)
+        run.progress("Compensating roundings", len(grams.matrices), len(grams.matrices))
+        if self.bias_correction:
+            correct_biases(student, teacher, {k: v.mean for k, v in means.items()})
+            widen_for_biases(student)
+        return student
+
+    def _round(self, student: QuantizedModel, teacher: Captured, node: fx.Node, gram: Tensor) -> None:
+        stored, quantizer = _weight_of(student, node.name)
+        weight = rewrite.get_tensor(teacher.graph, stored)
+        split = (gram.shape[0], weight.shape[0] // gram.shape[0], -1)
+        found = optq.compensate(
+            weight.reshape(split),
+            gram,
+            quantizer.expanded()[0].expand_as(weight).reshape(split),
+            quantizer.grid.qmin,
+            quantizer.grid.qmax,
+            damping=self.damping,
+            ordered=self.ordered,
+        ).reshape(weight.shape)
+        if weight.dim() == 4:
+            found = found.contiguous(memory_format=torch.channels_last)
+        rewrite.set_tensor(student.graph, stored, found)
+
+
+def _both(first: Callback | None, second: Callable[[Tensor], None]) -> Callback:
+    def callback(node: fx.Node, value: Tensor) -> None:
+        if first is not None:
+            first(node, value)
+        second(value)
+
+    return callback
+
+
+def _weight_of(student: QuantizedModel, name: str) -> tuple[str, Quantizer]:
+    node = next(n for n in student.graph.graph.nodes if n.name == name)
+    call = node.args[1]
+    assert isinstance(call, fx.Node)
+    stored = call.args[0]
+    assert isinstance(stored, fx.Node)
+    return str(stored.target), student.quantizer(str(call.target))
+
+
+class _Grams:
+    """``X X^T`` of every layer with a quantized weight, [groups, inputs, inputs], by the first of its nodes."""
+
+    def __init__(self, student: QuantizedModel, teacher: fx.GraphModule, positions: int, seed: int) -> None:
+        self.teacher, self.positions = teacher, positions
+        self.generator = torch.Generator().manual_seed(seed)
+        self.matrices: dict[fx.Node, Tensor] = {}
+        self.owner: dict[str, fx.Node] = {}
+        quantized = {n.name for n in student.graph.graph.nodes if _has_quantized_weight(n)}
+        self.nodes = [n for n in teacher.graph.nodes if n.name in quantized and ops.base_name(n) in COMPENSATED]
+        for node in self.nodes:
+            self.owner.setdefault(str(node.args[1].target), node)
+
+    def callbacks(self) -> dict[str, Callback]:
+        """One for every tensor that such a layer reads, by node name."""
+        readers: dict[str, list[fx.Node]] = defaultdict(list)
+        for node in self.nodes:
+            readers[node.args[0].name].append(node)
+        return {name: self._collector(reading) for name, reading in readers.items()}
+
+    def _collector(self, readers: list[fx.Node]) -> Callback:
+        def collect(_: fx.Node, value: Tensor) -> None:
+            for node in readers:
+                stored = str(node.args[1].target)  # type: ignore[union-attr]
+                weight = rewrite.get_tensor(self.teacher, stored)
+                x = _inputs(node, value, weight, self.positions, self.generator)
+                gram, owner = x.transpose(1, 2) @ x, self.owner[stored]
+                self.matrices[owner] = self.matrices[owner] + gram if owner in self.matrices else gram
+
+        return collect
+
+
+def _has_quantized_weight(node: fx.Node) -> bool:
+    if node.op != "call_function" or ops.base_name(node) not in ops.LINEAR:
+        return False
+    weight = node.args[1]
+    return isinstance(weight, fx.Node) and weight.op == "call_module"
+
+
+def _inputs(node: fx.Node, value: Tensor, weight: Tensor, positions: int, generator: torch.Generator) -> Tensor:
+    """Inputs that meet the weight at some output positions, [groups, samples, inputs of a group]."""
+    if ops.base_name(node) == "linear":
+        rows = value.reshape(-1, value.shape[-1])
+        per_image = max(1, rows.shape[0] // max(1, value.shape[0]))
+        keep = min(rows.shape[0], positions * max(1, value.shape[0]))
+        if per_image > positions:
+            rows = rows[torch.randperm(rows.shape[0], generator=generator)[:keep].to(rows.device)]
+        return rows.float().unsqueeze(0)
+    return _patches(node, value, weight, positions, generator)
+
+
+def _patches(node: fx.Node, value: Tensor, weight: Tensor, positions: int, generator: torch.Generator) -> Tensor:
+    stride, padding, dilation = (_pair(node, i, d) for i, d in ((3, 1), (4, 0), (5, 1)))
+    if ops.base_name(node) == "conv1d":
+        value, weight = value.unsqueeze(2), weight.unsqueeze(2)
+        stride, padding, dilation = [1, stride[-1]], _flat(padding), [1, dilation[-1]]
+    kernel = weight.shape[2:]
+    pads = _padding(node, padding, kernel, dilation)
+    value = F.pad(value, pads)
+    sizes = [(value.shape[2 + i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
+    count = min(positions, sizes[0] * sizes[1])
+    chosen = torch.randperm(sizes[0] * sizes[1], generator=generator)[:count].to(value.device)
+    rows, columns = chosen // sizes[1] * stride[0], chosen % sizes[1] * stride[1]
+    parts = [
+        value[:, :, rows + i * dilation[0], columns + j * dilation[1]]
+        for i in range(kernel[0])
+        for j in range(kernel[1])
+    ]
+    taken = torch.stack(parts, dim=2)  # [B, C, kh kw, P]
+    groups = rewrite.groups(node)
+    batch, channels, area, _ = taken.shape
+    taken = taken.reshape(batch, groups, channels // groups * area, count)
+    return taken.permute(1, 0, 3, 2).reshape(groups, batch * count, -1).float()
+
+
+def _pair(node: fx.Node, index: int, default: int) -> Any:
+    value: Any = node.args[index] if len(node.args) > index else default
+    if isinstance(value, str):
+        return value
+    value = list(value) if isinstance(value, list | tuple) else [value]
+    return value * 2 if len(value) == 1 else value
+
+
+def _flat(padding: Any) -> Any:
+    return padding if isinstance(padding, str) else [0, padding[-1]]
+
+
+def _padding(node: fx.Node, padding: Any, kernel: Any, dilation: list[int]) -> list[int]:
+    """For ``F.pad``: left, right, top, bottom."""
+    if padding == "valid":
+        return [0, 0, 0, 0]
+    if padding == "same":
+        totals = [dilation[i] * (kernel[i] - 1) for i in (0, 1)]
+        return [totals[1] // 2, totals[1] - totals[1] // 2, totals[0] // 2, totals[0] - totals[0] // 2]
+    return [padding[1], padding[1], padding[0], padding[0]]

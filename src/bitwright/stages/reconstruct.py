@@ -1,0 +1,436 @@
+"""Optimises roundings, steps and biases so that the quantized network's tensors follow the float network's.
+
+EPTQ (arXiv:2309.11531) does this for the whole network at once. The story of a run is :meth:`Reconstruct.run`; what
+changes while it runs is in `schedules`, one step of it in `tuning`, its variables in `learner`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from bitwright.capture import Captured
+from bitwright.curvature.label_free import Distribution, Scores, cached_scores, label_free_scores
+from bitwright.data import Images
+from bitwright.evaluate import layer_sqnr
+from bitwright.graph import rewrite
+from bitwright.graph.points import Point, expose, linear_points
+from bitwright.losses import weighted_distance
+from bitwright.quant.learned import Rounding, StepKind
+from bitwright.quantized import QuantizedModel, Snapshot
+from bitwright.stages.augment import Views
+from bitwright.stages.base import Run, Stage
+from bitwright.stages.calibrate import parameters, widen_for_biases
+from bitwright.stages.learner import Learner, Variables
+from bitwright.stages.schedules import Anneal, Gradual, Harden, Learn
+from bitwright.stages.tuning import NotFiniteError, Objective, Targets, Tuner, seconds_per_step
+
+CHECKPOINT = "reconstruct.safetensors"
+CHECKPOINT_SECONDS = 20.0
+CHECKPOINT_SHARE = 0.01
+"""Of the time that checkpoints may take."""
+GOOD_EVERY = 25
+"""Steps between the states that a run whose loss stops being finite falls back to."""
+MEASURED_IMAGES = 256
+WORTH_IT = 1.15
+"""How much faster another precision must be to be taken."""
+
+
+class Reconstruct(Stage):
+    """Optimisation of a unit by gradients.
+
+    The distance between student and teacher at the outputs of all convolutions and linear layers, before any
+    activation, is weighted by ``ones``, by ``lfh`` (EPTQ v1: the log of each layer's label-free Hessian trace) or by
+    ``sla`` (EPTQ v2: a score for each sample and layer) and summed.
+    """
+
+    kind: ClassVar[str] = "reconstruct"
+
+    unit: Literal["network"] = "network"
+    """What is optimised at once."""
+    steps: int = Field(default=2000, ge=0)
+    full_steps: int = Field(default=20_000, ge=1)
+    """The number of steps that rates and regularizer are meant for."""
+    batch: int = Field(default=32, ge=1)
+
+    weigh: Literal["ones", "lfh", "sla"] = "sla"
+    over: Literal["sum", "mean"] = "sum"
+    """What is done over channels; the mean is taken over samples and positions."""
+    score_images: int | None = Field(default=None, ge=1)
+    """Images whose scores ``lfh`` averages; all if not given. ``sla`` needs all."""
+    score_probes: int = Field(default=16, ge=1)
+    """The most backward passes a batch takes for its scores."""
+    score_error: float = Field(default=0.05, gt=0)
+    """Relative standard error of the layers' scores that is good enough."""
+    score_distribution: Distribution = "rademacher"
+
+    rounding: Rounding = "straight-through"
+    codes: Learn | None = Learn(rate=3e-3)
+    weight_step: Learn | None = Learn(rate=1e-3)
+    weight_step_kind: StepKind = "multiplicative"
+    bias: Learn | None = Learn(rate=1e-3)
+    activation_step: Learn | None = Learn(rate=1e-3)
+    """Relative to each step."""
+    decide: Anneal | Harden | None = None
+    """How soft roundings become up or down."""
+    gradual: Gradual | None = None
+    """Activations are on their grids from the first step if not given."""
+    activations: bool = True
+    """Whether activations are quantized at all while the weights are optimised."""
+
+    views: int = Field(default=1, ge=1)
+    """Of each image: 1 takes the images as they are, more add random crops and mirrored ones."""
+    teacher_memory: int = Field(default=1 << 30, ge=0)
+    """Bytes that the float network's values may take; they are computed anew for every batch where it is not enough."""
+    never_worse: bool = True
+    """Keep what an earlier stage left where that has the lower calibration loss."""
+
+    @model_validator(mode="after")
+    def _soft_needs_a_decision(self) -> Reconstruct:
+        if self.rounding == "soft" and self.codes is not None and self.decide is None:
+            raise ValueError("soft rounding needs 'decide', or it ends between two integers")
+        return self
+
+    @property
+    def drops(self) -> bool:
+        """Whether a step draws random numbers."""
+        return self.gradual is not None and self.gradual.how == "drop"
+
+    def mix(self, progress: float) -> tuple[float, float]:
+        """(mix, drop) of activations; see :class:`Gradual`."""
+        if not self.activations:
+            return 1.0, 0.0
+        return (0.0, 0.0) if self.gradual is None else self.gradual.at(progress)
+
+    def run(self, student: QuantizedModel, teacher: Captured, images: Images, run: Run) -> QuantizedModel:
+        """Optimises, rounds, measures, and keeps the best that the run has seen."""
+        points = linear_points(teacher.graph, teacher.example.to(run.device))
+        learner = Learner(student, points, self._variables())
+        if not points or not any(p.requires_grad for p in learner.parameters()):
+            _warn("There is nothing to optimise: no convolution or linear layer has weights or inputs to quantize.")
+            return student
+        samples = Views(images, self.views, run.seed)
+        objective = self._objective(teacher, samples, points, run)
+        targets = Targets(expose(teacher.graph, [p.node for p in points]), points, torch.float32)
+        plan = self._plan(learner, targets, objective, samples, run)
+        tuner = self._tuner(learner, targets, objective, samples, run, plan)
+        measure = _Measure(teacher, points, objective, images, run)
+        before = measure.sqnr(student)
+        soft = self._optimise(tuner, plan, measure, run)
+        learner.absorb(student)
+        widen_for_biases(student)
+        self._choose(student, measure, soft, run)
+        _report(student, teacher, before, measure.sqnr(student), run)
+        return student
+
+    def _variables(self) -> Variables:
+        return Variables(
+            rounding=self.rounding,
+            weight_step=self.weight_step_kind,
+            codes=self.codes is not None,
+            weight_steps=self.weight_step is not None,
+            biases=self.bias is not None,
+            activation_steps=self.activation_step is not None and self.activations,
+        )
+
+    # ----------------------------------------------------------------------------------------- weights
+
+    def _objective(self, teacher: Captured, samples: Views, points: list[Point], run: Run) -> Objective:
+        """Weights of all samples and points."""
+        count = len(samples)
+        if self.weigh == "ones":
+            return Objective(torch.full((count, len(points)), 1 / len(points)), self.over, normalise=False)
+        scores = self.scores(teacher, samples, points, run)
+        run.notes["scores"] = {
+            "layers": dict(zip(scores.layers, scores.layer_trace.tolist(), strict=True)),
+            "relative_error": float(scores.error.max()),
+            "probes": scores.probes,
+            "images": len(scores.trace),
+        }
+        if self.weigh == "lfh":
+            return Objective(scores.log_weights().expand(count, -1), self.over, normalise=False)
+        weights = scores.attention
+        if not bool((weights > 0).any()):
+            _warn(
+                "No label-free score is above zero: the output does not seem to depend on any layer. All count equally."
+            )
+            weights = torch.ones_like(weights)
+        return Objective(weights, self.over, normalise=True)
+
+    def scores(self, teacher: Captured, samples: Views, points: list[Point], run: Run) -> Scores:
+        """Label-free scores of the samples, kept beside the run."""
+        count = len(samples)
+        if self.weigh == "lfh" and self.score_images is not None:
+            count = min(self.score_images, count)
+        size = min(run.batch, count)
+
+        def compute() -> Scores:
+            def batches() -> Any:
+                for start in range(0, count, size):
+                    run.progress("Scoring layers", start, count)
+                    yield samples.batch(range(start, min(start + size, count))).to(run.device)
+                run.progress("Scoring layers", count, count)
+
+            return label_free_scores(
+                teacher.graph,
+                batches(),
+                points,
+                probes=self.score_probes,
+                least=min(4, self.score_probes),
+                tolerance=self.score_error,
+                distribution=self.score_distribution,
+                seed=run.seed,
+                total=count,
+            )
+
+        chosen = (count, size, self.views, self.score_probes, self.score_error, self.score_distribution)
+        with run.timed("scores"):
+            return cached_scores(run.state, f"{run.identity} {chosen}", compute)
+
+    # -------------------------------------------------------------------------------------------- plan
+
+    def _plan(self, learner: Learner, targets: Targets, objective: Objective, samples: Views, run: Run) -> _Plan:
+        """Number of steps and precision: what the unfinished run had, else what was asked for, else measured."""
+        kept = _Checkpoint.read(run)
+        if kept is not None:
+            return kept.plan
+        steps = self.steps if run.steps is None else run.steps
+        precisions = ["float32", "bfloat16"] if run.precision == "auto" else [run.precision]
+        if (len(precisions) == 1 and run.minutes is None) or steps == 0:
+            return _Plan(steps, precisions[0], {})
+        run.progress("Measuring the speed of a step", 0, 0)
+        seconds = {}
+        for precision in precisions:
+            tuner = self._tuner(learner, targets, objective, samples, run, _Plan(1, precision, {}))
+            seconds[precision] = seconds_per_step(tuner)
+        fastest = min(seconds, key=lambda p: seconds[p] * (1 if p == "float32" else WORTH_IT))
+        if run.minutes is not None:
+            left = run.minutes * 60 - (time.perf_counter() - run.started)
+            steps = max(1, int(left / (seconds[fastest] * 1.1)))
+        return _Plan(steps, fastest, {p: round(s, 4) for p, s in seconds.items()})
+
+    def _tuner(
+        self, learner: Learner, targets: Targets, objective: Objective, samples: Views, run: Run, plan: _Plan
+    ) -> Tuner:
+        targets.precision = getattr(torch, plan.precision)
+        return Tuner(learner, targets, objective, samples, self, max(plan.steps, 1), run.device, run.seed)
+
+    # ------------------------------------------------------------------------------------- optimisation
+
+    def _optimise(self, tuner: Tuner, plan: _Plan, measure: _Measure, run: Run) -> float | None:
+        """Takes the steps; the soft loss at their end, None if there were none."""
+        checkpoint = _Checkpoint(run, plan)
+        checkpoint.load(tuner)
+        kept = self._keep_targets(tuner) if tuner.step < plan.steps else False
+        notes = {
+            "steps": plan.steps,
+            "precision": plan.precision,
+            "seconds_per_step": plan.seconds,
+            "batch": tuner.batch,
+        }
+        run.notes["reconstruct"] = notes | {"teacher": "kept" if kept else "live", "seed": run.seed}
+        good, recent, started, first = tuner.state_copy(), 0.0, time.perf_counter(), tuner.step
+        try:
+            while tuner.step < plan.steps:
+                if tuner.step % GOOD_EVERY == 0:
+                    measure.check_finite(tuner)
+                    good = tuner.state_copy()
+                loss = tuner.advance()
+                recent = loss if not recent else 0.95 * recent + 0.05 * loss
+                decided = f", {tuner.learner.share_decided():.0%} decided" if self._shows_decided(tuner) else ""
+                run.progress("Optimising", tuner.step, plan.steps, f"loss {recent:.4g}{decided}")
+                checkpoint.write_if_due(tuner)
+        except NotFiniteError as error:
+            tuner.load({n: t.clone() for n, t in good.items()}, tuner.step)
+            run.notes["reconstruct"]["stopped"] = {"layer": error.layer, "step": error.step}
+            _warn(f"{error} The optimisation ends there, with its last good state.")
+        if tuner.step > first:
+            run.notes["reconstruct"]["measured_seconds_per_step"] = round(
+                (time.perf_counter() - started) / (tuner.step - first), 4
+            )
+        if plan.steps == 0:
+            return None
+        tuner.learner.set_mix(0.0)
+        return measure.soft(tuner.learner)
+
+    def _shows_decided(self, tuner: Tuner) -> bool:
+        if self.rounding != "soft":
+            return False
+        return tuner.step % 50 == 0 or tuner.step == tuner.steps
+
+    def _keep_targets(self, tuner: Tuner) -> bool:
+        """Keeps the float network's values where they fit the memory given: taking rows is faster than computing."""
+        sample = tuner.samples.batch([0]).to(tuner.device)
+        size = tuner.targets.bytes_of(sample) * len(tuner.samples)
+        epochs = tuner.steps * tuner.batch / len(tuner.samples)
+        if not 0 < size <= self.teacher_memory or epochs < 2:
+            return False
+        tuner.targets.keep(tuner.samples, tuner.batch, tuner.device)
+        return True
+
+    def _choose(self, student: QuantizedModel, measure: _Measure, soft: float | None, run: Run) -> None:
+        """Measures the rounded network against what earlier stages left, and keeps the best."""
+        own = student.snapshot()
+        losses = {"reconstruct": measure.hard(student)}
+        states: dict[str, Snapshot] = {"reconstruct": own}
+        for kind, snapshot in run.history:
+            student.restore(snapshot)
+            student.to(run.device)
+            losses[kind], states[kind] = measure.hard(student), snapshot
+        best = min(losses, key=lambda k: losses[k]) if self.never_worse else "reconstruct"
+        student.restore(states[best])
+        student.to(run.device)
+        run.notes["reconstruct"] |= {"loss": {"soft": soft, "hard": losses[best], "by_stage": losses}, "kept": best}
+        if best != "reconstruct":
+            _warn(
+                f"The optimisation did not lower the calibration loss ({losses['reconstruct']:.4g}, {best}: "
+                f"{losses[best]:.4g}): what '{best}' left is kept. More steps would help."
+            )
+
+
+@dataclass(frozen=True)
+class _Plan:
+    steps: int
+    precision: str
+    seconds: dict[str, float]
+    """Measured, for one step in each precision."""
+
+
+class _Measure:
+    """The loss of networks on a fixed part of the calibration images, without regularizer."""
+
+    def __init__(self, teacher: Captured, points: list[Point], objective: Objective, images: Images, run: Run) -> None:
+        self.points, self.objective, self.run = points, objective, run
+        self.teacher = expose(teacher.graph, [p.node for p in points])
+        self.count = min(MEASURED_IMAGES, len(images))
+        self.images = images
+
+    def hard(self, student: QuantizedModel) -> float:
+        """Of the student with its quantizers."""
+        return self._loss(expose(student.graph, [p.node for p in self.points]))
+
+    def soft(self, learner: Learner) -> float:
+        """Of the learner as it stands."""
+        return self._loss(learner)
+
+    def check_finite(self, tuner: Tuner) -> None:
+        """Raises NotFiniteError if a variable is not."""
+        for name, p in tuner.learner.named_parameters():
+            if not bool(torch.isfinite(p).all()):
+                raise NotFiniteError(name, tuner.step)
+
+    def sqnr(self, student: QuantizedModel) -> dict[str, float | None]:
+        """Of every layer in dB, on a few images."""
+        return layer_sqnr(student, self.images.batch(range(min(16, len(self.images)))).to(self.run.device))
+
+    def _loss(self, network: Any) -> float:
+        total = 0.0
+        size = min(self.run.batch, self.count)
+        with torch.no_grad():
+            for start in range(0, self.count, size):
+                indices = torch.arange(start, min(start + size, self.count))
+                images = self.images.batch(indices).to(self.run.device)
+                weights = self.objective.weights[: self.count]
+                scale = weights.mean(0).max().clamp_min(1e-30) if self.objective.normalise else 1.0
+                chosen = (weights[indices] / scale).to(self.run.device)
+                _, expected = self.teacher(images)
+                _, found = network(images)
+                terms = [
+                    weighted_distance(a, b, chosen[:, i], p, over=self.objective.over)
+                    for i, (p, a, b) in enumerate(zip(self.points, found, expected, strict=True))
+                ]
+                total += float(torch.stack(terms).sum()) * len(indices)
+        return total / self.count
+
+
+class _Checkpoint:
+    """The state of an optimisation on disk, written so seldom that it costs no time worth speaking of."""
+
+    def __init__(self, run: Run, plan: _Plan) -> None:
+        self.path = None if run.state is None else run.state / CHECKPOINT
+        self.run, self.plan = run, plan
+        self.last, self.cost = time.perf_counter(), 0.0
+
+    @staticmethod
+    def read(run: Run) -> _Checkpoint | None:
+        """The checkpoint of an unfinished run, None if there is none."""
+        path = None if run.state is None else run.state / CHECKPOINT
+        if path is None or not path.is_file():
+            return None
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata()
+        if header["identity"] != _identity(run):
+            return None
+        return _Checkpoint(run, _Plan(**json.loads(header["plan"])))
+
+    def load(self, tuner: Tuner) -> None:
+        """Puts the tuner where the unfinished run was."""
+        if self.path is None or not self.path.is_file() or _Checkpoint.read(self.run) is None:
+            return
+        with safe_open(self.path, framework="pt") as file:
+            step = int(file.metadata()["step"])
+        tuner.load(load_file(self.path), step)
+
+    def write_if_due(self, tuner: Tuner) -> None:
+        """Once the time since the last one makes its cost small."""
+        passed = time.perf_counter() - self.last
+        if self.path is None or passed < max(CHECKPOINT_SECONDS, self.cost / CHECKPOINT_SHARE):
+            return
+        start = time.perf_counter()
+        self.write(tuner, self.path)
+        self.last = time.perf_counter()
+        self.cost = self.last - start
+
+    def write(self, tuner: Tuner, path: Path) -> None:
+        """Under another name, then moved, so that a kill leaves the last one or this."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        header = {
+            "identity": _identity(self.run),
+            "step": str(tuner.step),
+            "plan": json.dumps(vars(self.plan)),
+        }
+        fresh = path.with_suffix(".new")
+        save_file({n: t.contiguous().cpu() for n, t in tuner.state().items()}, fresh, metadata=header)
+        fresh.replace(path)
+
+
+def _identity(run: Run) -> str:
+    return f"{run.identity} {len(run.history)}"
+
+
+def _report(
+    student: QuantizedModel,
+    teacher: Captured,
+    before: dict[str, float | None],
+    after: dict[str, float | None],
+    run: Run,
+) -> None:
+    """Share of weights that left round-to-nearest, and every layer's SQNR before and after."""
+    start = run.history[0][1] if run.history else student.snapshot()
+    moved, total = 0, 0
+    for stored, quantizer in parameters(student.graph, "weight"):
+        key = next(k for k, m in student.graph.named_children() if m is quantizer)
+        codes = quantizer.codes(rewrite.get_tensor(student.graph, stored))
+        final = quantizer.scale
+        quantizer.scale = start.tensors[f"{key}.scale"].to(final.device)
+        nearest = quantizer.codes(rewrite.get_tensor(teacher.graph, stored))
+        quantizer.scale = final
+        moved += int((codes != nearest).sum())
+        total += codes.numel()
+    run.notes["reconstruct"]["left_nearest"] = moved / max(total, 1)
+    run.notes["reconstruct"]["sqnr_db"] = {
+        name: {"before": before.get(name), "after": value} for name, value in after.items()
+    }
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, UserWarning, stacklevel=3)

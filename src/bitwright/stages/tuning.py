@@ -1,0 +1,322 @@
+"""The loop of a reconstruction: one step, its state, and what is measured before it starts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import torch
+from torch import Tensor, fx
+
+from bitwright.errors import BitwrightError
+from bitwright.graph.points import Point
+from bitwright.losses import weighted_distance
+from bitwright.quant.learned import LearnedWeight, rounding_regularizer
+from bitwright.stages.learner import Learner
+from bitwright.stages.schedules import Anneal, Harden, Learn
+
+if TYPE_CHECKING:
+    from bitwright.stages.reconstruct import Reconstruct
+
+FIXED = 50.0
+"""A logit beyond which the rectified sigmoid is flat: such a rounding is up or down for good."""
+
+
+class Samples(Protocol):
+    """Images, or views of them."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Sequence[int] | Tensor) -> Tensor:
+        """[B, C, H, W]."""
+
+
+class NotFiniteError(BitwrightError):
+    """The loss became NaN or infinite."""
+
+    def __init__(self, layer: str, step: int) -> None:
+        super().__init__(f"The loss at {layer} was not finite in step {step}.")
+        self.layer, self.step = layer, step
+
+
+# ------------------------------------------------------------------------------------------------ targets
+
+
+class Targets:
+    """The float network's values at the points, computed anew for each batch or kept.
+
+    Args:
+        graph: of the teacher, with its points exposed.
+        points: the points.
+        precision: in which it computes.
+    """
+
+    def __init__(self, graph: fx.GraphModule, points: list[Point], precision: torch.dtype) -> None:
+        self.graph, self.points, self.precision = graph, points, precision
+        self.kept: list[Tensor] | None = None
+
+    def keep(self, samples: Samples, batch: int, device: torch.device) -> None:
+        """Computes them for all samples."""
+        parts: list[list[Tensor]] = []
+        for start in range(0, len(samples), batch):
+            images = samples.batch(range(start, min(start + batch, len(samples)))).to(device)
+            values = self._compute(images)
+            parts.append([v.reshape(len(images), -1, *v.shape[1:]) for v in values])
+        self.kept = [torch.cat(column) for column in zip(*parts, strict=True)]
+
+    def __call__(self, indices: Tensor, images: Tensor) -> list[Tensor]:
+        """Values for the samples at these positions, [N ...] each."""
+        if self.kept is None:
+            return self._compute(images)
+        chosen = indices.to(images.device)
+        return [_rows(k, chosen) for k in self.kept]
+
+    def bytes_of(self, images: Tensor) -> int:
+        """What keeping one sample takes; 0 where values cannot be kept, because an axis mixes samples."""
+        if any(p.constant or p.samples != 0 for p in self.points):
+            return 0
+        return sum(v.nbytes for v in self._compute(images)) // len(images)
+
+    def _compute(self, images: Tensor) -> list[Tensor]:
+        with torch.no_grad(), autocast(images.device, self.precision):
+            return list(self.graph(images)[1])
+
+
+def _rows(kept: Tensor, chosen: Tensor) -> Tensor:
+    """Rows of a kept value in the memory order that the network's own values have."""
+    rows = kept[chosen].flatten(0, 1)
+    return rows.contiguous(memory_format=torch.channels_last) if rows.dim() == 4 else rows
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """Computes in a precision; float32 is left alone."""
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+
+
+# --------------------------------------------------------------------------------------------------- steps
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Weights of the distances: for each sample and point, and the number that the whole is divided by.
+
+    ``weights`` [N, L]; ``normalise``: divide by the largest mean over the batch of any point (EPTQ v2).
+    """
+
+    weights: Tensor
+    over: Literal["sum", "mean"]
+    normalise: bool
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """For the samples at these positions: weights [B, L] and the mean weight of each point [L], normalised."""
+        weights = self.weights[indices]
+        mean = weights.mean(0)
+        if self.normalise:
+            largest = mean.max().clamp_min(1e-30)
+            return weights / largest, mean / largest
+        return weights, mean
+
+
+class Tuner:
+    """Learner, optimizers and schedules."""
+
+    def __init__(
+        self,
+        learner: Learner,
+        targets: Targets,
+        objective: Objective,
+        samples: Samples,
+        settings: Reconstruct,
+        steps: int,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        self.learner, self.targets, self.objective = learner, targets, objective
+        self.samples, self.settings, self.steps, self.device, self.seed = samples, settings, steps, device, seed
+        self.step = 0
+        self.fixed = 0.0
+        self.of_point = learner.of_point()
+        self.parts = _parts(learner, settings)
+
+    @property
+    def batch(self) -> int:
+        """Samples a step; all of them where there are fewer than asked for."""
+        return min(self.settings.batch, len(self.samples))
+
+    def indices(self, step: int) -> Tensor:
+        """Which samples a step takes: each once an epoch, in an order that depends on seed and epoch alone."""
+        epoch, position = divmod(step, max(1, len(self.samples) // self.batch))
+        order = torch.randperm(len(self.samples), generator=torch.Generator().manual_seed(self.seed * 7919 + epoch))
+        return order[position * self.batch : (position + 1) * self.batch]
+
+    def advance(self) -> float:
+        """One step; the loss without regularizer.
+
+        Raises:
+            NotFiniteError: the loss is not; nothing was changed.
+        """
+        progress = self.step / self.steps
+        if self.settings.drops:
+            torch.manual_seed(self.seed * 1_000_003 + self.step)
+        self._harden(progress)
+        for part in self.parts:
+            part.set_rate(progress, self.steps, self.settings.full_steps)
+            part.optimizer.zero_grad(set_to_none=True)
+        loss = self.backward(self.indices(self.step), progress)
+        for part in self.parts:
+            part.optimizer.step()
+        self.step += 1
+        return loss
+
+    def backward(self, indices: Tensor, progress: float) -> float:
+        """Gradients of the loss on a batch; the loss without regularizer."""
+        images = self.samples.batch(indices).to(self.device, memory_format=torch.channels_last)
+        weights, mean = (t.to(self.device) for t in self.objective.batch(indices))
+        self.learner.set_mix(*self.settings.mix(progress))
+        teacher = self.targets(indices, images)
+        with autocast(self.device, self.targets.precision):
+            _, student = self.learner(images)
+        terms = [
+            weighted_distance(a, b, weights[:, i], point, over=self.objective.over)
+            for i, (point, a, b) in enumerate(zip(self.learner.points, student, teacher, strict=True))
+        ]
+        distance = torch.stack(terms).sum()
+        if not bool(torch.isfinite(distance)):
+            broken = next(i for i, t in enumerate(terms) if not bool(torch.isfinite(t)))
+            raise NotFiniteError(self.learner.points[broken].layer, self.step)
+        (distance + self._regularizer(mean, progress)).backward()
+        return float(distance)
+
+    def _regularizer(self, mean: Tensor, progress: float) -> Tensor | float:
+        decide = self.settings.decide
+        if self.settings.rounding != "soft" or not isinstance(decide, Anneal):
+            return 0.0
+        strength = decide.strength(progress, self.steps, self.settings.full_steps)
+        if not strength:
+            return 0.0
+        beta = decide.beta(progress)
+        scale = mean if self.objective.normalise else torch.ones_like(mean)
+        terms = [
+            rounding_regularizer(w.softness(), beta) * s
+            for w, s in zip(self.of_point, scale, strict=True)
+            if w is not None
+        ]
+        return strength * torch.stack(terms).sum() if terms else 0.0
+
+    def _harden(self, progress: float) -> None:
+        decide = self.settings.decide
+        if self.settings.rounding != "soft" or not isinstance(decide, Harden):
+            return
+        share = decide.share(progress)
+        if share > self.fixed:
+            for weight in self.learner.weights.values():
+                fix_most_decided(weight, share)
+            self.fixed = share
+
+    # ------------------------------------------------------------------------------------------- state
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next steps depend on."""
+        found = {f"variables/{n}": p.detach() for n, p in self.learner.named_parameters()}
+        for i, part in enumerate(self.parts):
+            for j, p in enumerate(part.parameters):
+                for key, value in part.optimizer.state.get(p, {}).items():
+                    found[f"optimizer/{i}/{j}/{key}"] = torch.as_tensor(value).detach()
+        return found
+
+    def state_copy(self) -> dict[str, Tensor]:
+        """The same in tensors of its own."""
+        return {name: tensor.clone() for name, tensor in self.state().items()}
+
+    def load(self, state: dict[str, Tensor], step: int) -> None:
+        """Goes on from a state."""
+        with torch.no_grad():
+            for name, p in self.learner.named_parameters():
+                p.copy_(state[f"variables/{name}"])
+        for i, part in enumerate(self.parts):
+            for j, p in enumerate(part.parameters):
+                prefix = f"optimizer/{i}/{j}/"
+                kept = {n.removeprefix(prefix): t.clone() for n, t in state.items() if n.startswith(prefix)}
+                if kept:
+                    part.optimizer.state[p] = {
+                        n: t if n == "step" else t.to(p.device).to(memory_format=_format(p)) for n, t in kept.items()
+                    }
+        self.step = step
+        decide = self.settings.decide
+        self.fixed = decide.share((step - 1) / self.steps) if isinstance(decide, Harden) and step else 0.0
+
+
+def _format(p: Tensor) -> torch.memory_format:
+    last = p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def fix_most_decided(weight: LearnedWeight, share: float) -> None:
+    """Puts the given share of a weight's soft roundings up or down for good, those nearest to it first."""
+    with torch.no_grad():
+        distance = (weight.softness() - 0.5).abs()
+        soft = round(distance.numel() * (1 - share))
+        bound = torch.kthvalue(distance.flatten(), soft).values if soft else torch.tensor(-1.0)
+        fixed = distance > bound
+        weight.codes.copy_(torch.where(fixed, torch.where(weight.codes >= 0, FIXED, -FIXED), weight.codes))
+
+
+@dataclass
+class _Part:
+    """One kind of variable with its optimizer; rates relative to a parameter's size where that is its scale."""
+
+    optimizer: torch.optim.Optimizer
+    learn: Learn
+    parameters: list[torch.nn.Parameter]
+    sizes: list[float]
+
+    def set_rate(self, progress: float, steps: int, full_steps: int) -> None:
+        rate = self.learn.rate_at(progress, steps, full_steps)
+        for group, size in zip(self.optimizer.param_groups, self.sizes, strict=True):
+            group["lr"] = rate * size
+
+
+def _parts(learner: Learner, settings: Reconstruct) -> list[_Part]:
+    weights = list(learner.weights.values())
+    found = [
+        _part([w.codes for w in weights], settings.codes),
+        _part([w.step for w in weights], settings.weight_step, relative=settings.weight_step_kind == "lsq"),
+        _part([b.bias for b in learner.biases.values()], settings.bias),
+        _part([a.step for a in learner.activations.values()], settings.activation_step, relative=True),
+    ]
+    return [p for p in found if p is not None]
+
+
+def _part(parameters: Iterable[torch.nn.Parameter], learn: Learn | None, *, relative: bool = False) -> _Part | None:
+    chosen = [p for p in parameters if p.requires_grad]
+    if learn is None or not chosen:
+        return None
+    groups = [{"params": [p]} for p in chosen] if relative else [{"params": chosen}]
+    sizes = [float(p.detach().abs().mean()) for p in chosen] if relative else [1.0]
+    optimizer: torch.optim.Optimizer
+    if learn.optimizer == "sgd":
+        optimizer = torch.optim.SGD(groups, lr=learn.rate, momentum=0.9, foreach=True)
+    elif learn.optimizer == "adam":
+        optimizer = torch.optim.Adam(groups, lr=learn.rate, foreach=True)
+    else:
+        optimizer = torch.optim.RAdam(groups, lr=learn.rate, foreach=True)
+    return _Part(optimizer, learn, chosen, sizes)
+
+
+# ----------------------------------------------------------------------------------------- measurements
+
+
+def seconds_per_step(tuner: Tuner, repeats: int = 3) -> float:
+    """Of forward and backward pass, the fastest of a few after one to warm up; nothing is changed."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        tuner.backward(tuner.indices(0), 0.5)
+        if tuner.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    for part in tuner.parts:
+        part.optimizer.zero_grad(set_to_none=True)
+    return min(times[1:])
