@@ -86,21 +86,33 @@ def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
     assert_same(first, second)
 
 
-def test_only_one_checkpoint_is_left(tmp_path: Path) -> None:
+def test_every_stage_leaves_one_checkpoint(tmp_path: Path) -> None:
     run(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.safetensors"]
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert names == ["checkpoint-0.safetensors", "checkpoint-1.safetensors"]
+
+
+def test_a_resumed_run_knows_what_the_finished_stages_left(broken: Path) -> None:
+    student, record = insert_quantizers(prepared("residual"), SCHEME), Run(seed=3)
+    run_stages(RECIPE, student, prepared("residual"), dataset(6), record, state=broken, identity="mine")
+    whole = Run(seed=3)
+    run_stages(RECIPE, insert_quantizers(prepared("residual"), SCHEME), prepared("residual"), dataset(6), whole)
+    assert [kind for kind, _ in record.history] == [kind for kind, _ in whole.history] == ["calibrate", "test-shake"]
+    for (_, resumed), (_, run_through) in zip(record.history, whole.history, strict=True):
+        assert resumed.symmetric == run_through.symmetric
+        assert all(torch.equal(resumed.tensors[k], v) for k, v in run_through.tensors.items())
 
 
 def test_a_checkpoint_of_another_run_is_refused(broken: Path) -> None:
-    before = (broken / "checkpoint.safetensors").read_bytes()
+    before = (broken / "checkpoint-0.safetensors").read_bytes()
     with pytest.raises(UsageError, match="had other settings"):
         run(broken, identity="yours")
-    assert (broken / "checkpoint.safetensors").read_bytes() == before
+    assert (broken / "checkpoint-0.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint at all", b"\x08\0\0\0\0\0\0\0{}      "])
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "checkpoint.safetensors").write_bytes(content)
+    (tmp_path / "checkpoint-0.safetensors").write_bytes(content)
     with pytest.raises(UsageError) as caught:
         run(tmp_path)
     assert "\n" not in str(caught.value)

@@ -24,14 +24,14 @@ from bitwright.recipes import recipe as find_recipe
 from bitwright.result import describe_layers, describe_unquantized, environment, peak_memory_bytes, totals
 from bitwright.stages.base import Precision, Progress, Run, silent
 
-DEFAULT_RECIPE = "mse"
+DEFAULT_RECIPE = "eptq"
 DEFAULT_SAMPLES = 512
 
 
 def quantize(
     model: nn.Module | torch.export.ExportedProgram | Model | str,
     images: Any,
-    recipe: str | Path | Recipe = DEFAULT_RECIPE,
+    recipe: str | Path | Recipe | None = None,
     *,
     weights: int | str | None = 8,
     activations: int | str | None = 8,
@@ -55,7 +55,7 @@ def quantize(
     Args:
         model: any module of one image tensor, a saved export program, or a name (``timm:resnet18@weights.pt``).
         images: a path, an array, tensors, a loader; labels in it are not looked at.
-        recipe: how; see ``bitwright recipes``.
+        recipe: how; see ``bitwright recipes``. :data:`DEFAULT_RECIPE` if not given.
         weights: bits of weights, 2 to 8, or ``"float"``.
         activations: bits of activations, 2 to 8 or 16, or ``"float"``.
         rules: exceptions such as ``"head=w8a8"``; the last that matches a layer decides.
@@ -86,7 +86,7 @@ def quantize(
         rules=tuple(map(_as_rule, rules)),
     )
     check_budget(steps, minutes)
-    method = find_recipe(recipe)
+    method = find_recipe(recipe or DEFAULT_RECIPE)
     run = Run(
         seed=seed,
         device=find_device(device),

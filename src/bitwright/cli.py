@@ -246,14 +246,13 @@ def quantize(
         scheme = _scheme(weights, activations, rule, runtime, granularity, group_size)
         settings = _settings(input_size=input_size, mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct)
         terminal.begin("Loading PyTorch")
-        from bitwright.api import DEFAULT_RECIPE
         from bitwright.commands import quantize as command
 
         job = command.Job(
             model,
             images,
             scheme,
-            recipe or DEFAULT_RECIPE,
+            recipe,
             samples=samples,
             steps=steps,
             minutes=minutes,

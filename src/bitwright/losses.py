@@ -43,6 +43,5 @@ def weighted_distance(student: Tensor, teacher: Tensor, weights: Tensor, point: 
     scale = 1.0 / (count * point.positions(student, count))
     if over == "mean":
         scale /= student.shape[point.channels]
-    value = _WeightedDistance.apply(student, teacher, weights * scale, point)
-    assert isinstance(value, torch.Tensor)
+    value: Tensor = _WeightedDistance.apply(student, teacher, weights * scale, point)  # type: ignore[no-untyped-call]
     return value

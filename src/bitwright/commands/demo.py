@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bitwright import api, zoo
+from bitwright import zoo
 from bitwright.commands import quantize, tables
 from bitwright.errors import BitwrightError
 from bitwright.quant.scheme import Scheme
@@ -14,6 +14,7 @@ from bitwright.run_folder import check_target
 from bitwright.terminal import Terminal
 
 CALIBRATION, TEST = "zoo:fashion", "zoo:fashion-test"
+DEMO_STEPS = 200
 KINDS = {"fashion_cnn": "a convolutional network", "fashion_vit": "a vision transformer"}
 
 
@@ -31,7 +32,8 @@ def demo(out: Path, *, recipe: str | None, force: bool, seed: int, terminal: Ter
             f"zoo:{name}",
             CALIBRATION,
             Scheme(weights=4, activations=8),
-            recipe or api.DEFAULT_RECIPE,
+            recipe,
+            steps=DEMO_STEPS,
             evaluate=TEST,
             out=out / name,
             seed=seed,

@@ -45,7 +45,7 @@ class Job:
     model: str
     images: str
     scheme: Scheme
-    recipe: str = api.DEFAULT_RECIPE
+    recipe: str | None = None
     samples: int | None = None
     steps: int | None = None
     minutes: float | None = None
@@ -61,6 +61,11 @@ class Job:
     skip_unreadable: bool = False
     resume: bool = False
     force: bool = False
+
+    @property
+    def method(self) -> str:
+        """The recipe's name or file."""
+        return self.recipe or api.DEFAULT_RECIPE
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ def quantize(job: Job, terminal: Terminal) -> tuple[dict[str, Any], Path, Bitwri
     folder = (job.out or Path("runs") / default_name(job)).expanduser().absolute()
     run_folder.check_target(folder, force=job.force, resume=job.resume)
     until = next(p for p in (folder, *folder.parents) if p.exists())
-    terminal.log("start", command=job.model, images=job.images, recipe=job.recipe)
+    terminal.log("start", command=job.model, images=job.images, recipe=job.method)
     state = folder / run_folder.STATE
     if not job.resume:
         shutil.rmtree(state, ignore_errors=True)
@@ -102,7 +107,7 @@ def quantize(job: Job, terminal: Terminal) -> tuple[dict[str, Any], Path, Bitwri
         kept = state.is_dir() and any(state.iterdir())
         remove_empty(folder, until)
         if kept:
-            terminal.farewell = "Interrupted. The same command with --resume goes on from the last finished stage."
+            terminal.farewell = "Interrupted. The same command with --resume goes on where it was."
         else:
             terminal.farewell = "Interrupted before the first stage was finished: nothing is kept."
         raise
@@ -118,12 +123,12 @@ def default_name(job: Job) -> str:
     """
     name = re.sub(r"@.*", "", job.model).rpartition(":")[2] if ":" in job.model else Path(job.model).stem
     weights, activations = (b or "float" for b in (job.scheme.weights, job.scheme.activations))
-    return re.sub(r"[^\w.-]+", "_", f"{name}-{Path(job.recipe).stem}-w{weights}a{activations}")
+    return re.sub(r"[^\w.-]+", "_", f"{name}-{Path(job.method).stem}-w{weights}a{activations}")
 
 
 def find_inputs(job: Job, terminal: Terminal) -> Inputs:
     """Loads the model, opens the images, and finds what can be wrong with them before the long work starts."""
-    find_recipe(job.recipe)
+    find_recipe(job.method)
     api.find_device(job.device)
     api.check_budget(job.steps, job.minutes)
     if job.labels is not None and job.evaluate is None:
@@ -170,7 +175,7 @@ def _quantize(job: Job, inputs: Inputs, state: Path, terminal: Terminal) -> Quan
     return api.quantize(
         inputs.network,
         inputs.calibration,
-        job.recipe,
+        job.method,
         scheme=job.scheme,
         samples=job.samples,
         steps=job.steps,

@@ -119,12 +119,30 @@ def outcome(result: dict[str, Any]) -> Table:
     )
     for row in metric_rows(result):
         made.add_row(*row)
+    if tuned := result.get("reconstruct"):
+        made.add_row("optimisation", "", tuning_text(tuned))
     packed = f"{bytes_text(size['packed_bytes'])} ({size['float_bytes'] / size['packed_bytes']:.1f} x smaller)"
     made.add_row("size", bytes_text(size["float_bytes"]), packed)
     made.add_row("size of model.onnx", "", bytes_text(size.get("onnx_bytes")))
     made.add_row("model.onnx in ONNX Runtime", "", parity_text(parity))
     made.add_row("time", "", f"{result['seconds']['total']:.0f} s")
     return made
+
+
+def tuning_text(tuned: dict[str, Any]) -> str:
+    """Steps, the loss before and after, and how many roundings differ from rounding to nearest.
+
+    Example:
+        >>> loss = {"soft": 2.0, "hard": 2.0, "by_stage": {"reconstruct": 2.0, "calibrate": 9.0, "optq": 4.0}}
+        >>> tuning_text({"steps": 100, "loss": loss, "left_nearest": 0.21})
+        '100 steps, loss 9 to 2, 21 % of weights not at their nearest'
+    """
+    if "loss" not in tuned:
+        return "none"
+    stages = [v for k, v in tuned["loss"]["by_stage"].items() if k != "reconstruct"]
+    before = f"{max(stages):.3g} to " if stages else ""
+    moved = f"{100 * tuned['left_nearest']:.0f} % of weights not at their nearest"
+    return f"{tuned['steps']} steps, loss {before}{tuned['loss']['hard']:.3g}, {moved}"
 
 
 def parity_text(parity: dict[str, Any] | None) -> str:

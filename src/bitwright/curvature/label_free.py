@@ -102,7 +102,8 @@ def label_free_scores(
         total: number of images to come, which the criterion needs to spread the error; one batch's own if not known.
 
     Raises:
-        ModelError: no output depends on the images through a point, as far as derivatives can tell.
+        ModelError: a gradient is not finite. (Where no output depends on a point, as far as derivatives can tell, its
+            scores are zero.)
     """
     probe = _Probe(graph, points, elements)
     parts: list[_Batch] = []
@@ -125,15 +126,17 @@ class _Probe:
         self.points = points
         self.graph = _differentiable(graph, points)
         self.stored = _linear_weights(graph) if elements else []
+        self.variables = {*self.stored, *_weights_of_constants(graph, points)}
         self.outputs = 0
 
     def run(
         self, images: Tensor, probes: int, distribution: Distribution, generator: torch.Generator
     ) -> Iterator[tuple[list[Tensor | None], dict[str, Tensor]]]:
         """Gradients of ``v^T f`` with respect to the points and the weights, one pair per probe."""
-        weights = {name: rewrite.get_tensor(self.graph, name) for name in self.stored}
+        variables = {name: rewrite.get_tensor(self.graph, name) for name in self.variables}
+        weights = {name: variables[name] for name in self.stored}
         with torch.enable_grad():
-            for tensor in weights.values():
+            for tensor in variables.values():
                 tensor.requires_grad_(True)
             try:
                 outputs, values = self.graph(images.detach().clone().requires_grad_(True))
@@ -149,7 +152,7 @@ class _Probe:
                     gradients = [next(each) if v.requires_grad else None for v in values]
                     yield gradients, {n: g for n, g in zip(weights, each, strict=True) if g is not None}
             finally:
-                for tensor in weights.values():
+                for tensor in variables.values():
                     tensor.requires_grad_(False)
 
 
@@ -170,6 +173,8 @@ class _Batch:
             if gradient is None:
                 continue
             squares = gradient.float().square()
+            if point.constant:  # one gradient, of all images together: each is given its share
+                squares = squares / self.count
             means = point.channel_means(squares, self.count)
             norms = (means.double().sum(1) * point.positions(gradient, self.count)).cpu()
             before = self.channels[i]
@@ -184,7 +189,7 @@ class _Batch:
     def relative_error(self) -> Tensor:
         """Of each point's mean over the batch, [L]; zero where there is no gradient at all."""
         if self.probes < 2:
-            return torch.full((len(self.points),), float("inf"), dtype=torch.float64)
+            return torch.where(self.totals > 0, float("inf"), 0.0)
         mean = self.totals / self.probes
         variance = (self.squares / self.probes - mean**2).clamp_min(0) / (self.probes - 1)
         return torch.where(mean > 0, variance.sqrt() / mean.clamp_min(1e-300), 0.0)
@@ -234,30 +239,49 @@ def _linear_weights(graph: fx.GraphModule) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def _weights_of_constants(graph: fx.GraphModule, points: list[Point]) -> list[str]:
+    """Stored weights of the points that no image reaches: as variables they let gradients reach those points."""
+    nodes = {n.name: n for n in graph.graph.nodes}
+    return [str(nodes[p.node].args[1].target) for p in points if p.constant]  # type: ignore[union-attr]
+
+
 UNDIFFERENTIABLE = frozenset({"argmax", "argmin", "round", "sign", "floor", "ceil", "eq", "gt", "ge", "lt", "le", "to"})
 
 
 def _differentiable(graph: fx.GraphModule, points: list[Point]) -> fx.GraphModule:
-    """The network with its interest tensors exposed, and outputs that have a useful derivative.
+    """The network with its interest tensors exposed, and outputs that have a useful derivative, each once.
 
     A softmax, and an operator without a derivative (argmax), is replaced by what it is applied to: the logits.
     """
     exposed = expose(graph, [p.node for p in points])
     output = next(n for n in exposed.graph.nodes if n.op == "output")
     outputs, values = output.args[0]
-    output.args = (([_logits(o) for o in outputs], values),)
+    output.args = ((list(dict.fromkeys(_logits(o) for o in outputs)), values),)
     exposed.recompile()
     return exposed
 
 
-def _logits(node: fx.Node) -> fx.Node:
-    while ops.kind(node) == "softmax" or (
-        node.op == "call_function"
-        and (ops.base_name(node) in UNDIFFERENTIABLE or not ops.is_float_tensor(node))
-        and any(ops.is_float_tensor(a) for a in node.all_input_nodes)
-    ):
-        node = next(a for a in node.all_input_nodes if ops.is_float_tensor(a))
-    return node
+def _logits(output: fx.Node) -> fx.Node:
+    """The output itself, or what stands before the last operator that hides the logits, behind moves of data too."""
+    found = node = output
+    while node.op == "call_function":
+        hides = _hides(node) or (node is found and not isinstance(ops.value(node), Tensor))
+        sources = [n for n in node.all_input_nodes if n.op != "get_attr" and _carries_tensors(n)]
+        if not sources or not (hides or ops.kind(node) == "move"):
+            break
+        node = next((n for n in sources if ops.is_float_tensor(n)), sources[0])
+        if hides:
+            found = node
+    return found
+
+
+def _hides(node: fx.Node) -> bool:
+    return ops.kind(node) == "softmax" or ops.base_name(node) in UNDIFFERENTIABLE or not ops.is_float_tensor(node)
+
+
+def _carries_tensors(node: fx.Node) -> bool:
+    value = ops.value(node)
+    return isinstance(value, Tensor) or (isinstance(value, list | tuple) and any(isinstance(v, Tensor) for v in value))
 
 
 # ---------------------------------------------------------------------------------------------- the cache

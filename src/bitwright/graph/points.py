@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 
 from bitwright.graph import ops, rewrite
+from bitwright.graph.watch import Callback, watch
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,19 @@ class Point:
     layer: str
     """Path of the layer, as the user knows it."""
     samples: int
-    """Axis along which the images lie; a multiple of them where an image was cut into windows, image after image."""
+    """Axis along which the images lie; a multiple of them where an image was cut into windows, or its positions lie
+    along the same axis."""
     channels: int
     """Axis of the operator's output channels."""
     constant: bool = False
     """Whether the tensor is the same for all images, so that no axis holds them (``samples`` means nothing then)."""
+    rounds: int = 1
+    """How often the row of images recurs along their axis: 1 where they lie image after image, T in [T * N, C]."""
+
+    @property
+    def image_after_image(self) -> bool:
+        """Whether each image's part is one block of the first axis."""
+        return not self.constant and self.samples == 0 and self.rounds == 1
 
     def per_sample(self, squares: Tensor, count: int) -> Tensor:
         """Sum over everything but the images, [N], of a tensor of non-negative values."""
@@ -53,7 +62,7 @@ class Point:
             means = means.transpose(0, 1)
         if self.constant:
             return means.mean(0, keepdim=True).expand(count, -1)
-        return means.reshape(count, -1, means.shape[1]).mean(1)
+        return means.reshape(self.rounds, count, -1, means.shape[1]).mean((0, 2))
 
     def positions(self, value: Tensor, count: int) -> int:
         """Elements of one channel of one image."""
@@ -63,9 +72,9 @@ class Point:
         """One number per image, [N], in a shape that broadcasts to the value."""
         if self.constant:
             return per_sample.sum()
-        repeats = value.shape[self._axis] // len(per_sample)
+        repeats = value.shape[self._axis] // (len(per_sample) * self.rounds)
         shape = [-1 if d == self._axis else 1 for d in range(value.dim())]
-        return per_sample.repeat_interleave(repeats).reshape(shape)
+        return per_sample.repeat_interleave(repeats).repeat(self.rounds).reshape(shape)
 
     @property
     def _axis(self) -> int:
@@ -74,7 +83,7 @@ class Point:
     def _fold(self, sums: Tensor, count: int) -> Tensor:
         if self.constant:
             return sums.sum().expand(count)
-        return sums.reshape(count, -1).sum(1)
+        return sums.reshape(self.rounds, count, -1).sum((0, 2))
 
 
 def linear_points(graph: fx.GraphModule, example: Tensor) -> list[Point]:
@@ -86,14 +95,39 @@ def linear_points(graph: fx.GraphModule, example: Tensor) -> list[Point]:
     """
     nodes = [n for n in graph.graph.nodes if ops.kind(n) == "linear"]
     pairs = _shapes(graph, example, [n.name for n in nodes])
-    found = []
+    found: list[Point] = []
     for node in nodes:
         two, three = pairs[node.name]
         axes = [d for d, (a, b) in enumerate(zip(two, three, strict=True)) if a != b]
-        channels = len(two) - 1 if ops.base_name(node) == "linear" else len(two) - 3 if _unbatched(node, two) else 1
+        channels = len(two) - 1 if ops.base_name(node) == "linear" else 0 if _unbatched(node, two) else 1
         found.append(
             Point(node.name, str(node.meta["layer"]), axes[0] if axes else 0, channels, constant=len(axes) != 1)
         )
+    mixed = [p for p in found if not p.constant and pairs[p.node][0][p.samples] > 2]
+    rounds = _rounds(graph, example, mixed) if mixed else {}
+    return [replace(p, rounds=rounds.get(p.node, 1)) for p in found]
+
+
+def _rounds(graph: fx.GraphModule, example: Tensor, points: list[Point]) -> dict[str, int]:
+    """``Point.rounds`` by node name, from where values change with the second of two images."""
+    changed = example[:1].repeat(2, *[1] * (example.dim() - 1))
+    noise = torch.randn(changed[1].shape, generator=torch.Generator().manual_seed(0))
+    changed[1] += noise.to(changed) * changed[1].std().clamp_min(0.1)
+    values: dict[str, list[Tensor]] = {p.node: [] for p in points}
+    callbacks: dict[str, Callback] = {name: lambda n, v: values[n.name].append(v) for name in values}
+    for images in (example[:1].expand_as(changed).clone(), changed):
+        watch(graph, images, callbacks)
+    found = {}
+    for point in points:
+        before, after = values[point.node]
+        others = [d for d in range(before.dim()) if d != point.samples]
+        change = (after - before).float().abs().sum(others).cpu()
+        each = len(change) // 2
+        best = 0.0
+        for rounds in (r for r in range(1, each + 1) if each % r == 0):
+            first, second = change.reshape(rounds, 2, -1).sum((0, 2)).tolist()
+            if second - first > best * (1 + 1e-6):
+                best, found[point.node] = second - first, rounds
     return found
 
 

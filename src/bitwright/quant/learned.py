@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.quant import affine
-from bitwright.quant.quantizer import Grid, Quantizer
+from bitwright.quant.quantizer import Quantizer
 
 ZETA, GAMMA = 1.1, -0.1
 DECIDED = 1e-3
 """A rounding is decided when it is this near to up or down."""
+FIXED = 50.0
+"""A logit beyond which the rectified sigmoid is flat: such a rounding is up or down for good."""
 FLOOR = 2.0**-16
 """Of a multiplicative step (EPTQ)."""
 
@@ -59,6 +61,11 @@ def rounding_regularizer(h: Tensor, beta: float) -> Tensor:
 # ------------------------------------------------------------------------------------------------ weights
 
 
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    result: Tensor = function.apply(*args)  # type: ignore[no-untyped-call]
+    return result
+
+
 class _Round(torch.autograd.Function):
     """Rounds; the gradient passes through."""
 
@@ -84,7 +91,7 @@ class _ScaleGradient(torch.autograd.Function):
         return gradients[0] * ctx.factor, None
 
 
-Rounding = Literal["soft", "straight-through"]
+Rounding = Literal["soft", "straight-through", "free"]
 StepKind = Literal["multiplicative", "lsq"]
 
 
@@ -101,6 +108,9 @@ class LearnedWeight(nn.Module):
 
     The parameters are ``codes`` (logits for ``soft``, real codes otherwise) and ``step``, one per block.
     """
+
+    initial: Tensor
+    settled: Tensor
 
     def __init__(
         self,
@@ -121,6 +131,7 @@ class LearnedWeight(nn.Module):
             self.codes = nn.Parameter(inverse_rectified_sigmoid(real - self.base))
         else:
             self.codes = nn.Parameter(real.clone())
+        self.register_buffer("settled", torch.zeros(0, dtype=torch.bool))
         self.step = nn.Parameter(torch.ones_like(self.initial) if step == "multiplicative" else self.initial.clone())
 
     def forward(self, stored: Tensor | None = None) -> Tensor:
@@ -131,16 +142,18 @@ class LearnedWeight(nn.Module):
             real = self.base + rectified_sigmoid(self.codes)
         else:
             real = self.codes
+            if self.settled.numel():
+                real = torch.where(self.settled, self.codes.detach(), self.codes)
         if self.step_kind == "lsq":
             factor = (self.codes.numel() / self.step.numel() * qmax) ** -0.5
-            step = self._expand(_ScaleGradient.apply(self.step, factor))
+            step = self._expand(_apply(_ScaleGradient, self.step, factor))
             if self.rounding != "soft":
                 real = real * (self._expand(self.initial) / step)
             clamped = real.clamp(qmin, qmax)
         else:
             step = self._expand(self.initial * self.step.clamp_min(FLOOR))
             clamped = real.clamp(qmin, qmax)
-        return (clamped if self.rounding == "soft" else _Round.apply(clamped)) * step
+        return (_apply(_Round, clamped) if self.rounding == "straight-through" else clamped) * step
 
     def hard_codes(self) -> Tensor:
         """The integers, float32, in the shape of the weight."""
@@ -159,6 +172,26 @@ class LearnedWeight(nn.Module):
         step = self.step.detach()
         return (self.initial * step.clamp_min(FLOOR)) if self.step_kind == "multiplicative" else step.abs()
 
+    def settle(self, share: float) -> None:
+        """Fixes the given share of the codes for good, those nearest to an integer first."""
+        with torch.no_grad():
+            if self.rounding == "soft":
+                distance = 0.5 - (self.softness() - 0.5).abs()
+            else:
+                clamped = self.codes.clamp(self.grid.qmin, self.grid.qmax)
+                distance = (clamped - clamped.round()).abs()
+                if self.settled.numel():
+                    distance = torch.where(self.settled, -1.0, distance)
+            count = round(distance.numel() * share)
+            bound = torch.kthvalue(distance.flatten(), count).values if count else torch.tensor(-2.0)
+            chosen = distance <= bound
+            if self.rounding == "soft":
+                fixed = torch.where(self.codes >= 0, FIXED, -FIXED)
+            else:
+                self.settled = chosen
+                fixed = clamped.round()
+            self.codes.copy_(torch.where(chosen, fixed, self.codes))
+
     def hard(self) -> Tensor:
         """The weight with its integers."""
         return self.hard_codes() * self._expand(self.scale())
@@ -170,7 +203,7 @@ class LearnedWeight(nn.Module):
     def decided(self) -> int:
         """How many roundings are within 1e-3 of up or down; all, where they are straight-through."""
         if self.rounding != "soft":
-            return self.codes.numel()
+            return self.codes.numel() if self.rounding != "free" else int(self.settled.sum())
         with torch.no_grad():
             h = self.softness()
             return int(((h < DECIDED) | (h > 1 - DECIDED)).sum())
@@ -202,8 +235,12 @@ class _FakeQuantize(torch.autograd.Function):
         x, y, step = ctx.saved_tensors
         low, high, factor, mix = ctx.bounds
         gradient = gradients[0]
-        s = float(step)
-        inside = torch.ops.aten.hardtanh_backward(gradient, x, low * s, high * s)
+        if gradient.is_cuda or torch.compiler.is_compiling():  # no number may be waited for
+            s = step.detach()
+            inside = torch.where((x > low * s) & (x < high * s), gradient, 0)
+        else:
+            s = float(step.detach())
+            inside = torch.ops.aten.hardtanh_backward(gradient, x, low * s, high * s)
         slope = None
         if ctx.needs_input_grad[1]:
             slope = (_dot(gradient, y) - _dot(inside, x)) * (factor * (1 - mix) / s)
@@ -231,6 +268,8 @@ class LearnedActivation(nn.Module):
     the share of elements, drawn anew in every pass, that stay float.
     """
 
+    zero_point: Tensor
+
     def __init__(self, quantizer: Quantizer, *, learn: bool = True) -> None:
         super().__init__()
         self.name, self.grid = quantizer.name, quantizer.grid
@@ -245,7 +284,7 @@ class LearnedActivation(nn.Module):
         if self.mix >= 1.0 or self.drop >= 1.0:
             return x
         factor = (x.numel() * max(self._high, 1.0)) ** -0.5
-        y = _FakeQuantize.apply(x, self.step, self._low, self._high, factor, self.mix)
+        y = _apply(_FakeQuantize, x, self.step, self._low, self._high, factor, self.mix)
         if self.drop:
             return torch.where(torch.rand_like(x) < self.drop, x, y)
         return y
@@ -256,17 +295,16 @@ class LearnedActivation(nn.Module):
 
 
 class LearnedBias(nn.Module):
-    """A bias as a variable, in the place of its quantizer or of nothing."""
+    """A bias as a variable, in the place of its quantizer or of nothing.
+
+    ``size`` is what a relative learning rate is a share of: the spread of the output it is added to, once known.
+    """
 
     def __init__(self, bias: Tensor, *, learn: bool = True) -> None:
         super().__init__()
         self.bias = nn.Parameter(bias.detach().float().clone(), requires_grad=learn)
+        self.size = float(bias.detach().abs().mean())
 
     def forward(self, stored: Tensor | None = None) -> Tensor:
         """The bias, [C_out]."""
         return self.bias
-
-
-def grid_span(grid: Grid) -> int:
-    """Number of steps between the lowest and the highest code."""
-    return grid.qmax - grid.qmin

@@ -48,7 +48,8 @@ def compensate(
     steps = scale.float().expand_as(w)
     diagonal = h.diagonal(dim1=-2, dim2=-1)
     dead = diagonal <= 0
-    diagonal[dead] = 1.0
+    usual = diagonal.masked_fill(dead, 0.0).sum(-1, keepdim=True) / (~dead).sum(-1, keepdim=True).clamp_min(1)
+    diagonal.copy_(torch.where(dead, torch.where(usual > 0, usual, 1.0), diagonal))  # no share in mean and damping
     order = torch.argsort(diagonal, dim=-1, descending=True, stable=True) if ordered else _identity(diagonal)
     w, steps = _columns(w, order), _columns(steps, order)
     h = torch.gather(h, 1, order.unsqueeze(2).expand_as(h))

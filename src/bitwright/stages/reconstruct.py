@@ -41,8 +41,12 @@ CHECKPOINT_SHARE = 0.01
 GOOD_EVERY = 25
 """Steps between the states that a run whose loss stops being finite falls back to."""
 MEASURED_IMAGES = 256
+SCORED_AT_ONCE = 16
+"""Images in one backward pass for scores, which holds the gradients at all points."""
 WORTH_IT = 1.15
-"""How much faster another precision must be to be taken."""
+"""How much faster another precision, or a compiled network, must be to be taken."""
+OVERHEAD = 1.1
+"""A whole step over its forward and backward pass."""
 
 
 class Reconstruct(Stage):
@@ -78,8 +82,7 @@ class Reconstruct(Stage):
     weight_step: Learn | None = Learn(rate=1e-3)
     weight_step_kind: StepKind = "multiplicative"
     bias: Learn | None = Learn(rate=1e-3)
-    activation_step: Learn | None = Learn(rate=1e-3)
-    """Relative to each step."""
+    activation_step: Learn | None = Learn(rate=1e-3, relative=True)
     decide: Anneal | Harden | None = None
     """How soft roundings become up or down."""
     gradual: Gradual | None = None
@@ -121,13 +124,24 @@ class Reconstruct(Stage):
         samples = Views(images, self.views, run.seed)
         objective = self._objective(teacher, samples, points, run)
         targets = Targets(expose(teacher.graph, [p.node for p in points]), points, torch.float32)
+        first = samples.batch(range(min(8, len(images)))).to(run.device)
+        learner.measure_outputs(targets(torch.arange(len(first)), first))
         plan = self._plan(learner, targets, objective, samples, run)
         tuner = self._tuner(learner, targets, objective, samples, run, plan)
+        run.notes["reconstruct"] = {
+            "steps": plan.steps,
+            "precision": plan.precision,
+            "compiled": plan.compiled,
+            "step_seconds": plan.seconds,
+            "seed": run.seed,
+        }
         measure = _Measure(teacher, points, objective, images, run)
         before = measure.sqnr(student)
-        soft = self._optimise(tuner, plan, measure, run)
-        learner.absorb(student)
-        widen_for_biases(student)
+        soft = None
+        if plan.steps:
+            soft = self._optimise(tuner, plan, measure, run)
+            learner.absorb(student)
+            widen_for_biases(student)
         self._choose(student, measure, soft, run)
         _report(student, teacher, before, measure.sqnr(student), run)
         return student
@@ -171,7 +185,7 @@ class Reconstruct(Stage):
         count = len(samples)
         if self.weigh == "lfh" and self.score_images is not None:
             count = min(self.score_images, count)
-        size = min(run.batch, count)
+        size = min(SCORED_AT_ONCE, count)
 
         def compute() -> Scores:
             def batches() -> Any:
@@ -204,40 +218,43 @@ class Reconstruct(Stage):
         if kept is not None:
             return kept.plan
         steps = self.steps if run.steps is None else run.steps
-        precisions = ["float32", "bfloat16"] if run.precision == "auto" else [run.precision]
-        if (len(precisions) == 1 and run.minutes is None) or steps == 0:
-            return _Plan(steps, precisions[0], {})
+        ways = self._ways(run)
+        if (len(ways) == 1 and run.minutes is None) or steps == 0:
+            return _Plan(steps, *ways[0], {})
         run.progress("Measuring the speed of a step", 0, 0)
-        seconds = {}
-        for precision in precisions:
-            tuner = self._tuner(learner, targets, objective, samples, run, _Plan(1, precision, {}))
-            seconds[precision] = seconds_per_step(tuner)
-        fastest = min(seconds, key=lambda p: seconds[p] * (1 if p == "float32" else WORTH_IT))
+        seconds: dict[str, float] = {}
+        for way in ways:
+            tuner = self._tuner(learner, targets, objective, samples, run, _Plan(1, *way, {}))
+            seconds[_name(way)] = round(_seconds(tuner, compiled=way[1]), 4)
+        fastest = min(ways, key=lambda w: seconds[_name(w)] * (1 if w == ways[0] else WORTH_IT))
         if run.minutes is not None:
             left = run.minutes * 60 - (time.perf_counter() - run.started)
-            steps = max(1, int(left / (seconds[fastest] * 1.1)))
-        return _Plan(steps, fastest, {p: round(s, 4) for p, s in seconds.items()})
+            steps = max(1, int(left / (seconds[_name(fastest)] * OVERHEAD)))
+        return _Plan(steps, *fastest, seconds)
+
+    def _ways(self, run: Run) -> list[tuple[str, bool]]:
+        """(precision, compiled) to choose from. Compiling takes minutes on a CPU, and anew for every blend."""
+        precisions = ["float32", "bfloat16"] if run.precision == "auto" else [run.precision]
+        compiles = [False, True] if run.device.type == "cuda" and self.gradual is None else [False]
+        return [(p, c) for p in precisions for c in compiles]
 
     def _tuner(
         self, learner: Learner, targets: Targets, objective: Objective, samples: Views, run: Run, plan: _Plan
     ) -> Tuner:
         targets.precision = getattr(torch, plan.precision)
-        return Tuner(learner, targets, objective, samples, self, max(plan.steps, 1), run.device, run.seed)
+        tuner = Tuner(learner, targets, objective, samples, self, max(plan.steps, 1), run.device, run.seed)
+        if plan.compiled:
+            tuner.compile()
+        return tuner
 
     # ------------------------------------------------------------------------------------- optimisation
 
-    def _optimise(self, tuner: Tuner, plan: _Plan, measure: _Measure, run: Run) -> float | None:
-        """Takes the steps; the soft loss at their end, None if there were none."""
+    def _optimise(self, tuner: Tuner, plan: _Plan, measure: _Measure, run: Run) -> float:
+        """Takes the steps; the soft loss at their end."""
         checkpoint = _Checkpoint(run, plan)
         checkpoint.load(tuner)
         kept = self._keep_targets(tuner) if tuner.step < plan.steps else False
-        notes = {
-            "steps": plan.steps,
-            "precision": plan.precision,
-            "seconds_per_step": plan.seconds,
-            "batch": tuner.batch,
-        }
-        run.notes["reconstruct"] = notes | {"teacher": "kept" if kept else "live", "seed": run.seed}
+        run.notes["reconstruct"] |= {"batch": tuner.batch, "teacher": "kept" if kept else "live"}
         good, recent, started, first = tuner.state_copy(), 0.0, time.perf_counter(), tuner.step
         try:
             while tuner.step < plan.steps:
@@ -254,12 +271,10 @@ class Reconstruct(Stage):
             run.notes["reconstruct"]["stopped"] = {"layer": error.layer, "step": error.step}
             _warn(f"{error} The optimisation ends there, with its last good state.")
         if tuner.step > first:
-            run.notes["reconstruct"]["measured_seconds_per_step"] = round(
+            run.notes["reconstruct"]["seconds_per_step"] = round(
                 (time.perf_counter() - started) / (tuner.step - first), 4
             )
-        if plan.steps == 0:
-            return None
-        tuner.learner.set_mix(0.0)
+        tuner.finish()
         return measure.soft(tuner.learner)
 
     def _shows_decided(self, tuner: Tuner) -> bool:
@@ -301,8 +316,23 @@ class Reconstruct(Stage):
 class _Plan:
     steps: int
     precision: str
+    compiled: bool
     seconds: dict[str, float]
-    """Measured, for one step in each precision."""
+    """Measured, for one step each way."""
+
+
+def _name(way: tuple[str, bool]) -> str:
+    return f"{way[0]}, compiled" if way[1] else way[0]
+
+
+def _seconds(tuner: Tuner, *, compiled: bool) -> float:
+    """Of a step; infinite where the compiler gives up."""
+    try:
+        return seconds_per_step(tuner)
+    except RuntimeError:
+        if not compiled:
+            raise
+        return float("inf")
 
 
 class _Measure:
@@ -373,8 +403,11 @@ class _Checkpoint:
         return _Checkpoint(run, _Plan(**json.loads(header["plan"])))
 
     def load(self, tuner: Tuner) -> None:
-        """Puts the tuner where the unfinished run was."""
-        if self.path is None or not self.path.is_file() or _Checkpoint.read(self.run) is None:
+        """Puts the tuner where the unfinished run was; keeps the plan, if this is the first run."""
+        if self.path is None:
+            return
+        if _Checkpoint.read(self.run) is None:
+            self.write(tuner, self.path)
             return
         with safe_open(self.path, framework="pt") as file:
             step = int(file.metadata()["step"])

@@ -39,10 +39,12 @@ class Learn(Settings):
     rate: float = Field(gt=0)
     schedule: Schedule = "cosine"
     stretch: float = 0.0
+    relative: bool = False
+    """The rate is a share: of each step that is learned, and for a bias of the spread of its layer's output."""
 
     def rate_at(self, progress: float, steps: int, full_steps: int) -> float:
         """The learning rate at a point of a run."""
-        return self.rate * (full_steps / max(steps, 1)) ** self.stretch * decay(self.schedule, progress)
+        return self.rate * float((full_steps / max(steps, 1)) ** self.stretch) * decay(self.schedule, progress)
 
 
 class Anneal(Settings):
@@ -75,7 +77,7 @@ class Anneal(Settings):
         """The regularizer's weight."""
         if self.quiet and progress < self.warmup:
             return 0.0
-        return self.weight * (full_steps / max(steps, 1)) ** self.stretch
+        return self.weight * float((full_steps / max(steps, 1)) ** self.stretch)
 
 
 class Harden(Settings):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -13,15 +13,12 @@ from torch import Tensor, fx
 from bitwright.errors import BitwrightError
 from bitwright.graph.points import Point
 from bitwright.losses import weighted_distance
-from bitwright.quant.learned import LearnedWeight, rounding_regularizer
+from bitwright.quant.learned import rounding_regularizer
 from bitwright.stages.learner import Learner
 from bitwright.stages.schedules import Anneal, Harden, Learn
 
 if TYPE_CHECKING:
     from bitwright.stages.reconstruct import Reconstruct
-
-FIXED = 50.0
-"""A logit beyond which the rectified sigmoid is flat: such a rounding is up or down for good."""
 
 
 class Samples(Protocol):
@@ -62,7 +59,7 @@ class Targets:
         parts: list[list[Tensor]] = []
         for start in range(0, len(samples), batch):
             images = samples.batch(range(start, min(start + batch, len(samples)))).to(device)
-            values = self._compute(images)
+            values = map(_in_memory_order, self._compute(images))
             parts.append([v.reshape(len(images), -1, *v.shape[1:]) for v in values])
         self.kept = [torch.cat(column) for column in zip(*parts, strict=True)]
 
@@ -84,10 +81,14 @@ class Targets:
             return list(self.graph(images)[1])
 
 
+def _in_memory_order(value: Tensor) -> Tensor:
+    """[B, H, W, C] for an image, which convolutions leave with channels last."""
+    return value.permute(0, 2, 3, 1) if value.dim() == 4 else value
+
+
 def _rows(kept: Tensor, chosen: Tensor) -> Tensor:
-    """Rows of a kept value in the memory order that the network's own values have."""
     rows = kept[chosen].flatten(0, 1)
-    return rows.contiguous(memory_format=torch.channels_last) if rows.dim() == 4 else rows
+    return rows.permute(0, 3, 1, 2) if rows.dim() == 4 else rows
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
@@ -137,6 +138,7 @@ class Tuner:
         self.samples, self.settings, self.steps, self.device, self.seed = samples, settings, steps, device, seed
         self.step = 0
         self.fixed = 0.0
+        self.network: Callable[[Tensor], tuple[list[Tensor], list[Tensor]]] = learner
         self.of_point = learner.of_point()
         self.parts = _parts(learner, settings)
 
@@ -177,7 +179,7 @@ class Tuner:
         self.learner.set_mix(*self.settings.mix(progress))
         teacher = self.targets(indices, images)
         with autocast(self.device, self.targets.precision):
-            _, student = self.learner(images)
+            _, student = self.network(images)
         terms = [
             weighted_distance(a, b, weights[:, i], point, over=self.objective.over)
             for i, (point, a, b) in enumerate(zip(self.learner.points, student, teacher, strict=True))
@@ -186,8 +188,8 @@ class Tuner:
         if not bool(torch.isfinite(distance)):
             broken = next(i for i, t in enumerate(terms) if not bool(torch.isfinite(t)))
             raise NotFiniteError(self.learner.points[broken].layer, self.step)
-        (distance + self._regularizer(mean, progress)).backward()
-        return float(distance)
+        torch.autograd.backward(distance + self._regularizer(mean, progress))
+        return float(distance.detach())
 
     def _regularizer(self, mean: Tensor, progress: float) -> Tensor | float:
         decide = self.settings.decide
@@ -207,19 +209,29 @@ class Tuner:
 
     def _harden(self, progress: float) -> None:
         decide = self.settings.decide
-        if self.settings.rounding != "soft" or not isinstance(decide, Harden):
+        if not isinstance(decide, Harden):
             return
         share = decide.share(progress)
         if share > self.fixed:
             for weight in self.learner.weights.values():
-                fix_most_decided(weight, share)
+                weight.settle(share)
             self.fixed = share
+
+    def finish(self) -> None:
+        """Settles what a schedule has left open, and puts every activation on its grid."""
+        self._harden(1.0)
+        self.learner.set_mix(0.0)
+
+    def compile(self) -> None:
+        """Runs the student through ``torch.compile``."""
+        self.network = torch.compile(self.learner, dynamic=False)
 
     # ------------------------------------------------------------------------------------------- state
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next steps depend on."""
         found = {f"variables/{n}": p.detach() for n, p in self.learner.named_parameters()}
+        found |= {f"settled/{n}": w.settled for n, w in self.learner.weights.items() if w.settled.numel()}
         for i, part in enumerate(self.parts):
             for j, p in enumerate(part.parameters):
                 for key, value in part.optimizer.state.get(p, {}).items():
@@ -235,6 +247,9 @@ class Tuner:
         with torch.no_grad():
             for name, p in self.learner.named_parameters():
                 p.copy_(state[f"variables/{name}"])
+            for name, weight in self.learner.weights.items():
+                if f"settled/{name}" in state:
+                    weight.settled = state[f"settled/{name}"].to(p.device).to(memory_format=_format(weight.codes))
         for i, part in enumerate(self.parts):
             for j, p in enumerate(part.parameters):
                 prefix = f"optimizer/{i}/{j}/"
@@ -251,16 +266,6 @@ class Tuner:
 def _format(p: Tensor) -> torch.memory_format:
     last = p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format
-
-
-def fix_most_decided(weight: LearnedWeight, share: float) -> None:
-    """Puts the given share of a weight's soft roundings up or down for good, those nearest to it first."""
-    with torch.no_grad():
-        distance = (weight.softness() - 0.5).abs()
-        soft = round(distance.numel() * (1 - share))
-        bound = torch.kthvalue(distance.flatten(), soft).values if soft else torch.tensor(-1.0)
-        fixed = distance > bound
-        weight.codes.copy_(torch.where(fixed, torch.where(weight.codes >= 0, FIXED, -FIXED), weight.codes))
 
 
 @dataclass
@@ -280,21 +285,23 @@ class _Part:
 
 def _parts(learner: Learner, settings: Reconstruct) -> list[_Part]:
     weights = list(learner.weights.values())
+    activations = learner.activations.values()
     found = [
-        _part([w.codes for w in weights], settings.codes),
-        _part([w.step for w in weights], settings.weight_step, relative=settings.weight_step_kind == "lsq"),
-        _part([b.bias for b in learner.biases.values()], settings.bias),
-        _part([a.step for a in learner.activations.values()], settings.activation_step, relative=True),
+        _part([(w.codes, 1.0) for w in weights], settings.codes),
+        _part([(w.step, float(w.step.detach().mean())) for w in weights], settings.weight_step),
+        _part([(b.bias, b.size) for b in learner.biases.values()], settings.bias),
+        _part([(a.step, float(a.step.detach())) for a in activations], settings.activation_step),
     ]
     return [p for p in found if p is not None]
 
 
-def _part(parameters: Iterable[torch.nn.Parameter], learn: Learn | None, *, relative: bool = False) -> _Part | None:
-    chosen = [p for p in parameters if p.requires_grad]
+def _part(sized: Iterable[tuple[torch.nn.Parameter, float]], learn: Learn | None) -> _Part | None:
+    chosen = [(p, size) for p, size in sized if p.requires_grad]
     if learn is None or not chosen:
         return None
-    groups = [{"params": [p]} for p in chosen] if relative else [{"params": chosen}]
-    sizes = [float(p.detach().abs().mean()) for p in chosen] if relative else [1.0]
+    parameters = [p for p, _ in chosen]
+    groups = [{"params": [p]} for p in parameters] if learn.relative else [{"params": parameters}]
+    sizes = [size for _, size in chosen] if learn.relative else [1.0]
     optimizer: torch.optim.Optimizer
     if learn.optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, lr=learn.rate, momentum=0.9, foreach=True)
@@ -302,7 +309,7 @@ def _part(parameters: Iterable[torch.nn.Parameter], learn: Learn | None, *, rela
         optimizer = torch.optim.Adam(groups, lr=learn.rate, foreach=True)
     else:
         optimizer = torch.optim.RAdam(groups, lr=learn.rate, foreach=True)
-    return _Part(optimizer, learn, chosen, sizes)
+    return _Part(optimizer, learn, parameters, sizes)
 
 
 # ----------------------------------------------------------------------------------------- measurements

@@ -1,0 +1,290 @@
+"""What a study is: cells to measure, how to sum them up, how to draw them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bitwright.errors import UsageError
+from bitwright.quant.scheme import parse_activation_bits, parse_weight_bits
+from bitwright.stages.base import Progress
+
+if TYPE_CHECKING:
+    from bitwright.models import Model
+    from bitwright.studies.subject import Subject
+
+Row = dict[str, Any]
+"""One measurement as plain data: what was measured (the keys of its cell), then the figures."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all cells of a study share. None, or nothing, in a study's defaults: the setting has no meaning there.
+
+    Attributes:
+        steps: of the optimisation; the most, where steps are what is studied.
+        weights: bits, one panel each.
+        activations: bits, None for float.
+        seeds: of everything random; spreads are over these.
+        samples: images to calibrate on; the most, where their number is studied.
+    """
+
+    steps: int | None = None
+    weights: tuple[int, ...] = ()
+    activations: int | None = None
+    seeds: tuple[int, ...] = (0,)
+    samples: int = 256
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement to be made: ``key`` tells it from the others, ``measure(progress)`` makes it."""
+
+    key: Row
+    measure: Callable[[Progress], Row]
+
+
+@dataclass(frozen=True)
+class Study:
+    """An analysis of a paper, for any network.
+
+    Attributes:
+        name: on the command line, and of the files.
+        summary: what it compares, in one line.
+        paper: where the analysis is from.
+        reproduces: the figure or table.
+        reading: how to read the plot, in a line or two.
+        defaults: sizes at which it takes a few minutes on the embedded networks.
+        cells: what to measure on one network.
+        summarise: rows to fewer rows, with spreads (:func:`group`).
+        figure: the plotly figure of a result.
+        networks: those to run on where the user names none; the embedded ones if not given.
+    """
+
+    name: str
+    summary: str
+    paper: str
+    reproduces: str
+    reading: str
+    defaults: Settings
+    cells: Callable[[Subject, Settings], Iterable[Cell]]
+    summarise: Callable[[list[Row]], list[Row]]
+    figure: Callable[[Result], Any]
+    networks: Callable[[Progress], list[Model]] | None = None
+
+    def settle(
+        self,
+        *,
+        steps: int | None = None,
+        weights: int | str | Sequence[int] | None = None,
+        activations: int | str | None = None,
+        seeds: Sequence[int] | None = None,
+        samples: int | None = None,
+    ) -> Settings:
+        """The defaults with what was asked for.
+
+        Raises:
+            UsageError: a setting is out of range, or means nothing to this study.
+        """
+        found = self.defaults
+        if steps is not None:
+            self._must_have("--steps", found.steps is not None)
+            found = replace(found, steps=_at_least(1, steps, "step"))
+        if weights is not None:
+            self._must_have("--weights", bool(found.weights))
+            found = replace(found, weights=_weight_bits(weights))
+        if activations is not None:
+            self._must_have("--activations", bool(found.weights))
+            found = replace(found, activations=parse_activation_bits(activations))
+        if seeds is not None:
+            found = replace(found, seeds=tuple(dict.fromkeys(int(s) for s in seeds)))
+        if samples is not None:
+            found = replace(found, samples=_at_least(1, samples, "sample"))
+        if not found.seeds:
+            raise UsageError("Expected at least one seed, found none.")
+        return found
+
+    def _must_have(self, option: str, known: bool) -> None:
+        if not known:
+            raise UsageError(f"Study '{self.name}' has no use for {option}. Leave it out.")
+
+
+def _at_least(least: int, value: int, what: str) -> int:
+    if value < least:
+        raise UsageError(f"Expected at least {least} {what}, found {value}.")
+    return value
+
+
+def _weight_bits(given: int | str | Sequence[int]) -> tuple[int, ...]:
+    """One number of bits or several, as ``"3,4"`` or ``(3, 4)``.
+
+    Example:
+        >>> _weight_bits("3, 4"), _weight_bits(8)
+        ((3, 4), (8,))
+    """
+    parts: Sequence[int | str] = (
+        given.split(",") if isinstance(given, str) else [given] if isinstance(given, int) else given
+    )
+    bits = [parse_weight_bits(p.strip() if isinstance(p, str) else p) for p in parts]
+    found = tuple(dict.fromkeys(b for b in bits if b is not None))
+    if len(found) == 0 or None in bits:
+        raise UsageError("Expected 2 to 8 bits for weights in a study, found 'float'.")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------ results
+
+
+@dataclass
+class Result:
+    """A study that was run.
+
+    Attributes:
+        study: which.
+        facts: what NAME.json holds besides the rows: versions, settings, networks, images, seconds, warnings.
+        rows: everything that was measured.
+    """
+
+    study: Study
+    facts: dict[str, Any]
+    rows: list[Row]
+
+    @property
+    def summary(self) -> list[Row]:
+        """The rows with seeds taken together."""
+        return self.study.summarise(self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What NAME.json holds."""
+        about = {k: getattr(self.study, k) for k in ("name", "summary", "paper", "reproduces", "reading")}
+        return {"study": about, **self.facts, "summary": self.summary, "rows": self.rows}
+
+    def figure(self) -> Any:
+        """A ``plotly.graph_objects.Figure``."""
+        return self.study.figure(self)
+
+    def save(self, folder: str | Path) -> tuple[Path, Path]:
+        """Writes NAME.json and NAME.html under other names and moves them: each is whole, or what it was before.
+
+        Returns:
+            The two paths.
+        """
+        from bitwright.studies.figures import page
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        texts = {".json": json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", ".html": page(self)}
+        paths = [folder / f"{self.study.name}{suffix}" for suffix in texts]
+        for path, text in zip(paths, texts.values(), strict=True):
+            write_whole(path, text)
+        return paths[0], paths[1]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes under another name first, so that a kill leaves the old file or the new one."""
+    fresh = path.with_name(f".{path.name}.new")
+    try:
+        fresh.write_text(text, encoding="utf-8")
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+class Kept:
+    """Rows by their keys, written to a file after each so that an interrupted study need not measure them again.
+
+    Args:
+        path: of the file; None keeps nothing on disk.
+        identity: what the rows depend on.
+        resume: take over what the file holds.
+
+    Raises:
+        UsageError: the file to resume from belongs to a study with other settings, networks or images.
+    """
+
+    def __init__(self, path: Path | None, identity: str, *, resume: bool = False) -> None:
+        self.path, self.identity = path, identity
+        self._rows: dict[str, Row] = {}
+        if resume and path is not None and path.is_file():
+            self._rows = _read(path, identity)
+
+    def get(self, key: Row) -> Row | None:
+        """The row of this key, if it was measured."""
+        return self._rows.get(_text(key))
+
+    def add(self, key: Row, row: Row) -> None:
+        """Keeps a row."""
+        self._rows[_text(key)] = row
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            rows = [{"key": json.loads(k), "row": r} for k, r in self._rows.items()]
+            write_whole(self.path, json.dumps({"identity": self.identity, "rows": rows}, allow_nan=False))
+
+
+def _read(path: Path, identity: str) -> dict[str, Row]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        same, rows = found["identity"] == identity, {_text(r["key"]): r["row"] for r in found["rows"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} holds no rows of a study. Delete it, or use --force.") from error
+    if not same:
+        raise UsageError(f"The unfinished study in {path} had other settings. Repeat its command, or use --force.")
+    return rows
+
+
+def _text(key: Row) -> str:
+    return json.dumps(key, sort_keys=True)
+
+
+def plain(value: Any) -> Any:
+    """The same as data that JSON can hold: numbers that are not finite become None.
+
+    Example:
+        >>> plain({"kl": float("nan"), "ci": (0.5, 1)})
+        {'kl': None, 'ci': [0.5, 1]}
+    """
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def group(rows: Iterable[Row], by: Sequence[str], values: Sequence[str]) -> list[Row]:
+    """Rows that are equal in ``by`` as one, with mean and standard deviation of each value.
+
+    A value that no row has is left out; the deviation of a single one is None.
+
+    Example:
+        >>> group([{"n": "a", "kl": 1.0}, {"n": "a", "kl": 3.0}], ["n"], ["kl", "top1"])
+        [{'n': 'a', 'kl': {'mean': 2.0, 'sd': 1.4142135623730951, 'count': 2}}]
+    """
+    found: dict[str, tuple[Row, list[Row]]] = {}
+    for row in rows:
+        key = {k: row[k] for k in by if k in row}
+        found.setdefault(_text(key), (key, []))[1].append(row)
+    return [key | {v: s for v in values if (s := _spread(members, v))} for key, members in found.values()]
+
+
+def _spread(rows: list[Row], value: str) -> Row | None:
+    numbers = [r[value] for r in rows if r.get(value) is not None]
+    if not numbers:
+        return None
+    deviation = statistics.stdev(numbers) if len(numbers) > 1 else None
+    return {"mean": statistics.fmean(numbers), "sd": deviation, "count": len(numbers)}
+
+
+def settings_facts(study: Study, settings: Settings) -> dict[str, Any]:
+    """The settings that mean something to the study, as plain data."""
+    found = asdict(settings)
+    if settings.steps is None:
+        del found["steps"]
+    if not settings.weights:
+        del found["weights"], found["activations"]
+    return {"study": study.name, **plain(found)}

@@ -1,0 +1,45 @@
+"""Whether activations should meet their grids at once, or little by little while the weights are optimised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from bitwright.stages.schedules import Gradual
+from bitwright.studies import figures
+from bitwright.studies.base import Cell, Result, Settings, Study
+from bitwright.studies.subject import Subject, eptq
+from bitwright.studies.variants import cells_of, summarise
+
+SCHEDULES: dict[str, Gradual | None] = {
+    "on": None,
+    "linear": Gradual(how="linear"),
+    "cosine": Gradual(how="cosine"),
+    "drop": Gradual(how="drop"),
+}
+
+
+def cells(subject: Subject, settings: Settings) -> Iterator[Cell]:
+    """Recipe ``eptq`` with nothing but the schedule of the activations exchanged."""
+    _, stage = eptq()
+    stages = {n: stage.model_copy(update={"gradual": g, "steps": settings.steps}) for n, g in SCHEDULES.items()}
+    return cells_of(subject, settings, [({"variant": n}, s) for n, s in stages.items()])
+
+
+def figure(result: Result) -> Any:
+    """KL and agreement (or accuracy) of each schedule."""
+    return figures.comparison(result, "variant", ["kl", figures.accuracy(result)], "activations while weights learn")
+
+
+STUDY = Study(
+    name="gradual",
+    summary="Activations on their grids from the first step, or blended in (linear, cosine), or element by element.",
+    paper="arXiv:2309.11531v2",
+    reproduces="The ablation of gradual activation quantization, at 4-bit activations.",
+    reading="Lower KL is better. 'on': quantized from the first step; 'linear', 'cosine': the float share falls to 0 "
+    "along the run; 'drop': so does the share of elements that stay float. Dashed: before the optimisation.",
+    defaults=Settings(steps=100, weights=(4,), activations=4, seeds=(0, 1), samples=256),
+    cells=cells,
+    summarise=summarise,
+    figure=figure,
+)

@@ -1,0 +1,148 @@
+"""A network under study, and what the studies do with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitwright.api import prepare_teacher
+from bitwright.capture import Captured
+from bitwright.data import Images
+from bitwright.errors import UsageError
+from bitwright.evaluate import compare
+from bitwright.models import Model
+from bitwright.pipeline import fingerprint
+from bitwright.quant.scheme import Scheme
+from bitwright.quantized import QuantizedModel, Snapshot, insert_quantizers
+from bitwright.recipes import recipe
+from bitwright.stages.base import Progress, Run, Stage, silent
+from bitwright.stages.reconstruct import Reconstruct
+from bitwright.studies.base import Row
+
+BATCH = 50
+COMPARED = 256
+"""Calibration images on which the two networks are compared."""
+
+
+def split(images: Images) -> tuple[Images, Images]:
+    """Three of four images to calibrate on, every fourth to measure on, so that sorted images do not matter.
+
+    Raises:
+        UsageError: there are fewer than two.
+
+    Example:
+        >>> from bitwright.data import load_images
+        >>> [s.names for s in split(load_images(torch.zeros(6, 3, 4, 4), None))]
+        [['0', '1', '2', '4', '5'], ['3']]
+    """
+    if len(images) < 2:
+        raise UsageError(
+            f"Expected at least 2 images to split between calibration and measurement, found {len(images)}. "
+            "Give more, or others to measure on with --evaluate."
+        )
+    last = min(3, len(images) - 1)
+    held_out = [i for i in range(len(images)) if i % 4 == last]
+    rest = [i for i in range(len(images)) if i % 4 != last]
+    return images._take(rest), images._take(held_out)
+
+
+class Subject:
+    """A network under study, captured once.
+
+    Attributes:
+        name: of the network.
+        teacher: the float network; never changed.
+        pool: images to calibrate on, without labels; a study takes as many as it needs.
+        held_out: images to measure on, with labels if there are any.
+    """
+
+    def __init__(
+        self, network: Model, pool: Images, held_out: Images, device: torch.device, output: str | None = None
+    ) -> None:
+        self.name, self.device = network.name, device
+        self.pool, self.held_out = pool.unlabelled(), held_out
+        self.teacher: Captured = prepare_teacher(network, pool, output)
+        self.teacher.graph.to(device)
+        self._begun: tuple[Any, QuantizedModel, Snapshot] | None = None
+
+    def facts(self) -> Row:
+        """What NAME.json says of it."""
+        return {
+            "name": self.name,
+            "sha256": fingerprint(self.teacher.graph),
+            "calibration": {"available": len(self.pool), "sha256": self.pool.sha256},
+            "held_out": {
+                "count": len(self.held_out),
+                "sha256": self.held_out.sha256,
+                "labelled": self.held_out.labels is not None,
+            },
+        }
+
+    def calibration(self, samples: int, seed: int = 0) -> Images:
+        """That many images out of the pool, evenly spread; all where there are not more."""
+        return self.pool.sample(min(samples, len(self.pool)), seed=seed)
+
+    def begin(
+        self, scheme: Scheme, stages: tuple[Stage, ...], images: Images, seed: int, progress: Progress = silent
+    ) -> QuantizedModel:
+        """The student after the stages, which run once for as long as the same is asked for."""
+        key = (scheme, stages, images.sha256, seed)
+        if self._begun is None or self._begun[0] != key:
+            student = insert_quantizers(self.teacher, scheme)
+            student.to(self.device)
+            run = Run(seed=seed, device=self.device, progress=progress)
+            for stage in stages:
+                torch.manual_seed(seed)
+                student = stage.run(student, self.teacher, images, run)
+            self._begun = (key, student, student.snapshot())
+        _, student, snapshot = self._begun
+        student.restore(snapshot)
+        return student
+
+    def optimise(
+        self, student: QuantizedModel, stage: Reconstruct, images: Images, seed: int, progress: Progress = silent
+    ) -> tuple[QuantizedModel, Row]:
+        """Runs the stage to its end in float32, whether or not the result is better than the start.
+
+        Returns:
+            The student, its loss on the calibration images with the stage's own weights, and that of the start.
+        """
+        run = Run(seed=seed, device=self.device, progress=progress, precision="float32")
+        run.history.append(("start", student.snapshot()))
+        torch.manual_seed(seed)
+        student = stage.model_copy(update={"never_worse": False}).run(student, self.teacher, images, run)
+        losses = run.notes.get("reconstruct", {}).get("loss", {}).get("by_stage", {})
+        return student, {"loss": losses.get("reconstruct"), "loss_before": losses.get("start")}
+
+    def measure(self, student: QuantizedModel, calibration: Images, progress: Progress = silent) -> Row:
+        """Fidelity, and accuracy where there are labels, on held-out images; KL on calibration images beside it."""
+        found = self._compare(student, self.held_out, progress)
+        own = self._compare(student, calibration[:COMPARED], progress)
+        ours = found["quantized"]
+        accuracy = {k: ours[k] for k in ("top1", "top1_ci") if k in ours}
+        return {**found["fidelity"], **accuracy, "calibration_kl": own["fidelity"]["kl"]}
+
+    def float_accuracy(self, progress: Progress = silent) -> Row:
+        """Of the float network on the held-out images; empty without labels."""
+        if self.held_out.labels is None:
+            return {}
+        found: Row = compare(self._teacher, None, self.held_out, batch=BATCH, progress=progress)["quantized"]
+        return found
+
+    def _compare(self, student: QuantizedModel, images: Images, progress: Progress) -> dict[str, Any]:
+        def network(x: Tensor) -> list[Tensor]:
+            return [o.cpu() for o in student.flat(x.to(self.device))]
+
+        return compare(network, self._teacher, images, batch=BATCH, progress=progress)
+
+    def _teacher(self, x: Tensor) -> list[Tensor]:
+        return [o.cpu() for o in self.teacher.graph(x.to(self.device))]
+
+
+def eptq() -> tuple[tuple[Stage, ...], Reconstruct]:
+    """The stages of recipe ``eptq``: those before the optimisation, and the optimisation."""
+    *start, stage = recipe("eptq").stages
+    assert isinstance(stage, Reconstruct)
+    return tuple(start), stage

@@ -1,0 +1,39 @@
+"""What the weights of layers and samples are worth: none, one a layer (EPTQ v1), one a sample and layer (EPTQ v2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from bitwright.studies import figures
+from bitwright.studies.base import Cell, Result, Settings, Study
+from bitwright.studies.subject import Subject, eptq
+from bitwright.studies.variants import cells_of, summarise
+
+WEIGHTS = ("ones", "lfh", "sla")
+
+
+def cells(subject: Subject, settings: Settings) -> Iterator[Cell]:
+    """Recipe ``eptq`` with nothing but the weights exchanged."""
+    _, stage = eptq()
+    stages = {w: stage.model_copy(update={"weigh": w, "steps": settings.steps}) for w in WEIGHTS}
+    return cells_of(subject, settings, [({"variant": w}, s) for w, s in stages.items()])
+
+
+def figure(result: Result) -> Any:
+    """KL and agreement (or accuracy) of each weighting."""
+    return figures.comparison(result, "variant", ["kl", figures.accuracy(result)], "weights of the distances")
+
+
+STUDY = Study(
+    name="weighting",
+    summary="Distances of all layers weighted equally, by layer (LFH), or by sample and layer (SLA).",
+    paper="arXiv:2309.11531v2",
+    reproduces="The ablation of the loss: plain averaging against Hessian-guided weights, at 3 bits.",
+    reading="Lower KL is better; small dots are seeds, bars one standard deviation of them, the dashed line is the "
+    "network before it was optimised. The calibration loss in the table is each weighting's own: compare KL instead.",
+    defaults=Settings(steps=100, weights=(3,), activations=8, seeds=(0, 1, 2), samples=256),
+    cells=cells,
+    summarise=summarise,
+    figure=figure,
+)
