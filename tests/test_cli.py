@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,10 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "labels too large": ((*NET, "photos", "--evaluate", "photos", "--labels", "large.csv"), "labels below 3"),
     "labels missing": ((*NET, "photos", "--evaluate", "photos", "--labels", "no.csv"), "cannot read no.csv"),
     "labels of nothing": ((*NET, "photos", "--labels", "few.csv"), "--evaluate"),
+    "steps and minutes": ((*NET, "photos", "--steps", "5", "--minutes", "1"), "found both"),
+    "negative steps": ((*NET, "photos", "--steps", "-1"), "at least 0 steps, found -1"),
+    "no minutes": ((*NET, "photos", "--minutes", "0"), "positive number of minutes"),
+    "unknown precision": ((*NET, "photos", "--precision", "half"), "auto, float32 or bfloat16, found 'half'"),
     "no samples": ((*NET, "photos", "--samples", "0"), "at least one sample, found 0"),
     "samples in words": ((*NET, "photos", "--samples", "many"), "'--samples'"),
     "weights of NaN": (("quantize", "models.py:nan_weights", "photos"), "stem.weight has NaN"),
@@ -393,6 +398,61 @@ def test_interrupt_before_the_first_stage_leaves_nothing(here: Path, monkeypatch
     monkeypatch.setattr("bitwright.stages.calibrate.Calibrate.run", _interrupt)
     assert main([*NET, "photos", "--out", "deep/new"]) == 130
     assert _files(here) == before
+
+
+def _content_after(command: list[str], folder: str) -> Any:
+    assert main(command) == 0
+    return _content(folder)
+
+
+def test_killed_while_optimising_goes_on_to_the_same_bits(here: Path) -> None:
+    given = [*NET, "photos", "--weights", "3", "--recipe", "eptq", "--steps", "400", "--precision", "float32"]
+    program = (
+        "import sys, torch; torch.set_num_threads(1); from bitwright.stages import reconstruct as r\n"
+        "r.CHECKPOINT_SECONDS, r.CHECKPOINT_SHARE = 0.0, 1e9\n"
+        "from bitwright.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    kept = Path("killed/state/reconstruct.safetensors")
+    torch.set_num_threads(1)
+    with subprocess.Popen([sys.executable, "-c", program, *given, "--out", "killed"], stderr=subprocess.DEVNULL) as job:
+        while job.poll() is None:
+            time.sleep(0.01)
+            if kept.is_file():
+                with contextlib.suppress(Exception), safe_open(kept, framework="pt") as file:
+                    if int(file.metadata()["step"]) > 50:
+                        break
+        assert job.poll() is None, "it ended before it could be killed"
+        job.kill()
+    assert not Path("killed/result.json").exists()
+    assert main([*given, "--out", "killed"]) == 2
+    resumed = _content_after([*given, "--out", "killed", "--resume"], "killed")
+    whole = _content_after([*given, "--out", "whole"], "whole")
+    assert resumed == whole
+
+
+def test_an_optimised_run_tells_what_it_did(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [*NET, "photos", "--weights", "3", "--recipe", "eptq", "--steps", "30", "--out", "tuned"]
+    assert main([*given, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    tuned = result["reconstruct"]
+    assert tuned["steps"] == 30
+    assert tuned["precision"] in {"float32", "bfloat16"}
+    assert tuned["loss"]["hard"] == min(tuned["loss"]["by_stage"].values())
+    assert set(tuned["loss"]["by_stage"]) == {"calibrate", "optq", "reconstruct"}
+    assert 0 <= tuned["left_nearest"] <= 1
+    assert all(set(v) == {"before", "after"} for v in tuned["sqnr_db"].values())
+    assert set(result["seconds"]) >= {"capture", "calibrate", "optq", "scores", "reconstruct"}
+    assert main([*given, "--force"]) == 0
+    assert "30 steps, loss" in capsys.readouterr().out
+
+
+@pytest.mark.real_default
+def test_the_default_recipe_optimises(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", "--json"]) == 0
+    assert [r["name"] for r in json.loads(capsys.readouterr().out)["recipes"] if r["default"]] == ["eptq"]
+    assert main([*NET, "photos", "--steps", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["recipe"]["name"] == "eptq"
+    assert any(p.name.endswith("-eptq-w8a8") for p in Path("runs").iterdir())
 
 
 def test_control_c_in_a_process(here: Path) -> None:

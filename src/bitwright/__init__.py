@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from bitwright.quantized import QuantizedModel
     from bitwright.recipes import Recipe
     from bitwright.run_folder import load
+    from bitwright.studies import study
 
 _HOMES = {
     "api": ["quantize"],
@@ -35,11 +36,13 @@ _HOMES = {
     "quantized": ["QuantizedModel"],
     "recipes": ["Recipe"],
     "run_folder": ["load"],
+    "studies": ["study"],
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "BitwrightError", "DataError", "Images", "ModelError", "ParityError", "Preprocessing", "QuantizedModel", "Recipe",
     "Rule", "Scheme", "UsageError", "capture", "evaluate", "load", "load_images", "load_model", "quantize",
+    "study",
 ]  # fmt: skip
 
 

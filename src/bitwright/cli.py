@@ -423,6 +423,98 @@ def recipes(
 
 
 @app.command()
+def study(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Which; without it they are listed", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="As for quantize  [default: the two embedded networks]")
+    ] = None,
+    images: Annotated[
+        str | None, typer.Argument(metavar="IMAGES", help="To calibrate on, as for quantize", show_default=False)
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Bits of weights: 2 to 8, or several, as in 3,4", rich_help_panel=_BITS)
+    ] = None,
+    activations: Annotated[
+        str | None, typer.Option(help="Bits of activations: 2 to 8, 16, or float", rich_help_panel=_BITS)
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Of each optimisation; the most, in iterations", rich_help_panel=_BUDGET)
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="As in 0,1,2: spreads are over these")] = None,
+    samples: Annotated[int | None, typer.Option(help="Images to calibrate on; the most, in calibration-size")] = None,
+    evaluate: Annotated[
+        str | None, typer.Option(help="Images to measure on; every fourth of IMAGES if not given")
+    ] = None,
+    labels: LabelsOption = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for NAME.json and NAME.html  [default: studies]", show_default=False)
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    output: OutputOption = None,
+    input_size: InputSizeOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    interpolation: InterpolationOption = None,
+    crop_pct: CropOption = None,
+    skip_unreadable: SkipOption = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted study in --out")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the files of an earlier study in --out")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Repeats a paper's analysis and writes NAME.json (everything measured) and NAME.html (a plot, offline).
+
+    Without MODEL and IMAGES it runs on the networks and images that ship with bitwright, in a few minutes:
+
+    - **lfh**: label-free Hessian traces against true ones, layer by layer, for several losses and networks
+
+    - **weighting**: layers and samples weighted equally, by LFH, or by SLA
+
+    - **iterations**: the result against the number of optimisation steps
+
+    - **calibration-size**: the result against the number of calibration images
+
+    - **gradual**: activations on their grids from the first step, or little by little
+
+    - **hmse**: weight ranges before any optimisation
+
+    Example: `bitwright study weighting --steps 50 --seeds 0`
+    """
+    with Terminal(as_json=as_json) as terminal:
+        settings = _settings(input_size=input_size, mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct)
+        terminal.begin("Loading PyTorch")
+        from bitwright.commands import study as command
+
+        if name is None:
+            terminal.result({"studies": command.listed()})
+            terminal.show(command.table())
+            return
+        job = command.Job(
+            name,
+            model,
+            images,
+            steps=steps,
+            weights=weights,
+            activations=activations,
+            seeds=seeds,
+            samples=samples,
+            evaluate=evaluate,
+            labels=labels,
+            out=out,
+            device=device,
+            output=output,
+            settings=settings,
+            skip_unreadable=skip_unreadable,
+            resume=resume,
+            force=force,
+        )
+        result, paths = command.study(job, terminal)
+        terminal.result({**result.to_dict(), "files": [str(p) for p in paths]})
+        command.show(result, paths, terminal)
+
+
+@app.command()
 def doctor(as_json: JsonOption = False) -> None:
     """Versions and devices; what is missing or does not fit together, and the line that installs it.
 

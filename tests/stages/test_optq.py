@@ -25,10 +25,12 @@ ALL = 10**6
 
 def calibrated(teacher: Captured, data: Images, **scheme: object) -> QuantizedModel:
     student = insert_quantizers(teacher, Scheme(**{"weights": 3, **scheme}))
-    return Calibrate(weights="minmax", activations="minmax").run(student, teacher, data, Run())
+    return Calibrate(weights="mse", activations="minmax").run(student, teacher, data, Run())
 
 
-def optimised(teacher: Captured, data: Images, *, seed: int = 0, scheme: dict | None = None, **stage: object):
+def optimised(
+    teacher: Captured, data: Images, *, seed: int = 0, scheme: dict | None = None, **stage: object
+) -> QuantizedModel:
     """A student after OPTQ over all positions."""
     settings = {"positions": ALL, "bias_correction": False, **stage}
     return Optq(**settings).run(calibrated(teacher, data, **(scheme or {})), teacher, data, Run(seed=seed, batch=5))
@@ -143,17 +145,17 @@ def test_positions_are_drawn_from_the_patches_of_every_image_without_preference(
     node = linears(teacher.graph)[-1]
     value, weight = read_by(teacher.graph, node, x), weight_of(teacher.graph, node)
     every = patches(node, value, weight)
-    generator, mean, count = torch.Generator().manual_seed(0), 0.0, 400
+    generator, mean, count = torch.Generator().manual_seed(0), 0.0, 600
     for _ in range(count):
         some = _inputs(node, value, weight, 4, generator)
         assert some.shape == (len(every), 3 * 4, every.shape[2])
         mean = mean + gram(some) / count
-    distances = torch.cdist(some, every).min(2)
-    assert float(distances.values.max()) < 1e-4
+    distances = torch.cdist(some, every, compute_mode="donot_use_mm_for_euclid_dist").min(2)
+    assert float(distances.values.max()) < 1e-5
     owners = distances.indices // (every.shape[1] // 3)
     assert owners[0].bincount(minlength=3).tolist() == [4, 4, 4]
     full = gram(every) * 12 / every.shape[1]
-    assert float((mean - full).norm() / full.norm()) < 0.05
+    assert float((mean - full).norm() / full.norm()) < 0.08
 
 
 def test_rows_of_a_linear_layer_are_drawn_without_preference() -> None:
@@ -170,15 +172,17 @@ def test_rows_of_a_linear_layer_are_drawn_without_preference() -> None:
 # -------------------------------------------------------------------------------------------- whole stage
 
 
-def obq(weight: Tensor, hessian: Tensor, scale: Tensor) -> Tensor:
-    """OBQ of one group with the order of large inputs and 1 % damping; the weights as they are rounded, [O, K]."""
-    damped = hessian.double() + 0.01 * hessian.diagonal().double().mean() * torch.eye(len(hessian))
-    order = hessian.diagonal().argsort(descending=True).tolist()
-    out = torch.empty_like(weight, dtype=torch.float64)
+def obq(weight: Tensor, hessian: Tensor, scale: Tensor, *, ordered: bool) -> Tensor:
+    """OBQ of one group with 1 % damping and without dead inputs; the weights just before each is rounded, [O, K]."""
+    out, alive = weight.double(), hessian.diagonal() > 0
+    left = hessian[alive][:, alive].double()
+    damped = left + 0.01 * left.diagonal().mean() * torch.eye(len(left))
+    names = alive.nonzero().flatten().tolist()
+    order = left.diagonal().argsort(descending=True).tolist() if ordered else range(len(left))
     for row, step in enumerate(scale.flatten().tolist()):
-        w, inverse = weight[row].double().clone(), torch.linalg.inv(damped)
+        w, inverse = weight[row][alive].double(), torch.linalg.inv(damped)
         for q in order:
-            out[row, q] = w[q]
+            out[row, names[q]] = w[q]
             w -= (w[q] - min(max(round(float(w[q]) / step), -4), 3) * step) / inverse[q, q] * inverse[:, q]
             inverse = inverse - torch.outer(inverse[:, q], inverse[q]) / inverse[q, q]
             inverse[q, q] = 1.0
@@ -198,12 +202,21 @@ def grams_of(teacher: Captured, x: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    "name", ["residual", "squeeze_excite", "transformer", "called_twice", "tied_weights", "conv1d", "shuffle"]
+    ("name", "ordered"),
+    [
+        ("residual", False),  # some of its inputs are as large as others, so that their order is left to rounding
+        ("squeeze_excite", False),
+        ("transformer", True),
+        ("called_twice", True),
+        ("tied_weights", True),
+        ("conv1d", True),
+        ("shuffle", True),
+    ],
 )
-def test_stored_weights_are_those_of_obq(name: str) -> None:
+def test_stored_weights_are_those_of_obq(name: str, ordered: bool) -> None:
     """On the float network's inputs; a weight that is used twice sees both of its inputs."""
     teacher, data = prepared(name), dataset(12)
-    student = optimised(teacher, data)
+    student = optimised(teacher, data, ordered=ordered)
     nearest = calibrated(teacher, data)
     moved = 0
     for stored, hessian in grams_of(teacher, data.batch(range(12))).items():
@@ -213,10 +226,10 @@ def test_stored_weights_are_those_of_obq(name: str) -> None:
         assert torch.equal(quantizer.scale, nearest.quantizer(str(key)).scale)
         groups = len(hessian)
         parts = zip(weight.chunk(groups), quantizer.scale.chunk(groups), hessian, strict=True)
-        expected = torch.cat([obq(w.flatten(1), h, s) for w, s, h in parts]).reshape(weight.shape)
-        torch.testing.assert_close(found.double(), expected, rtol=5e-3, atol=2e-3)
+        expected = torch.cat([obq(w.flatten(1), h, s, ordered=ordered) for w, s, h in parts]).reshape(weight.shape)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
         codes = quantizer.codes(found)
-        assert float((codes != quantizer.codes(expected.float())).float().mean()) < 0.02  # ties but for rounding
+        assert torch.equal(codes, quantizer.codes(expected.float()))
         moved += int((codes != quantizer.codes(weight)).sum())
     assert moved > 0
 
@@ -243,7 +256,7 @@ def test_output_errors_are_lower_than_of_rounding(granularity: str) -> None:
         x = data.batch(range(12))
         before = output_errors(calibrated(teacher, data, **scheme), teacher, x)
         after = output_errors(optimised(teacher, data, scheme=scheme), teacher, x)
-        ratios += [after[n] / before[n] for n in before]
+        ratios += [after[n] / before[n] for n in before if before[n]]
     assert sum(ratios) / len(ratios) < 0.8
     assert sum(r > 1 for r in ratios) <= 0.25 * len(ratios)
 
@@ -267,6 +280,23 @@ def test_weights_that_stay_float_keep_their_values() -> None:
         for n in linears(teacher.graph)
     }
     assert same == {"stem": False, "conv": True, "head": False}
+
+
+class _UsedBothWays(nn.Module):
+    """A matrix that is a layer's weight and a float operand of a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.fc(x) + x * self.fc.weight).mean((1, 2))
+
+
+def test_a_weight_that_is_a_float_operand_too_keeps_its_values() -> None:
+    network = _UsedBothWays().eval()
+    student = optimised(prepare(capture(network, images(2))), dataset(6))
+    assert torch.equal(rewrite.get_tensor(student.graph, "fc.weight"), network.fc.weight)
 
 
 def channel_means(graph: fx.GraphModule, node: fx.Node, weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:

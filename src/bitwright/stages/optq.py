@@ -28,7 +28,7 @@ class Optq(Stage):
     """OPTQ (arXiv:2210.17323) with the float network's inputs, all layers from one pass.
 
     Afterwards the stored weights are what rounding to nearest turns into OPTQ's codes. Not applied to transposed and
-    three-dimensional convolutions, whose weights stay.
+    three-dimensional convolutions, and to weights that another operator reads in float: those stay.
     """
 
     kind: ClassVar[str] = "optq"
@@ -132,10 +132,14 @@ class _Grams:
 
 
 def _has_quantized_weight(node: fx.Node) -> bool:
+    """Whether it does, in the student; not if another operator reads the stored weight in float, which must stay."""
     if node.op != "call_function" or ops.base_name(node) not in ops.LINEAR:
         return False
     weight = node.args[1]
-    return isinstance(weight, fx.Node) and weight.op == "call_module"
+    if not isinstance(weight, fx.Node) or weight.op != "call_module":
+        return False
+    stored = weight.args[0]
+    return isinstance(stored, fx.Node) and all(reader.op == "call_module" for reader in stored.users)
 
 
 def _inputs(node: fx.Node, value: Tensor, weight: Tensor, positions: int, generator: torch.Generator) -> Tensor:

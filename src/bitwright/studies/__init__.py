@@ -72,6 +72,7 @@ def study(
     device: str = "auto",
     preprocessing: Preprocessing | PreprocessFunction | None = None,
     output: str | None = None,
+    skip_unreadable: bool = False,
     progress: Progress = silent,
     kept: Path | None = None,
     resume: bool = False,
@@ -92,6 +93,7 @@ def study(
         device: ``auto``, ``cpu`` or ``cuda``.
         preprocessing: of image files; a named model brings its own.
         output: name of the one output to keep, for a model that returns several.
+        skip_unreadable: go on when a file cannot be decoded.
         progress: called as ``progress(what, done, total, detail)``.
         kept: file for the rows of an unfinished study.
         resume: take the rows over that it holds.
@@ -107,23 +109,30 @@ def study(
     settings = chosen.settle(steps=steps, weights=weights, activations=activations, seeds=seeds, samples=samples)
     if (model is None) != (images is None):
         raise UsageError("Expected MODEL and IMAGES, or neither to run on the embedded networks, found one of them.")
-    networks = _networks(chosen, progress) if model is None else [as_model(model, preprocessing)]
+    if labels is not None and evaluate is None:
+        raise UsageError("Labels are used for evaluation only. Give the images they belong to with --evaluate.")
     where = find_device(device)
-    source = ZOO_IMAGES if images is None else images
-    subjects = [_subject(n, source, evaluate, labels, where, output, settings, progress) for n in networks]
-    facts: dict[str, Any] = {
+    networks = _networks(chosen, progress) if model is None else [as_model(model, preprocessing)]
+    subjects = []
+    for network in networks:
+        progress(f"Capturing {network.name}", 0, 0)
+        calibration = _images(ZOO_IMAGES if images is None else images, network, None, skip_unreadable)
+        held_out = None if evaluate is None else _images(evaluate, network, labels, skip_unreadable)
+        pool, held_out = split(calibration) if held_out is None else (calibration, held_out)
+        subjects.append(Subject(network, pool, held_out, where, output))
+    _warn_of_few(samples, subjects)
+    facts = {
         **environment(where, settings.seeds[0]),
         "settings": settings_facts(chosen, settings),
         "networks": [s.facts() for s in subjects],
     }
     identity = json.dumps([facts[k] for k in ("bitwright", "settings", "networks")], sort_keys=True)
-    rows = _measure(chosen, subjects, settings, Kept(kept, identity, resume=resume), progress)
+    rows = Kept(kept, identity, resume=resume)
     for subject, about in zip(subjects, facts["networks"], strict=True):
         about["float"] = subject.float_accuracy(progress)
+    measured = _measure(chosen, subjects, settings, rows, progress)
     facts["seconds"] = {"total": round(time.perf_counter() - started, 3)}
-    facts["peak_memory_bytes"] = peak_memory_bytes()
-    facts["warnings"] = []
-    return Result(chosen, facts, rows)
+    return Result(chosen, {**facts, "peak_memory_bytes": peak_memory_bytes(), "warnings": []}, measured)
 
 
 def _networks(chosen: Study, progress: Progress) -> list[Model]:
@@ -132,35 +141,18 @@ def _networks(chosen: Study, progress: Progress) -> list[Model]:
     return [load_model(f"zoo:{name}") for name in zoo.NETWORKS]
 
 
-def _subject(
-    network: Model,
-    source: Any,
-    evaluate: Any,
-    labels: Any,
-    device: torch.device,
-    output: str | None,
-    settings: Settings,
-    progress: Progress,
-) -> Subject:
-    progress(f"Capturing {network.name}", 0, 0)
-    images = _images(source, network)
-    if evaluate is None:
-        if labels is not None:
-            raise UsageError("Labels are used for evaluation only. Give the images they belong to with --evaluate.")
-        pool, held_out = split(images)
-    else:
-        pool, held_out = images, _images(evaluate, network, labels)
-    if settings.samples > len(pool) and source is not ZOO_IMAGES:
-        warnings.warn(
-            f"{settings.samples} images were asked for, there are {len(pool)} to calibrate on; all are used.",
-            UserWarning,
-            stacklevel=3,
-        )
-    return Subject(network, pool, held_out, device, output)
+def _warn_of_few(samples: int | None, subjects: list[Subject]) -> None:
+    fewest = min(len(s.pool) for s in subjects)
+    if samples is not None and samples > fewest:
+        text = f"{samples} images were asked for, there are {fewest} to calibrate on; all are used."
+        warnings.warn(text, UserWarning, stacklevel=3)
 
 
-def _images(source: Any, network: Model, labels: Any = None) -> Images:
-    return load_images(source, network.preprocessing, labels=labels)
+def _images(source: Any, network: Model, labels: Any, skip_unreadable: bool) -> Images:
+    images = load_images(source, network.preprocessing, labels=labels, skip_unreadable=skip_unreadable)
+    if isinstance(source, str | Path) and not skip_unreadable:
+        images.check()
+    return images
 
 
 def _measure(chosen: Study, subjects: list[Subject], settings: Settings, kept: Kept, progress: Progress) -> list[Row]:
@@ -182,13 +174,13 @@ def _measure(chosen: Study, subjects: list[Subject], settings: Settings, kept: K
     return rows
 
 
-def _within(progress: Progress, name: str, position: int, total: int, key: Row) -> Progress:
+def _within(progress: Progress, name: str, position: int, cells: int, key: Row) -> Progress:
     """Progress of a cell as a detail of the study's."""
     told = ", ".join(f"seed {v}" if k == "seed" else str(v) for k, v in key.items() if k not in _ALIKE)
 
-    def report(what: str, done: int, of: int, detail: str = "") -> None:
-        inner = f"{what} {done}/{of}" if of else what
-        progress(f"Studying {name}", position, total, f"{told}: {inner}")
+    def report(what: str, done: int, total: int, detail: str = "") -> None:
+        inner = f"{what} {done}/{total}" if total else what
+        progress(f"Studying {name}", position, cells, f"{told}: {inner}")
 
     return report
 

@@ -51,8 +51,8 @@ def figure(result: Result) -> Any:
 STUDY = Study(
     name="calibration-size",
     summary="The result against the number of calibration images, before and after the optimisation.",
-    paper="arXiv:2309.11531v1",
-    reproduces="The ablation of the number of calibration images, from 16 to 1,024.",
+    paper="arXiv:2309.11531",
+    reproduces="The result against the number of calibration images, from 16 to 1,024.",
     reading="Where the optimised curve lies above the other one, so few images were learned by heart; where it is "
     "flat, more images no longer help. Every seed draws other images.",
     defaults=Settings(steps=100, weights=(3,), activations=8, seeds=(0, 1), samples=1024),

@@ -117,8 +117,10 @@ def _dots(rows: list[Row], metric: str, x: str, colour: str) -> Any:
 # ------------------------------------------------------------------------------------------------- pieces
 
 
-def grid(rows: int, headings: list[str], *, names: list[str], widths: list[float] | None = None) -> Any:
-    """Empty panels with a heading over each column and a name beside each row."""
+def grid(
+    rows: int, headings: list[str], *, names: list[str], shared: bool = True, widths: list[float] | None = None
+) -> Any:
+    """Empty panels with a heading over each column and a name beside each row; ``shared``: one x axis a column."""
     from plotly.subplots import make_subplots
 
     made = make_subplots(
@@ -126,7 +128,7 @@ def grid(rows: int, headings: list[str], *, names: list[str], widths: list[float
         cols=len(headings),
         column_titles=headings,
         column_widths=widths,
-        shared_xaxes="columns",
+        shared_xaxes="columns" if shared else False,
         vertical_spacing=0.12 / max(rows - 1, 1),
         horizontal_spacing=0.09,
     )
@@ -147,12 +149,14 @@ def style(position: int, *, first: bool, dashed: bool = False) -> Row:
     return {"color": COLOURS[position % len(COLOURS)], "first": first, "dashed": dashed}
 
 
-def line(x: list[Any], y: list[Any], name: str, *, color: str, first: bool, dashed: bool) -> Any:
-    """A line with markers; black and dashed where the others are compared with it."""
+def line(texts: list[str], y: list[Any], name: str, *, color: str, first: bool, dashed: bool) -> Any:
+    """A line with a named marker at each position; black and dashed where the others are compared with it."""
     import plotly.graph_objects as go
 
     look = {"color": "#222", "dash": "dash", "width": 3} if dashed else {"color": color}
-    return go.Scatter(x=x, y=y, mode="lines+markers", name=name, line=look, legendgroup=name, showlegend=first)
+    x = list(range(1, len(y) + 1))
+    marked = {"mode": "lines+markers", "text": texts, "line": look}
+    return go.Scatter(x=x, y=y, name=name, legendgroup=name, showlegend=first, **marked)
 
 
 def bar(x: list[str], y: list[Any], name: str, *, color: str, first: bool, dashed: bool = False) -> Any:
@@ -209,6 +213,7 @@ def table(summary: list[Row]) -> tuple[list[str], list[list[str]]]:
         (['variant', 'KL (nats)'], [['sla', '0.0123 ± 0.001']])
     """
     keys = list(dict.fromkeys(k for s in summary for k in s if s[k] is not None))
+    keys.sort(key=lambda k: any(isinstance(s.get(k), dict) for s in summary))
     return [HEADINGS.get(k, k.replace("_", " ")) for k in keys], [[_text(k, s.get(k)) for k in keys] for s in summary]
 
 

@@ -35,7 +35,7 @@ STUDY = Study(
     name="gradual",
     summary="Activations on their grids from the first step, or blended in (linear, cosine), or element by element.",
     paper="arXiv:2309.11531v2",
-    reproduces="The ablation of gradual activation quantization, at 4-bit activations.",
+    reproduces="The choice of gradual activation quantization over the first step on, at 4-bit activations.",
     reading="Lower KL is better. 'on': quantized from the first step; 'linear', 'cosine': the float share falls to 0 "
     "along the run; 'drop': so does the share of elements that stay float. Dashed: before the optimisation.",
     defaults=Settings(steps=100, weights=(4,), activations=4, seeds=(0, 1), samples=256),

@@ -95,7 +95,7 @@ STUDY = Study(
     name="hmse",
     summary="Weight ranges before any optimisation: min-max, percentile, squared and fourth-power error, HMSE.",
     paper="arXiv:2309.11531v2",
-    reproduces="The ablation of weight quantization parameters: Hessian-weighted squared error against the others.",
+    reproduces="The choice of the Hessian-weighted squared error (HMSE) for the ranges of weights.",
     reading="Upper row: KL from the float network, lower is better. Lower row: the Hessian-weighted squared error, "
     "which HMSE makes smallest; where both rows agree in order, that error is a good stand-in for the KL.",
     defaults=Settings(weights=(3, 4), activations=None, seeds=(0, 1, 2), samples=256),

@@ -1,7 +1,7 @@
 """Traces of a loss's true Hessian with respect to activations, for all layers from one second derivative per probe.
 
-For tensors ``z_1 .. z_L`` with gradients ``g_l = dL/dz_l`` and independent probes ``v_l`` with ``E[v_l v_l^T] = I``, the
-gradient of ``sum_m g_m . v_m`` with respect to ``z_l`` is ``sum_m H_lm v_m``, and::
+For tensors ``z_1 .. z_L`` with gradients ``g_l = dL/dz_l`` and independent probes ``v_l`` with ``E[v_l v_l^T] = I``,
+the gradient of ``sum_m g_m . v_m`` with respect to ``z_l`` is ``sum_m H_lm v_m``, and::
 
     E v_l . (sum_m H_lm v_m) = E v_l^T H_ll v_l = Tr H_ll
 

@@ -28,8 +28,8 @@ def figure(result: Result) -> Any:
 STUDY = Study(
     name="weighting",
     summary="Distances of all layers weighted equally, by layer (LFH), or by sample and layer (SLA).",
-    paper="arXiv:2309.11531v2",
-    reproduces="The ablation of the loss: plain averaging against Hessian-guided weights, at 3 bits.",
+    paper="arXiv:2309.11531",
+    reproduces="The comparison of Hessian-guided weights with plain averaging, at 3 bits.",
     reading="Lower KL is better; small dots are seeds, bars one standard deviation of them, the dashed line is the "
     "network before it was optimised. The calibration loss in the table is each weighting's own: compare KL instead.",
     defaults=Settings(steps=100, weights=(3,), activations=8, seeds=(0, 1, 2), samples=256),

@@ -1,0 +1,125 @@
+"""Schedules: ends, corners and slopes of every curve, and PyTorch's own cosine."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from bitwright.stages.schedules import Anneal, Gradual, Harden, Learn, decay
+
+STEPS = [i / 200 for i in range(201)]
+
+
+def test_decay_equals_the_schedulers_of_torch() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    for name, make in {
+        "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=200),
+        "linear": lambda o: torch.optim.lr_scheduler.LinearLR(o, 1.0, 1e-12, total_iters=200),
+        "constant": lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0),
+    }.items():
+        optimizer = torch.optim.SGD([parameter], lr=1.0)
+        scheduler = make(optimizer)
+        for progress in STEPS:
+            assert decay(name, progress) == pytest.approx(scheduler.get_last_lr()[0], abs=1e-9)
+            optimizer.step()
+            scheduler.step()
+
+
+def test_rates_decay_from_the_rate_that_is_set() -> None:
+    for schedule in ("constant", "linear", "cosine"):
+        learn = Learn(rate=3e-3, schedule=schedule)
+        assert learn.rate_at(0.0, 500, 20_000) == pytest.approx(3e-3)
+        for progress in STEPS:
+            assert learn.rate_at(progress, 500, 20_000) == pytest.approx(3e-3 * decay(schedule, progress))
+
+
+@pytest.mark.parametrize("steps", [1, 50, 20_000, 80_000])
+def test_a_stretch_of_one_lets_a_variable_travel_equally_far_in_any_number_of_steps(steps: int) -> None:
+    learn, kept = (Learn(rate=1e-2, schedule="constant", stretch=s) for s in (1.0, 0.0))
+    assert sum(learn.rate_at(i / steps, steps, 20_000) for i in range(steps)) == pytest.approx(1e-2 * 20_000)
+    assert kept.rate_at(0.3, steps, 20_000) == 1e-2
+
+
+def test_a_stretch_in_between() -> None:
+    assert Learn(rate=1.0, stretch=0.5).rate_at(0.0, 200, 20_000) == pytest.approx(10.0)
+    assert Anneal(weight=0.01, stretch=0.5).strength(0.5, 200, 20_000) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.2, 0.5])
+def test_the_exponent_stays_and_then_falls_in_a_straight_line(warmup: float) -> None:
+    anneal = Anneal(start=20.0, end=2.0, warmup=warmup)
+    found = [anneal.beta(p) for p in STEPS]
+    assert found[0] == 20
+    assert found[-1] == pytest.approx(2)
+    assert all(b == 20 for p, b in zip(STEPS, found, strict=True) if p <= warmup)
+    falling = [(p, b) for p, b in zip(STEPS, found, strict=True) if p > warmup]
+    slopes = [(b - a) / (q - p) for (p, a), (q, b) in itertools.pairwise(falling)]
+    assert slopes == pytest.approx([-18 / (1 - warmup)] * len(slopes))
+
+
+def test_the_regularizer_is_on_from_the_start_unless_it_is_quiet() -> None:
+    loud, quiet = Anneal(weight=0.5), Anneal(weight=0.5, quiet=True)
+    assert [loud.strength(p, 10, 10) for p in (0.0, 0.1, 0.2, 1.0)] == [0.5] * 4
+    assert [quiet.strength(p, 10, 10) for p in (0.0, 0.1, 0.2, 1.0)] == [0.0, 0.0, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("rounds", [1, 4, 40])
+@pytest.mark.parametrize(("begin", "end"), [(0.0, 1.0), (0.3, 0.95), (0.2, 0.5)])
+def test_hardening_fixes_more_and_more_until_nothing_is_soft(begin: float, end: float, rounds: int) -> None:
+    harden = Harden(begin=begin, end=end, rounds=rounds)
+    found = [harden.share(p) for p in STEPS]
+    assert found == sorted(found)
+    assert all(s == 0 for p, s in zip(STEPS, found, strict=True) if p < begin)
+    assert all(s == 1 for p, s in zip(STEPS, found, strict=True) if p >= end)
+    assert len(set(found)) <= rounds + 1
+    for i in range(rounds + 1):  # what is soft falls with the square of the time that is left
+        assert harden.share(begin + (end - begin) * i / rounds) == pytest.approx(1 - ((rounds - i) / rounds) ** 2)
+
+
+@pytest.mark.parametrize("how", ["linear", "cosine", "drop"])
+@pytest.mark.parametrize(("start", "until"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.4)])
+def test_float_shares_fall_from_start_to_zero_where_they_should(how: str, start: float, until: float) -> None:
+    gradual = Gradual(how=how, start=start, until=until)
+    pairs = [gradual.at(p) for p in STEPS]
+    assert all(unused == 0 for unused in (p[0 if how == "drop" else 1] for p in pairs))
+    found = [p[1 if how == "drop" else 0] for p in pairs]
+    assert found[0] == start
+    for progress, share in zip(STEPS, found, strict=True):
+        passed = min(progress / until, 1)
+        expected = (1 + math.cos(math.pi * passed)) / 2 if how == "cosine" else 1 - passed
+        assert share == pytest.approx(start * expected, abs=1e-12)
+        assert progress < until or share == 0
+
+
+def test_a_share_that_is_held_never_falls() -> None:
+    assert {Gradual(how="drop", start=0.5, hold=True).at(p) for p in STEPS} == {(0.0, 0.5)}
+    assert {Gradual(how="cosine", start=0.25, hold=True).at(p) for p in STEPS} == {(0.25, 0.0)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (Learn, {"rate": 0.0}),
+        (Learn, {"rate": 1.0, "optimizer": "lion"}),
+        (Learn, {"rate": 1.0, "speed": 2}),
+        (Anneal, {"weight": -1.0}),
+        (Anneal, {"warmup": 1.0}),
+        (Harden, {"rounds": 0}),
+        (Harden, {"end": 1.5}),
+        (Gradual, {"start": 1.1}),
+        (Gradual, {"until": 0.0}),
+        (Gradual, {"how": "log"}),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(kind: type, settings: dict) -> None:
+    with pytest.raises(ValidationError):
+        kind(**settings)
+
+
+def test_settings_do_not_change() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Learn(rate=1.0).rate = 2.0

@@ -1,0 +1,112 @@
+"""Memory that stays mapped: page faults counted by the system, and glibc's limits as they are set."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+import pytest
+import torch
+
+from bitwright import memory
+from bitwright.memory import keep_pages
+
+resource = pytest.importorskip("resource")
+PAGE = resource.getpagesize()
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # from malloc.h
+needs_glibc = pytest.mark.skipif(memory._glibc() is None, reason="the C library is not glibc")
+
+
+def faults(size: int) -> int:
+    """Page faults of filling two fresh tensors of this size one after the other, once the heap has settled."""
+
+    def fill() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(2):
+            torch.empty(size, dtype=torch.uint8).fill_(1)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    return min(fill() for _ in range(6))
+
+
+class _Calls:
+    """Takes the place of the C library and remembers."""
+
+    def __init__(self) -> None:
+        self.limits: dict[int, int] = {}
+        self.trims = 0
+
+    def mallopt(self, name: int, value: int) -> int:
+        self.limits[name] = value
+        return 1
+
+    def malloc_trim(self, pad: int) -> int:
+        self.trims += 1
+        return 1
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> _Calls:
+    calls = _Calls()
+    monkeypatch.setattr(memory, "_glibc", lambda: calls)
+    return calls
+
+
+@needs_glibc
+def test_large_tensors_fault_no_pages_in_while_inside() -> None:
+    size = 96 << 20  # by itself glibc would map and unmap it every time
+    with keep_pages():
+        inside = faults(size)
+    assert inside < size / PAGE / 10
+
+
+@needs_glibc
+def test_tensors_of_usual_size_are_no_slower_afterwards() -> None:
+    """Any call of mallopt ends glibc's own adjustment of its limits, so that they must be set where it ends."""
+    library = memory._glibc()
+    assert library is not None
+    library.mallopt(M_MMAP_THRESHOLD, 128 * 1024)  # where a process starts
+    with keep_pages():
+        pass
+    size = 24 << 20
+    assert faults(size) < size / PAGE / 10
+
+
+def test_limits_are_lifted_inside_and_usual_afterwards(library: _Calls) -> None:
+    with keep_pages():
+        assert library.limits == {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1}
+        assert library.trims == 0
+    usual = 4 * 1024 * 1024 * ctypes.sizeof(ctypes.c_long)  # glibc's DEFAULT_MMAP_THRESHOLD_MAX
+    assert library.limits == {M_MMAP_MAX: 65536, M_MMAP_THRESHOLD: usual, M_TRIM_THRESHOLD: 2 * usual}
+    assert library.trims == 1
+
+
+def test_limits_are_usual_again_after_an_error(library: _Calls) -> None:
+    with pytest.raises(ValueError, match="inside"), keep_pages():
+        raise ValueError("inside")
+    assert library.limits[M_MMAP_MAX] == 65536
+    assert library.trims == 1
+
+
+def test_without_glibc_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_glibc", lambda: None)
+    ran = []
+    with keep_pages():
+        ran.append(True)
+    with pytest.raises(ValueError, match="inside"), keep_pages():
+        raise ValueError("inside")
+    assert ran == [True]
+
+
+def test_other_systems_and_libraries_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())  # a library without glibc's functions
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert memory._glibc() is None
+
+    def missing(name: str) -> object:
+        raise OSError(name)
+
+    monkeypatch.setattr(memory.ctypes, "CDLL", missing)
+    assert memory._glibc() is None
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert memory._glibc() is None
