@@ -26,6 +26,8 @@ lint: .venv/.installed
 bench: .venv/.installed
 	$(BIN)/python -m pytest -m slow
 	$(BIN)/python -m benchmarks.calibration
+	$(BIN)/python -m benchmarks.reconstruct
+	$(BIN)/python -m benchmarks.scores
 
 # Trains the embedded networks again; needs Fashion-MNIST in its original four files.
 zoo: .venv/.installed

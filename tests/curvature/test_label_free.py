@@ -143,13 +143,13 @@ def variance(made: Captured, x: Tensor, distribution: str) -> Tensor:
 @pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
 @pytest.mark.parametrize("network", [Mlp, Map], ids=["mlp", "map"])
 def test_trace_of_every_image_within_four_standard_errors(network: type[nn.Module], distribution: str) -> None:
-    made, x, probes = teacher(network()), noise(6), 200
+    made, x, probes = teacher(network()), noise(4), 200
     found = scores(made, x, probes=probes, distribution=distribution)
     expected, _ = exact(made, x)
     error = (variance(made, x, distribution) / probes).sqrt()
     assert found.outputs == (5 if network is Mlp else 8)
     assert found.probes == probes
-    assert found.trace.shape == (6, 2)
+    assert found.trace.shape == (4, 2)
     assert bool(((found.trace - expected).abs() <= 4 * error + 1e-5 * expected).all())
     torch.testing.assert_close(found.layer_trace, found.trace.mean(0))
 
@@ -267,14 +267,10 @@ LAYOUTS = [
     "shifted_window",  # windows of an image side by side in axis 0
     "multi_head",  # tokens first, and tokens times images in one axis
     "tokens_first",
-    "transformer",
-    "relative_position",
-    "squeeze_excite",
+    "token_norm",  # images times tokens in one axis
     "transposed",
     "conv1d",
     "called_twice",
-    "token_norm",
-    "tuple_output",
 ]
 
 
@@ -359,7 +355,7 @@ def test_the_reported_error_is_that_of_the_means() -> None:
     x, probes = noise(10), 15
     truth = exact(mlp(), x)[0].mean(0)
     squares = []
-    for seed in range(60):
+    for seed in range(40):
         found = scores(mlp(), x, size=5, probes=probes, seed=seed)
         squares.append(float((found.layer_trace[0] / truth[0] - 1) / found.error[0]) ** 2)
     assert 0.6 < sum(squares) / len(squares) / (14 / 12) < 1.6
@@ -379,13 +375,13 @@ def test_probes_end_at_the_tolerance_but_not_before_the_least() -> None:
 
 
 def test_batches_share_the_error_that_is_allowed() -> None:
-    """Of 8 batches each may have ``sqrt(8)`` times the error, where their number is known."""
-    x = noise(32)
-    found = scores(mlp(), x, size=4, tolerance=0.03, probes=2000, least=8, total=32)
-    alone = scores(mlp(), x, size=4, tolerance=0.03, probes=2000, least=8)
-    assert found.probes < alone.probes / 3
-    assert float(found.error.max()) <= 1.5 * 0.03
-    assert float(alone.error.max()) <= 0.03
+    """Of 6 batches each may have ``sqrt(6)`` times the error, where their number is known."""
+    x = noise(24)
+    found = scores(mlp(), x, size=4, tolerance=0.015, probes=2000, total=24)
+    alone = scores(mlp(), x, size=4, tolerance=0.015, probes=2000)
+    assert 8 < found.probes < alone.probes / 3
+    assert float(found.error.max()) <= 1.2 * 0.015
+    assert float(alone.error.max()) <= 0.015 / 2
 
 
 def test_one_probe_has_no_error_to_report() -> None:
@@ -411,10 +407,7 @@ ENDS: dict[str, Callable[[Tensor], object]] = {
     "log_softmax": lambda y: F.log_softmax(y, 1),
     "reshaped_softmax": lambda y: y.softmax(1).reshape(-1, 2, 2),
     "argmax": lambda y: y.argmax(1),
-    "argmax_of_softmax": lambda y: y.softmax(1).argmax(1),
     "index_of_max": lambda y: y.max(1)[1],
-    "indices_of_topk": lambda y: y.topk(2)[1],
-    "round": lambda y: y.round(),
     "above": lambda y: (y > 0).float(),
     "count": lambda y: (y > 0).sum(1),
     "logits_and_probabilities": lambda y: (y, y.softmax(1)),

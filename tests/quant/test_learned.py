@@ -308,6 +308,52 @@ def test_what_is_hard_lies_on_the_grid_that_the_quantizer_gets(kind: str, bits: 
     assert quantizer.grid.qmin <= float(codes.min()) <= float(codes.max()) <= quantizer.grid.qmax
 
 
+@pytest.mark.parametrize("kind", ["linear", "groups", "transposed"])
+def test_free_codes_are_clamped_and_not_rounded(kind: str) -> None:
+    weight, quantizer, owner = weight_of(kind)
+    learned = LearnedWeight(weight, quantizer, "free")
+    for index, block in owner.items():
+        step = float(quantizer.scale[block])
+        real = float(weight[index]) / step
+        assert learned()[index].item() == pytest.approx(min(max(real, -4), 3) * step, abs=1e-6)
+    assert torch.equal(learned.hard(), quantizer(weight))
+    assert learned.decided() == 0
+
+
+@pytest.mark.parametrize("rounding", ["soft", "straight-through", "free"])
+def test_settling_fixes_the_nearest_first_and_in_the_end_all(rounding: str) -> None:
+    weight, quantizer, _ = weight_of("conv", bits=4, seed=2)
+    learned = LearnedWeight(weight, quantizer, rounding)
+    real = (weight / quantizer.expanded()[0]).clamp(-8, 7)
+    distance = (real - real.round()).abs().flatten()
+    nearest, hard = distance.argsort(), learned.hard_codes()
+    g = torch.ones_like(weight)
+    for share in (0.25, 0.5, 1.0):
+        learned.settle(share)
+        fixed = round(share * weight.numel())
+        (slope,) = torch.autograd.grad(learned(), learned.codes, g)
+        assert not bool(slope.flatten()[nearest[:fixed]].any())
+        if share < 1:
+            assert bool(slope.flatten()[nearest[fixed:]].ne(0).any())
+        assert torch.equal(learned.hard_codes(), hard)
+        on_grid = learned().detach() / quantizer.expanded()[0]
+        torch.testing.assert_close(on_grid.flatten()[nearest[:fixed]], hard.flatten()[nearest[:fixed]])
+    assert learned.decided() == weight.numel()
+    assert torch.equal(learned(), learned.hard())
+
+
+def test_what_was_settled_stays_so() -> None:
+    weight, quantizer, _ = weight_of("linear", bits=8)
+    learned = LearnedWeight(weight, quantizer, "free")
+    learned.settle(0.5)
+    first = learned.settled.clone()
+    with torch.no_grad():
+        learned.codes[~first] = learned.codes[~first].round()  # now nearer than those
+        learned.codes[first] += torch.linspace(0.1, 0.3, int(first.sum()))
+    learned.settle(0.75)
+    assert bool(learned.settled[first].all())
+
+
 # -------------------------------------------------------------------------------------------- activations
 
 
@@ -349,7 +395,7 @@ def test_gradients_of_lsq_inside_below_and_above(shape: str, name: str, mix: flo
     quantizer, x = QUANTIZERS[name](), signal(shape).requires_grad_(True)
     learned = LearnedActivation(quantizer)
     learned.mix = mix
-    g = noise(*x.shape, seed=3)
+    g = torch.empty_like(x).copy_(noise(*x.shape, seed=3))  # in the memory order of the activation
     y = learned(x)
     mine, slope = torch.autograd.grad(y, [x, learned.step], g)
     step = float(quantizer.scale)

@@ -72,6 +72,15 @@ class Scores:
         logs = torch.where(trace > 0, trace, positive.min()).log10()
         return (logs - logs.min()).float()
 
+    def log_attention(self) -> Tensor:
+        """The log weights of the layers, spread over the images in proportion to their attention scores, [N, L].
+
+        The mean over images is :meth:`log_weights`.
+        """
+        mean = self.attention.mean(0)
+        share = torch.where(mean > 0, self.attention / mean.clamp_min(1e-30), 1.0)
+        return share * self.log_weights()
+
 
 def label_free_scores(
     graph: fx.GraphModule,
@@ -242,7 +251,7 @@ def _linear_weights(graph: fx.GraphModule) -> list[str]:
 def _weights_of_constants(graph: fx.GraphModule, points: list[Point]) -> list[str]:
     """Stored weights of the points that no image reaches: as variables they let gradients reach those points."""
     nodes = {n.name: n for n in graph.graph.nodes}
-    return [str(nodes[p.node].args[1].target) for p in points if p.constant]  # type: ignore[union-attr]
+    return [str(nodes[p.node].args[1].target) for p in points if p.constant]
 
 
 UNDIFFERENTIABLE = frozenset({"argmax", "argmin", "round", "sign", "floor", "ceil", "eq", "gt", "ge", "lt", "le", "to"})

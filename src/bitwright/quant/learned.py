@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.quant import affine
-from bitwright.quant.quantizer import Quantizer
+from bitwright.quant.quantizer import TINY, Quantizer
 
 ZETA, GAMMA = 1.1, -0.1
 DECIDED = 1e-3
@@ -64,6 +64,11 @@ def rounding_regularizer(h: Tensor, beta: float) -> Tensor:
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
     result: Tensor = function.apply(*args)  # type: ignore[no-untyped-call]
     return result
+
+
+def _positive(step: Tensor) -> Tensor:
+    """A learned step as it is used: its magnitude, above zero."""
+    return step.abs().clamp_min(TINY)
 
 
 class _Round(torch.autograd.Function):
@@ -143,10 +148,10 @@ class LearnedWeight(nn.Module):
         else:
             real = self.codes
             if self.settled.numel():
-                real = torch.where(self.settled, self.codes.detach(), self.codes)
+                real = torch.where(self.settled, torch.round(self.codes.detach()), self.codes)
         if self.step_kind == "lsq":
             factor = (self.codes.numel() / self.step.numel() * qmax) ** -0.5
-            step = self._expand(_apply(_ScaleGradient, self.step, factor))
+            step = self._expand(_positive(_apply(_ScaleGradient, self.step, factor)))
             if self.rounding != "soft":
                 real = real * (self._expand(self.initial) / step)
             clamped = real.clamp(qmin, qmax)
@@ -170,7 +175,7 @@ class LearnedWeight(nn.Module):
     def scale(self) -> Tensor:
         """The steps, [number of blocks]."""
         step = self.step.detach()
-        return (self.initial * step.clamp_min(FLOOR)) if self.step_kind == "multiplicative" else step.abs()
+        return (self.initial * step.clamp_min(FLOOR)) if self.step_kind == "multiplicative" else _positive(step)
 
     def settle(self, share: float) -> None:
         """Fixes the given share of the codes for good, those nearest to an integer first."""
@@ -284,14 +289,14 @@ class LearnedActivation(nn.Module):
         if self.mix >= 1.0 or self.drop >= 1.0:
             return x
         factor = (x.numel() * max(self._high, 1.0)) ** -0.5
-        y = _apply(_FakeQuantize, x, self.step, self._low, self._high, factor, self.mix)
+        y = _apply(_FakeQuantize, x, _positive(self.step), self._low, self._high, factor, self.mix)
         if self.drop:
             return torch.where(torch.rand_like(x) < self.drop, x, y)
         return y
 
     def scale(self) -> Tensor:
         """The step, a scalar."""
-        return self.step.detach().abs().clamp_min(torch.finfo(torch.float32).tiny)
+        return _positive(self.step.detach())
 
 
 class LearnedBias(nn.Module):

@@ -75,6 +75,7 @@ def _inverse_factor(h: Tensor, damping: float) -> Tensor:
     """Upper Cholesky factor of the damped inverse, [G, K, K]; damped more where that is not positive definite."""
     mean = h.diagonal(dim1=-2, dim2=-1).mean(-1).reshape(-1, 1, 1)
     eye = torch.eye(h.shape[1], dtype=h.dtype, device=h.device)
+    upper: Tensor
     for attempt in range(8):
         damped = h + eye * mean * max(damping, 1e-10) * 10.0**attempt if damping or attempt else h
         lower, failed = torch.linalg.cholesky_ex(damped)

@@ -63,6 +63,8 @@ class Learner(nn.Module):
             return
         elif quantizer.role == "weight":
             stored = str(source.target)
+            if any(user.op != "call_module" for user in source.users):
+                return  # another operator reads it in float, so that it must stay as it is
             if stored not in self.weights:
                 tensor = rewrite.get_tensor(self.graph, stored)
                 self.weights[stored] = LearnedWeight(tensor, quantizer, variables.rounding, variables.weight_step)

@@ -33,11 +33,11 @@ class Optq(Stage):
 
     kind: ClassVar[str] = "optq"
 
-    images: int = Field(default=256, ge=1)
+    images: int = Field(default=512, ge=1)
     """How many images to take the inputs from."""
     positions: int = Field(default=64, ge=1)
     """Output positions drawn from each image."""
-    damping: float = Field(default=0.01, gt=0)
+    damping: float = Field(default=0.1, gt=0)
     """Share of the mean diagonal that is added to the diagonal."""
     ordered: bool = True
     """Columns of large inputs first."""

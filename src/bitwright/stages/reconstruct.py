@@ -66,7 +66,7 @@ class Reconstruct(Stage):
     """The number of steps that rates and regularizer are meant for."""
     batch: int = Field(default=32, ge=1)
 
-    weigh: Literal["ones", "lfh", "sla"] = "sla"
+    weigh: Literal["ones", "lfh", "sla", "sla-log"] = "sla"
     over: Literal["sum", "mean"] = "sum"
     """What is done over channels; the mean is taken over samples and positions."""
     score_images: int | None = Field(default=None, ge=1)
@@ -173,6 +173,8 @@ class Reconstruct(Stage):
         if self.weigh == "lfh":
             return Objective(scores.log_weights().expand(count, -1), self.over, normalise=False)
         weights = scores.attention
+        if self.weigh == "sla-log":
+            return Objective(scores.log_attention(), self.over, normalise=False)
         if not bool((weights > 0).any()):
             _warn(
                 "No label-free score is above zero: the output does not seem to depend on any layer. All count equally."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -66,7 +66,7 @@ class Anneal(Settings):
         """The exponent.
 
         Example:
-            >>> [Anneal().beta(p) for p in (0.0, 0.2, 0.6, 1.0)]
+            >>> [round(Anneal().beta(p), 6) for p in (0.0, 0.2, 0.6, 1.0)]
             [20.0, 20.0, 11.0, 2.0]
         """
         if progress <= self.warmup:
@@ -90,6 +90,12 @@ class Harden(Settings):
     end: float = Field(default=0.95, gt=0, le=1)
     rounds: int = Field(default=40, ge=1)
     """In how many portions."""
+
+    @model_validator(mode="after")
+    def _begins_before_it_ends(self) -> Harden:
+        if self.begin >= self.end:
+            raise ValueError(f"expected begin below end, found {self.begin} and {self.end}")
+        return self
 
     def share(self, progress: float) -> float:
         """How much is fixed.

@@ -72,7 +72,7 @@ class Targets:
 
     def bytes_of(self, images: Tensor) -> int:
         """What keeping one sample takes; 0 where values cannot be kept, because an axis mixes samples."""
-        if any(p.constant or p.samples != 0 for p in self.points):
+        if not all(p.image_after_image for p in self.points):
             return 0
         return sum(v.nbytes for v in self._compute(images)) // len(images)
 

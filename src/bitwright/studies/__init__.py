@@ -23,6 +23,7 @@ from bitwright.errors import UsageError
 from bitwright.memory import keep_pages
 from bitwright.models import Model, load_model
 from bitwright.preprocessing import PreprocessFunction, Preprocessing
+from bitwright.recipes import recipe
 from bitwright.result import environment, peak_memory_bytes
 from bitwright.stages.base import Progress, silent
 from bitwright.studies.base import Kept, Result, Row, Settings, Study, plain, settings_facts
@@ -124,9 +125,10 @@ def study(
     facts = {
         **environment(where, settings.seeds[0]),
         "settings": settings_facts(chosen, settings),
+        "recipe": None if settings.steps is None else recipe("eptq").settings(),
         "networks": [s.facts() for s in subjects],
     }
-    identity = json.dumps([facts[k] for k in ("bitwright", "settings", "networks")], sort_keys=True)
+    identity = json.dumps([facts[k] for k in ("bitwright", "settings", "recipe", "networks")], sort_keys=True)
     rows = Kept(kept, identity, resume=resume)
     for subject, about in zip(subjects, facts["networks"], strict=True):
         about["float"] = subject.float_accuracy(progress)

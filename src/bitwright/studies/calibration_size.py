@@ -55,7 +55,7 @@ STUDY = Study(
     reproduces="The result against the number of calibration images, from 16 to 1,024.",
     reading="Where the optimised curve lies above the other one, so few images were learned by heart; where it is "
     "flat, more images no longer help. Every seed draws other images.",
-    defaults=Settings(steps=100, weights=(3,), activations=8, seeds=(0, 1), samples=1024),
+    defaults=Settings(steps=80, weights=(3,), activations=8, seeds=(0, 1), samples=1024),
     cells=cells,
     summarise=partial(summarise, by="images"),
     figure=figure,

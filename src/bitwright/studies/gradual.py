@@ -38,7 +38,7 @@ STUDY = Study(
     reproduces="The choice of gradual activation quantization over the first step on, at 4-bit activations.",
     reading="Lower KL is better. 'on': quantized from the first step; 'linear', 'cosine': the float share falls to 0 "
     "along the run; 'drop': so does the share of elements that stay float. Dashed: before the optimisation.",
-    defaults=Settings(steps=100, weights=(4,), activations=4, seeds=(0, 1), samples=256),
+    defaults=Settings(steps=80, weights=(4,), activations=4, seeds=(0, 1), samples=256),
     cells=cells,
     summarise=summarise,
     figure=figure,

@@ -133,16 +133,17 @@ def correlations(row: Row, free: list[float]) -> Row:
     """Of a row's traces with the label-free ones.
 
     Returns:
-        ``pearson`` of the traces and ``pearson_log`` of their logarithms (layers where both are positive),
-        ``spearman``; None with fewer than three layers. ``below_bound``: the share of layers whose trace is not above
-        the bound by more than two standard errors. ``layers``: how many have logarithms.
+        ``pearson`` of the traces, ``pearson_log`` of their logarithms over the layers where both are positive (None
+        where those are fewer than half), ``spearman``; None with fewer than three layers. ``below_bound``: the share of
+        layers whose trace is not above the bound by more than two standard errors. ``layers``: how many have logs.
     """
     true, label_free = np.asarray(row["trace"]), np.asarray(free)
     both = (true > 0) & (label_free > 0)
+    enough = 2 * both.sum() >= len(both)
     slack = 2 * np.asarray(row["error"]) + 1e-6 * np.abs(label_free)
     return {
         "pearson": _correlation(stats.pearsonr, true, label_free),
-        "pearson_log": _correlation(stats.pearsonr, np.log10(true[both]), np.log10(label_free[both])),
+        "pearson_log": _correlation(stats.pearsonr, *map(np.log10, (true[both], label_free[both]))) if enough else None,
         "spearman": _correlation(stats.spearmanr, true, label_free),
         "below_bound": float((true <= row["bound"] * label_free + slack).mean()),
         "layers": int(both.sum()),
@@ -200,11 +201,11 @@ def three_networks(progress: Progress) -> list[Model]:
     found = [load_model(f"zoo:{name}") for name in zoo.NETWORKS]
     first = found[0]
     assert isinstance(first.module, nn.Module)
-    mixer = trained_mixer(first.module, load_images("zoo:fashion", first.preprocessing), progress)
+    mixer = trained_mixer(first.module, load_images("zoo:fashion", first.preprocessing), progress, MIXER_STEPS)
     return [*found, Model(mixer, "mixer", first.preprocessing)]
 
 
-def trained_mixer(teacher: nn.Module, images: Images, progress: Progress, steps: int = MIXER_STEPS) -> Mixer:
+def trained_mixer(teacher: nn.Module, images: Images, progress: Progress, steps: int) -> Mixer:
     """A mixer that follows the teacher's class probabilities; the same in every run."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

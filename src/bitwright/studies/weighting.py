@@ -32,7 +32,7 @@ STUDY = Study(
     reproduces="The comparison of Hessian-guided weights with plain averaging, at 3 bits.",
     reading="Lower KL is better; small dots are seeds, bars one standard deviation of them, the dashed line is the "
     "network before it was optimised. The calibration loss in the table is each weighting's own: compare KL instead.",
-    defaults=Settings(steps=100, weights=(3,), activations=8, seeds=(0, 1, 2), samples=256),
+    defaults=Settings(steps=80, weights=(3,), activations=8, seeds=(0, 1, 2), samples=256),
     cells=cells,
     summarise=summarise,
     figure=figure,

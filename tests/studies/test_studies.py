@@ -1,0 +1,217 @@
+"""Studies on tiny networks: what is varied, what is shared, what is kept; and that every one is found by itself."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cases import dataset, images, make
+
+import bitwright
+from bitwright.errors import UsageError
+from bitwright.recipes import builtin as recipes
+from bitwright.recipes import recipe
+from bitwright.stages.calibrate import Calibrate
+from bitwright.stages.reconstruct import Reconstruct
+from bitwright.studies import Result, builtin, find, study
+from bitwright.studies.base import Kept, Study
+from bitwright.studies.subject import split
+
+NAMES = {"calibration-size", "gradual", "hmse", "iterations", "lfh", "weighting"}
+TINY: dict[str, Any] = {"samples": 6, "seeds": (0, 1)}
+
+
+def run(name: str, **settings: Any) -> Result:
+    data = dataset(16)
+    return study(name, make("residual"), data, **{**TINY, **settings})
+
+
+def of(rows: list[dict[str, Any]], **key: Any) -> list[dict[str, Any]]:
+    return [r for r in rows if all(r[k] == v for k, v in key.items())]
+
+
+def test_every_study_is_found() -> None:
+    assert set(builtin()) == NAMES
+    for found in builtin().values():
+        assert isinstance(found, Study)
+        assert re.fullmatch(r"arXiv:\d{4}\.\d{5}(v\d)?", found.paper)
+        assert found.reading
+        assert found.reproduces
+    assert bitwright.study is study
+
+
+def test_an_unknown_study_names_the_nearest() -> None:
+    with pytest.raises(UsageError, match="Did you mean 'weighting'"):
+        find("wieghting")
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "expected"),
+    [
+        ("hmse", {"steps": 3}, "no use for --steps"),
+        ("lfh", {"weights": 4}, "no use for --weights"),
+        ("lfh", {"activations": "8"}, "no use for --activations"),
+        ("weighting", {"steps": 0}, "at least 1 step, found 0"),
+        ("weighting", {"samples": 0}, "at least 1 sample, found 0"),
+        ("weighting", {"weights": "3,9"}, "found '9'"),
+        ("weighting", {"weights": "float"}, "found 'float'"),
+        ("weighting", {"seeds": ()}, "at least one seed"),
+    ],
+)
+def test_settings_without_a_meaning_are_refused(name: str, given: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(expected)):
+        find(name).settle(**given)
+
+
+def test_settings_are_taken_over() -> None:
+    found = find("gradual").settle(weights="3, 4", activations="float", seeds=[2, 2, 1], samples=5, steps=7)
+    assert (found.weights, found.activations, found.seeds, found.samples, found.steps) == ((3, 4), None, (2, 1), 5, 7)
+
+
+def test_images_to_measure_on_are_never_calibrated_on() -> None:
+    pool, held_out = split(dataset(16))
+    assert [int(n) for n in held_out.names] == [3, 7, 11, 15]
+    assert not set(pool.names) & set(held_out.names)
+    assert len(pool) == 12
+    assert [len(part) for part in split(dataset(2))] == [1, 1]
+    with pytest.raises(UsageError, match="at least 2 images"):
+        split(dataset(1))
+
+
+def test_weighting_shares_one_start_and_leaves_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    original = Calibrate.run
+
+    def counted(self: Calibrate, *args: Any) -> Any:
+        calls.append(self)
+        return original(self, *args)
+
+    monkeypatch.setattr(Calibrate, "run", counted)
+    rows = run("weighting", steps=3).rows
+    assert len(calls) == 1
+    assert [(r["variant"], r["seed"]) for r in rows] == [
+        ("before", 0), *((w, s) for w in ("ones", "lfh", "sla") for s in (0, 1)),
+    ]  # fmt: skip
+    assert len({r["kl"] for r in of(rows, seed=0)}) == 4
+    starts = {r["loss_before"] for r in of(rows, variant="ones")}
+    assert len(starts) == 1
+    assert all(r["loss"] != r["loss_before"] for r in of(rows, variant="ones"))
+
+
+def test_a_study_is_the_same_each_time() -> None:
+    one, two = (run("gradual", steps=3, seeds=(1,)) for _ in range(2))
+    assert [{**r, "seconds": 0} for r in one.rows] == [{**r, "seconds": 0} for r in two.rows]
+    assert len({r["kl"] for r in one.rows}) == 5
+
+
+def test_gradual_varies_the_schedule_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Reconstruct] = []
+    monkeypatch.setattr(Reconstruct, "run", lambda self, student, *_: seen.append(self) or student)
+    run("gradual", steps=3, seeds=(0,))
+    assert [None if s.gradual is None else s.gradual.how for s in seen] == [None, "linear", "cosine", "drop"]
+    assert len({s.model_copy(update={"gradual": None}) for s in seen}) == 1
+    assert {s.steps for s in seen} == {3}
+
+
+def test_iterations_take_the_steps_they_say() -> None:
+    rows = run("iterations", steps=4, seeds=(0,)).rows
+    assert [r.get("steps") for r in rows] == [None, 1, 2, 4]
+    assert len({r["kl"] for r in rows}) == 4
+
+
+def test_calibration_size_draws_others_for_each_seed() -> None:
+    rows = run("calibration-size", steps=2, samples=12).rows
+    assert {r["images"] for r in rows} == {12}
+    before = of(rows, variant="before")
+    assert [r["seed"] for r in before] == [0, 1]
+    fewer = of(run("calibration-size", steps=2, samples=5).rows, variant="before")
+    assert fewer[0]["kl"] != fewer[1]["kl"]
+
+
+def test_hmse_has_the_smallest_weighted_error_and_minmax_the_largest() -> None:
+    rows = run("hmse", samples=12, weights=3).rows
+    error = {r["variant"]: r["objective"] for r in rows}
+    assert error["HMSE"] < error["MSE, p = 2"] < error["min-max"]
+    assert [r["seed"] for r in of(rows, variant="HMSE")] == [0, 1]
+    assert all("activations" in r and r["activations"] is None for r in rows)
+
+
+def test_labels_are_measured_with_intervals() -> None:
+    labelled = dataset(8, seed=5).labelled([0, 1, 2, 3] * 2)
+    found = run("hmse", weights=8, evaluate=labelled)
+    about = found.facts["networks"][0]
+    assert about["held_out"] == {"count": 8, "sha256": labelled.sha256, "labelled": True}
+    assert about["calibration"]["available"] == 16
+    assert about["float"]["top1"] == found.rows[0]["top1"]
+    assert found.rows[0]["top1_ci"][0] < found.rows[0]["top1"] < found.rows[0]["top1_ci"][1]
+    assert "top1" in found.summary[0]
+    lfh = run("lfh", seeds=(0,), samples=8, evaluate=labelled)
+    assert "cross-entropy, true labels" in {r["loss"] for r in lfh.rows}
+
+
+def test_finished_rows_are_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = tmp_path / "rows.json"
+    whole = run("weighting", steps=2, kept=kept)
+    text = json.loads(kept.read_text())
+    assert len(text["rows"]) == 7
+    text["rows"] = text["rows"][:4]
+    kept.write_text(json.dumps(text))
+    done: list[str] = []
+    original = Reconstruct.run
+
+    def counted(self: Reconstruct, *args: Any) -> Any:
+        done.append(self.weigh)
+        return original(self, *args)
+
+    monkeypatch.setattr(Reconstruct, "run", counted)
+    again = run("weighting", steps=2, kept=kept, resume=True)
+    assert done == ["lfh", "sla", "sla"]
+    assert [r["kl"] for r in again.rows] == [r["kl"] for r in whole.rows]
+    with pytest.raises(UsageError, match="had other settings"):
+        run("weighting", steps=3, kept=kept, resume=True)
+    with monkeypatch.context() as patch:  # the same command with another version of the recipe
+        changed = (Calibrate(weights="minmax"), *recipe("eptq").stages[1:])
+        patch.setitem(recipes(), "eptq", recipe("eptq").model_copy(update={"stages": changed}))
+        with pytest.raises(UsageError, match="had other settings"):
+            run("weighting", steps=2, kept=kept, resume=True)
+    kept.write_text("{}")
+    with pytest.raises(UsageError, match="holds no rows"):
+        run("weighting", steps=2, kept=kept, resume=True)
+
+
+def test_kept_rows_survive_a_kill_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.json"
+    Kept(path, "me").add({"a": 1}, {"kl": 1.0})
+    rows = Kept(path, "me", resume=True)
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        rows.add({"a": 2}, {"kl": 2.0})
+    assert Kept(path, "me", resume=True).get({"a": 1}) == {"kl": 1.0}
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.json"]
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_pages_need_no_network(name: str, tmp_path: Path) -> None:
+    settings = {} if name in {"hmse", "lfh"} else {"steps": 2}
+    found = run(name, seeds=(0,), **settings)
+    data, page = found.save(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"{name}.html", f"{name}.json"]
+    text = page.read_text()
+    assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=", text)
+    assert "Plotly.newPlot" in text
+    assert "How to read it" in text
+    written = json.loads(data.read_text())
+    assert written["study"]["name"] == name
+    assert {"bitwright", "torch", "settings", "networks", "rows", "summary", "seconds"} <= set(written)
+    drawn = found.figure()
+    assert sum(len(t.y) for t in drawn.data) >= len(found.rows)
+
+
+def test_model_and_images_go_together() -> None:
+    with pytest.raises(UsageError, match="MODEL and IMAGES"):
+        study("hmse", make("residual"))
+    with pytest.raises(UsageError, match="--evaluate"):
+        study("hmse", make("residual"), images(8), labels=[0] * 8)
