@@ -77,7 +77,7 @@ class Images:
 
     def __getitem__(self, index: int | slice) -> Tensor | Images:
         if isinstance(index, slice):
-            return self._take(range(len(self))[index])
+            return self.take(range(len(self))[index])
         return self.batch([index])[0]
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -134,7 +134,7 @@ class Images:
             warnings.warn(f"{n} images were asked for, all {total} are used", UserWarning, stacklevel=2)
             return self
         pick = random.Random(seed)
-        return self._take([pick.randrange(i * total // n, (i + 1) * total // n) for i in range(n)])
+        return self.take([pick.randrange(i * total // n, (i + 1) * total // n) for i in range(n)])
 
     def check(self) -> None:
         """Open the header of every file, without decoding any.
@@ -159,7 +159,7 @@ class Images:
         if len(failures) == len(self):
             raise DataError(message)
         warnings.warn(f"skipped {len(failures)} unreadable images: {message}", UserWarning, stacklevel=2)
-        return self._take([k for k, i in enumerate(self._indices) if i not in failures])
+        return self.take([k for k, i in enumerate(self._indices) if i not in failures])
 
     @cached_property
     def sha256(self) -> str:
@@ -170,7 +170,8 @@ class Images:
                 digest.update(hashlib.sha256(name.encode()).digest() + content)
         return digest.hexdigest()
 
-    def _take(self, positions: Sequence[int]) -> Images:
+    def take(self, positions: Sequence[int]) -> Images:
+        """The images at these positions, in the order given; a view that shares decoded pixels."""
         labels = None if self.labels is None else self.labels[list(positions)]
         return Images(self._store, [self._indices[p] for p in positions], labels)
 

@@ -23,6 +23,7 @@ REQUIRED = (
     "onnxruntime",
     "onnxscript",
     "pillow",
+    "plotly",
     "pydantic",
     "safetensors",
     "scipy",

@@ -87,7 +87,7 @@ def test_hard_loss_is_the_formula_on_the_rounded_network() -> None:
     assert run.notes["reconstruct"]["loss"]["hard"] == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("weigh", ["ones", "lfh", "sla"])
+@pytest.mark.parametrize("weigh", ["ones", "lfh", "sla", "sla-log"])
 @pytest.mark.parametrize("variant", ["straight-through", "settled", "anneal", "harden", "free", "lsq"])
 def test_the_loss_falls_and_the_network_stays_on_its_grids(weigh: Any, variant: str) -> None:
     kinds: dict[str, dict[str, Any]] = {
@@ -252,7 +252,7 @@ def test_a_worse_result_is_not_kept() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("weigh", ["lfh", "sla"])
+@pytest.mark.parametrize("weigh", ["lfh", "sla", "sla-log"])
 def test_fewer_images_than_a_batch(count: int, weigh: Any) -> None:
     student, run = optimise(Reconstruct(**QUICK, weigh=weigh), count=count)
     assert run.notes["reconstruct"]["batch"] == count
@@ -305,7 +305,7 @@ class Dead(nn.Module):
         return self.head((torch.relu(self.dead(x)) + self.live(x)).mean((2, 3)))
 
 
-@pytest.mark.parametrize("weigh", ["lfh", "sla"])
+@pytest.mark.parametrize("weigh", ["lfh", "sla", "sla-log"])
 def test_an_output_that_does_not_depend_on_the_input(weigh: Any) -> None:
     torch.manual_seed(0)
     with warnings.catch_warnings():
@@ -314,7 +314,23 @@ def test_an_output_that_does_not_depend_on_the_input(weigh: Any) -> None:
     assert torch.equal(student.flat(torch.randn(2, 3, 8, 8))[0], torch.ones(2, 4))
 
 
-@pytest.mark.parametrize("weigh", ["lfh", "sla"])
+class Single(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).mean((2, 3))
+
+
+def test_a_single_layer_is_optimised() -> None:
+    torch.manual_seed(0)
+    _, run = optimise(Reconstruct(**QUICK, weigh="lfh"), network(Single()))
+    losses = run.notes["reconstruct"]["loss"]["by_stage"]
+    assert 0 < losses["reconstruct"] < losses["calibrate"]
+
+
+@pytest.mark.parametrize("weigh", ["lfh", "sla", "sla-log"])
 def test_a_layer_whose_score_is_zero(weigh: Any) -> None:
     torch.manual_seed(0)
     student, run = optimise(Reconstruct(**QUICK, weigh=weigh), network(Dead()))

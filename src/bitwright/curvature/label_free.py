@@ -63,14 +63,15 @@ class Scores:
     def log_weights(self) -> Tensor:
         """EPTQ v1's weights of the layers: ``log10`` of the mean trace above the least one, [L].
 
-        A layer whose trace is zero takes the second smallest value; where all are, every weight is 1.
+        A layer whose trace is zero takes the second smallest value; where all are equal, every weight is 1.
         """
         trace = self.layer_trace.double()
         positive = trace[trace > 0]
         if len(positive) == 0:
             return torch.ones(len(trace))
         logs = torch.where(trace > 0, trace, positive.min()).log10()
-        return (logs - logs.min()).float()
+        weights = (logs - logs.min()).float()
+        return weights if bool((weights > 0).any()) else torch.ones_like(weights)
 
     def log_attention(self) -> Tensor:
         """The log weights of the layers, spread over the images in proportion to their attention scores, [N, L].
@@ -133,7 +134,7 @@ class _Probe:
 
     def __init__(self, graph: fx.GraphModule, points: list[Point], elements: bool) -> None:
         self.points = points
-        self.graph = _differentiable(graph, points)
+        self.graph = differentiable(graph, points)
         self.stored = _linear_weights(graph) if elements else []
         self.variables = {*self.stored, *_weights_of_constants(graph, points)}
         self.outputs = 0
@@ -257,7 +258,7 @@ def _weights_of_constants(graph: fx.GraphModule, points: list[Point]) -> list[st
 UNDIFFERENTIABLE = frozenset({"argmax", "argmin", "round", "sign", "floor", "ceil", "eq", "gt", "ge", "lt", "le", "to"})
 
 
-def _differentiable(graph: fx.GraphModule, points: list[Point]) -> fx.GraphModule:
+def differentiable(graph: fx.GraphModule, points: list[Point]) -> fx.GraphModule:
     """The network with its interest tensors exposed, and outputs that have a useful derivative, each once.
 
     A softmax, and an operator without a derivative (argmax), is replaced by what it is applied to: the logits.

@@ -53,8 +53,9 @@ class Reconstruct(Stage):
     """Optimisation of a unit by gradients.
 
     The distance between student and teacher at the outputs of all convolutions and linear layers, before any
-    activation, is weighted by ``ones``, by ``lfh`` (EPTQ v1: the log of each layer's label-free Hessian trace) or by
-    ``sla`` (EPTQ v2: a score for each sample and layer) and summed.
+    activation, is weighted by ``ones``, by ``lfh`` (EPTQ v1: the log of each layer's label-free Hessian trace), by
+    ``sla`` (EPTQ v2: a score for each sample and layer) or by ``sla-log`` (the log weights of the layers, spread over
+    the samples in proportion to their scores) and summed.
     """
 
     kind: ClassVar[str] = "reconstruct"
@@ -170,17 +171,15 @@ class Reconstruct(Stage):
             "probes": scores.probes,
             "images": len(scores.trace),
         }
-        if self.weigh == "lfh":
-            return Objective(scores.log_weights().expand(count, -1), self.over, normalise=False)
-        weights = scores.attention
-        if self.weigh == "sla-log":
-            return Objective(scores.log_attention(), self.over, normalise=False)
-        if not bool((weights > 0).any()):
+        if not bool((scores.attention > 0).any()):
             _warn(
                 "No label-free score is above zero: the output does not seem to depend on any layer. All count equally."
             )
-            weights = torch.ones_like(weights)
-        return Objective(weights, self.over, normalise=True)
+            return Objective(torch.full((count, len(points)), 1 / len(points)), self.over, normalise=False)
+        if self.weigh == "sla":
+            return Objective(scores.attention, self.over, normalise=True)
+        weights = scores.log_weights().expand(count, -1) if self.weigh == "lfh" else scores.log_attention()
+        return Objective(weights, self.over, normalise=False)
 
     def scores(self, teacher: Captured, samples: Views, points: list[Point], run: Run) -> Scores:
         """Label-free scores of the samples, kept beside the run."""

@@ -45,7 +45,7 @@ def split(images: Images) -> tuple[Images, Images]:
     last = min(3, len(images) - 1)
     held_out = [i for i in range(len(images)) if i % 4 == last]
     rest = [i for i in range(len(images)) if i % 4 != last]
-    return images._take(rest), images._take(held_out)
+    return images.take(rest), images.take(held_out)
 
 
 class Subject:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from bitwright.curvature.label_free import _differentiable
+from bitwright.curvature.label_free import differentiable
 from bitwright.data import Images
 from bitwright.errors import ModelError
 from bitwright.graph.points import Point
@@ -77,7 +77,7 @@ def hessian_traces(
     Raises:
         ModelError: the network has no single output of class scores, or an operator without a second derivative.
     """
-    exposed = _differentiable(graph, points)
+    exposed = differentiable(graph, points)
     mean, variance = (torch.zeros(len(points), dtype=torch.float64) for _ in range(2))
     generator = torch.Generator().manual_seed(seed)
     for start in range(0, len(images), BATCH):

@@ -10,7 +10,7 @@ from bitwright.studies.base import Cell, Result, Settings, Study
 from bitwright.studies.subject import Subject, eptq
 from bitwright.studies.variants import cells_of, summarise
 
-WEIGHTS = ("ones", "lfh", "sla")
+WEIGHTS = ("ones", "lfh", "sla", "sla-log")
 
 
 def cells(subject: Subject, settings: Settings) -> Iterator[Cell]:
@@ -27,7 +27,7 @@ def figure(result: Result) -> Any:
 
 STUDY = Study(
     name="weighting",
-    summary="Distances of all layers weighted equally, by layer (LFH), or by sample and layer (SLA).",
+    summary="Distances of all layers weighted equally, by layer (LFH), by sample and layer (SLA), or both.",
     paper="arXiv:2309.11531",
     reproduces="The comparison of Hessian-guided weights with plain averaging, at 3 bits.",
     reading="Lower KL is better; small dots are seeds, bars one standard deviation of them, the dashed line is the "
