@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, fx
 
@@ -160,22 +159,30 @@ def _patches(node: fx.Node, value: Tensor, weight: Tensor, positions: int, gener
         value, weight = value.unsqueeze(2), weight.unsqueeze(2)
         stride, padding, dilation = [1, stride[-1]], _flat(padding), [1, dilation[-1]]
     kernel = weight.shape[2:]
-    pads = _padding(node, padding, kernel, dilation)
-    value = F.pad(value, pads)
-    sizes = [(value.shape[2 + i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
+    left, right, top, bottom = _padding(node, padding, kernel, dilation)
+    space = (value.shape[2] + top + bottom, value.shape[3] + left + right)
+    sizes = [(space[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
     count = min(positions, sizes[0] * sizes[1])
-    chosen = torch.randperm(sizes[0] * sizes[1], generator=generator)[:count].to(value.device)
-    rows, columns = chosen // sizes[1] * stride[0], chosen % sizes[1] * stride[1]
+    chosen = torch.randperm(sizes[0] * sizes[1], generator=generator)[:count]
+    rows, columns = chosen // sizes[1] * stride[0] - top, chosen % sizes[1] * stride[1] - left
     parts = [
-        value[:, :, rows + i * dilation[0], columns + j * dilation[1]]
+        _pixels(value, rows + i * dilation[0], columns + j * dilation[1])
         for i in range(kernel[0])
         for j in range(kernel[1])
     ]
-    taken = torch.stack(parts, dim=2)  # [B, C, kh kw, P]
+    taken = torch.stack(parts, dim=3)  # [B, P, C, kh kw]
     groups = rewrite.groups(node)
-    batch, channels, area, _ = taken.shape
-    taken = taken.reshape(batch, groups, channels // groups * area, count)
-    return taken.permute(1, 0, 3, 2).reshape(groups, batch * count, -1).float()
+    taken = taken.reshape(taken.shape[0] * count, groups, -1)
+    return taken.transpose(0, 1).float()
+
+
+def _pixels(value: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The channels of pixels, [B, P, C]; zeros outside the image, so that it need not be copied to be padded."""
+    height, width = value.shape[2:]
+    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
+    places = (rows.clamp(0, height - 1) * width + columns.clamp(0, width - 1)).to(value.device)
+    taken = value.permute(0, 2, 3, 1).flatten(1, 2).index_select(1, places)
+    return taken if bool(inside.all()) else taken * inside.to(value).unsqueeze(1)
 
 
 def _pair(node: fx.Node, index: int, default: int) -> Any:

@@ -62,7 +62,7 @@ class Reconstruct(Stage):
 
     unit: Literal["network"] = "network"
     """What is optimised at once."""
-    steps: int = Field(default=2000, ge=0)
+    steps: int = Field(default=500, ge=0)
     full_steps: int = Field(default=20_000, ge=1)
     """The number of steps that rates and regularizer are meant for."""
     batch: int = Field(default=32, ge=1)
