@@ -452,7 +452,7 @@ def test_layers_that_the_output_does_not_feel_score_zero() -> None:
     assert found.trace.tolist() == [[0.0, 2.0]] * 3
     assert found.attention.tolist() == [[0.0, 1.0]] * 3
     assert found.error.tolist() == [0.0, 0.0]
-    assert found.log_weights().tolist() == [0.0, 0.0]
+    assert found.log_weights().tolist() == [1.0, 1.0]  # zero takes the value of the other, and equals count equally
 
 
 def test_an_output_that_feels_nothing_ends_the_probing_with_zeros() -> None:

@@ -325,7 +325,8 @@ class Single(nn.Module):
 
 def test_a_single_layer_is_optimised() -> None:
     torch.manual_seed(0)
-    _, run = optimise(Reconstruct(**QUICK, weigh="lfh"), network(Single()))
+    stage = Reconstruct(**{**QUICK, "steps": 200}, weigh="lfh", **SOFT, decide=Harden(begin=0.05))
+    _, run = optimise(stage, network(Single()))
     losses = run.notes["reconstruct"]["loss"]["by_stage"]
     assert 0 < losses["reconstruct"] < losses["calibrate"]
 

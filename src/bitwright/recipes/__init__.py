@@ -35,6 +35,8 @@ class Recipe(BaseModel):
             activation_power: 2.0
             bias_correction: none
             bias_images: 128
+            score_images: 64
+            score_probes: 8
         <BLANKLINE>
     """
 
