@@ -147,3 +147,9 @@ def test_an_unknown_recipe_suggests_the_nearest(asked: str, near: str) -> None:
 def test_settings_are_validated(settings: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
         Calibrate(**settings)
+
+
+def test_a_budget_means_nothing_to_a_recipe_without_steps() -> None:
+    assert recipe("eptq").optimises
+    with pytest.warns(UserWarning, match="'rtn' does not optimise"):
+        quantize(make("residual"), dataset(4), "rtn", steps=5)

@@ -87,6 +87,8 @@ def quantize(
     )
     check_budget(steps, minutes)
     method = find_recipe(recipe or DEFAULT_RECIPE)
+    if (steps is not None or minutes is not None) and not method.optimises:
+        warnings.warn(f"Recipe '{method.name}' does not optimise: steps and minutes change nothing.", stacklevel=2)
     run = Run(
         seed=seed,
         device=find_device(device),

@@ -54,6 +54,11 @@ class Recipe(BaseModel):
             raise ValueError(f"expected a list of stages, found {value!r}")
         return tuple(_read_stage(v) for v in value)
 
+    @property
+    def optimises(self) -> bool:
+        """Whether a stage takes steps."""
+        return any(stage.optimises for stage in self.stages)
+
     def settings(self) -> dict[str, Any]:
         """Name, paper and every stage with every setting, as plain data."""
         data = self.model_dump(mode="json")

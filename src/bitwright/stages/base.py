@@ -85,6 +85,8 @@ class Stage(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: ClassVar[str]
+    optimises: ClassVar[bool] = False
+    """Whether a budget of steps or minutes means anything to it."""
     registry: ClassVar[dict[str, type[Stage]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -59,6 +59,7 @@ class Reconstruct(Stage):
     """
 
     kind: ClassVar[str] = "reconstruct"
+    optimises: ClassVar[bool] = True
 
     unit: Literal["network"] = "network"
     """What is optimised at once."""
