@@ -137,7 +137,8 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     torch.set_num_threads(1)
     here = Path.cwd()
     os.chdir(root)
-    status = main(["quantize", "models.py:Net", "photos", "--weights", "4", "--evaluate", "classes", "--out", "run"])
+    given = ["--recipe", "mse", "--weights", "4", "--evaluate", "classes", "--out", "run"]
+    status = main(["quantize", "models.py:Net", "photos", *given])
     os.chdir(here)
     assert status == 0
     yield root

@@ -64,7 +64,7 @@ def test_a_study_writes_two_files(here: Path, capsys: pytest.CaptureFixture[str]
     assert sorted(p.name for p in (here / "studies").iterdir()) == ["weighting.html", "weighting.json"]
     assert json.loads(files[0].read_text()) == shown
     assert [(r["weights"], r["variant"]) for r in shown["rows"]] == [
-        (b, v) for b in (3, 4) for v in ("before", "ones", "lfh", "sla")
+        (b, v) for b in (3, 4) for v in ("before", "ones", "lfh", "sla", "sla-log")
     ]
     assert 0 <= shown["rows"][0]["top1"] <= 1
     assert shown["sources"]["held_out"] == str(here / "scored.npz")
@@ -97,7 +97,13 @@ def test_an_interrupted_study_goes_on(
     assert main(WEIGHTING) == 2
     assert "--resume" in capsys.readouterr().err
     assert main([*WEIGHTING, "--resume", "--json"]) == 0
-    assert [r["variant"] for r in json.loads(capsys.readouterr().out)["rows"]] == ["before", "ones", "lfh", "sla"]
+    assert [r["variant"] for r in json.loads(capsys.readouterr().out)["rows"]] == [
+        "before",
+        "ones",
+        "lfh",
+        "sla",
+        "sla-log",
+    ]
     assert sorted(p.name for p in (here / "studies").iterdir()) == ["weighting.html", "weighting.json"]
 
 

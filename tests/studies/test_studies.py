@@ -93,9 +93,9 @@ def test_weighting_shares_one_start_and_leaves_it_alone(monkeypatch: pytest.Monk
     rows = run("weighting", steps=3).rows
     assert len(calls) == 1
     assert [(r["variant"], r["seed"]) for r in rows] == [
-        ("before", 0), *((w, s) for w in ("ones", "lfh", "sla") for s in (0, 1)),
+        ("before", 0), *((w, s) for w in ("ones", "lfh", "sla", "sla-log") for s in (0, 1)),
     ]  # fmt: skip
-    assert len({r["kl"] for r in of(rows, seed=0)}) == 4
+    assert len({r["kl"] for r in of(rows, seed=0)}) == 5
     starts = {r["loss_before"] for r in of(rows, variant="ones")}
     assert len(starts) == 1
     assert all(r["loss"] != r["loss_before"] for r in of(rows, variant="ones"))
@@ -156,7 +156,7 @@ def test_finished_rows_are_not_measured_again(tmp_path: Path, monkeypatch: pytes
     kept = tmp_path / "rows.json"
     whole = run("weighting", steps=2, kept=kept)
     text = json.loads(kept.read_text())
-    assert len(text["rows"]) == 7
+    assert len(text["rows"]) == 9
     text["rows"] = text["rows"][:4]
     kept.write_text(json.dumps(text))
     done: list[str] = []
@@ -168,7 +168,7 @@ def test_finished_rows_are_not_measured_again(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(Reconstruct, "run", counted)
     again = run("weighting", steps=2, kept=kept, resume=True)
-    assert done == ["lfh", "sla", "sla"]
+    assert done == ["lfh", "sla", "sla", "sla-log", "sla-log"]
     assert [r["kl"] for r in again.rows] == [r["kl"] for r in whole.rows]
     with pytest.raises(UsageError, match="had other settings"):
         run("weighting", steps=3, kept=kept, resume=True)
