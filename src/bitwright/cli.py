@@ -176,7 +176,7 @@ def demo(
     force: Annotated[bool, typer.Option("--force", help="Replace the runs of an earlier demo")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """The whole job on two networks and images that ship with bitwright: about a minute, nothing to download.
+    """The whole job on two networks and images that ship with bitwright: a few minutes, nothing to download.
 
     Quantizes a small CNN and a small vision transformer to 4-bit weights and 8-bit activations from unlabelled
     images, scores them on 10,000 test images, writes ONNX files and checks those in ONNX Runtime.
@@ -469,7 +469,7 @@ def study(
 
     - **lfh**: label-free Hessian traces against true ones, layer by layer, for several losses and networks
 
-    - **weighting**: layers and samples weighted equally, by LFH, or by SLA
+    - **weighting**: layers and samples weighted equally, by LFH, by SLA, or by both
 
     - **iterations**: the result against the number of optimisation steps
 

@@ -55,9 +55,10 @@ def run_stages(
             with run.timed(stage.kind):
                 student = stage.run(student, teacher, images.unlabelled(), run)
             _check_finite(student)
-            run.history.append((stage.kind, student.snapshot()))
+            left = student.snapshot()
+            run.history.append((stage.kind, left))
             if state is not None:
-                _keep(student.snapshot(), state, position, stage.kind, run, identity)
+                _keep(left, state, position, stage.kind, run, identity)
     return student
 
 
@@ -93,7 +94,7 @@ def _restore(student: QuantizedModel, state: Path | None, run: Run, identity: st
     """Takes over the checkpoints of finished stages; how many there are."""
     done = 0
     while state is not None and (path := state / f"checkpoint-{done}.safetensors").is_file():
-        header, snapshot = _read(path)
+        header, snapshot = _read(path, run.device)
         if header.get("identity") != identity:
             raise UsageError(
                 "The unfinished run in this folder had other settings. Repeat its command, or use --force."
@@ -105,11 +106,11 @@ def _restore(student: QuantizedModel, state: Path | None, run: Run, identity: st
     return done
 
 
-def _read(path: Path) -> tuple[dict[str, str], Snapshot]:
+def _read(path: Path, device: torch.device) -> tuple[dict[str, str], Snapshot]:
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-        tensors = load_file(path)
+        tensors = load_file(path, str(device))
     except SafetensorError as error:
         raise UsageError(f"{path} is no checkpoint ({error}). Delete it, or use --force.") from error
     for name, tensor in tensors.items():

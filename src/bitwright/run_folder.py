@@ -45,10 +45,10 @@ def check_target(folder: Path, *, force: bool = False, resume: bool = False) -> 
             f"Expected a run in {folder} for --force to replace, found other files ({foreign[0]}). "
             "Choose another --out."
         )
-    _check_writable(folder)
+    check_writable(folder)
 
 
-def _check_writable(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
     """By trying, because permissions do not tell all (read-only mounts, quotas, administrators)."""
     parent = next(p for p in (folder, *folder.parents) if p.exists())
     for place in {parent, folder.parent if folder.exists() else parent}:

@@ -13,7 +13,7 @@ from bitwright.commands import tables
 from bitwright.commands.sources import Settings, absolute_reference, absolute_source, remove_empty
 from bitwright.errors import UsageError
 from bitwright.models import load_model
-from bitwright.run_folder import _check_writable
+from bitwright.run_folder import check_writable
 from bitwright.studies import figures
 from bitwright.terminal import Terminal
 
@@ -86,7 +86,7 @@ def _check_target(folder: Path, name: str, kept: Path, job: Job) -> None:
     there = [p for p in (folder / f"{name}.json", folder / f"{name}.html") if p.exists()]
     if there and not job.force and not (job.resume and kept.is_file()):
         raise UsageError(f"{there[0]} is there already. Choose another --out, or replace it with --force.")
-    _check_writable(folder)
+    check_writable(folder)
 
 
 def _run(job: Job, kept: Path, terminal: Terminal) -> studies.Result:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -154,7 +154,7 @@ class _Probe:
                 self.outputs = sum(o.shape[1] for o in flat)
                 wanted = [v for v in values if v.requires_grad] + list(weights.values())
                 for step in range(probes if flat and wanted else 0):
-                    directions = [_draw(o.shape, distribution, generator).to(o.device) for o in flat]
+                    directions = [draw(o.shape, distribution, generator).to(o.device) for o in flat]
                     found = torch.autograd.grad(
                         flat, wanted, directions, retain_graph=step + 1 < probes, allow_unused=True
                     )
@@ -178,6 +178,7 @@ class _Batch:
         self.elements: dict[str, Tensor] = {}
 
     def add(self, gradients: list[Tensor | None], weights: dict[str, Tensor]) -> None:
+        """Takes the gradients of one probe."""
         self.probes += 1
         for i, (point, gradient) in enumerate(zip(self.points, gradients, strict=True)):
             if gradient is None:
@@ -238,7 +239,8 @@ def _join(parts: list[_Batch], points: list[Point], probe: _Probe) -> Scores:
     )
 
 
-def _draw(shape: torch.Size, distribution: Distribution, generator: torch.Generator) -> Tensor:
+def draw(shape: torch.Size, distribution: Distribution, generator: torch.Generator) -> Tensor:
+    """A probe: random numbers with mean 0 and variance 1, float32."""
     if distribution == "gaussian":
         return torch.randn(shape, generator=generator)
     return torch.randint(0, 2, shape, generator=generator).mul_(2).sub_(1).float()
@@ -297,24 +299,20 @@ def _carries_tensors(node: fx.Node) -> bool:
 # ---------------------------------------------------------------------------------------------- the cache
 
 
-def cached_scores(folder: Path | None, key: str, compute: object) -> Scores:
+def cached_scores(folder: Path | None, key: str, compute: Callable[[], Scores]) -> Scores:
     """Scores kept beside the run under a key of everything they depend on; computed if they are not there.
 
     Args:
         folder: None keeps nothing.
         key: what they depend on: network, images, settings.
-        compute: called without arguments.
+        compute: called if there are none.
     """
-    assert callable(compute)
     if folder is None:
-        found = compute()
-        assert isinstance(found, Scores)
-        return found
+        return compute()
     path = folder / f"scores-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
     if path.is_file():
         return _load(path)
     found = compute()
-    assert isinstance(found, Scores)
     _save(found, path)
     return found
 

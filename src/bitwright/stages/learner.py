@@ -135,6 +135,14 @@ class Learner(nn.Module):
         total = sum(w.codes.numel() for w in self.weights.values())
         return sum(w.decided() for w in self.weights.values()) / max(total, 1)
 
+    def not_finite(self) -> str | None:
+        """The layer (of a bias, the stored tensor) of a variable that is not finite; None where all are."""
+        named = [(w.name, w) for w in self.weights.values()] + [(a.name, a) for a in self.activations.values()]
+        for name, module in [*named, *self.biases.items()]:
+            if not all(bool(torch.isfinite(p).all()) for p in module.parameters()):
+                return name
+        return None
+
     def absorb(self, student: QuantizedModel) -> None:
         """Writes integers times steps, biases and steps into the student."""
         for stored, weight in self.weights.items():

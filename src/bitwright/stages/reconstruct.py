@@ -6,9 +6,11 @@ changes while it runs is in `schedules`, one step of it in `tuning`, its variabl
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 import warnings
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -17,6 +19,7 @@ import torch
 from pydantic import Field, model_validator
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from bitwright.capture import Captured
 from bitwright.curvature.label_free import Distribution, Scores, cached_scores, label_free_scores
@@ -25,6 +28,7 @@ from bitwright.evaluate import layer_sqnr
 from bitwright.graph import rewrite
 from bitwright.graph.points import Point, expose, linear_points
 from bitwright.losses import weighted_distance
+from bitwright.quant import affine
 from bitwright.quant.learned import Rounding, StepKind
 from bitwright.quantized import QuantizedModel, Snapshot
 from bitwright.stages.augment import Views
@@ -137,15 +141,14 @@ class Reconstruct(Stage):
             "step_seconds": plan.seconds,
             "seed": run.seed,
         }
-        measure = _Measure(teacher, points, objective, images, run)
-        before = measure.sqnr(student)
-        soft = None
+        before = _sqnr(student, images, run)
         if plan.steps:
-            soft = self._optimise(tuner, plan, measure, run)
+            self._optimise(tuner, plan, run)
             learner.absorb(student)
             widen_for_biases(student)
-        self._choose(student, measure, soft, run)
-        _report(student, teacher, before, measure.sqnr(student), run)
+        measure = _Measure(teacher, points, objective, images, run)
+        self._choose(student, learner if plan.steps else None, measure, run)
+        _report(student, teacher, before, _sqnr(student, images, run), run)
         return student
 
     def _variables(self) -> Variables:
@@ -251,23 +254,26 @@ class Reconstruct(Stage):
 
     # ------------------------------------------------------------------------------------- optimisation
 
-    def _optimise(self, tuner: Tuner, plan: _Plan, measure: _Measure, run: Run) -> float:
-        """Takes the steps; the soft loss at their end."""
+    def _optimise(self, tuner: Tuner, plan: _Plan, run: Run) -> None:
+        """Takes the steps."""
         checkpoint = _Checkpoint(run, plan)
         checkpoint.load(tuner)
         kept = self._keep_targets(tuner) if tuner.step < plan.steps else False
         run.notes["reconstruct"] |= {"batch": tuner.batch, "teacher": "kept" if kept else "live"}
-        good, recent, started, first = tuner.state_copy(), 0.0, time.perf_counter(), tuner.step
+        good, recent, decided = tuner.state_copy(), 0.0, ""
+        started, first = time.perf_counter(), tuner.step
         try:
             while tuner.step < plan.steps:
                 if tuner.step % GOOD_EVERY == 0:
-                    measure.check_finite(tuner)
+                    tuner.check_finite()
                     good = tuner.state_copy()
+                    if self.decide is not None:
+                        decided = f", {tuner.learner.share_decided():.0%} decided"
                 loss = tuner.advance()
                 recent = loss if not recent else 0.95 * recent + 0.05 * loss
-                decided = f", {tuner.learner.share_decided():.0%} decided" if self._shows_decided(tuner) else ""
                 run.progress("Optimising", tuner.step, plan.steps, f"loss {recent:.4g}{decided}")
                 checkpoint.write_if_due(tuner)
+            tuner.check_finite()
         except NotFiniteError as error:
             tuner.load({n: t.clone() for n, t in good.items()}, tuner.step)
             run.notes["reconstruct"]["stopped"] = {"layer": error.layer, "step": error.step}
@@ -277,12 +283,6 @@ class Reconstruct(Stage):
                 (time.perf_counter() - started) / (tuner.step - first), 4
             )
         tuner.finish()
-        return measure.soft(tuner.learner)
-
-    def _shows_decided(self, tuner: Tuner) -> bool:
-        if self.rounding != "soft":
-            return False
-        return tuner.step % 50 == 0 or tuner.step == tuner.steps
 
     def _keep_targets(self, tuner: Tuner) -> bool:
         """Keeps the float network's values where they fit the memory given: taking rows is faster than computing."""
@@ -294,24 +294,39 @@ class Reconstruct(Stage):
         tuner.targets.keep(tuner.samples, tuner.batch, tuner.device)
         return True
 
-    def _choose(self, student: QuantizedModel, measure: _Measure, soft: float | None, run: Run) -> None:
+    def _choose(self, student: QuantizedModel, learner: Learner | None, measure: _Measure, run: Run) -> None:
         """Measures the rounded network against what earlier stages left, and keeps the best."""
-        own = student.snapshot()
-        losses = {"reconstruct": measure.hard(student)}
-        states: dict[str, Snapshot] = {"reconstruct": own}
-        for kind, snapshot in run.history:
-            student.restore(snapshot)
-            student.to(run.device)
-            losses[kind], states[kind] = measure.hard(student), snapshot
-        best = min(losses, key=lambda k: losses[k]) if self.never_worse else "reconstruct"
+        states = _named(run.history)
+        own = _free(self.kind, states)
+        states[own] = student.snapshot()
+        losses, soft = measure.losses(student, states, learner)
+        best = min(losses, key=lambda k: (losses[k], k != own)) if self.never_worse else own
         student.restore(states[best])
-        student.to(run.device)
         run.notes["reconstruct"] |= {"loss": {"soft": soft, "hard": losses[best], "by_stage": losses}, "kept": best}
-        if best != "reconstruct":
+        if best != own:
             _warn(
-                f"The optimisation did not lower the calibration loss ({losses['reconstruct']:.4g}, {best}: "
+                f"The optimisation did not lower the calibration loss ({losses[own]:.4g}, {best}: "
                 f"{losses[best]:.4g}): what '{best}' left is kept. More steps would help."
             )
+
+
+def _named(history: list[tuple[str, Snapshot]]) -> dict[str, Snapshot]:
+    """What stages left, by their kind."""
+    found: dict[str, Snapshot] = {}
+    for kind, snapshot in history:
+        found[_free(kind, found)] = snapshot
+    return found
+
+
+def _free(kind: str, taken: Container[str]) -> str:
+    """The kind of a stage, numbered from its second stage on.
+
+    Example:
+        >>> _free("optq", {}), _free("reconstruct", {"reconstruct"})
+        ('optq', 'reconstruct 2')
+    """
+    names = (kind if i == 1 else f"{kind} {i}" for i in itertools.count(1))
+    return next(n for n in names if n not in taken)
 
 
 @dataclass(frozen=True)
@@ -346,42 +361,44 @@ class _Measure:
         self.count = min(MEASURED_IMAGES, len(images))
         self.images = images
 
-    def hard(self, student: QuantizedModel) -> float:
-        """Of the student with its quantizers."""
-        return self._loss(expose(student.graph, [p.node for p in self.points]))
-
-    def soft(self, learner: Learner) -> float:
-        """Of the learner as it stands."""
-        return self._loss(learner)
-
-    def check_finite(self, tuner: Tuner) -> None:
-        """Raises NotFiniteError if a variable is not."""
-        for name, p in tuner.learner.named_parameters():
-            if not bool(torch.isfinite(p).all()):
-                raise NotFiniteError(name, tuner.step)
-
-    def sqnr(self, student: QuantizedModel) -> dict[str, float | None]:
-        """Of every layer in dB, on a few images."""
-        return layer_sqnr(student, self.images.batch(range(min(16, len(self.images)))).to(self.run.device))
-
-    def _loss(self, network: Any) -> float:
-        total = 0.0
+    def losses(
+        self, student: QuantizedModel, states: dict[str, Snapshot], learner: Learner | None
+    ) -> tuple[dict[str, float], float | None]:
+        """Of the student in each state, and of the learner as it stands; each batch passes the teacher once."""
+        totals = dict.fromkeys(states, 0.0)
+        soft = 0.0
+        exposed = {}
+        for name, state in states.items():
+            student.restore(state)
+            exposed[name] = expose(student.graph, [p.node for p in self.points])
+        weights = self.objective.weights[: self.count]
+        if self.objective.normalise:
+            weights = weights / weights.mean(0).max().clamp_min(1e-30)
         size = min(self.run.batch, self.count)
         with torch.no_grad():
             for start in range(0, self.count, size):
                 indices = torch.arange(start, min(start + size, self.count))
                 images = self.images.batch(indices).to(self.run.device)
-                weights = self.objective.weights[: self.count]
-                scale = weights.mean(0).max().clamp_min(1e-30) if self.objective.normalise else 1.0
-                chosen = (weights[indices] / scale).to(self.run.device)
+                chosen = weights[indices].to(self.run.device)
                 _, expected = self.teacher(images)
-                _, found = network(images)
-                terms = [
-                    weighted_distance(a, b, chosen[:, i], p, over=self.objective.over)
-                    for i, (p, a, b) in enumerate(zip(self.points, found, expected, strict=True))
-                ]
-                total += float(torch.stack(terms).sum()) * len(indices)
-        return total / self.count
+                for name, state in states.items():
+                    student.restore(state)  # scales are in the quantizers, which all states share
+                    totals[name] += self._total(exposed[name](images)[1], expected, chosen)
+                if learner is not None:
+                    soft += self._total(learner(images)[1], expected, chosen)
+        return {n: t / self.count for n, t in totals.items()}, None if learner is None else soft / self.count
+
+    def _total(self, found: list[Tensor], expected: list[Tensor], weights: Tensor) -> float:
+        terms = [
+            weighted_distance(a, b, weights[:, i], p, over=self.objective.over)
+            for i, (p, a, b) in enumerate(zip(self.points, found, expected, strict=True))
+        ]
+        return float(torch.stack(terms).sum()) * len(weights)
+
+
+def _sqnr(student: QuantizedModel, images: Images, run: Run) -> dict[str, float | None]:
+    """Of every layer in dB, on a few images."""
+    return layer_sqnr(student, images.batch(range(min(16, len(images)))).to(run.device))
 
 
 class _Checkpoint:
@@ -455,10 +472,10 @@ def _report(
     for stored, quantizer in parameters(student.graph, "weight"):
         key = next(k for k, m in student.graph.named_children() if m is quantizer)
         codes = quantizer.codes(rewrite.get_tensor(student.graph, stored))
-        final = quantizer.scale
-        quantizer.scale = start.tensors[f"{key}.scale"].to(final.device)
-        nearest = quantizer.codes(rewrite.get_tensor(teacher.graph, stored))
-        quantizer.scale = final
+        assert quantizer.block is not None
+        scale = affine.expand_blocks(start.tensors[f"{key}.scale"], quantizer.shape, quantizer.block)
+        weight, grid = rewrite.get_tensor(teacher.graph, stored), quantizer.grid
+        nearest = affine.quantize(weight, scale, torch.zeros_like(scale), grid.qmin, grid.qmax)
         moved += int((codes != nearest).sum())
         total += codes.numel()
     run.notes["reconstruct"]["left_nearest"] = moved / max(total, 1)

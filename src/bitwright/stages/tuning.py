@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -185,11 +186,12 @@ class Tuner:
             for i, (point, a, b) in enumerate(zip(self.learner.points, student, teacher, strict=True))
         ]
         distance = torch.stack(terms).sum()
-        if not bool(torch.isfinite(distance)):
+        loss = float(distance.detach())
+        if not math.isfinite(loss):
             broken = next(i for i, t in enumerate(terms) if not bool(torch.isfinite(t)))
             raise NotFiniteError(self.learner.points[broken].layer, self.step)
         torch.autograd.backward(distance + self._regularizer(mean, progress))
-        return float(distance.detach())
+        return loss
 
     def _regularizer(self, mean: Tensor, progress: float) -> Tensor | float:
         decide = self.settings.decide
@@ -216,6 +218,16 @@ class Tuner:
             for weight in self.learner.weights.values():
                 weight.settle(share)
             self.fixed = share
+
+    def check_finite(self) -> None:
+        """Looks at all variables.
+
+        Raises:
+            NotFiniteError: one is not finite; its layer is named.
+        """
+        broken = self.learner.not_finite()
+        if broken is not None:
+            raise NotFiniteError(broken, self.step)
 
     def finish(self) -> None:
         """Settles what a schedule has left open, and puts every activation on its grid."""

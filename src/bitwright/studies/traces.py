@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from bitwright.curvature.label_free import differentiable
+from bitwright.curvature.label_free import differentiable, draw
 from bitwright.data import Images
 from bitwright.errors import ModelError
 from bitwright.graph.points import Point
@@ -103,7 +103,7 @@ def _probe(
         gradients = torch.autograd.grad(value, wanted, create_graph=True, allow_unused=True)
         pairs = [(i, z, g) for i, z, g in zip(known, wanted, gradients, strict=True) if g is not None]
         for probe in range(probes):
-            directions = [_rademacher(z, generator) for _, z, _ in pairs]
+            directions = [draw(z.shape, "rademacher", generator).to(z) for _, z, _ in pairs]
             total = torch.stack([(g * v).sum() for (_, _, g), v in zip(pairs, directions, strict=True)]).sum()
             products = _second(total, [z for _, z, _ in pairs], keep=probe + 1 < probes)
             for (i, _, _), v, product in zip(pairs, directions, products, strict=True):
@@ -123,10 +123,6 @@ def _second(total: Tensor, wanted: list[Tensor], *, keep: bool) -> tuple[Tensor 
         raise ModelError(
             f"The network has an operator without a second derivative ({str(error).splitlines()[0]})."
         ) from error
-
-
-def _rademacher(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randint(0, 2, like.shape, generator=generator).mul_(2).sub_(1).to(like)
 
 
 def scores_of(outputs: list[Tensor]) -> Tensor:
