@@ -39,7 +39,7 @@ def quantize(
     runtime: str = "onnxruntime",
     scheme: Scheme | None = None,
     samples: int | None = None,
-    steps: int | None = None,
+    steps: int | Sequence[int] | None = None,
     minutes: float | None = None,
     precision: Precision = "auto",
     seed: int = 0,
@@ -62,7 +62,8 @@ def quantize(
         runtime: where the result will run, which decides what is computed without rounding in between.
         scheme: all of the five above and more, in one object, instead of them.
         samples: how many images to use, evenly spread; 512 at most if not given.
-        steps: of the optimisation, instead of the recipe's; schedules stretch with them.
+        steps: of the optimisation, instead of the recipe's; schedules stretch with them. Several numbers are for a
+            recipe with several stages that take steps; one number is for the first of them.
         minutes: what the whole of it may take, instead of ``steps``; the steps that this made are in the result.
         precision: in which networks are optimised: ``float32``, ``bfloat16``, or ``auto``, the faster one.
         seed: of everything random.
@@ -85,15 +86,15 @@ def quantize(
         runtime=runtime,
         rules=tuple(map(_as_rule, rules)),
     )
-    check_budget(steps, minutes)
     method = find_recipe(recipe or DEFAULT_RECIPE)
+    each = check_budget(steps, minutes, method)
     if (steps is not None or minutes is not None) and not method.optimises:
         warnings.warn(f"Recipe '{method.name}' does not optimise: steps and minutes change nothing.", stacklevel=2)
     run = Run(
         seed=seed,
         device=find_device(device),
         progress=progress,
-        steps=steps,
+        steps_each=each,
         minutes=minutes,
         precision=precision,
     )
@@ -106,7 +107,7 @@ def quantize(
     teacher.graph.to(run.device)
     student.to(run.device)
 
-    budget = (steps, minutes, precision)
+    budget = (each, minutes, precision)
     identity = f"{scheme} {method} {seed} {budget} {data.sha256} {fingerprint(teacher.graph)}"
     student = run_stages(method, student, teacher, data, run, state=state, identity=identity)
 
@@ -175,18 +176,24 @@ def find_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def check_budget(steps: int | None, minutes: float | None) -> None:
-    """Finds what cannot be asked for.
+def check_budget(steps: int | Sequence[int] | None, minutes: float | None, method: Recipe) -> tuple[int, ...]:
+    """The steps of the recipe's stages that take some, as far as they are given.
 
     Raises:
-        UsageError: both are given, or one is out of range.
+        UsageError: steps and minutes are given, one is out of range, or there are more numbers than such stages.
     """
     if steps is not None and minutes is not None:
         raise UsageError("Expected --steps or --minutes, found both.")
-    if steps is not None and steps < 0:
-        raise UsageError(f"Expected at least 0 steps, found {steps}.")
+    each = () if steps is None else (steps,) if isinstance(steps, int) else tuple(steps)
+    if any(n < 0 for n in each):
+        raise UsageError(f"Expected at least 0 steps, found {min(each)}.")
+    if len(each) > max(1, method.counts):
+        raise UsageError(
+            f"Recipe '{method.name}' has {method.counts} stages that take steps, found {len(each)} numbers."
+        )
     if minutes is not None and not 0 < minutes < float("inf"):
         raise UsageError(f"Expected a positive number of minutes, found {minutes}.")
+    return each
 
 
 def _as_rule(rule: str | Rule) -> Rule:

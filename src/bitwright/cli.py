@@ -91,8 +91,12 @@ CropOption = Annotated[
     typer.Option("--crop-pct", help="Input size over resized size, such as 0.875", rich_help_panel=_IMAGES),
 ]
 StepsOption = Annotated[
-    int | None,
-    typer.Option(help="Of the optimisation, instead of the recipe's; schedules stretch", rich_help_panel=_BUDGET),
+    str | None,
+    typer.Option(
+        help="Of the optimisation, instead of the recipe's; schedules stretch. 300,500 for a recipe of two such stages",
+        metavar="N[,N]",
+        rich_help_panel=_BUDGET,
+    ),
 ]
 MinutesOption = Annotated[
     float | None,
@@ -254,7 +258,7 @@ def quantize(
             scheme,
             recipe,
             samples=samples,
-            steps=steps,
+            steps=command.parse_steps(steps),
             minutes=minutes,
             precision=_precision(precision),
             evaluate=evaluate,
@@ -334,6 +338,9 @@ def inspect(
     group_size: GroupSizeOption = 64,
     output: OutputOption = None,
     input_size: InputSizeOption = None,
+    blocks: Annotated[
+        bool, typer.Option("--blocks", help="Show the blocks: attention, MLPs, residual branches, chains")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Shows every tensor that is quantized, every one that is not and why; parameters, MACs and sizes.
@@ -348,7 +355,9 @@ def inspect(
         from bitwright.commands import inspect as command
 
         settings = _settings(input_size=input_size)
-        facts, views = command.inspect(model, scheme=scheme, output=output, settings=settings, terminal=terminal)
+        facts, views = command.inspect(
+            model, scheme=scheme, output=output, settings=settings, blocks=blocks, terminal=terminal
+        )
         terminal.result(facts)
         terminal.show(*views)
 

@@ -6,8 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from bitwright.errors import UsageError
 from bitwright.graph.points import Point
+from bitwright.metrics import as_log_probabilities
 
 
 class _WeightedDistance(torch.autograd.Function):
@@ -45,3 +48,51 @@ def weighted_distance(student: Tensor, teacher: Tensor, weights: Tensor, point: 
         scale /= student.shape[point.channels]
     value: Tensor = _WeightedDistance.apply(student, teacher, weights * scale, point)  # type: ignore[no-untyped-call]
     return value
+
+
+def info_nce(student: Tensor, teacher: Tensor, temperature: float = 3.0) -> Tensor:
+    """Contrastive loss of each image against its own teacher output among those of the batch, [N].
+
+    ``2 T CE(cos(student_n, teacher_m) / T, m = n)``, as Evol-Q computes it (arXiv:2308.10814, section 3.2; methods,
+    section 2.1): negatives are teacher outputs of other images, in one direction. A perfect student does not reach 0.
+
+    Args:
+        student: [N, ...], flattened for each image; its length does not matter.
+        teacher: the same of the float network.
+        temperature: T.
+
+    Raises:
+        UsageError: N is 1, so that there are no negatives.
+    """
+    if len(student) < 2:
+        raise UsageError("infoNCE needs at least two images in a batch: the others are its negatives.")
+    q, k = (functional.normalize(x.flatten(1).float(), dim=1) for x in (student, teacher))
+    own = torch.arange(len(q), device=q.device)
+    return 2 * temperature * functional.cross_entropy(q @ k.T / temperature, own, reduction="none")
+
+
+def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared error of each image over the mean square of the batch's teacher outputs, [N] for [N, ...]."""
+    scale = teacher.float().square().mean().clamp_min(1e-30)
+    return (student.float() - teacher.float()).square().flatten(1).mean(1) / scale
+
+
+def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """One minus the cosine between each image's outputs, [N] for [N, ...]."""
+    return 1 - functional.cosine_similarity(student.flatten(1).float(), teacher.flatten(1).float(), dim=1)
+
+
+def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """``KL(teacher || student)`` of each image in nats, the mean over positions, [N].
+
+    Args:
+        student: class scores [N, K] or [N, K, H, W], or a map of probabilities [N, 1, H, W].
+        teacher: the same of the float network.
+
+    Raises:
+        UsageError: the outputs are neither.
+    """
+    p, q = as_log_probabilities(teacher), as_log_probabilities(student)
+    if p is None or q is None:
+        raise UsageError(f"KL needs class scores or probabilities, found outputs of {list(student.shape[1:])}.")
+    return (p.exp() * (p - q)).sum(1).flatten(1).mean(1).float() if p.dim() > 2 else (p.exp() * (p - q)).sum(1).float()

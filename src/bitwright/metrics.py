@@ -87,7 +87,7 @@ class Fidelity:
         """Adds a batch of outputs; classes are read from the first."""
         for a, b in zip(reference, other, strict=True):
             self.ratio.update(a, b)
-        p, q = _as_log_probabilities(reference[0]), _as_log_probabilities(other[0])
+        p, q = as_log_probabilities(reference[0]), as_log_probabilities(other[0])
         if p is None or q is None:
             self.applicable = False
             return
@@ -105,7 +105,8 @@ class Fidelity:
         }
 
 
-def _as_log_probabilities(output: Tensor) -> Tensor | None:
+def as_log_probabilities(output: Tensor) -> Tensor | None:
+    """Logarithms of class probabilities along axis 1, float64; None for outputs that are no class scores."""
     if output.dim() < 2:
         return None
     if output.shape[1] > 1:

@@ -53,7 +53,7 @@ def run_stages(
                 continue
             torch.manual_seed(run.seed + position)
             with run.timed(stage.kind):
-                student = stage.run(student, teacher, images.unlabelled(), run)
+                student = stage.run(student, teacher, images.unlabelled(), run.of(recipe.stages, position))
             _check_finite(student)
             left = student.snapshot()
             run.history.append((stage.kind, left))

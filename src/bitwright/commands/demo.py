@@ -34,7 +34,7 @@ def demo(out: Path, *, recipe: str | None, force: bool, seed: int, terminal: Ter
             CALIBRATION,
             Scheme(weights=4, activations=8),
             recipe,
-            steps=DEMO_STEPS if find_recipe(recipe or api.DEFAULT_RECIPE).optimises else None,
+            steps=(DEMO_STEPS,) if find_recipe(recipe or api.DEFAULT_RECIPE).optimises else None,
             evaluate=TEST,
             out=out / name,
             seed=seed,

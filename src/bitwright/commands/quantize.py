@@ -47,7 +47,7 @@ class Job:
     scheme: Scheme
     recipe: str | None = None
     samples: int | None = None
-    steps: int | None = None
+    steps: tuple[int, ...] | None = None
     minutes: float | None = None
     precision: Precision = "auto"
     evaluate: str | None = None
@@ -126,11 +126,28 @@ def default_name(job: Job) -> str:
     return re.sub(r"[^\w.-]+", "_", f"{name}-{Path(job.method).stem}-w{weights}a{activations}")
 
 
+def parse_steps(text: str | None) -> tuple[int, ...] | None:
+    """Numbers of steps, one for each stage that takes some.
+
+    Raises:
+        UsageError: the text is no list of whole numbers.
+
+    Example:
+        >>> parse_steps("300"), parse_steps("300,500")
+        ((300,), (300, 500))
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"Expected a number of steps such as 300, or 300,500, found '{text}'.") from None
+
+
 def find_inputs(job: Job, terminal: Terminal) -> Inputs:
     """Loads the model, opens the images, and finds what can be wrong with them before the long work starts."""
-    find_recipe(job.method)
+    api.check_budget(job.steps, job.minutes, find_recipe(job.method))
     api.find_device(job.device)
-    api.check_budget(job.steps, job.minutes)
     if job.labels is not None and job.evaluate is None:
         raise UsageError("Labels are used for evaluation only. Give the images they belong to with --evaluate.")
     terminal.begin("Loading the network")

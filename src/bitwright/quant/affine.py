@@ -23,7 +23,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int)
         >>> quantize(torch.tensor([-1.0, 0.5, 1.5, 9.0]), torch.tensor(1.0), torch.tensor(0.0), 0, 3)
         tensor([0., 0., 2., 3.])
     """
-    return torch.round(x / scale).add_(zero_point).clamp_(qmin, qmax)
+    return (x / scale).round_().add_(zero_point).clamp_(qmin, qmax)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax:
         >>> fake_quantize(torch.tensor([0.3, 2.2]), torch.tensor(0.5), torch.tensor(0.0), 0, 3)
         tensor([0.5000, 1.5000])
     """
-    return torch.round(x / scale).clamp_(qmin - zero_point, qmax - zero_point).mul_(scale)
+    return (x / scale).round_().clamp_(qmin - zero_point, qmax - zero_point).mul_(scale)
 
 
 def to_blocks(x: Tensor, block: tuple[int, ...]) -> Tensor:

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, SerializeAsAny, ValidationError, field_validator
 
 from bitwright.errors import UsageError
-from bitwright.stages.base import Stage
+from bitwright.stages.base import Optimising, Stage
 
 
 class Recipe(BaseModel):
@@ -57,7 +57,12 @@ class Recipe(BaseModel):
     @property
     def optimises(self) -> bool:
         """Whether a stage takes steps."""
-        return any(stage.optimises for stage in self.stages)
+        return self.counts > 0
+
+    @property
+    def counts(self) -> int:
+        """How many stages take steps."""
+        return sum(isinstance(stage, Optimising) for stage in self.stages)
 
     def settings(self) -> dict[str, Any]:
         """Name, paper and every stage with every setting, as plain data."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,6 +39,7 @@ class Run:
 
     Attributes:
         steps: of an optimisation, instead of the recipe's.
+        steps_each: of the recipe's optimising stages in order; stages beyond its length take their own.
         minutes: to spend from ``started`` on, instead of a number of steps.
         precision: in which networks are optimised; ``auto`` measures what is faster.
         state: folder for checkpoints inside a stage; None keeps none.
@@ -51,6 +52,7 @@ class Run:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     progress: Progress = silent
     steps: int | None = None
+    steps_each: tuple[int, ...] = ()
     minutes: float | None = None
     precision: Precision = "auto"
     state: Path | None = None
@@ -59,6 +61,23 @@ class Run:
     history: list[tuple[str, Snapshot]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+
+    def of(self, stages: Sequence[Stage], position: int) -> Run:
+        """The part of the budget that is one stage's; everything else is shared with this run.
+
+        Minutes that are left are divided among the optimising stages to come by their ``share``.
+        """
+        stage = stages[position]
+        if not isinstance(stage, Optimising):
+            return self
+        before = sum(isinstance(s, Optimising) for s in stages[:position])
+        steps = self.steps_each[before] if before < len(self.steps_each) else self.steps
+        minutes = self.minutes
+        if minutes is not None:
+            spent = (time.perf_counter() - self.started) / 60
+            part = stage.share / sum(s.share for s in stages[position:] if isinstance(s, Optimising))
+            minutes = spent + max(0.0, minutes - spent) * part
+        return replace(self, steps=steps, minutes=minutes)
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -85,14 +104,20 @@ class Stage(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: ClassVar[str]
-    optimises: ClassVar[bool] = False
-    """Whether a budget of steps or minutes means anything to it."""
     registry: ClassVar[dict[str, type[Stage]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        Stage.registry[cls.kind] = cls
+        if "kind" in cls.__dict__:
+            Stage.registry[cls.kind] = cls
 
     def run(self, student: QuantizedModel, teacher: Captured, images: Images, run: Run) -> QuantizedModel:
         """Improves the student; the teacher is never changed, and the images carry no labels."""
         raise NotImplementedError
+
+
+class Optimising(Stage):
+    """A stage that takes steps, so that a budget of steps or minutes means something to it."""
+
+    share: float = Field(default=1.0, gt=0)
+    """Of a budget of minutes, relative to the recipe's other stages that take steps."""

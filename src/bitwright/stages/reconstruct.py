@@ -32,7 +32,7 @@ from bitwright.quant import affine
 from bitwright.quant.learned import Rounding, StepKind
 from bitwright.quantized import QuantizedModel, Snapshot
 from bitwright.stages.augment import Views
-from bitwright.stages.base import Run, Stage
+from bitwright.stages.base import Optimising, Run
 from bitwright.stages.calibrate import parameters, widen_for_biases
 from bitwright.stages.learner import Learner, Variables
 from bitwright.stages.schedules import Anneal, Gradual, Harden, Learn
@@ -53,7 +53,7 @@ OVERHEAD = 1.1
 """A whole step over its forward and backward pass."""
 
 
-class Reconstruct(Stage):
+class Reconstruct(Optimising):
     """Optimisation of a unit by gradients.
 
     The distance between student and teacher at the outputs of all convolutions and linear layers, before any
@@ -63,7 +63,6 @@ class Reconstruct(Stage):
     """
 
     kind: ClassVar[str] = "reconstruct"
-    optimises: ClassVar[bool] = True
 
     unit: Literal["network"] = "network"
     """What is optimised at once."""

@@ -1,0 +1,132 @@
+"""The part of a network that a change of some quantizers reaches, so that only that part runs again."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from bitwright.quant.quantizer import BiasQuantizer
+
+
+@dataclass(frozen=True)
+class Region:
+    """What lies behind some quantizers of a network.
+
+    Attributes:
+        frontier: names of the values it reads that depend on the images and not on the quantizers.
+        fixed: names of the values it reads that depend on neither: weights and biases of other layers.
+        moved: names of the values it reads that depend on the quantizers and not on the images.
+        reached: names of everything that depends on the quantizers.
+        body: ``body(*frontier, *fixed, *moved)`` gives the network's outputs.
+    """
+
+    frontier: tuple[str, ...]
+    fixed: tuple[str, ...]
+    moved: tuple[str, ...]
+    reached: frozenset[str]
+    body: fx.GraphModule
+
+
+def region(graph: fx.GraphModule, changed: Collection[str]) -> Region:
+    """Cuts the part of a network that a change of quantizers reaches.
+
+    Args:
+        graph: with quantizers; not changed.
+        changed: paths of quantizers of weights or activations.
+
+    Memory: the body shares the graph's modules and holds no tensors of its own.
+    """
+    seen = _follows(graph.graph, (n for n in graph.graph.nodes if n.op == "placeholder"))
+    reached = _follows(graph.graph, (n for n in graph.graph.nodes if _changes(graph, n, changed)))
+    output = next(n for n in graph.graph.nodes if n.op == "output")
+    body = [n for n in graph.graph.nodes if n in seen and n in reached and n is not output]
+    inside = set(body)
+    operands = dict.fromkeys(a for n in [*body, output] for a in n.all_input_nodes if a not in inside)
+    frontier = [n for n in operands if n in seen]
+    moved = [n for n in operands if n not in seen and n in reached]
+    fixed = [n for n in operands if n not in seen and n not in reached]
+
+    made = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {n: made.placeholder(n.name) for n in (*frontier, *fixed, *moved)}
+    for node in body:
+        copies[node] = made.node_copy(node, copies.__getitem__)
+    made.output(fx.map_arg(output.args[0], copies.__getitem__))
+    names = frozenset(n.name for n in reached)
+    return Region(_names(frontier), _names(fixed), _names(moved), names, fx.GraphModule(graph, made))
+
+
+def values(graph: fx.GraphModule, names: Iterable[str]) -> list[Any]:
+    """The values of nodes that do not depend on the images, from the tensors and quantizers as they are now."""
+    wanted = list(names)
+    by_name = {n.name: n for n in graph.graph.nodes}
+    known: dict[fx.Node, Any] = {}
+    runner = fx.Interpreter(graph)
+    with torch.no_grad():
+        for node in _needed(graph.graph, [by_name[name] for name in wanted]):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+            known[node] = getattr(runner, node.op)(node.target, args, kwargs)
+    return [known[by_name[name]] for name in wanted]
+
+
+def truncate(graph: fx.GraphModule, names: Iterable[str]) -> fx.GraphModule:
+    """The same network up to some of its values: ``truncated(images)`` gives the list of them."""
+    made = fx.Graph()
+    by_name = {n.name: n for n in graph.graph.nodes}
+    wanted = [by_name[name] for name in names]
+    inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in dict.fromkeys([*inputs, *_needed(graph.graph, wanted)]):
+        copies[node] = made.node_copy(node, copies.__getitem__)
+    made.output([copies[n] for n in wanted])
+    return fx.GraphModule(graph, made)
+
+
+def size(values: Mapping[str, Any]) -> int:
+    """Bytes of the tensors among them; a list of tensors counts its members."""
+    total = 0
+    for value in values.values():
+        for tensor in value if isinstance(value, list | tuple) else [value]:
+            total += tensor.numel() * tensor.element_size() if isinstance(tensor, Tensor) else 0
+    return total
+
+
+def _changes(graph: fx.GraphModule, node: fx.Node, changed: Collection[str]) -> bool:
+    """Whether the node's own module is one of the quantizers, or the quantizer of a bias that follows them."""
+    if node.op != "call_module":
+        return False
+    if node.target in changed:
+        return True
+    module = graph.get_submodule(str(node.target))
+    if not isinstance(module, BiasQuantizer):
+        return False
+    followed = {module.source, module.weight}
+    return any(graph.get_submodule(key) in followed for key in changed)
+
+
+def _follows(graph: fx.Graph, starts: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes that depend on some nodes, and those themselves."""
+    found = set(starts)
+    for node in graph.nodes:
+        if any(a in found for a in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _needed(graph: fx.Graph, wanted: Iterable[fx.Node]) -> list[fx.Node]:
+    """The nodes and everything they are computed from, in program order."""
+    found: set[fx.Node] = set()
+    stack = list(wanted)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += node.all_input_nodes
+    return [n for n in graph.nodes if n in found]
+
+
+def _names(nodes: Iterable[fx.Node]) -> tuple[str, ...]:
+    return tuple(n.name for n in nodes)

@@ -1,0 +1,376 @@
+"""Searches scales by evolution, block by block, where the loss is too jagged for gradients.
+
+Evol-Q (arXiv:2308.10814). A visit of a block mutates the scales of its layers a few times; what lies before the block
+is computed once, and a child that is seen to lose on part of the images leaves the race. The story of a run is
+:meth:`Evolve.run`; the search as such is in `population`, scales and their fitness are in `candidates`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bitwright.capture import Captured
+from bitwright.data import Images
+from bitwright.errors import UsageError
+from bitwright.graph.blocks import Block, BlockKind, find_blocks
+from bitwright.graph.segments import region
+from bitwright.quantized import QuantizedModel
+from bitwright.stages.base import Optimising, Run
+from bitwright.stages.candidates import Batches, Evaluator, Fitness, Meaning, Measure, Scales
+from bitwright.stages.population import Member, Mutation, Population
+
+CHECKPOINT = "evolve.safetensors"
+CHECKPOINT_SECONDS = 2.0
+WORTH_IT = 1.15
+"""How much faster bfloat16 must be to be taken."""
+RANKED, RANKED_BATCHES = 6, 2
+"""Children, and batches of images, by which bfloat16 must rank as float32 does."""
+
+
+class Evolve(Optimising):
+    """Evolution of quantization scales.
+
+    ``blocks`` are kinds that ``bitwright inspect --blocks`` shows; ``auto`` takes attention where there is any and all
+    blocks elsewhere. A budget of steps counts children, and passes go on until it is used up.
+    """
+
+    kind: ClassVar[str] = "evolve"
+
+    blocks: tuple[BlockKind, ...] | Literal["auto", "all"] = "auto"
+    scales: Literal["weights", "activations", "both"] = "weights"
+    meaning: Meaning = "round"
+    """What a new scale of a weight does: ``round`` its stored weights anew, or ``keep`` their integers."""
+    order: Literal["reverse", "forward"] = "reverse"
+    passes: int = Field(default=10, ge=0)
+    cycles: int = Field(default=3, ge=0)
+    """Children for each visit of a block."""
+    population: int = Field(default=15, ge=1)
+    tournament: int = Field(default=10, ge=1)
+    """Members drawn, with replacement, of which the fittest is the parent."""
+    mutation: Mutation = Mutation()
+    search: Literal["evolution", "random"] = "evolution"
+    """``random`` draws every child around the scales that the stage began with."""
+
+    fitness: Measure = "infonce"
+    temperature: float = Field(default=3.0, gt=0)
+    """Of infoNCE."""
+    images: int = Field(default=1000, ge=1)
+    """The most that a fitness is measured on."""
+    batch: int = Field(default=100, ge=1)
+    """Images of which one is told from the others."""
+    held_out: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the images that are kept out of the search; the pass that is best on them is the result."""
+    race: float = Field(default=1e-3, ge=0, lt=1)
+    """Probability that a child which would have been taken leaves early; 0 measures every child on all images."""
+    memory: int = Field(default=2 << 30, ge=0)
+    """Bytes for what lies before a block."""
+    share: float = Field(default=0.3, gt=0)
+
+    def run(self, student: QuantizedModel, teacher: Captured, images: Images, run: Run) -> QuantizedModel:
+        """Passes over the blocks until the budget is used up; the result is never worse on what it is selected by."""
+        some = images.sample(min(self.images, len(images)), seed=run.seed)
+        hidden, seen = _split(some, self.held_out)
+        fitness = Fitness(self.fitness, self.temperature)
+        searched = self._searched(student, teacher)
+        if not searched:
+            raise UsageError("There is nothing to evolve: no block has a quantized scale of the kind asked for.")
+        batches = Batches(teacher, seen, self.batch, run, "Teacher's outputs")
+        judge = Batches(teacher, hidden, self.batch, run, "Teacher's outputs") if len(hidden) else None
+        regions = [region(student.graph, s.scales.keys) for s in searched]
+        evaluator = Evaluator(student, regions, batches, fitness, self.memory)
+        search = _Search(self, student, searched, evaluator, run)
+        search.start(batches, judge, fitness)
+        search.go()
+        search.finish()
+        return student
+
+    def _searched(self, student: QuantizedModel, teacher: Captured) -> list[_Searched]:
+        """The blocks in the order of visits, with the scales that each changes."""
+        found, taken = [], set()
+        for block in self._chosen(find_blocks(teacher.graph)):
+            keys = [k for k in _keys(student, block, self.scales) if k not in taken]
+            taken.update(keys)
+            if keys:
+                found.append(_Searched(block, Scales(student, keys, self.meaning)))
+        return found[::-1] if self.order == "reverse" else found
+
+    def _chosen(self, blocks: list[Block]) -> list[Block]:
+        if self.blocks == "all":
+            return blocks
+        kinds = ("attention",) if self.blocks == "auto" else self.blocks
+        chosen = [b for b in blocks if b.kind in kinds]
+        if chosen or self.blocks == "auto":
+            return chosen or blocks
+        there = ", ".join(sorted({f"{b.kind} ({b.name})" for b in blocks})[:6]) or "none"
+        raise UsageError(f"The network has no block of kind {' or '.join(kinds)}. Its blocks: {there}.")
+
+
+@dataclass
+class _Searched:
+    block: Block
+    scales: Scales
+    factor: float = 1.0
+    """On the size of mutations."""
+
+
+@dataclass
+class _Search:
+    """The state of a run."""
+
+    stage: Evolve
+    student: QuantizedModel
+    searched: list[_Searched]
+    evaluator: Evaluator
+    run: Run
+    visits: int = 0
+    children: int = 0
+    dropped: int = 0
+    better: int = 0
+    seconds: float = 0.0
+    """Spent by the run that this one goes on from."""
+    began: float = field(default_factory=time.perf_counter)
+    losses: Tensor = field(default_factory=lambda: torch.empty(0))
+    first: Tensor = field(default_factory=lambda: torch.empty(0))
+    starts: list[Tensor] = field(default_factory=list)
+    best: list[Tensor] = field(default_factory=list)
+    """Scales after the pass that is best on held-out images."""
+    hidden: list[float] = field(default_factory=list)
+    """Fitness on held-out images at the start and after every pass."""
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    precision: str = "float32"
+    saved: float = field(default_factory=time.perf_counter)
+
+    def start(self, batches: Batches, judge: Batches | None, fitness: Fitness) -> None:
+        """Measures the network as it comes, or goes on where an unfinished run was."""
+        self.judge, self.measure, self.batches = judge, fitness, batches
+        self.starts = [s.scales.get() for s in self.searched]
+        self.best = list(self.starts)
+        self.teacher_fitness = _mean(torch.cat([fitness(t, t) for t in batches.targets]))
+        if not self._load():
+            self.first = self.losses = batches.losses(self.student.flat, fitness)
+            if not bool(torch.isfinite(self.losses).all()):
+                raise UsageError("The network's fitness is not finite before the search has begun.")
+            self.curve = [(0, _mean(self.losses))]
+            self._judge()
+            self.precision = self._choose_precision()
+        self.evaluator.precision = getattr(torch, self.precision)
+
+    def _choose_precision(self) -> str:
+        """What was asked for; else bfloat16 where it is faster and ranks some children as float32 does."""
+        if self.run.precision != "auto" or self._over():
+            return "float32" if self.run.precision == "auto" else self.run.precision
+        middle = len(self.searched) // 2
+        scales, start = self.searched[middle].scales, self.starts[middle]
+        generator, evaluator = torch.Generator().manual_seed(self.run.seed), self.evaluator
+        children = [self.stage.mutation.child(start, scales.least(), generator) for _ in range(RANKED)]
+        self.run.progress("Measuring precisions", 0, 0)
+        evaluator.visit(middle)
+        ranks, seconds = {}, {}
+        for precision in ("float32", "bfloat16"):
+            evaluator.precision = getattr(torch, precision)
+            evaluator.losses(1)
+            began, found = time.perf_counter(), []
+            for child in children:
+                scales.set(child)
+                found.append(_mean(evaluator.losses(RANKED_BATCHES)))
+            seconds[precision] = time.perf_counter() - began
+            ranks[precision] = sorted(range(RANKED), key=found.__getitem__)
+        scales.restore()
+        evaluator.forget()
+        faster = seconds["bfloat16"] * WORTH_IT < seconds["float32"]
+        return "bfloat16" if faster and ranks["bfloat16"] == ranks["float32"] else "float32"
+
+    def go(self) -> None:
+        """Visits blocks until the budget is used up."""
+        while not self._over():
+            position = self.visits % len(self.searched)
+            if position == 0:
+                self.evaluator.forget()
+            self._visit(position)
+            self.visits += 1
+            self.curve.append((self.children, _mean(self.losses)))
+            if position + 1 == len(self.searched) or self._over():
+                self._judge()
+            self._save_if_due()
+
+    def finish(self) -> None:
+        """Takes the best pass, and notes what was found."""
+        self._save()
+        self.evaluator.forget()
+        end, before = _mean(self.losses), _mean(self.first)
+        if self.judge is not None and self.visits:
+            self._take(self.best)
+        if self.judge is not None or self.precision != "float32":
+            end = _mean(self.batches.losses(self.student.flat, self.measure))
+        if self.judge is None and end > before:  # by less than bfloat16 can tell
+            for searched in self.searched:
+                searched.scales.restore()
+            end = before
+        seconds = self.seconds + time.perf_counter() - self.began
+        moved = torch.cat([s.scales.get() for s in self.searched]) / torch.cat(self.starts)
+        self.run.notes["evolve"] = {
+            "steps": self.children,
+            "passes": self.visits / len(self.searched),
+            "fitness": {
+                "measure": self.stage.fitness,
+                "before": before,
+                "after": end,
+                "teacher": self.teacher_fitness,
+                "held_out": self.hidden,
+            },
+            "images": len(self.losses),
+            "precision": self.precision,
+            "left_early": self.dropped,
+            "better": self.better,
+            "scales": len(moved),
+            "moved": float((moved != 1).double().mean()),
+            "mean_change": float((moved - 1).abs().mean()),
+            "blocks": [s.block.name for s in self.searched],
+            "seconds_per_child": round(seconds / max(1, self.children), 5),
+            "curve": self.curve,
+        }
+
+    def _take(self, scales: list[Tensor]) -> None:
+        for searched, found in zip(self.searched, scales, strict=True):
+            searched.scales.set(found)
+
+    def _visit(self, position: int) -> None:
+        stage, searched, evaluator = self.stage, self.searched[position], self.evaluator
+        generator = torch.Generator().manual_seed(self.run.seed * 1_000_003 + self.visits)
+        evaluator.visit(position)
+        if evaluator.precision != torch.float32:
+            self.losses = evaluator.losses()
+        scales, least = searched.scales.get(), searched.scales.least()
+        population = Population(Member(_mean(self.losses), 0, scales, self.losses), stage.population)
+        for cycle in range(stage.cycles):
+            if self._over():
+                break
+            parent = population.parent(stage.tournament, generator)
+            origin = parent.scales if stage.search == "evolution" else self.starts[position]
+            child = stage.mutation.child(origin, least, generator, searched.factor)
+            searched.scales.set(child)
+            found = evaluator.race(population.worst.losses, stage.race)
+            self.children += 1
+            success = False
+            if found is None:
+                self.dropped += 1
+            elif bool(torch.isfinite(found).all()):
+                success = population.insert(Member(_mean(found), cycle + 1, child, found))
+            self.better += success
+            searched.factor = stage.mutation.adapted(searched.factor, success=success)
+            self._progress(population.best.fitness)
+        searched.scales.set(population.best.scales)
+        self.losses = population.best.losses
+
+    def _judge(self) -> None:
+        """Measures held-out images after a pass, and keeps its scales if it is the best so far."""
+        if self.judge is None:
+            return
+        self.hidden.append(_mean(self.judge.losses(self.student.flat, self.measure)))
+        if self.hidden[-1] <= min(self.hidden):
+            self.best = [s.scales.get() for s in self.searched]
+
+    def _elapsed(self) -> float:
+        return self.seconds + time.perf_counter() - self.began
+
+    def _over(self) -> bool:
+        if self.stage.cycles == 0:
+            return True
+        if self.run.steps is not None:
+            return self.children >= self.run.steps
+        if self.run.minutes is not None:
+            return self.seconds + time.perf_counter() - self.run.started >= self.run.minutes * 60
+        return self.visits >= self.stage.passes * len(self.searched)
+
+    def _progress(self, fitness: float) -> None:
+        total = self.run.steps or self.stage.passes * len(self.searched) * self.stage.cycles
+        if self.run.minutes is not None:
+            spent = time.perf_counter() - self.run.started
+            total = max(self.children, round(self.children * self.run.minutes * 60 / max(spent, 1e-9)))
+        start = self.curve[0][1]
+        detail = f"fitness {fitness:.5g} (at first {start:.5g}, float {self.teacher_fitness:.5g})"
+        self.run.progress("Evolving", self.children, total, detail)
+
+    # ------------------------------------------------------------------------------------- checkpoints
+
+    @property
+    def _path(self) -> Path | None:
+        return None if self.run.state is None else self.run.state / CHECKPOINT
+
+    @property
+    def _identity(self) -> str:
+        return f"{self.run.identity} {len(self.run.history)}"
+
+    def _load(self) -> bool:
+        path = self._path
+        if path is None or not path.is_file():
+            return False
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata()
+        if header["identity"] != self._identity:
+            return False
+        kept, state = load_file(path, str(self.run.device)), json.loads(header["state"])
+        for i, searched in enumerate(self.searched):
+            if state["visits"]:
+                searched.scales.set(kept[f"scales.{i}"])
+            searched.factor = state["factors"][i]
+            self.best[i] = kept[f"best.{i}"]
+        self.losses, self.first = kept["losses"], kept["first"]
+        for name in ("visits", "children", "dropped", "better", "seconds", "hidden", "precision"):
+            setattr(self, name, state[name])
+        self.curve = [(int(n), float(f)) for n, f in state["curve"]]
+        return True
+
+    def _save_if_due(self) -> None:
+        """After a visit, which a resumed run repeats or goes on from with the same random numbers."""
+        if time.perf_counter() - self.saved > CHECKPOINT_SECONDS:
+            self._save()
+
+    def _save(self) -> None:
+        path = self._path
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {"losses": self.losses, "first": self.first}
+        for i, searched in enumerate(self.searched):
+            tensors |= {f"scales.{i}": searched.scales.get(), f"best.{i}": self.best[i]}
+        names = ("visits", "children", "dropped", "better", "hidden", "curve", "precision")
+        state = {n: getattr(self, n) for n in names}
+        state |= {"factors": [s.factor for s in self.searched], "seconds": self._elapsed()}
+        fresh = path.with_suffix(".new")
+        header = {"identity": self._identity, "state": json.dumps(state)}
+        save_file({n: t.contiguous().clone().cpu() for n, t in tensors.items()}, fresh, metadata=header)
+        fresh.replace(path)
+        self.saved = time.perf_counter()
+
+
+def _keys(student: QuantizedModel, block: Block, scales: str) -> list[str]:
+    """Paths of the quantizers of a block: of its weights, of what its layers read and write, or both."""
+    rows = {layer.node: i for i, layer in enumerate(student.layers)}
+    members = [student.layers[rows[n]] for n in block.nodes]
+    first, last = min(rows[n] for n in block.nodes), max(rows[n] for n in block.nodes)
+    weights = [m.weight for m in members]
+    activations = [*(m.source for m in members), *(r.activation for r in student.layers[first : last + 1])]
+    wanted = {"weights": weights, "activations": activations, "both": weights + activations}[scales]
+    return [k for k in dict.fromkeys(wanted) if k is not None and student.quantizer(k).calibrated]
+
+
+def _split(images: Images, share: float) -> tuple[Images, Images]:
+    """(held out, the rest): evenly spread, in order."""
+    count = round(share * len(images))
+    hidden = {round((i + 0.5) * len(images) / count - 0.5) for i in range(count)} if count else set()
+    return images.take(sorted(hidden)), images.take([i for i in range(len(images)) if i not in hidden])
+
+
+def _mean(losses: Tensor) -> float:
+    return float(losses.double().mean())
