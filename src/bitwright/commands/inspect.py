@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import RenderableType
+from torch import fx
 
 from bitwright import api
 from bitwright.commands import tables
 from bitwright.commands.sources import Settings, blank_images, is_run, load_run
+from bitwright.graph import rewrite
+from bitwright.graph.blocks import find_blocks
 from bitwright.models import load_model
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel
@@ -20,7 +26,7 @@ Rows = list[dict[str, Any]]
 
 
 def inspect(
-    model: str, *, scheme: Scheme, output: str | None, settings: Settings, terminal: Terminal
+    model: str, *, scheme: Scheme, output: str | None, settings: Settings, blocks: bool = False, terminal: Terminal
 ) -> tuple[dict[str, Any], list[RenderableType]]:
     """Looks at a run, or at what would become of a float network.
 
@@ -29,13 +35,23 @@ def inspect(
     """
     if is_run(model) or Path(model).expanduser().is_dir():
         run = load_run(model)
-        return facts(run, model, run.result.get("layers")), views(run, model, run.result.get("layers"))
+        return _described(run, model, run.result.get("layers"), blocks)
     terminal.begin("Capturing the network")
     network = load_model(model, **settings)
     with quiet_libraries():
         planned = api.preview(network, blank_images(network), scheme=scheme, output=output)
     terminal.finish()
-    return facts(planned, network.name), views(planned, network.name)
+    return _described(planned, network.name, None, blocks)
+
+
+def _described(
+    model: QuantizedModel, name: str, recorded: Rows | None, blocks: bool
+) -> tuple[dict[str, Any], list[RenderableType]]:
+    found, shown = facts(model, name, recorded), views(model, name, recorded)
+    if blocks:
+        found["blocks"] = block_rows(model)
+        shown.insert(-1, _block_table(found["blocks"]))
+    return found, shown
 
 
 def facts(model: QuantizedModel, name: str, recorded: Rows | None = None) -> dict[str, Any]:
@@ -68,3 +84,27 @@ def views(model: QuantizedModel, name: str, recorded: Rows | None = None) -> lis
             made.add_row(str(item["name"]), str(item["reason"]))
         shown.append(made)
     return [*shown, tables.summary(model, name)]
+
+
+def block_rows(model: QuantizedModel) -> Rows:
+    """The network's blocks, as the prepared float network or, of a run, the quantized one shows them."""
+    if model.teacher is not None:
+        graph = model.teacher.graph
+    else:
+        graph = fx.GraphModule(model.graph, copy.deepcopy(model.graph.graph))
+        rewrite.propagate(graph, torch.zeros(2, *model.input_shape))
+    layers = {layer.node: layer for layer in model.layers}
+    rows = []
+    for block in find_blocks(graph):
+        members = [layers[name] for name in block.nodes]
+        row = {k: v for k, v in asdict(block).items() if k != "nodes"}
+        rows.append(row | {"parameters": sum(x.parameters for x in members), "macs": sum(x.macs for x in members)})
+    return rows
+
+
+def _block_table(rows: Rows) -> RenderableType:
+    made = tables.table("block", "kind", ">layers", ">parameters", ">MACs", title="Blocks")
+    for row in rows:
+        sizes = tables.count_text(row["parameters"]), tables.count_text(row["macs"])
+        made.add_row(row["name"], row["kind"], str(len(row["layers"])), *sizes)
+    return made
