@@ -38,7 +38,8 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax:
         >>> fake_quantize(torch.tensor([0.3, 2.2]), torch.tensor(0.5), torch.tensor(0.0), 0, 3)
         tensor([0.5000, 1.5000])
     """
-    return (x / scale).round_().clamp_(qmin - zero_point, qmax - zero_point).mul_(scale)
+    codes = (x / scale).round_().add_(zero_point).clamp_(qmin, qmax)  # bounds that are tensors are slow
+    return codes.sub_(zero_point).mul_(scale)
 
 
 def to_blocks(x: Tensor, block: tuple[int, ...]) -> Tensor:

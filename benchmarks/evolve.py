@@ -1,0 +1,116 @@
+"""Evolution of scales: fitness evaluations a second, against the same search with full forward passes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import warnings
+
+import torch
+
+from bitwright.api import as_model, prepare_teacher
+from bitwright.capture import Captured
+from bitwright.data import Images, load_images
+from bitwright.memory import keep_pages
+from bitwright.models import load_model
+from bitwright.quant.scheme import Scheme
+from bitwright.quantized import QuantizedModel, insert_quantizers
+from bitwright.stages.base import Run
+from bitwright.stages.calibrate import Calibrate
+from bitwright.stages.candidates import Batches, Fitness
+from bitwright.stages.evolve import Evolve
+from bitwright.zoo.networks import FashionViT
+
+
+def plainly(stage: Evolve, student: QuantizedModel, teacher: Captured, images: Images, run: Run) -> int:
+    """The search as the paper's algorithm writes it: every child runs through the whole network, on all images."""
+    batches = Batches(teacher, images.sample(len(images), seed=run.seed), stage.batch, run, "")
+    fitness = Fitness(stage.fitness, stage.temperature)
+    searched = stage._searched(student, teacher)
+    visits = evaluations = 0
+    for _ in range(stage.passes):
+        for one in searched:
+            draws = torch.Generator().manual_seed(run.seed * 1_000_003 + visits)
+            start = float(batches.losses(student.flat, fitness).double().mean())
+            members = [(start, 0, one.scales.get())] * stage.population
+            least = one.scales.least()
+            for cycle in range(stage.cycles):
+                chosen = torch.randint(stage.population, (stage.tournament,), generator=draws)
+                child = stage.mutation.child(members[int(chosen.min())][2], least, draws)
+                one.scales.set(child)
+                found = float(batches.losses(student.flat, fitness).double().mean())
+                members = sorted([*members, (found, cycle + 1, child)], key=lambda m: m[:2])[: stage.population]
+                evaluations += 1
+            one.scales.set(members[0][2])
+            visits += 1
+            evaluations += 1  # of the visit's start
+    return evaluations
+
+
+def deep_transformer(epochs: int) -> torch.nn.Module:
+    """The zoo's transformer with 12 blocks, trained for a while: a race needs a network that has learned something."""
+    torch.manual_seed(0)
+    network, data = FashionViT(depth=12), load_images("zoo:fashion-test", load_model("zoo:fashion_vit").preprocessing)
+    assert data.labels is not None
+    images, steps = torch.cat(list(data.batches(500))), epochs * (len(data) // 100)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
+    for step in range(steps):
+        if step % (len(data) // 100) == 0:
+            order = torch.randperm(len(data))
+        chosen = order[step % (len(data) // 100) * 100 :][:100]
+        torch.nn.functional.cross_entropy(network(images[chosen]), data.labels[chosen]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return network.eval()
+
+
+def measure(network: torch.nn.Module, images: Images, batch: int, bits: int) -> dict[str, object]:
+    """Both searches from one start."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        teacher = prepare_teacher(as_model(network), images)
+    student = insert_quantizers(teacher, Scheme(weights=bits, activations=8))
+    seconds, results = {}, {}
+    with keep_pages():
+        student = Calibrate(bias_correction="analytic").run(student, teacher, images, Run())
+        before = student.snapshot()
+        for name, race in (("plain", 0.0), ("cached", 0.0), ("cached and raced", 1e-3)):
+            student.restore(before)
+            stage = Evolve(passes=1, batch=batch, images=len(images), race=race)
+            run = Run(precision="float32")
+            start = time.perf_counter()
+            if name == "plain":
+                evaluations = plainly(stage, student, teacher, images, run)
+            else:
+                stage.run(student, teacher, images, run)
+            seconds[name] = time.perf_counter() - start
+            results[name] = student.snapshot().tensors
+    winner = results["plain"]
+    return {
+        "images": len(images),
+        "evaluations": evaluations,
+        "seconds": {name: round(s, 2) for name, s in seconds.items()},
+        "ratio": {name: round(seconds["plain"] / s, 2) for name, s in seconds.items()},
+        "same_winner": {n: all(torch.equal(t, winner[k]) for k, t in found.items()) for n, found in results.items()},
+        "left_early": run.notes["evolve"]["left_early"] / run.notes["evolve"]["steps"],
+    }
+
+
+def main() -> None:
+    """Prints one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=100)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=3)
+    given = parser.parse_args()
+    network = deep_transformer(given.epochs)
+    images = load_images("zoo:fashion", load_model("zoo:fashion_vit").preprocessing)[: given.images]
+    print(json.dumps(measure(network, images, given.batch, given.bits)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
