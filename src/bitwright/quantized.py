@@ -83,8 +83,15 @@ class QuantizedModel(nn.Module):
         return any(isinstance(m, Frozen) for m in self.graph.modules())
 
     def freeze(self) -> QuantizedModel:
-        """Puts integers in place of every quantized parameter (itself; does nothing the second time)."""
+        """Puts integers in place of every quantized parameter (itself; does nothing the second time).
+
+        Raises:
+            UsageError: a stage left a grid that does not hold what :class:`Quantizer` promises.
+        """
         graph = self.graph.graph
+        for module in self.graph.modules():
+            if isinstance(module, Quantizer) and module.calibrated:
+                module.validate()
         for node in list(graph.nodes):
             stored = node.args[0] if node.args else None
             if node.op != "call_module" or not isinstance(stored, fx.Node) or stored.op != "get_attr":

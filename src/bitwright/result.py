@@ -25,13 +25,14 @@ def describe_layers(model: QuantizedModel, sqnr: dict[str, float | None] | None 
         weight = None if layer.weight is None else model.quantizer(layer.weight)
         activation = None if layer.activation is None else model.quantizer(layer.activation)
         stored = layer.op == "parameter"
+        described = activation if weight is None else weight
         rows.append(
             {
                 "name": layer.name,
                 "op": layer.op,
                 "weight_bits": activation.grid.bits if stored and activation else weight and weight.grid.bits,
                 "activation_bits": None if stored or activation is None else activation.grid.bits,
-                "granularity": weight.granularity if weight is not None else "tensor",
+                "granularity": "tensor" if described is None else described.granularity,
                 "parameters": layer.parameters,
                 "macs": layer.macs,
                 "sqnr_db": (sqnr or {}).get(layer.name),
@@ -60,6 +61,8 @@ def describe_plan(model: QuantizedModel) -> dict[str, Any]:
             activation = model.quantizer(layer.activation)
             others = [n for n in sharing.get(layer.activation, []) if n != layer.name]
             entry["activation"] = {"bits": activation.grid.bits, "symmetric": activation.grid.symmetric}
+            if activation.granularity != "tensor":
+                entry["activation"]["granularity"] = activation.granularity
             if others:
                 entry["activation"]["shares_scale_with"] = others
         plan[layer.name] = entry

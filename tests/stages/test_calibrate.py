@@ -27,7 +27,7 @@ def calibrated(
     """A calibrated student; what the stage does not know goes to the scheme. Min-max, which is quick."""
     teacher = prepared(teacher) if isinstance(teacher, str) else teacher
     settings = {"activations": 8, **settings}
-    stage = {k: settings.pop(k) for k in ("bias_correction", "bias_images") if k in settings}
+    stage = {k: settings.pop(k) for k in ("bias_correction", "bias_images", "match_spread") if k in settings}
     student = insert_quantizers(teacher, Scheme(runtime=runtime, **settings))
     return Calibrate(activations="minmax", **stage).run(student, teacher, dataset(count), Run(batch=batch))
 
@@ -75,11 +75,12 @@ def mean_errors(student: QuantizedModel, teacher: Captured, x: Tensor) -> dict[s
     return errors
 
 
+@pytest.mark.parametrize("match_spread", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_analytic_correction_keeps_channel_means(name: str) -> None:
+def test_analytic_correction_keeps_channel_means(name: str, match_spread: bool) -> None:
     """On the calibration images, for every operator: padded (borders), depthwise, transposed, linear, shared."""
-    student = calibrated(name, weights=3, bias_correction="analytic")
-    plain = calibrated(name, weights=3)
+    student = calibrated(name, weights=3, bias_correction="analytic", match_spread=match_spread)
+    plain = calibrated(name, weights=3, match_spread=match_spread)
     x = images(12, seed=1)
     corrected, before = mean_errors(student, prepared(name), x), mean_errors(plain, prepared(name), x)
     assert max(corrected.values()) < 1e-4

@@ -206,15 +206,22 @@ def _replace_activation(graph: ir.Graph, mark: ir.Node, name: str, quantizer: Qu
 
     Signed grids are stored as unsigned ones with a zero point in the middle, the same values: ONNX Runtime turns
     signed activations into those on x86 anyway, and fails when a reshape stands between (1.31).
+
+    Scales of channels are written as one scale between a division and a multiplication by powers of two, which is the
+    same bit for bit. ONNX has per-axis scales, but ONNX Runtime puts them into kernels that take a single one (1.31:
+    QLinearAdd, QLinearMul, QLinearMatMul, QLinearSoftmax and its tables), and does not load the file.
     """
     source, old = mark.inputs[0], mark.outputs[0]
     assert source is not None
     grid, kind = quantizer.grid, storage(Grid(quantizer.grid.bits), smallest=8)
-    scale = quantizer.scale.reshape(()).numpy()
-    zero = quantizer.zero_point.reshape(()).numpy()
+    scale, zero = quantizer.scale.min().numpy(), quantizer.zero_point.reshape(()).numpy()
     middle = (128 if kind == ir.DataType.UINT8 else 32768) if grid.symmetric else 0
     step = _shared(graph, f"{quantizer.name}/scale", scale)
     point = _shared(graph, f"{quantizer.name}/zero_point", (zero + middle).astype(_NUMPY[kind]))
+    factors = (quantizer.scale / quantizer.scale.min()).numpy()
+    if factors.size > 1:
+        divisors = _shared(graph, f"{quantizer.name}/reciprocals", 1 / factors)
+        source = _node(graph, mark, "Mul", [source, divisors], f"{name}/reduced")
     if grid.bits not in {8, 16}:
         bounds = [
             _shared(graph, f"{quantizer.name}/{end}", ((code - zero) * scale).astype(np.float32))
@@ -223,7 +230,10 @@ def _replace_activation(graph: ir.Graph, mark: ir.Node, name: str, quantizer: Qu
         source = _node(graph, mark, "Clip", [source, *bounds], f"{name}/clipped")
     codes = _node(graph, mark, "QuantizeLinear", [source, step, point], f"{name}/codes")
     codes.type, codes.shape = ir.TensorType(kind), old.shape
-    value = _node(graph, mark, "DequantizeLinear", [codes, step, point], f"{name}/value")
+    output = f"{name}/value"
+    value = _node(graph, mark, "DequantizeLinear", [codes, step, point], output if factors.size == 1 else f"{name}/one")
+    if factors.size > 1:
+        value = _node(graph, mark, "Mul", [value, _shared(graph, f"{quantizer.name}/factors", factors)], output)
     value.type, value.shape = old.type, old.shape
     old.replace_all_uses_with(value, replace_graph_outputs=True)
     graph.remove(mark, safe=True)

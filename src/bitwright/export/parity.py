@@ -242,7 +242,7 @@ def _activation_quantizers(model: QuantizedModel) -> dict[str, Quantizer]:
 
 
 def _compare_layer(quantizer: Quantizer, expected: Array, found: Array) -> LayerParity:
-    steps = np.rint(np.abs(expected.astype(np.float64) - found) / float(quantizer.scale))
+    steps = np.rint(np.abs(expected.astype(np.float64) - found) / quantizer.expanded()[0].numpy())
     return LayerParity(quantizer.name, float((steps > 0).mean()), int(steps.max(initial=0)))
 
 

@@ -265,21 +265,27 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 class LearnedActivation(nn.Module):
     """An activation quantizer whose step is a variable; the zero point stays.
 
+    Of several scales the ratios stay as well, and the variable is the least of them. Ratios are powers of two, so that
+    dividing by them and multiplying again is exact.
+
     Args:
-        quantizer: calibrated, with one scale.
-        learn: whether the step is one.
+        quantizer: calibrated.
+        learn: whether the step is a variable.
 
     ``mix`` is the share of the float activation in the output: 1 gives it bit for bit, 0 the quantized one. ``drop`` is
     the share of elements, drawn anew in every pass, that stay float.
     """
 
     zero_point: Tensor
+    ratios: Tensor | None
 
     def __init__(self, quantizer: Quantizer, *, learn: bool = True) -> None:
         super().__init__()
         self.name, self.grid = quantizer.name, quantizer.grid
         self.register_buffer("zero_point", quantizer.zero_point.detach().clone().reshape(()))
-        self.step = nn.Parameter(quantizer.scale.detach().float().clone().reshape(()), requires_grad=learn)
+        scale = quantizer.scale.detach().float()
+        self.register_buffer("ratios", scale / scale.min() if scale.numel() > 1 else None)
+        self.step = nn.Parameter(scale.min().clone(), requires_grad=learn)
         self.mix, self.drop = 0.0, 0.0
         zero = float(self.zero_point)
         self._low, self._high = self.grid.qmin - zero, self.grid.qmax - zero
@@ -289,14 +295,19 @@ class LearnedActivation(nn.Module):
         if self.mix >= 1.0 or self.drop >= 1.0:
             return x
         factor = (x.numel() * max(self._high, 1.0)) ** -0.5
-        y = _apply(_FakeQuantize, x, _positive(self.step), self._low, self._high, factor, self.mix)
+        ratios = None if self.ratios is None else self.ratios.to(x.dtype)
+        reduced = x if ratios is None else x / ratios
+        y = _apply(_FakeQuantize, reduced, _positive(self.step), self._low, self._high, factor, self.mix)
+        if ratios is not None:
+            y = y * ratios
         if self.drop:
             return torch.where(torch.rand_like(x) < self.drop, x, y)
         return y
 
     def scale(self) -> Tensor:
-        """The step, a scalar."""
-        return _positive(self.step.detach())
+        """The step, a scalar; one for each channel where the quantizer had several, [C]."""
+        step = _positive(self.step.detach())
+        return step if self.ratios is None else step * self.ratios
 
 
 class LearnedBias(nn.Module):

@@ -45,7 +45,8 @@ class Quantizer(nn.Module):
     """Puts one tensor on its grid; the identity until it has a scale.
 
     Invariants once calibrated (:meth:`validate`): every scale is finite and positive; every zero point is an
-    integer of the grid; there is one of each per block.
+    integer of the grid. A weight has one of each per block. An activation has one zero point, and one scale or one
+    for each element of its last axis, all of them powers of two apart: [..., C] with scales [C].
 
     Args:
         name: the layer it belongs to, as the user knows it.
@@ -80,18 +81,23 @@ class Quantizer(nn.Module):
     @property
     def granularity(self) -> str:
         """``tensor``, ``channel`` or ``group``: how many elements share a scale."""
-        if self.block is None or self.block == self.shape:
+        if self.block is None:
+            return "channel" if self.scale.numel() > 1 else "tensor"
+        if self.block == self.shape:
             return "tensor"
         return "group" if self.block[0] == 1 and self.block[1] < self.shape[1] else "channel"
 
     def set_range(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
-        """Takes over scales (and zero points) of any shape with one element per block.
+        """Takes over scales (and zero points) of any shape with one element per block; without blocks, one zero point.
 
         Raises:
             UsageError: a scale is not finite and positive, or a zero point is off the grid.
         """
         scale = scale.detach().reshape(-1).to(torch.float32).clamp_min(TINY)
-        zero = torch.zeros_like(scale) if zero_point is None else zero_point.detach().reshape(-1).to(torch.float32)
+        if zero_point is None:
+            zero = torch.zeros_like(scale if self.block is not None else scale[:1])
+        else:
+            zero = zero_point.detach().reshape(-1).to(torch.float32)
         self.scale, self.zero_point = scale, zero
         self.validate()
 
@@ -108,11 +114,17 @@ class Quantizer(nn.Module):
             ((self.zero_point == self.zero_point.round()) & (self.zero_point >= low) & (self.zero_point <= high)).all()
         ):
             raise UsageError(f"Expected integer zero points in [{low}, {high}] for {self.name}.")
+        if self.block is None and self.zero_point.numel() != 1:
+            raise UsageError(f"Expected one zero point for {self.name}, found {self.zero_point.numel()}.")
+        mantissa = torch.frexp(self.scale).mantissa
+        if self.block is None and bool((mantissa != mantissa[0]).any()):
+            raise UsageError(f"Expected scales of {self.name} that are powers of two apart.")
 
     def expanded(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point, broadcastable to the tensor."""
         if self.block is None:
-            return self.scale.reshape(()), self.zero_point.reshape(())
+            scale = self.scale if self.scale.numel() > 1 else self.scale.reshape(())
+            return scale, self.zero_point.reshape(())
         return (
             affine.expand_blocks(self.scale, self.shape, self.block),
             affine.expand_blocks(self.zero_point, self.shape, self.block),

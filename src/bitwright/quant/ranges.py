@@ -87,6 +87,28 @@ def _least_error_scale(rows: Tensor, start: Tensor, grid: Grid, power: float, im
     return start * best_factor
 
 
+def spread_ratio(weight: Tensor, dequantized: Tensor, block: tuple[int, ...]) -> Tensor:
+    """By how much each block of a quantized weight is too narrow: ``std(w) / (std(Q(w)) + 1e-8)``, [number of blocks].
+
+    FQ-ViT and Evol-Q (methods, section 2.1, "bias correction"). 1 for a block whose codes are all the same, such as one
+    of zeros or of a single element.
+
+    Example:
+        >>> spread_ratio(torch.tensor([[0.0, 2.0], [1.0, 3.0]]), torch.tensor([[0.0, 1.0], [2.0, 2.0]]), (1, 2))
+        tensor([2., 1.])
+    """
+    filled = affine.to_blocks(torch.ones_like(weight, dtype=torch.float64), block)
+    wanted, found = (_deviation(affine.to_blocks(x.detach().double(), block), filled) for x in (weight, dequantized))
+    return torch.where(found > 0, wanted / (found + 1e-8), torch.ones_like(found)).float()
+
+
+def _deviation(rows: Tensor, filled: Tensor) -> Tensor:
+    """Standard deviation of each row's elements, where 1 stands in ``filled``."""
+    count = filled.sum(1, keepdim=True)
+    mean = rows.sum(1, keepdim=True) / count
+    return ((rows - mean).square() * filled).sum(1).div(count.squeeze(1)).sqrt()
+
+
 def activation_range(
     statistics: Statistics,
     grid: Grid,

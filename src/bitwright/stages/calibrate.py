@@ -15,11 +15,13 @@ from bitwright.data import Images
 from bitwright.graph import ops, rewrite
 from bitwright.graph.points import linear_points
 from bitwright.graph.watch import Callback, watch
+from bitwright.quant import affine
 from bitwright.quant.quantizer import BiasQuantizer, Grid, Quantizer
-from bitwright.quant.ranges import RangeMethod, activation_range, affine_parameters, weight_scale
+from bitwright.quant.ranges import RangeMethod, activation_range, affine_parameters, spread_ratio, weight_scale
 from bitwright.quant.statistics import MeanInput, Statistics
 from bitwright.quantized import QuantizedModel
 from bitwright.stages.base import Run, Stage
+from bitwright.stages.ptf import set_factors
 
 BIAS_REACH = 2.0**30
 """Largest bias in steps of its accumulator; a channel that would exceed it gets wider weight steps."""
@@ -50,13 +52,23 @@ class Calibrate(Stage):
     """Images from which ``hmse`` scores the elements of weights."""
     score_probes: int = Field(default=8, ge=1)
     """Backward passes for each batch of those."""
+    norm_inputs: Literal["tensor", "ptf"] = "tensor"
+    """Scales of what layer norms read: one a tensor, or ``ptf``, for each channel one of four that are powers of two
+    apart (FQ-ViT, arXiv:2111.13824), chosen by squared error in a second pass over the images."""
+    match_spread: bool = False
+    """Stretch every weight and its step by ``std(w) / std(Q(w))``, the codes unchanged, so that quantization keeps the
+    spread of each output channel (the bias correction of FQ-ViT and Evol-Q, in a form that a file can hold)."""
 
     def run(self, student: QuantizedModel, teacher: Captured, images: Images, run: Run) -> QuantizedModel:
-        """One pass over the images, whose memory does not depend on their number."""
+        """One pass over the images, two with ``ptf``; memory does not depend on their number."""
         means = mean_inputs(teacher.graph) if self.bias_correction == "analytic" else {}
         statistics = _observe(student, teacher, images, run, means)
         self._set_weights(student, self._element_scores(teacher, images, run))
+        if self.match_spread:
+            match_spreads(student, teacher)
         self._set_activations(student, statistics)
+        if self.norm_inputs == "ptf":
+            set_factors(student, teacher, images, run)
         widen_for_biases(student)
         if self.bias_correction == "analytic":
             correct_biases(student, teacher, {k: v.mean for k, v in means.items()})
@@ -119,6 +131,34 @@ def parameters(graph: fx.GraphModule, role: str) -> list[tuple[str, Quantizer]]:
         if isinstance(quantizer, Quantizer) and quantizer.role == role:
             found.append((str(node.args[0].target), quantizer))
     return found
+
+
+def match_spreads(student: QuantizedModel, teacher: Captured) -> None:
+    """Stretches stored weights and their steps so that what is dequantized has the float weight's standard deviation.
+
+    One factor a scale. Codes stay: where a stretched weight would round to another one it is put on its own. A weight
+    that another operator reads in float stays as it is.
+    """
+    for stored, quantizer in parameters(student.graph, "weight"):
+        if _read_in_float(student.graph, stored):
+            continue
+        weight = rewrite.get_tensor(student.graph, stored)
+        codes, dequantized = quantizer.codes(weight), quantizer(weight)
+        assert quantizer.block is not None
+        ratio = spread_ratio(rewrite.get_tensor(teacher.graph, stored), dequantized, quantizer.block)
+        quantizer.set_range(quantizer.scale * ratio)
+        stretched = weight * affine.expand_blocks(ratio, quantizer.shape, quantizer.block)
+        on_code = codes * quantizer.expanded()[0]
+        kept = torch.where(quantizer.codes(stretched) == codes, stretched, on_code)
+        if kept.dim() == 4:
+            kept = kept.contiguous(memory_format=torch.channels_last)
+        rewrite.set_tensor(student.graph, stored, kept)
+
+
+def _read_in_float(graph: fx.GraphModule, stored: str) -> bool:
+    """Whether an operator reads the stored tensor past its quantizer."""
+    readings = [n for n in graph.graph.nodes if n.op == "get_attr" and n.target == stored]
+    return any(reader.op != "call_module" for node in readings for reader in node.users)
 
 
 def _observe(
