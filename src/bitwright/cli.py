@@ -449,7 +449,10 @@ def study(
         str | None, typer.Option(help="Bits of activations: 2 to 8, 16, or float", rich_help_panel=_BITS)
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Of each optimisation; the most, in iterations", rich_help_panel=_BUDGET)
+        int | None,
+        typer.Option(
+            help="Of each optimisation; the most, in iterations; half a side, in landscape", rich_help_panel=_BUDGET
+        ),
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="As in 0,1,2: spreads are over these")] = None,
     samples: Annotated[int | None, typer.Option(help="Images to calibrate on; the most, in calibration-size")] = None,
@@ -487,6 +490,12 @@ def study(
     - **gradual**: activations on their grids from the first step, or little by little
 
     - **hmse**: weight ranges before any optimisation
+
+    - **landscape**: how rough losses are over the weight scales of a block
+
+    - **search**: weight scales by evolution, random search and gradient descent, at equal cost
+
+    - **fitness**: the loss that evolution minimises: infoNCE, squared error, cosine, KL
 
     Example: `bitwright study weighting --steps 50 --seeds 0`
     """

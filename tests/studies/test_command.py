@@ -13,7 +13,7 @@ import torch
 
 from bitwright import studies
 from bitwright.cli import main
-from bitwright.studies import lfh
+from bitwright.studies import find, lfh
 
 MODELS = """
 import torch
@@ -169,3 +169,16 @@ def test_without_a_network_three_are_studied(
     assert [n["name"] for n in found["networks"]] == ["fashion_cnn", "fashion_vit", "mixer"]
     assert {r["network"] for r in found["summary"]} == {"fashion_cnn", "fashion_vit", "mixer"}
     assert found["networks"][0]["held_out"]["labelled"] is False
+
+
+@pytest.mark.parametrize("name", ["fitness", "landscape", "search"])
+def test_studies_of_scales_say_what_they_found(name: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call = ["study", name, "models.py:Net", "photos.npz", "--steps", "2", "--samples", "8", "--seeds", "0"]
+    assert main([*call, "--weights", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["verdict"]
+    assert found["recipe"]["name"] == find(name).recipe
+    page = (here / "studies" / f"{name}.html").read_text()
+    assert "What it says here" in page
+    assert main([*call, "--weights", "4", "--force"]) == 0
+    assert found["verdict"][0][:40] in capsys.readouterr().out

@@ -20,7 +20,9 @@ from bitwright.studies import Result, builtin, find, study
 from bitwright.studies.base import Kept, Study
 from bitwright.studies.subject import split
 
-NAMES = {"calibration-size", "gradual", "hmse", "iterations", "lfh", "weighting"}
+NAMES = {
+    *("calibration-size", "fitness", "gradual", "hmse", "iterations", "landscape", "lfh", "search", "weighting"),
+}
 TINY: dict[str, Any] = {"samples": 6, "seeds": (0, 1)}
 
 
@@ -195,8 +197,8 @@ def test_kept_rows_survive_a_kill_while_writing(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_pages_need_no_network(name: str, tmp_path: Path) -> None:
-    settings = {} if name in {"hmse", "lfh"} else {"steps": 2}
-    found = run(name, seeds=(0,), **settings)
+    settings: dict[str, Any] = {} if name in {"hmse", "lfh"} else {"steps": 2}
+    found = run(name, seeds=(0,), **{"samples": 8} | settings)
     data, page = found.save(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"{name}.html", f"{name}.json"]
     text = page.read_text()

@@ -138,15 +138,16 @@ def _seeds(text: str | None) -> list[int] | None:
 
 
 def show(result: studies.Result, paths: list[Path], terminal: Terminal) -> None:
-    """The summary as a table, how to read it, and the files."""
-    heads, lines = figures.table(result.summary)
-    texts = {key for row in result.summary for key, value in row.items() if isinstance(value, str)}
+    """The summary as a table, how to read it, what it says, and the files."""
+    summary = result.summary if result.study.brief is None else result.study.brief(result.summary)
+    heads, lines = figures.table(summary)
+    texts = {key for row in summary for key, value in row.items() if isinstance(value, str)}
     made: Table = tables.table(*(h if h in texts else f">{h}" for h in heads), title=result.study.name)
     for line in lines:
         made.add_row(*line)
     here = Path.cwd()
     names = [str(p.relative_to(here)) if p.is_relative_to(here) else str(p) for p in paths]
-    terminal.show(made, result.study.reading, f"Written: {', '.join(names)}")
+    terminal.show(made, result.study.reading, *result.verdict, f"Written: {', '.join(names)}")
 
 
 def listed() -> list[dict[str, Any]]:

@@ -125,7 +125,7 @@ def study(
     facts = {
         **environment(where, settings.seeds[0]),
         "settings": settings_facts(chosen, settings),
-        "recipe": None if settings.steps is None else recipe("eptq").settings(),
+        "recipe": None if settings.steps is None else recipe(chosen.recipe).settings(),
         "networks": [s.facts() for s in subjects],
     }
     identity = json.dumps([facts[k] for k in ("bitwright", "settings", "recipe", "networks")], sort_keys=True)

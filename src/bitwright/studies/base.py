@@ -65,6 +65,9 @@ class Study:
         summarise: rows to fewer rows, with spreads (:func:`group`).
         figure: the plotly figure of a result.
         networks: those to run on where the user names none; the embedded ones if not given.
+        verdict: what the figures of a result say, in sentences.
+        brief: of a summary, what fits a terminal; all of it if not given.
+        recipe: whose stages it runs; kept in NAME.json where the study takes steps.
     """
 
     name: str
@@ -77,6 +80,9 @@ class Study:
     summarise: Callable[[list[Row]], list[Row]]
     figure: Callable[[Result], Any]
     networks: Callable[[Progress], list[Model]] | None = None
+    verdict: Callable[[Result], list[str]] | None = None
+    brief: Callable[[list[Row]], list[Row]] | None = None
+    recipe: str = "eptq"
 
     def settle(
         self,
@@ -160,10 +166,16 @@ class Result:
         """The rows with seeds taken together."""
         return self.study.summarise(self.rows)
 
+    @property
+    def verdict(self) -> list[str]:
+        """What the figures say, in sentences; nothing where the study leaves that to the reader."""
+        return [] if self.study.verdict is None else self.study.verdict(self)
+
     def to_dict(self) -> dict[str, Any]:
         """What NAME.json holds."""
         about = {k: getattr(self.study, k) for k in ("name", "summary", "paper", "reproduces", "reading")}
-        return {"study": about, **self.facts, "summary": self.summary, "rows": self.rows}
+        found = {"verdict": self.verdict} if self.study.verdict is not None else {}
+        return {"study": about, **self.facts, **found, "summary": self.summary, "rows": self.rows}
 
     def figure(self) -> Any:
         """A ``plotly.graph_objects.Figure``."""

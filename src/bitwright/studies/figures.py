@@ -15,6 +15,17 @@ TITLES = {
     "agreement": "same class as float, held-out",
     "top1": "top-1 accuracy",
     "objective": "Hessian-weighted error",
+    "infonce": "infoNCE over float, held-out",
+    "mse": "relative squared error, held-out",
+    "cosine": "cosine distance, held-out",
+    "closed": "way to the float fitness",
+}
+LOSSES = {
+    "infonce": "infoNCE",
+    "mse": "squared error",
+    "cosine": "cosine",
+    "kl": "KL",
+    "cross-entropy": "cross-entropy",
 }
 LOGARITHMIC = {"kl", "objective"}
 PANEL_HEIGHT = 300
@@ -56,24 +67,41 @@ def comparison(result: Result, x: str, metrics: list[str], title: str, *, numeri
     made = grid(len(metrics), headings, names=[TITLES[m] for m in metrics])
     for row, metric in enumerate(metrics, 1):
         for column, where in enumerate(columns, 1):
-            _panel(made, result, where, metric, x, row, column, numeric=numeric)
+            panel(made, result, where, metric, x, row, column, numeric=numeric)
             if row == len(metrics):
                 made.update_xaxes(title_text=title, row=row, col=column)
-        if metric in LOGARITHMIC:
-            made.update_yaxes(type="log", row=row)
+        scale(made, metric, row)
     if numeric:
-        made.update_xaxes(type="log")
+        ticks = sorted({r[x] for r in result.rows if x in r})
+        made.update_xaxes(type="log", tickmode="array", tickvals=ticks, ticktext=[str(t) for t in ticks])
     return made
 
 
-def _panel(
-    made: Any, result: Result, where: tuple[str, str], metric: str, x: str, row: int, column: int, *, numeric: bool
+def scale(made: Any, metric: str, row: int) -> None:
+    """Logarithms of distances; percent of shares, whose axes end at 0 and 1."""
+    if metric in LOGARITHMIC:
+        made.update_yaxes(type="log", row=row)
+    elif metric in FRACTIONS:
+        made.update_yaxes(tickformat=".1%", minallowed=0, maxallowed=1.01, row=row)
+
+
+def panel(
+    made: Any,
+    result: Result,
+    where: tuple[str, str],
+    metric: str,
+    x: str,
+    row: int,
+    column: int,
+    *,
+    numeric: bool = False,
 ) -> None:
+    """One metric of one network: means, single seeds, and a dashed line at the start."""
     summary = [s for s in result.summary if (s["network"], bits_of(s)) == where and metric in s]
     start = [s for s in summary if s["variant"] == "before" and (x == "variant" or x not in s)]
-    for s in start:
-        made.add_hline(y=s[metric]["mean"], line_dash="dash", line_color="#888", row=row, col=column)
     shown = [s for s in summary if s not in start]
+    for s in start:
+        made.add_trace(_start(s[metric]["mean"], [s[x] for s in shown], numeric=numeric), row=row, col=column)
     series = list(dict.fromkeys(s["variant"] for s in shown)) if numeric else [None]
     for position, name in enumerate(series):
         members = [s for s in shown if name in (None, s["variant"])]
@@ -82,6 +110,15 @@ def _panel(
         rows = [r for r in result.rows if (r["network"], bits_of(r)) == where and x in r and r.get(metric) is not None]
         rows = [r for r in rows if any(r[x] == s[x] and r["variant"] == s["variant"] for s in members)]
         made.add_trace(_dots(rows, metric, x, look["color"]), row=row, col=column)
+
+
+def _start(value: float, x: list[Any], *, numeric: bool) -> Any:
+    """A dashed line over the axis; a trace and no shape, so that the axis makes room for it."""
+    import plotly.graph_objects as go
+
+    ends = [min(x), max(x)] if numeric and x else x
+    look = {"dash": "dash", "color": "#888"}
+    return go.Scatter(x=ends, y=[value] * len(ends), mode="lines", line=look, name="before", showlegend=False)
 
 
 def _means(members: list[Row], metric: str, x: str, name: str | None, *, numeric: bool, **look: Any) -> Any:
@@ -134,6 +171,7 @@ def grid(
     )
     for row, name in enumerate(names, 1):
         made.update_yaxes(title_text=name, row=row, col=1)
+    made.update_yaxes(exponentformat="e")
     made.update_layout(
         template="plotly_white",
         height=PANEL_HEIGHT * rows + 120,
@@ -181,12 +219,15 @@ def page(result: Result) -> str:
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{said(study.name)} - bitwright</title><style>
 body {{ font-family: system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #222 }}
-table {{ border-collapse: collapse }} td, th {{ padding: .25em .8em; border-bottom: 1px solid #ddd; text-align: left }}
+.wide {{ overflow-x: auto; font-size: .9em }} table {{ border-collapse: collapse }} td, th {{ padding: .25em .7em }}
+td, th {{ border-bottom: 1px solid #ddd; text-align: left }}
+.wide td {{ white-space: nowrap }}
 .small {{ color: #666; font-size: .85em }}
 </style></head><body>
 <h1>{said(study.name)}</h1>
 <p>{said(study.summary)}</p>
 <p><b>How to read it.</b> {said(study.reading)}</p>
+{_verdict(result)}
 {plot}
 {_table(result)}
 <p class="small">{said(study.reproduces)} {said(study.paper)}. Settings: {said(settings)}. {said(versions)}.</p>
@@ -194,15 +235,29 @@ table {{ border-collapse: collapse }} td, th {{ padding: .25em .8em; border-bott
 """
 
 
+def _verdict(result: Result) -> str:
+    said = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in result.verdict)
+    return f"<p><b>What it says here.</b></p><ul>{said}</ul>" if said else ""
+
+
 def _table(result: Result) -> str:
     heads, lines = table(result.summary)
     rows = ["".join(f"<th>{html.escape(h)}</th>" for h in heads)]
     rows += ["".join(f"<td>{html.escape(c)}</td>" for c in cells) for cells in lines]
-    return "<table>" + "".join(f"<tr>{r}</tr>" for r in rows) + "</table>"
+    return '<div class="wide"><table>' + "".join(f"<tr>{r}</tr>" for r in rows) + "</table></div>"
 
 
-HEADINGS = {"kl": "KL (nats)", "calibration_kl": "KL on calibration", "agreement": "same class", "top1": "top-1"}
-FRACTIONS = {"agreement", "top1", "below_bound"}
+HEADINGS = {
+    "kl": "KL (nats)",
+    "calibration_kl": "KL on calibration",
+    "agreement": "same class",
+    "top1": "top-1",
+    "infonce": "infoNCE over float",
+    "mse": "squared error",
+    "closed": "way to float",
+    "closed_held_out": "way, held-out",
+}
+FRACTIONS = {"agreement", "top1", "below_bound", "closed", "closed_held_out", "spread"}
 
 
 def table(summary: list[Row]) -> tuple[list[str], list[list[str]]]:
@@ -221,6 +276,6 @@ def _text(key: str, value: Any) -> str:
     if not isinstance(value, dict):
         return "" if value is None else str(value)
     mean, deviation = value["mean"], value["sd"]
-    if key in FRACTIONS:
+    if key in FRACTIONS or key.endswith("minima"):
         return f"{100 * mean:.1f} %" + (f" ± {100 * deviation:.1f}" if deviation else "")
     return f"{mean:.3g}" + (f" ± {deviation:.2g}" if deviation else "")
