@@ -18,6 +18,7 @@ from bitwright.export.packed import load_packed, save_packed
 from bitwright.graph import rewrite
 from bitwright.graph.prepare import prepare
 from bitwright.pipeline import run_stages
+from bitwright.quant.quantizer import Quantizer
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel, Snapshot, insert_quantizers
 from bitwright.recipes import Recipe, builtin
@@ -408,6 +409,20 @@ def test_restored_scales_are_what_they_were() -> None:
     assert not same(before, student.snapshot())
     scales.restore()
     assert same(before, student.snapshot())
+
+
+def test_scales_that_are_powers_of_two_apart_stay_so() -> None:
+    teacher = prepared("transformer")
+    student = insert_quantizers(teacher, Scheme(weights=4, activations=6))
+    Calibrate(activations="minmax", norm_inputs="ptf").run(student, teacher, dataset(24), Run())
+    found = [m for m in student.graph.modules() if isinstance(m, Quantizer) and m.block is None and m.scale.numel() > 1]
+    before = [m.scale for m in found]
+    assert found
+    Evolve(**QUICK, scales="activations", blocks="all").run(student, teacher, dataset(24), Run(seed=1))
+    for quantizer, scale in zip(found, before, strict=True):
+        assert torch.equal(quantizer.scale / quantizer.scale[0], scale / scale[0])
+        quantizer.validate()
+    assert any(not torch.equal(q.scale, s) for q, s in zip(found, before, strict=True))
 
 
 def test_recipes_share_a_budget_of_minutes() -> None:

@@ -121,12 +121,30 @@ def outcome(result: dict[str, Any]) -> Table:
         made.add_row(*row)
     if tuned := result.get("reconstruct"):
         made.add_row("optimisation", "", tuning_text(tuned))
+    if evolved := result.get("evolve"):
+        made.add_row("evolution", "", evolution_text(evolved))
     packed = f"{bytes_text(size['packed_bytes'])} ({size['float_bytes'] / size['packed_bytes']:.1f} x smaller)"
     made.add_row("size", bytes_text(size["float_bytes"]), packed)
     made.add_row("size of model.onnx", "", bytes_text(size.get("onnx_bytes")))
     made.add_row("model.onnx in ONNX Runtime", "", parity_text(parity))
     made.add_row("time", "", f"{result['seconds']['total']:.0f} s")
     return made
+
+
+def evolution_text(evolved: dict[str, Any]) -> str:
+    """Children, the fitness before and after, and the float network's own.
+
+    Example:
+        >>> fitness = {"measure": "infonce", "before": 24.5, "after": 24.25, "teacher": 24.0}
+        >>> evolution_text({"steps": 120, "better": 35, "fitness": fitness})
+        '120 children, 35 of them better; infonce 24.5 to 24.25 (float 24)'
+    """
+    fitness = evolved["fitness"]
+    before, after, best = (f"{fitness[k]:.5g}" for k in ("before", "after", "teacher"))
+    return (
+        f"{evolved['steps']} children, {evolved['better']} of them better; "
+        f"{fitness['measure']} {before} to {after} (float {best})"
+    )
 
 
 def tuning_text(tuned: dict[str, Any]) -> str:

@@ -30,6 +30,8 @@ Measure = Literal["infonce", "mse", "cosine", "kl"]
 class Scales:
     """The scales of some quantizers as one vector, [D].
 
+    The scales of an activation's channels, powers of two apart, are one number: they move together.
+
     Args:
         student: whose scales they are.
         keys: paths of its quantizers.
@@ -40,7 +42,10 @@ class Scales:
     def __init__(self, student: QuantizedModel, keys: Sequence[str], meaning: Meaning) -> None:
         self.student, self.keys = student, tuple(keys)
         self.quantizers = [student.quantizer(key) for key in keys]
-        self.sizes = [q.scale.numel() for q in self.quantizers]
+        self.factors = [
+            None if q.block is not None or q.scale.numel() == 1 else q.scale / q.scale[0] for q in self.quantizers
+        ]
+        self.sizes = [q.scale.numel() if f is None else 1 for q, f in zip(self.quantizers, self.factors, strict=True)]
         self._kept = _integers(student, keys) if meaning == "keep" else []
         self._first = self.get()
         self._stored = [rewrite.get_tensor(student.graph, stored) for stored, *_ in self._kept]
@@ -50,12 +55,13 @@ class Scales:
 
     def get(self) -> Tensor:
         """As they are now, [D]."""
-        return torch.cat([q.scale for q in self.quantizers])
+        return torch.cat([q.scale[:n] for q, n in zip(self.quantizers, self.sizes, strict=True)])
 
     def set(self, scales: Tensor) -> None:
         """Puts new ones in their place, [D], positive."""
-        for quantizer, part in zip(self.quantizers, torch.split(scales, self.sizes), strict=True):
-            quantizer.scale = part.clone()
+        parts = torch.split(scales, self.sizes)
+        for quantizer, factors, part in zip(self.quantizers, self.factors, parts, strict=True):
+            quantizer.scale = part.clone() if factors is None else part * factors
         for stored, codes, quantizer in self._kept:
             value = affine.dequantize(codes, *quantizer.expanded())
             old = rewrite.get_tensor(self.student.graph, stored)
@@ -69,7 +75,7 @@ class Scales:
 
     def least(self) -> Tensor:
         """The smallest each may be, [D]: with less the layer's bias would leave its accumulator."""
-        floors = [torch.full_like(q.scale, TINY) for q in self.quantizers]
+        floors = [torch.full_like(q.scale[:n], TINY) for q, n in zip(self.quantizers, self.sizes, strict=True)]
         for node in self.student.graph.graph.nodes:
             module = self.student.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
             if not isinstance(module, BiasQuantizer) or not module.calibrated:

@@ -163,6 +163,7 @@ class _Search:
             self.curve = [(0, _mean(self.losses))]
             self._judge()
             self.precision = self._choose_precision()
+            self._save()
         self.evaluator.precision = getattr(torch, self.precision)
 
     def _choose_precision(self) -> str:
