@@ -174,7 +174,9 @@ def test_the_verdict_says_when_the_paper_is_contradicted() -> None:
     text = "\n".join(search.verdict(searched(before=0.9, evolution=0.4, random_search=0.4, SGD=0.3, Adam=0.5)))
     assert "behind SGD, against the paper" in text
     text = "\n".join(search.verdict(searched(before=0.9, evolution=0.4, random_search=0.4, SGD=0.4001)))
-    assert "apart by less than seeds are" in text
+    assert "evolution and SGD differ by less than two standard errors" in text
+    text = "\n".join(search.verdict(searched(before=0.4, evolution=0.396, random_search=0.4, SGD=0.39)))
+    assert "no method moves the KL by more than 2 %" in text
 
 
 def test_too_few_images_are_refused() -> None:

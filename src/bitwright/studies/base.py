@@ -292,6 +292,17 @@ def _spread(rows: list[Row], value: str) -> Row | None:
     return {"mean": statistics.fmean(numbers), "sd": deviation, "count": len(numbers)}
 
 
+def apart(a: Row, b: Row) -> bool:
+    """Whether two means of :func:`group` differ by more than two standard errors of their difference.
+
+    Example:
+        >>> apart({"mean": 1.0, "sd": 0.1, "count": 4}, {"mean": 1.1, "sd": 0.1, "count": 4})
+        False
+    """
+    variance = sum((s["sd"] or 0.0) ** 2 / s["count"] for s in (a, b))
+    return bool(abs(a["mean"] - b["mean"]) > 2 * math.sqrt(variance))
+
+
 def settings_facts(study: Study, settings: Settings) -> dict[str, Any]:
     """The settings that mean something to the study, as plain data."""
     found = asdict(settings)

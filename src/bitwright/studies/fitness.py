@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from functools import cache, partial
 from typing import Any, get_args
 
+import torch
+
 from bitwright.data import Images
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel
@@ -14,7 +16,7 @@ from bitwright.stages.base import Progress, Run
 from bitwright.stages.candidates import Fitness, Measure
 from bitwright.stages.evolve import Evolve
 from bitwright.studies import figures
-from bitwright.studies.base import Cell, Result, Row, Settings, Study, group
+from bitwright.studies.base import Cell, Result, Row, Settings, Study, apart, group
 from bitwright.studies.scales import means, measured_batches, suits
 from bitwright.studies.search import evolve
 from bitwright.studies.subject import Subject
@@ -28,7 +30,8 @@ LOSSES = FIGURES[:4]
 def cells(subject: Subject, settings: Settings) -> Iterator[Cell]:
     """The start, then evolution with every loss that suits the network's outputs, with every seed."""
     images = subject.calibration(settings.samples, settings.seeds[0])
-    outputs = list(subject.teacher.graph(images.batch(range(min(2, len(images)))).to(subject.device)))
+    with torch.no_grad():
+        outputs = list(subject.teacher.graph(images.batch(range(min(2, len(images)))).to(subject.device)))
     losses = [m for m in get_args(Measure) if suits(m, outputs)]
     shown = cache(partial(_held_out, subject))
     for bits in settings.weights:
@@ -107,9 +110,8 @@ def _contrastive(evolved: dict[str, Row], metric: str, order: list[str]) -> str:
     ours = evolved["infonce"][metric]
     rival = next(n for n in order if n != "infonce")
     theirs = evolved[rival][metric]
-    noise = max(ours["sd"] or 0.0, theirs["sd"] or 0.0)
-    if abs(ours["mean"] - theirs["mean"]) <= noise:
-        return f"infoNCE and {figures.LOSSES[rival]} are apart by less than seeds are: the figures do not tell."
+    if not apart(ours, theirs):
+        return f"infoNCE and {figures.LOSSES[rival]} differ by less than two standard errors: the figures do not tell."
     better = ours["mean"] < theirs["mean"]
     return (
         f"infoNCE is {'ahead, as the paper says' if better else f'behind {figures.LOSSES[rival]}, against the paper'}."
