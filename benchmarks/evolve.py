@@ -27,7 +27,7 @@ def plainly(stage: Evolve, student: QuantizedModel, teacher: Captured, images: I
     """The search as the paper's algorithm writes it: every child runs through the whole network, on all images."""
     batches = Batches(teacher, images.sample(len(images), seed=run.seed), stage.batch, run, "")
     fitness = Fitness(stage.fitness, stage.temperature)
-    searched = stage._searched(student, teacher)
+    searched = stage.searched(student, teacher)
     visits = evaluations = 0
     for _ in range(stage.passes):
         for one in searched:

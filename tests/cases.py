@@ -429,6 +429,22 @@ class NamedInput(nn.Module):
         return self.output(self.input(x).abs().mean((2, 3)))
 
 
+class Picks(nn.Module):
+    """Operators of several results, and a computed constant whose name a module's method has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).flatten(2)
+        y = y + torch.arange(8, device=x.device).to(x.dtype)[:, None] / 8
+        variance, mean = torch.var_mean(y, -1)
+        best = y.topk(3, -1).values.mean(-1) + y.max(-1)[0]
+        first, second = y.split(4, 1)
+        return self.head(variance + mean + best + torch.cat([second, first], 1).sort(-1)[0][..., 0])
+
+
 CASES: dict[str, Callable[[], nn.Module]] = {
     "conv_bn_relu6": ConvBnRelu6,
     "squeeze_excite": SqueezeExcite,
@@ -457,6 +473,7 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     "constant_matmul": ConstantMatmul,
     "conv1d": Conv1d,
     "named_input": NamedInput,
+    "picks": Picks,
 }
 
 FOLDS = {

@@ -31,7 +31,7 @@ from bitwright.stages.population import Mutation
 from bitwright.stages.reconstruct import Reconstruct
 
 CALIBRATE = Calibrate(weights="mse", activations="minmax", bias_correction="analytic")
-QUICK: dict[str, Any] = {"passes": 2, "batch": 8, "images": 24, "mutation": Mutation(size=0.05)}
+QUICK: dict[str, Any] = {"passes": 2, "batch": 8, "images": 24, "mutation": Mutation(size=0.05, share=1.0)}
 
 
 def start(name: str | Captured = "transformer", bits: int = 3) -> tuple[QuantizedModel, Captured, Images]:
@@ -96,7 +96,7 @@ def whole_network(stage: Evolve, student: QuantizedModel, teacher: Captured, dat
     """The same search written plainly: every child runs through all of the network."""
     run = Run(seed=1)
     batches = Batches(teacher, data.sample(24, seed=1), stage.batch, run, "")
-    searched = stage._searched(student, teacher)
+    searched = stage.searched(student, teacher)
     fitness = Fitness(stage.fitness, stage.temperature)
 
     def measure() -> float:
@@ -124,7 +124,8 @@ def test_racing_finds_the_winner_of_the_full_evaluation(trials: int) -> None:
     different, early = 0, 0
     student, teacher, _ = start("residual")
     data, before = dataset(128), student.snapshot()
-    settings = QUICK | {"passes": 1, "batch": 32, "images": 128, "blocks": "all", "mutation": Mutation(size=0.1)}
+    settings = QUICK | {"passes": 1, "batch": 32, "images": 128, "blocks": "all"}
+    settings |= {"mutation": Mutation(size=0.1, share=1.0)}
     for seed in range(trials):
         results = []
         for race in (0.0, 1e-3):
@@ -215,7 +216,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(
     visits: int, meaning: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "CHECKPOINT_SECONDS", -1.0)
-    settings = QUICK | {"mutation": Mutation(size=0.05, adapt=True), "blocks": "all", "held_out": 0.25}
+    settings = QUICK | {"mutation": Mutation(size=0.05, share=1.0, adapt=True), "blocks": "all", "held_out": 0.25}
     stage = Evolve(**settings, meaning=meaning)
     recipe = Recipe(name="test", stages=(CALIBRATE, stage))
 
@@ -261,7 +262,7 @@ def test_brute_force_on_two_scales_finds_no_better_optimum() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
     teacher = prepare(capture(net, torch.randn(2, 3, 2, 2)))
     student, _, data = start(teacher, bits=2)
-    (scales,) = [s.scales for s in Evolve(blocks="all")._searched(student, teacher)]
+    (scales,) = [s.scales for s in Evolve(blocks="all").searched(student, teacher)]
     assert len(scales) == 2
     centre = scales.get() * 1.2
     scales.set(centre)
@@ -285,7 +286,8 @@ def test_brute_force_on_two_scales_finds_no_better_optimum() -> None:
     scales.set(centre)
     assert lowest < begun
     assert not torch.equal(best, integers())
-    stage = Evolve(blocks="all", passes=40, cycles=20, fitness="mse", batch=24, race=0.0, mutation=Mutation(size=0.5))
+    wide = Mutation(size=0.5, share=1.0)
+    stage = Evolve(blocks="all", passes=40, cycles=20, fitness="mse", batch=24, race=0.0, mutation=wide)
     run = Run(seed=0)
     stage.run(student, teacher, data, run)
     assert torch.equal(best, integers())

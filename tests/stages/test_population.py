@@ -24,7 +24,7 @@ LEAST = torch.full((500,), 1e-6)
 
 def test_a_relative_mutation_stays_within_its_part_of_every_scale() -> None:
     parent = torch.logspace(-4, 1, 500)
-    child = Mutation(size=0.05).child(parent, LEAST, generator())
+    child = Mutation(size=0.05, share=1.0).child(parent, LEAST, generator())
     ratio = child / parent - 1
     assert float(ratio.abs().max()) <= 0.05 + 1e-6
     assert float(ratio.max()) > 0.045
@@ -34,7 +34,7 @@ def test_a_relative_mutation_stays_within_its_part_of_every_scale() -> None:
 
 def test_an_absolute_mutation_adds_the_same_to_small_and_large_scales_and_never_leaves_the_positive() -> None:
     parent = torch.cat([torch.full((250,), 1e-5), torch.full((250,), 1.0)])
-    child = Mutation(size=1e-3, absolute=True).child(parent, LEAST, generator())
+    child = Mutation(size=1e-3, absolute=True, share=1.0).child(parent, LEAST, generator())
     assert float((child - parent)[250:].abs().max()) <= 1e-3 + 1e-6
     assert float((child - parent)[250:].abs().max()) > 9e-4
     assert bool((child >= LEAST).all())
@@ -43,7 +43,7 @@ def test_an_absolute_mutation_adds_the_same_to_small_and_large_scales_and_never_
 
 def test_least_scales_hold() -> None:
     least = torch.full((500,), 0.99)
-    child = Mutation(size=0.5).child(torch.ones(500), least, generator())
+    child = Mutation(size=0.5, share=1.0).child(torch.ones(500), least, generator())
     assert float(child.min()) == pytest.approx(0.99)
     assert float(child.max()) > 1.4
 

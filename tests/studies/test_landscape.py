@@ -16,11 +16,12 @@ from bitwright.quantized import QuantizedModel
 from bitwright.recipes import recipe
 from bitwright.stages.base import Run
 from bitwright.stages.candidates import Fitness
+from bitwright.stages.evolve import scale_keys
 from bitwright.studies import landscape, study
 from bitwright.studies.base import Row
 from bitwright.studies.landscape import SCANS, Scan, scan, summarise, verdict
 from bitwright.studies.roughness import directions, offsets
-from bitwright.studies.scales import measured_batches, middle_blocks, weight_keys
+from bitwright.studies.scales import measured_batches, middle_blocks
 from bitwright.studies.subject import Subject
 
 CPU = torch.device("cpu")
@@ -32,7 +33,7 @@ def begun(name: str = "transformer", labelled: bool = False) -> tuple[Subject, Q
     images = held_out.labelled(LABELS) if labelled else held_out
     subject = Subject(Model(make(name), name, None), dataset(12), images, CPU)
     student = subject.begin(Scheme(weights=3, activations=8), recipe("mse").stages, subject.pool, 0)
-    return subject, student, weight_keys(student, middle_blocks(subject)[0])
+    return subject, student, scale_keys(student, middle_blocks(subject)[0], "weights")
 
 
 def count(student: QuantizedModel, keys: list[str]) -> int:
@@ -177,7 +178,7 @@ def test_summaries_keep_the_spread_of_answers() -> None:
 
 
 def test_a_block_with_one_scale_has_no_two_directions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(landscape, "weight_keys", lambda *_: [])
+    monkeypatch.setattr(landscape, "scale_keys", lambda *_: [])
     with pytest.raises(UsageError, match="at least 2 scales"):
         run()
 

@@ -140,6 +140,8 @@ MOVE = frozenset(
         "getitem",
     ]
 )
+PICK = frozenset({"max", "min", "sort", "topk", "kthvalue", "median", "nanmedian", "mode", "cummax", "cummin"})
+"""Along an axis they give some of their operand's values, and where those lie."""
 CONCAT = frozenset({"cat", "concat", "stack", "concatenate"})
 ADD = frozenset({"add", "sub"})
 MUL = frozenset({"mul", "div"})
@@ -161,12 +163,12 @@ def value(node: fx.Node) -> object:
 
 
 def is_float_tensor(node: object) -> bool:
-    """Whether the node carries a floating tensor, or a list of them."""
+    """Whether the node carries a floating tensor, or parts of one; several results of another kind are none."""
     if not isinstance(node, fx.Node):
         return False
     val = value(node)
     if isinstance(val, list | tuple):
-        val = val[0] if val else None
+        val = val[0] if val and base_name(node) in MOVE | PICK else None
     return isinstance(val, torch.Tensor) and val.is_floating_point()
 
 
@@ -208,9 +210,11 @@ def kind(node: fx.Node) -> Kind:  # noqa: PLR0912 - a table in code
         return "constant"
     if not is_float_tensor(node):
         return "shape"
-    if node.target is operator.getitem:
-        return "move"
     name = base_name(node)
+    if node.target is operator.getitem:
+        return "move" if is_float_tensor(node.args[0]) else "other"
+    if name in PICK:
+        return "move" if isinstance(value(node), list | tuple) else "other"
     if name in LINEAR:
         return "linear" if is_weight(node.args[1]) else "other"
     if name in MATMUL:

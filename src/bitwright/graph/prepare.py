@@ -22,6 +22,7 @@ def prepare(captured: Captured) -> Captured:
         ModelError: the prepared graph disagrees with the captured one.
     """
     graph = copy.deepcopy(captured.graph)
+    rewrite.free_of_views(graph)
     rewrite.propagate(graph, captured.example)
     rewrite.rewrite(graph)
     unfolded = fold.fold(graph)

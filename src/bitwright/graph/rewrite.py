@@ -163,6 +163,8 @@ def _store(
     while source.op != "get_attr" and source.all_input_nodes:
         source = source.all_input_nodes[0]
     base = str(source.target) if source.op == "get_attr" else f"constants.{node.name}"
+    if hasattr(nn.Module, base.rpartition(".")[2]):  # such as "to"
+        base += "_value"
     target, count = base, 0
     while target in taken:
         count += 1
@@ -176,6 +178,14 @@ def _store(
         reader.replace_input_with(node, stored)
 
 
+def free_of_views(graph_module: fx.GraphModule) -> None:
+    """Lets every view copy where memory is in another order: after some kernels, or once a copy before it is gone."""
+    for node in graph_module.graph.nodes:
+        if ops.base_name(node) in {"view", "_unsafe_view"}:
+            node.target = aten.reshape.default
+    graph_module.recompile()
+
+
 def rewrite(graph_module: fx.GraphModule) -> None:
     """Applies the rewrites that later passes and quantizers rely on; the function stays the same."""
     graph = graph_module.graph
@@ -186,8 +196,6 @@ def rewrite(graph_module: fx.GraphModule) -> None:
         elif name in IDENTITY:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-        elif name == "view":
-            node.target = aten.reshape.default  # a view of what is no longer contiguous
         elif name in {"addmm", "matmul", "mm"}:
             _constant_matmul_to_linear(graph_module, node)
     _give_biases(graph_module)

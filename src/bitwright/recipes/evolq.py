@@ -44,7 +44,7 @@ RECIPES = (
                 match_spread=True,
                 norm_inputs="ptf",
             ),
-            Evolve(blocks=("attention",), mutation=Mutation(size=1e-3, absolute=True), race=0.0),
+            Evolve(blocks=("attention",), mutation=Mutation(size=1e-3, absolute=True, share=1.0), race=0.0),
         ),
     ),
 )

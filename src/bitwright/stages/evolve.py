@@ -81,7 +81,7 @@ class Evolve(Optimising):
         some = images.sample(min(self.images, len(images)), seed=run.seed)
         hidden, seen = _split(some, self.held_out)
         fitness = Fitness(self.fitness, self.temperature)
-        searched = self._searched(student, teacher)
+        searched = self.searched(student, teacher)
         if not searched:
             raise UsageError("There is nothing to evolve: no block has a quantized scale of the kind asked for.")
         batches = Batches(teacher, seen, self.batch, run, "Teacher's outputs")
@@ -94,14 +94,14 @@ class Evolve(Optimising):
         search.finish()
         return student
 
-    def _searched(self, student: QuantizedModel, teacher: Captured) -> list[_Searched]:
+    def searched(self, student: QuantizedModel, teacher: Captured) -> list[Searched]:
         """The blocks in the order of visits, with the scales that each changes."""
         found, taken = [], set()
         for block in self._chosen(find_blocks(teacher.graph)):
-            keys = [k for k in _keys(student, block, self.scales) if k not in taken]
+            keys = [k for k in scale_keys(student, block, self.scales) if k not in taken]
             taken.update(keys)
             if keys:
-                found.append(_Searched(block, Scales(student, keys, self.meaning)))
+                found.append(Searched(block, Scales(student, keys, self.meaning)))
         return found[::-1] if self.order == "reverse" else found
 
     def _chosen(self, blocks: list[Block]) -> list[Block]:
@@ -116,7 +116,9 @@ class Evolve(Optimising):
 
 
 @dataclass
-class _Searched:
+class Searched:
+    """A block and the scales that a visit changes."""
+
     block: Block
     scales: Scales
     factor: float = 1.0
@@ -129,7 +131,7 @@ class _Search:
 
     stage: Evolve
     student: QuantizedModel
-    searched: list[_Searched]
+    searched: list[Searched]
     evaluator: Evaluator
     run: Run
     visits: int = 0
@@ -355,8 +357,14 @@ class _Search:
         self.saved = time.perf_counter()
 
 
-def _keys(student: QuantizedModel, block: Block, scales: str) -> list[str]:
-    """Paths of the quantizers of a block: of its weights, of what its layers read and write, or both."""
+def scale_keys(student: QuantizedModel, block: Block, scales: str) -> list[str]:
+    """Paths of the calibrated quantizers of a block.
+
+    Args:
+        student: the network.
+        block: of the same network.
+        scales: ``weights``, ``activations`` (of what its layers read, and of every tensor up to its last), or ``both``.
+    """
     rows = {layer.node: i for i, layer in enumerate(student.layers)}
     members = [student.layers[rows[n]] for n in block.nodes]
     first, last = min(rows[n] for n in block.nodes), max(rows[n] for n in block.nodes)

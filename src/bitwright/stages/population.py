@@ -24,9 +24,9 @@ class Mutation(Settings):
     paper's). A child that would be zero or below is its absolute value.
     """
 
-    size: float = Field(default=0.03, gt=0)
+    size: float = Field(default=0.1, gt=0)
     absolute: bool = False
-    share: float = Field(default=1.0, gt=0, le=1)
+    share: float = Field(default=0.1, gt=0, le=1)
     """Of the scales that change, drawn anew for every child; at least one."""
     adapt: bool = False
     """Whether the size follows success: larger after a child that is better than the best, smaller after others, so

@@ -18,10 +18,11 @@ from bitwright.quantized import QuantizedModel
 from bitwright.recipes import recipe
 from bitwright.stages.base import Progress, Run, silent
 from bitwright.stages.candidates import Batches, Evaluator, Meaning, Scales
+from bitwright.stages.evolve import scale_keys
 from bitwright.studies import surfaces
 from bitwright.studies.base import Cell, Result, Row, Settings, Study, group
 from bitwright.studies.roughness import bends, directions, jumps, noise_bends, offsets, strict_minima
-from bitwright.studies.scales import ANSWERS, Distances, measured_batches, middle_blocks, weight_keys
+from bitwright.studies.scales import ANSWERS, Distances, measured_batches, middle_blocks
 from bitwright.studies.subject import Subject
 
 BATCH = 100
@@ -103,7 +104,7 @@ def _measure(
     kind, steps = SCANS[name], settings.steps
     assert steps is not None
     steps = steps if kind.axes == 2 else FINER * steps
-    keys = weight_keys(student, block)
+    keys = scale_keys(student, block, "weights")
     count = sum(student.quantizer(k).scale.numel() for k in keys)
     if count < 2:
         raise UsageError(f"Expected a block with at least 2 scales of weights, found {count} in {block.name}.")

@@ -18,6 +18,7 @@ from bitwright.metrics import as_log_probabilities
 from bitwright.quantized import QuantizedModel
 from bitwright.stages.base import Run
 from bitwright.stages.candidates import Batches, Fitness, Measure
+from bitwright.stages.evolve import Evolve
 from bitwright.studies.base import Row
 from bitwright.studies.subject import Subject
 
@@ -28,13 +29,6 @@ REPORTED = ("cross-entropy", *ANSWERS)
 """What is shown beside the losses, and never what anything is chosen by."""
 
 # ------------------------------------------------------------------------------------------------- blocks
-
-
-def weight_keys(student: QuantizedModel, block: Block) -> list[str]:
-    """Paths of the quantizers of a block's weights."""
-    layers = {layer.node: layer for layer in student.layers}
-    keys = dict.fromkeys(layers[node].weight for node in block.nodes if node in layers)
-    return [k for k in keys if k is not None and student.quantizer(k).calibrated]
 
 
 def middle_blocks(subject: Subject) -> list[Block]:
@@ -49,10 +43,8 @@ def middle_blocks(subject: Subject) -> list[Block]:
 
 
 def evolved_keys(subject: Subject, student: QuantizedModel) -> list[str]:
-    """Of the weights whose scales :class:`~bitwright.stages.evolve.Evolve` changes: attention, else all blocks."""
-    blocks = find_blocks(subject.teacher.graph)
-    chosen = [b for b in blocks if b.kind == "attention"] or blocks
-    return list(dict.fromkeys(k for b in chosen for k in weight_keys(student, b)))
+    """Of the weights whose scales :class:`Evolve` changes."""
+    return [k for one in Evolve().searched(student, subject.teacher) for k in one.scales.keys]
 
 
 # ------------------------------------------------------------------------------------------------- losses
