@@ -363,6 +363,75 @@ def inspect(
 
 
 @app.command()
+def sensitivity(
+    model: ModelArgument,
+    images: ImagesArgument,
+    bits: Annotated[int, typer.Option(help="Of weights, at which layers are ranked: 2 to 8")] = 4,
+    matrix: Annotated[
+        str | None,
+        typer.Option(
+            help="fisher and squared need no label; hessian is that of cross-entropy  [default: hessian with --labels, "
+            "fisher without]",
+            show_default=False,
+        ),
+    ] = None,
+    labels: LabelsOption = None,
+    samples: Annotated[
+        int | None, typer.Option(help="How many of the images to use  [default: 64 at most]", show_default=False)
+    ] = None,
+    eigenvalues: Annotated[int, typer.Option(help="Of each layer, each block and the network")] = 1,
+    steps: Annotated[int, typer.Option(help="Passes over the images for those, at most")] = 20,
+    probes: Annotated[int, typer.Option(help="Random vectors for traces in each batch, at most")] = 64,
+    tolerance: Annotated[float, typer.Option(help="Relative standard error of traces that is good enough")] = 0.05,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the two files  [default: sensitivity]", show_default=False),
+    ] = None,
+    seed: SeedOption = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    output: OutputOption = None,
+    input_size: InputSizeOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    interpolation: InterpolationOption = None,
+    crop_pct: CropOption = None,
+    skip_unreadable: SkipOption = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the files of an earlier call in --out")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """The curvature of a network's weights without labels: traces, eigenvalues, spectrum; which layers need bits.
+
+    Writes sensitivity.json (everything measured, layer by layer, block by block) and sensitivity.html (a plot,
+    offline). With labels, the Hessian of cross-entropy instead.
+
+    Example: `bitwright sensitivity zoo:fashion_cnn zoo:fashion --samples 32`
+    """
+    with Terminal(as_json=as_json) as terminal:
+        settings = _settings(input_size=input_size, mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct)
+        terminal.begin("Loading PyTorch")
+        from bitwright.commands import sensitivity as command
+
+        chosen: Any = matrix or ("fisher" if labels is None else "hessian")
+        job = command.Job(
+            model,
+            images,
+            labels,
+            command.report.Settings(chosen, bits, eigenvalues, steps, probes, tolerance),
+            samples=samples,
+            out=out,
+            seed=seed,
+            device=device,
+            output=output,
+            preprocessing=settings,
+            skip_unreadable=skip_unreadable,
+            force=force,
+        )
+        found, paths = command.sensitivity(job, terminal)
+        terminal.result({**found, "files": [str(p) for p in paths]})
+        command.show(found, paths, terminal)
+
+
+@app.command()
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder")],
     to: Annotated[str, typer.Option(help="onnx")] = "onnx",

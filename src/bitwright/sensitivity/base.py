@@ -1,0 +1,176 @@
+"""What a sensitivity measure takes and gives, and the cache that lets a second plan start at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from bitwright.errors import UsageError
+from bitwright.graph import rewrite
+from bitwright.pipeline import fingerprint
+from bitwright.quant.scheme import ACTIVATION_BITS, WEIGHT_BITS, Scheme
+from bitwright.quantized import QuantizedModel, insert_quantizers
+from bitwright.stages.base import Run
+from bitwright.stages.calibrate import Calibrate, parameters
+
+if TYPE_CHECKING:
+    from bitwright.capture import Captured
+    from bitwright.data import Images
+
+OPEN = {"weights", "activations", "rules", "plan"}
+"""What a scheme says of bits, which is what is to be found out here."""
+VERSION = 1
+"""Of what measures compute; a higher one lets go of everything kept before."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The bits among which a plan chooses, and how tensors get their grids at each.
+
+    Example: ``Choices(weights=(4, 8), activations=(8,), scheme=Scheme(runtime="generic"))``
+    """
+
+    weights: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
+    activations: tuple[int, ...] = (4, 8, 16)
+    scheme: Scheme = field(default_factory=Scheme)
+    """Granularity and runtime; its bits, rules and plan are not looked at, so that every layer is a variable."""
+    calibrate: Calibrate = field(default_factory=Calibrate)
+    """Ranges; its bias correction is left out."""
+
+    def __post_init__(self) -> None:
+        for what, given, known in (
+            ("weights", self.weights, tuple(WEIGHT_BITS)),
+            ("activations", self.activations, ACTIVATION_BITS),
+        ):
+            if unknown := [b for b in given if b not in known]:
+                raise UsageError(f"Expected bits for {what} out of {known}, found {unknown[0]}.")
+
+    def scheme_at(self, weights: int | None, activations: int | None) -> Scheme:
+        """The scheme with these bits everywhere."""
+        kept = self.scheme.model_dump(exclude=OPEN)
+        return Scheme.model_validate({**kept, "weights": weights, "activations": activations})
+
+    def student(
+        self, teacher: Captured, images: Images, run: Run, *, weights: int | None = None, activations: int | None = None
+    ) -> QuantizedModel:
+        """The network calibrated with these bits everywhere, nothing corrected."""
+        student = insert_quantizers(teacher, self.scheme_at(weights, activations))
+        student.to(run.device)
+        if activations is None and self.calibrate.weights != "hmse":
+            images = images[:1]  # ranges of weights do not look at them
+        stage = self.calibrate.model_copy(update={"bias_correction": "none"})
+        return stage.run(student, teacher, images, run)
+
+    def weight_errors(self, teacher: Captured, images: Images, run: Run) -> Iterator[tuple[str, str, int, Tensor]]:
+        """(layer, path of its weight, bits, ``Q_b(w) - w``) for every weight at every number of bits."""
+        for bits in self.weights:
+            student = self.student(teacher, images, run, weights=bits)
+            for path, quantizer in parameters(student.graph, "weight"):
+                with torch.no_grad():
+                    quantized = quantizer(rewrite.get_tensor(student.graph, path))
+                yield quantizer.name, path, bits, quantized - rewrite.get_tensor(teacher.graph, path)
+
+
+@dataclass
+class Table:
+    """What a measure predicts: the loss that each choice adds, all else in float.
+
+    Example: ``Table("trace", {"stem": {4: 0.013, 8: 0.00005}}, {})``
+    """
+
+    measure: str
+    weights: dict[str, dict[int, float]]
+    """Layer by name, then bits. Of a weight that several layers share, the first of them."""
+    activations: dict[str, dict[int, float]] = field(default_factory=dict)
+    """Quantized activation by the name of the layer that ends its group, then bits; empty where a measure says nothing
+    of activations."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader should know: traces that were negative, for example."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What it was computed from, as JSON can hold it."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON keeps it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Table:
+        """Back from JSON, whose keys are strings."""
+        halves = {
+            half: {name: {int(b): v for b, v in row.items()} for name, row in data[half].items()}
+            for half in ("weights", "activations")
+        }
+        return cls(**{**data, **halves})
+
+
+class Measure:
+    """One way of predicting. Subclasses are frozen dataclasses of their settings."""
+
+    name: ClassVar[str]
+
+    def measure(self, teacher: Captured, images: Images, choices: Choices, run: Run) -> Table:
+        """The loss that each choice adds.
+
+        Args:
+            teacher: the float network, on the run's device.
+            images: N of them; labels are looked at only where a setting says so.
+            choices: the bits, and how grids are found.
+            run: seed, device, batch size, progress.
+        """
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """Name and settings, as plain data."""
+        return {"measure": self.name, **asdict(self)}  # type: ignore[call-overload]
+
+
+def predicted_losses(
+    measure: Measure, teacher: Captured, images: Images, choices: Choices, run: Run, folder: Path | None = None
+) -> Table:
+    """The measure's table, kept in a folder under a key of everything it depends on.
+
+    Args:
+        measure: which.
+        teacher: the float network.
+        images: to measure on.
+        choices: the bits.
+        run: seed, device, batch size, progress.
+        folder: where tables are kept; None keeps nothing.
+    """
+    if folder is None:
+        return measure.measure(teacher, images, choices, run)
+    path = folder / f"sensitivity-{_key(measure, teacher, images, choices, run)}.json"
+    if path.is_file():
+        return Table.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    found = measure.measure(teacher, images, choices, run)
+    folder.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps(found.to_dict()), encoding="utf-8")
+    fresh.replace(path)
+    return found
+
+
+def _key(measure: Measure, teacher: Captured, images: Images, choices: Choices, run: Run) -> str:
+    labels = None if images.labels is None else images.labels.tolist()
+    parts = {
+        "version": VERSION,
+        **measure.settings(),
+        "network": fingerprint(teacher.graph),
+        "code": teacher.graph.code,
+        "images": images.sha256,
+        "labels": labels,
+        "weights": choices.weights,
+        "activations": choices.activations,
+        "scheme": choices.scheme.model_dump(mode="json", exclude=OPEN),
+        "calibrate": choices.calibrate.model_dump(mode="json"),
+        "batch": run.batch,
+        "seed": run.seed,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,240 @@
+"""Measures that quantize one tensor, leave everything else in float, and look at what comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from bitwright import losses
+from bitwright.curvature.label_free import label_free_scores
+from bitwright.errors import UsageError
+from bitwright.evaluate import class_scores
+from bitwright.graph import ops, segments
+from bitwright.graph.points import Point, expose, linear_points
+from bitwright.graph.watch import Callback, watch
+from bitwright.metrics import as_log_probabilities
+from bitwright.quant.quantizer import Grid, Quantizer
+from bitwright.quantized import QuantizedModel, insert_quantizers
+from bitwright.sensitivity.base import Choices, Measure, Table
+from bitwright.stages.base import Run
+
+if TYPE_CHECKING:
+    from bitwright.capture import Captured
+    from bitwright.data import Images
+
+Values = tuple[list[Tensor], list[Tensor]]
+"""A network's outputs, and its values at the points."""
+Judge = Callable[[Values, Values, Tensor | None], Tensor]
+"""``judge(quantized, float, labels)``: the loss of each image, [N], in any place of its own for outputs and points."""
+
+
+@dataclass(frozen=True)
+class MeasuredLoss(Measure):
+    """AdaQuant: the loss that quantizing one tensor adds, measured (arXiv:2006.10518, section 3.2).
+
+    Without labels the loss is KL from the float network in nats (for outputs that are no class scores, the squared
+    error over their mean square), summed over outputs. With ``labels`` it is cross-entropy less that of the float
+    network, which may be negative.
+    """
+
+    name: ClassVar[str] = "loss"
+    labels: bool = False
+
+    def measure(self, teacher: Captured, images: Images, choices: Choices, run: Run) -> Table:
+        """A forward pass from the quantized tensor on, for each tensor and number of bits."""
+        if self.labels and images.labels is None:
+            raise UsageError("Expected labels to measure cross-entropy with, found none.")
+        judge = _added_cross_entropy if self.labels else _distance_of_outputs
+        return _OneAtATime(teacher, choices, run).table(self.name, images, [], judge)
+
+
+@dataclass(frozen=True)
+class OutputDistance(Measure):
+    """EPTQ: how far one quantized tensor moves the network's interest points (methods, section 1.3).
+
+    Interest points are the outputs of convolutions and linear layers. The paper looks at the last one alone.
+    """
+
+    name: ClassVar[str] = "distance"
+    distance: Literal["operator", "cosine", "kl", "mse"] = "operator"
+    """``operator`` is the paper's choice: ``(1 - cos) / 2`` behind a linear layer, mean squared error behind a
+    convolution. ``kl`` takes the softmax over the channels. ``mse`` is relative to the float values' mean square where
+    several points are averaged, so that they can be."""
+    points: Literal["last", "mean", "hessian"] = "last"
+    """The last one, the mean over all, or the mean weighted by the label-free Hessian's trace at each."""
+
+    def measure(self, teacher: Captured, images: Images, choices: Choices, run: Run) -> Table:
+        """As :class:`MeasuredLoss`."""
+        points = linear_points(teacher.graph, teacher.example.to(run.device))
+        points = points[-1:] if self.points == "last" else points
+        weights = self._weights(teacher, images, points, run)
+        kinds = {n.name: ops.base_name(n) for n in teacher.graph.graph.nodes}
+        relative = len(points) > 1
+
+        def judge(ours: Values, theirs: Values, _: Tensor | None) -> Tensor:
+            count = len(ours[0][0])
+            rows = [
+                self._distance(kinds[p.node], a, b, p, count, relative=relative)
+                for p, a, b in zip(points, ours[1], theirs[1], strict=True)
+            ]
+            return torch.stack([r.cpu().expand(count) for r in rows], 1) @ weights
+
+        table = _OneAtATime(teacher, choices, run).table(self.name, images, points, judge)
+        table.facts = {"points": {p.layer: w for p, w in zip(points, weights.tolist(), strict=True)}}
+        return table
+
+    def _weights(self, teacher: Captured, images: Images, points: list[Point], run: Run) -> Tensor:
+        """[L], with sum 1."""
+        if self.points != "hessian":
+            return torch.full((len(points),), 1 / len(points), dtype=torch.float64)
+        batches = run.batches(images, "Scoring points")
+        scores = label_free_scores(teacher.graph, batches, points, seed=run.seed, total=len(images))
+        trace = scores.layer_trace.double()
+        total = float(trace.sum())
+        return trace / total if total > 0 else torch.full_like(trace, 1 / len(points))
+
+    def _distance(self, op: str, ours: Tensor, theirs: Tensor, point: Point, count: int, *, relative: bool) -> Tensor:
+        """[N]; [1], the mean over all, where images and positions lie along one axis."""
+        kind = self.distance
+        if kind == "operator":
+            kind = "cosine" if op == "linear" else "mse"
+        rows = count if point.image_after_image else 1
+        a, b = (x.double().reshape(rows, -1, *x.shape[1:]) for x in (ours, theirs))
+        channels = point.channels + 1
+        if kind == "kl":
+            p, q = (x.log_softmax(channels) for x in (b, a))
+            return (p.exp() * (p - q)).sum(channels).reshape(len(p), -1).mean(1)
+        a, b = a.flatten(1), b.flatten(1)
+        if kind == "cosine":
+            return ((1 - F.cosine_similarity(a, b, dim=1)) / 2).clamp_min(0)
+        error = (a - b).square().mean(1)
+        return error / b.square().mean(1).clamp_min(1e-30) if relative else error
+
+
+def _distance_of_outputs(ours: Values, theirs: Values, _: Tensor | None) -> Tensor:
+    total = torch.zeros(len(ours[0][0]), dtype=torch.float64)
+    for a, b in zip(ours[0], theirs[0], strict=True):
+        if not a.is_floating_point():
+            continue
+        scores = as_log_probabilities(b) is not None and as_log_probabilities(a) is not None
+        total += (losses.kl_divergence(a, b) if scores else losses.relative_error(a, b)).double().cpu()
+    return total
+
+
+def _added_cross_entropy(ours: Values, theirs: Values, labels: Tensor | None) -> Tensor:
+    assert labels is not None
+    a, b = (F.cross_entropy(class_scores(x[0], labels).double(), labels, reduction="none") for x in (ours, theirs))
+    return (a - b).cpu()
+
+
+# ------------------------------------------------------------------------------------------ one at a time
+
+
+class _OneAtATime:
+    """The float network with one quantizer switched on."""
+
+    def __init__(self, teacher: Captured, choices: Choices, run: Run) -> None:
+        self.teacher, self.choices, self.run = teacher, choices, run
+        first = [some[0] if some else None for some in (choices.weights, choices.activations)]
+        self.student = insert_quantizers(teacher, choices.scheme_at(*first))
+        self.student.to(run.device)
+
+    @cached_property
+    def quantizers(self) -> dict[str, Quantizer]:
+        """Those of weights and activations by key, in program order; stored operands have no choice of bits."""
+        called = [str(n.target) for n in self.student.graph.graph.nodes if n.op == "call_module"]
+        found = {key: self.student.graph.get_submodule(key) for key in called}
+        return {k: q for k, q in found.items() if isinstance(q, Quantizer) and q.role != "parameter"}
+
+    def table(self, name: str, images: Images, points: list[Point], judge: Judge) -> Table:
+        """The mean of what the judge says, for every quantizer and number of bits, and its standard error."""
+        grids = self._grids(images.unlabelled())
+        graph = expose(self.student.graph, [p.node for p in points])
+        regions = {key: segments.region(graph, [key]) for key in self.quantizers}
+        kept = {name for r in regions.values() for name in r.frontier}
+        sums = {(key, bits): torch.zeros(2, dtype=torch.float64) for key, row in grids.items() for bits in row}
+        done = 0
+        for batch in self.run.batches(images, "Quantizing one tensor at a time"):
+            labels = None if images.labels is None else images.labels[done : done + len(batch)].to(batch.device)
+            known = _values(graph, batch, kept)
+            theirs = known.pop(_OUTPUT)
+            for (key, bits), total in sums.items():
+                ours = self._run(graph, regions[key], known, key, grids[key][bits])
+                each = judge(ours, theirs, labels)
+                total += torch.stack([each.sum(), each.square().sum()])
+            done += len(batch)
+        return self._as_table(name, sums, len(images))
+
+    def _as_table(self, name: str, sums: dict[tuple[str, int], Tensor], count: int) -> Table:
+        found = Table(name, {}, {}, facts={"error": {"weights": {}, "activations": {}}})
+        for (key, bits), total in sums.items():
+            quantizer = self.quantizers[key]
+            half = "weights" if quantizer.role == "weight" else "activations"
+            mean, square = (total / count).tolist()
+            error = (max(square - mean**2, 0.0) / max(count - 1, 1)) ** 0.5
+            getattr(found, half).setdefault(quantizer.name, {})[bits] = mean
+            found.facts["error"][half].setdefault(quantizer.name, {})[str(bits)] = error
+        return found
+
+    def _grids(self, images: Images) -> dict[str, dict[int, _State]]:
+        """Every quantizer's grid and scales at each of its numbers of bits, as calibrated."""
+        found: dict[str, dict[int, _State]] = {key: {} for key in self.quantizers}
+        for role, choices in (("weights", self.choices.weights), ("activations", self.choices.activations)):
+            for bits in choices:
+                made = self.choices.student(self.teacher, images, self.run, **{role: bits})
+                for key, quantizer in self.quantizers.items():
+                    if (quantizer.role == "weight") == (role == "weights"):
+                        found[key][bits] = _State.of(made, key)
+        return found
+
+    def _run(
+        self, graph: fx.GraphModule, region: segments.Region, known: dict[str, Any], key: str, state: _State
+    ) -> Values:
+        with self._on(key, state), torch.no_grad():
+            fixed, moved = segments.values(graph, region.fixed), segments.values(graph, region.moved)
+            outputs, points = region.body(*[known[n] for n in region.frontier], *fixed, *moved)
+        return list(outputs), list(points)
+
+    @contextmanager
+    def _on(self, key: str, state: _State) -> Iterator[None]:
+        quantizer = self.quantizers[key]
+        before = _State(quantizer.grid, quantizer.scale, quantizer.zero_point)
+        quantizer.grid, quantizer.scale, quantizer.zero_point = state.grid, state.scale, state.zero_point
+        try:
+            yield
+        finally:
+            quantizer.grid, quantizer.scale, quantizer.zero_point = before.grid, before.scale, before.zero_point
+
+
+@dataclass(frozen=True)
+class _State:
+    grid: Grid
+    scale: Tensor
+    zero_point: Tensor
+
+    @classmethod
+    def of(cls, model: QuantizedModel, key: str) -> _State:
+        quantizer = model.quantizer(key)
+        return cls(quantizer.grid, quantizer.scale, quantizer.zero_point)
+
+
+_OUTPUT = "output"
+
+
+def _values(graph: fx.GraphModule, images: Tensor, names: set[str]) -> dict[str, Any]:
+    """The float network's values at some nodes, and what it returns as ``output``."""
+    found: dict[str, Any] = {}
+
+    def keep(node: fx.Node, value: Any) -> None:
+        found[node.name] = value
+
+    callbacks: dict[str, Callback] = dict.fromkeys(names, keep)
+    outputs, points = watch(graph, images, callbacks)
+    return found | {_OUTPUT: (list(outputs), list(points))}

@@ -1,0 +1,242 @@
+"""The curvature of a network, layer by layer, block by block and as a whole: what ``bitwright sensitivity`` shows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from bitwright.api import as_model, find_device, prepare_teacher
+from bitwright.capture import Captured
+from bitwright.curvature.hessian import Curvature, Data, Group, Matrix, groups, spectra, traces
+from bitwright.curvature.spectrum import Spectrum
+from bitwright.data import Images, load_images
+from bitwright.errors import UsageError
+from bitwright.models import Model
+from bitwright.preprocessing import PreprocessFunction, Preprocessing
+from bitwright.quant.scheme import parse_weight_bits
+from bitwright.result import environment, peak_memory_bytes
+from bitwright.sensitivity.base import Choices
+from bitwright.sensitivity.second_order import positive, squared
+from bitwright.stages.base import Progress, Run, silent
+
+SAMPLES = 64
+BATCH = 16
+MOST = 0.8
+"""Of the predicted loss: the layers that make up this share are the ones that matter."""
+MEANINGS = {
+    "fisher": "Fisher matrix of the network's own classes: KL from float, no labels",
+    "squared": "Gauss-Newton matrix of the squared error of the outputs, no labels",
+    "hessian": "Hessian of cross-entropy with labels",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How closely the curvature is looked at.
+
+    Attributes:
+        matrix: which; see :mod:`bitwright.curvature.hessian`.
+        bits: of weights, at which layers are ranked.
+        eigenvalues: how many of each layer, block and the network.
+        steps: the most passes over the images for those.
+        probes: the most for each batch and the traces.
+        tolerance: the relative standard error of traces at which probing ends.
+    """
+
+    matrix: Matrix = "fisher"
+    bits: int = 4
+    eigenvalues: int = 1
+    steps: int = 20
+    probes: int = 64
+    tolerance: float = 0.05
+
+    def check(self) -> None:
+        """Looks at every setting.
+
+        Raises:
+            UsageError: a setting is out of range.
+        """
+        if self.matrix not in MEANINGS:
+            raise UsageError(f"Expected a matrix out of {', '.join(MEANINGS)}, found '{self.matrix}'.")
+        if parse_weight_bits(self.bits) is None:
+            raise UsageError("Expected 2 to 8 bits for weights to rank layers at, found 'float'.")
+        for name, least in (("eigenvalues", 1), ("steps", 1), ("probes", 2)):
+            if getattr(self, name) < least:
+                raise UsageError(f"Expected at least {least} {name}, found {getattr(self, name)}.")
+        if self.eigenvalues > self.steps:
+            raise UsageError(
+                f"Expected at least as many steps as eigenvalues, found {self.steps} and {self.eigenvalues}."
+            )
+
+
+def sensitivity(
+    model: nn.Module | Model | str,
+    images: Any,
+    *,
+    labels: Any = None,
+    settings: Settings = Settings(),
+    samples: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    preprocessing: Preprocessing | PreprocessFunction | None = None,
+    output: str | None = None,
+    skip_unreadable: bool = False,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Traces, eigenvalues and spectral density of a network's curvature, and the layers that matter.
+
+    Args:
+        model: as for :func:`bitwright.quantize`.
+        images: as everywhere.
+        labels: a CSV of ``file,class_index``, if ``settings.matrix`` is ``hessian`` and the images carry none.
+        settings: how closely.
+        samples: images to use, evenly spread; 64 at most if not given.
+        seed: of probes and starts.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        preprocessing: of image files; a named model brings its own.
+        output: name of the one output to keep, for a model that returns several.
+        skip_unreadable: go on when a file cannot be decoded.
+        progress: called as ``progress(what, done, total, detail)``.
+
+    Returns:
+        What ``sensitivity.json`` holds: ``layers``, ``blocks``, ``network``, ``matter``, settings and versions.
+
+    Raises:
+        UsageError: an argument, a file, or the model cannot be used; one line says why.
+    """
+    started = time.perf_counter()
+    settings.check()
+    where = find_device(device)
+    network = as_model(model, preprocessing)
+    data = _images(images, network, labels, samples, skip_unreadable)
+    if settings.matrix == "hessian" and data.labels is None:
+        raise UsageError("Expected labels for the Hessian of a loss, found none. Give --labels, or leave --matrix out.")
+    teacher = prepare_teacher(network, data, output)
+    teacher.graph.to(where)
+    run = Run(seed=seed, batch=BATCH, device=where, progress=progress)
+    found = examine(teacher, data, settings, run)
+    labelled = settings.matrix == "hessian"
+    return {
+        **environment(where, seed),
+        "model": {"name": network.name},
+        "data": {"count": len(data), "sha256": data.sha256, "labelled": labelled},
+        "settings": {**vars(settings), "meaning": MEANINGS[settings.matrix]},
+        **found,
+        "seconds": {"total": round(time.perf_counter() - started, 3)},
+        "peak_memory_bytes": peak_memory_bytes(),
+        "warnings": [],
+    }
+
+
+def examine(teacher: Captured, images: Images, settings: Settings, run: Run) -> dict[str, Any]:
+    """The part that is measured: ``layers``, ``blocks``, ``network``, ``matter``, ``notes``."""
+    if settings.matrix != "hessian":
+        images = images.unlabelled()
+    curvature = Curvature(teacher.graph, Data(images, run.batch, run.device), settings.matrix)
+    wanted = groups(teacher.graph)
+    found = traces(
+        curvature, wanted, probes=settings.probes, tolerance=settings.tolerance, seed=run.seed, progress=run.progress
+    )
+    top = _spectra(curvature, wanted, settings, run)
+    rows = [_row(g, float(t), float(e), s) for g, t, e, s in zip(wanted, found.trace, found.error, top, strict=True)]
+    layers = [r for r, g in zip(rows, wanted, strict=True) if g.kind == "layer"]
+    notes = predict(layers, teacher, images, settings.bits, run)
+    grid, density = top[-1].density()
+    return {
+        "layers": layers,
+        "blocks": [r for r, g in zip(rows, wanted, strict=True) if g.kind == "block"],
+        "network": {**rows[-1], "density": {"eigenvalue": grid.tolist(), "density": density.tolist()}},
+        "matter": that_matter(layers),
+        "probes": found.probes,
+        "notes": notes,
+    }
+
+
+def _spectra(curvature: Curvature, wanted: Sequence[Group], settings: Settings, run: Run) -> list[Spectrum]:
+    """Layers and blocks until their eigenvalues are known; the network takes every step, for its density."""
+
+    def look(some: Sequence[Group], what: str, tolerance: float) -> list[Spectrum]:
+        def progress(_: str, done: int, total: int, detail: str = "") -> None:
+            run.progress(f"Eigenvalues of {what}", done, total, detail)
+
+        options = {"count": settings.eigenvalues, "steps": settings.steps, "seed": run.seed}
+        return spectra(curvature, some, tolerance=tolerance, progress=progress, **options)  # type: ignore[arg-type]
+
+    parts = {kind: [g for g in wanted if g.kind == kind] for kind in ("layer", "block", "network")}
+    known = {g.weights: s for g, s in zip(parts["layer"], look(parts["layer"], "layers", 0.01), strict=True)}
+    rest = [g for g in parts["block"] if g.weights not in known]
+    known |= {g.weights: s for g, s in zip(rest, look(rest, "blocks", 0.01) if rest else [], strict=True)}
+    network = look(parts["network"], "the network", 0.0)
+    return [known[g.weights] for g in wanted if g.kind != "network"] + network
+
+
+def _row(group: Group, trace: float, error: float, spectrum: Spectrum) -> dict[str, Any]:
+    nodes, weights = spectrum.quadratures[0]
+    return {
+        "name": group.name,
+        "parameters": group.parameters,
+        "trace": trace,
+        "trace_error": error,
+        "mean_trace": trace / group.parameters,
+        "eigenvalues": spectrum.eigenvalues,
+        "eigenvalue_errors": spectrum.errors,
+        "quadrature": {"nodes": nodes.tolist(), "weights": weights.tolist()},
+    }
+
+
+def predict(layers: list[dict[str, Any]], teacher: Captured, images: Images, bits: int, run: Run) -> list[str]:
+    """Writes ``predicted_loss`` (HAWQ-V2, at these bits) and its ``share`` into each row; what was negative."""
+    used, notes = positive({r["name"]: r["mean_trace"] for r in layers}, "trace")
+    errors = {layer: squared(e) for layer, _, _, e in Choices((bits,), ()).weight_errors(teacher, images, run)}
+    for row in layers:
+        row["predicted_loss"] = used[row["name"]] * errors[row["name"]] / 2
+    total = sum(r["predicted_loss"] for r in layers)
+    for row in layers:
+        row["share"] = row["predicted_loss"] / total if total > 0 else 0.0
+    return notes
+
+
+def that_matter(layers: list[dict[str, Any]]) -> list[str]:
+    """The fewest layers that make up :data:`MOST` of the predicted loss, the worst first.
+
+    Example:
+        >>> that_matter([{"name": "a", "share": 0.1}, {"name": "b", "share": 0.7}, {"name": "c", "share": 0.2}])
+        ['b', 'c']
+    """
+    found: list[str] = []
+    covered = 0.0
+    for row in sorted(layers, key=lambda r: -r["share"]):
+        if covered >= MOST or row["share"] == 0:
+            break
+        found.append(row["name"])
+        covered += row["share"]
+    return found
+
+
+def _images(source: Any, network: Model, labels: Any, samples: int | None, skip_unreadable: bool) -> Images:
+    if isinstance(source, Images):
+        images = source
+    else:
+        images = load_images(source, network.preprocessing, labels=labels, skip_unreadable=skip_unreadable)
+    if samples is not None and samples < 1:
+        raise UsageError(f"Expected at least one sample, found {samples}.")
+    return images.sample(min(samples or SAMPLES, len(images)), seed=0)
+
+
+def write(found: dict[str, Any], folder: Path) -> list[Path]:
+    """Writes ``sensitivity.json`` and ``sensitivity.html``; each is whole, or what it was before."""
+    import json
+
+    from bitwright.sensitivity.figure import page
+    from bitwright.studies.base import write_whole
+
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "sensitivity.json", folder / "sensitivity.html"]
+    write_whole(paths[0], json.dumps(found, indent=2, allow_nan=False) + "\n")
+    write_whole(paths[1], page(found))
+    return paths
