@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bitwright.errors import BitwrightError, DataError, ModelError, ParityError, UsageError
     from bitwright.evaluate import evaluate
     from bitwright.models import load_model
+    from bitwright.plan import Plan
     from bitwright.preprocessing import Preprocessing
     from bitwright.quant.scheme import Rule, Scheme
     from bitwright.quantized import QuantizedModel
@@ -31,6 +32,7 @@ _HOMES = {
     "errors": ["BitwrightError", "DataError", "ModelError", "ParityError", "UsageError"],
     "evaluate": ["evaluate"],
     "models": ["load_model"],
+    "plan": ["Plan"],
     "preprocessing": ["Preprocessing"],
     "quant.scheme": ["Rule", "Scheme"],
     "quantized": ["QuantizedModel"],
@@ -40,8 +42,8 @@ _HOMES = {
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
-    "BitwrightError", "DataError", "Images", "ModelError", "ParityError", "Preprocessing", "QuantizedModel", "Recipe",
-    "Rule", "Scheme", "UsageError", "capture", "evaluate", "load", "load_images", "load_model", "quantize",
+    "BitwrightError", "DataError", "Images", "ModelError", "ParityError", "Plan", "Preprocessing", "QuantizedModel",
+    "Recipe", "Rule", "Scheme", "UsageError", "capture", "evaluate", "load", "load_images", "load_model", "quantize",
     "study",
 ]  # fmt: skip
 

@@ -16,6 +16,7 @@ from bitwright.errors import UsageError
 from bitwright.graph.prepare import prepare
 from bitwright.models import Model, load_model
 from bitwright.pipeline import fingerprint, run_stages
+from bitwright.plan import Plan, insert_plan
 from bitwright.preprocessing import PreprocessFunction, Preprocessing
 from bitwright.quant.scheme import Rule, Scheme, parse_activation_bits, parse_weight_bits
 from bitwright.quantized import QuantizedModel, insert_quantizers
@@ -38,6 +39,7 @@ def quantize(
     rules: Sequence[str | Rule] = (),
     runtime: str = "onnxruntime",
     scheme: Scheme | None = None,
+    plan: Plan | str | Path | None = None,
     samples: int | None = None,
     steps: int | Sequence[int] | None = None,
     minutes: float | None = None,
@@ -61,6 +63,8 @@ def quantize(
         rules: exceptions such as ``"head=w8a8"``; the last that matches a layer decides.
         runtime: where the result will run, which decides what is computed without rounding in between.
         scheme: all of the five above and more, in one object, instead of them.
+        plan: bits layer by layer, or the ``plan.json`` that says them; what it leaves open, the arguments above decide,
+            and rules come after it.
         samples: how many images to use, evenly spread; 512 at most if not given.
         steps: of the optimisation, instead of the recipe's; schedules stretch with them. Several numbers are for a
             recipe with several stages that take steps; one number is for the first of them.
@@ -86,6 +90,7 @@ def quantize(
         runtime=runtime,
         rules=tuple(map(_as_rule, rules)),
     )
+    plan = _as_plan(plan, scheme)
     method = find_recipe(recipe or DEFAULT_RECIPE)
     each = check_budget(steps, minutes, method)
     if (steps is not None or minutes is not None) and not method.optimises:
@@ -103,7 +108,8 @@ def quantize(
 
     with run.timed("capture"):
         teacher = prepare_teacher(network, data, output)
-    student = insert_quantizers(teacher, scheme)
+    student = insert_quantizers(teacher, scheme) if plan is None else insert_plan(teacher, plan, scheme)
+    scheme = student.scheme
     teacher.graph.to(run.device)
     student.to(run.device)
 
@@ -124,6 +130,7 @@ def preview(
     images: Any,
     *,
     scheme: Scheme | None = None,
+    plan: Plan | str | Path | None = None,
     preprocessing: Preprocessing | PreprocessFunction | None = None,
     output: str | None = None,
 ) -> QuantizedModel:
@@ -133,6 +140,7 @@ def preview(
         model: as for :func:`quantize`.
         images: likewise; two of them are looked at.
         scheme: bits, rules, runtime; 8 bits everywhere if not given.
+        plan: bits layer by layer, which come before the scheme's.
         preprocessing: of image files; a named model brings its own.
         output: name of the one output to keep.
 
@@ -141,7 +149,9 @@ def preview(
     """
     network = as_model(model, preprocessing)
     data = images if isinstance(images, Images) else load_images(images, network.preprocessing)
-    return insert_quantizers(prepare_teacher(network, data, output), scheme or Scheme())
+    plan = _as_plan(plan, scheme or Scheme())
+    teacher = prepare_teacher(network, data, output)
+    return insert_quantizers(teacher, scheme or Scheme()) if plan is None else insert_plan(teacher, plan, scheme)
 
 
 def as_model(
@@ -200,6 +210,15 @@ def _as_rule(rule: str | Rule) -> Rule:
     return rule if isinstance(rule, Rule) else Rule.parse(rule)
 
 
+def _as_plan(plan: Plan | str | Path | None, scheme: Scheme) -> Plan | None:
+    """The plan, read and checked before the long work starts."""
+    if plan is None:
+        return None
+    plan = plan if isinstance(plan, Plan) else Plan.read(plan)
+    plan.scheme(scheme)
+    return plan
+
+
 def _calibration_images(source: Any, network: Model, samples: int | None, skip_unreadable: bool) -> Images:
     images = (
         source
@@ -222,7 +241,7 @@ def _describe(
         "model": {"name": network.name, **totals(model)},
         "data": {"calibration": {"count": len(data), "sha256": data.sha256}, "evaluation": None},
         "recipe": {"name": method.name, "settings": method.settings()},
-        "bits": {"weights": scheme.weights, "activations": scheme.activations},
+        "bits": scheme.described_bits(),
         "scheme": scheme.model_dump(mode="json"),
         "size": {"float_bytes": 4 * totals(model)["parameters"]},
         "seconds": dict(run.seconds),

@@ -63,6 +63,13 @@ RuleOption = Annotated[
         rich_help_panel=_BITS,
     ),
 ]
+PlanOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="A plan.json, or a run with one: bits layer by layer; --weights and --activations for what it leaves open",
+        rich_help_panel=_BITS,
+    ),
+]
 RuntimeOption = Annotated[
     str, typer.Option(help="Where the result will run: onnxruntime or generic", rich_help_panel=_BITS)
 ]
@@ -149,6 +156,14 @@ def _scheme(
     return scheme
 
 
+def _plan(path: Path | None, scheme: Any) -> tuple[Any, Any]:
+    """The plan, read before PyTorch is loaded, and the scheme with it."""
+    from bitwright.plan import Plan
+
+    plan = None if path is None else Plan.read(path)
+    return plan, scheme if plan is None else plan.scheme(scheme)
+
+
 # --------------------------------------------------------------------------------------------------- verbs
 
 
@@ -204,6 +219,7 @@ def quantize(
     weights: WeightsOption = "8",
     activations: ActivationsOption = "8",
     rule: RuleOption = None,
+    plan: PlanOption = None,
     samples: Annotated[
         int | None, typer.Option(help="Images to calibrate on, evenly spread  [default: 512 at most]")
     ] = None,
@@ -248,6 +264,7 @@ def quantize(
     """
     with Terminal(as_json=as_json) as terminal:
         scheme = _scheme(weights, activations, rule, runtime, granularity, group_size)
+        planned, scheme = _plan(plan, scheme)
         settings = _settings(input_size=input_size, mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct)
         terminal.begin("Loading PyTorch")
         from bitwright.commands import quantize as command
@@ -257,6 +274,7 @@ def quantize(
             images,
             scheme,
             recipe,
+            plan=planned,
             samples=samples,
             steps=command.parse_steps(steps),
             minutes=minutes,

@@ -41,34 +41,6 @@ def describe_layers(model: QuantizedModel, sqnr: dict[str, float | None] | None 
     return rows
 
 
-def describe_plan(model: QuantizedModel) -> dict[str, Any]:
-    """``plan.json``: for every layer its bits, granularity, sign and what shares its scale."""
-    sharing: dict[str, list[str]] = {}
-    for layer in model.layers:
-        if layer.activation is not None and layer.end == layer.node:
-            sharing.setdefault(layer.activation, []).append(layer.name)
-    plan = {}
-    for layer in model.layers:
-        weight = None if layer.weight is None else model.quantizer(layer.weight)
-        entry: dict[str, Any] = {}
-        if weight is not None:
-            entry["weight"] = {
-                "bits": weight.grid.bits,
-                "granularity": weight.granularity,
-                "symmetric": weight.grid.symmetric,
-            }
-        if layer.activation is not None:
-            activation = model.quantizer(layer.activation)
-            others = [n for n in sharing.get(layer.activation, []) if n != layer.name]
-            entry["activation"] = {"bits": activation.grid.bits, "symmetric": activation.grid.symmetric}
-            if activation.granularity != "tensor":
-                entry["activation"]["granularity"] = activation.granularity
-            if others:
-                entry["activation"]["shares_scale_with"] = others
-        plan[layer.name] = entry
-    return {"runtime": model.scheme.runtime, "layers": plan}
-
-
 def environment(device: torch.device | str, seed: int) -> dict[str, Any]:
     """Versions, machine, seed and command."""
     return {

@@ -13,9 +13,9 @@ from typing import Any
 
 from bitwright.errors import UsageError
 from bitwright.export.packed import ideal_bytes, load_packed, save_packed
+from bitwright.plan import plan_of
 from bitwright.preprocessing import Preprocessing
 from bitwright.quantized import QuantizedModel
-from bitwright.result import describe_plan
 
 MODEL, PLAN, RESULT, ONNX, LOG, STATE = (
     "model.safetensors", "plan.json", "result.json", "model.onnx", "log.jsonl", "state",
@@ -79,7 +79,7 @@ def write_files(model: QuantizedModel, folder: Path) -> None:
     """Model, plan and sizes into an existing folder; ``result.json`` is written last by :func:`write_result`."""
     settings = model.preprocessing.model_dump(mode="json") if isinstance(model.preprocessing, Preprocessing) else None
     save_packed(model, folder / MODEL, {"preprocessing": settings})
-    _dump(describe_plan(model), folder / PLAN)
+    plan_of(model).write(folder / PLAN)
     model.result["size"] = {
         **model.result.get("size", {}),
         "ideal_bytes": ideal_bytes(model),

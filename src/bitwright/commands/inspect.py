@@ -59,7 +59,7 @@ def facts(model: QuantizedModel, name: str, recorded: Rows | None = None) -> dic
     size = tables.sizes(model)
     return {
         "model": {"name": name, **totals(model)},
-        "bits": {"weights": model.scheme.weights, "activations": model.scheme.activations},
+        "bits": model.scheme.described_bits(),
         "size": model.result.get("size") or size,
         "layers": tables.layer_rows(model) if recorded is None else recorded,
         "unquantized": describe_unquantized(model),

@@ -25,6 +25,7 @@ from bitwright.errors import BitwrightError, UsageError
 from bitwright.evaluate import evaluate, layer_sqnr
 from bitwright.export.parity import export_checked
 from bitwright.models import Model, load_model
+from bitwright.plan import Plan
 from bitwright.preprocessing import Preprocessing
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel
@@ -45,7 +46,9 @@ class Job:
     model: str
     images: str
     scheme: Scheme
+    """With the plan in it."""
     recipe: str | None = None
+    plan: Plan | None = None
     samples: int | None = None
     steps: tuple[int, ...] | None = None
     minutes: float | None = None
@@ -122,7 +125,7 @@ def default_name(job: Job) -> str:
         'resnet18-mse-w4a8'
     """
     name = re.sub(r"@.*", "", job.model).rpartition(":")[2] if ":" in job.model else Path(job.model).stem
-    weights, activations = (b or "float" for b in (job.scheme.weights, job.scheme.activations))
+    weights, activations = (b or "float" for b in job.scheme.described_bits().values())
     return re.sub(r"[^\w.-]+", "_", f"{name}-{Path(job.method).stem}-w{weights}a{activations}")
 
 
@@ -182,7 +185,7 @@ def preview(job: Job, terminal: Terminal) -> QuantizedModel:
     """The network with quantizers that are not calibrated: what ``--dry-run`` shows."""
     inputs = find_inputs(job, terminal)
     terminal.begin("Capturing the network")
-    model = api.preview(inputs.network, inputs.calibration, scheme=job.scheme, output=job.output)
+    model = api.preview(inputs.network, inputs.calibration, scheme=job.scheme, plan=job.plan, output=job.output)
     terminal.finish()
     return model
 
@@ -194,6 +197,7 @@ def _quantize(job: Job, inputs: Inputs, state: Path, terminal: Terminal) -> Quan
         inputs.calibration,
         job.method,
         scheme=job.scheme,
+        plan=job.plan,
         samples=job.samples,
         steps=job.steps,
         minutes=job.minutes,

@@ -86,6 +86,8 @@ def bits_text(bits: dict[str, Any]) -> str:
         'W4, activations in float'
     """
     weights, activations = bits["weights"], bits["activations"]
+    if "mixed" in (weights, activations):
+        return "mixed precision"
     if weights is None:
         return f"weights in float, A{activations}"
     return f"W{weights}A{activations}" if activations else f"W{weights}, activations in float"
@@ -237,7 +239,7 @@ def summary(model: QuantizedModel, name: str) -> Table:
     made.add_row("parameters", count_text(stored_values(model)))
     made.add_row("multiply-accumulates for one image", count_text(totals(model)["macs"]))
     made.add_row("size in float", bytes_text(expected["float_bytes"]))
-    bits = {"weights": model.scheme.weights, "activations": model.scheme.activations}
+    bits = model.scheme.described_bits()
     written = model.result.get("size", {})
     if "packed_bytes" in written:
         made.add_row("size of model.safetensors", bytes_text(written["packed_bytes"]))

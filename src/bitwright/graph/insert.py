@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from bitwright.graph import ops, rewrite
-from bitwright.graph.place import Placement, Point, Unquantized, place
+from bitwright.graph.place import FLOAT_ACTIVATIONS, FLOAT_BY_RULE, Placement, Point, Unquantized, place
 from bitwright.quant.quantizer import BiasQuantizer, Grid, Quantizer
 from bitwright.quant.scheme import Scheme
 from bitwright.quant.targets import Target
@@ -75,7 +75,8 @@ def _first(node: fx.Node) -> fx.Node:
 
 def _layer_names(graph: fx.Graph, placement: Placement) -> list[str]:
     names = [str(n.meta["layer"]) for n in graph.nodes if ops.is_float_tensor(n) and n.op == "call_function"]
-    return ["input", *names, *(p.name for p in placement.points.values())]
+    asked = [u.name for u in placement.unquantized if u.reason in {FLOAT_ACTIVATIONS, FLOAT_BY_RULE}]
+    return ["input", *names, *(p.name for p in placement.points.values()), *asked]
 
 
 def module_key(role: str, name: str) -> str:
@@ -128,12 +129,12 @@ def _insert_weight(
     if stored.op == "call_module":  # shared with a layer before, which decided
         layer.weight = str(stored.target)
     elif bits is None:
-        reason = "weights are float" if scheme.weights is None else "float by rule"
+        reason = "weights are float" if scheme.weights is None else FLOAT_BY_RULE
         unquantized.append(Unquantized(str(stored.target), "weight", reason))
     else:
         layer.weight = module_key("weight", str(stored.target).removesuffix(".weight"))
         shape = tuple(int(s) for s in ops.shape(stored))
-        block = weight_block(node, shape, scheme)
+        block = weight_block(node, shape, *scheme.weight_granularity(layer.name))
         student.add_module(layer.weight, Quantizer(layer.name, Grid(bits, True), "weight", shape, block))
         _call_after(student, stored, layer.weight, [u for u in stored.users if ops.base_name(u) in ops.LINEAR])
     why = _insert_bias(student, bias, layer, source, scheme.target)
@@ -167,18 +168,18 @@ def _insert_bias(
     return None
 
 
-def weight_block(node: fx.Node, shape: tuple[int, ...], scheme: Scheme) -> tuple[int, ...]:
+def weight_block(node: fx.Node, shape: tuple[int, ...], granularity: str, group_size: int) -> tuple[int, ...]:
     """Extent of one scale along each axis of a linear operator's weight.
 
     Example: a convolution [O, I, kh, kw] per channel gives (1, I, kh, kw), per group of 64 gives (1, 64, kh, kw); a
     transposed one [I, O / groups, kh, kw] per channel gives (I / groups, 1, kh, kw).
     """
-    if scheme.granularity == "tensor":
+    if granularity == "tensor":
         return shape
     if ops.base_name(node) in ops.CONV_TRANSPOSE:
         return (shape[0] // rewrite.groups(node), 1, *shape[2:])
-    if scheme.granularity == "group":
-        return (1, min(scheme.group_size, shape[1]), *shape[2:])
+    if granularity == "group":
+        return (1, min(group_size, shape[1]), *shape[2:])
     return (1, *shape[1:])
 
 

@@ -12,6 +12,9 @@ from bitwright.quant.quantizer import Role
 from bitwright.quant.scheme import Scheme
 from bitwright.quant.targets import Target
 
+FLOAT_ACTIVATIONS, FLOAT_BY_RULE = "activations are float", "float by rule"
+"""Reasons of tensors that stay float because the scheme says so."""
+
 
 @dataclass(frozen=True)
 class Unquantized:
@@ -51,6 +54,8 @@ class Placement:
     unquantized: list[Unquantized]
     source: dict[fx.Node, fx.Node]
     """For every tensor the node whose values it carries (itself unless it only moves data)."""
+    ends: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    """For every operator inside a group the one that ends it."""
 
 
 class _Consumer(NamedTuple):
@@ -65,8 +70,8 @@ def place(graph: fx.Graph, scheme: Scheme) -> Placement:
     that only moves data shares its source's.
     """
     source = _sources(graph)
-    placement = Placement({}, [], [], source)
     fused = {n: c for n in graph.nodes if (c := _fuses_into(n, scheme.target)) is not None}
+    placement = Placement({}, [], [], source, {n: _end(n, fused) for n in fused})
     for node in graph.nodes:
         kind = ops.kind(node)
         if kind == "linear":
@@ -199,7 +204,7 @@ def _place_activation(placement: Placement, node: fx.Node, fused: dict[fx.Node, 
     members = _group(node, fused)
     bits = scheme.activation_bits(members)
     if bits is None:
-        reason = "activations are float" if scheme.activations is None else "float by rule"
+        reason = FLOAT_ACTIVATIONS if scheme.activations is None else FLOAT_BY_RULE
         placement.unquantized.append(Unquantized(name, op, reason))
         return
     placement.points[node] = Point(name, node, "activation", members, bits=bits)
@@ -220,15 +225,11 @@ def _place_constant(placement: Placement, node: fx.Node, fused: dict[fx.Node, fx
         reason = f"parameter of {reader.meta.get('layer')}, which computes in float"
     elif all(r in fused for r in consumers(node)):
         reason = f"constant inside the group that is quantized after {_end(reader, fused).meta['layer']}"
-    elif scheme.activations is None:
-        reason = "activations are float"
-    if reason:
+    bits = scheme.stored_bits(name)
+    if reason is None and bits is None:
+        reason = FLOAT_ACTIVATIONS if scheme.activations is None else FLOAT_BY_RULE
+    if reason is not None:
         placement.unquantized.append(Unquantized(name, "parameter", reason))
-        return
-    bits = scheme.activation_bits([]) if not scheme.rules else scheme.activation_bits([name])
-    bits = None if bits is None else max(scheme.parameter_bits, 0)
-    if bits is None:
-        placement.unquantized.append(Unquantized(name, "parameter", "float by rule"))
         return
     node.meta["layer"] = name
     placement.points[node] = Point(name, node, "parameter", [name], bits=bits)

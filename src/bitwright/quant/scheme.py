@@ -6,9 +6,9 @@ import difflib
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 
 from bitwright.errors import UsageError
 from bitwright.quant.targets import Target, target
@@ -17,6 +17,7 @@ WEIGHT_BITS = range(2, 9)
 ACTIVATION_BITS = (*range(2, 9), 16)
 Bits = int | None
 """A number of bits, or None for float."""
+Granularity = Literal["channel", "tensor", "group"]
 
 
 def parse_weight_bits(text: str | int | None) -> Bits:
@@ -85,6 +86,26 @@ class Rule(BaseModel):
         )
 
 
+class Choice(BaseModel):
+    """What a plan says of one layer; what is None, the scheme's other settings decide.
+
+    Example:
+        >>> Choice(weights=4, granularity="tensor").model_dump()
+        {'weights': 4, 'granularity': 'tensor'}
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weights: int | Literal["float"] | None = None
+    activations: int | Literal["float"] | None = None
+    granularity: Granularity | None = None
+    group_size: int | None = None
+
+    @model_serializer(mode="wrap")
+    def _what_is_said(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if value is not None}
+
+
 class Scheme(BaseModel):
     """What is quantized to how many bits.
 
@@ -99,7 +120,10 @@ class Scheme(BaseModel):
     weights: Bits = 8
     activations: Bits = 8
     rules: tuple[Rule, ...] = ()
-    granularity: Literal["channel", "tensor", "group"] = "channel"
+    """Exceptions by pattern; they come after the plan."""
+    plan: dict[str, Choice] = {}
+    """Exceptions by the exact name of a layer."""
+    granularity: Granularity = "channel"
     """What shares a weight scale: an output channel, the whole tensor, or ``group_size`` input channels of one."""
     group_size: int = Field(default=64, ge=1)
     activation_grid: Literal["affine", "symmetric"] = "affine"
@@ -127,29 +151,99 @@ class Scheme(BaseModel):
         return target(self.runtime)
 
     def weight_bits(self, layer: str) -> Bits:
-        """Bits of the layer's weight; the last rule that matches decides."""
-        bits = self.weights
+        """Bits of the layer's weight; the last rule that matches decides, then the plan."""
+        planned = self._planned(layer).weights
+        bits = self.weights if planned is None else None if planned == "float" else planned
         for rule in self.rules:
             if rule.weights is not None and fnmatchcase(layer, rule.pattern):
                 bits = None if rule.weights == "float" else rule.weights
         return bits
 
     def activation_bits(self, layers: Iterable[str]) -> Bits:
-        """Bits of the tensor that a group of fused layers yields; the last rule that matches any of them decides."""
+        """Bits of the tensor that a group of fused layers yields; the last rule that matches any of them decides.
+
+        Raises:
+            UsageError: the plan gives the layers of the group different bits.
+        """
         bits, names = self.activations, list(layers)
+        planned = {n: b for n in names if (b := self._planned(n).activations) is not None}
+        for name, choice in planned.items():
+            first = next(iter(planned))
+            if choice != planned[first]:
+                raise UsageError(
+                    f"The plan gives '{first}' and '{name}' {planned[first]} and {choice} bits of activations, but "
+                    "they are computed as one and share them. Give both the same."
+                )
+            bits = None if choice == "float" else choice
         for rule in self.rules:
             if rule.activations is not None and any(fnmatchcase(n, rule.pattern) for n in names):
                 bits = None if rule.activations == "float" else rule.activations
         return bits
 
+    def stored_bits(self, name: str) -> Bits:
+        """Bits of a stored operand of activations: ``parameter_bits``, unless its plan or a rule says otherwise."""
+        planned = self._planned(name).activations
+        if planned is None and self.activations is None:
+            return None
+        if self.activation_bits([name]) is None:
+            return None
+        return planned if isinstance(planned, int) else self.parameter_bits
+
+    def weight_granularity(self, layer: str) -> tuple[Granularity, int]:
+        """What shares a scale of the layer's weight, and the size of a group."""
+        planned = self._planned(layer)
+        return planned.granularity or self.granularity, planned.group_size or self.group_size
+
+    def rules_weights(self, layer: str) -> bool:
+        """Whether a rule decides the bits of the layer's weight."""
+        return any(r.weights is not None and fnmatchcase(layer, r.pattern) for r in self.rules)
+
+    def rules_activations(self, layers: Iterable[str]) -> bool:
+        """Whether a rule decides the bits of what a group of fused layers yields."""
+        names = list(layers)
+        return any(r.activations is not None and any(fnmatchcase(n, r.pattern) for n in names) for r in self.rules)
+
+    def described_bits(self) -> dict[str, int | str | None]:
+        """Bits of weights and activations as a result names them: ``mixed`` where a plan gives several.
+
+        Example:
+            >>> Scheme(plan={"a": Choice(weights=4), "b": Choice(weights=8)}).described_bits()
+            {'weights': 'mixed', 'activations': 8}
+        """
+        weights = {c.weights for c in self.plan.values()} - {None}
+        activations = {c.activations for c in self.plan.values()} - {None}
+        return {"weights": _one(weights, self.weights), "activations": _one(activations, self.activations)}
+
+    def _planned(self, layer: str) -> Choice:
+        return self.plan.get(layer, _NOTHING)
+
     def check_rules(self, layers: Iterable[str]) -> None:
-        """Every rule must match a layer.
+        """Every rule must match a layer, and the plan may name no other.
 
         Raises:
-            UsageError: one matches none; names the three closest layers.
+            UsageError: a rule matches none, or the plan names what there is not; with the three closest layers.
         """
         names = list(dict.fromkeys(layers))
+        for planned in self.plan:
+            if planned not in names:
+                close = difflib.get_close_matches(planned, names, n=3, cutoff=0.0)
+                raise UsageError(
+                    f"The plan has a layer '{planned}', the network none. The closest are {', '.join(close)}."
+                )
         for rule in self.rules:
             if not any(fnmatchcase(n, rule.pattern) for n in names):
                 close = difflib.get_close_matches(rule.pattern, names, n=3, cutoff=0.0)
                 raise UsageError(f"The rule '{rule.pattern}' matches no layer. The closest are {', '.join(close)}.")
+
+
+_NOTHING = Choice()
+
+
+def _one(planned: set[Any], otherwise: Bits) -> int | str | None:
+    """The bits that all have, or ``mixed``."""
+    if not planned:
+        return otherwise
+    if len(planned) > 1:
+        return "mixed"
+    (bits,) = planned
+    return None if bits == "float" else bits

@@ -31,6 +31,8 @@ class Target:
     integer_bias_bits: int = 13
     """Bits of weight and input together from which a layer's bias is an integer of its accumulator. Below, the step of
     that integer would be coarse against the layer's output; the layer computes in float, or rescales before it adds."""
+    weight_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+    activation_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8, 16)
 
 
 ONNXRUNTIME = Target("onnxruntime", CLAMPING, CLAMPING, conv_into_add=False, concat_shares_scale=False)

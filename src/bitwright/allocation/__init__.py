@@ -1,0 +1,14 @@
+"""Which tensor gets how many bits: costs of every choice, and the choice that loses least within limits.
+
+``solve.py`` is mathematics on tables of numbers; ``costs.py`` makes such tables of a network; ``allocate.py`` joins
+them with measured losses and gives a plan.
+"""
+
+from bitwright.allocation.allocate import Losses, allocate, allocations, plan_for, problem_of
+from bitwright.allocation.costs import Variable, costs_of, residual_ties, variables_of
+from bitwright.allocation.solve import Cost, Problem, Row, Solution, Term, evaluate, pareto, reachable, solve
+
+__all__ = [
+    "Cost", "Losses", "Problem", "Row", "Solution", "Term", "Variable", "allocate", "allocations", "costs_of",
+    "evaluate", "pareto", "plan_for", "problem_of", "reachable", "residual_ties", "solve", "variables_of",
+]  # fmt: skip
