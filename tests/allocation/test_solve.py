@@ -252,7 +252,7 @@ def test_wrong_calls_are_one_line(problem, limits, expected):
 
 
 def test_nothing_is_printed(capfd, monkeypatch):
-    module = importlib.import_module("bitwright.allocation.solve")  # the attribute of the package is the function
+    module = importlib.import_module("bitwright.allocation.program")
     search = module.milp
 
     def talkative(*args, **settings):

@@ -1,12 +1,13 @@
 """Which tensor gets how many bits: costs of every choice, and the choice that loses least within limits.
 
-``solve.py`` is mathematics on tables of numbers; ``costs.py`` makes such tables of a network; ``allocate.py`` joins
-them with measured losses and gives a plan.
+``tables.py``, ``program.py`` and ``solve.py`` are mathematics on tables of numbers; ``costs.py`` makes such tables of a
+network; ``allocate.py`` joins them with measured losses and gives a plan.
 """
 
 from bitwright.allocation.allocate import Losses, allocate, allocations, plan_for, problem_of
 from bitwright.allocation.costs import Variable, costs_of, residual_ties, variables_of
-from bitwright.allocation.solve import Cost, Problem, Row, Solution, Term, evaluate, pareto, reachable, solve
+from bitwright.allocation.solve import Solution, evaluate, pareto, reachable, solve
+from bitwright.allocation.tables import Cost, Problem, Row, Term
 
 __all__ = [
     "Cost", "Losses", "Problem", "Row", "Solution", "Term", "Variable", "allocate", "allocations", "costs_of",

@@ -19,7 +19,8 @@ from bitwright.allocation.costs import (
     keys_of,
     variables_of,
 )
-from bitwright.allocation.solve import Problem, Solution, Term, pareto, solve
+from bitwright.allocation.solve import Solution, pareto, solve
+from bitwright.allocation.tables import Problem, Term
 from bitwright.errors import UsageError
 from bitwright.plan import Plan, plan_of
 from bitwright.quantized import QuantizedModel

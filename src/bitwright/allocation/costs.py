@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from bitwright.allocation.liveness import live_sets
-from bitwright.allocation.solve import Cost, Numbers, Row, Term
+from bitwright.allocation.tables import Cost, Numbers, Row, Term
 from bitwright.errors import UsageError
 from bitwright.export.packed import ideal_bytes, save_packed
 from bitwright.graph import ops, rewrite

@@ -16,88 +16,18 @@ hand. What is left has tens of columns, scaled so that HiGHS's absolute toleranc
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-from scipy import sparse
-from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
-from bitwright.errors import BitwrightError, UsageError
+from bitwright.allocation.program import Limit, Program, forms_of
+from bitwright.allocation.tables import Bits, Form, Numbers, Problem, Sum, Tables, Term, cheapest, is_least
+from bitwright.errors import UsageError
 
-Numbers = npt.NDArray[np.float64]
-Bits = dict[str, int]
-
-NODES = 20_000
-"""Of the search tree at most; a limit in seconds would make the result depend on the machine."""
-ROW_SCALE = 1e6
-"""Right-hand side of a scaled row: HiGHS's tolerance of 1e-6 is then one part in 1e12."""
-LOSS_SCALE = 1e4
-RETRIES = 4
 SHOWN = 3
-_INFEASIBLE, _STOPPED = 2, 1
-
-
-@dataclass(frozen=True)
-class Term:
-    """What choices add to a sum: a number for each option of a variable, or each pair of options of two.
-
-    Example: ``Term(("w",), [10.0, 20.0])`` adds 20 if ``w`` takes its second option; ``Term(("w", "a"), table)`` adds
-    ``table[i, j]`` if ``w`` takes option i and ``a`` option j.
-    """
-
-    variables: tuple[str, ...]
-    values: Any
-
-
-@dataclass(frozen=True)
-class Row:
-    """A sum of terms."""
-
-    terms: tuple[Term, ...]
-    constant: float = 0.0
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Something that can be limited: what is common, and the largest of the rows.
-
-    Example: a file's bytes are common terms and no rows; peak memory has a row for each step; the bytes of both
-    together have the first as common terms, the second as rows.
-    """
-
-    common: Row
-    rows: tuple[Row, ...] = ()
-    unit: str = ""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Variables with their options, losses to minimise, costs to limit.
-
-    Invariants: values of a term are finite and have an element for each option, or pair of options, of its variables.
-
-    Example:
-        >>> loss = (Term(("a",), [4.0, 1.0]), Term(("b",), [3.0, 0.0]))
-        >>> size = Cost(Row((Term(("a",), [40, 80]), Term(("b",), [10, 20]))), unit="B")
-        >>> problem = Problem({"a": (4, 8), "b": (4, 8)}, loss, {"size": size})
-        >>> solve(problem, {"size": 60}).bits
-        {'a': 4, 'b': 8}
-    """
-
-    options: Mapping[str, tuple[int, ...]]
-    losses: tuple[Term, ...]
-    costs: Mapping[str, Cost]
-    ties: tuple[tuple[str, ...], ...] = ()
-    """Variables that take the same number of bits."""
-    labels: Mapping[str, str] = field(default_factory=dict)
-    """What variables are called in messages."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +119,7 @@ class _Prepared:
         self.check({})
         _check_terms(problem)
         merged, self.group = _merge_ties(problem)
-        self.tables = _Tables.of(merged)
+        self.tables = Tables.of(merged)
         self.reduced = self.tables.without_dominated()
 
     def check(self, limits: Mapping[str, float]) -> None:
@@ -213,235 +143,62 @@ class _Prepared:
         return Solution({v: bits[g] for v, g in self.group.items()}, self.tables.loss.at(choice), costs, gap)
 
     def reach(self, cost: str) -> Reach:
-        bits = self.tables.least(cost)
-        return Reach(self.solution(bits).costs[cost], self.tables.most(cost), self.solution(bits).bits)
+        bits = least_bits(self.tables, cost)
+        return Reach(self.solution(bits).costs[cost], most_of(self.tables, cost), self.solution(bits).bits)
 
     def least_beside(self, name: str, others: Mapping[str, float]) -> float:
         """The least of a cost while the limits of others are met; NaN if they cannot be."""
         cost, wanted = self.tables.costs[name], _wanted(self.tables, others)
-        choice = {v: self.tables.options[v].index(b) for v, b in self.tables.least(name).items()}
+        choice = {v: self.tables.options[v].index(b) for v, b in least_bits(self.tables, name).items()}
         if not all(w.met(choice) for w in wanted):
-            found = _Program(self.tables.options, cost, wanted).solve()
+            found = Program(self.tables.options, cost, wanted).solve()
             if found is None:
                 return math.nan
             choice = found.choice
         return cost.at(choice)
 
 
-# ------------------------------------------------------------------------------------------------------ tables
+def least_bits(tables: Tables, cost: str) -> Bits:
+    """The bits with which a cost is least."""
+    total = tables.costs[cost]
+    choice = cheapest(tables.options, total.forms)
+    if not all(is_least(form, choice) for form in total.forms):
+        found = Program(tables.options, total, []).solve()
+        assert found is not None
+        choice = found.choice
+    return tables.bits(choice)
 
 
-@dataclass(frozen=True)
-class _Form:
-    """A sum of terms, one table a variable and one a pair of variables (in the order of the problem's variables)."""
-
-    constant: float
-    single: dict[str, Numbers]
-    pairs: dict[tuple[str, str], Numbers]
-
-    def at(self, choice: Mapping[str, int]) -> float:
-        """Its value where variable v takes option ``choice[v]``."""
-        values = [self.constant, *(t[choice[v]] for v, t in self.single.items())]
-        return math.fsum([*values, *(t[choice[u], choice[v]] for (u, v), t in self.pairs.items())])
-
-    def restricted(self, keep: Mapping[str, npt.NDArray[np.intp]]) -> _Form:
-        """The same with some options only; pairs with a variable that has one option left become single terms."""
-        single = {v: t[keep[v]] for v, t in self.single.items()}
-        pairs = {}
-        for (u, v), table in self.pairs.items():
-            cut = table[np.ix_(keep[u], keep[v])]
-            if cut.shape[0] == 1:
-                single[v] = single.get(v, 0.0) + cut[0]
-            elif cut.shape[1] == 1:
-                single[u] = single.get(u, 0.0) + cut[:, 0]
-            else:
-                pairs[u, v] = cut
-        return _Form(self.constant, single, pairs)
-
-    def shifted(self) -> _Form:
-        """The same without constants: the least of every table is 0."""
-        constant = self.constant + sum(float(t.min()) for t in [*self.single.values(), *self.pairs.values()])
-        single = {v: t - t.min() for v, t in self.single.items()}
-        return _Form(constant, single, {p: t - t.min() for p, t in self.pairs.items()})
-
-    def most(self) -> float:
-        """No smaller than any of its values; exact without pairs."""
-        tables = [*self.single.values(), *self.pairs.values()]
-        return math.fsum([self.constant, *(float(t.max()) for t in tables)])
-
-    def negative(self) -> _Form:
-        return _Form(-self.constant, {v: -t for v, t in self.single.items()}, {p: -t for p, t in self.pairs.items()})
+def most_of(tables: Tables, cost: str) -> float:
+    """The most that a cost can be."""
+    total = tables.costs[cost]
+    return max(_most(tables, [total.common, row]) for row in total.rows or [Form(0.0, {}, {})])
 
 
-@dataclass(frozen=True)
-class _Sum:
-    """What is common, and the largest of the rows: a cost or an objective."""
-
-    common: _Form
-    rows: tuple[_Form, ...] = ()
-
-    @property
-    def forms(self) -> tuple[_Form, ...]:
-        return (self.common, *self.rows)
-
-    def at(self, choice: Mapping[str, int]) -> float:
-        return self.common.at(choice) + max((row.at(choice) for row in self.rows), default=0.0)
-
-    def most(self) -> float:
-        """No smaller than any of its values."""
-        return self.common.most() + max((row.most() for row in self.rows), default=0.0)
-
-    def restricted(self, keep: Mapping[str, npt.NDArray[np.intp]]) -> _Sum:
-        return _Sum(self.common.restricted(keep), tuple(row.restricted(keep) for row in self.rows))
+def _most(tables: Tables, forms: Sequence[Form]) -> float:
+    turned = [form.negative() for form in forms]
+    choice = cheapest(tables.options, turned)
+    if not all(is_least(form, choice) for form in turned):
+        found = Program(tables.options, Sum(turned[0], tuple(turned[1:])), []).solve()
+        assert found is not None
+        choice = found.choice
+    return sum(form.at(choice) for form in forms)
 
 
-@dataclass(frozen=True)
-class _Tables:
-    """A problem without ties, as arrays."""
-
-    options: dict[str, tuple[int, ...]]
-    loss: _Form
-    costs: dict[str, _Sum]
-
-    @staticmethod
-    def of(problem: Problem) -> _Tables:
-        order = {v: i for i, v in enumerate(problem.options)}
-        costs = {
-            name: _Sum(_form(cost.common, order), tuple(_form(row, order) for row in cost.rows))
-            for name, cost in problem.costs.items()
-        }
-        return _Tables(dict(problem.options), _form(Row(problem.losses), order), costs)
-
-    def restricted(self, keep: Mapping[str, npt.NDArray[np.intp]]) -> _Tables:
-        options = {v: tuple(o[i] for i in keep[v]) for v, o in self.options.items()}
-        costs = {name: cost.restricted(keep) for name, cost in self.costs.items()}
-        return _Tables(options, self.loss.restricted(keep), costs)
-
-    def limited(self, names: Iterable[str]) -> _Tables:
-        """With these costs only."""
-        return replace(self, costs={name: self.costs[name] for name in names})
-
-    def without_dominated(self) -> _Tables:
-        """Without options to which another is better or equal in loss and every cost; of equal ones the first stays."""
-        features: dict[str, list[Numbers]] = {v: [] for v in self.options}
-        for form in [self.loss, *(form for cost in self.costs.values() for form in cost.forms)]:
-            for v, table in form.single.items():
-                features[v].append(table[None])
-            for (u, v), table in form.pairs.items():
-                features[u].append(table.T)
-                features[v].append(table)
-        return self.restricted({v: _undominated(f, len(self.options[v])) for v, f in features.items()})
-
-    def bits(self, choice: Mapping[str, int]) -> Bits:
-        return {v: o[choice[v]] for v, o in self.options.items()}
-
-    def least(self, cost: str) -> Bits:
-        """The bits with which a cost is least."""
-        total = self.costs[cost]
-        choice = _cheapest(self.options, total.forms)
-        if not all(_is_least(form, choice) for form in total.forms):
-            found = _Program(self.options, total, []).solve()
-            assert found is not None
-            choice = found.choice
-        return self.bits(choice)
-
-    def most(self, cost: str) -> float:
-        """The most that a cost can be."""
-        total = self.costs[cost]
-        return max(self._most([total.common, row]) for row in total.rows or [_Form(0.0, {}, {})])
-
-    def _most(self, forms: Sequence[_Form]) -> float:
-        turned = [form.negative() for form in forms]
-        choice = _cheapest(self.options, turned)
-        if not all(_is_least(form, choice) for form in turned):
-            found = _Program(self.options, _Sum(turned[0], tuple(turned[1:])), []).solve()
-            assert found is not None
-            choice = found.choice
-        return sum(form.at(choice) for form in forms)
-
-
-def _form(row: Row, order: Mapping[str, int]) -> _Form:
-    single: dict[str, Numbers] = {}
-    pairs: dict[tuple[str, str], Numbers] = {}
-    for term in row.terms:
-        values = np.asarray(term.values, dtype=np.float64)
-        if len(term.variables) == 1:
-            (v,) = term.variables
-            single[v] = single[v] + values if v in single else values
-            continue
-        u, v = term.variables
-        if order[u] > order[v]:
-            u, v, values = v, u, values.T
-        pairs[u, v] = pairs[u, v] + values if (u, v) in pairs else values
-    everything = {v: np.arange(t.size) for v, t in single.items()}
-    for (u, v), table in pairs.items():
-        everything |= {u: np.arange(table.shape[0]), v: np.arange(table.shape[1])}
-    return _Form(row.constant, single, pairs).restricted(everything)
-
-
-def _undominated(features: list[Numbers], count: int) -> npt.NDArray[np.intp]:
-    if not features:
-        return np.arange(1)
-    table = np.concatenate(features)
-    beats = (table[:, :, None] <= table[:, None, :]).all(axis=0)  # [by, of]
-    same = beats & beats.T
-    lower = np.tri(count, k=-1, dtype=bool).T  # by < of
-    return np.flatnonzero(~(beats & (~same | lower)).any(axis=0))
-
-
-def _cheapest(options: Mapping[str, tuple[int, ...]], rows: Sequence[_Form]) -> dict[str, int]:
-    """Options with the least sum over rows, each row measured by its own spread, tables of pairs by their means."""
-    weights = {v: np.zeros(len(o)) for v, o in options.items()}
-    for row in rows:
-        spread = row.most() + row.negative().most() or 1.0
-        for v, table in row.single.items():
-            weights[v] += table / spread
-        for (u, v), table in row.pairs.items():
-            weights[u] += table.mean(axis=1) / spread
-            weights[v] += table.mean(axis=0) / spread
-    return {v: int(w.argmin()) for v, w in weights.items()}
-
-
-def _is_least(row: _Form, choice: Mapping[str, int]) -> bool:
-    """Whether each table is at its own least, so that the sum is."""
-    return all(t[choice[v]] == t.min() for v, t in row.single.items()) and all(
-        t[choice[u], choice[v]] == t.min() for (u, v), t in row.pairs.items()
-    )
-
-
-# ---------------------------------------------------------------------------------------------------- programs
-
-
-@dataclass(frozen=True)
-class _Limit:
-    cost: _Sum
-    limit: float
-
-    def met(self, choice: Mapping[str, int]) -> bool:
-        return self.cost.at(choice) <= self.limit + 1e-12 * abs(self.limit)
-
-
-@dataclass(frozen=True)
-class _Found:
-    choice: dict[str, int]
-    bound: float
-    """No solution has a smaller objective."""
-
-
-def _minimise(tables: _Tables, limits: Mapping[str, float]) -> tuple[Bits, float] | None:
+def _minimise(tables: Tables, limits: Mapping[str, float]) -> tuple[Bits, float] | None:
     """Bits of the least loss and the gap of their proof; None if none are within the limits."""
     affordable = _drop_unaffordable(tables, limits)
     if affordable is None:
         return None
     tables = affordable
     wanted = _wanted(tables, limits)
-    choice = _cheapest(tables.options, _forms(wanted) or [tables.loss])
+    choice = cheapest(tables.options, forms_of(wanted) or [tables.loss])
     best = tables.bits(choice) if all(w.met(choice) for w in wanted) else None
     for _ in range(2):  # the second time from a better solution, and so with a better scale
         if best is not None:
             tables, best = _drop_worse(tables, limits, best)
     known = _loss_at(tables, best)
-    found = _Program(tables.options, _Sum(tables.loss), _wanted(tables, limits), known).solve()
+    found = Program(tables.options, Sum(tables.loss), _wanted(tables, limits), known).solve()
     if found is None:
         return None if best is None or known is None else (best, _gap(known, tables.loss.shifted().constant))
     loss = tables.loss.at(found.choice)
@@ -450,12 +207,8 @@ def _minimise(tables: _Tables, limits: Mapping[str, float]) -> tuple[Bits, float
     return best, _gap(known, found.bound)
 
 
-def _wanted(tables: _Tables, limits: Mapping[str, float]) -> list[_Limit]:
-    return [_Limit(tables.costs[name], limit) for name, limit in limits.items()]
-
-
-def _forms(wanted: Sequence[_Limit]) -> list[_Form]:
-    return [form for w in wanted for form in w.cost.forms]
+def _wanted(tables: Tables, limits: Mapping[str, float]) -> list[Limit]:
+    return [Limit(tables.costs[name], limit) for name, limit in limits.items()]
 
 
 def _gap(loss: float, bound: float) -> float:
@@ -463,13 +216,13 @@ def _gap(loss: float, bound: float) -> float:
     return gap if gap > 1e-9 else 0.0
 
 
-def _loss_at(tables: _Tables, bits: Bits | None) -> float | None:
+def _loss_at(tables: Tables, bits: Bits | None) -> float | None:
     if bits is None:
         return None
     return tables.loss.at({v: tables.options[v].index(b) for v, b in bits.items()})
 
 
-def _drop_unaffordable(tables: _Tables, limits: Mapping[str, float]) -> _Tables | None:
+def _drop_unaffordable(tables: Tables, limits: Mapping[str, float]) -> Tables | None:
     """Without options that alone exceed what a limit leaves above the least; None if even the least exceeds it."""
     keep = {v: np.ones(len(o), dtype=bool) for v, o in tables.options.items()}
     for name, limit in limits.items():
@@ -489,7 +242,7 @@ def _drop_unaffordable(tables: _Tables, limits: Mapping[str, float]) -> _Tables 
     return tables.restricted({v: np.flatnonzero(k) for v, k in keep.items()})
 
 
-def _drop_worse(tables: _Tables, limits: Mapping[str, float], best: Bits) -> tuple[_Tables, Bits]:
+def _drop_worse(tables: Tables, limits: Mapping[str, float], best: Bits) -> tuple[Tables, Bits]:
     """Without options that no solution better than ``best`` can take, and a better one if rounding finds it."""
     known = _loss_at(tables, best)
     assert known is not None
@@ -497,7 +250,7 @@ def _drop_worse(tables: _Tables, limits: Mapping[str, float], best: Bits) -> tup
     room = max(0.0, known - rest.constant) * (1 + 1e-9)
     tables = _keep(tables, {v: table <= room for v, table in rest.single.items()}, best)
     wanted = _wanted(tables, limits)
-    relaxed = _Program(tables.options, _Sum(tables.loss), wanted, known).relax()
+    relaxed = Program(tables.options, Sum(tables.loss), wanted, known).relax()
     if relaxed is None:
         return tables, best
     rounded = _rounded(tables, wanted, relaxed.shares)
@@ -507,7 +260,7 @@ def _drop_worse(tables: _Tables, limits: Mapping[str, float], best: Bits) -> tup
     return _keep(tables, {v: reduced <= room for v, reduced in relaxed.reduced.items()}, best), best
 
 
-def _keep(tables: _Tables, wanted: Mapping[str, npt.NDArray[np.bool_]], best: Bits) -> _Tables:
+def _keep(tables: Tables, wanted: Mapping[str, npt.NDArray[np.bool_]], best: Bits) -> Tables:
     """The tables with the options that are wanted, and those of the best solution."""
     keep = {}
     for v, options in tables.options.items():
@@ -517,13 +270,13 @@ def _keep(tables: _Tables, wanted: Mapping[str, npt.NDArray[np.bool_]], best: Bi
     return tables.restricted(keep)
 
 
-def _rounded(tables: _Tables, wanted: Sequence[_Limit], shares: Mapping[str, Numbers]) -> dict[str, int] | None:
+def _rounded(tables: Tables, wanted: Sequence[Limit], shares: Mapping[str, Numbers]) -> dict[str, int] | None:
     """Whole choices near those of the linear program: the larger shares, else the cheapest where shares are divided."""
     choice = {v: int(s.argmax()) for v, s in shares.items()}
     divided = [v for v, s in shares.items() if s.max() < 1 - 1e-6]
     if all(w.met(choice) for w in wanted):
         return choice
-    cheap = _cheapest(tables.options, _forms(wanted))
+    cheap = cheapest(tables.options, forms_of(wanted))
     choice |= {v: cheap[v] for v in divided}
     if not all(w.met(choice) for w in wanted):
         return None
@@ -535,213 +288,6 @@ def _rounded(tables: _Tables, wanted: Sequence[_Limit], shares: Mapping[str, Num
                     choice = trial
                 break
     return choice
-
-
-@dataclass(frozen=True)
-class _Relaxed:
-    bound: float
-    shares: dict[str, Numbers]
-    reduced: dict[str, Numbers]
-    """By how much the bound rises at least if the option is taken."""
-    unit: float
-    """What 1 of the scaled objective is."""
-
-
-class _Program:
-    """The integer program as a matrix.
-
-    Columns are the options of the variables, the products of pairs, and for each sum with rows a column that is at
-    least as large as every row.
-
-    Args:
-        options: of the variables that it decides.
-        objective: what is minimised.
-        wanted: limits.
-        known: an objective that is reached; sets the scale.
-    """
-
-    def __init__(
-        self,
-        options: Mapping[str, tuple[int, ...]],
-        objective: _Sum,
-        wanted: Sequence[_Limit],
-        known: float | None = None,
-    ) -> None:
-        self.options, self.objective = options, objective
-        self.wanted = [w for w in wanted if w.cost.most() > w.limit]
-        self.start: dict[Any, int] = {}
-        count = 0
-        for v, o in options.items():
-            self.start[v] = count
-            count += len(o)
-        self.whole = count
-        for u, v in dict.fromkeys(p for f in [*objective.forms, *_forms(self.wanted)] for p in f.pairs):
-            self.start[u, v] = count
-            count += len(options[u]) * len(options[v])
-        self.largest = [count + i for i in range(1 + len(self.wanted))]  # of the objective's rows, of each limit's
-        self.count = count + len(self.largest)
-        self.upper = np.ones(self.count)
-        self.upper[self.largest] = np.inf
-        self.unit = self._scale(known)
-        self.constant = objective.common.shifted().constant
-        self.lines: list[tuple[npt.NDArray[np.intp], Numbers]] = []
-        self.right: list[float] = []
-        self.goal = self._goal()
-        for w, column in zip(self.wanted, self.largest[1:], strict=True):
-            self._limit(w, column)
-        self.equal = self._equalities()
-
-    def _scale(self, known: float | None) -> float:
-        shifted = [form.shifted() for form in self.objective.forms]
-        tables = [t for form in shifted for t in [*form.single.values(), *form.pairs.values()]]
-        largest = max((float(t.max()) for t in tables), default=0.0)
-        scale = largest if known is None else known - shifted[0].constant
-        return (scale if scale > 0 else largest or 1.0) / LOSS_SCALE
-
-    def _goal(self) -> Numbers:
-        goal = self._vector(self.objective.common.shifted()) / self.unit
-        if self.objective.rows:
-            goal[self.largest[0]] = 1.0
-            least = max(row.shifted().constant for row in self.objective.rows)
-            self._rows(self.objective.rows, self.largest[0], 1 / self.unit, least)
-        return goal
-
-    def _limit(self, wanted: _Limit, column: int) -> None:
-        """Adds the limit as rows, measured by what the limit leaves above the least."""
-        common = wanted.cost.common.shifted()
-        rows = [row for row in wanted.cost.rows if wanted.cost.common.most() + row.most() > wanted.limit]
-        least = max((row.shifted().constant for row in wanted.cost.rows), default=0.0)
-        left = max(0.0, wanted.limit - common.constant - least)
-        scale = ROW_SCALE / (left or 1.0)
-        vector = self._affordable(common, left) * scale
-        for row in rows:
-            self._affordable(row.shifted(), max(0.0, wanted.limit - common.constant - row.shifted().constant))
-        if rows:
-            vector[column] = 1.0
-            self._rows(rows, column, scale, least)
-        self._add(vector, ROW_SCALE if left else 0.0)
-
-    def _affordable(self, form: _Form, left: float) -> Numbers:
-        """The form as a row; what exceeds the limit alone is forbidden and stands as 0."""
-        vector = self._vector(form)
-        excess = vector > left * (1 + 1e-12)
-        self.upper[excess] = 0.0
-        vector[excess] = 0.0
-        return vector
-
-    def _rows(self, rows: Sequence[_Form], column: int, scale: float, least: float) -> None:
-        """``column`` is at least each of the rows, less ``least``, in units of 1 / scale."""
-        for row in rows:
-            shifted = row.shifted()
-            vector = self._vector(shifted) * scale
-            vector[self.upper == 0] = 0.0
-            vector[column] = -1.0
-            self._add(vector, (least - shifted.constant) * scale)
-
-    def _add(self, vector: Numbers, right: float) -> None:
-        columns = np.flatnonzero(vector)
-        if len(columns):
-            self.lines.append((columns, vector[columns]))
-            self.right.append(right)
-
-    def _vector(self, form: _Form) -> Numbers:
-        vector = np.zeros(self.count)
-        for where, table in [*form.single.items(), *form.pairs.items()]:
-            vector[self.start[where] : self.start[where] + table.size] = table.ravel()
-        return vector
-
-    def _equalities(self) -> tuple[sparse.csr_array, Numbers]:
-        rows: list[tuple[npt.NDArray[np.intp], Numbers]] = []
-        right = []
-        for v, o in self.options.items():
-            rows.append((self.start[v] + np.arange(len(o)), np.ones(len(o))))
-            right.append(1.0)
-        for key, start in self.start.items():
-            if not isinstance(key, tuple):
-                continue
-            u, v = key
-            cells = start + np.arange(len(self.options[u]) * len(self.options[v])).reshape(len(self.options[u]), -1)
-            for variable, lines in ((u, cells), (v, cells.T)):
-                for option, line in enumerate(lines):
-                    columns = np.append(line, self.start[variable] + option)
-                    rows.append((columns, np.append(np.ones(line.size), -1.0)))
-                    right.append(0.0)
-        return self._sparse(rows), np.array(right)
-
-    def _sparse(self, rows: Sequence[tuple[npt.NDArray[np.intp], Numbers]]) -> sparse.csr_array:
-        if not rows:
-            return sparse.csr_array((0, self.count))
-        ends = np.cumsum([0, *(len(columns) for columns, _ in rows)])
-        data, columns = np.concatenate([r[1] for r in rows]), np.concatenate([r[0] for r in rows])
-        return sparse.csr_array((data, columns, ends), shape=(len(rows), self.count))
-
-    def _shares(self, x: Numbers) -> dict[str, Numbers]:
-        return {v: x[self.start[v] : self.start[v] + len(o)] for v, o in self.options.items()}
-
-    def relax(self) -> _Relaxed | None:
-        """The linear program: a bound, how far options are taken, and what taking them must cost."""
-        limits = {"A_ub": self._sparse(self.lines), "b_ub": np.array(self.right)} if self.lines else {}
-        bounds = np.column_stack([np.zeros(self.count), np.where(self.upper == 0, 0.0, np.inf)])
-        found = linprog(self.goal, A_eq=self.equal[0], b_eq=self.equal[1], bounds=bounds, method="highs", **limits)
-        if found.status != 0:
-            return None
-        reduced = np.where(self.upper == 0, np.inf, found.lower.marginals * self.unit)
-        bound = found.fun * self.unit + self.constant
-        return _Relaxed(bound, self._shares(found.x), self._shares(reduced), self.unit)
-
-    def solve(self) -> _Found | None:
-        """The best choice; None if there is none, or none was found.
-
-        Raises:
-            BitwrightError: HiGHS failed.
-        """
-        whole = np.zeros(self.count)
-        whole[: self.whole] = 1
-        right = np.array(self.right)
-        for _ in range(RETRIES):
-            found = self._search(whole, right)
-            if found.x is None:
-                if found.status in {_INFEASIBLE, _STOPPED}:
-                    return None
-                raise BitwrightError(f"HiGHS could not solve the integer program ({found.message}).")
-            choice = {v: int(s.argmax()) for v, s in self._shares(found.x).items()}
-            if all(w.met(choice) for w in self.wanted):
-                bound = found.mip_dual_bound if found.mip_dual_bound is not None else found.fun
-                return _Found(choice, bound * self.unit + self.constant)
-            right = right - np.where(right == ROW_SCALE, 1e-5, 0.0)  # within HiGHS's tolerance, yet over the limit
-        return None
-
-    def _search(self, whole: Numbers, right: Numbers) -> Any:
-        constraints = [LinearConstraint(self.equal[0], self.equal[1], self.equal[1])]
-        if self.lines:
-            constraints.append(LinearConstraint(self._sparse(self.lines), -np.inf, right))
-        with _quiet_stdout(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return milp(
-                self.goal,
-                constraints=constraints,
-                integrality=whole,
-                bounds=Bounds(0, self.upper),
-                options={"mip_rel_gap": 0, "node_limit": NODES},
-            )
-
-
-@contextlib.contextmanager
-def _quiet_stdout() -> Iterator[None]:
-    """HiGHS leaves lines of its own on the process's standard output, where ``--json`` promises one object."""
-    try:
-        kept = os.dup(1)
-    except OSError:  # closed
-        yield
-        return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 1)
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nowhere)
 
 
 # -------------------------------------------------------------------------------------------- ties and messages
