@@ -67,8 +67,8 @@ class Relaxed:
 class Program:
     """The integer program as a matrix.
 
-    Columns are the options of the variables, the products of pairs, and for each sum with rows a column that is at
-    least as large as every row.
+    Columns are the options of the variables that have several, the products of pairs, and for each sum with rows a
+    column that is at least as large as every row.
 
     Args:
         options: of the variables that it decides.
@@ -84,15 +84,17 @@ class Program:
         wanted: Sequence[Limit],
         known: float | None = None,
     ) -> None:
-        self.options, self.objective = options, objective
-        self.wanted = [w for w in wanted if w.cost.most() > w.limit]
+        self.options = {v: o for v, o in options.items() if len(o) > 1}
+        self.decided = [v for v in options if v not in self.options]
+        self.objective = objective.folded()
+        self.wanted = [Limit(w.cost.folded(), w.limit) for w in wanted if w.cost.most() > w.limit]
         self.start: dict[Any, int] = {}
         count = 0
-        for v, o in options.items():
+        for v, o in self.options.items():
             self.start[v] = count
             count += len(o)
         self.whole = count
-        for u, v in dict.fromkeys(p for f in [*objective.forms, *forms_of(self.wanted)] for p in f.pairs):
+        for u, v in dict.fromkeys(p for f in [*self.objective.forms, *forms_of(self.wanted)] for p in f.pairs):
             self.start[u, v] = count
             count += len(options[u]) * len(options[v])
         self.largest = [count + i for i in range(1 + len(self.wanted))]  # of the objective's rows, of each limit's
@@ -100,7 +102,7 @@ class Program:
         self.upper = np.ones(self.count)
         self.upper[self.largest] = np.inf
         self.unit = self._scale(known)
-        self.constant = objective.common.shifted().constant
+        self.constant = self.objective.common.shifted().constant
         self.lines: list[tuple[npt.NDArray[np.intp], Numbers]] = []
         self.right: list[float] = []
         self.goal = self._goal()
@@ -197,6 +199,8 @@ class Program:
 
     def relax(self) -> Relaxed | None:
         """The linear program: a bound, how far options are taken, and what taking them must cost."""
+        if not self.options:
+            return None
         limits = {"A_ub": self._sparse(self.lines), "b_ub": np.array(self.right)} if self.lines else {}
         bounds = np.column_stack([np.zeros(self.count), np.where(self.upper == 0, 0.0, np.inf)])
         found = linprog(self.goal, A_eq=self.equal[0], b_eq=self.equal[1], bounds=bounds, method="highs", **limits)
@@ -212,6 +216,9 @@ class Program:
         Raises:
             BitwrightError: HiGHS failed.
         """
+        if not self.options:
+            choice = dict.fromkeys(self.decided, 0)
+            return Found(choice, self.objective.at(choice)) if all(w.met(choice) for w in self.wanted) else None
         whole = np.zeros(self.count)
         whole[: self.whole] = 1
         right = np.array(self.right)
@@ -221,7 +228,7 @@ class Program:
                 if found.status in {_INFEASIBLE, _STOPPED}:
                     return None
                 raise BitwrightError(f"HiGHS could not solve the integer program ({found.message}).")
-            choice = {v: int(s.argmax()) for v, s in self._shares(found.x).items()}
+            choice = dict.fromkeys(self.decided, 0) | {v: int(s.argmax()) for v, s in self._shares(found.x).items()}
             if all(w.met(choice) for w in self.wanted):
                 bound = found.mip_dual_bound if found.mip_dual_bound is not None else found.fun
                 return Found(choice, bound * self.unit + self.constant)

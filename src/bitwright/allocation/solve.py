@@ -272,7 +272,7 @@ def _keep(tables: Tables, wanted: Mapping[str, npt.NDArray[np.bool_]], best: Bit
 
 def _rounded(tables: Tables, wanted: Sequence[Limit], shares: Mapping[str, Numbers]) -> dict[str, int] | None:
     """Whole choices near those of the linear program: the larger shares, else the cheapest where shares are divided."""
-    choice = {v: int(s.argmax()) for v, s in shares.items()}
+    choice = dict.fromkeys(tables.options, 0) | {v: int(s.argmax()) for v, s in shares.items()}
     divided = [v for v, s in shares.items() if s.max() < 1 - 1e-6]
     if all(w.met(choice) for w in wanted):
         return choice

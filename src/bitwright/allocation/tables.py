@@ -98,6 +98,13 @@ class Form:
                 pairs[u, v] = cut
         return Form(self.constant, single, pairs)
 
+    def folded(self) -> Form:
+        """The same with what has one option as part of the constant."""
+        fixed = [float(t[0]) for t in self.single.values() if t.size == 1]
+        return Form(
+            math.fsum([self.constant, *fixed]), {v: t for v, t in self.single.items() if t.size > 1}, self.pairs
+        )
+
     def shifted(self) -> Form:
         """The same without constants: the least of every table is 0."""
         constant = self.constant + sum(float(t.min()) for t in [*self.single.values(), *self.pairs.values()])
@@ -136,7 +143,11 @@ class Sum:
 
     def restricted(self, keep: Mapping[str, npt.NDArray[np.intp]]) -> Sum:
         """The same with some options only."""
-        return Sum(self.common.restricted(keep), tuple(row.restricted(keep) for row in self.rows))
+        return Sum(self.common.restricted(keep), tuple(row.restricted(keep) for row in self.rows)).folded()
+
+    def folded(self) -> Sum:
+        """The same with what has one option as part of the constants."""
+        return Sum(self.common.folded(), tuple(row.folded() for row in self.rows))
 
 
 @dataclass(frozen=True)
@@ -161,7 +172,7 @@ class Tables:
         """The same with some options only."""
         options = {v: tuple(o[i] for i in keep[v]) for v, o in self.options.items()}
         costs = {name: cost.restricted(keep) for name, cost in self.costs.items()}
-        return Tables(options, self.loss.restricted(keep), costs)
+        return Tables(options, self.loss.restricted(keep).folded(), costs)
 
     def limited(self, names: Iterable[str]) -> Tables:
         """With these costs only."""
