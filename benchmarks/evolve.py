@@ -67,7 +67,7 @@ def deep_transformer(epochs: int) -> torch.nn.Module:
     return network.eval()
 
 
-def measure(network: torch.nn.Module, images: Images, batch: int, bits: int) -> dict[str, object]:
+def measure(network: torch.nn.Module, images: Images, batch: int, bits: int, race: float) -> dict[str, object]:
     """Both searches from one start."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -77,9 +77,9 @@ def measure(network: torch.nn.Module, images: Images, batch: int, bits: int) -> 
     with keep_pages():
         student = Calibrate(bias_correction="analytic").run(student, teacher, images, Run())
         before = student.snapshot()
-        for name, race in (("plain", 0.0), ("cached", 0.0), ("cached and raced", 1e-3)):
+        for name, error in (("plain", 0.0), ("cached", 0.0), ("cached and raced", race)):
             student.restore(before)
-            stage = Evolve(passes=1, batch=batch, images=len(images), race=race)
+            stage = Evolve(passes=1, batch=batch, images=len(images), race=error)
             run = Run(precision="float32")
             start = time.perf_counter()
             if name == "plain":
@@ -91,6 +91,8 @@ def measure(network: torch.nn.Module, images: Images, batch: int, bits: int) -> 
     winner = results["plain"]
     return {
         "images": len(images),
+        "batch": batch,
+        "race": race,
         "evaluations": evaluations,
         "seconds": {name: round(s, 2) for name, s in seconds.items()},
         "ratio": {name: round(seconds["plain"] / s, 2) for name, s in seconds.items()},
@@ -102,14 +104,15 @@ def measure(network: torch.nn.Module, images: Images, batch: int, bits: int) -> 
 def main() -> None:
     """Prints one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--batch", type=int, default=100)
+    parser.add_argument("--images", type=int, default=500)
+    parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--race", type=float, default=1e-3)
+    parser.add_argument("--epochs", type=int, default=1)
     given = parser.parse_args()
     network = deep_transformer(given.epochs)
     images = load_images("zoo:fashion", load_model("zoo:fashion_vit").preprocessing)[: given.images]
-    print(json.dumps(measure(network, images, given.batch, given.bits)), flush=True)
+    print(json.dumps(measure(network, images, given.batch, given.bits, given.race)), flush=True)
 
 
 if __name__ == "__main__":
