@@ -397,10 +397,13 @@ def sensitivity(
     samples: Annotated[
         int | None, typer.Option(help="How many of the images to use  [default: 64 at most]", show_default=False)
     ] = None,
-    eigenvalues: Annotated[int, typer.Option(help="Of each layer, each block and the network")] = 1,
+    eigenvalues: Annotated[
+        int, typer.Option(help="Of each layer, each block and the network; 0 saves most of the time")
+    ] = 1,
     steps: Annotated[int, typer.Option(help="Passes over the images for those, at most")] = 20,
-    probes: Annotated[int, typer.Option(help="Random vectors for traces in each batch, at most")] = 64,
-    tolerance: Annotated[float, typer.Option(help="Relative standard error of traces that is good enough")] = 0.05,
+    spectrum_samples: Annotated[int, typer.Option(help="How many of the images to use for those, at most")] = 32,
+    probes: Annotated[int, typer.Option(help="Random vectors for traces in each batch, at most")] = 32,
+    tolerance: Annotated[float, typer.Option(help="Relative standard error of traces that is good enough")] = 0.1,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for the two files  [default: sensitivity]", show_default=False),
@@ -434,7 +437,7 @@ def sensitivity(
             model,
             images,
             labels,
-            command.report.Settings(chosen, bits, eigenvalues, steps, probes, tolerance),
+            command.report.Settings(chosen, bits, eigenvalues, steps, spectrum_samples, probes, tolerance),
             samples=samples,
             out=out,
             seed=seed,

@@ -105,6 +105,17 @@ def test_with_labels_it_is_the_hessian_of_cross_entropy(here: Path, capsys: pyte
     assert free["network"]["trace"] != pytest.approx(shown["network"]["trace"], rel=1e-3)
 
 
+def test_without_eigenvalues_there_are_traces(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*CALL, "--json"]) == 0
+    full = json.loads(capsys.readouterr().out)
+    assert main([*CALL, "--eigenvalues", "0", "--out", "quick"]) == 0
+    assert "top eigenvalue " not in capsys.readouterr().out.split("The network:")[1]
+    quick = json.loads((here / "quick/sensitivity.json").read_text())
+    assert [r["trace"] for r in quick["layers"]] == [r["trace"] for r in full["layers"]]
+    assert quick["network"]["density"] is None
+    assert quick["layers"][0]["eigenvalues"] == []
+
+
 def test_a_network_that_feels_nothing_has_no_layer_that_matters(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sensitivity", "models.py:Dead", *CALL[2:]]) == 0
     assert "No layer's weights matter" in capsys.readouterr().out
@@ -120,6 +131,8 @@ def test_a_network_that_feels_nothing_has_no_layer_that_matters(here: Path, caps
         ([*CALL, "--eigenvalues", "5"], "as many steps as eigenvalues"),
         ([*CALL, "--probes", "1"], "at least 2 probes"),
         ([*CALL, "--steps", "0"], "at least 1 steps"),
+        ([*CALL, "--eigenvalues", "-1"], "at least 0 eigenvalues"),
+        ([*CALL, "--spectrum-samples", "0"], "at least 1 spectrum samples"),
         ([*CALL[:-1], "0"], "at least one sample"),
         ([*CALL, "--out", "models.py"], "found a file"),
     ],

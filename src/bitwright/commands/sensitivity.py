@@ -102,10 +102,8 @@ def show(found: dict[str, Any], paths: list[Path], terminal: Terminal) -> None:
         made.add_row(*figure.cells(row))
     network = found["network"]
     rest = f"{len(rows) - SHOWN} more layers in the files. " if len(rows) > SHOWN else ""
-    whole = (
-        f"{rest}The network: trace {network['trace']:.3g} ± {network['trace_error']:.1g}, "
-        f"top eigenvalue {network['eigenvalues'][0]:.3g}."
-    )
+    top = "".join(f", top eigenvalue {v:.3g}" for v in network["eigenvalues"][:1])
+    whole = f"{rest}The network: trace {network['trace']:.3g} ± {network['trace_error']:.1g}{top}."
     here = Path.cwd()
     names = [str(p.relative_to(here)) if p.is_relative_to(here) else str(p) for p in paths]
     terminal.show(made, whole, *figure.verdict(found), f"Written: {', '.join(names)}")

@@ -340,9 +340,9 @@ def traces(
     curvature: Curvature,
     wanted: Sequence[Group],
     *,
-    probes: int = 64,
+    probes: int = 32,
     least: int = 4,
-    tolerance: float = 0.05,
+    tolerance: float = 0.1,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Traces:
@@ -365,6 +365,7 @@ def traces(
     mean, variance = (torch.zeros(len(wanted), dtype=torch.float64) for _ in range(2))
     channels: dict[str, Tensor] = {}
     done, most = 0, 0
+    progress("Traces", 0, len(curvature.data))
     for position, (images, labels) in enumerate(curvature.data):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
         allowed = tolerance * (len(curvature.data) / len(images)) ** 0.5
@@ -372,6 +373,7 @@ def traces(
         local = curvature.at(images, labels)
         while part.count < probes and not (part.count >= max(least, 2) and part.relative_error() <= allowed):
             part.add(local.sample(generator))
+            progress("Traces", done, len(curvature.data), f"probe {part.count}")
         del local
         mean += part.mean
         variance += part.variance
@@ -458,6 +460,7 @@ def spectra(
         some = curvature.weights[block[0]]
         size = torch.Size([sum(curvature.weights[p].numel() for p in block)])
         running[block] = [Lanczos(draw(size, "rademacher", generator).to(some), steps) for _ in range(runs)]
+    progress("Eigenvalues", 0, steps)
     for step in range(steps):
         opened = [(b, r) for b in blocks for r in running[b] if not r.exhausted and not _done(r, count, tolerance)]
         if not opened:

@@ -12,54 +12,57 @@ PANEL = 260
 
 
 def figure(found: dict[str, Any]) -> Any:
-    """Four panels: predicted loss, mean trace and top eigenvalue along the layers, and the network's density."""
-    import plotly.graph_objects as go
+    """Panels of predicted loss, mean trace and top eigenvalue along the layers, and of the network's density."""
     from plotly.subplots import make_subplots
 
-    layers, bits = found["layers"], found["settings"]["bits"]
+    layers, density = found["layers"], found["network"]["density"]
     titles = [
-        f"Predicted loss at {bits} bits, each layer alone",
+        f"Predicted loss at {found['settings']['bits']} bits, each layer alone",
         "Mean of the trace over the layer's weights, with its standard error",
-        "Largest eigenvalue of the layer's block",
-        "Spectral density of the network",
     ]
-    made = make_subplots(rows=4, cols=1, subplot_titles=titles, vertical_spacing=0.09)
-    names = [r["name"] for r in layers]
-    sizes = [r["parameters"] for r in layers]
-    errors = [r["trace_error"] / n for r, n in zip(layers, sizes, strict=True)]
-    columns = [
-        [r["predicted_loss"] for r in layers],
-        [r["mean_trace"] for r in layers],
-        [r["eigenvalues"][0] for r in layers],
-    ]
+    if density is not None:
+        titles += ["Largest eigenvalue of the layer", "Spectral density of the network"]
+    made = make_subplots(rows=len(titles), cols=1, subplot_titles=titles, vertical_spacing=0.36 / len(titles) ** 1.5)
+    columns = [[r["predicted_loss"] for r in layers], [r["mean_trace"] for r in layers]]
+    if density is not None:
+        columns.append([r["eigenvalues"][0] for r in layers])
+        _draw_density(made, density, len(titles))
     for row, values in enumerate(columns, 1):
-        colours = [COLOURS[row - 1] if v >= 0 else NEGATIVE for v in values]
-        bars = go.Bar(
-            x=list(range(1, len(names) + 1)),
-            y=[abs(v) or None for v in values],
-            text=None,
-            customdata=[[n, v] for n, v in zip(names, values, strict=True)],
-            hovertemplate="%{customdata[0]}: %{customdata[1]:.3g}<extra></extra>",
-            marker_color=colours,
-            error_y={"type": "data", "array": errors} if row == 2 else None,
-        )
-        made.add_trace(bars, row=row, col=1)
+        errors = [r["trace_error"] / r["parameters"] for r in layers] if row == 2 else None
+        made.add_trace(_bars(layers, values, COLOURS[row - 1], errors), row=row, col=1)
         made.update_yaxes(type="log", exponentformat="e", row=row, col=1)
         made.update_xaxes(title_text="layer, in order", row=row, col=1)
-    density = found["network"]["density"]
-    line = go.Scatter(x=density["eigenvalue"], y=density["density"], mode="lines", line={"color": COLOURS[3]})
-    made.add_trace(line, row=4, col=1)
-    peak = max(density["density"])
-    made.update_yaxes(type="log", exponentformat="e", range=_decades(peak), row=4, col=1)
-    made.update_xaxes(title_text="eigenvalue", row=4, col=1)
     made.update_layout(
         template="plotly_white",
-        height=4 * PANEL + 100,
+        height=len(titles) * PANEL + 100,
         showlegend=False,
         margin={"t": 50, "r": 20},
         font={"family": "system-ui, sans-serif"},
     )
     return made
+
+
+def _bars(layers: list[dict[str, Any]], values: list[float], colour: str, errors: list[float] | None) -> Any:
+    """A bar a layer as high as the value's size, grey where it is negative."""
+    import plotly.graph_objects as go
+
+    return go.Bar(
+        x=list(range(1, len(layers) + 1)),
+        y=[abs(v) or None for v in values],
+        customdata=[[r["name"], v] for r, v in zip(layers, values, strict=True)],
+        hovertemplate="%{customdata[0]}: %{customdata[1]:.3g}<extra></extra>",
+        marker_color=[colour if v >= 0 else NEGATIVE for v in values],
+        error_y=None if errors is None else {"type": "data", "array": errors},
+    )
+
+
+def _draw_density(made: Any, density: dict[str, list[float]], row: int) -> None:
+    import plotly.graph_objects as go
+
+    line = go.Scatter(x=density["eigenvalue"], y=density["density"], mode="lines", line={"color": COLOURS[3]})
+    made.add_trace(line, row=row, col=1)
+    made.update_yaxes(type="log", exponentformat="e", range=_decades(max(density["density"])), row=row, col=1)
+    made.update_xaxes(title_text="eigenvalue", row=row, col=1)
 
 
 def _decades(peak: float, shown: int = 8) -> list[float]:
@@ -139,7 +142,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         str(row["parameters"]),
         f"{row['trace']:.3g} ± {row['trace_error']:.1g}",
         f"{row['mean_trace']:.3g}",
-        f"{row['eigenvalues'][0]:.3g}",
+        f"{row['eigenvalues'][0]:.3g}" if row["eigenvalues"] else "-",
         f"{row['predicted_loss']:.3g}",
         f"{100 * row['share']:.1f} %",
     ]

@@ -20,8 +20,8 @@ CAP = 0.95
 def channel_scores(
     curvature: Curvature,
     *,
-    probes: int = 64,
-    tolerance: float = 0.05,
+    probes: int = 32,
+    tolerance: float = 0.1,
     seed: int = 0,
     progress: Progress = silent,
 ) -> dict[str, Tensor]:

@@ -26,6 +26,8 @@ from bitwright.stages.base import Progress, Run, silent
 
 SAMPLES = 64
 BATCH = 16
+CLOSE = 0.05
+"""To this share, eigenvalues of layers and blocks are known well enough; most are known better."""
 MOST = 0.8
 """Of the predicted loss: the layers that make up this share are the ones that matter."""
 MEANINGS = {
@@ -42,8 +44,10 @@ class Settings:
     Attributes:
         matrix: which; see :mod:`bitwright.curvature.hessian`.
         bits: of weights, at which layers are ranked.
-        eigenvalues: how many of each layer, block and the network.
+        eigenvalues: how many of each layer, block and the network; 0 leaves them and the density out, which take most
+            of the time.
         steps: the most passes over the images for those.
+        spectrum_samples: the most of the images that those are computed from.
         probes: the most for each batch and the traces.
         tolerance: the relative standard error of traces at which probing ends.
     """
@@ -52,8 +56,9 @@ class Settings:
     bits: int = 4
     eigenvalues: int = 1
     steps: int = 20
-    probes: int = 64
-    tolerance: float = 0.05
+    spectrum_samples: int = 32
+    probes: int = 32
+    tolerance: float = 0.1
 
     def check(self) -> None:
         """Looks at every setting.
@@ -65,9 +70,9 @@ class Settings:
             raise UsageError(f"Expected a matrix out of {', '.join(MEANINGS)}, found '{self.matrix}'.")
         if parse_weight_bits(self.bits) is None:
             raise UsageError("Expected 2 to 8 bits for weights to rank layers at, found 'float'.")
-        for name, least in (("eigenvalues", 1), ("steps", 1), ("probes", 2)):
+        for name, least in (("eigenvalues", 0), ("steps", 1), ("spectrum_samples", 1), ("probes", 2)):
             if getattr(self, name) < least:
-                raise UsageError(f"Expected at least {least} {name}, found {getattr(self, name)}.")
+                raise UsageError(f"Expected at least {least} {name.replace('_', ' ')}, found {getattr(self, name)}.")
         if self.eigenvalues > self.steps:
             raise UsageError(
                 f"Expected at least as many steps as eigenvalues, found {self.steps} and {self.eigenvalues}."
@@ -142,51 +147,64 @@ def examine(teacher: Captured, images: Images, settings: Settings, run: Run) -> 
     found = traces(
         curvature, wanted, probes=settings.probes, tolerance=settings.tolerance, seed=run.seed, progress=run.progress
     )
-    top = _spectra(curvature, wanted, settings, run)
+    top = _spectra(teacher, images, wanted, settings, run) if settings.eigenvalues else [None] * len(wanted)
     rows = [_row(g, float(t), float(e), s) for g, t, e, s in zip(wanted, found.trace, found.error, top, strict=True)]
     layers = [r for r, g in zip(rows, wanted, strict=True) if g.kind == "layer"]
     notes = predict(layers, teacher, images, settings.bits, run)
-    grid, density = top[-1].density()
     return {
         "layers": layers,
         "blocks": [r for r, g in zip(rows, wanted, strict=True) if g.kind == "block"],
-        "network": {**rows[-1], "density": {"eigenvalue": grid.tolist(), "density": density.tolist()}},
+        "network": {**rows[-1], "density": _density(top[-1])},
         "matter": that_matter(layers),
         "probes": found.probes,
         "notes": notes,
     }
 
 
-def _spectra(curvature: Curvature, wanted: Sequence[Group], settings: Settings, run: Run) -> list[Spectrum]:
+def _spectra(
+    teacher: Captured, images: Images, wanted: Sequence[Group], settings: Settings, run: Run
+) -> list[Spectrum | None]:
     """Layers and blocks until their eigenvalues are known; the network takes every step, for its density."""
+    some = images.sample(min(settings.spectrum_samples, len(images)), seed=run.seed)
+    curvature = Curvature(teacher.graph, Data(some, run.batch, run.device), settings.matrix)
 
-    def look(some: Sequence[Group], what: str, tolerance: float) -> list[Spectrum]:
+    def look(these: Sequence[Group], what: str, tolerance: float) -> list[Spectrum]:
         def progress(_: str, done: int, total: int, detail: str = "") -> None:
             run.progress(f"Eigenvalues of {what}", done, total, detail)
 
         options = {"count": settings.eigenvalues, "steps": settings.steps, "seed": run.seed}
-        return spectra(curvature, some, tolerance=tolerance, progress=progress, **options)  # type: ignore[arg-type]
+        return spectra(curvature, these, tolerance=tolerance, progress=progress, **options)  # type: ignore[arg-type]
 
     parts = {kind: [g for g in wanted if g.kind == kind] for kind in ("layer", "block", "network")}
-    known = {g.weights: s for g, s in zip(parts["layer"], look(parts["layer"], "layers", 0.01), strict=True)}
+    known = {g.weights: s for g, s in zip(parts["layer"], look(parts["layer"], "layers", CLOSE), strict=True)}
     rest = [g for g in parts["block"] if g.weights not in known]
-    known |= {g.weights: s for g, s in zip(rest, look(rest, "blocks", 0.01) if rest else [], strict=True)}
+    known |= {g.weights: s for g, s in zip(rest, look(rest, "blocks", CLOSE) if rest else [], strict=True)}
     network = look(parts["network"], "the network", 0.0)
-    return [known[g.weights] for g in wanted if g.kind != "network"] + network
+    return [*(known[g.weights] for g in wanted if g.kind != "network"), *network]
 
 
-def _row(group: Group, trace: float, error: float, spectrum: Spectrum) -> dict[str, Any]:
-    nodes, weights = spectrum.quadratures[0]
-    return {
+def _row(group: Group, trace: float, error: float, spectrum: Spectrum | None) -> dict[str, Any]:
+    row = {
         "name": group.name,
         "parameters": group.parameters,
         "trace": trace,
         "trace_error": error,
         "mean_trace": trace / group.parameters,
-        "eigenvalues": spectrum.eigenvalues,
-        "eigenvalue_errors": spectrum.errors,
-        "quadrature": {"nodes": nodes.tolist(), "weights": weights.tolist()},
+        "eigenvalues": [] if spectrum is None else spectrum.eigenvalues,
+        "eigenvalue_errors": [] if spectrum is None else spectrum.errors,
+        "quadrature": None,
     }
+    if spectrum is not None:
+        nodes, weights = spectrum.quadratures[0]
+        row["quadrature"] = {"nodes": nodes.tolist(), "weights": weights.tolist()}
+    return row
+
+
+def _density(spectrum: Spectrum | None) -> dict[str, list[float]] | None:
+    if spectrum is None:
+        return None
+    grid, density = spectrum.density()
+    return {"eigenvalue": grid.tolist(), "density": density.tolist()}
 
 
 def predict(layers: list[dict[str, Any]], teacher: Captured, images: Images, bits: int, run: Run) -> list[str]:
