@@ -403,7 +403,7 @@ def sensitivity(
     steps: Annotated[int, typer.Option(help="Passes over the images for those, at most")] = 20,
     spectrum_samples: Annotated[int, typer.Option(help="How many of the images to use for those, at most")] = 32,
     probes: Annotated[int, typer.Option(help="Random vectors for traces in each batch, at most")] = 32,
-    tolerance: Annotated[float, typer.Option(help="Relative standard error of traces that is good enough")] = 0.1,
+    tolerance: Annotated[float, typer.Option(help="Relative standard error of traces that is good enough")] = 0.05,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for the two files  [default: sensitivity]", show_default=False),

@@ -342,7 +342,7 @@ def traces(
     *,
     probes: int = 32,
     least: int = 4,
-    tolerance: float = 0.1,
+    tolerance: float = 0.05,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Traces:

@@ -21,7 +21,7 @@ def channel_scores(
     curvature: Curvature,
     *,
     probes: int = 32,
-    tolerance: float = 0.1,
+    tolerance: float = 0.05,
     seed: int = 0,
     progress: Progress = silent,
 ) -> dict[str, Tensor]:

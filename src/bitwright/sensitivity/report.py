@@ -58,7 +58,7 @@ class Settings:
     steps: int = 20
     spectrum_samples: int = 32
     probes: int = 32
-    tolerance: float = 0.1
+    tolerance: float = 0.05
 
     def check(self) -> None:
         """Looks at every setting.

@@ -32,7 +32,7 @@ class Trace(Measure):
     name: ClassVar[str] = "trace"
     matrix: Matrix = "fisher"
     probes: int = 32
-    tolerance: float = 0.1
+    tolerance: float = 0.05
 
     def measure(self, teacher: Captured, images: Images, choices: Choices, run: Run) -> Table:
         """One backward pass a probe serves all layers."""
