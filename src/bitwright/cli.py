@@ -431,13 +431,14 @@ def sensitivity(
         settings = _settings(input_size=input_size, mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct)
         terminal.begin("Loading PyTorch")
         from bitwright.commands import sensitivity as command
+        from bitwright.sensitivity import report
 
         chosen: Any = matrix or ("fisher" if labels is None else "hessian")
         job = command.Job(
             model,
             images,
             labels,
-            command.report.Settings(chosen, bits, eigenvalues, steps, spectrum_samples, probes, tolerance),
+            report.Settings(chosen, bits, eigenvalues, steps, spectrum_samples, probes, tolerance),
             samples=samples,
             out=out,
             seed=seed,
