@@ -37,6 +37,8 @@ class Recipe(BaseModel):
             bias_images: 128
             score_images: 64
             score_probes: 8
+            norm_inputs: tensor
+            match_spread: false
         <BLANKLINE>
     """
 
