@@ -8,7 +8,7 @@ from typing import Any
 from bitwright.studies.figures import COLOURS
 
 NEGATIVE = "#888"
-PANEL = 260
+PANEL = 320
 
 
 def figure(found: dict[str, Any]) -> Any:
@@ -22,7 +22,7 @@ def figure(found: dict[str, Any]) -> Any:
     ]
     if density is not None:
         titles += ["Largest eigenvalue of the layer", "Spectral density of the network"]
-    made = make_subplots(rows=len(titles), cols=1, subplot_titles=titles, vertical_spacing=0.36 / len(titles) ** 1.5)
+    made = make_subplots(rows=len(titles), cols=1, subplot_titles=titles, vertical_spacing=0.42 / len(titles))
     columns = [[r["predicted_loss"] for r in layers], [r["mean_trace"] for r in layers]]
     if density is not None:
         columns.append([r["eigenvalues"][0] for r in layers])
