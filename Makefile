@@ -28,6 +28,7 @@ bench: .venv/.installed
 	$(BIN)/python -m benchmarks.calibration
 	$(BIN)/python -m benchmarks.reconstruct
 	$(BIN)/python -m benchmarks.scores
+	$(BIN)/python -m benchmarks.evolve
 
 # Trains the embedded networks again; needs Fashion-MNIST in its original four files.
 zoo: .venv/.installed

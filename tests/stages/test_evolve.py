@@ -128,7 +128,7 @@ def test_racing_finds_the_winner_of_the_full_evaluation(trials: int) -> None:
     settings |= {"mutation": Mutation(size=0.1, share=1.0)}
     for seed in range(trials):
         results = []
-        for race in (0.0, 1e-3):
+        for race in (0.0, 1e-4):
             student.restore(before)
             run = Run(seed=seed)
             Evolve(**settings, race=race).run(student, teacher, data, run)
@@ -136,7 +136,7 @@ def test_racing_finds_the_winner_of_the_full_evaluation(trials: int) -> None:
         early += run.notes["evolve"]["left_early"]
         different += not same(*results)
     assert early > trials
-    assert different <= trials // 100
+    assert different <= 1
 
 
 def test_only_the_scales_asked_for_change_and_they_stay_positive() -> None:

@@ -70,7 +70,7 @@ class Evolve(Optimising):
     """Images of which one is told from the others."""
     held_out: float = Field(default=0.0, ge=0, lt=1)
     """Share of the images that are kept out of the search; the pass that is best on them is the result."""
-    race: float = Field(default=1e-3, ge=0, lt=1)
+    race: float = Field(default=1e-4, ge=0, lt=1)
     """Probability that a child which would have been taken leaves early; 0 measures every child on all images."""
     memory: int = Field(default=2 << 30, ge=0)
     """Bytes for what lies before a block."""
