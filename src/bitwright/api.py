@@ -18,12 +18,13 @@ from bitwright.models import Model, load_model
 from bitwright.pipeline import fingerprint, run_stages
 from bitwright.plan import Plan, insert_plan
 from bitwright.preprocessing import PreprocessFunction, Preprocessing
+from bitwright.progress import Progress, silent
 from bitwright.quant.scheme import Rule, Scheme, parse_activation_bits, parse_weight_bits
 from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.recipes import Recipe
 from bitwright.recipes import recipe as find_recipe
 from bitwright.result import describe_layers, describe_unquantized, environment, peak_memory_bytes, totals
-from bitwright.stages.base import Precision, Progress, Run, silent
+from bitwright.stages.base import Precision, Run
 
 DEFAULT_RECIPE = "eptq"
 DEFAULT_SAMPLES = 512

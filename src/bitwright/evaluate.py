@@ -11,7 +11,7 @@ from torch import Tensor
 from bitwright.errors import DataError
 from bitwright.graph.watch import Callback, watch
 from bitwright.metrics import Accuracy, Fidelity, SignalToNoise
-from bitwright.stages.base import Progress, silent
+from bitwright.progress import Progress, silent
 
 if TYPE_CHECKING:
     from bitwright.data import Images

@@ -7,7 +7,7 @@ import torch
 
 from bitwright import zoo
 from bitwright.data import load_images
-from bitwright.stages.base import silent
+from bitwright.progress import silent
 from bitwright.studies import lfh
 
 

@@ -31,8 +31,8 @@ from bitwright.errors import ModelError, UsageError
 from bitwright.evaluate import class_scores
 from bitwright.graph import ops, rewrite
 from bitwright.graph.blocks import find_blocks
+from bitwright.progress import Progress, silent
 from bitwright.quant.affine import to_blocks
-from bitwright.stages.base import Progress, silent
 
 if TYPE_CHECKING:
     from bitwright.data import Images

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bitwright.curvature.hessian import Curvature, groups, traces
 from bitwright.errors import UsageError
-from bitwright.stages.base import Progress, silent
+from bitwright.progress import Progress, silent
 
 CAP = 0.95
 """The most of a layer's channels that may go, as in the paper's code."""

@@ -18,11 +18,12 @@ from bitwright.data import Images, load_images
 from bitwright.errors import UsageError
 from bitwright.models import Model
 from bitwright.preprocessing import PreprocessFunction, Preprocessing
+from bitwright.progress import Progress, silent
 from bitwright.quant.scheme import parse_weight_bits
 from bitwright.result import environment, peak_memory_bytes
 from bitwright.sensitivity.base import Choices
 from bitwright.sensitivity.second_order import positive, squared
-from bitwright.stages.base import Progress, Run, silent
+from bitwright.stages.base import Run
 
 SAMPLES = 64
 BATCH = 16

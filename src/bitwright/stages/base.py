@@ -6,10 +6,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+
+from bitwright.progress import Progress, silent
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,17 +19,6 @@ if TYPE_CHECKING:
     from bitwright.capture import Captured
     from bitwright.data import Images
     from bitwright.quantized import QuantizedModel, Snapshot
-
-
-class Progress(Protocol):
-    """Called as ``progress(what, done, total)``, with figures worth seeing in ``detail``."""
-
-    def __call__(self, what: str, done: int, total: int, detail: str = "") -> None:
-        """Takes note."""
-
-
-def silent(what: str, done: int, total: int, detail: str = "") -> None:
-    """Shows nothing."""
 
 
 Precision = Literal["auto", "float32", "bfloat16"]

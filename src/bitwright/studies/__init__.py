@@ -23,9 +23,9 @@ from bitwright.errors import UsageError
 from bitwright.memory import keep_pages
 from bitwright.models import Model, load_model
 from bitwright.preprocessing import PreprocessFunction, Preprocessing
+from bitwright.progress import Progress, silent
 from bitwright.recipes import recipe
 from bitwright.result import environment, peak_memory_bytes
-from bitwright.stages.base import Progress, silent
 from bitwright.studies.base import Kept, Result, Row, Settings, Study, plain, settings_facts
 from bitwright.studies.subject import Subject, split
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitwright.errors import UsageError
+from bitwright.progress import Progress
 from bitwright.quant.scheme import parse_activation_bits, parse_weight_bits
-from bitwright.stages.base import Progress
 
 if TYPE_CHECKING:
     from bitwright.models import Model

@@ -9,10 +9,11 @@ from typing import Any, get_args
 import torch
 
 from bitwright.data import Images
+from bitwright.progress import Progress
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel
 from bitwright.recipes import recipe
-from bitwright.stages.base import Progress, Run
+from bitwright.stages.base import Run
 from bitwright.stages.candidates import Fitness, Measure
 from bitwright.stages.evolve import Evolve
 from bitwright.studies import figures

@@ -13,9 +13,9 @@ from bitwright.curvature.label_free import label_free_scores
 from bitwright.data import Images
 from bitwright.graph import rewrite
 from bitwright.graph.points import linear_points
+from bitwright.progress import Progress
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel
-from bitwright.stages.base import Progress
 from bitwright.stages.calibrate import Calibrate, parameters
 from bitwright.studies import figures
 from bitwright.studies.base import Cell, Result, Row, Settings, Study, group

@@ -13,10 +13,11 @@ from torch import Tensor
 from bitwright.errors import UsageError
 from bitwright.graph.blocks import Block
 from bitwright.graph.segments import region
+from bitwright.progress import Progress, silent
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel
 from bitwright.recipes import recipe
-from bitwright.stages.base import Progress, Run, silent
+from bitwright.stages.base import Run
 from bitwright.stages.candidates import Batches, Evaluator, Meaning, Scales
 from bitwright.stages.evolve import scale_keys
 from bitwright.studies import surfaces

@@ -18,7 +18,7 @@ from bitwright.curvature.label_free import label_free_scores
 from bitwright.data import Images, load_images
 from bitwright.graph.points import linear_points
 from bitwright.models import Model, load_model
-from bitwright.stages.base import Progress
+from bitwright.progress import Progress
 from bitwright.studies import figures
 from bitwright.studies.base import Cell, Result, Row, Settings, Study, group
 from bitwright.studies.subject import Subject

@@ -11,10 +11,11 @@ import torch
 
 from bitwright.data import Images
 from bitwright.errors import UsageError
+from bitwright.progress import Progress
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel
 from bitwright.recipes import recipe
-from bitwright.stages.base import Progress, Run
+from bitwright.stages.base import Run
 from bitwright.stages.candidates import Batches, Fitness, Scales
 from bitwright.stages.evolve import Evolve
 from bitwright.studies import figures

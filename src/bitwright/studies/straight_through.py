@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bitwright.progress import Progress, silent
 from bitwright.quant import affine
 from bitwright.quant.quantizer import Quantizer
 from bitwright.quantized import QuantizedModel
-from bitwright.stages.base import Progress, silent
 from bitwright.stages.candidates import Batches, Fitness, Scales
 
 BACKWARD = 2.0

@@ -14,10 +14,11 @@ from bitwright.errors import UsageError
 from bitwright.evaluate import compare
 from bitwright.models import Model
 from bitwright.pipeline import fingerprint
+from bitwright.progress import Progress, silent
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel, Snapshot, insert_quantizers
 from bitwright.recipes import recipe
-from bitwright.stages.base import Progress, Run, Stage, silent
+from bitwright.stages.base import Run, Stage
 from bitwright.stages.reconstruct import Reconstruct
 from bitwright.studies.base import Row
 

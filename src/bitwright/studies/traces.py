@@ -21,7 +21,7 @@ from bitwright.curvature.label_free import differentiable, draw
 from bitwright.data import Images
 from bitwright.errors import ModelError
 from bitwright.graph.points import Point
-from bitwright.stages.base import Progress, silent
+from bitwright.progress import Progress, silent
 
 BATCH = 16
 

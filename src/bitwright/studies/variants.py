@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from bitwright.data import Images
+from bitwright.progress import Progress
 from bitwright.quant.scheme import Scheme
-from bitwright.stages.base import Progress, Stage
+from bitwright.stages.base import Stage
 from bitwright.stages.reconstruct import Reconstruct
 from bitwright.studies.base import Cell, Row, Settings, group
 from bitwright.studies.subject import Subject, eptq
