@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=500)
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--race", type=float, default=1e-4)
+    parser.add_argument("--race", type=float, default=1e-3)
     parser.add_argument("--epochs", type=int, default=1)
     given = parser.parse_args()
     network = deep_transformer(given.epochs)

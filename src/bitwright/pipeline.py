@@ -42,9 +42,11 @@ def run_stages(
         identity: what the run depends on; a checkpoint of another identity is refused.
 
     Raises:
-        UsageError: the checkpoint belongs to another run.
+        UsageError: the checkpoint belongs to another run, or a stage cannot work on this network or these images.
         BitwrightError: the result is not finite.
     """
+    for stage in recipe.stages:
+        stage.check(student, teacher, images)
     run.state, run.identity = state, identity
     done = _restore(student, state, run, identity)
     with keep_pages():

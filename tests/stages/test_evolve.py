@@ -74,7 +74,7 @@ def test_fitness_falls_and_never_rises_on_the_way(measure: Any) -> None:
 
 def test_the_noted_fitness_is_that_of_the_whole_network() -> None:
     student, teacher, data = start()
-    run = Run(seed=1)
+    run = Run(seed=1, precision="float32")
     stage = Evolve(**QUICK)
     stage.run(student, teacher, data, run)
     batches = Batches(teacher, data.sample(24, seed=1), 8, run, "")
@@ -94,7 +94,7 @@ def test_what_is_kept_in_memory_changes_nothing(order: Any, memory: int) -> None
 
 def whole_network(stage: Evolve, student: QuantizedModel, teacher: Captured, data: Images) -> None:
     """The same search written plainly: every child runs through all of the network."""
-    run = Run(seed=1)
+    run = Run(seed=1, precision="float32")
     batches = Batches(teacher, data.sample(24, seed=1), stage.batch, run, "")
     searched = stage.searched(student, teacher)
     fitness = Fitness(stage.fitness, stage.temperature)
@@ -128,15 +128,15 @@ def test_racing_finds_the_winner_of_the_full_evaluation(trials: int) -> None:
     settings |= {"mutation": Mutation(size=0.1, share=1.0)}
     for seed in range(trials):
         results = []
-        for race in (0.0, 1e-4):
+        for race in (0.0, 1e-3):
             student.restore(before)
-            run = Run(seed=seed)
+            run = Run(seed=seed, precision="float32")
             Evolve(**settings, race=race).run(student, teacher, data, run)
             results.append(student.snapshot())
         early += run.notes["evolve"]["left_early"]
         different += not same(*results)
     assert early > trials
-    assert different <= 1
+    assert different <= trials // 100
 
 
 def test_only_the_scales_asked_for_change_and_they_stay_positive() -> None:
@@ -167,7 +167,7 @@ def test_keep_moves_values_and_keeps_integers() -> None:
     student, teacher, data = start()
     codes = {s: q.codes(rewrite.get_tensor(student.graph, s)) for s, q in parameters(student.graph, "weight")}
     scales = {s: q.scale for s, q in parameters(student.graph, "weight")}
-    Evolve(**QUICK, meaning="keep", blocks="all").run(student, teacher, data, Run(seed=1))
+    Evolve(**QUICK, meaning="keep", blocks="all").run(student, teacher, data, Run(seed=1, precision="float32"))
     for stored, quantizer in parameters(student.graph, "weight"):
         assert torch.equal(quantizer.codes(rewrite.get_tensor(student.graph, stored)), codes[stored])
     assert any(not torch.equal(q.scale, scales[s]) for s, q in parameters(student.graph, "weight"))
@@ -177,7 +177,7 @@ def test_round_changes_integers_and_keeps_the_stored_weights() -> None:
     student, teacher, data = start()
     stored = {s: rewrite.get_tensor(student.graph, s) for s, _ in parameters(student.graph, "weight")}
     codes = {s: q.codes(stored[s]) for s, q in parameters(student.graph, "weight")}
-    Evolve(**QUICK, blocks="all").run(student, teacher, data, Run(seed=1))
+    Evolve(**QUICK, blocks="all").run(student, teacher, data, Run(seed=1, precision="float32"))
     assert all(rewrite.get_tensor(student.graph, s) is t for s, t in stored.items())
     assert any(not torch.equal(q.codes(stored[s]), codes[s]) for s, q in parameters(student.graph, "weight"))
 
@@ -223,7 +223,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(
     def whole(state: Path | None) -> tuple[Snapshot, dict[str, Any]]:
         teacher = prepared("transformer")
         student = insert_quantizers(teacher, Scheme(weights=3, activations=8))
-        run = Run(seed=1)
+        run = Run(seed=1, precision="float32")
         run_stages(recipe, student, teacher, dataset(24), run, state=state, identity="test")
         return student.snapshot(), run.notes["evolve"]
 
@@ -252,7 +252,7 @@ def test_held_out_images_choose_the_pass_and_are_not_searched_on() -> None:
     assert len(hidden) == 5
     _, teacher, data = start()
     taken, _ = module._split(data.sample(24, seed=1), 0.33)
-    judge = Batches(teacher, taken, 8, Run(seed=1), "")
+    judge = Batches(teacher, taken, 8, Run(seed=1, precision="float32"), "")
     assert float(judge.losses(student.flat, Fitness()).double().mean()) == pytest.approx(min(hidden), abs=1e-9)
 
 
@@ -288,7 +288,7 @@ def test_brute_force_on_two_scales_finds_no_better_optimum() -> None:
     assert not torch.equal(best, integers())
     wide = Mutation(size=0.5, share=1.0)
     stage = Evolve(blocks="all", passes=40, cycles=20, fitness="mse", batch=24, race=0.0, mutation=wide)
-    run = Run(seed=0)
+    run = Run(seed=0, precision="float32")
     stage.run(student, teacher, data, run)
     assert torch.equal(best, integers())
     assert run.notes["evolve"]["fitness"]["after"] <= lowest + 0.02 * (begun - lowest)
@@ -348,6 +348,22 @@ def test_one_image_has_no_negatives() -> None:
     Evolve(**QUICK | {"batch": 1}, fitness="kl").run(student, teacher, dataset(4), Run())
 
 
+@pytest.mark.parametrize(
+    ("count", "settings", "match"),
+    [(1, {}, "infoNCE"), (4, {"batch": 1}, "infoNCE"), (24, {"blocks": ("token mixer",)}, "Its blocks: .*attention")],
+)
+def test_what_cannot_be_searched_is_said_before_the_first_stage(
+    count: int, settings: dict[str, Any], match: str
+) -> None:
+    teacher = prepared("transformer")
+    student = insert_quantizers(teacher, Scheme(weights=4, activations=8))
+    recipe = Recipe(name="late", summary="", stages=(CALIBRATE, Evolve(**QUICK | settings)))
+    run = Run()
+    with pytest.raises(UsageError, match=match):
+        run_stages(recipe, student, teacher, dataset(count), run)
+    assert run.history == []
+
+
 def test_float_weights_leave_nothing_to_evolve() -> None:
     teacher = prepared("transformer")
     student = insert_quantizers(teacher, Scheme(weights=None, activations=8))
@@ -384,7 +400,8 @@ def test_frozen_and_saved_it_computes_the_same(meaning: Any, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("precision", ["auto", "bfloat16"])
-def test_other_precisions_are_noted_and_never_leave_it_worse(precision: Any) -> None:
+def test_other_precisions_are_noted_and_never_leave_it_worse(precision: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SHORT", 0.0)
     student, teacher, data = start()
     run = Run(seed=1, precision=precision)
     Evolve(**QUICK, race=0.0).run(student, teacher, data, run)
@@ -395,7 +412,13 @@ def test_other_precisions_are_noted_and_never_leave_it_worse(precision: Any) -> 
     assert notes["fitness"]["after"] <= notes["fitness"]["before"]
 
 
-def test_measuring_precisions_leaves_no_trace() -> None:
+def test_a_small_network_is_always_searched_in_float32() -> None:
+    run = evolve(Evolve(**QUICK), precision="auto")[2]
+    assert run["precision"] == "float32"
+
+
+def test_measuring_precisions_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SHORT", 0.0)
     settings = QUICK | {"blocks": "all", "meaning": "keep"}
     a, _, _ = evolve(Evolve(**settings), precision="float32", steps=5)
     b, _, notes = evolve(Evolve(**settings), precision="auto", steps=5)
@@ -420,7 +443,9 @@ def test_scales_that_are_powers_of_two_apart_stay_so() -> None:
     found = [m for m in student.graph.modules() if isinstance(m, Quantizer) and m.block is None and m.scale.numel() > 1]
     before = [m.scale for m in found]
     assert found
-    Evolve(**QUICK, scales="activations", blocks="all").run(student, teacher, dataset(24), Run(seed=1))
+    Evolve(**QUICK, scales="activations", blocks="all").run(
+        student, teacher, dataset(24), Run(seed=1, precision="float32")
+    )
     for quantizer, scale in zip(found, before, strict=True):
         assert torch.equal(quantizer.scale / quantizer.scale[0], scale / scale[0])
         quantizer.validate()

@@ -217,7 +217,10 @@ def test_minutes_become_steps_that_repeat_the_run() -> None:
     assert_same(timed, again)
 
 
-def test_precision_is_measured_recorded_and_can_be_asked_for() -> None:
+def test_precision_is_measured_recorded_and_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, run = optimise(Reconstruct(**{**QUICK, "steps": 2}), precision="auto")
+    assert run.notes["reconstruct"]["precision"] == "float32"
+    monkeypatch.setattr(module, "SHORT", 0.0)
     _, run = optimise(Reconstruct(**{**QUICK, "steps": 2}), precision="auto")
     found = run.notes["reconstruct"]
     assert set(found["step_seconds"]) == {"float32", "bfloat16"}

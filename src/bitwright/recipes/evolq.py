@@ -30,7 +30,7 @@ RECIPES = (
         stages=(
             *START,
             Reconstruct(weigh="sla-log", codes=CODES),
-            Evolve(meaning="keep", fitness="mse", share=0.3),
+            Evolve(meaning="keep", fitness="mse"),
         ),
     ),
     Recipe(

@@ -102,6 +102,13 @@ class Stage(BaseModel):
         if "kind" in cls.__dict__:
             Stage.registry[cls.kind] = cls
 
+    def check(self, student: QuantizedModel, teacher: Captured, images: Images) -> None:
+        """Looks at what can be wrong before the first stage begins; quantizers are in place, none is calibrated.
+
+        Raises:
+            UsageError: this network, or these images, are not what the stage needs.
+        """
+
     def run(self, student: QuantizedModel, teacher: Captured, images: Images, run: Run) -> QuantizedModel:
         """Improves the student; the teacher is never changed, and the images carry no labels."""
         raise NotImplementedError

@@ -250,8 +250,7 @@ class Evaluator:
         if batch < len(self.kept):
             return self.kept[batch]
         frontier = self.regions[self.at].frontier
-        if self.at != self.group.start or len(self.group) > 1:
-            raise AssertionError("only a group of one region is kept in part")
+        assert len(self.group) == 1, "only a group of one region is kept in part"
         return dict(zip(frontier, self.before(self.batches.load(self.batches.parts[batch])), strict=True))
 
     def _fill(self, position: int) -> None:

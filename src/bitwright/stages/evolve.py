@@ -8,6 +8,7 @@ is computed once, and a child that is seen to lose on part of the images leaves 
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,8 +32,11 @@ from bitwright.stages.population import Member, Mutation, Population
 
 CHECKPOINT = "evolve.safetensors"
 CHECKPOINT_SECONDS = 2.0
-WORTH_IT = 1.15
+WORTH_IT = 1.3
 """How much faster bfloat16 must be to be taken."""
+SHORT = 1.0
+"""Seconds of that measurement in float32 below which nothing else is tried: two runs of one seed then do the same."""
+NOTHING = "There is nothing to evolve: no block has a quantized scale of the kind asked for."
 RANKED, RANKED_BATCHES = 6, 2
 """Children, and batches of images, by which bfloat16 must rank as float32 does."""
 
@@ -70,7 +74,7 @@ class Evolve(Optimising):
     """Images of which one is told from the others."""
     held_out: float = Field(default=0.0, ge=0, lt=1)
     """Share of the images that are kept out of the search; the pass that is best on them is the result."""
-    race: float = Field(default=1e-4, ge=0, lt=1)
+    race: float = Field(default=1e-3, ge=0, lt=1)
     """Probability that a child which would have been taken leaves early; 0 measures every child on all images."""
     memory: int = Field(default=2 << 30, ge=0)
     """Bytes for what lies before a block."""
@@ -80,19 +84,32 @@ class Evolve(Optimising):
         """Passes over the blocks until the budget is used up; the result is never worse on what it is selected by."""
         some = images.sample(min(self.images, len(images)), seed=run.seed)
         hidden, seen = _split(some, self.held_out)
-        fitness = Fitness(self.fitness, self.temperature)
         searched = self.searched(student, teacher)
         if not searched:
-            raise UsageError("There is nothing to evolve: no block has a quantized scale of the kind asked for.")
+            raise UsageError(NOTHING)
         batches = Batches(teacher, seen, self.batch, run, "Teacher's outputs")
         judge = Batches(teacher, hidden, self.batch, run, "Teacher's outputs") if len(hidden) else None
         regions = [region(student.graph, s.scales.keys) for s in searched]
+        fitness = Fitness(self.fitness, self.temperature)
         evaluator = Evaluator(student, regions, batches, fitness, self.memory)
-        search = _Search(self, student, searched, evaluator, run)
-        search.start(batches, judge, fitness)
+        search = _Search(self, student, searched, evaluator, judge, run)
+        search.start()
         search.go()
         search.finish()
         return student
+
+    def check(self, student: QuantizedModel, teacher: Captured, images: Images) -> None:
+        """Blocks of the kind asked for exist, and infoNCE has images to tell from each other."""
+        chosen = self._chosen(find_blocks(teacher.graph))
+        if not any(_paths(student, block, self.scales) for block in chosen):
+            raise UsageError(NOTHING)
+        hidden, seen = _split(images.sample(min(self.images, len(images)), seed=0), self.held_out)
+        for part in (p for p in (seen, hidden) if self.fitness == "infonce" and len(p)):
+            if len(part) // max(1, -(-len(part) // self.batch)) < 2:
+                raise UsageError(
+                    f"Expected at least two images in a batch of infoNCE, found {len(part)} image(s) in batches of "
+                    f"{self.batch}: there is nothing to tell one from. Give more images, or take fitness mse."
+                )
 
     def searched(self, student: QuantizedModel, teacher: Captured) -> list[Searched]:
         """The blocks in the order of visits, with the scales that each changes."""
@@ -133,6 +150,8 @@ class _Search:
     student: QuantizedModel
     searched: list[Searched]
     evaluator: Evaluator
+    judge: Batches | None
+    """Images that are kept out of the search."""
     run: Run
     visits: int = 0
     children: int = 0
@@ -144,6 +163,8 @@ class _Search:
     losses: Tensor = field(default_factory=lambda: torch.empty(0))
     first: Tensor = field(default_factory=lambda: torch.empty(0))
     starts: list[Tensor] = field(default_factory=list)
+    teacher_fitness: float = 0.0
+    """Of the float network's own outputs."""
     best: list[Tensor] = field(default_factory=list)
     """Scales after the pass that is best on held-out images."""
     hidden: list[float] = field(default_factory=list)
@@ -152,14 +173,14 @@ class _Search:
     precision: str = "float32"
     saved: float = field(default_factory=time.perf_counter)
 
-    def start(self, batches: Batches, judge: Batches | None, fitness: Fitness) -> None:
+    def start(self) -> None:
         """Measures the network as it comes, or goes on where an unfinished run was."""
-        self.judge, self.measure, self.batches = judge, fitness, batches
         self.starts = [s.scales.get() for s in self.searched]
         self.best = list(self.starts)
-        self.teacher_fitness = _mean(torch.cat([fitness(t, t) for t in batches.targets]))
+        evaluator = self.evaluator
+        self.teacher_fitness = _mean(torch.cat([evaluator.fitness(t, t) for t in evaluator.batches.targets]))
         if not self._load():
-            self.first = self.losses = batches.losses(self.student.flat, fitness)
+            self.first = self.losses = self._measure(evaluator.batches)
             if not bool(torch.isfinite(self.losses).all()):
                 raise UsageError("The network's fitness is not finite before the search has begun.")
             self.curve = [(0, _mean(self.losses))]
@@ -188,9 +209,11 @@ class _Search:
                 found.append(_mean(evaluator.losses(RANKED_BATCHES)))
             seconds[precision] = time.perf_counter() - began
             ranks[precision] = sorted(range(RANKED), key=found.__getitem__)
+            if seconds["float32"] < SHORT:
+                break
         scales.restore()
         evaluator.forget()
-        faster = seconds["bfloat16"] * WORTH_IT < seconds["float32"]
+        faster = seconds.get("bfloat16", math.inf) * WORTH_IT < seconds["float32"]
         return "bfloat16" if faster and ranks["bfloat16"] == ranks["float32"] else "float32"
 
     def go(self) -> None:
@@ -214,7 +237,7 @@ class _Search:
         if self.judge is not None and self.visits:
             self._take(self.best)
         if self.judge is not None or self.precision != "float32":
-            end = _mean(self.batches.losses(self.student.flat, self.measure))
+            end = _mean(self._measure(self.evaluator.batches))
         if self.judge is None and end > before:  # by less than bfloat16 can tell
             for searched in self.searched:
                 searched.scales.restore()
@@ -279,9 +302,13 @@ class _Search:
         """Measures held-out images after a pass, and keeps its scales if it is the best so far."""
         if self.judge is None:
             return
-        self.hidden.append(_mean(self.judge.losses(self.student.flat, self.measure)))
+        self.hidden.append(_mean(self._measure(self.judge)))
         if self.hidden[-1] <= min(self.hidden):
             self.best = [s.scales.get() for s in self.searched]
+
+    def _measure(self, batches: Batches) -> Tensor:
+        """The fitness of every image, by the whole network."""
+        return batches.losses(self.student.flat, self.evaluator.fitness)
 
     def _elapsed(self) -> float:
         return self.seconds + time.perf_counter() - self.began
@@ -365,13 +392,18 @@ def scale_keys(student: QuantizedModel, block: Block, scales: str) -> list[str]:
         block: of the same network.
         scales: ``weights``, ``activations`` (of what its layers read, and of every tensor up to its last), or ``both``.
     """
+    return [k for k in _paths(student, block, scales) if student.quantizer(k).calibrated]
+
+
+def _paths(student: QuantizedModel, block: Block, scales: str) -> list[str]:
+    """Of all quantizers of a block, calibrated or not."""
     rows = {layer.node: i for i, layer in enumerate(student.layers)}
     members = [student.layers[rows[n]] for n in block.nodes]
     first, last = min(rows[n] for n in block.nodes), max(rows[n] for n in block.nodes)
     weights = [m.weight for m in members]
     activations = [*(m.source for m in members), *(r.activation for r in student.layers[first : last + 1])]
     wanted = {"weights": weights, "activations": activations, "both": weights + activations}[scales]
-    return [k for k in dict.fromkeys(wanted) if k is not None and student.quantizer(k).calibrated]
+    return [k for k in dict.fromkeys(wanted) if k is not None]
 
 
 def _split(images: Images, share: float) -> tuple[Images, Images]:
