@@ -203,7 +203,7 @@ def test_a_budget_of_steps_counts_children_whatever_the_passes() -> None:
         assert notes["steps"] == steps
 
 
-def test_a_run_by_minutes_is_repeated_by_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_by_minutes_is_repeated_by_its_steps() -> None:
     timed, _, notes = evolve(Evolve(**QUICK, blocks="all"), minutes=1.0 / 60)
     assert notes["steps"] > 0
     counted, _, _ = evolve(Evolve(**QUICK, blocks="all"), steps=notes["steps"])
