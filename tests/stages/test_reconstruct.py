@@ -187,7 +187,7 @@ def test_an_interrupted_run_gives_the_same_integers(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = Reconstruct(**QUICK, **settings)
-    whole, _ = optimise(stage)
+    whole, first = optimise(stage)
     monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(module, "CHECKPOINT_SHARE", 1e9)
 
@@ -203,9 +203,12 @@ def test_an_interrupted_run_gives_the_same_integers(
         if what == "Optimising":
             seen.append(done)
 
-    resumed, _ = optimise(stage, state=tmp_path, progress=follow)
+    resumed, second = optimise(stage, state=tmp_path, progress=follow)
     assert 1 < seen[0] <= 31, "it began anew"
     assert_same(whole, resumed)
+    curve = second.notes["reconstruct"]["curve"]
+    assert [step for step, _ in curve] == list(range(1, QUICK["steps"] + 1))
+    assert curve == first.notes["reconstruct"]["curve"]
 
 
 def test_minutes_become_steps_that_repeat_the_run() -> None:

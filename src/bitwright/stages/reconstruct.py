@@ -43,6 +43,8 @@ CHECKPOINT_SECONDS = 20.0
 CHECKPOINT_SHARE = 0.01
 """Of the time that checkpoints may take."""
 GOOD_EVERY = 25
+CURVE_POINTS = 200
+"""Of the loss over the steps, as the result keeps it."""
 """Steps between the states that a run whose loss stops being finite falls back to."""
 MEASURED_IMAGES = 256
 SCORED_AT_ONCE = 16
@@ -273,6 +275,7 @@ class Reconstruct(Optimising):
                     if self.decide is not None:
                         decided = f", {tuner.learner.share_decided():.0%} decided"
                 loss = tuner.advance()
+                checkpoint.losses.append(loss)
                 recent = loss if not recent else 0.95 * recent + 0.05 * loss
                 run.progress("Optimising", tuner.step, plan.steps, f"loss {recent:.4g}{decided}")
                 checkpoint.write_if_due(tuner)
@@ -281,6 +284,7 @@ class Reconstruct(Optimising):
             tuner.load({n: t.clone() for n, t in good.items()}, tuner.step)
             run.notes["reconstruct"]["stopped"] = {"layer": error.layer, "step": error.step}
             _warn(f"{error} The optimisation ends there, with its last good state.")
+        run.notes["reconstruct"]["curve"] = averaged(checkpoint.losses)
         if tuner.step > first:
             run.notes["reconstruct"]["seconds_per_step"] = round(
                 (time.perf_counter() - started) / (tuner.step - first), 4
@@ -411,6 +415,8 @@ class _Checkpoint:
         self.path = None if run.state is None else run.state / CHECKPOINT
         self.run, self.plan = run, plan
         self.last, self.cost = time.perf_counter(), 0.0
+        self.losses: list[float] = []
+        """Of every step so far."""
 
     @staticmethod
     def read(run: Run) -> _Checkpoint | None:
@@ -432,7 +438,8 @@ class _Checkpoint:
             self.write(tuner, self.path)
             return
         with safe_open(self.path, framework="pt") as file:
-            step = int(file.metadata()["step"])
+            step, losses = int(file.metadata()["step"]), file.metadata().get("losses", "[]")
+        self.losses = json.loads(losses)
         tuner.load(load_file(self.path), step)
 
     def write_if_due(self, tuner: Tuner) -> None:
@@ -452,6 +459,7 @@ class _Checkpoint:
             "identity": _identity(self.run),
             "step": str(tuner.step),
             "plan": json.dumps(vars(self.plan)),
+            "losses": json.dumps(self.losses),
         }
         fresh = path.with_suffix(".new")
         save_file({n: t.contiguous().cpu() for n, t in tuner.state().items()}, fresh, metadata=header)
@@ -460,6 +468,18 @@ class _Checkpoint:
 
 def _identity(run: Run) -> str:
     return f"{run.identity} {len(run.history)}"
+
+
+def averaged(losses: list[float], points: int = CURVE_POINTS) -> list[tuple[int, float]]:
+    """The loss over the steps: (last step, mean) of stretches of equal length, as few as fit into ``points``.
+
+    Example:
+        >>> averaged([4.0, 2.0, 3.0, 1.0, 1.0], points=3)
+        [(2, 3.0), (4, 2.0), (5, 1.0)]
+    """
+    length = max(1, -(-len(losses) // points))
+    stretches = (losses[i : i + length] for i in range(0, len(losses), length))
+    return [(min((k + 1) * length, len(losses)), sum(s) / len(s)) for k, s in enumerate(stretches)]
 
 
 def _report(
