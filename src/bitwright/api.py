@@ -23,7 +23,7 @@ from bitwright.quant.scheme import Rule, Scheme, parse_activation_bits, parse_we
 from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.recipes import Recipe
 from bitwright.recipes import recipe as find_recipe
-from bitwright.result import describe_layers, describe_unquantized, environment, peak_memory_bytes, totals
+from bitwright.result import SCHEMA, describe_layers, describe_unquantized, environment, peak_memory_bytes, totals
 from bitwright.stages.base import Precision, Run
 
 DEFAULT_RECIPE = "eptq"
@@ -238,6 +238,7 @@ def _describe(
     model: QuantizedModel, network: Model, method: Recipe, scheme: Scheme, data: Images, run: Run
 ) -> dict[str, Any]:
     return {
+        "schema": SCHEMA,
         **environment(run.device, run.seed),
         "model": {"name": network.name, **totals(model)},
         "data": {"calibration": {"count": len(data), "sha256": data.sha256}, "evaluation": None},

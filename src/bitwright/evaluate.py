@@ -18,10 +18,18 @@ if TYPE_CHECKING:
     from bitwright.quantized import QuantizedModel
 
 Network = Callable[[Tensor], list[Tensor]]
+Each = Callable[[int, list[Tensor], list[Tensor], Tensor | None], None]
+"""Takes the position of a batch's first image, outputs of the reference and of the network, and labels [B] or None."""
 
 
 def evaluate(
-    model: QuantizedModel, source: Any, *, labels: Any = None, batch: int = 50, progress: Progress = silent
+    model: QuantizedModel,
+    source: Any,
+    *,
+    labels: Any = None,
+    batch: int = 50,
+    progress: Progress = silent,
+    each: Each | None = None,
 ) -> dict[str, Any]:
     """Accuracy and fidelity of a quantized model.
 
@@ -31,6 +39,7 @@ def evaluate(
         labels: a CSV of ``file,class_index``, if the images do not carry their own.
         batch: images at a time.
         progress: called as it goes.
+        each: shown the outputs of every batch, if there is a teacher.
 
     Returns:
         ``quantized`` and, with a teacher, ``float`` and ``fidelity``, as in ``result.json``.
@@ -40,7 +49,7 @@ def evaluate(
     images = source if isinstance(source, Images) else load_images(source, model.preprocessing, labels=labels)
     teacher = model.teacher
     reference = None if teacher is None else (lambda x: list(teacher.graph(x)))
-    return compare(model.flat, reference, images, batch=batch, progress=progress)
+    return compare(model.flat, reference, images, batch=batch, progress=progress, each=each)
 
 
 def compare(
@@ -50,6 +59,7 @@ def compare(
     *,
     batch: int = 50,
     progress: Progress = silent,
+    each: Each | None = None,
 ) -> dict[str, Any]:
     """Runs one or two networks over the images.
 
@@ -62,13 +72,15 @@ def compare(
         with torch.no_grad():
             found = network(inputs)
             expected = None if reference is None else reference(inputs)
-        if images.labels is not None:
-            truth = images.labels[done : done + len(inputs)]
+        truth = None if images.labels is None else images.labels[done : done + len(inputs)]
+        if truth is not None:
             ours.update(class_scores(found, truth), truth)
             if expected is not None:
                 theirs.update(class_scores(expected, truth), truth)
         if expected is not None:
             fidelity.update(expected, found)
+            if each is not None:
+                each(done, expected, found, truth)
         done += len(inputs)
         progress("Evaluating", done, len(images))
     result: dict[str, Any] = {"quantized": ours.result() if ours.count else {}}

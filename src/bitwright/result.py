@@ -17,6 +17,9 @@ from bitwright.graph import rewrite
 from bitwright.quant.quantizer import Frozen
 from bitwright.quantized import QuantizedModel
 
+SCHEMA = 1
+"""Of ``result.json``: grows when a key changes its meaning, so that an old reader says so. New keys do not count."""
+
 
 def describe_layers(model: QuantizedModel, sqnr: dict[str, float | None] | None = None) -> list[dict[str, Any]]:
     """One row per quantized tensor: bits, granularity, parameters, MACs for one image, SQNR in dB."""

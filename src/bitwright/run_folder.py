@@ -16,12 +16,14 @@ from bitwright.export.packed import ideal_bytes, load_packed, save_packed
 from bitwright.plan import plan_of
 from bitwright.preprocessing import Preprocessing
 from bitwright.quantized import QuantizedModel
+from bitwright.result import SCHEMA
 
 MODEL, PLAN, RESULT, ONNX, LOG, STATE = (
     "model.safetensors", "plan.json", "result.json", "model.onnx", "log.jsonl", "state",
 )  # fmt: skip
+PAGE, FACTS, BENCH = "report.html", "report.json", "bench.json"
 
-OURS = frozenset({MODEL, PLAN, RESULT, ONNX, LOG, STATE, "report.html", f"{ONNX}.data"})
+OURS = frozenset({MODEL, PLAN, RESULT, ONNX, LOG, STATE, PAGE, FACTS, BENCH, f"{ONNX}.data"})
 
 
 def check_target(folder: Path, *, force: bool = False, resume: bool = False) -> None:
@@ -104,6 +106,38 @@ def save(model: QuantizedModel, folder: Path, *, force: bool = False) -> Path:
         write_files(model, partial)
         write_result(model, partial)
     return folder
+
+
+def read_result(folder: str | Path) -> dict[str, Any]:
+    """``result.json`` of a run folder, or the file itself.
+
+    Raises:
+        UsageError: there is none, the run is unfinished, it is cut short, or a newer bitwright wrote it.
+    """
+    path = Path(folder).expanduser()
+    file = path / RESULT if path.suffix != ".json" else path
+    if not file.is_file():
+        if not path.exists():
+            raise UsageError(f"Expected a run folder, {path} does not exist. Check the path.")
+        unfinished = (file.parent / STATE).is_dir()
+        advice = "The run is unfinished: repeat its command with --resume." if unfinished else "Give a run's folder."
+        raise UsageError(f"Expected {RESULT} in {path}, found none. {advice}")
+    try:
+        result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{file} cannot be read ({error}). It is damaged: quantize again.") from error
+    missing = (
+        [k for k in ("model", "recipe", "layers", "size") if k not in result] if isinstance(result, dict) else [""]
+    )
+    if missing:
+        raise UsageError(f"Expected the result of a run in {file}, found something else. Give a run's folder.")
+    schema = result.get("schema", SCHEMA)
+    if not isinstance(schema, int) or schema > SCHEMA:
+        raise UsageError(
+            f"{file} was written by a newer bitwright (schema {schema}, this one reads up to {SCHEMA}). "
+            "Update: pip install --upgrade bitwright."
+        )
+    return result
 
 
 def load(folder: str | Path) -> QuantizedModel:

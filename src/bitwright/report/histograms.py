@@ -1,0 +1,127 @@
+"""What the worst layers' weights and values look like against their grids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from bitwright.graph import ops, rewrite
+from bitwright.graph.insert import Layer
+from bitwright.graph.watch import watch
+from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
+from bitwright.quantized import QuantizedModel
+
+LAYERS = 6
+IMAGES = 16
+BINS = 96
+ELEMENTS = 1 << 18
+"""Values of one tensor that a histogram counts, evenly spread."""
+
+
+def worst_layers(rows: list[dict[str, Any]], layers: list[Layer], count: int = LAYERS) -> list[Layer]:
+    """The layers with the lowest SQNR, the worst first; of layers that end in one quantizer, the first.
+
+    Args:
+        rows: ``layers`` of the result, with ``sqnr_db``.
+        layers: of the model, in the same order.
+        count: how many at most.
+    """
+    known = [(r["sqnr_db"], i) for i, r in enumerate(rows) if r.get("sqnr_db") is not None]
+    found: dict[str, Layer] = {}
+    for _, i in sorted(known):
+        layer = layers[i]
+        if layer.weight is not None or layer.activation is not None:
+            found.setdefault(layer.end or layer.node, layer)
+    return list(found.values())[:count]
+
+
+def histograms(model: QuantizedModel, images: Tensor, layers: list[Layer]) -> list[dict[str, Any]]:
+    """Histograms of float weights and values, and the grids that they are rounded to.
+
+    Args:
+        model: frozen, with its float network.
+        images: [B, C, H, W], through which the float network runs once.
+        layers: of the model.
+    """
+    assert model.teacher is not None, "needs the float network"
+    values: dict[str, Tensor] = {}
+
+    def keep(node: fx.Node, value: Any) -> None:
+        if isinstance(value, Tensor):
+            values[node.name] = value.detach().float().clone()
+
+    watch(model.teacher.graph, images, dict.fromkeys((x.end or x.node for x in layers), keep))
+    nodes = {n.name: n for n in model.teacher.graph.graph.nodes}
+    return [
+        {
+            "layer": layer.name,
+            "op": layer.op,
+            "weight": _weight(model, layer, nodes.get(layer.node)),
+            "activation": _activation(model, layer, values.get(layer.end or layer.node)),
+        }
+        for layer in layers
+    ]
+
+
+def _weight(model: QuantizedModel, layer: Layer, node: fx.Node | None) -> dict[str, Any] | None:
+    """In steps of each weight's own scale."""
+    if layer.weight is None or node is None or ops.kind(node) != "linear" or not isinstance(node.args[1], fx.Node):
+        return None
+    assert model.teacher is not None
+    weight = rewrite.get_tensor(model.teacher.graph, str(node.args[1].target)).detach().float()
+    quantizer = model.quantizer(layer.weight)
+    if not quantizer.calibrated or tuple(weight.shape) != tuple(quantizer.shape):
+        return None
+    steps = weight / quantizer.expanded()[0]
+    grid = quantizer.grid
+    codes = _codes(model, quantizer)
+    return {
+        **_counted(steps, grid.qmin - 0.5, grid.qmax + 0.5),
+        "bits": grid.bits,
+        "levels": [grid.qmin, grid.qmax],
+        "scales": quantizer.scale.numel(),
+        "used": None if codes is None else len(torch.unique(codes)),
+    }
+
+
+def _codes(model: QuantizedModel, quantizer: Quantizer | BiasQuantizer) -> Tensor | None:
+    frozen = (m for m in model.graph.modules() if isinstance(m, Frozen))
+    return next((m.codes for m in frozen if m.quantizer is quantizer), None)
+
+
+def _activation(model: QuantizedModel, layer: Layer, value: Tensor | None) -> dict[str, Any] | None:
+    """In the tensor's own unit."""
+    if layer.activation is None or value is None:
+        return None
+    quantizer = model.quantizer(layer.activation)
+    if not quantizer.calibrated:
+        return None
+    scale, zero = float(quantizer.scale.max()), float(quantizer.zero_point[0])
+    low, high = ((q - zero) * scale for q in (quantizer.grid.qmin, quantizer.grid.qmax))
+    return {
+        **_counted(value, low, high),
+        "bits": quantizer.grid.bits,
+        "grid": [low, high],
+        "step": scale,
+        "scales": quantizer.scale.numel(),
+    }
+
+
+def _counted(x: Tensor, low: float, high: float) -> dict[str, Any]:
+    """Counts over what is seen and over the grid's range, and the share of values outside of it on each side."""
+    flat = x.reshape(-1)
+    flat = flat[:: -(-flat.numel() // ELEMENTS) | 1]
+    start, end = min(low, float(flat.min())), max(high, float(flat.max()))
+    if end <= start:
+        end = start + 1.0
+    counts = torch.histc(flat, BINS, start, end)
+    below, above = (float(m.double().mean()) for m in (flat < low, flat > high))
+    return {
+        "range": [start, end],
+        "counts": [int(c) for c in counts],
+        "seen": [float(flat.min()), float(flat.max())],
+        "below": below,
+        "above": above,
+    }
