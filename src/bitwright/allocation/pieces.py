@@ -1,0 +1,240 @@
+"""One layer of a network alone, as the ONNX file that the exporter writes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from bitwright.capture import Captured
+from bitwright.export.onnx import to_onnx
+from bitwright.graph import ops, rewrite
+from bitwright.graph.insert import Layer
+from bitwright.graph.place import Placement, place
+from bitwright.graph.watch import watch
+from bitwright.quant.quantizer import Grid, Quantizer
+from bitwright.quant.scheme import Granularity, Scheme
+from bitwright.quant.targets import CLAMPING, Target
+from bitwright.quantized import QuantizedModel, insert_quantizers
+
+FLOAT_BITS = 32
+INPUT, LAYER = "images", "layer"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What the bits of a weight and of an input become in a file; the same for all bits that ride in the same storage.
+
+    Example: weights of 2 to 4 bits are stored as INT4, of 5 to 8 as INT8; activations below 8 bits are UINT8 codes
+    behind a Clip.
+    """
+
+    weight: int
+    """Bits of the storage: 4, 8, or 32 for float."""
+    input: int
+    """Likewise 8, 16, 32; 4 stands for all below 8."""
+    integer_bias: bool
+    """Whether the bias is an integer of the accumulator."""
+
+    @classmethod
+    def of(cls, weight: int, given: int, target: Target) -> Kernel:
+        """Of bits of the weight and of the input (32 for float)."""
+        quantized = FLOAT_BITS not in {weight, given}
+        return cls(
+            weight if weight == FLOAT_BITS else 4 if weight <= 4 else 8,
+            given if given in {8, 16, FLOAT_BITS} else 4,
+            quantized and weight + given >= target.integer_bias_bits,
+        )
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A linear operator with what its runtime may fuse into it, at the shape it has in the network.
+
+    Layers with equal pieces take equally long.
+    """
+
+    calls: tuple[tuple[str, str], ...]
+    """The linear operator, then activations and scalings behind it: names of operators and their settings."""
+    input_shape: tuple[int, ...]
+    weight_shape: tuple[int, ...]
+    bias_shape: tuple[int, ...]
+    granularity: Granularity
+    group_size: int | None
+    quantized_output: bool
+    """Whether a quantizer follows; otherwise something else reads the result in float."""
+    clamped: bool
+    """Whether an activation that only clamps ends the piece, so that its grid starts at zero."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a piece lies in a network."""
+
+    layer: Layer
+    nodes: tuple[fx.Node, ...]
+    piece: Piece
+
+
+def parts_of(student: QuantizedModel, images: Tensor) -> list[Part]:
+    """Every linear operator of a network, in program order.
+
+    Args:
+        student: with its teacher.
+        images: [B, C, H, W]; the pieces have the shapes that this batch gives.
+    """
+    assert student.teacher is not None
+    teacher = student.teacher.graph
+    placement = place(teacher.graph, student.scheme)
+    layers = {layer.node: layer for layer in student.layers}
+    shapes = _input_shapes(teacher, placement.linears, images)
+    return [_part(student, placement, n, layers[n.name], shapes[n]) for n in placement.linears]
+
+
+def _input_shapes(
+    teacher: fx.GraphModule, linears: Sequence[fx.Node], images: Tensor
+) -> dict[fx.Node, tuple[int, ...]]:
+    inputs = {n: n.args[0] for n in linears}
+    found: dict[str, tuple[int, ...]] = {}
+
+    def note(node: fx.Node, value: Tensor) -> None:
+        found[node.name] = tuple(value.shape)
+
+    watch(teacher, images, {a.name: note for a in inputs.values() if isinstance(a, fx.Node)})
+    return {n: found[a.name] for n, a in inputs.items() if isinstance(a, fx.Node)}
+
+
+def _part(student: QuantizedModel, placement: Placement, node: fx.Node, layer: Layer, shape: tuple[int, ...]) -> Part:
+    nodes = _followers(placement, node)
+    granularity, group_size = student.scheme.weight_granularity(layer.name)
+    piece = Piece(
+        tuple((ops.base_name(n), _settings(n)) for n in nodes),
+        shape,
+        tuple(ops.shape(node.args[1])),  # type: ignore[arg-type]
+        tuple(ops.shape(node.args[2])),  # type: ignore[arg-type]
+        granularity,
+        group_size,
+        nodes[-1] in placement.points,
+        ops.base_name(nodes[-1]) in CLAMPING,
+    )
+    return Part(layer, nodes, piece)
+
+
+def _followers(placement: Placement, node: fx.Node) -> tuple[fx.Node, ...]:
+    """The operator, and what of its group works on its result alone."""
+    nodes = [node]
+    while nodes[-1] in placement.ends and len(nodes[-1].users) == 1:
+        (user,) = nodes[-1].users
+        if ops.kind(user) not in {"activation", "scalar"} or user.all_input_nodes != [nodes[-1]]:
+            break
+        nodes.append(user)
+    return tuple(nodes)
+
+
+def _settings(node: fx.Node) -> str:
+    """Arguments that are no tensors."""
+    args = [a for a in node.args if not isinstance(a, fx.Node)]
+    return repr((str(node.target), args, sorted(node.kwargs.items())))
+
+
+# ---------------------------------------------------------------------------------------------------------- files
+
+
+def to_file(part: Part, kernel: Kernel, base: Scheme) -> ir.Model:
+    """The piece at these bits; its input and output are codes, as between two layers of the network.
+
+    What turns codes into floats and back is in the file, and vanishes where the runtime has an integer kernel. The
+    output has the bits of the input.
+
+    Args:
+        part: of a network.
+        kernel: bits.
+        base: granularity, grids and runtime of the network.
+    """
+    weights, inputs = (None if b == FLOAT_BITS else b for b in (kernel.weight, kernel.input))
+    scheme = Scheme(
+        weights=_bits_with_bias(kernel, base.target) if weights else None,
+        activations=inputs,
+        granularity=part.piece.granularity,
+        group_size=part.piece.group_size,
+        activation_grid=base.activation_grid,
+        runtime=base.runtime,
+        outputs=part.piece.quantized_output,
+    )
+    student = insert_quantizers(_alone(part), scheme)
+    _give_scales(student, part.piece)
+    program = to_onnx(student)
+    _open_borders(program)
+    return program
+
+
+def _bits_with_bias(kernel: Kernel, target: Target) -> int:
+    """Bits in the kernel's storage whose bias is as the kernel says."""
+    storage = range(2, 5) if kernel.weight == 4 else range(5, 9)
+    return next(w for w in reversed(storage) if Kernel.of(w, kernel.input, target) == kernel)
+
+
+def _alone(part: Part) -> Captured:
+    """A network of this piece alone, with made-up numbers."""
+    piece, generator = part.piece, torch.Generator().manual_seed(0)
+    module, graph = nn.Module(), fx.Graph()
+    given = graph.placeholder("x")
+    given.meta["layer"] = "input"
+    copies: dict[fx.Node, fx.Node] = {}
+    for role, shape in (("weight", piece.weight_shape), ("bias", piece.bias_shape)):
+        rewrite.set_tensor(module, role, torch.randn(shape, generator=generator))
+    first = part.nodes[0]
+    operands: list[Any] = [given, graph.get_attr("weight"), graph.get_attr("bias"), *first.args[3:]]
+    for node in part.nodes:
+        args = operands if node is first else fx.map_arg(node.args, copies.__getitem__)
+        copies[node] = graph.call_function(node.target, tuple(args), node.kwargs)  # type: ignore[arg-type]
+        copies[node].meta["layer"] = LAYER if node is first else f"{LAYER}.{len(copies)}"
+    graph.output([copies[part.nodes[-1]]])
+    example = torch.zeros(2, *piece.input_shape[1:])
+    made = fx.GraphModule(module, graph)
+    rewrite.propagate(made, example)
+    structure = pytree.tree_structure([0])
+    return Captured(made, example, ("output",), structure)
+
+
+def _give_scales(student: QuantizedModel, piece: Piece) -> None:
+    """Scales that saturate no activation function's removal: a clamped output's grid lies within [0, 1]."""
+    last = student.layers[-1].activation
+    for key, quantizer in student.graph.named_modules():
+        if not isinstance(quantizer, Quantizer):
+            continue
+        shape, block = quantizer.shape, quantizer.block or quantizer.shape
+        count = 1
+        for extent, size in zip(shape, block, strict=True):
+            count *= -(-extent // size)
+        clamped = piece.clamped and key == last
+        if clamped:
+            quantizer.grid = Grid(quantizer.grid.bits)
+        middle = torch.tensor([0.0 if clamped else float(1 << (quantizer.grid.bits - 1))])
+        scale = torch.full((count,), 2.0**-quantizer.grid.bits)
+        quantizer.set_range(scale, None if quantizer.grid.symmetric else middle)
+
+
+def _open_borders(program: ir.Model) -> None:
+    """Makes codes the file's input and output where it quantizes the one and the other."""
+    graph = program.graph
+    for node in [n for n in graph if n.op_type == "QuantizeLinear"]:
+        codes = node.outputs[0]
+        (reader,) = codes.uses()
+        if reader.node.outputs[0].is_graph_output():
+            graph.outputs[0] = codes
+        else:
+            given = ir.Value(name=INPUT, shape=graph.inputs[0].shape, type=codes.type)
+            codes.replace_all_uses_with(given)
+            graph.inputs[0] = given
+    for node in reversed(list(graph)):
+        if not any(v.uses() or v.is_graph_output() for v in node.outputs):
+            graph.remove(node, safe=True)
+    stored = dict(graph.initializers)
+    graph.initializers.clear()
+    graph.initializers.update({name: value for name, value in stored.items() if value.uses()})

@@ -1,0 +1,103 @@
+"""Times calls in turn and says how much their times spread."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+Clock = Callable[[], float]
+Call = Callable[[], object]
+Measure = Callable[[Sequence[Call]], list[list[float]]]
+"""Seconds of each call, one a round: row i belongs to call i, column j to round j."""
+
+WARM_CALLS = 3
+LEAST_ROUNDS = 5
+MOST_ROUNDS = 1000
+SAMPLE_SECONDS = 2e-3
+"""A shorter call is repeated until one sample takes about as long: clocks and interrupts weigh less."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles.
+
+    Example:
+        >>> Spread.of([4.0, 1.0, 3.0, 2.0, 100.0])
+        Spread(median=3.0, low=2.0, high=4.0, count=5)
+    """
+
+    median: float
+    low: float
+    """First quartile."""
+    high: float
+    """Third quartile."""
+    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of at least one value."""
+        low, median, high = (float(q) for q in np.quantile(np.asarray(values, dtype=np.float64), [0.25, 0.5, 0.75]))
+        return cls(median, low, high, len(values))
+
+
+def in_turn(
+    calls: Sequence[Call],
+    seconds: float,
+    *,
+    clock: Clock = time.perf_counter,
+    least: int = LEAST_ROUNDS,
+    most: int = MOST_ROUNDS,
+) -> list[list[float]]:
+    """Times each call once a round (first, second, ..., first, second, ...), warm, until the time is used up.
+
+    Before each sample the call runs once untimed, so that it finds its own data in the caches and not those of the
+    call before. A round is always finished.
+
+    Args:
+        calls: what to time.
+        seconds: for all calls and rounds together, warming up left out.
+        clock: seconds since some moment.
+        least: rounds even where the time does not suffice.
+        most: rounds even where the time would suffice for more.
+
+    Returns:
+        Seconds of one call, [calls][rounds].
+    """
+    repeats = [_repeats(call, clock) for call in calls]
+    samples: list[list[float]] = [[] for _ in calls]
+    started = clock()
+    for done in range(most):
+        if done >= least and clock() - started >= seconds:
+            break
+        for call, count, kept in zip(calls, repeats, samples, strict=True):
+            call()
+            kept.append(_sample(call, count, clock))
+    return samples
+
+
+def _repeats(call: Call, clock: Clock) -> int:
+    """Warms the call up; how often it goes into one sample."""
+    for _ in range(WARM_CALLS):
+        call()
+    once = _sample(call, 1, clock)
+    return max(1, min(1000, round(SAMPLE_SECONDS / max(once, 1e-9))))
+
+
+def _sample(call: Call, count: int, clock: Clock) -> float:
+    started = clock()
+    for _ in range(count):
+        call()
+    return (clock() - started) / count
+
+
+def ratios(numerator: Sequence[float], denominator: Sequence[float]) -> list[float]:
+    """Round by round, so that what slowed both of a round down cancels.
+
+    Example:
+        >>> ratios([1.0, 3.0], [2.0, 6.0])
+        [0.5, 0.5]
+    """
+    return [a / b if b > 0 else float("inf") for a, b in zip(numerator, denominator, strict=True)]
