@@ -101,7 +101,7 @@ def _activation(model: QuantizedModel, layer: Layer, value: Tensor | None) -> di
     scale, zero = float(quantizer.scale.max()), float(quantizer.zero_point[0])
     low, high = ((q - zero) * scale for q in (quantizer.grid.qmin, quantizer.grid.qmax))
     return {
-        **_counted(value, low, high),
+        **_counted(value, low - scale / 2, high + scale / 2),
         "bits": quantizer.grid.bits,
         "grid": [low, high],
         "step": scale,

@@ -1,0 +1,324 @@
+"""The network along its depth: bits, noise and sensitivity of every layer; the worst of them in detail."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from bitwright.report import words
+from bitwright.report.charts import Axis, bar, chart, dot, linear, logarithmic, polyline, vertical
+from bitwright.report.markup import Child, Markup, tag
+from bitwright.report.shown import Section, Shown, key, paragraph
+from bitwright.report.tables import Cell, table
+
+LEAST_DEPTH = 2
+BITS = {"weight_bits": "weights", "activation_bits": "activations"}
+GRID_LINES = 33
+"""Levels up to which each is drawn."""
+
+
+# ----------------------------------------------------------------------------------------------- along the depth
+
+
+def depth(run: Shown) -> Section | None:
+    """Charts over the layers in order, one below the other."""
+    rows = run.layers
+    if len(rows) < LEAST_DEPTH:
+        return None
+    figures = [f for f in (_noise(run), _bits(run), _sensitivity(run)) if f is not None]
+    lead = paragraph(
+        "Layers in the order in which the network computes them; their numbers are those of the table below. "
+        "Point at a mark for its name."
+    )
+    return Section("depth", "Along the network", [lead, figures])
+
+
+def _along(rows: Sequence[Any], *, named: bool = True) -> Axis:
+    found = linear(1, len(rows), "layer" if named else "", count=6)
+    ticks = tuple(t for t in found.ticks if 1 <= t[0] <= len(rows) and t[0] == int(t[0]))
+    return Axis(0.5, len(rows) + 0.5, ticks, found.name)
+
+
+def _noise(run: Shown) -> Markup | None:
+    rows = run.layers
+    known = [(i, r["name"], r["sqnr_db"]) for i, r in enumerate(rows, 1) if r.get("sqnr_db") is not None]
+    if len(known) < LEAST_DEPTH:
+        return None
+    values = [v for _, _, v in known]
+    x = _along(rows)
+    y = linear(min(0.0, *values), max(values), "signal to error, dB", count=4, margin=0.04)
+    marks = [polyline([i for i, _, _ in known], values, x, y, "quantized thin")]
+    marks += [dot(i, v, x, y, "quantized", f"{i}. {name}: {words.decibel(v)}") for i, name, v in known]
+    worst = min(known, key=lambda k: k[2])
+    summary = (
+        f"Signal to quantization error of {len(known)} layers' outputs, from {words.decibel(known[0][2])} at the "
+        f"first to {words.decibel(known[-1][2])} at the last; lowest at {worst[1]} with {words.decibel(worst[2])}."
+    )
+    caption = (
+        "How far each layer's output lies above its error; 10 dB more is a tenth of the error's energy. Errors add up "
+        f"from layer to layer. Lowest: {worst[1]}, {words.decibel(worst[2])}."
+    )
+    return tag("figure", tag("figcaption", tag("b", "Noise. "), caption), chart(marks, x, y, summary=summary))
+
+
+def _bits(run: Shown) -> Markup | None:
+    """A chart where bits differ between layers, a sentence where they do not."""
+    rows = run.layers
+    kinds = {k: said for k, said in BITS.items() if any(r.get(k) for r in rows)}
+    if not kinds:
+        return None
+    said = "; ".join(f"{name}: {_tally(rows, k)}" for k, name in kinds.items())
+    caption = tag("figcaption", tag("b", "Bits. "), f"{said}.")
+    if all(len({r[k] for r in rows if r.get(k)}) == 1 for k in kinds):
+        return tag("figure", caption)
+    x = _along(rows)
+    most = max(r.get(k) or 0 for r in rows for k in kinds)
+    y = Axis(0.0, most * 1.05, tuple((float(b), str(b)) for b in (2, 4, 8, 16) if b <= most), "bits")
+    marks = []
+    for i, r in enumerate(rows, 1):
+        if bits := r.get("weight_bits"):
+            marks.append(bar(i - 0.4, i + 0.4, 0, bits, x, y, "quantized", f"{i}. {r['name']}: {bits}-bit weights"))
+        if bits := r.get("activation_bits"):
+            marks.append(dot(i, bits, x, y, "other", f"{i}. {r['name']}: {bits}-bit activations"))
+    looks = {"weight_bits": "quantized", "activation_bits": "other round"}
+    legend = key(*((looks[k], name) for k, name in kinds.items()))
+    return tag("figure", caption, legend, chart(marks, x, y, summary=f"Bits of each layer. {said}.", height=7.0))
+
+
+def _tally(rows: list[dict[str, Any]], what: str) -> str:
+    found = sorted({r[what] for r in rows if r.get(what)})
+    counts = [(b, sum(r.get(what) == b for r in rows)) for b in found]
+    if len(counts) == 1:
+        return f"{found[0]} bits in all of {words.plural(counts[0][1], 'layer')}"
+    return ", ".join(f"{b} bits in {n}" for b, n in counts)
+
+
+SENSITIVITIES = {
+    "predicted_loss": ("Predicted loss", "of each layer's weights alone, from their curvature"),
+    "score": ("Label-free score", "how strongly the outputs depend on each layer's values (the trace of its Hessian)"),
+}
+
+
+def sensitivities(run: Shown) -> tuple[str, dict[str, float]] | None:
+    """Which measure of sensitivity the run has, and its values by layer."""
+    measured = run.result.get("sensitivity")
+    rows = measured.get("layers") if isinstance(measured, dict) else None
+    if isinstance(rows, list):
+        found = {r["name"]: float(r["predicted_loss"]) for r in rows if r.get("predicted_loss") is not None}
+        if found:
+            return "predicted_loss", found
+    scores = (run.result.get("scores") or {}).get("layers")
+    if isinstance(scores, dict) and scores:
+        return "score", {str(k): float(v) for k, v in scores.items()}
+    return None
+
+
+def _sensitivity(run: Shown) -> Markup | None:
+    found = sensitivities(run)
+    if found is None:
+        return None
+    kind, values = found
+    rows = run.layers
+    places: dict[str, int] = {}
+    for i, r in enumerate(rows, 1):
+        places.setdefault(r["name"], i)
+    known = [(places[n], n, v) for n, v in values.items() if n in places and v > 0]
+    if len(known) < LEAST_DEPTH:
+        return None
+    x, y = _along(rows), logarithmic(min(v for *_, v in known), max(v for *_, v in known), "score")
+    marks = [bar(i - 0.4, i + 0.4, y.low, v, x, y, "float", f"{i}. {n}: {words.number(v)}") for i, n, v in known]
+    title, meaning = SENSITIVITIES[kind]
+    top = sorted(known, key=lambda k: -k[2])[:3]
+    most = words.listed([f"{n} ({words.number(v)})" for _, n, v in top])
+    return tag(
+        "figure",
+        tag("figcaption", tag("b", f"{title}: "), f"{meaning}. Highest: {most}."),
+        chart(marks, x, y, summary=f"{title} of {len(known)} layers. Highest: {most}."),
+    )
+
+
+# -------------------------------------------------------------------------------------------------- every layer
+
+
+def every_layer(run: Shown) -> Section:
+    """The table of layers; it can be sorted and searched."""
+    rows = run.layers
+    if not rows:
+        return Section("layers", "Every layer", paragraph("Nothing is quantized.", quiet=True))
+    measure = sensitivities(run)
+    scores = measure[1] if measure else {}
+    shares = _shares(run)
+    heads = [
+        ">#",
+        "layer",
+        "operator",
+        ">weight bits",
+        ">activation bits",
+        "scale per",
+        ">parameters",
+        ">MACs",
+        ">SQNR",
+    ]
+    heads += [">score"] if scores else []
+    heads += [">share of loss"] if shares else []
+    made = table(
+        "Every quantized tensor",
+        heads,
+        [_layer_cells(i, r, scores, shares) for i, r in enumerate(rows, 1)],
+        sortable=True,
+        name="layer-table",
+    )
+    lead = "Click a heading to sort. Parameters and MACs (multiply-accumulates for one image) are zero where a layer "
+    return Section("layers", "Every layer", [paragraph(lead + "only moves or joins values.", quiet=True), made])
+
+
+def _layer_cells(i: int, row: dict[str, Any], scores: dict[str, float], shares: dict[str, float]) -> list[Cell | str]:
+    name = row["name"]
+    cells: list[Cell | str] = [Cell(str(i), i), name, row["op"]]
+    for what in ("weight_bits", "activation_bits"):
+        bits = row.get(what)
+        cells.append(Cell(str(bits) if bits else words.NONE, bits))
+    cells.append(row.get("granularity") or "")
+    for what in ("parameters", "macs"):
+        cells.append(Cell(words.short(row[what]) if row.get(what) else words.NONE, row.get(what)))
+    cells.append(Cell(words.decibel(row.get("sqnr_db")), row.get("sqnr_db")))
+    if scores:
+        cells.append(Cell(words.number(scores.get(name)), scores.get(name)))
+    if shares:
+        share = shares.get(name)
+        cells.append(Cell(words.percent(share, 1) if share is not None else words.NONE, share))
+    return cells
+
+
+def _shares(run: Shown) -> dict[str, float]:
+    """Of the loss that goes when a tensor of the layer is float; of a layer's two tensors the larger."""
+    found: dict[str, float] = {}
+    for row in _diagnosis(run).get("layers") or []:
+        found[row["name"]] = max(found.get(row["name"], 0.0), float(row["share"]))
+    return found
+
+
+def _diagnosis(run: Shown) -> dict[str, Any]:
+    found = run.result.get("diagnosis")
+    return found if isinstance(found, dict) else {}
+
+
+# ---------------------------------------------------------------------------------------------------- diagnosis
+
+
+def diagnosis(run: Shown) -> Section | None:
+    """Which tensors the loss comes from, and the rules that would give it back."""
+    found = _diagnosis(run)
+    if not found:
+        return None
+    if not found.get("layers"):
+        said = "Nothing stands out: no single tensor costs enough to be worth more bits."
+        return Section("diagnosis", "Where the loss comes from", paragraph(said))
+    loss = found.get("loss")
+    rows = [
+        [r["name"], r["tensor"], words.number(r["loss_without"]), words.percent(r["share"], 1)] for r in found["layers"]
+    ]
+    lead = (
+        f"On {words.plural(found['images'], 'calibration image')} the quantized network is {words.number(loss)} away "
+        "from float. Each row is measured with that one tensor in float and everything else as it is; shares need not "
+        "add up."
+    )
+    body: list[Child] = [
+        paragraph(lead),
+        table("Loss without each tensor's error", ["layer", "tensor", ">loss without it", ">share"], rows, wide=True),
+    ]
+    body += _rules(found)
+    return Section("diagnosis", "Where the loss comes from", body)
+
+
+def _rules(found: dict[str, Any]) -> list[Child]:
+    rules = found.get("rules") or []
+    if not rules:
+        return []
+    rows: list[list[Cell | str]] = [
+        [Cell(tag("code", f"--rule '{r['rule']}'")), words.number(r["loss_after"]), f"+{words.size(r['bytes'])}"]
+        for r in rules
+    ]
+    together = found.get("together")
+    if together:
+        said = " ".join(f"--rule '{r}'" for r in together["rules"])
+        rows.append(
+            [Cell(tag("code", said)), words.number(together["loss_after"]), f"+{words.size(together['bytes'])}"]
+        )
+    return [table("What would give most of it back", ["added to the command", ">loss", ">file"], rows, wide=True)]
+
+
+# ------------------------------------------------------------------------------------------------- worst layers
+
+
+def worst(run: Shown) -> Section | None:
+    """Histograms of the noisiest layers with their grids."""
+    found = run.facts.get("histograms") or {}
+    layers = found.get("layers") or []
+    if not layers:
+        return None
+    lead = paragraph(
+        "The layers with the lowest signal to error, the worst first. Bars are the float network's numbers on "
+        f"{words.plural(found.get('images', 0), 'calibration image')}, their height the logarithm of the count so that "
+        "rare ones stay visible. Lines are the values that the grid has, or the ends of its range where there are too "
+        "many; beyond the ends, numbers are clipped."
+    )
+    legend = key(("float", "numbers"), ("other", "clipped"), ("mark", "grid"))
+    noise = {r["name"]: r.get("sqnr_db") for r in reversed(run.layers)}
+    return Section("worst", "The noisiest layers", [lead, legend, *(_layer(x, noise) for x in layers)])
+
+
+def _layer(found: dict[str, Any], noise: dict[str, Any]) -> Markup:
+    name = found["layer"]
+    charts = [c for c in (_weights(found), _activations(found)) if c is not None]
+    title = tag("h3", tag("span", name, class_="layer"), " ", tag("small", words.decibel(noise.get(name))))
+    return tag("div", title, tag("div", charts, class_="pair"), class_="worst")
+
+
+def _weights(found: dict[str, Any]) -> Markup | None:
+    data = found.get("weight")
+    if not data:
+        return None
+    low, high = data["levels"]
+    levels = high - low + 1
+    used = f", {data['used']} of {levels} levels used" if data.get("used") else ""
+    each = f", {words.plural(data['scales'], 'scale')}" if data.get("scales") else ""
+    said = f"{data['bits']}-bit weights{each}{used}; {_clipped(data)}"
+    lines = [float(q) for q in range(low, high + 1)] if levels <= GRID_LINES else [float(low), float(high)]
+    return _histogram(data, lines, (low - 0.5, high + 0.5), "weight, in steps of its own scale", said)
+
+
+def _activations(found: dict[str, Any]) -> Markup | None:
+    data = found.get("activation")
+    if not data:
+        return None
+    low, high = data["grid"]
+    half = data["step"] / 2
+    levels = round((high - low) / data["step"]) + 1
+    lines = [low + i * data["step"] for i in range(levels)] if levels <= GRID_LINES else [low, high]
+    said = f"{data['bits']}-bit activations, step {words.number(data['step'])}; {_clipped(data)}"
+    return _histogram(data, lines, (low - half, high + half), "value of the output", said)
+
+
+def _clipped(data: dict[str, Any]) -> str:
+    share = data["below"] + data["above"]
+    return "none clipped" if share == 0 else f"{words.percent(share)} clipped"
+
+
+def _histogram(data: dict[str, Any], lines: list[float], grid: tuple[float, float], name: str, said: str) -> Markup:
+    start, end = data["range"]
+    counts = data["counts"]
+    width = (end - start) / len(counts)
+    x = linear(start, end, name, count=4)
+    y = Axis(0.0, math.log10(1 + max(counts, default=0)) * 1.05 or 1.0)
+    drawn = [vertical(v, x, "mark") for v in lines]
+    for i, n in enumerate(counts):
+        if not n:
+            continue
+        left = start + i * width
+        inside = grid[0] <= left + width / 2 <= grid[1]
+        drawn.append(bar(left, left + width, 0, math.log10(1 + n), x, y, "float" if inside else "other"))
+    seen = f"{words.number(data['seen'][0])} to {words.number(data['seen'][1])}"
+    made = chart(drawn, x, y, summary=f"Histogram: {said}. Numbers from {seen}.", height=7.0)
+    return tag("figure", tag("figcaption", f"{said}. Seen: {seen}."), made)

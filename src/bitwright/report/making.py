@@ -1,0 +1,198 @@
+"""How a run was made and checked: optimisation, parity, time, what stayed float, and how to repeat it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from bitwright.report import words
+from bitwright.report.charts import chart, horizontal, lengths, linear, logarithmic, polyline
+from bitwright.report.markup import Child, Markup, tag
+from bitwright.report.shown import Section, Shown, definitions, key, paragraph
+from bitwright.report.tables import table
+from bitwright.report.verdict import runtime
+
+# ------------------------------------------------------------------------------------------------- optimisation
+
+
+def training(run: Shown) -> Section | None:
+    """Losses over the steps of what was optimised; nothing where nothing was."""
+    parts = [p for p in (_reconstruction(run), _evolution(run)) if p is not None]
+    return Section("training", "Optimisation", parts) if parts else None
+
+
+def _reconstruction(run: Shown) -> Markup | None:
+    tuned = run.result.get("reconstruct")
+    if not tuned or "loss" not in tuned:
+        return None
+    loss = tuned["loss"]
+    stages = [[name, words.number(value), "kept" if name == tuned.get("kept") else ""] for name, value in
+              loss["by_stage"].items()]  # fmt: skip
+    said = (
+        [f"{words.plural(tuned['steps'], 'step')} of {words.plural(tuned['batch'], 'image')}"]
+        if tuned.get("batch")
+        else []
+    )
+    said += [f"{words.duration(tuned['seconds_per_step'])} each"] if tuned.get("seconds_per_step") else []
+    said += [f"in {tuned['precision']}"] if tuned.get("precision") else []
+    moved = tuned.get("left_nearest")
+    ended = (
+        "" if moved is None else f" {words.percent(moved, 1)} of the weights ended at another integer than the nearest."
+    )
+    stopped = tuned.get("stopped")
+    early = f" It stopped at step {stopped['step']}, where {stopped['layer']} was no longer finite." if stopped else ""
+    text = ", ".join(said)
+    text = text[:1].upper() + text[1:]
+    curve = _curve(tuned.get("curve") or [], "loss of a step's images", "step", "The optimisation's loss")
+    return tag(
+        "div",
+        tag("h3", "Reconstruction"),
+        paragraph(f"{text}.{ended}{early}"),
+        tag("figure", curve) if curve else None,
+        table("Loss on the same calibration images, after each stage", ["after", ">loss", ""], stages),
+    )
+
+
+def _evolution(run: Shown) -> Markup | None:
+    evolved = run.result.get("evolve")
+    if not evolved or "fitness" not in evolved:
+        return None
+    fitness = evolved["fitness"]
+    text = (
+        f"{words.plural(evolved['steps'], 'child', 'children')}, {evolved['better']:,} of them better than their "
+        f"parents, judged by {fitness['measure']} on {words.plural(evolved['images'], 'image')}; "
+        f"{words.percent(evolved['moved'], 1)} of {evolved['scales']:,} scales moved, by "
+        f"{words.percent(evolved['mean_change'])} on average."
+    )
+    curve = _curve(
+        evolved.get("curve") or [], f"fitness ({fitness['measure']})", "children", "Fitness", fitness.get("teacher")
+    )
+    rows = [[name, words.number(fitness[k], 5)] for k, name in
+            (("before", "before"), ("after", "after"), ("teacher", "the float network itself"))
+            if fitness.get(k) is not None]  # fmt: skip
+    return tag(
+        "div",
+        tag("h3", "Evolution"),
+        paragraph(text),
+        tag("figure", curve, key(("mark", "the float network's own fitness"))) if curve else None,
+        table("Fitness on calibration images, lower is better", ["", ">fitness"], rows),
+    )
+
+
+def _curve(points: list[Any], y_name: str, x_name: str, what: str, floor: float | None = None) -> Markup | None:
+    """A line over the steps; on a logarithmic scale where it spans more than a decade."""
+    if len(points) < 2:
+        return None
+    xs, ys = [float(p[0]) for p in points], [float(p[1]) for p in points]
+    low, high = min(ys), max(ys)
+    if floor is not None:
+        low, high = min(low, floor), max(high, floor)
+    wide = low > 0 and high / low > 10
+    x = linear(0.0, max(xs), x_name, count=5)
+    y = logarithmic(low, high, y_name) if wide else linear(low, high, y_name, count=4, margin=0.06)
+    marks = [horizontal(floor, y, "mark")] if floor is not None else []
+    marks.append(polyline(xs, ys, x, y, "quantized"))
+    summary = (
+        f"{what}: {words.number(ys[0], 4)} at {x_name} {xs[0]:.0f}, {words.number(ys[-1], 4)} at {x_name} "
+        f"{xs[-1]:.0f}, lowest {words.number(min(ys), 4)}."
+    )
+    return chart(marks, x, y, summary=summary)
+
+
+# ------------------------------------------------------------------------------------------------------- parity
+
+
+def parity(run: Shown) -> Section:
+    """Whether the exported file computes what was measured."""
+    found = run.result.get("parity")
+    if not found:
+        said = "model.onnx was not written; the warnings say why." if "parity" in run.result else "Not exported yet."
+        return Section("parity", "The exported file", paragraph(said))
+    name = runtime(found["runtime"])
+    passed = found.get("first_divergence") is None
+    lead = (
+        f"model.onnx was run in {name} on {words.plural(found['images'], 'image')} and compared with the network that "
+        "was measured here, layer by layer and as a whole. "
+    )
+    lead += "It passed." if passed else f"It differs, first at {found['first_divergence']}."
+    rows = [["as written", *_outputs(found)]]
+    if found.get("optimized"):
+        rows.append([f"optimised by {name.rpartition(' ')[0] or name}", *_outputs(found["optimized"])])
+    heads = ["graph", ">same answer", ">mean difference", ">largest difference", ">range of outputs"]
+    worst = found.get("worst_layer")
+    layer = None if worst is None else (
+        f"Fed the same input, the layer that differs most is {worst['name']}: "
+        f"{words.percent(worst['differing_fraction'])} of its values, by at most "
+        f"{words.plural(worst['max_steps'], 'step')} of its grid. Sums of floats in another order tip a few values "
+        "over a rounding boundary."
+    )  # fmt: skip
+    body = [paragraph(lead), table("Outputs in the runtime", heads, rows, wide=True), layer and paragraph(layer)]
+    return Section("parity", "The exported file", body)
+
+
+def _outputs(found: dict[str, Any]) -> list[str]:
+    same = found.get("agreement")
+    return [words.NONE if same is None else words.percent(same)] + [
+        words.number(found.get(k)) for k in ("mean_abs", "max_abs", "range")
+    ]
+
+
+# --------------------------------------------------------------------------------------------- time, floats, words
+
+
+def time(run: Shown) -> Section | None:
+    """Seconds of each step, and memory."""
+    seconds = dict(run.result.get("seconds") or {})
+    total = seconds.pop("total", None)
+    if not seconds:
+        return None
+    bars = [(name, value, words.duration(value), "quantized") for name, value in seconds.items()]
+    memory = run.result.get("peak_memory_bytes")
+    said = f"{words.duration(total)} in all" if total else f"{words.duration(sum(seconds.values()))} for these"
+    said += f", and at most {words.size(memory)} of memory" if memory else ""
+    said += f", on {run.result.get('device', 'cpu')}."
+    summary = "Time: " + ", ".join(f"{name} {text}" for name, _, text, _ in bars) + "."
+    return Section("time", "Time and memory", [paragraph(said), tag("figure", lengths(bars, summary))])
+
+
+def floats(run: Shown) -> Section:
+    """Tensors that were left in float, by reason."""
+    rows = run.result.get("unquantized") or []
+    if not rows:
+        return Section("floats", "Left in float", paragraph("Nothing: every tensor is quantized."))
+    reasons: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        reasons.setdefault(row["reason"], []).append(row)
+    body: list[Child] = [paragraph(f"{words.plural(len(rows), 'tensor')}, and why.")]
+    for reason, those in sorted(reasons.items(), key=lambda r: -len(r[1])):
+        names = tag("ul", (tag("li", tag("span", r["name"], class_="layer"), f" ({r['op']})") for r in those))
+        body.append(tag("details", tag("summary", f"{reason}: {len(those)}"), names))
+    return Section("floats", "Left in float", body)
+
+
+def warnings(run: Shown) -> Section | None:
+    """What the run warned of."""
+    found = run.result.get("warnings") or []
+    return Section("warnings", "Warnings", tag("ul", (tag("li", w) for w in found))) if found else None
+
+
+def repeat(run: Shown) -> Section:
+    """Everything that the result depends on."""
+    result = run.result
+    data = result.get("data") or {}
+    pairs: list[tuple[str, Child]] = [("seed", str(result.get("seed", words.NONE)))]
+    pairs += [(name, result[k]) for k, name in (("bitwright", "bitwright"), ("torch", "PyTorch"), ("python", "Python"),
+              ("platform", "platform"), ("device", "device")) if result.get(k)]  # fmt: skip
+    for name in ("calibration", "evaluation"):
+        some = data.get(name)
+        if some and some.get("sha256"):
+            where = f" from {some['source']}" if some.get("source") else ""
+            said = f"{words.plural(some['count'], 'image')}{where}"
+            pairs.append((f"{name} images", [said, tag("br"), tag("code", f"sha256 {some['sha256']}", class_="hash")]))
+    settings = json.dumps((result.get("recipe") or {}).get("settings") or {}, indent=2, ensure_ascii=False)
+    body = [
+        tag("pre", tag("code", result.get("command", words.NONE)), tabindex=0, aria_label="the command"),
+        definitions(pairs),
+        tag("details", tag("summary", "All settings of the recipe"), tag("pre", settings, tabindex=0)),
+    ]
+    return Section("repeat", "To repeat it", body)

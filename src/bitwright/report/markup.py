@@ -1,0 +1,52 @@
+"""HTML that is escaped by construction: plain strings are text, only :class:`Markup` is written as it is."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable
+
+
+class Markup(str):
+    """Text that is HTML already."""
+
+    __slots__ = ()
+
+
+Child = str | int | None | Iterable["Child"]
+
+VOID = frozenset({"br", "col", "hr", "img", "input", "meta"})
+"""Elements of HTML without an end; those of SVG have one."""
+
+
+def text(child: Child) -> Markup:
+    """Children as HTML; None is nothing.
+
+    Example:
+        >>> text(["a < b ", tag("b", "c")])
+        'a &lt; b <b>c</b>'
+    """
+    if child is None:
+        return Markup()
+    if isinstance(child, Markup):
+        return child
+    if isinstance(child, str | int):
+        return Markup(html.escape(str(child), quote=True))
+    return Markup("".join(text(c) for c in child))
+
+
+def tag(name: str, /, *children: Child, **attributes: str | float | bool | None) -> Markup:
+    """An element. ``class_`` and ``aria_label`` are written ``class`` and ``aria-label``; None and False are left out.
+
+    Example:
+        >>> tag("td", "<x>", class_="n", data_v=3, hidden=True, title=None)
+        '<td class="n" data-v="3" hidden>&lt;x&gt;</td>'
+    """
+    written = "".join(_attribute(k, v) for k, v in attributes.items() if v is not None and v is not False)
+    if name in VOID and not children:
+        return Markup(f"<{name}{written}>")
+    return Markup(f"<{name}{written}>{text(children)}</{name}>")
+
+
+def _attribute(name: str, value: str | float | bool) -> str:
+    key = name.rstrip("_").replace("_", "-")
+    return f" {key}" if value is True else f' {key}="{html.escape(str(value), quote=True)}"'

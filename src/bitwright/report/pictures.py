@@ -1,0 +1,66 @@
+"""Images on which the two networks give different answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bitwright.report import words
+from bitwright.report.markup import Markup, tag
+from bitwright.report.shown import Section, Shown, paragraph
+
+
+def disagreements(run: Shown) -> Section | None:
+    """A few images side by side with both answers; nothing for networks that give no classes."""
+    found = run.facts.get("answers")
+    if not found:
+        return None
+    title = "Where the answers differ"
+    if not found["shown"]:
+        return Section("images", title, paragraph(f"On none of {words.plural(found['count'], 'image')}."))
+    lead = (
+        f"On {found['differing']:,} of {words.plural(found['count'], 'image')} "
+        f"({words.percent(found['differing'] / found['count'])}). Below, those on which the float network's class lost "
+        "the most probability."
+    )
+    kept = (
+        "Small copies of these images are embedded in this page and in report.json: mind where you send them. "
+        "--no-images leaves them out."
+        if found["pictures"]
+        else "Images were left out (--no-images)."
+    )
+    classes = found.get("classes") or {}
+    shown = tag("ul", (_one(row, classes) for row in found["shown"]), class_="pictures")
+    return Section("images", title, [paragraph(lead), shown, paragraph(kept, quiet=True)])
+
+
+def _one(row: dict[str, Any], classes: dict[str, str]) -> Markup:
+    right = row.get("label")
+    drawn = (
+        tag("img", src=row["picture"], alt=f"the image {row['name']}", width=112, height=112)
+        if row.get("picture")
+        else None
+    )
+    answers = [
+        _answer("float", row["float"], right, classes),
+        _answer("quantized", row["quantized"], right, classes),
+    ]
+    if right is not None:
+        answers.append([tag("dt", "label"), tag("dd", name_of(right, classes))])
+    return tag("li", drawn, tag("div", tag("p", row["name"], class_="layer"), tag("dl", answers)))
+
+
+def _answer(who: str, found: dict[str, Any], right: int | None, classes: dict[str, str]) -> list[Markup]:
+    mark = "" if right is None else " ✓" if found["class"] == right else " ✗"
+    said = f"{name_of(found['class'], classes)}, {words.percent(found['probability'], 0)}"
+    judged = tag("span", mark, role="img", aria_label="right" if "✓" in mark else "wrong") if mark else None
+    return [tag("dt", who), tag("dd", said, judged)]
+
+
+def name_of(number: int, classes: dict[str, str]) -> str:
+    """A class by its folder's name where there is one.
+
+    Example:
+        >>> name_of(3, {"3": "dress"}), name_of(4, {})
+        ('dress', 'class 4')
+    """
+    return classes.get(str(number), f"class {number}")

@@ -1,0 +1,80 @@
+"""A run as its page shows it: what was read, and the pieces that a page is made of."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bitwright import run_folder
+from bitwright.report.markup import Child, Markup, tag
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A finished run.
+
+    Attributes:
+        result: ``result.json``.
+        facts: ``report.json``; empty where there is none.
+        bench: ``bench.json``, if there is one.
+        folder: its folder's name.
+    """
+
+    result: dict[str, Any]
+    facts: dict[str, Any] = field(default_factory=dict)
+    bench: dict[str, Any] | None = None
+    folder: str = ""
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        """Rows of the layers."""
+        rows: list[dict[str, Any]] = self.result["layers"]
+        return rows
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page."""
+
+    key: str
+    title: str
+    body: Child
+
+
+def read(folder: Path) -> Shown:
+    """A run folder; what lies beside ``result.json`` and cannot be read is left out.
+
+    Raises:
+        UsageError: there is no result, or it cannot be read.
+    """
+    return Shown(
+        run_folder.read_result(folder),
+        _beside(folder / run_folder.FACTS) or {},
+        _beside(folder / run_folder.BENCH),
+        folder.expanduser().absolute().name,
+    )
+
+
+def _beside(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def paragraph(*said: Child, quiet: bool = False) -> Markup:
+    """Text."""
+    return tag("p", said, class_="quiet" if quiet else None)
+
+
+def definitions(pairs: list[tuple[str, Child]]) -> Markup:
+    """Names and what they stand for."""
+    return tag("dl", [[tag("dt", name), tag("dd", said)] for name, said in pairs])
+
+
+def key(*marks: tuple[str, str]) -> Markup:
+    """What the looks in a chart stand for: (look, meaning)."""
+    return tag("p", [tag("span", tag("i", class_=f"swatch {look}"), meaning) for look, meaning in marks], class_="key")

@@ -1,0 +1,185 @@
+"""Float against quantized: accuracy, size, latency."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bitwright.report import words
+from bitwright.report.charts import Axis, chart, dot, label, lengths, linear, rule
+from bitwright.report.markup import Markup, tag
+from bitwright.report.shown import Section, Shown, paragraph
+from bitwright.report.tables import table
+from bitwright.report.verdict import METRICS, main_metric, paired_difference
+
+# ---------------------------------------------------------------------------------------------------- accuracy
+
+
+def accuracy(run: Shown) -> Section:
+    """Metrics of both networks with their intervals, and how alike their answers are."""
+    result = run.result
+    rows = _metric_rows(result) + _fidelity_rows(result)
+    metric = main_metric(result)
+    body = [
+        _intervals(result, metric) if metric else None,
+        table("Float against quantized", ["", ">float", ">quantized", ">difference"], rows) if rows else None,
+        _paired(run),
+        paragraph(_measured_on(result), quiet=True),
+    ]
+    return Section("accuracy", "Float against quantized", body)
+
+
+def _metric_rows(result: dict[str, Any]) -> list[list[str]]:
+    theirs, ours = result.get("float") or {}, result.get("quantized") or {}
+    rows = []
+    for name, said in METRICS.items():
+        a, b = theirs.get(name), ours.get(name)
+        if a is None or b is None:
+            continue
+        rows.append([said, words.percent(a), words.percent(b), words.points(b - a)])
+        if theirs.get(f"{name}_ci") and ours.get(f"{name}_ci"):
+            ends = (words.interval(m[f"{name}_ci"]) for m in (theirs, ours))
+            rows.append(["its 95 % interval", *ends, ""])
+    return rows
+
+
+def _fidelity_rows(result: dict[str, Any]) -> list[list[str]]:
+    fidelity = result.get("fidelity") or {}
+    rows = []
+    if fidelity.get("agreement") is not None:
+        rows.append(["same answer as float", "", words.percent(fidelity["agreement"]), ""])
+    if fidelity.get("kl") is not None:
+        rows.append(["KL divergence from float", "", f"{words.number(fidelity['kl'])}{words.GAP}nats", ""])
+    if fidelity:
+        noise = fidelity.get("sqnr_db")
+        rows.append(["outputs: signal to error", "", "no error" if noise is None else words.decibel(noise), ""])
+    return rows
+
+
+def _intervals(result: dict[str, Any], metric: str) -> Markup | None:
+    """Two dots with their intervals, one above the other."""
+    names = (("float", "float", 2.0), ("quantized", "quantized", 1.0))
+    ends: dict[str, list[float]] = {n: (result[n] or {}).get(f"{metric}_ci") or [] for n, _, _ in names}
+    if not all(ends.values()):
+        return None
+    low, high = (100 * f(v[i] for v in ends.values()) for i, f in ((0, min), (1, max)))
+    x, y = linear(low, high, f"{METRICS[metric]}, %", count=5, margin=0.35), Axis(0.4, 2.6)
+    marks, labels = [], []
+    for name, said, height in names:
+        value = 100 * result[name][metric]
+        marks += [rule(100 * ends[name][0], height, 100 * ends[name][1], height, x, y, f"thick {said}")]
+        marks += [dot(value, height, x, y, f"large {said}")]
+        labels.append(label(said, 100 * ends[name][1], height, x, y))
+    summary = "; ".join(
+        f"{said}: {words.percent(result[name][metric])}, 95 % interval {words.interval(ends[name])}"
+        for name, said, _ in names
+    )
+    return tag("figure", chart(marks, x, y, summary=f"{METRICS[metric]}. {summary}.", height=5.0, labels=labels))
+
+
+def _paired(run: Shown) -> Markup | None:
+    """What the same images say of both networks, which two separate intervals cannot."""
+    counts = (run.facts.get("answers") or {}).get("labelled")
+    if not counts:
+        return None
+    difference, low, high = paired_difference(counts)
+    judged = (
+        "zero is inside, so that these images show no loss and no gain"
+        if low <= 0 <= high
+        else "zero is outside, so that the difference is not chance"
+    )
+    return paragraph(
+        f"Image by image, {counts['both']:,} are right in both networks, {counts['only_float']:,} only in float, "
+        f"{counts['only_quantized']:,} only when quantized, {counts['neither']:,} in neither. The difference is "
+        f"{words.points(difference)}, with a 95 % interval of {words.points(low)} to {words.points(high)}: {judged}."
+    )
+
+
+def _measured_on(result: dict[str, Any]) -> str:
+    data = result.get("data") or {}
+    seen, used = data.get("evaluation") or {}, data.get("calibration") or {}
+    said = f"Measured on {words.plural(seen['count'], 'image')}" if seen.get("count") else "Measured on nothing yet"
+    said += f" from {seen['source']}" if seen.get("source") else ""
+    if seen.get("same_as_calibration"):
+        said += ", the ones it was calibrated on; other images would be a fairer test (--evaluate)"
+    elif used.get("count"):
+        said += f"; calibrated on {used['count']:,} others, without labels"
+    return f"{said}."
+
+
+# -------------------------------------------------------------------------------------------------------- size
+
+FILES = {
+    "float_bytes": ("float", "every number takes 4 bytes", "float"),
+    "ideal_bytes": ("ideal", "the bits asked for, scales and biases, and nothing else", "quiet"),
+    "packed_bytes": ("model.safetensors", "integers at their true width, end to end", "quantized"),
+    "onnx_bytes": ("model.onnx", "for runtimes, whose smallest integers have 4 or 8 bits", "quantized"),
+}
+
+
+def size(run: Shown) -> Section:
+    """Bytes in every form, and why the files are larger than the ideal."""
+    sizes = run.result["size"]
+    known = {k: v for k, v in FILES.items() if sizes.get(k)}
+    whole = sizes.get("float_bytes") or 0
+    bars = [(name, sizes[k], words.size(sizes[k]), look) for k, (name, _, look) in known.items()]
+    rows = [
+        [name, words.size(sizes[k]), f"{whole / sizes[k]:.2f}{words.GAP}×" if whole else words.NONE, meaning]
+        for k, (name, meaning, _) in known.items()
+    ]
+    summary = "Sizes: " + ", ".join(f"{name} {said}" for name, _, said, _ in bars) + "."
+    reasons = _reasons(run)
+    body = [
+        tag("figure", lengths(bars, summary)),
+        table("Size in each form", ["", ">size", ">smaller", "what it is"], rows),
+        tag("ul", (tag("li", r) for r in reasons)) if reasons else None,
+    ]
+    return Section("size", "Size", body)
+
+
+def _reasons(run: Shown) -> list[str]:
+    """Why each file is larger than the ideal."""
+    files, sizes = run.facts.get("files") or {}, run.result["size"]
+    ideal, packed, onnx = (sizes.get(k) for k in ("ideal_bytes", "packed_bytes", "onnx_bytes"))
+    found = []
+    if ideal and packed and (parts := files.get("packed")):
+        described = words.size(parts.get("structure"))
+        found.append(
+            f"model.safetensors takes {words.size(packed - ideal)} more than the ideal: the description of the graph, "
+            f"compressed, has {described}."
+        )
+    if ideal and onnx and (parts := files.get("onnx")):
+        graph, numbers = parts.get("graph", 0), sum(v for k, v in parts.items() if k != "graph")
+        more = f", and its numbers {words.size(numbers - ideal)} more: {_wider(run)}" if numbers > ideal else ""
+        found.append(
+            f"model.onnx takes {words.size(onnx - ideal)} more than the ideal: its operators, names and shapes, not "
+            f"compressed, have {words.size(graph)}{more}."
+        )
+    if onnx is None and "onnx_bytes" in sizes:
+        found.append("model.onnx was not written; the warnings say why.")
+    return found
+
+
+def _wider(run: Shown) -> str:
+    """What ONNX stores beyond the ideal."""
+    bits = sorted({r["weight_bits"] for r in run.layers if r["weight_bits"]} - {4, 8, 16})
+    narrow = [str(b) for b in bits if b < 4]
+    wide = [str(b) for b in bits if b > 4]
+    said = [f"weights of {words.listed(narrow)} bits are integers of 4"] if narrow else []
+    said += [f"weights of {words.listed(wide)} bits are integers of 8"] if wide else []
+    return words.listed([*said, "every scale of weights has a zero point, though it is zero"])
+
+
+# ----------------------------------------------------------------------------------------------------- latency
+
+
+def latency(run: Shown) -> Section:
+    """What `bitwright bench` measured, or that it did not."""
+    rows = _bench_rows(run.bench) if run.bench else []
+    if not rows:
+        return Section("latency", "Latency", paragraph("Not measured.", quiet=True))
+    heads = ["", ">batch", ">median", ">quartiles"]
+    return Section("latency", "Latency", table("Time of one call", heads, rows))
+
+
+def _bench_rows(bench: dict[str, Any]) -> list[list[Any]]:
+    return []

@@ -1,0 +1,119 @@
+"""A run in one sentence, and what the figures can and cannot tell apart."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from bitwright.report import words
+
+METRICS = {
+    "top1": "top-1 accuracy",
+    "miou": "mean IoU",
+    "map": "mAP",
+    "map50": "mAP at IoU 0.5",
+    "top5": "top-5 accuracy",
+}
+"""Of tasks, the one that is judged by first."""
+
+
+def main_metric(result: dict[str, Any]) -> str | None:
+    """The key of the first metric that both networks have."""
+    theirs, ours = result.get("float") or {}, result.get("quantized") or {}
+    return next((k for k in METRICS if theirs.get(k) is not None and ours.get(k) is not None), None)
+
+
+def paired_difference(counts: dict[str, int]) -> tuple[float, float, float]:
+    """How much more often the quantized network is right, on the same images: (difference, low, high), as fractions.
+
+    The 95 % interval is that of Agresti and Min (2005), "Simple improved confidence intervals for comparing matched
+    proportions": half an image more in each of the four cells.
+
+    Args:
+        counts: ``both``, ``only_float``, ``only_quantized``, ``neither``.
+
+    Example:
+        >>> [round(v, 4) for v in paired_difference({"both": 90, "only_float": 5, "only_quantized": 1, "neither": 4})]
+        [-0.04, -0.0895, 0.0111]
+    """
+    total = sum(counts.values())
+    lost, won, n = counts["only_float"] + 0.5, counts["only_quantized"] + 0.5, total + 2
+    middle = (won - lost) / n
+    half = 1.959964 * math.sqrt(max(won + lost - (won - lost) ** 2 / n, 0.0)) / n
+    difference = (counts["only_quantized"] - counts["only_float"]) / max(total, 1)
+    return difference, middle - half, middle + half
+
+
+def verdict(result: dict[str, Any], facts: dict[str, Any]) -> str:
+    """What became of the network, in a sentence or two."""
+    said = f"{_smaller(result)}, {_answers(result, facts)}."
+    file = _file(result)
+    return f"{said} {file}" if file else said
+
+
+def _smaller(result: dict[str, Any]) -> str:
+    size = result["size"]
+    if not size.get("packed_bytes") or not size.get("float_bytes"):
+        return words.bits(result.get("bits")).capitalize()
+    ratio = size["float_bytes"] / size["packed_bytes"]
+    return f"{ratio:.1f} times smaller" if ratio >= 1.05 else "No smaller"
+
+
+def _answers(result: dict[str, Any], facts: dict[str, Any]) -> str:
+    metric = main_metric(result)
+    data = (result.get("data") or {}).get("evaluation") or {}
+    count = data.get("count")
+    on = "" if count is None else f" on {words.plural(count, 'image')}"
+    if metric is not None:
+        theirs, ours = result["float"][metric], result["quantized"][metric]
+        figures = f"{words.percent(ours)} {METRICS[metric]} against {words.percent(theirs)} in float{on}"
+        return f"{_judged(result, facts, metric)}: {figures}"
+    fidelity = result.get("fidelity") or {}
+    those = " that it was calibrated on" if data.get("same_as_calibration") else ""
+    if fidelity.get("agreement") is not None:
+        return f"with the same answer as the float network for {words.percent(fidelity['agreement'])}{of(count)}{those}"
+    if "sqnr_db" in fidelity and fidelity["sqnr_db"] is None:
+        return "and exactly what the float network computes"
+    if fidelity.get("sqnr_db") is not None:
+        return f"with outputs {words.decibel(fidelity['sqnr_db'])} above the error{on}{those}"
+    return "not measured yet"
+
+
+def of(count: int | None) -> str:
+    """Of how many images."""
+    return "" if count is None else f" of {words.plural(count, 'image')}"
+
+
+def _judged(result: dict[str, Any], facts: dict[str, Any], metric: str) -> str:
+    theirs, ours = result["float"][metric], result["quantized"][metric]
+    labelled = (facts.get("answers") or {}).get("labelled")
+    if metric == "top1" and labelled:
+        _, low, high = paired_difference(labelled)
+        if low <= 0 <= high:
+            return "and no loss of accuracy that this many images can show"
+        return f"and {words.points(abs(ours - theirs)).lstrip('+')} {'better' if ours > theirs else 'worse'}"
+    ends = [(result[k] or {}).get(f"{metric}_ci") for k in ("float", "quantized")]
+    if ends[0] and ends[1] and ends[0][0] <= ends[1][1] and ends[1][0] <= ends[0][1]:
+        return "and within each other's 95 % intervals"
+    if ours == theirs:
+        return "and equally good"
+    return f"and {words.points(abs(ours - theirs)).lstrip('+')} {'better' if ours > theirs else 'worse'}"
+
+
+def _file(result: dict[str, Any]) -> str:
+    parity = result.get("parity")
+    if parity is None:
+        return "model.onnx was not written." if "onnx_bytes" in result["size"] else ""
+    if parity.get("first_divergence") is not None:
+        return f"model.onnx computes something else, first at {parity['first_divergence']}."
+    return f"model.onnx was checked in {runtime(parity['runtime'])}."
+
+
+def runtime(name: str) -> str:
+    """A runtime with its version.
+
+    Example:
+        >>> runtime("onnxruntime 1.31.0")
+        'ONNX Runtime 1.31.0'
+    """
+    return name.replace("onnxruntime", "ONNX Runtime").replace("openvino", "OpenVINO")
