@@ -74,10 +74,20 @@ RuntimeOption = Annotated[
     str, typer.Option(help="Where the result will run: onnxruntime or generic", rich_help_panel=_BITS)
 ]
 GranularityOption = Annotated[
-    str, typer.Option(help="What shares a weight scale: channel, tensor or group", rich_help_panel=_BITS)
+    str,
+    typer.Option(
+        help="What shares a weight scale: channel, tensor, group, or head (of attention; all other weights by channel)",
+        rich_help_panel=_BITS,
+    ),
 ]
 GroupSizeOption = Annotated[
-    int, typer.Option(help="Input channels of one scale with --granularity group", rich_help_panel=_BITS)
+    int | None,
+    typer.Option(
+        help="Input channels of one scale with --granularity group  [default: 64], most channels of a head with head  "
+        "[default: all]",
+        show_default=False,
+        rich_help_panel=_BITS,
+    ),
 ]
 LabelsOption = Annotated[
     str | None, typer.Option(help="CSV of file,class_index; class folders and .npz files bring their own")
@@ -132,15 +142,14 @@ def _precision(name: str) -> Any:
 
 
 def _scheme(
-    weights: str, activations: str, rule: list[str] | None, runtime: str, granularity: str, group_size: int
+    weights: str, activations: str, rule: list[str] | None, runtime: str, granularity: str, group_size: int | None
 ) -> Any:
     """The scheme, checked before PyTorch is loaded."""
-    from bitwright.quant.scheme import Rule, Scheme
+    from bitwright.quant.scheme import GRANULARITIES, Rule, Scheme
 
-    kinds = ("channel", "tensor", "group")
-    if granularity not in kinds:
-        raise UsageError(f"Expected a granularity out of {', '.join(kinds)}, found '{granularity}'.")
-    if group_size < 1:
+    if granularity not in GRANULARITIES:
+        raise UsageError(f"Expected a granularity out of {', '.join(GRANULARITIES)}, found '{granularity}'.")
+    if group_size is not None and group_size < 1:
         raise UsageError(f"Expected a group of at least 1 channel, found {group_size}.")
     scheme = Scheme.model_validate(
         {
@@ -235,7 +244,7 @@ def quantize(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     runtime: RuntimeOption = "onnxruntime",
     granularity: GranularityOption = "channel",
-    group_size: GroupSizeOption = 64,
+    group_size: GroupSizeOption = None,
     output: OutputOption = None,
     input_size: InputSizeOption = None,
     mean: MeanOption = None,
@@ -351,9 +360,10 @@ def inspect(
     weights: WeightsOption = "8",
     activations: ActivationsOption = "8",
     rule: RuleOption = None,
+    plan: PlanOption = None,
     runtime: RuntimeOption = "onnxruntime",
     granularity: GranularityOption = "channel",
-    group_size: GroupSizeOption = 64,
+    group_size: GroupSizeOption = None,
     output: OutputOption = None,
     input_size: InputSizeOption = None,
     blocks: Annotated[
@@ -363,18 +373,19 @@ def inspect(
 ) -> None:
     """Shows every tensor that is quantized, every one that is not and why; parameters, MACs and sizes.
 
-    For a float network: what would be quantized with these bits and rules. For a run: what was.
+    For a float network: what would be quantized with these bits and rules, or with `--plan`. For a run: what was.
 
     Example: `bitwright inspect zoo:fashion_vit --weights 4`
     """
     with Terminal(as_json=as_json) as terminal:
         scheme = _scheme(weights, activations, rule, runtime, granularity, group_size)
+        planned, _ = _plan(plan, scheme)
         terminal.begin("Loading PyTorch")
         from bitwright.commands import inspect as command
 
         settings = _settings(input_size=input_size)
         facts, views = command.inspect(
-            model, scheme=scheme, output=output, settings=settings, blocks=blocks, terminal=terminal
+            model, scheme=scheme, plan=planned, output=output, settings=settings, blocks=blocks, terminal=terminal
         )
         terminal.result(facts)
         terminal.show(*views)
