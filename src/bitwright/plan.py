@@ -236,11 +236,10 @@ def plan_of(model: QuantizedModel, bits: Mapping[str, int] | None = None) -> Pla
 
 def _weight_plan(model: QuantizedModel, key: str, bits: Mapping[str, int]) -> WeightPlan:
     quantizer = model.quantizer(key)
-    kind = quantizer.granularity
     return WeightPlan(
         bits=bits.get(key, quantizer.grid.bits),
-        granularity=kind,  # type: ignore[arg-type]
-        group_size=quantizer.block[1] if kind == "group" and quantizer.block else None,
+        granularity=quantizer.granularity,  # type: ignore[arg-type]
+        group_size=quantizer.group_size,
         symmetric=quantizer.grid.symmetric,
     )
 
@@ -309,7 +308,8 @@ def _check_weight(
     wide = asked.granularity == "tensor" and got.granularity != "tensor"
     narrow = asked.granularity == "channel" and got.granularity == "group"
     groups = asked.granularity == "group" and layer is not None and layer.op in ops.CONV_TRANSPOSE
-    if asked.bits != "float" and (wide or narrow or groups):
+    heads = asked.granularity == "head" and got.granularity != "head"
+    if asked.bits != "float" and (wide or narrow or groups or heads):
         raise UsageError(
             f"The plan asks for a scale a {asked.granularity} in the weight of '{name}', which can only have one a "
             f"{got.granularity}."

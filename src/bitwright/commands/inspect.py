@@ -14,32 +14,46 @@ from torch import fx
 from bitwright import api
 from bitwright.commands import tables
 from bitwright.commands.sources import Settings, blank_images, is_run, load_run
+from bitwright.errors import UsageError
 from bitwright.graph import rewrite
 from bitwright.graph.blocks import find_blocks
 from bitwright.models import load_model
+from bitwright.plan import Plan
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel
-from bitwright.result import describe_unquantized, totals
+from bitwright.result import describe_layers, describe_unquantized, totals
 from bitwright.terminal import Terminal, quiet_libraries
 
 Rows = list[dict[str, Any]]
 
 
 def inspect(
-    model: str, *, scheme: Scheme, output: str | None, settings: Settings, blocks: bool = False, terminal: Terminal
+    model: str,
+    *,
+    scheme: Scheme,
+    plan: Plan | None = None,
+    output: str | None,
+    settings: Settings,
+    blocks: bool = False,
+    terminal: Terminal,
 ) -> tuple[dict[str, Any], list[RenderableType]]:
     """Looks at a run, or at what would become of a float network.
 
     Returns:
         The facts as JSON keeps them, and as tables.
+
+    Raises:
+        UsageError: there is no such network or run, or a run is to be shown with a plan.
     """
     if is_run(model) or Path(model).expanduser().is_dir():
+        if plan is not None:
+            raise UsageError(f"{model} is a run, which has its bits already. Give the float network with --plan.")
         run = load_run(model)
         return _described(run, model, run.result.get("layers"), blocks)
     terminal.begin("Capturing the network")
     network = load_model(model, **settings)
     with quiet_libraries():
-        planned = api.preview(network, blank_images(network), scheme=scheme, output=output)
+        planned = api.preview(network, blank_images(network), scheme=scheme, plan=plan, output=output)
     terminal.finish()
     return _described(planned, network.name, None, blocks)
 
@@ -61,7 +75,7 @@ def facts(model: QuantizedModel, name: str, recorded: Rows | None = None) -> dic
         "model": {"name": name, **totals(model)},
         "bits": model.scheme.described_bits(),
         "size": model.result.get("size") or size,
-        "layers": tables.layer_rows(model) if recorded is None else recorded,
+        "layers": describe_layers(model) if recorded is None else recorded,
         "unquantized": describe_unquantized(model),
         "unfolded": unfolded(model),
     }

@@ -179,7 +179,7 @@ def parity_text(parity: dict[str, Any] | None) -> str:
 
 def structure(model: QuantizedModel, recorded: list[dict[str, Any]] | None = None) -> list[Table]:
     """Every tensor that is quantized, and every one that is not, with the reason."""
-    rows = layer_rows(model) if recorded is None else recorded
+    rows = describe_layers(model) if recorded is None else recorded
     with_noise = any(r["sqnr_db"] is not None for r in rows)
     columns = ["layer", "operator", ">weights", ">activations", "scale per", ">parameters", ">MACs"]
     layers = table(*columns, *([">SQNR"] if with_noise else []), title="Quantized")
@@ -203,15 +203,6 @@ def structure(model: QuantizedModel, recorded: list[dict[str, Any]] | None = Non
 
 def _bits(bits: int | None) -> str:
     return "" if bits is None else f"{bits} bits"
-
-
-def layer_rows(model: QuantizedModel) -> list[dict[str, Any]]:
-    """As in ``result.json``; the granularity also of weights that have no scale yet."""
-    rows = describe_layers(model)
-    for row, layer in zip(rows, model.layers, strict=True):
-        if layer.weight is not None and not model.quantizer(layer.weight).calibrated:
-            row["granularity"] = model.scheme.granularity
-    return rows
 
 
 def sizes(model: QuantizedModel) -> dict[str, int]:

@@ -335,7 +335,10 @@ def _scales_for_onnx(quantizer: Quantizer, codes: Tensor) -> tuple[Tensor, Tenso
     assert block is not None
     shape = tuple(codes.shape)
     cut = [axis for axis, (d, b) in enumerate(zip(shape, block, strict=True)) if b < d]
-    partial = [axis for axis in cut if block[axis] > 1]
+    if cut == [0] and quantizer.head_axis == 0:  # as channels, in far fewer numbers than as blocks
+        rows = (v.repeat_interleave(block[0]) for v in (quantizer.scale, quantizer.zero_point))
+        return next(rows), next(rows), {"axis": 0}
+    partial = [axis for axis in cut if block[axis] > 1 or axis == quantizer.head_axis]
     if len(cut) == 1 and not partial:
         return quantizer.scale, quantizer.zero_point, {"axis": cut[0]}
     if len(partial) > 1:

@@ -206,6 +206,8 @@ def _describe_quantizer(quantizer: Quantizer, blobs: _Blobs) -> dict[str, Any]:
         "block": None if quantizer.block is None else list(quantizer.block),
         "scale": blobs.add("scales", quantizer.scale),
     }
+    if quantizer.head_axis is not None:
+        described["head_axis"] = quantizer.head_axis
     if not quantizer.grid.symmetric:
         described["zero_point"] = [int(z) for z in quantizer.zero_point]
     return described
@@ -255,6 +257,7 @@ def _rebuild_module(root: nn.Module, described: dict[str, Any], blobs: dict[str,
         described["role"],
         tuple(described["shape"]),
         None if described["block"] is None else tuple(described["block"]),
+        described.get("head_axis"),
     )
     zero = described.get("zero_point")
     if described["scale"]["count"]:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
+from bitwright.errors import UsageError
 from bitwright.graph import ops, rewrite
+from bitwright.graph.heads import Heads, find_heads
 from bitwright.graph.place import FLOAT_ACTIVATIONS, FLOAT_BY_RULE, Placement, Point, Unquantized, place
 from bitwright.quant.quantizer import BiasQuantizer, Grid, Quantizer
-from bitwright.quant.scheme import Scheme
+from bitwright.quant.scheme import GROUP_SIZE, Scheme
 from bitwright.quant.targets import Target
 
 
@@ -49,8 +51,9 @@ def insert(teacher: fx.GraphModule, scheme: Scheme) -> Inserted:
     """A copy of the teacher with quantizers in it. Tensors are shared with the teacher and replaced, never changed.
 
     Raises:
-        UsageError: a rule of the scheme matches no layer.
+        UsageError: a rule of the scheme matches no layer, or it asks for a scale a head where there are no heads.
     """
+    heads = _heads(teacher, scheme)
     placement = place(teacher.graph, scheme)
     scheme.check_rules(_layer_names(teacher.graph, placement))
     tensors = {id(t): t for t in [*teacher.buffers(), *teacher.parameters()]}
@@ -61,10 +64,22 @@ def insert(teacher: fx.GraphModule, scheme: Scheme) -> Inserted:
     unquantized = list(placement.unquantized)
     for node in placement.linears:
         layer = next(x for x in layers if x.node == node.name)
-        _insert_weight(student, twin[node], layer, keys.get(placement.source[_first(node)]), scheme, unquantized)
+        source = keys.get(placement.source[_first(node)])
+        _insert_weight(student, twin[node], layer, source, scheme, heads.get(node.name), unquantized)
     student.graph.lint()
     student.recompile()
     return Inserted(student, layers, _with_settings(teacher.graph, unquantized))
+
+
+def _heads(teacher: fx.GraphModule, scheme: Scheme) -> dict[str, Heads]:
+    """Where weights have heads, if the scheme asks."""
+    found = find_heads(teacher) if scheme.by_heads() else {}
+    if scheme.granularity == "head" and not found:
+        raise UsageError(
+            "Expected attention with heads in the network for the granularity 'head', found none. Take 'channel', "
+            "'tensor' or 'group'."
+        )
+    return found
 
 
 def _first(node: fx.Node) -> fx.Node:
@@ -120,6 +135,7 @@ def _insert_weight(
     layer: Layer,
     source: str | None,
     scheme: Scheme,
+    heads: Heads | None,
     unquantized: list[Unquantized],
 ) -> None:
     stored, bias = node.args[1], node.args[2]
@@ -134,8 +150,12 @@ def _insert_weight(
     else:
         layer.weight = module_key("weight", str(stored.target).removesuffix(".weight"))
         shape = tuple(int(s) for s in ops.shape(stored))
-        block = weight_block(node, shape, *scheme.weight_granularity(layer.name))
-        student.add_module(layer.weight, Quantizer(layer.name, Grid(bits, True), "weight", shape, block))
+        kind, size = scheme.weight_granularity(layer.name)
+        cut = heads if kind == "head" else None
+        block = weight_block(node, shape, kind, size) if cut is None else cut.block(shape, size)
+        axis = None if cut is None else cut.axis
+        quantizer = Quantizer(layer.name, Grid(bits, True), "weight", shape, block, axis)
+        student.add_module(layer.weight, quantizer)
         _call_after(student, stored, layer.weight, [u for u in stored.users if ops.base_name(u) in ops.LINEAR])
     why = _insert_bias(student, bias, layer, source, scheme.target)
     if why:
@@ -158,6 +178,8 @@ def _insert_bias(
         blocks *= -(-d // b)
     if len(bias.users) > 1:
         return "several layers share it"
+    if weight.granularity == "head" and blocks > 1:
+        return "its layer's weight has scales of heads"
     if blocks not in {1, channels}:
         return "its layer's weight has several scales per output channel"
     if weight.grid.bits + quantizer.grid.bits < target.integer_bias_bits:
@@ -168,18 +190,19 @@ def _insert_bias(
     return None
 
 
-def weight_block(node: fx.Node, shape: tuple[int, ...], granularity: str, group_size: int) -> tuple[int, ...]:
+def weight_block(node: fx.Node, shape: tuple[int, ...], granularity: str, group_size: int | None) -> tuple[int, ...]:
     """Extent of one scale along each axis of a linear operator's weight.
 
     Example: a convolution [O, I, kh, kw] per channel gives (1, I, kh, kw), per group of 64 gives (1, 64, kh, kw); a
-    transposed one [I, O / groups, kh, kw] per channel gives (I / groups, 1, kh, kw).
+    transposed one [I, O / groups, kh, kw] per channel gives (I / groups, 1, kh, kw). Per head it is per channel, for an
+    operator without heads.
     """
     if granularity == "tensor":
         return shape
     if ops.base_name(node) in ops.CONV_TRANSPOSE:
         return (shape[0] // rewrite.groups(node), 1, *shape[2:])
     if granularity == "group":
-        return (1, min(group_size, shape[1]), *shape[2:])
+        return (1, min(group_size or GROUP_SIZE, shape[1]), *shape[2:])
     return (1, *shape[1:])
 
 

@@ -54,6 +54,7 @@ class Quantizer(nn.Module):
         role: what it quantizes.
         shape: of the weight; unused without ``block``.
         block: extent of one scale along each axis of a weight (:func:`affine.to_blocks`); None for one scale.
+        head_axis: the axis along which the heads of attention lie, of a weight whose blocks are theirs.
     """
 
     scale: Tensor
@@ -66,10 +67,11 @@ class Quantizer(nn.Module):
         role: Role,
         shape: tuple[int, ...] = (),
         block: tuple[int, ...] | None = None,
+        head_axis: int | None = None,
     ) -> None:
         super().__init__()
         self.name, self.grid, self.role = name, grid, role
-        self.shape, self.block = shape, block
+        self.shape, self.block, self.head_axis = shape, block, head_axis
         self.register_buffer("scale", torch.empty(0))
         self.register_buffer("zero_point", torch.empty(0))
 
@@ -80,12 +82,21 @@ class Quantizer(nn.Module):
 
     @property
     def granularity(self) -> str:
-        """``tensor``, ``channel`` or ``group``: how many elements share a scale."""
+        """``tensor``, ``channel``, ``group`` or ``head``: what shares a scale."""
+        if self.head_axis is not None:
+            return "head"
         if self.block is None:
             return "channel" if self.scale.numel() > 1 else "tensor"
         if self.block == self.shape:
             return "tensor"
         return "group" if self.block[0] == 1 and self.block[1] < self.shape[1] else "channel"
+
+    @property
+    def group_size(self) -> int | None:
+        """How many channels share a scale, of ``group`` and ``head``."""
+        if self.block is None or self.granularity not in {"group", "head"}:
+            return None
+        return self.block[1 if self.head_axis is None else self.head_axis]
 
     def set_range(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
         """Takes over scales (and zero points) of any shape with one element per block; without blocks, one zero point.

@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, field_validator, model_serializer
 
@@ -17,7 +17,10 @@ WEIGHT_BITS = range(2, 9)
 ACTIVATION_BITS = (*range(2, 9), 16)
 Bits = int | None
 """A number of bits, or None for float."""
-Granularity = Literal["channel", "tensor", "group"]
+Granularity = Literal["channel", "tensor", "group", "head"]
+GRANULARITIES = get_args(Granularity)
+GROUP_SIZE = 64
+"""Input channels of a group where nothing is said."""
 
 
 def parse_weight_bits(text: str | int | None) -> Bits:
@@ -124,8 +127,10 @@ class Scheme(BaseModel):
     plan: dict[str, Choice] = {}
     """Exceptions by the exact name of a layer."""
     granularity: Granularity = "channel"
-    """What shares a weight scale: an output channel, the whole tensor, or ``group_size`` input channels of one."""
-    group_size: int = Field(default=64, ge=1)
+    """What shares a weight scale: an output channel, the whole tensor, ``group_size`` input channels of one, or, in the
+    projections of attention, the channels of a head, at most ``group_size`` of them, all other weights by channel."""
+    group_size: int | None = Field(default=None, ge=1)
+    """Of ``group`` 64 if not given, of ``head`` as large as the head."""
     activation_grid: Literal["affine", "symmetric"] = "affine"
     """``affine``: unsigned codes with a zero point. ``symmetric``: signed codes around zero, or unsigned ones from
     zero for a tensor that is never negative."""
@@ -189,10 +194,14 @@ class Scheme(BaseModel):
             return None
         return planned if isinstance(planned, int) else self.parameter_bits
 
-    def weight_granularity(self, layer: str) -> tuple[Granularity, int]:
-        """What shares a scale of the layer's weight, and the size of a group."""
+    def weight_granularity(self, layer: str) -> tuple[Granularity, int | None]:
+        """What shares a scale of the layer's weight, and the size of a group if one is given."""
         planned = self._planned(layer)
         return planned.granularity or self.granularity, planned.group_size or self.group_size
+
+    def by_heads(self) -> bool:
+        """Whether the weight of any layer is to have a scale a head."""
+        return "head" in {self.granularity, *(c.granularity for c in self.plan.values())}
 
     def rules_weights(self, layer: str) -> bool:
         """Whether a rule decides the bits of the layer's weight."""
