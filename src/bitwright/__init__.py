@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bitwright.evaluate import evaluate
     from bitwright.models import load_model
     from bitwright.plan import Plan
+    from bitwright.planning import plan_bits
     from bitwright.preprocessing import Preprocessing
     from bitwright.quant.scheme import Rule, Scheme
     from bitwright.quantized import QuantizedModel
@@ -33,6 +34,7 @@ _HOMES = {
     "evaluate": ["evaluate"],
     "models": ["load_model"],
     "plan": ["Plan"],
+    "planning": ["plan_bits"],
     "preprocessing": ["Preprocessing"],
     "quant.scheme": ["Rule", "Scheme"],
     "quantized": ["QuantizedModel"],
@@ -43,8 +45,8 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "BitwrightError", "DataError", "Images", "ModelError", "ParityError", "Plan", "Preprocessing", "QuantizedModel",
-    "Recipe", "Rule", "Scheme", "UsageError", "capture", "evaluate", "load", "load_images", "load_model", "quantize",
-    "study",
+    "Recipe", "Rule", "Scheme", "UsageError", "capture", "evaluate", "load", "load_images", "load_model", "plan_bits",
+    "quantize", "study",
 ]  # fmt: skip
 
 

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from bitwright import planning
 from bitwright.capture import Captured, capture, select_output
 from bitwright.data import Images, load_images
 from bitwright.errors import UsageError
+from bitwright.goal import MEASURE, Goal, flag
 from bitwright.graph.prepare import prepare
 from bitwright.models import Model, load_model
 from bitwright.pipeline import fingerprint, run_stages
@@ -35,12 +37,20 @@ def quantize(
     images: Any,
     recipe: str | Path | Recipe | None = None,
     *,
-    weights: int | str | None = 8,
-    activations: int | str | None = 8,
+    weights: int | str | Sequence[int] | None = "auto",
+    activations: int | str | Sequence[int] | None = 8,
     rules: Sequence[str | Rule] = (),
     runtime: str = "onnxruntime",
     scheme: Scheme | None = None,
     plan: Plan | str | Path | None = None,
+    goal: Goal | None = None,
+    target_size: str | float | None = None,
+    compression: float | None = None,
+    max_bops: float | str | None = None,
+    max_latency: float | str | None = None,
+    max_drop: float | str | None = None,
+    measure: str = MEASURE,
+    cache: str | Path | None = None,
     samples: int | None = None,
     steps: int | Sequence[int] | None = None,
     minutes: float | None = None,
@@ -59,13 +69,24 @@ def quantize(
         model: any module of one image tensor, a saved export program, or a name (``timm:resnet18@weights.pt``).
         images: a path, an array, tensors, a loader; labels in it are not looked at.
         recipe: how; see ``bitwright recipes``. :data:`DEFAULT_RECIPE` if not given.
-        weights: bits of weights, 2 to 8, or ``"float"``.
-        activations: bits of activations, 2 to 8 or 16, or ``"float"``.
+        weights: bits of weights, 2 to 8, or ``"float"``; 8 if not given. With a limit, those to choose among, as in
+            ``"2,4,8"`` or ``(2, 4, 8)``; 2, 3, 4, 5, 6 and 8 if not given.
+        activations: bits of activations, 2 to 8 or 16, or ``"float"``; with a limit, also several.
         rules: exceptions such as ``"head=w8a8"``; the last that matches a layer decides.
         runtime: where the result will run, which decides what is computed without rounding in between.
         scheme: all of the five above and more, in one object, instead of them.
         plan: bits layer by layer, or the ``plan.json`` that says them; what it leaves open, the arguments above decide,
             and rules come after it.
+        goal: limits and choices in one object, instead of the next six and of several bits above.
+        target_size: of ``model.safetensors``, ``"3.5MB"``, ``"3MiB"`` or bytes: the bits are planned layer by layer
+            (:func:`bitwright.plan_bits`), and rules are fixed.
+        compression: bytes of the float parameters over those of ``model.safetensors``, instead.
+        max_bops: limit of multiply-accumulates of one image times bits of both operands; beside others or alone.
+        max_latency: limit of milliseconds for one image, likewise.
+        max_drop: share of answers that may differ from the float network's, instead of a size: the smallest network
+            that keeps it, as estimated on half of the images.
+        measure: of ``bitwright.sensitivity.MEASURES``: what predicts the losses that a plan minimises.
+        cache: folder where those are kept, so that the next plan takes seconds.
         samples: how many images to use, evenly spread; 512 at most if not given.
         steps: of the optimisation, instead of the recipe's; schedules stretch with them. Several numbers are for a
             recipe with several stages that take steps; one number is for the first of them.
@@ -85,12 +106,22 @@ def quantize(
     Raises:
         UsageError: an argument, a file, or the model cannot be used; one line says why.
     """
-    scheme = scheme or Scheme(
-        weights=parse_weight_bits(weights),
-        activations=parse_activation_bits(activations),
-        runtime=runtime,
-        rules=tuple(map(_as_rule, rules)),
-    )
+    limits = {
+        "target_size": target_size,
+        "compression": compression,
+        "max_bops": max_bops,
+        "max_latency": max_latency,
+        "max_drop": max_drop,
+    }
+    goal = goal or as_goal(weights, activations, measure, plan, **limits)
+    if scheme is None:
+        planned = goal is not None
+        scheme = Scheme(
+            weights=8 if planned or weights == "auto" else parse_weight_bits(weights),  # type: ignore[arg-type]
+            activations=8 if planned else parse_activation_bits(activations),  # type: ignore[arg-type]
+            runtime=runtime,
+            rules=tuple(map(_as_rule, rules)),
+        )
     plan = _as_plan(plan, scheme)
     method = find_recipe(recipe or DEFAULT_RECIPE)
     each = check_budget(steps, minutes, method)
@@ -105,10 +136,13 @@ def quantize(
         precision=precision,
     )
     network = as_model(model, preprocessing)
-    data = _calibration_images(images, network, samples, skip_unreadable)
+    data = calibration_images(images, network, samples, skip_unreadable)
 
     with run.timed("capture"):
         teacher = prepare_teacher(network, data, output)
+    facts = None
+    if goal is not None:
+        plan, scheme, facts = plan_within(goal, teacher, scheme, data, method, run, cache=cache, state=state)
     student = insert_quantizers(teacher, scheme) if plan is None else insert_plan(teacher, plan, scheme)
     scheme = student.scheme
     teacher.graph.to(run.device)
@@ -123,6 +157,8 @@ def quantize(
     teacher.graph.to("cpu")
     student.preprocessing, student.calibration = network.preprocessing, data
     student.result = _describe(student, network, method, scheme, data, run)
+    if facts is not None:
+        student.result["plan"] = facts
     return student
 
 
@@ -207,6 +243,40 @@ def check_budget(steps: int | Sequence[int] | None, minutes: float | None, metho
     return each
 
 
+def as_goal(weights: Any, activations: Any, measure: str, plan: Any, **limits: Any) -> Goal | None:
+    """What is wanted of a plan that is still to be made; None if nothing is limited.
+
+    Raises:
+        UsageError: a limit or a choice cannot be read, contradicts another, or there is a plan already.
+    """
+    given = [name for name, value in limits.items() if value is not None]
+    if not given:
+        return None
+    if plan is not None:
+        raise UsageError(f"Expected --plan or {flag(given[0])}, found both.")
+    goal = Goal.parse(weights=weights, activations=activations, measure=measure, **limits)
+    planning.check(goal)
+    return goal
+
+
+def plan_within(
+    goal: Goal,
+    teacher: Captured,
+    scheme: Scheme,
+    images: Images,
+    method: Recipe,
+    run: Run,
+    *,
+    cache: str | Path | None = None,
+    state: Path | None = None,
+) -> tuple[Plan, Scheme, dict[str, Any]]:
+    """The plan of a goal, the scheme for what it leaves open, and what the result says of it."""
+    folder = None if cache is None else planning.usable(Path(cache))
+    with run.timed("plan"):
+        plan, facts = planning.decide(teacher, scheme, images, goal, method, run, folder=folder, state=state)
+    return plan, planning.open_scheme(scheme, goal), facts
+
+
 def _as_rule(rule: str | Rule) -> Rule:
     return rule if isinstance(rule, Rule) else Rule.parse(rule)
 
@@ -220,7 +290,12 @@ def _as_plan(plan: Plan | str | Path | None, scheme: Scheme) -> Plan | None:
     return plan
 
 
-def _calibration_images(source: Any, network: Model, samples: int | None, skip_unreadable: bool) -> Images:
+def calibration_images(source: Any, network: Model, samples: int | None, skip_unreadable: bool) -> Images:
+    """The images that calibration takes: evenly spread, unlabelled, :data:`DEFAULT_SAMPLES` at most if not said.
+
+    Raises:
+        UsageError: none are asked for, or there are none.
+    """
     images = (
         source
         if isinstance(source, Images)

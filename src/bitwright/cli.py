@@ -28,6 +28,7 @@ app = typer.Typer(
 
 _BITS, _IMAGES = "What is quantized, and how", "How image files become the network's input"
 _BUDGET = "How long the optimisation may take"
+_MIXED = "Bits layer by layer, planned within limits"
 
 ModelArgument = Annotated[
     str,
@@ -87,6 +88,34 @@ GroupSizeOption = Annotated[
         "[default: all]",
         show_default=False,
         rich_help_panel=_BITS,
+    ),
+]
+TargetSizeOption = Annotated[
+    str | None, typer.Option(help="Of model.safetensors: 3500000B, 100kB, 3.5MB or 3MiB", rich_help_panel=_MIXED)
+]
+CompressionOption = Annotated[
+    str | None,
+    typer.Option(help="Float bytes of the parameters over those of model.safetensors, as in 6", rich_help_panel=_MIXED),
+]
+MaxBopsOption = Annotated[
+    str | None,
+    typer.Option(help="Multiply-accumulates x bits of both operands, as in 2e9 or 2G", rich_help_panel=_MIXED),
+]
+MaxLatencyOption = Annotated[
+    str | None, typer.Option(help="Milliseconds for one image", metavar="MS", rich_help_panel=_MIXED)
+]
+MeasureOption = Annotated[
+    str,
+    typer.Option(
+        help="What predicts losses: loss, trace, distance, quadratic, eigenvalue or q-bert", rich_help_panel=_MIXED
+    ),
+]
+CacheOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder where measured losses are kept  [default: BITWRIGHT_CACHE, or ~/.cache/bitwright]",
+        show_default=False,
+        rich_help_panel=_MIXED,
     ),
 ]
 LabelsOption = Annotated[
@@ -173,6 +202,21 @@ def _plan(path: Path | None, scheme: Any) -> tuple[Any, Any]:
     return plan, scheme if plan is None else plan.scheme(scheme)
 
 
+def _goal(weights: str | None, activations: str, measure: str, plan: Path | None, limits: dict[str, str | None]) -> Any:
+    """What is wanted of a plan that is still to be made; None if nothing is limited."""
+    from bitwright.goal import Goal, flag
+
+    given = [name for name, value in limits.items() if value is not None]
+    if not given:
+        several = "--weights" if "," in (weights or "") else "--activations" if "," in activations else None
+        if several:
+            raise UsageError(f"Several bits ({several}) are for a plan: give a limit too, such as --compression 8.")
+        return None
+    if plan is not None:
+        raise UsageError(f"Expected --plan or {flag(given[0])}, found both.")
+    return Goal.parse(weights=weights or "auto", activations=activations, measure=measure, **limits)
+
+
 # --------------------------------------------------------------------------------------------------- verbs
 
 
@@ -225,10 +269,31 @@ def quantize(
     model: ModelArgument,
     images: ImagesArgument,
     recipe: RecipeOption = None,
-    weights: WeightsOption = "8",
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Bits of weights: 2 to 8, or float; with a limit those to choose among  [default: 8; with a limit "
+            "2,3,4,5,6,8]",
+            show_default=False,
+            rich_help_panel=_BITS,
+        ),
+    ] = None,
     activations: ActivationsOption = "8",
     rule: RuleOption = None,
     plan: PlanOption = None,
+    target_size: TargetSizeOption = None,
+    compression: CompressionOption = None,
+    max_bops: MaxBopsOption = None,
+    max_latency: MaxLatencyOption = None,
+    max_drop: Annotated[
+        str | None,
+        typer.Option(
+            help="Share of answers that may change, as in 0.01: the smallest network that keeps it, as estimated",
+            rich_help_panel=_MIXED,
+        ),
+    ] = None,
+    measure: MeasureOption = "loss",
+    cache: CacheOption = None,
     samples: Annotated[
         int | None, typer.Option(help="Images to calibrate on, evenly spread  [default: 512 at most]")
     ] = None,
@@ -269,10 +334,22 @@ def quantize(
     Labels are never used for quantizing; with `--evaluate` (and `--labels`, where the images do not carry them) they
     say how accurate the result is. The ONNX file is checked in ONNX Runtime on real images before it is kept.
 
+    With a limit (`--target-size`, `--compression`, `--max-bops`, `--max-latency`, `--max-drop`) bits are planned layer
+    by layer; `bitwright plan` shows the choice there is.
+
     Example: `bitwright quantize zoo:fashion_cnn zoo:fashion --weights 4`
     """
     with Terminal(as_json=as_json) as terminal:
-        scheme = _scheme(weights, activations, rule, runtime, granularity, group_size)
+        limits = {
+            "target_size": target_size,
+            "compression": compression,
+            "max_bops": max_bops,
+            "max_latency": max_latency,
+            "max_drop": max_drop,
+        }
+        goal = _goal(weights, activations, measure, plan, limits)
+        bits = ("8", "8") if goal else (weights or "8", activations)
+        scheme = _scheme(*bits, rule, runtime, granularity, group_size)
         planned, scheme = _plan(plan, scheme)
         settings = _settings(input_size=input_size, mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct)
         terminal.begin("Loading PyTorch")
@@ -284,6 +361,8 @@ def quantize(
             scheme,
             recipe,
             plan=planned,
+            goal=goal,
+            cache=cache,
             samples=samples,
             steps=command.parse_steps(steps),
             minutes=minutes,
@@ -462,6 +541,105 @@ def sensitivity(
         found, paths = command.sensitivity(job, terminal)
         terminal.result({**found, "files": [str(p) for p in paths]})
         command.show(found, paths, terminal)
+
+
+@app.command()
+def plan(
+    model: ModelArgument,
+    images: ImagesArgument,
+    target_size: TargetSizeOption = None,
+    compression: CompressionOption = None,
+    max_bops: MaxBopsOption = None,
+    max_latency: MaxLatencyOption = None,
+    max_activation_size: Annotated[
+        str | None,
+        typer.Option(help="Of the activations in memory together, for one image, as in 64kB", rich_help_panel=_MIXED),
+    ] = None,
+    max_total_size: Annotated[
+        str | None, typer.Option(help="Of model.safetensors and activations together", rich_help_panel=_MIXED)
+    ] = None,
+    point: Annotated[
+        int | None,
+        typer.Option(help="This point of the curve instead of a limit; the table and pareto.json number them"),
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help="Bits of weights to choose among", rich_help_panel=_BITS)
+    ] = "2,3,4,5,6,8",
+    activations: Annotated[
+        str, typer.Option(help="Likewise of activations, as in 4,8,16; or float", rich_help_panel=_BITS)
+    ] = "8",
+    rule: RuleOption = None,
+    measure: MeasureOption = "loss",
+    points: Annotated[int, typer.Option(help="Of the curve")] = 33,
+    samples: Annotated[
+        int | None, typer.Option(help="Images to measure losses on  [default: 64 at most]", show_default=False)
+    ] = None,
+    cache: CacheOption = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the three files  [default: plan]", show_default=False)
+    ] = None,
+    seed: SeedOption = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    runtime: RuntimeOption = "onnxruntime",
+    granularity: GranularityOption = "channel",
+    group_size: GroupSizeOption = None,
+    output: OutputOption = None,
+    input_size: InputSizeOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    interpolation: InterpolationOption = None,
+    crop_pct: CropOption = None,
+    skip_unreadable: SkipOption = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the files of an earlier call in --out")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Bits for every layer within limits, and the curve of what other limits would give.
+
+    Measures what each choice of bits costs each layer, finds the plan that loses least, and writes plan.json (edit it,
+    give it to `quantize --plan`), pareto.json (every point of the curve) and plan.html (a plot, offline). Without a
+    limit the plan is as large as 4 bits everywhere. Losses are kept, so that the next plan takes seconds.
+
+    Example: `bitwright plan zoo:fashion_cnn zoo:fashion --target-size 100kB --out plan-100kB`
+    """
+    with Terminal(as_json=as_json) as terminal:
+        from bitwright.goal import Goal
+
+        goal = Goal.parse(
+            target_size=target_size,
+            compression=compression,
+            max_bops=max_bops,
+            max_latency=max_latency,
+            max_activation_size=max_activation_size,
+            max_total_size=max_total_size,
+            weights=weights,
+            activations=activations,
+            measure=measure,
+        )
+        scheme = _scheme("8", "8", rule, runtime, granularity, group_size)
+        settings = _settings(input_size=input_size, mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct)
+        terminal.begin("Loading PyTorch")
+        from bitwright.commands import plan as command
+
+        job = command.Job(
+            model,
+            images,
+            scheme,
+            goal,
+            point=point,
+            points=points,
+            samples=samples,
+            cache=cache,
+            out=out,
+            seed=seed,
+            device=device,
+            output=output,
+            preprocessing=settings,
+            skip_unreadable=skip_unreadable,
+            force=force,
+        )
+        found, facts, paths = command.plan(job, terminal)
+        terminal.result({**facts, "files": [str(p) for p in paths]})
+        command.show(found, facts, paths, terminal)
 
 
 @app.command()

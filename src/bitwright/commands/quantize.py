@@ -6,12 +6,13 @@ import json
 import re
 import shutil
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bitwright import api, run_folder
-from bitwright.commands import inspect, tables
+from bitwright import api, planning, run_folder
+from bitwright.commands import inspect, plans, tables
 from bitwright.commands.sources import (
     Settings,
     absolute_reference,
@@ -24,14 +25,16 @@ from bitwright.data import Images
 from bitwright.errors import BitwrightError, UsageError
 from bitwright.evaluate import evaluate, layer_sqnr
 from bitwright.export.parity import export_checked
+from bitwright.goal import Goal
 from bitwright.models import Model, load_model
-from bitwright.plan import Plan
+from bitwright.plan import Plan, insert_plan
 from bitwright.preprocessing import Preprocessing
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel
 from bitwright.recipes import recipe as find_recipe
 from bitwright.result import peak_memory_bytes
-from bitwright.stages.base import Precision
+from bitwright.sensitivity import diagnosis
+from bitwright.stages.base import Precision, Run
 from bitwright.terminal import Terminal, one_line, quiet_libraries
 
 SQNR_IMAGES = 32
@@ -49,6 +52,9 @@ class Job:
     """With the plan in it."""
     recipe: str | None = None
     plan: Plan | None = None
+    goal: Goal | None = None
+    """Limits within which a plan is made first."""
+    cache: Path | None = None
     samples: int | None = None
     steps: tuple[int, ...] | None = None
     minutes: float | None = None
@@ -101,6 +107,7 @@ def quantize(job: Job, terminal: Terminal) -> tuple[dict[str, Any], Path, Bitwri
         inputs = find_inputs(job, terminal)
         model = _quantize(job, inputs, state, terminal)
         _measure(model, job, inputs, terminal)
+        _diagnose(model, job, terminal)
         failure = _write(model, job, inputs, folder, terminal, started)
     except Exception:
         shutil.rmtree(state, ignore_errors=True)
@@ -125,8 +132,15 @@ def default_name(job: Job) -> str:
         'resnet18-mse-w4a8'
     """
     name = re.sub(r"@.*", "", job.model).rpartition(":")[2] if ":" in job.model else Path(job.model).stem
-    weights, activations = (b or "float" for b in job.scheme.described_bits().values())
+    weights, activations = (b or "float" for b in _described_bits(job).values())
     return re.sub(r"[^\w.-]+", "_", f"{name}-{Path(job.method).stem}-w{weights}a{activations}")
+
+
+def _described_bits(job: Job) -> dict[str, int | str | None]:
+    if job.goal is None:
+        return job.scheme.described_bits()
+    choices = {"weights": job.goal.weights, "activations": job.goal.activations}
+    return {what: "mixed" if len(bits) > 1 else next(iter(bits), None) for what, bits in choices.items()}
 
 
 def parse_steps(text: str | None) -> tuple[int, ...] | None:
@@ -151,6 +165,8 @@ def find_inputs(job: Job, terminal: Terminal) -> Inputs:
     """Loads the model, opens the images, and finds what can be wrong with them before the long work starts."""
     api.check_budget(job.steps, job.minutes, find_recipe(job.method))
     api.find_device(job.device)
+    if job.goal is not None:
+        planning.check(job.goal)
     if job.labels is not None and job.evaluate is None:
         raise UsageError("Labels are used for evaluation only. Give the images they belong to with --evaluate.")
     terminal.begin("Loading the network")
@@ -185,8 +201,24 @@ def preview(job: Job, terminal: Terminal) -> QuantizedModel:
     """The network with quantizers that are not calibrated: what ``--dry-run`` shows."""
     inputs = find_inputs(job, terminal)
     terminal.begin("Capturing the network")
+    if job.goal is not None:
+        return _preview_planned(job, job.goal, inputs, terminal)
     model = api.preview(inputs.network, inputs.calibration, scheme=job.scheme, plan=job.plan, output=job.output)
     terminal.finish()
+    return model
+
+
+def _preview_planned(job: Job, goal: Goal, inputs: Inputs, terminal: Terminal) -> QuantizedModel:
+    """Likewise, with the plan that the run would have."""
+    data = api.calibration_images(inputs.calibration, inputs.network, job.samples, job.skip_unreadable)
+    teacher = api.prepare_teacher(inputs.network, data, job.output)
+    run = Run(seed=job.seed, device=api.find_device(job.device), progress=terminal.progress)
+    method, cache = find_recipe(job.method), plans.scores(job.cache)
+    plan, scheme, facts = api.plan_within(goal, teacher, job.scheme, data, method, run, cache=cache)
+    teacher.graph.to("cpu")
+    terminal.finish()
+    model = insert_plan(teacher, plan, scheme)
+    model.result["plan"] = facts
     return model
 
 
@@ -198,6 +230,8 @@ def _quantize(job: Job, inputs: Inputs, state: Path, terminal: Terminal) -> Quan
         job.method,
         scheme=job.scheme,
         plan=job.plan,
+        goal=job.goal,
+        cache=None if job.goal is None else plans.scores(job.cache),
         samples=job.samples,
         steps=job.steps,
         minutes=job.minutes,
@@ -233,6 +267,22 @@ def _measure(model: QuantizedModel, job: Job, inputs: Inputs, terminal: Terminal
     model.result["seconds"]["evaluate"] = round(time.perf_counter() - started, 3)
 
 
+def _diagnose(model: QuantizedModel, job: Job, terminal: Terminal) -> None:
+    """Where most was lost, and the rules that mend it; a run is not lost over what goes wrong here."""
+    started, seconds = time.perf_counter(), model.result["seconds"]
+    limit = diagnosis.budget(sum(seconds.values()))
+    try:
+        model.result["diagnosis"] = diagnosis.diagnose(
+            model, seconds=limit, device=api.find_device(job.device), seed=job.seed, progress=terminal.progress
+        )
+    except Exception as error:
+        model.result["diagnosis"] = None
+        what = f"{type(error).__name__}: {one_line(str(error))}"
+        warnings.warn(f"What was lost where could not be found out: {what}", stacklevel=2)
+    terminal.finish()
+    seconds["diagnosis"] = round(time.perf_counter() - started, 3)
+
+
 def _write(
     model: QuantizedModel, job: Job, inputs: Inputs, folder: Path, terminal: Terminal, started: float
 ) -> BitwrightError | None:
@@ -250,6 +300,8 @@ def _write(
         }
         if failure is not None:
             terminal.warnings.append(one_line(str(failure)))
+        if "plan" in result:
+            plans.compare(result, terminal)
         result["warnings"] = list(terminal.warnings)
         result["seconds"]["total"] = time.perf_counter() - started
         result["seconds"] = {name: round(seconds, 3) for name, seconds in result["seconds"].items()}
@@ -291,9 +343,10 @@ def _export(
 
 def show(result: dict[str, Any], folder: Path, terminal: Terminal) -> None:
     """The result as people read it."""
-    terminal.show(tables.outcome(result))
+    terminal.show(tables.outcome(result), *plans.sentences(result))
     if result["data"]["evaluation"]["same_as_calibration"]:
         terminal.show("Measured on the calibration images; name others with --evaluate.")
+    terminal.show(*diagnosis.told(result.get("diagnosis")))
     files = ", ".join(sorted(p.name for p in folder.iterdir()))
     terminal.show(f"Written to {_short(folder)}: {files}")
 
@@ -307,8 +360,10 @@ def dry_run(job: Job, terminal: Terminal) -> None:
     """Shows what would be quantized to how many bits; calibrates and writes nothing."""
     model = preview(job, terminal)
     name = find_name(job)
-    terminal.result({**inspect.facts(model, name), "dry_run": True, "warnings": terminal.warnings})
-    terminal.show(*inspect.views(model, name), "Nothing was calibrated or written (--dry-run).")
+    planned = {"plan": model.result["plan"]} if "plan" in model.result else {}
+    terminal.result({**inspect.facts(model, name), **planned, "dry_run": True, "warnings": terminal.warnings})
+    said = [*plans.sentences(planned), "Nothing was calibrated or written (--dry-run)."]
+    terminal.show(*inspect.views(model, name), *said)
 
 
 def find_name(job: Job) -> str:

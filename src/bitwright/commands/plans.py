@@ -1,0 +1,85 @@
+"""What commands share that plan bits: where losses are kept, and what a result says of its plan."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from bitwright.allocation.solve import amount
+from bitwright.commands.tables import bytes_text, percent
+from bitwright.metrics import wilson_interval
+from bitwright.terminal import Terminal
+
+TOLERANCE = 0.02
+"""Of the file's size against the plan's."""
+
+
+def scores(cache: Path | None) -> Path:
+    """Where measured losses are kept: ``BITWRIGHT_CACHE`` if nothing is said, or where the system keeps such things."""
+    named = os.environ.get("BITWRIGHT_CACHE")
+    default = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "bitwright"
+    return cache or default
+
+
+def compare(result: dict[str, Any], terminal: Terminal) -> None:
+    """Writes what became of the plan into the result: the file's bytes and the agreement, beside those expected."""
+    plan, packed = result["plan"], result["size"]["packed_bytes"]
+    expected, limit = plan["predicted"]["weight_bytes"], plan["limits"].get("weight_bytes")
+    plan["packed"] = {"bytes": packed, "difference": packed / expected - 1}
+    if abs(packed / expected - 1) > TOLERANCE:
+        _warn(terminal, f"model.safetensors has {packed:,} bytes, planned were {expected:,.0f}.")
+    if limit is not None and packed > limit:
+        _warn(terminal, f"model.safetensors has {packed:,} bytes, {packed - limit:,.0f} more than wanted.")
+    agreement = result["fidelity"]["agreement"]
+    if "estimate" not in plan or agreement is None:
+        return
+    evaluated = result["data"]["evaluation"]
+    low, high = wilson_interval(round(agreement * evaluated["count"]), evaluated["count"])
+    plan["measured"] = {
+        "agreement": agreement,
+        "interval": [low, high],
+        "images": evaluated["count"],
+        "same_as_calibration": evaluated["same_as_calibration"],
+    }
+    if high < 1 - plan["estimate"]["drop"]:
+        _warn(
+            terminal,
+            f"The network agrees with the float one on {percent(agreement)} of the images measured on, less than the "
+            f"{percent(1 - plan['estimate']['drop'])} that were wanted. Ask for a smaller --max-drop.",
+        )
+
+
+def _warn(terminal: Terminal, text: str) -> None:
+    terminal.warnings.append(text)
+    terminal.log("warning", text=text)
+    terminal.say(f"warning: {text}")
+
+
+def sentences(result: dict[str, Any]) -> list[str]:
+    """What was planned, and what became of it; nothing of a result without a plan."""
+    plan = result.get("plan")
+    if plan is None:
+        return []
+    predicted, packed = plan["predicted"], plan.get("packed")
+    became = "" if packed is None else f"; the file has {bytes_text(packed['bytes'])} ({percent(packed['difference'])})"
+    said = [
+        f"Planned: {bytes_text(predicted['weight_bytes'])}, {amount(predicted['bit_operations'], 'bit operations')}, "
+        f"predicted loss {predicted['loss']:.3g} ('{plan['measure']['measure']}'){became}."
+    ]
+    if (estimate := plan.get("estimate")) is not None:
+        said.append(
+            f"Estimated: {_share(estimate)} held-out images ({'+'.join(estimate['stages'])}, "
+            f"{len(estimate['trials'])} plans tried)."
+        )
+    if (measured := plan.get("measured")) is not None:
+        said[-1] += f" Measured: {_share(measured)} images."
+    return said
+
+
+def _share(found: dict[str, Any]) -> str:
+    low, high = found["interval"]
+    return (
+        f"same answer as float on {percent(found['agreement'])} (95 %: {100 * low:.1f} to {100 * high:.1f}) of "
+        f"{found['images']}"
+    )
