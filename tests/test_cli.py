@@ -278,7 +278,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_run_folder_holds_what_the_contract_says(here: Path) -> None:
     assert {p.name for p in Path("run").iterdir()} == {
-        "model.safetensors", "model.onnx", "plan.json", "result.json", "log.jsonl",
+        "model.safetensors", "model.onnx", "plan.json", "result.json", "log.jsonl", "report.html", "report.json",
     }  # fmt: skip
     result = json.loads(Path("run/result.json").read_text())
     for key in ("bitwright", "torch", "python", "platform", "device", "seed", "command", "peak_memory_bytes"):

@@ -156,6 +156,9 @@ PrecisionOption = Annotated[
 ]
 SkipOption = Annotated[bool, typer.Option("--skip-unreadable", help="Leave out images that cannot be decoded")]
 SeedOption = Annotated[int, typer.Option(help="Of everything random")]
+NoImagesOption = Annotated[
+    bool, typer.Option("--no-images", help="Leave out of the report the few images whose answers differ")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, everything else on stderr")]
 
 
@@ -324,6 +327,7 @@ def quantize(
     force: Annotated[
         bool, typer.Option("--force", help="Replace a run in --out; keep an ONNX file that fails its check")
     ] = False,
+    no_images: NoImagesOption = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be quantized; calibrate and write nothing")
     ] = False,
@@ -377,6 +381,7 @@ def quantize(
             skip_unreadable=skip_unreadable,
             resume=resume,
             force=force,
+            pictures=not no_images,
         )
         if dry_run:
             command.dry_run(job, terminal)
@@ -688,6 +693,36 @@ def export(
         found["warnings"] = terminal.warnings
         terminal.result(found)
         terminal.show(command.table(found))
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="A run folder; several are compared", show_default=False)
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The page to write  [default: report.html in the run; comparison.html for several]",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Writes report.html of a run again, or a page that compares several runs: accuracy against size.
+
+    Takes what the run left (result.json, report.json and, if there is one, bench.json); needs neither the model nor
+    images. The page is one file and opens offline.
+
+    Example, after `bitwright demo`: `bitwright report demo/fashion_cnn`
+    """
+    with Terminal(as_json=as_json) as terminal:
+        terminal.begin("Loading")
+        from bitwright.commands import report as command
+
+        found, path = command.report(runs, out, terminal)
+        terminal.result({**found, "page": str(path)})
+        command.show(found, path, terminal)
 
 
 @app.command()

@@ -74,6 +74,7 @@ def show(results: dict[str, Any], out: Path, terminal: Terminal) -> None:
     )
     for name in results:
         folder = quantize._short((out / name).expanduser().absolute())
+        terminal.show(f"  {folder}/report.html          to look at first: one page, opens in any browser, offline")
         terminal.show(f"  {folder}/model.onnx           to deploy: onnxruntime.InferenceSession('{folder}/model.onnx')")
         terminal.show(f"  {folder}/model.safetensors    the packed integers: bitwright.load('{folder}')")
         terminal.show(

@@ -13,6 +13,7 @@ from typing import Any
 
 from bitwright import api, planning, run_folder
 from bitwright.commands import inspect, plans, tables
+from bitwright.commands.report import write_beside
 from bitwright.commands.sources import (
     Settings,
     absolute_reference,
@@ -32,6 +33,7 @@ from bitwright.preprocessing import Preprocessing
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel
 from bitwright.recipes import recipe as find_recipe
+from bitwright.report.answers import Answers
 from bitwright.result import peak_memory_bytes
 from bitwright.sensitivity import diagnosis
 from bitwright.stages.base import Precision, Run
@@ -70,6 +72,8 @@ class Job:
     skip_unreadable: bool = False
     resume: bool = False
     force: bool = False
+    pictures: bool = True
+    """Whether the report shows some of the images."""
 
     @property
     def method(self) -> str:
@@ -106,7 +110,7 @@ def quantize(job: Job, terminal: Terminal) -> tuple[dict[str, Any], Path, Bitwri
     try:
         inputs = find_inputs(job, terminal)
         model = _quantize(job, inputs, state, terminal)
-        _measure(model, job, inputs, terminal)
+        answers = _measure(model, job, inputs, terminal)
         _diagnose(model, job, terminal)
         failure = _write(model, job, inputs, folder, terminal, started)
     except Exception:
@@ -121,6 +125,7 @@ def quantize(job: Job, terminal: Terminal) -> tuple[dict[str, Any], Path, Bitwri
         else:
             terminal.farewell = "Interrupted before the first stage was finished: nothing is kept."
         raise
+    write_beside(model, inputs.evaluation, answers, folder, terminal, pictures=job.pictures)
     return model.result, folder, failure
 
 
@@ -244,12 +249,12 @@ def _quantize(job: Job, inputs: Inputs, state: Path, terminal: Terminal) -> Quan
     )
 
 
-def _measure(model: QuantizedModel, job: Job, inputs: Inputs, terminal: Terminal) -> None:
-    """Accuracy, fidelity and the noise of every layer into the result."""
-    started = time.perf_counter()
+def _measure(model: QuantizedModel, job: Job, inputs: Inputs, terminal: Terminal) -> Answers:
+    """Accuracy, fidelity and the noise of every layer into the result; which answers differ, for the report."""
+    started, answers = time.perf_counter(), Answers()
     images = inputs.evaluation or model.calibration
     assert images is not None
-    model.result |= evaluate(model, images, progress=terminal.progress)
+    model.result |= evaluate(model, images, progress=terminal.progress, each=answers.update)
     terminal.begin("Measuring every layer")
     noise = layer_sqnr(model, images.batch(range(min(SQNR_IMAGES, len(images)))))
     terminal.finish()
@@ -265,6 +270,7 @@ def _measure(model: QuantizedModel, job: Job, inputs: Inputs, terminal: Terminal
         "same_as_calibration": inputs.evaluation is None,
     }
     model.result["seconds"]["evaluate"] = round(time.perf_counter() - started, 3)
+    return answers
 
 
 def _diagnose(model: QuantizedModel, job: Job, terminal: Terminal) -> None:

@@ -1,6 +1,7 @@
 """The page of a run: what was lost, where, and how to repeat it, in one file that opens from disk.
 
-:func:`gather` runs once, while the model and its images are at hand; :func:`write` makes the page from what was kept.
+:mod:`bitwright.report.facts` gathers once, while the model and its images are at hand; :func:`write` makes the page
+from what was kept.
 """
 
 from __future__ import annotations
@@ -8,25 +9,44 @@ from __future__ import annotations
 from pathlib import Path
 
 from bitwright import run_folder
+from bitwright.errors import UsageError
 from bitwright.report.page import page
 from bitwright.report.shown import read
 
-__all__ = ["write"]
+__all__ = ["save", "write"]
 
 
-def write(folder: str | Path) -> Path:
-    """Writes ``report.html`` of a run from ``result.json`` and what lies beside it; replaces an older one.
+def write(folder: str | Path, path: Path | None = None) -> Path:
+    """Writes the page of a run from ``result.json`` and what lies beside it; replaces an older one.
+
+    Args:
+        folder: the run.
+        path: of the page; ``report.html`` in the folder if not given.
 
     Raises:
         UsageError: there is no finished run, its result cannot be read, or the page cannot be written.
     """
-    from bitwright.errors import UsageError
-
-    path = Path(folder).expanduser()
-    target = path / run_folder.PAGE
-    text = page(read(path))
+    folder = Path(folder).expanduser()
+    run = read(folder)
+    place = folder if folder.is_dir() else folder.parent
     try:
-        target.write_text(text, encoding="utf-8")
+        text = page(run)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else f"something unexpected ({error})"
+        raise UsageError(f"The result in {place} is damaged: it has {what}. Quantize again.") from error
+    return save(text, path or place / run_folder.PAGE)
+
+
+def save(text: str, path: Path) -> Path:
+    """Writes a page.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    path = path.expanduser()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UsageError(f"{target} cannot be written ({error.strerror or error}). Name another file.") from error
-    return target
+        raise UsageError(f"{path} cannot be written ({error.strerror or error}). Choose another --out.") from error
+    return path

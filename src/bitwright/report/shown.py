@@ -49,8 +49,10 @@ def read(folder: Path) -> Shown:
     Raises:
         UsageError: there is no result, or it cannot be read.
     """
+    result = run_folder.read_result(folder)
+    folder = folder if folder.is_dir() else folder.parent
     return Shown(
-        run_folder.read_result(folder),
+        result,
         _beside(folder / run_folder.FACTS) or {},
         _beside(folder / run_folder.BENCH),
         folder.expanduser().absolute().name,

@@ -1,0 +1,142 @@
+"""`bitwright report`: pages of runs, made again from what they left."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from bitwright import report as pages
+from bitwright import run_folder
+from bitwright.commands import tables
+from bitwright.data import Images
+from bitwright.errors import UsageError
+from bitwright.quantized import QuantizedModel
+from bitwright.report import comparison, facts
+from bitwright.report.answers import Answers
+from bitwright.report.comparison import Entry
+from bitwright.report.shown import read
+from bitwright.report.verdict import verdict
+from bitwright.terminal import Terminal, one_line
+
+DEFAULT = Path("comparison.html")
+
+
+def report(runs: Sequence[str], out: Path | None, terminal: Terminal) -> tuple[dict[str, Any], Path]:
+    """The page of one run into its folder, or a page that compares several.
+
+    Args:
+        runs: folders.
+        out: the page, if not ``report.html`` of the one run or :data:`DEFAULT`.
+        terminal: for warnings.
+
+    Returns:
+        What the page says in short, and its path.
+
+    Raises:
+        UsageError: a run cannot be read, is named twice, or the page cannot be written.
+    """
+    folders = [Path(r).expanduser() for r in runs]
+    _check_out(out)
+    if len({f.absolute() for f in folders}) < len(folders):
+        raise UsageError("Expected different runs, found one of them twice. Name each once.")
+    if len(folders) == 1:
+        shown = read(folders[0])
+        path = pages.write(folders[0], out)
+        return {"run": str(folders[0]), "verdict": verdict(shown.result, shown.facts)}, path
+    entries = [Entry(name, read(f)) for name, f in zip(short_names(folders), folders, strict=True)]
+    path = out or DEFAULT
+    pages.save(comparison.comparison(entries), path)
+    return {"verdict": comparison.verdict(entries), "runs": [comparison.row(e) for e in entries]}, path
+
+
+def write_beside(
+    model: QuantizedModel,
+    images: Images | None,
+    answers: Answers,
+    folder: Path,
+    terminal: Terminal,
+    *,
+    pictures: bool,
+) -> None:
+    """``report.html`` of a run that was just written, and what it is made from; no failure here undoes the run.
+
+    Args:
+        model: frozen, with its float network and its result.
+        images: that it was evaluated on; None for those it was calibrated on.
+        answers: counted during that.
+        folder: of the run.
+        terminal: for progress.
+        pictures: whether the page shows a few of the images.
+    """
+    terminal.begin("Writing the report")
+    terminal.farewell = f"Interrupted. The run is complete but for its page: bitwright report {folder}"
+    images = images or model.calibration
+    try:
+        assert images is not None
+        found = facts.gather(model, images, answers, folder, pictures=pictures)
+        (folder / run_folder.FACTS).write_text(json.dumps(found, allow_nan=False) + "\n", encoding="utf-8")
+        pages.write(folder)
+    except Exception as error:
+        what = f"{type(error).__name__}: {one_line(str(error))}"
+        warnings.warn(f"The run is complete, but its page could not be written ({what}).", stacklevel=2)
+    terminal.finish()
+
+
+def _check_out(out: Path | None) -> None:
+    if out is not None and out.suffix.lower() not in {".html", ".htm"}:
+        raise UsageError(f"Expected an .html file for --out, found {out}. Such as --out {DEFAULT}.")
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """Names of folders, with as much of their path as tells them apart.
+
+    Example:
+        >>> short_names([Path("a/cnn"), Path("b/cnn")]), short_names([Path("a/x"), Path("a/y")])
+        (['a/cnn', 'b/cnn'], ['x', 'y'])
+    """
+    parts = [f.absolute().parts for f in folders]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-length:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(f) for f in folders]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Runs for people: a line each, the reason for those that failed."""
+    metric = next((k for k in ("top1", "miou", "map") if any(r.get(k) is not None for r in rows)), None)
+    heads = [">top-1 (95 % interval)" if metric == "top1" else f">{metric}"] if metric else []
+    made = tables.table("run", *heads, ">same answer", ">KL", ">size", ">model.onnx", ">time")
+    for r in rows:
+        if r["error"] is not None:
+            made.add_row(r["run"], "failed")
+            continue
+        scores = [_metric(r, metric)] if metric else []
+        made.add_row(
+            r["run"],
+            *scores,
+            tables.percent(r["agreement"]),
+            "-" if r["kl"] is None else f"{r['kl']:.2g}",
+            tables.bytes_text(r["packed_bytes"]),
+            tables.bytes_text(r["onnx_bytes"]),
+            "-" if r["seconds"] is None else f"{r['seconds']:.0f} s",
+        )
+    return made
+
+
+def _metric(r: dict[str, Any], metric: str) -> str:
+    if metric == "top1" and r.get("top1_ci"):
+        return tables.with_interval(r)
+    return tables.percent(r.get(metric))
+
+
+def show(found: dict[str, Any], path: Path, terminal: Terminal) -> None:
+    """The verdict, the table of several runs, and where the page is."""
+    if "runs" in found:
+        terminal.show(table(found["runs"]))
+    terminal.show(found["verdict"].replace("\u00a0", " "), f"Written: {path}")

@@ -1,0 +1,258 @@
+"""Several runs on one page: a table, and which of them no other run beats in both accuracy and size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bitwright.report import words
+from bitwright.report.charts import chart, dot, horizontal, label, linear, polyline, rule
+from bitwright.report.markup import Child, Markup, tag
+from bitwright.report.page import document
+from bitwright.report.shown import Section, Shown, key, paragraph
+from bitwright.report.tables import Cell, table
+from bitwright.report.verdict import METRICS, main_metric
+
+FIDELITY = {"agreement": "same answer as float", "sqnr_db": "outputs: signal to error"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A run, or what went wrong instead of one."""
+
+    name: str
+    run: Shown | None = None
+    error: str | None = None
+
+
+def row(entry: Entry) -> dict[str, Any]:
+    """The figures of a run that are compared; ``error`` alone where it failed."""
+    if entry.run is None:
+        return {"run": entry.name, "error": entry.error}
+    result = entry.run.result
+    theirs, ours = result.get("float") or {}, result.get("quantized") or {}
+    fidelity, size = result.get("fidelity") or {}, result["size"]
+    parity = result.get("parity") or {}
+    return {
+        "run": entry.name,
+        "error": None,
+        "model": result["model"]["name"],
+        "recipe": result["recipe"]["name"],
+        "bits": result.get("bits"),
+        **{k: ours[k] for k in METRICS if ours.get(k) is not None},
+        **{f"{k}_ci": ours[f"{k}_ci"] for k in METRICS if ours.get(f"{k}_ci")},
+        **{f"float_{k}": theirs[k] for k in METRICS if theirs.get(k) is not None},
+        **{k: fidelity.get(k) for k in ("agreement", "kl", "sqnr_db")},
+        **{k: size.get(k) for k in ("float_bytes", "packed_bytes", "onnx_bytes")},
+        "parity": None if not parity else parity.get("first_divergence") is None,
+        "seconds": (result.get("seconds") or {}).get("total"),
+    }
+
+
+def quality(entries: Sequence[Entry]) -> str | None:
+    """The key of the first figure that all runs have: a metric, else how alike the answers are to float's."""
+    runs = [e.run for e in entries if e.run is not None]
+    metrics = {main_metric(r.result) for r in runs}
+    if len(metrics) == 1 and (only := metrics.pop()) is not None:
+        return only
+    rows = [row(e) for e in entries if e.run is not None]
+    return next((k for k in FIDELITY if rows and all(r[k] is not None for r in rows)), None)
+
+
+def front(places: Sequence[tuple[float, float]]) -> list[int]:
+    """Which of (size, quality) no other beats in both, the smallest first; of equal ones the first.
+
+    Example:
+        >>> front([(3.0, 0.9), (1.0, 0.5), (2.0, 0.4), (4.0, 0.9)])
+        [1, 0]
+    """
+    found: list[int] = []
+    for i in sorted(range(len(places)), key=lambda i: (places[i][0], -places[i][1])):
+        if not found or places[i][1] > places[found[-1]][1]:
+            found.append(i)
+    return found
+
+
+def comparison(entries: Sequence[Entry], title: str = "") -> str:
+    """The page.
+
+    Args:
+        entries: in the order of the table.
+        title: what they have in common; found out if not given.
+    """
+    runs = [e.run for e in entries if e.run is not None]
+    models = sorted({r.result["model"]["name"] for r in runs})
+    name = title or words.listed(models) or "Comparison"
+    sections = [
+        s
+        for s in (_table(entries), _front(entries), _alike(runs), _failures(entries), _repeat(entries))
+        if s is not None
+    ]
+    under = f"comparison of {words.plural(len(entries), 'run')}"
+    return document(f"{name} · comparison · bitwright", name, under, verdict(entries), sections)
+
+
+def verdict(entries: Sequence[Entry]) -> str:
+    """Which run is best, and which others cannot be told from it."""
+    done = [e for e in entries if e.run is not None]
+    failed = len(entries) - len(done)
+    tail = f" {words.plural(failed, 'run')} failed." if failed else ""
+    if not done:
+        return f"Nothing to compare.{tail}"
+    what = quality(entries)
+    if what is None:
+        return f"The runs have no figure in common to be compared by.{tail}"
+    rows = [row(e) for e in done]
+    best = max(rows, key=lambda r: r[what])
+    said = f"{best['run']} has the best {named(what)}, {shown(what, best[what])}, at {words.size(best['packed_bytes'])}"
+    ends = best.get(f"{what}_ci")
+    near = [r["run"] for r in rows if r is not best and ends and r.get(f"{what}_ci") and r[f"{what}_ci"][1] >= ends[0]]
+    if near:
+        verb = "overlaps" if len(near) == 1 else "overlap"
+        kind = "interval" if len(near) == 1 else "intervals"
+        said += f"; the 95 % {kind} of {words.listed(near)} {verb} with its own"
+    return f"{said}.{tail}"
+
+
+def named(what: str) -> str:
+    """A figure's name."""
+    return METRICS.get(what) or FIDELITY[what]
+
+
+def shown(what: str, value: float | None) -> str:
+    """A figure's value."""
+    return words.decibel(value) if what == "sqnr_db" else words.percent(value)
+
+
+# ------------------------------------------------------------------------------------------------------ sections
+
+COLUMNS: tuple[tuple[str, str], ...] = (
+    ("agreement", ">same answer"),
+    ("kl", ">KL, nats"),
+    ("sqnr_db", ">signal to error"),
+    ("packed_bytes", ">size"),
+    ("onnx_bytes", ">model.onnx"),
+    ("seconds", ">time"),
+)
+SAID = {
+    "agreement": words.percent,
+    "kl": words.number,
+    "sqnr_db": words.decibel,
+    "packed_bytes": words.size,
+    "onnx_bytes": words.size,
+    "seconds": words.duration,
+}
+
+
+def _table(entries: Sequence[Entry]) -> Section:
+    rows = [row(e) for e in entries]
+    metrics = [k for k in METRICS if any(r.get(k) is not None for r in rows)]
+    several = len({r.get("model") for r in rows if r["error"] is None}) > 1
+    heads = [">#", "run", *(["network"] if several else []), "recipe", "bits"]
+    for k in metrics:
+        heads += [f">{METRICS[k]}", ">95 % interval", ">against float"]
+    heads += [head for _, head in COLUMNS]
+    made = table(
+        "The runs",
+        heads,
+        [_cells(i, r, metrics, several=several) for i, r in enumerate(rows, 1)],
+        sortable=True,
+        name="runs",
+    )
+    return Section("table", "Figures", [paragraph("Click a heading to sort.", quiet=True), made])
+
+
+def _cells(i: int, r: dict[str, Any], metrics: list[str], *, several: bool) -> list[Cell | str]:
+    cells: list[Cell | str] = [Cell(str(i), i), r["run"]]
+    if r["error"] is not None:
+        rest = (1 if several else 0) + 2 + 3 * len(metrics) + len(COLUMNS)
+        return [*cells, "failed", *([""] * (rest - 1))]
+    cells += [r["model"]] if several else []
+    cells += [r["recipe"], _bits(r["bits"])]
+    for k in metrics:
+        value, before = r.get(k), r.get(f"float_{k}")
+        cells.append(Cell(words.percent(value), value))
+        cells.append(words.interval(r.get(f"{k}_ci")))
+        change = None if value is None or before is None else value - before
+        cells.append(Cell(words.NONE if change is None else words.points(change), change))
+    cells += [Cell(SAID[k](r.get(k)), r.get(k)) for k, _ in COLUMNS]
+    return cells
+
+
+def _bits(bits: dict[str, Any] | None) -> str:
+    found = bits or {}
+    weights, activations = (found.get(k) or "float" for k in ("weights", "activations"))
+    return f"W{weights} A{activations}"
+
+
+def _front(entries: Sequence[Entry]) -> Section | None:
+    what = quality(entries)
+    places = [(i, r) for i, r in enumerate(map(row, entries), 1) if r["error"] is None and r["packed_bytes"]]
+    if what is None or len(places) < 2:
+        return None
+    factor = 1.0 if what == "sqnr_db" else 100.0
+    points = [(r["packed_bytes"] / 1e6, factor * r[what]) for _, r in places]
+    ends = [[factor * v for v in r.get(f"{what}_ci") or [r[what], r[what]]] for _, r in places]
+    top = {r.get(f"float_{what}") for _, r in places}
+    level = factor * only if len(top) == 1 and (only := top.pop()) is not None else None
+    lows, highs = [e[0] for e in ends], [e[1] for e in ends] + ([] if level is None else [level])
+    x = linear(min(p[0] for p in points), max(p[0] for p in points), "size of model.safetensors, MB", margin=0.15)
+    y = linear(min(lows), max(highs), f"{named(what)}, {'dB' if what == 'sqnr_db' else '%'}", count=5, margin=0.06)
+    chosen = front(points)
+    drawn = [horizontal(level, y, "float dashed")] if level is not None else []
+    drawn.append(polyline([points[i][0] for i in chosen], [points[i][1] for i in chosen], x, y, "quantized thin"))
+    labels = []
+    for k, ((number, r), (a, b), (low, high)) in enumerate(zip(places, points, ends, strict=True)):
+        look = "quantized" if k in chosen else "float"
+        title = f"{number}. {r['run']}: {shown(what, r[what])}, {words.size(r['packed_bytes'])}"
+        drawn += [rule(a, low, a, high, x, y, f"{look} whisker"), dot(a, b, x, y, f"large {look}", title)]
+        labels.append(label(str(number), a, b, x, y))
+    listed = words.listed([f"{places[i][0]} ({places[i][1]['run']})" for i in chosen])
+    said = f"No run is both smaller and better than these, in order of size: {listed}."
+    marks = [("quantized", "not beaten"), ("float", "beaten in both")]
+    note = " The dashed line is the float network." if level is not None else ""
+    return Section(
+        "front",
+        "Accuracy against size",
+        tag(
+            "figure",
+            tag("figcaption", f"{said} Whiskers are 95 % intervals.{note}"),
+            key(*marks),
+            chart(drawn, x, y, summary=f"{named(what)} against size. {said}", height=17, labels=labels),
+        ),
+    )
+
+
+def _alike(runs: Sequence[Shown]) -> Section | None:
+    """What keeps the figures from being compared with each other."""
+    evaluated = [((r.result.get("data") or {}).get("evaluation") or {}).get("sha256") for r in runs]
+    calibrated = [((r.result.get("data") or {}).get("calibration") or {}).get("sha256") for r in runs]
+    said = []
+    if len({r.result["model"]["name"] for r in runs}) > 1:
+        said.append("The runs are of different networks.")
+    if len(set(evaluated)) > 1:
+        said.append("They were not measured on the same images: their figures cannot be compared with each other.")
+    if len(set(calibrated)) > 1:
+        said.append("They were calibrated on different images.")
+    if len({r.result.get("seed") for r in runs}) > 1:
+        said.append("Their seeds differ.")
+    return Section("alike", "What else differs", tag("ul", (tag("li", s) for s in said))) if said else None
+
+
+def _failures(entries: Sequence[Entry]) -> Section | None:
+    failed = [e for e in entries if e.run is None]
+    if not failed:
+        return None
+    pairs: list[Child] = [[tag("dt", e.name), tag("dd", e.error)] for e in failed]
+    return Section("failed", "What failed", tag("dl", pairs))
+
+
+def _repeat(entries: Sequence[Entry]) -> Section | None:
+    done = [e for e in entries if e.run is not None]
+    commands: list[Markup] = []
+    for e in done:
+        assert e.run is not None
+        command = e.run.result.get("command", words.NONE)
+        commands += [tag("dt", e.name), tag("dd", tag("code", command))]
+    return Section("repeat", "To repeat it", tag("dl", commands)) if done else None
