@@ -118,14 +118,19 @@ class OutputDistance(Measure):
         return error / b.square().mean(1).clamp_min(1e-30) if relative else error
 
 
-def _distance_of_outputs(ours: Values, theirs: Values, _: Tensor | None) -> Tensor:
-    total = torch.zeros(len(ours[0][0]), dtype=torch.float64)
-    for a, b in zip(ours[0], theirs[0], strict=True):
+def distance_of_outputs(ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
+    """Summed over outputs: KL from theirs in nats, or relative squared error where they are no class scores, [N]."""
+    total = torch.zeros(len(ours[0]), dtype=torch.float64)
+    for a, b in zip(ours, theirs, strict=True):
         if not a.is_floating_point():
             continue
         scores = as_log_probabilities(b) is not None and as_log_probabilities(a) is not None
         total += (losses.kl_divergence(a, b) if scores else losses.relative_error(a, b)).double().cpu()
     return total
+
+
+def _distance_of_outputs(ours: Values, theirs: Values, _: Tensor | None) -> Tensor:
+    return distance_of_outputs(ours[0], theirs[0])
 
 
 def _added_cross_entropy(ours: Values, theirs: Values, labels: Tensor | None) -> Tensor:
