@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from bitwright.quantized import QuantizedModel
     from bitwright.recipes import Recipe
     from bitwright.run_folder import load
+    from bitwright.speed.bench import bench
     from bitwright.studies import study
 
 _HOMES = {
@@ -40,12 +41,13 @@ _HOMES = {
     "quantized": ["QuantizedModel"],
     "recipes": ["Recipe"],
     "run_folder": ["load"],
+    "speed.bench": ["bench"],
     "studies": ["study"],
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "BitwrightError", "DataError", "Images", "ModelError", "ParityError", "Plan", "Preprocessing", "QuantizedModel",
-    "Recipe", "Rule", "Scheme", "UsageError", "capture", "evaluate", "load", "load_images", "load_model", "plan_bits",
+    "Recipe", "Rule", "Scheme", "UsageError", "bench", "capture", "evaluate", "load", "load_images", "load_model", "plan_bits",
     "quantize", "study",
 ]  # fmt: skip
 

@@ -726,6 +726,42 @@ def report(
 
 
 @app.command()
+def bench(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder with a model.onnx in it")],
+    batch: Annotated[str, typer.Option(help="Images in one call; several are measured one by one")] = "1,32",
+    threads: Annotated[
+        str | None, typer.Option(help="Of the runtime, likewise  [default: 1 and all there are]", show_default=False)
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="For all timings together, warming up left out")] = 20.0,
+    runtime: Annotated[
+        list[str] | None,
+        typer.Option(help="onnxruntime or openvino; may be repeated  [default: what is installed]", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Times a run's ONNX file and the float network in turn: latency, throughput, memory; writes bench.json.
+
+    Medians and quartiles of each, and of the ratio, round by round, so that a machine that speeds up or slows down
+    does so for both. Close other programs first.
+
+    Example, after `bitwright demo`: `bitwright bench demo/fashion_cnn --seconds 5`
+    """
+    with Terminal(as_json=as_json) as terminal:
+        from bitwright.commands import bench as command
+
+        found = command.bench(
+            run,
+            runtimes=runtime,
+            batches=command.counts(batch, "--batch"),
+            threads=command.counts(threads, "--threads"),
+            seconds=seconds,
+            terminal=terminal,
+        )
+        terminal.result(found)
+        terminal.show(*command.views(found))
+
+
+@app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="The recipe to print", show_default=False)] = None,
     as_json: JsonOption = False,

@@ -16,8 +16,11 @@ Measure = Callable[[Sequence[Call]], list[list[float]]]
 WARM_CALLS = 3
 LEAST_ROUNDS = 5
 MOST_ROUNDS = 1000
-SAMPLE_SECONDS = 2e-3
-"""A shorter call is repeated until one sample takes about as long: clocks and interrupts weigh less."""
+SAMPLE_SECONDS = 3e-4
+"""A shorter call is repeated until one sample takes about as long: the clock weighs less. No longer than that, so
+that most samples fall between the moments that other processes take the core."""
+LONG_SECONDS = 0.1
+"""A call of this length needs no warming up before each sample: it fills the caches many times over."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ def in_turn(
 ) -> list[list[float]]:
     """Times each call once a round (first, second, ..., first, second, ...), warm, until the time is used up.
 
-    Before each sample the call runs once untimed, so that it finds its own data in the caches and not those of the
-    call before. A round is always finished.
+    Before each sample a short call runs once untimed, so that it finds its own data in the caches and not those of
+    the call before. A round is always finished.
 
     Args:
         calls: what to time.
@@ -66,23 +69,29 @@ def in_turn(
     Returns:
         Seconds of one call, [calls][rounds].
     """
-    repeats = [_repeats(call, clock) for call in calls]
+    estimates = [_warm(call, clock) for call in calls]
     samples: list[list[float]] = [[] for _ in calls]
     started = clock()
     for done in range(most):
         if done >= least and clock() - started >= seconds:
             break
-        for call, count, kept in zip(calls, repeats, samples, strict=True):
-            call()
-            kept.append(_sample(call, count, clock))
+        for call, once, kept in zip(calls, estimates, samples, strict=True):
+            if once < LONG_SECONDS:
+                call()
+            kept.append(_sample(call, _repeats(once), clock))
     return samples
 
 
-def _repeats(call: Call, clock: Clock) -> int:
-    """Warms the call up; how often it goes into one sample."""
-    for _ in range(WARM_CALLS):
-        call()
+def _warm(call: Call, clock: Clock) -> float:
+    """Runs the call until it is warm; roughly its seconds."""
     once = _sample(call, 1, clock)
+    for _ in range(WARM_CALLS if once < LONG_SECONDS else 1):
+        once = min(once, _sample(call, 1, clock))
+    return once
+
+
+def _repeats(once: float) -> int:
+    """How often a call goes into one sample."""
     return max(1, min(1000, round(SAMPLE_SECONDS / max(once, 1e-9))))
 
 

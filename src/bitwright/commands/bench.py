@@ -1,0 +1,116 @@
+"""`bitwright bench`: the speed of a run's file beside the float network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import RenderableType
+
+from bitwright.commands import tables
+from bitwright.errors import UsageError
+from bitwright.run_folder import BENCH
+from bitwright.speed.bench import bench as measured
+from bitwright.speed.runtimes import RUNTIMES
+from bitwright.terminal import Terminal
+
+
+def counts(text: str | None, option: str) -> tuple[int, ...] | None:
+    """Numbers of at least 1 behind an option.
+
+    Raises:
+        UsageError: anything else.
+
+    Example:
+        >>> counts("1,32", "--batch")
+        (1, 32)
+    """
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UsageError(f"Expected numbers of at least 1 as {option}, as in 1,32, found '{text}'.")
+    return tuple(map(int, parts))
+
+
+def bench(
+    run: str,
+    *,
+    runtimes: list[str] | None,
+    batches: tuple[int, ...] | None,
+    threads: tuple[int, ...] | None,
+    seconds: float,
+    terminal: Terminal,
+) -> dict[str, Any]:
+    """Times the run; see :func:`bitwright.bench`."""
+    terminal.begin("Taking the quantizers out for the float file")
+    found = measured(
+        run, runtimes=runtimes, batches=batches, threads=threads, seconds=seconds, progress=terminal.progress
+    )
+    terminal.finish()
+    return found
+
+
+def views(found: dict[str, Any]) -> list[RenderableType]:
+    """The measurements for people, and how to read them."""
+    made = tables.table(
+        "runtime", ">threads", ">batch", ">float", ">quantized", ">quantized / float", ">memory", "what that says",
+        title=f"{found['run']} on {found['machine']['cpu']}",
+    )  # fmt: skip
+    for row in found["rows"]:
+        ratio = row["ratio"]
+        made.add_row(
+            row["runtime"],
+            str(row["threads"]),
+            str(row["batch"]),
+            milliseconds(row["float"]),
+            milliseconds(row["quantized"]),
+            f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
+            f"{tables.bytes_text(row['float']['above_start_bytes'])}, "
+            f"{tables.bytes_text(row['quantized']['above_start_bytes'])}",
+            verdict(ratio),
+        )
+    lines: list[RenderableType] = [
+        made,
+        "Milliseconds of a call: median (first to third quartile). Memory: what the float file and the quantized one "
+        "add to the process.",
+        f"Float is {found['float']}.",
+    ]
+    for about in found["runtimes"]:
+        if "products" in about:
+            made_of = about["products"]["quantized"]
+            whole = made_of["integer"] + made_of["float"]
+            lines.append(
+                f"ONNX Runtime {about['version']} computes {made_of['integer']} of {whole} convolutions and matrix "
+                "products in integers."
+            )
+    load, cores = found["machine"]["load"], found["machine"]["cores"]
+    if load is not None and load > cores + 0.5:
+        lines.append(f"The machine was busy (load {load:.1f} on {cores} cores): the times are those of a busy machine.")
+    for missing in found["absent"]:
+        lines.append(f"{RUNTIMES[missing['runtime']].title} is not installed. To measure in it: {missing['install']}")
+    return [*lines, f"Written: {BENCH} in {found['run']}"]
+
+
+def milliseconds(times: dict[str, Any]) -> str:
+    """Median and quartiles.
+
+    Example:
+        >>> milliseconds({"median": 0.0125, "low": 0.012, "high": 0.013})
+        '12.5 (12 to 13)'
+    """
+    middle, low, high = (f"{1000 * times[k]:.3g}" for k in ("median", "low", "high"))
+    return f"{middle} ({low} to {high})"
+
+
+def verdict(ratio: dict[str, Any]) -> str:
+    """What the middle half of the ratios says; nothing where it holds 1.
+
+    Example:
+        >>> verdict({"median": 0.5, "low": 0.4, "high": 0.6}), verdict({"median": 1.2, "low": 0.9, "high": 1.3})
+        ('2.00 times as fast', 'no clear difference')
+    """
+    if ratio["low"] <= 1 <= ratio["high"]:
+        return "no clear difference"
+    if ratio["median"] < 1:
+        return f"{1 / ratio['median']:.2f} times as fast"
+    return f"{ratio['median']:.2f} times as slow"

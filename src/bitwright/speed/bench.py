@@ -1,0 +1,221 @@
+"""``bitwright.bench``: how fast a run's exported file is, beside the float network, in the runtimes that are there."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import bitwright
+from bitwright.errors import UsageError
+from bitwright.progress import Progress, silent
+from bitwright.run_folder import BENCH, ONNX, RESULT, STATE
+from bitwright.speed import kernels
+from bitwright.speed.machine import cores, cpu_name
+from bitwright.speed.memory import peak_memory
+from bitwright.speed.runtimes import ONNXRUNTIME, RUNTIMES, Runtime, runtime
+from bitwright.speed.timing import Measure, Spread, in_turn, ratios
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+BATCHES = (1, 32)
+SECONDS = 20.0
+FLOAT_FILE = "float.onnx"
+WHAT_FLOAT_IS = (
+    "the same file without its quantizers: the same operators on the same shapes, batch norms folded, computed in "
+    "float with the rounded weights, on whose values speed does not depend"
+)
+Memory = Callable[[Runtime, Path, Sequence[int], str, int], dict[str, int]]
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What is compared."""
+
+    quantized: Path
+    float: Path
+    name: str
+    """Of the input."""
+    shape: tuple[int, ...]
+    """Of one image."""
+
+
+def bench(
+    run: str | Path,
+    *,
+    runtimes: Sequence[str] | None = None,
+    batches: Sequence[int] | None = None,
+    threads: Sequence[int] | None = None,
+    seconds: float = SECONDS,
+    measure: Measure | None = None,
+    memory: Memory | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Times a run's ``model.onnx`` and the float network in turn, and writes ``bench.json`` into the run folder.
+
+    Args:
+        run: a finished run folder with a ``model.onnx`` in it.
+        runtimes: out of onnxruntime and openvino; those that are installed if not given.
+        batches: images in one call, each measured for itself; 1 and 32 if not given.
+        threads: of the runtime, each measured for itself; 1 and all if not given.
+        seconds: for all timings together, warming up left out. Five rounds are run even where that takes longer.
+        measure: times some calls; :func:`bitwright.speed.timing.in_turn` if not given.
+        memory: measures the peak memory of a file; in a process of its own if not given.
+        progress: told of every timing.
+
+    Returns:
+        What ``bench.json`` holds: the machine, ``runtimes``, ``absent`` ones with the line that installs them, and
+        ``rows``, one for each runtime, number of threads and batch, with seconds (median and quartiles), images per
+        second and memory of both files, and the ratio of their times, quantized over float.
+
+    Raises:
+        UsageError: there is no finished run or no ``model.onnx`` in it, an argument is out of range, or a runtime
+            that was asked for is not installed.
+        BitwrightError: a runtime does not run the file.
+    """
+    folder = Path(run).expanduser()
+    path = _exported(folder)
+    chosen = _runtimes(runtimes)
+    threads = tuple(dict.fromkeys((1, cores()) if threads is None else threads))
+    batches = tuple(dict.fromkeys(BATCHES if batches is None else batches))
+    _check(batches, threads, seconds)
+    settings = [(r, t, b) for r in chosen for t in threads for b in batches]
+    timer = measure or partial(in_turn, seconds=seconds / len(settings))
+    with tempfile.TemporaryDirectory() as scratch:
+        files = _files(path, Path(scratch))
+        rows = []
+        for done, (where, count, batch) in enumerate(settings):
+            progress("Timing", done, len(settings), f"{where.title}, {_threads(count)}, batch {batch}")
+            rows.append(_row(files, where, count, batch, timer, memory or peak_memory))
+        progress("Timing", len(settings), len(settings))
+        found = {
+            "bitwright": bitwright.__version__,
+            "run": str(folder),
+            "machine": {"cpu": cpu_name(), "cores": cores(), "load": _load()},
+            "float": WHAT_FLOAT_IS,
+            "bytes": {"quantized": _bytes(files.quantized), "float": _bytes(files.float)},
+            "runtimes": [_about(r, files) for r in chosen],
+            "absent": [{"runtime": r.name, "install": r.remedy} for r in RUNTIMES.values() if not r.installed],
+            "rows": rows,
+        }
+    _write(found, folder / BENCH)
+    return found
+
+
+# -------------------------------------------------------------------------------------------------- what is asked
+
+
+def _exported(folder: Path) -> Path:
+    """The ONNX file of a finished run."""
+    if not folder.is_dir():
+        raise UsageError(f"Expected a run folder, found none at {folder}.")
+    if (folder / STATE).is_dir() and not (folder / RESULT).is_file():
+        raise UsageError(f"The run in {folder} is unfinished. Repeat its command with --resume.")
+    if not (folder / RESULT).is_file():
+        raise UsageError(f"Expected a run folder with {RESULT} in it, found none in {folder}.")
+    if not (folder / ONNX).is_file():
+        raise UsageError(f"There is no {ONNX} in {folder}. Write it with: bitwright export {folder}")
+    return folder / ONNX
+
+
+def _runtimes(names: Sequence[str] | None) -> list[Runtime]:
+    """Those that are asked for, or all that are installed."""
+    chosen = [runtime(n) for n in dict.fromkeys(names)] if names else [r for r in RUNTIMES.values() if r.installed]
+    for each in chosen or RUNTIMES.values():
+        each.require()
+    return chosen
+
+
+def _check(batches: Sequence[int], threads: Sequence[int], seconds: float) -> None:
+    for what, values in (("batch", batches), ("number of threads", threads)):
+        if not values or min(values) < 1:
+            raise UsageError(f"Expected a {what} of at least 1, found {', '.join(map(str, values)) or 'none'}.")
+    if not 0 < seconds < float("inf"):
+        raise UsageError(f"Expected a positive number of seconds, found {seconds}.")
+
+
+def _files(path: Path, scratch: Path) -> _Files:
+    import onnx_ir
+
+    from bitwright.export.onnx import save_onnx
+    from bitwright.speed.float_twin import float_twin
+
+    try:
+        program: ir.Model = onnx_ir.load(path)
+        (given,) = program.graph.inputs
+        assert given.shape is not None
+        shape = tuple(int(side) for side in list(given.shape)[1:])
+    except Exception as error:
+        raise UsageError(f"{path} is not a file that bitwright exported. Export the run again.") from error
+    save_onnx(float_twin(program), scratch / FLOAT_FILE)
+    return _Files(path, scratch / FLOAT_FILE, given.name or "", shape)
+
+
+# ------------------------------------------------------------------------------------------------ what is measured
+
+
+def _row(files: _Files, where: Runtime, threads: int, batch: int, measure: Measure, memory: Memory) -> dict[str, Any]:
+    """One runtime, number of threads and batch."""
+    shape = (batch, *files.shape)
+    feed = {files.name: np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
+    pair = (files.float, files.quantized)
+    times = measure([where.load(path, threads, feed) for path in pair])
+    peaks = [memory(where, path, shape, files.name, threads) for path in pair]
+    scores = [{**_seconds(t, batch), **peak} for t, peak in zip(times, peaks, strict=True)]
+    return {
+        "runtime": where.name,
+        "threads": threads,
+        "batch": batch,
+        "float": scores[0],
+        "quantized": scores[1],
+        "ratio": asdict(Spread.of(ratios(times[1], times[0]))),
+    }
+
+
+def _seconds(samples: Sequence[float], batch: int) -> dict[str, float]:
+    spread = Spread.of(samples)
+    return {**asdict(spread), "images_per_second": batch / spread.median if spread.median > 0 else 0.0}
+
+
+def _about(where: Runtime, files: _Files) -> dict[str, Any]:
+    """Name and version; of ONNX Runtime also what it makes of the two files."""
+    about: dict[str, Any] = {"name": where.name, "version": where.version}
+    if where is ONNXRUNTIME:
+        found = {"float": kernels.kernels(files.float), "quantized": kernels.kernels(files.quantized)}
+        about["kernels"] = found
+        about["products"] = {name: kernels.products(counts) for name, counts in found.items()}
+    return about
+
+
+def _bytes(path: Path) -> int:
+    beside = path.with_name(f"{path.name}.data")
+    return path.stat().st_size + (beside.stat().st_size if beside.is_file() else 0)
+
+
+def _load() -> float | None:
+    """Processes that wanted a core during the last minute, these timings among them."""
+    try:
+        return os.getloadavg()[0]
+    except (OSError, AttributeError):
+        return None
+
+
+def _threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
+
+
+def _write(found: dict[str, Any], path: Path) -> None:
+    fresh = path.with_name(f".{path.name}.partial")
+    try:
+        fresh.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        fresh.replace(path)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written ({error.strerror or error}).") from error

@@ -1,0 +1,106 @@
+"""The float network of an exported file: the same operators on the same shapes, without what quantizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from bitwright.errors import UsageError
+
+QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
+Array = npt.NDArray[Any]
+
+
+def float_twin(program: ir.Model) -> ir.Model:
+    """Takes the quantizers out of a file that bitwright exported.
+
+    Stored integers become the float values that they stand for; activations pass unchanged. What remains is the float
+    network as it was prepared for quantization, batch norms folded into weights, but with the rounded weights: how fast
+    it runs does not depend on their values, what it computes does.
+
+    Args:
+        program: as :func:`bitwright.export.onnx.to_onnx` makes it; not changed.
+
+    Raises:
+        UsageError: something in it quantizes in another way.
+    """
+    twin = program.clone()
+    graph = twin.graph
+    for node in list(graph):
+        if node.op_type == DEQUANTIZE and all(v is not None and v.const_value is not None for v in node.inputs):
+            node.outputs[0].replace_all_uses_with(_floats(graph, node), replace_graph_outputs=True)
+    for node in list(graph):
+        if node.op_type == QUANTIZE:
+            _pass_through(graph, node)
+    _drop_unused(graph)
+    left = [n.op_type for n in graph if n.op_type in {QUANTIZE, DEQUANTIZE}]
+    if left:
+        raise UsageError(f"Expected a file that bitwright exported, found a {left[0]} in it that is not of its kind.")
+    return twin
+
+
+def _floats(graph: ir.Graph, node: ir.Node) -> ir.Value:
+    """What stored integers stand for, as an initializer of its own."""
+    codes, scale, *zero = [v.const_value.numpy() for v in node.inputs if v is not None and v.const_value is not None]
+    settings = {a.name: a.as_int() for a in node.attributes.values()}
+    array = dequantized(codes, scale, zero[0] if zero else None, settings.get("axis", 1), settings.get("block_size", 0))
+    name = f"{node.outputs[0].name}/float"
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.FLOAT))
+    value.const_value = ir.Tensor(array, name=name)
+    graph.register_initializer(value)
+    return value
+
+
+def dequantized(codes: Array, scale: Array, zero: Array | None, axis: int, block: int = 0) -> Array:
+    """``(codes - zero) * scale`` as ONNX defines it.
+
+    Args:
+        codes: integers, any shape.
+        scale: one number, one an index of ``axis``, or, with ``block``, one for each so many indices of it.
+        zero: in the shape of the scale.
+        axis: along which scales differ.
+        block: how many indices of the axis share a scale.
+
+    Example:
+        >>> dequantized(np.array([[1, 2], [3, 4]]), np.array([1.0, 10.0]), None, axis=0).tolist()
+        [[1.0, 2.0], [30.0, 40.0]]
+    """
+
+    def spread(values: Array) -> Array:
+        if values.ndim == 0:
+            return values
+        if block:
+            return np.repeat(values, block, axis).take(range(codes.shape[axis]), axis)
+        return values.reshape([-1 if d == axis % codes.ndim else 1 for d in range(codes.ndim)])
+
+    centred = codes.astype(np.int64) - (0 if zero is None else spread(zero.astype(np.int64)))
+    return (centred * spread(scale).astype(np.float32)).astype(np.float32)
+
+
+def _pass_through(graph: ir.Graph, quantize: ir.Node) -> None:
+    """Joins what an activation's quantizer reads to what reads its value.
+
+    The exporter writes ``[Mul] [Clip] QuantizeLinear DequantizeLinear [Mul]`` and names each step after the quantizer.
+    """
+    name = (quantize.outputs[0].name or "").removesuffix("/codes")
+    source = quantize.inputs[0]
+    while source is not None and source.name in {f"{name}/clipped", f"{name}/reduced"}:
+        producer = source.producer()
+        assert producer is not None
+        source = producer.inputs[0]
+    (value,) = [v for n in graph for v in n.outputs if v.name == f"{name}/value"] or [None]
+    if value is None or source is None:
+        return
+    value.replace_all_uses_with(source, replace_graph_outputs=True)
+
+
+def _drop_unused(graph: ir.Graph) -> None:
+    for node in reversed(list(graph)):
+        if not any(v.uses() or v.is_graph_output() for v in node.outputs):
+            graph.remove(node, safe=True)
+    used = {name: value for name, value in graph.initializers.items() if value.uses() or value.is_graph_output()}
+    graph.initializers.clear()
+    graph.initializers.update(used)
