@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench zoo clean
+.PHONY: demo test lint bench docs zoo clean
 
 # torch comes first and by itself, so that no other package can pull a different build of it.
 .venv/.installed: pyproject.toml constraints.txt
@@ -29,6 +29,11 @@ bench: .venv/.installed
 	$(BIN)/python -m benchmarks.reconstruct
 	$(BIN)/python -m benchmarks.scores
 	$(BIN)/python -m benchmarks.evolve
+
+# The site, in build/site.
+docs: .venv/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 # Trains the embedded networks again; needs Fashion-MNIST in its original four files.
 zoo: .venv/.installed

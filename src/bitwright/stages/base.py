@@ -92,7 +92,7 @@ class Run:
 class Stage(BaseModel):
     """One step of a recipe. Subclasses set ``kind``, the name that recipe files use, and their settings as fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     kind: ClassVar[str]
     registry: ClassVar[dict[str, type[Stage]]] = {}

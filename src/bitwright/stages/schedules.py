@@ -13,7 +13,7 @@ Schedule = Literal["constant", "linear", "cosine"]
 class Settings(BaseModel):
     """A record of settings that cannot be changed."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 def decay(schedule: Schedule, progress: float) -> float:
