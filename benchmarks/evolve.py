@@ -16,7 +16,7 @@ from bitwright.memory import keep_pages
 from bitwright.models import load_model
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel, insert_quantizers
-from bitwright.stages.base import Run
+from bitwright.stages.base import Precision, Run
 from bitwright.stages.calibrate import Calibrate
 from bitwright.stages.candidates import Batches, Fitness
 from bitwright.stages.evolve import Evolve
@@ -77,10 +77,12 @@ def measure(network: torch.nn.Module, images: Images, batch: int, bits: int, rac
     with keep_pages():
         student = Calibrate(bias_correction="analytic").run(student, teacher, images, Run())
         before = student.snapshot()
-        for name, error in (("plain", 0.0), ("cached", 0.0), ("cached and raced", race)):
+        ways: list[tuple[str, float, Precision]] = [("plain", 0.0, "float32"), ("cached", 0.0, "float32")]
+        ways += [("cached and raced", race, "float32"), ("cached, raced, bfloat16", race, "bfloat16")]
+        for name, error, precision in ways:
             student.restore(before)
             stage = Evolve(passes=1, batch=batch, images=len(images), race=error)
-            run = Run(precision="float32")
+            run = Run(precision=precision)
             start = time.perf_counter()
             if name == "plain":
                 evaluations = plainly(stage, student, teacher, images, run)
