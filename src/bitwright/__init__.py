@@ -47,8 +47,8 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "BitwrightError", "DataError", "Images", "ModelError", "ParityError", "Plan", "Preprocessing", "QuantizedModel",
-    "Recipe", "Rule", "Scheme", "UsageError", "bench", "capture", "evaluate", "load", "load_images", "load_model", "plan_bits",
-    "quantize", "study",
+    "Recipe", "Rule", "Scheme", "UsageError", "bench", "capture", "evaluate", "load", "load_images", "load_model",
+    "plan_bits", "quantize", "study",
 ]  # fmt: skip
 
 
