@@ -154,3 +154,18 @@ def test_earlier_files_are_not_replaced_without_force(here: Path, capsys: pytest
     assert main([*CALL, "--force"]) == 0
     again = json.loads((here / "sensitivity/sensitivity.json").read_text())
     assert again["layers"] == first["layers"]  # the same seed, the same numbers
+
+
+def test_channels_are_those_of_least_score(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*CALL, "--eigenvalues", "0", "--channels", "0.5", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["channels"]
+    assert [(r["name"], len(r["scores"])) for r in rows] == [("stem", 4), ("body", 4), ("head", 3)]
+    free = sorted((score, r["name"], i) for r in rows[:-1] for i, score in enumerate(r["scores"]))
+    pruned = {(r["name"], i) for r in rows for i in r["pruned"]}
+    assert pruned == {(name, i) for _, name, i in free[: len(free) // 2]}
+    for row in rows:
+        assert row["least"] == sorted(range(len(row["scores"])), key=row["scores"].__getitem__)[:5]
+        assert row["predicted_loss"] == pytest.approx(sum(row["scores"][i] for i in row["pruned"]))
+    assert "Channels (HAP" in (here / "sensitivity" / "sensitivity.html").read_text()
+    assert main([*CALL, "--channels", "1.5", "--force"]) == 2
+    assert "between 0 and 1, found 1.5" in capsys.readouterr().err

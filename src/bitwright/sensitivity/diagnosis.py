@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 IMAGES = 48
 BATCH = 16
-NEGLIGIBLE = 1e-3
+NEGLIGIBLE = 2e-3
 """Of KL in nats, or of squared error over the outputs' mean square: below this there is nothing to mend."""
 SHARE, LEAST = 0.05, 3.0
 SPEED = 7

@@ -88,7 +88,22 @@ def verdict(found: dict[str, Any]) -> list[str]:
     if bits < 8:
         rules = " ".join(f"--rule '{name}=w8'" for name in matter[:3])
         said.append(f"To give the worst of them more bits: bitwright quantize … --weights {bits} {rules}")
-    return [*said, *found["notes"]]
+    return [*said, *_pruned(found), *found["notes"]]
+
+
+def _pruned(found: dict[str, Any]) -> list[str]:
+    """What HAP would prune, and the layers that would give most of it."""
+    rows = found.get("channels")
+    if not rows:
+        return []
+    count, total = sum(len(r["pruned"]) for r in rows), sum(len(r["scores"]) for r in rows)
+    most = sorted((r for r in rows if r["pruned"]), key=lambda r: -len(r["pruned"]) / len(r["scores"]))[:5]
+    listed = ", ".join(f"{r['name']} ({len(r['pruned'])} of {len(r['scores'])})" for r in most)
+    cost = sum(r["predicted_loss"] for r in rows)
+    return [
+        f"HAP would prune {count} of {total} channels at a predicted loss of {cost:.2g}"
+        f"{', most of all in ' + listed if listed else ''}; nothing was pruned."
+    ]
 
 
 def page(found: dict[str, Any]) -> str:
@@ -114,11 +129,24 @@ td, th {{ border-bottom: 1px solid #ddd }} .small {{ color: #666; font-size: .85
 names.</p>
 {plot}
 <table><tr>{head}</tr>{body}</table>
+{_channels(found)}
 <p class="small">predicted loss: half the mean of the trace times the squared rounding error (HAWQ-V2,
 arXiv:1911.03852). Eigenvalues and density: Lanczos with {settings["steps"]} steps at most (arXiv:1912.07145).
 {said(versions)}.</p>
 </body></html>
 """
+
+
+def _channels(found: dict[str, Any]) -> str:
+    """A table of the channels that HAP's score puts last, where it was asked for."""
+    said = html.escape
+    rows = "".join(
+        f"<tr><td>{said(r['name'])}</td><td>{', '.join(map(str, r['least']))}</td>"
+        f"<td>{len(r['pruned'])} of {len(r['scores'])}</td><td>{r['predicted_loss']:.3g}</td></tr>"
+        for r in found.get("channels", [])
+    )
+    heads = "<tr><th>layer</th><th>least important channels</th><th>would be pruned</th><th>predicted loss</th></tr>"
+    return f"<h2>Channels (HAP, arXiv:2101.08940)</h2><table>{heads}{rows}</table>" if rows else ""
 
 
 HEADINGS = ("layer", "parameters", "trace", "mean trace", "top eigenvalue", "predicted loss", "share")

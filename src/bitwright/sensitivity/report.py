@@ -22,6 +22,7 @@ from bitwright.progress import Progress, silent
 from bitwright.quant.scheme import parse_weight_bits
 from bitwright.result import environment, peak_memory_bytes
 from bitwright.sensitivity.base import Choices
+from bitwright.sensitivity.hap import channel_scores, pruning_mask
 from bitwright.sensitivity.second_order import positive, squared
 from bitwright.stages.base import Run
 
@@ -29,6 +30,8 @@ SAMPLES = 64
 BATCH = 16
 CLOSE = 0.05
 """To this share, eigenvalues of layers and blocks are known well enough; most are known better."""
+LEAST = 5
+"""Channels of each layer that are named as the least important."""
 MOST = 0.8
 """Of the predicted loss: the layers that make up this share are the ones that matter."""
 MEANINGS = {
@@ -51,6 +54,7 @@ class Settings:
         spectrum_samples: the most of the images that those are computed from.
         probes: the most for each batch and the traces.
         tolerance: the relative standard error of traces at which probing ends.
+        channels: share of the output channels that HAP would prune (arXiv:2101.08940), 0 to 1; None leaves them out.
     """
 
     matrix: Matrix = "fisher"
@@ -60,6 +64,7 @@ class Settings:
     spectrum_samples: int = 32
     probes: int = 32
     tolerance: float = 0.05
+    channels: float | None = None
 
     def check(self) -> None:
         """Looks at every setting.
@@ -74,6 +79,8 @@ class Settings:
         for name, least in (("eigenvalues", 0), ("steps", 1), ("spectrum_samples", 1), ("probes", 2)):
             if getattr(self, name) < least:
                 raise UsageError(f"Expected at least {least} {name.replace('_', ' ')}, found {getattr(self, name)}.")
+        if self.channels is not None and not 0 <= self.channels <= 1:
+            raise UsageError(f"Expected a share of channels between 0 and 1, found {self.channels:g}.")
         if self.eigenvalues > self.steps:
             raise UsageError(
                 f"Expected at least as many steps as eigenvalues, found {self.steps} and {self.eigenvalues}."
@@ -152,6 +159,7 @@ def examine(teacher: Captured, images: Images, settings: Settings, run: Run) -> 
     rows = [_row(g, float(t), float(e), s) for g, t, e, s in zip(wanted, found.trace, found.error, top, strict=True)]
     layers = [r for r, g in zip(rows, wanted, strict=True) if g.kind == "layer"]
     notes = predict(layers, teacher, images, settings.bits, run)
+    asked = {} if settings.channels is None else {"channels": _channels(curvature, settings, settings.channels, run)}
     return {
         "layers": layers,
         "blocks": [r for r, g in zip(rows, wanted, strict=True) if g.kind == "block"],
@@ -159,7 +167,25 @@ def examine(teacher: Captured, images: Images, settings: Settings, run: Run) -> 
         "matter": that_matter(layers),
         "probes": found.probes,
         "notes": notes,
+        **asked,
     }
+
+
+def _channels(curvature: Curvature, settings: Settings, ratio: float, run: Run) -> list[dict[str, Any]]:
+    """HAP's scores of every layer's output channels, and those that go when that share of all does."""
+    probing = {"probes": settings.probes, "tolerance": settings.tolerance, "seed": run.seed}
+    scores = channel_scores(curvature, **probing, progress=run.progress)  # type: ignore[arg-type]
+    kept = pruning_mask(scores, ratio)
+    return [
+        {
+            "name": name,
+            "scores": row.tolist(),
+            "least": row.argsort()[:LEAST].tolist(),
+            "pruned": (~kept[name]).nonzero().flatten().tolist(),
+            "predicted_loss": float(row[~kept[name]].sum()),
+        }
+        for name, row in scores.items()
+    ]
 
 
 def _spectra(
