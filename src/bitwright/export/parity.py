@@ -164,14 +164,16 @@ def _runtime_name() -> str:
 
 
 @contextmanager
-def session(program: ir.Model, *, optimize: bool) -> Iterator[Any]:
-    """An ONNX Runtime session on the CPU."""
+def session(program: ir.Model, *, optimize: bool, dump: Path | None = None) -> Iterator[Any]:
+    """An ONNX Runtime session on the CPU; the graph that it runs is written to ``dump``."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
     options.log_severity_level = 3
+    if dump is not None:
+        options.optimized_model_filepath = str(dump)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         save_onnx(program, path)
@@ -213,7 +215,7 @@ def _in_batches(images: Tensor, sizes: tuple[int, ...]) -> Iterator[Tensor]:
 def compare_layers(model: QuantizedModel, program: ir.Model, images: Tensor) -> list[LayerParity]:
     """Every layer in the runtime, optimisations off, fed the simulation's own input: how many codes differ."""
     simulated: dict[str, Tensor] = {}
-    quantizers = _activation_quantizers(model)
+    quantizers = activation_quantizers(model)
 
     def keep(node: fx.Node, value: Tensor) -> None:
         simulated[node.name] = value
@@ -231,7 +233,8 @@ def compare_layers(model: QuantizedModel, program: ir.Model, images: Tensor) -> 
     return [_compare_layer(quantizers[n], simulated[n].numpy(), out) for n, out in zip(names, outputs, strict=True)]
 
 
-def _activation_quantizers(model: QuantizedModel) -> dict[str, Quantizer]:
+def activation_quantizers(model: QuantizedModel) -> dict[str, Quantizer]:
+    """Quantizers of activations by node name, in program order."""
     found = {}
     for node in model.graph.graph.nodes:
         if node.op == "call_module" and node.args:

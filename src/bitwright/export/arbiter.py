@@ -1,0 +1,228 @@
+"""Simulation, integer reference and runtime, code by code: which of them errs, in which operator, by how much.
+
+Every layer gets the simulation's own codes, so that a difference belongs to the layer where it is found.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx
+
+from bitwright.export.parity import activation_quantizers, session
+from bitwright.export.reference import FLOAT, run_reference
+from bitwright.graph import ops
+from bitwright.graph.watch import watch
+from bitwright.quant.quantizer import Quantizer
+from bitwright.quantized import QuantizedModel
+
+BATCH = 8
+CARRIES = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze"})
+"""Operators of an optimized file that a kernel's codes may pass through."""
+
+
+@dataclass
+class Difference:
+    """How many codes differ, and by how many steps at most."""
+
+    differing: int = 0
+    max_steps: int = 0
+
+    def update(self, a: Tensor, b: Tensor) -> None:
+        """Adds a pair of int32 tensors of one shape."""
+        steps = (a - b).abs()
+        self.differing += int(torch.count_nonzero(steps))
+        self.max_steps = max(self.max_steps, int(steps.max()) if steps.numel() else 0)
+
+    def __add__(self, other: Difference) -> Difference:
+        """Both together."""
+        return Difference(self.differing + other.differing, max(self.max_steps, other.max_steps))
+
+
+@dataclass
+class LayerCodes:
+    """The codes of one activation quantizer, or of all that one operator feeds.
+
+    Attributes:
+        name: of the layer.
+        operator: what is computed between the quantizers before and this one.
+        kernel: that the reference takes the rule of.
+        found: that the runtime used, as its optimized graph says.
+        count: codes compared.
+        layers: how many layers these are.
+    """
+
+    name: str
+    operator: str
+    kernel: str
+    found: str = ""
+    count: int = 0
+    layers: int = 1
+    simulation_reference: Difference = field(default_factory=Difference)
+    reference_runtime: Difference = field(default_factory=Difference)
+    simulation_runtime: Difference = field(default_factory=Difference)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in ``parity.json``."""
+        return asdict(self)
+
+
+def compare_codes(model: QuantizedModel, program: ir.Model, images: Tensor, runtime: str) -> list[LayerCodes]:
+    """Simulation, reference and ONNX Runtime (graph optimisations on), layer by layer in program order.
+
+    Args:
+        model: frozen.
+        program: the file, with the tensor names that bitwright gives.
+        images: [N, C, H, W].
+        runtime: whose rules the reference takes.
+    """
+    rows: dict[str, LayerCodes] = {}
+    nodes = {n.name: n for n in model.graph.graph.nodes}
+    with CutRuntime(model, program) as cut:
+        for batch in torch.split(images, BATCH):
+            simulated = simulated_codes(model, batch)
+            reference = run_reference(model, batch, runtime, feed=simulated).layers
+            for name, found in cut.run(simulated, batch).items():
+                if name not in rows:
+                    kernel = reference[name].kernel
+                    rows[name] = LayerCodes(cut.quantizers[name].name, operators(nodes[name]), kernel)
+                row, ours = rows[name], reference[name].codes
+                row.count += found.numel()
+                row.simulation_reference.update(simulated[name], ours)
+                row.reference_runtime.update(ours, found)
+                row.simulation_runtime.update(simulated[name], found)
+        for name, row in rows.items():
+            row.found = cut.kernels.get(name, FLOAT)
+    return [rows[name] for name in nodes if name in rows]
+
+
+def by_operator(layers: Iterable[LayerCodes]) -> list[LayerCodes]:
+    """The rows of layers with the same operators and kernel as one, in the order in which they appear."""
+    rows: dict[tuple[str, str], LayerCodes] = {}
+    for layer in layers:
+        key = (layer.operator, layer.found)
+        row = rows.setdefault(key, LayerCodes(layer.name, layer.operator, layer.kernel, layer.found, layers=0))
+        row.count, row.layers = row.count + layer.count, row.layers + 1
+        row.simulation_reference += layer.simulation_reference
+        row.reference_runtime += layer.reference_runtime
+        row.simulation_runtime += layer.simulation_runtime
+    return list(rows.values())
+
+
+def operators(node: fx.Node) -> str:
+    """What the network computes between the quantizers before and this one, as in ``conv2d relu``."""
+    names: list[str] = []
+    at = node.args[0]
+    while isinstance(at, fx.Node) and at.op == "call_function":
+        if ops.base_name(at) not in ops.MOVE or not names:
+            names.append(ops.base_name(at))
+        if ops.base_name(at) in ops.LINEAR | ops.MATMUL:
+            break
+        before = [n for n in at.all_input_nodes if n.op == "call_function" and ops.is_float_tensor(n)]
+        at = before[-1] if before else None
+    return " ".join(reversed(names)) or "input"
+
+
+def simulated_codes(model: QuantizedModel, images: Tensor) -> dict[str, Tensor]:
+    """The simulation's codes by quantizer node, int32."""
+    found: dict[str, Tensor] = {}
+    quantizers = _calibrated(model)
+    after = {n.args[0].name: n.name for n in model.graph.graph.nodes if n.name in quantizers}
+
+    def keep(node: fx.Node, value: Any) -> None:
+        found[after[node.name]] = quantizers[after[node.name]].codes(value)
+
+    watch(model.graph, images, dict.fromkeys(after, keep))
+    return found
+
+
+class CutRuntime:
+    """ONNX Runtime on a file that is cut at every activation's codes; a context manager.
+
+    Attributes:
+        quantizers: of activations by node name.
+        kernels: the integer kernel that gives each layer's codes; layers without one are left out.
+    """
+
+    def __init__(self, model: QuantizedModel, program: ir.Model) -> None:
+        self.quantizers = _calibrated(model)
+        self.cut, self.names = _cut_at_codes(program, set(self.quantizers))
+        self.kernels: dict[str, str] = {}
+        self._exits = ExitStack()
+
+    def __enter__(self) -> CutRuntime:
+        if self.names:
+            dump = Path(self._exits.enter_context(tempfile.TemporaryDirectory())) / "optimized.onnx"
+            self.session = self._exits.enter_context(session(self.cut, optimize=True, dump=dump))
+            self.wanted = {i.name for i in self.session.get_inputs()}
+            self.kernels = _kernels(ir.load(dump), self.names)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._exits.close()
+
+    def run(self, codes: Mapping[str, Tensor], images: Tensor) -> dict[str, Tensor]:
+        """Codes of every layer, int32, each fed the given codes of those before it."""
+        if not self.names:
+            return {}
+        feed: dict[str, Any] = {"images": images.numpy()} if "images" in self.wanted else {}
+        for name, values in codes.items():
+            if f"{name}/fed" in self.wanted:
+                quantizer = self.quantizers[name]
+                kind = np.uint8 if quantizer.grid.bits <= 8 else np.uint16
+                feed[f"{name}/fed"] = (values + _middle(quantizer)).numpy().astype(kind)
+        outputs = self.session.run([f"{n}/codes" for n in self.names], feed)
+        return {
+            name: torch.from_numpy(out.astype(np.int32)) - _middle(self.quantizers[name])
+            for name, out in zip(self.names, outputs, strict=True)
+        }
+
+
+def _calibrated(model: QuantizedModel) -> dict[str, Quantizer]:
+    return {n: q for n, q in activation_quantizers(model).items() if q.calibrated}
+
+
+def _middle(quantizer: Quantizer) -> int:
+    """What a file adds to signed codes, which it stores unsigned."""
+    if not quantizer.grid.symmetric:
+        return 0
+    return 128 if quantizer.grid.bits <= 8 else 1 << 15
+
+
+def _cut_at_codes(program: ir.Model, names: set[str]) -> tuple[ir.Model, list[str]]:
+    """The file cut at every activation's codes: they are an output, and what reads them reads an input."""
+    cut, found = program.clone(), []
+    graph = cut.graph
+    graph.outputs.clear()
+    for node in list(graph):
+        value = node.outputs[0]
+        name = (value.name or "").removesuffix("/codes")
+        if node.op_type != "QuantizeLinear" or name not in names:
+            continue
+        fed = ir.Value(name=f"{name}/fed", shape=value.shape, type=value.type)
+        if value.uses():
+            value.replace_all_uses_with(fed)
+            graph.inputs.append(fed)
+        graph.outputs.append(value)
+        found.append(name)
+    return cut, found
+
+
+def _kernels(program: ir.Model, names: Iterable[str]) -> dict[str, str]:
+    producers = {value.name: node for node in program.graph for value in node.outputs}
+    found = {}
+    for name in names:
+        node = producers.get(f"{name}/codes")
+        while node is not None and node.op_type in CARRIES and node.inputs[0] is not None:
+            node = producers.get(node.inputs[0].name)
+        if node is not None and node.op_type != "QuantizeLinear":
+            found[name] = node.op_type
+    return found
