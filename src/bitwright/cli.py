@@ -499,6 +499,10 @@ def sensitivity(
     spectrum_samples: Annotated[int, typer.Option(help="How many of the images to use for those, at most")] = 32,
     probes: Annotated[int, typer.Option(help="Random vectors for traces in each batch, at most")] = 32,
     tolerance: Annotated[float, typer.Option(help="Relative standard error of traces that is good enough")] = 0.05,
+    channels: Annotated[
+        float | None,
+        typer.Option(help="Which output channels HAP would prune, for this share of all; 0 to 1", show_default=False),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for the two files  [default: sensitivity]", show_default=False),
@@ -533,7 +537,7 @@ def sensitivity(
             model,
             images,
             labels,
-            report.Settings(chosen, bits, eigenvalues, steps, spectrum_samples, probes, tolerance),
+            report.Settings(chosen, bits, eigenvalues, steps, spectrum_samples, probes, tolerance, channels),
             samples=samples,
             out=out,
             seed=seed,
@@ -807,6 +811,9 @@ def study(
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="As in 0,1,2: spreads are over these")] = None,
     samples: Annotated[int | None, typer.Option(help="Images to calibrate on; the most, in calibration-size")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="In mixed-precision: what quantizes  [default: eptq]", show_default=False)
+    ] = None,
     evaluate: Annotated[
         str | None, typer.Option(help="Images to measure on; every fourth of IMAGES if not given")
     ] = None,
@@ -848,6 +855,8 @@ def study(
 
     - **fitness**: the loss that evolution minimises: infoNCE, squared error, cosine, KL
 
+    - **mixed-precision**: the same bits for all layers against plans of bits, over the size of the file
+
     Example: `bitwright study weighting --steps 50 --seeds 0`
     """
     with Terminal(as_json=as_json) as terminal:
@@ -868,6 +877,7 @@ def study(
             activations=activations,
             seeds=seeds,
             samples=samples,
+            recipe=recipe,
             evaluate=evaluate,
             labels=labels,
             out=out,

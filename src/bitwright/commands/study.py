@@ -30,6 +30,7 @@ class Job:
     activations: str | None = None
     seeds: str | None = None
     samples: int | None = None
+    recipe: str | None = None
     evaluate: str | None = None
     labels: str | None = None
     out: Path | None = None
@@ -103,6 +104,7 @@ def _run(job: Job, kept: Path, terminal: Terminal) -> studies.Result:
         activations=job.activations,
         seeds=_seeds(job.seeds),
         samples=job.samples,
+        recipe=job.recipe,
         evaluate=job.evaluate,
         labels=job.labels,
         device=job.device,

@@ -24,7 +24,7 @@ from bitwright.memory import keep_pages
 from bitwright.models import Model, load_model
 from bitwright.preprocessing import PreprocessFunction, Preprocessing
 from bitwright.progress import Progress, silent
-from bitwright.recipes import recipe
+from bitwright.recipes import recipe as find_recipe
 from bitwright.result import environment, peak_memory_bytes
 from bitwright.studies.base import Kept, Result, Row, Settings, Study, plain, settings_facts
 from bitwright.studies.subject import Subject, split
@@ -68,6 +68,7 @@ def study(
     activations: int | str | None = None,
     seeds: Sequence[int] | None = None,
     samples: int | None = None,
+    recipe: str | None = None,
     evaluate: Any = None,
     labels: Any = None,
     device: str = "auto",
@@ -89,6 +90,7 @@ def study(
         activations: bits, 2 to 8 or 16, or ``"float"``.
         seeds: of everything random; means and spreads are over these.
         samples: images to calibrate on; the most, where their number is studied.
+        recipe: by name or file, for a study that can take any.
         evaluate: images to measure on; every fourth of ``images``, which is not calibrated on then, if not given.
         labels: a CSV of ``file,class_index``, if the images to measure on do not carry their own.
         device: ``auto``, ``cpu`` or ``cuda``.
@@ -107,7 +109,10 @@ def study(
     """
     started = time.perf_counter()
     chosen = find(name)
-    settings = chosen.settle(steps=steps, weights=weights, activations=activations, seeds=seeds, samples=samples)
+    settings = chosen.settle(
+        steps=steps, weights=weights, activations=activations, seeds=seeds, samples=samples, recipe=recipe
+    )
+    method = find_recipe(settings.recipe or chosen.recipe)
     if (model is None) != (images is None):
         raise UsageError("Expected MODEL and IMAGES, or neither to run on the embedded networks, found one of them.")
     if labels is not None and evaluate is None:
@@ -125,7 +130,7 @@ def study(
     facts = {
         **environment(where, settings.seeds[0]),
         "settings": settings_facts(chosen, settings),
-        "recipe": None if settings.steps is None else recipe(chosen.recipe).settings(),
+        "recipe": None if settings.steps is None else method.settings(),
         "networks": [s.facts() for s in subjects],
     }
     identity = json.dumps([facts[k] for k in ("bitwright", "settings", "recipe", "networks")], sort_keys=True)

@@ -33,6 +33,7 @@ class Settings:
         activations: bits, None for float.
         seeds: of everything random; spreads are over these.
         samples: images to calibrate on; the most, where their number is studied.
+        recipe: what quantizes, where any recipe can.
     """
 
     steps: int | None = None
@@ -40,6 +41,7 @@ class Settings:
     activations: int | None = None
     seeds: tuple[int, ...] = (0,)
     samples: int = 256
+    recipe: str | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ class Study:
         activations: int | str | None = None,
         seeds: Sequence[int] | None = None,
         samples: int | None = None,
+        recipe: str | None = None,
     ) -> Settings:
         """The defaults with what was asked for.
 
@@ -112,6 +115,9 @@ class Study:
             found = replace(found, seeds=tuple(dict.fromkeys(int(s) for s in seeds)))
         if samples is not None:
             found = replace(found, samples=_at_least(1, samples, "sample"))
+        if recipe is not None:
+            self._must_have("--recipe", found.recipe is not None)
+            found = replace(found, recipe=recipe)
         if not found.seeds:
             raise UsageError("Expected at least one seed, found none.")
         return found
@@ -310,4 +316,6 @@ def settings_facts(study: Study, settings: Settings) -> dict[str, Any]:
         del found["steps"]
     if not settings.weights:
         del found["weights"], found["activations"]
+    if settings.recipe is None:
+        del found["recipe"]
     return {"study": study.name, **plain(found)}

@@ -255,6 +255,7 @@ HEADINGS = {
     "infonce": "infoNCE over float",
     "mse": "squared error",
     "closed": "way to float",
+    "spearman": "rank correlation",
     "closed_held_out": "way, held-out",
 }
 FRACTIONS = {"agreement", "top1", "below_bound", "closed", "closed_held_out", "spread"}
