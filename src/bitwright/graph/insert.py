@@ -11,6 +11,7 @@ from bitwright.errors import UsageError
 from bitwright.graph import ops, rewrite
 from bitwright.graph.heads import Heads, find_heads
 from bitwright.graph.place import FLOAT_ACTIVATIONS, FLOAT_BY_RULE, Placement, Point, Unquantized, place
+from bitwright.graph.supported import check_supported
 from bitwright.quant.quantizer import BiasQuantizer, Grid, Quantizer
 from bitwright.quant.scheme import GROUP_SIZE, Scheme
 from bitwright.quant.targets import Target
@@ -66,6 +67,7 @@ def insert(teacher: fx.GraphModule, scheme: Scheme) -> Inserted:
         layer = next(x for x in layers if x.node == node.name)
         source = keys.get(placement.source[_first(node)])
         _insert_weight(student, twin[node], layer, source, scheme, heads.get(node.name), unquantized)
+    check_supported(student, layers, scheme)
     student.graph.lint()
     student.recompile()
     return Inserted(student, layers, _with_settings(teacher.graph, unquantized))
@@ -117,7 +119,8 @@ def _insert_activations(
 def _activation_quantizer(point: Point, scheme: Scheme) -> Quantizer:
     assert point.bits is not None
     symmetric = scheme.activation_grid == "symmetric"
-    return Quantizer(point.name, Grid(point.bits, symmetric), point.role)
+    shifts = scheme.target.power_of_two_scales
+    return Quantizer(point.name, Grid(point.bits, symmetric), point.role, power_of_two=shifts)
 
 
 def _call_after(student: fx.GraphModule, node: fx.Node, key: str, users: list[fx.Node] | None = None) -> None:
@@ -154,7 +157,8 @@ def _insert_weight(
         cut = heads if kind == "head" else None
         block = weight_block(node, shape, kind, size) if cut is None else cut.block(shape, size)
         axis = None if cut is None else cut.axis
-        quantizer = Quantizer(layer.name, Grid(bits, True), "weight", shape, block, axis)
+        shifts = scheme.target.power_of_two_scales
+        quantizer = Quantizer(layer.name, Grid(bits, True), "weight", shape, block, axis, shifts)
         student.add_module(layer.weight, quantizer)
         _call_after(student, stored, layer.weight, [u for u in stored.users if ops.base_name(u) in ops.LINEAR])
     why = _insert_bias(student, bias, layer, source, scheme.target)

@@ -42,6 +42,17 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax:
     return codes.sub_(zero_point).mul_(scale)
 
 
+def next_power_of_two(scale: Tensor) -> Tensor:
+    """The least power of two that is no smaller, exactly.
+
+    Example:
+        >>> next_power_of_two(torch.tensor([0.3, 0.5, 5.0]))
+        tensor([0.5000, 0.5000, 8.0000])
+    """
+    mantissa, exponent = torch.frexp(scale)
+    return torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
+
+
 def to_blocks(x: Tensor, block: tuple[int, ...]) -> Tensor:
     """Gathers the elements that share one scale into rows.
 

@@ -68,10 +68,12 @@ class Quantizer(nn.Module):
         shape: tuple[int, ...] = (),
         block: tuple[int, ...] | None = None,
         head_axis: int | None = None,
+        power_of_two: bool = False,
     ) -> None:
         super().__init__()
         self.name, self.grid, self.role = name, grid, role
         self.shape, self.block, self.head_axis = shape, block, head_axis
+        self.power_of_two = power_of_two
         self.register_buffer("scale", torch.empty(0))
         self.register_buffer("zero_point", torch.empty(0))
 
@@ -101,10 +103,14 @@ class Quantizer(nn.Module):
     def set_range(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
         """Takes over scales (and zero points) of any shape with one element per block; without blocks, one zero point.
 
+        With ``power_of_two`` a scale becomes the next power of two that is no smaller.
+
         Raises:
             UsageError: a scale is not finite and positive, or a zero point is off the grid.
         """
         scale = scale.detach().reshape(-1).to(torch.float32).clamp_min(TINY)
+        if self.power_of_two:
+            scale = affine.next_power_of_two(scale)
         if zero_point is None:
             zero = torch.zeros_like(scale if self.block is not None else scale[:1])
         else:
@@ -128,6 +134,8 @@ class Quantizer(nn.Module):
         if self.block is None and self.zero_point.numel() != 1:
             raise UsageError(f"Expected one zero point for {self.name}, found {self.zero_point.numel()}.")
         mantissa = torch.frexp(self.scale).mantissa
+        if self.power_of_two and bool((mantissa != 0.5).any()):
+            raise UsageError(f"Expected scales of {self.name} that are powers of two, found {self.scale.tolist()[:4]}.")
         if self.block is None and bool((mantissa != mantissa[0]).any()):
             raise UsageError(f"Expected scales of {self.name} that are powers of two apart.")
 

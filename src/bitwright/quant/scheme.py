@@ -8,10 +8,18 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, field_validator, model_serializer
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from bitwright.errors import UsageError
-from bitwright.quant.targets import Target, target
+from bitwright.quant.targets import TARGETS, Target, target
 
 WEIGHT_BITS = range(2, 9)
 ACTIVATION_BITS = (*range(2, 9), 16)
@@ -133,12 +141,19 @@ class Scheme(BaseModel):
     """Of ``group`` 64 if not given, of ``head`` as large as the head."""
     activation_grid: Literal["affine", "symmetric"] = "affine"
     """``affine``: unsigned codes with a zero point. ``symmetric``: signed codes around zero, or unsigned ones from
-    zero for a tensor that is never negative."""
+    zero for a tensor that is never negative. If not given, what the target prefers."""
     parameter_bits: int = Field(default=8, ge=2, le=8)
     """For stored operands of activations: positions, class tokens, tables of relative positions."""
     outputs: bool = False
     """Whether the network's outputs are quantized too."""
     runtime: str = "onnxruntime"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _grid_of_the_target(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "activation_grid" in data or data.get("runtime") not in TARGETS:
+            return data
+        return {**data, "activation_grid": target(data["runtime"]).activation_grids[0]}
 
     @field_validator("weights", mode="before")
     @classmethod

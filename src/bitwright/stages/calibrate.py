@@ -12,10 +12,11 @@ from torch import Tensor, fx
 from bitwright.capture import Captured
 from bitwright.curvature.label_free import label_free_scores
 from bitwright.data import Images
+from bitwright.errors import UsageError
 from bitwright.graph import ops, rewrite
 from bitwright.graph.points import linear_points
 from bitwright.graph.watch import Callback, watch
-from bitwright.quant import affine
+from bitwright.quant import affine, shifts
 from bitwright.quant.quantizer import BiasQuantizer, Grid, Quantizer
 from bitwright.quant.ranges import RangeMethod, activation_range, affine_parameters, spread_ratio, weight_scale
 from bitwright.quant.statistics import MeanInput, Statistics
@@ -77,22 +78,35 @@ class Calibrate(Stage):
         widen_for_biases(student)
         return student
 
+    def check(self, student: QuantizedModel, teacher: Captured, images: Images) -> None:
+        """Stretched steps are no powers of two."""
+        if self.match_spread and student.scheme.target.power_of_two_scales:
+            raise UsageError(
+                f"match_spread stretches scales, which the runtime {student.scheme.runtime} has as powers of two only. "
+                "Set it to false, or take another --recipe."
+            )
+
     def _set_weights(self, student: QuantizedModel, importance: dict[str, Tensor]) -> None:
         weighted = self.weights == "hmse"
         for stored, quantizer in parameters(student.graph, "weight"):
             weight = rewrite.get_tensor(student.graph, stored)
             assert quantizer.block is not None
-            quantizer.set_range(
-                weight_scale(
-                    weight,
-                    quantizer.grid,
-                    quantizer.block,
-                    "mse" if self.weights == "hmse" else self.weights,
-                    percentile=self.percentile,
-                    power=2.0 if weighted else self.weight_power,
-                    importance=importance.get(stored) if weighted else None,
-                )
+            power = 2.0 if weighted else self.weight_power
+            scores = importance.get(stored) if weighted else None
+            scale = weight_scale(
+                weight,
+                quantizer.grid,
+                quantizer.block,
+                "mse" if self.weights == "hmse" else self.weights,
+                percentile=self.percentile,
+                power=power,
+                importance=scores,
             )
+            if quantizer.power_of_two and self.weights in {"mse", "hmse"}:
+                scale = shifts.weight_scale(
+                    weight, scale, quantizer.grid, quantizer.block, power=power, importance=scores
+                )
+            quantizer.set_range(scale)
 
     def _element_scores(self, teacher: Captured, images: Images, run: Run) -> dict[str, Tensor]:
         """``diag(J^T J)`` of the elements of every weight, for ``hmse``."""
@@ -118,7 +132,14 @@ class Calibrate(Stage):
             low, high = activation_range(
                 seen, quantizer.grid, self.activations, percentile=self.percentile, power=self.activation_power
             )
-            quantizer.set_range(*affine_parameters(torch.tensor(low), torch.tensor(high), quantizer.grid))
+            if quantizer.power_of_two:
+                cover = self.activations != "mse"
+                found = shifts.activation_parameters(
+                    low, high, seen, quantizer.grid, power=self.activation_power, cover=cover
+                )
+            else:
+                found = affine_parameters(torch.tensor(low), torch.tensor(high), quantizer.grid)
+            quantizer.set_range(*found)
 
 
 def parameters(graph: fx.GraphModule, role: str) -> list[tuple[str, Quantizer]]:
@@ -228,9 +249,9 @@ def correct_biases(student: QuantizedModel, teacher: Captured, means: dict[str, 
             error = student.quantizer(str(called.target))(stored) - weight
             shift = node.target(means[node.args[0].name], error, None, *node.args[3:])
         corrections[str(node.args[2].target)].append(channel_mean(node, shift))
-    for target, shifts in corrections.items():
+    for target, errors in corrections.items():
         bias = rewrite.get_tensor(teacher.graph, target)
-        rewrite.set_tensor(student.graph, target, bias - torch.stack(shifts).mean(0))
+        rewrite.set_tensor(student.graph, target, bias - torch.stack(errors).mean(0))
 
 
 def correct_biases_in_sequence(student: QuantizedModel, teacher: Captured, batch: Tensor, run: Run) -> None:

@@ -99,7 +99,12 @@ class Evolve(Optimising):
         return student
 
     def check(self, student: QuantizedModel, teacher: Captured, images: Images) -> None:
-        """Blocks of the kind asked for exist, and infoNCE has images to tell from each other."""
+        """Scales are free to move, blocks exist, and infoNCE has images to tell from each other."""
+        if student.scheme.target.power_of_two_scales:
+            raise UsageError(
+                f"Evolution moves scales a little, which the runtime {student.scheme.runtime} has as powers of two "
+                "only. Take a recipe without it, such as --recipe eptq."
+            )
         chosen = self._chosen(find_blocks(teacher.graph))
         if not any(_paths(student, block, self.scales) for block in chosen):
             raise UsageError(NOTHING)

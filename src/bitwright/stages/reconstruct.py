@@ -126,7 +126,7 @@ class Reconstruct(Optimising):
     def run(self, student: QuantizedModel, teacher: Captured, images: Images, run: Run) -> QuantizedModel:
         """Optimises, rounds, measures, and keeps the best that the run has seen."""
         points = linear_points(teacher.graph, teacher.example.to(run.device))
-        learner = Learner(student, points, self._variables())
+        learner = Learner(student, points, self._variables(student))
         if not points or not any(p.requires_grad for p in learner.parameters()):
             _warn("There is nothing to optimise: no convolution or linear layer has weights or inputs to quantize.")
             return student
@@ -154,14 +154,15 @@ class Reconstruct(Optimising):
         _report(student, teacher, before, _sqnr(student, images, run), run)
         return student
 
-    def _variables(self) -> Variables:
+    def _variables(self, student: QuantizedModel) -> Variables:
+        free = not student.scheme.target.power_of_two_scales
         return Variables(
             rounding=self.rounding,
             weight_step=self.weight_step_kind,
             codes=self.codes is not None,
-            weight_steps=self.weight_step is not None,
+            weight_steps=self.weight_step is not None and free,
             biases=self.bias is not None,
-            activation_steps=self.activation_step is not None and self.activations,
+            activation_steps=self.activation_step is not None and self.activations and free,
         )
 
     # ----------------------------------------------------------------------------------------- weights
