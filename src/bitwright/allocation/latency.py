@@ -7,6 +7,7 @@ saves by this table is an estimate: in the network, layers share caches, and ope
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import tempfile
@@ -23,7 +24,7 @@ from torch import Tensor
 
 import bitwright
 from bitwright.allocation.costs import ACTIVATION_BITS, WEIGHT_BITS, Variable, variables_of
-from bitwright.allocation.pieces import FLOAT_BITS, INPUT, Kernel, Part, Piece, parts_of, to_file
+from bitwright.allocation.pieces import FLOAT, FLOAT_BITS, INPUT, Kernel, Part, Piece, parts_of, to_files
 from bitwright.data import Images
 from bitwright.errors import UsageError
 from bitwright.export.onnx import save_onnx
@@ -33,7 +34,6 @@ from bitwright.speed.machine import cpu_name
 from bitwright.speed.runtimes import ONNXRUNTIME
 from bitwright.speed.timing import Call, Measure, Spread, in_turn
 
-FLOAT = Kernel(FLOAT_BITS, FLOAT_BITS, False)
 SECONDS = 1.0
 """For all kernels of one piece."""
 VERSION = 1
@@ -123,7 +123,7 @@ def measure_latencies(
     wanted: dict[Piece, dict[Kernel, None]] = {}
     for part, by_bits in zip(parts, pairs, strict=True):
         wanted.setdefault(part.piece, {}).update(dict.fromkeys(by_bits.values()))
-    examples = {part.piece: part for part in parts}
+    examples = {part.piece: part for part in reversed(parts)}
     found: dict[Piece, dict[Kernel, float]] = {}
     for done, (piece, kernels) in enumerate(wanted.items()):
         progress("Timing layers", done, len(wanted), examples[piece].layer.name)
@@ -184,8 +184,7 @@ class _Timer:
         """Beside the float file, whose earlier time, if there is one, is what the others are put in relation to."""
         with tempfile.TemporaryDirectory() as folder:
             calls = [_load(_empty(), (1,), self.threads, Path(folder) / "empty.onnx")]
-            for number, kernel in enumerate(kernels):
-                file = to_file(part, kernel, self.student.scheme)
+            for number, file in enumerate(to_files(part, kernels, self.student.scheme)):
                 calls.append(_load(file, part.piece.input_shape, self.threads, Path(folder) / f"{number}.onnx"))
             empty, *times = [Spread.of(row).median for row in self.measure(calls)]
         self.timed += len(kernels)
@@ -210,7 +209,8 @@ class _Store:
         self.path = None if folder is None else Path(folder) / f"latency-{_digest(how)}.json"
         self.seconds: dict[str, float] = {}
         if self.path is not None and self.path.is_file():
-            self.seconds = json.loads(self.path.read_text(encoding="utf-8"))["seconds"]
+            with contextlib.suppress(ValueError, KeyError, OSError):  # damaged: measured again
+                self.seconds = dict(json.loads(self.path.read_text(encoding="utf-8"))["seconds"])
 
     def keep(self, fresh: dict[str, float]) -> None:
         """Takes them in; what was there stays as it is."""

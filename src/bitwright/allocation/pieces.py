@@ -21,6 +21,7 @@ from bitwright.quant.quantizer import Grid, Quantizer
 from bitwright.quant.scheme import Granularity, Scheme
 from bitwright.quant.targets import CLAMPING, Target
 from bitwright.quantized import QuantizedModel, insert_quantizers
+from bitwright.speed.float_twin import float_twin
 
 FLOAT_BITS = 32
 INPUT, LAYER = "images", "layer"
@@ -50,6 +51,9 @@ class Kernel:
             given if given in {8, 16, FLOAT_BITS} else 4,
             quantized and weight + given >= target.integer_bias_bits,
         )
+
+
+FLOAT = Kernel(FLOAT_BITS, FLOAT_BITS, False)
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def _input_shapes(
 
 def _part(student: QuantizedModel, placement: Placement, node: fx.Node, layer: Layer, shape: tuple[int, ...]) -> Part:
     nodes = _followers(placement, node)
-    granularity, group_size = student.scheme.weight_granularity(layer.name)
+    granularity, group_size = _granularity(None if layer.weight is None else student.quantizer(layer.weight))
     piece = Piece(
         tuple((ops.base_name(n), _settings(n)) for n in nodes),
         shape,
@@ -123,6 +127,16 @@ def _part(student: QuantizedModel, placement: Placement, node: fx.Node, layer: L
         ops.base_name(nodes[-1]) in CLAMPING,
     )
     return Part(layer, nodes, piece)
+
+
+def _granularity(quantizer: Quantizer | None) -> tuple[Granularity, int | None]:
+    """What shares a scale of the weight, in words that hold without the rest of the network."""
+    block = quantizer.block if quantizer is not None else None
+    if quantizer is None or block is None or len(block) < 2:
+        return "channel", None
+    if block == quantizer.shape:
+        return "tensor", None
+    return ("group", block[1]) if quantizer.granularity == "group" else ("channel", None)
 
 
 def _followers(placement: Placement, node: fx.Node) -> tuple[fx.Node, ...]:
@@ -145,17 +159,27 @@ def _settings(node: fx.Node) -> str:
 # ---------------------------------------------------------------------------------------------------------- files
 
 
-def to_file(part: Part, kernel: Kernel, base: Scheme) -> ir.Model:
-    """The piece at these bits; its input and output are codes, as between two layers of the network.
+def to_files(part: Part, kernels: Sequence[Kernel], base: Scheme) -> list[ir.Model]:
+    """The piece at each of these bits; its input and output are codes, as between two layers of the network.
 
     What turns codes into floats and back is in the file, and vanishes where the runtime has an integer kernel. The
     output has the bits of the input.
 
     Args:
         part: of a network.
-        kernel: bits.
-        base: granularity, grids and runtime of the network.
+        kernels: bits.
+        base: grids and runtime of the network.
     """
+    written = {k: to_onnx(_quantized(part, k, base)) for k in kernels if k != FLOAT}
+    if FLOAT in kernels:  # writing takes far longer than taking quantizers out
+        first = next(iter(written.values()), None)
+        written[FLOAT] = to_onnx(_quantized(part, FLOAT, base)) if first is None else float_twin(first)
+    for program in written.values():
+        _open_borders(program)
+    return [written[k] for k in kernels]
+
+
+def _quantized(part: Part, kernel: Kernel, base: Scheme) -> QuantizedModel:
     weights, inputs = (None if b == FLOAT_BITS else b for b in (kernel.weight, kernel.input))
     scheme = Scheme(
         weights=_bits_with_bias(kernel, base.target) if weights else None,
@@ -168,9 +192,7 @@ def to_file(part: Part, kernel: Kernel, base: Scheme) -> ir.Model:
     )
     student = insert_quantizers(_alone(part), scheme)
     _give_scales(student, part.piece)
-    program = to_onnx(student)
-    _open_borders(program)
-    return program
+    return student
 
 
 def _bits_with_bias(kernel: Kernel, target: Target) -> int:

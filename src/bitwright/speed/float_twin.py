@@ -54,7 +54,7 @@ def _floats(graph: ir.Graph, node: ir.Node) -> ir.Value:
     return value
 
 
-def dequantized(codes: Array, scale: Array, zero: Array | None, axis: int, block: int = 0) -> Array:
+def dequantized(codes: Array, scale: Array, zero: Array | None, axis: int = 1, block: int = 0) -> Array:
     """``(codes - zero) * scale`` as ONNX defines it.
 
     Args:
@@ -91,10 +91,12 @@ def _pass_through(graph: ir.Graph, quantize: ir.Node) -> None:
         producer = source.producer()
         assert producer is not None
         source = producer.inputs[0]
-    (value,) = [v for n in graph for v in n.outputs if v.name == f"{name}/value"] or [None]
-    if value is None or source is None:
-        return
-    value.replace_all_uses_with(source, replace_graph_outputs=True)
+    for use in quantize.outputs[0].uses():
+        value = use.node.outputs[0]
+        if value.name == f"{name}/one":
+            value = next(iter(value.uses())).node.outputs[0]
+        if source is not None and use.node.op_type == DEQUANTIZE:
+            value.replace_all_uses_with(source, replace_graph_outputs=True)
 
 
 def _drop_unused(graph: ir.Graph) -> None:

@@ -1,0 +1,177 @@
+"""`bitwright bench`: what it writes and refuses; times are made up, never asserted."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import replace
+
+import cases
+import pytest
+
+import bitwright as bw
+from bitwright import cli
+from bitwright.errors import BitwrightError, UsageError
+from bitwright.speed import bench as module
+from bitwright.speed import runtimes
+from bitwright.speed.memory import peak_memory
+from bitwright.speed.runtimes import ONNXRUNTIME, Runtime
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    model = bw.quantize(cases.model("conv_bn_relu6"), cases.dataset(), recipe="mse")
+    model.save(folder)
+    model.export(folder / "model.onnx")
+    return folder
+
+
+FLOAT = [0.004, 0.002, 0.008, 0.004]
+QUANTIZED = [0.002, 0.002, 0.002, 0.003]
+
+
+def made_up(calls):
+    for call in calls:
+        call()
+    return [FLOAT, QUANTIZED]
+
+
+def no_memory(*_):
+    return {"peak_bytes": 7, "above_start_bytes": 5}
+
+
+def quick(run, **options):
+    options = {"runtimes": ("onnxruntime",), "batches": (1, 3), "threads": (1,), **options}
+    return bw.bench(run, measure=made_up, memory=no_memory, **options)
+
+
+def test_rows_hold_medians_quartiles_and_ratios_of_rounds(run):
+    found = quick(run)
+    assert [(r["runtime"], r["threads"], r["batch"]) for r in found["rows"]] == [
+        ("onnxruntime", 1, 1),
+        ("onnxruntime", 1, 3),
+    ]
+    row = found["rows"][1]
+    low, middle, high = statistics.quantiles(FLOAT, n=4, method="inclusive")
+    assert [row["float"][k] for k in ("low", "median", "high", "count")] == pytest.approx([low, middle, high, 4])
+    assert row["quantized"]["images_per_second"] == pytest.approx(3 / statistics.median(QUANTIZED))
+    by_round = [q / f for q, f in zip(QUANTIZED, FLOAT, strict=True)]
+    assert row["ratio"]["median"] == pytest.approx(statistics.median(by_round))
+    assert row["float"]["peak_bytes"] == 7
+
+
+def test_the_file_beside_the_run_is_what_is_returned(run):
+    found = quick(run)
+    assert json.loads((run / "bench.json").read_text()) == found
+    products = found["runtimes"][0]["products"]
+    assert products == {"float": {"integer": 0, "float": 2}, "quantized": {"integer": 2, "float": 0}}
+    bw.load(run).save(run.parent / "copy")  # and the folder is still one that can be replaced
+    (run.parent / "copy" / "bench.json").write_text("{}")
+    bw.load(run).save(run.parent / "copy", force=True)
+
+
+def test_a_file_runs_at_every_batch_in_the_real_runtime(run):
+    found = bw.bench(
+        run, runtimes=["onnxruntime"], batches=(2,), threads=(1,), seconds=0.01,
+    )  # fmt: skip
+    (row,) = found["rows"]
+    assert row["float"]["count"] == row["quantized"]["count"] >= 5
+    assert row["quantized"]["peak_bytes"] > row["quantized"]["above_start_bytes"] > 0
+
+
+def test_memory_is_that_of_the_file_alone(run):
+    ballast = bytearray(300_000_000)
+    ballast[::4096] = b"x" * len(ballast[::4096])
+    found = peak_memory(ONNXRUNTIME, run / "model.onnx", (1, 3, 8, 8), "images", 1)
+    assert found["peak_bytes"] < 300_000_000
+    del ballast
+
+
+def test_a_file_that_does_not_load_is_named(tmp_path):
+    (tmp_path / "broken.onnx").write_bytes(b"no model")
+    with pytest.raises(BitwrightError, match=r"broken\.onnx"):
+        peak_memory(ONNXRUNTIME, tmp_path / "broken.onnx", (1, 3, 8, 8), "images", 1)
+    with pytest.raises(BitwrightError, match=r"does not run broken\.onnx"):
+        ONNXRUNTIME.load(tmp_path / "broken.onnx", 1, {})
+
+
+ABSENT = Runtime("openvino", "OpenVINO", "no_such_package_anywhere", lambda *_: None)
+
+
+def test_a_runtime_that_is_not_there_is_named_with_its_line(run, monkeypatch):
+    monkeypatch.setitem(runtimes.RUNTIMES, "openvino", ABSENT)
+    found = quick(run, runtimes=None)
+    assert found["absent"] == [{"runtime": "openvino", "install": "pip install no_such_package_anywhere"}]
+    assert {r["runtime"] for r in found["rows"]} == {"onnxruntime"}
+    with pytest.raises(UsageError, match=r"OpenVINO is not installed\. Install it with: pip install no_such"):
+        quick(run, runtimes=["openvino"])
+    monkeypatch.setitem(runtimes.RUNTIMES, "onnxruntime", replace(ABSENT, name="onnxruntime", title="ONNX Runtime"))
+    with pytest.raises(UsageError, match="ONNX Runtime is not installed"):
+        quick(run, runtimes=None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"runtimes": ["tensorrt"]}, "Expected a runtime out of onnxruntime, openvino, found 'tensorrt'"),
+        ({"batches": (0,)}, "Expected a batch of at least 1, found 0"),
+        ({"batches": ()}, "found none"),
+        ({"threads": (-1, 2)}, "Expected a number of threads of at least 1"),
+        ({"seconds": 0.0}, "Expected a positive number of seconds"),
+        ({"seconds": float("nan")}, "Expected a positive number of seconds"),
+    ],
+)
+def test_wrong_arguments(run, options, message):
+    with pytest.raises(UsageError, match=message):
+        quick(run, **options)
+
+
+def test_wrong_folders(run, tmp_path):
+    with pytest.raises(UsageError, match="Expected a run folder, found none at"):
+        quick(tmp_path / "none")
+    with pytest.raises(UsageError, match=r"Expected a run folder with result\.json"):
+        quick(tmp_path)
+    (tmp_path / "state").mkdir()
+    with pytest.raises(UsageError, match=r"unfinished\. Repeat its command with --resume"):
+        quick(tmp_path)
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"There is no model\.onnx in .* bitwright export"):
+        quick(tmp_path)
+    (tmp_path / "model.onnx").write_bytes(b"no model")
+    with pytest.raises(UsageError, match="not a file that bitwright exported"):
+        quick(tmp_path)
+    assert not (tmp_path / "bench.json").exists()
+
+
+@pytest.fixture
+def made_up_times(monkeypatch):
+    monkeypatch.setattr(module, "in_turn", lambda calls, seconds: made_up(calls))
+    monkeypatch.setattr(module, "peak_memory", no_memory)
+
+
+def test_command_prints_a_table_or_json(run, made_up_times, capsys):
+    arguments = ["bench", str(run), "--batch", "1,2", "--threads", "1", "--runtime", "onnxruntime"]
+    assert cli.main(arguments) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "computes 2 of 2 convolutions and matrix products in integers" in text
+    assert "without its quantizers" in text
+    assert cli.main([*arguments, "--json"]) == 0
+    assert [r["batch"] for r in json.loads(capsys.readouterr().out)["rows"]] == [1, 2]
+
+
+@pytest.mark.parametrize("given", [["--batch", "1,x"], ["--threads", "0"], ["--runtime", "tvm"], ["--seconds", "-1"]])
+def test_command_refuses_wrong_options(run, given, capsys):
+    assert cli.main(["bench", str(run), *given]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) <= 2
+
+
+def test_a_speed_is_claimed_only_where_the_spread_allows_it():
+    from bitwright.commands.bench import verdict
+
+    for low, median, high in ((0.9, 0.95, 1.0), (0.5, 1.2, 1.4), (1.0, 1.0, 1.0)):
+        assert verdict({"low": low, "median": median, "high": high}) == "no clear difference"
+    for factor in (1.5, 4.0):
+        assert verdict({"low": factor, "median": factor, "high": factor}) == f"{factor:.2f} times as slow"
+        faster = dict.fromkeys(("low", "median", "high"), 1 / factor)
+        assert verdict(faster) == f"{factor:.2f} times as fast"
