@@ -700,6 +700,96 @@ def export(
 
 
 @app.command()
+def compare(
+    model: ModelArgument,
+    images: ImagesArgument,
+    recipes: Annotated[str, typer.Option(help="Names or files of recipes, as in rtn,mse,eptq", show_default=False)],
+    weights: WeightsOption = "8",
+    activations: ActivationsOption = "8",
+    rule: RuleOption = None,
+    plan: PlanOption = None,
+    samples: Annotated[
+        int | None, typer.Option(help="Images to calibrate on, evenly spread  [default: 512 at most]")
+    ] = None,
+    evaluate: Annotated[
+        str | None, typer.Option(help="Images to measure on; the calibration images if not given")
+    ] = None,
+    labels: LabelsOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the run folders and the page  [default: comparison]", show_default=False),
+    ] = None,
+    seed: SeedOption = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    runtime: RuntimeOption = "onnxruntime",
+    granularity: GranularityOption = "channel",
+    group_size: GroupSizeOption = None,
+    output: OutputOption = None,
+    input_size: InputSizeOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    interpolation: InterpolationOption = None,
+    crop_pct: CropOption = None,
+    skip_unreadable: SkipOption = False,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Of the optimisation of each recipe that has one", rich_help_panel=_BUDGET),
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="For each recipe, instead of --steps", rich_help_panel=_BUDGET)
+    ] = None,
+    precision: PrecisionOption = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Keep the runs in --out that are finished, and go on with the others")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the runs in --out")] = False,
+    no_images: NoImagesOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Compares recipes on the same network, images, bits, seed and budget: a run folder each, a table, a page.
+
+    A recipe that fails is shown as failed and does not stop the others; the exit code is then 1.
+
+    Example: `bitwright compare zoo:fashion_cnn zoo:fashion --recipes rtn,mse --weights 4`
+    """
+    with Terminal(as_json=as_json) as terminal:
+        scheme = _scheme(weights, activations, rule, runtime, granularity, group_size)
+        planned, scheme = _plan(plan, scheme)
+        settings = _settings(input_size=input_size, mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct)
+        terminal.begin("Loading PyTorch")
+        from bitwright.commands import compare as command
+        from bitwright.commands import quantize as single
+
+        job = single.Job(
+            model,
+            images,
+            scheme,
+            plan=planned,
+            samples=samples,
+            steps=None if steps is None else (steps,),
+            minutes=minutes,
+            precision=_precision(precision),
+            evaluate=evaluate,
+            labels=labels,
+            seed=seed,
+            device=device,
+            output=output,
+            settings=settings,
+            skip_unreadable=skip_unreadable,
+            resume=resume,
+            force=force,
+            pictures=not no_images,
+        )
+        chosen = command.parse_recipes(recipes)
+        comparing = command.Comparison(job, chosen, (out or Path("comparison")).expanduser().absolute())
+        found, page, failure = command.compare(comparing, terminal)
+        terminal.result({**found, "page": str(page)})
+        command.show(found, page, terminal)
+    if failure is not None:
+        raise failure
+
+
+@app.command()
 def report(
     runs: Annotated[
         list[str], typer.Argument(metavar="RUN...", help="A run folder; several are compared", show_default=False)

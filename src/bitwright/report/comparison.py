@@ -10,10 +10,11 @@ from bitwright.report import words
 from bitwright.report.charts import chart, dot, horizontal, label, linear, polyline, rule
 from bitwright.report.markup import Child, Markup, tag
 from bitwright.report.page import document
-from bitwright.report.shown import Section, Shown, key, paragraph
+from bitwright.report.shown import Section, Shown, command, key, paragraph
 from bitwright.report.tables import Cell, table
 from bitwright.report.verdict import METRICS, main_metric
 
+UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 FIDELITY = {"agreement": "same answer as float", "sqnr_db": "outputs: signal to error"}
 
 
@@ -86,7 +87,7 @@ def comparison(entries: Sequence[Entry], title: str = "") -> str:
     name = title or words.listed(models) or "Comparison"
     sections = [
         s
-        for s in (_table(entries), _front(entries), _alike(runs), _failures(entries), _repeat(entries))
+        for s in (_alike(entries), _table(entries), _front(entries), _failures(entries), _repeat(entries))
         if s is not None
     ]
     under = f"comparison of {words.plural(len(entries), 'run')}"
@@ -103,6 +104,8 @@ def verdict(entries: Sequence[Entry]) -> str:
     what = quality(entries)
     if what is None:
         return f"The runs have no figure in common to be compared by.{tail}"
+    if len(set(_measured(done))) > 1:
+        return f"The runs were not measured on the same images: their figures cannot tell which is better.{tail}"
     rows = [row(e) for e in done]
     best = max(rows, key=lambda r: r[what])
     said = f"{best['run']} has the best {named(what)}, {shown(what, best[what])}, at {words.size(best['packed_bytes'])}"
@@ -151,7 +154,7 @@ def _table(entries: Sequence[Entry]) -> Section:
     several = len({r.get("model") for r in rows if r["error"] is None}) > 1
     heads = [">#", "run", *(["network"] if several else []), "recipe", "bits"]
     for k in metrics:
-        heads += [f">{METRICS[k]}", ">95 % interval", ">against float"]
+        heads += [f">{METRICS[k]}"] + ([">95 % interval", ">against float"] if k == metrics[0] else [])
     heads += [head for _, head in COLUMNS]
     made = table(
         "The runs",
@@ -166,13 +169,15 @@ def _table(entries: Sequence[Entry]) -> Section:
 def _cells(i: int, r: dict[str, Any], metrics: list[str], *, several: bool) -> list[Cell | str]:
     cells: list[Cell | str] = [Cell(str(i), i), r["run"]]
     if r["error"] is not None:
-        rest = (1 if several else 0) + 2 + 3 * len(metrics) + len(COLUMNS)
+        rest = (1 if several else 0) + 2 + len(metrics) + (2 if metrics else 0) + len(COLUMNS)
         return [*cells, "failed", *([""] * (rest - 1))]
     cells += [r["model"]] if several else []
     cells += [r["recipe"], _bits(r["bits"])]
     for k in metrics:
         value, before = r.get(k), r.get(f"float_{k}")
         cells.append(Cell(words.percent(value), value))
+        if k != metrics[0]:
+            continue
         cells.append(words.interval(r.get(f"{k}_ci")))
         change = None if value is None or before is None else value - before
         cells.append(Cell(words.NONE if change is None else words.points(change), change))
@@ -192,12 +197,13 @@ def _front(entries: Sequence[Entry]) -> Section | None:
     if what is None or len(places) < 2:
         return None
     factor = 1.0 if what == "sqnr_db" else 100.0
-    points = [(r["packed_bytes"] / 1e6, factor * r[what]) for _, r in places]
+    unit, per = next(((u, f) for u, f in UNITS if max(r["packed_bytes"] for _, r in places) >= f), ("B", 1.0))
+    points = [(r["packed_bytes"] / per, factor * r[what]) for _, r in places]
     ends = [[factor * v for v in r.get(f"{what}_ci") or [r[what], r[what]]] for _, r in places]
     top = {r.get(f"float_{what}") for _, r in places}
     level = factor * only if len(top) == 1 and (only := top.pop()) is not None else None
     lows, highs = [e[0] for e in ends], [e[1] for e in ends] + ([] if level is None else [level])
-    x = linear(min(p[0] for p in points), max(p[0] for p in points), "size of model.safetensors, MB", margin=0.15)
+    x = linear(min(p[0] for p in points), max(p[0] for p in points), f"size of model.safetensors, {unit}", margin=0.15)
     y = linear(min(lows), max(highs), f"{named(what)}, {'dB' if what == 'sqnr_db' else '%'}", count=5, margin=0.06)
     chosen = front(points)
     drawn = [horizontal(level, y, "float dashed")] if level is not None else []
@@ -224,16 +230,20 @@ def _front(entries: Sequence[Entry]) -> Section | None:
     )
 
 
-def _alike(runs: Sequence[Shown]) -> Section | None:
+def _measured(entries: Sequence[Entry], on: str = "evaluation") -> list[str | None]:
+    """Digests of the images of each run."""
+    return [((e.run.result.get("data") or {}).get(on) or {}).get("sha256") for e in entries if e.run is not None]
+
+
+def _alike(entries: Sequence[Entry]) -> Section | None:
     """What keeps the figures from being compared with each other."""
-    evaluated = [((r.result.get("data") or {}).get("evaluation") or {}).get("sha256") for r in runs]
-    calibrated = [((r.result.get("data") or {}).get("calibration") or {}).get("sha256") for r in runs]
+    runs = [e.run for e in entries if e.run is not None]
     said = []
     if len({r.result["model"]["name"] for r in runs}) > 1:
         said.append("The runs are of different networks.")
-    if len(set(evaluated)) > 1:
+    if len(set(_measured(entries))) > 1:
         said.append("They were not measured on the same images: their figures cannot be compared with each other.")
-    if len(set(calibrated)) > 1:
+    if len(set(_measured(entries, "calibration"))) > 1:
         said.append("They were calibrated on different images.")
     if len({r.result.get("seed") for r in runs}) > 1:
         said.append("Their seeds differ.")
@@ -253,6 +263,6 @@ def _repeat(entries: Sequence[Entry]) -> Section | None:
     commands: list[Markup] = []
     for e in done:
         assert e.run is not None
-        command = e.run.result.get("command", words.NONE)
-        commands += [tag("dt", e.name), tag("dd", tag("code", command))]
+        said = e.run.result.get("command", words.NONE)
+        commands += [tag("dt", e.name), tag("dd", command(said))]
     return Section("repeat", "To repeat it", tag("dl", commands)) if done else None

@@ -69,7 +69,7 @@ def _bits(run: Shown) -> Markup | None:
     if not kinds:
         return None
     said = "; ".join(f"{name}: {_tally(rows, k)}" for k, name in kinds.items())
-    caption = tag("figcaption", tag("b", "Bits. "), f"{said}.")
+    caption = tag("figcaption", tag("b", "Bits. "), f"{said[:1].upper()}{said[1:]}.")
     if all(len({r[k] for r in rows if r.get(k)}) == 1 for k in kinds):
         return tag("figure", caption)
     x = _along(rows)
@@ -90,8 +90,8 @@ def _tally(rows: list[dict[str, Any]], what: str) -> str:
     found = sorted({r[what] for r in rows if r.get(what)})
     counts = [(b, sum(r.get(what) == b for r in rows)) for b in found]
     if len(counts) == 1:
-        return f"{found[0]} bits in all of {words.plural(counts[0][1], 'layer')}"
-    return ", ".join(f"{b} bits in {n}" for b, n in counts)
+        return f"{found[0]} in all {words.plural(counts[0][1], 'layer')} that have some"
+    return ", ".join(f"{b} in {words.plural(n, 'layer')}" for b, n in counts)
 
 
 SENSITIVITIES = {
@@ -219,10 +219,13 @@ def diagnosis(run: Shown) -> Section | None:
     rows = [
         [r["name"], r["tensor"], words.number(r["loss_without"]), words.percent(r["share"], 1)] for r in found["layers"]
     ]
+    scored = (run.result.get("fidelity") or {}).get("kl") is not None
+    unit = "nats of KL divergence from float" if scored else "of the outputs' mean square in squared error"
+    lost = f"{words.number(loss)} {unit}"
     lead = (
-        f"On {words.plural(found['images'], 'calibration image')} the quantized network is {words.number(loss)} away "
-        "from float. Each row is measured with that one tensor in float and everything else as it is; shares need not "
-        "add up."
+        f"On {words.plural(found['images'], 'calibration image')} the quantized network loses {lost}. "
+        "Each row is measured with that one tensor in float and everything else as it is; shares need not add up to "
+        "100 %."
     )
     body: list[Child] = [
         paragraph(lead),

@@ -8,7 +8,7 @@ from typing import Any
 from bitwright.report import words
 from bitwright.report.charts import chart, horizontal, lengths, linear, logarithmic, polyline
 from bitwright.report.markup import Child, Markup, tag
-from bitwright.report.shown import Section, Shown, definitions, key, paragraph
+from bitwright.report.shown import Section, Shown, command, definitions, key, paragraph
 from bitwright.report.tables import table
 from bitwright.report.verdict import runtime
 
@@ -120,12 +120,16 @@ def parity(run: Shown) -> Section:
         rows.append([f"optimised by {name.rpartition(' ')[0] or name}", *_outputs(found["optimized"])])
     heads = ["graph", ">same answer", ">mean difference", ">largest difference", ">range of outputs"]
     worst = found.get("worst_layer")
-    layer = None if worst is None else (
-        f"Fed the same input, the layer that differs most is {worst['name']}: "
-        f"{words.percent(worst['differing_fraction'])} of its values, by at most "
-        f"{words.plural(worst['max_steps'], 'step')} of its grid. Sums of floats in another order tip a few values "
-        "over a rounding boundary."
-    )  # fmt: skip
+    layer: str | None = None
+    if worst is not None and worst["max_steps"] == 0:
+        layer = "Fed the same input, every layer gives exactly the same integers."
+    elif worst is not None:
+        layer = (
+            f"Fed the same input, the layer that differs most is {worst['name']}: "
+            f"{words.percent(worst['differing_fraction'])} of its values, by at most "
+            f"{words.plural(worst['max_steps'], 'step')} of its grid. Sums of floats in another order tip a few values "
+            "over a rounding boundary."
+        )
     body = [paragraph(lead), table("Outputs in the runtime", heads, rows, wide=True), layer and paragraph(layer)]
     return Section("parity", "The exported file", body)
 
@@ -160,13 +164,15 @@ def floats(run: Shown) -> Section:
     rows = run.result.get("unquantized") or []
     if not rows:
         return Section("floats", "Left in float", paragraph("Nothing: every tensor is quantized."))
+    names = {r["name"] for r in run.layers}
     reasons: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        reasons.setdefault(row["reason"], []).append(row)
+        general = " ".join("…" if word in names else word for word in row["reason"].split())
+        reasons.setdefault(general, []).append(row)
     body: list[Child] = [paragraph(f"{words.plural(len(rows), 'tensor')}, and why.")]
     for reason, those in sorted(reasons.items(), key=lambda r: -len(r[1])):
-        names = tag("ul", (tag("li", tag("span", r["name"], class_="layer"), f" ({r['op']})") for r in those))
-        body.append(tag("details", tag("summary", f"{reason}: {len(those)}"), names))
+        listed = tag("ul", (tag("li", tag("span", r["name"], class_="layer"), f" ({r['op']})") for r in those))
+        body.append(tag("details", tag("summary", f"{reason}: {len(those)}"), listed))
     return Section("floats", "Left in float", body)
 
 
@@ -191,7 +197,7 @@ def repeat(run: Shown) -> Section:
             pairs.append((f"{name} images", [said, tag("br"), tag("code", f"sha256 {some['sha256']}", class_="hash")]))
     settings = json.dumps((result.get("recipe") or {}).get("settings") or {}, indent=2, ensure_ascii=False)
     body = [
-        tag("pre", tag("code", result.get("command", words.NONE)), tabindex=0, aria_label="the command"),
+        tag("pre", command(result.get("command", words.NONE)), tabindex=0, role="region", aria_label="the command"),
         definitions(pairs),
         tag("details", tag("summary", "All settings of the recipe"), tag("pre", settings, tabindex=0)),
     ]

@@ -37,7 +37,7 @@ def _one(row: dict[str, Any], classes: dict[str, str]) -> Markup:
     right = row.get("label")
     drawn = (
         tag("img", src=row["picture"], alt=f"the image {row['name']}", width=112, height=112)
-        if row.get("picture")
+        if str(row.get("picture")).startswith("data:image/")
         else None
     )
     answers = [
@@ -50,10 +50,10 @@ def _one(row: dict[str, Any], classes: dict[str, str]) -> Markup:
 
 
 def _answer(who: str, found: dict[str, Any], right: int | None, classes: dict[str, str]) -> list[Markup]:
-    mark = "" if right is None else " ✓" if found["class"] == right else " ✗"
+    mark = "" if right is None else "✓" if found["class"] == right else "✗"
     said = f"{name_of(found['class'], classes)}, {words.percent(found['probability'], 0)}"
-    judged = tag("span", mark, role="img", aria_label="right" if "✓" in mark else "wrong") if mark else None
-    return [tag("dt", who), tag("dd", said, judged)]
+    judged = tag("span", mark, role="img", aria_label="right:" if mark == "✓" else "wrong:") if mark else None
+    return [tag("dt", who), tag("dd", judged, " " if judged else None, said)]
 
 
 def name_of(number: int, classes: dict[str, str]) -> str:

@@ -77,6 +77,12 @@ def definitions(pairs: list[tuple[str, Child]]) -> Markup:
     return tag("dl", [[tag("dt", name), tag("dd", said)] for name, said in pairs])
 
 
+def command(said: str) -> Markup:
+    """A command line that breaks between its words."""
+    words = said.split(" ")
+    return tag("code", [[tag("span", word, class_="word"), " "] for word in words])
+
+
 def key(*marks: tuple[str, str]) -> Markup:
     """What the looks in a chart stand for: (look, meaning)."""
     return tag("p", [tag("span", tag("i", class_=f"swatch {look}"), meaning) for look, meaning in marks], class_="key")

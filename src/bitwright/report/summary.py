@@ -1,4 +1,4 @@
-"""Float against quantized: accuracy, size, latency."""
+"""Float against quantized: accuracy and size."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _paired(run: Shown) -> Markup | None:
     judged = (
         "zero is inside, so that these images show no loss and no gain"
         if low <= 0 <= high
-        else "zero is outside, so that the difference is not chance"
+        else "zero is outside, so that chance alone does not explain it"
     )
     return paragraph(
         f"Image by image, {counts['both']:,} are right in both networks, {counts['only_float']:,} only in float, "
@@ -167,19 +167,3 @@ def _wider(run: Shown) -> str:
     said = [f"weights of {words.listed(narrow)} bits are integers of 4"] if narrow else []
     said += [f"weights of {words.listed(wide)} bits are integers of 8"] if wide else []
     return words.listed([*said, "every scale of weights has a zero point, though it is zero"])
-
-
-# ----------------------------------------------------------------------------------------------------- latency
-
-
-def latency(run: Shown) -> Section:
-    """What `bitwright bench` measured, or that it did not."""
-    rows = _bench_rows(run.bench) if run.bench else []
-    if not rows:
-        return Section("latency", "Latency", paragraph("Not measured.", quiet=True))
-    heads = ["", ">batch", ">median", ">quartiles"]
-    return Section("latency", "Latency", table("Time of one call", heads, rows))
-
-
-def _bench_rows(bench: dict[str, Any]) -> list[list[Any]]:
-    return []

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from bitwright.report.markup import Child, Markup, tag
 
+SEARCHED = 8
+"""Rows up to which a sortable table needs no search."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -31,7 +34,7 @@ def table(
         caption: read aloud, and shown.
         heads: of the columns; one that starts with ``>`` holds numbers.
         rows: of cells; the first is the row's name.
-        sortable: by any column, and searched.
+        sortable: by any column, and searched if it is long.
         name: of the table on the page, if it is sortable.
         wide: keeps each cell on one line and scrolls.
     """
@@ -47,9 +50,9 @@ def table(
         id=name or None,
     )
     if not (wide or sortable):
-        return made
+        return tag("div", made, class_="fit")
     scrolling = tag("div", made, class_="scroll", role="region", tabindex=0, aria_label=caption)
-    return Markup(_search(name, len(rows)) + scrolling) if sortable else scrolling
+    return Markup(_search(name, len(rows)) + scrolling) if sortable and len(rows) > SEARCHED else scrolling
 
 
 def _search(name: str, count: int) -> Markup:
