@@ -308,6 +308,8 @@ def _shield_bias(graph: ir.Graph, node: ir.Node, shielded: dict[str | None, ir.V
 def _integers(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, order: list[int] | None) -> ir.Value:
     quantizer = frozen.quantizer
     assert isinstance(quantizer, Quantizer)
+    if quantizer.head_axis == 1 and quantizer.scale.numel() > 1:
+        return _columns(graph, mark, name, frozen, order)
     codes, scale, zero = frozen.codes, quantizer.scale, quantizer.zero_point
     attributes: dict[str, int] = {}
     if scale.numel() == 1:
@@ -329,6 +331,26 @@ def _integers(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, order: 
     return _node(graph, mark, "DequantizeLinear", inputs, name, **attributes)
 
 
+def _columns(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, order: list[int] | None) -> ir.Value:
+    """A weight whose inputs have scales: integers, and a multiplication, which is the same bit for bit.
+
+    ONNX has scales for blocks, but ONNX Runtime puts those of 8-bit integers into a kernel that takes none and fails
+    when it runs (1.31, MatMulIntegerToFloat); and blocks repeat a scale for every output.
+    """
+    quantizer = frozen.quantizer
+    assert isinstance(quantizer, Quantizer)
+    codes, scale = frozen.codes, quantizer.expanded()[0]
+    if order is not None:
+        codes, scale = codes.permute(order), scale.permute(order)
+    kind = storage(quantizer.grid)
+    integers = _initializer(graph, f"{name}/integers", codes.contiguous().numpy().astype(_NUMPY[kind]))
+    one = _initializer(graph, f"{name}/one", np.asarray(1, np.float32))
+    whole = _node(graph, mark, "DequantizeLinear", [integers, one], f"{name}/whole")
+    whole.type, whole.shape = ir.TensorType(ir.DataType.FLOAT), integers.shape
+    steps = _initializer(graph, f"{name}/scale", scale.contiguous().numpy())
+    return _node(graph, mark, "Mul", [whole, steps], name)
+
+
 def _scales_for_onnx(quantizer: Quantizer, codes: Tensor) -> tuple[Tensor, Tensor, dict[str, int]]:
     """Scale, zero point and attributes: one axis per channel, or blocks along one axis."""
     block = quantizer.block
@@ -338,7 +360,7 @@ def _scales_for_onnx(quantizer: Quantizer, codes: Tensor) -> tuple[Tensor, Tenso
     if cut == [0] and quantizer.head_axis == 0:  # as channels, in far fewer numbers than as blocks
         rows = (v.repeat_interleave(block[0]) for v in (quantizer.scale, quantizer.zero_point))
         return next(rows), next(rows), {"axis": 0}
-    partial = [axis for axis in cut if block[axis] > 1 or axis == quantizer.head_axis]
+    partial = [axis for axis in cut if block[axis] > 1]
     if len(cut) == 1 and not partial:
         return quantizer.scale, quantizer.zero_point, {"axis": cut[0]}
     if len(partial) > 1:

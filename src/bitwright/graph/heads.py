@@ -142,7 +142,8 @@ class _Attention:
             return None
         for value, batch in zip(values, into, strict=True):
             assert value is not None
-            self._meet(_rows(value, batch))
+            if float(value.amax()) > NOTHING:  # the rows of a product's own result would take much memory
+                self._meet(_rows(value, batch))
         shape = _shape(node)
         count = math.prod(shape[a] for a in out)
         numbers = -1.0 - self.slices - torch.arange(count, dtype=torch.float32)
