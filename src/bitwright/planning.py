@@ -37,12 +37,19 @@ SAMPLES = 64
 POINTS = 33
 UNIFORM = 4
 """Bits of weights: without a limit, a plan is as large as the network with these everywhere."""
-SLACK = 0.005
-"""Of a size: files are up to this share larger than planned, because zero points compress as they come."""
+SLACK, SLACK_BYTES = 0.005, 256
+"""Files are up to this share, and so many bytes, larger than planned: their description compresses as it comes."""
 WITH_ACTIVATIONS = frozenset({"loss", "distance"})
 """Measures that predict what bits of activations cost; for the others, ``loss`` does."""
 OTHER_SCALE = frozenset({"eigenvalue", "q-bert"})
 """Measures whose numbers are no nats."""
+BY = {
+    "size": "weight_bytes",
+    "activations": "activation_bytes",
+    "total": "total_bytes",
+    "bops": "bit_operations",
+    "latency": "latency",
+}
 LatencyOf = Callable[[QuantizedModel], Latency]
 
 
@@ -58,6 +65,8 @@ class Planning:
     """The same bits in all weights that are free, by the bits."""
     along: str
     """What the curve limits, such as ``weight_bytes``."""
+    timing: dict[str, Any] | None
+    """How latencies were measured, if they were."""
     goal: Goal
     limits: dict[str, float]
     """What was limited, in the units of ``predicted``."""
@@ -76,6 +85,7 @@ class Planning:
             "limits": self.limits,
             "predicted": self.plan.predicted,
             **self.measured.to_dict(),
+            **({} if self.timing is None else {"latency": self.timing}),
         }
 
     def bits(self, plan: Plan) -> dict[str, dict[str, int]]:
@@ -158,6 +168,7 @@ def plan_bits(
     runtime: str = "onnxruntime",
     scheme: Scheme | None = None,
     measure: str = "loss",
+    by: str | None = None,
     points: int = POINTS,
     samples: int | None = None,
     latency: Latency | LatencyOf | None = None,
@@ -180,7 +191,7 @@ def plan_bits(
         target_size: of ``model.safetensors``: ``"3.5MB"``, ``"3MiB"``, or bytes.
         compression: bytes of the float parameters over those of ``model.safetensors``, instead.
         max_bops: multiply-accumulates of one image times bits of both operands.
-        max_latency: milliseconds for one image; needs ``latency``.
+        max_latency: milliseconds for one image: the sum over layers with weights, each timed in ONNX Runtime.
         max_activation_size: of the activations that are in memory together.
         max_total_size: of file and activations together.
         weights: bits to choose among, ``"2,4,8"`` or a sequence; 2, 3, 4, 5, 6 and 8 if not given.
@@ -190,9 +201,12 @@ def plan_bits(
         scheme: rules, runtime, granularity and more in one object, instead of the two above.
         measure: of ``bitwright.sensitivity.MEASURES``; what predicts losses. Where it says nothing of activations,
             ``loss`` does.
+        by: what the curve runs along: ``size``, ``activations``, ``total``, ``bops`` or ``latency``; what is limited
+            if not given.
         points: of the curve.
         samples: images to measure on, evenly spread over those that calibration takes; 64 at most if not given.
-        latency: seconds of layers by bits of weight and input, or a function of the student that measures them.
+        latency: seconds of layers by bits of weight and input, or a function of the student that measures them;
+            timed on this machine, if they are needed and not given.
         seed: of everything random.
         device: ``auto``, ``cpu`` or ``cuda``.
         preprocessing: of image files; a named model brings its own.
@@ -217,26 +231,32 @@ def plan_bits(
         activations=activations,
         measure=measure,
     )
-    check(goal, latency)
+    check(goal)
+    along = None if by is None else _cost(by)
     network = api.as_model(model, preprocessing)
     scheme = scheme or Scheme(runtime=runtime, rules=tuple(r if isinstance(r, Rule) else Rule.parse(r) for r in rules))
     data = api.calibration_images(images, network, None, skip_unreadable)
     run = Run(seed=seed, device=api.find_device(device), progress=progress)
     teacher = api.prepare_teacher(network, data, output)
     folder = None if cache is None else usable(Path(cache))
-    return planned(teacher, scheme, data, goal, run, samples=samples, points=points, latency=latency, folder=folder)
+    options: dict[str, Any] = {"samples": samples, "points": points, "latency": latency, "folder": folder}
+    return planned(teacher, scheme, data, goal, run, along=along, **options)
 
 
-def check(goal: Goal, latency: Latency | LatencyOf | None = None) -> None:
+def check(goal: Goal) -> None:
     """Finds what can be wrong with a goal before anything is measured.
 
     Raises:
-        UsageError: no such measure, or a limit of latency without a table.
+        UsageError: there is no such measure.
     """
     if goal.measure not in MEASURES:
         raise UsageError(f"Expected a measure out of {', '.join(MEASURES)}, found '{goal.measure}'.")
-    if goal.max_latency is not None and latency is None:
-        raise UsageError("Expected a table of latencies to limit them, found none.")
+
+
+def _cost(by: str) -> str:
+    if by not in BY:
+        raise UsageError(f"Expected a curve by one of {', '.join(BY)}, found '{by}'.")
+    return BY[by]
 
 
 def planned(
@@ -246,6 +266,7 @@ def planned(
     goal: Goal,
     run: Run,
     *,
+    along: str | None = None,
     samples: int | None = None,
     points: int = POINTS,
     latency: Latency | LatencyOf | None = None,
@@ -259,6 +280,7 @@ def planned(
         images: to take some of.
         goal: limits and choices; ``max_drop`` is not looked at.
         run: seed, device, progress.
+        along: the cost that the curve limits; what is limited if not given.
         samples: how many to measure on; :data:`SAMPLES` at most if not given.
         points: of the curve; 0 leaves it out.
         latency: as for :func:`plan_bits`.
@@ -276,9 +298,12 @@ def planned(
     teacher.graph.to(run.device)
     measured = _measure(teacher, scheme, some, goal, variables, run, folder)
     teacher.graph.to("cpu")
+    timing = None
+    if latency is None and (goal.max_latency is not None or along == "latency"):
+        latency, timing = _timed(student, some, goal, run, folder)
+    table = latency(student) if callable(latency) else latency
     run.progress("Planning", 0, 0)
     losses = _losses(measured, variables)
-    table = latency(student) if callable(latency) else latency
     with warnings.catch_warnings():
         if measured.notes:  # they say why
             warnings.filterwarnings("ignore", message="Losses that are not finite")
@@ -290,12 +315,13 @@ def planned(
     uniform = _uniform(problem, variables, goal)
     if not goal.asked:
         limits["weight_bytes"] = uniform[nearest_uniform(goal)].costs["weight_bytes"]
-    along = "weight_bytes" if goal.max_drop is not None else next(iter(limits))
+    along = along or ("weight_bytes" if goal.max_drop is not None else next(iter(limits)))
     return Planning(
         plan=plan_for(student, problem, _within(problem, limits, goal, float_bytes)),
         curve=[plan_for(student, problem, s) for s in _curve(problem, along, limits, points)] if points else [],
         uniform={b: plan_for(student, problem, s) for b, s in uniform.items()},
         along=along,
+        timing=timing,
         goal=goal,
         limits=limits,
         float_bytes=float_bytes,
@@ -373,6 +399,18 @@ def usable(folder: Path) -> Path | None:
 
 
 # --------------------------------------------------------------------------------------------------- measuring
+
+
+def _timed(
+    student: QuantizedModel, images: Images, goal: Goal, run: Run, folder: Path | None
+) -> tuple[Latency, dict[str, Any]]:
+    from bitwright.allocation.latency import measure_latencies
+
+    activations = goal.activations or ACTIVATION_BITS
+    found = measure_latencies(
+        student, images, weights=goal.weights, activations=activations, folder=folder, progress=run.progress
+    )
+    return found.table, found.facts
 
 
 class _Watched(Measure):
@@ -471,7 +509,7 @@ def _within(problem: Problem, limits: Mapping[str, float], goal: Goal, float_byt
     size = goal.target_size is not None or goal.compression is not None
     if size:
         try:
-            return solve(problem, {**limits, "weight_bytes": limits["weight_bytes"] * (1 - SLACK)})
+            return solve(problem, {**limits, "weight_bytes": limits["weight_bytes"] * (1 - SLACK) - SLACK_BYTES})
         except UsageError:
             pass
     try:

@@ -93,7 +93,7 @@ def _positive(text: str | float, units: Mapping[str, float], expected: str) -> f
 def _value(text: str | float, units: Mapping[str, float]) -> float | None:
     """The number times its unit; None if it is none."""
     if not isinstance(text, str):
-        return None if isinstance(text, bool) else float(text)
+        return None if isinstance(text, bool) else float(text) * units.get("", 1)
     match = re.fullmatch(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*([^\d\s]*)\s*", text, flags=re.IGNORECASE)
     known = {unit.lower(): factor for unit, factor in units.items()} | dict(units)
     if match is None or (match[2] not in known and match[2].lower() not in known):

@@ -352,7 +352,7 @@ def _explain(prepared: _Prepared, limits: Mapping[str, float]) -> str:
     alone = [name for name, limit in limits.items() if reach[name].least > limit * (1 + 1e-12)]
     if alone:
         parts = [
-            f"at most {amount(limits[n], costs[n].unit)} of {_words(n)}, reachable are {spans[n]} "
+            f"at most {amount(limits[n], costs[n].unit)}{_of(n, costs[n].unit)}, reachable are {spans[n]} "
             f"(the least is mostly {_binding(prepared, n, reach[n].bits)})"
             for n in alone
         ]
@@ -390,6 +390,11 @@ def _binding(prepared: _Prepared, cost: str, bits: Bits) -> str:
     )
 
 
+def _of(name: str, unit: str) -> str:
+    """What there is an amount of, unless its unit says so."""
+    return "" if unit.strip() == _words(name) else f" of {_words(name)}"
+
+
 def _words(name: str) -> str:
     return name.replace("_", " ")
 
@@ -409,4 +414,4 @@ def amount(value: float, unit: str) -> str:
     scaled = value / 1000.0**exponent
     rounded = math.ceil(round(scaled * 10**digits, 6)) / 10**digits
     prefix = {-3: "n", -2: "µ", -1: "m", 0: "", 1: "k", 2: "M", 3: "G", 4: "T", 5: "P"}[exponent]
-    return f"{rounded:g} {prefix}{unit}".rstrip()
+    return f"{rounded:g} {(prefix + unit).strip()}".rstrip()

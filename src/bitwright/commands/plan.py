@@ -37,6 +37,7 @@ class Job:
     scheme: Scheme
     goal: Goal
     point: int | None = None
+    by: str | None = None
     points: int = planning.POINTS
     samples: int | None = None
     cache: Path | None = None
@@ -84,6 +85,7 @@ def plan(job: Job, terminal: Terminal) -> tuple[Planning, dict[str, Any], list[P
                 images,
                 goal=job.goal,
                 scheme=job.scheme,
+                by=job.by,
                 points=job.points,
                 samples=job.samples,
                 seed=job.seed,
