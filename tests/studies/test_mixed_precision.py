@@ -115,4 +115,6 @@ def test_the_verdict_and_the_figure_say_what_the_rows_say() -> None:
     figure = result().figure()
     heights = {t.name: list(t.y) for t in figure.data if t.name in {UNIFORM, MIXED}}
     assert heights[MIXED] == [sizes(MIXED)[at]["agreement"] for at in (2.5, 3, 3.5)]
-    assert list(figure.data[-1].x) == [s["variant"] for s in result().summary if "spearman" in s]
+    bars, plans = figure.data[-2:]
+    assert list(bars.x) == [s["variant"] for s in result().summary if "spearman" in s]
+    assert list(plans.y) == [r["kl"] for r in result().rows if r["part"] == "random plans"]
