@@ -16,7 +16,7 @@ from torch import nn
 
 import bitwright as bw
 from bitwright.allocation import costs_of, latency, variables_of
-from bitwright.allocation.latency import latency_table, measure_latencies
+from bitwright.allocation.latency import compare_with_network, latency_table, measure_latencies
 from bitwright.allocation.pieces import FLOAT, Kernel, parts_of, to_files
 from bitwright.errors import UsageError
 from bitwright.quant.scheme import Rule, Scheme
@@ -144,6 +144,15 @@ def test_a_damaged_cache_is_measured_again(twins, stopwatch, tmp_path):
     (path,) = tmp_path.iterdir()
     path.write_text("{")
     assert measured(twins, stopwatch, folder=tmp_path).table == first.table
+
+
+def test_layers_are_compared_with_the_whole_network(twins, stopwatch):
+    found = measured(twins, stopwatch)
+    facts = compare_with_network(twins, cases.images(2), found, measure=lambda calls: [[5.0] * 3, [3.0] * 3])
+    assert facts["float"] == {"layers": 4 * (10.0 - 1.0), "network": 5.0}
+    assert facts["w8a8"] == {"layers": sum(row[8, 8] for row in found.table.values()), "network": 3.0}
+    with pytest.raises(UsageError, match="at 8 bits"):
+        compare_with_network(twins, cases.images(2), measured(twins, stopwatch, weights=(4,)))
 
 
 def test_wrong_calls(twins, stopwatch, monkeypatch):

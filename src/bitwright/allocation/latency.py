@@ -24,12 +24,16 @@ from torch import Tensor
 
 import bitwright
 from bitwright.allocation.costs import ACTIVATION_BITS, WEIGHT_BITS, Variable, variables_of
-from bitwright.allocation.pieces import FLOAT, FLOAT_BITS, INPUT, Kernel, Part, Piece, parts_of, to_files
+from bitwright.allocation.pieces import FLOAT, FLOAT_BITS, INPUT, Kernel, Part, Piece, give_scale, parts_of, to_files
 from bitwright.data import Images
 from bitwright.errors import UsageError
-from bitwright.export.onnx import save_onnx
+from bitwright.export.onnx import save_onnx, to_onnx
 from bitwright.progress import Progress, silent
-from bitwright.quantized import QuantizedModel
+from bitwright.quant.quantizer import Quantizer
+from bitwright.quant.scheme import Scheme
+from bitwright.quant.targets import CLAMPING
+from bitwright.quantized import QuantizedModel, insert_quantizers
+from bitwright.speed.float_twin import float_twin
 from bitwright.speed.machine import cpu_name
 from bitwright.speed.runtimes import ONNXRUNTIME
 from bitwright.speed.timing import Call, Measure, Spread, in_turn
@@ -142,6 +146,50 @@ def measure_latencies(
         "float_seconds": sum(found[part.piece][FLOAT] for part in parts),
     }
     return Latencies(table, facts)
+
+
+def compare_with_network(
+    student: QuantizedModel,
+    images: Images | Tensor,
+    found: Latencies,
+    *,
+    seconds: float = SECONDS,
+    measure: Measure | None = None,
+) -> dict[str, Any]:
+    """What the layers take together beside what the whole network takes, in float and at 8 bits everywhere.
+
+    The difference is what lies between the layers: attention, norms, additions, and what they save by sharing caches.
+
+    Args:
+        student: as for :func:`measure_latencies`.
+        images: likewise.
+        found: the layers, measured at 8 bits among others, with the same number of threads and batch.
+        seconds: for both files of the network together.
+        measure: times some calls.
+
+    Returns:
+        ``float`` and ``w8a8``, each with ``layers`` and ``network`` in seconds.
+
+    Raises:
+        UsageError: a layer was not measured at 8 bits.
+    """
+    missing = [name for name, row in found.table.items() if (8, 8) not in row]
+    if missing or student.teacher is None:
+        raise UsageError(f"Expected latencies of all layers at 8 bits to compare with, found none of {missing[:1]}.")
+    threads, batch = found.facts["threads"], found.facts["batch"]
+    made = insert_quantizers(student.teacher, Scheme(runtime=student.scheme.runtime))
+    ends = {layer.activation for layer in made.layers if layer.op in CLAMPING}
+    for key, quantizer in made.graph.named_modules():
+        if isinstance(quantizer, Quantizer):
+            give_scale(quantizer, clamped=key in ends)
+    program = to_onnx(made)
+    shape = tuple(_batch(images, batch).shape)
+    with tempfile.TemporaryDirectory() as folder:
+        files = {"float": float_twin(program), "w8a8": program}
+        calls = [_load(file, shape, threads, Path(folder) / f"{name}.onnx") for name, file in files.items()]
+        whole = [Spread.of(row).median for row in (measure or partial(in_turn, seconds=seconds))(calls)]
+    layers = [found.facts["float_seconds"], sum(row[8, 8] for row in found.table.values())]
+    return {n: {"layers": a, "network": b} for n, a, b in zip(files, layers, whole, strict=True)}
 
 
 def _batch(images: Images | Tensor, count: int) -> Tensor:

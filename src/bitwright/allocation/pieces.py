@@ -225,21 +225,27 @@ def _alone(part: Part) -> Captured:
 
 
 def _give_scales(student: QuantizedModel, piece: Piece) -> None:
-    """Scales that saturate no activation function's removal: a clamped output's grid lies within [0, 1]."""
+    """Made-up ones.
+
+    A clamped output's grid starts at zero and lies within [0, 1], as that of a real one: only then does the runtime
+    leave the clamping to it.
+    """
     last = student.layers[-1].activation
     for key, quantizer in student.graph.named_modules():
-        if not isinstance(quantizer, Quantizer):
-            continue
-        shape, block = quantizer.shape, quantizer.block or quantizer.shape
-        count = 1
-        for extent, size in zip(shape, block, strict=True):
-            count *= -(-extent // size)
-        clamped = piece.clamped and key == last
-        if clamped:
-            quantizer.grid = Grid(quantizer.grid.bits)
-        middle = torch.tensor([0.0 if clamped else float(1 << (quantizer.grid.bits - 1))])
-        scale = torch.full((count,), 2.0**-quantizer.grid.bits)
-        quantizer.set_range(scale, None if quantizer.grid.symmetric else middle)
+        if isinstance(quantizer, Quantizer):
+            give_scale(quantizer, clamped=piece.clamped and key == last)
+
+
+def give_scale(quantizer: Quantizer, *, clamped: bool) -> None:
+    """A made-up scale, the same for all blocks, and a zero point in the middle; at the end where it was clamped."""
+    count = 1
+    for extent, size in zip(quantizer.shape, quantizer.block or quantizer.shape, strict=True):
+        count *= -(-extent // size)
+    if clamped:
+        quantizer.grid = Grid(quantizer.grid.bits)
+    middle = torch.tensor([0.0 if clamped else float(1 << (quantizer.grid.bits - 1))])
+    scale = torch.full((count,), 2.0**-quantizer.grid.bits)
+    quantizer.set_range(scale, None if quantizer.grid.symmetric else middle)
 
 
 def _open_borders(program: ir.Model) -> None:
