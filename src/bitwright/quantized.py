@@ -146,8 +146,11 @@ class QuantizedModel(nn.Module):
     def export(self, path: str | Path, images: Any = None, *, force: bool = False) -> Parity:
         """Writes an ONNX file once it passed its check; see :func:`bitwright.export.parity.export_checked`."""
         from bitwright.export.parity import export_checked
+        from bitwright.run_folder import renew_checksum
 
-        return export_checked(self, Path(path), images, force=force)
+        parity = export_checked(self, Path(path), images, force=force)
+        renew_checksum(Path(path))
+        return parity
 
 
 def insert_quantizers(teacher: Captured, scheme: Scheme) -> QuantizedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -21,9 +22,12 @@ from bitwright.result import SCHEMA
 MODEL, PLAN, RESULT, ONNX, LOG, STATE = (
     "model.safetensors", "plan.json", "result.json", "model.onnx", "log.jsonl", "state",
 )  # fmt: skip
-PAGE, FACTS, BENCH = "report.html", "report.json", "bench.json"
+PAGE, FACTS, BENCH, PARITY = "report.html", "report.json", "bench.json", "parity.json"
 
-OURS = frozenset({MODEL, PLAN, RESULT, ONNX, LOG, STATE, PAGE, FACTS, BENCH, f"{ONNX}.data"})
+OURS = frozenset({MODEL, PLAN, RESULT, ONNX, LOG, STATE, PAGE, FACTS, BENCH, PARITY, f"{ONNX}.data"})
+
+CHECKED = (MODEL, ONNX, f"{ONNX}.data")
+"""Files whose sha256 stands in the result; the plan is there to be edited."""
 
 
 def check_target(folder: Path, *, force: bool = False, resume: bool = False) -> None:
@@ -90,8 +94,43 @@ def write_files(model: QuantizedModel, folder: Path) -> None:
 
 
 def write_result(model: QuantizedModel, folder: Path) -> None:
-    """``result.json``."""
+    """``result.json``, with the sha256 of the files beside it."""
+    model.result["files"] = checksums(folder)
     _dump(model.result, folder / RESULT)
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """The sha256 of the model's files, by name; those that there are."""
+    return {name: _sha256(folder / name) for name in CHECKED if (folder / name).is_file()}
+
+
+def renew_checksum(path: Path) -> None:
+    """Puts a file that was written anew into the result beside it, if that lists files."""
+    recorded = _recorded(path.parent)
+    if path.name in recorded.get("files", {}):
+        recorded["files"] |= checksums(path.parent)
+        _dump(recorded, path.parent / RESULT)
+
+
+def check_file(folder: Path, name: str, recorded: dict[str, Any], advice: str) -> None:
+    """Compares a file with the sha256 that its run's result gives for it; runs of before have none.
+
+    Raises:
+        UsageError: it is missing or is not what was written; ``advice`` says what to do.
+    """
+    expected, path = recorded.get("files", {}).get(name), folder / name
+    if not path.is_file():
+        raise UsageError(f"Expected {name} in {folder}, found none. {advice}")
+    if expected is not None and _sha256(path) != expected:
+        raise UsageError(f"{path} is damaged or was changed: its sha256 is not the one in {RESULT}. {advice}")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def save(model: QuantizedModel, folder: Path, *, force: bool = False) -> Path:
@@ -148,12 +187,26 @@ def load(folder: str | Path) -> QuantizedModel:
     """
     path = Path(folder)
     file = path / MODEL if path.is_dir() else path
+    result = _recorded(file.parent) if file.name == MODEL else {}
+    if file.is_file() and result:
+        check_file(file.parent, MODEL, result, "Copy the run again, or quantize again.")
     model, extra = load_packed(file)
     settings = extra.get("preprocessing")
     model.preprocessing = None if settings is None else Preprocessing(**settings)
-    if (file.parent / RESULT).is_file():
-        model.result = json.loads((file.parent / RESULT).read_text())
+    model.result = result or model.result
     return model
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
+    """What ``result.json`` holds; nothing where there is none."""
+    path = folder / RESULT
+    if not path.is_file():
+        return {}
+    try:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{path} cannot be read ({error}). It is damaged: quantize again.") from error
+    return result if isinstance(result, dict) else {}
 
 
 def _dump(data: dict[str, Any], path: Path) -> None:

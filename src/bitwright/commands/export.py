@@ -50,7 +50,7 @@ def export(
     if path.is_dir() or not path.parent.is_dir():
         raise UsageError(f"Expected a file in an existing folder as --out, found {path}.")
     terminal.begin("Opening the images")
-    found = _images(model, images, skip_unreadable, settings)
+    found = run_images(model, images, skip_unreadable, settings)
     terminal.begin("Writing ONNX and checking it in ONNX Runtime")
     partial = path.with_name(f".{path.name}.partial")
     recorded = dict(model.result.get("model", {}))
@@ -70,12 +70,19 @@ def export(
     return {"file": str(path), "onnx_bytes": size, "parity": parity.to_dict()}
 
 
-def _images(model: QuantizedModel, source: str | None, skip_unreadable: bool, settings: Settings) -> Images:
+def run_images(
+    model: QuantizedModel, source: str | None, skip_unreadable: bool, settings: Settings, how: str = "--images"
+) -> Images:
+    """The images named, or else those that the run was evaluated on, or calibrated.
+
+    Raises:
+        UsageError: there are none any more; others are given as ``how`` says.
+    """
     data = model.result.get("data", {})
     recorded = (data.get("evaluation") or {}).get("source") or data.get("calibration", {}).get("source")
     source = source or recorded
     if source is None:
-        raise UsageError("The check of the exported file needs a few images. Give --images.")
+        raise UsageError(f"The check of the exported file needs a few images. Give {how}.")
     network: Model | None = Model(model, "", model.preprocessing) if model.preprocessing is not None else None
     if network is None and not settings and not source.endswith(".npz"):
         network = float_network(model, None, settings)
@@ -84,7 +91,7 @@ def _images(model: QuantizedModel, source: str | None, skip_unreadable: bool, se
     except BitwrightError as error:
         if source is recorded:
             raise UsageError(
-                f"The images of the run are not where they were ({error}). Give others with --images."
+                f"The images of the run are not where they were ({error}). Give others with {how}."
             ) from error
         raise
 
@@ -96,6 +103,7 @@ def _record(path: Path, parity: dict[str, Any], size: int) -> None:
     result = json.loads(path.read_text())
     result["parity"] = parity
     result.setdefault("size", {})["onnx_bytes"] = size
+    result["files"] = {**result.get("files", {}), **run_folder.checksums(path.parent)}
     fresh = path.with_name(f".{path.name}.partial")
     fresh.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
     fresh.replace(path)

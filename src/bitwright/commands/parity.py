@@ -1,0 +1,162 @@
+"""`bitwright parity`: does the file of a run compute what was measured, and if not, who errs?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+
+import bitwright
+from bitwright import run_folder
+from bitwright.api import prepare_teacher
+from bitwright.commands import tables
+from bitwright.commands.export import run_images
+from bitwright.commands.sources import Settings, float_network
+from bitwright.data import Images
+from bitwright.errors import ParityError, UsageError
+from bitwright.export.gap import measure_gap, read_onnx
+from bitwright.quantized import QuantizedModel
+from bitwright.speed.runtimes import RUNTIMES, Runtime, runtime
+from bitwright.terminal import Terminal, one_line, quiet_libraries
+
+
+def parity(
+    run: str,
+    images: str | None,
+    *,
+    runtimes: list[str] | None,
+    batches: tuple[int, ...],
+    samples: int,
+    float_model: str | None,
+    skip_unreadable: bool,
+    settings: Settings,
+    terminal: Terminal,
+) -> tuple[dict[str, Any], ParityError | None]:
+    """Compares and writes ``parity.json`` into the run folder.
+
+    Returns:
+        What the file holds, and the error if the file of the run does not compute what was measured.
+
+    Raises:
+        UsageError: the run is unfinished, a file of it is missing or damaged, or a runtime is not installed.
+    """
+    chosen = _runtimes(runtimes)
+    if samples < 1:
+        raise UsageError(f"Expected at least 1 image, found --samples {samples}.")
+    folder = Path(run).expanduser()
+    folder = folder.parent if folder.is_file() else folder
+    terminal.begin("Loading")
+    result = run_folder.read_result(folder)
+    path = folder / run_folder.ONNX
+    run_folder.check_file(folder, run_folder.ONNX, result, f"Write it with: bitwright export {folder}")
+    read_onnx(path)
+    run_folder.check_file(folder, run_folder.MODEL, result, "Copy the run again, or quantize again.")
+    model = run_folder.load(folder)
+    found = run_images(model, images, skip_unreadable, settings, "IMAGES")
+    found = found.sample(min(samples, len(found)), seed=0)
+    why = _attach_float(model, float_model, found, settings)
+    terminal.finish()
+    with quiet_libraries():
+        gap = measure_gap(model, path, found, chosen, batches=batches, progress=terminal.progress)
+    data = {
+        "bitwright": bitwright.__version__,
+        "run": str(folder),
+        "images": {"count": len(found), "sha256": found.sha256},
+        "quantization_recorded": None if gap.quantization is not None else result.get("fidelity"),
+        "float_network": why or "measured",
+        **gap.to_dict(),
+        "absent": [{"runtime": r.name, "install": r.remedy} for r in RUNTIMES.values() if not r.installed],
+    }
+    _write(data, folder / run_folder.PARITY)
+    return data, _failure(data)
+
+
+def _runtimes(names: list[str] | None) -> list[Runtime]:
+    chosen = [runtime(n) for n in dict.fromkeys(names)] if names else [r for r in RUNTIMES.values() if r.installed]
+    for each in chosen or RUNTIMES.values():
+        each.require()
+    runtime("onnxruntime").require()  # the codes of the layers are read there
+    return chosen
+
+
+def _attach_float(model: QuantizedModel, reference: str | None, images: Images, settings: Settings) -> str | None:
+    """Gives the run its float network back; why that cannot be, if it cannot."""
+    try:
+        network = float_network(model, reference, settings)
+        model.attach_teacher(prepare_teacher(network, images, model.result.get("model", {}).get("output")))
+    except UsageError as error:
+        if reference is not None:
+            raise
+        return one_line(str(error))
+    return None
+
+
+def _write(data: dict[str, Any], path: Path) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n")
+        partial.replace(path)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written ({error.strerror or error}).") from error
+
+
+def _failure(data: dict[str, Any]) -> ParityError | None:
+    name = data["first_divergence"]
+    if name is None:
+        return None
+    return ParityError(
+        f"The file in {data['run']} does not compute what was measured: {name} is the first to differ. "
+        f"Write it again with: bitwright export {data['run']}"
+    )
+
+
+def views(data: dict[str, Any]) -> list[RenderableType]:
+    """The two figures, and who errs by how much in which operator."""
+    whole = tables.table(
+        "", "batch", "output", ">largest", ">mean, of the range", ">cosine", ">same answer",
+        title=f"{data['run']} on {data['images']['count']} images",
+    )  # fmt: skip
+    for row in data["quantization"] or ():
+        whole.add_row("loss from quantization: float against simulation", "", *_gap(row))
+    for row in data["simulating"]:
+        whole.add_row("error of simulating: reference against simulation", "", *_gap(row))
+    for each in data["runtimes"]:
+        for batch in each["batches"]:
+            for key, who in (("outputs", "simulation"), ("from_reference", "reference")):
+                title = f"gap of the runtime: {who} against {each['runtime']}"
+                for row in batch[key]:
+                    whole.add_row(title, str(batch["batch"]), *_gap(row))
+    codes = tables.table(
+        "operators", "kernel", ">layers", ">codes", ">simulation, reference", ">reference, runtime",
+        ">simulation, runtime", title="Codes that differ (by at most so many steps), each layer fed the same codes",
+    )  # fmt: skip
+    for row in data["operators"]:
+        pairs = (_codes(row[k]) for k in ("simulation_reference", "reference_runtime", "simulation_runtime"))
+        codes.add_row(row["operator"], row["found"], str(row["layers"]), f"{row['count']:,}", *pairs)
+    return [whole, codes, *_lines(data)]
+
+
+def _gap(row: dict[str, Any]) -> list[str]:
+    mean = 100 * row["mean_abs"] / row["range"] if row["range"] else 0.0
+    same = tables.percent(row["agreement"])
+    return [row["name"], f"{row['max_abs']:.3g}", f"{mean:.3g} %", f"{row['cosine']:.7f}", same]
+
+
+def _codes(pair: dict[str, int]) -> str:
+    return f"{pair['differing']:,} ({pair['max_steps']})" if pair["differing"] else "none"
+
+
+def _lines(data: dict[str, Any]) -> list[str]:
+    lines = []
+    if data["quantization"] is None:
+        recorded = data["quantization_recorded"] or {}
+        known = [f"{k} {v:.4g}" for k, v in recorded.items() if v is not None]
+        said = f" Recorded when the run was made: {', '.join(known)}." if known else ""
+        lines.append(f"The loss from quantization was not measured: {data['float_network']}{said}")
+    first = data["first_difference"]
+    lines.append("No code differs." if first is None else f"The first layer with a differing code is {first}.")
+    lines += [f"Not installed: {a['runtime']}. Install it with: {a['install']}" for a in data["absent"]]
+    verdict = "computes what was measured" if data["first_divergence"] is None else "DIFFERS"
+    return [*lines, f"The file {verdict}."]

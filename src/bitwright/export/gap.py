@@ -1,0 +1,214 @@
+"""What quantization costs and what the runtime adds, as two figures, of a run and the file beside it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from bitwright.data import Images
+from bitwright.errors import BitwrightError, UsageError
+from bitwright.evaluate import Network
+from bitwright.export.arbiter import BATCH, LayerCodes, by_operator, compare_codes
+from bitwright.export.parity import MOST_DEVIATION, MOST_DIFFERING, MOST_STEPS
+from bitwright.export.reference import run_reference
+from bitwright.metrics import as_log_probabilities
+from bitwright.progress import Progress, silent
+from bitwright.quantized import QuantizedModel
+from bitwright.speed.runtimes import Runtime
+
+BATCHES = (1, 8)
+
+
+@dataclass
+class OutputGap:
+    """How far one output of two networks lies apart, in its own units.
+
+    Attributes:
+        range: largest minus smallest value of the first network.
+        cosine: of the two outputs of one image, the mean over images.
+        agreement: share of images (or pixels) with the same top-1 class; None for what is no class score.
+    """
+
+    name: str
+    max_abs: float
+    mean_abs: float
+    range: float
+    cosine: float
+    agreement: float | None
+
+
+def outputs(network: Network, images: Tensor, batch: int) -> list[Tensor]:
+    """All outputs of a network over the images, ``batch`` at a time, in float64."""
+    with torch.no_grad():
+        parts = [[out.double() for out in network(part)] for part in torch.split(images, batch)]
+    return [torch.cat(each) for each in zip(*parts, strict=True)]
+
+
+def output_gaps(names: Sequence[str], ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> list[OutputGap]:
+    """Every output of two networks, each [N, ...] in float64."""
+    return [_gap(name, a, b) for name, a, b in zip(names, ours, theirs, strict=True)]
+
+
+def _gap(name: str, a: Tensor, b: Tensor) -> OutputGap:
+    difference = (a - b).abs()
+    cosines = torch.cosine_similarity(a.reshape(len(a), -1), b.reshape(len(b), -1), eps=1e-30)
+    p, q = as_log_probabilities(a), as_log_probabilities(b)
+    same = None if p is None or q is None else float((p.argmax(1) == q.argmax(1)).double().mean())
+    spread = float(a.max() - a.min())
+    return OutputGap(name, float(difference.max()), float(difference.mean()), spread, float(cosines.mean()), same)
+
+
+@dataclass
+class Gap:
+    """Everything that ``parity.json`` holds but the run and its images.
+
+    Attributes:
+        quantization: float network against simulation, by output; None without the float network.
+        runtimes: simulation against the file, and ``from_reference`` the reference against it, by runtime and batch
+            size.
+        simulating: integer reference against simulation, by output.
+        layers: the three of them code by code, each layer fed the simulation's codes, in ONNX Runtime.
+    """
+
+    quantization: list[OutputGap] | None
+    runtimes: list[dict[str, Any]]
+    simulating: list[OutputGap]
+    layers: list[LayerCodes]
+
+    @property
+    def first_difference(self) -> str | None:
+        """The first layer in which any code of simulation and runtime differs."""
+        return next((x.name for x in self.layers if x.simulation_runtime.differing), None)
+
+    @property
+    def first_divergence(self) -> str | None:
+        """The first layer, or ``the output``, in which they differ by more than summation in float32 explains."""
+        for layer in self.layers:
+            found = layer.simulation_runtime
+            if found.max_steps > MOST_STEPS or found.differing > max(1, MOST_DIFFERING * layer.count):
+                return layer.name
+        outputs = [o for r in self.runtimes for b in r["batches"] for o in b["outputs"]]
+        if any(not o["mean_abs"] <= MOST_DEVIATION * max(o["range"], 1e-12) for o in outputs):
+            return "the output"
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in ``parity.json``."""
+        return {
+            "quantization": None if self.quantization is None else [asdict(o) for o in self.quantization],
+            "runtimes": self.runtimes,
+            "simulating": [asdict(o) for o in self.simulating],
+            "operators": [x.to_dict() for x in by_operator(self.layers)],
+            "layers": [x.to_dict() for x in self.layers],
+            "first_difference": self.first_difference,
+            "first_divergence": self.first_divergence,
+        }
+
+
+def measure_gap(
+    model: QuantizedModel,
+    path: Path,
+    images: Images,
+    runtimes: Sequence[Runtime],
+    *,
+    batches: Sequence[int] = BATCHES,
+    progress: Progress = silent,
+) -> Gap:
+    """Float network, simulation, integer reference and the file in its runtimes, on the same images.
+
+    Args:
+        model: frozen; with its float network where the loss from quantization is to be measured.
+        path: of an ONNX file that bitwright wrote from it.
+        images: all of them are used.
+        runtimes: in which the file is run.
+        batches: sizes of batches, each of which the file is run at.
+        progress: told of every part.
+
+    Raises:
+        UsageError: the file is damaged or not bitwright's.
+        BitwrightError: a runtime does not run it.
+    """
+    program = read_onnx(path)
+    whole, names = images.batch(range(len(images))), model.outputs
+    total = 2 + len(runtimes) * len(batches)
+    progress("Comparing", 0, total, "integer reference")
+    simulated = outputs(model.flat, whole, BATCH)
+    reference = outputs(lambda x: run_reference(model, x, model.scheme.runtime, keep=False).outputs, whole, BATCH)
+    teacher, quantization = model.teacher, None
+    if teacher is not None:
+        quantization = output_gaps(names, outputs(lambda x: list(teacher.graph(x)), whole, BATCH), simulated)
+    simulating, measured, done = output_gaps(names, reference, simulated), [], 1
+    for runtime in runtimes:
+        rows, network = [], open_file(runtime, path)
+        for batch in batches:
+            progress("Comparing", done, total, f"{runtime.title}, batch {batch}")
+            found = outputs(network, whole, batch)
+            pairs = {"outputs": output_gaps(names, simulated, found)}
+            pairs["from_reference"] = output_gaps(names, reference, found)
+            rows.append({"batch": batch, **{k: [asdict(o) for o in v] for k, v in pairs.items()}})
+            done += 1
+        measured.append({"runtime": f"{runtime.name} {runtime.version}", "batches": rows})
+    progress("Comparing", done, total, "layer by layer")
+    layers = compare_codes(model, program, whole, "onnxruntime")
+    progress("Comparing", total, total)
+    return Gap(quantization, measured, simulating, layers)
+
+
+def read_onnx(path: Path) -> ir.Model:
+    """An ONNX file that bitwright wrote.
+
+    Raises:
+        UsageError: it is damaged, or another tool wrote it, so that its tensors cannot be told apart.
+    """
+    advice = f"Export it again: bitwright export {path.parent}"
+    try:
+        program = ir.load(path)
+        for value in program.graph.initializers.values():
+            if value.const_value is not None:
+                value.const_value.numpy()
+    except Exception as error:
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise UsageError(f"{path} is damaged ({reason}). {advice}") from error
+    if "bitwright" not in program.metadata_props:
+        by = program.producer_name or "another tool"
+        raise UsageError(
+            f"Expected {path} to be written by bitwright, found a file by {by} without its notes. {advice}"
+        )
+    return program
+
+
+def open_file(runtime: Runtime, path: Path) -> Network:
+    """The file in a runtime, as a function of images [B, C, H, W] that gives its outputs.
+
+    Raises:
+        BitwrightError: the runtime does not run it.
+    """
+    opened = {"onnxruntime": _onnxruntime, "openvino": _openvino}[runtime.name]
+    try:
+        return opened(path)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BitwrightError(f"{runtime.title} does not run {path} ({reason}). Export it again.") from error
+
+
+def _onnxruntime(path: Path) -> Callable[[Tensor], list[Tensor]]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    opened = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    name = opened.get_inputs()[0].name
+    return lambda x: [torch.from_numpy(out) for out in opened.run(None, {name: x.numpy()})]
+
+
+def _openvino(path: Path) -> Callable[[Tensor], list[Tensor]]:
+    openvino = importlib.import_module("openvino")
+    compiled = openvino.Core().compile_model(str(path), "CPU")
+    return lambda x: [torch.from_numpy(out.copy()) for out in compiled([x.numpy()]).values()]
