@@ -856,6 +856,62 @@ def bench(
 
 
 @app.command()
+def parity(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder with a model.onnx in it")],
+    images: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="IMAGES", help="As for quantize; those of the run if they are still there", show_default=False
+        ),
+    ] = None,
+    runtime: Annotated[
+        list[str] | None,
+        typer.Option(help="onnxruntime or openvino; may be repeated  [default: what is installed]", show_default=False),
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Images in one call of the file, each measured for itself")] = "1,8",
+    samples: Annotated[int, typer.Option(help="Images to compare on, evenly spread, at most")] = 32,
+    float_model: Annotated[
+        str | None, typer.Option("--float", help="The float network; a run knows its own", show_default=False)
+    ] = None,
+    input_size: InputSizeOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    interpolation: InterpolationOption = None,
+    crop_pct: CropOption = None,
+    skip_unreadable: SkipOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """What quantization cost and what the runtime adds, as two figures; which operator errs, in how many codes.
+
+    Compares the float network, the simulation that was measured, an exact integer reference and the file in its
+    runtimes. Writes parity.json into the run folder. Ends with exit code 1 if the file computes something else.
+
+    Example, after `bitwright demo`: `bitwright parity demo/fashion_cnn`
+    """
+    with Terminal(as_json=as_json) as terminal:
+        settings = _settings(input_size=input_size, mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct)
+        terminal.begin("Loading PyTorch")
+        from bitwright.commands import parity as command
+        from bitwright.commands.bench import counts
+
+        found, failure = command.parity(
+            run,
+            images,
+            runtimes=runtime,
+            batches=counts(batch, "--batch") or (),
+            samples=samples,
+            float_model=float_model,
+            skip_unreadable=skip_unreadable,
+            settings=settings,
+            terminal=terminal,
+        )
+        terminal.result({**found, "warnings": terminal.warnings})
+        terminal.show(*command.views(found))
+    if failure is not None:
+        raise failure
+
+
+@app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="The recipe to print", show_default=False)] = None,
     as_json: JsonOption = False,
