@@ -579,6 +579,13 @@ def plan(
     ] = "8",
     rule: RuleOption = None,
     measure: MeasureOption = "loss",
+    by: Annotated[
+        str | None,
+        typer.Option(
+            help="What the curve runs along: size, activations, total, bops or latency  [default: what is limited]",
+            show_default=False,
+        ),
+    ] = None,
     points: Annotated[int, typer.Option(help="Of the curve")] = 33,
     samples: Annotated[
         int | None, typer.Option(help="Images to measure losses on  [default: 64 at most]", show_default=False)
@@ -635,6 +642,7 @@ def plan(
             scheme,
             goal,
             point=point,
+            by=by,
             points=points,
             samples=samples,
             cache=cache,
