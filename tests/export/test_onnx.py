@@ -42,6 +42,8 @@ def test_every_activation_width_runs(activations):
     "settings",
     [
         {"granularity": "group", "group_size": 3},
+        {"granularity": "group", "group_size": 4, "weights": 8},
+        {"granularity": "group", "group_size": 3, "weights": 6},
         {"granularity": "tensor"},
         {"activation_grid": "symmetric"},
         {"runtime": "generic"},

@@ -193,7 +193,7 @@ def _initializer(graph: ir.Graph, name: str, array: Array) -> ir.Value:
 
 
 def _node(
-    graph: ir.Graph, before: ir.Node, op: str, inputs: list[ir.Value], output: str, **attributes: int
+    graph: ir.Graph, before: ir.Node, op: str, inputs: list[ir.Value], output: str, **attributes: int | list[int]
 ) -> ir.Value:
     node = ir.node(op, inputs, attributes=attributes or None, name=f"{output}/{op}")
     node.outputs[0].name = output
@@ -310,6 +310,8 @@ def _integers(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, order: 
     assert isinstance(quantizer, Quantizer)
     if quantizer.head_axis == 1 and quantizer.scale.numel() > 1:
         return _columns(graph, mark, name, frozen, order)
+    if quantizer.granularity == "group" and storage(quantizer.grid) == ir.DataType.INT8 and frozen.codes.dim() == 2:
+        return _groups(graph, mark, name, frozen, order)
     codes, scale, zero = frozen.codes, quantizer.scale, quantizer.zero_point
     attributes: dict[str, int] = {}
     if scale.numel() == 1:
@@ -349,6 +351,35 @@ def _columns(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, order: l
     whole.type, whole.shape = ir.TensorType(ir.DataType.FLOAT), integers.shape
     steps = _initializer(graph, f"{name}/scale", scale.contiguous().numpy())
     return _node(graph, mark, "Mul", [whole, steps], name)
+
+
+def _groups(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, order: list[int] | None) -> ir.Value:
+    """A matrix with scales for groups of its inputs, as :func:`_columns` for the same reason.
+
+    Integers and scales are brought to [outputs, groups, inputs of a group] and back, so that each scale is stored once;
+    where the last group is shorter, every element's is stored.
+    """
+    quantizer = frozen.quantizer
+    assert isinstance(quantizer, Quantizer)
+    assert quantizer.block is not None
+    rows, columns = frozen.codes.shape
+    size = quantizer.block[1]
+    if columns % size:
+        return _columns(graph, mark, name, frozen, order)
+    codes = frozen.codes.reshape(rows, columns // size, size).contiguous().numpy()
+    scale = quantizer.scale.reshape(rows, columns // size, 1).contiguous().numpy()
+    integers = _initializer(graph, f"{name}/integers", codes.astype(_NUMPY[storage(quantizer.grid)]))
+    one = _initializer(graph, f"{name}/one", np.asarray(1, np.float32))
+    whole = _node(graph, mark, "DequantizeLinear", [integers, one], f"{name}/whole")
+    whole.type, whole.shape = ir.TensorType(ir.DataType.FLOAT), integers.shape
+    value = _node(graph, mark, "Mul", [whole, _initializer(graph, f"{name}/scale", scale)], f"{name}/groups")
+    value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), integers.shape
+    flat = _initializer(graph, f"{name}/shape", np.asarray([rows, columns], np.int64))
+    if order == [1, 0]:
+        value = _node(graph, mark, "Reshape", [value, flat], f"{name}/matrix")
+        value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([rows, columns])
+        return _node(graph, mark, "Transpose", [value], name, perm=[1, 0])
+    return _node(graph, mark, "Reshape", [value, flat], name)
 
 
 def _scales_for_onnx(quantizer: Quantizer, codes: Tensor) -> tuple[Tensor, Tensor, dict[str, int]]:
