@@ -115,7 +115,7 @@ def check(comparing: Comparison) -> None:
     if job.resume and not job.force and there:
         _check_same(comparing)
     for folder in comparing.folders.values():
-        if not _finished(folder):
+        if job.force or not _finished(folder):
             run_folder.check_target(folder, force=job.force, resume=job.resume)
 
 

@@ -42,7 +42,7 @@ def report(runs: Sequence[str], out: Path | None, terminal: Terminal) -> tuple[d
     """
     folders = [Path(r).expanduser() for r in runs]
     _check_out(out)
-    if len({f.absolute() for f in folders}) < len(folders):
+    if len({f.resolve() for f in folders}) < len(folders):
         raise UsageError("Expected different runs, found one of them twice. Name each once.")
     if len(folders) == 1:
         shown = read(folders[0])
