@@ -146,3 +146,12 @@ def test_other_outputs_and_too_few_images_are_refused() -> None:
         trials.halves(cases.dataset(1))
     with pytest.warns(UserWarning, match="one changed answer is 50 %"):
         trials.check_answers(cases.prepared("transformer"), cases.dataset(4), 0.01)
+
+
+def test_no_image_is_both_calibrated_on_and_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(trials, "_agreement", lambda *some: given.append(some) or 1.0)
+    find(1.0)
+    fit, held_out = (images.batch(range(len(images))).flatten(1) for images in given[0][4:6])
+    assert len(fit) + len(held_out) == len(DATA)
+    assert torch.cdist(fit, held_out).min() > 1
