@@ -135,11 +135,11 @@ def _against_uniform(found: Planning) -> list[str]:
 
 def source(found: Planning, folder: str) -> str:
     """Where losses come from, and whether they were measured now."""
-    measured = found.measured
+    measured, count = found.measured, len(found.measured.images)
     name, activations = measured.settings["measure"], measured.settings["activations"]
     beside = "" if activations == name else f" ('{activations}' for activations)"
     how = "were there already, in" if measured.reused else "measured now and kept in"
-    return f"Losses: '{name}'{beside} on {len(measured.images)} images, {how} {folder}."
+    return f"Losses: '{name}'{beside} on {count} image{'s'[: count > 1]}, {how} {folder}."
 
 
 def figure(found: Planning) -> Any:
