@@ -11,6 +11,7 @@ from torch import nn
 import bitwright as bw
 from bitwright.export import reference_rules as rules
 from bitwright.export.arbiter import CutRuntime, compare_codes, simulated_codes
+from bitwright.export.gap import beyond
 from bitwright.export.onnx import to_onnx
 from bitwright.export.parity import activation_quantizers
 from bitwright.export.reference import run_reference
@@ -113,8 +114,9 @@ def test_random_codes_give_the_codes_of_the_runtime(name):
         steps = (reference[layer].codes - codes).abs()
         assert int(steps.max()) <= 1, layer
         total, differing = total + steps.numel(), differing + int(torch.count_nonzero(steps))
-        if kernels.get(layer, "float") not in {"float", "QLinearSoftmax"}:  # that one has exponentials of its own
-            assert torch.equal(reference[layer].codes, codes), (layer, kernels[layer])
+        kernel = kernels.get(layer, "")
+        if kernel.startswith("QLinear") and kernel != "QLinearSoftmax":  # that one has exponentials of its own
+            assert torch.equal(reference[layer].codes, codes), (layer, kernel)
     allowed = 0 if name in EXACT else 0.01 if name == "softmax" else 1e-3
     assert differing <= allowed * total, f"{differing} of {total}"
 
@@ -297,7 +299,8 @@ def test_every_case_stays_next_to_simulation_and_runtime(name):
     model = quantized(name)
     images = cases.images(6)
     for row in compare_codes(model, to_onnx(model), images, "onnxruntime"):
-        for difference in (row.simulation_reference, row.reference_runtime):
+        pairs = [row.simulation_reference, row.reference_runtime]
+        for difference in pairs[: 1 if row.found == "MatMulNBits" else 2]:
             assert difference.max_steps <= 1, row
             assert difference.differing <= max(1, 1e-3 * row.count), row
 
@@ -317,12 +320,14 @@ def check_zoo(name, count):
     model = bw.quantize(f"zoo:{name}", "zoo:fashion[:32]", "rtn")
     images = bw.data.load_images(f"zoo:fashion-test[:{count}]", model.preprocessing).batch(range(count))
     rows = compare_codes(model, to_onnx(model), images, "onnxruntime")
-    integer = [r for r in rows if r.found != "float"]
+    integer = [r for r in rows if r.found.startswith("QLinear")]
     assert len(integer) > 4
     for row in integer:
         assert row.reference_runtime.differing == 0, row
     for row in rows:
-        assert row.kernel == row.found or (row.kernel, row.found) == ("float", "QLinearSigmoid"), row
+        if row.kernel != row.found:  # tables and products that end in float
+            assert row.kernel == "float", row
+            assert row.found in {"QLinearSigmoid", "MatMulIntegerToFloat"}, row
         assert row.reference_runtime.max_steps <= 1
         assert row.reference_runtime.differing <= 1e-4 * row.count
         assert row.simulation_reference.differing <= 1e-3 * row.count
@@ -377,11 +382,20 @@ def test_sums_beyond_float32_stay_exact():
     assert float(rules.requantize(sums, torch.tensor(1.0), grid)) == 2.0**24  # the kernel's float32 does not hold it
 
 
+def test_a_kernel_that_quantizes_activations_by_itself_is_named():
+    """A linear operator behind a roll: ONNX Runtime joins weight and product into MatMulNBits."""
+    model = quantized("shifted_window")
+    rows = {r.name: r for r in compare_codes(model, to_onnx(model), cases.images(8), "onnxruntime")}
+    assert rows["qkv"].found == "MatMulNBits"
+    assert beyond(rows["qkv"].reference_runtime, rows["qkv"].count)
+    assert not beyond(rows["qkv"].simulation_reference, rows["qkv"].count)
+
+
 def test_what_cannot_be_referred_to():
     with pytest.raises(bw.UsageError, match="onnxruntime, generic"):
         run_reference(quantized("residual"), cases.images(1), "tensorrt")
     model = insert_quantizers(cases.prepared("residual"), bw.Scheme())
     for quantizer in activation_quantizers(model).values():
-        quantizer.set_range(torch.tensor(0.1), torch.tensor(3))
+        quantizer.set_range(torch.tensor(0.1))
     with pytest.raises(bw.UsageError, match="freeze"):
         run_reference(model, cases.images(1))

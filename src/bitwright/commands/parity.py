@@ -138,6 +138,22 @@ def views(data: dict[str, Any]) -> list[RenderableType]:
     return [whole, codes, *_lines(data)]
 
 
+def _kernels(data: dict[str, Any]) -> list[str]:
+    """Layers whose kernel leaves the simulation by more than summation explains, and what helps."""
+    rows = [x for x in data["layers"] if x["name"] in data["kernels"]]
+    lines = [
+        f"{x['name']}: ONNX Runtime's kernel ({x['found']}) differs in {x['simulation_runtime']['differing']:,} of "
+        f"{x['count']:,} codes, by at most {x['simulation_runtime']['max_steps']}."
+        for x in rows
+    ]
+    if any(x["found"] == "MatMulNBits" for x in rows):
+        lines.append(
+            "MatMulNBits puts activations on 8 bits by itself; the session option "
+            "session.qdq_matmulnbits_accuracy_level=1 keeps them as they are."
+        )
+    return lines
+
+
 def _gap(row: dict[str, Any]) -> list[str]:
     mean = 100 * row["mean_abs"] / row["range"] if row["range"] else 0.0
     same = tables.percent(row["agreement"])
@@ -157,6 +173,7 @@ def _lines(data: dict[str, Any]) -> list[str]:
         lines.append(f"The loss from quantization was not measured: {data['float_network']}{said}")
     first = data["first_difference"]
     lines.append("No code differs." if first is None else f"The first layer with a differing code is {first}.")
+    lines += _kernels(data)
     lines += [f"Not installed: {a['runtime']}. Install it with: {a['install']}" for a in data["absent"]]
     verdict = "computes what was measured" if data["first_divergence"] is None else "DIFFERS"
     return [*lines, f"The file {verdict}."]

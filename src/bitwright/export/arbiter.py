@@ -27,6 +27,8 @@ from bitwright.quantized import QuantizedModel
 BATCH = 8
 CARRIES = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze"})
 """Operators of an optimized file that a kernel's codes may pass through."""
+PRODUCTS = frozenset({"MatMulNBits", "MatMulIntegerToFloat"})
+"""Kernels of an optimized file that end in float, and compute by a rule that is worth naming."""
 
 
 @dataclass
@@ -220,9 +222,28 @@ def _kernels(program: ir.Model, names: Iterable[str]) -> dict[str, str]:
     producers = {value.name: node for node in program.graph for value in node.outputs}
     found = {}
     for name in names:
-        node = producers.get(f"{name}/codes")
-        while node is not None and node.op_type in CARRIES and node.inputs[0] is not None:
-            node = producers.get(node.inputs[0].name)
-        if node is not None and node.op_type != "QuantizeLinear":
+        node = _behind(producers, producers.get(f"{name}/codes"), CARRIES)
+        if node is not None and node.op_type == "QuantizeLinear":
+            node = _product(producers, node)
+        if node is not None:
             found[name] = node.op_type
     return found
+
+
+def _behind(producers: dict[str | None, ir.Node], node: ir.Node | None, through: frozenset[str]) -> ir.Node | None:
+    while node is not None and node.op_type in through and node.inputs[0] is not None:
+        node = producers.get(node.inputs[0].name)
+    return node
+
+
+def _product(producers: dict[str | None, ir.Node], end: ir.Node) -> ir.Node | None:
+    """The kernel of :data:`PRODUCTS` between the codes before and these, if one is there."""
+    waiting = [end]
+    while waiting:
+        for value in waiting.pop().inputs:
+            node = None if value is None else producers.get(value.name)
+            if node is not None and node.op_type in PRODUCTS:
+                return node
+            if node is not None and node.op_type not in {"DequantizeLinear", "QuantizeLinear"}:
+                waiting.append(node)
+    return None

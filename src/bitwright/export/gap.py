@@ -15,8 +15,8 @@ from torch import Tensor
 from bitwright.data import Images
 from bitwright.errors import BitwrightError, UsageError
 from bitwright.evaluate import Network
-from bitwright.export.arbiter import BATCH, LayerCodes, by_operator, compare_codes
-from bitwright.export.parity import MOST_DEVIATION, MOST_DIFFERING, MOST_STEPS
+from bitwright.export.arbiter import BATCH, Difference, LayerCodes, by_operator, compare_codes
+from bitwright.export.parity import LAYER_IMAGES, MOST_DEVIATION, MOST_DIFFERING, MOST_STEPS, compare_layers
 from bitwright.export.reference import run_reference
 from bitwright.metrics import as_log_probabilities
 from bitwright.progress import Progress, silent
@@ -81,6 +81,8 @@ class Gap:
     runtimes: list[dict[str, Any]]
     simulating: list[OutputGap]
     layers: list[LayerCodes]
+    diverging: str | None
+    """The first layer in which the file is wrong, whatever the kernel: graph optimisations are off."""
 
     @property
     def first_difference(self) -> str | None:
@@ -88,12 +90,15 @@ class Gap:
         return next((x.name for x in self.layers if x.simulation_runtime.differing), None)
 
     @property
+    def kernels(self) -> list[LayerCodes]:
+        """Layers whose kernel is further from the simulation than summation in float32 explains."""
+        return [x for x in self.layers if beyond(x.simulation_runtime, x.count)]
+
+    @property
     def first_divergence(self) -> str | None:
-        """The first layer, or ``the output``, in which they differ by more than summation in float32 explains."""
-        for layer in self.layers:
-            found = layer.simulation_runtime
-            if found.max_steps > MOST_STEPS or found.differing > max(1, MOST_DIFFERING * layer.count):
-                return layer.name
+        """The first layer, or ``the output``, in which the file computes something else than what was measured."""
+        if self.diverging is not None:
+            return self.diverging
         outputs = [o for r in self.runtimes for b in r["batches"] for o in b["outputs"]]
         if any(not o["mean_abs"] <= MOST_DEVIATION * max(o["range"], 1e-12) for o in outputs):
             return "the output"
@@ -107,6 +112,7 @@ class Gap:
             "simulating": [asdict(o) for o in self.simulating],
             "operators": [x.to_dict() for x in by_operator(self.layers)],
             "layers": [x.to_dict() for x in self.layers],
+            "kernels": [x.name for x in self.kernels],
             "first_difference": self.first_difference,
             "first_divergence": self.first_divergence,
         }
@@ -157,8 +163,20 @@ def measure_gap(
         measured.append({"runtime": f"{runtime.name} {runtime.version}", "batches": rows})
     progress("Comparing", done, total, "layer by layer")
     layers = compare_codes(model, program, whole, "onnxruntime")
+    plain = compare_layers(model, program, whole[:LAYER_IMAGES])
+    wrong = next((x.name for x in plain if x.max_steps > MOST_STEPS or x.differing_fraction > MOST_DIFFERING), None)
     progress("Comparing", total, total)
-    return Gap(quantization, measured, simulating, layers)
+    return Gap(quantization, measured, simulating, layers, wrong)
+
+
+def beyond(found: Difference, count: int) -> bool:
+    """Whether more codes differ, or by more steps, than summation in float32 explains.
+
+    Example:
+        >>> beyond(Difference(1, 1), 50), beyond(Difference(2, 1), 50), beyond(Difference(1, 2), 5000)
+        (False, True, True)
+    """
+    return found.max_steps > MOST_STEPS or found.differing > max(1, MOST_DIFFERING * count)
 
 
 def read_onnx(path: Path) -> ir.Model:
