@@ -61,20 +61,19 @@ def test_loss_without_a_tensor_is_that_of_the_network_changed_by_hand(
     name: str, correction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(diagnosis, "NEGLIGIBLE", 0.0)
+    monkeypatch.setattr(diagnosis, "SUSPECTS", (100, 100))
     model, images = student(name, correction=correction), dataset(6)
     found = diagnose(model, images)
     assert found["images"] == 6
     assert found["loss"] == pytest.approx(loss_by_hand(model, None, images.batch(range(6))), rel=1e-5)
-    assert found["layers"]
-    for row in found["layers"]:
-        (key,) = {
-            k
-            for k, q in model.graph.named_children()
-            if getattr(q, "name", None) == row["name"] and getattr(q, "role", None) == row["tensor"]
-        }
-        expected = loss_by_hand(model, key, images.batch(range(6)))
-        assert row["loss_without"] == pytest.approx(expected, rel=1e-4, abs=1e-6), row
-        assert row["share"] == pytest.approx((found["loss"] - expected) / found["loss"], abs=1e-4)
+    batch = images.batch(range(6))
+    quantizers = {k: q for k, q in model.graph.named_children() if getattr(q, "role", None) in {"weight", "activation"}}
+    by_hand = {(q.name, q.role): loss_by_hand(model, key, batch) for key, q in quantizers.items()}
+    rows = {(r["name"], r["tensor"]): r for r in found["layers"]}
+    assert set(rows) >= {key for key, loss in by_hand.items() if loss < 0.999 * found["loss"]}
+    for key, row in rows.items():
+        assert row["loss_without"] == pytest.approx(by_hand[key], rel=2e-3), row
+        assert row["share"] == pytest.approx((found["loss"] - by_hand[key]) / found["loss"], abs=2e-3)
     shares = [r["share"] for r in found["layers"]]
     assert shares == sorted(shares, reverse=True)
 
