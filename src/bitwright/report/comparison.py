@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bitwright.report import words
-from bitwright.report.charts import chart, dot, horizontal, label, linear, polyline, rule
-from bitwright.report.markup import Child, Markup, tag
+from bitwright.report.charts import Axis, chart, dot, horizontal, label, linear, polyline, rule, vertical
+from bitwright.report.markup import Child, tag
 from bitwright.report.page import document
 from bitwright.report.shown import Section, Shown, command, key, paragraph
 from bitwright.report.tables import Cell, table
 from bitwright.report.verdict import METRICS, main_metric
 
+SAME_SIZE = 1.02
+"""Largest size over smallest up to which runs are compared by their figures alone."""
 UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 FIDELITY = {"agreement": "same answer as float", "sqnr_db": "outputs: signal to error"}
 
@@ -41,6 +43,7 @@ def row(entry: Entry) -> dict[str, Any]:
         "model": result["model"]["name"],
         "recipe": result["recipe"]["name"],
         "bits": result.get("bits"),
+        "said_bits": entry.run.bits,
         **{k: ours[k] for k in METRICS if ours.get(k) is not None},
         **{f"{k}_ci": ours[f"{k}_ci"] for k in METRICS if ours.get(f"{k}_ci")},
         **{f"float_{k}": theirs[k] for k in METRICS if theirs.get(k) is not None},
@@ -90,7 +93,8 @@ def comparison(entries: Sequence[Entry], title: str = "") -> str:
         for s in (_alike(entries), _table(entries), _front(entries), _failures(entries), _repeat(entries))
         if s is not None
     ]
-    under = f"comparison of {words.plural(len(entries), 'run')}"
+    bits = {r.bits for r in runs}
+    under = f"comparison of {words.plural(len(entries), 'run')}{f' · {bits.pop()}' if len(bits) == 1 else ''}"
     return document(f"{name} · comparison · bitwright", name, under, verdict(entries), sections)
 
 
@@ -114,7 +118,7 @@ def verdict(entries: Sequence[Entry]) -> str:
     if near:
         verb = "overlaps" if len(near) == 1 else "overlap"
         kind = "interval" if len(near) == 1 else "intervals"
-        said += f"; the 95 % {kind} of {words.listed(near)} {verb} with its own"
+        said += f"; the 95{words.GAP}% {kind} of {words.listed(near)} {verb} with its own"
     return f"{said}.{tail}"
 
 
@@ -132,10 +136,10 @@ def shown(what: str, value: float | None) -> str:
 
 COLUMNS: tuple[tuple[str, str], ...] = (
     ("agreement", ">same answer"),
-    ("kl", ">KL, nats"),
-    ("sqnr_db", ">signal to error"),
     ("packed_bytes", ">size"),
     ("onnx_bytes", ">model.onnx"),
+    ("kl", ">KL, nats"),
+    ("sqnr_db", ">signal to error"),
     ("seconds", ">time"),
 )
 SAID = {
@@ -149,46 +153,41 @@ SAID = {
 
 
 def _table(entries: Sequence[Entry]) -> Section:
+    """A row a run; what all have in common has no column."""
     rows = [row(e) for e in entries]
-    metrics = [k for k in METRICS if any(r.get(k) is not None for r in rows)]
-    several = len({r.get("model") for r in rows if r["error"] is None}) > 1
-    heads = [">#", "run", *(["network"] if several else []), "recipe", "bits"]
-    for k in metrics:
-        heads += [f">{METRICS[k]}"] + ([">95 % interval", ">against float"] if k == metrics[0] else [])
+    done = [r for r in rows if r["error"] is None]
+    metric = next((k for k in METRICS if any(r.get(k) is not None for r in done)), None)
+    named_by: dict[str, Callable[[dict[str, Any]], str]] = {
+        "network": lambda r: r["model"],
+        "recipe": lambda r: r["recipe"],
+        "bits": lambda r: r["said_bits"],
+    }
+    differing = {k: f for k, f in named_by.items() if len(set(map(f, done))) > 1}
+    if all(r["recipe"] == r["run"] for r in done):
+        differing.pop("recipe", None)
+    heads = [">#", "run", *differing]
+    heads += [f">{METRICS[metric]}", ">95 % interval", ">against float"] if metric else []
     heads += [head for _, head in COLUMNS]
-    made = table(
-        "The runs",
-        heads,
-        [_cells(i, r, metrics, several=several) for i, r in enumerate(rows, 1)],
-        sortable=True,
-        name="runs",
-    )
+    body: list[list[Cell | str]] = []
+    for i, r in enumerate(rows, 1):
+        cells: list[Cell | str] = [Cell(str(i), i), r["run"]]
+        if r["error"] is None:
+            cells += [f(r) for f in differing.values()] + _figures(r, metric)
+        else:
+            cells += ["failed", *([""] * (len(heads) - 3))]
+        body.append(cells)
+    made = table("The runs", heads, body, sortable=True, name="runs")
     return Section("table", "Figures", [paragraph("Click a heading to sort.", quiet=True), made])
 
 
-def _cells(i: int, r: dict[str, Any], metrics: list[str], *, several: bool) -> list[Cell | str]:
-    cells: list[Cell | str] = [Cell(str(i), i), r["run"]]
-    if r["error"] is not None:
-        rest = (1 if several else 0) + 2 + len(metrics) + (2 if metrics else 0) + len(COLUMNS)
-        return [*cells, "failed", *([""] * (rest - 1))]
-    cells += [r["model"]] if several else []
-    cells += [r["recipe"], _bits(r["bits"])]
-    for k in metrics:
-        value, before = r.get(k), r.get(f"float_{k}")
-        cells.append(Cell(words.percent(value), value))
-        if k != metrics[0]:
-            continue
-        cells.append(words.interval(r.get(f"{k}_ci")))
+def _figures(r: dict[str, Any], metric: str | None) -> list[Cell | str]:
+    cells: list[Cell | str] = []
+    if metric is not None:
+        value, before = r.get(metric), r.get(f"float_{metric}")
         change = None if value is None or before is None else value - before
-        cells.append(Cell(words.NONE if change is None else words.points(change), change))
-    cells += [Cell(SAID[k](r.get(k)), r.get(k)) for k, _ in COLUMNS]
-    return cells
-
-
-def _bits(bits: dict[str, Any] | None) -> str:
-    found = bits or {}
-    weights, activations = (found.get(k) or "float" for k in ("weights", "activations"))
-    return f"W{weights} A{activations}"
+        cells += [Cell(words.percent(value), value), words.interval(r.get(f"{metric}_ci"))]
+        cells += [Cell(words.NONE if change is None else words.points(change), change)]
+    return cells + [Cell(SAID[k](r.get(k)), r.get(k)) for k, _ in COLUMNS]
 
 
 def _front(entries: Sequence[Entry]) -> Section | None:
@@ -196,6 +195,9 @@ def _front(entries: Sequence[Entry]) -> Section | None:
     places = [(i, r) for i, r in enumerate(map(row, entries), 1) if r["error"] is None and r["packed_bytes"]]
     if what is None or len(places) < 2:
         return None
+    sizes = [r["packed_bytes"] for _, r in places]
+    if max(sizes) <= SAME_SIZE * min(sizes):
+        return _rows_of_intervals(what, [r for _, r in places])
     factor = 1.0 if what == "sqnr_db" else 100.0
     unit, per = next(((u, f) for u, f in UNITS if max(r["packed_bytes"] for _, r in places) >= f), ("B", 1.0))
     points = [(r["packed_bytes"] / per, factor * r[what]) for _, r in places]
@@ -230,6 +232,32 @@ def _front(entries: Sequence[Entry]) -> Section | None:
     )
 
 
+def _rows_of_intervals(what: str, rows: list[dict[str, Any]]) -> Section:
+    """For runs of one size: each one's figure with its interval, one below the other."""
+    factor = 1.0 if what == "sqnr_db" else 100.0
+    ends = [[factor * v for v in r.get(f"{what}_ci") or [r[what], r[what]]] for r in rows]
+    top = {r.get(f"float_{what}") for r in rows}
+    level = factor * only if len(top) == 1 and (only := top.pop()) is not None else None
+    highs = [e[1] for e in ends] + ([] if level is None else [level])
+    unit = "dB" if what == "sqnr_db" else "%"
+    x = linear(min(e[0] for e in ends), max(highs), f"{named(what)}, {unit}", count=5, margin=0.25)
+    y = Axis(0.5, len(rows) + 0.7)
+    drawn = [vertical(level, x, "float dashed")] if level is not None else []
+    labels = []
+    for height, r, (low, high) in zip(range(len(rows), 0, -1), rows, ends, strict=True):
+        title = f"{r['run']}: {shown(what, r[what])}"
+        drawn += [rule(low, height, high, height, x, y, "thick quantized")]
+        drawn += [dot(factor * r[what], height, x, y, "large quantized", title)]
+        labels.append(label(r["run"], low, height + 0.36, x, y, "above"))
+    said = "; ".join(f"{r['run']} {shown(what, r[what])}" for r in rows)
+    caption = (
+        f"All runs have the same size to {100 * (SAME_SIZE - 1):.0f} %, {words.size(rows[0]['packed_bytes'])}. Lines "
+        f"are 95 % intervals{', the dashed one is the float network' if level is not None else ''}."
+    )
+    drawing = chart(drawn, x, y, summary=f"{named(what)}: {said}.", height=3.0 * len(rows) + 0.8, labels=labels)
+    return Section("front", "Accuracy at this size", tag("figure", tag("figcaption", caption), drawing))
+
+
 def _measured(entries: Sequence[Entry], on: str = "evaluation") -> list[str | None]:
     """Digests of the images of each run."""
     return [((e.run.result.get("data") or {}).get(on) or {}).get("sha256") for e in entries if e.run is not None]
@@ -259,10 +287,9 @@ def _failures(entries: Sequence[Entry]) -> Section | None:
 
 
 def _repeat(entries: Sequence[Entry]) -> Section | None:
-    done = [e for e in entries if e.run is not None]
-    commands: list[Markup] = []
-    for e in done:
-        assert e.run is not None
-        said = e.run.result.get("command", words.NONE)
-        commands += [tag("dt", e.name), tag("dd", command(said))]
-    return Section("repeat", "To repeat it", tag("dl", commands)) if done else None
+    found: dict[str, list[str]] = {}
+    for e in entries:
+        if e.run is not None:
+            found.setdefault(e.run.result.get("command", words.NONE), []).append(e.name)
+    pairs: list[Child] = [[tag("dt", words.listed(names)), tag("dd", command(c))] for c, names in found.items()]
+    return Section("repeat", "To repeat it", tag("dl", pairs)) if found else None

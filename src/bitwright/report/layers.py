@@ -269,14 +269,15 @@ def worst(run: Shown) -> Section | None:
     )
     legend = key(("float", "numbers"), ("other", "clipped"), ("mark", "grid"))
     noise = {r["name"]: r.get("sqnr_db") for r in reversed(run.layers)}
-    return Section("worst", "The noisiest layers", [lead, legend, *(_layer(x, noise) for x in layers)])
+    shown = tag("div", (_layer(x, noise) for x in layers), class_="worsts")
+    return Section("worst", "The noisiest layers", [lead, legend, shown])
 
 
 def _layer(found: dict[str, Any], noise: dict[str, Any]) -> Markup:
     name = found["layer"]
     charts = [c for c in (_weights(found), _activations(found)) if c is not None]
     title = tag("h3", tag("span", name, class_="layer"), " ", tag("small", words.decibel(noise.get(name))))
-    return tag("div", title, tag("div", charts, class_="pair"), class_="worst")
+    return tag("div", title, tag("div", charts, class_="pair"), class_="worst two" if len(charts) > 1 else "worst")
 
 
 def _weights(found: dict[str, Any]) -> Markup | None:
@@ -322,6 +323,7 @@ def _histogram(data: dict[str, Any], lines: list[float], grid: tuple[float, floa
         left = start + i * width
         inside = grid[0] <= left + width / 2 <= grid[1]
         drawn.append(bar(left, left + width, 0, math.log10(1 + n), x, y, "float" if inside else "other"))
-    seen = f"{words.number(data['seen'][0])} to {words.number(data['seen'][1])}"
+    low, high = (0.0 if abs(v) < 1e-4 * (end - start) else v for v in data["seen"])
+    seen = f"{words.number(low)} to {words.number(high)}"
     made = chart(drawn, x, y, summary=f"Histogram: {said}. Numbers from {seen}.", height=7.0)
     return tag("figure", tag("figcaption", f"{said}. Seen: {seen}."), made)

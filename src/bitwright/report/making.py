@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from bitwright.report import words
@@ -167,7 +168,7 @@ def floats(run: Shown) -> Section:
     names = {r["name"] for r in run.layers}
     reasons: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        general = " ".join("…" if word in names else word for word in row["reason"].split())
+        general = " ".join(re.sub(r"^.*[^,]", "…", w) if w.rstrip(",") in names else w for w in row["reason"].split())
         reasons.setdefault(general, []).append(row)
     body: list[Child] = [paragraph(f"{words.plural(len(rows), 'tensor')}, and why.")]
     for reason, those in sorted(reasons.items(), key=lambda r: -len(r[1])):

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 
-from bitwright.report import latency, layers, making, pictures, summary, words
+from bitwright.report import latency, layers, making, pictures, summary
 from bitwright.report.markup import Child, Markup, tag
 from bitwright.report.shown import Section, Shown
 from bitwright.report.verdict import verdict
@@ -35,7 +35,7 @@ def page(run: Shown) -> str:
     """The report of one run."""
     result = run.result
     name = result["model"]["name"]
-    under = f"{words.bits(result.get('bits'))} · recipe {result['recipe']['name']} · {run.folder}".strip(" ·")
+    under = f"{run.bits} · recipe {result['recipe']['name']} · {run.folder}".strip(" ·")
     sections = [s for s in (make(run) for make in SECTIONS) if s is not None]
     return document(f"{name} · bitwright", name, under, verdict(result, run.facts), sections)
 

@@ -46,7 +46,8 @@ def _one(row: dict[str, Any], classes: dict[str, str]) -> Markup:
     ]
     if right is not None:
         answers.append([tag("dt", "label"), tag("dd", name_of(right, classes))])
-    return tag("li", drawn, tag("div", tag("p", row["name"], class_="layer"), tag("dl", answers)))
+    name = f"image {row['name']}" if str(row["name"]).isdecimal() else row["name"]
+    return tag("li", drawn, tag("div", tag("p", name, class_="layer"), tag("dl", answers)))
 
 
 def _answer(who: str, found: dict[str, Any], right: int | None, classes: dict[str, str]) -> list[Markup]:

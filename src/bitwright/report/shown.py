@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bitwright import run_folder
+from bitwright.report import words
 from bitwright.report.markup import Child, Markup, tag
 
 
@@ -32,6 +33,15 @@ class Shown:
         """Rows of the layers."""
         rows: list[dict[str, Any]] = self.result["layers"]
         return rows
+
+    @property
+    def bits(self) -> str:
+        """Bits of weights and activations as the layers have them, whatever was asked for."""
+        rows = [r for r in self.layers if r.get("op") != "parameter"]
+        found = {k: {int(r[f"{k}_bits"]) for r in rows if r.get(f"{k}_bits")} for k in ("weight", "activation")}
+        if not any(found.values()):
+            return words.bits(self.result.get("bits"))
+        return ", ".join(f"{words.span(found[k])} {k}s" for k in ("weight", "activation"))
 
 
 @dataclass(frozen=True)
@@ -79,8 +89,7 @@ def definitions(pairs: list[tuple[str, Child]]) -> Markup:
 
 def command(said: str) -> Markup:
     """A command line that breaks between its words."""
-    words = said.split(" ")
-    return tag("code", [[tag("span", word, class_="word"), " "] for word in words])
+    return tag("code", [[tag("span", word, class_="word"), " "] for word in said.split(" ")])
 
 
 def key(*marks: tuple[str, str]) -> Markup:

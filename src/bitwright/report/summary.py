@@ -21,11 +21,16 @@ def accuracy(run: Shown) -> Section:
     metric = main_metric(result)
     body = [
         _intervals(result, metric) if metric else None,
-        table("Float against quantized", ["", ">float", ">quantized", ">difference"], rows) if rows else None,
+        table(_on(result), ["", ">float", ">quantized", ">difference"], rows) if rows else None,
         _paired(run),
         paragraph(_measured_on(result), quiet=True),
     ]
     return Section("accuracy", "Float against quantized", body)
+
+
+def _on(result: dict[str, Any]) -> str:
+    count = ((result.get("data") or {}).get("evaluation") or {}).get("count")
+    return "As measured" if count is None else f"On {words.plural(count, 'image')}"
 
 
 def _metric_rows(result: dict[str, Any]) -> list[list[str]]:

@@ -169,6 +169,19 @@ def bits(settings: dict[str, Any] | None) -> str:
     return f"{_kind(weights)} weights, {_kind(activations)} activations"
 
 
+def span(found: set[int]) -> str:
+    """Bits of several tensors; none means float.
+
+    Example:
+        >>> span({4}), span({3, 8, 4}), span(set())
+        ('4-bit', '3- to 8-bit', 'float')
+    """
+    if not found:
+        return "float"
+    low, high = min(found), max(found)
+    return f"{low}-bit" if low == high else f"{low}- to {high}-bit"
+
+
 def _kind(value: Any) -> str:
     return "float" if value is None else "mixed-precision" if value == "mixed" else f"{value}-bit"
 
