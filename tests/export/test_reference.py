@@ -151,8 +151,8 @@ def test_signed_activations_are_shifted_as_in_the_file(name):
         assert torch.equal(reference[layer].codes, codes), layer
 
 
-def run_onnx(operator, inputs, **attributes):
-    """One contributed operator of ONNX Runtime, called directly."""
+def run_onnx(operator, inputs, domain="com.microsoft"):
+    """One operator of ONNX Runtime, called directly."""
     import onnxruntime
 
     names = [f"input{i}" for i in range(len(inputs))]
@@ -160,7 +160,7 @@ def run_onnx(operator, inputs, **attributes):
         helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape)
         for n, a in zip(names, inputs, strict=True)
     ]
-    node = helper.make_node(operator, names, ["out"], domain="com.microsoft", **attributes)
+    node = helper.make_node(operator, names, ["out"], domain=domain)
     graph = helper.make_graph([node], "one", given, [helper.make_tensor_value_info("out", TensorProto.UINT8, None)])
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
@@ -179,7 +179,7 @@ def every_pair():
 def test_every_pair_of_codes(operator, rule):
     generator = np.random.default_rng(0)
     a, b = every_pair()
-    for _ in range(20):
+    for _ in range(100):
         step_a, step_b = (np.float32(generator.uniform(0.002, 0.05)) for _ in range(2))
         step = np.float32((step_a + step_b) * 0.7 if operator == "QLinearAdd" else step_a * step_b * 60)
         zeros = [np.uint8(z) for z in generator.integers(0, 256, 3)]
@@ -202,6 +202,22 @@ def test_every_pair_of_codes(operator, rule):
         )
         ours = rule(left, right, Grid(torch.tensor(step), torch.tensor(float(zeros[2])), 0, 255))
         assert np.array_equal(ours.numpy(), found)
+
+
+def test_every_product_of_codes_near_ties():
+    """Ratios of about one tenth, so that a last bit decides every tenth sum."""
+    generator = np.random.default_rng(0)
+    a, b = np.arange(256, dtype=np.uint8).reshape(-1, 1), np.arange(-128, 128, dtype=np.int8).reshape(1, -1)
+    for _ in range(20):
+        step_a, step_b = (np.float32(generator.uniform(0.002, 0.05)) for _ in range(2))
+        step, zero_a, zero = np.float32(step_a * step_b * 10), *(np.uint8(z) for z in generator.integers(0, 256, 2))
+        scales = [np.array(x) for x in (step_a, step_b, step)]
+        zeros = [np.array(zero_a), np.array(np.int8(0)), np.array(zero)]
+        inputs = [a, scales[0], zeros[0], b, scales[1], zeros[1], scales[2], zeros[2]]
+        found = run_onnx("QLinearMatMul", inputs, domain="")
+        sums = torch.from_numpy((a.astype(np.float64) - zero_a) * b)
+        grid = Grid(torch.tensor(step), torch.tensor(float(zero)), 0, 255)
+        assert np.array_equal(rules.requantize(sums, torch.tensor(step_a * step_b), grid).numpy(), found)
 
 
 # ------------------------------------------------------------------------------------ loops over single numbers
@@ -319,6 +335,18 @@ def test_outputs_are_those_of_the_simulation(name, runtime):
     found = run_reference(model, cases.images(), runtime, feed=codes)
     for ours, theirs in zip(found.outputs, model.flat(cases.images()), strict=True):
         torch.testing.assert_close(ours.float(), theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"weights": 4, "granularity": "group", "group_size": 3}, {"activations": "float"}]
+)
+def test_weights_with_several_scales_and_float_activations(settings):
+    model = quantized("transposed", scheme=bw.Scheme(**settings))
+    codes = simulated_codes(model, cases.images())
+    found = run_reference(model, cases.images(), feed=codes)
+    for name, layer in found.layers.items():
+        assert float((layer.codes != codes[name]).double().mean()) <= 1e-3, name
+    torch.testing.assert_close(found.outputs[0], model.flat(cases.images())[0], rtol=1e-5, atol=1e-5)
 
 
 def check_zoo(name, count):

@@ -44,11 +44,18 @@ class OutputGap:
     agreement: float | None
 
 
-def outputs(network: Network, images: Tensor, batch: int) -> list[Tensor]:
-    """All outputs of a network over the images, ``batch`` at a time, in float64."""
+def outputs(who: str, network: Network, images: Tensor, batch: int) -> list[Tensor]:
+    """All outputs of a network over the images, ``batch`` at a time, in float64.
+
+    Raises:
+        BitwrightError: one of them is not finite; ``who`` gave it.
+    """
     with torch.no_grad():
         parts = [[out.double() for out in network(part)] for part in torch.split(images, batch)]
-    return [torch.cat(each) for each in zip(*parts, strict=True)]
+    found = [torch.cat(each) for each in zip(*parts, strict=True)]
+    if not all(bool(torch.isfinite(x).all()) for x in found):
+        raise BitwrightError(f"{who} gives values that are not finite, which cannot be compared. Try other images.")
+    return found
 
 
 def output_gaps(names: Sequence[str], ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> list[OutputGap]:
@@ -145,17 +152,19 @@ def measure_gap(
     whole, names = images.batch(range(len(images))), model.outputs
     total = 2 + len(runtimes) * len(batches)
     progress("Comparing", 0, total, "integer reference")
-    simulated = outputs(model.flat, whole, BATCH)
-    reference = outputs(lambda x: run_reference(model, x, model.scheme.runtime, keep=False).outputs, whole, BATCH)
+    simulated = outputs("The simulation", model.flat, whole, BATCH)
+    rules = model.scheme.runtime
+    reference = outputs("The reference", lambda x: run_reference(model, x, rules, keep=False).outputs, whole, BATCH)
     teacher, quantization = model.teacher, None
     if teacher is not None:
-        quantization = output_gaps(names, outputs(lambda x: list(teacher.graph(x)), whole, BATCH), simulated)
+        expected = outputs("The float network", lambda x: list(teacher.graph(x)), whole, BATCH)
+        quantization = output_gaps(names, expected, simulated)
     simulating, measured, done = output_gaps(names, reference, simulated), [], 1
     for runtime in runtimes:
         rows, network = [], open_file(runtime, path)
         for batch in batches:
             progress("Comparing", done, total, f"{runtime.title}, batch {batch}")
-            found = outputs(network, whole, batch)
+            found = outputs(runtime.title, network, whole, batch)
             pairs = {"outputs": output_gaps(names, simulated, found)}
             pairs["from_reference"] = output_gaps(names, reference, found)
             rows.append({"batch": batch, **{k: [asdict(o) for o in v] for k, v in pairs.items()}})
