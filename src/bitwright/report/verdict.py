@@ -56,7 +56,7 @@ def _smaller(result: dict[str, Any]) -> str:
     if not size.get("packed_bytes") or not size.get("float_bytes"):
         return words.bits(result.get("bits")).capitalize()
     ratio = size["float_bytes"] / size["packed_bytes"]
-    return f"{ratio:.1f} times smaller" if ratio >= 1.05 else "No smaller"
+    return f"{ratio:.1f} times smaller" if ratio >= 1.05 else "Not smaller than float"
 
 
 def _answers(result: dict[str, Any], facts: dict[str, Any]) -> str:
@@ -71,7 +71,9 @@ def _answers(result: dict[str, Any], facts: dict[str, Any]) -> str:
     fidelity = result.get("fidelity") or {}
     those = " that it was calibrated on" if data.get("same_as_calibration") else ""
     if fidelity.get("agreement") is not None:
-        return f"with the same answer as the float network for {words.percent(fidelity['agreement'])}{of(count)}{those}"
+        part = " of the pixels" if facts and facts.get("answers") is None else ""
+        share = f"{words.percent(fidelity['agreement'])}{part}{of(count)}"
+        return f"with the same answer as the float network for {share}{those}"
     if "sqnr_db" in fidelity and fidelity["sqnr_db"] is None:
         return "and exactly what the float network computes"
     if fidelity.get("sqnr_db") is not None:
