@@ -8,7 +8,7 @@ BIN := .venv/bin
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[models,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[models,openvino,dev]'
 	touch $@
 
 demo: .venv/.installed

@@ -72,7 +72,10 @@ PlanOption = Annotated[
     ),
 ]
 RuntimeOption = Annotated[
-    str, typer.Option(help="Where the result will run: onnxruntime or generic", rich_help_panel=_BITS)
+    str,
+    typer.Option(
+        help="Where the result will run: onnxruntime, openvino, generic or generic-pot", rich_help_panel=_BITS
+    ),
 ]
 GranularityOption = Annotated[
     str,
@@ -662,14 +665,14 @@ def plan(
 @app.command()
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder")],
-    to: Annotated[str, typer.Option(help="onnx")] = "onnx",
+    to: Annotated[str, typer.Option(help="onnx, openvino or pt2")] = "onnx",
     images: Annotated[
         str | None, typer.Option(help="Images for the check; those of the run if they are still there")
     ] = None,
     samples: Annotated[int, typer.Option(help="Images to check on")] = 128,
     out: Annotated[
         Path | None,
-        typer.Option(help="File to write  [default: model.onnx in the run]", show_default=False),
+        typer.Option(help="File to write  [default: model.onnx, .xml or .pt2 in the run]", show_default=False),
     ] = None,
     input_size: InputSizeOption = None,
     mean: MeanOption = None,

@@ -28,7 +28,9 @@ REQUIRED = (
     "safetensors",
     "scipy",
 )
-OPTIONAL = {"timm": "timm: models", "torchvision": "torchvision: models"}
+OPTIONAL = {"timm": "timm: models", "torchvision": "torchvision: models", "openvino": "export --to openvino"}
+EXTRAS = {"openvino": "openvino"}
+"""Extras of the package that bring an optional one, where that is not ``models``."""
 MODULES = {"pillow": "PIL", "pyyaml": "yaml"}
 
 
@@ -46,7 +48,10 @@ class Finding:
 def examine() -> dict[str, Any]:
     """Everything that ``bitwright doctor`` tells, as plain data; ``ok`` if nothing required is missing or broken."""
     required = [_package(name, "pip install --upgrade bitwright") for name in REQUIRED]
-    optional = [_package(name, "pip install 'bitwright[models]'", what) for name, what in OPTIONAL.items()]
+    optional = [
+        _package(name, f"pip install 'bitwright[{EXTRAS.get(name, 'models')}]'", what)
+        for name, what in OPTIONAL.items()
+    ]
     if required[0].ok:
         optional = [_torchvision_built_for(f) if f.name == "torchvision" else f for f in optional]
     return {

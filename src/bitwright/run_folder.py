@@ -24,9 +24,13 @@ MODEL, PLAN, RESULT, ONNX, LOG, STATE = (
 )  # fmt: skip
 PAGE, FACTS, BENCH, PARITY = "report.html", "report.json", "bench.json", "parity.json"
 
-OURS = frozenset({MODEL, PLAN, RESULT, ONNX, LOG, STATE, PAGE, FACTS, BENCH, PARITY, f"{ONNX}.data"})
+OPENVINO, PT2 = "model.xml", "model.pt2"
+DEPLOYED = (ONNX, f"{ONNX}.data", OPENVINO, "model.bin", PT2)
+"""Files that `bitwright export` writes."""
 
-CHECKED = (MODEL, ONNX, f"{ONNX}.data")
+OURS = frozenset({MODEL, PLAN, RESULT, LOG, STATE, PAGE, FACTS, BENCH, PARITY, *DEPLOYED})
+
+CHECKED = (MODEL, *DEPLOYED)
 """Files whose sha256 stands in the result; the plan is there to be edited."""
 
 

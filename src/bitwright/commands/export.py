@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,17 @@ from bitwright import run_folder
 from bitwright.commands import tables
 from bitwright.commands.sources import Settings, float_network, images_at, load_run
 from bitwright.data import Images
-from bitwright.errors import BitwrightError, UsageError
-from bitwright.export.parity import export_checked
+from bitwright.errors import BitwrightError, ParityError, UsageError
+from bitwright.export.openvino import check_openvino, write_openvino
+from bitwright.export.parity import Parity, export_checked
+from bitwright.export.pt2 import write_pt2
 from bitwright.models import Model
 from bitwright.quantized import QuantizedModel
 from bitwright.terminal import Terminal, quiet_libraries
 
-FORMATS = ("onnx",)
+FORMATS = {"onnx": run_folder.ONNX, "openvino": run_folder.OPENVINO, "pt2": run_folder.PT2}
+"""File in the run folder by format."""
+WHERE = {"onnx": "ONNX Runtime", "openvino": "OpenVINO", "pt2": "PyTorch"}
 
 
 def export(
@@ -33,41 +38,62 @@ def export(
     samples: int,
     terminal: Terminal,
 ) -> dict[str, Any]:
-    """Writes ``model.onnx`` into the run folder (or to ``out``) after the parity check on real images.
+    """Writes the file of a format into the run folder (or to ``out``) after the parity check on real images.
 
     Returns:
-        ``file``, ``onnx_bytes`` and ``parity``.
+        ``file``, ``format``, ``bytes`` (of all files together), ``parity``, and for ONNX ``onnx_bytes``.
 
     Raises:
-        UsageError: another format, no images for the check, or a target that cannot be written.
+        UsageError: another format, no images for the check, or what the runtime lacks.
         ParityError: the file computes something else than the simulation.
     """
     if to not in FORMATS:
         raise UsageError(f"Expected a format out of {', '.join(FORMATS)}, found '{to}'.")
     model = load_run(run)
     folder = Path(run).expanduser() if Path(run).expanduser().is_dir() else Path(run).expanduser().parent
-    path = (out or folder / run_folder.ONNX).expanduser()
+    path = (out or folder / FORMATS[to]).expanduser()
     if path.is_dir() or not path.parent.is_dir():
         raise UsageError(f"Expected a file in an existing folder as --out, found {path}.")
+    if to != "onnx" and path.suffix != Path(FORMATS[to]).suffix:
+        raise UsageError(f"Expected a name that ends in {Path(FORMATS[to]).suffix} as --out, found {path}.")
+    if to == "openvino":
+        check_openvino(model)
     terminal.begin("Opening the images")
     found = run_images(model, images, skip_unreadable, settings)
-    terminal.begin("Writing ONNX and checking it in ONNX Runtime")
-    partial = path.with_name(f".{path.name}.partial")
-    recorded = dict(model.result.get("model", {}))
-    model.result["model"] = {k: v for k, v in recorded.items() if k not in {"reference", "settings"}}
+    terminal.begin(f"Writing {to} and checking it in {WHERE[to]}")
     try:
         with quiet_libraries():
-            parity = export_checked(model, partial, found, force=force, count=samples)
-        partial.replace(path)
+            parity, files = _write(model, to, path, found, force, samples)
     except OSError as error:
         raise UsageError(f"{path} cannot be written ({error.strerror or error}). Choose another --out.") from error
-    finally:
-        partial.unlink(missing_ok=True)
     terminal.finish()
-    size = path.stat().st_size
+    size = sum(file.stat().st_size for file in files)
     if out is None:
-        _record(folder / run_folder.RESULT, parity.to_dict(), size)
-    return {"file": str(path), "onnx_bytes": size, "parity": parity.to_dict()}
+        _record(folder / run_folder.RESULT, to, parity.to_dict(), size)
+    about = {"file": str(path), "format": to, "bytes": size, "parity": parity.to_dict()}
+    return about | {"onnx_bytes": size} if to == "onnx" else about
+
+
+def _write(
+    model: QuantizedModel, to: str, path: Path, images: Images, force: bool, samples: int
+) -> tuple[Parity, list[Path]]:
+    """Writes into a folder beside the target, and moves what passed; its files, the one that is named first."""
+    with tempfile.TemporaryDirectory(prefix=".bitwright", dir=path.parent) as folder:
+        partial = Path(folder) / path.name
+        if to == "onnx":
+            parity = export_checked(model, partial, images, force=force, count=samples)
+        else:
+            write = write_openvino if to == "openvino" else write_pt2
+            parity = write(model, partial, images.batch(range(min(samples, len(images)))))
+            if not parity.passed and not force:
+                raise ParityError(
+                    f"The {to} file does not compute what was measured: {parity.first_divergence} is the first to "
+                    "differ. It was not written; --force keeps it."
+                )
+        written = sorted(Path(folder).iterdir(), key=lambda file: file != partial)
+        for file in reversed(written):  # the one that is named comes last
+            file.replace(path.parent / file.name)
+    return parity, [path.parent / file.name for file in written]
 
 
 def run_images(
@@ -96,13 +122,16 @@ def run_images(
         raise
 
 
-def _record(path: Path, parity: dict[str, Any], size: int) -> None:
+def _record(path: Path, to: str, parity: dict[str, Any], size: int) -> None:
     """Into the run's ``result.json``, so that it tells of the file that lies beside it."""
     if not path.is_file():
         return
     result = json.loads(path.read_text())
-    result["parity"] = parity
-    result.setdefault("size", {})["onnx_bytes"] = size
+    if to == "onnx":
+        result["parity"] = parity
+    else:
+        result.setdefault("exports", {})[to] = {"parity": parity}
+    result.setdefault("size", {})[f"{to}_bytes"] = size
     result["files"] = {**result.get("files", {}), **run_folder.checksums(path.parent)}
     fresh = path.with_name(f".{path.name}.partial")
     fresh.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
@@ -112,15 +141,16 @@ def _record(path: Path, parity: dict[str, Any], size: int) -> None:
 def table(found: dict[str, Any]) -> Table:
     """What the check found, for people."""
     parity, whole = found["parity"], found["parity"]["optimized"]
-    made = tables.table("", ">", title=f"{found['file']}, {tables.bytes_text(found['onnx_bytes'])}")
+    made = tables.table("", ">", title=f"{found['file']}, {tables.bytes_text(found['bytes'])}")
     made.add_row("runtime", parity["runtime"])
     made.add_row("images", str(parity["images"]))
-    worst = parity["worst_layer"]
-    share = 100 * worst["differing_fraction"]
-    made.add_row(
-        "layer that differs most", f"{worst['name']}: {share:.4f} % of its values" if share else "none differs"
-    )
-    for what, figures in (("optimisations off", parity), ("optimisations on", whole)):
+    if worst := parity["worst_layer"]:
+        share = 100 * worst["differing_fraction"]
+        made.add_row(
+            "layer that differs most", f"{worst['name']}: {share:.4f} % of its values" if share else "none differs"
+        )
+    levels = (("optimisations off", parity), ("optimisations on", whole))
+    for what, figures in levels if found["format"] != "pt2" else (("whole network", parity),):
         spread = figures["mean_abs"] / figures["range"] if figures["range"] else 0.0
         made.add_row(f"mean difference, {what}", f"{100 * spread:.3f} % of the output's range")
         if figures["agreement"] is not None:

@@ -24,6 +24,8 @@ from bitwright.quantized import QuantizedModel
 
 OPSET = 21
 """The first with 4-bit integers and grouped scales."""
+LARGEST = 1_800_000_000
+"""Bytes of tensors in one file: protocol buffers end at 2 GB."""
 MARK = "Mark"
 READS_INTEGER_BIAS = frozenset({"Conv", "Gemm"})
 Array = npt.NDArray[Any]
@@ -52,7 +54,7 @@ def to_onnx(model: QuantizedModel) -> ir.Model:
 def save_onnx(program: ir.Model, path: Path) -> None:
     """Writes the file; tensors go beside it when they would not fit the format's 2 GB."""
     size = sum(v.const_value.nbytes for v in program.graph.initializers.values() if v.const_value is not None)
-    ir.save(program, path, external_data=f"{path.name}.data" if size > 1_800_000_000 else None)
+    ir.save(program, path, external_data=f"{path.name}.data" if size > LARGEST else None)
 
 
 def _forget_provenance(program: ir.Model) -> None:
@@ -67,9 +69,16 @@ def _forget_provenance(program: ir.Model) -> None:
         value.metadata_props.clear()
 
 
-def _metadata(model: QuantizedModel) -> dict[str, str]:
+def described(model: QuantizedModel) -> dict[str, Any]:
+    """How the model was made, as files keep it: no paths of the model."""
     keep = {k: model.result[k] for k in ("model", "recipe", "bits", "seed", "command") if k in model.result}
-    return {"bitwright": json.dumps(keep)}
+    if "model" in keep:
+        keep["model"] = {k: v for k, v in keep["model"].items() if k not in {"reference", "settings"}}
+    return keep | {"runtime": model.scheme.runtime}
+
+
+def _metadata(model: QuantizedModel) -> dict[str, str]:
+    return {"bitwright": json.dumps(described(model))}
 
 
 def _mark_tensor(x: Tensor, name: str) -> Tensor:

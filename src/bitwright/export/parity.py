@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,9 @@ from bitwright.graph.watch import watch
 from bitwright.metrics import Fidelity
 from bitwright.quant.quantizer import Quantizer
 from bitwright.quantized import QuantizedModel
+
+if TYPE_CHECKING:
+    from bitwright.export.runtimes import Opener
 
 Array = npt.NDArray[np.float32]
 
@@ -125,20 +128,32 @@ def _images(model: QuantizedModel, images: Any, count: int) -> Tensor:
     return data.batch(range(min(count, len(data))))
 
 
-def check_parity(model: QuantizedModel, program: ir.Model, images: Tensor) -> Parity:
+def check_parity(
+    model: QuantizedModel,
+    program: ir.Model,
+    images: Tensor,
+    *,
+    name: str | None = None,
+    opener: Opener | None = None,
+    file: Opener | None = None,
+) -> Parity:
     """Compares file and simulation, layer by layer and as a whole, at two batch sizes.
 
     Args:
         model: frozen.
         program: from :func:`bitwright.export.onnx.to_onnx`.
         images: [N, C, H, W].
+        name: of the runtime and its version; ONNX Runtime's if not given.
+        opener: of another runtime than ONNX Runtime, for single layers.
+        file: the same for the whole network; as single layers if not given.
     """
-    layers = compare_layers(model, program, images[:LAYER_IMAGES])
-    sizes = (1, max(1, min(8, len(images) - 1)))
-    plain = compare_outputs(model, program, images, sizes, optimize=False)
-    optimized = compare_outputs(model, program, images, sizes, optimize=True)
+    opener = opener or session
+    layers = compare_layers(model, program, images[:LAYER_IMAGES], opener)
+    sizes = batch_sizes(images)
+    plain = compare_outputs(model, program, images, sizes, optimize=False, opener=file or opener)
+    optimized = compare_outputs(model, program, images, sizes, optimize=True, opener=file or opener)
     return Parity(
-        runtime=_runtime_name(),
+        runtime=name or _runtime_name(),
         images=len(images),
         **asdict(plain),
         worst_layer=max(layers, key=lambda x: (x.max_steps > MOST_STEPS, x.differing_fraction), default=None),
@@ -181,27 +196,49 @@ def session(program: ir.Model, *, optimize: bool, dump: Path | None = None) -> I
 
 
 def compare_outputs(
-    model: QuantizedModel, program: ir.Model, images: Tensor, sizes: tuple[int, ...], *, optimize: bool
+    model: QuantizedModel,
+    program: ir.Model,
+    images: Tensor,
+    sizes: tuple[int, ...],
+    *,
+    optimize: bool,
+    opener: Opener | None = None,
 ) -> OutputParity:
     """The whole network in the runtime against the simulation, the images split over the batch sizes."""
+    with (opener or session)(program, optimize=optimize) as runtime:
+        return compare_with(
+            model,
+            images,
+            sizes,
+            lambda x: [torch.from_numpy(o) for o in runtime.run(None, {"images": x.numpy()})],
+        )
+
+
+def compare_with(
+    model: QuantizedModel, images: Tensor, sizes: tuple[int, ...], run: Callable[[Tensor], list[Tensor]]
+) -> OutputParity:
+    """The simulation against whatever yields the same outputs, the images split over the batch sizes."""
     fidelity, total, count = Fidelity(), 0.0, 0
     low, high, worst = float("inf"), float("-inf"), 0.0
-    with session(program, optimize=optimize) as runtime:
-        for batch in _in_batches(images, sizes):
-            with torch.no_grad():
-                expected = model.flat(batch)
-            found = [torch.from_numpy(o) for o in runtime.run(None, {"images": batch.numpy()})]
-            fidelity.update(expected, found)
-            for a, b in zip(expected, found, strict=True):
-                difference = (a - b).abs().double()
-                worst, total, count = (
-                    max(worst, float(difference.max())),
-                    total + float(difference.sum()),
-                    count + a.numel(),
-                )
-                low, high = min(low, float(a.min())), max(high, float(a.max()))
+    for batch in _in_batches(images, sizes):
+        with torch.no_grad():
+            expected, found = model.flat(batch), run(batch)
+        fidelity.update(expected, found)
+        for a, b in zip(expected, found, strict=True):
+            difference = (a - b).abs().double()
+            worst, total, count = (
+                max(worst, float(difference.max())),
+                total + float(difference.sum()),
+                count + a.numel(),
+            )
+            low, high = min(low, float(a.min())), max(high, float(a.max()))
     agreement = fidelity.result()["agreement"]
     return OutputParity(max_abs=worst, mean_abs=total / max(count, 1), range=high - low, agreement=agreement)
+
+
+def batch_sizes(images: Tensor) -> tuple[int, int]:
+    """One image, and several as far as there are some."""
+    return 1, max(1, min(8, len(images) - 1))
 
 
 def _in_batches(images: Tensor, sizes: tuple[int, ...]) -> Iterator[Tensor]:
@@ -212,7 +249,9 @@ def _in_batches(images: Tensor, sizes: tuple[int, ...]) -> Iterator[Tensor]:
         yield from torch.split(images[first:], sizes[-1])
 
 
-def compare_layers(model: QuantizedModel, program: ir.Model, images: Tensor) -> list[LayerParity]:
+def compare_layers(
+    model: QuantizedModel, program: ir.Model, images: Tensor, opener: Opener | None = None
+) -> list[LayerParity]:
     """Every layer in the runtime, optimisations off, fed the simulation's own input: how many codes differ."""
     simulated: dict[str, Tensor] = {}
     quantizers = activation_quantizers(model)
@@ -224,7 +263,7 @@ def compare_layers(model: QuantizedModel, program: ir.Model, images: Tensor) -> 
     if not simulated:
         return []
     cut, names = _cut(program, set(simulated))
-    with session(cut, optimize=False) as runtime:
+    with (opener or session)(cut, optimize=False) as runtime:
         wanted = {i.name for i in runtime.get_inputs()}
         feed = {f"{n}/fed": v.numpy() for n, v in simulated.items() if f"{n}/fed" in wanted}
         if "images" in wanted:

@@ -1,0 +1,108 @@
+"""OpenVINO computes what was measured, with integer kernels and integers in the file; what it lacks is refused."""
+
+import importlib.util
+from collections import Counter
+
+import cases
+import numpy as np
+import pytest
+import torch
+
+import bitwright as bw
+from bitwright.export.onnx import to_onnx
+from bitwright.export.openvino import check_openvino, write_openvino
+from bitwright.export.parity import check_parity
+from bitwright.export.runtimes import OpenvinoSession, converted, openvino_session
+from bitwright.speed.runtimes import OPENVINO
+
+INSTALLED = importlib.util.find_spec("openvino") is not None
+needs_openvino = pytest.mark.skipif(
+    not INSTALLED, reason="OpenVINO is not installed: pip install 'bitwright[openvino]'"
+)
+
+
+def quantized(name, **settings):
+    scheme = bw.Scheme(**{"runtime": "openvino", **settings})
+    return bw.quantize(cases.model(name), cases.dataset(), recipe="rtn", scheme=scheme)
+
+
+@needs_openvino
+@pytest.mark.parametrize("runtime", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize(("name", "weights", "activations"), [("transformer", 4, 8), ("transposed", 8, 5)])
+def test_files_equal_the_simulation(name, weights, activations, runtime, tmp_path):
+    model = quantized(name, weights=weights, activations=activations, runtime=runtime)
+    parity = write_openvino(model, tmp_path / "m.xml", cases.images(6))
+    assert parity.passed, parity
+    assert parity.runtime == f"openvino {OPENVINO.version}"
+    assert parity.worst_layer.max_steps <= 1
+    assert parity.batch_sizes == (1, 5)
+
+
+@needs_openvino
+def test_the_file_is_what_is_run_and_its_weights_are_integers(tmp_path):
+    import openvino
+
+    model = quantized("residual", weights=4)
+    write_openvino(model, tmp_path / "m.xml", cases.images(4))
+    program = openvino.Core().read_model(tmp_path / "m.xml")
+    types = Counter()
+    for node in program.get_ordered_ops():
+        if node.get_type_name() == "Constant":
+            types[node.get_element_type().get_type_name()] += int(np.prod(node.get_output_shape(0)))
+    weights = sum(x.parameters for x in model.layers)
+    biases = sum(m.codes.numel() for m in model.graph.modules() if type(m).__name__ == "Frozen" and m.codes.dim() == 1)
+    assert types["i4"] == weights - biases
+    assert types["f32"] < weights / 4  # scales and ranges
+    assert "rtn" in program.get_rt_info("bitwright").value
+    compiled = openvino.compile_model(program, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    with torch.no_grad():
+        expected = model(cases.images(5)).numpy()
+    assert np.abs(compiled(cases.images(5).numpy())[0] - expected).max() < 1e-5
+
+
+@needs_openvino
+def test_eight_bits_become_integer_kernels():
+    program = converted(to_onnx(quantized("residual", weights=8)))
+    assert set(OpenvinoSession(program).precisions()["Convolution"]) == {"u8"}
+    assert set(OpenvinoSession(program, optimize=False).precisions()["Convolution"]) == {"f32"}
+
+
+@needs_openvino
+def test_a_wrong_scale_is_found_and_named():
+    model = quantized("residual")
+    program = to_onnx(model)
+    weight = next(v for k, v in program.graph.initializers.items() if k.endswith("weight_conv/scale"))
+    weight.const_value.numpy()[:] *= 1.5
+    parity = check_parity(model, program, cases.images(4), name="openvino", opener=openvino_session)
+    assert not parity.passed
+    assert parity.first_divergence == "relu_1"  # the end of the group that conv is in
+
+
+@needs_openvino
+@pytest.mark.parametrize(
+    ("settings", "nearest"),
+    [({"activations": 16}, "--activations 8"), ({"granularity": "group", "group_size": 3}, "--granularity channel")],
+)
+def test_what_openvino_lacks_is_refused(settings, nearest, tmp_path):
+    model = quantized("transformer", runtime="onnxruntime", **settings)
+    with pytest.raises(bw.UsageError, match=rf"runtime openvino.*{nearest}$"):
+        write_openvino(model, tmp_path / "m.xml", cases.images(3))
+    assert not list(tmp_path.iterdir())
+
+
+@needs_openvino
+def test_openvino_takes_quantizers_of_16_bits_out_with_the_relu_in_them():
+    """Why targets give OpenVINO no activations of 16 bits. If this fails, it has learned to run them."""
+    model = quantized("residual", runtime="onnxruntime", activations=16)
+    session = OpenvinoSession(converted(to_onnx(model)))
+    with torch.no_grad():
+        expected = model(cases.images(5)).numpy()
+    (found,) = session.run(None, {"images": cases.images(5).numpy()})
+    assert np.abs(found - expected).max() > 0.1 * np.ptp(expected)
+
+
+def test_openvino_that_is_missing_is_named_with_the_line_that_installs_it(monkeypatch):
+    model = quantized("residual")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(bw.UsageError, match=r"OpenVINO is not installed.*pip install"):
+        check_openvino(model)
