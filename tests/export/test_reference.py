@@ -151,6 +151,17 @@ def test_signed_activations_are_shifted_as_in_the_file(name):
         assert torch.equal(reference[layer].codes, codes), layer
 
 
+def test_a_clamp_inside_the_grid_is_not_left_to_the_quantizer():
+    model = quantized("pointwise")
+    name, quantizer = next((n, q) for n, q in activation_quantizers(model).items() if q.name == "1")
+    quantizer.set_range(2 * quantizer.scale, torch.tensor(40))
+    reference, found, kernels = against_runtime(model)
+    assert name not in kernels
+    assert reference[name].kernel == "float"
+    assert int(reference[name].codes.min()) == 40
+    assert torch.equal(reference[name].codes, found[name])
+
+
 def run_onnx(operator, inputs, domain="com.microsoft"):
     """One operator of ONNX Runtime, called directly."""
     import onnxruntime
