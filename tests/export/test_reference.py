@@ -130,7 +130,7 @@ def test_random_codes_give_the_codes_of_the_runtime(name):
     assert differing <= allowed * total, f"{differing} of {total}"
 
 
-@pytest.mark.parametrize("settings", [{"weights": 4}, {"weights": 5, "activations": 6}])
+@pytest.mark.parametrize("settings", [{"weights": 4}, {"activations": 6}])
 def test_other_widths_too(settings):
     reference, found, _ = against_runtime(quantized("add_relu", **settings))
     for layer, codes in found.items():
