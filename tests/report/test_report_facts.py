@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from cases import dataset, model
+from onnx import TensorProto, load
 from PIL import Image
 from torch import Tensor
 
@@ -133,6 +135,12 @@ def test_parts_of_the_files_add_up(quantized: QuantizedModel, tmp_path: Path) ->
     assert sum(packed.values()) == (tmp_path / "run" / "model.safetensors").stat().st_size
     assert sum(onnx.values()) == (tmp_path / "run" / "model.onnx").stat().st_size
     assert packed["codes"] < onnx["int4"]
+    widths = {"int4": 4, "int8": 8, "uint8": 8, "int32": 32, "float": 32}
+    expected: dict[str, int] = {}
+    for tensor in load(tmp_path / "run" / "model.onnx").graph.initializer:
+        kind = TensorProto.DataType.Name(tensor.data_type).lower()
+        expected[kind] = expected.get(kind, 0) + -(-math.prod(tensor.dims) * widths.get(kind, 64) // 8)
+    assert {k: onnx[k] for k in widths if k in expected} == {k: expected[k] for k in widths if k in expected}
     assert packed_parts(tmp_path / "none") is None
     assert onnx_parts(tmp_path / "none") is None
 
