@@ -617,6 +617,19 @@ def test_export_again(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert Path("elsewhere.onnx").is_file()
 
 
+def test_export_of_a_program(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "run", "--to", "pt2", "--out", "run/model.onnx"]) == 2
+    assert "ends in .pt2" in capsys.readouterr().err
+    assert main(["export", "run", "--to", "pt2", "--json"]) == 0
+    found = _result(capsys)
+    assert found["parity"]["max_abs"] == 0
+    assert found["bytes"] == Path("run/model.pt2").stat().st_size
+    result = json.loads(Path("run/result.json").read_text())
+    assert result["size"]["pt2_bytes"] == found["bytes"]
+    assert result["exports"]["pt2"]["parity"] == found["parity"]
+    assert result["parity"]["runtime"].startswith("onnxruntime")  # that of model.onnx stays
+
+
 def test_export_asks_for_images_that_are_gone(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     result = json.loads(Path("run/result.json").read_text())
     result["data"]["evaluation"]["source"] = str(here / "gone")

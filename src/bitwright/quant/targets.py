@@ -170,3 +170,45 @@ def nearest_bits(bits: int, possible: Iterable[int]) -> int:
     """
     found = sorted(possible)
     return next((b for b in found if b >= bits), found[-1])
+
+
+def tables() -> str:
+    """All targets as two tables in Markdown: weights by operator, and the rest. The documentation shows them."""
+    weights = [
+        "| `--runtime` | operator | bits of weights | computed in integers | one scale a |",
+        "|---|---|---|---|---|",
+    ]
+    for each in TARGETS.values():
+        for name in FAMILIES:
+            able = each.weights(name)
+            cells = (f"`{each.name}`", name, _spans(able.bits), _spans(able.integer), ", ".join(able.granularities))
+            weights.append(f"| {' | '.join(cells)} |")
+    others = [
+        "| `--runtime` | what it is | bits of activations | of those, integer kernels read | grid | scales | "
+        "one with a convolution | concatenated tensors |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for each in TARGETS.values():
+        cells = (
+            f"`{each.name}`",
+            each.title,
+            _spans(each.activation_bits),
+            _spans(each.integer_inputs),
+            " or ".join(each.activation_grids),
+            "powers of two" if each.power_of_two_scales else "any",
+            "any activation, additions" if each.conv_into_add else "activations that clamp",
+            "share a scale" if each.concat_shares_scale else "have their own",
+        )
+        others.append(f"| {' | '.join(cells)} |")
+    return "\n".join(weights) + "\n\n" + "\n".join(others) + "\n"
+
+
+def _spans(bits: tuple[int, ...]) -> str:
+    """``2 to 8, 16``."""
+    runs: list[list[int]] = []
+    for b in bits:
+        if runs and b == runs[-1][-1] + 1:
+            runs[-1].append(b)
+        else:
+            runs.append([b])
+    return ", ".join(f"{r[0]} to {r[-1]}" if len(r) > 2 else ", ".join(map(str, r)) for r in runs) or "none"
