@@ -223,6 +223,16 @@ def sizes(model: QuantizedModel) -> dict[str, int]:
     return {"float_bytes": 4 * stored, "expected_bytes": 4 * stored + quantized + 8 * len(activations)}
 
 
+WRITTEN = {
+    "ideal_bytes": "bits, scales and biases alone",
+    "packed_bytes": "size of model.safetensors: with a compressed description",
+    "onnx_bytes": "size of model.onnx: codes in 4 or 8 bits, names, the graph",
+    "openvino_bytes": "size of model.xml and model.bin: codes in 4 or 8 bits, the graph as text",
+    "pt2_bytes": "size of model.pt2: codes in 2, 4 or 8 bits, the program",
+}
+"""Sizes in a result, and what each holds besides the one before."""
+
+
 def summary(model: QuantizedModel, name: str) -> Table:
     """Parameters, MACs and sizes of a network."""
     made = table("", ">", title=name)
@@ -233,8 +243,9 @@ def summary(model: QuantizedModel, name: str) -> Table:
     bits = model.scheme.described_bits()
     written = model.result.get("size", {})
     if "packed_bytes" in written:
-        made.add_row("size of model.safetensors", bytes_text(written["packed_bytes"]))
-        made.add_row("size of model.onnx", bytes_text(written.get("onnx_bytes")))
+        for key, what in WRITTEN.items():
+            if key in written:
+                made.add_row(what, bytes_text(written[key]))
     else:
         made.add_row(f"size at {bits_text(bits)}, without names", bytes_text(expected["expected_bytes"]))
     made.add_row("quantized tensors", str(len(model.layers)))

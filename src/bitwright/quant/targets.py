@@ -189,7 +189,7 @@ def tables() -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for each in TARGETS.values():
-        cells = (
+        facts = (
             f"`{each.name}`",
             each.title,
             _spans(each.activation_bits),
@@ -199,7 +199,7 @@ def tables() -> str:
             "any activation, additions" if each.conv_into_add else "activations that clamp",
             "share a scale" if each.concat_shares_scale else "have their own",
         )
-        others.append(f"| {' | '.join(cells)} |")
+        others.append(f"| {' | '.join(facts)} |")
     return "\n".join(weights) + "\n\n" + "\n".join(others) + "\n"
 
 
