@@ -197,7 +197,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "rule without a layer": ((*NET, "photos", "--rule", "haed=w8"), "The closest are head"),
     "rule without bits": ((*NET, "photos", "--rule", "head"), "Expected a rule like"),
     "unknown recipe": ((*NET, "photos", "--recipe", "msee"), "Did you mean 'mse'?"),
-    "unknown runtime": ((*NET, "photos", "--runtime", "trt"), "onnxruntime, generic, found 'trt'"),
+    "unknown runtime": ((*NET, "photos", "--runtime", "trt"), "generic-pot, found 'trt'"),
     "unknown granularity": ((*NET, "photos", "--granularity", "row"), "channel, tensor, group, head, found 'row'"),
     "unknown device": ((*NET, "photos", "--device", "tpu"), "auto, cpu, cuda, found 'tpu'"),
     "out is full": ((*NET, "photos", "--out", "full"), "is not empty"),

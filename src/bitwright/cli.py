@@ -581,6 +581,7 @@ def plan(
         str, typer.Option(help="Likewise of activations, as in 4,8,16; or float", rich_help_panel=_BITS)
     ] = "8",
     rule: RuleOption = None,
+    recipe: RecipeOption = None,
     measure: MeasureOption = "loss",
     by: Annotated[
         str | None,
@@ -591,7 +592,7 @@ def plan(
     ] = None,
     points: Annotated[int, typer.Option(help="Of the curve")] = 33,
     samples: Annotated[
-        int | None, typer.Option(help="Images to measure losses on  [default: 64 at most]", show_default=False)
+        int | None, typer.Option(help="Images to measure losses on  [default: 16 to 256]", show_default=False)
     ] = None,
     cache: CacheOption = None,
     out: Annotated[
@@ -644,6 +645,7 @@ def plan(
             images,
             scheme,
             goal,
+            recipe=recipe,
             point=point,
             by=by,
             points=points,

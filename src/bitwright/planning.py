@@ -29,11 +29,16 @@ from bitwright.progress import Progress, silent
 from bitwright.quant.scheme import Rule, Scheme
 from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.recipes import Recipe
+from bitwright.recipes import recipe as find_recipe
 from bitwright.result import totals
 from bitwright.sensitivity import MEASURES, Choices, Measure, MeasuredLoss, Table, predicted_losses
 from bitwright.stages.base import Run
 
-SAMPLES = 64
+SAMPLES = (16, 256)
+"""Images to measure on: few are learned by heart by a plan that chooses among hundreds of losses, so as many of these as
+:data:`WORK` allows."""
+WORK = 4e12
+"""Multiply-accumulates for measuring, about: minutes on two cores."""
 POINTS = 33
 UNIFORM = 4
 """Bits of weights: without a limit, a plan is as large as the network with these everywhere."""
@@ -154,6 +159,7 @@ class Measured:
 def plan_bits(
     model: Any,
     images: Any,
+    recipe: str | Path | Recipe | None = None,
     *,
     goal: Goal | None = None,
     target_size: str | float | None = None,
@@ -187,6 +193,7 @@ def plan_bits(
     Args:
         model: as for :func:`bitwright.quantize`.
         images: likewise; labels in it are not looked at.
+        recipe: that will follow; losses are those of its closed-form roundings.
         goal: all limits, choices and the measure in one object, instead of the next nine.
         target_size: of ``model.safetensors``: ``"3.5MB"``, ``"3MiB"``, or bytes.
         compression: bytes of the float parameters over those of ``model.safetensors``, instead.
@@ -204,7 +211,8 @@ def plan_bits(
         by: what the curve runs along: ``size``, ``activations``, ``total``, ``bops`` or ``latency``; what is limited
             if not given.
         points: of the curve.
-        samples: images to measure on, evenly spread over those that calibration takes; 64 at most if not given.
+        samples: images to measure on, evenly spread over those that calibration takes; 16 to 256 if not given, the
+            fewer the larger the network.
         latency: seconds of layers by bits of weight and input, or a function of the student that measures them;
             timed on this machine, if they are needed and not given.
         seed: of everything random.
@@ -240,7 +248,7 @@ def plan_bits(
     teacher = api.prepare_teacher(network, data, output)
     folder = None if cache is None else usable(Path(cache))
     options: dict[str, Any] = {"samples": samples, "points": points, "latency": latency, "folder": folder}
-    return planned(teacher, scheme, data, goal, run, along=along, **options)
+    return planned(teacher, scheme, data, goal, find_recipe(recipe or api.DEFAULT_RECIPE), run, along=along, **options)
 
 
 def check(goal: Goal) -> None:
@@ -264,6 +272,7 @@ def planned(
     scheme: Scheme,
     images: Images,
     goal: Goal,
+    method: Recipe,
     run: Run,
     *,
     along: str | None = None,
@@ -279,9 +288,10 @@ def planned(
         scheme: its rules fix bits; its granularity and runtime hold.
         images: to take some of.
         goal: limits and choices; ``max_drop`` is not looked at.
+        method: the recipe that will follow: losses are those of its roundings, as far as they are layer by layer.
         run: seed, device, progress.
         along: the cost that the curve limits; what is limited if not given.
-        samples: how many to measure on; :data:`SAMPLES` at most if not given.
+        samples: how many to measure on; what :func:`affordable` says if not given.
         points: of the curve; 0 leaves it out.
         latency: as for :func:`plan_bits`.
         folder: where losses are kept.
@@ -294,9 +304,9 @@ def planned(
     if points < 2 and points != 0:
         raise UsageError(f"Expected at least 2 points of the curve, found {points}.")
     student, variables = _open(teacher, scheme, goal)
-    some = images.sample(min(samples or SAMPLES, len(images)), seed=0).unlabelled()
+    some = images.sample(min(samples or affordable(student, variables), len(images)), seed=0).unlabelled()
     teacher.graph.to(run.device)
-    measured = _measure(teacher, scheme, some, goal, variables, run, folder)
+    measured = _measure(teacher, scheme, some, goal, variables, method, run, folder)
     teacher.graph.to("cpu")
     timing = None
     if latency is None and (goal.max_latency is not None or along == "latency"):
@@ -362,11 +372,11 @@ def decide(
     """
     kept = folder or state
     if goal.max_drop is None:
-        found = planned(teacher, scheme, images, goal, run, points=0, latency=latency, folder=kept)
+        found = planned(teacher, scheme, images, goal, method, run, points=0, latency=latency, folder=kept)
         return found.plan, found.facts()
     trials.check_answers(teacher, images, goal.max_drop)
     fit, _ = trials.halves(images)
-    found = planned(teacher, scheme, fit, goal, run, latency=latency, folder=kept)
+    found = planned(teacher, scheme, fit, goal, method, run, latency=latency, folder=kept)
     teacher.graph.to(run.device)
     base = open_scheme(scheme, goal)
     plan, estimate = trials.smallest(teacher, found.curve, base, method, images, goal.max_drop, run, state)
@@ -377,6 +387,13 @@ def open_scheme(scheme: Scheme, goal: Goal) -> Scheme:
     """The scheme for what a plan of this goal leaves open: stored operands of activations, above all."""
     activations = goal.activations[-1] if goal.activations else None
     return scheme.model_copy(update={"weights": goal.weights[-1], "activations": activations, "plan": {}})
+
+
+def affordable(student: QuantizedModel, variables: Mapping[str, Variable]) -> int:
+    """How many images losses are measured on: each option of each tensor runs half of the network, on average."""
+    passes = sum(len(v.options) for v in variables.values() if len(v.options) > 1) / 2
+    least, most = SAMPLES
+    return int(min(most, max(least, WORK / max(1.0, passes * totals(student)["macs"]))))
 
 
 def nearest_uniform(goal: Goal) -> int:
@@ -442,6 +459,7 @@ def _measure(
     images: Images,
     goal: Goal,
     variables: Mapping[str, Variable],
+    method: Recipe,
     run: Run,
     folder: Path | None,
 ) -> Measured:
@@ -452,7 +470,9 @@ def _measure(
     for half, measure in zip(("weight", "activation"), measures, strict=True):
         bits = tuple(sorted({b for v in variables.values() if v.kind == half for b in v.options}))
         watched = _Watched(measure)
-        choices = Choices(bits, (), scheme) if half == "weight" else Choices((), bits, scheme)
+        choices = Choices((), bits, scheme)
+        if half == "weight":
+            choices = Choices(bits, (), scheme, refine=tuple(s for s in method.stages if s.layerwise))
         found.append(_kept(watched, teacher, images, choices, run, folder) if bits else Table(goal.measure, {}))
         fresh |= watched.asked
     notes = [note for table in found for note in table.notes]

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cases
@@ -21,9 +22,11 @@ from bitwright.goal import Goal
 from bitwright.metrics import Fidelity
 from bitwright.plan import insert_plan
 from bitwright.quant.scheme import Scheme
-from bitwright.sensitivity import MeasuredLoss, Table
+from bitwright.recipes import builtin
+from bitwright.sensitivity import Choices, MeasuredLoss, Table
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
+from bitwright.stages.optq import Optq
 
 
 @cache
@@ -60,7 +63,7 @@ def test_the_plan_is_the_best_of_all_that_fit() -> None:
 def test_losses_are_those_of_the_measure() -> None:
     """KL of one rounded weight, from a network that is calibrated and run here."""
     teacher, data = cases.prepared("residual"), cases.dataset(6)
-    found = planning.planned(teacher, Scheme(), data, Goal.parse(weights="4"), Run(), points=0)
+    found = planning.planned(teacher, Scheme(), data, Goal.parse(weights="4"), builtin()["mse"], Run(), points=0)
     student = bw.quantized.insert_quantizers(teacher, Scheme(weights=4, activations=None))
     student = Calibrate(bias_correction="none").run(student, teacher, data, Run())
     for module in student.graph.modules():
@@ -70,6 +73,29 @@ def test_losses_are_those_of_the_measure() -> None:
     with torch.no_grad():
         fidelity.update(list(teacher.graph(data.batch(range(6)))), student.flat(data.batch(range(6))))
     assert found.losses.weights["conv"][4] == pytest.approx(fidelity.result()["kl"], rel=1e-4)
+
+
+def test_losses_are_those_of_the_roundings_that_the_recipe_will_make() -> None:
+    teacher, data = cases.prepared("residual"), cases.dataset(6)
+    plain, rounded = (
+        planning.planned(teacher, Scheme(), data, Goal.parse(weights="3,4"), builtin()[name], Run(), points=0)
+        for name in ("mse", "eptq")
+    )
+    choices = Choices((3, 4), (), refine=(Optq(),))
+    expected = MeasuredLoss().measure(teacher, data, choices, Run()).weights
+    assert rounded.losses.weights == {name: pytest.approx(row) for name, row in expected.items()}
+    assert plain.losses.weights != rounded.losses.weights
+
+
+def test_few_images_serve_a_large_network_and_many_a_small_one() -> None:
+    found = plan("residual")
+    assert planning.affordable(found.student, found.variables) == 256
+    macs, options = 1_000_000_000, 6
+    layers = {str(i): SimpleNamespace(options=range(options)) for i in range(50)}
+    found.student.layers[0].macs = macs
+    count = planning.affordable(found.student, layers)  # type: ignore[arg-type]
+    assert count * 50 * options / 2 * macs <= planning.WORK
+    assert 16 <= count < 256
 
 
 def test_curves_fall_and_uniform_bits_are_never_better() -> None:

@@ -22,6 +22,7 @@ from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.sensitivity import Choices, MeasuredLoss, OutputDistance, Table
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate, parameters
+from bitwright.stages.optq import Optq
 
 CHOICES = Choices((3, 8), (4, 16))
 LABELS = [0, 2, 1, 1, 3, 0]
@@ -110,6 +111,36 @@ def test_measured_loss_is_that_of_networks_changed_by_hand(name: str, batch: int
                 total += float(kl(a, b).mean())
         expected[key] = total
     check(found, expected)
+
+
+@pytest.mark.parametrize("name", ["residual", "transformer"])
+def test_weights_are_rounded_as_closed_form_stages_do(name: str) -> None:
+    choices = Choices((3, 4), (), refine=(Optq(),))
+    found = MeasuredLoss().measure(prepared(name), some(), choices, Run())
+    teacher, x, expected = prepared(name).graph, some().batch(range(6)), {}
+    for bits in choices.weights:
+        student = insert_quantizers(prepared(name), Scheme(weights=bits, activations=None))
+        student = Optq().run(Calibrate().run(student, prepared(name), some(), Run()), prepared(name), some(), Run())
+        for path, quantizer in parameters(student.graph, "weight"):
+            twin = copy.deepcopy(teacher)
+            biases = [
+                n.args[2].target for n in teacher.graph.nodes if _reads(n, path) and len(n.args) > 2 and n.args[2]
+            ]
+            for stored, value in [
+                (path, quantizer(student.graph.get_buffer(path))),
+                *((bias, student.graph.get_buffer(bias)) for bias in biases),
+            ]:
+                owner, _, leaf = stored.rpartition(".")
+                twin.get_submodule(owner)._buffers[leaf] = value
+            outputs = zip(watch(teacher, x, {}), watch(twin, x, {}), strict=True)
+            expected["weights", quantizer.name, bits] = sum(float(kl(a, b).mean()) for a, b in outputs)
+    check(found, expected)
+    plain = MeasuredLoss().measure(prepared(name), some(), Choices((3, 4), ()), Run())
+    assert any(found.weights[layer][3] != pytest.approx(row[3], rel=0.05) for layer, row in plain.weights.items())
+
+
+def _reads(node: torch.fx.Node, path: str) -> bool:
+    return len(node.args) > 1 and isinstance(node.args[1], torch.fx.Node) and node.args[1].target == path
 
 
 def test_tensors_on_one_scale_are_one_variable() -> None:

@@ -39,8 +39,8 @@ def test_mixed_precision_is_never_larger_than_what_it_is_compared_with() -> None
     assert set(sizes(UNIFORM)) == {2, 3, 4}
     assert set(sizes(MIXED)) == {2.5, 3, 3.5}
     for at, row in sizes(MIXED).items():
-        assert len(set(row["bits"].values())) > 1
         assert code_bits(row["bits"]) <= code_bits(dict.fromkeys(row["bits"], at))
+    assert any(len(set(row["bits"].values())) > 1 for row in sizes(MIXED).values())
     for at, row in sizes(UNIFORM).items():
         assert set(row["bits"].values()) == {at}
     for by_size in (sizes(UNIFORM), sizes(MIXED)):

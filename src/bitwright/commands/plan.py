@@ -36,6 +36,8 @@ class Job:
     images: str
     scheme: Scheme
     goal: Goal
+    recipe: str | None = None
+    """That will quantize."""
     point: int | None = None
     by: str | None = None
     points: int = planning.POINTS
@@ -83,6 +85,7 @@ def plan(job: Job, terminal: Terminal) -> tuple[Planning, dict[str, Any], list[P
             found = planning.plan_bits(
                 network,
                 images,
+                job.recipe,
                 goal=job.goal,
                 scheme=job.scheme,
                 by=job.by,
@@ -146,6 +149,7 @@ def next_command(job: Job) -> str:
     named = {"output": job.output, **job.preprocessing}
     flags = [part for name, value in named.items() if value is not None for part in (f"--{_dashed(name)}", str(value))]
     flags += [] if job.goal.activations else ["--activations", "float"]
+    flags += [] if job.recipe is None else ["--recipe", job.recipe]
     flags += ["--skip-unreadable"] if job.skip_unreadable else []
     chosen = _short(job.folder / FILES[0])
     return shlex.join(["bitwright", "quantize", job.model, job.images, "--plan", chosen, *flags])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,7 +17,7 @@ from bitwright.graph import rewrite
 from bitwright.pipeline import fingerprint
 from bitwright.quant.scheme import ACTIVATION_BITS, WEIGHT_BITS, Scheme
 from bitwright.quantized import QuantizedModel, insert_quantizers
-from bitwright.stages.base import Run
+from bitwright.stages.base import Run, Stage
 from bitwright.stages.calibrate import Calibrate, parameters
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ class Choices:
     """Granularity and runtime; its bits, rules and plan are not looked at, so that every layer is a variable."""
     calibrate: Calibrate = field(default_factory=Calibrate)
     """Ranges; its bias correction is left out."""
+    refine: tuple[Stage, ...] = ()
+    """What rounds weights after that, each layer by itself: closed-form stages, such as OPTQ with the float network's
+    inputs."""
 
     def __post_init__(self) -> None:
         for what, given, known in (
@@ -60,18 +63,21 @@ class Choices:
     def student(
         self, teacher: Captured, images: Images, run: Run, *, weights: int | None = None, activations: int | None = None
     ) -> QuantizedModel:
-        """The network calibrated with these bits everywhere, nothing corrected."""
+        """The network calibrated with these bits everywhere, and refined; of biases, only refining corrects some."""
         student = insert_quantizers(teacher, self.scheme_at(weights, activations))
         student.to(run.device)
-        if activations is None and self.calibrate.weights != "hmse":
-            images = images[:1]  # ranges of weights do not look at them
-        stage = self.calibrate.model_copy(update={"bias_correction": "none"})
-        return stage.run(student, teacher, images, run)
+        few = activations is None and self.calibrate.weights != "hmse"  # ranges of weights do not look at images
+        ranges = self.calibrate.model_copy(update={"bias_correction": "none"})
+        student = ranges.run(student, teacher, images[:1] if few else images, run)
+        for stage in self.refine if weights is not None else ():
+            student = stage.run(student, teacher, images, run)
+        return student
 
     def weight_errors(self, teacher: Captured, images: Images, run: Run) -> Iterator[tuple[str, str, int, Tensor]]:
-        """(layer, path of its weight, bits, ``Q_b(w) - w``) for every weight at every number of bits."""
+        """(layer, path of its weight, bits, ``Q_b(w) - w`` to nearest) for every weight at every number of bits."""
+        nearest = replace(self, refine=())
         for bits in self.weights:
-            student = self.student(teacher, images, run, weights=bits)
+            student = nearest.student(teacher, images, run, weights=bits)
             for path, quantizer in parameters(student.graph, "weight"):
                 with torch.no_grad():
                     quantized = quantizer(rewrite.get_tensor(student.graph, path))
@@ -170,6 +176,7 @@ def _key(measure: Measure, teacher: Captured, images: Images, choices: Choices, 
         "activations": choices.activations,
         "scheme": choices.scheme.model_dump(mode="json", exclude=OPEN),
         "calibrate": choices.calibrate.model_dump(mode="json"),
+        "refine": [stage.model_dump(mode="json") for stage in choices.refine],
         "batch": run.batch,
         "seed": run.seed,
     }

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -16,14 +16,14 @@ from bitwright import losses
 from bitwright.curvature.label_free import label_free_scores
 from bitwright.errors import UsageError
 from bitwright.evaluate import class_scores
-from bitwright.graph import ops, segments
+from bitwright.graph import ops, rewrite, segments
 from bitwright.graph.points import Point, expose, linear_points
 from bitwright.graph.watch import Callback, watch
 from bitwright.metrics import as_log_probabilities
 from bitwright.quant.quantizer import Grid, Quantizer
 from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.sensitivity.base import Choices, Measure, Table
-from bitwright.stages.base import Run
+from bitwright.stages.base import Run, Stage
 
 if TYPE_CHECKING:
     from bitwright.capture import Captured
@@ -196,26 +196,31 @@ class _OneAtATime:
                 made = self.choices.student(self.teacher, images, self.run, **{role: bits})
                 for key, quantizer in self.quantizers.items():
                     if (quantizer.role == "weight") == (role == "weights"):
-                        found[key][bits] = _State.of(made, key)
+                        found[key][bits] = _State.of(made, key, self.choices.refine)
         return found
 
     def _run(
         self, graph: fx.GraphModule, region: segments.Region, known: dict[str, Any], key: str, state: _State
     ) -> Values:
-        with self._on(key, state), torch.no_grad():
+        with self._on(graph, key, state), torch.no_grad():
             fixed, moved = segments.values(graph, region.fixed), segments.values(graph, region.moved)
             outputs, points = region.body(*[known[n] for n in region.frontier], *fixed, *moved)
         return list(outputs), list(points)
 
     @contextmanager
-    def _on(self, key: str, state: _State) -> Iterator[None]:
+    def _on(self, graph: fx.GraphModule, key: str, state: _State) -> Iterator[None]:
         quantizer = self.quantizers[key]
         before = _State(quantizer.grid, quantizer.scale, quantizer.zero_point)
-        quantizer.grid, quantizer.scale, quantizer.zero_point = state.grid, state.scale, state.zero_point
+        stored = {path: rewrite.get_tensor(graph, path) for path in state.stored}
         try:
+            quantizer.grid, quantizer.scale, quantizer.zero_point = state.grid, state.scale, state.zero_point
+            for path, tensor in state.stored.items():
+                rewrite.set_tensor(graph, path, tensor)
             yield
         finally:
             quantizer.grid, quantizer.scale, quantizer.zero_point = before.grid, before.scale, before.zero_point
+            for path, tensor in stored.items():
+                rewrite.set_tensor(graph, path, tensor)
 
 
 @dataclass(frozen=True)
@@ -223,11 +228,27 @@ class _State:
     grid: Grid
     scale: Tensor
     zero_point: Tensor
+    stored: dict[str, Tensor] = field(default_factory=dict)
+    """The weight that is quantized and the biases beside it, where a stage has moved them."""
 
     @classmethod
-    def of(cls, model: QuantizedModel, key: str) -> _State:
+    def of(cls, model: QuantizedModel, key: str, refined: Sequence[Stage]) -> _State:
         quantizer = model.quantizer(key)
-        return cls(quantizer.grid, quantizer.scale, quantizer.zero_point)
+        paths = _stored_beside(model.graph, key) if refined and quantizer.role == "weight" else []
+        stored = {path: rewrite.get_tensor(model.graph, path) for path in paths}
+        return cls(quantizer.grid, quantizer.scale, quantizer.zero_point, stored)
+
+
+def _stored_beside(graph: fx.GraphModule, key: str) -> list[str]:
+    """Paths of a quantized weight and of the biases of the layers that read it."""
+    found: dict[str, None] = {}
+    for node in graph.graph.nodes:
+        if node.op == "call_module" and node.target == key:
+            for stored in (node.args[0], *(bias for reader in node.users for bias in reader.args[2:3])):
+                source = stored.args[0] if isinstance(stored, fx.Node) and stored.op == "call_module" else stored
+                if isinstance(source, fx.Node) and source.op == "get_attr":
+                    found[str(source.target)] = None
+    return list(found)
 
 
 _OUTPUT = "output"

@@ -95,6 +95,8 @@ class Stage(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     kind: ClassVar[str]
+    layerwise: ClassVar[bool] = False
+    """Whether it rounds each layer by itself, from the float network's values: other layers' bits do not matter."""
     registry: ClassVar[dict[str, type[Stage]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -31,6 +31,7 @@ class Optq(Stage):
     """
 
     kind: ClassVar[str] = "optq"
+    layerwise: ClassVar[bool] = True
 
     images: int = Field(default=512, ge=1)
     """How many images to take the inputs from."""

@@ -48,7 +48,7 @@ QUICK = "mse"
 """The recipe by which random plans are measured."""
 COUNT = 24
 """Random plans."""
-MEASURED_ON, CURVED_ON = 64, 16
+MEASURED_ON, CURVED_ON = 256, 16
 """Images for measures that run the network, and for those that differentiate it twice."""
 SLACK = 0.0075
 """Of a size: files of plans are larger than planned by up to 0.4 % on the embedded networks, those with the same bits
@@ -88,7 +88,8 @@ class _Planner:
         measure, count = MEASURES[name]
         some = self.images.sample(min(count, len(self.images)), seed=0)
         run = Run(seed=self.settings.seeds[0], batch=16, device=self.subject.device, progress=progress)
-        return measure.measure(self.subject.teacher, some, Choices(self.bits, ()), run)
+        refine = tuple(s for s in recipe(self.settings.recipe or "eptq").stages if s.layerwise)
+        return measure.measure(self.subject.teacher, some, Choices(self.bits, (), refine=refine), run)
 
     def problem(self, progress: Progress) -> Problem:
         """Bits of weights by :data:`PLANNED_BY`; activations have what the study says."""
