@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitwright.capture import Captured
 from bitwright.curvature.hessian import Group, Matrix, weights_of
+from bitwright.graph.capture import Captured
 
 
 def second(f: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

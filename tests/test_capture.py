@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from cases import CASES, captured, images, make, model, outputs, prepared
 from torch import Tensor, nn
 
-from bitwright.capture import capture, select_output
 from bitwright.errors import ModelError
 from bitwright.graph import ops
+from bitwright.graph.capture import capture, select_output
 from bitwright.graph.prepare import prepare
 
 

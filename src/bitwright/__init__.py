@@ -12,10 +12,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from bitwright.api import quantize
-    from bitwright.capture import capture
     from bitwright.data import Images, load_images
     from bitwright.errors import BitwrightError, DataError, ModelError, ParityError, UsageError
-    from bitwright.evaluate import evaluate
+    from bitwright.evaluation import evaluate
+    from bitwright.graph.capture import capture
     from bitwright.models import load_model
     from bitwright.plan import Plan
     from bitwright.planning import plan_bits
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "api": ["quantize"],
-    "capture": ["capture"],
+    "graph.capture": ["capture"],
     "data": ["Images", "load_images"],
     "errors": ["BitwrightError", "DataError", "ModelError", "ParityError", "UsageError"],
-    "evaluate": ["evaluate"],
+    "evaluation": ["evaluate"],
     "models": ["load_model"],
     "plan": ["Plan"],
     "planning": ["plan_bits"],

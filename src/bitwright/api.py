@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from bitwright import planning
-from bitwright.capture import Captured, capture, select_output
 from bitwright.data import Images, load_images
 from bitwright.errors import UsageError
 from bitwright.goal import MEASURE, Goal, flag
+from bitwright.graph.capture import Captured, capture, select_output
 from bitwright.graph.prepare import prepare
 from bitwright.models import Model, load_model
 from bitwright.pipeline import fingerprint, run_stages

@@ -11,9 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from bitwright.capture import Captured
 from bitwright.data import Images
 from bitwright.errors import BitwrightError, UsageError
+from bitwright.graph.capture import Captured
 from bitwright.memory import keep_pages
 from bitwright.quantized import QuantizedModel, Snapshot
 from bitwright.recipes import Recipe

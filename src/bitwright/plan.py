@@ -19,7 +19,7 @@ from bitwright.quant.targets import target
 if TYPE_CHECKING:
     from torch import fx
 
-    from bitwright.capture import Captured
+    from bitwright.graph.capture import Captured
     from bitwright.graph.insert import Layer
     from bitwright.quantized import QuantizedModel
 

@@ -20,10 +20,10 @@ from bitwright.allocation.allocate import Losses, plan_for, problem_of
 from bitwright.allocation.costs import ACTIVATION_BITS, Latency, Variable, variables_of
 from bitwright.allocation.solve import Solution, amount, evaluate, pareto, reachable, solve
 from bitwright.allocation.tables import Problem
-from bitwright.capture import Captured
 from bitwright.data import Images
 from bitwright.errors import UsageError
 from bitwright.goal import Goal
+from bitwright.graph.capture import Captured
 from bitwright.plan import Plan
 from bitwright.progress import Progress, silent
 from bitwright.quant.scheme import Rule, Scheme
@@ -35,8 +35,8 @@ from bitwright.sensitivity import MEASURES, Choices, Measure, MeasuredLoss, Tabl
 from bitwright.stages.base import Run
 
 SAMPLES = (16, 256)
-"""Images to measure on: few are learned by heart by a plan that chooses among hundreds of losses, so as many of these as
-:data:`WORK` allows."""
+"""Images to measure on: a plan that chooses among hundreds of losses learns few images by heart, so as many of these
+as :data:`WORK` allows."""
 WORK = 4e12
 """Multiply-accumulates for measuring, about: minutes on two cores."""
 POINTS = 33

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from bitwright.capture import Captured
 from bitwright.graph import rewrite
+from bitwright.graph.capture import Captured
 from bitwright.graph.insert import Layer, insert
 from bitwright.graph.place import Unquantized
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Grid, Quantizer
@@ -133,7 +133,7 @@ class QuantizedModel(nn.Module):
 
     def evaluate(self, images: Any, labels: Any = None) -> dict[str, Any]:
         """Accuracy and fidelity on images; see :func:`bitwright.evaluate`."""
-        from bitwright.evaluate import evaluate
+        from bitwright.evaluation import evaluate
 
         return evaluate(self, images, labels=labels)
 

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from bitwright.allocation.solve import amount
-from bitwright.capture import Captured
 from bitwright.data import Images
 from bitwright.errors import UsageError
+from bitwright.graph.capture import Captured
 from bitwright.metrics import Fidelity, as_log_probabilities, wilson_interval
 from bitwright.pipeline import fingerprint, run_stages
 from bitwright.plan import Plan, insert_plan

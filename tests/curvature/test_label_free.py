@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from cases import CASES, images, make
 from torch import Tensor, fx, nn
 
-from bitwright.capture import Captured, capture
 from bitwright.curvature.label_free import Scores, cached_scores, label_free_scores
 from bitwright.errors import ModelError
+from bitwright.graph.capture import Captured, capture
 from bitwright.graph.points import Point, linear_points
 from bitwright.graph.prepare import prepare
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import bitwright as bw
-from bitwright.capture import capture
 from bitwright.export.packed import ideal_bytes
 from bitwright.export.pt2 import NOTE, Integers, pack, unpack, write_pt2
+from bitwright.graph.capture import capture
 from bitwright.quant.quantizer import Frozen
 
 ALONE = """

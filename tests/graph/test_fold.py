@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from cases import CASES, FOLDS, KEEPS, captured, images, make, model, outputs, prepared
 from torch import Tensor, nn
 
-from bitwright.capture import capture
 from bitwright.graph import ops
+from bitwright.graph.capture import capture
 from bitwright.graph.prepare import prepare
 
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from bitwright.capture import capture
 from bitwright.compat import import_timm
 from bitwright.graph import rewrite
+from bitwright.graph.capture import capture
 from bitwright.graph.heads import Heads, find_heads
 from bitwright.graph.prepare import prepare
 from bitwright.graph.watch import watch

@@ -9,9 +9,9 @@ import torch
 from cases import CASES, Outputs, captured, dataset, images, prepared
 from torch import Tensor, fx, nn
 
-from bitwright.capture import capture
 from bitwright.errors import UsageError
 from bitwright.graph import ops
+from bitwright.graph.capture import capture
 from bitwright.graph.prepare import prepare
 from bitwright.graph.watch import Watcher
 from bitwright.quant.quantizer import BiasQuantizer, Quantizer

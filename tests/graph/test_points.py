@@ -12,8 +12,8 @@ import torch
 from cases import CASES, images, model, prepared
 from torch import Tensor, fx, nn
 
-from bitwright.capture import Captured, capture
 from bitwright.graph import ops
+from bitwright.graph.capture import Captured, capture
 from bitwright.graph.points import Point, expose, linear_points
 from bitwright.graph.prepare import prepare
 from bitwright.graph.watch import watch

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from cases import CASES, captured, images, outputs, prepared
 from torch import Tensor, nn
 
-from bitwright.capture import Captured, capture
 from bitwright.graph import ops
+from bitwright.graph.capture import Captured, capture
 from bitwright.graph.prepare import prepare
 
 

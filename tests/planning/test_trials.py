@@ -14,8 +14,8 @@ from torch import nn
 
 import bitwright as bw
 from bitwright import trials
-from bitwright.capture import capture
 from bitwright.errors import UsageError
+from bitwright.graph.capture import capture
 from bitwright.graph.prepare import prepare
 from bitwright.plan import Plan
 from bitwright.quant.scheme import Scheme

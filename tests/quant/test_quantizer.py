@@ -7,8 +7,8 @@ import torch
 from cases import images
 from torch import nn
 
-from bitwright.capture import capture
 from bitwright.errors import UsageError
+from bitwright.graph.capture import capture
 from bitwright.graph.prepare import prepare
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Grid, Quantizer
 from bitwright.quant.scheme import Scheme

@@ -19,7 +19,7 @@ from torch import Tensor
 import bitwright as bw
 from bitwright import zoo
 from bitwright.data import load_images
-from bitwright.evaluate import evaluate
+from bitwright.evaluation import evaluate
 from bitwright.graph import rewrite
 from bitwright.graph.watch import watch
 from bitwright.preprocessing import Preprocessing

@@ -10,8 +10,8 @@ import torch
 from cases import dataset, images, prepared
 from torch import Tensor, nn
 
-from bitwright.capture import capture
 from bitwright.errors import UsageError
+from bitwright.graph.capture import capture
 from bitwright.graph.prepare import prepare
 from bitwright.quant.scheme import Scheme
 from bitwright.sensitivity import (

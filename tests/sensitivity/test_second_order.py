@@ -10,9 +10,9 @@ from cases import dataset, images, make, prepared
 from dense import matrix_of, part, spans
 from torch import Tensor, nn
 
-from bitwright.capture import Captured, capture
 from bitwright.curvature.hessian import Curvature, Data, Group, Matrix, groups
 from bitwright.data import Images
+from bitwright.graph.capture import Captured, capture
 from bitwright.graph.prepare import prepare
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import insert_quantizers

@@ -9,10 +9,10 @@ import torch
 from cases import CASES, dataset, images, model, prepared
 from torch import Tensor, fx, nn
 
-from bitwright.capture import Captured, capture
 from bitwright.data import load_images
 from bitwright.errors import DataError
 from bitwright.graph import ops
+from bitwright.graph.capture import Captured, capture
 from bitwright.graph.prepare import prepare
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
 from bitwright.quant.scheme import Scheme

@@ -11,11 +11,11 @@ import torch
 from cases import dataset, images, prepared
 from torch import Tensor, nn
 
-from bitwright.capture import Captured, capture
 from bitwright.data import Images, load_images
 from bitwright.errors import BitwrightError, UsageError
 from bitwright.export.packed import load_packed, save_packed
 from bitwright.graph import rewrite
+from bitwright.graph.capture import Captured, capture
 from bitwright.graph.prepare import prepare
 from bitwright.pipeline import run_stages
 from bitwright.quant.quantizer import Quantizer

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from cases import CASES, dataset, images, prepared
 from torch import Tensor, nn
 
-from bitwright.capture import Captured, capture
 from bitwright.graph import rewrite
+from bitwright.graph.capture import Captured, capture
 from bitwright.graph.prepare import prepare
 from bitwright.quant import affine
 from bitwright.quant.scheme import Scheme

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from cases import CASES, dataset, images, prepared
 from torch import Tensor, fx, nn
 
-from bitwright.capture import Captured, capture
 from bitwright.data import Images, load_images
 from bitwright.graph import ops, rewrite
+from bitwright.graph.capture import Captured, capture
 from bitwright.graph.prepare import prepare
 from bitwright.graph.watch import watch
 from bitwright.quant.scheme import Rule, Scheme

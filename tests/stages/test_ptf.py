@@ -16,11 +16,11 @@ from cases import CASES, Transformer, dataset, images, prepared
 from torch import Tensor, nn
 
 import bitwright as bw
-from bitwright.capture import Captured, capture
 from bitwright.data import load_images
 from bitwright.export.onnx import save_onnx, to_onnx
 from bitwright.export.packed import ideal_bytes
 from bitwright.export.parity import check_parity
+from bitwright.graph.capture import Captured, capture
 from bitwright.graph.prepare import prepare
 from bitwright.quant.quantizer import BiasQuantizer, Quantizer
 from bitwright.quant.scheme import Scheme

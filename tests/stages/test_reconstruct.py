@@ -12,9 +12,9 @@ from cases import dataset, images, prepared
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from bitwright.capture import Captured, capture
 from bitwright.data import load_images
 from bitwright.graph import rewrite
+from bitwright.graph.capture import Captured, capture
 from bitwright.graph.points import expose, linear_points
 from bitwright.graph.prepare import prepare
 from bitwright.pipeline import run_stages

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from cases import dataset, prepared
 from torch import Tensor, nn
 
-from bitwright.capture import Captured, capture
 from bitwright.curvature.label_free import label_free_scores
 from bitwright.data import Images, load_images
 from bitwright.errors import ModelError
+from bitwright.graph.capture import Captured, capture
 from bitwright.graph.points import linear_points
 from bitwright.graph.prepare import prepare
 from bitwright.studies import lfh

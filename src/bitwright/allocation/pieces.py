@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from bitwright.capture import Captured
 from bitwright.export.onnx import to_onnx
 from bitwright.graph import ops, rewrite
+from bitwright.graph.capture import Captured
 from bitwright.graph.insert import Layer
 from bitwright.graph.place import Placement, place
 from bitwright.graph.watch import watch

@@ -23,7 +23,7 @@ from bitwright.commands.sources import (
 )
 from bitwright.data import Images
 from bitwright.errors import BitwrightError, ModelError, UsageError
-from bitwright.evaluate import Network, compare
+from bitwright.evaluation import Network, compare
 from bitwright.models import Model, load_model
 from bitwright.preprocessing import Preprocessing
 from bitwright.terminal import Terminal, one_line

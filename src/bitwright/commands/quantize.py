@@ -24,7 +24,7 @@ from bitwright.commands.sources import (
 )
 from bitwright.data import Images
 from bitwright.errors import BitwrightError, UsageError
-from bitwright.evaluate import evaluate, layer_sqnr
+from bitwright.evaluation import evaluate, layer_sqnr
 from bitwright.export.parity import export_checked
 from bitwright.goal import Goal
 from bitwright.models import Model, load_model

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from bitwright import run_folder
 from bitwright.data import Images, load_images
 from bitwright.errors import BitwrightError, UsageError
-from bitwright.evaluate import class_scores
+from bitwright.evaluation import class_scores
 from bitwright.models import Model, load_model
 from bitwright.preprocessing import Preprocessing
 from bitwright.quantized import QuantizedModel

@@ -28,7 +28,7 @@ from torch import Tensor, fx
 from bitwright.curvature.label_free import differentiable, draw
 from bitwright.curvature.spectrum import Lanczos, Spectrum
 from bitwright.errors import ModelError, UsageError
-from bitwright.evaluate import class_scores
+from bitwright.evaluation import class_scores
 from bitwright.graph import ops, rewrite
 from bitwright.graph.blocks import find_blocks
 from bitwright.progress import Progress, silent

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bitwright.data import Images
 from bitwright.errors import BitwrightError, UsageError
-from bitwright.evaluate import Network
+from bitwright.evaluation import Network
 from bitwright.export.arbiter import BATCH, Difference, LayerCodes, by_operator, compare_codes
 from bitwright.export.parity import LAYER_IMAGES, MOST_DEVIATION, MOST_DIFFERING, MOST_STEPS, compare_layers
 from bitwright.export.reference import run_reference

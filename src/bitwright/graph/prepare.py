@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from bitwright.capture import TOLERANCE, Captured, assert_outputs_equal, relative_difference
 from bitwright.graph import fold, rewrite
+from bitwright.graph.capture import TOLERANCE, Captured, assert_outputs_equal, relative_difference
 
 
 def prepare(captured: Captured) -> Captured:

@@ -21,8 +21,8 @@ from bitwright.stages.base import Run, Stage
 from bitwright.stages.calibrate import Calibrate, parameters
 
 if TYPE_CHECKING:
-    from bitwright.capture import Captured
     from bitwright.data import Images
+    from bitwright.graph.capture import Captured
 
 OPEN = {"weights", "activations", "rules", "plan"}
 """What a scheme says of bits, which is what is to be found out here."""

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from bitwright import losses
 from bitwright.curvature.label_free import label_free_scores
 from bitwright.errors import UsageError
-from bitwright.evaluate import class_scores
+from bitwright.evaluation import class_scores
 from bitwright.graph import ops, rewrite, segments
 from bitwright.graph.points import Point, expose, linear_points
 from bitwright.graph.watch import Callback, watch
@@ -26,8 +26,8 @@ from bitwright.sensitivity.base import Choices, Measure, Table
 from bitwright.stages.base import Run, Stage
 
 if TYPE_CHECKING:
-    from bitwright.capture import Captured
     from bitwright.data import Images
+    from bitwright.graph.capture import Captured
 
 Values = tuple[list[Tensor], list[Tensor]]
 """A network's outputs, and its values at the points."""

@@ -17,8 +17,8 @@ from bitwright.sensitivity.base import Choices, Measure, Table
 from bitwright.stages.base import Run
 
 if TYPE_CHECKING:
-    from bitwright.capture import Captured
     from bitwright.data import Images
+    from bitwright.graph.capture import Captured
 
 
 @dataclass(frozen=True)

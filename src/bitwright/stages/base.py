@@ -16,8 +16,8 @@ from bitwright.progress import Progress, silent
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from bitwright.capture import Captured
     from bitwright.data import Images
+    from bitwright.graph.capture import Captured
     from bitwright.quantized import QuantizedModel, Snapshot
 
 

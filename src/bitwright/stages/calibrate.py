@@ -9,11 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
-from bitwright.capture import Captured
 from bitwright.curvature.label_free import label_free_scores
 from bitwright.data import Images
 from bitwright.errors import UsageError
 from bitwright.graph import ops, rewrite
+from bitwright.graph.capture import Captured
 from bitwright.graph.points import linear_points
 from bitwright.graph.watch import Callback, watch
 from bitwright.quant import affine, shifts

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from bitwright import losses
-from bitwright.capture import Captured
 from bitwright.data import Images
 from bitwright.errors import UsageError
 from bitwright.graph import rewrite, segments
+from bitwright.graph.capture import Captured
 from bitwright.graph.segments import Region
 from bitwright.quant import affine
 from bitwright.quant.quantizer import TINY, BiasQuantizer, Quantizer

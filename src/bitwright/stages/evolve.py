@@ -20,10 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bitwright.capture import Captured
 from bitwright.data import Images
 from bitwright.errors import UsageError
 from bitwright.graph.blocks import Block, BlockKind, find_blocks
+from bitwright.graph.capture import Captured
 from bitwright.graph.segments import region
 from bitwright.quantized import QuantizedModel
 from bitwright.stages.base import Optimising, Run

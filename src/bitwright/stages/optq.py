@@ -10,9 +10,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
-from bitwright.capture import Captured
 from bitwright.data import Images
 from bitwright.graph import ops, rewrite
+from bitwright.graph.capture import Captured
 from bitwright.graph.watch import Callback, watch
 from bitwright.quant import optq
 from bitwright.quant.quantizer import Quantizer

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from bitwright.capture import Captured
 from bitwright.data import Images
 from bitwright.graph import ops
+from bitwright.graph.capture import Captured
 from bitwright.graph.place import consumers
 from bitwright.graph.watch import Callback, watch
 from bitwright.quant.ptf import FactorErrors

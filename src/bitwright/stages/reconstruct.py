@@ -21,11 +21,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bitwright.capture import Captured
 from bitwright.curvature.label_free import Distribution, Scores, cached_scores, label_free_scores
 from bitwright.data import Images
-from bitwright.evaluate import layer_sqnr
+from bitwright.evaluation import layer_sqnr
 from bitwright.graph import rewrite
+from bitwright.graph.capture import Captured
 from bitwright.graph.points import Point, expose, linear_points
 from bitwright.losses import weighted_distance
 from bitwright.quant import affine

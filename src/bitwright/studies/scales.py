@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from bitwright.data import Images
 from bitwright.errors import UsageError
-from bitwright.evaluate import class_scores
+from bitwright.evaluation import class_scores
 from bitwright.graph.blocks import Block, BlockKind, find_blocks
 from bitwright.metrics import as_log_probabilities
 from bitwright.quantized import QuantizedModel

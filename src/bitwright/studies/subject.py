@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from bitwright.api import prepare_teacher
-from bitwright.capture import Captured
 from bitwright.data import Images
 from bitwright.errors import UsageError
-from bitwright.evaluate import compare
+from bitwright.evaluation import compare
+from bitwright.graph.capture import Captured
 from bitwright.models import Model
 from bitwright.pipeline import fingerprint
 from bitwright.progress import Progress, silent
