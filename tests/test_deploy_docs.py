@@ -34,7 +34,9 @@ def test_the_tables_are_those_of_the_data():
     assert tables() in PAGE.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("what", ["onnxruntime", "openvino", "torch"])
+@pytest.mark.parametrize(
+    "what", ["onnxruntime", *(pytest.param(w, marks=pytest.mark.slow) for w in ("openvino", "torch"))]
+)
 def test_the_lines_run_each_file(model, what, tmp_path):
     if importlib.util.find_spec(what) is None:
         pytest.skip("OpenVINO is not installed: pip install 'bitwright[openvino]'")

@@ -129,7 +129,12 @@ def test_a_saved_model_is_the_same_bit_for_bit(name: str, bits: int, tmp_path: P
 
 @pytest.mark.parametrize(
     ("name", "bits", "size"),
-    [*((name, bits, None) for name in NETWORKS for bits in (4, 8)), ("separate", 3, 2), ("transformer", 8, 1)],
+    [
+        ("transformer", 8, None),
+        ("separate", 3, 2),
+        *(pytest.param(name, bits, None, marks=pytest.mark.slow) for name in NETWORKS for bits in (4, 8)),
+        pytest.param("transformer", 8, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_the_runtime_computes_the_same(name: str, bits: int, size: int | None) -> None:
     model = quantized(name, "mse", weights=bits, group_size=size)
@@ -138,6 +143,7 @@ def test_the_runtime_computes_the_same(name: str, bits: int, size: int | None) -
     assert parity.worst_layer.max_steps <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_the_runtime_computes_the_same_on_a_trained_network(bits: int) -> None:
     scheme = Scheme(weights=bits, granularity="head")

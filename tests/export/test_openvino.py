@@ -28,7 +28,10 @@ def quantized(name, **settings):
 
 @needs_openvino
 @pytest.mark.parametrize("runtime", ["openvino", "onnxruntime"])
-@pytest.mark.parametrize(("name", "weights", "activations"), [("transformer", 4, 8), ("transposed", 8, 5)])
+@pytest.mark.parametrize(
+    ("name", "weights", "activations"),
+    [pytest.param("transformer", 4, 8, marks=pytest.mark.slow), ("transposed", 8, 5)],
+)
 def test_files_equal_the_simulation(name, weights, activations, runtime, tmp_path):
     model = quantized(name, weights=weights, activations=activations, runtime=runtime)
     parity = write_openvino(model, tmp_path / "m.xml", cases.images(6))

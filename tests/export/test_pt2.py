@@ -90,6 +90,7 @@ def test_integers_are_packed_as_numpy_unpacks_them():
         assert torch.equal(unpack(pack(codes, width), width)[:13].long(), codes)
 
 
+@pytest.mark.slow
 def test_the_archive_tells_how_it_was_made_and_nothing_of_the_machine(tmp_path):
     model = bw.quantize("zoo:fashion_cnn", "zoo:fashion[:8]", recipe="rtn", weights=4)
     write_pt2(model, tmp_path / "m.pt2", model.calibration.batch(range(3)))

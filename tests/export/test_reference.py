@@ -378,7 +378,7 @@ def check_zoo(name, count):
         assert row.simulation_reference.differing <= 1e-3 * row.count
 
 
-@pytest.mark.parametrize("name", ["fashion_cnn", "fashion_vit"])
+@pytest.mark.parametrize("name", ["fashion_cnn", pytest.param("fashion_vit", marks=pytest.mark.slow)])
 def test_the_zoo_in_every_code_of_every_integer_kernel(name):
     check_zoo(name, 2)
 

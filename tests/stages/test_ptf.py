@@ -213,8 +213,15 @@ def test_channels_of_other_sizes_lose_less() -> None:
     assert errors["ptf"] < 0.5 * errors["tensor"]
 
 
-@pytest.mark.parametrize("grid", ["affine", "symmetric"])
-@pytest.mark.parametrize("activations", [8, 5])
+@pytest.mark.parametrize(
+    ("activations", "grid"),
+    [
+        (8, "symmetric"),
+        (5, "affine"),
+        pytest.param(8, "affine", marks=pytest.mark.slow),
+        pytest.param(5, "symmetric", marks=pytest.mark.slow),
+    ],
+)
 def test_simulation_integers_file_and_runtime_agree(grid: str, activations: int, tmp_path: Path) -> None:
     scheme = Scheme(weights=4, activations=activations, activation_grid=grid)
     simulated = calibrated(uneven_teacher(), weights=4, activations=activations, activation_grid=grid)

@@ -159,6 +159,7 @@ def test_the_documentation_names_every_study() -> None:
     assert all(f"## `{name}`" in text for name in studies.builtin())
 
 
+@pytest.mark.slow
 def test_without_a_network_three_are_studied(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
