@@ -35,7 +35,7 @@ from bitwright.sensitivity import (
     TopEigenvalue,
     Trace,
 )
-from bitwright.stages.base import Run
+from bitwright.stages.base import Run, Stage
 from bitwright.studies import figures
 from bitwright.studies.base import Cell, Result, Row, Settings, Study, group
 from bitwright.studies.subject import Subject
@@ -84,17 +84,18 @@ class _Planner:
             self._tables[name] = self._measured(name, progress)
         return self._tables[name]
 
-    def _measured(self, name: str, progress: Progress) -> Table:
+    def _measured(self, name: str, progress: Progress, refine: tuple[Stage, ...] = ()) -> Table:
         measure, count = MEASURES[name]
         some = self.images.sample(min(count, len(self.images)), seed=0)
         run = Run(seed=self.settings.seeds[0], batch=16, device=self.subject.device, progress=progress)
-        refine = tuple(s for s in recipe(self.settings.recipe or "eptq").stages if s.layerwise)
         return measure.measure(self.subject.teacher, some, Choices(self.bits, (), refine=refine), run)
 
     def problem(self, progress: Progress) -> Problem:
-        """Bits of weights by :data:`PLANNED_BY`; activations have what the study says."""
+        """Bits of weights by :data:`PLANNED_BY`, rounded as the recipe does; activations have what the study says."""
         if self._problem is None:
-            losses = Losses(self.table(PLANNED_BY, progress).weights)
+            assert self.settings.recipe is not None
+            refine = tuple(s for s in recipe(self.settings.recipe).stages if s.layerwise)
+            losses = Losses(self._measured(PLANNED_BY, progress, refine).weights)
             activations = (self.settings.activations or 8,)
             self._problem = problem_of(self.student, losses, weights=self.bits, activations=activations)
         return self._problem
