@@ -22,7 +22,7 @@ from bitwright.stages.base import Stage
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 
 
 def generated() -> Any:
@@ -94,8 +94,19 @@ def test_every_command_and_option_in_the_documentation_exists() -> None:
 def test_links_between_pages_lead_somewhere() -> None:
     made = {f"reference/{name}.md" for name in generated().PAGES}
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
-            assert target in made or (page.parent / target).exists(), f"{page.name}: {target}"
+        for target, anchor in re.findall(r"\]\(([^)#: ]*)(?:#([^)]*))?\)", page.read_text()):
+            if target in made:
+                continue
+            place = page.parent / target if target else page
+            assert place.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in anchors(place), f"{page.name}: {target}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings, as MkDocs makes them."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles}
 
 
 def test_the_reference_names_every_option_and_setting() -> None:
@@ -119,8 +130,8 @@ def test_the_reference_names_every_option_and_setting() -> None:
 
 def test_every_page_is_in_the_site_map() -> None:
     site = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
-    listed = set(re.findall(r"[\w/]+\.md", yaml.safe_dump(site["nav"])))
-    assert {p.name for p in DOCS.glob("*.md")} <= listed
+    listed = set(re.findall(r"[\w/-]+\.md", yaml.safe_dump(site["nav"])))
+    assert {str(p.relative_to(DOCS)) for p in DOCS.rglob("*.md")} <= listed
 
 
 @pytest.mark.slow

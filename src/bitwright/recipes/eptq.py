@@ -3,7 +3,7 @@
 ``eptq`` follows version 2 of the paper (a score for each sample and layer), ``eptq-lfh`` version 1 (one a layer).
 Both start from closed-form roundings instead of rounding to nearest, which is worth more than any number of steps that
 a small budget allows. Version 2's scores are put on version 1's log scale across layers: as they are, nearly all weight
-lies on the last layer, which fits the calibration images too closely (docs/recipes.md has the figures). The papers' own
+lies on the last layer, which fits the calibration images too closely (docs/results.md has the figures). The papers' own
 settings are ``eptq-paper`` and ``eptq-lfh-paper``.
 """
 

@@ -2,7 +2,7 @@
 
 ``evolq`` searches from ranges of least error, ``eptq+evolq`` from what EPTQ leaves, whose integers it keeps. So close
 to the float network infoNCE leads away from it, for it is least where a network tells images apart better than the
-teacher does (docs/recipes.md has the figures), and squared error takes its place.
+teacher does (docs/results.md has the figures), and squared error takes its place.
 ``evolq-paper`` has the settings of the paper's code: attention only, an absolute size of mutations, least squared error
 for the ranges with matched spreads, and power-of-two factors at the inputs of normalisations, as FQ-ViT
 (arXiv:2111.13824) has them. Unlike that code, the teacher is the float network, and the result is chosen on calibration
