@@ -9,9 +9,9 @@ import warnings
 
 import torch
 
-from bitwright.api import as_model, prepare_teacher
 from bitwright.data import Images, load_images
 from bitwright.graph.capture import Captured
+from bitwright.inputs import as_model, prepare_teacher
 from bitwright.memory import keep_pages
 from bitwright.models import load_model
 from bitwright.quant.scheme import Scheme

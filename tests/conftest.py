@@ -24,4 +24,4 @@ def _one_thread_for_tiny_networks(request: pytest.FixtureRequest) -> Iterator[No
 def _quick_recipe_by_default(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Most tests are not about optimisation; those that are name their recipe, or are marked ``real_default``."""
     if request.node.get_closest_marker("real_default") is None:
-        monkeypatch.setattr("bitwright.api.DEFAULT_RECIPE", "mse")
+        monkeypatch.setattr("bitwright.recipes.DEFAULT", "mse")

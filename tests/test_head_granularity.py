@@ -225,7 +225,7 @@ def test_a_plan_gives_one_layer_heads(tmp_path: Path) -> None:
 
 def test_a_plan_takes_heads_from_one_layer() -> None:
     plan = Plan.model_validate({"layers": {"o": {"weight": {"bits": 4, "granularity": "channel"}}}})
-    teacher = bw.api.prepare_teacher(bw.api.as_model(network("separate")), cases.dataset())
+    teacher = bw.inputs.prepare_teacher(bw.inputs.as_model(network("separate")), cases.dataset())
     found = granularities(insert_plan(teacher, plan, Scheme(granularity="head")))
     assert (found["q"], found["o"], found["head"]) == ("head", "channel", "channel")
 

@@ -14,9 +14,9 @@ from bitwright import planning
 from bitwright.data import Images, load_images
 from bitwright.errors import UsageError
 from bitwright.goal import MEASURE, Goal, flag
-from bitwright.graph.capture import Captured, capture, select_output
-from bitwright.graph.prepare import prepare
-from bitwright.models import Model, load_model
+from bitwright.graph.capture import Captured
+from bitwright.inputs import as_model, calibration_images, find_device, prepare_teacher
+from bitwright.models import Model
 from bitwright.pipeline import fingerprint, run_stages
 from bitwright.plan import Plan, insert_plan
 from bitwright.preprocessing import PreprocessFunction, Preprocessing
@@ -27,9 +27,6 @@ from bitwright.recipes import Recipe
 from bitwright.recipes import recipe as find_recipe
 from bitwright.result import SCHEMA, describe_layers, describe_unquantized, environment, peak_memory_bytes, totals
 from bitwright.stages.base import Precision, Run
-
-DEFAULT_RECIPE = "eptq"
-DEFAULT_SAMPLES = 512
 
 
 def quantize(
@@ -68,7 +65,7 @@ def quantize(
     Args:
         model: any module of one image tensor, a saved export program, or a name (``timm:resnet18@weights.pt``).
         images: a path, an array, tensors, a loader; labels in it are not looked at.
-        recipe: how; see ``bitwright recipes``. :data:`DEFAULT_RECIPE` if not given.
+        recipe: how; see ``bitwright recipes``. :data:`bitwright.recipes.DEFAULT` if not given.
         weights: bits of weights, 2 to 8, or ``"float"``; 8 if not given. With a limit, those to choose among, as in
             ``"2,4,8"`` or ``(2, 4, 8)``; 2, 3, 4, 5, 6 and 8 if not given.
         activations: bits of activations, 2 to 8 or 16, or ``"float"``; with a limit, also several.
@@ -123,7 +120,7 @@ def quantize(
             rules=tuple(map(_as_rule, rules)),
         )
     plan = _as_plan(plan, scheme)
-    method = find_recipe(recipe or DEFAULT_RECIPE)
+    method = find_recipe(recipe)
     each = check_budget(steps, minutes, method)
     if (steps is not None or minutes is not None) and not method.optimises:
         warnings.warn(f"Recipe '{method.name}' does not optimise: steps and minutes change nothing.", stacklevel=2)
@@ -191,38 +188,6 @@ def preview(
     return insert_quantizers(teacher, scheme or Scheme()) if plan is None else insert_plan(teacher, plan, scheme)
 
 
-def as_model(
-    model: nn.Module | torch.export.ExportedProgram | Model | str,
-    preprocessing: Preprocessing | PreprocessFunction | None = None,
-) -> Model:
-    """A model under one type, however it was given."""
-    if isinstance(model, str):
-        model = load_model(model)
-    if isinstance(model, Model):
-        return model if preprocessing is None else Model(model.module, model.name, preprocessing, model.output)
-    return Model(model, type(model).__name__, preprocessing, None)
-
-
-def prepare_teacher(network: Model, images: Images, output: str | None = None) -> Captured:
-    """Captures the network on two of the images and brings it into the form that is quantized."""
-    captured = capture(network.module, images.batch(range(min(2, len(images)))))
-    name = output or network.output
-    return prepare(captured if name is None else select_output(captured, name))
-
-
-def find_device(name: str) -> torch.device:
-    """``auto`` takes a GPU where there is one.
-
-    Raises:
-        UsageError: a name other than auto, cpu, cuda; or cuda where there is none.
-    """
-    if name not in {"auto", "cpu", "cuda"}:
-        raise UsageError(f"Expected a device out of auto, cpu, cuda, found '{name}'.")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("There is no CUDA device here. Use --device cpu.")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def check_budget(steps: int | Sequence[int] | None, minutes: float | None, method: Recipe) -> tuple[int, ...]:
     """The steps of the recipe's stages that take some, as far as they are given.
 
@@ -288,25 +253,6 @@ def _as_plan(plan: Plan | str | Path | None, scheme: Scheme) -> Plan | None:
     plan = plan if isinstance(plan, Plan) else Plan.read(plan)
     plan.scheme(scheme)
     return plan
-
-
-def calibration_images(source: Any, network: Model, samples: int | None, skip_unreadable: bool) -> Images:
-    """The images that calibration takes: evenly spread, unlabelled, :data:`DEFAULT_SAMPLES` at most if not said.
-
-    Raises:
-        UsageError: none are asked for, or there are none.
-    """
-    images = (
-        source
-        if isinstance(source, Images)
-        else load_images(source, network.preprocessing, skip_unreadable=skip_unreadable)
-    )
-    if samples is not None and samples < 1:
-        raise UsageError(f"Expected at least one sample, found {samples}.")
-    if samples is not None and samples > len(images):
-        warnings.warn(f"{samples} images were asked for, there are {len(images)}; all are used.", stacklevel=3)
-    count = min(samples or DEFAULT_SAMPLES, len(images))
-    return images.sample(count, seed=0).unlabelled()
 
 
 def _describe(

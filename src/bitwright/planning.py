@@ -10,12 +10,12 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bitwright import trials
+from bitwright import inputs, trials
 from bitwright.allocation.allocate import Losses, plan_for, problem_of
 from bitwright.allocation.costs import ACTIVATION_BITS, Latency, Variable, variables_of
 from bitwright.allocation.solve import Solution, amount, evaluate, pareto, reachable, solve
@@ -226,8 +226,6 @@ def plan_bits(
     Raises:
         UsageError: an argument cannot be used, or the limits cannot be met; one line says what can be.
     """
-    from bitwright import api
-
     goal = goal or Goal.parse(
         target_size=target_size,
         compression=compression,
@@ -241,14 +239,14 @@ def plan_bits(
     )
     check(goal)
     along = None if by is None else _cost(by)
-    network = api.as_model(model, preprocessing)
+    network = inputs.as_model(model, preprocessing)
     scheme = scheme or Scheme(runtime=runtime, rules=tuple(r if isinstance(r, Rule) else Rule.parse(r) for r in rules))
-    data = api.calibration_images(images, network, None, skip_unreadable)
-    run = Run(seed=seed, device=api.find_device(device), progress=progress)
-    teacher = api.prepare_teacher(network, data, output)
+    data = inputs.calibration_images(images, network, None, skip_unreadable)
+    run = Run(seed=seed, device=inputs.find_device(device), progress=progress)
+    teacher = inputs.prepare_teacher(network, data, output)
     folder = None if cache is None else usable(Path(cache))
     options: dict[str, Any] = {"samples": samples, "points": points, "latency": latency, "folder": folder}
-    return planned(teacher, scheme, data, goal, find_recipe(recipe or api.DEFAULT_RECIPE), run, along=along, **options)
+    return planned(teacher, scheme, data, goal, find_recipe(recipe), run, along=along, **options)
 
 
 def check(goal: Goal) -> None:
@@ -509,10 +507,10 @@ def _row(table: Table, variable: Variable) -> Mapping[int, float] | None:
     return next((rows[name] for name in variable.layers if name in rows), None)
 
 
-def _losses(measured: Measured, variables: Iterable[Variable] | Mapping[str, Variable]) -> Losses:
+def _losses(measured: Measured, variables: Mapping[str, Variable]) -> Losses:
     """Of the variables there are; what has no loss can only take its most bits."""
     halves: dict[str, dict[str, Mapping[int, float]]] = {"weight": {}, "activation": {}}
-    for variable in variables.values() if isinstance(variables, Mapping) else variables:
+    for variable in variables.values():
         row = _row(measured.weights if variable.kind == "weight" else measured.activations, variable)
         if row is None and len(variable.options) > 1:
             row = dict.fromkeys(variable.options[:-1], math.inf) | {variable.options[-1]: 0.0}

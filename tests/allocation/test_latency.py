@@ -16,7 +16,7 @@ from torch import nn
 
 import bitwright as bw
 from bitwright.allocation import costs_of, latency, variables_of
-from bitwright.allocation.latency import compare_with_network, latency_table, measure_latencies
+from bitwright.allocation.latency import compare_with_network, measure_latencies
 from bitwright.allocation.pieces import FLOAT, Kernel, parts_of, to_files
 from bitwright.errors import UsageError
 from bitwright.quant.scheme import Rule, Scheme
@@ -242,7 +242,7 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("transformer", "
 @pytest.mark.parametrize("name", ["conv_bn_relu6", *SLOW])
 def test_all_layers_of_a_network_run(name):
     model = student(name)
-    found = latency_table(model, cases.dataset(), weights=(8,), activations=(8,), batch=1)
+    found = measure_latencies(model, cases.dataset(), weights=(8,), activations=(8,), batch=1).table
     assert list(found) == [p.layer.name for p in parts_of(model, cases.images(1))]
     assert all(set(row) == {(8, 8)} and row[8, 8] >= 0 for row in found.values())
 

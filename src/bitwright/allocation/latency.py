@@ -58,30 +58,6 @@ class Latencies:
     """Machine, runtime, threads, batch; how many layers, how many different ones, how many files were timed."""
 
 
-def latency_table(
-    student: QuantizedModel,
-    images: Images | Tensor,
-    *,
-    weights: Sequence[int] = WEIGHT_BITS,
-    activations: Sequence[int] = ACTIVATION_BITS,
-    threads: int = 1,
-    batch: int = 1,
-    folder: Path | None = None,
-    progress: Progress = silent,
-) -> dict[str, dict[tuple[int, int], float]]:
-    """Seconds of each linear layer, for the pairs of bits that a plan may choose; see :func:`measure_latencies`."""
-    return measure_latencies(
-        student,
-        images,
-        weights=weights,
-        activations=activations,
-        threads=threads,
-        batch=batch,
-        folder=folder,
-        progress=progress,
-    ).table
-
-
 def measure_latencies(
     student: QuantizedModel,
     images: Images | Tensor,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bitwright import api, zoo
+from bitwright import zoo
 from bitwright.commands import quantize, tables
 from bitwright.errors import BitwrightError
 from bitwright.quant.scheme import Scheme
@@ -34,7 +34,7 @@ def demo(out: Path, *, recipe: str | None, force: bool, seed: int, terminal: Ter
             CALIBRATION,
             Scheme(weights=4, activations=8),
             recipe,
-            steps=(DEMO_STEPS,) if find_recipe(recipe or api.DEFAULT_RECIPE).optimises else None,
+            steps=(DEMO_STEPS,) if find_recipe(recipe).optimises else None,
             evaluate=TEST,
             out=out / name,
             seed=seed,

@@ -11,7 +11,6 @@ from rich.table import Table
 from torch import Tensor
 
 from bitwright import run_folder
-from bitwright.api import prepare_teacher
 from bitwright.commands import tables
 from bitwright.commands.sources import (
     Settings,
@@ -24,6 +23,7 @@ from bitwright.commands.sources import (
 from bitwright.data import Images
 from bitwright.errors import BitwrightError, ModelError, UsageError
 from bitwright.evaluation import Network, compare
+from bitwright.inputs import prepare_teacher
 from bitwright.models import Model, load_model
 from bitwright.preprocessing import Preprocessing
 from bitwright.terminal import Terminal, one_line

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from bitwright import planning
-from bitwright.api import find_device
 from bitwright.commands import plan_page, plans, tables
 from bitwright.commands.sources import Settings as Preprocessing
 from bitwright.commands.sources import absolute_reference, absolute_source, images_at, remove_empty
 from bitwright.errors import UsageError
 from bitwright.goal import Goal
+from bitwright.inputs import find_device
 from bitwright.models import load_model
 from bitwright.planning import Planning
 from bitwright.quant.scheme import Scheme

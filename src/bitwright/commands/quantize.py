@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bitwright import api, planning, run_folder
+from bitwright import api, planning, recipes, run_folder
+from bitwright import inputs as given
 from bitwright.commands import inspect, plans, tables
 from bitwright.commands.report import write_beside
 from bitwright.commands.sources import (
@@ -78,7 +79,7 @@ class Job:
     @property
     def method(self) -> str:
         """The recipe's name or file."""
-        return self.recipe or api.DEFAULT_RECIPE
+        return self.recipe or recipes.DEFAULT
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def parse_steps(text: str | None) -> tuple[int, ...] | None:
 def find_inputs(job: Job, terminal: Terminal) -> Inputs:
     """Loads the model, opens the images, and finds what can be wrong with them before the long work starts."""
     api.check_budget(job.steps, job.minutes, find_recipe(job.method))
-    api.find_device(job.device)
+    given.find_device(job.device)
     if job.goal is not None:
         planning.check(job.goal)
     if job.labels is not None and job.evaluate is None:
@@ -215,9 +216,9 @@ def preview(job: Job, terminal: Terminal) -> QuantizedModel:
 
 def _preview_planned(job: Job, goal: Goal, inputs: Inputs, terminal: Terminal) -> QuantizedModel:
     """Likewise, with the plan that the run would have."""
-    data = api.calibration_images(inputs.calibration, inputs.network, job.samples, job.skip_unreadable)
-    teacher = api.prepare_teacher(inputs.network, data, job.output)
-    run = Run(seed=job.seed, device=api.find_device(job.device), progress=terminal.progress)
+    data = given.calibration_images(inputs.calibration, inputs.network, job.samples, job.skip_unreadable)
+    teacher = given.prepare_teacher(inputs.network, data, job.output)
+    run = Run(seed=job.seed, device=given.find_device(job.device), progress=terminal.progress)
     method, cache = find_recipe(job.method), plans.scores(job.cache)
     plan, scheme, facts = api.plan_within(goal, teacher, job.scheme, data, method, run, cache=cache)
     teacher.graph.to("cpu")
@@ -279,7 +280,7 @@ def _diagnose(model: QuantizedModel, job: Job, terminal: Terminal) -> None:
     limit = diagnosis.budget(sum(seconds.values()))
     try:
         model.result["diagnosis"] = diagnosis.diagnose(
-            model, seconds=limit, device=api.find_device(job.device), seed=job.seed, progress=terminal.progress
+            model, seconds=limit, device=given.find_device(job.device), seed=job.seed, progress=terminal.progress
         )
     except Exception as error:
         model.result["diagnosis"] = None

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from bitwright import api
+from bitwright import recipes
 from bitwright.commands import tables
 from bitwright.recipes import builtin
 from bitwright.recipes import recipe as find_recipe
@@ -15,7 +15,7 @@ from bitwright.recipes import recipe as find_recipe
 def listed() -> list[dict[str, Any]]:
     """Name, summary and paper of every recipe."""
     return [
-        {"name": r.name, "summary": r.summary, "paper": r.paper, "default": r.name == api.DEFAULT_RECIPE}
+        {"name": r.name, "summary": r.summary, "paper": r.paper, "default": r.name == recipes.DEFAULT}
         for r in builtin().values()
     ]
 

@@ -16,6 +16,8 @@ from pydantic import BaseModel, ConfigDict, SerializeAsAny, ValidationError, fie
 from bitwright.errors import UsageError
 from bitwright.stages.base import Optimising, Stage
 
+DEFAULT = "eptq"
+
 
 class Recipe(BaseModel):
     """Stages in order.
@@ -103,12 +105,13 @@ def builtin() -> dict[str, Recipe]:
     return found
 
 
-def recipe(reference: str | Path | Recipe) -> Recipe:
-    """A recipe by name, by YAML file, or by Python file that defines ``RECIPE``.
+def recipe(reference: str | Path | Recipe | None = None) -> Recipe:
+    """A recipe by name, by YAML file, or by Python file that defines ``RECIPE``; the default one if none is given.
 
     Raises:
         UsageError: there is no such recipe (the nearest is named), or the file is not one (the field is named).
     """
+    reference = reference or DEFAULT
     if isinstance(reference, Recipe):
         return reference
     path = Path(reference)

@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import nn
 
-from bitwright.api import as_model, find_device, prepare_teacher
 from bitwright.curvature.hessian import Curvature, Data, Group, Matrix, groups, spectra, traces
 from bitwright.curvature.spectrum import Spectrum
 from bitwright.data import Images, load_images
 from bitwright.errors import UsageError
 from bitwright.graph.capture import Captured
+from bitwright.inputs import as_model, find_device, prepare_teacher
 from bitwright.models import Model
 from bitwright.preprocessing import PreprocessFunction, Preprocessing
 from bitwright.progress import Progress, silent

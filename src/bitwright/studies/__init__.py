@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from bitwright import zoo
-from bitwright.api import as_model, find_device
 from bitwright.data import Images, load_images
 from bitwright.errors import UsageError
+from bitwright.inputs import as_model, find_device
 from bitwright.memory import keep_pages
 from bitwright.models import Model, load_model
 from bitwright.preprocessing import PreprocessFunction, Preprocessing

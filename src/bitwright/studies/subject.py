@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitwright.api import prepare_teacher
 from bitwright.data import Images
 from bitwright.errors import UsageError
 from bitwright.evaluation import compare
 from bitwright.graph.capture import Captured
+from bitwright.inputs import prepare_teacher
 from bitwright.models import Model
 from bitwright.pipeline import fingerprint
 from bitwright.progress import Progress, silent
