@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bitwright import memory
-from bitwright.memory import keep_pages
+from bitwright.memory import PASS_BYTES, keep_pages, pass_budget, saved_bytes
 
 resource = pytest.importorskip("resource")
 PAGE = resource.getpagesize()
@@ -110,3 +110,17 @@ def test_other_systems_and_libraries_are_told_apart(monkeypatch: pytest.MonkeyPa
     assert memory._glibc() is None
     monkeypatch.setattr(sys, "platform", "darwin")
     assert memory._glibc() is None
+
+
+def test_each_kept_storage_counts_once() -> None:
+    x = torch.rand(10, 7, requires_grad=True)
+    assert saved_bytes(lambda: x.exp().exp()) == 2 * x.nbytes  # an exponential keeps its result
+    assert saved_bytes(lambda: x * x) == x.nbytes
+    assert saved_bytes(lambda: x.flatten()[:7].sin() + x.flatten()[7:].sum()) == x.nbytes  # a view's whole storage
+    assert saved_bytes(lambda: x + 1) == 0
+    with torch.no_grad():
+        assert saved_bytes(x.exp) == 0
+
+
+def test_a_pass_may_take_half_of_the_memory_at_most() -> None:
+    assert 0 < pass_budget(torch.device("cpu")) <= PASS_BYTES

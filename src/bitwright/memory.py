@@ -1,16 +1,48 @@
-"""Keeps freed memory in the process while large tensors come and go."""
+"""How much memory a pass may take, and freed memory kept in the process while large tensors come and go."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # names of glibc's mallopt, from malloc.h
 _DEFAULT_MMAP_MAX = 65536
 _SETTLED_MMAP, _SETTLED_TRIM = 32 << 20, 64 << 20
 """Where glibc's own adjustment ends once large blocks were freed; any call of mallopt switches it off for good."""
+
+PASS_BYTES = 4 << 30
+"""Of activations that a pass on a CPU may hold for its backward pass, where the machine has twice as much."""
+
+
+def pass_budget(device: torch.device) -> int:
+    """Bytes that a forward pass may keep for its backward pass: half of the memory, :data:`PASS_BYTES` at most on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory // 2
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return PASS_BYTES
+    return min(memory // 2, PASS_BYTES)
+
+
+def saved_bytes(forward: Callable[[], object]) -> int:
+    """Bytes of the tensors that a call keeps for its backward pass, each storage once."""
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = forward()
+    del result
+    return sum(t.untyped_storage().nbytes() for t in kept.values())
 
 
 @contextlib.contextmanager

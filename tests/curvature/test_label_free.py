@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from cases import CASES, images, make
 from torch import Tensor, fx, nn
 
-from bitwright.curvature.label_free import Scores, cached_scores, label_free_scores
+from bitwright.curvature.label_free import Scores, cached_scores, images_at_once, label_free_scores
 from bitwright.errors import ModelError
 from bitwright.graph.capture import Captured, capture
 from bitwright.graph.points import Point, linear_points
@@ -388,6 +388,14 @@ def test_one_probe_has_no_error_to_report() -> None:
     found = scores(mlp(), noise(3), probes=1, least=1)
     assert found.probes == 1
     assert found.error.tolist() == [math.inf, math.inf]
+
+
+def test_a_batch_of_scores_fits_the_memory_given() -> None:
+    """Of each image: the 7 and 5 values of the two layers, and the 7 of tanh that its derivative needs, in 4 bytes."""
+    captured = mlp()
+    points, pair, each = linear_points(captured.graph, captured.example), noise(2), 4 * (7 + 5 + 7)
+    for budget, expected in ((0, 1), (each, 1), (3 * each, 3), (3 * each - 1, 2)):
+        assert images_at_once(captured.graph, pair, points, budget) == expected
 
 
 # ------------------------------------------------------------------------------------------------ outputs

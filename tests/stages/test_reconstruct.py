@@ -17,6 +17,7 @@ from bitwright.graph import rewrite
 from bitwright.graph.capture import Captured, capture
 from bitwright.graph.points import expose, linear_points
 from bitwright.graph.prepare import prepare
+from bitwright.memory import saved_bytes
 from bitwright.pipeline import run_stages
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel, insert_quantizers
@@ -436,3 +437,46 @@ def test_the_teacher_is_not_changed(case: str) -> None:
     optimise(Reconstruct(**{**QUICK, "steps": 5}), case)
     after = prepared(case).graph.state_dict()
     assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
+# ------------------------------------------------------------------------------------------------- memory
+
+
+def tuner_of(stage: Reconstruct, monkeypatch: pytest.MonkeyPatch) -> Tuner:
+    """As it stands before the first step."""
+    found = []
+    with monkeypatch.context() as patched:
+        patched.setattr(Reconstruct, "_optimise", lambda self, tuner, plan, run: found.append(tuner))
+        optimise(stage)
+    return found[0]
+
+
+@pytest.mark.parametrize("weigh", ["ones", "sla", "sla-log"])
+def test_a_batch_in_parts_has_the_gradients_of_the_whole(weigh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Reconstruct(**QUICK, **SOFT, decide=Anneal(weight=0.1), weigh=weigh, activations=False)
+    tuner = tuner_of(stage, monkeypatch)  # without roundings of activations, which make jumps of rounding errors
+    found = []
+    for at_once in (8, 3, 1):
+        tuner.at_once = at_once
+        tuner.learner.zero_grad()
+        loss = tuner.backward(tuner.indices(0), 0.5)
+        found.append((loss, [p.grad.clone() for p in tuner.learner.parameters() if p.grad is not None]))
+    (whole, expected), *others = found
+    assert len(expected) > 5
+    for loss, gradients in others:
+        assert loss == pytest.approx(whole, rel=1e-5)
+        for a, b in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max()))
+
+
+def test_parts_are_as_large_as_the_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuner = tuner_of(Reconstruct(**QUICK), monkeypatch)
+    three, one = (saved_bytes(lambda n=n: tuner.learner(images(n))) for n in (3, 1))  # type: ignore[misc]
+    each = (three - one) // 2
+    for budget, expected in ((1, 1), (3 * each, 3), (3 * each - 1, 2), (7 * each, 4), (100 * each, 8)):
+        tuner.fit_memory(budget)
+        assert tuner.at_once == expected
+    _, run = optimise(Reconstruct(**QUICK, step_memory=1))
+    assert run.notes["reconstruct"]["at_once"] == 1
+    losses = run.notes["reconstruct"]["loss"]["by_stage"]
+    assert losses["reconstruct"] < losses["calibrate"]

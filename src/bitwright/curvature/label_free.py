@@ -29,6 +29,7 @@ from torch import Tensor, fx
 from bitwright.errors import ModelError
 from bitwright.graph import ops, rewrite
 from bitwright.graph.points import Point, expose
+from bitwright.memory import saved_bytes
 
 Distribution = Literal["rademacher", "gaussian"]
 
@@ -127,6 +128,25 @@ def label_free_scores(
                 break
         parts.append(part)
     return _join(parts, points, probe)
+
+
+def images_at_once(graph: fx.GraphModule, pair: Tensor, points: list[Point], budget: int) -> int:
+    """How many images :func:`label_free_scores` can take in a batch with so many bytes of memory, at least one.
+
+    Args:
+        graph: the float network.
+        pair: two images [2, C, H, W]; what the second adds is counted.
+        points: where; each image's gradients at all of them are held at the same time.
+        budget: bytes.
+    """
+    probe = _Probe(graph, points, elements=False)
+
+    def held(images: Tensor) -> int:
+        found: list[Tensor] = []
+        saved = saved_bytes(lambda: found.extend(probe.graph(images.detach().clone().requires_grad_(True))[1]))
+        return saved + sum(v.nbytes for v in found)
+
+    return max(1, budget // max(1, held(pair) - held(pair[:1])))
 
 
 class _Probe:

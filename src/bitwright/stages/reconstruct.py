@@ -21,13 +21,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bitwright.curvature.label_free import Distribution, Scores, cached_scores, label_free_scores
+from bitwright.curvature.label_free import Distribution, Scores, cached_scores, images_at_once, label_free_scores
 from bitwright.data import Images
 from bitwright.evaluation import layer_sqnr
 from bitwright.graph import rewrite
 from bitwright.graph.capture import Captured
 from bitwright.graph.points import Point, expose, linear_points
 from bitwright.losses import weighted_distance
+from bitwright.memory import pass_budget
 from bitwright.quant import affine
 from bitwright.quant.learned import Rounding, StepKind
 from bitwright.quantized import QuantizedModel, Snapshot
@@ -103,6 +104,9 @@ class Reconstruct(Optimising):
     """Of each image: 1 takes the images as they are, more add random crops and mirrored ones."""
     teacher_memory: int = Field(default=1 << 30, ge=0)
     """Bytes that the float network's values may take; they are computed anew for every batch where it is not enough."""
+    step_memory: int | None = Field(default=None, ge=1)
+    """Bytes of activations that a pass may hold for its backward pass: a batch that needs more is taken in parts, with
+    the same gradients. Half of the memory if not given, on a CPU 4 GiB at most."""
     never_worse: bool = True
     """Keep what an earlier stage left where that has the lower calibration loss."""
 
@@ -195,6 +199,9 @@ class Reconstruct(Optimising):
         if self.weigh == "lfh" and self.score_images is not None:
             count = min(self.score_images, count)
         size = min(SCORED_AT_ONCE, count)
+        if size > 1:
+            pair = samples.batch([0, 1]).to(run.device)
+            size = min(size, images_at_once(teacher.graph, pair, points, self._memory(run)))
 
         def compute() -> Scores:
             def batches() -> Any:
@@ -249,11 +256,15 @@ class Reconstruct(Optimising):
         compiles = [False, True] if run.device.type == "cuda" and self.gradual is None else [False]
         return [(p, c) for p in precisions for c in compiles]
 
+    def _memory(self, run: Run) -> int:
+        return self.step_memory or pass_budget(run.device)
+
     def _tuner(
         self, learner: Learner, targets: Targets, objective: Objective, samples: Views, run: Run, plan: _Plan
     ) -> Tuner:
         targets.precision = getattr(torch, plan.precision)
         tuner = Tuner(learner, targets, objective, samples, self, max(plan.steps, 1), run.device, run.seed)
+        tuner.fit_memory(self._memory(run))
         if plan.compiled:
             tuner.compile()
         return tuner
@@ -265,7 +276,11 @@ class Reconstruct(Optimising):
         checkpoint = _Checkpoint(run, plan)
         checkpoint.load(tuner)
         kept = self._keep_targets(tuner) if tuner.step < plan.steps else False
-        run.notes["reconstruct"] |= {"batch": tuner.batch, "teacher": "kept" if kept else "live"}
+        run.notes["reconstruct"] |= {
+            "batch": tuner.batch,
+            "at_once": tuner.at_once,
+            "teacher": "kept" if kept else "live",
+        }
         good, recent, decided = tuner.state_copy(), 0.0, ""
         started, first = time.perf_counter(), tuner.step
         try:

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from bitwright.errors import BitwrightError
 from bitwright.graph.points import Point
 from bitwright.losses import weighted_distance
+from bitwright.memory import saved_bytes
 from bitwright.quant.learned import rounding_regularizer
 from bitwright.stages.learner import Learner
 from bitwright.stages.schedules import Anneal, Harden, Learn
@@ -139,6 +140,8 @@ class Tuner:
         self.samples, self.settings, self.steps, self.device, self.seed = samples, settings, steps, device, seed
         self.step = 0
         self.fixed = 0.0
+        self.at_once = self.batch
+        """Samples in one forward pass; the rest of a batch follows, and gradients add up."""
         self.network: Callable[[Tensor], tuple[list[Tensor], list[Tensor]]] = learner
         self.of_point = learner.of_point()
         self.parts = _parts(learner, settings)
@@ -175,9 +178,19 @@ class Tuner:
 
     def backward(self, indices: Tensor, progress: float) -> float:
         """Gradients of the loss on a batch; the loss without regularizer."""
-        images = self.samples.batch(indices).to(self.device, memory_format=torch.channels_last)
         weights, mean = (t.to(self.device) for t in self.objective.batch(indices))
         self.learner.set_mix(*self.settings.mix(progress))
+        regularizer, loss = self._regularizer(mean, progress), 0.0
+        for start in range(0, len(indices), self.at_once):
+            part = slice(start, start + self.at_once)
+            distance = self._distance(indices[part], weights[part]) * (len(indices[part]) / len(indices))
+            loss += float(distance.detach())
+            torch.autograd.backward(distance + (regularizer if start == 0 else 0.0))
+        return loss
+
+    def _distance(self, indices: Tensor, weights: Tensor) -> Tensor:
+        """Weighted distances of these samples at all points, a scalar."""
+        images = self.samples.batch(indices).to(self.device, memory_format=torch.channels_last)
         teacher = self.targets(indices, images)
         with autocast(self.device, self.targets.precision):
             _, student = self.network(images)
@@ -186,12 +199,24 @@ class Tuner:
             for i, (point, a, b) in enumerate(zip(self.learner.points, student, teacher, strict=True))
         ]
         distance = torch.stack(terms).sum()
-        loss = float(distance.detach())
-        if not math.isfinite(loss):
+        if not math.isfinite(float(distance.detach())):
             broken = next(i for i, t in enumerate(terms) if not bool(torch.isfinite(t)))
             raise NotFiniteError(self.learner.points[broken].layer, self.step)
-        torch.autograd.backward(distance + self._regularizer(mean, progress))
-        return loss
+        return distance
+
+    def fit_memory(self, budget: int) -> None:
+        """Splits batches whose activations would take more than so many bytes for the backward pass, evenly.
+
+        The size of the parts follows from the network and the precision alone: two runs take the same.
+        """
+        few, more = (self._saved(n) for n in (1, 2)) if self.batch > 1 else (0, 1)
+        fitting = max(1, min(self.batch, budget // max(1, more - few)))
+        self.at_once = math.ceil(self.batch / math.ceil(self.batch / fitting))
+
+    def _saved(self, count: int) -> int:
+        images = self.samples.batch(range(count)).to(self.device, memory_format=torch.channels_last)
+        with autocast(self.device, self.targets.precision):
+            return saved_bytes(lambda: self.learner(images))
 
     def _regularizer(self, mean: Tensor, progress: float) -> Tensor | float:
         decide = self.settings.decide
