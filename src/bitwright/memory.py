@@ -21,7 +21,7 @@ PASS_BYTES = 4 << 30
 
 
 def pass_budget(device: torch.device) -> int:
-    """Bytes that a forward pass may keep for its backward pass: half of the memory, :data:`PASS_BYTES` at most on a CPU."""
+    """Bytes that a forward pass may keep: half of the memory, on a CPU :data:`PASS_BYTES` at most."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory // 2
     try:
