@@ -79,8 +79,10 @@ class QuantizedModel(nn.Module):
 
     @property
     def frozen(self) -> bool:
-        """Whether its parameters are integers."""
-        return any(isinstance(m, Frozen) for m in self.graph.modules())
+        """Whether its parameters are integers: those that are quantized, of which there may be none."""
+        return any(isinstance(m, Frozen) for m in self.graph.modules()) or not any(
+            map(_is_parameter, self.graph.graph.nodes)
+        )
 
     def freeze(self) -> QuantizedModel:
         """Puts integers in place of every quantized parameter (itself; does nothing the second time).
@@ -93,9 +95,9 @@ class QuantizedModel(nn.Module):
             if isinstance(module, Quantizer) and module.calibrated:
                 module.validate()
         for node in list(graph.nodes):
-            stored = node.args[0] if node.args else None
-            if node.op != "call_module" or not isinstance(stored, fx.Node) or stored.op != "get_attr":
+            if not _is_parameter(node):
                 continue
+            stored = node.args[0]
             quantizer = self.graph.get_submodule(str(node.target))
             assert isinstance(quantizer, Quantizer | BiasQuantizer)
             if not quantizer.calibrated:
@@ -151,6 +153,12 @@ class QuantizedModel(nn.Module):
         parity = export_checked(self, Path(path), images, force=force)
         renew_checksum(Path(path))
         return parity
+
+
+def _is_parameter(node: fx.Node) -> bool:
+    """Whether it is the quantizer of a stored tensor."""
+    stored = node.args[0] if node.args else None
+    return node.op == "call_module" and isinstance(stored, fx.Node) and stored.op == "get_attr"
 
 
 def insert_quantizers(teacher: Captured, scheme: Scheme) -> QuantizedModel:

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 import bitwright as bw
 from bitwright.errors import UsageError
 from bitwright.export.packed import ideal_bytes, load_packed, pack_bits, save_packed, unpack_bits
+from bitwright.quantized import insert_quantizers
 
 
 def quantized(name, **settings):
@@ -48,6 +49,21 @@ def test_other_granularities_survive(settings, tmp_path):
     save_packed(model, tmp_path / "m.safetensors")
     loaded, _ = load_packed(tmp_path / "m.safetensors")
     assert torch.equal(model.flat(cases.images())[0], loaded.flat(cases.images())[0])
+
+
+@pytest.mark.parametrize("activations", [8, None])
+def test_a_network_whose_weights_stay_float_is_written_as_it_is(activations, tmp_path):
+    model = quantized("residual", scheme=bw.Scheme(weights=None, activations=activations))
+    save_packed(model, tmp_path / "a.safetensors")
+    loaded, _ = load_packed(tmp_path / "a.safetensors")
+    x = cases.images(5)
+    assert all(torch.equal(a, b) for a, b in zip(model.flat(x), loaded.flat(x), strict=True))
+
+
+def test_a_network_that_is_not_frozen_is_refused(tmp_path):
+    model = insert_quantizers(cases.prepared("residual"), bw.Scheme())
+    with pytest.raises(UsageError, match="Expected a frozen model"):
+        save_packed(model, tmp_path / "a.safetensors")
 
 
 def test_stored_operands_of_sixteen_bits_survive(tmp_path):

@@ -84,12 +84,14 @@ def bits_text(bits: dict[str, Any]) -> str:
     Example:
         >>> bits_text({"weights": 4, "activations": None})
         'W4, activations in float'
+        >>> bits_text({"weights": None, "activations": None})
+        'all in float'
     """
     weights, activations = bits["weights"], bits["activations"]
     if "mixed" in (weights, activations):
         return "mixed precision"
     if weights is None:
-        return f"weights in float, A{activations}"
+        return f"weights in float, A{activations}" if activations else "all in float"
     return f"W{weights}A{activations}" if activations else f"W{weights}, activations in float"
 
 
