@@ -29,6 +29,8 @@ bench: .venv/.installed
 	$(BIN)/python -m benchmarks.reconstruct
 	$(BIN)/python -m benchmarks.scores
 	$(BIN)/python -m benchmarks.evolve
+	$(BIN)/python -m benchmarks.deploy --fresh
+	$(BIN)/python -m benchmarks.static
 
 # The site, in build/site.
 docs: .venv/.installed

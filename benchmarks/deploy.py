@@ -1,8 +1,8 @@
 """What files weigh against the bits in them, and whether they compute what was measured, for several networks and bits.
 
-Rows are added to a JSON file one by one, and what lies there already is not made again. A network is run in the
-simulation, in ONNX Runtime and in OpenVINO by bitwright's own checks: layer by layer, and as a whole one image at a
-time and eight at a time, graph optimisations off and on.
+Rows are added to a JSON file one by one, and what lies there already is not made again (but with ``--fresh``). A
+network is run in the simulation, in ONNX Runtime and in OpenVINO by bitwright's own checks: layer by layer, and as a
+whole one image at a time and eight at a time, graph optimisations off and on.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +81,14 @@ def main() -> None:
     parser.add_argument("--bits", nargs="*", default=[*BITS, MIXED], choices=[*BITS, MIXED])
     parser.add_argument("--recipe", default="optq")
     parser.add_argument("--out", type=Path, default=Path("build/deploy.json"))
+    parser.add_argument("--fresh", action="store_true", help="make rows again that are there already")
     parser.add_argument("--table", action="store_true", help="only print what is there")
     given = parser.parse_args()
     given.out.parent.mkdir(parents=True, exist_ok=True)
     rows = _read(given.out)
     for name in [] if given.table else given.networks or [*ZOO, *(ASSETS if given.assets else ())]:
+        if given.fresh:
+            rows[:] = [r for r in rows if r["network"] != name or r["bits"] not in given.bits]
         _network(name, given.bits, given.recipe, rows, given.out)
     print("\n\n".join((sizes_table(rows), parity_table(rows))))
 
@@ -285,7 +289,7 @@ def _read(path: Path) -> list[Row]:
 
 
 def _write(rows: list[Row], path: Path) -> None:
-    packages = ("torch", "onnxruntime", "openvino", "onnx")
+    packages = [p for p in ("torch", "onnxruntime", "openvino", "onnx") if find_spec(p)]
     found = {
         "date": date.today().isoformat(),
         "hardware": f"{cpu_name()}, {cores()} cores",
