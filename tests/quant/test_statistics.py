@@ -92,12 +92,28 @@ def test_zeros_then_values() -> None:
 
 
 def test_large_batches_are_sampled_evenly() -> None:
-    x = torch.arange(4 * SAMPLE, dtype=torch.float32).view(64, -1) + 1
+    x = torch.arange(64 * SAMPLE, dtype=torch.float32).view(16, -1) + 1
     statistics = streamed([x])
     middles, counts = statistics.histogram()
-    assert float(counts.sum()) <= SAMPLE
+    assert 0.7 * 16 * SAMPLE <= float(counts.sum()) <= 16 * SAMPLE
     assert float((middles * counts).sum() / counts.sum()) == pytest.approx(float(x.mean()), rel=1e-3)
-    assert (statistics.minimum, statistics.maximum) == (1.0, 4.0 * SAMPLE)
+    assert (statistics.minimum, statistics.maximum) == (1.0, 64.0 * SAMPLE)
+
+
+@pytest.mark.parametrize("sizes", [[1] * 12, [5, 7], [8, 4]])
+def test_the_histogram_does_not_depend_on_the_batches(sizes: list[int]) -> None:
+    """Images of very different ranges, the first without negative values, each larger than what is sampled of it."""
+    x = torch.randn(12, 3 * SAMPLE, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.01, 3, 12)[:, None]
+    x[0] = x[0].abs()
+    whole, cut = streamed([x]), streamed(list(x.split(sizes)))
+    for a, b in zip(whole.histogram(), cut.histogram(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_samples_of_many_images_cover_every_place() -> None:
+    places = torch.arange(5 * SAMPLE, dtype=torch.float32).expand(40, -1)
+    statistics = Statistics("layer")
+    assert len(statistics._sampled(places).unique()) == 5 * SAMPLE
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from bitwright.errors import DataError
 
 BINS = 8192
-SAMPLE = 2**15
+SAMPLE = 2**12
+SCATTER = 7919
+"""A prime that spreads the starts of neighbouring rows."""
 
 
 class Statistics:
     """Minimum, maximum and histogram of a stream of tensors.
 
-    The extremes are exact. The histogram counts at most ``SAMPLE`` evenly spaced elements of each batch; its range
-    starts with the first batch and doubles when a value falls outside, two bins becoming one, so that its bins are
-    never wider than 1/2048 of the largest magnitude seen.
+    The extremes are exact. The histogram counts at most ``SAMPLE`` evenly spaced elements of each index of the first
+    axis; its range is a power of two that doubles when a value falls outside, two bins becoming one, so that its bins
+    are never wider than 1/2048 of the largest magnitude seen. What it holds does not depend on how images were put
+    into batches.
 
     Args:
         name: the layer, for errors.
@@ -26,6 +31,7 @@ class Statistics:
         self.name = name
         self.minimum, self.maximum = 0.0, 0.0
         self.count = 0
+        self._rows = 0
         self._counts = torch.zeros(BINS, dtype=torch.float64)
         self._reach = 0.0
         self._two_sided = False
@@ -36,7 +42,7 @@ class Statistics:
         Raises:
             DataError: a value is not finite; names the layer.
         """
-        flat = _in_memory_order(x.detach()).reshape(-1)
+        flat = _in_memory_order(x.detach()).reshape(len(x) if x.dim() > 1 else 1, -1)
         low, high = (float(v) for v in torch.aminmax(flat))
         if not (abs(low) < float("inf") and abs(high) < float("inf")):
             raise DataError(
@@ -47,14 +53,24 @@ class Statistics:
         self.maximum = max(high, self.maximum) if self.count else high
         self.count += x.numel()
         self._grow(max(abs(low), abs(high)), low < 0)
+        chosen = self._sampled(flat)
         if self._reach == 0:
-            self._counts[0 if not self._two_sided else BINS // 2] += min(x.numel(), SAMPLE)
+            self._counts[0 if not self._two_sided else BINS // 2] += chosen.numel()
             return
-        stride = -(-flat.numel() // SAMPLE)
-        if stride > 1:
-            flat = flat[:: stride | 1]  # odd, so that it does not run along one column of a power-of-two image
-        start = -self._reach if self._two_sided else 0.0
-        self._counts += torch.histc(flat.float(), BINS, start, self._reach).double().cpu()
+        width = self._reach / (BINS // 2 if self._two_sided else BINS)  # a power of two: the division is exact
+        places = (chosen.float() / width).floor().long() + (BINS // 2 if self._two_sided else 0)
+        self._counts += torch.bincount(places.reshape(-1), minlength=BINS).double().cpu()
+
+    def _sampled(self, rows: Tensor) -> Tensor:
+        """At most ``SAMPLE`` elements of each row, [R, K] of [R, N]; where they start differs from row to row."""
+        first, self._rows = self._rows, self._rows + len(rows)
+        stride = -(-rows.shape[1] // SAMPLE)
+        if stride <= 1:
+            return rows
+        stride |= 1  # odd, so that it does not run along one column of a power-of-two image
+        starts = torch.arange(first, first + len(rows), device=rows.device) * SCATTER % stride
+        steps = torch.arange(rows.shape[1] // stride, device=rows.device) * stride
+        return rows.gather(1, starts[:, None] + steps)
 
     def _grow(self, magnitude: float, negative: bool) -> None:
         if negative and not self._two_sided:
@@ -62,8 +78,8 @@ class Statistics:
             self._counts = torch.cat([torch.zeros_like(halved), halved])
             self._two_sided = True
         if self._reach == 0:
-            self._reach = magnitude
-        while magnitude > self._reach:
+            self._reach = _above(magnitude)
+        while magnitude >= self._reach > 0:
             halved = self._counts.reshape(-1, 2).sum(1)
             if self._two_sided:
                 quarter = torch.zeros(BINS // 4, dtype=torch.float64)
@@ -84,6 +100,16 @@ class Statistics:
         middles[BINS // 2 if self._two_sided else 0] = 0.0
         filled = self._counts > 0
         return middles[filled].clamp(self.minimum, self.maximum), self._counts[filled]
+
+
+def _above(magnitude: float) -> float:
+    """The next power of two above a number; 0 for 0.
+
+    Example:
+        >>> _above(3.0), _above(4.0)
+        (4.0, 8.0)
+    """
+    return 2.0 ** math.frexp(magnitude)[1] if magnitude else 0.0
 
 
 def _in_memory_order(x: Tensor) -> Tensor:
