@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 import bitwright as bw
+from benchmarks.reconstruct import contiguous
 from bitwright.data import Images, load_images
 from bitwright.evaluation import class_scores, compare
 from bitwright.export.gap import open_file
@@ -78,11 +79,11 @@ def main() -> None:
     parser.add_argument("images", nargs="?", help="to calibrate with; labels in them are not looked at")
     parser.add_argument("--evaluate", help="other images, labelled")
     parser.add_argument("--labels", help="a CSV of file,class_index for them")
-    parser.add_argument("--recipes", default=",".join(RECIPES))
+    parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--steps", type=int, help="of a recipe that optimises")
-    parser.add_argument("--methods", default=",".join(METHODS), help="of quantize_static; the first is compared with")
-    parser.add_argument("--batches", default="1,32")
-    parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, help="the first is compared with")
+    parser.add_argument("--batches", nargs="+", type=int, default=(1, 32))
+    parser.add_argument("--threads", nargs="+", type=int, default=(1, 2))
     parser.add_argument(
         "--seconds", type=float, default=60.0, help="for each batch and number of threads; 0: no timing"
     )
@@ -130,9 +131,9 @@ def measure(reference: str, given: argparse.Namespace) -> Row:
 def _files(network: Model, images: Images, folder: Path, given: argparse.Namespace) -> dict[str, Entry]:
     """Float, ours by recipe, theirs by calibration method."""
     entries = {"float": _float(network, images, folder / "float.onnx")}
-    for recipe in given.recipes.split(","):
+    for recipe in given.recipes:
         entries[f"bitwright {recipe}"] = _ours(network, images, recipe, given.steps, folder / f"{recipe}.onnx")
-    for method in given.methods.split(","):
+    for method in given.methods:
         entries[f"quantize_static {method}"] = _theirs(
             entries["float"].path, images, method, folder / f"static_{method}.onnx"
         )
@@ -145,6 +146,7 @@ def _float(network: Model, images: Images, path: Path) -> Entry:
 
     started = time.perf_counter()
     model = bw.quantize(network, images[:2], "rtn", weights="float", activations="float", device="cpu")
+    contiguous(model.graph)  # of weights whose channels come last, the exporter makes a view out of strides at the end
     plain = path.with_name("exported.onnx")
     save_onnx(to_onnx(model), plain)
     quant_pre_process(str(plain), str(path))
@@ -248,8 +250,8 @@ def _timings(entries: dict[str, Entry], network: Model, images: Images, given: a
     """All files in turn, for each number of threads and batch; times over those of the rival in the same round."""
     rows = []
     rival = next(name for name in entries if name.startswith("quantize_static"))
-    for threads in map(int, given.threads.split(",")):
-        for size in map(int, given.batches.split(",")):
+    for threads in given.threads:
+        for size in given.batches:
             feed = {"images": images.batch(np.arange(size) % len(images)).numpy()}
             calls = [ONNXRUNTIME.load(e.path, threads, feed) for e in entries.values()]
             times = dict(zip(entries, in_turn(calls, given.seconds, least=LEAST, most=MOST), strict=True))
