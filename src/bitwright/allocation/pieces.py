@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from bitwright.export.clips import codes_of
 from bitwright.export.onnx import to_onnx
 from bitwright.graph import ops, rewrite
 from bitwright.graph.capture import Captured
@@ -252,7 +253,7 @@ def _open_borders(program: ir.Model) -> None:
     """Makes codes the file's input and output where it quantizes the one and the other."""
     graph = program.graph
     for node in [n for n in graph if n.op_type == "QuantizeLinear"]:
-        codes = node.outputs[0]
+        codes = codes_of(node)
         (reader,) = codes.uses()
         if reader.node.outputs[0].is_graph_output():
             graph.outputs[0] = codes

@@ -17,6 +17,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, fx
 
+from bitwright.export.clips import codes_of
 from bitwright.export.parity import activation_quantizers, session
 from bitwright.export.reference import FLOAT, run_reference
 from bitwright.graph import ops
@@ -25,7 +26,7 @@ from bitwright.quant.quantizer import Quantizer
 from bitwright.quantized import QuantizedModel
 
 BATCH = 8
-CARRIES = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze"})
+CARRIES = frozenset({"Clip", "Transpose", "Reshape", "Squeeze", "Unsqueeze"})
 """Operators of an optimized file that a kernel's codes may pass through."""
 PRODUCTS = frozenset({"MatMulNBits", "MatMulIntegerToFloat"})
 """Kernels of an optimized file that end in float, and compute by a rule that is worth naming."""
@@ -204,10 +205,10 @@ def _cut_at_codes(program: ir.Model, names: set[str]) -> tuple[ir.Model, list[st
     cut, found = program.clone(), []
     graph = cut.graph
     graph.outputs.clear()
-    for node in list(graph):
-        value = node.outputs[0]
+    for node in [n for n in graph if n.op_type == "QuantizeLinear"]:
+        value = codes_of(node)
         name = (value.name or "").removesuffix("/codes")
-        if node.op_type != "QuantizeLinear" or name not in names:
+        if name not in names:
             continue
         fed = ir.Value(name=f"{name}/fed", shape=value.shape, type=value.type)
         if value.uses():

@@ -18,6 +18,8 @@ from torch import Tensor, fx, nn
 
 import bitwright
 from bitwright.errors import UsageError
+from bitwright.export import clips
+from bitwright.export.clips import READS_INTEGER_BIAS, Span
 from bitwright.graph import rewrite
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Grid, Quantizer
 from bitwright.quantized import QuantizedModel
@@ -27,7 +29,6 @@ OPSET = 21
 LARGEST = 1_800_000_000
 """Bytes of tensors in one file: protocol buffers end at 2 GB."""
 MARK = "Mark"
-READS_INTEGER_BIAS = frozenset({"Conv", "Gemm"})
 Array = npt.NDArray[Any]
 
 
@@ -36,16 +37,17 @@ def to_onnx(model: QuantizedModel) -> ir.Model:
 
     PyTorch's exporter translates the operators; quantizers pass through it as marks, which are then replaced by
     integers and Q/DQ pairs. Weights of up to 4 bits are stored as INT4, wider ones as INT8; activations as
-    UINT8 or UINT16, with a Clip where their bits are fewer (ONNX Runtime 1.31 fails on a Clip before UINT4).
+    UINT8 or UINT16, with a Clip where their bits are fewer, on the codes wherever that is exact
+    (:mod:`bitwright.export.clips`). Clamping activations become such a Clip, or nothing if it would cover the type.
 
     Raises:
         UsageError: an operator has no translation; it is named.
     """
     marked, modules = _mark(model)
     program = _translate(marked, model)
+    _forget_provenance(program)
     _replace_marks(program, modules)
     _rename_outputs(program, model)
-    _forget_provenance(program)
     program.producer_name, program.producer_version = "bitwright", bitwright.__version__
     program.metadata_props.update(_metadata(model))
     return program
@@ -211,7 +213,7 @@ def _node(
 
 
 def _replace_activation(graph: ir.Graph, mark: ir.Node, name: str, quantizer: Quantizer) -> None:
-    """Clip (where the type is wider than the grid), QuantizeLinear, DequantizeLinear.
+    """QuantizeLinear and DequantizeLinear; Clip between or before them where codes are fewer than the type has.
 
     Signed grids are stored as unsigned ones with a zero point in the middle, the same values: ONNX Runtime turns
     signed activations into those on x86 anyway, and fails when a reshape stands between (1.31).
@@ -228,17 +230,18 @@ def _replace_activation(graph: ir.Graph, mark: ir.Node, name: str, quantizer: Qu
     step = _shared(graph, f"{quantizer.name}/scale", scale)
     point = _shared(graph, f"{quantizer.name}/zero_point", (zero + middle).astype(_NUMPY[kind]))
     factors = (quantizer.scale / quantizer.scale.min()).numpy()
+    span = Span(scale, int(zero) + middle, grid.qmin + middle, grid.qmax + middle)
+    on_codes = kind == ir.DataType.UINT8 and not clips.has_float_bias(source)  # no Clip on UINT16 in ONNX Runtime 1.31
+    clamp = None
     if factors.size > 1:
         divisors = _shared(graph, f"{quantizer.name}/reciprocals", 1 / factors)
         source = _node(graph, mark, "Mul", [source, divisors], f"{name}/reduced")
-    if grid.bits not in {8, 16}:
-        bounds = [
-            _shared(graph, f"{quantizer.name}/{end}", ((code - zero) * scale).astype(np.float32))
-            for end, code in (("low", grid.qmin), ("high", grid.qmax))
-        ]
-        source = _node(graph, mark, "Clip", [source, *bounds], f"{name}/clipped")
-    codes = _node(graph, mark, "QuantizeLinear", [source, step, point], f"{name}/codes")
-    codes.type, codes.shape = ir.TensorType(kind), old.shape
+    elif on_codes:
+        source, clamp = clips.clamp_before(source)
+    if not on_codes and grid.bits not in {8, 16}:
+        ends = [_shared(graph, f"{quantizer.name}/{e}", span.value(c)) for e, c in _ends(span)]
+        source = _node(graph, mark, "Clip", [source, *ends], f"{name}/clipped")
+    codes = _codes(graph, mark, name, [source, step, point], old.shape, span if on_codes else None, clamp)
     output = f"{name}/value"
     value = _node(graph, mark, "DequantizeLinear", [codes, step, point], output if factors.size == 1 else f"{name}/one")
     if factors.size > 1:
@@ -246,6 +249,35 @@ def _replace_activation(graph: ir.Graph, mark: ir.Node, name: str, quantizer: Qu
     value.type, value.shape = old.type, old.shape
     old.replace_all_uses_with(value, replace_graph_outputs=True)
     graph.remove(mark, safe=True)
+
+
+def _codes(
+    graph: ir.Graph,
+    mark: ir.Node,
+    name: str,
+    inputs: list[ir.Value],
+    shape: ir.Shape | None,
+    span: Span | None,
+    clamp: clips.Clamp | None,
+) -> ir.Value:
+    """QuantizeLinear, and a Clip of its 8-bit codes where span and clamp leave fewer of them."""
+    left = span.within(clamp) if span is not None and clamp is not None else span
+    narrow = left is not None and (left.low, left.high) != (0, 255)
+    codes = _node(graph, mark, "QuantizeLinear", inputs, f"{name}/{'rounded' if narrow else 'codes'}")
+    assert inputs[2].dtype is not None
+    codes.type, codes.shape = ir.TensorType(inputs[2].dtype), shape
+    if clamp is not None:
+        clips.note(codes, clamp)
+    if left is None or not narrow:
+        return codes
+    ends = [_initializer(graph, f"{name}/{e}", np.asarray(c, np.uint8)) for e, c in _ends(left)]
+    clipped = _node(graph, mark, "Clip", [codes, *ends], f"{name}/codes")
+    clipped.type, clipped.shape = codes.type, shape
+    return clipped
+
+
+def _ends(span: Span) -> tuple[tuple[str, int], tuple[str, int]]:
+    return ("low", span.low), ("high", span.high)
 
 
 def _shared(graph: ir.Graph, name: str, array: Array) -> ir.Value:

@@ -8,7 +8,7 @@ Sums are exact, biases are integers of the accumulator, and codes come from it b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from bitwright.errors import UsageError
 from bitwright.export import reference_rules as rules
+from bitwright.export.clips import Clamp
 from bitwright.export.reference_rules import RULES, Codes, Grid, Rules
 from bitwright.graph import ops
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
@@ -23,7 +24,6 @@ from bitwright.quantized import QuantizedModel
 
 FLOAT = "float"
 """Kernel of a tensor whose codes come from a float value."""
-EPSILON = float(torch.finfo(torch.float32).eps)
 
 
 @dataclass
@@ -70,7 +70,7 @@ def run_reference(
     """
     if runtime not in RULES:
         raise UsageError(f"Expected the rules of a runtime out of {', '.join(RULES)}, found '{runtime}'.")
-    if not model.frozen and any(isinstance(m, Quantizer) and m.calibrated for m in model.graph.modules()):
+    if not model.frozen:
         raise UsageError("Expected a frozen model, found one whose parameters are float. Call freeze() first.")
     reference = _Reference(model.graph, RULES[runtime], feed or {}, keep)
     with torch.no_grad():
@@ -109,14 +109,12 @@ class _Pending:
     value: Tensor
     kernel: str | None = None
     codes: Callable[[Grid], Tensor] | None = None
-    low: float = float("-inf")
-    high: float = float("inf")
+    clamp: Clamp = field(default_factory=Clamp)
 
-    def covers(self, grid: Grid) -> bool:
-        """Whether clamping changes no value that the grid holds, so that the runtime leaves it out."""
-        low = float((grid.low - grid.zero_point) * grid.scale)
-        high = float((grid.high - grid.zero_point) * grid.scale)
-        return self.low <= low + EPSILON and self.high >= high - EPSILON
+    def clipped(self, codes: Tensor, grid: Grid) -> Tensor:
+        """Codes of the accumulator as clamping leaves them: the clamp is one of codes, as in the file."""
+        low, high = (rules.quantize_linear(torch.tensor(b, dtype=torch.float32), grid) for _, b in self.clamp.ends())
+        return torch.minimum(torch.maximum(codes, low), high)
 
 
 def _grid(quantizer: Quantizer) -> Grid:
@@ -156,8 +154,8 @@ class _Reference(fx.Interpreter):
         if not quantizer.calibrated:
             return x
         grid, kernel = _grid(quantizer), FLOAT
-        if self._takes(x, quantizer, grid):
-            kernel, codes = x.kernel, x.codes(grid)
+        if self._takes(x, quantizer):
+            kernel, codes = x.kernel, x.clipped(x.codes(grid), grid)
         else:
             codes = rules.quantize_linear(self._real(x).to(self.how.precision), grid)
         codes = codes - (grid.low - quantizer.grid.qmin)
@@ -168,11 +166,11 @@ class _Reference(fx.Interpreter):
         coded = _Coded(codes - quantizer.expanded()[1].double(), quantizer)
         return coded if quantizer.scale.numel() == 1 else coded.value(self.how.precision)
 
-    def _takes(self, x: Any, quantizer: Quantizer, grid: Grid) -> bool:
+    def _takes(self, x: Any, quantizer: Quantizer) -> bool:
         """Whether the kernel before gives these codes itself."""
         if not isinstance(x, _Pending) or x.codes is None or quantizer.scale.numel() != 1:
             return False
-        return quantizer.grid.bits in self.how.output_bits and x.covers(grid)
+        return quantizer.grid.bits in self.how.output_bits
 
     def _real(self, x: Any) -> Any:
         """The float value of anything that an operator may read."""
@@ -232,12 +230,12 @@ class _Reference(fx.Interpreter):
         return _each(result, lambda x: _Coded(x, source.quantizer) if _is_float(x) else x)
 
     def _activation(self, node: fx.Node, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Pending:
-        """What only clamps may be left to the quantizer; anything else ends the integer kernel."""
-        value, bounds = self._float(node, args, kwargs), _bounds(name, args)
-        if bounds is None or len(node.users) > 1:
+        """What only clamps is left to the quantizer; anything else ends the integer kernel."""
+        value, clamp = self._float(node, args, kwargs), _clamp(name, args)
+        if clamp is None or len(node.users) > 1:
             return _Pending(value)
         x: _Pending = args[0]
-        return _Pending(value, x.kernel, x.codes, max(x.low, bounds[0]), min(x.high, bounds[1]))
+        return _Pending(value, x.kernel, x.codes, clamp.after(x.clamp))
 
     def _pair(self, node: fx.Node, name: str, value: Tensor, a: _Coded, b: _Coded) -> _Pending:
         kernel, arithmetic = self.how.pairs[name]
@@ -310,18 +308,18 @@ def _each(values: Any, function: Callable[[Any], Any]) -> Any:
     return function(values)
 
 
-def _bounds(name: str, args: tuple[Any, ...]) -> tuple[float, float] | None:
+def _clamp(name: str, args: tuple[Any, ...]) -> Clamp | None:
     """Between what an activation clamps; None if it does more."""
     low, high = (args[1] if len(args) > 1 else None), (args[2] if len(args) > 2 else None)
     if any(x is not None and not isinstance(x, int | float) for x in (low, high)):
         return None
     if name == "relu":
-        return 0.0, float("inf")
+        return Clamp(low=0.0)
     if name == "relu6":
-        return 0.0, 6.0
+        return Clamp(0.0, 6.0)
     if name == "hardtanh":
-        return (-1.0 if low is None else float(low)), (1.0 if high is None else float(high))
+        return Clamp(-1.0 if low is None else float(low), 1.0 if high is None else float(high))
     if name in {"clamp", "clamp_min", "clamp_max"}:
         low, high = (None, low) if name == "clamp_max" else (low, high)
-        return float("-inf" if low is None else low), float("inf" if high is None else high)
+        return Clamp(float("-inf" if low is None else low), float("inf" if high is None else high))
     return None

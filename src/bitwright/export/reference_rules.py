@@ -148,7 +148,7 @@ ONNXRUNTIME = Rules(
     pairs={"add": ("QLinearAdd", add), "mul": ("QLinearMul", multiply)},
     pools={"avg_pool2d": "QLinearAveragePool"},
     weight_bits=(5, 6, 7, 8),
-    output_bits=(8,),
+    output_bits=(2, 3, 4, 5, 6, 7, 8),
 )
 GENERIC = Rules("generic", torch.float64, sums={}, to_float={}, pairs={}, pools={}, weight_bits=(), output_bits=())
 """Nothing is rounded but codes: accumulators are rescaled by ``s_x s_w / s_y`` in float64."""

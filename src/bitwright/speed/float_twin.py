@@ -9,6 +9,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from bitwright.errors import UsageError
+from bitwright.export.clips import Clamp, codes_of, noted
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 Array = npt.NDArray[Any]
@@ -17,7 +18,8 @@ Array = npt.NDArray[Any]
 def float_twin(program: ir.Model) -> ir.Model:
     """Takes the quantizers out of a file that bitwright exported.
 
-    Stored integers become the float values that they stand for; activations pass unchanged. What remains is the float
+    Stored integers become the float values that they stand for; activations pass unchanged, clamped where a
+    clamping operator was left to their codes. What remains is the float
     network as it was prepared for quantization, batch norms folded into weights, but with the rounded weights: how fast
     it runs does not depend on their values, what it computes does.
 
@@ -47,11 +49,7 @@ def _floats(graph: ir.Graph, node: ir.Node) -> ir.Value:
     codes, scale, *zero = [v.const_value.numpy() for v in node.inputs if v is not None and v.const_value is not None]
     settings = {a.name: a.as_int() for a in node.attributes.values()}
     array = dequantized(codes, scale, zero[0] if zero else None, settings.get("axis", 1), settings.get("block_size", 0))
-    name = f"{node.outputs[0].name}/float"
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.FLOAT))
-    value.const_value = ir.Tensor(array, name=name)
-    graph.register_initializer(value)
-    return value
+    return _initializer(graph, f"{node.outputs[0].name}/float", array)
 
 
 def dequantized(codes: Array, scale: Array, zero: Array | None, axis: int = 1, block: int = 0) -> Array:
@@ -81,22 +79,50 @@ def dequantized(codes: Array, scale: Array, zero: Array | None, axis: int = 1, b
 
 
 def _pass_through(graph: ir.Graph, quantize: ir.Node) -> None:
-    """Joins what an activation's quantizer reads to what reads its value.
+    """Joins what an activation's quantizer reads to what reads its value, by the clamp that its codes stand for.
 
-    The exporter writes ``[Mul] [Clip] QuantizeLinear DequantizeLinear [Mul]`` and names each step after the quantizer.
+    The exporter writes ``[Mul] [Clip] QuantizeLinear [Clip] DequantizeLinear [Mul]`` and names each step after the
+    quantizer.
     """
-    name = (quantize.outputs[0].name or "").removesuffix("/codes")
+    codes = codes_of(quantize)
+    name = (codes.name or "").removesuffix("/codes")
     source = quantize.inputs[0]
     while source is not None and source.name in {f"{name}/clipped", f"{name}/reduced"}:
         producer = source.producer()
         assert producer is not None
         source = producer.inputs[0]
-    for use in quantize.outputs[0].uses():
+    clamp = noted(quantize)
+    if source is not None and clamp is not None:
+        source = _clamped(graph, quantize, source, clamp, f"{name}/clamped")
+    for use in codes.uses():
         value = use.node.outputs[0]
         if value.name == f"{name}/one":
             value = next(iter(value.uses())).node.outputs[0]
         if source is not None and use.node.op_type == DEQUANTIZE:
             value.replace_all_uses_with(source, replace_graph_outputs=True)
+
+
+def _clamped(graph: ir.Graph, before: ir.Node, source: ir.Value, clamp: Clamp, name: str) -> ir.Value:
+    """The activation that the exporter left to the codes."""
+    relu = clamp == Clamp(low=0.0)
+    ends = [] if relu else [_number(graph, f"{name}/{end}", bound) for end, bound in clamp.ends()]
+    node = ir.node("Relu" if relu else "Clip", [source, *ends], name=name)
+    node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = name, source.type, source.shape
+    graph.insert_before(before, node)
+    return node.outputs[0]
+
+
+def _number(graph: ir.Graph, name: str, number: float) -> ir.Value | None:
+    if not np.isfinite(number):
+        return None
+    return _initializer(graph, name, np.asarray(number, np.float32))
+
+
+def _initializer(graph: ir.Graph, name: str, array: Array) -> ir.Value:
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.FLOAT))
+    value.const_value = ir.Tensor(array, name=name)
+    graph.register_initializer(value)
+    return value
 
 
 def _drop_unused(graph: ir.Graph) -> None:

@@ -1,0 +1,180 @@
+"""Clamping on codes: equal to clamping floats, integer kernels before it, and the float twin clamps again."""
+
+import itertools
+import math
+from collections import Counter
+
+import cases
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from torch import nn
+
+import bitwright as bw
+from bitwright.export.arbiter import CutRuntime, simulated_codes
+from bitwright.export.clips import NOTE, Clamp, Span, bounds, clamp_before
+from bitwright.export.onnx import save_onnx, to_onnx
+from bitwright.export.parity import activation_quantizers, compare_layers, session
+from bitwright.export.reference import run_reference
+from bitwright.speed.float_twin import float_twin
+from bitwright.speed.kernels import kernels, products
+
+INF = math.inf
+
+
+class Clamped(nn.Module):
+    """Three convolutions and a linear operator, each with a clamping activation of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.middle, self.last = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1)
+        self.linear, self.head = nn.Linear(16, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = nn.functional.hardtanh(self.stem(x), -0.4, 0.3)
+        x = nn.functional.relu6(8 * self.middle(x) + 2)
+        x = self.last(x).clamp_min(-0.1)
+        return self.head(self.linear(x.flatten(1)).clamp(max=0.2))
+
+
+def clamped(wide=None, **settings):
+    """Quantized; ``wide`` stretches the range of every clamped layer, so that clamps lie inside of it."""
+    torch.manual_seed(3)
+    model = bw.quantize(Clamped().eval(), cases.dataset(), "mse", scheme=bw.Scheme(**settings))
+    if wide:
+        for quantizer in activation_quantizers(model).values():
+            middle = 0 if quantizer.grid.symmetric else (quantizer.grid.qmax + 1) // 3
+            quantizer.set_range(wide * quantizer.scale, torch.tensor(float(middle)))
+    return model
+
+
+def by_hand(x, quantizer, clamp):
+    """Codes of floats in numpy: clamp, divide, round half to even, shift, saturate."""
+    steps = np.rint(np.clip(x, *clamp).astype(np.float32) / np.float32(quantizer.scale.item()))
+    return np.clip(steps + int(quantizer.zero_point), quantizer.grid.qmin, quantizer.grid.qmax)
+
+
+def test_clipping_codes_is_clipping_floats():
+    generator = np.random.default_rng(0)
+    for _ in range(300):
+        scale = np.float32(generator.uniform(0.01, 1))
+        low, high = sorted(generator.integers(0, 256, 2))
+        span = Span(scale, int(generator.integers(0, 256)), int(low), int(high))
+        a, b = sorted(generator.choice([-INF, INF, *(generator.normal(size=4) * 60)], 2, replace=False))
+        x = np.concatenate([generator.normal(size=200) * 80, (np.arange(-300, 300) + 0.5) * scale]).astype(np.float32)
+        codes = lambda v: np.clip(np.rint(v.astype(np.float32) / scale) + span.zero, low, high)  # noqa: E731, B023
+        left = span.within(Clamp(a, b))
+        clipped = np.clip(np.clip(np.rint(x / scale) + span.zero, 0, 255), left.low, left.high)
+        assert np.array_equal(codes(np.clip(x, np.float32(a), np.float32(b))), clipped)
+
+
+def test_two_clamps_are_one():
+    x = np.linspace(-9, 9, 181)
+    ends = (-INF, -6.0, 0.0, 1.0, 6.0, INF)
+    for (a, b), (c, d) in itertools.product(itertools.combinations(ends, 2), repeat=2):
+        both = Clamp(c, d).after(Clamp(a, b))
+        assert np.array_equal(np.clip(np.clip(x, a, b), c, d), np.clip(x, both.low, both.high))
+
+
+@pytest.mark.parametrize(
+    ("settings", "wide"),
+    [({"activations": 8}, 2.5), ({"activations": 5}, None), ({"activations": 6, "activation_grid": "symmetric"}, 1.5)],
+)
+def test_clamped_layers_are_integer_kernels_and_give_the_codes_of_floats(settings, wide, tmp_path):
+    model = clamped(wide, **settings)
+    program, images = to_onnx(model), cases.images(6)
+    save_onnx(program, tmp_path / "m.onnx")
+    assert products(kernels(tmp_path / "m.onnx")) == {"integer": 5, "float": 0}
+    simulated = simulated_codes(model, images)
+    reference = run_reference(model, images, feed=simulated).layers
+    with CutRuntime(model, program) as cut:
+        found = cut.run(simulated, images)
+    assert set(found) == set(simulated) == set(reference)
+    for name, codes in found.items():
+        assert int((codes - simulated[name]).abs().max()) <= 1, name  # summation in float32
+        if reference[name].kernel != "float":
+            assert torch.equal(codes, reference[name].codes), name
+    assert {reference[n].kernel for n in found} >= {"QLinearConv", "QGemm"}
+    plain = compare_layers(model, program, images)
+    assert all(layer.max_steps <= 1 and layer.differing_fraction <= 1e-3 for layer in plain)
+
+
+def test_codes_of_a_clamp_inside_the_range_by_hand():
+    model = clamped(2.5)
+    quantizers, images = activation_quantizers(model), cases.images(6)
+    codes = simulated_codes(model, images)
+    names = list(codes)
+    first, second = names[:2]
+    x = quantizers[first].scale * (codes[first] - quantizers[first].zero_point)
+    weight, bias = (model.graph.get_submodule(f"{n}")() for n in frozen_names(model, "stem"))
+    sums = torch.conv2d(x.double(), weight.double(), bias.double(), 2, 1).numpy()
+    expected = by_hand(sums, quantizers[second], (-0.4, 0.3))
+    with CutRuntime(model, to_onnx(model)) as cut:
+        found = cut.run(codes, images)[second].numpy()
+    assert np.abs(found - expected).max() <= 1
+    assert (found != expected).mean() < 2e-3
+    assert (found.min(), found.max()) == (expected.min(), expected.max())
+    assert found.max() < quantizers[second].grid.qmax  # the clamp's bounds, not the grid's
+    assert found.min() > quantizers[second].grid.qmin
+
+
+def frozen_names(model, layer):
+    node = next(n for n in model.graph.graph.nodes if n.op == "call_function" and n.meta.get("layer") == layer)
+    return [str(a.target) for a in node.args[1:3]]
+
+
+def test_the_twin_has_the_clamps_of_the_network():
+    model = clamped(2.5)
+    twin = float_twin(to_onnx(model))
+    found = Counter((c.low, c.high) for n in twin.graph if (c := bounds(n)) is not None)
+    expected = Counter([(-0.4, 0.3), (0.0, 6.0), (-0.1, INF), (-INF, 0.2)])
+    near = lambda c: Counter({tuple(round(b, 5) for b in k): v for k, v in c.items()})  # noqa: E731
+    assert near(found) == near(expected)
+    for quantizer in activation_quantizers(model).values():
+        quantizer.forward = lambda x: x
+    with torch.no_grad():
+        expected = model.flat(cases.images())[0].numpy()
+    with session(twin, optimize=False) as runtime:
+        (outputs,) = runtime.run(None, {"images": cases.images().numpy()})
+    np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_clamp_that_covers_the_type_leaves_nothing_behind():
+    program = to_onnx(bw.quantize(cases.model("residual"), cases.dataset(), "mse"))
+    assert not {"Relu", "Clip"} & {n.op_type for n in program.graph}
+    assert [n.op_type for n in float_twin(program).graph].count("Relu") == 2
+    assert sum(NOTE in n.metadata_props for n in program.graph) == 2
+
+
+def relu(*, readers, is_output=False):
+    """``Relu -> QuantizeLinear``, and what else reads the clamp."""
+    given = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([2]))
+    clamp = ir.node("Relu", [given])
+    ends = [ir.node("Identity", [clamp.outputs[0]]) for _ in range(readers)]
+    results = [e.outputs[0] for e in ends] + ([clamp.outputs[0]] if is_output else [])
+    return given, clamp.outputs[0], ir.Graph([given], results, nodes=[clamp, *ends], opset_imports={"": 18})
+
+
+def test_a_clamp_that_something_else_reads_stays():
+    given, value, graph = relu(readers=1)
+    assert clamp_before(value) == (given, Clamp(low=0.0))
+    for options in ({"readers": 2}, {"readers": 1, "is_output": True}):
+        _, value, graph = relu(**options)
+        assert clamp_before(value) == (value, None)
+    assert len(list(graph)) == 2
+
+
+@pytest.mark.parametrize(("weights", "activations"), [(8, 4), (4, 8), (8, 16)])
+def test_no_clip_of_codes_where_it_would_round_a_bias_or_has_no_kernel(weights, activations):
+    """Biases beside less than 13 bits are float; ONNX Runtime has no Clip of 16-bit codes."""
+    program = to_onnx(clamped(weights=weights, activations=activations))
+    after = {
+        op: Counter(u.node.op_type for n in program.graph if n.op_type == op for u in n.outputs[0].uses())
+        for op in ("Conv", "Gemm")
+    }
+    assert after["Conv"]["Clip"] == (3 if activations == 4 else 2)  # a scaling follows the third
+    assert after["Gemm"]["Clip"] == 1
+    on_codes = [n for n in program.graph if n.op_type == "Clip" and n.inputs[0].dtype != ir.DataType.FLOAT]
+    assert {n.inputs[0].dtype for n in on_codes} <= {ir.DataType.UINT8}
+    assert (activations == 16) == (not on_codes)
