@@ -20,12 +20,15 @@ import bitwright
 from bitwright.errors import UsageError
 from bitwright.export import clips
 from bitwright.export.clips import READS_INTEGER_BIAS, Span
-from bitwright.graph import rewrite
+from bitwright.graph import ops, rewrite
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Grid, Quantizer
 from bitwright.quantized import QuantizedModel
 
-OPSET = 21
-"""The first with 4-bit integers and grouped scales."""
+OPSET, OPSET_OF_GELU, OPSET_OF_INT4 = 18, 20, 21
+"""The first that PyTorch's exporter writes; the first with Gelu, whose parts ONNX Runtime 1.31 does not join into one
+kernel; the first with 4-bit integers, grouped scales and 16-bit codes. Older runtimes read the lower ones."""
+IR_VERSIONS = {OPSET: 8, OPSET_OF_GELU: 9, OPSET_OF_INT4: 10}
+"""Of the file format: the one that came with each."""
 LARGEST = 1_800_000_000
 """Bytes of tensors in one file: protocol buffers end at 2 GB."""
 MARK = "Mark"
@@ -44,7 +47,7 @@ def to_onnx(model: QuantizedModel) -> ir.Model:
         UsageError: an operator has no translation; it is named.
     """
     marked, modules = _mark(model)
-    program = _translate(marked, model)
+    program = _translate(marked, model, opset(model))
     _forget_provenance(program)
     _replace_marks(program, modules)
     _rename_outputs(program, model)
@@ -116,7 +119,27 @@ def _float_value(graph: fx.GraphModule, node: fx.Node, module: nn.Module) -> fx.
     return graph.graph.get_attr(target)
 
 
-def _translate(marked: fx.GraphModule, model: QuantizedModel) -> ir.Model:
+def opset(model: QuantizedModel) -> int:
+    """The lowest version of ONNX's operators that has all the model needs, and that costs nothing in speed."""
+    for module in model.freeze().graph.modules():
+        if isinstance(module, Frozen) and isinstance(module.quantizer, Quantizer):
+            if storage(module.quantizer.grid) in {ir.DataType.INT4, ir.DataType.UINT4} or _in_blocks(module):
+                return OPSET_OF_INT4
+        elif isinstance(module, Quantizer) and module.calibrated and module.grid.bits > 8:
+            return OPSET_OF_INT4
+    return OPSET_OF_GELU if any(ops.base_name(n) == "gelu" for n in model.graph.graph.nodes) else OPSET
+
+
+def _in_blocks(frozen: Frozen) -> bool:
+    """Whether its scales are others than one, or one for each index of an axis."""
+    quantizer = frozen.quantizer
+    assert isinstance(quantizer, Quantizer)
+    if quantizer.scale.numel() == 1 or quantizer.block is None:
+        return False
+    return [b for b, d in zip(quantizer.block, frozen.codes.shape, strict=True) if b < d] != [1]
+
+
+def _translate(marked: fx.GraphModule, model: QuantizedModel, version: int) -> ir.Model:
     example = torch.zeros(2, *model.input_shape)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
@@ -127,13 +150,14 @@ def _translate(marked: fx.GraphModule, model: QuantizedModel) -> ir.Model:
                 (example,),
                 dynamo=True,
                 dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
-                opset_version=OPSET,
+                opset_version=version,
                 verbose=False,
                 input_names=["images"],
             )
     except Exception as error:
         raise UsageError(f"This network cannot be written as ONNX: {_reason(error)}.") from error
     assert program is not None
+    program.model.ir_version = IR_VERSIONS[version]
     return program.model
 
 
