@@ -368,6 +368,7 @@ def quantize(
             scheme,
             recipe,
             plan=planned,
+            plan_file=plan,
             goal=goal,
             cache=cache,
             samples=samples,
@@ -778,6 +779,7 @@ def compare(
             images,
             scheme,
             plan=planned,
+            plan_file=plan,
             samples=samples,
             steps=None if steps is None else (steps,),
             minutes=minutes,
@@ -818,7 +820,7 @@ def report(
 ) -> None:
     """Writes report.html of a run again, or a page that compares several runs: accuracy against size.
 
-    Takes what the run left (result.json, report.json and, if there is one, bench.json); needs neither the model nor
+    Takes what the run left (result.json, report.json, bench.json and parity.json if there are); needs no model and no
     images. The page is one file and opens offline.
 
     Example, after `bitwright demo`: `bitwright report demo/fashion_cnn`

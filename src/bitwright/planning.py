@@ -40,6 +40,8 @@ as :data:`WORK` allows."""
 WORK = 4e12
 """Multiply-accumulates for measuring, about: minutes on two cores."""
 POINTS = 33
+SHOWN = 17
+"""Points of the curve that the result of a run keeps for its page."""
 UNIFORM = 4
 """Bits of weights: without a limit, a plan is as large as the network with these everywhere."""
 SLACK, SLACK_BYTES = 0.005, 256
@@ -122,6 +124,14 @@ class Planning:
     def _point(self, plan: Plan) -> dict[str, float]:
         predicted = plan.predicted or {}
         return {**predicted, "compression": self.float_bytes / predicted["weight_bytes"]}
+
+    def outline(self) -> dict[str, Any]:
+        """The curve and uniform bits without the bits of layers, as a result keeps them."""
+        return {
+            "along": self.along,
+            "points": [p.predicted for p in self.curve],
+            "uniform": [{"bits": b, **(p.predicted or {})} for b, p in self.uniform.items()],
+        }
 
     def at(self, point: int) -> Planning:
         """The same with a point of the curve as the plan; the first is 1.
@@ -370,15 +380,15 @@ def decide(
     """
     kept = folder or state
     if goal.max_drop is None:
-        found = planned(teacher, scheme, images, goal, method, run, points=0, latency=latency, folder=kept)
-        return found.plan, found.facts()
+        found = planned(teacher, scheme, images, goal, method, run, points=SHOWN, latency=latency, folder=kept)
+        return found.plan, {**found.facts(), "curve": found.outline()}
     trials.check_answers(teacher, images, goal.max_drop)
     fit, _ = trials.halves(images)
     found = planned(teacher, scheme, fit, goal, method, run, latency=latency, folder=kept)
     teacher.graph.to(run.device)
     base = open_scheme(scheme, goal)
     plan, estimate = trials.smallest(teacher, found.curve, base, method, images, goal.max_drop, run, state)
-    return plan, {**replace(found, plan=plan).facts(), "estimate": estimate}
+    return plan, {**replace(found, plan=plan).facts(), "curve": found.outline(), "estimate": estimate}
 
 
 def open_scheme(scheme: Scheme, goal: Goal) -> Scheme:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,14 @@ from typing import Any
 from bitwright.allocation.solve import amount
 from bitwright.commands.tables import bytes_text, percent
 from bitwright.metrics import wilson_interval
+from bitwright.plan import Plan
 from bitwright.terminal import Terminal
 
 TOLERANCE = 0.02
 """Of the file's size against the plan's."""
+CURVE = "pareto.json"
+KEPT = frozenset({"bits", "loss", "weight_bytes", "activation_bytes", "total_bytes", "bit_operations", "latency"})
+"""Of a point of the curve, what a run keeps."""
 
 
 def scores(cache: Path | None) -> Path:
@@ -20,6 +25,32 @@ def scores(cache: Path | None) -> Path:
     named = os.environ.get("BITWRIGHT_CACHE")
     default = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "bitwright"
     return cache or default
+
+
+def curve_beside(file: Path | None) -> dict[str, Any] | None:
+    """The curve in ``pareto.json`` beside a plan, without the bits of layers; None where there is none of this plan.
+
+    Args:
+        file: the plan, or its folder. ``chosen`` is None if its bits are no longer those that were planned.
+    """
+    if file is None:
+        return None
+    folder = file if file.is_dir() else file.parent
+    try:
+        found, plan = json.loads((folder / CURVE).read_text(encoding="utf-8")), Plan.read(file)
+        chosen = found["chosen"]
+        if plan.predicted is None or plan.predicted["loss"] != chosen["loss"]:
+            return None
+        bare = {k: [{n: v for n, v in p.items() if n in KEPT} for p in found[k]] for k in ("points", "uniform")}
+        return {"along": found["along"], **bare, "chosen": plan.predicted if _unchanged(plan, chosen) else None}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _unchanged(plan: Plan, chosen: dict[str, Any]) -> bool:
+    layers = plan.layers
+    weights = all((w := layers[n].weight) and w.bits == b for n, b in chosen["weights"].items())
+    return weights and all((a := layers[n].activation) and a.bits == b for n, b in chosen["activations"].items())
 
 
 def compare(result: dict[str, Any], terminal: Terminal) -> None:

@@ -55,6 +55,8 @@ class Job:
     """With the plan in it."""
     recipe: str | None = None
     plan: Plan | None = None
+    plan_file: Path | None = None
+    """Where the plan was read."""
     goal: Goal | None = None
     """Limits within which a plan is made first."""
     cache: Path | None = None
@@ -126,7 +128,8 @@ def quantize(job: Job, terminal: Terminal) -> tuple[dict[str, Any], Path, Bitwri
         else:
             terminal.farewell = "Interrupted before the first stage was finished: nothing is kept."
         raise
-    write_beside(model, inputs.evaluation, answers, folder, terminal, pictures=job.pictures)
+    curve = plans.curve_beside(job.plan_file)
+    write_beside(model, inputs.evaluation, answers, folder, terminal, pictures=job.pictures, curve=curve)
     return model.result, folder, failure
 
 

@@ -62,6 +62,7 @@ def write_beside(
     terminal: Terminal,
     *,
     pictures: bool,
+    curve: dict[str, Any] | None = None,
 ) -> None:
     """``report.html`` of a run that was just written, and what it is made from; no failure here undoes the run.
 
@@ -72,6 +73,7 @@ def write_beside(
         folder: of the run.
         terminal: for progress.
         pictures: whether the page shows a few of the images.
+        curve: that the run's plan was chosen from, if it came from a file.
     """
     terminal.begin("Writing the report")
     terminal.farewell = f"Interrupted. The run is complete but for its page: bitwright report {folder}"
@@ -79,6 +81,7 @@ def write_beside(
     try:
         assert images is not None
         found = facts.gather(model, images, answers, folder, pictures=pictures)
+        found |= {} if curve is None else {"curve": curve}
         (folder / run_folder.FACTS).write_text(json.dumps(found, allow_nan=False) + "\n", encoding="utf-8")
         pages.write(folder)
     except Exception as error:

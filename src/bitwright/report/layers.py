@@ -9,7 +9,7 @@ from typing import Any
 from bitwright.report import words
 from bitwright.report.charts import Axis, bar, chart, dot, linear, logarithmic, polyline, vertical
 from bitwright.report.markup import Child, Markup, tag
-from bitwright.report.shown import Section, Shown, key, paragraph
+from bitwright.report.shown import Section, Shown, command, key, paragraph
 from bitwright.report.tables import Cell, table
 
 LEAST_DEPTH = 2
@@ -229,7 +229,7 @@ def diagnosis(run: Shown) -> Section | None:
     )
     body: list[Child] = [
         paragraph(lead),
-        table("Loss without each tensor's error", ["layer", "tensor", ">loss without it", ">share"], rows, wide=True),
+        table("Loss without each tensor's error", ["layer", "tensor", ">loss without it", ">share"], rows),
     ]
     body += _rules(found)
     return Section("diagnosis", "Where the loss comes from", body)
@@ -240,16 +240,14 @@ def _rules(found: dict[str, Any]) -> list[Child]:
     if not rules:
         return []
     rows: list[list[Cell | str]] = [
-        [Cell(tag("code", f"--rule '{r['rule']}'")), words.number(r["loss_after"]), f"+{words.size(r['bytes'])}"]
+        [Cell(command(f"--rule '{r['rule']}'")), words.number(r["loss_after"]), f"+{words.size(r['bytes'])}"]
         for r in rules
     ]
     together = found.get("together")
     if together:
         said = " ".join(f"--rule '{r}'" for r in together["rules"])
-        rows.append(
-            [Cell(tag("code", said)), words.number(together["loss_after"]), f"+{words.size(together['bytes'])}"]
-        )
-    return [table("What would give most of it back", ["added to the command", ">loss", ">file"], rows, wide=True)]
+        rows.append([Cell(command(said)), words.number(together["loss_after"]), f"+{words.size(together['bytes'])}"])
+    return [table("What would give most of it back", ["added to the command", ">loss", ">file"], rows)]
 
 
 # ------------------------------------------------------------------------------------------------- worst layers

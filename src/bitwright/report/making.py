@@ -8,6 +8,7 @@ from typing import Any
 
 from bitwright.report import words
 from bitwright.report.charts import chart, horizontal, lengths, linear, logarithmic, polyline
+from bitwright.report.gap import gap
 from bitwright.report.markup import Child, Markup, tag
 from bitwright.report.shown import Section, Shown, command, definitions, key, paragraph
 from bitwright.report.tables import table
@@ -131,7 +132,8 @@ def parity(run: Shown) -> Section:
             f"{words.plural(worst['max_steps'], 'step')} of its grid. Sums of floats in another order tip a few values "
             "over a rounding boundary."
         )
-    body = [paragraph(lead), table("Outputs in the runtime", heads, rows, wide=True), layer and paragraph(layer)]
+    checked = table("Outputs in the runtime, when the file was written", heads, rows)
+    body = [paragraph(lead), checked, layer and paragraph(layer), gap(run)]
     return Section("parity", "The exported file", body)
 
 

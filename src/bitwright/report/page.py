@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 
-from bitwright.report import latency, layers, making, pictures, summary
+from bitwright.report import latency, layers, making, pictures, plans, summary
 from bitwright.report.markup import Child, Markup, tag
 from bitwright.report.shown import Section, Shown
 from bitwright.report.verdict import verdict
@@ -15,6 +15,7 @@ from bitwright.report.verdict import verdict
 SECTIONS: tuple[Callable[[Shown], Section | None], ...] = (
     summary.accuracy,
     summary.size,
+    plans.plan,
     latency.latency,
     layers.diagnosis,
     layers.depth,

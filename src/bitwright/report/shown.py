@@ -20,12 +20,14 @@ class Shown:
         result: ``result.json``.
         facts: ``report.json``; empty where there is none.
         bench: ``bench.json``, if there is one.
+        parity: ``parity.json``, likewise.
         folder: its folder's name.
     """
 
     result: dict[str, Any]
     facts: dict[str, Any] = field(default_factory=dict)
     bench: dict[str, Any] | None = None
+    parity: dict[str, Any] | None = None
     folder: str = ""
 
     @property
@@ -65,6 +67,7 @@ def read(folder: Path) -> Shown:
         result,
         _beside(folder / run_folder.FACTS) or {},
         _beside(folder / run_folder.BENCH),
+        _beside(folder / run_folder.PARITY),
         folder.expanduser().absolute().name,
     )
 

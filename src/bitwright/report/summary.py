@@ -88,7 +88,7 @@ def _paired(run: Shown) -> Markup | None:
         return None
     difference, low, high = paired_difference(counts)
     judged = (
-        "zero is inside, so that these images show no loss and no gain"
+        "zero is inside, so that chance alone can explain it"
         if low <= 0 <= high
         else "zero is outside, so that chance alone does not explain it"
     )

@@ -92,7 +92,7 @@ def _judged(result: dict[str, Any], facts: dict[str, Any], metric: str) -> str:
     if metric == "top1" and labelled:
         _, low, high = paired_difference(labelled)
         if low <= 0 <= high:
-            return "and no loss of accuracy that this many images can show"
+            return _within_chance(ours - theirs)
         return f"and {words.points(abs(ours - theirs)).lstrip('+')} {'better' if ours > theirs else 'worse'}"
     ends = [(result[k] or {}).get(f"{metric}_ci") for k in ("float", "quantized")]
     if ends[0] and ends[1] and ends[0][0] <= ends[1][1] and ends[1][0] <= ends[0][1]:
@@ -100,6 +100,13 @@ def _judged(result: dict[str, Any], facts: dict[str, Any], metric: str) -> str:
     if ours == theirs:
         return "and equally good"
     return f"and {words.points(abs(ours - theirs)).lstrip('+')} {'better' if ours > theirs else 'worse'}"
+
+
+def _within_chance(difference: float) -> str:
+    if difference == 0:
+        return "and no loss of accuracy that this many images can show"
+    said = words.points(abs(difference)).lstrip("+")
+    return f"and {said} {'better' if difference > 0 else 'worse'}, which chance alone can do on this many images"
 
 
 def _file(result: dict[str, Any]) -> str:

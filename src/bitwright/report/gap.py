@@ -1,0 +1,109 @@
+"""What quantization costs and what the runtime adds: `bitwright parity` on the page of its run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bitwright.report import words
+from bitwright.report.charts import lengths
+from bitwright.report.markup import Child, tag
+from bitwright.report.shown import Shown, command, paragraph
+from bitwright.report.tables import table
+from bitwright.report.verdict import runtime
+
+TITLE = "Loss from quantization, gap of the runtime"
+LEAST = 1e-5
+"""Share below which no more is said."""
+NAMED = 3
+"""Layers that a sentence names."""
+
+
+def gap(run: Shown) -> list[Child]:
+    """Both figures, or the command that measures them; a file of another form is passed over."""
+    try:
+        body = None if run.parity is None else _measured(run.parity)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        body = None
+    if body is None:
+        again = f"bitwright parity {run.folder or 'RUN'}; bitwright report {run.folder or 'RUN'}"
+        said = "What bits cost and what the runtime adds, side by side and code by code: "
+        return [paragraph(said, command(again), quiet=True)]
+    return [tag("h3", TITLE), *body]
+
+
+def _measured(found: dict[str, Any]) -> list[Child]:
+    count = words.plural(found["images"]["count"], "image")
+    lead = (
+        f"On {count}: what the float network and the simulation differ by, and what the simulation and the file differ "
+        "by in each runtime, as the mean difference of the outputs in percent of their range."
+    )
+    bars = _bars(found)
+    summary = "Mean difference of the outputs. " + "; ".join(f"{name}: {said}" for name, _, said, _ in bars) + "."
+    several = len(found["simulating"]) > 1
+    heads = ["", ">batch", *(["output"] if several else []), ">mean difference", ">largest", ">same answer"]
+    return [
+        paragraph(lead),
+        tag("figure", lengths(bars, summary)),
+        table("Differences of the outputs", heads, _rows(found, several=several), wide=several),
+        None if found["quantization"] else paragraph(_unmeasured(found), quiet=True),
+        paragraph(_layers(found)),
+    ]
+
+
+def _bars(found: dict[str, Any]) -> list[tuple[str, float, str, str]]:
+    """One for the bits and one for each runtime, of the output and batch size that is furthest off."""
+    bars = []
+    if found["quantization"]:
+        share = max(map(_share, found["quantization"]))
+        bars.append(("quantization", share, _percent(share), "quantized"))
+    for each in found["runtimes"]:
+        share = max(_share(o) for b in each["batches"] for o in b["outputs"])
+        bars.append((runtime(each["runtime"]), share, _percent(share), "other"))
+    return bars
+
+
+def _rows(found: dict[str, Any], *, several: bool) -> list[list[str]]:
+    measured = [("loss from quantization", "", o) for o in found["quantization"] or ()]
+    for each in found["runtimes"]:
+        name = f"gap of {runtime(each['runtime'])}"
+        measured += [(name, str(b["batch"]), o) for b in each["batches"] for o in b["outputs"]]
+    return [[name, batch, *([o["name"]] if several else []), *_cells(o)] for name, batch, o in measured]
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    same = words.NONE if row["agreement"] is None else words.percent(row["agreement"])
+    return [_percent(_share(row)), words.number(row["max_abs"]), same]
+
+
+def _share(row: dict[str, Any]) -> float:
+    return float(row["mean_abs"] / row["range"]) if row["range"] else 0.0
+
+
+def _percent(share: float) -> str:
+    if 0 < share < LEAST:
+        return f"under {100 * LEAST:g}{words.GAP}%"
+    return "none" if share == 0 else f"{words.number(100 * share)}{words.GAP}%"
+
+
+def _unmeasured(found: dict[str, Any]) -> str:
+    return f"The loss from quantization was not measured: {found['float_network']}"
+
+
+def _layers(found: dict[str, Any]) -> str:
+    """The first layer that differs, by any code, by more than sums explain, and by so much that the file is wrong."""
+    if found["first_divergence"] is not None:
+        return f"The file computes something else than what was measured, first at {found['first_divergence']}."
+    rows = {x["name"]: x for x in found["layers"]}
+    first = found["first_difference"]
+    if first is None:
+        return f"Layer by layer, fed the same input, no code of any of {words.plural(len(rows), 'layer')} differs."
+    pair = rows[first]["simulation_runtime"]
+    said = (
+        f"Layer by layer, fed the same input, {first} is the first in which any code differs: {pair['differing']:,} of "
+        f"{rows[first]['count']:,}, by at most {words.plural(pair['max_steps'], 'step')}."
+    )
+    kernels = [f"{name} ({rows[name]['found']})" for name in found["kernels"]]
+    if not kernels:
+        return f"{said} No layer differs by more than sums of floats in another order explain."
+    more = f" and {len(kernels) - NAMED} more" if len(kernels) > NAMED else ""
+    return f"{said} By more than sums of floats in another order explain: {words.listed(kernels[:NAMED])}{more}."

@@ -1,0 +1,156 @@
+"""Bits that were planned: what was asked for, and the curve that the plan is a point of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bitwright.report import words
+from bitwright.report.charts import Axis, chart, dot, label, linear, logarithmic, polyline
+from bitwright.report.markup import Child, Markup, tag
+from bitwright.report.shown import Section, Shown, key, paragraph
+from bitwright.report.tables import table
+
+COSTS = {
+    "weight_bytes": "size of model.safetensors",
+    "activation_bytes": "activations in memory",
+    "total_bytes": "file and activations in memory",
+    "bit_operations": "bit operations",
+    "latency": "latency",
+}
+"""What a plan is limited by, as the result names it."""
+UNITS = {
+    "bytes": (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0)),
+    "bit_operations": (("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0)),
+    "latency": (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)),
+}
+Point = dict[str, Any]
+
+
+def plan(run: Shown) -> Section | None:
+    """The plan of a run that has one; nothing where all layers were given their bits, or a file by itself did."""
+    asked, curve = run.result.get("plan") or {}, curve_of(run)
+    if not asked and not curve:
+        return None
+    chosen = asked.get("predicted") or (curve or {}).get("chosen")
+    body: list[Child] = [paragraph(_lead(asked, chosen)), *_estimate(asked)]
+    if curve:
+        body += _drawn(curve, chosen)
+    note = (
+        "Predicted losses add up over layers, each quantized alone: they order plans and are no forecast of accuracy."
+    )
+    return Section("plan", "Bits for each layer", [*body, paragraph(note, quiet=True)])
+
+
+def curve_of(run: Shown) -> dict[str, Any] | None:
+    """The curve that the run's own plan came from, or that of the file it was given."""
+    found = (run.result.get("plan") or {}).get("curve") or run.facts.get("curve")
+    return found if isinstance(found, dict) and len(found.get("points") or []) > 1 else None
+
+
+def cost(name: str, value: float) -> str:
+    r"""A cost as people read it.
+
+    Example:
+        >>> cost("weight_bytes", 99_239), cost("bit_operations", 2.99574e8), cost("latency", 0.00213)
+        ('99.24\xa0kB', '299.6\xa0M', '2.13\xa0ms')
+    """
+    if name == "latency":
+        return words.duration(value)
+    return words.short(value) if name == "bit_operations" else words.size(value)
+
+
+def _lead(asked: dict[str, Any], chosen: Point | None) -> str:
+    limits = [
+        f"{COSTS.get(name, name)} at most {cost(name, value)}" for name, value in (asked.get("limits") or {}).items()
+    ]
+    if "estimate" in asked:
+        limits.append(f"at most {words.percent(asked['estimate']['drop'])} of answers changed")
+    said = f"Planned within limits: {words.listed(limits)}. " if limits else ""
+    if not asked:
+        said = "The bits are those of a plan file. "
+    if chosen is None:
+        return f"{said}It was changed by hand, so that its place on the curve is not known."
+    measure = (asked.get("measure") or {}).get("measure")
+    by = f" (measure '{measure}')" if measure else ""
+    size = words.size(chosen["weight_bytes"])
+    said += f"The plan is predicted to lose {words.number(chosen['loss'])}{by} at {size}"
+    packed = asked.get("packed")
+    return f"{said}; the file has {words.size(packed['bytes'])}." if packed else f"{said}."
+
+
+def _estimate(asked: dict[str, Any]) -> list[Child]:
+    """What was expected of the answers, and what became of them."""
+    rows = []
+    for name, said in (("estimate", "estimated on held-out images"), ("measured", "measured")):
+        if (found := asked.get(name)) is not None:
+            share, ends = words.percent(found["agreement"]), words.interval(found["interval"])
+            rows.append([said, share, ends, f"{found['images']:,}"])
+    heads = ["", ">same answer", ">95 % interval", ">images"]
+    return [table("Answers that stay the same", heads, rows)] if rows else []
+
+
+def _drawn(curve: dict[str, Any], chosen: Point | None) -> list[Child]:
+    along, points, uniform = curve["along"], curve["points"], curve.get("uniform") or []
+    every = [*points, *uniform, *([chosen] if chosen else [])]
+    losses = [p["loss"] for p in every if p["loss"] > 0]
+    name = COSTS.get(along, along)
+    unit, per = _unit(along, max(p[along] for p in every))
+    x = linear(min(p[along] for p in every) / per, max(p[along] for p in every) / per, f"{name}, {unit}".rstrip(", "),
+               count=5, margin=0.05)  # fmt: skip
+    y = logarithmic(min(losses), max(losses), "predicted loss") if losses else Axis(0.0, 1.0, ((0.0, "0"),))
+    marks = _marks(points, uniform, chosen, along, per, x, y)
+    labels = [label(f"{p['bits']} bits", p[along] / per, p["loss"], x, y, "over") for p in uniform if _fits(p, y)]
+    legend = [("quantized", "best plan at each limit"), ("float round", "the same bits in all layers")]
+    legend += [("other round", "this run")] if chosen else []
+    low, high = points[0], points[-1]
+    said = (
+        f"Best plans from {cost(along, low[along])} with a predicted loss of {words.number(low['loss'])} to "
+        f"{cost(along, high[along])} with {words.number(high['loss'])}."
+    )
+    if chosen:
+        said += f" This run: {cost(along, chosen[along])}, {words.number(chosen['loss'])}."
+    drawing = chart(marks, x, y, summary=said, height=15.0, labels=labels)
+    caption = tag(
+        "figcaption", "What other limits would have given: for each, the plan that is predicted to lose least."
+    )
+    return [tag("figure", caption, key(*legend), drawing), _table(uniform, chosen, along)]
+
+
+def _marks(
+    points: list[Point], uniform: list[Point], chosen: Point | None, along: str, per: float, x: Axis, y: Axis
+) -> list[Markup]:
+    shown = [p for p in points if _fits(p, y)]
+    marks = [polyline([p[along] / per for p in shown], [p["loss"] for p in shown], x, y, "quantized")]
+    marks += [_dot(p, f"plan {i}", along, per, x, y, "quantized") for i, p in enumerate(shown, 1)]
+    marks += [_dot(p, f"{p['bits']} bits everywhere", along, per, x, y, "large float") for p in uniform if _fits(p, y)]
+    if chosen and _fits(chosen, y):
+        marks.append(_dot(chosen, "this run", along, per, x, y, "large other"))
+    return marks
+
+
+def _fits(point: Point, y: Axis) -> bool:
+    """Whether the axis can show it: a logarithm has no place for no loss at all."""
+    return not y.log or point["loss"] > 0
+
+
+def _dot(point: Point, name: str, along: str, per: float, x: Axis, y: Axis, look: str) -> Markup:
+    title = f"{name}: {cost(along, point[along])}, predicted loss {words.number(point['loss'])}"
+    return dot(point[along] / per, point["loss"], x, y, look, title)
+
+
+def _unit(along: str, most: float) -> tuple[str, float]:
+    units = UNITS.get(along, UNITS["bytes"])
+    return next((u for u in units if most >= u[1]), units[-1])
+
+
+def _table(uniform: list[Point], chosen: Point | None, along: str) -> Markup | None:
+    """This plan between networks of equal bits, in the order of what they cost."""
+    named = [(p[along], f"{p['bits']} bits in all layers", p) for p in uniform]
+    named += [(chosen[along], "this run", chosen)] if chosen else []
+    rows = [
+        [name, *([] if along == "weight_bytes" else [cost(along, p[along])]), words.size(p["weight_bytes"]),
+         words.short(p["bit_operations"]), words.number(p["loss"])]
+        for _, name, p in sorted(named, key=lambda n: n[0])
+    ]  # fmt: skip
+    heads = ["", *([] if along == "weight_bytes" else [f">{COSTS.get(along, along)}"]), ">size", ">bit operations"]
+    return table("Beside the same bits in all layers", [*heads, ">predicted loss"], rows) if rows else None
