@@ -294,7 +294,8 @@ def _with_interval(found: Row) -> str:
     if "top1" not in found:
         return "-"
     low, high = found["top1_ci"]
-    return f"{100 * found['top1']:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+    top1, low, high = (round(100 * share, 1) + 0.0 for share in (found["top1"], low, high))  # 0.0 has no sign then
+    return f"{top1:.1f} % ({low:.1f} to {high:.1f})"
 
 
 def _add(row: Row, path: Path) -> None:
