@@ -1,0 +1,263 @@
+"""The commands and the Python of the documentation run, on the networks that ship and with small budgets."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import bitwright as bw
+from bitwright.cli import main
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+NOT_HERE = {
+    "bitwright quantize timm:tf_efficientnet_lite0@weights.pt": "its weights are not in the repository",
+    "bitwright study gradual timm:resnet18@weights.pt": "likewise",
+    "bitwright quantize MODEL IMAGES --recipe percentile": "the recipe is the page's own example",
+}
+"""How commands begin that cannot run here, and why."""
+
+STANDS_FOR: dict[str, tuple[str, ...]] = {
+    "MODEL": ("zoo:fashion_cnn",),
+    "IMAGES": ("zoo:fashion[:16]",),
+    "TEST": ("photos",),
+    "RUN": ("first",),
+    "NAME": ("mse",),
+    "…": ("zoo:fashion_cnn", "zoo:fashion[:16]"),
+    "zoo:fashion": ("zoo:fashion[:16]",),
+    "zoo:fashion[:64]": ("zoo:fashion[:16]",),
+    "zoo:fashion-test": ("zoo:fashion-test[:64]",),
+    "zoo:fashion-test[:2000]": ("zoo:fashion-test[:64]",),
+    "photos[1::2]": ("photos",),
+    "runs/…/model.onnx": ("runs/first/model.onnx",),
+    "plan.json": ("first/plan.json",),
+    "a,b,c": ("rtn,mse",),
+    "conv_stem=w8": ("stem.conv=w8",),
+}
+"""Words of the pages, and what they are here."""
+
+SMALL: dict[str, dict[str, str]] = {
+    "quantize": {"--steps": "2"},
+    "compare": {"--steps": "2"},
+    "demo": {"--recipe": "mse"},
+    "plan": {"--samples": "8"},
+    "sensitivity": {"--samples": "8", "--probes": "2", "--steps": "2", "--spectrum-samples": "4"},
+    "study": {"--steps": "2", "--samples": "16", "--seeds": "0"},
+    "bench": {"--seconds": "0.5"},
+    "parity": {"--samples": "4"},
+}
+"""Budgets of each verb; they take the place of what a page says."""
+
+QUICK = {"inspect", "report", "recipes", "evaluate", "doctor"}
+SHORT = ("--recipe m", "--dry-run", "generic-pot")
+"""What makes a command of `quantize` quick."""
+RECIPES = {"mse", "rtn", "optq", "my_recipe.yaml"}
+"""That take no steps."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A command as a page has it."""
+
+    page: str
+    line: str
+    error: str = ""
+    """That the page shows below it."""
+
+    @property
+    def verb(self) -> str:
+        """The second word."""
+        return self.line.split()[1]
+
+    @property
+    def slow(self) -> bool:
+        """Whether it is left to the slow tests."""
+        return self.verb not in QUICK and not (self.verb == "quantize" and any(x in self.line for x in SHORT))
+
+
+def calls() -> list[Call]:
+    """Every one in a block of code, and those in the text that name what they work on; each once."""
+    found: dict[str, Call] = {}
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for block in re.findall(r"```\w*\n(.*?)```", text, flags=re.DOTALL):
+            lines = block.replace("\\\n", " ").splitlines()
+            for line, below in zip(lines, [*lines[1:], ""], strict=True):
+                line = re.sub(r"\s+#.*$", "", line.removeprefix("$ ").strip())
+                if line.startswith("bitwright "):
+                    error = below.removeprefix("error: ") if below.startswith("error: ") else ""
+                    found.setdefault(line, Call(page.name, line, error))
+        for line in re.findall(r"`(bitwright \w[^`]*\b(?:MODEL|RUN|zoo:|examples/)[^`]*)`", text):
+            if "…" not in line:
+                found.setdefault(line, Call(page.name, line))
+    return list(found.values())
+
+
+def here(call: Call) -> tuple[list[str], str | None]:
+    """The words to run, and the file that the output goes to."""
+    line, _, output = call.line.partition(" > ")
+    words: list[str] = []
+    for word in shlex.split(re.sub(r"\[(--[^\]]*)\]", r"\1", line))[1:]:
+        words += STANDS_FOR.get(word, (str(ROOT / word) if word.startswith("examples/") else word,))
+    for option, value in SMALL.get(words[0], {}).items():
+        if option == "--steps" and words[0] == "quantize" and _takes_no_steps(words):
+            continue
+        if option in words:
+            words[words.index(option) + 1] = value
+        elif option in _options(words[0]):
+            words += [option, value]
+    return words, output.strip() or None
+
+
+def _takes_no_steps(words: list[str]) -> bool:
+    given = words[words.index("--recipe") + 1] if "--recipe" in words else ""
+    return given in RECIPES or "--dry-run" in words
+
+
+def _options(verb: str) -> set[str]:
+    from typer.main import get_command
+
+    from bitwright.cli import app
+
+    group: Any = get_command(app)
+    return {name for p in group.commands[verb].params for name in p.opts}
+
+
+@pytest.fixture(scope="module")
+def supplies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything that pages suppose: runs under the names that they use, photos with labels, a recipe."""
+    place = tmp_path_factory.mktemp("supplies")
+    with _inside(place):
+        photos = place / "photos"
+        photos.mkdir()
+        rows = []
+        for i, pixels in enumerate(np.random.default_rng(0).integers(0, 255, (8, 28, 28), dtype=np.uint8)):
+            Image.fromarray(pixels).save(photos / f"{i}.png")
+            rows.append(f"{i}.png,{i}")
+        (place / "labels.csv").write_text("file,class_index\n" + "\n".join(rows) + "\n")
+        made = ["quantize", "zoo:fashion_cnn", "zoo:fashion[:16]", "--recipe", "mse", "--weights", "4"]
+        assert main([*made, "--evaluate", "zoo:fashion-test[:16]", "--no-images", "--out", "first"]) == 0
+        assert main(["recipes", "mse"]) == 0
+        (place / "my_recipe.yaml").write_text(bw.recipes.recipe("mse").to_yaml())
+        for name in ("second", "runs/first", "runs/second", "demo/fashion_cnn", "runs/tf_efficientnet_lite0-eptq-w4a8"):
+            shutil.copytree(place / "first", place / name)
+    return place
+
+
+@contextlib.contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@pytest.fixture
+def place(supplies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh copy of the supplies, and the working folder."""
+    shutil.copytree(supplies, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BITWRIGHT_CACHE", str(tmp_path / "scores"))
+    monkeypatch.delenv("BITWRIGHT_DEBUG", raising=False)
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def not_here(call: Call) -> str | None:
+    """Why a command cannot run here."""
+    return next((why for start, why in NOT_HERE.items() if call.line.startswith(start)), None)
+
+
+RUN = [
+    pytest.param(c, id=f"{c.page}: {c.line[10:90]}", marks=[pytest.mark.slow] if c.slow else [])
+    for c in calls()
+    if not_here(c) is None
+]
+
+
+@pytest.mark.real_default
+@pytest.mark.parametrize("call", RUN)
+def test_a_command_of_the_documentation_runs(call: Call, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words, output = here(call)
+    if "openvino" in words and importlib.util.find_spec("openvino") is None:
+        pytest.skip("OpenVINO is not installed: pip install 'bitwright[openvino]'")
+    if "--out" in words:
+        target = place / words[words.index("--out") + 1]
+        if target.is_dir():
+            shutil.rmtree(target)
+    if words[0] == "demo":
+        shutil.rmtree(place / "demo")
+    capsys.readouterr()
+    code = main(words)
+    said = capsys.readouterr()
+    if call.error:
+        assert code == 2
+        assert call.error in said.err
+        return
+    assert code == 0, said.err[-1500:]
+    if output is not None:
+        (place / output).write_text(said.out)
+        assert bw.recipes.recipe(place / output).name == words[1]
+
+
+def test_most_commands_run_and_each_exception_is_on_a_page() -> None:
+    found = calls()
+    assert len(RUN) > 35
+    for start in NOT_HERE:
+        assert any(c.line.startswith(start) for c in found), start
+    assert sum(not_here(c) is not None for c in found) <= len(found) // 10
+
+
+# ------------------------------------------------------------------------------------------------------- Python
+
+SUPPOSED = """
+import bitwright as bw
+model, images, test_images = "zoo:fashion_cnn", "zoo:fashion[:16]", "zoo:fashion-test[:32]"
+"""
+ELSEWHERE = {"deploy.md"}
+"""Pages whose Python another test runs."""
+
+
+def blocks() -> list[Any]:
+    """Every block of Python, under the page's name."""
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        each = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if page.name not in ELSEWHERE else []
+        found += [pytest.param(block, id=f"{page.name} {i}") for i, block in enumerate(each, 1)]
+    return found
+
+
+@pytest.mark.parametrize("block", blocks())
+def test_a_block_of_python_runs(block: str, place: Path) -> None:
+    names: dict[str, Any] = {}
+    exec(SUPPOSED, names)  # the names that a page takes for granted
+    exec(compile(block, "page", "exec"), names)
+    assert set(names) > {"bw", "model"}
+
+
+def test_pages_with_python_are_seen() -> None:
+    assert {p.id.split()[0] for p in blocks()} >= {"README.md", "CONTRIBUTING.md", "plans.md", "report.md"}
