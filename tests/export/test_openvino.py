@@ -64,8 +64,10 @@ def test_the_file_is_what_is_run_and_its_weights_are_integers(tmp_path):
 
 
 @needs_openvino
-def test_eight_bits_become_integer_kernels():
-    program = converted(to_onnx(quantized("residual", weights=8)))
+@pytest.mark.parametrize("activations", [8, 6])
+def test_eight_bits_become_integer_kernels(activations):
+    """Also with a Clip on the codes of 6 bits, and of the ReLU."""
+    program = converted(to_onnx(quantized("residual", weights=8, activations=activations, runtime="onnxruntime")))
     assert set(OpenvinoSession(program).precisions()["Convolution"]) == {"u8"}
     assert set(OpenvinoSession(program, optimize=False).precisions()["Convolution"]) == {"f32"}
 

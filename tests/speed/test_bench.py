@@ -66,6 +66,8 @@ def test_the_file_beside_the_run_is_what_is_returned(run):
     assert json.loads((run / "bench.json").read_text()) == found
     products = found["runtimes"][0]["products"]
     assert products == {"float": {"integer": 0, "float": 2}, "quantized": {"integer": 2, "float": 0}}
+    listed = [(x["operator"], x["count"]) for x in found["runtimes"][0]["float_operators"]]
+    assert listed == [("QuantizeLinear", 1)]  # of the images; the last layer gives floats itself
     bw.load(run).save(run.parent / "copy")  # and the folder is still one that can be replaced
     (run.parent / "copy" / "bench.json").write_text("{}")
     bw.load(run).save(run.parent / "copy", force=True)
@@ -156,6 +158,7 @@ def test_command_prints_a_table_or_json(run, made_up_times, capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "computes 2 of 2 convolutions and matrix products in integers" in text
     assert "without its quantizers" in text
+    assert "QuantizeLinear 1 the images become codes" in text
     assert cli.main([*arguments, "--json"]) == 0
     assert [r["batch"] for r in json.loads(capsys.readouterr().out)["rows"]] == [1, 2]
 

@@ -81,14 +81,23 @@ def views(found: dict[str, Any]) -> list[RenderableType]:
             whole = made_of["integer"] + made_of["float"]
             lines.append(
                 f"ONNX Runtime {about['version']} computes {made_of['integer']} of {whole} convolutions and matrix "
-                "products in integers."
+                "products in integers. In float:"
             )
+            lines.append(float_table(about["float_operators"]))
     load, cores = found["machine"]["load"], found["machine"]["cores"]
     if load is not None and load > cores + 0.5:
         lines.append(f"The machine was busy (load {load:.1f} on {cores} cores): the times are those of a busy machine.")
     for missing in found["absent"]:
         lines.append(f"{RUNTIMES[missing['runtime']].title} is not installed. To measure in it: {missing['install']}")
     return [*lines, f"Written: {BENCH} in {found['run']}"]
+
+
+def float_table(operators: list[dict[str, Any]]) -> RenderableType:
+    """The operators that compute in float, and why."""
+    made = tables.table("operator", ">count", "why it computes in float")
+    for each in operators:
+        made.add_row(each["operator"], str(each["count"]), each["reason"])
+    return made
 
 
 def milliseconds(times: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from bitwright.errors import UsageError
 from bitwright.progress import Progress, silent
 from bitwright.run_folder import BENCH, ONNX, RESULT, STATE
 from bitwright.speed import kernels
+from bitwright.speed.float_operators import float_operators
 from bitwright.speed.machine import cores, cpu_name
 from bitwright.speed.memory import peak_memory
 from bitwright.speed.runtimes import ONNXRUNTIME, RUNTIMES, Runtime, runtime
@@ -186,12 +187,13 @@ def _seconds(samples: Sequence[float], batch: int) -> dict[str, float]:
 
 
 def _about(where: Runtime, files: _Files) -> dict[str, Any]:
-    """Name and version; of ONNX Runtime also what it makes of the two files."""
+    """Name and version; of ONNX Runtime also what it makes of the two files, and what of the quantized one is float."""
     about: dict[str, Any] = {"name": where.name, "version": where.version}
     if where is ONNXRUNTIME:
         found = {"float": kernels.kernels(files.float), "quantized": kernels.kernels(files.quantized)}
         about["kernels"] = found
         about["products"] = {name: kernels.products(counts) for name, counts in found.items()}
+        about["float_operators"] = [asdict(each) for each in float_operators(files.quantized)]
     return about
 
 

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+import onnx_ir as ir
+
 from bitwright.speed.runtimes import onnxruntime_options
 
 PRODUCTS = ("Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "MatMul", "FusedMatMul", "Gemm", "FusedGemm")
@@ -23,16 +25,19 @@ def kernels(path: Path) -> dict[str, int]:
     Args:
         path: of an ONNX file.
     """
-    import onnx
+    return dict(sorted(Counter(node.op_type for node in optimized(path)).items()))
+
+
+def optimized(path: Path) -> ir.Graph:
+    """The graph that ONNX Runtime makes of a file, all of its optimisations on."""
     import onnxruntime
 
     options = onnxruntime_options(1)
     with tempfile.TemporaryDirectory() as folder:
-        optimized = Path(folder) / "optimized.onnx"
-        options.optimized_model_filepath = str(optimized)
+        written = Path(folder) / "optimized.onnx"
+        options.optimized_model_filepath = str(written)
         onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        graph = onnx.load(optimized, load_external_data=False).graph
-    return dict(sorted(Counter(node.op_type for node in graph.node).items()))
+        return ir.load(written).graph
 
 
 def products(found: Mapping[str, int]) -> dict[str, int]:
