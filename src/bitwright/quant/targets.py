@@ -99,6 +99,7 @@ ONNXRUNTIME = Target(
     concat_shares_scale=False,
     convolutions=Weights(integer=STORED_AS_INT8),
     linears=Weights(integer=STORED_AS_INT8),
+    integer_inputs=(5, 6, 7, 8),  # with fewer, biases are float (integer_bias_bits)
 )
 OPENVINO = Target(
     "openvino",
