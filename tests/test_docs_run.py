@@ -55,7 +55,7 @@ SMALL: dict[str, dict[str, str]] = {
     "compare": {"--steps": "2"},
     "demo": {"--recipe": "mse"},
     "plan": {"--samples": "8"},
-    "sensitivity": {"--samples": "8", "--probes": "2", "--steps": "2", "--spectrum-samples": "4"},
+    "sensitivity": {"--samples": "8", "--probes": "2", "--steps": "6", "--spectrum-samples": "4"},
     "study": {"--steps": "2", "--samples": "16", "--seeds": "0"},
     "bench": {"--seconds": "0.5"},
     "parity": {"--samples": "4"},
