@@ -9,7 +9,7 @@ import torch
 
 import bitwright as bw
 from bitwright.export.onnx import save_onnx, to_onnx
-from bitwright.export.parity import check_parity, compare_layers, compare_outputs, export_checked, session
+from bitwright.export.parity import LayerParity, check_parity, compare_layers, compare_outputs, export_checked, session
 from bitwright.quant.quantizer import Quantizer
 
 
@@ -182,3 +182,13 @@ def test_exporting_leaves_the_model_alone():
     before = model.flat(cases.images())[0]
     to_onnx(model)
     assert torch.equal(before, model.flat(cases.images())[0])
+
+
+@pytest.mark.parametrize(
+    ("differing", "steps", "values", "diverges"),
+    [(0, 0, 9, False), (1, 1, 9, False), (2, 1, 9, True), (1, 2, 9, True), (9, 1, 9000, False), (10, 1, 9000, True)],
+)
+def test_a_layer_diverges_with_more_than_one_code_in_a_thousand_or_step(
+    differing: int, steps: int, values: int, diverges: bool
+) -> None:
+    assert LayerParity("layer", differing / values, steps, values).diverges is diverges

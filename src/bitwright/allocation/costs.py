@@ -25,7 +25,7 @@ from bitwright.graph import ops, rewrite
 from bitwright.graph.insert import macs, quantizers
 from bitwright.graph.place import Placement, place
 from bitwright.plan import plan_of
-from bitwright.quant.quantizer import BiasQuantizer, Quantizer
+from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
 from bitwright.quantized import QuantizedModel, insert_quantizers
 
 WEIGHT_BITS = (2, 3, 4, 5, 6, 8)
@@ -120,7 +120,7 @@ def _readers(student: QuantizedModel) -> tuple[dict[str, list[str]], dict[str, l
 
 
 def _check(student: QuantizedModel) -> None:
-    if student.frozen or student.teacher is None:
+    if student.teacher is None or any(isinstance(m, Frozen) for m in student.graph.modules()):
         raise UsageError("Expected a network with quantizers that is not frozen, to plan its bits.")
 
 

@@ -173,7 +173,7 @@ def measure_gap(
     progress("Comparing", done, total, "layer by layer")
     layers = compare_codes(model, program, whole, "onnxruntime")
     plain = compare_layers(model, program, whole[:LAYER_IMAGES])
-    wrong = next((x.name for x in plain if x.max_steps > MOST_STEPS or x.differing_fraction > MOST_DIFFERING), None)
+    wrong = next((x.name for x in plain if x.diverges), None)
     progress("Comparing", total, total)
     return Gap(quantization, measured, simulating, layers, wrong)
 
