@@ -17,6 +17,8 @@ import onnx_ir as ir
 
 NOTE = "bitwright.clamp"
 """Property of a QuantizeLinear: the bounds of the clamping operator that its codes are clipped for, as JSON."""
+IN_FLOAT = "/in_float"
+"""End of the name of a value that went through a Clip without effect, which keeps its reader's float weight float."""
 MOVES = frozenset({"Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 """Operators that ONNX Runtime moves a QuantizeLinear over."""
 READS_INTEGER_BIAS = frozenset({"Conv", "Gemm"})

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 import bitwright
 from bitwright.errors import UsageError
 from bitwright.export import clips
-from bitwright.export.clips import READS_INTEGER_BIAS, Span
+from bitwright.export.clips import IN_FLOAT, READS_INTEGER_BIAS, Span
 from bitwright.graph import ops, rewrite
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Grid, Quantizer
 from bitwright.quantized import QuantizedModel
@@ -188,6 +188,7 @@ def _replace_marks(program: ir.Model, modules: dict[str, nn.Module]) -> None:
     shielded: dict[str | None, ir.Value] = {}
     for node in list(graph):
         _shield_bias(graph, node, shielded)
+        _shield_weight(graph, node, shielded)
     program.opset_imports.pop("bitwright", None)
     _drop_unused(graph)
 
@@ -343,6 +344,26 @@ def _integer_bias(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen) -> 
         )
     step = _initializer(graph, f"{name}/scale", scale)
     return _node(graph, mark, "DequantizeLinear", [codes, step], name, axis=0)
+
+
+def _shield_weight(graph: ir.Graph, node: ir.Node, shielded: dict[str | None, ir.Value]) -> None:
+    """Puts a Clip without effect before a layer whose weight stays float.
+
+    Between codes that come and codes that go, ONNX Runtime (1.31) would round such a weight to 8 bits by itself.
+    """
+    if node.op_type not in {*READS_INTEGER_BIAS, "ConvTranspose"}:
+        return
+    source, weight = node.inputs[:2]
+    if source is None or weight is None or weight.const_value is None:
+        return
+    producer = source.producer()
+    if producer is None or producer.op_type != "DequantizeLinear":
+        return
+    if source.name not in shielded:
+        least = _shared(graph, "least", np.asarray(np.finfo(np.float32).min))
+        shielded[source.name] = _node(graph, node, "Clip", [source, least], f"{source.name}{IN_FLOAT}")
+        shielded[source.name].type, shielded[source.name].shape = source.type, source.shape
+    node.replace_input_with(0, shielded[source.name])
 
 
 def _shield_bias(graph: ir.Graph, node: ir.Node, shielded: dict[str | None, ir.Value]) -> None:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from bitwright.errors import UsageError
-from bitwright.export.clips import Clamp, codes_of, noted
+from bitwright.export.clips import IN_FLOAT, Clamp, codes_of, noted
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 Array = npt.NDArray[Any]
@@ -37,6 +37,8 @@ def float_twin(program: ir.Model) -> ir.Model:
     for node in list(graph):
         if node.op_type == QUANTIZE:
             _pass_through(graph, node)
+        elif node.op_type == "Clip" and (node.outputs[0].name or "").endswith(IN_FLOAT) and node.inputs[0] is not None:
+            node.outputs[0].replace_all_uses_with(node.inputs[0])
     _drop_unused(graph)
     left = [n.op_type for n in graph if n.op_type in {QUANTIZE, DEQUANTIZE}]
     if left:
