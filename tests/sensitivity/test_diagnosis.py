@@ -91,7 +91,7 @@ def test_frozen_and_not_yet_frozen_are_diagnosed_alike_and_left_as_they_were(mon
 
 def test_gradient_times_error_adds_up_to_twice_a_small_loss() -> None:
     """A loss that is least at zero error is 1/2 e^T H e to second order, and its gradient there is H e."""
-    model = bw.quantize("zoo:fashion_cnn", "zoo:fashion", "mse", weights=7, activations=8, samples=64)
+    model = bw.quantize("zoo:fashion_cnn", "zoo:fashion", "mse", weights=7, activations=16, samples=64)
     patient = diagnosis._Patient(model, model.calibration.sample(32, seed=0), Run(batch=16))
     loss, effects = patient.first_order()
     assert sum(effects.values()) == pytest.approx(2 * loss, rel=0.15)
