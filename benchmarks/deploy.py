@@ -9,15 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import date
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +22,7 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 import bitwright as bw
+from benchmarks.written import where
 from bitwright import planning, run_folder
 from bitwright.api import preview
 from bitwright.data import Images, load_images
@@ -36,7 +33,6 @@ from bitwright.export.parity import Parity, export_checked
 from bitwright.models import Model, load_model
 from bitwright.quantized import QuantizedModel
 from bitwright.result import peak_memory_bytes
-from bitwright.speed.machine import cores, cpu_name
 from bitwright.terminal import quiet_libraries
 
 BITS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4)}
@@ -272,11 +268,8 @@ def _read(path: Path) -> list[Row]:
 
 
 def _write(rows: list[Row], path: Path) -> None:
-    packages = [p for p in ("torch", "onnxruntime", "openvino", "onnx") if find_spec(p)]
     found = {
-        "date": date.today().isoformat(),
-        "hardware": f"{cpu_name()}, {cores()} cores",
-        "software": ", ".join([f"python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)]),
+        **where("torch", "onnxruntime", "openvino", "onnx"),
         "deploy": {
             "command": "python -m benchmarks.deploy --assets",
             "what": "sizes of files in bytes, and what the checks of files in their runtimes find; 'packed' are the "

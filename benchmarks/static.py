@@ -18,14 +18,11 @@ import json
 import logging
 import math
 import os
-import platform
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +32,7 @@ from torch import Tensor
 
 import bitwright as bw
 from benchmarks.reconstruct import contiguous
+from benchmarks.written import where
 from bitwright.data import Images, load_images
 from bitwright.evaluation import class_scores, compare
 from bitwright.export.gap import open_file
@@ -45,7 +43,6 @@ from bitwright.inputs import calibration_images, prepare_teacher
 from bitwright.models import Model, load_model
 from bitwright.report.verdict import paired_difference
 from bitwright.speed.kernels import kernels, products
-from bitwright.speed.machine import cores, cpu_name
 from bitwright.speed.runtimes import ONNXRUNTIME
 from bitwright.speed.timing import Spread, in_turn, ratios
 
@@ -301,11 +298,8 @@ def _with_interval(found: Row) -> str:
 def _add(row: Row, path: Path) -> None:
     """Puts the row into the file, in place of an older one of the same network."""
     rows = json.loads(path.read_text())["static"]["results"] if path.is_file() else []
-    packages = ("torch", "onnxruntime", "onnx")
     found = {
-        "date": date.today().isoformat(),
-        "hardware": f"{cpu_name()}, {cores()} cores",
-        "software": ", ".join([f"python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)]),
+        **where("torch", "onnxruntime", "onnx"),
         "static": {
             "command": "python -m benchmarks.static MODEL IMAGES --evaluate IMAGES",
             "what": "W8A8 of bitwright and of onnxruntime.quantization.quantize_static (QDQ, QInt8 weights by channel, "

@@ -6,18 +6,32 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from chromium import PROGRAM, Page, chromium
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """What takes microseconds loses far more to threads that wait for each other, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_for_tiny_networks(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What takes microseconds loses far more to threads that wait for each other, above all on a busy machine."""
+def _one_thread_for_tiny_networks(request: pytest.FixtureRequest) -> None:
     module = getattr(request.node, "module", None)
-    tiny = any(getattr(v, "__module__", None) == "cases" for v in vars(module).values()) if module else False
-    threads = torch.get_num_threads()
-    if tiny:
-        torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    if module and any(getattr(v, "__module__", None) == "cases" for v in vars(module).values()):
+        request.getfixturevalue("one_thread")
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Page]:
+    """A page in a real browser."""
+    if PROGRAM is None:
+        pytest.skip("there is no Chromium on this machine")
+    with chromium() as found:
+        yield found
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,6 @@ import torch
 
 import bitwright as bw
 from bitwright.export.arbiter import compare_codes
-from bitwright.export.gap import beyond
 from bitwright.export.onnx import save_onnx, to_onnx
 from bitwright.export.parity import LayerParity, check_parity, compare_layers, compare_outputs, export_checked, session
 from bitwright.quant.quantizer import Quantizer
@@ -199,13 +198,14 @@ def test_a_layer_diverges_with_more_than_one_code_in_a_thousand_or_step(
 
 
 @pytest.mark.parametrize("rules", [[], [bw.Rule(pattern="*", weights="float")]])
-def test_a_float_weight_between_codes_stays_float_in_the_runtime(rules, tmp_path):
+@pytest.mark.parametrize("name", ["residual", "conv1d", "transposed", "called_twice"])
+def test_a_float_weight_between_codes_stays_float_in_the_runtime(name, rules, tmp_path):
     """ONNX Runtime would round it to 8 bits, which shows in the products that it runs and in the codes behind them."""
     scheme = bw.Scheme(weights=8 if rules else None, activations=8, rules=tuple(rules))
-    model = quantized("residual", scheme)
+    model = quantized(name, scheme)
     program = to_onnx(model)
     save_onnx(program, tmp_path / "a.onnx")
     assert products(kernels(tmp_path / "a.onnx"))["integer"] == 0
     for layer in compare_codes(model, program, cases.images(16), "onnxruntime"):
-        assert not beyond(layer.simulation_runtime, layer.count), layer.name
+        assert not layer.simulation_runtime.beyond(layer.count), layer.name
     assert not [n for n in float_twin(program).graph if n.op_type == "Clip"]

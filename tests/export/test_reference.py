@@ -11,7 +11,6 @@ from torch import nn
 import bitwright as bw
 from bitwright.export import reference_rules as rules
 from bitwright.export.arbiter import CutRuntime, compare_codes, simulated_codes
-from bitwright.export.gap import beyond
 from bitwright.export.onnx import to_onnx
 from bitwright.export.parity import activation_quantizers
 from bitwright.export.reference import run_reference
@@ -431,8 +430,8 @@ def test_a_kernel_that_quantizes_activations_by_itself_is_named():
     model = quantized("shifted_window")
     rows = {r.name: r for r in compare_codes(model, to_onnx(model), cases.images(8), "onnxruntime")}
     assert rows["qkv"].found == "MatMulNBits"
-    assert beyond(rows["qkv"].reference_runtime, rows["qkv"].count)
-    assert not beyond(rows["qkv"].simulation_reference, rows["qkv"].count)
+    assert rows["qkv"].reference_runtime.beyond(rows["qkv"].count)
+    assert not rows["qkv"].simulation_reference.beyond(rows["qkv"].count)
 
 
 def test_what_cannot_be_referred_to():

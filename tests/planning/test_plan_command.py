@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import bitwright as bw
 from bitwright.cli import main
@@ -18,6 +16,7 @@ from bitwright.commands import plans
 from bitwright.plan import Plan
 from bitwright.stages.calibrate import Calibrate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 MODELS = """
 import torch
 from torch import nn
@@ -49,14 +48,6 @@ class Number(One):
 PROMISE = "The network agrees with the float one on 90.00 % of the images measured on"
 PLAN = ["plan", "models.py:Net", "photos.npz"]
 QUANTIZE = ["quantize", "models.py:Net", "photos.npz", "--recipe", "mse"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

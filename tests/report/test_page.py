@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from chromium import PROGRAM, Page, chromium
+from chromium import Page
 
 from bitwright import report, run_folder
 from bitwright.cli import main
@@ -43,14 +42,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = ["quantize", "zoo:fashion_cnn", "zoo:fashion[:32]", "--recipe", "eptq", "--steps", "4", "--weights", "3"]
     assert main([*command, "--evaluate", "zoo:fashion-test[:300]", "--out", str(folder)]) == 0
     return folder
-
-
-@pytest.fixture(scope="module")
-def page() -> Iterator[Page]:
-    if PROGRAM is None:
-        pytest.skip("there is no Chromium on this machine")
-    with chromium() as found:
-        yield found
 
 
 def test_the_page_is_small_and_one_file(run: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from chromium import PROGRAM, Page, chromium
+from chromium import Page
 
 import bitwright as bw
 from bitwright import report
@@ -63,14 +63,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         assert main(["quantize", *given, "--recipe", "mse", "--plan", "plan/plan.json", "--out", "by_file"]) == 0
         report.write("limited")
         yield folder
-
-
-@pytest.fixture(scope="module")
-def page() -> Iterator[Page]:
-    if PROGRAM is None:
-        pytest.skip("there is no Chromium on this machine")
-    with chromium() as found:
-        yield found
 
 
 def section(path: Path, key: str) -> str:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from bitwright.cli import main
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 MODELS = """
 import torch
 from torch import nn
@@ -34,14 +33,6 @@ class Dead(Net):
         return super().forward(x) * 0
 """
 CALL = ["sensitivity", "models.py:Net", "photos.npz", "--steps", "4", "--probes", "6", "--samples", "8"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import bitwright as bw
 from bitwright.export.onnx import save_onnx, to_onnx
 from bitwright.speed.float_operators import REASONS, float_operators
 from bitwright.speed.float_twin import float_twin
-from bitwright.speed.kernels import FLOAT_PRODUCTS, kernels, products
+from bitwright.speed.kernels import FLOAT_PRODUCTS, kernels, optimized, products
 
 
 def rows(module, path, **settings):
@@ -19,7 +19,7 @@ def rows(module, path, **settings):
     settings = {"outputs": True, **settings}
     torch.manual_seed(0)
     save_onnx(to_onnx(bw.quantize(module, cases.dataset(), "rtn", scheme=bw.Scheme(**settings))), path)
-    found = float_operators(path)
+    found = float_operators(optimized(path))
     assert sum(r.count for r in found if r.operator in FLOAT_PRODUCTS) == products(kernels(path))["float"]
     assert all(sum(r.count for r in found if r.operator == k) <= n for k, n in kernels(path).items())
     return {(r.operator, r.reason): r.count for r in found}
@@ -74,7 +74,7 @@ def test_operators_without_a_kernel_and_between_floats(tmp_path):
 def test_a_float_file_is_float_from_end_to_end(tmp_path):
     model = bw.quantize(cases.model("residual"), cases.dataset(), "rtn")
     save_onnx(float_twin(to_onnx(model)), tmp_path / "f.onnx")
-    found = float_operators(tmp_path / "f.onnx")
+    found = float_operators(optimized(tmp_path / "f.onnx"))
     products_in_float = [r for r in found if r.operator in FLOAT_PRODUCTS]
     assert sum(r.count for r in products_in_float) == 3
     assert {r.reason for r in products_in_float} == {REASONS["float weights"]}

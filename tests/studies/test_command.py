@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from bitwright import studies
 from bitwright.cli import main
 from bitwright.studies import find, lfh
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 MODELS = """
 import torch
 from torch import nn
@@ -29,14 +28,6 @@ class Net(nn.Module):
         return self.head(torch.relu(self.body(torch.relu(self.stem(x)))).mean((2, 3)))
 """
 WEIGHTING = ["study", "weighting", "models.py:Net", "photos.npz", "--steps", "2", "--samples", "8", "--seeds", "0"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

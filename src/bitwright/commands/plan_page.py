@@ -10,6 +10,7 @@ import numpy as np
 
 from bitwright.allocation.solve import amount
 from bitwright.commands.tables import bytes_text, count_text
+from bitwright.goal import TITLES
 from bitwright.plan import Plan
 from bitwright.planning import Planning, nearest_uniform
 from bitwright.studies.figures import COLOURS
@@ -20,13 +21,6 @@ UNITS = {
     "total_bytes": "B",
     "bit_operations": "",
     "latency": "s",
-}
-AXES = {
-    "weight_bytes": "size of model.safetensors",
-    "activation_bytes": "activations in memory",
-    "total_bytes": "file and activations",
-    "bit_operations": "bit operations",
-    "latency": "latency",
 }
 LAYERS = ("layer", "operator", "parameters", "weights", "activations", "bytes", "predicted loss")
 CLOSE = 1.01
@@ -107,7 +101,7 @@ def verdict(found: Planning) -> list[str]:
     for name, limit in found.limits.items():
         if found.goal.asked:
             said.append(
-                f"{AXES[name]}: {amount(predicted[name], UNITS[name])}, allowed were {amount(limit, UNITS[name])}."
+                f"{TITLES[name]}: {amount(predicted[name], UNITS[name])}, allowed were {amount(limit, UNITS[name])}."
             )
     said += _against_uniform(found)
     widest = found.curve[-1].predicted or {}
@@ -176,7 +170,7 @@ def figure(found: Planning) -> Any:
     )
     made.update_yaxes(type="log", exponentformat="e", title_text="predicted loss", row=1, col=1)
     unit = UNITS[found.along]
-    made.update_xaxes(title_text=AXES[found.along] + (f" ({unit})" if unit else ""), row=1, col=1)
+    made.update_xaxes(title_text=TITLES[found.along] + (f" ({unit})" if unit else ""), row=1, col=1)
     for row, half in enumerate(["weights", *(["activations"] if some else [])], 2):
         made.add_trace(_bars(bits[half], losses[half], COLOURS[0]), row=row, col=1)
         made.update_xaxes(title_text="layer, in order", row=row, col=1)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from bitwright.export.clips import codes_of
-from bitwright.export.parity import activation_quantizers, session
+from bitwright.export.parity import activation_quantizers, beyond, session
 from bitwright.export.reference import FLOAT, run_reference
 from bitwright.graph import ops
 from bitwright.graph.watch import watch
@@ -44,6 +44,10 @@ class Difference:
         steps = (a - b).abs()
         self.differing += int(torch.count_nonzero(steps))
         self.max_steps = max(self.max_steps, int(steps.max()) if steps.numel() else 0)
+
+    def beyond(self, count: int) -> bool:
+        """Whether that is more, of so many codes, than summation in float32 explains."""
+        return beyond(self.differing, self.max_steps, count)
 
     def __add__(self, other: Difference) -> Difference:
         """Both together."""

@@ -15,8 +15,8 @@ from torch import Tensor
 from bitwright.data import Images
 from bitwright.errors import BitwrightError, UsageError
 from bitwright.evaluation import Network
-from bitwright.export.arbiter import BATCH, Difference, LayerCodes, by_operator, compare_codes
-from bitwright.export.parity import LAYER_IMAGES, MOST_DEVIATION, MOST_DIFFERING, MOST_STEPS, compare_layers
+from bitwright.export.arbiter import BATCH, LayerCodes, by_operator, compare_codes
+from bitwright.export.parity import LAYER_IMAGES, MOST_DEVIATION, compare_layers
 from bitwright.export.reference import run_reference
 from bitwright.metrics import as_log_probabilities
 from bitwright.progress import Progress, silent
@@ -99,7 +99,7 @@ class Gap:
     @property
     def kernels(self) -> list[LayerCodes]:
         """Layers whose kernel is further from the simulation than summation in float32 explains."""
-        return [x for x in self.layers if beyond(x.simulation_runtime, x.count)]
+        return [x for x in self.layers if x.simulation_runtime.beyond(x.count)]
 
     @property
     def first_divergence(self) -> str | None:
@@ -176,16 +176,6 @@ def measure_gap(
     wrong = next((x.name for x in plain if x.diverges), None)
     progress("Comparing", total, total)
     return Gap(quantization, measured, simulating, layers, wrong)
-
-
-def beyond(found: Difference, count: int) -> bool:
-    """Whether more codes differ, or by more steps, than summation in float32 explains.
-
-    Example:
-        >>> beyond(Difference(1, 1), 50), beyond(Difference(2, 1), 50), beyond(Difference(1, 2), 5000)
-        (False, True, True)
-    """
-    return found.max_steps > MOST_STEPS or found.differing > max(1, MOST_DIFFERING * count)
 
 
 def read_onnx(path: Path) -> ir.Model:

@@ -11,7 +11,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import torch
 from torch import Tensor, fx, nn
@@ -20,6 +19,7 @@ import bitwright
 from bitwright.errors import UsageError
 from bitwright.export import clips
 from bitwright.export.clips import IN_FLOAT, READS_INTEGER_BIAS, Span
+from bitwright.export.edit import Array, drop_unused, initializer
 from bitwright.graph import ops, rewrite
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Grid, Quantizer
 from bitwright.quantized import QuantizedModel
@@ -32,7 +32,6 @@ IR_VERSIONS = {OPSET: 8, OPSET_OF_GELU: 9, OPSET_OF_INT4: 10}
 LARGEST = 1_800_000_000
 """Bytes of tensors in one file: protocol buffers end at 2 GB."""
 MARK = "Mark"
-Array = npt.NDArray[Any]
 
 
 def to_onnx(model: QuantizedModel) -> ir.Model:
@@ -190,16 +189,7 @@ def _replace_marks(program: ir.Model, modules: dict[str, nn.Module]) -> None:
         _shield_bias(graph, node, shielded)
         _shield_weight(graph, node, shielded)
     program.opset_imports.pop("bitwright", None)
-    _drop_unused(graph)
-
-
-def _drop_unused(graph: ir.Graph) -> None:
-    for node in reversed(list(graph)):
-        if not any(v.uses() or v.is_graph_output() for v in node.outputs):
-            graph.remove(node, safe=True)
-    stored = sorted(graph.initializers.items())
-    graph.initializers.clear()
-    graph.initializers.update({name: value for name, value in stored if value.uses()})
+    drop_unused(graph)
 
 
 def storage(grid: Grid, smallest: int = 4) -> ir.DataType:
@@ -219,13 +209,6 @@ _NUMPY: dict[ir.DataType, Any] = {
     ir.DataType.INT16: np.int16,
     ir.DataType.UINT16: np.uint16,
 }
-
-
-def _initializer(graph: ir.Graph, name: str, array: Array) -> ir.Value:
-    tensor = ir.Tensor(array, name=name)
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value
 
 
 def _node(
@@ -295,7 +278,7 @@ def _codes(
         clips.note(codes, clamp)
     if left is None or not narrow:
         return codes
-    ends = [_initializer(graph, f"{name}/{e}", np.asarray(c, np.uint8)) for e, c in _ends(left)]
+    ends = [_shared(graph, f"code/{c}", np.asarray(c, np.uint8)) for _, c in _ends(left)]
     clipped = _node(graph, mark, "Clip", [codes, *ends], f"{name}/codes")
     clipped.type, clipped.shape = codes.type, shape
     return clipped
@@ -306,7 +289,7 @@ def _ends(span: Span) -> tuple[tuple[str, int], tuple[str, int]]:
 
 
 def _shared(graph: ir.Graph, name: str, array: Array) -> ir.Value:
-    return graph.initializers.get(name) or _initializer(graph, name, array)
+    return graph.initializers.get(name) or initializer(graph, name, array)
 
 
 def _replace_stored(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen) -> None:
@@ -315,7 +298,7 @@ def _replace_stored(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen) -
     if isinstance(frozen.quantizer, BiasQuantizer):
         readers = {use.node.op_type for use in old.uses()}
         value = _integer_bias(graph, mark, name, frozen) if readers <= READS_INTEGER_BIAS else None
-        value = value or _initializer(graph, name, frozen().numpy())
+        value = value or initializer(graph, name, frozen().numpy())
     else:
         transposed = [use.node for use in old.uses() if use.node.op_type == "Transpose"]
         for node in transposed:
@@ -333,16 +316,16 @@ def _replace_stored(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen) -
 def _integer_bias(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen) -> ir.Value:
     quantizer = frozen.quantizer
     scale = quantizer.scale.numpy()
-    codes = _initializer(graph, f"{name}/integers", frozen.codes.numpy().astype(np.int32))
+    codes = initializer(graph, f"{name}/integers", frozen.codes.numpy().astype(np.int32))
     if scale.size == 1:
         return _node(
             graph,
             mark,
             "DequantizeLinear",
-            [codes, _initializer(graph, f"{name}/scale", scale.reshape(()))],
+            [codes, initializer(graph, f"{name}/scale", scale.reshape(()))],
             name,
         )
-    step = _initializer(graph, f"{name}/scale", scale)
+    step = initializer(graph, f"{name}/scale", scale)
     return _node(graph, mark, "DequantizeLinear", [codes, step], name, axis=0)
 
 
@@ -356,14 +339,22 @@ def _shield_weight(graph: ir.Graph, node: ir.Node, shielded: dict[str | None, ir
     source, weight = node.inputs[:2]
     if source is None or weight is None or weight.const_value is None:
         return
-    producer = source.producer()
-    if producer is None or producer.op_type != "DequantizeLinear":
+    if not _comes_from_codes(source):
         return
     if source.name not in shielded:
         least = _shared(graph, "least", np.asarray(np.finfo(np.float32).min))
         shielded[source.name] = _node(graph, node, "Clip", [source, least], f"{source.name}{IN_FLOAT}")
         shielded[source.name].type, shielded[source.name].shape = source.type, source.shape
     node.replace_input_with(0, shielded[source.name])
+
+
+def _comes_from_codes(value: ir.Value) -> bool:
+    """Whether codes become the value, maybe through operators of one tensor: a runtime moves codes over those."""
+    node = value.producer()
+    while node is not None and node.op_type != "DequantizeLinear":
+        tensors = [v for v in node.inputs if v is not None and v.const_value is None]
+        node = tensors[0].producer() if len(tensors) == 1 else None
+    return node is not None
 
 
 def _shield_bias(graph: ir.Graph, node: ir.Node, shielded: dict[str | None, ir.Value]) -> None:
@@ -385,8 +376,8 @@ def _shield_bias(graph: ir.Graph, node: ir.Node, shielded: dict[str | None, ir.V
     step = np.float32(2.0 ** np.ceil(np.log2(max(float(np.abs(values).max(initial=0.0)), 2.0**-60) / 2.0**30)))
     name = f"{bias.name}/fine"
     if bias.name not in shielded:
-        codes = _initializer(graph, f"{name}/integers", np.rint(values / step).astype(np.int32))
-        scale = _initializer(graph, f"{name}/scale", np.asarray(step))
+        codes = initializer(graph, f"{name}/integers", np.rint(values / step).astype(np.int32))
+        scale = initializer(graph, f"{name}/scale", np.asarray(step))
         shielded[bias.name] = _node(graph, node, "DequantizeLinear", [codes, scale], name)
     node.replace_input_with(2, shielded[bias.name])
 
@@ -412,10 +403,10 @@ def _integers(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, order: 
             attributes["axis"] = order.index(attributes["axis"])
     kind = storage(quantizer.grid)
     inputs = [
-        _initializer(graph, f"{name}/integers", codes.contiguous().numpy().astype(_NUMPY[kind])),
-        _initializer(graph, f"{name}/scale", scale.contiguous().numpy()),
+        initializer(graph, f"{name}/integers", codes.contiguous().numpy().astype(_NUMPY[kind])),
+        initializer(graph, f"{name}/scale", scale.contiguous().numpy()),
     ]
-    inputs.append(_initializer(graph, f"{name}/zero_point", zero.contiguous().numpy().astype(_NUMPY[kind])))
+    inputs.append(initializer(graph, f"{name}/zero_point", zero.contiguous().numpy().astype(_NUMPY[kind])))
     return _node(graph, mark, "DequantizeLinear", inputs, name, **attributes)
 
 
@@ -431,11 +422,11 @@ def _columns(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, order: l
     if order is not None:
         codes, scale = codes.permute(order), scale.permute(order)
     kind = storage(quantizer.grid)
-    integers = _initializer(graph, f"{name}/integers", codes.contiguous().numpy().astype(_NUMPY[kind]))
-    one = _initializer(graph, f"{name}/one", np.asarray(1, np.float32))
+    integers = initializer(graph, f"{name}/integers", codes.contiguous().numpy().astype(_NUMPY[kind]))
+    one = initializer(graph, f"{name}/one", np.asarray(1, np.float32))
     whole = _node(graph, mark, "DequantizeLinear", [integers, one], f"{name}/whole")
     whole.type, whole.shape = ir.TensorType(ir.DataType.FLOAT), integers.shape
-    steps = _initializer(graph, f"{name}/scale", scale.contiguous().numpy())
+    steps = initializer(graph, f"{name}/scale", scale.contiguous().numpy())
     return _node(graph, mark, "Mul", [whole, steps], name)
 
 
@@ -454,13 +445,13 @@ def _groups(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, order: li
         return _columns(graph, mark, name, frozen, order)
     codes = frozen.codes.reshape(rows, columns // size, size).contiguous().numpy()
     scale = quantizer.scale.reshape(rows, columns // size, 1).contiguous().numpy()
-    integers = _initializer(graph, f"{name}/integers", codes.astype(_NUMPY[storage(quantizer.grid)]))
-    one = _initializer(graph, f"{name}/one", np.asarray(1, np.float32))
+    integers = initializer(graph, f"{name}/integers", codes.astype(_NUMPY[storage(quantizer.grid)]))
+    one = initializer(graph, f"{name}/one", np.asarray(1, np.float32))
     whole = _node(graph, mark, "DequantizeLinear", [integers, one], f"{name}/whole")
     whole.type, whole.shape = ir.TensorType(ir.DataType.FLOAT), integers.shape
-    value = _node(graph, mark, "Mul", [whole, _initializer(graph, f"{name}/scale", scale)], f"{name}/groups")
+    value = _node(graph, mark, "Mul", [whole, initializer(graph, f"{name}/scale", scale)], f"{name}/groups")
     value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), integers.shape
-    flat = _initializer(graph, f"{name}/shape", np.asarray([rows, columns], np.int64))
+    flat = initializer(graph, f"{name}/shape", np.asarray([rows, columns], np.int64))
     if order == [1, 0]:
         value = _node(graph, mark, "Reshape", [value, flat], f"{name}/matrix")
         value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([rows, columns])

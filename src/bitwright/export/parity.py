@@ -50,9 +50,18 @@ class LayerParity:
 
     @property
     def diverges(self) -> bool:
-        """Whether more codes differ, or by more steps, than summation in float32 explains; a single one always may."""
-        differing = round(self.differing_fraction * self.values)
-        return self.max_steps > MOST_STEPS or differing > max(1, MOST_DIFFERING * self.values)
+        """See :func:`beyond`."""
+        return beyond(round(self.differing_fraction * self.values), self.max_steps, self.values)
+
+
+def beyond(differing: int, max_steps: int, count: int) -> bool:
+    """Whether more codes differ, or by more steps, than summation in float32 explains; a single one always may.
+
+    Example:
+        >>> beyond(1, 1, 50), beyond(2, 1, 50), beyond(1, 2, 5000)
+        (False, True, True)
+    """
+    return max_steps > MOST_STEPS or differing > max(1, MOST_DIFFERING * count)
 
 
 @dataclass

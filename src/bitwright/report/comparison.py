@@ -16,7 +16,6 @@ from bitwright.report.verdict import METRICS, main_metric
 
 SAME_SIZE = 1.02
 """Largest size over smallest up to which runs are compared by their figures alone."""
-UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 FIDELITY = {"agreement": "same answer as float", "sqnr_db": "outputs: signal to error"}
 
 
@@ -199,7 +198,7 @@ def _front(entries: Sequence[Entry]) -> Section | None:
     if max(sizes) <= SAME_SIZE * min(sizes):
         return _rows_of_intervals(what, [r for _, r in places])
     factor = 1.0 if what == "sqnr_db" else 100.0
-    unit, per = next(((u, f) for u, f in UNITS if max(r["packed_bytes"] for _, r in places) >= f), ("B", 1.0))
+    unit, per = words.unit("weight_bytes", max(sizes))
     points = [(r["packed_bytes"] / per, factor * r[what]) for _, r in places]
     ends = [[factor * v for v in r.get(f"{what}_ci") or [r[what], r[what]]] for _, r in places]
     top = {r.get(f"float_{what}") for _, r in places}

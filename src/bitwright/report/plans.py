@@ -4,25 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from bitwright.goal import TITLES
 from bitwright.report import words
 from bitwright.report.charts import Axis, chart, dot, label, linear, logarithmic, polyline
 from bitwright.report.markup import Child, Markup, tag
 from bitwright.report.shown import Section, Shown, key, paragraph
 from bitwright.report.tables import table
 
-COSTS = {
-    "weight_bytes": "size of model.safetensors",
-    "activation_bytes": "activations in memory",
-    "total_bytes": "file and activations in memory",
-    "bit_operations": "bit operations",
-    "latency": "latency",
-}
-"""What a plan is limited by, as the result names it."""
-UNITS = {
-    "bytes": (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0)),
-    "bit_operations": (("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0)),
-    "latency": (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)),
-}
 Point = dict[str, Any]
 
 
@@ -61,7 +49,7 @@ def cost(name: str, value: float) -> str:
 
 def _lead(asked: dict[str, Any], chosen: Point | None) -> str:
     limits = [
-        f"{COSTS.get(name, name)} at most {cost(name, value)}" for name, value in (asked.get("limits") or {}).items()
+        f"{TITLES.get(name, name)} at most {cost(name, value)}" for name, value in (asked.get("limits") or {}).items()
     ]
     if "estimate" in asked:
         limits.append(f"at most {words.percent(asked['estimate']['drop'])} of answers changed")
@@ -93,8 +81,8 @@ def _drawn(curve: dict[str, Any], chosen: Point | None) -> list[Child]:
     along, points, uniform = curve["along"], curve["points"], curve.get("uniform") or []
     every = [*points, *uniform, *([chosen] if chosen else [])]
     losses = [p["loss"] for p in every if p["loss"] > 0]
-    name = COSTS.get(along, along)
-    unit, per = _unit(along, max(p[along] for p in every))
+    name = TITLES.get(along, along)
+    unit, per = words.unit(along, max(p[along] for p in every))
     x = linear(min(p[along] for p in every) / per, max(p[along] for p in every) / per, f"{name}, {unit}".rstrip(", "),
                count=5, margin=0.05)  # fmt: skip
     y = logarithmic(min(losses), max(losses), "predicted loss") if losses else Axis(0.0, 1.0, ((0.0, "0"),))
@@ -138,11 +126,6 @@ def _dot(point: Point, name: str, along: str, per: float, x: Axis, y: Axis, look
     return dot(point[along] / per, point["loss"], x, y, look, title)
 
 
-def _unit(along: str, most: float) -> tuple[str, float]:
-    units = UNITS.get(along, UNITS["bytes"])
-    return next((u for u in units if most >= u[1]), units[-1])
-
-
 def _table(uniform: list[Point], chosen: Point | None, along: str) -> Markup | None:
     """This plan between networks of equal bits, in the order of what they cost."""
     named = [(p[along], f"{p['bits']} bits in all layers", p) for p in uniform]
@@ -152,5 +135,10 @@ def _table(uniform: list[Point], chosen: Point | None, along: str) -> Markup | N
          words.short(p["bit_operations"]), words.number(p["loss"])]
         for _, name, p in sorted(named, key=lambda n: n[0])
     ]  # fmt: skip
-    heads = ["", *([] if along == "weight_bytes" else [f">{COSTS.get(along, along)}"]), ">size", ">bit operations"]
+    heads = [
+        "",
+        *([] if along == "weight_bytes" else [f">{TITLES.get(along, along)}"]),
+        ">size",
+        ">bit operations",
+    ]
     return table("Beside the same bits in all layers", [*heads, ">predicted loss"], rows) if rows else None

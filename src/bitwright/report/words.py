@@ -8,6 +8,12 @@ from typing import Any
 GAP = "\u00a0"
 NONE = "–"
 """Where there is no value."""
+BYTES = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0))
+UNITS = {
+    "bit_operations": (("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0)),
+    "latency": (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)),
+}
+"""Units of axes, the largest first, for costs that are not bytes."""
 
 
 def signed(text: str) -> str:
@@ -71,6 +77,17 @@ def size(count: float | None) -> str:
         if abs(count) >= factor:
             return signed(f"{three(count / factor)}{GAP}{unit}")
     return signed(f"{count:.0f}{GAP}B")
+
+
+def unit(cost: str, most: float) -> tuple[str, float]:
+    """The unit of an axis that ends there, and what one of it is; costs as plans name them, bytes if not others.
+
+    Example:
+        >>> unit("weight_bytes", 99_239), unit("latency", 0.00213), unit("bit_operations", 900)
+        (('kB', 1000.0), ('ms', 0.001), ('', 1.0))
+    """
+    units = UNITS.get(cost, BYTES)
+    return next((u for u in units if most >= u[1]), units[-1])
 
 
 def three(value: float) -> str:

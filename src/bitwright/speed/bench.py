@@ -190,10 +190,11 @@ def _about(where: Runtime, files: _Files) -> dict[str, Any]:
     """Name and version; of ONNX Runtime also what it makes of the two files, and what of the quantized one is float."""
     about: dict[str, Any] = {"name": where.name, "version": where.version}
     if where is ONNXRUNTIME:
-        found = {"float": kernels.kernels(files.float), "quantized": kernels.kernels(files.quantized)}
+        quantized = kernels.optimized(files.quantized)
+        found = {"float": kernels.kernels(files.float), "quantized": kernels.counted(quantized)}
         about["kernels"] = found
         about["products"] = {name: kernels.products(counts) for name, counts in found.items()}
-        about["float_operators"] = [asdict(each) for each in float_operators(files.quantized)]
+        about["float_operators"] = [asdict(each) for each in float_operators(quantized)]
     return about
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import onnx_ir as ir
 
-from bitwright.speed.kernels import FLOAT_PRODUCTS, INTEGER_PRODUCTS, optimized
+from bitwright.speed.kernels import FLOAT_PRODUCTS, INTEGER_PRODUCTS
 
 MOVES = frozenset(
     {
@@ -56,13 +55,13 @@ class FloatOperator:
     reason: str
 
 
-def float_operators(path: Path) -> list[FloatOperator]:
-    """What ONNX Runtime computes in float of a file, all of its optimisations on; products first, then the frequent.
+def float_operators(graph: ir.Graph) -> list[FloatOperator]:
+    """What ONNX Runtime computes in float of a file; products first, then the frequent.
 
     Args:
-        path: of an ONNX file.
+        graph: that it made of the file, see :func:`bitwright.speed.kernels.optimized`.
     """
-    found = Counter(_in_float(optimized(path)))
+    found = Counter(_in_float(graph))
     rows = [FloatOperator(operator, count, reason) for (operator, reason), count in found.items()]
     return sorted(rows, key=lambda r: (r.operator not in FLOAT_PRODUCTS, -r.count, r.operator, r.reason))
 

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
 from bitwright.errors import UsageError
 from bitwright.export.clips import IN_FLOAT, Clamp, codes_of, noted
+from bitwright.export.edit import Array, drop_unused, initializer
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
-Array = npt.NDArray[Any]
 
 
 def float_twin(program: ir.Model) -> ir.Model:
     """Takes the quantizers out of a file that bitwright exported.
 
-    Stored integers become the float values that they stand for; activations pass unchanged, clamped where a
-    clamping operator was left to their codes. What remains is the float
-    network as it was prepared for quantization, batch norms folded into weights, but with the rounded weights: how fast
-    it runs does not depend on their values, what it computes does.
+    Stored integers become the float values that they stand for; activations pass unchanged, clamped where a clamping
+    operator was left to their codes. What remains is the float network as it was prepared for quantization, batch norms
+    folded into weights, but with the rounded weights: how fast it runs does not depend on their values, what it
+    computes does.
 
     Args:
         program: as :func:`bitwright.export.onnx.to_onnx` makes it; not changed.
@@ -39,7 +36,7 @@ def float_twin(program: ir.Model) -> ir.Model:
             _pass_through(graph, node)
         elif node.op_type == "Clip" and (node.outputs[0].name or "").endswith(IN_FLOAT) and node.inputs[0] is not None:
             node.outputs[0].replace_all_uses_with(node.inputs[0])
-    _drop_unused(graph)
+    drop_unused(graph)
     left = [n.op_type for n in graph if n.op_type in {QUANTIZE, DEQUANTIZE}]
     if left:
         raise UsageError(f"Expected a file that bitwright exported, found a {left[0]} in it that is not of its kind.")
@@ -51,7 +48,7 @@ def _floats(graph: ir.Graph, node: ir.Node) -> ir.Value:
     codes, scale, *zero = [v.const_value.numpy() for v in node.inputs if v is not None and v.const_value is not None]
     settings = {a.name: a.as_int() for a in node.attributes.values()}
     array = dequantized(codes, scale, zero[0] if zero else None, settings.get("axis", 1), settings.get("block_size", 0))
-    return _initializer(graph, f"{node.outputs[0].name}/float", array)
+    return initializer(graph, f"{node.outputs[0].name}/float", array)
 
 
 def dequantized(codes: Array, scale: Array, zero: Array | None, axis: int = 1, block: int = 0) -> Array:
@@ -117,20 +114,4 @@ def _clamped(graph: ir.Graph, before: ir.Node, source: ir.Value, clamp: Clamp, n
 def _number(graph: ir.Graph, name: str, number: float) -> ir.Value | None:
     if not np.isfinite(number):
         return None
-    return _initializer(graph, name, np.asarray(number, np.float32))
-
-
-def _initializer(graph: ir.Graph, name: str, array: Array) -> ir.Value:
-    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(ir.DataType.FLOAT))
-    value.const_value = ir.Tensor(array, name=name)
-    graph.register_initializer(value)
-    return value
-
-
-def _drop_unused(graph: ir.Graph) -> None:
-    for node in reversed(list(graph)):
-        if not any(v.uses() or v.is_graph_output() for v in node.outputs):
-            graph.remove(node, safe=True)
-    used = {name: value for name, value in graph.initializers.items() if value.uses() or value.is_graph_output()}
-    graph.initializers.clear()
-    graph.initializers.update(used)
+    return initializer(graph, name, np.asarray(number, np.float32))

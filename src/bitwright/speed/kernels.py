@@ -25,7 +25,12 @@ def kernels(path: Path) -> dict[str, int]:
     Args:
         path: of an ONNX file.
     """
-    return dict(sorted(Counter(node.op_type for node in optimized(path)).items()))
+    return counted(optimized(path))
+
+
+def counted(graph: ir.Graph) -> dict[str, int]:
+    """How many operators of each kind a graph has."""
+    return dict(sorted(Counter(node.op_type for node in graph).items()))
 
 
 def optimized(path: Path) -> ir.Graph:

@@ -1,0 +1,28 @@
+"""Edits of an ONNX graph that several rooms need."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy.typing as npt
+import onnx_ir as ir
+
+Array = npt.NDArray[Any]
+
+
+def initializer(graph: ir.Graph, name: str, array: Array) -> ir.Value:
+    """A new constant of the graph, of the array's own type."""
+    tensor = ir.Tensor(array, name=name)
+    value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def drop_unused(graph: ir.Graph) -> None:
+    """Takes out what no output depends on, and puts the constants that are left in the order of their names."""
+    for node in reversed(list(graph)):
+        if not any(v.uses() or v.is_graph_output() for v in node.outputs):
+            graph.remove(node, safe=True)
+    left = sorted((name, v) for name, v in graph.initializers.items() if v.uses() or v.is_graph_output())
+    graph.initializers.clear()
+    graph.initializers.update(left)
