@@ -431,6 +431,16 @@ def test_the_recipes_run(name: str, case: str) -> None:
     assert set(note["sqnr_db"]) <= {layer.name for layer in student.layers}
 
 
+@pytest.mark.parametrize("case", ["residual", "transformer"])
+def test_the_roundings_of_the_papers_recipe_decide_in_a_short_run(case: str) -> None:
+    """With the weight 0.01 of the paper's code rounding multiplies the loss by more than five here."""
+    stage = recipe("eptq-paper").stages[-1].model_copy(update={**QUICK, "steps": 600})
+    assert isinstance(stage, Reconstruct)
+    _, run = optimise(stage, case)
+    loss = run.notes["reconstruct"]["loss"]
+    assert loss["hard"] < 1.5 * loss["soft"]
+
+
 @pytest.mark.parametrize("case", NETWORKS)
 def test_the_teacher_is_not_changed(case: str) -> None:
     before = {k: v.clone() for k, v in prepared(case).graph.state_dict().items()}

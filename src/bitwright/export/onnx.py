@@ -247,7 +247,9 @@ def _replace_activation(graph: ir.Graph, mark: ir.Node, name: str, quantizer: Qu
     elif on_codes:
         source, clamp = clips.clamp_before(source)
     if not on_codes and grid.bits not in {8, 16}:
-        ends = [_shared(graph, f"{quantizer.name}/{e}", span.value(c)) for e, c in _ends(span)]
+        ends = [
+            _shared(graph, f"{quantizer.name}/{e}", span.value(c)) for e, c in (("low", span.low), ("high", span.high))
+        ]
         source = _node(graph, mark, "Clip", [source, *ends], f"{name}/clipped")
     codes = _codes(graph, mark, name, [source, step, point], old.shape, span if on_codes else None, clamp)
     output = f"{name}/value"
@@ -278,14 +280,10 @@ def _codes(
         clips.note(codes, clamp)
     if left is None or not narrow:
         return codes
-    ends = [_shared(graph, f"code/{c}", np.asarray(c, np.uint8)) for _, c in _ends(left)]
+    ends = [_shared(graph, f"code/{c}", np.asarray(c, np.uint8)) for c in (left.low, left.high)]
     clipped = _node(graph, mark, "Clip", [codes, *ends], f"{name}/codes")
     clipped.type, clipped.shape = codes.type, shape
     return clipped
-
-
-def _ends(span: Span) -> tuple[tuple[str, int], tuple[str, int]]:
-    return ("low", span.low), ("high", span.high)
 
 
 def _shared(graph: ir.Graph, name: str, array: Array) -> ir.Value:

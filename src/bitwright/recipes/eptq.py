@@ -5,8 +5,7 @@ Both start from closed-form roundings instead of rounding to nearest, which is w
 a small budget allows. Version 2's scores are put on version 1's log scale across layers: as they are, nearly all weight
 lies on the last layer, which fits the calibration images too closely (docs/results.md has the figures). The papers' own
 settings are ``eptq-paper`` and ``eptq-lfh-paper``. For version 2 the regularizer has weight 10, as in its authors'
-library; with the 0.01 of the paper's code, where version 1's loss is a mean over channels and version 2's a sum, many
-roundings never decide.
+library; the 0.01 of the paper's code, where distances are sums over channels too, leaves many roundings undecided.
 """
 
 from bitwright.recipes import Recipe
