@@ -354,6 +354,28 @@ def test_what_was_settled_stays_so() -> None:
     assert bool(learned.settled[first].all())
 
 
+@pytest.mark.parametrize("step", ["multiplicative", "lsq"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_dampening_takes_a_share_of_the_way_to_the_integer_and_changes_none(kind: str, step: str) -> None:
+    weight, quantizer, owner = weight_of(kind)
+    learned = LearnedWeight(weight, quantizer, "straight-through", step)
+    randomise(learned)
+    before, hard = learned.codes.detach().clone(), learned.hard_codes()
+    learned.dampen(0.25)
+    for index, block in owner.items():
+        in_steps = 1.0  # of a code's unit in the unit of its integer
+        if step == "lsq":
+            in_steps = float(learned.initial[block]) / abs(float(learned.step.detach()[block]))
+        code = float(before[index]) * in_steps
+        target = min(max(round(code), -4), 3)
+        expected = (0.75 * code + 0.25 * target) / in_steps
+        assert float(learned.codes.detach()[index]) == pytest.approx(expected, abs=1e-5)
+    assert torch.equal(learned.hard_codes(), hard)
+    learned.dampen(1.0)
+    assert torch.equal(learned.hard_codes(), hard)
+    torch.testing.assert_close(learned().detach(), learned.hard())
+
+
 # -------------------------------------------------------------------------------------------- activations
 
 

@@ -26,7 +26,7 @@ from bitwright.stages import reconstruct as module
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate, parameters
 from bitwright.stages.reconstruct import Reconstruct
-from bitwright.stages.schedules import Anneal, Gradual, Harden, Learn
+from bitwright.stages.schedules import Anneal, Dampen, Gradual, Harden, Learn
 from bitwright.stages.tuning import Tuner
 
 CALIBRATE = Calibrate(weights="minmax", activations="minmax", bias_correction="analytic")
@@ -54,6 +54,15 @@ def optimise(
     run = Run(**{"seed": 1, "precision": "float32", **settings})
     student = insert_quantizers(teacher, Scheme(weights=bits, activations=8))
     return run_stages(steps_of(stage), student, teacher, data, run, state=state, identity="test"), run
+
+
+def tuner_of(stage: Reconstruct, monkeypatch: pytest.MonkeyPatch, name: str = "residual") -> Tuner:
+    """As it stands before the first step."""
+    found = []
+    with monkeypatch.context() as patched:
+        patched.setattr(Reconstruct, "_optimise", lambda self, tuner, plan, run: found.append(tuner))
+        optimise(stage, name)
+    return found[0]
 
 
 def integers(student: QuantizedModel) -> dict[str, Tensor]:
@@ -89,11 +98,12 @@ def test_hard_loss_is_the_formula_on_the_rounded_network() -> None:
 
 
 @pytest.mark.parametrize("weigh", ["ones", "lfh", "sla", "sla-log"])
-@pytest.mark.parametrize("variant", ["straight-through", "settled", "anneal", "harden", "free", "lsq"])
+@pytest.mark.parametrize("variant", ["straight-through", "settled", "dampened", "anneal", "harden", "free", "lsq"])
 def test_the_loss_falls_and_the_network_stays_on_its_grids(weigh: Any, variant: str) -> None:
     kinds: dict[str, dict[str, Any]] = {
         "straight-through": {},
         "settled": {"decide": Harden(begin=0.1, rounds=10)},
+        "dampened": {"decide": Dampen(full_from=50)},
         "anneal": {**SOFT, "decide": Anneal(weight=0.05)},
         "harden": {**SOFT, "decide": Harden(begin=0.05, rounds=10)},
         "free": {"rounding": "free", "codes": Learn(rate=1e-2, schedule="constant"), "decide": Harden(begin=0.05)},
@@ -136,6 +146,24 @@ def test_harden_decides_every_rounding_in_any_number_of_steps(monkeypatch: pytes
     monkeypatch.setattr(Reconstruct, "_tuner", lambda *a: tuners.append(make(*a)) or tuners[-1])
     optimise(Reconstruct(**{**QUICK, "steps": 7}, **SOFT, decide=Harden()))
     assert tuners[-1].learner.share_decided() == 1.0
+
+
+@pytest.mark.parametrize("case", NETWORKS)
+def test_dampened_codes_flip_less_and_have_the_lower_loss(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for decide in (None, Dampen(full_from=50)):
+        stage = Reconstruct(**{**QUICK, "steps": 300}, codes=Learn(rate=1e-2), decide=decide, weigh="ones")
+        tuner = tuner_of(stage, monkeypatch, case)
+        for _ in range(240):
+            tuner.advance()
+        before = [w.hard_codes() for w in tuner.learner.weights.values()]
+        losses = [tuner.advance() for _ in range(60)]
+        after = [w.hard_codes() for w in tuner.learner.weights.values()]
+        flips = sum(int((a != b).sum()) for a, b in zip(after, before, strict=True))
+        found.append((flips, sum(losses)))
+    (free, high), (dampened, low) = found
+    assert dampened < 0.5 * free
+    assert low < high
 
 
 def test_straight_through_may_move_further_than_one_step() -> None:
@@ -181,6 +209,7 @@ def test_same_seed_same_integers_and_another_seed_others() -> None:
         {},
         {**SOFT, "decide": Harden(rounds=10), "gradual": Gradual(how="drop")},
         {**SOFT, "decide": Anneal(), "bias": Learn(optimizer="sgd", rate=1e-3)},
+        {"decide": Dampen(pull=5.0)},
         {"codes": Learn(optimizer="radam", rate=1e-2)},
     ],
 )
@@ -450,15 +479,6 @@ def test_the_teacher_is_not_changed(case: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- memory
-
-
-def tuner_of(stage: Reconstruct, monkeypatch: pytest.MonkeyPatch) -> Tuner:
-    """As it stands before the first step."""
-    found = []
-    with monkeypatch.context() as patched:
-        patched.setattr(Reconstruct, "_optimise", lambda self, tuner, plan, run: found.append(tuner))
-        optimise(stage)
-    return found[0]
 
 
 @pytest.mark.parametrize("weigh", ["ones", "sla", "sla-log"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from bitwright.stages.schedules import Anneal, Gradual, Harden, Learn, decay
+from bitwright.stages.schedules import Anneal, Dampen, Gradual, Harden, Learn, decay
 
 STEPS = [i / 200 for i in range(201)]
 
@@ -80,6 +80,16 @@ def test_hardening_fixes_more_and_more_until_nothing_is_soft(begin: float, end: 
         assert harden.share(begin + (end - begin) * i / rounds) == pytest.approx(1 - ((rounds - i) / rounds) ** 2)
 
 
+@pytest.mark.parametrize(("steps", "full"), [(10, 0.2), (50, 1.0), (5000, 1.0)])
+def test_the_pull_of_dampening_grows_over_the_run_and_follows_the_rate(steps: int, full: float) -> None:
+    dampen = Dampen(pull=3.0, full_from=50)
+    for progress in STEPS:
+        assert dampen.share(progress, steps, 0.01) == pytest.approx(0.03 * full * progress)
+        assert dampen.share(progress, steps, 0.02) == pytest.approx(2 * dampen.share(progress, steps, 0.01))
+    assert Dampen(full_from=0).share(0.5, 1, 0.01) == 0.005
+    assert Dampen(pull=100.0).share(1.0, 300, 0.5) == 1.0  # never beyond the integer
+
+
 @pytest.mark.parametrize("how", ["linear", "cosine", "drop"])
 @pytest.mark.parametrize(("start", "until"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.4)])
 def test_float_shares_fall_from_start_to_zero_where_they_should(how: str, start: float, until: float) -> None:
@@ -110,6 +120,8 @@ def test_a_share_that_is_held_never_falls() -> None:
         (Anneal, {"warmup": 1.0}),
         (Harden, {"rounds": 0}),
         (Harden, {"end": 1.5}),
+        (Dampen, {"pull": 0.0}),
+        (Dampen, {"full_from": -1}),
         (Gradual, {"start": 1.1}),
         (Gradual, {"until": 0.0}),
         (Gradual, {"how": "log"}),

@@ -197,6 +197,14 @@ class LearnedWeight(nn.Module):
                 fixed = clamped.round()
             self.codes.copy_(torch.where(chosen, fixed, self.codes))
 
+    def dampen(self, share: float) -> None:
+        """Moves every code by this share of its way to the integer it rounds to (not ``soft``)."""
+        with torch.no_grad():
+            target = self.hard_codes()
+            if self.step_kind == "lsq":
+                target = target * (self._expand(self.scale()) / self._expand(self.initial))
+            self.codes.lerp_(target, share)
+
     def hard(self) -> Tensor:
         """The weight with its integers."""
         return self.hard_codes() * self._expand(self.scale())

@@ -36,7 +36,7 @@ from bitwright.stages.augment import Views
 from bitwright.stages.base import Optimising, Run
 from bitwright.stages.calibrate import parameters, widen_for_biases
 from bitwright.stages.learner import Learner, Variables
-from bitwright.stages.schedules import Anneal, Gradual, Harden, Learn
+from bitwright.stages.schedules import Anneal, Dampen, Gradual, Harden, Learn
 from bitwright.stages.tuning import NotFiniteError, Objective, Targets, Tuner, seconds_per_step
 
 CHECKPOINT = "reconstruct.safetensors"
@@ -44,9 +44,9 @@ CHECKPOINT_SECONDS = 20.0
 CHECKPOINT_SHARE = 0.01
 """Of the time that checkpoints may take."""
 GOOD_EVERY = 25
+"""Steps between the states that a run whose loss stops being finite falls back to."""
 CURVE_POINTS = 200
 """Of the loss over the steps, as the result keeps it."""
-"""Steps between the states that a run whose loss stops being finite falls back to."""
 MEASURED_IMAGES = 256
 SCORED_AT_ONCE = 16
 """Images in one backward pass for scores, which holds the gradients at all points."""
@@ -93,8 +93,8 @@ class Reconstruct(Optimising):
     weight_step_kind: StepKind = "multiplicative"
     bias: Learn | None = Learn(rate=1e-3)
     activation_step: Learn | None = Learn(rate=1e-3, relative=True)
-    decide: Anneal | Harden | None = None
-    """How soft roundings become up or down."""
+    decide: Anneal | Harden | Dampen | None = None
+    """How soft roundings become up or down, and straight-through ones stay where they are."""
     gradual: Gradual | None = None
     """Activations are on their grids from the first step if not given."""
     activations: bool = True
@@ -112,8 +112,9 @@ class Reconstruct(Optimising):
 
     @model_validator(mode="after")
     def _soft_needs_a_decision(self) -> Reconstruct:
-        if self.rounding == "soft" and self.codes is not None and self.decide is None:
-            raise ValueError("soft rounding needs 'decide', or it ends between two integers")
+        soft = self.rounding == "soft" and self.codes is not None
+        if soft and not isinstance(self.decide, Anneal | Harden):
+            raise ValueError("soft rounding needs 'decide' to be Anneal or Harden, or it ends between two integers")
         return self
 
     @property

@@ -109,6 +109,29 @@ class Harden(Settings):
         return 1 - (1 - passed) ** 2
 
 
+class Dampen(Settings):
+    """Draws straight-through codes to their integers, so that few sit between two of them and flip at every step.
+
+    After every step, each code goes ``pull * progress`` times the learning rate of the way to the integer it rounds to:
+    the dampening of Nagel et al. (arXiv:2203.11086, section 4.1), apart from the gradients as weight decay is in AdamW,
+    since Adam would divide it by their size. Codes need some hundred steps to gather between integers: a run of fewer
+    than ``full_from`` steps has a pull that is smaller in proportion.
+    """
+
+    pull: float = Field(default=1.0, gt=0)
+    full_from: int = Field(default=300, ge=0)
+
+    def share(self, progress: float, steps: int, rate: float) -> float:
+        """How much of the way, at a point of a run of so many steps and at this learning rate.
+
+        Example:
+            >>> [Dampen(pull=2.0, full_from=100).share(0.5, steps, rate=0.01) for steps in (50, 100, 1000)]
+            [0.005, 0.01, 0.01]
+        """
+        full = min(steps / self.full_from, 1.0) if self.full_from else 1.0
+        return min(self.pull * full * progress * rate, 1.0)
+
+
 class Gradual(Settings):
     """Gradual activation quantization: activations start in float and end on their grids.
 

@@ -17,7 +17,7 @@ from bitwright.losses import weighted_distance
 from bitwright.memory import saved_bytes
 from bitwright.quant.learned import rounding_regularizer
 from bitwright.stages.learner import Learner
-from bitwright.stages.schedules import Anneal, Harden, Learn
+from bitwright.stages.schedules import Anneal, Dampen, Harden, Learn
 
 if TYPE_CHECKING:
     from bitwright.stages.reconstruct import Reconstruct
@@ -173,6 +173,7 @@ class Tuner:
         loss = self.backward(self.indices(self.step), progress)
         for part in self.parts:
             part.optimizer.step()
+        self._dampen(progress)
         self.step += 1
         return loss
 
@@ -243,6 +244,15 @@ class Tuner:
             for weight in self.learner.weights.values():
                 weight.settle(share)
             self.fixed = share
+
+    def _dampen(self, progress: float) -> None:
+        decide, codes = self.settings.decide, self.settings.codes
+        if not isinstance(decide, Dampen) or codes is None:
+            return
+        rate = codes.rate_at(progress, self.steps, self.settings.full_steps)
+        share = decide.share(progress, self.steps, rate)
+        for weight in self.learner.weights.values():
+            weight.dampen(share)
 
     def check_finite(self) -> None:
         """Looks at all variables.
