@@ -151,7 +151,7 @@ def test_harden_decides_every_rounding_in_any_number_of_steps(monkeypatch: pytes
 @pytest.mark.parametrize("case", NETWORKS)
 def test_dampened_codes_flip_less_and_have_the_lower_loss(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
-    for decide in (None, Dampen(full_from=50)):
+    for decide in (None, Dampen(pull=3.0, full_from=50)):
         stage = Reconstruct(**{**QUICK, "steps": 300}, codes=Learn(rate=1e-2), decide=decide, weigh="ones")
         tuner = tuner_of(stage, monkeypatch, case)
         for _ in range(240):

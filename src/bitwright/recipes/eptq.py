@@ -2,33 +2,34 @@
 
 ``eptq`` follows version 2 of the paper (a score for each sample and layer), ``eptq-lfh`` version 1 (one a layer).
 Both start from closed-form roundings instead of rounding to nearest, which is worth more than any number of steps that
-a small budget allows. Version 2's scores are put on version 1's log scale across layers: as they are, nearly all weight
-lies on the last layer, which fits the calibration images too closely (docs/results.md has the figures). The papers' own
-settings are ``eptq-paper`` and ``eptq-lfh-paper``. For version 2 the regularizer has weight 10, as in its authors'
-library; the 0.01 of the paper's code, where distances are sums over channels too, leaves many roundings undecided.
+a small budget allows, and dampen their codes, which without it flip between integers, more of them the longer a run is.
+Version 2's scores are put on version 1's log scale across layers: as they are, nearly all weight lies on the last
+layer, which fits the calibration images too closely (docs/results.md has the figures). The papers' own settings are
+``eptq-paper`` and ``eptq-lfh-paper``. For version 2 the regularizer has weight 10, as in its authors' library; the 0.01
+of the paper's code, where distances are sums over channels too, leaves many roundings undecided.
 """
 
 from bitwright.recipes import Recipe
 from bitwright.stages.calibrate import Calibrate
 from bitwright.stages.optq import Optq
 from bitwright.stages.reconstruct import Reconstruct
-from bitwright.stages.schedules import Anneal, Gradual, Learn
+from bitwright.stages.schedules import Anneal, Dampen, Gradual, Learn
 
 START = (Calibrate(weights="mse", activations="mse", bias_correction="analytic"), Optq())
-CODES = Learn(rate=1e-3)
+NETWORK = Reconstruct(weigh="sla-log", codes=Learn(rate=1e-3), decide=Dampen())
 
 RECIPES = (
     Recipe(
         name="eptq",
         summary="Closed-form roundings, then the whole network optimised at once, every sample and layer weighted.",
         paper="arXiv:2309.11531v2",
-        stages=(*START, Reconstruct(weigh="sla-log", codes=CODES)),
+        stages=(*START, NETWORK),
     ),
     Recipe(
         name="eptq-lfh",
         summary="The same with one weight a layer, the log of its label-free Hessian trace.",
         paper="arXiv:2309.11531v1",
-        stages=(*START, Reconstruct(weigh="lfh", codes=CODES)),
+        stages=(*START, NETWORK.model_copy(update={"weigh": "lfh"})),
     ),
     Recipe(
         name="eptq-paper",

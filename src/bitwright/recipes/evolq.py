@@ -10,11 +10,10 @@ images: the code keeps the checkpoint that is best on the test set.
 """
 
 from bitwright.recipes import Recipe
-from bitwright.recipes.eptq import CODES, START
+from bitwright.recipes.eptq import NETWORK, START
 from bitwright.stages.calibrate import Calibrate
 from bitwright.stages.evolve import Evolve
 from bitwright.stages.population import Mutation
-from bitwright.stages.reconstruct import Reconstruct
 
 RECIPES = (
     Recipe(
@@ -29,7 +28,7 @@ RECIPES = (
         paper="arXiv:2309.11531v2, arXiv:2308.10814",
         stages=(
             *START,
-            Reconstruct(weigh="sla-log", codes=CODES),
+            NETWORK,
             Evolve(meaning="keep", fitness="mse"),
         ),
     ),
