@@ -166,6 +166,23 @@ def test_dampened_codes_flip_less_and_have_the_lower_loss(case: str, monkeypatch
     assert low < high
 
 
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [({}, False), ({"decide": Dampen()}, False), ({**SOFT, "decide": Harden(begin=0.05)}, True)],
+)
+def test_progress_names_the_share_that_is_decided_where_roundings_are_soft(settings: Any, shown: bool) -> None:
+    details: list[str] = []
+
+    def follow(what: str, done: int, total: int, detail: str = "") -> None:
+        if what == "Optimising":
+            details.append(detail)
+
+    optimise(Reconstruct(**QUICK, **settings), progress=follow)
+    assert len(details) == QUICK["steps"]
+    assert all(d.startswith("loss ") for d in details)
+    assert [d for d in details if "decided" in d] == (details if shown else [])
+
+
 def test_straight_through_may_move_further_than_one_step() -> None:
     stage = Reconstruct(**{**QUICK, "steps": 150}, codes=Learn(rate=0.2), weight_step=None, weigh="ones")
     student, _ = optimise(stage)

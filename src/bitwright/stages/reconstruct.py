@@ -289,7 +289,7 @@ class Reconstruct(Optimising):
                 if tuner.step % GOOD_EVERY == 0:
                     tuner.check_finite()
                     good = tuner.state_copy()
-                    if self.decide is not None:
+                    if self.rounding != "straight-through":
                         decided = f", {tuner.learner.share_decided():.0%} decided"
                 loss = tuner.advance()
                 checkpoint.losses.append(loss)
