@@ -54,7 +54,7 @@ WORTH_IT = 1.3
 """How much faster another precision, or a compiled network, must be to be taken."""
 SHORT = 30.0
 """Seconds of all steps in float32 below which nothing else is tried: two runs of one seed then take the same way."""
-OVERHEAD = 1.1
+OVERHEAD = 1.15
 """A whole step over its forward and backward pass."""
 
 

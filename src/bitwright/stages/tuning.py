@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -363,7 +364,7 @@ def _part(sized: Iterable[tuple[torch.nn.Parameter, float]], learn: Learn | None
 
 
 def seconds_per_step(tuner: Tuner, repeats: int = 3) -> float:
-    """Of forward and backward pass, the fastest of a few after one to warm up; nothing is changed."""
+    """Of forward and backward pass, the median of a few after one to warm up; nothing is changed."""
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -373,4 +374,4 @@ def seconds_per_step(tuner: Tuner, repeats: int = 3) -> float:
         times.append(time.perf_counter() - start)
     for part in tuner.parts:
         part.optimizer.zero_grad(set_to_none=True)
-    return min(times[1:])
+    return statistics.median(times[1:])
