@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def test_accuracy_by_loops(classes: int) -> None:
     assert result["top1_ci"] == list(wilson_interval(round(result["top1"] * 60), 60))
 
 
-def fidelity(a: Tensor, b: Tensor, parts: int = 3) -> dict[str, float | None]:
+def fidelity(a: Tensor, b: Tensor, parts: int = 3) -> dict[str, Any]:
     made = Fidelity()
     for x, y in zip(a.chunk(parts), b.chunk(parts), strict=True):
         made.update([x], [y])
@@ -101,16 +102,62 @@ def test_signal_to_noise() -> None:
 
 def test_equal_outputs() -> None:
     a = noise(9, 4)
-    assert fidelity(a, a) == {"agreement": 1.0, "kl": 0.0, "sqnr_db": None}
-    assert Fidelity().result() == {"agreement": None, "kl": None, "sqnr_db": None}
+    found = fidelity(a, a)
+    assert (found["agreement"], found["kl"], found["sqnr_db"]) == (1.0, 0.0, None)
+    assert found["outputs"]["output"]["exact"]
+    empty = Fidelity().result()
+    assert (empty["agreement"], empty["kl"], empty["sqnr_db"], empty["outputs"]) == (None, None, None, {})
 
 
-def test_every_output_counts_for_the_ratio_and_the_first_for_the_classes() -> None:
-    a, b, extra = noise(8, 4), noise(8, 4, seed=1), noise(8, 3, 2, 2, seed=2)
+def test_each_output_has_its_figures_and_the_worst_stands_first() -> None:
+    a, small = noise(9, 4), 1e-3 * noise(9, 6, seed=2)
+    ruined = 1e-3 * noise(9, 6, seed=3)
+    made = Fidelity(("good", "bad"))
+    for rows in (slice(0, 5), slice(5, 9)):
+        made.update([a[rows], small[rows]], [1.001 * a[rows], ruined[rows]])
+    result = made.result()
+    alone = {"good": fidelity(a, 1.001 * a), "bad": fidelity(small, ruined)}
+    for name, expected in alone.items():
+        for figure in ("agreement", "kl", "sqnr_db"):
+            assert result["outputs"][name][figure] == pytest.approx(expected[figure])
+    assert result["agreement"] == alone["bad"]["agreement"] < alone["good"]["agreement"]
+    assert result["kl"] == pytest.approx(alone["bad"]["kl"])
+    assert result["sqnr_db"] == pytest.approx(alone["bad"]["sqnr_db"])
+
+
+def test_a_constant_answer_shows_in_the_energy_around_the_mean() -> None:
+    a = 100 + noise(400, 5)
     made = Fidelity()
-    made.update([a, extra], [b, extra * 0.5])
-    alone = fidelity(a, b)
-    assert made.result()["agreement"] == alone["agreement"]
-    joined = SignalToNoise()
-    joined.update(torch.cat([a.flatten(), extra.flatten()]), torch.cat([b.flatten(), extra.flatten() * 0.5]))
-    assert made.result()["sqnr_db"] == pytest.approx(joined.result())
+    for rows in a.chunk(4):
+        made.update([rows], [a.mean(0).expand_as(rows)])
+    (found,) = made.outputs.values()
+    assert found.sqnr_db == pytest.approx(40, abs=0.5)
+    assert found.spread_db == pytest.approx(0, abs=0.01)
+
+
+def test_whole_numbers_are_compared_as_they_are() -> None:
+    a = torch.arange(24).reshape(2, 3, 4)
+    b = a.clone()
+    b[0, :, 1] += 100
+    for x, y in ((a, b), (a % 2 == 0, (a % 2 == 0) ^ (a != b))):
+        (found,) = _fidelity(x, y).outputs.values()
+        assert (found.agreement, found.kl, found.sqnr_db, found.exact) == (21 / 24, None, None, False)
+
+
+def test_values_that_are_not_finite() -> None:
+    a = noise(4, 3)
+    b = a.clone()
+    b[1, 2] = math.nan
+    (found,) = _fidelity(a, b).outputs.values()
+    assert (found.agreement, found.sqnr_db, found.exact) == (0.75, None, False)
+    assert "not finite" in found.note
+    a[:, 0] = -math.inf
+    (found,) = _fidelity(a, a * 1.5).outputs.values()
+    assert found.agreement == 1
+    assert found.sqnr_db == pytest.approx(20 * math.log10(2))
+
+
+def _fidelity(a: Tensor, b: Tensor) -> Fidelity:
+    made = Fidelity()
+    made.update([a], [b])
+    return made

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,7 +49,7 @@ def evaluate(
     images = source if isinstance(source, Images) else load_images(source, model.preprocessing, labels=labels)
     teacher = model.teacher
     reference = None if teacher is None else (lambda x: list(teacher.graph(x)))
-    return compare(model.flat, reference, images, batch=batch, progress=progress, each=each)
+    return compare(model.flat, reference, images, names=model.outputs, batch=batch, progress=progress, each=each)
 
 
 def compare(
@@ -57,16 +57,26 @@ def compare(
     reference: Network | None,
     images: Images,
     *,
+    names: Sequence[str] = (),
     batch: int = 50,
     progress: Progress = silent,
     each: Each | None = None,
 ) -> dict[str, Any]:
     """Runs one or two networks over the images.
 
+    Args:
+        network: that is measured.
+        reference: the float network, if there is one.
+        images: with or without labels.
+        names: of the outputs.
+        batch: images at a time.
+        progress: called as it goes.
+        each: shown the outputs of every batch, if there is a reference.
+
     Returns:
         ``quantized`` (metrics of ``network``; empty without labels) and, with a reference, ``float`` and ``fidelity``.
     """
-    ours, theirs, fidelity = Accuracy(), Accuracy(), Fidelity()
+    ours, theirs, fidelity = Accuracy(), Accuracy(), Fidelity(names)
     done = 0
     for inputs in images.batches(batch):
         with torch.no_grad():

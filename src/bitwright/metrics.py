@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from bitwright.graph.readings import Reading, by_values
 
 
 def wilson_interval(hits: int, count: int, z: float = 1.959964) -> tuple[float, float]:
@@ -51,58 +55,187 @@ class Accuracy:
 
 @dataclass
 class SignalToNoise:
-    """``10 log10(sum x^2 / sum (x - y)^2)`` in decibels over a stream of pairs."""
+    """``10 log10(sum x^2 / sum (x - y)^2)`` in decibels over a stream of pairs.
+
+    Infinities and NaN that both hold at one place cost nothing; any other value that is not finite makes the noise
+    infinite.
+    """
 
     signal: float = 0.0
     noise: float = 0.0
 
     def update(self, reference: Tensor, other: Tensor) -> None:
         """Adds a pair of tensors of one shape."""
-        self.signal += float(reference.double().square().sum())
-        self.noise += float((reference.double() - other.double()).square().sum())
+        a, b = reference.double(), other.double()
+        self.signal += float(a.square().masked_fill(~a.isfinite(), 0).sum())
+        same = (a == b) | (a.isnan() & b.isnan())
+        self.noise += float((a - b).square().masked_fill(same, 0).nan_to_num(nan=math.inf).sum())
 
     def result(self) -> float | None:
-        """Decibels; None while both are equal."""
-        if self.noise == 0:
+        """Decibels; None while both are equal, and where the noise is infinite."""
+        if self.noise == 0 or math.isinf(self.noise):
             return None
         return 10 * math.log10(max(self.signal, 1e-300) / self.noise)
 
 
-@dataclass
-class Fidelity:
-    """How closely one network's outputs follow another's, without labels.
+@dataclass(frozen=True)
+class OutputFidelity:
+    """How closely one output follows the float network's.
 
-    Class scores [B, K] and dense scores [B, K, ...]: ``agreement`` is the share of images or pixels with the same
-    class, ``kl`` the mean ``KL(reference || other)`` in nats. Maps with a single channel are read as probabilities if
-    they lie in 0..1 (agreement at 0.5). For any other output only ``sqnr_db`` is defined, and the two are None.
+    Attributes:
+        agreement: share of answers (of images, pixels, tokens) that are the same; None where there are no answers.
+        kl: mean divergence of an answer in nats; None where there are no probabilities.
+        sqnr_db: energy of the float output over that of the error; None where both are equal (``exact``) or where it
+            has no meaning.
+        spread_db: the same with the float output counted around its mean over the images. An output that no longer
+            depends on the image is at 0 dB or below. None as before, and for a single image.
+        exact: whether every value is the same.
+        note: why a figure is missing, for people.
+
+    Example:
+        >>> good, bad = OutputFidelity(0.99, 0.01, 30.0), OutputFidelity(None, None, -2.0)
+        >>> worst({"scores": good, "boxes": bad})
+        OutputFidelity(agreement=0.99, kl=0.01, sqnr_db=-2.0, spread_db=None, exact=False, note='')
     """
 
-    agreeing: float = 0.0
-    divergence: float = 0.0
-    count: int = 0
-    applicable: bool = True
-    ratio: SignalToNoise = field(default_factory=SignalToNoise)
+    agreement: float | None = None
+    kl: float | None = None
+    sqnr_db: float | None = None
+    spread_db: float | None = None
+    exact: bool = False
+    note: str = ""
 
-    def update(self, reference: list[Tensor], other: list[Tensor]) -> None:
-        """Adds a batch of outputs; classes are read from the first."""
-        for a, b in zip(reference, other, strict=True):
+
+def worst(outputs: Mapping[str, OutputFidelity]) -> OutputFidelity:
+    """The worst of each figure over all outputs; one that no output has is None."""
+
+    def over(choose: Callable[[list[float]], float], name: str) -> float | None:
+        found = [v for o in outputs.values() if (v := getattr(o, name)) is not None]
+        return choose(found) if found else None
+
+    return OutputFidelity(
+        agreement=over(min, "agreement"),
+        kl=over(max, "kl"),
+        sqnr_db=over(min, "sqnr_db"),
+        spread_db=over(min, "spread_db"),
+        exact=all(o.exact for o in outputs.values()),
+    )
+
+
+@dataclass
+class Fidelity:
+    """How closely one network's outputs follow another's, without labels, each output by itself.
+
+    Attributes:
+        names: of the outputs; their positions if not given.
+        readings: what each output holds (:mod:`bitwright.graph.readings`); told by the first values if not given.
+
+    Example:
+        >>> fidelity = Fidelity(("a", "b"))
+        >>> x = torch.eye(4)
+        >>> fidelity.update([x, x], [x, 1 - x])
+        >>> {name: found.agreement for name, found in fidelity.outputs.items()}
+        {'a': 1.0, 'b': 0.0}
+    """
+
+    names: Sequence[str] = ()
+    readings: Sequence[Reading] = ()
+    _measures: list[_OutputMeasure] = field(default_factory=list)
+
+    def update(self, reference: Sequence[Tensor], other: Sequence[Tensor]) -> None:
+        """Adds a batch of outputs, each [B, ...]."""
+        if not self._measures:
+            readings = self.readings or [by_values(a) for a in reference]
+            self._measures = [_OutputMeasure(r) for r in readings]
+        for measure, a, b in zip(self._measures, reference, other, strict=True):
+            measure.update(a, b)
+
+    @property
+    def outputs(self) -> dict[str, OutputFidelity]:
+        """What was found of each output, by name."""
+        names = self.names or default_names(len(self._measures))
+        return {name: m.result() for name, m in zip(names, self._measures, strict=False)}
+
+    @property
+    def worst(self) -> OutputFidelity:
+        """The worst of each figure."""
+        return worst(self.outputs)
+
+    def result(self) -> dict[str, Any]:
+        """``agreement``, ``kl`` and ``sqnr_db`` of the worst output, and ``outputs`` with those of each."""
+        found = self.outputs
+        whole = worst(found)
+        first = {"agreement": whole.agreement, "kl": whole.kl, "sqnr_db": whole.sqnr_db}
+        return {**first, "outputs": {name: asdict(o) for name, o in found.items()}}
+
+
+def read_fidelity(found: Mapping[str, Any] | None) -> dict[str, OutputFidelity]:
+    """The outputs of a result's ``fidelity``, by name; of results that tell of no outputs, one.
+
+    Example:
+        >>> read_fidelity({"agreement": 0.9, "kl": 0.1, "sqnr_db": 12.0})["output"].agreement
+        0.9
+        >>> read_fidelity(None)
+        {}
+    """
+    if not found:
+        return {}
+    if "outputs" not in found:
+        agreement, kl, noise = (found.get(k) for k in ("agreement", "kl", "sqnr_db"))
+        return {"output": OutputFidelity(agreement, kl, noise, exact=noise is None)}
+    known = {f.name for f in fields(OutputFidelity)}
+    return {n: OutputFidelity(**{k: v for k, v in o.items() if k in known}) for n, o in found["outputs"].items()}
+
+
+def default_names(count: int) -> tuple[str, ...]:
+    """As a network's outputs are called that have no names."""
+    return ("output",) if count == 1 else tuple(f"output_{i}" for i in range(count))
+
+
+class _OutputMeasure:
+    """Sums over the batches of one output."""
+
+    def __init__(self, reading: Reading) -> None:
+        self.reading = reading
+        self.same, self.divergence, self.count, self.images = 0.0, 0.0, 0, 0
+        self.ratio, self.total = SignalToNoise(), torch.zeros(())
+
+    def update(self, a: Tensor, b: Tensor) -> None:
+        if self.reading.kind == "whole" or not a.numel():
+            self.ratio.noise += float((a != b).sum())
+        else:
             self.ratio.update(a, b)
-        p, q = as_log_probabilities(reference[0]), as_log_probabilities(other[0])
-        if p is None or q is None:
-            self.applicable = False
-            return
-        self.agreeing += float((p.argmax(1) == q.argmax(1)).sum())
-        self.divergence += float((p.exp() * (p - q)).sum())
-        self.count += p.numel() // p.shape[1]
+            self.total = self.total + a.double().sum(0).cpu()
+        self.images += len(a) if a.dim() else 1
+        same, divergence = self.reading.same(a, b), self.reading.divergence(a, b)
+        if same is not None:
+            self.same += float(same.sum())
+            self.count += same.numel()
+        if divergence is not None:
+            self.divergence += float(divergence.sum())
 
-    def result(self) -> dict[str, float | None]:
-        """``agreement`` as a fraction, ``kl`` in nats, ``sqnr_db``."""
-        known = self.applicable and self.count > 0
-        return {
-            "agreement": self.agreeing / self.count if known else None,
-            "kl": max(self.divergence / self.count, 0.0) if known else None,
-            "sqnr_db": self.ratio.result(),
-        }
+    def result(self) -> OutputFidelity:
+        exact = self.ratio.noise == 0
+        known = self.count > 0
+        if self.reading.kind == "whole" or not self.images:
+            agreement = self.same / self.count if known else None
+            return OutputFidelity(agreement, exact=exact, note=self.reading.note)
+        probable = known and math.isfinite(self.divergence)
+        return OutputFidelity(
+            agreement=self.same / self.count if known else None,
+            kl=max(self.divergence / self.count, 0.0) if probable else None,
+            sqnr_db=self.ratio.result(),
+            spread_db=self._around_mean(),
+            exact=exact,
+            note=self.reading.note if math.isfinite(self.ratio.noise) else "It holds values that are not finite.",
+        )
+
+    def _around_mean(self) -> float | None:
+        offset = float(self.total.square().sum()) / self.images
+        spread = self.ratio.signal - offset
+        if self.images < 2 or not math.isfinite(offset) or spread <= 1e-12 * self.ratio.signal:
+            return None
+        return SignalToNoise(spread, self.ratio.noise).result()
 
 
 def as_log_probabilities(output: Tensor) -> Tensor | None:

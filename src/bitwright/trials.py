@@ -181,16 +181,18 @@ def smallest(
 def _agreement(
     teacher: Captured, plan: Plan, scheme: Scheme, quick: Recipe, fit: Images, held_out: Images, run: Run
 ) -> float:
-    """Share of held-out images with the float network's answer, after the quick stages."""
+    """Share of held-out images with the float network's answer, of the worst output, after the quick stages."""
     student = insert_plan(teacher, plan, scheme)
     student.to(run.device)
     own = Run(seed=run.seed, device=run.device, progress=silent)
     student = run_stages(quick, student, teacher, fit, own)
-    fidelity = Fidelity()
+    fidelity = Fidelity(teacher.outputs)
     for batch in own.batches(held_out, ""):
         with torch.no_grad():
             fidelity.update(list(teacher.graph(batch)), student.flat(batch))
-    return fidelity.agreeing / fidelity.count
+    agreement = fidelity.worst.agreement
+    assert agreement is not None, "check_answers has looked"
+    return agreement
 
 
 def _interval(agreement: float, images: Images) -> list[float]:

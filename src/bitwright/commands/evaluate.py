@@ -39,6 +39,8 @@ class Subject(NamedTuple):
     network: Network
     reference: Network | None
     images: Images
+    names: tuple[str, ...]
+    """Of the outputs."""
     batch: int = BATCH
 
 
@@ -75,7 +77,14 @@ def evaluate(
             "Expected labels to compare with, found none. "
             "Give --labels, class folders, or a float network with --float."
         )
-    found = compare(subject.network, subject.reference, subject.images, batch=subject.batch, progress=terminal.progress)
+    found = compare(
+        subject.network,
+        subject.reference,
+        subject.images,
+        names=subject.names,
+        batch=subject.batch,
+        progress=terminal.progress,
+    )
     if subject.kind == "float" and subject.reference is None:
         found = {"float": found["quantized"]}
     data = {
@@ -98,19 +107,19 @@ def _run(model: str, source: str, float_model: str | None, options: dict[str, An
 
         warnings.warn(f"Fidelity to the float network is not measured: {error}", stacklevel=2)
         images = images_at(source, Model(run, model, run.preprocessing), **options)
-        return Subject("run", run.flat, None, images)
+        return Subject("run", run.flat, None, images, run.outputs)
     images = images_at(source, network, **options)
     teacher = prepare_teacher(network, images, run.result.get("model", {}).get("output"))
     run.attach_teacher(teacher)
-    return Subject("run", run.flat, lambda x: list(teacher.graph(x)), images)
+    return Subject("run", run.flat, lambda x: list(teacher.graph(x)), images, run.outputs)
 
 
 def _float(model: str, source: str, float_model: str | None, output: str | None, options: dict[str, Any]) -> Subject:
     network = load_model(model, **options["settings"])
     images = images_at(source, network, **options)
-    graph = prepare_teacher(network, images, output).graph
+    captured = prepare_teacher(network, images, output)
     reference = None if float_model is None else _reference(float_model, images, output, options["settings"])
-    return Subject("float", lambda x: list(graph(x)), reference, images)
+    return Subject("float", lambda x: list(captured.graph(x)), reference, images, captured.outputs)
 
 
 def _reference(model: str, images: Images, output: str | None, settings: Settings) -> Network:
@@ -141,7 +150,8 @@ def _onnx(model: str, source: str, float_model: str | None, output: str | None, 
     if network is not None:
         graph = prepare_teacher(network, images, output).graph
         reference = lambda x: list(graph(x))  # noqa: E731 - as short as it can be
-    return Subject("onnx", run, reference, images, fixed or BATCH)
+    names = tuple(o.name for o in session.get_outputs())
+    return Subject("onnx", run, reference, images, names, fixed or BATCH)
 
 
 def _session(path: Path) -> Any:

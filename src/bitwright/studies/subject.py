@@ -123,7 +123,8 @@ class Subject:
         own = self._compare(student, calibration[:COMPARED], progress)
         ours = found["quantized"]
         accuracy = {k: ours[k] for k in ("top1", "top1_ci") if k in ours}
-        return {**found["fidelity"], **accuracy, "calibration_kl": own["fidelity"]["kl"]}
+        fidelity = {k: found["fidelity"][k] for k in ("agreement", "kl", "sqnr_db")}
+        return {**fidelity, **accuracy, "calibration_kl": own["fidelity"]["kl"]}
 
     def float_accuracy(self, progress: Progress = silent) -> Row:
         """Of the float network on the held-out images, all of which are decoded for it; empty without labels."""
@@ -134,7 +135,8 @@ class Subject:
         def network(x: Tensor) -> list[Tensor]:
             return [o.cpu() for o in student.flat(x.to(self.device))]
 
-        return compare(network, self._teacher, images, batch=BATCH, progress=progress)
+        names = self.teacher.outputs
+        return compare(network, self._teacher, images, names=names, batch=BATCH, progress=progress)
 
     def _teacher(self, x: Tensor) -> list[Tensor]:
         return [o.cpu() for o in self.teacher.graph(x.to(self.device))]
