@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench docs zoo clean
+.PHONY: demo test lint bench coverage docs zoo clean
 
 # torch comes first and by itself, so that no other package can pull a different build of it.
 .venv/.installed: pyproject.toml constraints.txt
@@ -31,6 +31,11 @@ bench: .venv/.installed
 	$(BIN)/python -m benchmarks.evolve
 	$(BIN)/python -m benchmarks.deploy --fresh
 	$(BIN)/python -m benchmarks.static
+
+# Some 150 networks of timm, torchvision and transformers, an hour or two; what was done goes on where it stopped.
+coverage: .venv/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[coverage]'
+	$(BIN)/python -m benchmarks.coverage
 
 # The site, in build/site.
 docs: .venv/.installed

@@ -1,0 +1,370 @@
+"""Which networks go through bitwright: captured, quantized to W8A8, written as ONNX, checked in ONNX Runtime.
+
+The smallest network of each of timm's families, torchvision's families and small networks of transformers, with
+seeded weights and no downloads (:mod:`benchmarks.coverage_networks`). Each runs in a process of its own with a limit of
+time. A network that is not done says in one line why; nothing is left out. Rows are added to a file one by one, and
+what is there is not made again.
+
+    python -m benchmarks.coverage                        # what is missing, then docs/coverage.md
+    python -m benchmarks.coverage --only swin            # networks whose name holds that
+    python -m benchmarks.coverage --retry-failed         # those that were not done
+    python -m benchmarks.coverage --fresh                # all again
+    python -m benchmarks.coverage --table                # only the page, from the rows that are there
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from benchmarks.written import where
+
+Row = dict[str, Any]
+Found = dict[str, Any]
+
+LIMIT = 170
+"""Seconds of one core that a network may take."""
+PATIENCE = 5
+"""Times that limit by the clock, for a process that waits."""
+IMAGES = 16
+"""To calibrate; as many others to measure, half of them to check the file."""
+RECIPE = "mse"
+LOW = 10.0
+"""Decibels below which a row says why."""
+PAGE = Path(__file__).parents[1] / "docs" / "coverage.md"
+ROWS = Path("build/coverage.json")
+REASONS: dict[str, str] = {}
+"""What is known of networks whose signal to noise is low, beside the figures."""
+INTRODUCTION = """
+# Which networks work
+
+The smallest network of each of timm's families, torchvision's families and small networks of transformers, each
+through the whole way: captured, quantized to W8A8 (`--recipe mse`, 16 images), written as ONNX, checked, and run in
+ONNX Runtime under its default options. Nothing that was tried is left out. `python -m benchmarks.coverage` makes this
+page.
+
+Nothing is downloaded: weights are random and seeded, images are soft shapes. A random network is no trained one, but
+its ranges can be like those of one: batch norms hold the statistics of such images, zeros of the initialisation are
+filled, and weights too small to hand a signal on are scaled. Blocks of equal shape are cut to two, and images have 128
+pixels where the network allows it. **These figures say that a network goes through and that the file computes what
+was measured. They do not say how accurate the trained network is at 8 bits**: `bitwright quantize` measures that.
+
+| column | meaning |
+|---|---|
+| side | pixels of an image's side |
+| cut | repeated blocks that were taken out |
+| seconds | of one core, for everything: Python, capture, calibration, export and check |
+| memory | the largest of the whole process |
+| unfolded | batch norms that stay operators of their own |
+| SQNR | simulation against the float network, on 16 images that did not calibrate; the worst output |
+| file | the file in ONNX Runtime, its optimisations on, against the simulation, in the same way |
+| same answers | images, or pixels, whose largest class is the same in the file as in the simulation |
+"""
+
+
+def main() -> None:
+    """Runs what is asked for, one line of progress for each network, and writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", default=[], help="part of a network's name; may be repeated")
+    parser.add_argument("--retry-failed", action="store_true", help="networks that were not done, again")
+    parser.add_argument("--fresh", action="store_true", help="networks that are there already, again")
+    parser.add_argument("--table", action="store_true", help="only write the page")
+    parser.add_argument("--limit", type=int, default=LIMIT, help="seconds for each network")
+    parser.add_argument("--out", type=Path, default=ROWS)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        _child(given.child, given.limit)
+        return
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    rows = rows_of(read(given.out))
+    if not given.table:
+        _run(_wanted(rows, given), rows, given)
+    given.page.write_text(page(read(given.out)), encoding="utf-8")
+
+
+def _wanted(rows: dict[str, Row], given: argparse.Namespace) -> list[str]:
+    from benchmarks.coverage_networks import names
+
+    chosen = [n for n in names() if not given.only or any(part in n for part in given.only)]
+    if given.fresh:
+        return chosen
+    return [n for n in chosen if n not in rows or (given.retry_failed and not done(rows[n]))]
+
+
+def _run(wanted: list[str], rows: dict[str, Row], given: argparse.Namespace) -> None:
+    started = time.perf_counter()
+    for index, name in enumerate(wanted):
+        row = rows[name] = _in_process(name, given.limit)
+        _write(rows, given.out)
+        spent = time.perf_counter() - started
+        left = timedelta(seconds=round(spent / (index + 1) * (len(wanted) - index - 1)))
+        print(f"{index + 1}/{len(wanted)} {name}: {_said(row)} ({row['seconds']:.0f} s; {left} left)", flush=True)
+
+
+def _said(row: Row) -> str:
+    if not done(row):
+        return f"{row['stage']}: {row['error']}"
+    return f"{row['sqnr']:.1f} dB, file {row['file_db']:.1f} dB, {row['agreement']}"
+
+
+def done(row: Row) -> bool:
+    """Whether the network's file was written and passed its check."""
+    return "error" not in row
+
+
+def read(path: Path) -> Found:
+    """What a file holds; nothing where there is none."""
+    found: Found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def rows_of(found: Found) -> dict[str, Row]:
+    """The rows by the names of their networks."""
+    return {row["network"]: row for row in found.get("coverage", {}).get("results", [])}
+
+
+def _write(rows: dict[str, Row], path: Path) -> None:
+    found = {
+        **where("torch", "timm", "torchvision", "transformers", "onnxruntime", "onnx"),
+        "coverage": {
+            "command": "python -m benchmarks.coverage",
+            "what": "whether a network is captured, quantized to W8A8, exported and checked; seconds are of one core, "
+            "ratios in decibels, 'varying' is the share of the output's power that changes from image to image, and "
+            "'commit' the version that made a row",
+            "results": list(rows.values()),
+        },
+    }
+    fresh = path.with_name(f".{path.name}.partial")
+    fresh.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    fresh.replace(path)
+
+
+# ------------------------------------------------------------------------------------------- one network, one process
+
+
+def _in_process(name: str, limit: int) -> Row:
+    """The row of a network, measured in a process that ends itself at its limit."""
+    one_thread = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryFile("w+") as written, tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(_command(name, limit), stdout=written, stderr=said, env=os.environ | one_thread)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        written.seek(0)
+        said.seek(0)
+        lines = [json.loads(line) for line in written.read().splitlines() if line.startswith('{"network"')]
+        last_words = " ".join(said.read().splitlines()[-1:])
+    row = lines[-1] if lines else {"network": name, "stage": "start"}
+    if "file_db" not in row and "error" not in row:
+        late = -process.returncode in {signal.SIGALRM, signal.SIGPROF}
+        row["error"] = f"not finished in {limit} s" if late else f"exit code {process.returncode} {last_words}".strip()
+    unit = 1 if sys.platform == "darwin" else 1024
+    row["peak_memory_bytes"] = usage.ru_maxrss * unit
+    row["seconds"] = max(row.get("seconds", 0.0), round(usage.ru_utime + usage.ru_stime, 1))
+    return row
+
+
+def _command(name: str, limit: int) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.coverage", "--child", name, "--limit", str(limit)]
+
+
+def _child(name: str, limit: int) -> None:
+    """Prints the row as far as it is known, one line of JSON a stage; the last counts."""
+    signal.setitimer(signal.ITIMER_PROF, limit)  # ends the process; seconds of the core, whatever else runs there
+    signal.alarm(PATIENCE * limit)
+    row: Row = {"network": name, "commit": _commit()}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for stage, found in _measured(name):
+                row |= found | {"stage": stage, "seconds": round(time.process_time(), 1)}
+                print(json.dumps(row), flush=True)
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        ours = type(error).__module__.startswith("bitwright")
+        row["error"] = lines[0] if ours else f"{type(error).__name__}: {lines[0]}"
+        row["lines"], row["ours"] = len(lines), ours
+        if any(f.name == "prepare_teacher" for f in traceback.extract_tb(error.__traceback__)):
+            row["stage"] = "capture"
+        print(json.dumps(row | {"seconds": round(time.process_time(), 1)}), flush=True)
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _measured(name: str) -> Iterator[tuple[str, Row]]:
+    """The stages that a network has reached, and what is known by then."""
+    import torch
+
+    import bitwright as bw
+    from benchmarks import coverage_networks
+
+    torch.set_num_threads(1)
+    yield "build", {}
+    subject = coverage_networks.build(name, 2 * IMAGES)
+    facts = {"parameters": subject.parameters, "cut": subject.cut, "pixels": subject.images.shape[-1]}
+    yield "quantize", facts
+    network, (images, others) = subject.network, subject.images.split(IMAGES)
+    model = bw.quantize(network, images, RECIPE, weights=8, activations=8, device="cpu")
+    assert model.teacher is not None
+    expected, found = _answers(model.teacher.graph, others), _answers(model.flat, others)
+    if not all(bool(torch.isfinite(output).all()) for output in found):
+        raise ArithmeticError("The quantized network answers values that are not finite.")
+    sqnr = _ratio(expected, found)
+    yield "export", {"sqnr": sqnr, "unfolded": len(model.result["unfolded"]), **_input_share(expected)}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        model.export(path, others[: IMAGES // 2])
+        run = _opened(path)
+        file = [run(batch) for batch in others.split(IMAGES // 2)]
+        in_file = [torch.cat(parts) for parts in zip(*file, strict=True)]
+    yield "done", {"file_db": _ratio(found, in_file), "agreement": _agreement(found, in_file)}
+    if sqnr < LOW:
+        yield "done", {"why": _explained(network, model.teacher.graph, images, others, expected)}
+
+
+def _answers(run: Any, images: Any) -> list[Any]:
+    """The outputs of a network for images, in small batches."""
+    import torch
+
+    with torch.no_grad():
+        parts = [run(batch) for batch in images.split(IMAGES // 2)]
+    return [torch.cat(same) for same in zip(*parts, strict=True)]
+
+
+def _opened(path: Path) -> Any:
+    """The file in ONNX Runtime under its default options."""
+    import onnxruntime
+    import torch
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    (images,) = (i.name for i in session.get_inputs())
+    return lambda batch: [torch.from_numpy(o) for o in session.run(None, {images: batch.numpy()})]
+
+
+def _ratio(reference: list[Any], other: list[Any]) -> float:
+    """Signal over noise of the worst output in decibels; 200 at most."""
+    from bitwright.metrics import SignalToNoise
+
+    found = []
+    for a, b in zip(reference, other, strict=True):
+        ratio = SignalToNoise()
+        ratio.update(a, b)
+        value = ratio.result()
+        found.append(200.0 if value is None else value)
+    return round(min(found), 2)
+
+
+def _agreement(reference: list[Any], other: list[Any]) -> float | None:
+    """Share of images or pixels with the same class in the first output; None where it has no classes."""
+    a, b = reference[0], other[0]
+    if a.dim() not in {2, 4} or a.shape[1] < 2:
+        return None
+    return round(float((a.argmax(1) == b.argmax(1)).float().mean()), 4)
+
+
+def _input_share(outputs: list[Any]) -> Row:
+    """Which share of the first output's power changes from image to image; a dead network has none."""
+    first = outputs[0].double()
+    return {"varying": round(float((first - first.mean(0)).square().sum() / first.square().sum()), 6)}
+
+
+def _explained(network: Any, teacher: Any, images: Any, others: Any, expected: list[Any]) -> Row:
+    """What remains with activations of 16 bits, and what the float network keeps when its image alone is rounded."""
+    import bitwright as bw
+
+    step = float(others.max() - others.min()) / 255
+    rounded = _answers(teacher, (others / step).round() * step)
+    wide = bw.quantize(network, images, RECIPE, weights=8, activations=16, device="cpu")
+    return {"image_db": _ratio(expected, rounded), "wide_db": _ratio(expected, _answers(wide.flat, others))}
+
+
+# ----------------------------------------------------------------------------------------------------------- the page
+
+HEADS = (
+    "network", "side", "parameters", "cut", "seconds", "memory", "unfolded", "SQNR", "file", "same answers", ""
+)  # fmt: skip
+LIBRARIES = {
+    "timm": "timm, the smallest network of each family",
+    "torchvision": "torchvision",
+    "transformers": "transformers",
+}
+CHAOTIC = 20.0
+"""Decibels that a float network keeps when its image is rounded, below which its weights are to blame."""
+
+
+def page(found: Found) -> str:
+    """The page as Markdown: how many networks are done, then each with its figures, or why it is not."""
+    rows = list(rows_of(found).values())
+    parts = [INTRODUCTION.strip(), _summary(rows)]
+    if rows:
+        parts.append(f"Measured on {found['hardware']}, with {found['software']}.")
+    for library, title in LIBRARIES.items():
+        chosen = [row for row in rows if row["network"].startswith(f"{library}:")]
+        if chosen:
+            lines = [f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|", *map(_line, chosen)]
+            parts += [f"## {title[0].upper()}{title[1:]}" if library != "timm" else f"## {title}", "\n".join(lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _summary(rows: list[Row]) -> str:
+    lines = ["| | networks | quantized | done |", "|---|---|---|---|"]
+    for library in LIBRARIES:
+        chosen = [row for row in rows if row["network"].startswith(f"{library}:")]
+        quantized = sum("sqnr" in row for row in chosen)
+        lines.append(f"| {library} | {len(chosen)} | {quantized} | {sum(map(done, chosen))} |")
+    return "\n".join(lines)
+
+
+def _line(row: Row) -> str:
+    cells = [f"`{row['network'].partition(':')[2]}`"]
+    cells += [str(row.get("pixels", "")), _millions(row.get("parameters")), str(row.get("cut", ""))]
+    cells += [f"{row['seconds']:.0f}", f"{row['peak_memory_bytes'] / 1e9:.1f} GB", str(row.get("unfolded", ""))]
+    cells += [_decibels(row.get("sqnr")), _decibels(row.get("file_db"))]
+    agreement = row.get("agreement")
+    cells += ["" if agreement is None else f"{100 * agreement:.0f} %", note(row)]
+    return f"| {' | '.join(cells)} |"
+
+
+def note(row: Row) -> str:
+    """Why a network is not done, or why its signal to noise is low; empty for the others."""
+    if not done(row):
+        reason = " ".join(row["error"].split()).replace("|", "\\|")
+        return f"**not done** ({row['stage']}): {reason}"
+    why = row.get("why")
+    if why is None:
+        return ""
+    known = REASONS.get(row["network"], "")
+    if why["image_db"] < CHAOTIC:
+        cause = "Random weights: the float network keeps"
+        return f"{cause} {why['image_db']:.0f} dB when the image alone is rounded to 8 bits. {known}".strip()
+    return f"Activations: {why['wide_db']:.0f} dB with 16 bits for them. {known}".strip()
+
+
+def _millions(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:.1f} M"
+
+
+def _decibels(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f} dB"
+
+
+if __name__ == "__main__":
+    main()
