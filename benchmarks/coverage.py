@@ -15,8 +15,10 @@ what is there is not made again.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -24,22 +26,42 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
+import torch
+from torch import Tensor, fx, nn
+
+import bitwright as bw
+from benchmarks import coverage_networks
 from benchmarks.written import where
+from bitwright.compat import import_timm
+from bitwright.errors import BitwrightError
+from bitwright.metrics import SignalToNoise
 
 Row = dict[str, Any]
 Found = dict[str, Any]
+Run = Callable[[Tensor], list[Tensor]]
 
 LIMIT = 170
 """Seconds of one core that a network may take."""
+LIBRARIES_OF_EXPORT = (
+    "bitwright.evaluation",
+    "bitwright.export.parity",
+    "onnxscript.function_libs.torch_lib.ops",
+    "scipy.optimize",
+    "torch._dynamo",
+    "torch.onnx._internal.exporter._core",
+    "torch.onnx._internal.exporter._torchlib.ops",
+)
 PATIENCE = 5
 """Times that limit by the clock, for a process that waits."""
-IMAGES = 16
-"""To calibrate; as many others to measure, half of them to check the file."""
+IMAGES = 8
+"""To calibrate; as many others to measure and to check the file."""
 RECIPE = "mse"
 LOW = 10.0
 """Decibels below which a row says why."""
@@ -51,7 +73,7 @@ INTRODUCTION = """
 # Which networks work
 
 The smallest network of each of timm's families, torchvision's families and small networks of transformers, each
-through the whole way: captured, quantized to W8A8 (`--recipe mse`, 16 images), written as ONNX, checked, and run in
+through the whole way: captured, quantized to W8A8 (`--recipe mse`, 8 images), written as ONNX, checked, and run in
 ONNX Runtime under its default options. Nothing that was tried is left out. `python -m benchmarks.coverage` makes this
 page.
 
@@ -68,7 +90,7 @@ was measured. They do not say how accurate the trained network is at 8 bits**: `
 | seconds | of one core, for everything: Python, capture, calibration, export and check |
 | memory | the largest of the whole process |
 | unfolded | batch norms that stay operators of their own |
-| SQNR | simulation against the float network, on 16 images that did not calibrate; the worst output |
+| SQNR | simulation against the float network, on 8 images that did not calibrate; the worst output |
 | file | the file in ONNX Runtime, its optimisations on, against the simulation, in the same way |
 | same answers | images, or pixels, whose largest class is the same in the file as in the simulation |
 """
@@ -82,13 +104,10 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="networks that are there already, again")
     parser.add_argument("--table", action="store_true", help="only write the page")
     parser.add_argument("--limit", type=int, default=LIMIT, help="seconds for each network")
+    parser.add_argument("--jobs", type=int, default=1, help="networks at a time, each on one thread")
     parser.add_argument("--out", type=Path, default=ROWS)
     parser.add_argument("--page", type=Path, default=PAGE)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.child:
-        _child(given.child, given.limit)
-        return
     given.out.parent.mkdir(parents=True, exist_ok=True)
     rows = rows_of(read(given.out))
     if not given.table:
@@ -97,9 +116,7 @@ def main() -> None:
 
 
 def _wanted(rows: dict[str, Row], given: argparse.Namespace) -> list[str]:
-    from benchmarks.coverage_networks import names
-
-    chosen = [n for n in names() if not given.only or any(part in n for part in given.only)]
+    chosen = [n for n in coverage_networks.names() if not given.only or any(part in n for part in given.only)]
     if given.fresh:
         return chosen
     return [n for n in chosen if n not in rows or (given.retry_failed and not done(rows[n]))]
@@ -107,12 +124,12 @@ def _wanted(rows: dict[str, Row], given: argparse.Namespace) -> list[str]:
 
 def _run(wanted: list[str], rows: dict[str, Row], given: argparse.Namespace) -> None:
     started = time.perf_counter()
-    for index, name in enumerate(wanted):
-        row = rows[name] = _in_process(name, given.limit)
+    for count, row in enumerate(measured(wanted, given.limit, given.jobs), 1):
+        rows[row["network"]] = row
         _write(rows, given.out)
         spent = time.perf_counter() - started
-        left = timedelta(seconds=round(spent / (index + 1) * (len(wanted) - index - 1)))
-        print(f"{index + 1}/{len(wanted)} {name}: {_said(row)} ({row['seconds']:.0f} s; {left} left)", flush=True)
+        left = timedelta(seconds=round(spent / count * (len(wanted) - count)))
+        print(f"{count}/{len(wanted)} {row['network']}: {_said(row)} ({row['seconds']:.0f} s; {left} left)", flush=True)
 
 
 def _said(row: Row) -> str:
@@ -156,50 +173,99 @@ def _write(rows: dict[str, Row], path: Path) -> None:
 # ------------------------------------------------------------------------------------------- one network, one process
 
 
-def _in_process(name: str, limit: int) -> Row:
-    """The row of a network, measured in a process that ends itself at its limit."""
-    one_thread = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    with tempfile.TemporaryFile("w+") as written, tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(_command(name, limit), stdout=written, stderr=said, env=os.environ | one_thread)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        written.seek(0)
-        said.seek(0)
-        lines = [json.loads(line) for line in written.read().splitlines() if line.startswith('{"network"')]
-        last_words = " ".join(said.read().splitlines()[-1:])
-    row = lines[-1] if lines else {"network": name, "stage": "start"}
-    if "file_db" not in row and "error" not in row:
-        late = -process.returncode in {signal.SIGALRM, signal.SIGPROF}
-        row["error"] = f"not finished in {limit} s" if late else f"exit code {process.returncode} {last_words}".strip()
-    unit = 1 if sys.platform == "darwin" else 1024
-    row["peak_memory_bytes"] = usage.ru_maxrss * unit
-    row["seconds"] = max(row.get("seconds", 0.0), round(usage.ru_utime + usage.ru_stime, 1))
+@dataclass(frozen=True)
+class Trial:
+    """A network in a process of its own, and the folder of that process."""
+
+    name: str
+    limit: float
+    folder: tempfile.TemporaryDirectory[str]
+
+    @property
+    def stages(self) -> Path:
+        """What the process says: a line of JSON for each stage, the last of which counts."""
+        return Path(self.folder.name) / "stages"
+
+    @property
+    def errors(self) -> Path:
+        """What libraries say."""
+        return Path(self.folder.name) / "errors"
+
+
+def measured(wanted: list[str], limit: float, jobs: int = 1) -> Iterator[Row]:
+    """The rows of networks as they come, each from a process that ends at its limit."""
+    _import_libraries()
+    waiting, running = wanted[::-1], {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            trial = Trial(waiting.pop(), limit, tempfile.TemporaryDirectory())
+            running[_forked(trial)] = trial
+        process, status, usage = os.wait4(-1, 0)
+        if process in running:
+            yield _row(running.pop(process), os.waitstatus_to_exitcode(status), usage)
+
+
+def _import_libraries() -> None:
+    """Once, before processes are forked: half of the time of a small network, otherwise."""
+    for name in LIBRARIES_OF_EXPORT:
+        importlib.import_module(name)
+    import_timm()
+    torch.set_num_threads(1)
+
+
+def _forked(trial: Trial) -> int:
+    sys.stdout.flush()
+    process = os.fork()
+    if process:
+        return process
+    try:
+        with trial.errors.open("w") as said:
+            os.dup2(said.fileno(), 2)
+        tempfile.tempdir = trial.folder.name
+        _child(trial)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+def _child(trial: Trial) -> None:
+    """Writes the row as far as it is known, stage by stage."""
+    signal.setitimer(signal.ITIMER_PROF, trial.limit)  # ends the process; seconds of the core, whatever else runs there
+    signal.alarm(round(PATIENCE * trial.limit) + 1)
+    row: Row = {"network": trial.name, "commit": _commit(), "stage": "build"}
+    with trial.stages.open("w") as said, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for stage, found in stages(trial.name):
+                row |= found | {"stage": stage}
+                print(json.dumps(row), file=said, flush=True)
+        except Exception as error:
+            print(json.dumps(row | _refused(error)), file=said, flush=True)
+
+
+def _refused(error: Exception) -> Row:
+    """The error in one line, and whether it is one of ours of one line, as any should be."""
+    lines = str(error).strip().splitlines() or [""]
+    ours = isinstance(error, BitwrightError)
+    row: Row = {"error": lines[0] if ours else f"{type(error).__name__}: {lines[0]}", "lines": len(lines), "ours": ours}
+    if any(f.name == "prepare_teacher" for f in traceback.extract_tb(error.__traceback__)):
+        row["stage"] = "capture"
     return row
 
 
-def _command(name: str, limit: int) -> list[str]:
-    return [sys.executable, "-m", "benchmarks.coverage", "--child", name, "--limit", str(limit)]
-
-
-def _child(name: str, limit: int) -> None:
-    """Prints the row as far as it is known, one line of JSON a stage; the last counts."""
-    signal.setitimer(signal.ITIMER_PROF, limit)  # ends the process; seconds of the core, whatever else runs there
-    signal.alarm(PATIENCE * limit)
-    row: Row = {"network": name, "commit": _commit()}
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for stage, found in _measured(name):
-                row |= found | {"stage": stage, "seconds": round(time.process_time(), 1)}
-                print(json.dumps(row), flush=True)
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        ours = type(error).__module__.startswith("bitwright")
-        row["error"] = lines[0] if ours else f"{type(error).__name__}: {lines[0]}"
-        row["lines"], row["ours"] = len(lines), ours
-        if any(f.name == "prepare_teacher" for f in traceback.extract_tb(error.__traceback__)):
-            row["stage"] = "capture"
-        print(json.dumps(row | {"seconds": round(time.process_time(), 1)}), flush=True)
+def _row(trial: Trial, code: int, usage: resource.struct_rusage) -> Row:
+    """What the process wrote, and how it ended."""
+    with trial.folder:
+        lines = trial.stages.read_text().splitlines() if trial.stages.is_file() else []
+        last_words = " ".join(trial.errors.read_text().splitlines()[-1:]) if trial.errors.is_file() else ""
+    row: Row = json.loads(lines[-1]) if lines else {"network": trial.name, "stage": "build"}
+    if "file_db" not in row and "error" not in row:
+        late = -code in {signal.SIGALRM, signal.SIGPROF}
+        row["error"] = f"not finished in {trial.limit} s" if late else f"exit code {code} {last_words}".strip()
+    row["seconds"] = round(usage.ru_utime + usage.ru_stime, 1)
+    row["peak_memory_bytes"] = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return row
 
 
 def _commit() -> str:
@@ -207,14 +273,8 @@ def _commit() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
-def _measured(name: str) -> Iterator[tuple[str, Row]]:
-    """The stages that a network has reached, and what is known by then."""
-    import torch
-
-    import bitwright as bw
-    from benchmarks import coverage_networks
-
-    torch.set_num_threads(1)
+def stages(name: str) -> Iterator[tuple[str, Row]]:
+    """The stage that comes next, and what is known by then."""
     yield "build", {}
     subject = coverage_networks.build(name, 2 * IMAGES)
     facts = {"parameters": subject.parameters, "cut": subject.cut, "pixels": subject.images.shape[-1]}
@@ -229,29 +289,22 @@ def _measured(name: str) -> Iterator[tuple[str, Row]]:
     yield "export", {"sqnr": sqnr, "unfolded": len(model.result["unfolded"]), **_input_share(expected)}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        model.export(path, others[: IMAGES // 2])
-        run = _opened(path)
-        file = [run(batch) for batch in others.split(IMAGES // 2)]
-        in_file = [torch.cat(parts) for parts in zip(*file, strict=True)]
+        model.export(path, others)
+        in_file = _answers(_opened(path), others)
     yield "done", {"file_db": _ratio(found, in_file), "agreement": _agreement(found, in_file)}
     if sqnr < LOW:
         yield "done", {"why": _explained(network, model.teacher.graph, images, others, expected)}
 
 
-def _answers(run: Any, images: Any) -> list[Any]:
+def _answers(run: Run, images: Tensor) -> list[Tensor]:
     """The outputs of a network for images, in small batches."""
-    import torch
-
     with torch.no_grad():
         parts = [run(batch) for batch in images.split(IMAGES // 2)]
     return [torch.cat(same) for same in zip(*parts, strict=True)]
 
 
-def _opened(path: Path) -> Any:
+def _opened(path: Path) -> Run:
     """The file in ONNX Runtime under its default options."""
-    import onnxruntime
-    import torch
-
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -259,10 +312,8 @@ def _opened(path: Path) -> Any:
     return lambda batch: [torch.from_numpy(o) for o in session.run(None, {images: batch.numpy()})]
 
 
-def _ratio(reference: list[Any], other: list[Any]) -> float:
+def _ratio(reference: list[Tensor], other: list[Tensor]) -> float:
     """Signal over noise of the worst output in decibels; 200 at most."""
-    from bitwright.metrics import SignalToNoise
-
     found = []
     for a, b in zip(reference, other, strict=True):
         ratio = SignalToNoise()
@@ -272,7 +323,7 @@ def _ratio(reference: list[Any], other: list[Any]) -> float:
     return round(min(found), 2)
 
 
-def _agreement(reference: list[Any], other: list[Any]) -> float | None:
+def _agreement(reference: list[Tensor], other: list[Tensor]) -> float | None:
     """Share of images or pixels with the same class in the first output; None where it has no classes."""
     a, b = reference[0], other[0]
     if a.dim() not in {2, 4} or a.shape[1] < 2:
@@ -280,16 +331,16 @@ def _agreement(reference: list[Any], other: list[Any]) -> float | None:
     return round(float((a.argmax(1) == b.argmax(1)).float().mean()), 4)
 
 
-def _input_share(outputs: list[Any]) -> Row:
+def _input_share(outputs: list[Tensor]) -> Row:
     """Which share of the first output's power changes from image to image; a dead network has none."""
     first = outputs[0].double()
     return {"varying": round(float((first - first.mean(0)).square().sum() / first.square().sum()), 6)}
 
 
-def _explained(network: Any, teacher: Any, images: Any, others: Any, expected: list[Any]) -> Row:
+def _explained(
+    network: nn.Module, teacher: fx.GraphModule, images: Tensor, others: Tensor, expected: list[Tensor]
+) -> Row:
     """What remains with activations of 16 bits, and what the float network keeps when its image alone is rounded."""
-    import bitwright as bw
-
     step = float(others.max() - others.min()) / 255
     rounded = _answers(teacher, (others / step).round() * step)
     wide = bw.quantize(network, images, RECIPE, weights=8, activations=16, device="cpu")
@@ -312,7 +363,7 @@ CHAOTIC = 20.0
 
 def page(found: Found) -> str:
     """The page as Markdown: how many networks are done, then each with its figures, or why it is not."""
-    rows = list(rows_of(found).values())
+    rows = sorted(rows_of(found).values(), key=_place)
     parts = [INTRODUCTION.strip(), _summary(rows)]
     if rows:
         parts.append(f"Measured on {found['hardware']}, with {found['software']}.")
@@ -322,6 +373,11 @@ def page(found: Found) -> str:
             lines = [f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|", *map(_line, chosen)]
             parts += [f"## {title[0].upper()}{title[1:]}" if library != "timm" else f"## {title}", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
+
+
+def _place(row: Row) -> int:
+    known = coverage_networks.names()
+    return known.index(row["network"]) if row["network"] in known else len(known)
 
 
 def _summary(rows: list[Row]) -> str:

@@ -1,7 +1,7 @@
 """The benchmark of networks: its blocks are cut and filled as it says, and its page leaves nothing out."""
 
+import os
 import re
-import sys
 
 import pytest
 import torch
@@ -23,8 +23,6 @@ DONE = {
     "agreement": 0.75,
 }
 FAILED = {"network": "torchvision:b", "stage": "export", "seconds": 3.0, "peak_memory_bytes": 8e8, "sqnr": 20.0}
-
-STARTED = '{"network": "timm:a", "stage": "quantize"}'
 
 
 class Block(nn.Module):
@@ -103,15 +101,33 @@ def test_a_low_ratio_is_explained_by_what_was_measured(why, said):
     assert coverage.note(DONE) == ""
 
 
+def fails():
+    raise ValueError("first line\nsecond line")
+
+
+def runs_for_ever():
+    while True:
+        pass
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of forking beside the threads of pytest-xdist
 @pytest.mark.parametrize(
-    ("does", "said"), [("while True: pass", "not finished in 1 s"), ("__import__('os')._exit(7)", "exit code 7")]
+    ("does", "said"),
+    [(runs_for_ever, "not finished in 0.3 s"), (lambda: os._exit(7), "exit code 7"), (fails, "ValueError: first line")],
 )
-def test_a_network_that_breaks_its_process_or_its_time_is_a_row(does, said, monkeypatch):
-    lines = ["import signal", "signal.setitimer(signal.ITIMER_PROF, 0.3)", f"print({STARTED!r}, flush=True)", does]
-    monkeypatch.setattr(coverage, "_command", lambda name, limit: [sys.executable, "-c", "\n".join(lines)])
-    row = coverage._in_process("timm:a", 1)
-    assert (row["stage"], row["error"]) == ("quantize", said)
-    assert row["peak_memory_bytes"] > 1e6
+def test_a_network_that_fails_or_breaks_its_process_or_its_time_is_a_row(does, said, monkeypatch):
+    def stages(name):
+        yield "quantize", {"pixels": 32}
+        does()
+
+    monkeypatch.setattr(coverage, "stages", stages)
+    monkeypatch.setattr(coverage, "_import_libraries", lambda: None)
+    rows = list(coverage.measured(["timm:a", "timm:b"], 0.3, jobs=2))
+    assert sorted(row["network"] for row in rows) == ["timm:a", "timm:b"]
+    for row in rows:
+        assert (row["stage"], row["error"], row["pixels"]) == ("quantize", said, 32)
+        assert row["peak_memory_bytes"] > 1e6
+        assert "**not done** (quantize)" in coverage.note(row)
 
 
 def test_rows_are_read_back(tmp_path):
