@@ -26,3 +26,18 @@ def drop_unused(graph: ir.Graph) -> None:
     left = sorted((name, v) for name, v in graph.initializers.items() if v.uses() or v.is_graph_output())
     graph.initializers.clear()
     graph.initializers.update(left)
+
+
+def shared(graph: ir.Graph, name: str, array: Array) -> ir.Value:
+    """The constant of this name, made where there is none yet."""
+    return graph.initializers.get(name) or initializer(graph, name, array)
+
+
+def insert_node(
+    graph: ir.Graph, before: ir.Node, op: str, inputs: list[ir.Value], output: str, **attributes: int | list[int]
+) -> ir.Value:
+    """The output, of this name, of a new operator before another."""
+    node = ir.node(op, inputs, attributes=attributes or None, name=f"{output}/{op}")
+    node.outputs[0].name = output
+    graph.insert_before(before, node)
+    return node.outputs[0]

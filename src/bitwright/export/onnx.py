@@ -7,7 +7,7 @@ import json
 import logging
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -18,8 +18,9 @@ from torch import Tensor, fx, nn
 import bitwright
 from bitwright.errors import UsageError
 from bitwright.export import clips
-from bitwright.export.clips import IN_FLOAT, READS_INTEGER_BIAS, Span
-from bitwright.export.edit import Array, drop_unused, initializer
+from bitwright.export.clips import READS_INTEGER_BIAS, Span
+from bitwright.export.edit import drop_unused, initializer, insert_node, shared
+from bitwright.export.forms import rewrite_forms
 from bitwright.graph import ops, rewrite
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Grid, Quantizer
 from bitwright.quantized import QuantizedModel
@@ -107,8 +108,25 @@ def _mark(model: QuantizedModel) -> tuple[fx.GraphModule, dict[str, nn.Module]]:
         mark.meta = dict(node.meta)
         node.replace_all_uses_with(mark)
         marked.graph.erase_node(node)
+    _split_batches(marked.graph)
     marked.recompile()
     return marked, modules
+
+
+def _split_batches(graph: fx.Graph) -> None:
+    """Writes the cutting of a batch into equal parts, which ``forward`` made of one, in the operator that says so.
+
+    PyTorch's exporter fails on parts whose size it does not know (2.13); the number of parts it does know.
+    """
+    for node in graph.nodes:
+        if node.op != "call_function" or ops.base_name(node) not in {"chunk", "split", "split_with_sizes"}:
+            continue
+        axis = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+        parts = cast("list[Tensor]", ops.value(node))
+        sizes = {int(part.shape[0]) for part in parts}
+        if axis in {0, -parts[0].dim()} and len(sizes) == 1:
+            node.target = torch.ops.aten.tensor_split.sections
+            node.args, node.kwargs = (node.args[0], len(parts), 0), {}
 
 
 def _float_value(graph: fx.GraphModule, node: fx.Node, module: nn.Module) -> fx.Node:
@@ -184,10 +202,7 @@ def _replace_marks(program: ir.Model, modules: dict[str, nn.Module]) -> None:
         else:
             assert isinstance(module, Quantizer)
             _replace_activation(graph, node, name, module)
-    shielded: dict[str | None, ir.Value] = {}
-    for node in list(graph):
-        _shield_bias(graph, node, shielded)
-        _shield_weight(graph, node, shielded)
+    rewrite_forms(graph)
     program.opset_imports.pop("bitwright", None)
     drop_unused(graph)
 
@@ -211,15 +226,6 @@ _NUMPY: dict[ir.DataType, Any] = {
 }
 
 
-def _node(
-    graph: ir.Graph, before: ir.Node, op: str, inputs: list[ir.Value], output: str, **attributes: int | list[int]
-) -> ir.Value:
-    node = ir.node(op, inputs, attributes=attributes or None, name=f"{output}/{op}")
-    node.outputs[0].name = output
-    graph.insert_before(before, node)
-    return node.outputs[0]
-
-
 def _replace_activation(graph: ir.Graph, mark: ir.Node, name: str, quantizer: Quantizer) -> None:
     """QuantizeLinear and DequantizeLinear; Clip between or before them where codes are fewer than the type has.
 
@@ -235,27 +241,29 @@ def _replace_activation(graph: ir.Graph, mark: ir.Node, name: str, quantizer: Qu
     grid, kind = quantizer.grid, storage(Grid(quantizer.grid.bits), smallest=8)
     scale, zero = quantizer.scale.min().numpy(), quantizer.zero_point.reshape(()).numpy()
     middle = (128 if kind == ir.DataType.UINT8 else 32768) if grid.symmetric else 0
-    step = _shared(graph, f"{quantizer.name}/scale", scale)
-    point = _shared(graph, f"{quantizer.name}/zero_point", (zero + middle).astype(_NUMPY[kind]))
+    step = shared(graph, f"{quantizer.name}/scale", scale)
+    point = shared(graph, f"{quantizer.name}/zero_point", (zero + middle).astype(_NUMPY[kind]))
     factors = (quantizer.scale / quantizer.scale.min()).numpy()
     span = Span(scale, int(zero) + middle, grid.qmin + middle, grid.qmax + middle)
     on_codes = kind == ir.DataType.UINT8 and not clips.has_float_bias(source)  # no Clip on UINT16 in ONNX Runtime 1.31
     clamp = None
     if factors.size > 1:
-        divisors = _shared(graph, f"{quantizer.name}/reciprocals", 1 / factors)
-        source = _node(graph, mark, "Mul", [source, divisors], f"{name}/reduced")
+        divisors = shared(graph, f"{quantizer.name}/reciprocals", 1 / factors)
+        source = insert_node(graph, mark, "Mul", [source, divisors], f"{name}/reduced")
     elif on_codes:
         source, clamp = clips.clamp_before(source)
     if not on_codes and grid.bits not in {8, 16}:
         ends = [
-            _shared(graph, f"{quantizer.name}/{e}", span.value(c)) for e, c in (("low", span.low), ("high", span.high))
+            shared(graph, f"{quantizer.name}/{e}", span.value(c)) for e, c in (("low", span.low), ("high", span.high))
         ]
-        source = _node(graph, mark, "Clip", [source, *ends], f"{name}/clipped")
+        source = insert_node(graph, mark, "Clip", [source, *ends], f"{name}/clipped")
     codes = _codes(graph, mark, name, [source, step, point], old.shape, span if on_codes else None, clamp)
     output = f"{name}/value"
-    value = _node(graph, mark, "DequantizeLinear", [codes, step, point], output if factors.size == 1 else f"{name}/one")
+    value = insert_node(
+        graph, mark, "DequantizeLinear", [codes, step, point], output if factors.size == 1 else f"{name}/one"
+    )
     if factors.size > 1:
-        value = _node(graph, mark, "Mul", [value, _shared(graph, f"{quantizer.name}/factors", factors)], output)
+        value = insert_node(graph, mark, "Mul", [value, shared(graph, f"{quantizer.name}/factors", factors)], output)
     value.type, value.shape = old.type, old.shape
     old.replace_all_uses_with(value, replace_graph_outputs=True)
     graph.remove(mark, safe=True)
@@ -273,21 +281,17 @@ def _codes(
     """QuantizeLinear, and a Clip of its 8-bit codes where span and clamp leave fewer of them."""
     left = span.within(clamp) if span is not None and clamp is not None else span
     narrow = left is not None and (left.low, left.high) != (0, 255)
-    codes = _node(graph, mark, "QuantizeLinear", inputs, f"{name}/{'rounded' if narrow else 'codes'}")
+    codes = insert_node(graph, mark, "QuantizeLinear", inputs, f"{name}/{'rounded' if narrow else 'codes'}")
     assert inputs[2].dtype is not None
     codes.type, codes.shape = ir.TensorType(inputs[2].dtype), shape
     if clamp is not None:
         clips.note(codes, clamp)
     if left is None or not narrow:
         return codes
-    ends = [_shared(graph, f"code/{c}", np.asarray(c, np.uint8)) for c in (left.low, left.high)]
-    clipped = _node(graph, mark, "Clip", [codes, *ends], f"{name}/codes")
+    ends = [shared(graph, f"code/{c}", np.asarray(c, np.uint8)) for c in (left.low, left.high)]
+    clipped = insert_node(graph, mark, "Clip", [codes, *ends], f"{name}/codes")
     clipped.type, clipped.shape = codes.type, shape
     return clipped
-
-
-def _shared(graph: ir.Graph, name: str, array: Array) -> ir.Value:
-    return graph.initializers.get(name) or initializer(graph, name, array)
 
 
 def _replace_stored(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen) -> None:
@@ -316,7 +320,7 @@ def _integer_bias(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen) -> 
     scale = quantizer.scale.numpy()
     codes = initializer(graph, f"{name}/integers", frozen.codes.numpy().astype(np.int32))
     if scale.size == 1:
-        return _node(
+        return insert_node(
             graph,
             mark,
             "DequantizeLinear",
@@ -324,60 +328,7 @@ def _integer_bias(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen) -> 
             name,
         )
     step = initializer(graph, f"{name}/scale", scale)
-    return _node(graph, mark, "DequantizeLinear", [codes, step], name, axis=0)
-
-
-def _shield_weight(graph: ir.Graph, node: ir.Node, shielded: dict[str | None, ir.Value]) -> None:
-    """Puts a Clip without effect before a layer whose weight stays float.
-
-    Between codes that come and codes that go, ONNX Runtime (1.31) would round such a weight to 8 bits by itself.
-    """
-    if node.op_type not in {*READS_INTEGER_BIAS, "ConvTranspose"}:
-        return
-    source, weight = node.inputs[:2]
-    if source is None or weight is None or weight.const_value is None:
-        return
-    if not _comes_from_codes(source):
-        return
-    if source.name not in shielded:
-        least = _shared(graph, "least", np.asarray(np.finfo(np.float32).min))
-        shielded[source.name] = _node(graph, node, "Clip", [source, least], f"{source.name}{IN_FLOAT}")
-        shielded[source.name].type, shielded[source.name].shape = source.type, source.shape
-    node.replace_input_with(0, shielded[source.name])
-
-
-def _comes_from_codes(value: ir.Value) -> bool:
-    """Whether codes become the value, maybe through operators of one tensor: a runtime moves codes over those."""
-    node = value.producer()
-    while node is not None and node.op_type != "DequantizeLinear":
-        tensors = [v for v in node.inputs if v is not None and v.const_value is None]
-        node = tensors[0].producer() if len(tensors) == 1 else None
-    return node is not None
-
-
-def _shield_bias(graph: ir.Graph, node: ir.Node, shielded: dict[str | None, ir.Value]) -> None:
-    """Stores a float bias beside a 4-bit weight as 32-bit integers of a power-of-two step of its own.
-
-    Given a float bias there, ONNX Runtime puts it on the coarse grid of input times weight step by itself. Beside an
-    8-bit weight that grid is fine, and its integer kernels take no other.
-    """
-    if node.op_type not in {*READS_INTEGER_BIAS, "ConvTranspose"} or len(node.inputs) < 3:
-        return
-    weight, bias = node.inputs[1], node.inputs[2]
-    producer = weight.producer() if weight is not None else None
-    if producer is None or producer.op_type != "DequantizeLinear" or bias is None or bias.const_value is None:
-        return
-    stored = producer.inputs[0]
-    if stored is None or stored.dtype != ir.DataType.INT4:
-        return
-    values = bias.const_value.numpy().astype(np.float64)
-    step = np.float32(2.0 ** np.ceil(np.log2(max(float(np.abs(values).max(initial=0.0)), 2.0**-60) / 2.0**30)))
-    name = f"{bias.name}/fine"
-    if bias.name not in shielded:
-        codes = initializer(graph, f"{name}/integers", np.rint(values / step).astype(np.int32))
-        scale = initializer(graph, f"{name}/scale", np.asarray(step))
-        shielded[bias.name] = _node(graph, node, "DequantizeLinear", [codes, scale], name)
-    node.replace_input_with(2, shielded[bias.name])
+    return insert_node(graph, mark, "DequantizeLinear", [codes, step], name, axis=0)
 
 
 def _integers(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, order: list[int] | None) -> ir.Value:
@@ -405,7 +356,7 @@ def _integers(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, order: 
         initializer(graph, f"{name}/scale", scale.contiguous().numpy()),
     ]
     inputs.append(initializer(graph, f"{name}/zero_point", zero.contiguous().numpy().astype(_NUMPY[kind])))
-    return _node(graph, mark, "DequantizeLinear", inputs, name, **attributes)
+    return insert_node(graph, mark, "DequantizeLinear", inputs, name, **attributes)
 
 
 def _columns(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, order: list[int] | None) -> ir.Value:
@@ -422,10 +373,10 @@ def _columns(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, order: l
     kind = storage(quantizer.grid)
     integers = initializer(graph, f"{name}/integers", codes.contiguous().numpy().astype(_NUMPY[kind]))
     one = initializer(graph, f"{name}/one", np.asarray(1, np.float32))
-    whole = _node(graph, mark, "DequantizeLinear", [integers, one], f"{name}/whole")
+    whole = insert_node(graph, mark, "DequantizeLinear", [integers, one], f"{name}/whole")
     whole.type, whole.shape = ir.TensorType(ir.DataType.FLOAT), integers.shape
     steps = initializer(graph, f"{name}/scale", scale.contiguous().numpy())
-    return _node(graph, mark, "Mul", [whole, steps], name)
+    return insert_node(graph, mark, "Mul", [whole, steps], name)
 
 
 def _groups(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, order: list[int] | None) -> ir.Value:
@@ -445,16 +396,16 @@ def _groups(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, order: li
     scale = quantizer.scale.reshape(rows, columns // size, 1).contiguous().numpy()
     integers = initializer(graph, f"{name}/integers", codes.astype(_NUMPY[storage(quantizer.grid)]))
     one = initializer(graph, f"{name}/one", np.asarray(1, np.float32))
-    whole = _node(graph, mark, "DequantizeLinear", [integers, one], f"{name}/whole")
+    whole = insert_node(graph, mark, "DequantizeLinear", [integers, one], f"{name}/whole")
     whole.type, whole.shape = ir.TensorType(ir.DataType.FLOAT), integers.shape
-    value = _node(graph, mark, "Mul", [whole, initializer(graph, f"{name}/scale", scale)], f"{name}/groups")
+    value = insert_node(graph, mark, "Mul", [whole, initializer(graph, f"{name}/scale", scale)], f"{name}/groups")
     value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), integers.shape
     flat = initializer(graph, f"{name}/shape", np.asarray([rows, columns], np.int64))
     if order == [1, 0]:
-        value = _node(graph, mark, "Reshape", [value, flat], f"{name}/matrix")
+        value = insert_node(graph, mark, "Reshape", [value, flat], f"{name}/matrix")
         value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([rows, columns])
-        return _node(graph, mark, "Transpose", [value], name, perm=[1, 0])
-    return _node(graph, mark, "Reshape", [value, flat], name)
+        return insert_node(graph, mark, "Transpose", [value], name, perm=[1, 0])
+    return insert_node(graph, mark, "Reshape", [value, flat], name)
 
 
 def _scales_for_onnx(quantizer: Quantizer, codes: Tensor) -> tuple[Tensor, Tensor, dict[str, int]]:
