@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import DataError
+from bitwright.graph.axes import read_outputs
+from bitwright.graph.readings import Reading
 from bitwright.graph.watch import Callback, watch
 from bitwright.metrics import Accuracy, Fidelity, SignalToNoise
 from bitwright.progress import Progress, silent
@@ -47,9 +49,19 @@ def evaluate(
     from bitwright.data import Images, load_images
 
     images = source if isinstance(source, Images) else load_images(source, model.preprocessing, labels=labels)
-    teacher = model.teacher
+    teacher, names = model.teacher, model.outputs
     reference = None if teacher is None else (lambda x: list(teacher.graph(x)))
-    return compare(model.flat, reference, images, names=model.outputs, batch=batch, progress=progress, each=each)
+    readings = () if teacher is None else read_outputs(teacher.graph, images.batch(range(min(2, len(images)))), names)
+    return compare(
+        model.flat,
+        reference,
+        images,
+        names=names,
+        readings=readings,
+        batch=batch,
+        progress=progress,
+        each=each,
+    )
 
 
 def compare(
@@ -58,6 +70,7 @@ def compare(
     images: Images,
     *,
     names: Sequence[str] = (),
+    readings: Sequence[Reading] = (),
     batch: int = 50,
     progress: Progress = silent,
     each: Each | None = None,
@@ -69,6 +82,7 @@ def compare(
         reference: the float network, if there is one.
         images: with or without labels.
         names: of the outputs.
+        readings: what each of them holds; told by their first values if not given.
         batch: images at a time.
         progress: called as it goes.
         each: shown the outputs of every batch, if there is a reference.
@@ -76,7 +90,7 @@ def compare(
     Returns:
         ``quantized`` (metrics of ``network``; empty without labels) and, with a reference, ``float`` and ``fidelity``.
     """
-    ours, theirs, fidelity = Accuracy(), Accuracy(), Fidelity(names)
+    ours, theirs, fidelity = Accuracy(), Accuracy(), Fidelity(names, readings)
     done = 0
     for inputs in images.batches(batch):
         with torch.no_grad():
