@@ -439,7 +439,7 @@ def evaluate(
         )
         found["warnings"] = terminal.warnings
         terminal.result(found)
-        terminal.show(command.table(found))
+        terminal.show(*command.views(found))
 
 
 @app.command()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bitwright.errors import DataError
+from bitwright.errors import DataError, UsageError
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.readings import Reading
 from bitwright.graph.watch import Callback, watch
@@ -32,6 +32,7 @@ def evaluate(
     batch: int = 50,
     progress: Progress = silent,
     each: Each | None = None,
+    readings: Sequence[Reading] = (),
 ) -> dict[str, Any]:
     """Accuracy and fidelity of a quantized model.
 
@@ -42,6 +43,7 @@ def evaluate(
         batch: images at a time.
         progress: called as it goes.
         each: shown the outputs of every batch, if there is a teacher.
+        readings: how each output is read; told by the teacher's graph if not given.
 
     Returns:
         ``quantized`` and, with a teacher, ``float`` and ``fidelity``, as in ``result.json``.
@@ -51,7 +53,8 @@ def evaluate(
     images = source if isinstance(source, Images) else load_images(source, model.preprocessing, labels=labels)
     teacher, names = model.teacher, model.outputs
     reference = None if teacher is None else (lambda x: list(teacher.graph(x)))
-    readings = () if teacher is None else read_outputs(teacher.graph, images.batch(range(min(2, len(images)))), names)
+    if teacher is not None and not readings:
+        readings = read_outputs(teacher.graph, images.batch(range(min(2, len(images)))), names)
     return compare(
         model.flat,
         reference,
@@ -102,6 +105,7 @@ def compare(
             if expected is not None:
                 theirs.update(class_scores(expected, truth), truth)
         if expected is not None:
+            _check_shapes(expected, found)
             fidelity.update(expected, found)
             if each is not None:
                 each(done, expected, found, truth)
@@ -113,6 +117,24 @@ def compare(
     return result
 
 
+def _check_shapes(expected: list[Tensor], found: list[Tensor]) -> None:
+    """Both networks must return the same outputs.
+
+    Raises:
+        UsageError: their number or a shape differs.
+    """
+    theirs, ours = ([tuple(o.shape) for o in outputs] for outputs in (expected, found))
+    if theirs != ours:
+        raise UsageError(
+            f"Expected the outputs of the float network, {_shapes(expected)}, found {_shapes(found)}. "
+            "Give the float network that it was made from, or name the output that both have with --output."
+        )
+
+
+def _shapes(outputs: list[Tensor]) -> str:
+    return ", ".join("x".join(map(str, o.shape[1:])) or "one number" for o in outputs)
+
+
 def class_scores(outputs: list[Tensor], labels: Tensor) -> Tensor:
     """The output that holds class scores, [B, K].
 
@@ -121,9 +143,8 @@ def class_scores(outputs: list[Tensor], labels: Tensor) -> Tensor:
     """
     scores = [o for o in outputs if o.dim() == 2]
     if len(scores) != 1:
-        shapes = ", ".join("x".join(map(str, o.shape[1:])) for o in outputs)
         raise DataError(
-            f"Expected one output of class scores to compare with labels, found outputs of {shapes}. "
+            f"Expected one output of class scores to compare with labels, found outputs of {_shapes(outputs)}. "
             "Name the one to keep with --output, or evaluate without labels."
         )
     if len(labels) and int(labels.max()) >= scores[0].shape[1]:

@@ -20,8 +20,9 @@ import torch
 from bitwright.allocation.solve import amount
 from bitwright.data import Images
 from bitwright.errors import UsageError
+from bitwright.graph.axes import read_outputs
 from bitwright.graph.capture import Captured
-from bitwright.metrics import Fidelity, as_log_probabilities, wilson_interval
+from bitwright.metrics import Fidelity, wilson_interval
 from bitwright.pipeline import fingerprint, run_stages
 from bitwright.plan import Plan, insert_plan
 from bitwright.progress import silent
@@ -92,14 +93,13 @@ def check_answers(teacher: Captured, images: Images, drop: float) -> None:
     """The network must give answers that can be counted, and there should be enough images to count them on.
 
     Raises:
-        UsageError: its first output holds no class scores.
+        UsageError: none of its outputs holds class scores.
     """
-    with torch.no_grad():
-        outputs = list(teacher.graph(images.batch([0])))
-    if as_log_probabilities(outputs[0]) is None:
-        shape = "x".join(map(str, outputs[0].shape[1:]))
+    readings = read_outputs(teacher.graph, images.batch([0]), teacher.outputs)
+    if all(r.kind == "values" for r in readings):
+        named = f"'{teacher.outputs[0]}': {readings[0].note}"
         raise UsageError(
-            f"Expected class scores to count equal answers on, found an output of {shape}. Give a size instead "
+            f"Expected class scores to count equal answers on, found none. Output {named} Give a size instead "
             "(--target-size, --compression)."
         )
     held_out = len(images) // 2
@@ -186,7 +186,8 @@ def _agreement(
     student.to(run.device)
     own = Run(seed=run.seed, device=run.device, progress=silent)
     student = run_stages(quick, student, teacher, fit, own)
-    fidelity = Fidelity(teacher.outputs)
+    readings = read_outputs(teacher.graph, held_out.batch([0]).to(run.device), teacher.outputs)
+    fidelity = Fidelity(teacher.outputs, readings)
     for batch in own.batches(held_out, ""):
         with torch.no_grad():
             fidelity.update(list(teacher.graph(batch)), student.flat(batch))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,9 @@ from bitwright.commands.sources import (
 from bitwright.data import Images
 from bitwright.errors import BitwrightError, ModelError, UsageError
 from bitwright.evaluation import Network, compare
+from bitwright.graph.axes import read_outputs
+from bitwright.graph.capture import Captured
+from bitwright.graph.readings import Reading
 from bitwright.inputs import prepare_teacher
 from bitwright.models import Model, load_model
 from bitwright.preprocessing import Preprocessing
@@ -41,6 +45,8 @@ class Subject(NamedTuple):
     images: Images
     names: tuple[str, ...]
     """Of the outputs."""
+    readings: Sequence[Reading] = ()
+    """How each is read, by the reference's graph."""
     batch: int = BATCH
 
 
@@ -82,6 +88,7 @@ def evaluate(
         subject.reference,
         subject.images,
         names=subject.names,
+        readings=subject.readings,
         batch=subject.batch,
         progress=terminal.progress,
     )
@@ -111,20 +118,26 @@ def _run(model: str, source: str, float_model: str | None, options: dict[str, An
     images = images_at(source, network, **options)
     teacher = prepare_teacher(network, images, run.result.get("model", {}).get("output"))
     run.attach_teacher(teacher)
-    return Subject("run", run.flat, lambda x: list(teacher.graph(x)), images, run.outputs)
+    reference, readings = _reading(teacher, images)
+    return Subject("run", run.flat, reference, images, run.outputs, readings)
 
 
 def _float(model: str, source: str, float_model: str | None, output: str | None, options: dict[str, Any]) -> Subject:
     network = load_model(model, **options["settings"])
     images = images_at(source, network, **options)
     captured = prepare_teacher(network, images, output)
-    reference = None if float_model is None else _reference(float_model, images, output, options["settings"])
-    return Subject("float", lambda x: list(captured.graph(x)), reference, images, captured.outputs)
+    subject = Subject("float", lambda x: list(captured.graph(x)), None, images, captured.outputs)
+    if float_model is None:
+        return subject
+    other = prepare_teacher(load_model(float_model, **options["settings"]), images, output)
+    reference, readings = _reading(other, images)
+    return subject._replace(reference=reference, readings=readings)
 
 
-def _reference(model: str, images: Images, output: str | None, settings: Settings) -> Network:
-    graph = prepare_teacher(load_model(model, **settings), images, output).graph
-    return lambda x: list(graph(x))
+def _reading(captured: Captured, images: Images) -> tuple[Network, Sequence[Reading]]:
+    """The float network as a function, and how its outputs are read."""
+    readings = read_outputs(captured.graph, images.batch(range(min(2, len(images)))), captured.outputs)
+    return (lambda x: list(captured.graph(x))), readings
 
 
 def _onnx(model: str, source: str, float_model: str | None, output: str | None, options: dict[str, Any]) -> Subject:
@@ -146,12 +159,11 @@ def _onnx(model: str, source: str, float_model: str | None, output: str | None, 
         padded = torch.cat([x, x[:1].expand(missing, *x.shape[1:])]) if missing else x
         return [torch.from_numpy(o)[: len(x)] for o in session.run(None, {given.name: padded.numpy()})]
 
-    reference = None
-    if network is not None:
-        graph = prepare_teacher(network, images, output).graph
-        reference = lambda x: list(graph(x))  # noqa: E731 - as short as it can be
     names = tuple(o.name for o in session.get_outputs())
-    return Subject("onnx", run, reference, images, names, fixed or BATCH)
+    if network is None:
+        return Subject("onnx", run, None, images, names, batch=fixed or BATCH)
+    reference, readings = _reading(prepare_teacher(network, images, output), images)
+    return Subject("onnx", run, reference, images, names, readings, fixed or BATCH)
 
 
 def _session(path: Path) -> Any:
@@ -195,8 +207,12 @@ def _beside(path: Path, shape: list[Any], settings: Settings) -> Model | None:
     return Model(torch.nn.Identity(), path.stem, how)
 
 
-def table(found: dict[str, Any]) -> Table:
-    """The scores for people."""
+def views(found: dict[str, Any]) -> list[Table | str]:
+    """The scores for people, and why some are missing."""
+    return [_table(found), *tables.fidelity_notes(found)]
+
+
+def _table(found: dict[str, Any]) -> Table:
     count, kind = found["data"]["evaluation"]["count"], found["model"]["kind"]
     title = f"{found['model']['name']} on {count} images"
     if "quantized" not in found:

@@ -167,9 +167,9 @@ def _codes(pair: dict[str, int]) -> str:
 def _lines(data: dict[str, Any]) -> list[str]:
     lines = []
     if data["quantization"] is None:
-        recorded = data["quantization_recorded"] or {}
-        known = [f"{k} {v:.4g}" for k, v in recorded.items() if v is not None]
-        said = f" Recorded when the run was made: {', '.join(known)}." if known else ""
+        recorded = tables.fidelity_rows(data["quantization_recorded"])
+        known = "; ".join(f"{what}: {figure}" for what, figure in recorded)
+        said = f" Recorded when the run was made: {known}." if known else ""
         lines.append(f"The loss from quantization was not measured: {data['float_network']}{said}")
     first = data["first_difference"]
     lines.append("No code differs." if first is None else f"The first layer with a differing code is {first}.")

@@ -353,7 +353,7 @@ def _export(
 
 def show(result: dict[str, Any], folder: Path, terminal: Terminal) -> None:
     """The result as people read it."""
-    terminal.show(tables.outcome(result), *plans.sentences(result))
+    terminal.show(tables.outcome(result), *tables.fidelity_notes(result), *plans.sentences(result))
     if result["data"]["evaluation"]["same_as_calibration"]:
         terminal.show("Measured on the calibration images; name others with --evaluate.")
     terminal.show(*diagnosis.told(result.get("diagnosis")))

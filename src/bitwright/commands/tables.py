@@ -7,6 +7,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from bitwright.metrics import OutputFidelity, read_fidelity
 from bitwright.quantized import QuantizedModel
 from bitwright.result import describe_layers, describe_unquantized, stored_values, totals
 
@@ -102,14 +103,59 @@ def metric_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     if theirs or ours:
         rows.append(("top-1 accuracy (95 % interval)", with_interval(theirs), with_interval(ours)))
         rows.append(("top-5 accuracy", percent(theirs.get("top5")), percent(ours.get("top5"))))
-    fidelity = result.get("fidelity") or {}
-    if fidelity.get("agreement") is not None:
-        rows.append(("same answer as float", "", percent(fidelity["agreement"])))
-        rows.append(("KL divergence from float", "", f"{fidelity['kl']:.2g} nats"))
-    if fidelity:
-        noise = fidelity.get("sqnr_db")
-        rows.append(("signal to quantization noise", "", "no noise" if noise is None else f"{noise:.1f} dB"))
+    rows += [(what, "", figure) for what, figure in fidelity_rows(result.get("fidelity"))]
     return rows
+
+
+def fidelity_rows(fidelity: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """How closely the float network is followed: figure by figure, or output by output where there are several.
+
+    Example:
+        >>> good = {"agreement": 0.99, "kl": 0.001, "sqnr_db": 31.0}
+        >>> fidelity_rows(good)[0]
+        ('same answer as float', '99.00 %')
+        >>> fidelity_rows({"outputs": {"a": good, "b": {"sqnr_db": 12.0}}})
+        [('output a against float', '99.00 % same answer, KL 0.001, 31.0 dB'), ('output b against float', '12.0 dB')]
+    """
+    outputs = read_fidelity(fidelity)
+    if len(outputs) > 1:
+        return [(f"output {name} against float", ", ".join(_figures(found))) for name, found in outputs.items()]
+    rows = []
+    for found in outputs.values():
+        if found.agreement is not None:
+            rows.append(("same answer as float", percent(found.agreement)))
+        if found.kl is not None:
+            rows.append(("KL divergence from float", f"{found.kl:.2g} nats"))
+        if found.exact or found.sqnr_db is not None:
+            rows.append(("signal to quantization noise", decibel(found)))
+    return rows
+
+
+def _figures(found: OutputFidelity) -> list[str]:
+    """What is known of one output among several."""
+    said = [] if found.agreement is None else [f"{percent(found.agreement)} same answer"]
+    said += [] if found.kl is None else [f"KL {found.kl:.2g}"]
+    said += [decibel(found)] if found.exact or found.sqnr_db is not None else []
+    return said or ["-"]
+
+
+def decibel(found: OutputFidelity) -> str:
+    """Signal to quantization noise."""
+    return "no noise" if found.exact else "-" if found.sqnr_db is None else f"{found.sqnr_db:.1f} dB"
+
+
+def fidelity_notes(result: dict[str, Any]) -> list[str]:
+    """Why figures of outputs are missing, a line for each output.
+
+    Example:
+        >>> fidelity_notes({"fidelity": {"outputs": {"box": {"sqnr_db": 12.0, "note": "It is empty."}}}})
+        ['No answers are compared in box. It is empty.']
+    """
+    noted = {name: found for name, found in read_fidelity(result.get("fidelity")).items() if found.note}
+    return [
+        f"No answers are compared in {name}. {found.note}" if found.agreement is None else f"{name}: {found.note}"
+        for name, found in noted.items()
+    ]
 
 
 def outcome(result: dict[str, Any]) -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from bitwright.evaluation import Network
 from bitwright.export.arbiter import BATCH, LayerCodes, by_operator, compare_codes
 from bitwright.export.parity import LAYER_IMAGES, MOST_DEVIATION, compare_layers
 from bitwright.export.reference import run_reference
-from bitwright.metrics import as_log_probabilities
+from bitwright.graph.axes import read_outputs
+from bitwright.graph.readings import Reading, by_values
 from bitwright.progress import Progress, silent
 from bitwright.quantized import QuantizedModel
 from bitwright.speed.runtimes import Runtime
@@ -33,7 +35,7 @@ class OutputGap:
     Attributes:
         range: largest minus smallest value of the first network.
         cosine: of the two outputs of one image, the mean over images.
-        agreement: share of images (or pixels) with the same top-1 class; None for what is no class score.
+        agreement: share of answers (of images, pixels, tokens) that are the same; None where there are no answers.
     """
 
     name: str
@@ -58,16 +60,19 @@ def outputs(who: str, network: Network, images: Tensor, batch: int) -> list[Tens
     return found
 
 
-def output_gaps(names: Sequence[str], ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> list[OutputGap]:
-    """Every output of two networks, each [N, ...] in float64."""
-    return [_gap(name, a, b) for name, a, b in zip(names, ours, theirs, strict=True)]
+def output_gaps(
+    names: Sequence[str], ours: Sequence[Tensor], theirs: Sequence[Tensor], readings: Sequence[Reading] = ()
+) -> list[OutputGap]:
+    """Every output of two networks, each [N, ...] in float64, read as told or as their values say."""
+    readings = readings or [by_values(a) for a in ours]
+    return [_gap(name, a, b, how) for name, a, b, how in zip(names, ours, theirs, readings, strict=True)]
 
 
-def _gap(name: str, a: Tensor, b: Tensor) -> OutputGap:
+def _gap(name: str, a: Tensor, b: Tensor, how: Reading) -> OutputGap:
     difference = (a - b).abs()
     cosines = torch.cosine_similarity(a.reshape(len(a), -1), b.reshape(len(b), -1), eps=1e-30)
-    p, q = as_log_probabilities(a), as_log_probabilities(b)
-    same = None if p is None or q is None else float((p.argmax(1) == q.argmax(1)).double().mean())
+    answers = how.same(a, b)
+    same = None if answers is None else float(answers.double().mean())
     spread = float(a.max() - a.min())
     return OutputGap(name, float(difference.max()), float(difference.mean()), spread, float(cosines.mean()), same)
 
@@ -150,6 +155,7 @@ def measure_gap(
     """
     program = read_onnx(path)
     whole, names = images.batch(range(len(images))), model.outputs
+    gaps = partial(output_gaps, names, readings=read_outputs(model.graph, whole, names))
     total = 2 + len(runtimes) * len(batches)
     progress("Comparing", 0, total, "integer reference")
     simulated = outputs("The simulation", model.flat, whole, BATCH)
@@ -158,15 +164,15 @@ def measure_gap(
     teacher, quantization = model.teacher, None
     if teacher is not None:
         expected = outputs("The float network", lambda x: list(teacher.graph(x)), whole, BATCH)
-        quantization = output_gaps(names, expected, simulated)
-    simulating, measured, done = output_gaps(names, reference, simulated), [], 1
+        quantization = gaps(expected, simulated)
+    simulating, measured, done = gaps(reference, simulated), [], 1
     for runtime in runtimes:
         rows, network = [], open_file(runtime, path)
         for batch in batches:
             progress("Comparing", done, total, f"{runtime.title}, batch {batch}")
             found = outputs(runtime.title, network, whole, batch)
-            pairs = {"outputs": output_gaps(names, simulated, found)}
-            pairs["from_reference"] = output_gaps(names, reference, found)
+            pairs = {"outputs": gaps(simulated, found)}
+            pairs["from_reference"] = gaps(reference, found)
             rows.append({"batch": batch, **{k: [asdict(o) for o in v] for k, v in pairs.items()}})
             done += 1
         measured.append({"runtime": f"{runtime.name} {runtime.version}", "batches": rows})

@@ -10,6 +10,7 @@ from torch import Tensor
 from bitwright.data import Images
 from bitwright.errors import UsageError
 from bitwright.evaluation import compare
+from bitwright.graph.axes import read_outputs
 from bitwright.graph.capture import Captured
 from bitwright.inputs import prepare_teacher
 from bitwright.models import Model
@@ -136,7 +137,8 @@ class Subject:
             return [o.cpu() for o in student.flat(x.to(self.device))]
 
         names = self.teacher.outputs
-        return compare(network, self._teacher, images, names=names, batch=BATCH, progress=progress)
+        readings = read_outputs(self.teacher.graph, images.batch([0]).to(self.device), names)
+        return compare(network, self._teacher, images, names=names, readings=readings, batch=BATCH, progress=progress)
 
     def _teacher(self, x: Tensor) -> list[Tensor]:
         return [o.cpu() for o in self.teacher.graph(x.to(self.device))]
