@@ -107,7 +107,7 @@ class _Attention:
             return self._project(node)
         if ops.base_name(node) in PRODUCT:
             return self._multiply(node)
-        if ops.kind(node) in {"move", "concat"}:
+        if ops.kind(node) in {"move", "concat"} and "moves" not in node.meta:
             return self._move(node)
         return self._keep(node)
 

@@ -112,6 +112,7 @@ MOVE = frozenset(
         "max_pool3d",
         "adaptive_max_pool2d",
         "amax",
+        "amin",
         "chunk",
         "split",
         "split_with_sizes",
@@ -210,6 +211,8 @@ def kind(node: fx.Node) -> Kind:  # noqa: PLR0912 - a table in code
         return "constant"
     if not is_float_tensor(node):
         return "shape"
+    if "moves" in node.meta:
+        return "move"
     name = base_name(node)
     if node.target is operator.getitem:
         return "move" if is_float_tensor(node.args[0]) else "other"
@@ -236,6 +239,14 @@ def kind(node: fx.Node) -> Kind:  # noqa: PLR0912 - a table in code
             return "scalar"
         return "add" if name in ADD else "mul"
     return "other"
+
+
+def moved(node: fx.Node) -> fx.Node:
+    """The operand whose values an operator of kind ``move`` holds."""
+    name = node.meta.get("moves")
+    operand = next((n for n in node.all_input_nodes if n.name == name), node.args[0])
+    assert isinstance(operand, fx.Node)
+    return operand
 
 
 def is_weight(arg: object) -> bool:

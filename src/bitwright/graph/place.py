@@ -14,6 +14,8 @@ from bitwright.quant.targets import Target
 
 FLOAT_ACTIVATIONS, FLOAT_BY_RULE = "activations are float", "float by rule"
 """Reasons of tensors that stay float because the scheme says so."""
+REFILLS = frozenset({"masked_fill", "where", "nan_to_num"})
+"""Behind a softmax they give the rows in which nothing is allowed a value; before them such rows are not numbers."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ def place(graph: fx.Graph, scheme: Scheme) -> Placement:
     """
     source = _sources(graph)
     fused = {n: c for n in graph.nodes if (c := _fuses_into(n, scheme.target)) is not None}
+    fused = {n: c for n, c in fused.items() if not stays_float(_end(n, fused))}
     placement = Placement({}, [], [], source, {n: _end(n, fused) for n in fused})
     for node in graph.nodes:
         kind = ops.kind(node)
@@ -87,6 +90,11 @@ def place(graph: fx.Graph, scheme: Scheme) -> Placement:
     return placement
 
 
+def stays_float(node: fx.Node) -> bool:
+    """Whether the network itself says that rounding the tensor would change its meaning; ``meta["float"]`` says why."""
+    return "float" in node.meta
+
+
 def consumers(node: fx.Node) -> list[fx.Node]:
     """The operators that read the node's values, behind those that only move them."""
     found: list[fx.Node] = []
@@ -100,8 +108,7 @@ def _sources(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     for node in graph.nodes:
         if not ops.is_float_tensor(node):
             continue
-        origin = node.args[0] if ops.kind(node) == "move" else node
-        assert isinstance(origin, fx.Node)
+        origin = ops.moved(node) if ops.kind(node) == "move" else node
         source[node] = source.get(origin, origin)
     return source
 
@@ -135,9 +142,7 @@ def _operands(node: fx.Node) -> list[fx.Node]:
     found = []
     for operand in ops.tensor_operands(node):
         while ops.kind(operand) == "move":
-            first = operand.args[0]
-            assert isinstance(first, fx.Node)
-            operand = first
+            operand = ops.moved(operand)
         found.append(operand)
     order = {n: i for i, n in enumerate(node.graph.nodes)}
     return sorted(found, key=order.__getitem__)
@@ -154,6 +159,8 @@ def _can_fuse(node: fx.Node, consumer: _Consumer, target: Target) -> bool:
         if kind == "add" and target.add_activations is not None:
             return activation in target.add_activations and not consumer.moved
         return kind in {"linear", "matmul", "add", "norm", "scalar"}
+    if kind == "softmax" and activation in REFILLS:
+        return True
     if then == "softmax":
         return kind in {"matmul", "scalar"} or (kind == "add" and _adds_constant(node))
     if then == "scalar":
@@ -197,6 +204,9 @@ def _place_activation(placement: Placement, node: fx.Node, fused: dict[fx.Node, 
         end = _end(node, fused).meta["layer"]
         placement.unquantized.append(Unquantized(name, op, f"inside the group that is quantized after {end}"))
         return
+    if stays_float(node):
+        placement.unquantized.append(Unquantized(name, op, str(node.meta["float"])))
+        return
     readers = consumers(node)
     if not scheme.outputs and all(r.op == "output" for r in readers):
         placement.unquantized.append(Unquantized(name, op, "output of the network, left in float"))
@@ -223,6 +233,10 @@ def _place_constant(placement: Placement, node: fx.Node, fused: dict[fx.Node, fx
         reason = "a single number"
     elif role == "setting":
         reason = f"parameter of {reader.meta.get('layer')}, which computes in float"
+    elif stays_float(node):
+        reason = str(node.meta["float"])
+    elif all(stays_float(r) for r in consumers(node)):
+        reason = f"read by {reader.meta.get('layer')}, which stays in float"
     elif all(r in fused for r in consumers(node)):
         reason = f"constant inside the group that is quantized after {_end(reader, fused).meta['layer']}"
     bits = scheme.stored_bits(name)
@@ -241,7 +255,8 @@ def _constant_role(node: fx.Node) -> tuple[str, fx.Node]:
     for user in node.users:
         if ops.kind(user) == "linear" and node in user.args[1:3]:
             return ("weight" if node is user.args[1] else "bias"), user
-        if ops.kind(user) in {"norm", "activation"} and node in user.args[1:]:
+        divides = ops.base_name(user) == "div" and node is user.args[1]
+        if divides or (ops.kind(user) in {"norm", "activation"} and node in user.args[1:]):
             return "setting", user
     return ("scalar" if ops.numel(node) == 1 else "operand"), reader
 

@@ -10,6 +10,8 @@ from torch import fx
 
 from bitwright.graph import fold, rewrite
 from bitwright.graph.capture import TOLERANCE, Captured, assert_outputs_equal, relative_difference
+from bitwright.graph.divisors import note_divisors
+from bitwright.graph.marks import note_marks
 
 
 def prepare(captured: Captured) -> Captured:
@@ -28,6 +30,8 @@ def prepare(captured: Captured) -> Captured:
     unfolded = fold.fold(graph)
     rewrite.propagate(graph, captured.example)
     rewrite.channels_last(graph)
+    note_marks(graph)
+    note_divisors(graph)
     _check(captured, graph)
     return replace(captured, graph=graph, unfolded=unfolded)
 

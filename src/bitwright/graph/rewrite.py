@@ -196,6 +196,8 @@ def rewrite(graph_module: fx.GraphModule) -> None:
         elif name in IDENTITY:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif name == "baddbmm":
+            _decompose_product(graph_module, node)
         elif name in {"addmm", "matmul", "mm"}:
             _constant_matmul_to_linear(graph_module, node)
     _give_biases(graph_module)
@@ -229,9 +231,12 @@ def _decompose_attention(module: fx.GraphModule, node: fx.Node) -> None:
     if arguments.get("is_causal"):
         length, width = int(ops.shape(query)[-2]), int(ops.shape(key)[-2])
         mask = _stored(module, node, f"{base}.causal", torch.ones(length, width, dtype=torch.bool).tril())
+    forbidden = None
     if isinstance(mask, fx.Node):
-        scores = _masked(graph, node, base, scores, mask)
+        scores, forbidden = _masked(module, node, base, scores, mask)
     weights = insert(graph, node, f"{base}.softmax", aten.softmax.int, scores, -1)
+    if forbidden is not None:
+        weights = insert(graph, node, f"{base}.allowed", aten.masked_fill.Scalar, weights, forbidden, 0.0)
     mixed = insert(graph, node, f"{base}.pv", aten.matmul.default, weights, value)
     node.replace_all_uses_with(mixed)
     graph.erase_node(node)
@@ -245,13 +250,44 @@ def _stored(module: fx.GraphModule, node: fx.Node, target: str, tensor: Tensor) 
     return stored
 
 
-def _masked(graph: fx.Graph, node: fx.Node, base: str, scores: fx.Node, mask: fx.Node) -> fx.Node:
-    value = ops.value(mask)
+def _masked(
+    module: fx.GraphModule, node: fx.Node, base: str, scores: fx.Node, mask: fx.Node
+) -> tuple[fx.Node, fx.Node | None]:
+    """Scores with the mask, and where weights are 0 whatever softmax gives, if a row may allow nothing at all."""
+    graph, value = module.graph, ops.value(mask)
+    stored = get_tensor(module, str(mask.target)) if mask.op == "get_attr" else None
     if isinstance(value, Tensor) and value.dtype == torch.bool:
-        inverted = insert(graph, node, f"{base}.mask", aten.logical_not.default, mask)
-        inverted.meta["val"] = value
-        return insert(graph, node, f"{base}.masked", aten.masked_fill.Scalar, scores, inverted, float("-inf"))
-    return insert(graph, node, f"{base}.mask", aten.add.Tensor, scores, mask)
+        forbidden = insert(graph, node, f"{base}.mask", aten.logical_not.default, mask)
+        forbidden.meta["val"] = value
+        masked = insert(graph, node, f"{base}.masked", aten.masked_fill.Scalar, scores, forbidden, float("-inf"))
+        open_rows = stored is not None and bool(stored.any(-1).all())
+        return masked, None if open_rows else forbidden
+    masked = insert(graph, node, f"{base}.mask", aten.add.Tensor, scores, mask)
+    if stored is not None:
+        closed = torch.isneginf(stored)
+        return masked, _stored(module, node, f"{base}.forbidden", closed) if bool(closed.all(-1).any()) else None
+    forbidden = insert(graph, node, f"{base}.forbidden", aten.eq.Scalar, mask, float("-inf"))
+    forbidden.meta["val"] = value.bool() if isinstance(value, Tensor) else value
+    return masked, forbidden
+
+
+def _decompose_product(module: fx.GraphModule, node: fx.Node) -> None:
+    """``beta * input + alpha * (batch1 @ batch2)`` in operators that a quantizer can see."""
+    added, first, second = node.args[:3]
+    alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
+    layer = str(node.meta["layer"])
+    product = insert(module.graph, node, f"{layer}.product", aten.bmm.default, first, second)
+    if alpha != 1:
+        product = insert(module.graph, node, f"{layer}.alpha", aten.mul.Tensor, product, alpha)
+    if beta == 0:
+        total = product
+    else:
+        if beta != 1:
+            assert isinstance(added, fx.Node)
+            added = insert(module.graph, node, f"{layer}.beta", aten.mul.Tensor, added, beta)
+        total = insert(module.graph, node, layer, aten.add.Tensor, product, added)
+    node.replace_all_uses_with(total)
+    module.graph.erase_node(node)
 
 
 def _constant_matmul_to_linear(module: fx.GraphModule, node: fx.Node) -> None:

@@ -1,0 +1,133 @@
+"""What divides stays in float: on a grid a short length rounds to code 0, and 0/0 follows.
+
+A divisor is found by structure: the second operand of a division, what a reciprocal, a root's reciprocal or a logarithm
+reads. It stays in float back to the reduction or the layer that gives it. Where a tensor is divided by what was reduced from
+itself (a normalisation that is written out), the tensor stays in float as well, and one quantizer follows the whole: short rows
+have their own step then, as in a norm that is one operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from bitwright.graph import ops
+
+RECIPROCALS = frozenset({"rsqrt", "reciprocal"})
+LOGARITHMS = frozenset({"log", "log2", "log10"})
+REDUCES = ops.NORM | {"mean", "sum", "amax", "amin", "var", "std", "var_mean", "std_mean", "logsumexp", "cumsum", "prod"}
+SINGLE = frozenset({"pow", "sqrt", "abs", "neg", "exp", "square", "rsub", "maximum", "minimum", "to", "_to_copy"})
+"""Operators of single elements, beside activations, additions, multiplications and numbers."""
+NEGLIGIBLE = 1e-3
+"""A number that only keeps a divisor away from zero is no larger."""
+REASON = "divides in {}, which would read its code 0 as zero"
+NORMALISED = "normalised by {}, which ends in one quantizer"
+
+
+def note_divisors(graph_module: fx.GraphModule) -> None:
+    """Writes ``meta["float"]``, a reason, at every node of a prepared graph that must not be rounded before a division."""
+    for node in graph_module.graph.nodes:
+        for divisor in _divisors(node):
+            layer = str(node.meta.get("layer", node.name))
+            found = _chain(divisor, node)
+            for member in found:
+                member.meta.setdefault("float", REASON.format(layer))
+            for member in _normalised(node, divisor, found):
+                member.meta.setdefault("float", NORMALISED.format(layer))
+
+
+def _divisors(node: fx.Node) -> Iterator[fx.Node]:
+    """Operands that must not become zero, or of which small values count."""
+    if node.op != "call_function" or not ops.is_float_tensor(node):
+        return
+    name = ops.base_name(node)
+    if name == "div" and isinstance(node.args[1], fx.Node) and ops.is_float_tensor(node.args[1]):
+        yield node.args[1]
+    elif name in RECIPROCALS | LOGARITHMS or (name == "pow" and _is_negative(node.args[1])):
+        assert isinstance(node.args[0], fx.Node)
+        yield node.args[0]
+        if name not in LOGARITHMS:
+            yield node
+
+
+def _is_negative(exponent: object) -> bool:
+    return isinstance(exponent, int | float) and exponent < 0
+
+
+def _chain(divisor: fx.Node, reader: fx.Node) -> set[fx.Node]:
+    """The divisor back to what gives it, and what is read there for nothing else."""
+    found: set[fx.Node] = set()
+    todo = [divisor]
+    while todo:
+        node = _behind_moves(todo.pop())
+        if node in found or node.op != "call_function":
+            continue
+        found.add(node)
+        if _passes_zero_on(node):
+            todo += ops.tensor_operands(node)
+    grown = True
+    while grown:
+        more = {n for node in found if _computes(node) for n in map(_behind_moves, ops.tensor_operands(node))}
+        more = {n for n in more - found if n is not reader and _computes(n) and _readers(n) <= found | {reader}}
+        found, grown = found | more, bool(more)
+    return found
+
+
+def _passes_zero_on(node: fx.Node) -> bool:
+    """Whether a value near zero comes from one near zero in its operand."""
+    name, number = ops.base_name(node), node.args[1] if len(node.args) > 1 else None
+    if name in ops.ADD | {"clamp", "clamp_min", "maximum"}:
+        return not isinstance(number, int | float) or abs(number) <= NEGLIGIBLE
+    return ops.kind(node) == "scalar" or name in {"sqrt", "abs", "square", "pow", "relu", "neg"} | RECIPROCALS
+
+
+def _computes(node: fx.Node) -> bool:
+    """Whether it is an operator of single elements or a reduction."""
+    if node.op != "call_function" or not ops.is_float_tensor(node):
+        return False
+    kind, name = ops.kind(node), ops.base_name(node)
+    return kind in {"activation", "scalar", "add", "mul"} or name in REDUCES | SINGLE | RECIPROCALS
+
+
+def _normalised(node: fx.Node, divisor: fx.Node, chain: set[fx.Node]) -> set[fx.Node]:
+    """The tensor that the node divides, where the divisor was reduced from it and nothing else reads it."""
+    found: set[fx.Node] = set()
+    if not any(ops.base_name(n) in REDUCES for n in chain):
+        return found
+    ends = [node] if ops.base_name(node) == "div" else [u for u in _readers(divisor) if ops.base_name(u) == "mul"]
+    read = {_behind_moves(n) for member in chain for n in ops.tensor_operands(member)}
+    for end in ends:
+        for divided in map(_behind_moves, ops.tensor_operands(end)):
+            if divided in chain or divided not in read or not _readers(divided) <= chain | {end}:
+                continue
+            found |= {divided} | _centred(divided, chain | {end})
+    return {n for n in found if n.op == "call_function"}
+
+
+def _centred(node: fx.Node, readers: set[fx.Node]) -> set[fx.Node]:
+    """Of ``x - mean(x)``: the mean, and ``x`` where nothing else reads it."""
+    operands = [_behind_moves(n) for n in ops.tensor_operands(node)]
+    if ops.kind(node) != "add" or len(operands) != 2:
+        return set()
+    for x, mean in (operands, operands[::-1]):
+        if ops.base_name(mean) in REDUCES and [_behind_moves(n) for n in ops.tensor_operands(mean)] == [x]:
+            alone = _readers(x) <= {mean, node} | readers and x.op == "call_function"
+            return {mean, x} if alone else {mean}
+    return set()
+
+
+def _behind_moves(node: fx.Node) -> fx.Node:
+    while node.op == "call_function" and ops.kind(node) == "move":
+        node = ops.moved(node)
+    return node
+
+
+def _readers(node: fx.Node) -> set[fx.Node]:
+    """What reads its values, behind operators that only move them."""
+    found: set[fx.Node] = set()
+    for user in node.users:
+        moves = user.op == "call_function" and ops.kind(user) == "move"
+        found |= _readers(user) if moves else {user}
+    return found
