@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bitwright as bw
+from bitwright.graph import ops
 from bitwright.graph.capture import capture
 from bitwright.graph.prepare import prepare
 from bitwright.quant.quantizer import Quantizer
@@ -237,3 +239,32 @@ def test_what_stays_float_for_a_mask_says_so() -> None:
     reasons = {u.name: u.reason for u in made.unquantized}
     assert reasons["add_1"] == "holds marks, which softmax reads in float"
     assert reasons["matmul"] == "holds marks, which softmax reads in float"
+
+
+@pytest.mark.parametrize(
+    "write",
+    [assigned, LIT["masked_fill"], LIT["of numbers"]],
+    ids=["assignment", "filled", "added"],
+)
+def test_the_file_computes_what_was_measured(write: Callable[..., Tensor], tmp_path: Path) -> None:
+    model = scores(write) if write is assigned else lit_scores(write)
+    quantized = bw.quantize(model.eval(), images(), "rtn", weights=8)
+    assert quantized.export(tmp_path / "model.onnx").passed
+
+
+def test_an_assignment_behind_its_mask_axes_is_a_fill() -> None:
+    class Assigned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x).clone()
+            x[:, torch.tensor([True, False, False, True])] = -7.0
+            return x.amax((2, 3))
+
+    model = Assigned().eval()
+    prepared = prepare(capture(model, images()))
+    assert "index_put" not in {ops.base_name(n) for n in prepared.graph.graph.nodes}
+    with torch.no_grad():
+        assert torch.allclose(prepared.graph(images())[0], model(images()), atol=1e-6)

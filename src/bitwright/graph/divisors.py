@@ -31,7 +31,7 @@ def note_divisors(graph_module: fx.GraphModule) -> None:
     for node in graph_module.graph.nodes:
         for divisor in _divisors(node):
             layer = str(node.meta.get("layer", node.name))
-            found = _chain(divisor, node)
+            found = _chain(divisor)
             for member in found:
                 member.meta.setdefault("float", REASON.format(layer))
             for member in _normalised(node, divisor, found):
@@ -56,7 +56,7 @@ def _is_negative(exponent: object) -> bool:
     return isinstance(exponent, int | float) and exponent < 0
 
 
-def _chain(divisor: fx.Node, reader: fx.Node) -> set[fx.Node]:
+def _chain(divisor: fx.Node) -> set[fx.Node]:
     """The divisor back to what gives it, and what is read there for nothing else."""
     found: set[fx.Node] = set()
     todo = [divisor]
@@ -70,7 +70,7 @@ def _chain(divisor: fx.Node, reader: fx.Node) -> set[fx.Node]:
     grown = True
     while grown:
         more = {n for node in found if _computes(node) for n in map(_behind_moves, ops.tensor_operands(node))}
-        more = {n for n in more - found if n is not reader and _computes(n) and _readers(n) <= found | {reader}}
+        more = {n for n in more - found if _computes(n) and _readers(n) <= found}
         found, grown = found | more, bool(more)
     return found
 
@@ -99,23 +99,29 @@ def _normalised(node: fx.Node, divisor: fx.Node, chain: set[fx.Node]) -> set[fx.
     ends = [node] if ops.base_name(node) == "div" else [u for u in _readers(divisor) if ops.base_name(u) == "mul"]
     read = {_behind_moves(n) for member in chain for n in ops.tensor_operands(member)}
     for end in ends:
-        for divided in map(_behind_moves, ops.tensor_operands(end)):
-            if divided in chain or divided not in read or not _readers(divided) <= chain | {end}:
-                continue
-            found |= {divided} | _centred(divided, chain | {end})
-    return {n for n in found if n.op == "call_function"}
+        for divided in {_behind_moves(n) for n in ops.tensor_operands(end)} - chain:
+            group = {divided} | _centred(divided)
+            if group & read:
+                found |= _alone(group, chain | {end})
+    return found
 
 
-def _centred(node: fx.Node, readers: set[fx.Node]) -> set[fx.Node]:
-    """Of ``x - mean(x)``: the mean, and ``x`` where nothing else reads it."""
+def _centred(node: fx.Node) -> set[fx.Node]:
+    """Of ``x - mean(x)``: the mean, and ``x``."""
     operands = [_behind_moves(n) for n in ops.tensor_operands(node)]
-    if ops.kind(node) != "add" or len(operands) != 2:
-        return set()
-    for x, mean in (operands, operands[::-1]):
-        if ops.base_name(mean) in REDUCES and [_behind_moves(n) for n in ops.tensor_operands(mean)] == [x]:
-            alone = _readers(x) <= {mean, node} | readers and x.op == "call_function"
-            return {mean, x} if alone else {mean}
+    if ops.kind(node) == "add" and len(operands) == 2:
+        for x, mean in (operands, operands[::-1]):
+            if ops.base_name(mean) in REDUCES and [_behind_moves(n) for n in ops.tensor_operands(mean)] == [x]:
+                return {mean, x}
     return set()
+
+
+def _alone(group: set[fx.Node], readers: set[fx.Node]) -> set[fx.Node]:
+    """Of the group, operators that nothing but the group and the readers reads."""
+    left = {n for n in group if n.op == "call_function"}
+    while outside := {n for n in left if not _readers(n) <= left | readers}:
+        left -= outside
+    return left
 
 
 def _behind_moves(node: fx.Node) -> fx.Node:

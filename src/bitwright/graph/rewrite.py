@@ -198,6 +198,8 @@ def rewrite(graph_module: fx.GraphModule) -> None:
             graph.erase_node(node)
         elif name == "baddbmm":
             _decompose_product(graph_module, node)
+        elif name == "index_put":
+            _assignment_to_fill(graph_module, node)
         elif name in {"addmm", "matmul", "mm"}:
             _constant_matmul_to_linear(graph_module, node)
     _give_biases(graph_module)
@@ -287,6 +289,28 @@ def _decompose_product(module: fx.GraphModule, node: fx.Node) -> None:
             added = insert(module.graph, node, f"{layer}.beta", aten.mul.Tensor, added, beta)
         total = insert(module.graph, node, layer, aten.add.Tensor, product, added)
     node.replace_all_uses_with(total)
+    module.graph.erase_node(node)
+
+
+def _assignment_to_fill(module: fx.GraphModule, node: fx.Node) -> None:
+    """``x[..., mask] = number`` becomes ``masked_fill``, which ONNX has wherever the mask's axes lie."""
+    x, indices, written, *accumulate = node.args
+    assert isinstance(indices, list | tuple)
+    given = [(axis, i) for axis, i in enumerate(indices) if isinstance(i, fx.Node)]
+    stored = isinstance(written, fx.Node) and written.op == "get_attr" and ops.numel(written) == 1
+    if len(given) != 1 or not stored or any(accumulate) or not isinstance(x, fx.Node):
+        return
+    axis, mask = given[0]
+    value = ops.value(mask)
+    if not isinstance(value, Tensor) or value.dtype != torch.bool:
+        return
+    number = float(get_tensor(module, str(written.target)))  # type: ignore[union-attr]
+    layer = str(node.meta["layer"])
+    for behind in range(len(ops.shape(x)) - axis - value.dim()):
+        mask = insert(module.graph, node, f"{layer}.mask", aten.unsqueeze.default, mask, -1)
+        mask.meta["val"] = value[(..., *[None] * (behind + 1))]
+    filled = insert(module.graph, node, layer, aten.masked_fill.Scalar, x, mask, number)
+    node.replace_all_uses_with(filled)
     module.graph.erase_node(node)
 
 
