@@ -1,23 +1,34 @@
 """What divides stays in float: on a grid a short length rounds to code 0, and 0/0 follows.
 
-A divisor is found by structure: the second operand of a division, what a reciprocal, a root's reciprocal or a logarithm
-reads. It stays in float back to the reduction or the layer that gives it. Where a tensor is divided by what was reduced from
-itself (a normalisation that is written out), the tensor stays in float as well, and one quantizer follows the whole: short rows
-have their own step then, as in a norm that is one operator.
+A divisor is found by structure: the second operand of a division, what a reciprocal, a root's reciprocal or a
+logarithm reads. It stays in float back to the reduction or the layer that gives it. Where a tensor is divided by what
+was reduced from itself (a normalisation that is written out), the tensor stays in float as well, and one quantizer
+follows the whole, so that short rows are as exact as long ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import fx
 
 from bitwright.graph import ops
 
 RECIPROCALS = frozenset({"rsqrt", "reciprocal"})
 LOGARITHMS = frozenset({"log", "log2", "log10"})
-REDUCES = ops.NORM | {"mean", "sum", "amax", "amin", "var", "std", "var_mean", "std_mean", "logsumexp", "cumsum", "prod"}
+REDUCES = ops.NORM | {
+    "mean",
+    "sum",
+    "amax",
+    "amin",
+    "var",
+    "std",
+    "var_mean",
+    "std_mean",
+    "logsumexp",
+    "cumsum",
+    "prod",
+}
 SINGLE = frozenset({"pow", "sqrt", "abs", "neg", "exp", "square", "rsub", "maximum", "minimum", "to", "_to_copy"})
 """Operators of single elements, beside activations, additions, multiplications and numbers."""
 NEGLIGIBLE = 1e-3
@@ -27,7 +38,7 @@ NORMALISED = "normalised by {}, which ends in one quantizer"
 
 
 def note_divisors(graph_module: fx.GraphModule) -> None:
-    """Writes ``meta["float"]``, a reason, at every node of a prepared graph that must not be rounded before a division."""
+    """Writes ``meta["float"]``, a reason, at every node of a prepared graph that a division must not get rounded."""
     for node in graph_module.graph.nodes:
         for divisor in _divisors(node):
             layer = str(node.meta.get("layer", node.name))

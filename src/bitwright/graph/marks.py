@@ -3,8 +3,8 @@
 A mark is far below (or above) every real value, so that what reads it gives it no weight: the exponential is 0, the
 maximum is another value. On a grid it would take the whole range from the values that count. Two things are done:
 
-* an operator that writes a constant beside the values of one tensor (``masked_fill``, ``where``, an assignment, a pad) moves
-  these values; it gets no quantizer of its own where its marks do no harm;
+* an operator that writes a constant beside the values of one tensor (``masked_fill``, ``where``, an assignment, a pad)
+  moves these values; it gets no quantizer of its own where its marks do no harm;
 * what is computed from marks (a mask that is added, scaled, clamped) stays in float up to the operator that absorbs it.
 
 So every spelling of a mask costs what an added, stored one costs.
@@ -84,11 +84,26 @@ SELECTS = frozenset(
 )
 """Operators that pick some of their values, and a mark only where there is nothing else."""
 CARRIES = frozenset(
-    ["neg", "rsub", "maximum", "minimum", "nan_to_num", "log_softmax", "_log_softmax", "to", "_to_copy", "type_as"]
-    + ["clamp", "clamp_min", "clamp_max"]
+    [
+        "neg",
+        "rsub",
+        "maximum",
+        "minimum",
+        "clamp",
+        "clamp_min",
+        "clamp_max",
+        "nan_to_num",
+        "log_softmax",
+        "_log_softmax",
+        "to",
+        "_to_copy",
+        "type_as",
+    ]
 )
 """Operators of single elements, beside additions, multiplications and moves, that hand marks on."""
-FILLS = frozenset(["full", "full_like", "new_full", "zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones"])
+FILLS = frozenset(
+    ["full", "full_like", "new_full", "zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones"]
+)
 FILLED = FILLS | {"scalar_tensor", "fill"}
 """Operators whose result is one number, whatever they read."""
 FAR = 1e3
@@ -202,7 +217,9 @@ class _Marks:
         """Nodes that marks may be in: every way from them ends in an operator that absorbs marks."""
         found: set[fx.Node] = set()
         for node in reversed(self.nodes):
-            if node.users and all(self._absorbs(user) or (user in found and self._hands_on(user)) for user in node.users):
+            if node.users and all(
+                self._absorbs(user) or (user in found and self._hands_on(user)) for user in node.users
+            ):
                 found.add(node)
         return found
 
@@ -315,4 +332,3 @@ def _number_written(node: fx.Node) -> float | None:
     place = {"masked_fill": 2, "index_fill": 3, "scatter": 3}.get(name)
     values: list[Any] = args[1:3] if name == "where" else [] if place is None else args[place : place + 1]
     return next((float(v) for v in values if isinstance(v, int | float)), None)
-
