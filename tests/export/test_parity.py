@@ -1,0 +1,53 @@
+"""Codes that lie on the boundary between two are no difference; all others are."""
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from torch import nn
+
+import bitwright as bw
+from bitwright.export.onnx import to_onnx
+from bitwright.export.parity import compare_layers, on_boundary
+from bitwright.quant.quantizer import Grid, Quantizer
+
+POOLINGS = [
+    nn.AvgPool2d(2),
+    nn.AvgPool2d(3, 1, 1, count_include_pad=False),
+    nn.Upsample(scale_factor=2, mode="bilinear"),
+]
+
+
+def flat_images():
+    """Noise around a square of one value, so that the largest mean is as large as the largest value."""
+    images = torch.randn(4, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    images[:2, :, 6:18, 6:18], images[2:, :, 6:18, 6:18] = 3.0, -3.0
+    return images
+
+
+@pytest.fixture(params=POOLINGS, ids=["two", "border", "bilinear"], scope="module")
+def pooled(request):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), request.param, nn.Conv2d(8, 4, 3)).eval()
+    return bw.quantize(network, flat_images(), "rtn", weights=8, device="cpu")
+
+
+def test_means_of_codes_on_one_scale_pass_though_many_are_halves(pooled):
+    scales = {x.name: float(pooled.quantizer(x.activation).scale) for x in pooled.layers if x.activation}
+    assert scales["1"] == pytest.approx(scales["2"], rel=1e-6), "the case needs equal scales"
+    layers = compare_layers(pooled, to_onnx(pooled), flat_images())
+    assert {layer.name: layer.differing_fraction for layer in layers}["2"] == 0
+
+
+def test_a_step_that_is_wrong_by_half_a_percent_does_not_pass(pooled):
+    program = to_onnx(pooled)
+    scale = program.graph.initializers["2/scale"]
+    scale.const_value = ir.Tensor(scale.const_value.numpy() * np.float32(1.005))
+    assert [x.name for x in compare_layers(pooled, program, flat_images()) if x.diverges] == ["2"]
+
+
+def test_a_boundary_is_as_wide_as_the_rounding_of_float32():
+    quantizer = Quantizer("x", Grid(8, symmetric=False), "activation")
+    quantizer.set_range(torch.tensor(0.1))
+    x = torch.tensor([0.5, 1.5, 100.5, 100.501, 100.499, 7.0, 7.499]) * 0.1
+    assert on_boundary(x, quantizer).tolist() == [True, True, True, False, False, False, False]
