@@ -53,8 +53,7 @@ def evaluate(
     images = source if isinstance(source, Images) else load_images(source, model.preprocessing, labels=labels)
     teacher, names = model.teacher, model.outputs
     reference = None if teacher is None else (lambda x: list(teacher.graph(x)))
-    if teacher is not None and not readings:
-        readings = read_outputs(teacher.graph, images.batch(range(min(2, len(images)))), names)
+    readings = readings or read_outputs_of(model, images)
     return compare(
         model.flat,
         reference,
@@ -65,6 +64,12 @@ def evaluate(
         progress=progress,
         each=each,
     )
+
+
+def read_outputs_of(model: QuantizedModel, images: Images) -> list[Reading]:
+    """How each output of a model is read, told by its float network where it has one."""
+    graph = model.graph if model.teacher is None else model.teacher.graph
+    return read_outputs(graph, images.batch(range(min(2, len(images)))), model.outputs)
 
 
 def compare(

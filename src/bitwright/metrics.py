@@ -90,12 +90,13 @@ class OutputFidelity:
         spread_db: the same with the float output counted around its mean over the images. An output that no longer
             depends on the image is at 0 dB or below. None as before, and for a single image.
         exact: whether every value is the same.
+        answers: how many answers were compared.
         note: why a figure is missing, for people.
 
     Example:
         >>> good, bad = OutputFidelity(0.99, 0.01, 30.0), OutputFidelity(None, None, -2.0)
         >>> worst({"scores": good, "boxes": bad})
-        OutputFidelity(agreement=0.99, kl=0.01, sqnr_db=-2.0, spread_db=None, exact=False, note='')
+        OutputFidelity(agreement=0.99, kl=0.01, sqnr_db=-2.0, spread_db=None, exact=False, answers=0, note='')
     """
 
     agreement: float | None = None
@@ -103,6 +104,7 @@ class OutputFidelity:
     sqnr_db: float | None = None
     spread_db: float | None = None
     exact: bool = False
+    answers: int = 0
     note: str = ""
 
 
@@ -219,7 +221,7 @@ class _OutputMeasure:
         known = self.count > 0
         if self.reading.kind == "whole" or not self.images:
             agreement = self.same / self.count if known else None
-            return OutputFidelity(agreement, exact=exact, note=self.reading.note)
+            return OutputFidelity(agreement, exact=exact, answers=self.count, note=self.reading.note)
         probable = known and math.isfinite(self.divergence)
         return OutputFidelity(
             agreement=self.same / self.count if known else None,
@@ -227,6 +229,7 @@ class _OutputMeasure:
             sqnr_db=self.ratio.result(),
             spread_db=self._around_mean(),
             exact=exact,
+            answers=self.count,
             note=self.reading.note if math.isfinite(self.ratio.noise) else "It holds values that are not finite.",
         )
 

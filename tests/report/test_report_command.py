@@ -17,6 +17,7 @@ from bitwright import report
 from bitwright.cli import main
 from bitwright.commands import report as command
 from bitwright.report.comparison import Entry, comparison, quality, row
+from bitwright.report.page import page
 from bitwright.report.shown import Shown
 from bitwright.report.verdict import verdict
 
@@ -220,6 +221,41 @@ def test_without_labels_runs_are_compared_by_fidelity() -> None:
         e.run.result["fidelity"].update({"agreement": None, "kl": None})
     assert quality(some) == "sqnr_db"
     assert "12.0\u00a0dB" in comparison(some)
+
+
+TWO = {
+    "agreement": 0.31,
+    "kl": 0.8,
+    "sqnr_db": -1.5,
+    "outputs": {
+        "kind": {"agreement": 0.99, "kl": 1e-4, "sqnr_db": 31.0, "answers": 100},
+        "colour": {"agreement": 0.31, "kl": 0.8, "sqnr_db": 2.5, "answers": 100},
+        "place": {"agreement": None, "kl": None, "sqnr_db": -1.5, "note": "It has a single channel."},
+    },
+}
+
+
+def test_the_verdict_is_that_of_the_worst_output() -> None:
+    shown = result("a", 0.7, 500_000, fidelity=TWO, float={}, quantized={})
+    said = verdict(shown.result, {}).replace("\u00a0", " ")
+    assert "with the same answer as the float network for 31.00 % of 100 images in output colour" in said
+    assert "and with output place −1.5 dB above its error" in said
+    judged = verdict(result("a", 0.7, 500_000, fidelity=TWO).result, {}).replace("\u00a0", " ")
+    assert "70.00 % top-1 accuracy" in judged
+    assert "31.00 % in output colour, the worst of 3" in judged
+    dense = {**TWO, "outputs": {"map": {**TWO["outputs"]["colour"], "answers": 6400}}}  # type: ignore[dict-item]
+    only = verdict(result("a", 0.7, 500_000, fidelity=dense, float={}, quantized={}).result, {"answers": None})
+    assert "31.00\u00a0% of the answers of 100 images." in only
+
+
+def test_every_output_has_a_row_on_both_pages() -> None:
+    some = [Entry(n, result(n, 0.7, 500_000, fidelity=TWO)) for n in ("a", "b")]
+    page_of_a, both = page(some[0].run), comparison(some)  # type: ignore[arg-type]
+    for text in (page_of_a, both):
+        for shown in ("kind", "colour", "place", "99.00\u00a0%", "31.00\u00a0%", "−1.5\u00a0dB"):
+            assert shown in text, shown
+    assert "It has a single channel." in page_of_a
+    assert "Output by output" not in comparison(entries(("a", 0.7, 500_000), ("b", 0.8, 600_000)))
 
 
 def test_several_runs_on_one_page(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

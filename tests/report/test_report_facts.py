@@ -21,6 +21,7 @@ from bitwright import zoo
 from bitwright.data import load_images
 from bitwright.evaluation import evaluate
 from bitwright.graph import rewrite
+from bitwright.graph.readings import Reading
 from bitwright.graph.watch import watch
 from bitwright.preprocessing import Preprocessing
 from bitwright.quantized import QuantizedModel
@@ -70,6 +71,22 @@ def test_an_evaluation_shows_its_batches_and_agrees_with_itself(quantized: Quant
     assert answers.count == 40
     assert 1 - answers.differing / 40 == pytest.approx(result["fidelity"]["agreement"])
     assert answers.facts(images, pictures=True)["labelled"] is None  # type: ignore[index]
+
+
+def test_of_several_outputs_the_one_that_changed_is_named() -> None:
+    first, second = scores(30, 0), scores(30, 1)
+    ruined = second.roll(1, 1)
+    found = Answers(("kind", "colour"), (Reading("scores", 1), Reading("scores", 1)))
+    found.update(0, [first, second], [first, ruined], None)
+    assert (found.count, found.differing) == (30, 30)
+    assert {d.output for d in found.worst} == {"colour"}
+    facts = found.facts(dataset(30), pictures=False)
+    assert facts is not None
+    assert {row["output"] for row in facts["shown"]} == {"colour"}
+    alone = Answers(("kind", "embedding"), (Reading("scores", 1), Reading("values")))
+    alone.update(0, [first, second], [first.roll(1, 1), ruined], torch.zeros(30, dtype=torch.int64))
+    assert alone.labelled
+    assert {d.output for d in alone.worst} == {None}
 
 
 def test_networks_without_classes_have_no_answers() -> None:

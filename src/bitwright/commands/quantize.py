@@ -25,7 +25,7 @@ from bitwright.commands.sources import (
 )
 from bitwright.data import Images
 from bitwright.errors import BitwrightError, UsageError
-from bitwright.evaluation import evaluate, layer_sqnr
+from bitwright.evaluation import evaluate, layer_sqnr, read_outputs_of
 from bitwright.export.parity import export_checked
 from bitwright.goal import Goal
 from bitwright.models import Model, load_model
@@ -255,10 +255,12 @@ def _quantize(job: Job, inputs: Inputs, state: Path, terminal: Terminal) -> Quan
 
 def _measure(model: QuantizedModel, job: Job, inputs: Inputs, terminal: Terminal) -> Answers:
     """Accuracy, fidelity and the noise of every layer into the result; which answers differ, for the report."""
-    started, answers = time.perf_counter(), Answers()
+    started = time.perf_counter()
     images = inputs.evaluation or model.calibration
     assert images is not None
-    model.result |= evaluate(model, images, progress=terminal.progress, each=answers.update)
+    readings = read_outputs_of(model, images)
+    answers = Answers(model.outputs, readings)
+    model.result |= evaluate(model, images, progress=terminal.progress, each=answers.update, readings=readings)
     terminal.begin("Measuring every layer")
     noise = layer_sqnr(model, images.batch(range(min(SQNR_IMAGES, len(images)))))
     terminal.finish()

@@ -33,12 +33,13 @@ CLASSES = frozenset({"class", "classes", "cls", "label", "labels", "logits", "pr
 """Words in an output's name which say that it holds class scores, whatever else the name says."""
 NO_CLASSES = frozenset({
     "angle", "angles", "bbox", "bboxes", "box", "boxes", "coordinates", "coords", "delta", "deltas", "descriptor",
-    "descriptors", "disparity", "embed", "embedding", "embeddings", "embeds", "keypoint", "keypoints", "landmark",
-    "landmarks", "offset", "offsets", "reg", "regression",
+    "descriptors", "disparity", "embedding", "embeddings", "keypoint", "keypoints", "landmark", "landmarks", "offset",
+    "offsets", "reg", "regression",
 })  # fmt: skip
 """Words in an output's name, or in the path of the layer that makes it, which say that it holds no class scores."""
 NO_CLASSES_BY_NAME = NO_CLASSES | {
-    "depth", "distance", "feat", "feats", "feature", "features", "flow", "hidden", "latent", "pose", "pooled", "pooler",
+    "depth", "distance", "embed", "embeds", "feat", "feats", "feature", "features", "flow", "hidden", "latent", "pose",
+    "pooled", "pooler",
 }  # fmt: skip
 """Words that say so in an output's name alone: many classifiers have a layer ``features``."""
 

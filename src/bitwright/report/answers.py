@@ -14,6 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from bitwright.data import Images
+from bitwright.graph.readings import Reading, by_values
+from bitwright.metrics import default_names
 from bitwright.preprocessing import Preprocessing
 
 SHOWN = 12
@@ -39,14 +41,25 @@ class Disagreement(NamedTuple):
     after: Answer
     lost: float
     """Probability that the float network's class lost."""
+    output: str | None = None
+    """Which output it is, where several give classes."""
 
 
 @dataclass
 class Answers:
     """Counts answers as an evaluation goes, and keeps the images on which they differ most.
 
-    Only class scores are answers: networks without exactly one output [B, K] are passed over.
+    Only class scores of whole images are answers: outputs [B, K] that are read so. An image differs if one of them
+    does.
+
+    Attributes:
+        names: of the outputs.
+        readings: how each is read; told by the first values if not given.
+        shown: images to keep.
     """
+
+    names: Sequence[str] = ()
+    readings: Sequence[Reading] = ()
 
     shown: int = SHOWN
     count: int = 0
@@ -67,32 +80,33 @@ class Answers:
             found: outputs of the quantized one.
             labels: int64 [B], or None.
         """
-        theirs, ours = _scores(expected), _scores(found)
-        if theirs is None or ours is None:
+        names = self.names or default_names(len(expected))
+        readings = self.readings or [by_values(x) for x in expected]
+        told = [
+            _Told(name, _probabilities(how, a), _probabilities(how, b))
+            for name, how, a, b in zip(names, readings, expected, found, strict=True)
+            if how.kind in {"scores", "probabilities"} and a.dim() == 2
+        ]
+        if not told:
             return
-        p, q = theirs.float().softmax(1).cpu(), ours.float().softmax(1).cpu()
-        a, b = p.argmax(1), q.argmax(1)
-        self.count += len(a)
-        self.differing += int((a != b).sum())
-        if labels is not None:
-            self.labelled = True
-            right, still = a == labels, b == labels
-            self.both += int((right & still).sum())
-            self.only_float += int((right & ~still).sum())
-            self.only_quantized += int((~right & still).sum())
-            self.neither += int((~right & ~still).sum())
-        for i in (a != b).nonzero().flatten().tolist():
-            one, other = int(a[i]), int(b[i])
-            self.worst.append(
-                Disagreement(
-                    first + i,
-                    None if labels is None else int(labels[i]),
-                    Answer(one, float(p[i, one])),
-                    Answer(other, float(q[i, other])),
-                    float(p[i, one] - q[i, one]),
-                )
-            )
+        changed = torch.stack([t.before.argmax(1) != t.after.argmax(1) for t in told])
+        self.count += changed.shape[1]
+        self.differing += int(changed.any(0).sum())
+        if labels is not None and len(told) == 1:
+            self._count_right(told[0].before.argmax(1) == labels, told[0].after.argmax(1) == labels)
+        for (name, p, q), images in zip(told, changed, strict=True):
+            output = name if len(told) > 1 else None
+            for i in images.nonzero().flatten().tolist():
+                label = None if labels is None else int(labels[i])
+                self.worst.append(_disagreement(first + i, label, p[i], q[i], output))
         self.worst = sorted(self.worst, key=lambda d: -d.lost)[: self.shown]
+
+    def _count_right(self, right: Tensor, still: Tensor) -> None:
+        self.labelled = True
+        self.both += int((right & still).sum())
+        self.only_float += int((right & ~still).sum())
+        self.only_quantized += int((~right & still).sum())
+        self.neither += int((~right & ~still).sum())
 
     def facts(self, images: Images, *, pictures: bool) -> dict[str, Any] | None:
         """What the report keeps; None where the networks give no class scores.
@@ -117,6 +131,7 @@ class Answers:
                     "label": d.label,
                     "float": {"class": d.before.number, "probability": round(d.before.probability, 4)},
                     "quantized": {"class": d.after.number, "probability": round(d.after.probability, 4)},
+                    **({} if d.output is None else {"output": d.output}),
                     "picture": picture(images[d.position], images.preprocessing) if pictures else None,
                 }
                 for d in self.worst
@@ -128,9 +143,25 @@ def _classes(found: Disagreement) -> list[int]:
     return [i for i in (found.label, found.before.number, found.after.number) if i is not None]
 
 
-def _scores(outputs: Sequence[Tensor]) -> Tensor | None:
-    scores = [o for o in outputs if o.dim() == 2 and o.shape[1] > 1]
-    return scores[0] if len(scores) == 1 else None
+class _Told(NamedTuple):
+    """Probabilities of the classes of each image, [B, K], by one output of both networks."""
+
+    name: str
+    before: Tensor
+    after: Tensor
+
+
+def _probabilities(how: Reading, output: Tensor) -> Tensor:
+    """[B, K], of an output that is read as scores or probabilities."""
+    found = how.log_probabilities(output)
+    assert found is not None
+    return found.exp().squeeze(-2).cpu()
+
+
+def _disagreement(position: int, label: int | None, p: Tensor, q: Tensor, output: str | None) -> Disagreement:
+    one, other = int(p.argmax()), int(q.argmax())
+    before, after = Answer(one, float(p[one])), Answer(other, float(q[other]))
+    return Disagreement(position, label, before, after, float(p[one] - q[one]), output)
 
 
 def class_names(images: Images) -> dict[int, str]:

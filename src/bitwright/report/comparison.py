@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bitwright.metrics import read_fidelity
 from bitwright.report import words
 from bitwright.report.charts import Axis, chart, dot, horizontal, label, linear, polyline, rule, vertical
 from bitwright.report.markup import Child, tag
@@ -46,7 +47,7 @@ def row(entry: Entry) -> dict[str, Any]:
         **{k: ours[k] for k in METRICS if ours.get(k) is not None},
         **{f"{k}_ci": ours[f"{k}_ci"] for k in METRICS if ours.get(f"{k}_ci")},
         **{f"float_{k}": theirs[k] for k in METRICS if theirs.get(k) is not None},
-        **{k: fidelity.get(k) for k in ("agreement", "kl", "sqnr_db")},
+        **{k: fidelity.get(k) for k in ("agreement", "kl", "sqnr_db", "outputs")},
         **{k: size.get(k) for k in ("float_bytes", "packed_bytes", "onnx_bytes")},
         "parity": None if not parity else parity.get("first_divergence") is None,
         "seconds": (result.get("seconds") or {}).get("total"),
@@ -89,7 +90,14 @@ def comparison(entries: Sequence[Entry], title: str = "") -> str:
     name = title or words.listed(models) or "Comparison"
     sections = [
         s
-        for s in (_alike(entries), _table(entries), _front(entries), _failures(entries), _repeat(entries))
+        for s in (
+            _alike(entries),
+            _table(entries),
+            _outputs(entries),
+            _front(entries),
+            _failures(entries),
+            _repeat(entries),
+        )
         if s is not None
     ]
     bits = {r.bits for r in runs}
@@ -177,6 +185,28 @@ def _table(entries: Sequence[Entry]) -> Section:
         body.append(cells)
     made = table("The runs", heads, body, sortable=True, name="runs")
     return Section("table", "Figures", [paragraph("Click a heading to sort.", quiet=True), made])
+
+
+def _outputs(entries: Sequence[Entry]) -> Section | None:
+    """Each output of each run, where networks have several."""
+    found = [(e.name, read_fidelity(e.run.result.get("fidelity"))) for e in entries if e.run is not None]
+    if all(len(outputs) < 2 for _, outputs in found):
+        return None
+    rows: list[list[Cell | str]] = [
+        [
+            name,
+            output,
+            Cell(words.percent(o.agreement), o.agreement),
+            Cell(words.number(o.kl), o.kl),
+            Cell("no error" if o.exact else words.decibel(o.sqnr_db), o.sqnr_db),
+        ]
+        for name, outputs in found
+        for output, o in outputs.items()
+    ]
+    heads = ["run", "output", ">same answer", ">KL, nats", ">signal to error"]
+    made = table("Each output against float", heads, rows, sortable=True, name="outputs")
+    lead = paragraph("The networks have several outputs. The figures above are those of the worst one of each run.")
+    return Section("outputs", "Output by output", [lead, made])
 
 
 def _figures(r: dict[str, Any], metric: str | None) -> list[Cell | str]:

@@ -47,6 +47,7 @@ def _one(row: dict[str, Any], classes: dict[str, str]) -> Markup:
     if right is not None:
         answers.append([tag("dt", "label"), tag("dd", name_of(right, classes))])
     name = f"image {row['name']}" if str(row["name"]).isdecimal() else row["name"]
+    name += f", output {row['output']}" if row.get("output") else ""
     return tag("li", drawn, tag("div", tag("p", name, class_="layer"), tag("dl", answers)))
 
 

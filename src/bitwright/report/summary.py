@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from bitwright.metrics import OutputFidelity, read_fidelity, worst
 from bitwright.report import words
 from bitwright.report.charts import Axis, chart, dot, label, lengths, linear, rule
-from bitwright.report.markup import Markup, tag
+from bitwright.report.markup import Child, Markup, tag
 from bitwright.report.shown import Section, Shown, paragraph
 from bitwright.report.tables import table
 from bitwright.report.verdict import METRICS, main_metric, paired_difference
@@ -23,6 +24,7 @@ def accuracy(run: Shown) -> Section:
         _intervals(result, metric) if metric else None,
         table(_on(result), ["", ">float", ">quantized", ">difference"], rows) if rows else None,
         _paired(run),
+        _by_output(read_fidelity(result.get("fidelity"))),
         paragraph(_measured_on(result), quiet=True),
     ]
     return Section("accuracy", "Float against quantized", body)
@@ -48,16 +50,34 @@ def _metric_rows(result: dict[str, Any]) -> list[list[str]]:
 
 
 def _fidelity_rows(result: dict[str, Any]) -> list[list[str]]:
-    fidelity = result.get("fidelity") or {}
+    outputs = read_fidelity(result.get("fidelity"))
+    found, of = worst(outputs), ", worst output" if len(outputs) > 1 else ""
     rows = []
-    if fidelity.get("agreement") is not None:
-        rows.append(["same answer as float", "", words.percent(fidelity["agreement"]), ""])
-    if fidelity.get("kl") is not None:
-        rows.append(["KL divergence from float", "", f"{words.number(fidelity['kl'])}{words.GAP}nats", ""])
-    if fidelity:
-        noise = fidelity.get("sqnr_db")
-        rows.append(["outputs: signal to error", "", "no error" if noise is None else words.decibel(noise), ""])
+    if found.agreement is not None:
+        rows.append([f"same answer as float{of}", "", words.percent(found.agreement), ""])
+    if found.kl is not None:
+        rows.append([f"KL divergence from float{of}", "", f"{words.number(found.kl)}{words.GAP}nats", ""])
+    if outputs and (found.exact or found.sqnr_db is not None):
+        rows.append([f"outputs: signal to error{of}", "", _noise(found), ""])
     return rows
+
+
+def _noise(found: OutputFidelity) -> str:
+    return "no error" if found.exact else words.decibel(found.sqnr_db)
+
+
+def _by_output(outputs: dict[str, OutputFidelity]) -> Child:
+    """How closely each of several outputs is followed, and why figures are missing."""
+    notes = tag("ul", (tag("li", f"{name}: {found.note}") for name, found in outputs.items() if found.note))
+    body = [notes if any(o.note for o in outputs.values()) else None]
+    if len(outputs) > 1:
+        rows = [
+            [name, words.percent(o.agreement), words.number(o.kl), _noise(o), words.decibel(o.spread_db)]
+            for name, o in outputs.items()
+        ]
+        heads = ["output", ">same answer", ">KL, nats", ">signal to error", ">change between images to error"]
+        body.insert(0, table("Output by output, against float", heads, rows))
+    return body
 
 
 def _intervals(result: dict[str, Any], metric: str) -> Markup | None:

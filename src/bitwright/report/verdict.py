@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from bitwright.metrics import OutputFidelity, read_fidelity, worst
 from bitwright.report import words
 
 METRICS = {
@@ -67,18 +68,49 @@ def _answers(result: dict[str, Any], facts: dict[str, Any]) -> str:
     if metric is not None:
         theirs, ours = result["float"][metric], result["quantized"][metric]
         figures = f"{words.percent(ours)} {METRICS[metric]} against {words.percent(theirs)} in float{on}"
-        return f"{_judged(result, facts, metric)}: {figures}"
-    fidelity = result.get("fidelity") or {}
+        return f"{_judged(result, facts, metric)}: {figures}{_other_outputs(result)}"
     those = " that it was calibrated on" if data.get("same_as_calibration") else ""
-    if fidelity.get("agreement") is not None:
-        part = " of the pixels" if facts and facts.get("answers") is None else ""
-        share = f"{words.percent(fidelity['agreement'])}{part}{of(count)}"
-        return f"with the same answer as the float network for {share}{those}"
-    if "sqnr_db" in fidelity and fidelity["sqnr_db"] is None:
+    return _followed(read_fidelity(result.get("fidelity")), facts, count, those)
+
+
+def _followed(outputs: dict[str, OutputFidelity], facts: dict[str, Any], count: int | None, those: str) -> str:
+    """How closely the float network is followed, by the worst output."""
+    found = worst(outputs)
+    if not outputs:
+        return "not measured yet"
+    if found.exact:
         return "and exactly what the float network computes"
-    if fidelity.get("sqnr_db") is not None:
-        return f"with outputs {words.decibel(fidelity['sqnr_db'])} above the error{on}{those}"
-    return "not measured yet"
+    said = []
+    if found.agreement is not None:
+        name, output = next((n, o) for n, o in outputs.items() if o.agreement == found.agreement)
+        share = f"{words.percent(found.agreement)}{_each(output, count, facts)}{of(count)}{those}"
+        said.append(f"with the same answer as the float network for {share}{_in(name, outputs)}")
+    values = {n: o for n, o in outputs.items() if o.agreement is None and o.sqnr_db is not None}
+    if values:
+        name = min(values, key=lambda n: values[n].sqnr_db or 0.0)
+        noise = words.decibel(values[name].sqnr_db)
+        if said:
+            said.append(f"with output {name} {noise} above its error")
+        else:
+            on = "" if count is None else f" on {words.plural(count, 'image')}"
+            said.append(f"with outputs {noise} above the error{on}{those}{_in(name, outputs)}")
+    return ", and ".join(said) or "with outputs that have no figure in common with the float network's"
+
+
+def _each(output: OutputFidelity, count: int | None, facts: dict[str, Any]) -> str:
+    """What the answers are of, where they are not of images; results of old tell by what their reports show."""
+    several = output.answers > count if output.answers and count else facts and facts.get("answers") is None
+    return " of the answers" if several else ""
+
+
+def _in(name: str, outputs: dict[str, OutputFidelity]) -> str:
+    return f" in output {name}, the worst of {len(outputs)}" if len(outputs) > 1 else ""
+
+
+def _other_outputs(result: dict[str, Any]) -> str:
+    """What the accuracy of one output does not tell of the others."""
+    outputs = read_fidelity(result.get("fidelity"))
+    return f"; {_followed(outputs, {}, None, '')}" if len(outputs) > 1 else ""
 
 
 def of(count: int | None) -> str:
