@@ -48,6 +48,8 @@ class Images:
     Attributes:
         names: path relative to the folder (with ``/``), or the position in the array.
         labels: int64 (N,) class indices, or None.
+        masks: whole numbers (N, H, W), the class of each pixel, or None.
+        left_out: what came with the images and is neither; empty if there was nothing.
         preprocessing: what is applied to the pixels; None when the images were given as tensors.
 
     Example:
@@ -56,9 +58,16 @@ class Images:
         (10, 5, (2, 3, 8, 8))
     """
 
-    def __init__(self, store: Store, indices: Sequence[int], labels: Tensor | None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        indices: Sequence[int],
+        labels: Tensor | None,
+        masks: Tensor | None = None,
+        left_out: str = "",
+    ) -> None:
         self._store, self._indices = store, list(indices)
-        self.labels = labels
+        self.labels, self.masks, self.left_out = labels, masks, left_out
         self.names = [store.source.names[i] for i in self._indices]
 
     @property
@@ -116,7 +125,7 @@ class Images:
 
     def labelled(self, labels: str | Path | Sequence[int] | Tensor) -> Images:
         """Return the same images with these labels; see `load_images` for their forms."""
-        return Images(self._store, self._indices, _explicit_labels(labels, self.names))
+        return Images(self._store, self._indices, _explicit_labels(labels, self.names), self.masks)
 
     def sample(self, n: int, seed: int = 0) -> Images:
         """Return ``n`` images, one out of each of ``n`` equal stretches of the list, in order.
@@ -172,11 +181,12 @@ class Images:
 
     def take(self, positions: Sequence[int]) -> Images:
         """The images at these positions, in the order given; a view that shares decoded pixels."""
-        labels = None if self.labels is None else self.labels[list(positions)]
-        return Images(self._store, [self._indices[p] for p in positions], labels)
+        labels, masks = (None if x is None else x[list(positions)] for x in (self.labels, self.masks))
+        return Images(self._store, [self._indices[p] for p in positions], labels, masks, self.left_out)
 
     def __repr__(self) -> str:
-        return f"Images({len(self)}, {'unlabelled' if self.labels is None else 'labelled'})"
+        labelled = self.labels is not None or self.masks is not None
+        return f"Images({len(self)}, {'labelled' if labelled else 'unlabelled'})"
 
 
 def _identity(preprocessing: Preprocessing | PreprocessFunction | None) -> str:
@@ -211,7 +221,8 @@ def load_images(
             ``images`` (uint8 (N, H, W, 1 or 3), or float (N, C, H, W) taken as preprocessed) and perhaps
             ``labels``; each with an optional slice as in ``photos[0::2]``. Or such an array, a float tensor
             (N, C, H, W), or any iterable of tensors or (tensor, label) pairs such as a ``DataLoader``, which
-            is read once. `Images` are returned as they are.
+            is read once, or one such pair. A label is a class index for each image, or whole numbers (B, H, W), the
+            class of each pixel. `Images` are returned as they are.
         preprocessing: applied to everything that is not a float tensor already.
         labels: a CSV ``file,class_index`` (header or not; matched by relative path, then by file name), or
             one class index for each image. Without it a folder in which every image lies directly in one of
@@ -225,18 +236,20 @@ def load_images(
     """
     if isinstance(source, Images):
         return source.labelled(labels) if labels is not None else source
-    window = None
+    window, left_out = None, ""
     if isinstance(source, str | os.PathLike):
         place, window = _split_slice(os.fspath(source))
         found, found_labels = _from_place(str(place))
     else:
         place = f"the {type(source).__name__} given"
-        found, found_labels = _from_object(source)
+        found, found_labels, left_out = _from_object(source)
     _check_preprocessing(found, preprocessing, str(place))
     store = Store(found, None if isinstance(found, Tensors) else preprocessing, threads, cache_bytes)
+    masks = found_labels if found_labels is not None and found_labels.ndim == 3 else None
+    found_labels = None if masks is not None else found_labels
     if labels is not None:
         found_labels = _explicit_labels(labels, found.names)
-    images = Images(store, range(len(found.names)), found_labels)
+    images = Images(store, range(len(found.names)), found_labels, masks, left_out)
     if window is not None:
         images = images[window]
         if len(images) == 0:
@@ -343,6 +356,8 @@ def _from_npz(path: Path) -> tuple[Source, Tensor | None]:
             f"expected arrays of numbers in {path}, cannot read it ({one_line(error)}): "
             "write it with numpy.savez(path, images=..., labels=...)"
         ) from error
+    if labels is not None and labels.ndim == 3 and len(labels) == len(images) and labels.dtype.kind in "biu":
+        return _from_array(images, str(path)), torch.from_numpy(labels.astype(np.int64))
     return _from_array(images, str(path)), _as_labels(labels, len(images), str(path))
 
 
@@ -382,18 +397,30 @@ def _from_tensor(tensor: Tensor, where: str) -> Source:
     return Tensors(tensor)
 
 
-def _from_object(source: object) -> tuple[Source, Tensor | None]:
+def _from_object(source: object) -> tuple[Source, Tensor | None, str]:
+    """Images, labels or masks, and what is left out because it is neither."""
     where = f"the {type(source).__name__} given"
     if isinstance(source, Tensor):
-        return _from_tensor(source, where), None
+        return _from_tensor(source, where), None, ""
     if isinstance(source, np.ndarray):
-        return _from_array(source, where), None
+        return _from_array(source, where), None, ""
     if isinstance(source, Mapping) or not (isinstance(source, Iterable) or hasattr(source, "__getitem__")):
         raise DataError(f"expected a path, a tensor or an iterable of tensors as images, got {where}")
-    return _from_batches(source, where)
+    return _from_batches([source] if _is_pair(source) else source, where)
 
 
-def _from_batches(batches: Any, where: str) -> tuple[Source, Tensor | None]:
+def _is_pair(source: object) -> bool:
+    """Whether it is one (images, labels) of tensors, rather than a sequence of images."""
+    return (
+        isinstance(source, tuple | list)
+        and len(source) == 2
+        and all(isinstance(x, Tensor) for x in source)
+        and source[0].is_floating_point()
+        and not source[1].is_floating_point()
+    )
+
+
+def _from_batches(batches: Any, where: str) -> tuple[Source, Tensor | None, str]:
     tensors: list[Tensor] = []
     labels: list[Any] = []
     held = 0
@@ -410,7 +437,7 @@ def _from_batches(batches: Any, where: str) -> tuple[Source, Tensor | None]:
             )
     if not tensors:
         raise DataError(f"expected tensors from {where}, it gave none: an iterator can be read only once")
-    return _from_tensor(torch.cat(tensors), where), _batch_labels(labels, tensors)
+    return _from_tensor(torch.cat(tensors), where), *_batch_labels(labels, tensors)
 
 
 def _one_batch(tensor: Any, where: str, before: list[Tensor]) -> Tensor:
@@ -430,16 +457,36 @@ def _one_batch(tensor: Any, where: str, before: list[Tensor]) -> Tensor:
     return batch.to(torch.float32)
 
 
-def _batch_labels(labels: list[Any], tensors: list[Tensor]) -> Tensor | None:
-    """Join labels that are class indices, one an image; anything else (masks, boxes) is left out."""
+def _batch_labels(labels: list[Any], tensors: list[Tensor]) -> tuple[Tensor | None, str]:
+    """Class indices (N,) or masks (N, H, W) joined, and what is left out because it is neither (boxes, fractions)."""
     joined: list[Tensor] = []
     for label, batch in zip(labels, tensors, strict=True):
-        whole = isinstance(label, int) or (isinstance(label, Tensor) and not label.is_floating_point())
-        flat = torch.as_tensor(label).cpu().reshape(-1) if whole else torch.empty(0)
-        if not whole or len(flat) != len(batch):
-            return None
-        joined.append(flat.to(torch.int64))
-    return torch.cat(joined)
+        found = _one_label(label, batch)
+        if found is None or (joined and found.shape[1:] != joined[0].shape[1:]):
+            several = len({str(type(x)) for x in labels}) > 1
+            return None, "" if label is None and not several else _said(label)
+        joined.append(found)
+    return torch.cat(joined), ""
+
+
+def _one_label(label: Any, batch: Tensor) -> Tensor | None:
+    """Of one batch [B, C, H, W]: int64 (B,), or whole numbers (B, H, W) of the batch's or another size."""
+    whole = isinstance(label, int) or (isinstance(label, Tensor) and not label.is_floating_point())
+    if not whole:
+        return None
+    found = torch.as_tensor(label).detach().cpu()
+    if found.numel() == len(batch):
+        return found.reshape(-1).to(torch.int64)
+    found = found.unsqueeze(0) if found.ndim == 2 and len(batch) == 1 else found
+    found = found.squeeze(1) if found.ndim == 4 and found.shape[1] == 1 else found
+    return found.to(torch.int64) if found.ndim == 3 and len(found) == len(batch) else None
+
+
+def _said(label: Any) -> str:
+    """What a label is, in words."""
+    if isinstance(label, Tensor):
+        return f"{str(label.dtype).removeprefix('torch.')} labels of {'x'.join(map(str, label.shape))}"
+    return f"labels of type {type(label).__name__}"
 
 
 def _check_preprocessing(source: Source, preprocessing: Preprocessing | PreprocessFunction | None, where: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +11,9 @@ from torch import Tensor
 
 from bitwright.errors import DataError, UsageError
 from bitwright.graph.axes import read_outputs
-from bitwright.graph.readings import Reading
+from bitwright.graph.readings import Reading, by_values
 from bitwright.graph.watch import Callback, watch
-from bitwright.metrics import Accuracy, Fidelity, SignalToNoise
+from bitwright.metrics import Accuracy, Fidelity, Segmentation, SignalToNoise
 from bitwright.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -98,17 +99,21 @@ def compare(
     Returns:
         ``quantized`` (metrics of ``network``; empty without labels) and, with a reference, ``float`` and ``fidelity``.
     """
-    ours, theirs, fidelity = Accuracy(), Accuracy(), Fidelity(names, readings)
-    done = 0
+    fidelity, done = Fidelity(names, readings), 0
+    scored: dict[str, Scores] = {}
+    pixels: tuple[int, Reading] | None = None
+    _say_what_is_left_out(images)
     for inputs in images.batches(batch):
         with torch.no_grad():
             found = network(inputs)
             expected = None if reference is None else reference(inputs)
-        truth = None if images.labels is None else images.labels[done : done + len(inputs)]
-        if truth is not None:
-            ours.update(class_scores(found, truth), truth)
-            if expected is not None:
-                theirs.update(class_scores(expected, truth), truth)
+        part = slice(done, done + len(inputs))
+        truth, masks = (None if x is None else x[part] for x in (images.labels, images.masks))
+        if masks is not None and not done:
+            pixels = output_of_masks(found, readings, masks)
+        for who, outputs in (("quantized", found), ("float", expected)):
+            if outputs is not None:
+                scored.setdefault(who, Scores(pixels)).update(outputs, truth, masks)
         if expected is not None:
             _check_shapes(expected, found)
             fidelity.update(expected, found)
@@ -116,10 +121,71 @@ def compare(
                 each(done, expected, found, truth)
         done += len(inputs)
         progress("Evaluating", done, len(images))
-    result: dict[str, Any] = {"quantized": ours.result() if ours.count else {}}
-    if reference is not None:
-        result |= {"float": theirs.result() if theirs.count else {}, "fidelity": fidelity.result()}
-    return result
+    result: dict[str, Any] = {who: found.result() for who, found in scored.items()}
+    return result if reference is None else {**result, "fidelity": fidelity.result()}
+
+
+def _say_what_is_left_out(images: Images) -> None:
+    if images.left_out and images.labels is None:
+        warnings.warn(
+            f"The {images.left_out} that came with the images are not used. Labels are class indices [N], or masks "
+            "[N, H, W] of one class for each pixel.",
+            stacklevel=3,
+        )
+
+
+class Scores:
+    """A network's outputs against labels and masks, as far as there are some.
+
+    Args:
+        pixels: position and reading of the output that gives each pixel of the masks its class, if one does.
+    """
+
+    def __init__(self, pixels: tuple[int, Reading] | None) -> None:
+        self.pixels, self.accuracy, self.segmentation = pixels, Accuracy(), Segmentation()
+
+    def update(self, outputs: list[Tensor], labels: Tensor | None, masks: Tensor | None) -> None:
+        """Adds a batch: outputs [B, ...], labels [B], masks [B, H, W].
+
+        Raises:
+            DataError: labels or masks do not fit the outputs.
+        """
+        if labels is not None:
+            self.accuracy.update(class_scores(outputs, labels), labels)
+        if masks is not None and self.pixels is not None:
+            position, reading = self.pixels
+            answers = _classes_of_pixels(outputs[position], reading)
+            assert answers is not None
+            known = None if reading.kind != "scores" or reading.axis is None else outputs[position].shape[reading.axis]
+            self.segmentation.update(answers, masks, known)
+
+    def result(self) -> dict[str, Any]:
+        """What was measured; empty without labels and masks."""
+        return {**(self.accuracy.result() if self.accuracy.count else {}), **self.segmentation.result()}
+
+
+def output_of_masks(outputs: list[Tensor], readings: Sequence[Reading], masks: Tensor) -> tuple[int, Reading] | None:
+    """The first output that gives each pixel of masks [B, H, W] a class, and its reading; a warning if none does."""
+    readings = readings or [by_values(o) for o in outputs]
+    for i, (output, reading) in enumerate(zip(outputs, readings, strict=True)):
+        answers = _classes_of_pixels(output, reading)
+        if answers is not None and answers.shape == masks.shape:
+            return i, reading
+    warnings.warn(
+        f"The masks of {'x'.join(map(str, masks.shape[1:]))} pixels are not used: no output gives a class to each of "
+        f"these pixels, found outputs of {_shapes(outputs)}.",
+        stacklevel=3,
+    )
+    return None
+
+
+def _classes_of_pixels(output: Tensor, reading: Reading) -> Tensor | None:
+    """One class for each position, [B, ...], of an output that tells one; a single channel tells 0 or 1."""
+    answers = reading.answers(output)
+    if answers is None or answers.shape[-1] > 1:
+        return None
+    answers = answers.squeeze(-1)
+    return answers.squeeze(1) if answers.dim() == 4 and answers.shape[1] == 1 else answers
 
 
 def _check_shapes(expected: list[Tensor], found: list[Tensor]) -> None:

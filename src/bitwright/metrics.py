@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitwright.errors import DataError
 from bitwright.graph.readings import Reading, by_values
 
 
@@ -51,6 +52,63 @@ class Accuracy:
             "top1_ci": list(wilson_interval(self.hits, self.count)),
             "top5": self.hits5 / count,
         }
+
+
+IGNORED = 255
+"""The value of a mask's pixels that belong to no class, as in most data sets for segmentation."""
+
+
+@dataclass
+class Segmentation:
+    """Pixel accuracy and mean intersection over union of the classes of pixels.
+
+    Pixels of :data:`IGNORED` or a negative number in the mask do not count; where that is the number of a class of the
+    network, it is one.
+
+    Example:
+        >>> found = Segmentation()
+        >>> found.update(torch.tensor([[[0, 1, 1]]]), torch.tensor([[[0, 1, 255]]]), 3)
+        >>> found.result()
+        {'miou': 1.0, 'pixel_accuracy': 1.0}
+    """
+
+    pairs: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
+    """Pixels of each class of the mask (rows) that were given each class (columns), [K, K]."""
+
+    def update(self, answers: Tensor, masks: Tensor, classes: int | None = None) -> None:
+        """Adds a batch.
+
+        Args:
+            answers: classes [B, H, W].
+            masks: whole numbers [B, H, W].
+            classes: that the network has, if that is known.
+
+        Raises:
+            DataError: a mask holds a class that the network does not have.
+        """
+        answers, masks = answers.flatten().long().cpu(), masks.flatten().long()
+        counted = (masks >= 0) & ((masks != IGNORED) | ((classes or 0) > IGNORED))
+        answers, masks = answers[counted], masks[counted]
+        if not len(masks):
+            return
+        if classes is not None and int(masks.max()) >= classes:
+            raise DataError(
+                f"Expected masks of classes below {classes}, or {IGNORED} for pixels that do not count, found "
+                f"{int(masks.max())}."
+            )
+        size = max(len(self.pairs), int(masks.max()) + 1, int(answers.max()) + 1)
+        fresh = torch.bincount(masks * size + answers, minlength=size**2).reshape(size, size)
+        fresh[: len(self.pairs), : len(self.pairs)] += self.pairs
+        self.pairs = fresh
+
+    def result(self) -> dict[str, float]:
+        """``miou``, the mean over classes that occur in masks or answers, and ``pixel_accuracy``; as fractions."""
+        if not int(self.pairs.sum()):
+            return {}
+        hits = self.pairs.diagonal()
+        union = self.pairs.sum(0) + self.pairs.sum(1) - hits
+        overlap = (hits[union > 0].double() / union[union > 0]).mean()
+        return {"miou": float(overlap), "pixel_accuracy": int(hits.sum()) / int(self.pairs.sum())}
 
 
 @dataclass

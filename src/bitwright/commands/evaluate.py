@@ -78,7 +78,8 @@ def evaluate(
     else:
         subject = _float(model, images, float_model, output, options)
     terminal.finish()
-    if subject.images.labels is None and subject.reference is None:
+    labelled = subject.images.labels is not None or subject.images.masks is not None
+    if not labelled and subject.reference is None:
         raise UsageError(
             "Expected labels to compare with, found none. "
             "Give --labels, class folders, or a float network with --float."
@@ -97,7 +98,7 @@ def evaluate(
     data = {
         "count": len(subject.images),
         "sha256": subject.images.sha256,
-        "labelled": subject.images.labels is not None,
+        "labelled": labelled,
         "source": absolute_source(images),
     }
     return {"model": {"name": model, "kind": subject.kind}, "data": {"evaluation": data}, **found}

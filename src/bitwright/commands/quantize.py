@@ -271,7 +271,7 @@ def _measure(model: QuantizedModel, job: Job, inputs: Inputs, terminal: Terminal
     data["evaluation"] = {
         "count": len(images),
         "sha256": images.sha256,
-        "labelled": images.labels is not None,
+        "labelled": images.labels is not None or images.masks is not None,
         "source": absolute_source(job.evaluate or job.images),
         "same_as_calibration": inputs.evaluation is None,
     }

@@ -100,9 +100,12 @@ def metric_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(what, float, quantized) for everything that was measured."""
     theirs, ours = result.get("float") or {}, result.get("quantized") or {}
     rows = []
-    if theirs or ours:
+    if "top1" in {**theirs, **ours}:
         rows.append(("top-1 accuracy (95 % interval)", with_interval(theirs), with_interval(ours)))
         rows.append(("top-5 accuracy", percent(theirs.get("top5")), percent(ours.get("top5"))))
+    for key, said in (("miou", "mean IoU of classes"), ("pixel_accuracy", "accuracy of pixels")):
+        if key in {**theirs, **ours}:
+            rows.append((said, percent(theirs.get(key)), percent(ours.get(key))))
     rows += [(what, "", figure) for what, figure in fidelity_rows(result.get("fidelity"))]
     return rows
 

@@ -14,6 +14,7 @@ METRICS = {
     "map": "mAP",
     "map50": "mAP at IoU 0.5",
     "top5": "top-5 accuracy",
+    "pixel_accuracy": "accuracy of pixels",
 }
 """Of tasks, the one that is judged by first."""
 
