@@ -16,6 +16,7 @@ from bitwright.errors import UsageError
 from bitwright.goal import MEASURE, Goal, flag
 from bitwright.graph.capture import Captured
 from bitwright.inputs import as_model, calibration_images, find_device, prepare_teacher
+from bitwright.measure.health import check_answers
 from bitwright.models import Model
 from bitwright.pipeline import fingerprint, run_stages
 from bitwright.plan import Plan, insert_plan
@@ -27,6 +28,7 @@ from bitwright.recipes import Recipe
 from bitwright.recipes import recipe as find_recipe
 from bitwright.result import SCHEMA, describe_layers, describe_unquantized, environment, peak_memory_bytes, totals
 from bitwright.stages.base import Precision, Run
+from bitwright.stages.short_rows import keep_short_rows
 
 
 def quantize(
@@ -137,6 +139,7 @@ def quantize(
 
     with run.timed("capture"):
         teacher = prepare_teacher(network, data, output)
+        scheme = keep_short_rows(teacher, scheme, data, run)
     facts = None
     if goal is not None:
         plan, scheme, facts = plan_within(goal, teacher, scheme, data, method, run, cache=cache, state=state)
@@ -148,6 +151,8 @@ def quantize(
     budget = (each, minutes, precision)
     identity = f"{scheme} {method} {seed} {budget} {data.sha256} {fingerprint(teacher.graph)}"
     student = run_stages(method, student, teacher, data, run, state=state, identity=identity)
+    for line in check_answers(student, data, run):
+        warnings.warn(line, stacklevel=2)
 
     student.freeze()
     student.to("cpu")

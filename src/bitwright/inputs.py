@@ -12,6 +12,7 @@ from bitwright.data import Images, load_images
 from bitwright.errors import UsageError
 from bitwright.graph.capture import Captured, capture, select_output
 from bitwright.graph.prepare import prepare
+from bitwright.measure.spoilt import without_spoilt
 from bitwright.models import Model, load_model
 from bitwright.preprocessing import PreprocessFunction, Preprocessing
 
@@ -66,4 +67,4 @@ def calibration_images(source: Any, network: Model, samples: int | None, skip_un
     if samples is not None and samples > len(images):
         warnings.warn(f"{samples} images were asked for, there are {len(images)}; all are used.", stacklevel=3)
     count = min(samples or DEFAULT_SAMPLES, len(images))
-    return images.sample(count, seed=0).unlabelled()
+    return without_spoilt(images.sample(count, seed=0).unlabelled())

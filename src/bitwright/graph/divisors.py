@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from torch import fx
 
 from bitwright.graph import ops
+from bitwright.graph.rewrite import get_tensor
 
 RECIPROCALS = frozenset({"rsqrt", "reciprocal"})
 LOGARITHMS = frozenset({"log", "log2", "log10"})
@@ -38,15 +39,24 @@ NORMALISED = "normalised by {}, which ends in one quantizer"
 
 
 def note_divisors(graph_module: fx.GraphModule) -> None:
-    """Writes ``meta["float"]``, a reason, at every node of a prepared graph that a division must not get rounded."""
+    """Writes ``meta["float"]``, a reason, at every node of a prepared graph that a division must not get rounded.
+
+    ``meta["divisor"]`` where a normalisation ends: the name of the operand that divides, or that multiplies instead.
+    ``meta["unbiased"]`` at linear operators without a bias that lead to one: short rows stay short there, and a bias
+    that corrects the mean of all rows would be as long as they are.
+    """
     for node in graph_module.graph.nodes:
         for divisor in _divisors(node):
             layer = str(node.meta.get("layer", node.name))
             found = _chain(divisor)
             for member in found:
                 member.meta.setdefault("float", REASON.format(layer))
-            for member in _normalised(node, divisor, found):
-                member.meta.setdefault("float", NORMALISED.format(layer))
+            for end in _ends(node, divisor, found):
+                end.meta["divisor"] = divisor.name
+                for member in _normalised(end, found):
+                    member.meta.setdefault("float", NORMALISED.format(layer))
+                for linear in _without_bias(graph_module, end):
+                    linear.meta["unbiased"] = True
 
 
 def _divisors(node: fx.Node) -> Iterator[fx.Node]:
@@ -102,19 +112,37 @@ def _computes(node: fx.Node) -> bool:
     return kind in {"activation", "scalar", "add", "mul"} or name in REDUCES | SINGLE | RECIPROCALS
 
 
-def _normalised(node: fx.Node, divisor: fx.Node, chain: set[fx.Node]) -> set[fx.Node]:
-    """The tensor that the node divides, where the divisor was reduced from it and nothing else reads it."""
-    found: set[fx.Node] = set()
+def _ends(node: fx.Node, divisor: fx.Node, chain: set[fx.Node]) -> list[fx.Node]:
+    """Where what was reduced from a tensor divides a tensor, or its reciprocal multiplies one."""
     if not any(ops.base_name(n) in REDUCES for n in chain):
-        return found
-    ends = [node] if ops.base_name(node) == "div" else [u for u in _readers(divisor) if ops.base_name(u) == "mul"]
+        return []
+    return [node] if ops.base_name(node) == "div" else [u for u in _readers(divisor) if ops.base_name(u) == "mul"]
+
+
+def _normalised(end: fx.Node, chain: set[fx.Node]) -> set[fx.Node]:
+    """The tensor that is divided, where the divisor was reduced from it and nothing else reads it."""
+    found: set[fx.Node] = set()
     read = {_behind_moves(n) for member in chain for n in ops.tensor_operands(member)}
-    for end in ends:
-        for divided in {_behind_moves(n) for n in ops.tensor_operands(end)} - chain:
-            group = {divided} | _centred(divided)
-            if group & read:
-                found |= _alone(group, chain | {end})
+    for divided in {_behind_moves(n) for n in ops.tensor_operands(end)} - chain:
+        group = {divided} | _centred(divided)
+        if group & read:
+            found |= _alone(group, chain | {end})
     return found
+
+
+def _without_bias(module: fx.GraphModule, end: fx.Node) -> Iterator[fx.Node]:
+    """The linear operators behind one another that lead to a normalisation, as far as none adds a bias."""
+    todo = [_behind_moves(n) for n in ops.tensor_operands(end)]
+    while todo:
+        node = todo.pop()
+        scales = ops.kind(node) == "scalar" and ops.base_name(node) in ops.MUL
+        if scales or ops.base_name(node) in {"abs", "neg", "relu", "leaky_relu"} or _centred(node):
+            todo += [_behind_moves(n) for n in ops.tensor_operands(node)]
+        elif ops.kind(node) == "linear":
+            bias = node.args[2]
+            if isinstance(bias, fx.Node) and not bool(get_tensor(module, str(bias.target)).any()):
+                yield node
+                todo.append(_behind_moves(ops.tensor_operands(node)[0]))
 
 
 def _centred(node: fx.Node) -> set[fx.Node]:

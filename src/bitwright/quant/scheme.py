@@ -97,6 +97,16 @@ class Rule(BaseModel):
         )
 
 
+def escaped(name: str) -> str:
+    """A layer's name as a pattern that only this name matches.
+
+    Example:
+        >>> escaped("blocks.0"), escaped("a[0]")
+        ('blocks.0', 'a[[]0]')
+    """
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
 class Choice(BaseModel):
     """What a plan says of one layer; what is None, the scheme's other settings decide.
 

@@ -25,7 +25,7 @@ from bitwright.progress import Progress, silent
 from bitwright.quant import affine
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Grid
 from bitwright.quant.ranges import weight_scale
-from bitwright.quant.scheme import Rule
+from bitwright.quant.scheme import Rule, escaped
 from bitwright.quant.statistics import MeanInput
 from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.sensitivity.base import Choices
@@ -461,7 +461,7 @@ def rules_for(suspect: Suspect) -> list[str]:
     wider: list[int | str] = [b for b in offered if b > suspect.bits]
     if suspect.tensor == "activation":
         wider = wider[:1]
-    return [f"{_escaped(suspect.name)}={letter}{b}" for b in wider or ["float"]]
+    return [f"{escaped(suspect.name)}={letter}{b}" for b in wider or ["float"]]
 
 
 def _cheapest(after: Mapping[str, float], changes: Mapping[str, Change], close: float) -> str:
@@ -486,11 +486,6 @@ def _updating(mean: MeanInput) -> Callback:
         mean.update(value)
 
     return update
-
-
-def _escaped(name: str) -> str:
-    """As a pattern that only this name matches."""
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def told(found: dict[str, Any] | None) -> list[str]:

@@ -238,7 +238,7 @@ def correct_biases(student: QuantizedModel, teacher: Captured, means: dict[str, 
     twin = {n.name: n for n in student.graph.graph.nodes}
     corrections: dict[str, list[Tensor]] = defaultdict(list)
     for node in teacher.graph.graph.nodes:
-        if ops.kind(node) != "linear":
+        if ops.kind(node) != "linear" or "unbiased" in node.meta:
             continue
         called = twin[node.name].args[1]
         if called.op != "call_module":
@@ -258,7 +258,7 @@ def correct_biases_in_sequence(student: QuantizedModel, teacher: Captured, batch
     """Gives each linear operator of the quantized network the float network's channel means, first to last."""
     batch = batch.to(run.device)
     expected: dict[str, Tensor] = {}
-    linears = [n.name for n in teacher.graph.graph.nodes if ops.kind(n) == "linear"]
+    linears = [n.name for n in teacher.graph.graph.nodes if ops.kind(n) == "linear" and "unbiased" not in n.meta]
 
     def remember(node: fx.Node, value: Tensor) -> None:
         expected[node.name] = channel_mean(node, value)

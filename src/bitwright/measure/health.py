@@ -1,0 +1,123 @@
+"""Does a quantized network still answer? Looked at on calibration images, whatever recipe made it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from bitwright.data import Images
+from bitwright.errors import BitwrightError
+from bitwright.graph.watch import Callback, watch
+from bitwright.metrics import Fidelity, OutputFidelity
+from bitwright.quant.quantizer import Quantizer
+from bitwright.quantized import QuantizedModel
+from bitwright.stages.base import Run
+
+IMAGES = 32
+MOVES = 1e-6
+"""An output whose values differ by less, relative to their size, from image to image is taken for constant."""
+
+
+def check_answers(student: QuantizedModel, images: Images, run: Run) -> list[str]:
+    """Compares the outputs with the float network's on a few calibration images.
+
+    Returns:
+        A line for every output that no longer depends on the image, or that has more noise than signal.
+
+    Raises:
+        BitwrightError: an output is not finite where the float network's is; names the layer where it begins.
+    """
+    teacher = student.teacher
+    assert teacher is not None
+    some = images.sample(min(IMAGES, len(images)), seed=run.seed)
+    fidelity = Fidelity(student.outputs)
+    ours: list[list[Tensor]] = []
+    theirs: list[list[Tensor]] = []
+    for batch in run.batches(some, "Checking the answers"):
+        with torch.no_grad():
+            expected, found = list(teacher.graph(batch)), student.flat(batch)
+        _check_finite(student, batch, expected, found)
+        fidelity.update(expected, found)
+        theirs.append(expected)
+        ours.append(found)
+    lines = []
+    for position, (name, measured) in enumerate(fidelity.outputs.items()):
+        moving = [_moves(torch.cat([x[position] for x in side])) for side in (theirs, ours)]
+        line = _line(name, measured, moving[0], moving[1], len(some))
+        lines += [line] if line else []
+    return lines
+
+
+def _line(name: str, found: OutputFidelity, theirs_moves: bool, ours_moves: bool, count: int) -> str | None:
+    where = f"on {count} calibration images"
+    remedy = "Give the layers with wide ranges more bits (bitwright inspect shows them), or take another --recipe."
+    if theirs_moves and not ours_moves:
+        return f"Output '{name}' of the quantized network no longer depends on the image ({where}). {remedy}"
+    if found.spread_db is not None and found.spread_db < 0:
+        return (
+            f"Output '{name}' of the quantized network holds more error than signal ({found.spread_db:.1f} dB {where})."
+            f" {remedy}"
+        )
+    return None
+
+
+def _moves(output: Tensor) -> bool:
+    """Whether it differs from image to image, [N, ...]."""
+    if output.dim() == 0 or len(output) < 2:
+        return False
+    if not output.is_floating_point():
+        return bool((output != output[:1]).any())
+    return float((output - output[:1]).abs().max()) > MOVES * float(output.abs().max())
+
+
+def _check_finite(student: QuantizedModel, batch: Tensor, expected: list[Tensor], found: list[Tensor]) -> None:
+    broken = [name for name, a, b in zip(student.outputs, expected, found, strict=True) if _breaks(a, b)]
+    if not broken:
+        return
+    layer, rule = _first_broken(student, batch)
+    raise BitwrightError(
+        f"The quantized network gives values that are not finite in '{broken[0]}' where the float one does not; "
+        f"'{layer}' is the first. Leave what it reads in float: --rule '{rule}=afloat'"
+    )
+
+
+def _breaks(expected: Any, found: Any) -> bool:
+    if not isinstance(found, Tensor) or not found.is_floating_point():
+        return False
+    return bool((torch.isfinite(expected) & ~torch.isfinite(found)).any())
+
+
+def _first_broken(student: QuantizedModel, batch: Tensor) -> tuple[str, str]:
+    """The first layer that gives NaN where the float network does not, and the name of what quantizes its input."""
+    assert student.teacher is not None
+    finite: dict[str, bool] = {}
+    broken: list[fx.Node] = []
+
+    def remember(node: fx.Node, value: Any) -> None:
+        finite[node.name] = not isinstance(value, Tensor) or not bool(value.isnan().any())
+
+    def compare(node: fx.Node, value: Any) -> None:
+        if finite.get(node.name, False) and isinstance(value, Tensor) and bool(value.isnan().any()):
+            broken.append(node)
+
+    for graph, look in ((student.teacher.graph, remember), (student.graph, compare)):
+        callbacks: dict[str, Callback] = {n.name: look for n in graph.graph.nodes if n.op == "call_function"}
+        watch(graph, batch, callbacks)
+    if not broken:
+        return "the output", "*"
+    return str(broken[0].meta.get("layer", broken[0].name)), _quantizer_before(student, broken[0])
+
+
+def _quantizer_before(student: QuantizedModel, node: fx.Node) -> str:
+    """The name by which a rule reaches the nearest quantized tensor that the node depends on."""
+    waiting, seen = list(node.all_input_nodes), set()
+    while waiting:
+        at = waiting.pop(0)
+        module = student.graph.get_submodule(str(at.target)) if at.op == "call_module" else None
+        if isinstance(module, Quantizer) and module.role == "activation":
+            return module.name
+        waiting += [n for n in at.all_input_nodes if n not in seen]
+        seen |= set(at.all_input_nodes)
+    return "*"

@@ -1,0 +1,74 @@
+"""Calibration images with values that no other image has: a fault of a sensor, a fill that was left in."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitwright.data import Images
+
+BATCH = 32
+USUAL = 0.99
+"""Share of an image's values that are no larger than what is usual in it."""
+ABOVE_USUAL, ABOVE_OTHERS = 16.0, 8.0
+"""A spoilt image's largest value is that many times as large as usual values, and as the largest of other images."""
+FEW = 0.1
+"""Of the images: where more look spoilt, they are what the network is given, and stay."""
+SAMPLE = 4096
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Magnitudes of each image, [N]: the largest value, and one that is larger than 99 % of its values."""
+
+    largest: Tensor
+    usual: Tensor
+
+
+def without_spoilt(images: Images) -> Images:
+    """The images without those few that hold a value far larger than all others; a warning names them.
+
+    One such value would stretch the ranges of every layer, and all other images would fall into a few codes.
+    """
+    reach = measure(images)
+    spoilt = find_spoilt(reach)
+    if not spoilt:
+        return images
+    worst = max(spoilt, key=lambda i: float(reach.largest[i]))
+    names = ", ".join(images.names[i] for i in spoilt[:3]) + (f" and {len(spoilt) - 3} more" if len(spoilt) > 3 else "")
+    usual = float(reach.usual.median())
+    value = f"a value of {float(reach.largest[worst]):.3g}, where {usual:.3g} is usual"
+    held = f"The calibration image {names} holds" if len(spoilt) == 1 else f"The calibration images {names} hold up to"
+    if len(spoilt) > FEW * len(images):
+        warnings.warn(f"{held} {value}; ranges follow it. Check the preprocessing of these images.", stacklevel=3)
+        return images
+    left_out = "It is left out" if len(spoilt) == 1 else "They are left out"
+    warnings.warn(f"{held} {value}. {left_out}, so that no range follows it.", stacklevel=3)
+    return images.take([i for i in range(len(images)) if i not in set(spoilt)])
+
+
+def measure(images: Images) -> Reach:
+    """Looks at every image once."""
+    largest, usual = [], []
+    for batch in images.batches(BATCH):
+        rows = batch.flatten(1).abs()
+        largest.append(rows.amax(1))
+        step = -(-rows.shape[1] // SAMPLE) | 1  # odd, so that it does not run along one column of the image
+        some = rows[:, ::step]
+        usual.append(some.kthvalue(max(1, int(USUAL * some.shape[1])), dim=1).values)
+    return Reach(torch.cat(largest), torch.cat(usual))
+
+
+def find_spoilt(reach: Reach) -> list[int]:
+    """Positions of the images that are spoilt.
+
+    Example:
+        >>> find_spoilt(Reach(torch.tensor([3.0, 1e4, 2.0]), torch.tensor([2.0, 2.0, 1.5])))
+        [1]
+    """
+    usual, others = reach.usual.median(), reach.largest.median()
+    beyond = (reach.largest > ABOVE_USUAL * usual) & (reach.largest > ABOVE_OTHERS * others)
+    return [int(i) for i in beyond.nonzero().flatten()] if float(usual) > 0 else []

@@ -1,0 +1,74 @@
+"""A network that answers NaN is never returned; one that says nothing about the image is not returned in silence."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bitwright as bw
+
+
+def images(count: int = 16) -> Tensor:
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+    def middle(self, x: Tensor) -> Tensor:
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.middle(self.conv(x)).mean((2, 3)))
+
+
+class Beyond(Net):
+    """A function that begins at 1, of tensors that begin there too; some of their grids round 1 down."""
+
+    def middle(self, x: Tensor) -> Tensor:
+        return sum(torch.acosh(1 + c * x.square()) for c in (0.3, 0.5, 0.7, 1.0, 1.3))
+
+
+class Crowded(Net):
+    """Small values on one grid with values that are 100,000 times as large."""
+
+    def middle(self, x: Tensor) -> Tensor:
+        return torch.cat([x * 1e-5, x], 1)[:, :8] * 1e5
+
+
+def test_nan_is_an_error_that_names_layer_and_rule() -> None:
+    with pytest.raises(bw.BitwrightError, match=r"'acosh\w*' is the first.*--rule 'add\w*=afloat'"):
+        bw.quantize(Beyond().eval(), images(), "rtn", weights=8)
+
+
+def test_the_rule_of_the_error_mends_it() -> None:
+    quantized = bw.quantize(Beyond().eval(), images(), "rtn", weights=8, rules=["add*=afloat"])
+    with torch.no_grad():
+        assert torch.isfinite(quantized(images())).all()
+
+
+def test_an_output_that_no_longer_depends_on_the_image_is_named() -> None:
+    with pytest.warns(UserWarning, match=r"Output 'output' .* (no longer depends on the image|more error than signal)"):
+        bw.quantize(Crowded().eval(), images(), "rtn", weights=8)
+
+
+def test_a_good_network_is_returned_without_a_word() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bw.quantize(Net().eval(), images(), "rtn", weights=8)
+
+
+def test_an_output_that_is_constant_in_float_too_is_no_fault() -> None:
+    class Constant(Net):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return super().forward(x), torch.ones(x.shape[0], 2)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bw.quantize(Constant().eval(), images(), "rtn", weights=8)
