@@ -21,6 +21,8 @@ DONE = {
     "sqnr": 31.25,
     "file_db": 42.0,
     "agreement": 0.75,
+    "itself_db": 45.0,
+    "itself_agreement": 0.875,
 }
 FAILED = {"network": "torchvision:b", "stage": "export", "seconds": 3.0, "peak_memory_bytes": 8e8, "sqnr": 20.0}
 
@@ -83,7 +85,7 @@ def test_the_page_has_a_line_for_each_network_and_counts_the_done():
     failed = FAILED | {"error": "Expected one thing | found\nanother."}
     text = coverage.page({"hardware": "a CPU", "software": "timm 1", "coverage": {"results": [DONE, failed]}})
     assert "Measured on a CPU, with timm 1." in text
-    assert "| `a` | 128 | 1.2 M | 3 | 12 | 0.9 GB | 2 | 31.2 dB | 42.0 dB | 75 % |  |" in text
+    assert "| `a` | 128 | 1.2 M | 3 | 12 | 0.9 GB | 2 | 31.2 dB | 42.0 dB | 45.0 dB | 75 % / 88 % |  |" in text
     assert "| **not done** (export): Expected one thing \\| found another. |" in text
     assert "| timm | 1 | 1 | 1 |" in text
     assert "| torchvision | 1 | 1 | 0 |" in text
