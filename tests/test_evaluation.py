@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import bitwright as bw
 from bitwright.commands import tables
+from bitwright.commands.evaluate import parse_classes
 from bitwright.errors import DataError, UsageError
 from bitwright.evaluation import compare
 
@@ -77,8 +78,25 @@ def test_each_output_has_a_row_and_a_missing_figure_its_reason(
     assert set(rows) == {f"output {n} against float" for n in ("kind_main", "boxes", "colour")}
     assert "same answer" not in rows["output boxes against float"]
     assert tables.fidelity_notes(found) == [
-        "No answers are compared in boxes. By its name, boxes, it holds no class scores."
+        "No answers are compared in boxes. By its name, boxes, it holds no class scores. "
+        "(bitwright evaluate --classes boxes=AXIS says otherwise)"
     ]
+
+
+def test_the_axis_can_be_said(three: tuple[bw.QuantizedModel, nn.Module, Tensor]) -> None:
+    model, net, images = three
+    outputs = model.evaluate(images, classes={"boxes": 1, "colour": None})["fidelity"]["outputs"]
+    with torch.no_grad():
+        same = net(images)["boxes"].argmax(1) == model(images)["boxes"].argmax(1)
+    assert outputs["boxes"]["agreement"] == float(same.double().mean())
+    assert outputs["colour"]["agreement"] is None
+    with pytest.raises(UsageError, match="out of kind_main, boxes, colour, found 'box'"):
+        model.evaluate(images, classes={"box": 1})
+    with pytest.raises(UsageError, match=r"from 1 to 1 for the classes of 'boxes' \(images x 4\), found 2"):
+        model.evaluate(images, classes={"boxes": 2})
+    for wrong in ("map", "=1", "map=-1", "map=x"):
+        with pytest.raises(UsageError, match="Expected --classes NAME=AXIS"):
+            parse_classes([wrong])
 
 
 def test_channels_last_maps_are_compared_pixel_by_pixel() -> None:

@@ -408,6 +408,13 @@ def evaluate(
         str | None, typer.Option("--float", help="The float network to compare with; a run knows its own")
     ] = None,
     output: OutputOption = None,
+    classes: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=AXIS",
+            help="Axis of an output that holds its classes, or none, where that is not told right; repeatable",
+        ),
+    ] = None,
     input_size: InputSizeOption = None,
     mean: MeanOption = None,
     std: StdOption = None,
@@ -436,6 +443,7 @@ def evaluate(
             skip_unreadable=skip_unreadable,
             settings=settings,
             terminal=terminal,
+            classes=classes,
         )
         found["warnings"] = terminal.warnings
         terminal.result(found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +34,7 @@ def evaluate(
     progress: Progress = silent,
     each: Each | None = None,
     readings: Sequence[Reading] = (),
+    classes: Mapping[str, int | None] | None = None,
 ) -> dict[str, Any]:
     """Accuracy and fidelity of a quantized model.
 
@@ -45,6 +46,7 @@ def evaluate(
         progress: called as it goes.
         each: shown the outputs of every batch, if there is a teacher.
         readings: how each output is read; told by the teacher's graph if not given.
+        classes: axis of the classes of outputs by name, where it is known better; None for one that holds none.
 
     Returns:
         ``quantized`` and, with a teacher, ``float`` and ``fidelity``, as in ``result.json``.
@@ -54,7 +56,7 @@ def evaluate(
     images = source if isinstance(source, Images) else load_images(source, model.preprocessing, labels=labels)
     teacher, names = model.teacher, model.outputs
     reference = None if teacher is None else (lambda x: list(teacher.graph(x)))
-    readings = readings or read_outputs_of(model, images)
+    readings = readings or read_outputs_of(model, images, classes)
     return compare(
         model.flat,
         reference,
@@ -67,10 +69,12 @@ def evaluate(
     )
 
 
-def read_outputs_of(model: QuantizedModel, images: Images) -> list[Reading]:
-    """How each output of a model is read, told by its float network where it has one."""
+def read_outputs_of(
+    model: QuantizedModel, images: Images, classes: Mapping[str, int | None] | None = None
+) -> list[Reading]:
+    """How each output of a model is read, told by its float network where it has one; see :func:`read_outputs`."""
     graph = model.graph if model.teacher is None else model.teacher.graph
-    return read_outputs(graph, images.batch(range(min(2, len(images)))), model.outputs)
+    return read_outputs(graph, images.batch(range(min(2, len(images)))), model.outputs, classes)
 
 
 def compare(

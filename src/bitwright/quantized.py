@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,11 +134,13 @@ class QuantizedModel(nn.Module):
         assert isinstance(found, Quantizer), f"{key} is not a quantizer"
         return found
 
-    def evaluate(self, images: Any, labels: Any = None) -> dict[str, Any]:
+    def evaluate(
+        self, images: Any, labels: Any = None, classes: Mapping[str, int | None] | None = None
+    ) -> dict[str, Any]:
         """Accuracy and fidelity on images; see :func:`bitwright.evaluate`."""
         from bitwright.evaluation import evaluate
 
-        return evaluate(self, images, labels=labels)
+        return evaluate(self, images, labels=labels, classes=classes)
 
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
         """Writes a run folder; see :func:`bitwright.run_folder.save`."""

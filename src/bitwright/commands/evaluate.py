@@ -60,6 +60,7 @@ def evaluate(
     skip_unreadable: bool,
     settings: Settings,
     terminal: Terminal,
+    classes: list[str] | None = None,
 ) -> dict[str, Any]:
     """Scores a model on images.
 
@@ -70,13 +71,14 @@ def evaluate(
         UsageError: there is nothing to compare with: no labels and no float network.
     """
     options: dict[str, Any] = {"labels": labels, "skip_unreadable": skip_unreadable, "settings": settings}
+    axes = parse_classes(classes or [])
     terminal.begin("Loading")
     if Path(model).suffix == ".onnx":
-        subject = _onnx(model, images, float_model, output, options)
+        subject = _onnx(model, images, float_model, output, axes, options)
     elif is_run(model) or Path(model).expanduser().is_dir():
-        subject = _run(model, images, float_model, options)
+        subject = _run(model, images, float_model, axes, options)
     else:
-        subject = _float(model, images, float_model, output, options)
+        subject = _float(model, images, float_model, output, axes, options)
     terminal.finish()
     labelled = subject.images.labels is not None or subject.images.masks is not None
     if not labelled and subject.reference is None:
@@ -104,7 +106,29 @@ def evaluate(
     return {"model": {"name": model, "kind": subject.kind}, "data": {"evaluation": data}, **found}
 
 
-def _run(model: str, source: str, float_model: str | None, options: dict[str, Any]) -> Subject:
+Axes = dict[str, int | None]
+
+
+def parse_classes(given: list[str]) -> Axes:
+    """Axes of classes by output.
+
+    Raises:
+        UsageError: one is no ``NAME=AXIS``.
+
+    Example:
+        >>> parse_classes(["map=3", "boxes=none"])
+        {'map': 3, 'boxes': None}
+    """
+    found: Axes = {}
+    for text in given:
+        name, _, axis = text.rpartition("=")
+        if not name or not (axis == "none" or axis.isdecimal()):
+            raise UsageError(f"Expected --classes NAME=AXIS or NAME=none, found '{text}'. Such as --classes map=3.")
+        found[name] = None if axis == "none" else int(axis)
+    return found
+
+
+def _run(model: str, source: str, float_model: str | None, axes: Axes, options: dict[str, Any]) -> Subject:
     run = load_run(model)
     try:
         network = float_network(run, float_model, options["settings"])
@@ -119,11 +143,13 @@ def _run(model: str, source: str, float_model: str | None, options: dict[str, An
     images = images_at(source, network, **options)
     teacher = prepare_teacher(network, images, run.result.get("model", {}).get("output"))
     run.attach_teacher(teacher)
-    reference, readings = _reading(teacher, images)
+    reference, readings = _reading(teacher, images, axes)
     return Subject("run", run.flat, reference, images, run.outputs, readings)
 
 
-def _float(model: str, source: str, float_model: str | None, output: str | None, options: dict[str, Any]) -> Subject:
+def _float(
+    model: str, source: str, float_model: str | None, output: str | None, axes: Axes, options: dict[str, Any]
+) -> Subject:
     network = load_model(model, **options["settings"])
     images = images_at(source, network, **options)
     captured = prepare_teacher(network, images, output)
@@ -131,17 +157,19 @@ def _float(model: str, source: str, float_model: str | None, output: str | None,
     if float_model is None:
         return subject
     other = prepare_teacher(load_model(float_model, **options["settings"]), images, output)
-    reference, readings = _reading(other, images)
+    reference, readings = _reading(other, images, axes)
     return subject._replace(reference=reference, readings=readings)
 
 
-def _reading(captured: Captured, images: Images) -> tuple[Network, Sequence[Reading]]:
+def _reading(captured: Captured, images: Images, axes: Axes) -> tuple[Network, Sequence[Reading]]:
     """The float network as a function, and how its outputs are read."""
-    readings = read_outputs(captured.graph, images.batch(range(min(2, len(images)))), captured.outputs)
+    readings = read_outputs(captured.graph, images.batch(range(min(2, len(images)))), captured.outputs, axes)
     return (lambda x: list(captured.graph(x))), readings
 
 
-def _onnx(model: str, source: str, float_model: str | None, output: str | None, options: dict[str, Any]) -> Subject:
+def _onnx(
+    model: str, source: str, float_model: str | None, output: str | None, axes: Axes, options: dict[str, Any]
+) -> Subject:
     session = _session(Path(model).expanduser())
     (given,) = session.get_inputs() if len(session.get_inputs()) == 1 else (None,)
     if given is None or len(given.shape) != 4:
@@ -163,7 +191,7 @@ def _onnx(model: str, source: str, float_model: str | None, output: str | None, 
     names = tuple(o.name for o in session.get_outputs())
     if network is None:
         return Subject("onnx", run, None, images, names, batch=fixed or BATCH)
-    reference, readings = _reading(prepare_teacher(network, images, output), images)
+    reference, readings = _reading(prepare_teacher(network, images, output), images, axes)
     return Subject("onnx", run, reference, images, names, readings, fixed or BATCH)
 
 

@@ -152,11 +152,13 @@ def fidelity_notes(result: dict[str, Any]) -> list[str]:
 
     Example:
         >>> fidelity_notes({"fidelity": {"outputs": {"box": {"sqnr_db": 12.0, "note": "It is empty."}}}})
-        ['No answers are compared in box. It is empty.']
+        ['No answers are compared in box. It is empty. (bitwright evaluate --classes box=AXIS says otherwise)']
     """
     noted = {name: found for name, found in read_fidelity(result.get("fidelity")).items() if found.note}
     return [
-        f"No answers are compared in {name}. {found.note}" if found.agreement is None else f"{name}: {found.note}"
+        f"No answers are compared in {name}. {found.note} (bitwright evaluate --classes {name}=AXIS says otherwise)"
+        if found.agreement is None
+        else f"{name}: {found.note}"
         for name, found in noted.items()
     ]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from bitwright.errors import UsageError
 from bitwright.graph import ops
 from bitwright.graph.readings import Reading, with_values
 
@@ -63,13 +64,19 @@ class _Mark:
     note: str = ""
 
 
-def read_outputs(graph: fx.GraphModule, images: Tensor, names: Sequence[str]) -> list[Reading]:
+def read_outputs(
+    graph: fx.GraphModule, images: Tensor, names: Sequence[str], classes: Mapping[str, int | None] | None = None
+) -> list[Reading]:
     """How each output of a network is to be read.
 
     Args:
         graph: that returns a list of tensors; of a float network or of its quantized copy.
         images: a few real ones, [N, C, H, W], of which two are used.
         names: of the outputs.
+        classes: axis of the classes of outputs by name, where it is known better; None for one that holds none.
+
+    Raises:
+        UsageError: ``classes`` names an output or an axis that does not exist.
 
     Example:
         >>> class Last(torch.nn.Module):
@@ -88,7 +95,25 @@ def read_outputs(graph: fx.GraphModule, images: Tensor, names: Sequence[str]) ->
         _read(name, value, tracer.marks.get(node), moving=node in tracer.moving)
         for name, value, node in zip(names, values, nodes, strict=True)
     ]
-    return _beside_each_other(readings, values, some)
+    told = _beside_each_other(readings, values, some)
+    for name, axis in (classes or {}).items():
+        if name not in names:
+            raise UsageError(f"Expected classes of an output out of {', '.join(names)}, found '{name}'.")
+        position = list(names).index(name)
+        told[position] = _as_said(name, axis, values[position])
+    return told
+
+
+def _as_said(name: str, axis: int | None, value: Tensor) -> Reading:
+    if axis is None:
+        return Reading("values", note="It was said to hold no classes.")
+    if not 0 < axis < value.dim():
+        shape = "x".join(map(str, value.shape[1:]))
+        raise UsageError(
+            f"Expected an axis from 1 to {value.dim() - 1} for the classes of '{name}' (images x {shape}), "
+            f"found {axis}."
+        )
+    return with_values(Reading("scores", axis), value)
 
 
 def _read(name: str, value: Tensor, mark: _Mark | None, *, moving: bool) -> Reading:
