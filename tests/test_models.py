@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,9 +122,12 @@ def test_callable_in_a_file(script: Path) -> None:
 
 @pytest.mark.parametrize("name", ["Net", "ready", "half"])
 def test_classes_instances_and_halves(script: Path, name: str) -> None:
-    module = load_model(f"{script}:{name}").module
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        module = load_model(f"{script}:{name}").module
     assert isinstance(module, nn.Module)
     assert {value.dtype for value in module.state_dict().values()} == {torch.float32}
+    assert any("float16" in str(w.message) for w in said) == (name == "half")
 
 
 def test_settings_and_dicts_beside_the_callable(script: Path) -> None:

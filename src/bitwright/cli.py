@@ -13,8 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
-from bitwright.errors import BitwrightError, UsageError
-from bitwright.terminal import Terminal, debugging, one_line, print_error
+from bitwright.errors import BitwrightError, UsageError, debugging
+from bitwright.terminal import Terminal, one_line, print_error
 
 app = typer.Typer(
     name="bitwright",

@@ -10,14 +10,16 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from bitwright.errors import UsageError
 
+T = TypeVar("T")
 _OPERATORS = ("nms", "qnms")
 _SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
@@ -56,6 +58,21 @@ def import_timm() -> ModuleType:
     """
     import_torchvision()
     return _import("timm")
+
+
+def with_torchvision(run: Callable[[], T]) -> T:
+    """What ``run`` returns, mending the import of torchvision where the user's code in it ends with the old error.
+
+    Raises:
+        UsageError: torchvision is broken in another way.
+    """
+    try:
+        return run()
+    except RuntimeError as error:
+        if "torchvision::" not in str(error) or "torchvision" in sys.modules:
+            raise
+    import_torchvision()
+    return run()
 
 
 def declare_operators() -> None:

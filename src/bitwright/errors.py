@@ -1,5 +1,11 @@
 """The few errors that bitwright raises: one line that says what was expected, what was found, what to do."""
 
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class BitwrightError(Exception):
     """The job failed. The command line ends with exit code 1."""
@@ -23,3 +29,34 @@ class ModelError(UsageError):
 
 class ParityError(BitwrightError):
     """An exported file that does not compute what the simulation computes."""
+
+
+def debugging() -> bool:
+    """Whether ``BITWRIGHT_DEBUG=1`` asks for tracebacks and for what libraries print."""
+    return os.environ.get("BITWRIGHT_DEBUG", "0") not in {"", "0"}
+
+
+def cause(error: BaseException) -> BaseException | None:
+    """What an error is raised from: the pages of a library's traceback only where the user asked for them."""
+    return error if debugging() else None
+
+
+@contextmanager
+def step(what: str) -> Iterator[None]:
+    """Makes one line of an error that nobody expected inside; it says which step failed.
+
+    Raises:
+        BitwrightError: instead of an error of any other type, unless ``BITWRIGHT_DEBUG=1``.
+    """
+    try:
+        yield
+    except BitwrightError:
+        raise
+    except Exception as error:
+        if debugging():
+            raise
+        text = " ".join(str(error).split())[:200].rstrip(".")
+        raise BitwrightError(
+            f"{what} failed with an unexpected {type(error).__name__}: {text}. This is a fault of bitwright's; "
+            "BITWRIGHT_DEBUG=1 shows where."
+        ) from None

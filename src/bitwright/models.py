@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -23,8 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from bitwright.compat import import_timm, import_torchvision
+from bitwright.compat import import_timm, import_torchvision, with_torchvision
 from bitwright.errors import BitwrightError, ModelError, UsageError
+from bitwright.graph.plain import tell_of_types
 from bitwright.preprocessing import PreprocessFunction, Preprocessing, parse_input_size
 
 FORMS = "zoo:NAME, timm:NAME[@weights], torchvision:NAME[@weights], path/to/file.py:callable or model.pt2"
@@ -248,7 +250,7 @@ def _with_weights(build: Build, weights: str, reference: str) -> nn.Module:
 def _seeded(build: Callable[[], nn.Module], reference: str) -> nn.Module:
     with _same_random_numbers():
         try:
-            return build().eval()
+            return with_torchvision(build).eval()
         except Exception as error:
             raise ModelError(
                 f"expected {reference} to build, it failed with {type(error).__name__}: {_one_line(error)}"
@@ -272,6 +274,7 @@ def _from_script(path: Path, name: str, weights: str | None, settings: Settings)
         raise ModelError(f"expected {name!r} in {path}, it has {_callables(path)}")
     made = getattr(script, name)
     module = made if isinstance(made, nn.Module) else _seeded(_builder(made, path, name), f"{path}:{name}")
+    tell_of_types(module.state_dict().values())
     module = module.eval().cpu().float()
     if weights:
         load_weights(module, read_state_dict(weights), weights)
@@ -289,7 +292,7 @@ def _run_script(path: Path) -> ModuleType:
     sys.path.insert(0, str(path.resolve().parent))
     try:
         with _same_random_numbers():
-            spec.loader.exec_module(module)
+            with_torchvision(partial(spec.loader.exec_module, module))
     except (Exception, SystemExit) as error:
         del sys.modules[spec.name]
         raise ModelError(

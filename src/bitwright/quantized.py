@@ -75,8 +75,8 @@ class QuantizedModel(nn.Module):
         return pytree.tree_unflatten(self.flat(images), self.structure)
 
     def flat(self, images: Tensor) -> list[Tensor]:
-        """Outputs in the order of ``outputs``."""
-        return list(self.graph(images))
+        """Outputs in the order of ``outputs``, for images in any floating type."""
+        return list(self.graph(images.float() if images.is_floating_point() else images))
 
     @property
     def frozen(self) -> bool:

@@ -19,6 +19,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from bitwright.errors import debugging
+
 DETAIL_SECONDS = 15.0
 """Between two lines of figures where there is no terminal to draw on."""
 PIPE_WIDTH = 160
@@ -200,11 +202,6 @@ def print_error(error: BaseException | str) -> None:
     text = one_line(str(error)) or type(error).__name__
     mark = "\033[1;31merror:\033[0m" if sys.stderr.isatty() and "NO_COLOR" not in os.environ else "error:"
     print(f"{mark} {text}", file=sys.stderr, flush=True)
-
-
-def debugging() -> bool:
-    """Whether the user asked for tracebacks."""
-    return os.environ.get("BITWRIGHT_DEBUG", "0") not in {"", "0"}
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from bitwright.errors import UsageError
 from bitwright.graph import rewrite
 from bitwright.graph.insert import Layer
+from bitwright.graph.outputs import plain_structure
 from bitwright.graph.place import Unquantized
 from bitwright.graph.store import dump_graph, load_graph
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Grid, Quantizer
@@ -270,7 +271,4 @@ def _read(blobs: dict[str, Tensor], where: dict[str, Any]) -> Tensor:
 
 
 def _dump_structure(model: QuantizedModel) -> str:
-    try:
-        return str(pytree.treespec_dumps(model.structure))
-    except NotImplementedError:  # a container of the user's own: its tensors come back as a list
-        return str(pytree.treespec_dumps(pytree.tree_structure([0] * len(model.outputs))))
+    return str(pytree.treespec_dumps(plain_structure(model.structure)))

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import linecache
-import traceback
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export.graph_signature import ConstantArgument, OutputKind
 from torch.utils import _pytree as pytree
 
-from bitwright.errors import ModelError
-from bitwright.graph import ops, rewrite
+from bitwright.errors import ModelError, cause
+from bitwright.graph import explain, ops, rewrite
 from bitwright.graph.fold import Unfolded
+from bitwright.graph.names import legible
+from bitwright.graph.outputs import arrange, names, tensors
+from bitwright.graph.plain import in_float32, unwrapped
+from bitwright.graph.program import flat_graph
+from bitwright.graph.quiet import quiet
 from bitwright.graph.watch import watch
 
 TOLERANCE = 1e-5
@@ -52,14 +55,17 @@ def capture(model: nn.Module | torch.export.ExportedProgram, example: Tensor) ->
     Raises:
         ModelError: the model cannot run on the images, cannot be captured, or the graph disagrees with it.
     """
-    images = torch.cat([example, example])[:2].contiguous() if len(example) < 2 else example[:2].contiguous()
+    images = torch.cat([example, example])[:2] if len(example) < 2 else example[:2]
+    images = images.contiguous().float() if images.is_floating_point() else images.contiguous()
     if isinstance(model, torch.export.ExportedProgram):
         _check_program(model)
-        program, reference = model, _run(model.module(), images)
+        program, reference = model, _run_program(model, images)
     else:
-        with _evaluation_mode(model):
-            reference = _run(model, images)
-            program = _export(model, images)
+        model = unwrapped(model)
+        with _evaluation_mode(model), in_float32(model), _without_autocast():
+            returned = _run(model, images)
+            reference = _arranged(model, returned)
+            program = _export(model, images, returned)
     if not _writes(program):
         return _checked(program, images, reference)
     try:  # in-place activations, as most networks have them
@@ -68,13 +74,13 @@ def capture(model: nn.Module | torch.export.ExportedProgram, example: Tensor) ->
         return _checked(_without_writes(program), images, reference)
 
 
-def _checked(program: torch.export.ExportedProgram, images: Tensor, reference: object) -> Captured:
-    graph = _to_graph(program, images)
-    leaves, structure = pytree.tree_flatten(reference)
-    captured = Captured(graph, images, _output_names(reference), structure)
+def _checked(program: torch.export.ExportedProgram, images: Tensor, reference: Any) -> Captured:
+    graph = _to_graph(program)
+    captured = Captured(graph, images, names(reference), pytree.tree_structure(reference))
     _check_single_input(graph)
+    _check_norms(graph.graph)
     _check_batch_axis(graph.graph)
-    _check_equal(captured, leaves)
+    _check_equal(captured, tensors(reference))
     return captured
 
 
@@ -84,8 +90,7 @@ def _writes(program: torch.export.ExportedProgram) -> bool:
 
 def _without_writes(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """The same program in operators that return their result; PyTorch follows the views that were written through."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet(printing=True):
         functional: torch.export.ExportedProgram = program.run_decompositions({})
     return functional
 
@@ -103,34 +108,75 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _run(model: nn.Module, images: Tensor) -> object:
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    """``torch.autocast`` changes nothing inside, whether it is switched on or off."""
+    kind = torch.amp.autocast_mode.autocast
+    enter, leave = kind.__enter__, kind.__exit__
+    kind.__enter__, kind.__exit__ = lambda self: self, lambda self, *error: False  # type: ignore[method-assign]
     try:
-        with torch.no_grad():
-            return model(images)
+        yield
+    finally:
+        kind.__enter__, kind.__exit__ = enter, leave  # type: ignore[method-assign]
+
+
+def _run(model: nn.Module, images: Tensor) -> Any:
+    try:
+        with torch.no_grad(), quiet():
+            return model(images.clone())
     except Exception as error:
-        if isinstance(error, TypeError) and "positional argument" in str(error):
-            raise ModelError(f"Expected a model of one image tensor ({_first_line(error)}). Wrap it.") from error
-        shape = "x".join(str(d) for d in images.shape[1:])
-        raise ModelError(
-            f"The model cannot run on images of {shape} ({_first_line(error)}){_where(error)}. "
-            "Give the size it was trained with, for instance --input-size 224."
-        ) from error
+        raise explain.cannot_run(error, images) from cause(error)
 
 
-def _export(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
+def _arranged(model: nn.Module, returned: Any) -> Any:
+    if explain.detects(model, returned):
+        raise ModelError(f"Expected the same tensors for any image, found boxes. {explain.DETECTOR}.")
+    return arrange(returned)
+
+
+def _run_program(program: torch.export.ExportedProgram, images: Tensor) -> Any:
+    """What the saved program returns, arranged as its user's model did."""
+    graph = fx.GraphModule(*flat_graph(program)).eval()
+    try:
+        with torch.no_grad(), quiet():
+            found = iter(graph(images.clone()))
+    except Exception as error:
+        raise explain.cannot_run(error, images) from cause(error)
+    specs = program.graph_signature.output_specs
+    leaves = [
+        spec.arg.value if isinstance(spec.arg, ConstantArgument) else next(found)
+        for spec in specs
+        if spec.kind == OutputKind.USER_OUTPUT
+    ]
+    return arrange(pytree.tree_unflatten(leaves, program.call_spec.out_spec))
+
+
+def _export(model: nn.Module, images: Tensor, returned: Any) -> torch.export.ExportedProgram:
     """Non-strict capture, which runs the model's own Python; the strict one where that fails."""
     first: Exception | None = None
-    for strict in (False, True):
-        for batch in (torch.export.Dim.DYNAMIC, torch.export.Dim.AUTO):
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},), strict=strict)
+    flat = model.register_forward_hook(lambda module, inputs, output: tuple(tensors(arrange(output))))
+    try:
+        for strict in (False, True):
+            for batch in (torch.export.Dim.DYNAMIC, torch.export.Dim.AUTO):
+                try:
+                    program = _export_with(model, images.clone(), batch, strict)
+                except ModelError:
+                    raise
+                except Exception as error:
+                    first = first or error
+                    continue
                 if _batch_is_dynamic(program):
                     return program
-            except Exception as error:
-                first = first or error
-    raise ModelError(_explain(first)) from first
+    finally:
+        flat.remove()
+    raise explain.cannot_capture(first, model, returned) from (None if first is None else cause(first))
+
+
+def _export_with(model: nn.Module, images: Tensor, batch: Any, strict: bool) -> torch.export.ExportedProgram:
+    shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
+    shapes[images] = {0: batch}
+    with quiet(printing=True):
+        return torch.export.export(model, (images,), dynamic_shapes=shapes, strict=strict)
 
 
 def _batch_is_dynamic(program: torch.export.ExportedProgram) -> bool:
@@ -144,87 +190,25 @@ def _batch_is_dynamic(program: torch.export.ExportedProgram) -> bool:
 def _check_program(program: torch.export.ExportedProgram) -> None:
     inputs = program.graph_signature.user_inputs
     if len(inputs) != 1:
-        raise ModelError(_several_inputs(list(map(str, inputs))))
+        raise explain.several_inputs(list(map(str, inputs)))
     if not _batch_is_dynamic(program):
         raise ModelError(
             "The saved program has a fixed batch size. Export it with dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)."
         )
 
 
-def _explain(error: Exception | None) -> str:
-    """One line: the user's source line, the construct, one remedy."""
-    if error is None:
-        return (
-            "The model fixes its batch size while it runs (a shape taken as a plain number). "
-            "Use x.shape[0] or -1 where it reshapes."
-        )
-    text = str(error)
-    if "data-dependent" in text.lower() or "DataDependent" in type(error).__name__:
-        construct, remedy = (
-            "a decision that depends on the values of a tensor",
-            "Use torch.where or torch.cond",
-        )
-    elif "specializ" in text.lower() or "constraints violated" in text.lower() or "dynamic" in text.lower():
-        construct, remedy = "a batch size that is fixed while the model runs", "Reshape with x.shape[0] or -1"
-    else:
-        construct, remedy = _first_line(error), "Rewrite the line with tensor operators of PyTorch"
-    return f"The model cannot be captured: {construct}{_where(error)}. {remedy}, or give a saved .pt2 program."
-
-
-def _where(error: BaseException) -> str:
-    """The innermost source line of the user's own code, as `` at file:line: code``."""
-    own = str(Path(__file__).parent)
-    frames = traceback.extract_tb(error.__traceback__)
-    cause = error.__cause__ or error.__context__
-    if cause is not None:
-        frames = traceback.StackSummary.from_list([*frames, *traceback.extract_tb(cause.__traceback__)])
-    torch_home = str(Path(torch.__file__).parent)
-    users = [f for f in frames if not f.filename.startswith((own, torch_home, "<"))]
-    users = [f for f in users if f.name == "forward"] or users
-    if not users or users[-1].filename.endswith(("__main__.py", "/bitwright")):
-        return ""
-    frame = users[-1]
-    line = (frame.line or linecache.getline(frame.filename, frame.lineno or 0)).strip()
-    return f" at {frame.filename}:{frame.lineno}: {line}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def _to_graph(program: torch.export.ExportedProgram, images: Tensor) -> fx.GraphModule:
+def _to_graph(program: torch.export.ExportedProgram) -> fx.GraphModule:
     """The program as a graph module with its own copies of the parameters and a flat list as output."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        module = program.module(check_guards=False)
-    graph, root = fx.Graph(), nn.Module()
-    returned = graph.graph_copy(module.graph, {})
-    _share_parameters(module, graph, root)
-    graph.output(pytree.tree_leaves(returned))
-    for node in [n for n in graph.nodes if n.op == "call_module"]:
-        graph.erase_node(node)  # checks of the input's shape
+    root, graph = flat_graph(program)
     rewrite.spell_shapes(graph)
     rewrite.restore_batch_norms(graph)
     rewrite.remove_dropout(graph)
+    rewrite.remove_casts(graph)
     rewrite.fold_constants(root, graph)
     rewrite.functionalize(graph)
     rewrite.prune(graph)
     _name_layers(graph)
     return fx.GraphModule(root, graph).eval()
-
-
-def _share_parameters(module: nn.Module, graph: fx.Graph, root: nn.Module) -> None:
-    """Copies what the graph reads into ``root``; one target for each distinct tensor."""
-    targets: dict[int, str] = {}
-    for node in graph.nodes:
-        if node.op != "get_attr":
-            continue
-        tensor = rewrite.get_tensor(module, str(node.target))
-        if id(tensor) not in targets:
-            targets[id(tensor)] = str(node.target)
-            rewrite.set_tensor(root, str(node.target), tensor.detach().clone())
-        node.target = targets[id(tensor)]
-        node.meta.setdefault("val", tensor.detach())
 
 
 def _name_layers(graph: fx.Graph) -> None:
@@ -233,7 +217,7 @@ def _name_layers(graph: fx.Graph) -> None:
     An operator that is all of a standard layer takes the layer's path; others take the path of the innermost
     module and the operator's name; repeated names are numbered, past the names that others have.
     """
-    found = {n: _layer_name(n) for n in graph.nodes if n.op == "call_function" and ops.is_float_tensor(n)}
+    found = {n: legible(_layer_name(n)) for n in graph.nodes if n.op == "call_function" and ops.is_float_tensor(n)}
     own, counts, taken = set(found.values()), {"input": 0}, {"input"}
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -269,11 +253,15 @@ def _layer_name(node: fx.Node) -> str:
 def _check_single_input(graph: fx.GraphModule) -> None:
     inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]
     if len(inputs) != 1:
-        raise ModelError(_several_inputs([n.name for n in inputs]))
+        raise explain.several_inputs([n.name for n in inputs])
 
 
-def _several_inputs(names: list[str]) -> str:
-    return f"Expected a model of one image tensor, found {len(names)} inputs ({', '.join(names)}). Wrap it."
+def _check_norms(graph: fx.Graph) -> None:
+    for node in rewrite.norms_of_a_batch(graph):
+        raise ModelError(
+            f"Expected stored statistics in the batch norm '{node.meta['layer']}', found those of the batch: the "
+            "answer for an image would depend on the others. Train it with track_running_stats=True and call eval()."
+        )
 
 
 def _check_batch_axis(graph: fx.Graph) -> None:
@@ -289,7 +277,7 @@ def _check_batch_axis(graph: fx.Graph) -> None:
         if blamed is None or source.op == "get_attr":
             continue
         raise ModelError(
-            f"The model mixes the images of a batch, or fixes its size{_recorded_line(blamed)}. "
+            f"The model mixes the images of a batch, or fixes its size{explain.recorded_line(blamed)}. "
             "Reshape with x.shape[0] or -1, and keep the images along the first axis."
         )
 
@@ -297,29 +285,6 @@ def _check_batch_axis(graph: fx.Graph) -> None:
 def _has_batch(node: fx.Node) -> bool:
     val = ops.value(node)
     return not isinstance(val, Tensor) or (val.dim() > 0 and isinstance(val.shape[0], torch.SymInt))
-
-
-def _recorded_line(node: fx.Node) -> str:
-    """The source line that made the operator, as `` at file:line: code``."""
-    lines = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines()]
-    places = [i for i, line in enumerate(lines) if line.startswith('File "')]
-    if not places:
-        return ""
-    file, line = lines[places[-1]].removeprefix('File "').split('", line ')
-    return f" at {file}:{line.split(',')[0]}: {' '.join(lines[places[-1] + 1 : places[-1] + 2])}"
-
-
-def _output_names(output: object) -> tuple[str, ...]:
-    """Names of the leaves: keys of a dict, fields, or positions."""
-    leaves, _ = pytree.tree_flatten_with_path(output)
-    if len(leaves) == 1 and not leaves[0][0] and isinstance(leaves[0][1], Tensor):
-        return ("output",)
-    names = []
-    for path, leaf in leaves:
-        if not isinstance(leaf, Tensor):
-            raise ModelError(f"Expected tensors in the model's output, found {type(leaf).__name__}. Wrap the model.")
-        names.append("_".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path))
-    return tuple(f"output_{n}" if n.isdigit() else n for n in names)
 
 
 def _check_equal(captured: Captured, expected: list[Tensor]) -> None:

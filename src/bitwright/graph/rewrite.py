@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ aten = torch.ops.aten
 DROPOUT = frozenset({"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"})
 IDENTITY = frozenset({"contiguous", "clone", "detach", "alias", "lift_fresh_copy"})
 ENLARGING = frozenset({"index", "gather", "index_select", "embedding", "repeat", "repeat_interleave", "expand"})
+CASTS = frozenset({"to", "_to_copy", "type_as", "float"})
 FACTORIES = frozenset({"new_zeros", "new_ones", "new_full", "new_empty"})
 
 
@@ -89,14 +91,46 @@ def restore_batch_norms(graph: fx.Graph) -> None:
 
 
 def remove_dropout(graph: fx.Graph) -> None:
-    """Takes out dropout and gives batch norms their stored statistics, as evaluation mode does."""
+    """Takes out dropout, as evaluation mode does."""
     for node in list(graph.nodes):
-        name = ops.base_name(node)
-        if name.removesuffix("_") in DROPOUT:
+        if ops.base_name(node).removesuffix("_") in DROPOUT:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-        elif name == "batch_norm" and len(node.args) > 5:
-            node.update_arg(5, False)
+
+
+def norms_of_a_batch(graph: fx.Graph) -> list[fx.Node]:
+    """The batch norms that take their statistics from the images.
+
+    Where the images lie along the channels, a whole batch being one example, each image is normalised by itself: such
+    a norm becomes the instance norm that it is, and is not among them.
+    """
+    found = []
+    for node in graph.nodes:
+        if ops.base_name(node) != "batch_norm" or not node.args[5]:
+            continue
+        x, weight, bias, _, _, _, momentum, eps, _ = node.args
+        assert isinstance(x, fx.Node)
+        if ops.shape(x)[0] == 1:
+            node.target, node.args = (
+                aten.instance_norm.default,
+                (x, weight, bias, None, None, True, momentum, eps, False),
+            )
+        else:
+            found.append(node)
+    return found
+
+
+def remove_casts(graph: fx.Graph) -> None:
+    """Takes out conversions to the type that a tensor has already."""
+    for node in list(graph.nodes):
+        if ops.base_name(node) not in CASTS:
+            continue
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        before, after = ops.value(source), ops.value(node)
+        if isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype == after.dtype:
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
 
 
 def fold_constants(module: nn.Module, graph: fx.Graph) -> None:
@@ -118,6 +152,7 @@ def fold_constants(module: nn.Module, graph: fx.Graph) -> None:
         for source in node.all_input_nodes:
             if source.op != "get_attr" and isinstance(values.get(source), Tensor):
                 _remember(versions.setdefault(source, []), values[source], node)
+    _spell_numbers(values)
     taken = {str(n.target) for n in values if n.op == "get_attr" and any(u not in values for u in n.users)}
     for node, found in versions.items():
         for tensor, readers in found:
@@ -127,9 +162,21 @@ def fold_constants(module: nn.Module, graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
+def _spell_numbers(values: dict[fx.Node, Any]) -> None:
+    """Puts numbers that were read from stored tensors into the operators that use them."""
+    for node, value in values.items():
+        if isinstance(value, bool | int | float):
+            for reader in [u for u in node.users if u not in values]:
+                reader.args = fx.node.map_arg(reader.args, partial(_swapped, node, value))
+
+
+def _swapped(before: fx.Node, after: Any, found: fx.Node) -> Any:
+    return after if found is before else found
+
+
 def _remember(versions: list[tuple[Tensor, list[fx.Node]]], tensor: Tensor, reader: fx.Node) -> None:
     if not versions or not torch.equal(versions[-1][0], tensor):
-        versions.append((tensor.detach().clone(), []))
+        versions.append((tensor.detach().clone(memory_format=torch.contiguous_format), []))
     versions[-1][1].append(reader)
 
 

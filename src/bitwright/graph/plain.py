@@ -1,0 +1,80 @@
+"""The module that the user trained, out of what was put around it, in float32 on the CPU."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from bitwright.errors import ModelError
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside ``DataParallel``, ``DistributedDataParallel`` and ``torch.compile``.
+
+    Raises:
+        ModelError: it is no module, or ``torch.jit`` compiled it or a part of it.
+    """
+    while isinstance(model, DataParallel | DistributedDataParallel | OptimizedModule):
+        model = model._orig_mod if isinstance(model, OptimizedModule) else model.module
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"Expected an nn.Module, found {type(model).__name__}. Give the network itself.")
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            part = f" in '{path}'" if path else ""
+            raise ModelError(
+                f"Expected an nn.Module, found what torch.jit made of one{part}. Give the module that was passed to "
+                "torch.jit.script or torch.jit.trace."
+            )
+    return model
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Parameters and buffers in float32 on the CPU inside, the model's own again after.
+
+    Raises:
+        ModelError: they have no values yet.
+    """
+    own: list[tuple[dict[str, Any], str, Tensor]] = _tensors(model)
+    taken: dict[int, Tensor] = {}
+    try:
+        for held, name, tensor in own:
+            if id(tensor) not in taken:
+                taken[id(tensor)] = _in_float32(tensor, name)
+            held[name] = taken[id(tensor)]
+        tell_of_types(tensor for _, _, tensor in own)
+        yield
+    finally:
+        for held, name, tensor in own:
+            held[name] = tensor
+
+
+def tell_of_types(tensors: Iterable[Tensor]) -> None:
+    """Warns if floating tensors are not float32."""
+    kinds = {str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()} - {"float32"}
+    if kinds:
+        names = " and ".join(sorted(kinds))
+        warnings.warn(f"The model has weights in {names}. A copy in float32 is quantized.", stacklevel=4)
+
+
+def _tensors(model: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """Where each tensor is held, under which name."""
+    held_by: list[dict[str, Any]] = [d for m in model.modules() for d in (m._parameters, m._buffers)]
+    return [(d, name, tensor) for d in held_by for name, tensor in d.items() if isinstance(tensor, Tensor)]
+
+
+def _in_float32(tensor: Tensor, name: str) -> Tensor:
+    if tensor.is_meta or torch.nn.parameter.is_lazy(tensor):
+        raise ModelError(f"Expected a model with weights, found none in '{name}'. Load them before quantizing.")
+    kind = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    found = tensor.detach().to("cpu", kind)
+    if found.dtype == tensor.dtype and found.device == tensor.device:
+        return tensor
+    return nn.Parameter(found, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else found

@@ -1,0 +1,94 @@
+"""Networks as they come out of training code give what the plain float32 network gives, and stay as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from cases import images, make
+from torch import Tensor, nn
+
+from bitwright.errors import ModelError
+from bitwright.graph.capture import Captured, capture
+
+
+def answer(made: Captured, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([y.flatten() for y in made.graph(x)])
+
+
+def plain() -> Tensor:
+    return answer(capture(make("residual"), images(2)), images(4))
+
+
+class Around(nn.Module):
+    """Somebody's network around a wrapped one."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+WRAPPERS: list[Callable[[nn.Module], nn.Module]] = [
+    nn.DataParallel,
+    torch.compile,
+    lambda net: nn.DataParallel(torch.compile(net)),
+    lambda net: Around(nn.DataParallel(net)),
+    lambda net: Around(torch.compile(net)),
+]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("wrapped", WRAPPERS)
+def test_wrappers_change_nothing(wrapped: Callable[[nn.Module], nn.Module]) -> None:
+    found = capture(wrapped(make("residual")), images(2))
+    assert torch.equal(answer(found, images(4)), plain())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("wrapped", WRAPPERS[:3])
+def test_wrappers_are_in_no_name(wrapped: Callable[[nn.Module], nn.Module]) -> None:
+    def names(made: Captured) -> list[str]:
+        return [str(n.meta.get("layer", n.target)) for n in made.graph.graph.nodes]
+
+    assert names(capture(wrapped(make("residual")), images(2))) == names(capture(make("residual"), images(2)))
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_types_are_cast_in_a_copy_and_said(kind: torch.dtype) -> None:
+    network = make("residual").to(kind)
+    network.stem.float()  # mixed
+    before = {k: (v, v.clone()) for k, v in network.state_dict(keep_vars=True).items()}
+    with pytest.warns(UserWarning, match=f"weights in {str(kind).removeprefix('torch.')}"):
+        found = capture(network, images(2))
+    after = network.state_dict(keep_vars=True)
+    assert all(after[k] is v and torch.equal(v, copy) for k, (v, copy) in before.items())
+    assert {t.dtype for t in found.graph.buffers()} == {torch.float32}
+    reference = make("residual").to(kind).float()
+    with torch.no_grad():
+        assert float((answer(found, images(4)) - reference(images(4)).flatten()).abs().max()) < 0.01
+
+
+def test_images_in_half_are_cast_too() -> None:
+    found = capture(make("residual"), images(2).half())
+    assert found.example.dtype == torch.float32
+
+
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda net: torch.jit.trace(net, images(2))])
+@pytest.mark.filterwarnings("ignore")
+def test_scripted_modules_are_refused_with_the_remedy(compiled: Callable[[nn.Module], nn.Module]) -> None:
+    for network, place in [(compiled(make("residual")), ""), (Around(compiled(make("residual"))), "'inner'")]:
+        with pytest.raises(ModelError, match="Give the module that was passed to") as caught:
+            capture(network, images(2))
+        assert place in str(caught.value)
+
+
+def test_a_network_without_values_is_refused() -> None:
+    with pytest.raises(ModelError, match="with weights, found none in 'weight'"):
+        capture(make("residual").to("meta"), images(2))
+    with pytest.raises(ModelError, match="with weights, found none in 'weight'"):
+        capture(nn.Sequential(nn.LazyConv2d(4, 3)), images(2))
