@@ -4,13 +4,15 @@ A divisor is found by structure: the second operand of a division, what a recipr
 logarithm reads. It stays in float back to the reduction or the layer that gives it. Where a tensor is divided by what
 was reduced from itself (a normalisation that is written out), the tensor stays in float as well, and one quantizer
 follows the whole, so that short rows are as exact as long ones.
+
+The same holds where stored factors bring channels of very different size to one: rounded before, small ones are lost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import fx
+from torch import Tensor, fx
 
 from bitwright.graph import ops
 from bitwright.graph.rewrite import get_tensor
@@ -35,6 +37,9 @@ SINGLE = frozenset({"pow", "sqrt", "abs", "neg", "exp", "square", "rsub", "maxim
 NEGLIGIBLE = 1e-3
 """A number that only keeps a divisor away from zero is no larger."""
 REASON = "divides in {}, which would read its code 0 as zero"
+SPREAD = 4.0
+"""Stored factors that differ by more make up for what differs before them."""
+RESCALED = "rescaled in {} by stored factors that differ widely"
 NORMALISED = "normalised by {}, which ends in one quantizer"
 
 
@@ -57,6 +62,8 @@ def note_divisors(graph_module: fx.GraphModule) -> None:
                     member.meta.setdefault("float", NORMALISED.format(layer))
                 for linear in _without_bias(graph_module, end):
                     linear.meta["unbiased"] = True
+        for member in _rescaled(graph_module, node):
+            member.meta.setdefault("float", RESCALED.format(node.meta.get("layer", node.name)))
 
 
 def _divisors(node: fx.Node) -> Iterator[fx.Node]:
@@ -161,6 +168,37 @@ def _alone(group: set[fx.Node], readers: set[fx.Node]) -> set[fx.Node]:
     while outside := {n for n in left if not _readers(n) <= left | readers}:
         left -= outside
     return left
+
+
+def _rescaled(module: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:
+    """What the node multiplies or divides by stored factors of very different size, back over stored offsets."""
+    at = node
+    factors = _stored_operand(module, node) if ops.base_name(node) in ops.MUL and node.op == "call_function" else None
+    if factors is None or not _differ_widely(factors):
+        return
+    while True:
+        others = [_behind_moves(n) for n in ops.tensor_operands(at) if n.op != "get_attr"]
+        if len(others) != 1 or not _may_stay_float(others[0]) or _readers(others[0]) != {at}:
+            return
+        at = others[0]
+        yield at
+        if ops.kind(at) != "add" or _stored_operand(module, at) is None:
+            return
+
+
+def _stored_operand(module: fx.GraphModule, node: fx.Node) -> Tensor | None:
+    stored = [n for n in node.all_input_nodes if n.op == "get_attr" and ops.is_float_tensor(n)]
+    return get_tensor(module, str(stored[0].target)) if len(stored) == 1 else None
+
+
+def _differ_widely(factors: Tensor) -> bool:
+    sizes = factors.abs()[factors != 0]
+    return sizes.numel() > 1 and float(sizes.max()) > SPREAD * float(sizes.min())
+
+
+def _may_stay_float(node: fx.Node) -> bool:
+    """Convolutions keep their integer kernels; factors behind them are folded into their weights where they can be."""
+    return node.op == "call_function" and ops.base_name(node) not in ops.CONV | ops.CONV_TRANSPOSE
 
 
 def _behind_moves(node: fx.Node) -> fx.Node:

@@ -37,17 +37,19 @@ def without_spoilt(images: Images) -> Images:
     spoilt = find_spoilt(reach)
     if not spoilt:
         return images
+    many = len(spoilt) > FEW * len(images)
+    warnings.warn(_said(images, reach, spoilt, "Ranges follow it" if many else "It is left out"), stacklevel=3)
+    return images if many else images.take([i for i in range(len(images)) if i not in set(spoilt)])
+
+
+def _said(images: Images, reach: Reach, spoilt: list[int], done: str) -> str:
     worst = max(spoilt, key=lambda i: float(reach.largest[i]))
-    names = ", ".join(images.names[i] for i in spoilt[:3]) + (f" and {len(spoilt) - 3} more" if len(spoilt) > 3 else "")
-    usual = float(reach.usual.median())
-    value = f"a value of {float(reach.largest[worst]):.3g}, where {usual:.3g} is usual"
-    held = f"The calibration image {names} holds" if len(spoilt) == 1 else f"The calibration images {names} hold up to"
-    if len(spoilt) > FEW * len(images):
-        warnings.warn(f"{held} {value}; ranges follow it. Check the preprocessing of these images.", stacklevel=3)
-        return images
-    left_out = "It is left out" if len(spoilt) == 1 else "They are left out"
-    warnings.warn(f"{held} {value}. {left_out}, so that no range follows it.", stacklevel=3)
-    return images.take([i for i in range(len(images)) if i not in set(spoilt)])
+    value, usual = float(reach.largest[worst]), float(reach.usual.median())
+    more = f", and so do {len(spoilt) - 1} more" if len(spoilt) > 1 else ""
+    return (
+        f"The calibration image {images.names[worst]} holds a value of {value:.3g}, where {usual:.3g} is usual{more}. "
+        f"{done}; check the file and the preprocessing."
+    )
 
 
 def measure(images: Images) -> Reach:

@@ -60,8 +60,8 @@ def keep_short_rows(teacher: Captured, scheme: Scheme, images: Images, run: Run)
     rows = _rows(teacher, student, ends, some)
     for end in (e for e in ends if rows[e.name].lost > SHARE):
         found = _widened(teacher, scheme, end, _before(student, end)[:TRIED], some, run)
-        share = f"{rows[end.name].lost:.0%} of the rows that '{end.layer}' normalises"
-        said = f"{share} are lost at {bits} bits: they are short."
+        lost = rows[end.name].lost
+        said = f"{lost:.0%} of the rows that '{end.layer}' normalises are lost at {bits} bits: they are short."
         if found is None:
             warnings.warn(
                 f"{said} No single tensor before it can be blamed; compare with --activations 16.", stacklevel=3
