@@ -56,9 +56,10 @@ def _line(name: str, found: OutputFidelity, theirs_moves: bool, ours_moves: bool
     if theirs_moves and not ours_moves:
         return f"Output '{name}' of the quantized network no longer depends on the image ({where}). {remedy}"
     if found.spread_db is not None and found.spread_db < 0:
+        whole = "" if found.sqnr_db is None else f", {found.sqnr_db:.1f} dB of its whole energy"
         return (
-            f"Output '{name}' of the quantized network holds more error than signal ({found.spread_db:.1f} dB {where})."
-            f" {remedy}"
+            f"Output '{name}' of the quantized network differs more from the float one than from image to image "
+            f"({found.spread_db:.1f} dB {where}{whole}). {remedy}"
         )
     return None
 
