@@ -17,6 +17,8 @@ from bitwright.commands.evaluate import parse_classes
 from bitwright.errors import DataError, UsageError
 from bitwright.evaluation import compare
 
+pytestmark = pytest.mark.filterwarnings("ignore:Output '.*' of the quantized network")
+
 
 class Head(nn.Module):
     """Class scores of an image, [B, 10]."""

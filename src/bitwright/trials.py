@@ -96,7 +96,7 @@ def check_answers(teacher: Captured, images: Images, drop: float) -> None:
         UsageError: none of its outputs holds class scores.
     """
     readings = read_outputs(teacher.graph, images.batch([0]), teacher.outputs)
-    if all(r.kind == "values" for r in readings):
+    if not any(r.tells for r in readings):
         named = f"'{teacher.outputs[0]}': {readings[0].note}"
         raise UsageError(
             f"Expected class scores to count equal answers on, found none. Output {named} Give a size instead "

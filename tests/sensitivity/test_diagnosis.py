@@ -22,6 +22,8 @@ from bitwright.sensitivity.diagnosis import Suspect, diagnose, rules_for, told
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
 
+pytestmark = pytest.mark.filterwarnings("ignore:Output '.*' of the quantized network")
+
 NAMES = ["residual", "transformer", "called_twice"]
 
 

@@ -12,14 +12,17 @@ import torch.nn.functional as F
 from cases import dataset, prepared
 from torch import Tensor
 
+from bitwright import losses
 from bitwright.curvature.label_free import label_free_scores
 from bitwright.data import Images
 from bitwright.errors import UsageError
 from bitwright.graph.points import linear_points
+from bitwright.graph.readings import Reading
 from bitwright.graph.watch import watch
 from bitwright.quant.scheme import Rule, Scheme
 from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.sensitivity import Choices, MeasuredLoss, OutputDistance, Table
+from bitwright.sensitivity.one_at_a_time import distance_of_outputs
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate, parameters
 from bitwright.stages.optq import Optq
@@ -259,3 +262,16 @@ def test_the_teacher_is_left_as_it_was() -> None:
     before = {n: t.clone() for n, t in teacher.graph.named_buffers()}
     MeasuredLoss().measure(teacher, some(), CHOICES, Run())
     assert all(torch.equal(t, before[n]) for n, t in teacher.graph.named_buffers())
+
+
+def test_the_loss_of_maps_is_taken_along_their_classes_wherever_they_lie() -> None:
+    ours, theirs = (torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    expected = losses.kl_divergence(ours, theirs).double()
+    for axis in (1, 2, 3):
+        moved = [[x.movedim(1, axis)] for x in (ours, theirs)]
+        found = distance_of_outputs(*moved, [Reading("scores", axis)])
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    boxes = distance_of_outputs([ours], [theirs], [Reading("values")])
+    torch.testing.assert_close(boxes, losses.relative_error(ours, theirs).double())
+    still = [torch.ones(7, 3)]
+    assert distance_of_outputs([ours, *still], [theirs, *still], [Reading("values"), Reading("constant")]).shape == (2,)

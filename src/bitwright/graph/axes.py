@@ -119,7 +119,7 @@ def _as_said(name: str, axis: int | None, value: Tensor) -> Reading:
 def _read(name: str, value: Tensor, mark: _Mark | None, *, moving: bool) -> Reading:
     """One output by itself."""
     if not moving:
-        return Reading("values", note="It does not depend on the image.")
+        return Reading("constant", note="It does not depend on the image.")
     if not value.is_floating_point():
         return Reading("whole")
     if not value.numel():
@@ -276,7 +276,7 @@ class _Tracer(fx.Interpreter):
             return None
         try:
             channels, positions = (self._applied(node, which) for which in ("channels", "positions"))
-        except (RuntimeError, NotImplementedError):
+        except (RuntimeError, TypeError, IndexError, ValueError):
             return None
         note = next((m.note for m in marked if m.note), "")
         if name in ops.CONCAT and len({m.history for m in marked}) > 1 and not note:

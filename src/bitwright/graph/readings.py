@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-Kind = Literal["scores", "probabilities", "labels", "whole", "values"]
+Kind = Literal["scores", "probabilities", "labels", "whole", "values", "constant"]
 
 SMALLEST = 1e-6
 """Probabilities below it count as it, so that a divergence stays finite."""
@@ -22,7 +22,8 @@ class Reading:
     Attributes:
         kind: ``scores`` and ``probabilities`` of classes, of which one is the answer; ``labels``: probabilities that
             each stand for themselves, so that the answer is which of them are above one half; ``whole`` numbers or
-            booleans, which are answers already; ``values`` of any other kind, which are no answers.
+            booleans, which are answers already; ``values`` of any other kind, which are no answers; ``constant``, the
+            same for all images.
         axis: of the classes or labels; None where each value is an answer of its own, or none.
         note: why there are no answers, for people.
 
@@ -37,9 +38,14 @@ class Reading:
     axis: int | None = None
     note: str = ""
 
+    @property
+    def tells(self) -> bool:
+        """Whether the output holds answers."""
+        return self.kind not in {"values", "constant"}
+
     def answers(self, output: Tensor) -> Tensor | None:
         """What the output says, [B, ..., P], as whole numbers or booleans; those of the last axis belong together."""
-        if self.kind == "values":
+        if not self.tells:
             return None
         if self.kind == "whole":
             return output.unsqueeze(-1)
@@ -72,7 +78,7 @@ class Reading:
 
         Classes: P is 1. Labels: K is 2, label absent and label present.
         """
-        if self.kind in {"values", "whole"}:
+        if not self.tells or self.kind == "whole":
             return None
         values = self._last(output).double()
         if self.kind == "scores":

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 from bitwright.errors import UsageError
 from bitwright.graph import ops, rewrite, segments
+from bitwright.graph.axes import read_outputs
 from bitwright.graph.watch import Callback, watch
 from bitwright.memory import keep_pages
 from bitwright.progress import Progress, silent
@@ -166,6 +167,7 @@ class _Patient:
         self.graph, self.teacher = model.graph, model.teacher
         self.nodes: dict[str, fx.Node] = {n.name: n for n in self.graph.graph.nodes}
         self.theirs: dict[str, fx.Node] = {n.name: n for n in self.teacher.graph.graph.nodes}
+        self.readings = read_outputs(self.teacher.graph, images.batch([0]).to(run.device), model.outputs)
         self.suspects = self._suspects()
         self.calls: dict[str, list[fx.Node]] = {s.key: [] for s in self.suspects}
         by_target = {s.called: s.key for s in self.suspects}
@@ -274,7 +276,7 @@ class _Patient:
                 theirs = list(self.teacher.graph(batch))
             with torch.enable_grad():
                 ours = _Through(self.graph, leaves, activations, effects).run(batch)
-                each = distance_of_outputs(list(ours), theirs)
+                each = distance_of_outputs(list(ours), theirs, self.readings)
             if each.requires_grad:
                 (each.sum() / len(self.images)).backward()  # type: ignore[no-untyped-call]
             total += float(each.detach().sum())
@@ -399,7 +401,7 @@ class _Patient:
                 operands += [change.values.get(n, constants[n]) for n in (*part.fixed, *part.moved)]
                 with self._on(change), torch.no_grad():
                     ours = list(part.body(*operands))
-                sums[position] += float(distance_of_outputs(ours, theirs).sum())
+                sums[position] += float(distance_of_outputs(ours, theirs, self.readings).sum())
         return [s / len(self.images) for s in sums]
 
     @contextmanager

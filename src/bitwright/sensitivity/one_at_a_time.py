@@ -17,9 +17,10 @@ from bitwright.curvature.label_free import label_free_scores
 from bitwright.errors import UsageError
 from bitwright.evaluation import class_scores
 from bitwright.graph import ops, rewrite, segments
+from bitwright.graph.axes import read_outputs
 from bitwright.graph.points import Point, expose, linear_points
+from bitwright.graph.readings import Reading
 from bitwright.graph.watch import Callback, watch
-from bitwright.metrics import as_log_probabilities
 from bitwright.quant.quantizer import Grid, Quantizer
 from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.sensitivity.base import Choices, Measure, Table
@@ -51,7 +52,8 @@ class MeasuredLoss(Measure):
         """A forward pass from the quantized tensor on, for each tensor and number of bits."""
         if self.labels and images.labels is None:
             raise UsageError("Expected labels to measure cross-entropy with, found none.")
-        judge = _added_cross_entropy if self.labels else _distance_of_outputs
+        readings = read_outputs(teacher.graph, images.batch([0]).to(run.device), teacher.outputs)
+        judge = _added_cross_entropy if self.labels else _distance_of_outputs(readings)
         return _OneAtATime(teacher, choices, run).table(self.name, images, [], judge)
 
 
@@ -118,19 +120,23 @@ class OutputDistance(Measure):
         return error / b.square().mean(1).clamp_min(1e-30) if relative else error
 
 
-def distance_of_outputs(ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
+def distance_of_outputs(ours: list[Tensor], theirs: list[Tensor], readings: Sequence[Reading]) -> Tensor:
     """Summed over outputs: KL from theirs in nats, or relative squared error where they are no class scores, [N]."""
-    total = torch.zeros(len(ours[0]), dtype=torch.float64)
-    for a, b in zip(ours, theirs, strict=True):
-        if not a.is_floating_point():
+    total = torch.zeros((), dtype=torch.float64)
+    for a, b, how in zip(ours, theirs, readings, strict=True):
+        if not a.is_floating_point() or how.kind == "constant":
             continue
-        scores = as_log_probabilities(b) is not None and as_log_probabilities(a) is not None
-        total += (losses.kl_divergence(a, b) if scores else losses.relative_error(a, b)).double().cpu()
-    return total
+        divergence = how.divergence(b, a)
+        each = losses.relative_error(a, b) if divergence is None else divergence.reshape(len(a), -1).mean(1)
+        total = total + each.double().cpu()
+    return total if total.dim() else total.expand(len(ours[0]))
 
 
-def _distance_of_outputs(ours: Values, theirs: Values, _: Tensor | None) -> Tensor:
-    return distance_of_outputs(ours[0], theirs[0])
+def _distance_of_outputs(readings: Sequence[Reading]) -> Judge:
+    def judge(ours: Values, theirs: Values, _: Tensor | None) -> Tensor:
+        return distance_of_outputs(ours[0], theirs[0], readings)
+
+    return judge
 
 
 def _added_cross_entropy(ours: Values, theirs: Values, labels: Tensor | None) -> Tensor:
