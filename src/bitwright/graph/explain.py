@@ -69,8 +69,8 @@ def _construct(error: Exception, place: str, detector: bool) -> tuple[str, str]:
 
 
 def detects(model: nn.Module, output: object, error: Exception | None = None) -> bool:
-    """Whether it returns boxes that were chosen, as detectors do."""
-    rows = output if isinstance(output, list | tuple) else [output]
+    """Whether it returns boxes that were chosen, as detectors do: a dict for each image, not one for all of them."""
+    rows = output if isinstance(output, list | tuple) else []
     boxes = any(isinstance(row, dict) and "boxes" in row and len(row) > 1 for row in rows)
     chosen = error is not None and any(f.name in {"nms", "batched_nms"} for f in _frames(error))
     return boxes or chosen
