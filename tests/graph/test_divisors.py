@@ -75,7 +75,7 @@ def test_a_normalisation_that_is_written_out_has_one_quantizer_at_its_end(how: s
     assert (first, second) == ("input", "embed")
     assert end in {"div", "mul"}
     reasons = {u.name: u.reason for u in made.unquantized}
-    assert reasons["key"].startswith(("normalised by", "divides in"))
+    assert reasons["key"].startswith(("normalised by", "read by"))
 
 
 def test_a_product_that_divides_another_stays_in_float() -> None:
@@ -95,7 +95,7 @@ def test_a_product_that_divides_another_stays_in_float() -> None:
 
     model = Linear()
     made = insert_quantizers(prepare(capture(model.eval(), images(2))), Scheme())
-    divides = [u.name for u in made.unquantized if u.reason.startswith("divides in")]
+    divides = [u.name for u in made.unquantized if u.reason.startswith("read by div")]
     assert "matmul_1" in divides
     assert decibels(model) > 20
 
@@ -115,3 +115,29 @@ def test_a_stored_divisor_keeps_its_values() -> None:
     made = insert_quantizers(prepare(capture(model.eval(), images(2))), Scheme())
     assert "scale" not in {q.name for q in made.graph.modules() if isinstance(q, Quantizer)}
     assert decibels(model) > 10
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.log(x.square() + 1e-6),
+        lambda x: torch.acosh(1 + x.square()),
+        lambda x: torch.atanh(0.999 * torch.tanh(x)),
+        lambda x: torch.logit(x.sigmoid()),
+        lambda x: torch.log(x.sigmoid().clamp(1e-5) / (1 - x.sigmoid()).clamp(1e-5)),
+        lambda x: torch.addcdiv(x, x, x.square() + 0.1),
+        lambda x: x * (x.square() + 1e-3) ** -0.5,
+    ],
+    ids=["log", "acosh", "atanh", "logit", "inverse sigmoid", "addcdiv", "power"],
+)
+def test_functions_with_a_bounded_domain_stay_inside_it(function: Normalise) -> None:
+    class Applied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(6)
+            self.embed, self.head = nn.Conv2d(3, 16, 8, 8), nn.Linear(16, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(function(self.embed(x)).mean((2, 3)))
+
+    assert decibels(Applied()) > 10

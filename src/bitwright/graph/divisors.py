@@ -1,7 +1,7 @@
 """What divides stays in float: on a grid a short length rounds to code 0, and 0/0 follows.
 
-A divisor is found by structure: the second operand of a division, what a reciprocal, a root's reciprocal or a
-logarithm reads. It stays in float back to the reduction or the layer that gives it. Where a tensor is divided by what
+A divisor is found by structure: the second operand of a division, what a reciprocal, a root's reciprocal, a logarithm
+or another function of a bounded domain reads. It stays in float back to the reduction or the layer that gives it. Where a tensor is divided by what
 was reduced from itself (a normalisation that is written out), the tensor stays in float as well, and one quantizer
 follows the whole, so that short rows are as exact as long ones.
 
@@ -18,7 +18,10 @@ from bitwright.graph import ops
 from bitwright.graph.rewrite import get_tensor
 
 RECIPROCALS = frozenset({"rsqrt", "reciprocal"})
-LOGARITHMS = frozenset({"log", "log2", "log10"})
+BOUNDED = frozenset({"log", "log2", "log10", "log1p", "logit", "asin", "acos", "acosh", "atanh", "erfinv"})
+"""Functions that begin or end at a value, which a grid may step over."""
+DIVIDES = {"div": 1, "floor_divide": 1, "remainder": 1, "fmod": 1, "addcdiv": 2}
+"""Operators that divide, and the place of their divisor."""
 REDUCES = ops.NORM | {
     "mean",
     "sum",
@@ -36,7 +39,7 @@ SINGLE = frozenset({"pow", "sqrt", "abs", "neg", "exp", "square", "rsub", "maxim
 """Operators of single elements, beside activations, additions, multiplications and numbers."""
 NEGLIGIBLE = 1e-3
 """A number that only keeps a divisor away from zero is no larger."""
-REASON = "divides in {}, which would read its code 0 as zero"
+REASON = "read by {}, to which a code 0 or a step too far is no number"
 SPREAD = 4.0
 """Stored factors that differ by more make up for what differs before them."""
 RESCALED = "rescaled in {} by stored factors that differ widely"
@@ -71,12 +74,13 @@ def _divisors(node: fx.Node) -> Iterator[fx.Node]:
     if node.op != "call_function" or not ops.is_float_tensor(node):
         return
     name = ops.base_name(node)
-    if name == "div" and isinstance(node.args[1], fx.Node) and ops.is_float_tensor(node.args[1]):
-        yield node.args[1]
-    elif name in RECIPROCALS | LOGARITHMS or (name == "pow" and _is_negative(node.args[1])):
+    divisor = node.args[DIVIDES[name]] if name in DIVIDES else None
+    if isinstance(divisor, fx.Node) and ops.is_float_tensor(divisor):
+        yield divisor
+    elif name in RECIPROCALS | BOUNDED or (name == "pow" and _is_negative(node.args[1])):
         assert isinstance(node.args[0], fx.Node)
         yield node.args[0]
-        if name not in LOGARITHMS:
+        if name not in BOUNDED:
             yield node
 
 
@@ -108,7 +112,7 @@ def _passes_zero_on(node: fx.Node) -> bool:
     name, number = ops.base_name(node), node.args[1] if len(node.args) > 1 else None
     if name in ops.ADD | {"clamp", "clamp_min", "maximum"}:
         return not isinstance(number, int | float) or abs(number) <= NEGLIGIBLE
-    return ops.kind(node) == "scalar" or name in {"sqrt", "abs", "square", "pow", "relu", "neg"} | RECIPROCALS
+    return ops.kind(node) in {"scalar", "mul"} or name in {"sqrt", "abs", "square", "pow", "relu", "neg"} | RECIPROCALS
 
 
 def _computes(node: fx.Node) -> bool:

@@ -91,16 +91,16 @@ def _breaks(expected: Any, found: Any) -> bool:
 
 
 def _first_broken(student: QuantizedModel, batch: Tensor) -> tuple[str, str]:
-    """The first layer that gives NaN where the float network does not, and the name of what quantizes its input."""
+    """The first layer whose values are not finite where the float network's are; the name of what quantizes its input."""
     assert student.teacher is not None
     finite: dict[str, bool] = {}
     broken: list[fx.Node] = []
 
     def remember(node: fx.Node, value: Any) -> None:
-        finite[node.name] = not isinstance(value, Tensor) or not bool(value.isnan().any())
+        finite[node.name] = not isinstance(value, Tensor) or bool(torch.isfinite(value).all())
 
     def compare(node: fx.Node, value: Any) -> None:
-        if finite.get(node.name, False) and isinstance(value, Tensor) and bool(value.isnan().any()):
+        if finite.get(node.name, False) and isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
             broken.append(node)
 
     for graph, look in ((student.teacher.graph, remember), (student.graph, compare)):
