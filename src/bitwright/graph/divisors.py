@@ -1,9 +1,9 @@
 """What divides stays in float: on a grid a short length rounds to code 0, and 0/0 follows.
 
 A divisor is found by structure: the second operand of a division, what a reciprocal, a root's reciprocal, a logarithm
-or another function of a bounded domain reads. It stays in float back to the reduction or the layer that gives it. Where a tensor is divided by what
-was reduced from itself (a normalisation that is written out), the tensor stays in float as well, and one quantizer
-follows the whole, so that short rows are as exact as long ones.
+or another function of a bounded domain reads. It stays in float back to the reduction or the layer that gives it. Where
+a tensor is divided by what was reduced from itself (a normalisation that is written out), the tensor stays in float as
+well, and one quantizer follows the whole, so that short rows are as exact as long ones.
 
 The same holds where stored factors bring channels of very different size to one: rounded before, small ones are lost.
 """

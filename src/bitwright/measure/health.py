@@ -91,7 +91,7 @@ def _breaks(expected: Any, found: Any) -> bool:
 
 
 def _first_broken(student: QuantizedModel, batch: Tensor) -> tuple[str, str]:
-    """The first layer whose values are not finite where the float network's are; the name of what quantizes its input."""
+    """The first layer whose values are not finite where the float network's are, and what quantizes its input."""
     assert student.teacher is not None
     finite: dict[str, bool] = {}
     broken: list[fx.Node] = []
