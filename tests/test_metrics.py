@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from scipy.stats import binomtest
 from torch import Tensor
 
+from bitwright.graph.readings import Reading
 from bitwright.metrics import Accuracy, Fidelity, SignalToNoise, wilson_interval
 
 
@@ -144,6 +145,27 @@ def test_whole_numbers_are_compared_as_they_are() -> None:
         assert (found.agreement, found.kl, found.sqnr_db, found.exact) == (21 / 24, None, None, False)
 
 
+def test_labels_that_do_not_exclude_each_other() -> None:
+    a = noise(30, 4).sigmoid()
+    b = (noise(30, 4) + 0.4 * noise(30, 4, seed=1)).sigmoid()
+    made = Fidelity(("tags",), (Reading("labels", 1),))
+    made.update([a], [b])
+    (found,) = made.outputs.values()
+    rows = list(zip(a.double().tolist(), b.double().tolist(), strict=True))
+    same = [[v > 0.5 for v in p] == [v > 0.5 for v in q] and p.index(max(p)) == q.index(max(q)) for p, q in rows]
+    assert found.agreement == sum(same) / 30
+    assert 0 < sum(same) < 30
+    kl = [sum(_binary(p, q) for p, q in zip(*row, strict=True)) for row in rows]
+    assert found.kl == pytest.approx(sum(kl) / 30, rel=1e-5)
+    low = 0.4 * noise(30, 4).softmax(1)
+    (ruined,) = _fidelity(low, low.roll(1, 1), Reading("labels", 1)).outputs.values()
+    assert ruined.agreement == 0
+
+
+def _binary(p: float, q: float) -> float:
+    return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+
+
 def test_values_that_are_not_finite() -> None:
     a = noise(4, 3)
     b = a.clone()
@@ -157,7 +179,7 @@ def test_values_that_are_not_finite() -> None:
     assert found.sqnr_db == pytest.approx(20 * math.log10(2))
 
 
-def _fidelity(a: Tensor, b: Tensor) -> Fidelity:
-    made = Fidelity()
+def _fidelity(a: Tensor, b: Tensor, *readings: Reading) -> Fidelity:
+    made = Fidelity(readings=readings)
     made.update([a], [b])
     return made

@@ -21,9 +21,9 @@ class Reading:
 
     Attributes:
         kind: ``scores`` and ``probabilities`` of classes, of which one is the answer; ``labels``: probabilities that
-            each stand for themselves, so that the answer is which of them are above one half; ``whole`` numbers or
-            booleans, which are answers already; ``values`` of any other kind, which are no answers; ``constant``, the
-            same for all images.
+            each stand for themselves, so that the answer is which are above one half, and which is the largest;
+            ``whole`` numbers or booleans, which are answers already; ``values`` of any other kind, which are no
+            answers; ``constant``, the same for all images.
         axis: of the classes or labels; None where each value is an answer of its own, or none.
         note: why there are no answers, for people.
 
@@ -31,7 +31,7 @@ class Reading:
         >>> Reading("scores", 1).answers(torch.tensor([[0.1, 0.9], [3.0, -1.0]])).tolist()
         [[1], [0]]
         >>> Reading("labels", 1).answers(torch.tensor([[0.1, 0.9], [0.6, 0.8]])).tolist()
-        [[False, True], [True, True]]
+        [[0, 1, 1], [1, 1, 1]]
     """
 
     kind: Kind
@@ -50,7 +50,9 @@ class Reading:
         if self.kind == "whole":
             return output.unsqueeze(-1)
         if self.kind == "labels":
-            return self._last(output) > 0.5
+            values = self._last(output)
+            above = (values > 0.5).long()
+            return above if above.shape[-1] == 1 else torch.cat([above, values.argmax(-1, keepdim=True)], -1)
         return self._last(output).argmax(-1, keepdim=True)
 
     def same(self, reference: Tensor, other: Tensor) -> Tensor | None:
