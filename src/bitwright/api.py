@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from bitwright.graph.capture import Captured
 from bitwright.inputs import as_model, calibration_images, find_device, prepare_teacher
 from bitwright.measure.health import check_answers
 from bitwright.models import Model
+from bitwright.outliers.balance import balance
 from bitwright.pipeline import fingerprint, run_stages
 from bitwright.plan import Plan, insert_plan
 from bitwright.preprocessing import PreprocessFunction, Preprocessing
@@ -140,6 +142,8 @@ def quantize(
     with run.timed("capture"):
         teacher = prepare_teacher(network, data, output)
         scheme = keep_short_rows(teacher, scheme, data, run)
+    with run.timed("outliers"):
+        teacher = balance_channels(teacher, scheme, plan, data, method, run)
     facts = None
     if goal is not None:
         plan, scheme, facts = plan_within(goal, teacher, scheme, data, method, run, cache=cache, state=state)
@@ -162,6 +166,21 @@ def quantize(
     if facts is not None:
         student.result["plan"] = facts
     return student
+
+
+def balance_channels(
+    teacher: Captured, scheme: Scheme, plan: Plan | None, images: Images, method: Recipe, run: Run
+) -> Captured:
+    """The float network with its channels balanced where that lowers the loss, which the result then says."""
+
+    def insert(network: Captured) -> QuantizedModel:
+        return insert_quantizers(network, scheme) if plan is None else insert_plan(network, plan, scheme)
+
+    teacher.graph.to(run.device)
+    teacher, scales = balance(teacher, insert, images, method, run)
+    if scales:
+        run.notes["balanced"] = [asdict(each) for each in scales]
+    return teacher
 
 
 def preview(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from bitwright.data import Images, load_images
 from bitwright.errors import UsageError
 from bitwright.graph.capture import Captured, capture, select_output
+from bitwright.graph.equalize import ChannelScales, equalized
 from bitwright.graph.prepare import prepare
 from bitwright.measure.spoilt import without_spoilt
 from bitwright.models import Model, load_model
@@ -31,11 +33,22 @@ def as_model(
     return Model(model, type(model).__name__, preprocessing, None)
 
 
-def prepare_teacher(network: Model, images: Images, output: str | None = None) -> Captured:
-    """Captures the network on two of the images and brings it into the form that is quantized."""
+def prepare_teacher(
+    network: Model, images: Images, output: str | None = None, *, result: Mapping[str, Any] | None = None
+) -> Captured:
+    """Captures the network on two of the images and brings it into the form that is quantized.
+
+    Args:
+        network: not changed.
+        images: of which two are looked at.
+        output: name of the one to keep.
+        result: of a run whose float network this is, for the scales of channels that it has moved.
+    """
     captured = capture(network.module, images.batch(range(min(2, len(images)))))
     name = output or network.output
-    return prepare(captured if name is None else select_output(captured, name))
+    teacher = prepare(captured if name is None else select_output(captured, name))
+    moved = (result or {}).get("balanced", [])
+    return equalized(teacher, [ChannelScales(each["node"], tuple(each["exponents"])) for each in moved])
 
 
 def find_device(name: str) -> torch.device:

@@ -141,7 +141,7 @@ def _run(model: str, source: str, float_model: str | None, axes: Axes, options: 
         images = images_at(source, Model(run, model, run.preprocessing), **options)
         return Subject("run", run.flat, None, images, run.outputs)
     images = images_at(source, network, **options)
-    teacher = prepare_teacher(network, images, run.result.get("model", {}).get("output"))
+    teacher = prepare_teacher(network, images, run.result.get("model", {}).get("output"), result=run.result)
     run.attach_teacher(teacher)
     reference, readings = _reading(teacher, images, axes)
     return Subject("run", run.flat, reference, images, run.outputs, readings)

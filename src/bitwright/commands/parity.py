@@ -85,7 +85,9 @@ def _attach_float(model: QuantizedModel, reference: str | None, images: Images, 
     """Gives the run its float network back; why that cannot be, if it cannot."""
     try:
         network = float_network(model, reference, settings)
-        model.attach_teacher(prepare_teacher(network, images, model.result.get("model", {}).get("output")))
+        model.attach_teacher(
+            prepare_teacher(network, images, model.result.get("model", {}).get("output"), result=model.result)
+        )
     except UsageError as error:
         if reference is not None:
             raise

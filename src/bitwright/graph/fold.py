@@ -88,7 +88,7 @@ def _fold_backwards(module: fx.GraphModule, norm: fx.Node, scale: Tensor, shift:
         return f"its input comes from {ops.base_name(producer)}"
     if len(producer.users) > 1:
         return f"{producer.meta['layer']} is also used elsewhere"
-    if not _own_weight(producer):
+    if not own_weight(producer):
         return f"the weight of {producer.meta['layer']} is shared"
     last = ops.base_name(producer) == "linear"
     if (last and len(ops.shape(norm)) != 2) or (moved and not last):
@@ -111,8 +111,8 @@ def scale_outputs(module: fx.GraphModule, node: fx.Node, scale: Tensor, shift: T
     else:
         w = w * scale.reshape(-1, *[1] * (w.dim() - 1))
     b = b * scale if shift is None else b * scale + shift
-    _replace(module, weight, w)
-    _replace(module, bias, b)
+    replace_stored(module, weight, w)
+    replace_stored(module, bias, b)
 
 
 def _fold_forwards(module: fx.GraphModule, norm: fx.Node, scale: Tensor, shift: Tensor) -> str | None:
@@ -123,13 +123,13 @@ def _fold_forwards(module: fx.GraphModule, norm: fx.Node, scale: Tensor, shift: 
     name = ops.base_name(consumer)
     if ops.kind(consumer) != "linear" or name in ops.CONV_TRANSPOSE:
         return f"its output goes to {name}"
-    if not _own_weight(consumer):
+    if not own_weight(consumer):
         return f"the weight of {consumer.meta['layer']} is shared"
     if name == "linear" and len(ops.shape(norm)) != 2:
         return f"its channels are not those of {consumer.meta['layer']}"
     if name != "linear" and not _is_unpadded(consumer):
         return f"{consumer.meta['layer']} pads its input, which the norm would shift"
-    _scale_inputs(module, consumer, scale, shift)
+    scale_inputs(module, consumer, scale, shift)
     _bypass(norm)
     return None
 
@@ -148,18 +148,27 @@ def _is_unpadded(conv: fx.Node) -> bool:
     return not any(padding) if isinstance(padding, list | tuple) else bool(padding == 0)
 
 
-def _scale_inputs(module: fx.GraphModule, node: fx.Node, scale: Tensor, shift: Tensor) -> None:
+def scale_inputs(module: fx.GraphModule, node: fx.Node, scale: Tensor, shift: Tensor | None = None) -> None:
+    """Makes a linear operator yield for ``x`` what it yielded for ``scale * x + shift`` ([C_in], float64).
+
+    A shift is not for transposed convolutions.
+    """
     weight, bias = node.args[1], node.args[2]
     assert isinstance(weight, fx.Node)
     assert isinstance(bias, fx.Node)
     w, b = (get_tensor(module, str(n.target)).double() for n in (weight, bias))
+    if ops.base_name(node) in ops.CONV_TRANSPOSE:
+        assert shift is None
+        replace_stored(module, weight, w * scale.reshape(-1, *[1] * (w.dim() - 1)))
+        return
+    shift = torch.zeros_like(scale) if shift is None else shift
     count = rewrite.groups(node)
     rows = scale.reshape(count, -1).repeat_interleave(w.shape[0] // count, dim=0)
     shifts = shift.reshape(count, -1).repeat_interleave(w.shape[0] // count, dim=0)
     tail = [1] * (w.dim() - 2)
     b = b + (w * shifts.reshape(*shifts.shape, *tail)).flatten(1).sum(1)
-    _replace(module, weight, w * rows.reshape(*rows.shape, *tail))
-    _replace(module, bias, b)
+    replace_stored(module, weight, w * rows.reshape(*rows.shape, *tail))
+    replace_stored(module, bias, b)
 
 
 def _fold_layer_scale(module: fx.GraphModule, node: fx.Node) -> None:
@@ -167,7 +176,7 @@ def _fold_layer_scale(module: fx.GraphModule, node: fx.Node) -> None:
     for producer, gamma in (node.args[:2], node.args[1::-1]):
         if not (isinstance(producer, fx.Node) and isinstance(gamma, fx.Node)) or gamma.op != "get_attr":
             continue
-        if ops.kind(producer) != "linear" or len(producer.users) > 1 or not _own_weight(producer):
+        if ops.kind(producer) != "linear" or len(producer.users) > 1 or not own_weight(producer):
             continue
         channels = rewrite.out_channels(producer)
         trailing = 0 if ops.base_name(producer) == "linear" else get_rank(producer)
@@ -188,12 +197,13 @@ def get_rank(conv: fx.Node) -> int:
     return len(ops.shape(weight)) - 2
 
 
-def _own_weight(node: fx.Node) -> bool:
-    """Whether the operator is the only reader of its weight and bias."""
+def own_weight(node: fx.Node) -> bool:
+    """Whether a linear operator is the only reader of its weight and bias."""
     return all(isinstance(a, fx.Node) and len(a.users) == 1 for a in node.args[1:3])
 
 
-def _replace(module: fx.GraphModule, stored: fx.Node, tensor: Tensor) -> None:
+def replace_stored(module: fx.GraphModule, stored: fx.Node, tensor: Tensor) -> None:
+    """Puts another tensor in place of a stored one."""
     tensor = tensor.to(torch.float32)
     rewrite.set_tensor(module, str(stored.target), tensor)
     stored.meta["val"] = tensor

@@ -226,7 +226,7 @@ def _describe(graph: fx.Graph, placement: Placement, keys: dict[fx.Node, str]) -
                 if node.op == "get_attr"
                 else "input"
                 if node.op == "placeholder"
-                else ops.base_name(node),
+                else ops.base_name(_first(node) if ops.kind(node) == "rescale" else node),
                 node=node.name,
                 parameters=_parameters(node),
                 macs=macs(node),

@@ -12,9 +12,12 @@ from typing import Literal
 import torch
 from torch import fx
 
+RESCALES = "rescales"
+"""Mark in a node's ``meta`` of a multiplication by scales of channels (:mod:`bitwright.graph.equalize`): ``before`` or
+``after`` the quantizer of the tensor that it scales."""
 Kind = Literal[
     "input", "constant", "linear", "matmul", "activation", "softmax", "add", "mul", "scalar", "norm", "pool",
-    "move", "concat", "other", "output", "shape",
+    "move", "concat", "rescale", "other", "output", "shape",
 ]  # fmt: skip
 
 CONV = frozenset({"conv1d", "conv2d", "conv3d"})
@@ -214,6 +217,8 @@ def kind(node: fx.Node) -> Kind:  # noqa: PLR0912 - a table in code
     if "moves" in node.meta:
         return "move"
     name = base_name(node)
+    if RESCALES in node.meta:
+        return "rescale" if node.meta[RESCALES] == "before" else "move"
     if node.target is operator.getitem:
         return "move" if is_float_tensor(node.args[0]) else "other"
     if name in PICK:

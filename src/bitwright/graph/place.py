@@ -150,6 +150,8 @@ def _operands(node: fx.Node) -> list[fx.Node]:
 
 def _can_fuse(node: fx.Node, consumer: _Consumer, target: Target) -> bool:
     kind, name = ops.kind(node), ops.base_name(node)
+    if ops.kind(consumer.node) == "rescale":
+        return not consumer.moved
     conv = kind == "linear" and name != "linear"
     then, activation = ops.kind(consumer.node), ops.base_name(consumer.node)
     free = kind in {"linear", "matmul"} and (not conv or target.conv_into_add)
@@ -189,7 +191,7 @@ def _follows_linear(node: fx.Node) -> bool:
 def _group(node: fx.Node, fused: dict[fx.Node, fx.Node]) -> list[str]:
     """Names of the layers whose group ends at the node, in program order."""
     members = [n for n in fused if _end(n, fused) is node]
-    return [str(n.meta["layer"]) for n in [*members, node]]
+    return list(dict.fromkeys(str(n.meta["layer"]) for n in [*members, node]))
 
 
 def _end(node: fx.Node, fused: dict[fx.Node, fx.Node]) -> fx.Node:
@@ -202,6 +204,8 @@ def _place_activation(placement: Placement, node: fx.Node, fused: dict[fx.Node, 
     name, op = str(node.meta["layer"]), ops.base_name(node)
     if node in fused:
         end = _end(node, fused).meta["layer"]
+        if end == name:  # the node before a multiplication by scales of channels, which bears its name
+            return
         placement.unquantized.append(Unquantized(name, op, f"inside the group that is quantized after {end}"))
         return
     if stays_float(node):
@@ -222,6 +226,9 @@ def _place_activation(placement: Placement, node: fx.Node, fused: dict[fx.Node, 
 
 def _place_constant(placement: Placement, node: fx.Node, fused: dict[fx.Node, fx.Node], scheme: Scheme) -> None:
     name = str(node.target)
+    if any(ops.RESCALES in user.meta for user in node.users):
+        placement.unquantized.append(Unquantized(name, "parameter", "scales of channels, all powers of two"))
+        return
     role, reader = _constant_role(node)
     if role in {"weight", "bias"}:
         if any(ops.kind(user) != "linear" for user in node.users):

@@ -1,0 +1,236 @@
+"""Channels of activations brought to one size where their spread costs much, exactly and by measured effect.
+
+Which tensors, and by how much, is decided on calibration images without labels: by what the rounding of each tensor
+adds to the loss (:mod:`bitwright.outliers.effects`), and in the end by the loss of the whole quantized network, with
+and without the change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, fx
+
+from bitwright.graph import equalize
+from bitwright.graph.equalize import ChannelScales
+from bitwright.graph.watch import Callback, watch
+from bitwright.outliers.effects import see_gradients
+from bitwright.quant.quantizer import Quantizer
+from bitwright.sensitivity.one_at_a_time import distance_of_outputs
+from bitwright.stages.calibrate import Calibrate
+
+if TYPE_CHECKING:
+    from bitwright.data import Images
+    from bitwright.graph.capture import Captured
+    from bitwright.quantized import QuantizedModel
+    from bitwright.recipes import Recipe
+    from bitwright.stages.base import Run
+
+Insert = Callable[["Captured"], "QuantizedModel"]
+"""Puts quantizers into a float network."""
+
+IMAGES, BATCH, PROBES = 16, 4, 1
+RANGE_IMAGES = 64
+"""From which the largest magnitude of every channel is read."""
+NEGLIGIBLE = 2e-3
+"""Of the loss: below this nothing is looked for."""
+SHARE = 0.02
+"""Of the loss: what the rounding of a tensor adds at least, for its channels to be looked at."""
+MOST = 16
+"""Tensors that are changed in one round."""
+ROUNDS = 3
+BETTER = 0.5
+"""Of a tensor's effect: what is left of it at most, as estimated, if its channels are changed."""
+KEPT = 0.9
+"""Of the loss: what is left of it at most, as measured, if a round's changes are kept."""
+COARSE = 8
+"""Bits of weights below which half of the exponents are tried as well, which change weights less."""
+FINEST = -10
+"""The least exponent, for channels with next to nothing in them."""
+
+
+@dataclass
+class Suspect:
+    """A tensor whose rounding costs much.
+
+    Attributes:
+        node: that yields it, by name.
+        axis: of its channels.
+        effects: what the rounding of each channel adds to the loss, as estimated, [C].
+        largest: magnitude in each channel, [C].
+    """
+
+    node: str
+    axis: int
+    effects: Tensor
+    largest: Tensor | None = None
+
+    def see(self, value: Tensor) -> None:
+        """Takes a batch of its values in."""
+        found = value.abs().movedim(self.axis, 0).flatten(1).amax(1).cpu()
+        self.largest = found if self.largest is None else torch.maximum(self.largest, found)
+
+    def exponents(self, divisor: int = 1) -> Tensor:
+        """With which every channel reaches nearly as far as the largest one, and no farther, [C]."""
+        assert self.largest is not None
+        top = self.largest.max().clamp_min(1e-30)
+        full = (self.largest / top).clamp_min(2.0**FINEST).log2().ceil()
+        return torch.div(full, divisor, rounding_mode="trunc")
+
+    def left(self) -> float:
+        """Of its effect, with those exponents, over what it is without."""
+        total = float(self.effects.sum())
+        return float((self.effects * 4.0 ** self.exponents()).sum()) / total if total > 0 else 1.0
+
+
+def balance(
+    teacher: Captured, insert: Insert, images: Images, method: Recipe, run: Run
+) -> tuple[Captured, list[ChannelScales]]:
+    """The float network with its channels balanced where that lowers the loss of the quantized one; itself elsewhere.
+
+    Args:
+        teacher: prepared, on the run's device; not changed.
+        insert: puts the quantizers of the job into it.
+        images: without labels.
+        method: the recipe, whose ranges are taken.
+        run: seed, progress.
+
+    Returns:
+        The network, and what was changed in it, in order (:func:`bitwright.graph.equalize.equalized`).
+    """
+    some = images.sample(min(IMAGES, len(images)), seed=run.seed).unlabelled()
+    trial = _Trial(insert, some, images.sample(min(RANGE_IMAGES, len(images)), seed=run.seed), _ranges(method), run)
+    found: list[ChannelScales] = []
+    student = trial.student(teacher)
+    loss = trial.loss(student, teacher)
+    for _ in range(ROUNDS):
+        if not loss >= NEGLIGIBLE:
+            break
+        suspects = [s for s in trial.suspects(student, teacher, SHARE * loss) if s.left() <= BETTER]
+        best = None
+        for divisor in (1, 2) if _has_coarse_weights(student) else (1,):
+            scales = [ChannelScales(s.node, tuple(map(int, s.exponents(divisor)))) for s in suspects]
+            other = trial.of(equalize.equalized(teacher, scales), scales) if scales else None
+            best = other if best is None or (other is not None and other.loss < best.loss) else best
+        if best is None or not best.loss <= KEPT * loss:
+            break
+        loss, teacher, student = best.loss, best.teacher, best.student
+        found += best.scales
+    return teacher, found
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What changed scales gave."""
+
+    loss: float
+    teacher: Captured
+    student: QuantizedModel
+    scales: list[ChannelScales]
+
+
+def _has_coarse_weights(student: QuantizedModel) -> bool:
+    """Whether weights have so few bits that columns of different size cost accuracy."""
+    return any(x.weight is not None and student.quantizer(x.weight).grid.bits < COARSE for x in student.layers)
+
+
+def _ranges(method: Recipe) -> Calibrate:
+    """The recipe's own choice of ranges, without what follows it."""
+    stage = next((s for s in method.stages if isinstance(s, Calibrate)), Calibrate())
+    plain = {"bias_correction": "none", "norm_inputs": "tensor", "match_spread": False}
+    return stage.model_copy(update={**plain, "weights": "mse" if stage.weights == "hmse" else stage.weights})
+
+
+@dataclass
+class _Trial:
+    """Quantizes float networks for a look at their loss."""
+
+    insert: Insert
+    images: Images
+    more: Images
+    """From which ranges of channels are read."""
+    ranges: Calibrate
+    run: Run
+
+    def of(self, teacher: Captured, scales: list[ChannelScales]) -> _Outcome:
+        """All that belongs to a changed network."""
+        student = self.student(teacher)
+        return _Outcome(self.loss(student, teacher), teacher, student, scales)
+
+    def student(self, teacher: Captured) -> QuantizedModel:
+        """Calibrated on the images."""
+        made = self.insert(teacher)
+        made.to(self.run.device)
+        return self.ranges.run(made, teacher, self.images, self.run)
+
+    def loss(self, student: QuantizedModel, teacher: Captured) -> float:
+        """Mean over the images."""
+        total = 0.0
+        with torch.no_grad():
+            for batch in self.run.batches(self.images, "Looking for outliers"):
+                total += float(distance_of_outputs(student.flat(batch), list(teacher.graph(batch))).sum())
+        return total / len(self.images)
+
+    def suspects(self, student: QuantizedModel, teacher: Captured, least: float) -> list[Suspect]:
+        """Tensors whose rounding adds that much and whose channels can be scaled, the worst first."""
+        effects = self._effects(student, teacher)
+        total = {name: float(each.sum()) for name, each in effects.items()}
+        nodes = {n.name: n for n in teacher.graph.graph.nodes}
+        found: list[Suspect] = []
+        taken: set[str] = set()
+        for name in sorted(effects, key=lambda n: -total[n]):
+            if total[name] < least or len(found) == MOST:
+                break
+            scaled = equalize.reach(teacher.graph, nodes[name])
+            if scaled is None or scaled & taken:
+                continue
+            taken |= scaled
+            found.append(Suspect(name, equalize.channel_axis(nodes[name]), effects[name]))
+        self._read_ranges(teacher, found)
+        return found
+
+    def _effects(self, student: QuantizedModel, teacher: Captured) -> dict[str, Tensor]:
+        """What the rounding of each channel of each tensor adds to the loss, [C], by the tensor's node."""
+        quantizers = own_quantizers(student)
+        nodes = {n.name: n for n in teacher.graph.graph.nodes}
+        axes = {name: equalize.channel_axis(nodes[name]) for name in quantizers}
+        found: dict[str, Tensor] = {}
+
+        def see(name: str, value: Tensor, gradient: Tensor) -> None:
+            error = (quantizers[name](value) - value).mul_(gradient)
+            each = error.movedim(axes[name], -1).reshape(len(error), -1, error.shape[axes[name]]).sum(1)
+            found[name] = found.get(name, torch.zeros(())) + each.double().square().sum(0).cpu()
+
+        batches = (b.to(self.run.device) for b in self.images.batches(BATCH))
+        see_gradients(teacher.graph, batches, quantizers, see, probes=PROBES, seed=self.run.seed)
+        return {name: total / (len(self.images) * PROBES) for name, total in found.items()}
+
+    def _read_ranges(self, teacher: Captured, suspects: Sequence[Suspect]) -> None:
+        by_node = {s.node: s for s in suspects}
+
+        def see(node: fx.Node, value: Tensor) -> None:
+            by_node[node.name].see(value)
+
+        if suspects:
+            callbacks: dict[str, Callback] = dict.fromkeys(by_node, see)
+            for batch in self.run.batches(self.more, "Looking for outliers"):
+                watch(teacher.graph, batch, callbacks)
+
+
+def own_quantizers(student: QuantizedModel) -> dict[str, Quantizer]:
+    """Of every activation that shares its quantizer with no other, by the name of the node that yields it."""
+    calls: dict[str, list[fx.Node]] = {}
+    for node in student.graph.graph.nodes:
+        if node.op == "call_module" and node.args:
+            calls.setdefault(str(node.target), []).append(node)
+    found = {}
+    for key, [call, *others] in calls.items():
+        quantizer, source = student.graph.get_submodule(key), call.args[0]
+        if others or not isinstance(quantizer, Quantizer) or not isinstance(source, fx.Node):
+            continue
+        if quantizer.role == "activation" and quantizer.calibrated and quantizer.scale.numel() == 1:
+            found[source.name] = quantizer
+    return found
