@@ -141,3 +141,27 @@ def test_functions_with_a_bounded_domain_stay_inside_it(function: Normalise) -> 
             return self.head(function(self.embed(x)).mean((2, 3)))
 
     assert decibels(Applied()) > 10
+
+
+def test_small_channels_survive_stored_factors_that_make_them_as_large_as_others() -> None:
+    """Coefficients of very different size that are standardised, as frequencies of an image are."""
+
+    class Standardised(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(5)
+            sizes = torch.logspace(0, -4, 16)
+            self.embed, self.mix, self.head = nn.Conv2d(3, 16, 8, 8), nn.Linear(16, 16), nn.Linear(16, 5)
+            self.mix.weight.data *= sizes[:, None]
+            self.mix.bias.data *= sizes
+            self.register_buffer("mean", 0.1 * sizes)
+            self.register_buffer("deviation", sizes)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.mix(self.embed(x).flatten(2).transpose(1, 2))
+            return self.head(((y - self.mean) / self.deviation).mean(1))
+
+    model = Standardised()
+    made = insert_quantizers(prepare(capture(model.eval(), images(2))), Scheme())
+    assert {u.name for u in made.unquantized if u.reason.startswith("rescaled in div")} == {"mix", "sub"}
+    assert decibels(model) > 20
