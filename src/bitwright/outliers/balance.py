@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from bitwright.graph import equalize
+from bitwright.graph.axes import read_outputs
 from bitwright.graph.equalize import ChannelScales
 from bitwright.graph.watch import Callback, watch
 from bitwright.outliers.effects import see_gradients
@@ -169,9 +170,10 @@ class _Trial:
     def loss(self, student: QuantizedModel, teacher: Captured) -> float:
         """Mean over the images."""
         total = 0.0
+        readings = read_outputs(teacher.graph, self.images.batch([0]).to(self.run.device), teacher.outputs)
         with torch.no_grad():
             for batch in self.run.batches(self.images, "Looking for outliers"):
-                total += float(distance_of_outputs(student.flat(batch), list(teacher.graph(batch))).sum())
+                total += float(distance_of_outputs(student.flat(batch), list(teacher.graph(batch)), readings).sum())
         return total / len(self.images)
 
     def suspects(self, student: QuantizedModel, teacher: Captured, least: float) -> list[Suspect]:

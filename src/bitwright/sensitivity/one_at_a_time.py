@@ -19,7 +19,7 @@ from bitwright.evaluation import class_scores
 from bitwright.graph import ops, rewrite, segments
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.points import Point, expose, linear_points
-from bitwright.graph.readings import Reading
+from bitwright.graph.readings import Reading, by_values
 from bitwright.graph.watch import Callback, watch
 from bitwright.quant.quantizer import Grid, Quantizer
 from bitwright.quantized import QuantizedModel, insert_quantizers
@@ -120,8 +120,12 @@ class OutputDistance(Measure):
         return error / b.square().mean(1).clamp_min(1e-30) if relative else error
 
 
-def distance_of_outputs(ours: list[Tensor], theirs: list[Tensor], readings: Sequence[Reading]) -> Tensor:
-    """Summed over outputs: KL from theirs in nats, or relative squared error where they are no class scores, [N]."""
+def distance_of_outputs(ours: list[Tensor], theirs: list[Tensor], readings: Sequence[Reading] = ()) -> Tensor:
+    """Summed over outputs: KL from theirs in nats, or relative squared error where they are no class scores, [N].
+
+    Outputs are read as ``readings`` say, else as their values tell.
+    """
+    readings = readings or [by_values(b) for b in theirs]
     total = torch.zeros((), dtype=torch.float64)
     for a, b, how in zip(ours, theirs, readings, strict=True):
         if not a.is_floating_point() or how.kind == "constant":
