@@ -50,7 +50,7 @@ def _fold_norm(module: fx.GraphModule, norm: fx.Node) -> str | None:
     """Folds one batch norm; the reason if it cannot be."""
     if norm.args[3] is None or norm.args[4] is None:
         return "it has no stored statistics"
-    scale, shift = _norm_as_affine(module, norm)
+    scale, shift = norm_as_affine(module, norm)
     before = _fold_backwards(module, norm, scale, shift)
     if before is None:
         return None
@@ -58,7 +58,8 @@ def _fold_norm(module: fx.GraphModule, norm: fx.Node) -> str | None:
     return None if after is None else f"{before}; {after}"
 
 
-def _norm_as_affine(module: fx.GraphModule, norm: fx.Node) -> tuple[Tensor, Tensor]:
+def norm_as_affine(module: fx.GraphModule, norm: fx.Node) -> tuple[Tensor, Tensor]:
+    """Factor and shift of every channel, float64 [C]."""
     gamma, beta, mean, var = (
         get_tensor(module, str(a.target)).double() if isinstance(a, fx.Node) else None for a in norm.args[1:5]
     )
@@ -94,7 +95,7 @@ def _fold_backwards(module: fx.GraphModule, norm: fx.Node, scale: Tensor, shift:
     if (last and len(ops.shape(norm)) != 2) or (moved and not last):
         return f"its channels are not those of {producer.meta['layer']}"
     scale_outputs(module, producer, scale, shift)
-    _bypass(norm)
+    bypass(norm)
     return None
 
 
@@ -130,11 +131,12 @@ def _fold_forwards(module: fx.GraphModule, norm: fx.Node, scale: Tensor, shift: 
     if name != "linear" and not _is_unpadded(consumer):
         return f"{consumer.meta['layer']} pads its input, which the norm would shift"
     scale_inputs(module, consumer, scale, shift)
-    _bypass(norm)
+    bypass(norm)
     return None
 
 
-def _bypass(norm: fx.Node) -> None:
+def bypass(norm: fx.Node) -> None:
+    """Hands the norm's input to its readers."""
     source = norm.args[0]
     assert isinstance(source, fx.Node)
     norm.replace_all_uses_with(source)

@@ -19,6 +19,7 @@ DROPOUT = frozenset({"dropout", "feature_dropout", "alpha_dropout", "feature_alp
 IDENTITY = frozenset({"contiguous", "clone", "detach", "alias", "lift_fresh_copy"})
 ENLARGING = frozenset({"index", "gather", "index_select", "embedding", "repeat", "repeat_interleave", "expand"})
 CASTS = frozenset({"to", "_to_copy", "type_as", "float"})
+NEUTRAL = {"add": 0, "sub": 0, "mul": 1, "div": 1}
 FACTORIES = frozenset({"new_zeros", "new_ones", "new_full", "new_empty"})
 
 
@@ -240,7 +241,7 @@ def rewrite(graph_module: fx.GraphModule) -> None:
         name = ops.base_name(node)
         if name == "scaled_dot_product_attention":
             _decompose_attention(graph_module, node)
-        elif name in IDENTITY:
+        elif name in IDENTITY or _is_neutral(node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         elif name == "baddbmm":
@@ -252,6 +253,16 @@ def rewrite(graph_module: fx.GraphModule) -> None:
     _give_biases(graph_module)
     graph.lint()
     graph_module.recompile()
+
+
+def _is_neutral(node: fx.Node) -> bool:
+    """Whether it adds 0 or multiplies by 1, as a sum that starts with 0 does."""
+    neutral = NEUTRAL.get(ops.base_name(node))
+    if neutral is None or node.kwargs or len(node.args) != 2 or node.args[1] is True or node.args[1] != neutral:
+        return False
+    source = node.args[0]
+    before, after = (ops.value(n) if isinstance(n, fx.Node) else None for n in (source, node))
+    return isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype == after.dtype
 
 
 def insert(graph: fx.Graph, like: fx.Node, layer: str, target: Callable[..., Any], *args: Any) -> fx.Node:
@@ -279,7 +290,7 @@ def _decompose_attention(module: fx.GraphModule, node: fx.Node) -> None:
     mask = arguments.get("attn_mask")
     if arguments.get("is_causal"):
         length, width = int(ops.shape(query)[-2]), int(ops.shape(key)[-2])
-        mask = _stored(module, node, f"{base}.causal", torch.ones(length, width, dtype=torch.bool).tril())
+        mask = store(module, node, f"{base}.causal", torch.ones(length, width, dtype=torch.bool).tril())
     forbidden = None
     if isinstance(mask, fx.Node):
         scores, forbidden = _masked(module, node, base, scores, mask)
@@ -291,7 +302,8 @@ def _decompose_attention(module: fx.GraphModule, node: fx.Node) -> None:
     graph.erase_node(node)
 
 
-def _stored(module: fx.GraphModule, node: fx.Node, target: str, tensor: Tensor) -> fx.Node:
+def store(module: fx.GraphModule, node: fx.Node, target: str, tensor: Tensor) -> fx.Node:
+    """Reads a tensor, new at its path, before ``node``."""
     set_tensor(module, target, tensor)
     with module.graph.inserting_before(node):
         stored = module.graph.get_attr(target)
@@ -314,7 +326,7 @@ def _masked(
     masked = insert(graph, node, f"{base}.mask", aten.add.Tensor, scores, mask)
     if stored is not None:
         closed = torch.isneginf(stored)
-        return masked, _stored(module, node, f"{base}.forbidden", closed) if bool(closed.all(-1).any()) else None
+        return masked, store(module, node, f"{base}.forbidden", closed) if bool(closed.all(-1).any()) else None
     forbidden = insert(graph, node, f"{base}.forbidden", aten.eq.Scalar, mask, float("-inf"))
     forbidden.meta["val"] = value.bool() if isinstance(value, Tensor) else value
     return masked, forbidden
@@ -371,8 +383,8 @@ def _constant_matmul_to_linear(module: fx.GraphModule, node: fx.Node) -> None:
     target = f"{weight.target}_transposed"
     transposed = next((n for n in module.graph.nodes if n.op == "get_attr" and n.target == target), None)
     if transposed is None:
-        transposed = _stored(module, node, target, get_tensor(module, str(weight.target)).t().contiguous().clone())
-    layer = _free(str(weight.target).removesuffix(".weight"), {str(n.meta.get("layer")) for n in module.graph.nodes})
+        transposed = store(module, node, target, get_tensor(module, str(weight.target)).t().contiguous().clone())
+    layer = free(str(weight.target).removesuffix(".weight"), {str(n.meta.get("layer")) for n in module.graph.nodes})
     linear = insert(module.graph, node, layer, aten.linear.default, x, transposed, bias)
     node.replace_all_uses_with(linear)
     module.graph.erase_node(node)
@@ -388,18 +400,18 @@ def _give_biases(module: fx.GraphModule) -> None:
         weight, taken = node.args[1], {name for name, _ in module.named_buffers()}
         assert isinstance(weight, fx.Node)
         layer = str(node.meta["layer"])
-        target = _free(f"{layer}_bias" if layer in taken else f"{layer}.bias", taken)
-        stored = _stored(module, node, target, torch.zeros(out_channels(node)))
+        target = free(f"{layer}_bias" if layer in taken else f"{layer}.bias", taken)
+        stored = store(module, node, target, torch.zeros(out_channels(node)))
         node.args = (*node.args[:2], stored, *node.args[3:])
 
 
-def _free(name: str, taken: set[str]) -> str:
+def free(name: str, taken: set[str]) -> str:
     """The name, numbered if it is taken."""
     numbers = itertools.count(1)
-    free = name
-    while free in taken:
-        free = f"{name}_{next(numbers)}"
-    return free
+    found = name
+    while found in taken:
+        found = f"{name}_{next(numbers)}"
+    return found
 
 
 def out_channels(node: fx.Node) -> int:
