@@ -5,8 +5,10 @@ import pytest
 import torch
 
 import bitwright as bw
+from bitwright.export.deviation import MOST_DIFFERING
+from bitwright.export.layers import compare_layers
 from bitwright.export.onnx import to_onnx
-from bitwright.export.parity import MOST_DIFFERING, compare_layers, compare_outputs
+from bitwright.export.parity import compare_outputs
 
 pytestmark = [assets.requires_assets, pytest.mark.slow]
 CIFAR = ["cifar_resnet20", "cifar_resnet56", "cifar_vit", "cifar_convstem_vit"]
@@ -44,7 +46,7 @@ def test_efficientnet_keeps_its_accuracy(tmp_path):
         model = bw.quantize(assets.efficientnet_lite0(), calibration, "mse", weights=weights, samples=500)
         found = model.evaluate(test)
         program = to_onnx(model)
-        whole = [compare_outputs(model, program, images, (1, 8), optimize=o) for o in (False, True)]
+        whole = [found for level in compare_outputs(model, program, images) for found in level]
         layers = compare_layers(model, program, images[:8])
         print(weights, found, whole, max(layer.differing_fraction for layer in layers))
         assert found["quantized"]["top1"] >= least

@@ -9,8 +9,10 @@ import torch
 
 import bitwright as bw
 from bitwright.export.arbiter import compare_codes
+from bitwright.export.layers import LayerParity, compare_layers
 from bitwright.export.onnx import save_onnx, to_onnx
-from bitwright.export.parity import LayerParity, check_parity, compare_layers, compare_outputs, export_checked, session
+from bitwright.export.parity import check_parity, compare_outputs, export_checked
+from bitwright.export.runtimes import session
 from bitwright.quant.quantizer import Quantizer
 from bitwright.speed.float_twin import float_twin
 from bitwright.speed.kernels import kernels, products
@@ -106,9 +108,9 @@ def test_the_runtime_leaves_a_float_bias_as_fine_as_it_is(monkeypatch):
 
     model = bw.quantize("zoo:fashion_cnn", "zoo:fashion[:16]", "mse", weights=4)
     images = model.calibration.batch(range(12))
-    shielded = compare_outputs(model, to_onnx(model), images, (1, 8), optimize=True)
+    (shielded,) = compare_outputs(model, to_onnx(model), images)[1]
     monkeypatch.setattr(forms, "shield_bias", lambda *_: None)
-    bare = compare_outputs(model, to_onnx(model), images, (1, 8), optimize=True)
+    (bare,) = compare_outputs(model, to_onnx(model), images)[1]
     assert shielded.mean_abs < bare.mean_abs / 2
 
 

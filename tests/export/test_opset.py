@@ -9,7 +9,7 @@ import torch
 import bitwright as bw
 from bitwright.export import onnx as exporter
 from bitwright.export.onnx import opset, save_onnx, to_onnx
-from bitwright.export.parity import session
+from bitwright.export.runtimes import session
 from bitwright.speed.kernels import kernels
 
 

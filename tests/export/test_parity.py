@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import bitwright as bw
+from bitwright.export.layers import Passing, compare_layer, compare_layers
 from bitwright.export.onnx import to_onnx
-from bitwright.export.parity import compare_layers, on_boundary
 from bitwright.quant.quantizer import Grid, Quantizer
 
 POOLINGS = [
@@ -47,7 +47,14 @@ def test_a_step_that_is_wrong_by_half_a_percent_does_not_pass(pooled):
 
 
 def test_a_boundary_is_as_wide_as_the_rounding_of_float32():
+    """There both codes are right, but no third one."""
     quantizer = Quantizer("x", Grid(8, symmetric=False), "activation")
     quantizer.set_range(torch.tensor(0.1))
-    x = torch.tensor([0.5, 1.5, 100.5, 100.501, 100.499, 7.0, 7.499]) * 0.1
-    assert on_boundary(x, quantizer).tolist() == [True, True, True, False, False, False, False]
+
+    def right(step, code):
+        x = torch.tensor([step]) * 0.1
+        return compare_layer(quantizer, Passing(x, x), torch.tensor([float(code)])).differing_fraction == 0
+
+    for step, found in ((0.5, 1), (1.5, 1), (100.5, 1), (100.501, 0), (100.499, 0), (7.0, 0), (7.499, 0)):
+        assert right(step, int(step)) + right(step, int(step) + 1) == 1 + found, step
+        assert not right(step, int(step) + 2)

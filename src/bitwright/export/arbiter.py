@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, fx
 
 from bitwright.export.clips import codes_of
-from bitwright.export.parity import activation_quantizers, beyond, session
+from bitwright.export.layers import LayerParity, activation_quantizers, beyond, compare_layer, simulated
 from bitwright.export.reference import FLOAT, run_reference
+from bitwright.export.runtimes import session
 from bitwright.graph import ops
 from bitwright.graph.watch import watch
 from bitwright.quant.quantizer import Quantizer
@@ -109,6 +110,24 @@ def compare_codes(model: QuantizedModel, program: ir.Model, images: Tensor, runt
         for name, row in rows.items():
             row.found = cut.kernels.get(name, FLOAT)
     return [rows[name] for name in nodes if name in rows]
+
+
+def compare_kernels(model: QuantizedModel, program: ir.Model, images: Tensor) -> dict[str, LayerParity]:
+    """Every layer in ONNX Runtime, graph optimisations on, by node name: its codes against the simulation's.
+
+    Args:
+        model: frozen.
+        program: the file, with the tensor names that bitwright gives.
+        images: [N, C, H, W].
+    """
+    passing = simulated(model, images)
+    with CutRuntime(model, program) as cut:
+        codes = {name: q.codes(passing[name].before) for name, q in cut.quantizers.items()}
+        found = cut.run(codes, images)
+        return {
+            name: compare_layer(cut.quantizers[name], passing[name], codes, cut.kernels.get(name, FLOAT))
+            for name, codes in found.items()
+        }
 
 
 def by_operator(layers: Iterable[LayerCodes]) -> list[LayerCodes]:

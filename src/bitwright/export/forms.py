@@ -14,10 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from bitwright.export.clips import IN_FLOAT, MOVES, READS_INTEGER_BIAS
+from bitwright.export.clips import IN_FLOAT, MOVES, READS_INTEGER_BIAS, codes_of
 from bitwright.export.edit import initializer, insert_node, shared
 
 WEIGHTED = frozenset({*READS_INTEGER_BIAS, "ConvTranspose"})
+PICKS = frozenset({"Concat", "Gather", "Slice", "Split"})
+"""Operators that pick values or put them together, over which ONNX Runtime moves no codes."""
 POOLS = frozenset({"MaxPool", "AveragePool"})
 NEXT_TO_ZERO = np.finfo(np.float32).tiny
 """What a Pad of zeros before max pooling pads with: on every grid it is zero, for ONNX Runtime it is another number."""
@@ -30,6 +32,8 @@ def rewrite_forms(graph: ir.Graph) -> None:
         if node.op_type in WEIGHTED:
             shield_bias(graph, node, shielded)
             shield_weight(graph, node, shielded)
+        elif node.op_type == "MatMul":
+            code_product(graph, node)
         elif node.op_type == "Softmax":
             shield_softmax(graph, node, shielded)
         elif node.op_type in POOLS:
@@ -50,6 +54,49 @@ def shield_weight(graph: ir.Graph, node: ir.Node, shielded: dict[str | None, ir.
         node.replace_input_with(0, in_float(graph, node, source, shielded))
 
 
+def code_product(graph: ir.Graph, node: ir.Node) -> None:
+    """Quantizes what a product of integer weights reads once more, on the grid that it lies on already.
+
+    Its codes come through operators that ONNX Runtime moves no codes over, as those of a shifted window do. Reading
+    floats, it would put them on 8 bits by itself, in blocks (MatMulNBits). Twice on one grid is exact.
+    """
+    source, weight = node.inputs[:2]
+    producer = None if weight is None else weight.producer()
+    if source is None or producer is None or producer.op_type != "DequantizeLinear" or source.is_graph_input():
+        return
+    if producer.inputs[0] is None or producer.inputs[0].const_value is None or _comes_from_codes(source, MOVES):
+        return
+    grid = _grid(source)
+    if grid is None:
+        return
+    name = f"{source.name}/again"
+    codes = insert_node(graph, node, "QuantizeLinear", [source, *grid], f"{name}/codes")
+    codes.type, codes.shape = ir.TensorType(ir.DataType.UINT8), source.shape
+    value = insert_node(graph, node, "DequantizeLinear", [codes, *grid], f"{name}/value")
+    value.type, value.shape = source.type, source.shape
+    node.replace_input_with(0, value)
+
+
+def _grid(source: ir.Value) -> tuple[ir.Value, ir.Value] | None:
+    """Scale and zero point that all codes have from which values are only moved or picked; None if there are none."""
+    waiting, grids = [source], set()
+    while waiting:
+        node = waiting.pop().producer()
+        if node is None:
+            return None
+        if node.op_type == "DequantizeLinear":
+            grids.add(tuple(node.inputs[1:3]))
+        elif node.op_type in MOVES | PICKS:
+            moved = node.inputs if node.op_type == "Concat" else node.inputs[:1]
+            waiting += [v for v in moved if v is not None]
+        else:
+            return None
+    scale, zero = grids.pop() if len(grids) == 1 else (None, None)
+    if scale is None or zero is None or zero.dtype != ir.DataType.UINT8 or scale.shape is None or len(scale.shape):
+        return None
+    return scale, zero
+
+
 def shield_softmax(graph: ir.Graph, node: ir.Node, shielded: dict[str | None, ir.Value]) -> None:
     """Puts a Clip without effect between codes and a softmax.
 
@@ -60,6 +107,29 @@ def shield_softmax(graph: ir.Graph, node: ir.Node, shielded: dict[str | None, ir
     source = node.inputs[0]
     if source is not None and _comes_from_codes(source, MOVES | {"Slice"}):
         node.replace_input_with(0, in_float(graph, node, source, shielded))
+
+
+def keep_in_float(graph: ir.Graph, names: Sequence[str]) -> None:
+    """Puts Clips without effect before the operators that give these activations, so that they compute in float.
+
+    Args:
+        graph: of a file.
+        names: of the quantizers' nodes whose codes a kernel of ONNX Runtime computes wrongly.
+    """
+    shielded: dict[str | None, ir.Value] = {}
+    ends = {codes_of(node).name: node for node in graph if node.op_type == "QuantizeLinear"}
+    for name in names:
+        waiting = [ends[f"{name}/codes"]] if f"{name}/codes" in ends else []
+        while waiting:
+            node = waiting.pop()
+            for index, value in enumerate(node.inputs):
+                producer = None if value is None else value.producer()
+                if value is None or producer is None or (value.name or "").endswith(IN_FLOAT):
+                    continue
+                if producer.op_type != "DequantizeLinear":
+                    waiting.append(producer)
+                elif producer.inputs[0] is not None and producer.inputs[0].const_value is None:
+                    node.replace_input_with(index, in_float(graph, node, value, shielded))
 
 
 def in_float(graph: ir.Graph, before: ir.Node, source: ir.Value, shielded: dict[str | None, ir.Value]) -> ir.Value:

@@ -308,7 +308,7 @@ def _replace_stored(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen) -
             turned = _integers(graph, mark, f"{name}/transposed", frozen, order)
             node.outputs[0].replace_all_uses_with(turned)
             graph.remove(node, safe=True)
-        value = _integers(graph, mark, name, frozen, None) if old.uses() else None
+        value = _integers(graph, mark, name, frozen, None) if old.uses() or old.is_graph_output() else None
     if value is not None:
         value.shape, value.type = old.shape, old.type
         old.replace_all_uses_with(value, replace_graph_outputs=True)

@@ -2,86 +2,42 @@
 
 from __future__ import annotations
 
-import copy
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from bitwright.data import Images, load_images
-from bitwright.errors import ParityError, UsageError
+from bitwright.errors import BitwrightError, ParityError, UsageError
+from bitwright.export.arbiter import compare_kernels
+from bitwright.export.deviation import OutputParity, Run, compare, tipped, worst
+from bitwright.export.forms import keep_in_float
+from bitwright.export.layers import LayerParity, activation_quantizers, compare_layers, worst_layer
 from bitwright.export.onnx import save_onnx, to_onnx
-from bitwright.graph.watch import watch
-from bitwright.metrics import Fidelity
-from bitwright.quant.quantizer import Quantizer
+from bitwright.export.runtimes import Opener, Session, openvino_session, session
+from bitwright.graph.axes import read_outputs
 from bitwright.quantized import QuantizedModel
+from bitwright.speed.runtimes import OPENVINO
 
-if TYPE_CHECKING:
-    from bitwright.export.runtimes import Opener
-
-Array = npt.NDArray[np.float32]
-
-MOST_DIFFERING = 1e-3
-"""Share of a layer's values that float summation may tip over a rounding boundary."""
-BOUNDARY = 16 * float(np.finfo(np.float32).eps)
-"""Relative distance of a value from half a step, within which float summation decides how it is rounded. Pooling of
-codes on one scale meets such values often: the mean of four integers lies there for one value in four."""
-MOST_STEPS = 1
-MOST_DEVIATION = 0.05
-"""Mean difference of an output, in units of its range, beyond which the runtime is taken to compute something else."""
 IMAGES = 32
 LAYER_IMAGES = 4
-
-
-@dataclass
-class LayerParity:
-    """One layer, fed the simulation's own input."""
-
-    name: str
-    differing_fraction: float
-    max_steps: int
-    values: int
-    """How many codes were compared."""
-
-    @property
-    def diverges(self) -> bool:
-        """See :func:`beyond`."""
-        return beyond(round(self.differing_fraction * self.values), self.max_steps, self.values)
-
-
-def beyond(differing: int, max_steps: int, count: int) -> bool:
-    """Whether more codes differ, or by more steps, than summation in float32 explains; a single one always may.
-
-    Example:
-        >>> beyond(1, 1, 50), beyond(2, 1, 50), beyond(1, 2, 5000)
-        (False, True, True)
-    """
-    return max_steps > MOST_STEPS or differing > max(1, MOST_DIFFERING * count)
-
-
-@dataclass
-class OutputParity:
-    """The whole network, one level of the runtime's graph optimisations. Differences are in units of the output."""
-
-    max_abs: float = 0.0
-    mean_abs: float = 0.0
-    range: float = 0.0
-    agreement: float | None = None
+FEW = 0.9
+"""Share of same answers below which a file that passed is warned of."""
 
 
 @dataclass
 class Parity:
-    """What the check found; ``passed`` unless a layer, or an output by far, differs from the simulation.
+    """What the check found; ``passed`` unless a layer, or an output, differs from the simulation.
 
-    The figures of the whole network are those without graph optimisations; ``optimized`` holds those with them.
+    The first figures are those of the output that is furthest from what it may be, without graph optimisations;
+    ``optimized`` holds the same with them.
     """
 
     runtime: str
@@ -95,6 +51,10 @@ class Parity:
     first_divergence: str | None
     optimized: OutputParity = field(default_factory=OutputParity)
     batch_sizes: tuple[int, ...] = ()
+    outputs: list[OutputParity] = field(default_factory=list)
+    """Each one, without graph optimisations."""
+    optimized_outputs: list[OutputParity] = field(default_factory=list)
+    """Each one, with them."""
 
     @property
     def passed(self) -> bool:
@@ -104,6 +64,37 @@ class Parity:
     def to_dict(self) -> dict[str, Any]:
         """As in ``result.json``."""
         return asdict(self)
+
+
+def parity_of(
+    runtime: str,
+    images: Tensor,
+    plain: list[OutputParity],
+    optimized: list[OutputParity],
+    layers: Sequence[LayerParity] = (),
+) -> Parity:
+    """The verdict: the first layer that diverges, else the first output, with optimisations off before on."""
+    first, worst_plain = next((x for x in layers if x.diverges), None), worst(plain)
+    divergence = None if first is None else first.name
+    if first is not None and first.kernel:
+        divergence = f"{first.name} (as ONNX Runtime's {first.kernel})"
+    for output in (*plain, *optimized):
+        if divergence is None and output.diverges:
+            divergence = "the output" if len(plain) == 1 else f"the output {output.name}"
+    return Parity(
+        runtime=runtime,
+        images=len(images),
+        max_abs=worst_plain.max_abs,
+        mean_abs=worst_plain.mean_abs,
+        range=worst_plain.range,
+        agreement=worst_plain.agreement,
+        worst_layer=worst_layer(list(layers)),
+        first_divergence=divergence,
+        optimized=worst(optimized),
+        batch_sizes=batch_sizes(images),
+        outputs=plain,
+        optimized_outputs=optimized,
+    )
 
 
 def export_checked(
@@ -123,8 +114,13 @@ def export_checked(
         ParityError: the file computes something else; it is not written, unless ``force``.
     """
     batch = _images(model, images, count)
-    program = to_onnx(model)
-    parity = check_parity(model, program, batch)
+    try:
+        program, parity = _written(model, batch)
+    except (BitwrightError, OSError):
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise BitwrightError(f"This network could not be written as ONNX and checked ({reason}).") from error
     if parity.passed or force:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_onnx(program, path)
@@ -136,6 +132,48 @@ def export_checked(
             f"{parity.first_divergence} is the first to differ{detail}. It was not written; --force keeps it."
         )
     return parity
+
+
+def _written(model: QuantizedModel, images: Tensor) -> tuple[ir.Model, Parity]:
+    """The file and its check; operators that ONNX Runtime's kernels compute otherwise are kept in float there."""
+    program = to_onnx(model)
+    kernels: dict[str, LayerParity] | None = compare_kernels(model, program, images[:LAYER_IMAGES])
+    wrong = [name for name, layer in (kernels or {}).items() if layer.diverges]
+    if wrong:
+        keep_in_float(program.graph, wrong)
+        kernels = None
+    parity = check_parity(model, program, images, kernels=kernels)
+    if model.scheme.runtime == OPENVINO.name and OPENVINO.installed:
+        _warn_of_openvino(model, program, images)
+    own = [o.self_agreement for o in parity.optimized_outputs if o.agreement is not None and o.agreement < FEW]
+    if parity.passed and own:
+        warnings.warn(
+            f"The answers of this network hang on single roundings: the file gives the same on "
+            f"{_share(parity.optimized.agreement)} of the images, and so does the simulation itself on "
+            f"{_share(min(x for x in own if x is not None))} where one code in a thousand is rounded the other way.",
+            stacklevel=4,
+        )
+    return program, parity
+
+
+def _share(x: float | None) -> str:
+    return "some" if x is None else f"{100 * x:.0f} %"
+
+
+def _warn_of_openvino(model: QuantizedModel, program: ir.Model, images: Tensor) -> None:
+    """Says what is different in OpenVINO about a file that was made for it."""
+    name = f"{OPENVINO.name} {OPENVINO.version}"
+    try:
+        found = check_parity(model, program, images, name=name, opener=openvino_session).first_divergence
+    except BitwrightError as error:
+        warnings.warn(f"OpenVINO could not run the ONNX file to check it: {error}", stacklevel=5)
+        return
+    if found is not None:
+        warnings.warn(
+            f"In OpenVINO, for which this network was quantized, the ONNX file computes something else than what was "
+            f"measured: {found} is the first to differ. It is right in ONNX Runtime.",
+            stacklevel=5,
+        )
 
 
 def _images(model: QuantizedModel, images: Any, count: int) -> Tensor:
@@ -156,8 +194,11 @@ def check_parity(
     name: str | None = None,
     opener: Opener | None = None,
     file: Opener | None = None,
+    kernels: dict[str, LayerParity] | None = None,
 ) -> Parity:
     """Compares file and simulation, layer by layer and as a whole, at two batch sizes.
+
+    In ONNX Runtime every layer is compared twice: as the file has it, and as its optimisations make it.
 
     Args:
         model: frozen.
@@ -166,30 +207,14 @@ def check_parity(
         name: of the runtime and its version; ONNX Runtime's if not given.
         opener: of another runtime than ONNX Runtime, for single layers.
         file: the same for the whole network; as single layers if not given.
+        kernels: what :func:`bitwright.export.arbiter.compare_kernels` found, if it was asked already.
     """
-    opener = opener or session
     layers = compare_layers(model, program, images[:LAYER_IMAGES], opener)
-    sizes = batch_sizes(images)
-    plain = compare_outputs(model, program, images, sizes, optimize=False, opener=file or opener)
-    optimized = compare_outputs(model, program, images, sizes, optimize=True, opener=file or opener)
-    return Parity(
-        runtime=name or _runtime_name(),
-        images=len(images),
-        **asdict(plain),
-        worst_layer=max(layers, key=lambda x: (x.max_steps > MOST_STEPS, x.differing_fraction), default=None),
-        first_divergence=_first_divergence(layers, plain, optimized),
-        optimized=optimized,
-        batch_sizes=sizes,
-    )
-
-
-def _first_divergence(layers: list[LayerParity], *whole: OutputParity) -> str | None:
-    for layer in layers:
-        if layer.diverges:
-            return layer.name
-    if any(not output.mean_abs <= MOST_DEVIATION * max(output.range, 1e-12) for output in whole):
-        return "the output"
-    return None
+    if opener is None and kernels is None:
+        kernels = compare_kernels(model, program, images[:LAYER_IMAGES])
+    layers += (kernels or {}).values()
+    plain, optimized = compare_outputs(model, program, images, file or opener)
+    return parity_of(name or _runtime_name(), images, plain, optimized, layers)
 
 
 def _runtime_name() -> str:
@@ -198,62 +223,35 @@ def _runtime_name() -> str:
     return f"onnxruntime {onnxruntime.__version__}"
 
 
-@contextmanager
-def session(program: ir.Model, *, optimize: bool, dump: Path | None = None) -> Iterator[Any]:
-    """An ONNX Runtime session on the CPU; the graph that it runs is written to ``dump``."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    levels = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    if dump is not None:
-        options.optimized_model_filepath = str(dump)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        save_onnx(program, path)
-        yield onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
 def compare_outputs(
-    model: QuantizedModel,
-    program: ir.Model,
-    images: Tensor,
-    sizes: tuple[int, ...],
-    *,
-    optimize: bool,
-    opener: Opener | None = None,
-) -> OutputParity:
-    """The whole network in the runtime against the simulation, the images split over the batch sizes."""
-    with (opener or session)(program, optimize=optimize) as runtime:
-        return compare_with(
-            model,
-            images,
-            sizes,
-            lambda x: [torch.from_numpy(o) for o in runtime.run(None, {"images": x.numpy()})],
-        )
+    model: QuantizedModel, program: ir.Model, images: Tensor, opener: Opener | None = None
+) -> tuple[list[OutputParity], list[OutputParity]]:
+    """Every output in the runtime against the simulation's, with its optimisations off and on, at two batch sizes."""
+    with ExitStack() as exits:
+        runs: dict[str, Run] = {}
+        for level in (False, True):
+            opened = exits.enter_context((opener or session)(program, optimize=level))
+            runs["on" if level else "off"] = _runner(opened)
+        found = compare_with(model, images, runs)
+    return found["off"], found["on"]
 
 
-def compare_with(
-    model: QuantizedModel, images: Tensor, sizes: tuple[int, ...], run: Callable[[Tensor], list[Tensor]]
-) -> OutputParity:
-    """The simulation against whatever yields the same outputs, the images split over the batch sizes."""
-    fidelity, total, count = Fidelity(), 0.0, 0
-    low, high, worst = float("inf"), float("-inf"), 0.0
-    for batch in _in_batches(images, sizes):
-        with torch.no_grad():
-            expected, found = model.flat(batch), run(batch)
-        fidelity.update(expected, found)
-        for a, b in zip(expected, found, strict=True):
-            difference = (a - b).abs().double()
-            worst, total, count = (
-                max(worst, float(difference.max())),
-                total + float(difference.sum()),
-                count + a.numel(),
-            )
-            low, high = min(low, float(a.min())), max(high, float(a.max()))
-    agreement = fidelity.result()["agreement"]
-    return OutputParity(max_abs=worst, mean_abs=total / max(count, 1), range=high - low, agreement=agreement)
+def _runner(opened: Session) -> Run:
+    name = opened.get_inputs()[0].name
+    return lambda x: [torch.from_numpy(np.asarray(o)) for o in opened.run(None, {name: x.numpy()})]
+
+
+def compare_with(model: QuantizedModel, images: Tensor, runs: dict[str, Run]) -> dict[str, list[OutputParity]]:
+    """The simulation's outputs against those of whatever yields the same ones, at two batch sizes."""
+    quantizers = activation_quantizers(model)
+
+    def shaken(batch: Tensor) -> list[Tensor]:
+        with tipped(quantizers):
+            return model.flat(batch)
+
+    with torch.no_grad():
+        readings = read_outputs(model.graph, images, model.outputs)
+        return compare(model.outputs, readings, _in_batches(images, batch_sizes(images)), model.flat, shaken, runs)
 
 
 def batch_sizes(images: Tensor) -> tuple[int, int]:
@@ -267,89 +265,3 @@ def _in_batches(images: Tensor, sizes: tuple[int, ...]) -> Iterator[Tensor]:
     yield from torch.split(images[:first], sizes[0])
     if len(images) > first:
         yield from torch.split(images[first:], sizes[-1])
-
-
-def compare_layers(
-    model: QuantizedModel, program: ir.Model, images: Tensor, opener: Opener | None = None
-) -> list[LayerParity]:
-    """Every layer in the runtime, optimisations off, fed the simulation's own input: how many codes differ.
-
-    A code that is off by one where the value lies on the boundary between two does not count: both are right.
-    """
-    quantizers = activation_quantizers(model)
-    simulated, ties = _simulate(model, images, quantizers)
-    if not simulated:
-        return []
-    cut, names = _cut(program, set(simulated))
-    with (opener or session)(cut, optimize=False) as runtime:
-        wanted = {i.name for i in runtime.get_inputs()}
-        feed = {f"{n}/fed": v.numpy() for n, v in simulated.items() if f"{n}/fed" in wanted}
-        if "images" in wanted:
-            feed["images"] = images.numpy()
-        outputs = runtime.run([f"{n}/value" for n in names], feed)
-    return [
-        _compare_layer(quantizers[n], simulated[n].numpy(), out, ties[n]) for n, out in zip(names, outputs, strict=True)
-    ]
-
-
-def _simulate(
-    model: QuantizedModel, images: Tensor, quantizers: dict[str, Quantizer]
-) -> tuple[dict[str, Tensor], dict[str, npt.NDArray[np.bool_]]]:
-    """What each quantizer returns, and where its input lies on a boundary."""
-    simulated: dict[str, Tensor] = {}
-    ties: dict[str, npt.NDArray[np.bool_]] = {}
-    readers: dict[str, list[str]] = {}
-
-    def keep(node: fx.Node, value: Tensor) -> None:
-        if node.name in quantizers:
-            simulated[node.name] = value
-        for reader in readers.get(node.name, []):
-            ties[reader] = on_boundary(value, quantizers[reader])
-
-    for node in model.graph.graph.nodes:
-        if node.name in quantizers:
-            readers.setdefault(node.args[0].name, []).append(node.name)
-    watch(model.graph, images, dict.fromkeys([*quantizers, *readers], keep))
-    return simulated, ties
-
-
-def on_boundary(x: Tensor, quantizer: Quantizer) -> npt.NDArray[np.bool_]:
-    """Where a value lies halfway between two codes, as far as float32 can tell."""
-    steps = x.double() / quantizer.expanded()[0].double()
-    return ((steps - steps.floor() - 0.5).abs() <= BOUNDARY * steps.abs().clamp(min=1)).numpy()
-
-
-def activation_quantizers(model: QuantizedModel) -> dict[str, Quantizer]:
-    """Quantizers of activations by node name, in program order."""
-    found = {}
-    for node in model.graph.graph.nodes:
-        if node.op == "call_module" and node.args:
-            module = model.graph.get_submodule(str(node.target))
-            if isinstance(module, Quantizer):
-                found[node.name] = module
-    return found
-
-
-def _compare_layer(quantizer: Quantizer, expected: Array, found: Array, ties: npt.NDArray[np.bool_]) -> LayerParity:
-    steps = np.rint(np.abs(expected.astype(np.float64) - found) / quantizer.expanded()[0].numpy())
-    steps[ties & (steps <= MOST_STEPS)] = 0
-    return LayerParity(quantizer.name, float((steps > 0).mean()), int(steps.max(initial=0)), steps.size)
-
-
-def _cut(program: ir.Model, names: set[str]) -> tuple[ir.Model, list[str]]:
-    """The network cut at every activation quantizer: its value is an output, and what reads it reads an input."""
-    cut = copy.deepcopy(program) if not hasattr(program, "clone") else program.clone()
-    graph, found = cut.graph, []
-    graph.outputs.clear()
-    for node in list(graph):
-        for value in node.outputs:
-            name = (value.name or "").removesuffix("/value")
-            if name not in names or not (value.name or "").endswith("/value"):
-                continue
-            fed = ir.Value(name=f"{name}/fed", shape=value.shape, type=value.type)
-            if value.uses():
-                value.replace_all_uses_with(fed)
-                graph.inputs.append(fed)
-            graph.outputs.append(value)
-            found.append(name)
-    return cut, found

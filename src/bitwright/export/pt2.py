@@ -10,7 +10,6 @@ import io
 import json
 import warnings
 import zipfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch.utils import _pytree as pytree
 import bitwright
 from bitwright.errors import UsageError
 from bitwright.export.onnx import described
-from bitwright.export.parity import MOST_DEVIATION, Parity, batch_sizes, compare_with
+from bitwright.export.parity import Parity, compare_with, parity_of
 from bitwright.quant import affine
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
 from bitwright.quantized import QuantizedModel
@@ -187,15 +186,5 @@ def write_pt2(model: QuantizedModel, path: Path, images: Tensor) -> Parity:
     _compress(archive, path)
     with path.open("rb") as file:
         written = torch.export.load(file).module()
-    sizes = batch_sizes(images)
-    found = compare_with(model, images, sizes, lambda x: pytree.tree_leaves(written(x)))
-    wrong = not found.mean_abs <= MOST_DEVIATION * max(found.range, 1e-12)
-    return Parity(
-        runtime=f"torch {torch.__version__}",
-        images=len(images),
-        **asdict(found),
-        worst_layer=None,
-        first_divergence="the output" if wrong else None,
-        optimized=found,
-        batch_sizes=sizes,
-    )
+    found = compare_with(model, images, {"file": lambda x: pytree.tree_leaves(written(x))})["file"]
+    return parity_of(f"torch {torch.__version__}", images, found, found)

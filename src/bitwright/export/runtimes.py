@@ -136,3 +136,20 @@ def _said(call: Callable[..., Any], *arguments: Any) -> Any:
             f"OpenVINO does not take this network ({reason[:200]}). Quantize it with --runtime openvino, or export it "
             "--to onnx."
         ) from error
+
+
+@contextmanager
+def session(program: ir.Model, *, optimize: bool, dump: Path | None = None) -> Iterator[Any]:
+    """An ONNX Runtime session on the CPU; the graph that it runs is written to ``dump``."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    if dump is not None:
+        options.optimized_model_filepath = str(dump)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        save_onnx(program, path)
+        yield onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

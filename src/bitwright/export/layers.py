@@ -1,0 +1,151 @@
+"""Every layer of a file in its runtime, fed the simulation's own input: how many codes differ."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx
+
+from bitwright.export.deviation import MOST_DIFFERING
+from bitwright.export.runtimes import Opener, session
+from bitwright.graph.watch import watch
+from bitwright.quant.quantizer import Quantizer
+from bitwright.quantized import QuantizedModel
+
+Array = npt.NDArray[np.float32]
+
+MOST_STEPS = 1
+BOUNDARY = 16 * float(np.finfo(np.float32).eps)
+"""Relative distance of a value from half a step, within which float summation decides how it is rounded. Pooling of
+codes on one scale meets such values often: the mean of four integers lies there for one value in four."""
+
+
+@dataclass
+class LayerParity:
+    """One layer, fed the simulation's own input."""
+
+    name: str
+    differing_fraction: float
+    """Of the codes; those that lie on a rounding boundary, where both are right, do not count."""
+    max_steps: int
+    values: int
+    """How many codes were compared."""
+    kernel: str = ""
+    """What the runtime, its optimisations on, put in the operator's place; empty with optimisations off."""
+
+    @property
+    def diverges(self) -> bool:
+        """See :func:`beyond`."""
+        return beyond(round(self.differing_fraction * self.values), self.max_steps, self.values)
+
+
+def beyond(differing: int, max_steps: int, count: int) -> bool:
+    """Whether more codes differ, or by more steps, than summation in float32 explains; a single one always may.
+
+    Example:
+        >>> beyond(1, 1, 50), beyond(2, 1, 50), beyond(1, 2, 5000)
+        (False, True, True)
+    """
+    return max_steps > MOST_STEPS or differing > max(1, MOST_DIFFERING * count)
+
+
+def activation_quantizers(model: QuantizedModel) -> dict[str, Quantizer]:
+    """Quantizers of activations by node name, in program order."""
+    found = {}
+    for node in model.graph.graph.nodes:
+        if node.op == "call_module" and node.args:
+            module = model.graph.get_submodule(str(node.target))
+            if isinstance(module, Quantizer):
+                found[node.name] = module
+    return found
+
+
+@dataclass
+class Passing:
+    """What goes through a quantizer of the simulation: before it and behind it, float32 of one shape."""
+
+    before: Tensor
+    behind: Tensor
+
+
+def simulated(model: QuantizedModel, images: Tensor) -> dict[str, Passing]:
+    """Of every quantizer of an activation, by node name."""
+    quantizers = activation_quantizers(model)
+    sources = {str(n.args[0]) for n in model.graph.graph.nodes if n.name in quantizers}
+    values: dict[str, Tensor] = {}
+
+    def keep(node: fx.Node, value: Tensor) -> None:
+        values[node.name] = value
+
+    watch(model.graph, images, dict.fromkeys([*quantizers, *sources], keep))
+    before = {n.name: values[str(n.args[0])] for n in model.graph.graph.nodes if n.name in quantizers}
+    return {name: Passing(before[name], values[name]) for name in quantizers}
+
+
+def compare_layers(
+    model: QuantizedModel, program: ir.Model, images: Tensor, opener: Opener | None = None
+) -> list[LayerParity]:
+    """Every layer in the runtime, optimisations off."""
+    passing, quantizers = simulated(model, images), activation_quantizers(model)
+    if not passing:
+        return []
+    cut, names = _cut(program, set(passing))
+    with (opener or session)(cut, optimize=False) as runtime:
+        wanted = {i.name for i in runtime.get_inputs()}
+        feed = {f"{n}/fed": v.behind.numpy() for n, v in passing.items() if f"{n}/fed" in wanted}
+        if "images" in wanted:
+            feed["images"] = images.numpy()
+        outputs = runtime.run([f"{n}/value" for n in names], feed)
+    return [
+        compare_layer(quantizers[n], passing[n], _codes(quantizers[n], out))
+        for n, out in zip(names, outputs, strict=True)
+    ]
+
+
+def _codes(quantizer: Quantizer, values: Array) -> Tensor:
+    """The codes that values of the grid stand for."""
+    scale, zero = quantizer.expanded()
+    return (torch.from_numpy(values).double() / scale.double()).round() + zero.double()
+
+
+def compare_layer(quantizer: Quantizer, passing: Passing, found: Tensor, kernel: str = "") -> LayerParity:
+    """Codes of a runtime, in the shape of the tensor, against those of the simulation."""
+    scale, zero = (x.double() for x in quantizer.expanded())
+    low, high = quantizer.grid.qmin, quantizer.grid.qmax
+    exact = passing.before.double() / scale
+    nearest = 0.5 + BOUNDARY * exact.abs().clamp(min=1)
+    steps = (found.double() - quantizer.codes(passing.before)).abs()
+    steps = torch.where((found.double() - (exact + zero).clamp(low, high)).abs() <= nearest, 0.0, steps)
+    most = int(steps.max()) if steps.numel() else 0
+    return LayerParity(quantizer.name, float((steps > 0).double().mean()), most, steps.numel(), kernel)
+
+
+def worst_layer(layers: Mapping[str, LayerParity] | list[LayerParity]) -> LayerParity | None:
+    """The one that differs most; None if no activation is quantized."""
+    each = layers.values() if isinstance(layers, Mapping) else layers
+    return max(each, key=lambda x: (x.max_steps > MOST_STEPS, x.differing_fraction), default=None)
+
+
+def _cut(program: ir.Model, names: set[str]) -> tuple[ir.Model, list[str]]:
+    """The network cut at every activation quantizer: its value is an output, and what reads it reads an input."""
+    cut = copy.deepcopy(program) if not hasattr(program, "clone") else program.clone()
+    graph, found = cut.graph, []
+    graph.outputs.clear()
+    for node in list(graph):
+        for value in node.outputs:
+            name = (value.name or "").removesuffix("/value")
+            if name not in names or not (value.name or "").endswith("/value"):
+                continue
+            fed = ir.Value(name=f"{name}/fed", shape=value.shape, type=value.type)
+            if value.uses():
+                value.replace_all_uses_with(fed)
+                graph.inputs.append(fed)
+            graph.outputs.append(value)
+            found.append(name)
+    return cut, found
