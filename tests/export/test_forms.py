@@ -85,10 +85,10 @@ def test_without_the_other_forms_it_does_not(monkeypatch):
     assert min(deviations(names).values()) > 5e-3
 
 
-@pytest.mark.parametrize("step", [1 / 255, 1 / 300.5, 1 / 5000])
+@pytest.mark.parametrize("step", [1 / 255, 1 / 300.5])
 @pytest.mark.parametrize("axis", [1, 2])
 def test_a_softmax_of_codes_stays_in_float(step, axis):
-    """The kernel that ONNX Runtime has for it gives other codes, from some by one to all of them by any number."""
+    """The kernel that ONNX Runtime has for it divides by whole numbers alone."""
     codes = torch.randint(0, 256, (3, 40, 50), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     constants = {"scale": np.float32(0.1), "zero": np.uint8(128), "step": np.float32(step), "none": np.uint8(0)}
     nodes = [
