@@ -22,6 +22,8 @@ from bitwright.compat import import_timm, import_torchvision
 
 SIZES = (128, 112)
 """Pixels of an image's side that are tried before the network's own."""
+EMBEDDING = re.compile("token|pos|cls|dist")
+"""In the names of what is added to features or put beside them; trained, it is about as large as they are."""
 REPEATS = 2
 """Blocks of equal shape that are kept."""
 _SMALLEST = """
@@ -189,7 +191,8 @@ def fill(network: nn.Module, images: Tensor) -> None:
 
     Constants near 1 (scales of norms) are spread over 0.7 to 1.3 of their value, biases and embeddings of zeros become
     normal with a deviation of 0.1, other small constants (layer scales, gains of residual branches) lie in 0.2 to 0.5.
-    Weights too small to hand a signal on are scaled to a deviation of one over the root of their inputs.
+    Weights too small to hand a signal on are scaled to a deviation of one over the root of their inputs, tokens and
+    embeddings that would be lost beside the features to 0.5.
     The statistics of batch norms are those of the images, so that no signal dies or explodes, spread in the same way;
     their biases lie around 1, because a deep random network with biases around 0 makes any small difference
     larger from layer to layer (Yang et al. 2019, arXiv:1902.08129), the one of rounding an image as well.
@@ -197,11 +200,7 @@ def fill(network: nn.Module, images: Tensor) -> None:
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in network.named_parameters():
-            if (
-                parameter.is_floating_point()
-                and parameter.numel()
-                and bool((parameter == parameter.flatten()[0]).all())
-            ):
+            if parameter.is_floating_point() and _constant(parameter):
                 parameter.copy_(_in_place_of(name, parameter, generator))
         for module in network.modules():
             if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
@@ -209,12 +208,27 @@ def fill(network: nn.Module, images: Tensor) -> None:
             elif isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
                 module.weight.copy_(0.7 + 0.6 * torch.rand(module.weight.shape, generator=generator))
                 module.bias.copy_(1 + 0.3 * torch.randn(module.bias.shape, generator=generator))
+        for name, parameter in network.named_parameters():
+            deviation = float(parameter.std(correction=0)) if parameter.is_floating_point() else 0.0
+            if EMBEDDING.search(_last(name)) and parameter.dim() > 1 and 0 < deviation < 0.1:
+                parameter.mul_(0.5 / deviation)
         _measure_statistics(network, images)
         for module in network.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is not None:
+                floor = 0.1 * module.running_var.median()  # a channel that is hardly ever above zero is no scale
+                module.running_var.clamp_(min=floor)
                 deviation = module.running_var.sqrt()
                 module.running_mean += 0.1 * deviation * torch.randn(deviation.shape, generator=generator)
                 module.running_var *= 0.7 + 0.6 * torch.rand(deviation.shape, generator=generator)
+
+
+def _constant(parameter: Tensor) -> bool:
+    return bool(parameter.numel()) and bool((parameter == parameter.flatten()[0]).all())
+
+
+def _last(name: str) -> str:
+    """The attribute that holds a parameter; the module, for a weight of it."""
+    return name.removesuffix(".weight").rpartition(".")[2]
 
 
 def _in_place_of(name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:
@@ -222,7 +236,7 @@ def _in_place_of(name: str, parameter: Tensor, generator: torch.Generator) -> Te
     if abs(value) >= 0.1:
         return value * (0.7 + 0.6 * torch.rand(parameter.shape, generator=generator))
     axes = sum(size > 1 for size in parameter.shape)
-    if axes > 1 or "bias" in name or "beta" in name or "token" in name or "pos" in name:
+    if axes > 1 or "bias" in name or "beta" in name or EMBEDDING.search(_last(name)):
         return 0.1 * torch.randn(parameter.shape, generator=generator)
     return 0.2 + 0.3 * torch.rand(parameter.shape, generator=generator)
 
