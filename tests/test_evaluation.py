@@ -196,3 +196,21 @@ def test_networks_of_other_outputs_are_not_compared() -> None:
 
     with pytest.raises(UsageError, match=r"Expected the outputs of the float network, 3, 3x8x8, found 3\."):
         compare(one, lambda x: [x.mean((2, 3)), x], cases.dataset(4))
+
+
+class _Empty(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.conv(x)
+        return y.mean((2, 3)), y[:, :0]
+
+
+def test_an_output_without_values() -> None:
+    torch.manual_seed(0)
+    found = bw.quantize(_Empty().eval(), cases.images(8), "rtn").evaluate(cases.images(8))
+    empty = found["fidelity"]["outputs"]["output_1"]
+    assert (empty["agreement"], empty["sqnr_db"], empty["note"]) == (None, None, "It is empty.")
+    assert [what for what, _, _ in tables.metric_rows(found)] == ["output_0 against float", "output_1 against float"]

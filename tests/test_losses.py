@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bitwright import losses
 from bitwright.graph.points import Point
 from bitwright.losses import weighted_distance
 
@@ -116,3 +117,9 @@ def test_a_student_in_half_precision_is_summed_in_single() -> None:
     assert a.grad is not None
     assert a.grad.dtype == torch.float16
     assert float(a.grad[1, 0, 0, 0]) == pytest.approx(2 * 300 * 3 / (2 * 64 * 4), rel=1e-2)
+
+
+def test_a_single_number_for_each_image_is_an_output_too() -> None:
+    a, b = (torch.randn(6, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
+    for loss in (losses.relative_error, losses.cosine_distance, losses.info_nce):
+        torch.testing.assert_close(loss(a, b), loss(a[:, None], b[:, None]))

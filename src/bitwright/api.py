@@ -20,6 +20,7 @@ from bitwright.inputs import as_model, calibration_images, find_device, prepare_
 from bitwright.measure.health import check_answers
 from bitwright.models import Model
 from bitwright.outliers.balance import balance
+from bitwright.outliers.wider import advise, check_wide, raise_few
 from bitwright.pipeline import fingerprint, run_stages
 from bitwright.plan import Plan, insert_plan
 from bitwright.preprocessing import PreprocessFunction, Preprocessing
@@ -72,7 +73,8 @@ def quantize(
         recipe: how; see ``bitwright recipes``. :data:`bitwright.recipes.DEFAULT` if not given.
         weights: bits of weights, 2 to 8, or ``"float"``; 8 if not given. With a limit, those to choose among, as in
             ``"2,4,8"`` or ``(2, 4, 8)``; 2, 3, 4, 5, 6 and 8 if not given.
-        activations: bits of activations, 2 to 8 or 16, or ``"float"``; with a limit, also several.
+        activations: bits of activations, 2 to 8 or 16, or ``"float"``; with a limit, also several. ``"auto"``: 8, and
+            16 for the few tensors that need them, within a quarter of the operations.
         rules: exceptions such as ``"head=w8a8"``; the last that matches a layer decides.
         runtime: where the result will run, which decides what is computed without rounding in between.
         scheme: all of the five above and more, in one object, instead of them.
@@ -114,15 +116,20 @@ def quantize(
         "max_latency": max_latency,
         "max_drop": max_drop,
     }
+    raise_some = activations == "auto"
+    if raise_some and (plan is not None or goal is not None or any(v is not None for v in limits.values())):
+        raise UsageError("Expected --activations auto, or a plan or a limit that decides their bits, found both.")
     goal = goal or as_goal(weights, activations, measure, plan, **limits)
     if scheme is None:
         planned = goal is not None
         scheme = Scheme(
             weights=8 if planned or weights == "auto" else parse_weight_bits(weights),  # type: ignore[arg-type]
-            activations=8 if planned else parse_activation_bits(activations),  # type: ignore[arg-type]
+            activations=8 if planned or raise_some else parse_activation_bits(activations),  # type: ignore[arg-type]
             runtime=runtime,
             rules=tuple(map(_as_rule, rules)),
         )
+    if raise_some:
+        check_wide(scheme)
     plan = _as_plan(plan, scheme)
     method = find_recipe(recipe)
     each = check_budget(steps, minutes, method)
@@ -144,6 +151,8 @@ def quantize(
         scheme = keep_short_rows(teacher, scheme, data, run)
     with run.timed("outliers"):
         teacher = balance_channels(teacher, scheme, plan, data, method, run)
+        if raise_some:
+            scheme = raise_few(teacher, scheme, data, method, run)
     facts = None
     if goal is not None:
         plan, scheme, facts = plan_within(goal, teacher, scheme, data, method, run, cache=cache, state=state)
@@ -155,14 +164,16 @@ def quantize(
     budget = (each, minutes, precision)
     identity = f"{scheme} {method} {seed} {budget} {data.sha256} {fingerprint(teacher.graph)}"
     student = run_stages(method, student, teacher, data, run, state=state, identity=identity)
-    for line in check_answers(student, data, run):
+    with run.timed("advice"):
+        lines = [*check_answers(student, data, run), *advise(student, data, run)]
+    for line in lines:
         warnings.warn(line, stacklevel=2)
 
     student.freeze()
     student.to("cpu")
     teacher.graph.to("cpu")
     student.preprocessing, student.calibration = network.preprocessing, data
-    student.result = _describe(student, network, method, scheme, data, run)
+    student.result = {**_describe(student, network, method, scheme, data, run), "warnings": lines}
     if facts is not None:
         student.result["plan"] = facts
     return student
@@ -297,5 +308,6 @@ def _describe(
         "unquantized": describe_unquantized(model),
         "unfolded": [vars(u) for u in model.teacher.unfolded] if model.teacher else [],
         "warnings": [],
+        "suggestions": [],
         **run.notes,
     }

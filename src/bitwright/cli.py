@@ -55,7 +55,11 @@ RecipeOption = Annotated[
 ]
 WeightsOption = Annotated[str, typer.Option(help="Bits of weights: 2 to 8, or float", rich_help_panel=_BITS)]
 ActivationsOption = Annotated[
-    str, typer.Option(help="Bits of activations: 2 to 8, 16, or float", rich_help_panel=_BITS)
+    str,
+    typer.Option(
+        help="Bits of activations: 2 to 8, 16, float, or auto (8, and 16 for the few that need them)",
+        rich_help_panel=_BITS,
+    ),
 ]
 RuleOption = Annotated[
     list[str] | None,
@@ -355,7 +359,7 @@ def quantize(
             "max_drop": max_drop,
         }
         goal = _goal(weights, activations, measure, plan, limits)
-        bits = ("8", "8") if goal else (weights or "8", activations)
+        bits = ("8", "8") if goal else (weights or "8", "8" if activations == "auto" else activations)
         scheme = _scheme(*bits, rule, runtime, granularity, group_size)
         planned, scheme = _plan(plan, scheme)
         settings = _settings(input_size=input_size, mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct)
@@ -367,6 +371,7 @@ def quantize(
             images,
             scheme,
             recipe,
+            raise_few=activations == "auto",
             plan=planned,
             plan_file=plan,
             goal=goal,

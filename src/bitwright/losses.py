@@ -66,7 +66,7 @@ def info_nce(student: Tensor, teacher: Tensor, temperature: float = 3.0) -> Tens
     """
     if len(student) < 2:
         raise UsageError("infoNCE needs at least two images in a batch: the others are its negatives.")
-    q, k = (functional.normalize(x.flatten(1).float(), dim=1) for x in (student, teacher))
+    q, k = (functional.normalize(x.reshape(len(x), -1).float(), dim=1) for x in (student, teacher))
     own = torch.arange(len(q), device=q.device)
     return 2 * temperature * functional.cross_entropy(q @ k.T / temperature, own, reduction="none")
 
@@ -74,12 +74,13 @@ def info_nce(student: Tensor, teacher: Tensor, temperature: float = 3.0) -> Tens
 def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
     """Squared error of each image over the mean square of the batch's teacher outputs, [N] for [N, ...]."""
     scale = teacher.float().square().mean().clamp_min(1e-30)
-    return (student.float() - teacher.float()).square().flatten(1).mean(1) / scale
+    return (student.float() - teacher.float()).square().reshape(len(student), -1).mean(1) / scale
 
 
 def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """One minus the cosine between each image's outputs, [N] for [N, ...]."""
-    return 1 - functional.cosine_similarity(student.flatten(1).float(), teacher.flatten(1).float(), dim=1)
+    a, b = (x.reshape(len(x), -1).float() for x in (student, teacher))
+    return 1 - functional.cosine_similarity(a, b, dim=1)
 
 
 def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:

@@ -54,6 +54,8 @@ class Job:
     scheme: Scheme
     """With the plan in it."""
     recipe: str | None = None
+    raise_few: bool = False
+    """Whether the few activations that need 16 bits get them (``--activations auto``)."""
     plan: Plan | None = None
     plan_file: Path | None = None
     """Where the plan was read."""
@@ -237,6 +239,7 @@ def _quantize(job: Job, inputs: Inputs, state: Path, terminal: Terminal) -> Quan
         inputs.network,
         inputs.calibration,
         job.method,
+        activations="auto" if job.raise_few else 8,
         scheme=job.scheme,
         plan=job.plan,
         goal=job.goal,

@@ -122,7 +122,8 @@ def fidelity_rows(fidelity: dict[str, Any] | None) -> list[tuple[str, str]]:
     """
     outputs = read_fidelity(fidelity)
     if len(outputs) > 1:
-        return [(f"output {name} against float", ", ".join(_figures(found))) for name, found in outputs.items()]
+        said = {n: n if n.startswith("output") else f"output {n}" for n in outputs}
+        return [(f"{said[n]} against float", ", ".join(_figures(found))) for n, found in outputs.items()]
     rows = []
     for found in outputs.values():
         if found.agreement is not None:

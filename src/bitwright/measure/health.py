@@ -66,7 +66,7 @@ def _line(name: str, found: OutputFidelity, theirs_moves: bool, ours_moves: bool
 
 def _moves(output: Tensor) -> bool:
     """Whether it differs from image to image, [N, ...]."""
-    if output.dim() == 0 or len(output) < 2:
+    if output.dim() == 0 or len(output) < 2 or not output.numel():
         return False
     if not output.is_floating_point():
         return bool((output != output[:1]).any())

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from bitwright.graph import equalize
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.equalize import ChannelScales
+from bitwright.graph.readings import Reading
 from bitwright.graph.watch import Callback, watch
 from bitwright.outliers.effects import see_gradients
 from bitwright.quant.quantizer import Quantizer
@@ -103,7 +104,9 @@ def balance(
         The network, and what was changed in it, in order (:func:`bitwright.graph.equalize.equalized`).
     """
     some = images.sample(min(IMAGES, len(images)), seed=run.seed).unlabelled()
-    trial = _Trial(insert, some, images.sample(min(RANGE_IMAGES, len(images)), seed=run.seed), _ranges(method), run)
+    more = images.sample(min(RANGE_IMAGES, len(images)), seed=run.seed).unlabelled()
+    readings = read_outputs(teacher.graph, some.batch([0]).to(run.device), teacher.outputs)
+    trial = _Trial(insert, some, more, plain_ranges(method), run, readings)
     found: list[ChannelScales] = []
     student = trial.student(teacher)
     loss = trial.loss(student, teacher)
@@ -138,7 +141,7 @@ def _has_coarse_weights(student: QuantizedModel) -> bool:
     return any(x.weight is not None and student.quantizer(x.weight).grid.bits < COARSE for x in student.layers)
 
 
-def _ranges(method: Recipe) -> Calibrate:
+def plain_ranges(method: Recipe) -> Calibrate:
     """The recipe's own choice of ranges, without what follows it."""
     stage = next((s for s in method.stages if isinstance(s, Calibrate)), Calibrate())
     plain = {"bias_correction": "none", "norm_inputs": "tensor", "match_spread": False}
@@ -155,6 +158,7 @@ class _Trial:
     """From which ranges of channels are read."""
     ranges: Calibrate
     run: Run
+    readings: list[Reading]
 
     def of(self, teacher: Captured, scales: list[ChannelScales]) -> _Outcome:
         """All that belongs to a changed network."""
@@ -170,10 +174,11 @@ class _Trial:
     def loss(self, student: QuantizedModel, teacher: Captured) -> float:
         """Mean over the images."""
         total = 0.0
-        readings = read_outputs(teacher.graph, self.images.batch([0]).to(self.run.device), teacher.outputs)
         with torch.no_grad():
             for batch in self.run.batches(self.images, "Looking for outliers"):
-                total += float(distance_of_outputs(student.flat(batch), list(teacher.graph(batch)), readings).sum())
+                total += float(
+                    distance_of_outputs(student.flat(batch), list(teacher.graph(batch)), self.readings).sum()
+                )
         return total / len(self.images)
 
     def suspects(self, student: QuantizedModel, teacher: Captured, least: float) -> list[Suspect]:
@@ -207,7 +212,9 @@ class _Trial:
             found[name] = found.get(name, torch.zeros(())) + each.double().square().sum(0).cpu()
 
         batches = (b.to(self.run.device) for b in self.images.batches(BATCH))
-        see_gradients(teacher.graph, batches, quantizers, see, probes=PROBES, seed=self.run.seed)
+        see_gradients(
+            teacher.graph, batches, quantizers, see, readings=self.readings, probes=PROBES, seed=self.run.seed
+        )
         return {name: total / (len(self.images) * PROBES) for name, total in found.items()}
 
     def _read_ranges(self, teacher: Captured, suspects: Sequence[Suspect]) -> None:

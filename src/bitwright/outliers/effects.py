@@ -8,20 +8,27 @@ number of tensors, and errors of any kind can be held against the same gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from bitwright.metrics import as_log_probabilities
+from bitwright.graph.readings import Reading
 
 See = Callable[[str, Tensor, Tensor], None]
 """Takes a node's name, its value [B, ...] and ``v^T J``, in the shape of the value."""
 
 
 def see_gradients(
-    graph: fx.GraphModule, batches: Iterable[Tensor], names: Collection[str], see: See, *, probes: int, seed: int
+    graph: fx.GraphModule,
+    batches: Iterable[Tensor],
+    names: Collection[str],
+    see: See,
+    *,
+    readings: Sequence[Reading],
+    probes: int,
+    seed: int,
 ) -> None:
     """Shows the values and the gradients of some nodes, for each batch and each of the directions.
 
@@ -33,6 +40,7 @@ def see_gradients(
         batches: images [B, C, H, W].
         names: of nodes that yield floating tensors.
         see: shown each of them.
+        readings: of the outputs, one each.
         probes: directions for each batch.
         seed: of the directions.
     """
@@ -41,16 +49,17 @@ def see_gradients(
         for _ in range(probes):
             with torch.enable_grad():
                 outputs = _Seen(graph, names, see).run(batch)
-                direction = sum(_along_random(o, generator) for o in outputs if o.requires_grad)
+                pairs = zip(outputs, readings, strict=True)
+                direction = sum(_along_random(o, how, generator) for o, how in pairs if o.requires_grad)
             if isinstance(direction, Tensor):
                 direction.backward()  # type: ignore[no-untyped-call]
 
 
-def _along_random(output: Tensor, generator: torch.Generator) -> Tensor:
+def _along_random(output: Tensor, how: Reading, generator: torch.Generator) -> Tensor:
     """A scalar whose gradient is a random direction of the output."""
-    logs = as_log_probabilities(output)
+    logs = how.log_probabilities(output)
     if logs is not None:  # KL to second order: half the Fisher information of the classes
-        positions = max(1, logs[0, 0].numel())
+        positions = max(1, logs[0, ..., 0, 0].numel())
         weights = (logs.detach().exp() / (2 * positions)).sqrt()
     else:
         logs = output

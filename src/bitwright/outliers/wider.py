@@ -1,0 +1,274 @@
+"""Few activations that need 16 bits: found by their effect on the outputs, suggested as rules, or raised.
+
+What the rounding of each tensor adds to the loss comes from a few backward passes (:mod:`bitwright.outliers.effects`);
+tensors are then raised together, the worst first, and the loss of the whole network is measured, since a convolution's
+output and the function behind it only help as a pair. Labels are not looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from bitwright.errors import UsageError
+from bitwright.graph.axes import read_outputs
+from bitwright.graph.watch import Callback, watch
+from bitwright.outliers.balance import NEGLIGIBLE, own_quantizers, plain_ranges
+from bitwright.outliers.effects import see_gradients
+from bitwright.quant.quantizer import Grid, Quantizer
+from bitwright.quant.ranges import affine_parameters
+from bitwright.quant.scheme import Rule, Scheme, escaped
+from bitwright.quantized import QuantizedModel, insert_quantizers
+from bitwright.sensitivity.one_at_a_time import distance_of_outputs
+
+if TYPE_CHECKING:
+    from bitwright.data import Images
+    from bitwright.graph.capture import Captured
+    from bitwright.recipes import Recipe
+    from bitwright.stages.base import Run
+
+WIDE, LEAST = 16, 8
+"""Bits that tensors get; of schemes with fewer than the second, which have chosen to lose more, nothing is said."""
+IMAGES, BATCH, PROBES = 8, 4, 2
+MOST = 8
+"""Tensors that are raised."""
+OPERATIONS = 0.25
+"""Share of multiply-accumulates that may read or make 16-bit tensors, which ONNX Runtime computes in float."""
+LOUD = 0.03
+"""Of the loss (KL in nats, or squared error over the outputs' mean square): from here on a run says what would help."""
+HELPS = 0.7
+"""Of the loss: what is left of it at most, where rules are worth their name."""
+CLOSE = 0.05
+"""Of the loss: a tensor that saves less is left as it is."""
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A rule that raises one tensor, as ``result.json`` has it.
+
+    Attributes:
+        rule: for ``--rule``.
+        tensor: the layer that yields it.
+        predicted_gain: by how much the loss would rise without this rule, all the others kept.
+        cost: share of multiply-accumulates that read or make it.
+    """
+
+    rule: str
+    tensor: str
+    predicted_gain: float
+    cost: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """Rules that help together.
+
+    Attributes:
+        loss: of the network as it is.
+        left: of the network with all of the rules.
+        cost: share of multiply-accumulates that read or make these tensors.
+        suggestions: the most useful first.
+    """
+
+    loss: float
+    left: float
+    cost: float
+    suggestions: list[Suggestion]
+
+    def __str__(self) -> str:
+        """The warning, in one line."""
+        flags = " ".join(f"--rule '{s.rule}'" for s in self.suggestions)
+        names = ", ".join(s.tensor for s in self.suggestions)
+        return (
+            f"The loss from the float network is {self.loss:.2g} on {IMAGES} calibration images, most of it from "
+            f"activations that 8 bits do not hold: {names}. With {flags} it would be {self.left:.2g}, and "
+            f"{100 * self.cost:.0f} % of the operations would read or make 16 bits. --activations auto does this "
+            f"within {100 * OPERATIONS:.0f} %."
+        )
+
+
+def raise_few(teacher: Captured, scheme: Scheme, images: Images, method: Recipe, run: Run) -> Scheme:
+    """The scheme with rules of 16 bits for the few activations that need them: ``--activations auto``.
+
+    Rules of the scheme come after them. A line in the result says which.
+
+    Raises:
+        UsageError: the runtime has no 16-bit activations.
+    """
+    check_wide(scheme)
+    some = images.sample(min(IMAGES, len(images)), seed=run.seed).unlabelled()
+    student = insert_quantizers(teacher, scheme)
+    student.to(run.device)
+    student = plain_ranges(method).run(student, teacher, some, run)
+    found = find(student, teacher, some, run, loud=NEGLIGIBLE, share=OPERATIONS)
+    if found is None:
+        return scheme
+    run.notes["raised"] = {"loss": found.loss, "left": found.left, "rules": [asdict(s) for s in found.suggestions]}
+    rules = tuple(Rule.parse(s.rule) for s in found.suggestions)
+    return scheme.model_copy(update={"rules": (*rules, *scheme.rules)})
+
+
+def check_wide(scheme: Scheme) -> None:
+    """Whether the runtime has activations of 16 bits.
+
+    Raises:
+        UsageError: it has none.
+    """
+    if WIDE not in scheme.target.activation_bits:
+        raise UsageError(
+            f"Expected a runtime with {WIDE}-bit activations for --activations auto, found '{scheme.runtime}'. "
+            "Give --activations 8."
+        )
+
+
+def advise(student: QuantizedModel, images: Images, run: Run) -> list[str]:
+    """A line about a loss that a few 16-bit activations would mend, if there is one.
+
+    Args:
+        student: as the recipe left it, not frozen.
+        images: without labels.
+        run: seed, device; the rules go into its notes.
+    """
+    scheme, teacher = student.scheme, student.teacher
+    assert teacher is not None
+    few = scheme.activations is not None and scheme.activations < LEAST
+    if few or WIDE not in scheme.target.activation_bits:
+        return []
+    some = images.sample(min(IMAGES, len(images)), seed=run.seed).unlabelled()
+    found = find(student, teacher, some, run, loud=LOUD, share=1.0)
+    if found is None:
+        return []
+    run.notes["suggestions"] = [asdict(s) for s in found.suggestions]
+    return [str(found)]
+
+
+def find(
+    student: QuantizedModel, teacher: Captured, images: Images, run: Run, *, loud: float, share: float
+) -> Found | None:
+    """The few activations that need 16 bits; None where the loss is below ``loud``, or no few tensors mend it.
+
+    Args:
+        student: calibrated, not frozen.
+        teacher: its float network.
+        images: a few, without labels.
+        run: seed, device.
+        loud: see above.
+        share: of the multiply-accumulates, that may read or make these tensors.
+    """
+    trial = _Trial(student, teacher, images, run)
+    loss = trial.loss(())
+    if not loss >= loud:
+        return None
+    worst = trial.worst(share)
+    trial.read_ranges(worst)
+    left, chosen = trial.together(worst, loss) if worst else (loss, [])
+    if not left <= HELPS * loss:
+        return None
+    chosen, left, without = trial.pruned(chosen, left, CLOSE * loss)
+    quantizers = trial.quantizers
+    suggestions = [
+        Suggestion(f"{escaped(quantizers[n].name)}=a{WIDE}", quantizers[n].name, without[n] - left, trial.cost([n]))
+        for n in chosen
+    ]
+    return Found(loss, left, trial.cost(chosen), sorted(suggestions, key=lambda s: -s.predicted_gain))
+
+
+class _Trial:
+    """A calibrated student, some of whose activations are raised for a look at the loss."""
+
+    def __init__(self, student: QuantizedModel, teacher: Captured, images: Images, run: Run) -> None:
+        self.student, self.teacher, self.images, self.run = student, teacher, images, run
+        self.quantizers = {n: q for n, q in own_quantizers(student).items() if q.grid.bits < WIDE}
+        self.readings = read_outputs(teacher.graph, images.batch([0]).to(run.device), teacher.outputs)
+        self.wide: dict[str, tuple[Grid, Tensor, Tensor]] = {}
+        self.expected: list[list[Tensor]] = []
+
+    def loss(self, raised: Collection[str]) -> float:
+        """Mean over the images, with those tensors at 16 bits."""
+        total = 0.0
+        with torch.no_grad(), self._on(raised):
+            for position, batch in enumerate(self.run.batches(self.images, "Looking for activations that need bits")):
+                if position == len(self.expected):
+                    self.expected.append(list(self.teacher.graph(batch)))
+                ours = self.student.flat(batch)
+                total += float(distance_of_outputs(ours, self.expected[position], self.readings).sum())
+        return total / len(self.images)
+
+    def worst(self, share: float) -> list[str]:
+        """The tensors whose rounding adds most, within that share of operations, the worst first."""
+        effects = dict.fromkeys(self.quantizers, 0.0)
+
+        def see(name: str, value: Tensor, gradient: Tensor) -> None:
+            error = (self.quantizers[name](value) - value).mul_(gradient)
+            effects[name] += float(error.flatten(1).sum(1).double().square().sum())
+
+        batches = (b.to(self.run.device) for b in self.images.batches(BATCH))
+        how: dict[str, Any] = {"readings": self.readings, "probes": PROBES, "seed": self.run.seed}
+        see_gradients(self.teacher.graph, batches, self.quantizers, see, **how)
+        found: list[str] = []
+        for name in sorted(effects, key=lambda n: -effects[n]):
+            if len(found) < MOST and effects[name] > 0 and self.cost([*found, name]) <= share:
+                found.append(name)
+        return found
+
+    def read_ranges(self, names: Sequence[str]) -> None:
+        """Grids of 16 bits that span what the tensors hold."""
+        ends: dict[str, tuple[float, float]] = dict.fromkeys(names, (0.0, 0.0))
+
+        def see(node: fx.Node, value: Tensor) -> None:
+            low, high = (float(v) for v in torch.aminmax(value))
+            ends[node.name] = min(low, ends[node.name][0]), max(high, ends[node.name][1])
+
+        callbacks: dict[str, Callback] = dict.fromkeys(names, see)
+        for batch in self.run.batches(self.images, "Reading ranges"):
+            watch(self.teacher.graph, batch, callbacks)
+        for name, (low, high) in ends.items():
+            grid = Grid(WIDE, self.quantizers[name].grid.symmetric)
+            scale, zero = affine_parameters(torch.tensor(low), torch.tensor(high), grid)
+            where = self.quantizers[name].scale.device
+            self.wide[name] = (grid, scale.reshape(1).to(where), zero.reshape(1).to(where))
+
+    def together(self, worst: Sequence[str], loss: float) -> tuple[float, list[str]]:
+        """The fewest of the worst that together come close to the least loss, and that loss."""
+        counts = [n for n in (1, 2, 4) if n < len(worst)] + [len(worst)]
+        after = {n: self.loss(worst[:n]) for n in counts}
+        close = min(after.values()) + CLOSE * loss
+        count = next(n for n in counts if after[n] <= close)
+        return after[count], list(worst[:count])
+
+    def pruned(self, chosen: Sequence[str], left: float, close: float) -> tuple[list[str], float, dict[str, float]]:
+        """Without those that are not missed, the loss then, and by name the loss without each of the rest."""
+        kept, without = list(chosen), {}
+        for name in reversed(chosen):
+            rest = [n for n in kept if n != name]
+            without[name] = self.loss(rest)
+            if without[name] <= left + close and rest:
+                kept = rest
+                left = without[name]
+        return kept, left, without
+
+    def cost(self, names: Collection[str]) -> float:
+        """Share of multiply-accumulates that read or make the tensors."""
+        modules = {id(self.quantizers[n]) for n in names}
+        keys = {k for k, m in self.student.graph.named_children() if id(m) in modules}
+        rows = self.student.layers
+        touched = sum(x.macs for x in rows if x.source in keys or x.activation in keys)
+        return touched / max(1, sum(x.macs for x in rows))
+
+    @contextmanager
+    def _on(self, raised: Collection[str]) -> Iterator[None]:
+        before: dict[str, tuple[Quantizer, Grid, Tensor, Tensor]] = {}
+        for name in raised:
+            q = self.quantizers[name]
+            before[name] = (q, q.grid, q.scale, q.zero_point)
+            q.grid, q.scale, q.zero_point = self.wide[name]
+        try:
+            yield
+        finally:
+            for q, grid, scale, zero in before.values():
+                q.grid, q.scale, q.zero_point = grid, scale, zero
