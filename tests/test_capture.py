@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from cases import CASES, captured, images, make, model, outputs, prepared
 from torch import Tensor, nn
 
-from bitwright.errors import ModelError
+from bitwright.errors import BitwrightError, ModelError, step
 from bitwright.graph import ops
 from bitwright.graph.capture import capture, select_output
 from bitwright.graph.prepare import prepare
+from bitwright.graph.rewrite import get_tensor
 
 
 def difference(expected: list[Tensor], found: list[Tensor]) -> float:
@@ -276,3 +277,29 @@ def test_a_constant_of_the_batch_size_is_captured() -> None:
 
     x = images(5)
     assert torch.equal(capture(Padded(), images(2)).graph(x)[0], F.pad(x.flatten(1), (0, 2)))
+
+
+def raised(step_inside: Callable[[], object]) -> Exception:
+    try:
+        with step("The step"):
+            step_inside()
+    except Exception as error:
+        return error
+    raise AssertionError
+
+
+def test_an_unexpected_error_is_one_line_and_says_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = raised(lambda: get_tensor(nn.Module(), "a"))
+    assert type(found) is BitwrightError
+    assert str(found).startswith("The step failed with an unexpected AttributeError: 'Module' object has")
+    assert found.__suppress_context__
+    monkeypatch.setenv("BITWRIGHT_DEBUG", "1")
+    assert isinstance(raised(lambda: get_tensor(nn.Module(), "a")), AttributeError)
+
+
+def test_errors_of_the_users_own_code_pass() -> None:
+    def own() -> None:
+        raise KeyError("a callback's")
+
+    assert isinstance(raised(own), KeyError)
+    assert isinstance(raised(lambda: capture(nn.Conv2d(5, 3, 1), images(2))), ModelError)

@@ -13,7 +13,7 @@ from torch import nn
 
 from bitwright import planning
 from bitwright.data import Images, load_images
-from bitwright.errors import UsageError
+from bitwright.errors import UsageError, step
 from bitwright.goal import MEASURE, Goal, flag
 from bitwright.graph.capture import Captured
 from bitwright.inputs import as_model, calibration_images, find_device, prepare_teacher
@@ -34,6 +34,7 @@ from bitwright.stages.base import Precision, Run
 from bitwright.stages.short_rows import keep_short_rows
 
 
+@step("Quantizing")
 def quantize(
     model: nn.Module | torch.export.ExportedProgram | Model | str,
     images: Any,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import sysconfig
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class BitwrightError(Exception):
@@ -43,20 +46,30 @@ def cause(error: BaseException) -> BaseException | None:
 
 @contextmanager
 def step(what: str) -> Iterator[None]:
-    """Makes one line of an error that nobody expected inside; it says which step failed.
+    """Makes one line of an error that nobody expected inside; it says which step failed. Also a decorator.
+
+    Errors that the user's own code raises (a callback, a data set) pass.
 
     Raises:
         BitwrightError: instead of an error of any other type, unless ``BITWRIGHT_DEBUG=1``.
     """
     try:
         yield
-    except BitwrightError:
+    except (BitwrightError, Warning):  # a warning that the user made an error
         raise
     except Exception as error:
-        if debugging():
+        if debugging() or _is_users(error):
             raise
         text = " ".join(str(error).split())[:200].rstrip(".")
         raise BitwrightError(
-            f"{what} failed with an unexpected {type(error).__name__}: {text}. This is a fault of bitwright's; "
+            f"{what} failed with an unexpected {type(error).__name__}: {text}. Please report what you called; "
             "BITWRIGHT_DEBUG=1 shows where."
         ) from None
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether code of the user's own raised it: neither this package's nor an installed one's."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    file = frame.f_code.co_filename
+    ours = file.startswith((str(Path(__file__).parent), sysconfig.get_paths()["stdlib"], "<"))
+    return not ours and "site-packages" not in file

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from bitwright.errors import step
 from bitwright.graph import rewrite
 from bitwright.graph.capture import Captured
 from bitwright.graph.insert import Layer, insert
@@ -148,6 +149,7 @@ class QuantizedModel(nn.Module):
 
         return save(self, Path(folder), force=force)
 
+    @step("The export")
     def export(self, path: str | Path, images: Any = None, *, force: bool = False) -> Parity:
         """Writes an ONNX file once it passed its check; see :func:`bitwright.export.parity.export_checked`."""
         from bitwright.export.parity import export_checked

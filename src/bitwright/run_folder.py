@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bitwright.errors import UsageError
+from bitwright.errors import UsageError, step
 from bitwright.export.packed import ideal_bytes, load_packed, save_packed
 from bitwright.plan import plan_of
 from bitwright.preprocessing import Preprocessing
@@ -137,6 +137,7 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+@step("Saving")
 def save(model: QuantizedModel, folder: Path, *, force: bool = False) -> Path:
     """Writes the model (frozen first), its plan and its result. The ONNX file is written by ``model.export``.
 
@@ -183,6 +184,7 @@ def read_result(folder: str | Path) -> dict[str, Any]:
     return result
 
 
+@step("Loading")
 def load(folder: str | Path) -> QuantizedModel:
     """The quantized model of a run folder (or of its ``model.safetensors``), bit for bit.
 

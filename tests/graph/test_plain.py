@@ -92,3 +92,35 @@ def test_a_network_without_values_is_refused() -> None:
         capture(make("residual").to("meta"), images(2))
     with pytest.raises(ModelError, match="with weights, found none in 'weight'"):
         capture(nn.Sequential(nn.LazyConv2d(4, 3)), images(2))
+
+
+class HalfInside(nn.Module):
+    def __init__(self, kind: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.kind, self.conv, self.head = kind, nn.Conv2d(3, 6, 3), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x).relu().to(self.kind) * torch.linspace(0, 1, 6, dtype=self.kind)[:, None, None]
+        return self.head(y.mean((2, 3)).to(x.dtype))
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_a_part_in_half_is_computed_in_float32_and_said(kind: torch.dtype) -> None:
+    with pytest.warns(UserWarning, match=f"computes a part in {str(kind).removeprefix('torch.')}"):
+        found = capture(HalfInside(kind).eval(), images(2))
+    with torch.no_grad():
+        torch.testing.assert_close(found.graph(images(4))[0], HalfInside(torch.float32)(images(4)))
+
+
+def test_a_part_in_double_is_computed_in_float32() -> None:
+    found = capture(HalfInside(torch.float64).eval(), images(2))
+    with torch.no_grad():
+        torch.testing.assert_close(found.graph(images(4))[0], HalfInside(torch.float32)(images(4)))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantized_layers_are_refused() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), torch.ao.nn.quantized.dynamic.Linear(6, 5))
+    with pytest.raises(ModelError, match="found a quantized layer at '1'"):
+        capture(network, images(2))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +24,8 @@ from bitwright.graph.quiet import quiet
 from bitwright.graph.watch import watch
 
 TOLERANCE = 1e-5
+COARSE_TOLERANCE = 0.05
+"""Of a network that computes in float16 or bfloat16 itself, which has three digits."""
 
 
 @dataclass
@@ -65,22 +68,33 @@ def capture(model: nn.Module | torch.export.ExportedProgram, example: Tensor) ->
         with _evaluation_mode(model), in_float32(model), _without_autocast():
             returned = _run(model, images)
             reference = _arranged(model, returned)
-            program = _export(model, images, returned)
-    if not _writes(program):
-        return _checked(program, images, reference)
-    try:  # in-place activations, as most networks have them
-        return _checked(program, images, reference)
-    except ModelError:  # writes into parts of tensors
-        return _checked(_without_writes(program), images, reference)
+            program = _tensors_alone(_export(model, images, returned))
+    if _writes(program):
+        with suppress(ModelError):  # in-place activations, as most networks have them
+            return _checked(program, images, reference)
+        program = _without_writes(program)  # writes into parts of tensors
+    return _checked(program, images, reference)
+
+
+def _tensors_alone(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program in operators of PyTorch, without the steps of ``torch.vmap`` and the like."""
+    known = (torch._ops.OpOverload, torch._ops.HigherOrderOperator)
+    others = [n.target for n in program.graph.nodes if n.op == "call_function" and not isinstance(n.target, known)]
+    functorch = any(str(getattr(t, "__module__", "")).startswith("torch._functorch") for t in others)
+    return _without_writes(program) if functorch else program
 
 
 def _checked(program: torch.export.ExportedProgram, images: Tensor, reference: Any) -> Captured:
-    graph = _to_graph(program)
+    graph, coarse = _to_graph(program)
     captured = Captured(graph, images, names(reference), pytree.tree_structure(reference))
     _check_single_input(graph)
     _check_norms(graph.graph)
+    _check_values(graph.graph)
     _check_batch_axis(graph.graph)
-    _check_equal(captured, tensors(reference))
+    _check_equal(captured, tensors(reference), COARSE_TOLERANCE if coarse else TOLERANCE)
+    if coarse:
+        kinds = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in coarse))
+        warnings.warn(f"The model computes a part in {kinds}. In float32 it is quantized.", stacklevel=2)
     return captured
 
 
@@ -124,7 +138,7 @@ def _run(model: nn.Module, images: Tensor) -> Any:
     try:
         with torch.no_grad(), quiet():
             return model(images.clone())
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise explain.cannot_run(error, images) from cause(error)
 
 
@@ -197,18 +211,23 @@ def _check_program(program: torch.export.ExportedProgram) -> None:
         )
 
 
-def _to_graph(program: torch.export.ExportedProgram) -> fx.GraphModule:
-    """The program as a graph module with its own copies of the parameters and a flat list as output."""
+def _to_graph(program: torch.export.ExportedProgram) -> tuple[fx.GraphModule, set[torch.dtype]]:
+    """The program as a graph module with its own copies of the parameters and a flat list as output.
+
+    Returns:
+        The module, in float32, and the coarser types that parts of the program are in.
+    """
     root, graph = flat_graph(program)
+    coarse = rewrite.in_float32(root, graph)
     rewrite.spell_shapes(graph)
     rewrite.restore_batch_norms(graph)
     rewrite.remove_dropout(graph)
-    rewrite.remove_casts(graph)
     rewrite.fold_constants(root, graph)
+    rewrite.spell_picks(root, graph)
     rewrite.functionalize(graph)
     rewrite.prune(graph)
     _name_layers(graph)
-    return fx.GraphModule(root, graph).eval()
+    return fx.GraphModule(root, graph).eval(), coarse
 
 
 def _name_layers(graph: fx.Graph) -> None:
@@ -259,9 +278,26 @@ def _check_single_input(graph: fx.GraphModule) -> None:
 def _check_norms(graph: fx.Graph) -> None:
     for node in rewrite.norms_of_a_batch(graph):
         raise ModelError(
-            f"Expected stored statistics in the batch norm '{node.meta['layer']}', found those of the batch: the "
-            "answer for an image would depend on the others. Train it with track_running_stats=True and call eval()."
+            f"Expected stored statistics in the batch norm '{legible(_layer_name(node))}', found those of the batch: "
+            "the answer depends on the other images. Train it with track_running_stats=True and call eval()."
         )
+
+
+def _check_values(graph: fx.Graph) -> None:
+    """No number and no shape may be computed from the values of the images."""
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and _reads_values(node, set(node.target.tags)):
+            raise ModelError(
+                f"The model cannot be captured: a number or a shape that depends on the values of a tensor"
+                f"{explain.recorded_line(node)}. Keep all rows, and mark those that count with torch.where."
+            )
+
+
+def _reads_values(node: fx.Node, tags: set[torch.Tag]) -> bool:
+    if ops.base_name(node) == "index":
+        picks = [ops.value(n) for n in node.all_input_nodes[1:]]
+        return any(isinstance(v, Tensor) and v.dtype in {torch.bool, torch.uint8} for v in picks)
+    return bool(tags & {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}) and len(node.users) > 0
 
 
 def _check_batch_axis(graph: fx.Graph) -> None:
@@ -287,7 +323,7 @@ def _has_batch(node: fx.Node) -> bool:
     return not isinstance(val, Tensor) or (val.dim() > 0 and isinstance(val.shape[0], torch.SymInt))
 
 
-def _check_equal(captured: Captured, expected: list[Tensor]) -> None:
+def _check_equal(captured: Captured, expected: list[Tensor], tolerance: float) -> None:
     """The graph must compute what the model computed on the same images."""
     with torch.no_grad():
         found = captured.graph(captured.example)
@@ -296,7 +332,7 @@ def _check_equal(captured: Captured, expected: list[Tensor]) -> None:
             f"The output of {_first_not_finite(captured)} is not finite on the first images. "
             "Check the preprocessing (mean, std) and the weights before it."
         )
-    assert_outputs_equal(expected, found, captured.outputs, "the captured graph")
+    assert_outputs_equal(expected, found, captured.outputs, "the captured graph", tolerance)
 
 
 def _first_not_finite(captured: Captured) -> str:

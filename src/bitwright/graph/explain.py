@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import linecache
+import re
+import sysconfig
 import traceback
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -12,6 +15,7 @@ from torch import fx, nn
 from bitwright.errors import ModelError
 
 OURS = str(Path(__file__).parents[1])
+LIBRARY = sysconfig.get_paths()["stdlib"]
 TORCH = str(Path(torch.__file__).parent)
 LONGEST = 160
 """Characters of another package's message that are shown."""
@@ -22,21 +26,35 @@ DETECTOR = (
 )
 
 
-def cannot_run(error: Exception, images: torch.Tensor) -> ModelError:
+def cannot_run(error: BaseException, images: torch.Tensor) -> ModelError:
     """The model fails on the images, without any capture."""
-    said, place = first_line(error), where(error)
-    if isinstance(error, TypeError) and "argument" in str(error) and not place:
+    said, place, text = first_line(error), where(error), str(error)
+    if isinstance(error, TypeError) and "argument" in text and not place:
         return ModelError(f"Expected a model of one image tensor ({said}). Wrap it in a module that takes one.")
     shape = "x".join(str(d) for d in images.shape[1:])
-    if any(word in str(error) for word in ("list of", "dict", "str")) and isinstance(error, TypeError | ValueError):
-        remedy = "Wrap it in a module whose forward takes one image tensor, [N, C, H, W]"
-    elif "scalar type" in str(error) or "dtype" in str(error):
-        remedy = (
-            "Weights and images are float32 here: take conversions to another type, such as .half(), out of forward"
-        )
-    else:
-        remedy = "Give the size it was trained with, for instance --input-size 224"
+    remedy = next((remedy for words, remedy in REMEDIES if any(word in text for word in words)), None)
+    if remedy is None:
+        remedy = f"Try it alone: model(torch.zeros(1, {', '.join(str(d) for d in images.shape[1:])}))"
     return ModelError(f"The model cannot run on images of {shape} ({said}){place}. {remedy}.")
+
+
+REMEDIES = (
+    (("CUDA", "cuda", "same device", "MPS"), "Take devices out of forward, or use x.device"),
+    (
+        ("not Tensor", "list of", "too many indices", "indices must be", "unpack"),
+        "If it takes a list or a dict of images, wrap it in a module whose forward takes one tensor, [N, C, H, W]",
+    ),
+    (
+        ("scalar type", "dtype", "Half", "BFloat16", "Double"),
+        "Weights and images are float32 here: take conversions to another type, such as .half(), out of forward",
+    ),
+    (("require grad", "grad_fn"), "A forward that needs gradients cannot be quantized"),
+    (
+        ("size", "shape", "channels", "dimension", "mat1"),
+        "Give the size it was trained with, for instance --input-size 224",
+    ),
+)
+"""What to do where a message holds one of the words; the first that fits."""
 
 
 def cannot_capture(error: Exception | None, model: nn.Module, output: object) -> ModelError:
@@ -54,18 +72,31 @@ def cannot_capture(error: Exception | None, model: nn.Module, output: object) ->
 
 
 def _construct(error: Exception, place: str, detector: bool) -> tuple[str, str]:
-    text, kind = str(error), type(error).__name__
+    text, kind, code = str(error), type(error).__name__, place.partition(": ")[2]
     if detector:
         return "its boxes are chosen by their values", DETECTOR
-    if "numpy" in text or "numpy" in place:
+    if "numpy" in text.lower() or "numpy" in code:
         return "values that leave PyTorch for NumPy", "Compute them with PyTorch, or once in __init__"
+    if "sparse" in text:
+        return "a sparse tensor", "Use a dense one"
     if "data-dependent" in text.lower() or "DataDependent" in kind or ".item()" in text:
-        if any(read in place for read in (".tolist()", ".item()", "int(", "float(", "range(")):
-            return "a number read from a tensor", "Keep it as a plain number, computed in __init__ or from x.shape"
-        return "a decision that depends on the values of a tensor", "Use torch.where"
+        return _by_values(code)
     if "specializ" in text.lower() or "constraints violated" in text.lower() or "dynamic" in text.lower():
         return "a batch size that is fixed while the model runs", "Reshape with x.shape[0] or -1"
+    if "FakeTensor" in text or "INTERNAL ASSERT" in text or "__torch__" in text or kind == "Unsupported":
+        return "something that PyTorch cannot export", "Rewrite the line with tensor operators of PyTorch"
     return first_line(error), "Rewrite the line with tensor operators of PyTorch"
+
+
+def _by_values(code: str) -> tuple[str, str]:
+    """What is wrong with a line of code that reads the values of a tensor."""
+    if code.startswith("assert "):
+        return "a check of a tensor's values", "Take it out of forward"
+    if any(read in code for read in (".tolist()", ".item()", "int(", "float(", "range(")) and not code.startswith(
+        "if "
+    ):
+        return "a number read from a tensor", "Keep it as a plain number, computed in __init__ or from x.shape"
+    return "a decision that depends on the values of a tensor", "Use torch.where, or decide once in __init__"
 
 
 def detects(model: nn.Module, output: object, error: Exception | None = None) -> bool:
@@ -78,13 +109,18 @@ def detects(model: nn.Module, output: object, error: Exception | None = None) ->
 
 def where(error: BaseException) -> str:
     """The innermost source line of the user's own code, as `` at file:line: code``."""
-    users = [f for f in _frames(error) if not f.filename.startswith((OURS, TORCH, "<"))]
+    users = [f for f in _frames(error) if _is_users(f.filename)]
     users = [f for f in users if f.name == "forward"] or users
     if not users or users[-1].filename.endswith(("__main__.py", "/bitwright")):
         return ""
     frame = users[-1]
     line = (frame.line or linecache.getline(frame.filename, frame.lineno or 0)).strip()
-    return f" at {frame.filename}:{frame.lineno}: {line}"
+    return f" at {frame.filename}:{frame.lineno}: {line[:LONGEST]}"
+
+
+def _is_users(file: str) -> bool:
+    library = file.startswith(LIBRARY) and "site-packages" not in file
+    return not library and not file.startswith((OURS, TORCH, "<"))
 
 
 def _frames(error: BaseException) -> list[traceback.FrameSummary]:
@@ -94,13 +130,14 @@ def _frames(error: BaseException) -> list[traceback.FrameSummary]:
 
 
 def recorded_line(node: fx.Node) -> str:
-    """The source line that made the operator, as `` at file:line: code``."""
+    """The user's source line that made the operator, as `` at file:line: code``."""
     lines = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines()]
-    places = [i for i, line in enumerate(lines) if line.startswith('File "')]
-    if not places:
-        return ""
-    file, line = lines[places[-1]].removeprefix('File "').split('", line ')
-    return f" at {file}:{line.split(',')[0]}: {' '.join(lines[places[-1] + 1 : places[-1] + 2])}"
+    found = ""
+    for line, code in pairwise([*lines, ""]):
+        place = re.fullmatch(r'File "(.+)", line (\d+), in .*', line)
+        if place and _is_users(place[1]):
+            found = f" at {place[1]}:{place[2]}: {code[:LONGEST]}"
+    return found
 
 
 def several_inputs(names: list[str]) -> ModelError:

@@ -49,10 +49,12 @@ def arrange(output: Any, *, plain: bool = False) -> Any:
             "Expected tensors in the model's output, found a number that is computed from the images. Return the "
             "tensor itself, or leave it out."
         )
-    known = type(output) in ({dict, list, tuple} if plain else pytree.SUPPORTED_NODES)
+    known = type(output) in ({list, tuple} if plain else pytree.SUPPORTED_NODES)
     if known or (not plain and pytree.is_namedtuple_instance(output)):
         parts, spec = pytree.tree_flatten(output, is_leaf=lambda part: part is not output)
         return pytree.tree_unflatten([arrange(part, plain=plain) for part in parts], spec)
+    if plain and isinstance(output, dict):
+        return {_key(key): arrange(part, plain=True) for key, part in output.items()}
     if isinstance(output, Mapping):
         return {key: arrange(part, plain=plain) for key, part in output.items()}
     if isinstance(output, list | tuple):
@@ -62,6 +64,10 @@ def arrange(output: Any, *, plain: bool = False) -> Any:
     raise ModelError(
         f"Expected tensors in the model's output, found {type(output).__name__}. Return a tensor, a tuple or a dict."
     )
+
+
+def _key(key: Any) -> Any:
+    return key if key is None or isinstance(key, str | int | float) else str(key)
 
 
 def tensors(arranged: Any) -> list[Tensor]:

@@ -26,6 +26,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise ModelError(f"Expected an nn.Module, found {type(model).__name__}. Give the network itself.")
     for path, module in model.named_modules():
+        if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
+            raise ModelError(f"Expected a float network, found a quantized layer at '{path}'. Give the network before.")
         if isinstance(module, torch.jit.ScriptModule):
             part = f" in '{path}'" if path else ""
             raise ModelError(

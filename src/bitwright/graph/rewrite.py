@@ -19,6 +19,10 @@ DROPOUT = frozenset({"dropout", "feature_dropout", "alpha_dropout", "feature_alp
 IDENTITY = frozenset({"contiguous", "clone", "detach", "alias", "lift_fresh_copy"})
 ENLARGING = frozenset({"index", "gather", "index_select", "embedding", "repeat", "repeat_interleave", "expand"})
 CASTS = frozenset({"to", "_to_copy", "type_as", "float"})
+BATCH_STATISTICS = frozenset(
+    ["_native_batch_norm_legit", "_native_batch_norm_legit_functional", "_batch_norm_with_update_functional"]
+)
+OTHER_FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float64})
 NEUTRAL = {"add": 0, "sub": 0, "mul": 1, "div": 1}
 FACTORIES = frozenset({"new_zeros", "new_ones", "new_full", "new_empty"})
 
@@ -107,6 +111,8 @@ def norms_of_a_batch(graph: fx.Graph) -> list[fx.Node]:
     """
     found = []
     for node in graph.nodes:
+        if ops.base_name(node) in BATCH_STATISTICS:
+            found.append(node)
         if ops.base_name(node) != "batch_norm" or not node.args[5]:
             continue
         x, weight, bias, _, _, _, momentum, eps, _ = node.args
@@ -121,17 +127,43 @@ def norms_of_a_batch(graph: fx.Graph) -> list[fx.Node]:
     return found
 
 
-def remove_casts(graph: fx.Graph) -> None:
-    """Takes out conversions to the type that a tensor has already."""
+def in_float32(module: nn.Module, graph: fx.Graph) -> set[torch.dtype]:
+    """Computes in float32 what the model computes in another floating type; only what it returns may have one.
+
+    Returns:
+        The types that float32 took the place of, and that have fewer digits.
+    """
+    for node in graph.nodes:
+        if node.op == "get_attr" and get_tensor(module, str(node.target)).dtype in OTHER_FLOATS:
+            set_tensor(module, str(node.target), get_tensor(module, str(node.target)).float())
+    coarse: set[torch.dtype] = set()
     for node in list(graph.nodes):
-        if ops.base_name(node) not in CASTS:
+        val = ops.value(node)
+        if node.op != "call_function" or _is_returned_cast(node):
             continue
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        before, after = ops.value(source), ops.value(node)
-        if isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype == after.dtype:
+        if isinstance(val, Tensor):
+            coarse |= {val.dtype} & {torch.float16, torch.bfloat16}
+        node.args, node.kwargs = (fx.node.map_aggregate(a, _as_float32) for a in (node.args, node.kwargs))
+        source = node.args[0] if node.args else None
+        if ops.base_name(node) in CASTS and isinstance(source, fx.Node) and _changes_nothing(source, val):
             node.replace_all_uses_with(source)
             graph.erase_node(node)
+    return coarse
+
+
+def _is_returned_cast(node: fx.Node) -> bool:
+    return ops.base_name(node) in CASTS and all(u.op == "output" for u in node.users)
+
+
+def _as_float32(argument: Any) -> Any:
+    return torch.float32 if isinstance(argument, torch.dtype) and argument in OTHER_FLOATS else argument
+
+
+def _changes_nothing(source: fx.Node, after: object) -> bool:
+    before = ops.value(source)
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        return False
+    return before.dtype == after.dtype or (before.is_floating_point() and after.is_floating_point())
 
 
 def fold_constants(module: nn.Module, graph: fx.Graph) -> None:
@@ -173,6 +205,27 @@ def _spell_numbers(values: dict[fx.Node, Any]) -> None:
 
 def _swapped(before: fx.Node, after: Any, found: fx.Node) -> Any:
     return after if found is before else found
+
+
+def spell_picks(module: nn.Module, graph: fx.Graph) -> None:
+    """A stored mask that picks values becomes the positions that it picks, so that the result has a known size."""
+    for node in [n for n in graph.nodes if ops.base_name(n) == "index"]:
+        picks: list[fx.Node | None] = []
+        assert isinstance(node.args[1], list | tuple)
+        for pick in node.args[1]:
+            stored = pick.op == "get_attr" if isinstance(pick, fx.Node) else False
+            mask = get_tensor(module, str(pick.target)) if stored else None
+            if mask is None or mask.dtype not in {torch.bool, torch.uint8}:
+                picks.append(pick)
+                continue
+            for axis, places in enumerate(mask.nonzero(as_tuple=True)):
+                target = free(f"{pick.target}_places_{axis}", {n for n, _ in module.named_buffers()})
+                set_tensor(module, target, places)
+                with graph.inserting_before(node):
+                    chosen = graph.get_attr(target)
+                chosen.meta["val"] = places
+                picks.append(chosen)
+        node.args = (node.args[0], picks)
 
 
 def _remember(versions: list[tuple[Tensor, list[fx.Node]]], tensor: Tensor, reader: fx.Node) -> None:

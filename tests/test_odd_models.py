@@ -1,0 +1,52 @@
+"""Whatever is in a forward, the way from capture to the file ends in a result or in one line of ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from cases import dataset, images
+from odd_models import LEGAL, REFUSED, Odd, legal
+from torch import Tensor
+
+import bitwright as bw
+from bitwright.errors import ModelError
+
+
+def flat(found: list[Tensor]) -> dict[str, Tensor]:
+    return dict(zip(LEGAL, found, strict=True))
+
+
+def test_legal_constructs_go_all_the_way(tmp_path: Path) -> None:
+    network, x = legal(), images(6, seed=5)
+    model = bw.quantize(network, dataset(), "rtn", runtime="generic")
+    with torch.no_grad():
+        expected, found = flat(network(x)), flat(model(x))
+        again = flat(bw.load(model.save(tmp_path / "run"))(x))
+    for name, value in found.items():
+        assert torch.equal(again[name], value), name
+        if value.is_floating_point():
+            noise = (value - expected[name]).square().mean() / expected[name].square().mean()
+            assert float(noise) < 0.003, name
+        else:
+            assert float((value == expected[name]).float().mean()) > 0.8, name
+
+
+def test_legal_constructs_are_exported(tmp_path: Path) -> None:
+    some = [LEGAL[name] for name in ("numbers of a buffer", "double inside", "its own function", "an assignment")]
+    model = bw.quantize(Odd(*some).eval(), dataset(), "rtn", activations="float")
+    assert model.export(tmp_path / "model.onnx").passed
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.filterwarnings("ignore")
+def test_what_no_graph_can_hold_is_one_line(name: str) -> None:
+    construct, word = REFUSED[name]
+    with pytest.raises(ModelError) as caught:
+        bw.quantize(Odd(construct).eval(), dataset(), "rtn")
+    line = str(caught.value)
+    assert word in line
+    assert "\n" not in line
+    assert len(line) < 400
+    assert caught.value.__suppress_context__ or caught.value.__context__ is None
