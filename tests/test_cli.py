@@ -394,7 +394,7 @@ def test_interrupted_run_goes_on_to_the_same_bits(
     assert main(command) == 2
     assert "--resume" in capsys.readouterr().err
     with monkeypatch.context() as patch:  # the finished stage must not run again
-        patch.setattr("bitwright.stages.calibrate.Calibrate.run", _interrupt)
+        patch.setattr("bitwright.pipeline._keep", _interrupt)
         assert main([*command, "--resume"]) == 0
     assert not Path("new/state").exists()
     assert _content("new") == _content("run")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -88,7 +90,7 @@ def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
 
 def test_every_stage_leaves_one_checkpoint(tmp_path: Path) -> None:
     run(tmp_path)
-    names = sorted(p.name for p in tmp_path.iterdir())
+    names = sorted(p.name for p in tmp_path.glob("*.safetensors"))
     assert names == ["checkpoint-0.safetensors", "checkpoint-1.safetensors"]
 
 
@@ -110,12 +112,50 @@ def test_a_checkpoint_of_another_run_is_refused(broken: Path) -> None:
     assert (broken / "checkpoint-0.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint at all", b"\x08\0\0\0\0\0\0\0{}      "])
-def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "checkpoint-0.safetensors").write_bytes(content)
-    with pytest.raises(UsageError) as caught:
-        run(tmp_path)
-    assert "\n" not in str(caught.value)
+def half(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def flipped(content: bytes) -> bytes:
+    return content[:-5] + bytes([content[-5] ^ 1]) + content[-4:]
+
+
+def relabelled(content: bytes) -> bytes:
+    assert b"calibrate" in content or b"test-shake" in content
+    return content.replace(b'"kind":"calibrate"', b'"kind":"calibratf"').replace(b'"test-shake"', b'"test-shakf"')
+
+
+DAMAGES = [
+    lambda _: b"",
+    lambda _: b"no checkpoint at all",
+    lambda _: b"\x08\0\0\0\0\0\0\0{}      ",
+    half,
+    flipped,
+    relabelled,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("position", [0, 1])
+def test_a_damaged_checkpoint_is_named_and_its_stage_runs_again(
+    tmp_path: Path, damage: Callable[[bytes], bytes], position: int
+) -> None:
+    whole = run(tmp_path)
+    path, calls = tmp_path / f"checkpoint-{position}.safetensors", Shake.calls
+    good = path.read_bytes()
+    path.write_bytes(damage(good))
+    with pytest.warns(UserWarning, match=f"checkpoint-{position}.* is damaged .* runs again"):
+        again = run(tmp_path)
+    assert_same(again, whole)
+    assert Shake.calls == calls + position, "the other stage ran again too"
+    assert json.loads(header(path)["notes"]) == json.loads(header(path, good)["notes"])
+
+
+def header(path: Path, content: bytes | None = None) -> dict[str, str]:
+    content = path.read_bytes() if content is None else content
+    length = int.from_bytes(content[:8], "little")
+    found: dict[str, str] = json.loads(content[8 : 8 + length])["__metadata__"]
+    return found
 
 
 def test_two_runs_are_identical_and_the_seed_matters() -> None:

@@ -7,16 +7,16 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from bitwright.data import Images
-from bitwright.errors import BitwrightError, UsageError
+from bitwright.errors import BitwrightError
 from bitwright.graph.capture import Captured
 from bitwright.memory import keep_pages
 from bitwright.quantized import QuantizedModel, Snapshot
 from bitwright.recipes import Recipe
+from bitwright.run import checkpoint
+from bitwright.run.state import claim, other_settings
 from bitwright.stages.base import Run
 
 
@@ -48,10 +48,11 @@ def run_stages(
     for stage in recipe.stages:
         stage.check(student, teacher, images)
     run.state, run.identity = state, identity
-    done = _restore(student, state, run, identity)
+    if state is not None:
+        claim(state, identity)
     with keep_pages():
         for position, stage in enumerate(recipe.stages):
-            if position < done:
+            if state is not None and _restore(student, state, position, run, identity):
                 continue
             torch.manual_seed(run.seed + position)
             with run.timed(stage.kind):
@@ -84,40 +85,29 @@ def _check_finite(student: QuantizedModel, teacher: Captured) -> None:
 
 
 def _keep(snapshot: Snapshot, state: Path, position: int, kind: str, run: Run, identity: str) -> None:
-    """Writes the checkpoint under another name and moves it, so that a kill leaves all of it or nothing."""
-    state.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.contiguous().clone() for name, tensor in snapshot.tensors.items()}
+    """Writes the checkpoint of a stage."""
     header = {"kind": kind, "identity": identity, "symmetric": json.dumps(snapshot.symmetric)}
     header |= {"notes": json.dumps(run.notes), "seconds": json.dumps(run.seconds)}
-    fresh = state / "checkpoint.new"
-    save_file(tensors, fresh, metadata=header)
-    fresh.replace(state / f"checkpoint-{position}.safetensors")
+    checkpoint.write(_path(state, position), snapshot.tensors, header)
 
 
-def _restore(student: QuantizedModel, state: Path | None, run: Run, identity: str) -> int:
-    """Takes over the checkpoints of finished stages; how many there are."""
-    done = 0
-    while state is not None and (path := state / f"checkpoint-{done}.safetensors").is_file():
-        header, snapshot = _read(path, run.device)
-        if header.get("identity") != identity:
-            raise UsageError(
-                "The unfinished run in this folder had other settings. Repeat its command, or use --force."
-            )
-        student.restore(snapshot)
-        run.history.append((header["kind"], snapshot))
-        run.notes, run.seconds = json.loads(header["notes"]), json.loads(header["seconds"])
-        done += 1
-    return done
-
-
-def _read(path: Path, device: torch.device) -> tuple[dict[str, str], Snapshot]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-        tensors = load_file(path, str(device))
-    except SafetensorError as error:
-        raise UsageError(f"{path} is no checkpoint ({error}). Delete it, or use --force.") from error
+def _restore(student: QuantizedModel, state: Path, position: int, run: Run, identity: str) -> bool:
+    """Takes over what a finished stage left; False if there is no checkpoint of it, or a damaged one."""
+    kept = checkpoint.read_good(_path(state, position), "That stage runs again.", run.device)
+    if kept is None:
+        return False
+    header, tensors = kept
+    if header.get("identity") != identity:
+        raise other_settings(state)
     for name, tensor in tensors.items():
         if tensor.dim() == 4:
             tensors[name] = tensor.contiguous(memory_format=torch.channels_last)
-    return header, Snapshot(tensors, json.loads(header.get("symmetric", "{}")))
+    snapshot = Snapshot(tensors, json.loads(header["symmetric"]))
+    student.restore(snapshot)
+    run.history.append((header["kind"], snapshot))
+    run.notes, run.seconds = json.loads(header["notes"]), json.loads(header["seconds"])
+    return True
+
+
+def _path(state: Path, position: int) -> Path:
+    return state / f"checkpoint-{position}.safetensors"

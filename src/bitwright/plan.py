@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Valida
 from bitwright.errors import UsageError
 from bitwright.quant.scheme import Choice, Granularity, Scheme
 from bitwright.quant.targets import target
+from bitwright.run.files import write_text
 
 if TYPE_CHECKING:
     from torch import fx
@@ -103,7 +104,7 @@ class Plan(BaseModel):
 
     def write(self, path: str | Path) -> None:
         """Writes it as :meth:`read` reads it."""
-        Path(path).write_text(self.model_dump_json(exclude_none=True, indent=2) + "\n", encoding="utf-8")
+        write_text(Path(path), self.model_dump_json(exclude_none=True, indent=2) + "\n")
 
     def scheme(self, base: Scheme | None = None) -> Scheme:
         """The scheme that does what the plan says; for layers that the plan leaves open, what ``base`` says.

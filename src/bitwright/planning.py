@@ -6,7 +6,6 @@ Losses come from a measure of :mod:`bitwright.sensitivity`, costs and the intege
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import warnings
@@ -481,7 +480,9 @@ def _measure(
         choices = Choices((), bits, scheme)
         if half == "weight":
             choices = Choices(bits, (), scheme, refine=tuple(s for s in method.stages if s.layerwise))
-        found.append(_kept(watched, teacher, images, choices, run, folder) if bits else Table(goal.measure, {}))
+        found.append(
+            predicted_losses(watched, teacher, images, choices, run, folder) if bits else Table(goal.measure, {})
+        )
         fresh |= watched.asked
     notes = [note for table in found for note in table.notes]
     several = any(v.kind == "activation" and len(v.options) > 1 for v in variables.values())
@@ -489,15 +490,6 @@ def _measure(
         notes.append(f"Losses of activations are nats, those of weights ('{goal.measure}') on a scale of their own.")
     settings = {**first.settings(), "activations": measures[1].name}
     return Measured(found[0], found[1], images, settings, not fresh, notes + _unknown(found, variables))
-
-
-def _kept(
-    measure: Measure, teacher: Captured, images: Images, choices: Choices, run: Run, folder: Path | None
-) -> Table:
-    try:
-        return predicted_losses(measure, teacher, images, choices, run, folder)
-    except json.JSONDecodeError as error:
-        raise UsageError(f"The losses kept in {folder} are damaged ({error}). Delete that folder.") from error
 
 
 def _unknown(tables: Sequence[Table], variables: Mapping[str, Variable]) -> list[str]:

@@ -45,16 +45,22 @@ def describe_layers(model: QuantizedModel, sqnr: dict[str, float | None] | None 
 
 
 def environment(device: torch.device | str, seed: int) -> dict[str, Any]:
-    """Versions, machine, seed and command."""
+    """Versions, machine, threads (on whose number the last bits of sums depend), seed and command."""
     return {
         "bitwright": bitwright.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": str(device),
+        "threads": torch.get_num_threads(),
         "seed": seed,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
     }
+
+
+def command_line() -> str:
+    """What was called, without the folder that the program is in."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def peak_memory_bytes() -> int:

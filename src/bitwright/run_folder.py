@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import tempfile
+import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,10 @@ from bitwright.plan import plan_of
 from bitwright.preprocessing import Preprocessing
 from bitwright.quantized import QuantizedModel
 from bitwright.result import SCHEMA
+from bitwright.run import state as run_state
+from bitwright.run.files import cannot_write, is_partial, remove, sweep, temporary, write_json
+from bitwright.run.lock import BusyError, held
+from bitwright.run.swap import interrupted, recover, swap
 
 MODEL, PLAN, RESULT, ONNX, LOG, STATE = (
     "model.safetensors", "plan.json", "result.json", "model.onnx", "log.jsonl", "state",
@@ -29,6 +34,9 @@ DEPLOYED = (ONNX, f"{ONNX}.data", OPENVINO, "model.bin", PT2)
 """Files that `bitwright export` writes."""
 
 OURS = frozenset({MODEL, PLAN, RESULT, LOG, STATE, PAGE, FACTS, BENCH, PARITY, *DEPLOYED})
+
+PATIENCE = 200
+"""Hundredths of a second that a reader waits for the run that is being put in its place."""
 
 CHECKED = (MODEL, *DEPLOYED)
 """Files whose sha256 stands in the result; the plan is there to be edited."""
@@ -42,14 +50,17 @@ def check_target(folder: Path, *, force: bool = False, resume: bool = False) -> 
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"Expected a folder at {folder}, found a file. Choose another --out.")
-    filled = folder.is_dir() and any(folder.iterdir())
-    unfinished = (folder / STATE).is_dir() and not (folder / RESULT).exists()
-    if filled and not force and not (resume and unfinished):
-        advice = (
-            "Go on with --resume, or replace it with --force." if unfinished else "Choose another --out, or --force."
+    names = {p.name for p in folder.iterdir() if not is_partial(p)} if folder.is_dir() else set()
+    unfinished = run_state.is_unfinished(folder / STATE)
+    if unfinished and not force and not resume:
+        raise UsageError(
+            f"The folder {folder} is not empty: an unfinished run is in it{run_state.told(folder / STATE)}. Go on with "
+            "--resume, or begin again with --force."
         )
-        raise UsageError(f"The folder {folder} is not empty. {advice}")
-    foreign = sorted(p.name for p in folder.iterdir() if p.name not in OURS) if folder.is_dir() else []
+    if names - {STATE} and not force and not (resume and unfinished):
+        nothing = ", and no unfinished run is in it" if resume else ""
+        raise UsageError(f"The folder {folder} is not empty{nothing}. Choose another --out, or --force.")
+    foreign = sorted(names - OURS)
     if foreign:
         raise UsageError(
             f"Expected a run in {folder} for --force to replace, found other files ({foreign[0]}). "
@@ -70,19 +81,69 @@ def check_writable(folder: Path) -> None:
 
 
 @contextmanager
-def staged(folder: Path, *, force: bool = False) -> Iterator[Path]:
-    """A folder beside the target to write into; it takes the target's place when all went well."""
+def staged(folder: Path) -> Iterator[Path]:
+    """A folder beside the target to write into; it takes the target's place when all went well.
+
+    Raises:
+        BitwrightError: it cannot be written; what was there is there still.
+    """
     check_target(folder, force=True)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    folder = folder.resolve()
+    partial = temporary(folder)
     try:
+        partial.mkdir(parents=True)
         yield partial
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
+        swap(partial, folder)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise cannot_write(folder, error) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[str | None]:
+    """Nobody else writes into the folder; what an interrupted replacement left is finished first, and said.
+
+    Raises:
+        UsageError: another process is at work there, or what it left cannot be moved.
+    """
+    with held(folder):
+        yield finish_swap(folder.expanduser().resolve())
+
+
+def settle(folder: Path) -> None:
+    """Puts a run in its place whose replacement was interrupted, before it is read; a warning says so.
+
+    Raises:
+        UsageError: the run is not in its place and cannot be moved there.
+    """
+    folder = folder.expanduser().resolve()
+    for _ in range(PATIENCE):
+        if not interrupted(folder):
+            return
+        try:
+            with writing(folder) as said:
+                if said is not None:
+                    warnings.warn(said, UserWarning, stacklevel=3)
+            return
+        except BusyError:
+            if folder.exists():
+                return  # somebody is replacing it at this moment; this is whole
+            time.sleep(0.01)
+
+
+def finish_swap(folder: Path) -> str | None:
+    """Finishes or undoes an interrupted replacement, and removes what dead processes left; a line that says so."""
+    try:
+        said = recover(folder)
+    except OSError as error:
+        if folder.exists():
+            return None
+        raise cannot_write(folder, error) from error
+    sweep(folder)
+    return said
 
 
 def write_files(model: QuantizedModel, folder: Path) -> None:
@@ -100,7 +161,7 @@ def write_files(model: QuantizedModel, folder: Path) -> None:
 def write_result(model: QuantizedModel, folder: Path) -> None:
     """``result.json``, with the sha256 of the files beside it."""
     model.result["files"] = checksums(folder)
-    _dump(model.result, folder / RESULT)
+    write_json(folder / RESULT, model.result)
 
 
 def checksums(folder: Path) -> dict[str, str]:
@@ -113,7 +174,7 @@ def renew_checksum(path: Path) -> None:
     recorded = _recorded(path.parent)
     if path.name in recorded.get("files", {}):
         recorded["files"] |= checksums(path.parent)
-        _dump(recorded, path.parent / RESULT)
+        write_json(path.parent / RESULT, recorded)
 
 
 def check_file(folder: Path, name: str, recorded: dict[str, Any], advice: str) -> None:
@@ -144,11 +205,14 @@ def save(model: QuantizedModel, folder: Path, *, force: bool = False) -> Path:
     Raises:
         UsageError: the folder is not empty (unless ``force``) or cannot be written.
     """
-    check_target(folder, force=force)
-    model.freeze()
-    with staged(folder, force=force) as partial:
-        write_files(model, partial)
-        write_result(model, partial)
+    with writing(folder) as said:
+        if said is not None:
+            warnings.warn(said, UserWarning, stacklevel=3)
+        check_target(folder, force=force)
+        model.freeze()
+        with staged(folder) as partial:
+            write_files(model, partial)
+            write_result(model, partial)
     return folder
 
 
@@ -159,11 +223,12 @@ def read_result(folder: str | Path) -> dict[str, Any]:
         UsageError: there is none, the run is unfinished, it is cut short, or a newer bitwright wrote it.
     """
     path = Path(folder).expanduser()
+    settle(path if path.suffix != ".json" else path.parent)
     file = path / RESULT if path.suffix != ".json" else path
     if not file.is_file():
         if not path.exists():
             raise UsageError(f"Expected a run folder, {path} does not exist. Check the path.")
-        unfinished = (file.parent / STATE).is_dir()
+        unfinished = run_state.is_unfinished(file.parent / STATE)
         advice = "The run is unfinished: repeat its command with --resume." if unfinished else "Give a run's folder."
         raise UsageError(f"Expected {RESULT} in {path}, found none. {advice}")
     try:
@@ -192,6 +257,7 @@ def load(folder: str | Path) -> QuantizedModel:
         UsageError: there is none, or it is damaged.
     """
     path = Path(folder)
+    settle(path.parent if path.is_file() else path)
     file = path / MODEL if path.is_dir() else path
     result = _recorded(file.parent) if file.name == MODEL else {}
     if file.is_file() and result:
@@ -213,7 +279,3 @@ def _recorded(folder: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise UsageError(f"{path} cannot be read ({error}). It is damaged: quantize again.") from error
     return result if isinstance(result, dict) else {}
-
-
-def _dump(data: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n")

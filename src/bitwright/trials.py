@@ -6,7 +6,6 @@ on the other half. Agreement is taken to grow with size, which makes bisection p
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,8 @@ from bitwright.plan import Plan, insert_plan
 from bitwright.progress import silent
 from bitwright.quant.scheme import Scheme
 from bitwright.recipes import Recipe
+from bitwright.run.files import DamagedError, read_checked, write_checked
+from bitwright.run.state import other_settings
 from bitwright.stages.base import Optimising, Run
 
 FILE = "trials.json"
@@ -214,15 +215,21 @@ class _Kept:
         self.identity = identity
         self.found: dict[int, float] = {}
         if self.path is not None and self.path.is_file():
-            data = json.loads(self.path.read_text(encoding="utf-8"))
-            if data["identity"] == identity:
-                self.found = {int(i): value for i, value in data["found"].items()}
+            self.found = _read(self.path, identity)
 
     def add(self, index: int, value: float) -> None:
         self.found[index] = value
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self.path.with_suffix(".new")
-        fresh.write_text(json.dumps({"identity": self.identity, "found": self.found}), encoding="utf-8")
-        fresh.replace(self.path)
+        write_checked(self.path, {"identity": self.identity, "found": self.found})
+
+
+def _read(path: Path, identity: str) -> dict[int, float]:
+    try:
+        data = read_checked(path)
+    except DamagedError as error:
+        warnings.warn(f"{error} The trials are made again.", UserWarning, stacklevel=4)
+        return {}
+    if data["identity"] != identity:
+        raise other_settings(path.parent)
+    return {int(i): value for i, value in data["found"].items()}

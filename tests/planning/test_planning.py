@@ -165,12 +165,13 @@ def test_the_second_plan_measures_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     assert plan(cache=tmp_path / "kept", activations="16").losses.weights == first.losses.weights
 
 
-def test_damaged_losses_are_named(tmp_path: Path) -> None:
-    plan(cache=tmp_path)
+def test_damaged_losses_are_named_and_measured_again(tmp_path: Path) -> None:
+    first = plan(cache=tmp_path)
     for file in tmp_path.iterdir():
-        file.write_text("{")
-    with pytest.raises(UsageError, match="are damaged"):
-        plan.__wrapped__(cache=tmp_path)
+        file.write_text(file.read_text().replace("1", "2"))
+    with pytest.warns(UserWarning, match="damaged .* measured again"):
+        again = plan.__wrapped__(cache=tmp_path)
+    assert again.losses == first.losses
 
 
 def test_a_folder_that_cannot_be_made_only_warns(tmp_path: Path) -> None:

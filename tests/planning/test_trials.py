@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from bitwright.graph.prepare import prepare
 from bitwright.plan import Plan
 from bitwright.quant.scheme import Scheme
 from bitwright.recipes import recipe
+from bitwright.run.files import read_checked
 from bitwright.stages.base import Run
 
 DATA = cases.dataset(40)
@@ -115,7 +115,7 @@ def test_trials_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(trials, "_agreement", once)
     with pytest.raises(KeyboardInterrupt):
         find(0.1, tmp_path)
-    assert len(json.loads((tmp_path / trials.FILE).read_text())["found"]) == 2
+    assert len(read_checked(tmp_path / trials.FILE)["found"]) == 2
     calls.append(None)
     after: list[Plan] = []
     monkeypatch.setattr(trials, "_agreement", _noting(real, after))

@@ -7,10 +7,10 @@ saves by this table is an estimate: in the network, layers share caches, and ope
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -33,6 +33,7 @@ from bitwright.quant.quantizer import Quantizer
 from bitwright.quant.scheme import Scheme
 from bitwright.quant.targets import CLAMPING
 from bitwright.quantized import QuantizedModel, insert_quantizers
+from bitwright.run.files import DamagedError, read_checked, write_checked
 from bitwright.speed.float_twin import float_twin
 from bitwright.speed.machine import cpu_name
 from bitwright.speed.runtimes import ONNXRUNTIME
@@ -233,18 +234,17 @@ class _Store:
         self.path = None if folder is None else Path(folder) / f"latency-{_digest(how)}.json"
         self.seconds: dict[str, float] = {}
         if self.path is not None and self.path.is_file():
-            with contextlib.suppress(ValueError, KeyError, OSError):  # damaged: measured again
-                self.seconds = dict(json.loads(self.path.read_text(encoding="utf-8"))["seconds"])
+            try:
+                self.seconds = dict(read_checked(self.path)["seconds"])
+            except DamagedError as error:
+                warnings.warn(f"{error} The times are measured again.", UserWarning, stacklevel=3)
 
     def keep(self, fresh: dict[str, float]) -> None:
         """Takes them in; what was there stays as it is."""
         self.seconds = {**fresh, **self.seconds}
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial_file = self.path.with_suffix(".new")
-        partial_file.write_text(json.dumps({**self.about, "seconds": self.seconds}, indent=1), encoding="utf-8")
-        partial_file.replace(self.path)
+        write_checked(self.path, {**self.about, "seconds": self.seconds})
 
 
 def _digest(data: Any) -> str:

@@ -8,6 +8,7 @@ from rich.console import RenderableType
 
 from bitwright.commands import tables
 from bitwright.errors import UsageError
+from bitwright.run.lock import alone
 from bitwright.run_folder import BENCH
 from bitwright.speed.bench import bench as measured
 from bitwright.speed.runtimes import RUNTIMES
@@ -32,6 +33,7 @@ def counts(text: str | None, option: str) -> tuple[int, ...] | None:
     return tuple(map(int, parts))
 
 
+@alone
 def bench(
     run: str,
     *,

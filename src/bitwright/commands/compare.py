@@ -19,6 +19,7 @@ from bitwright.recipes import recipe as find_recipe
 from bitwright.report import comparison
 from bitwright.report.comparison import Entry
 from bitwright.report.shown import read
+from bitwright.run.files import write_json
 from bitwright.terminal import Terminal, one_line
 
 RECORD, PAGE = "compare.json", "compare.html"
@@ -187,11 +188,8 @@ def _finished(folder: Path) -> bool:
 
 def _record(comparing: Comparison, entries: Sequence[Entry]) -> None:
     """``compare.json``: what the runs share, and their figures so far."""
-    comparing.out.mkdir(parents=True, exist_ok=True)
     found = {"settings": settings(comparing), "runs": [comparison.row(e) for e in entries]}
-    fresh = comparing.out / f".{RECORD}"
-    fresh.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    fresh.replace(comparing.out / RECORD)
+    write_json(comparing.out / RECORD, found)
 
 
 def show(found: dict[str, Any], page: Path, terminal: Terminal) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ from bitwright.export.parity import Parity, export_checked
 from bitwright.export.pt2 import write_pt2
 from bitwright.models import Model
 from bitwright.quantized import QuantizedModel
+from bitwright.run.files import cannot_write, move, scratch, write_json
+from bitwright.run.lock import alone
 from bitwright.terminal import Terminal, quiet_libraries
 
 FORMATS = {"onnx": run_folder.ONNX, "openvino": run_folder.OPENVINO, "pt2": run_folder.PT2}
@@ -26,6 +27,7 @@ FORMATS = {"onnx": run_folder.ONNX, "openvino": run_folder.OPENVINO, "pt2": run_
 WHERE = {"onnx": "ONNX Runtime", "openvino": "OpenVINO", "pt2": "PyTorch"}
 
 
+@alone
 def export(
     run: str,
     *,
@@ -65,7 +67,7 @@ def export(
         with quiet_libraries():
             parity, files = _write(model, to, path, found, force, samples)
     except OSError as error:
-        raise UsageError(f"{path} cannot be written ({error.strerror or error}). Choose another --out.") from error
+        raise cannot_write(path, error) from error
     terminal.finish()
     size = sum(file.stat().st_size for file in files)
     if out is None:
@@ -78,8 +80,8 @@ def _write(
     model: QuantizedModel, to: str, path: Path, images: Images, force: bool, samples: int
 ) -> tuple[Parity, list[Path]]:
     """Writes into a folder beside the target, and moves what passed; its files, the one that is named first."""
-    with tempfile.TemporaryDirectory(prefix=".bitwright", dir=path.parent) as folder:
-        partial = Path(folder) / path.name
+    with scratch(path.parent) as folder:
+        partial = folder / path.name
         if to == "onnx":
             parity = export_checked(model, partial, images, force=force, count=samples)
         else:
@@ -90,9 +92,9 @@ def _write(
                     f"The {to} file does not compute what was measured: {parity.first_divergence} is the first to "
                     "differ. It was not written; --force keeps it."
                 )
-        written = sorted(Path(folder).iterdir(), key=lambda file: file != partial)
+        written = sorted(folder.iterdir(), key=lambda file: file != partial)
         for file in reversed(written):  # the one that is named comes last
-            file.replace(path.parent / file.name)
+            move(file, path.parent / file.name)
     return parity, [path.parent / file.name for file in written]
 
 
@@ -133,9 +135,7 @@ def _record(path: Path, to: str, parity: dict[str, Any], size: int) -> None:
         result.setdefault("exports", {})[to] = {"parity": parity}
     result.setdefault("size", {})[f"{to}_bytes"] = size
     result["files"] = {**result.get("files", {}), **run_folder.checksums(path.parent)}
-    fresh = path.with_name(f".{path.name}.partial")
-    fresh.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-    fresh.replace(path)
+    write_json(path, result)
 
 
 def table(found: dict[str, Any]) -> Table:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,13 @@ from bitwright.errors import ParityError, UsageError
 from bitwright.export.gap import measure_gap, read_onnx
 from bitwright.inputs import prepare_teacher
 from bitwright.quantized import QuantizedModel
+from bitwright.run.files import write_json
+from bitwright.run.lock import alone
 from bitwright.speed.runtimes import RUNTIMES, Runtime, runtime
 from bitwright.terminal import Terminal, one_line, quiet_libraries
 
 
+@alone
 def parity(
     run: str,
     images: str | None,
@@ -69,7 +71,7 @@ def parity(
         **gap.to_dict(),
         "absent": [{"runtime": r.name, "install": r.remedy} for r in RUNTIMES.values() if not r.installed],
     }
-    _write(data, folder / run_folder.PARITY)
+    write_json(folder / run_folder.PARITY, data)
     return data, _failure(data)
 
 
@@ -93,15 +95,6 @@ def _attach_float(model: QuantizedModel, reference: str | None, images: Images, 
             raise
         return one_line(str(error))
     return None
-
-
-def _write(data: dict[str, Any], path: Path) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n")
-        partial.replace(path)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written ({error.strerror or error}).") from error
 
 
 def _failure(data: dict[str, Any]) -> ParityError | None:

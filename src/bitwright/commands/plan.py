@@ -19,8 +19,8 @@ from bitwright.models import load_model
 from bitwright.planning import Planning
 from bitwright.quant.scheme import Scheme
 from bitwright.result import environment, peak_memory_bytes
+from bitwright.run.files import write_text
 from bitwright.run_folder import check_writable
-from bitwright.studies.base import write_whole
 from bitwright.terminal import Terminal, quiet_libraries
 
 FILES = ("plan.json", "pareto.json", "plan.html")
@@ -132,7 +132,6 @@ def _check_target(folder: Path, force: bool) -> None:
 
 def _write(found: Planning, facts: dict[str, Any], folder: Path) -> list[Path]:
     """The files; each is whole, or what it was before."""
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / name for name in FILES]
     texts = (
         found.plan.model_dump_json(exclude_none=True, indent=2) + "\n",
@@ -140,7 +139,7 @@ def _write(found: Planning, facts: dict[str, Any], folder: Path) -> list[Path]:
         plan_page.page(found, facts),
     )
     for path, text in zip(paths, texts, strict=True):
-        write_whole(path, text)
+        write_text(path, text)
     return paths
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -35,7 +34,9 @@ from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel
 from bitwright.recipes import recipe as find_recipe
 from bitwright.report.answers import Answers
-from bitwright.result import peak_memory_bytes
+from bitwright.result import command_line, peak_memory_bytes
+from bitwright.run.files import write_text
+from bitwright.run.state import begin, leave
 from bitwright.sensitivity import diagnosis
 from bitwright.stages.base import Precision, Run
 from bitwright.terminal import Terminal, one_line, quiet_libraries
@@ -102,37 +103,71 @@ def quantize(job: Job, terminal: Terminal) -> tuple[dict[str, Any], Path, Bitwri
         What ``result.json`` holds, the run folder, and the error that kept ``model.onnx`` out of it, if one did.
 
     Raises:
-        BitwrightError: anything else went wrong; then nothing is left behind.
+        BitwrightError: anything else went wrong; then what an earlier command or this one has done is kept.
     """
     started = time.perf_counter()
     folder = (job.out or Path("runs") / default_name(job)).expanduser().absolute()
+    with run_folder.writing(folder) as said:
+        if said is not None:
+            terminal.say(said)
+        return _quantize_into(folder, job, terminal, started)
+
+
+def _quantize_into(
+    folder: Path, job: Job, terminal: Terminal, started: float
+) -> tuple[dict[str, Any], Path, BitwrightError | None]:
+    """The whole job, with the folder to itself; nothing in it is touched before the arguments are known to be right."""
     run_folder.check_target(folder, force=job.force, resume=job.resume)
     until = next(p for p in (folder, *folder.parents) if p.exists())
     terminal.log("start", command=job.model, images=job.images, recipe=job.method)
     state = folder / run_folder.STATE
-    if not job.resume:
-        shutil.rmtree(state, ignore_errors=True)
     try:
         inputs = find_inputs(job, terminal)
+        begin(state, command_line(), _settings(job), resume=job.resume)
         model = _quantize(job, inputs, state, terminal)
         answers = _measure(model, job, inputs, terminal)
         _diagnose(model, job, terminal)
         failure = _write(model, job, inputs, folder, terminal, started)
-    except Exception:
-        shutil.rmtree(state, ignore_errors=True)
-        remove_empty(folder, until)
-        raise
-    except KeyboardInterrupt:
-        kept = state.is_dir() and any(state.iterdir())
-        remove_empty(folder, until)
-        if kept:
-            terminal.farewell = "Interrupted. The same command with --resume goes on where it was."
-        else:
-            terminal.farewell = "Interrupted before the first stage was finished: nothing is kept."
+    except BaseException as error:
+        _leave(folder, until, terminal, interrupted=isinstance(error, KeyboardInterrupt))
         raise
     curve = plans.curve_beside(job.plan_file)
     write_beside(model, inputs.evaluation, answers, folder, terminal, pictures=job.pictures, curve=curve)
     return model.result, folder, failure
+
+
+def _leave(folder: Path, until: Path, terminal: Terminal, *, interrupted: bool) -> None:
+    """After a failure of any kind: what was done stays, and a line says how to go on."""
+    said = run_folder.finish_swap(folder)
+    kept = leave(folder / run_folder.STATE)
+    remove_empty(folder, until)
+    if said is not None:
+        terminal.say(said)
+    elif interrupted:
+        terminal.farewell = (
+            "Interrupted. The same command with --resume goes on where it was."
+            if kept
+            else "Interrupted before the first stage was finished: nothing is kept."
+        )
+    elif kept:
+        terminal.finish()
+        terminal.say(f"What was done is kept in {_short(folder)}: the run's command with --resume goes on from there.")
+
+
+def _settings(job: Job) -> dict[str, Any]:
+    """What must be the same for a run to go on; the network and the images are compared by what they hold."""
+    return {
+        "recipe": find_recipe(job.method).settings(),
+        "scheme": job.scheme.model_dump(mode="json"),
+        "plan": None if job.plan is None else job.plan.model_dump(mode="json"),
+        "goal": None if job.goal is None else str(job.goal),
+        "samples": job.samples,
+        "steps": job.steps,
+        "minutes": job.minutes,
+        "precision": job.precision,
+        "seed": job.seed,
+        "output": job.output,
+    }
 
 
 def default_name(job: Job) -> str:
@@ -302,7 +337,7 @@ def _write(
     model: QuantizedModel, job: Job, inputs: Inputs, folder: Path, terminal: Terminal, started: float
 ) -> BitwrightError | None:
     """The run folder, complete or not at all; without ``model.onnx`` where that cannot be, and then why."""
-    with run_folder.staged(folder, force=job.force) as partial:
+    with run_folder.staged(folder) as partial:
         run_folder.write_files(model, partial)
         failure = _export(model, inputs.evaluation, partial / run_folder.ONNX, terminal, force=job.force)
         result = model.result
@@ -323,7 +358,7 @@ def _write(
         result["peak_memory_bytes"] = peak_memory_bytes()
         run_folder.write_result(model, partial)
         terminal.log("written", folder=str(folder))
-        (partial / run_folder.LOG).write_text("".join(json.dumps(event) + "\n" for event in terminal.events))
+        write_text(partial / run_folder.LOG, "".join(json.dumps(event) + "\n" for event in terminal.events))
     return failure
 
 

@@ -21,6 +21,7 @@ from bitwright.report.answers import Answers
 from bitwright.report.comparison import Entry
 from bitwright.report.shown import read
 from bitwright.report.verdict import verdict
+from bitwright.run.files import write_text
 from bitwright.terminal import Terminal, one_line
 
 DEFAULT = Path("comparison.html")
@@ -82,7 +83,7 @@ def write_beside(
         assert images is not None
         found = facts.gather(model, images, answers, folder, pictures=pictures)
         found |= {} if curve is None else {"curve": curve}
-        (folder / run_folder.FACTS).write_text(json.dumps(found, allow_nan=False) + "\n", encoding="utf-8")
+        write_text(folder / run_folder.FACTS, json.dumps(found, allow_nan=False) + "\n")
         pages.write(folder)
     except Exception as error:
         what = f"{type(error).__name__}: {one_line(str(error))}"

@@ -13,6 +13,7 @@ from bitwright.commands import tables
 from bitwright.commands.sources import Settings, absolute_reference, absolute_source, remove_empty
 from bitwright.errors import UsageError
 from bitwright.models import load_model
+from bitwright.run.lock import held
 from bitwright.run_folder import check_writable
 from bitwright.studies import figures
 from bitwright.terminal import Terminal
@@ -57,10 +58,14 @@ def study(job: Job, terminal: Terminal) -> tuple[studies.Result, list[Path]]:
         raise UsageError(f"Expected MODEL and IMAGES for --{next(iter(job.settings)).replace('_', '-')}, found none.")
     folder = (job.out or Path("studies")).expanduser().absolute()
     kept = folder / f"{chosen.name}.partial.json"
-    _check_target(folder, chosen.name, kept, job)
+    with held(folder / chosen.name):
+        return _study(job, chosen.name, folder, kept, terminal)
+
+
+def _study(job: Job, name: str, folder: Path, kept: Path, terminal: Terminal) -> tuple[studies.Result, list[Path]]:
+    """The study, while nobody else writes its files."""
+    _check_target(folder, name, kept, job)
     until = next(p for p in (folder, *folder.parents) if p.exists())
-    if not job.resume:
-        kept.unlink(missing_ok=True)
     try:
         result = _run(job, kept, terminal)
         terminal.begin("Drawing")

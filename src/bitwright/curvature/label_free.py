@@ -22,14 +22,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, fx
 
 from bitwright.errors import ModelError
 from bitwright.graph import ops, rewrite
 from bitwright.graph.points import Point, expose
 from bitwright.memory import saved_bytes
+from bitwright.run import checkpoint
 
 Distribution = Literal["rademacher", "gaussian"]
 
@@ -330,31 +329,26 @@ def cached_scores(folder: Path | None, key: str, compute: Callable[[], Scores]) 
     if folder is None:
         return compute()
     path = folder / f"scores-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
-    if path.is_file():
-        return _load(path)
+    kept = checkpoint.read_good(path, "The scores are computed again.")
+    if kept is not None:
+        return _scores(*kept)
     found = compute()
     _save(found, path)
     return found
 
 
 def _save(scores: Scores, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {"trace": scores.trace, "attention": scores.attention, "error": scores.error}
-    tensors |= {f"elements/{name}": t.contiguous() for name, t in scores.elements.items()}
+    tensors |= {f"elements/{name}": t for name, t in scores.elements.items()}
     header = {
         "layers": json.dumps(scores.layers),
         "outputs": str(scores.outputs),
         "probes": str(scores.probes),
     }
-    fresh = path.with_suffix(".new")
-    save_file({k: t.contiguous().cpu() for k, t in tensors.items()}, fresh, metadata=header)
-    fresh.replace(path)
+    checkpoint.write(path, tensors, header)
 
 
-def _load(path: Path) -> Scores:
-    with safe_open(path, framework="pt") as file:
-        header = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+def _scores(header: dict[str, str], tensors: dict[str, Tensor]) -> Scores:
     return Scores(
         json.loads(header["layers"]),
         int(header["outputs"]),

@@ -24,6 +24,7 @@ from bitwright.export.forms import rewrite_forms
 from bitwright.graph import ops, rewrite
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Grid, Quantizer
 from bitwright.quantized import QuantizedModel
+from bitwright.run.files import cannot_write, move, scratch
 
 OPSET, OPSET_OF_GELU, OPSET_OF_INT4 = 18, 20, 21
 """The first that PyTorch's exporter writes; the first with Gelu, whose parts ONNX Runtime 1.31 does not join into one
@@ -62,6 +63,21 @@ def save_onnx(program: ir.Model, path: Path) -> None:
     ir.save(program, path, external_data=f"{path.name}.data" if size > LARGEST else None)
 
 
+def write_onnx(program: ir.Model, path: Path) -> None:
+    """As :func:`save_onnx`, whole or not at all: the tensors beside the file come first, the file that names them last.
+
+    Raises:
+        BitwrightError: it cannot be written.
+    """
+    try:
+        with scratch(path.parent) as folder:
+            save_onnx(program, folder / path.name)
+            for file in sorted(folder.iterdir(), key=lambda file: file.name == path.name):
+                move(file, path.parent / file.name)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
 def _forget_provenance(program: ir.Model) -> None:
     """Takes out the exporter's notes, which hold source lines and paths of this machine."""
     program.metadata_props.clear()
@@ -75,10 +91,10 @@ def _forget_provenance(program: ir.Model) -> None:
 
 
 def described(model: QuantizedModel) -> dict[str, Any]:
-    """How the model was made, as files keep it: no paths of the model."""
-    keep = {k: model.result[k] for k in ("model", "recipe", "bits", "seed", "command") if k in model.result}
-    if "model" in keep:
-        keep["model"] = {k: v for k, v in keep["model"].items() if k not in {"reference", "settings"}}
+    """How the model was made, as files keep it: no command and no paths, so that a repeated run gives the same file."""
+    keep: dict[str, Any] = {k: model.result[k] for k in ("recipe", "bits", "seed") if k in model.result}
+    about = model.result.get("model", {})
+    keep["model"] = {k: about[k] for k in ("name", "parameters", "macs") if k in about}
     return keep | {"runtime": model.scheme.runtime}
 
 

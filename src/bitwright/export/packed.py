@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -30,6 +29,8 @@ from bitwright.graph.store import dump_graph, load_graph
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Grid, Quantizer
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel
+from bitwright.run.checkpoint import save_tensors
+from bitwright.run.files import whole
 
 FORMAT = 1
 KEY = "bitwright"
@@ -112,8 +113,9 @@ def save_packed(model: QuantizedModel, path: Path, extra: dict[str, Any] | None 
     text = lzma.compress(json.dumps(structure, separators=(",", ":")).encode(), lzma.FORMAT_RAW, filters=LZMA)
     described = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     # one entry, because safetensors writes several in an order of its own
-    save_file(blobs.tensors() | {"structure": described}, path, metadata={KEY: str(FORMAT)})
-    path.chmod(0o666 & ~_umask())
+    with whole(path) as fresh:
+        save_tensors(blobs.tensors() | {"structure": described}, fresh, {KEY: str(FORMAT)})
+        fresh.chmod(0o666 & ~_umask())
 
 
 def load_packed(path: Path) -> tuple[QuantizedModel, dict[str, Any]]:

@@ -20,7 +20,7 @@ from bitwright.export.arbiter import compare_kernels
 from bitwright.export.deviation import OutputParity, Run, compare, tipped, worst
 from bitwright.export.forms import keep_in_float
 from bitwright.export.layers import LayerParity, activation_quantizers, compare_layers, worst_layer
-from bitwright.export.onnx import save_onnx, to_onnx
+from bitwright.export.onnx import to_onnx, write_onnx
 from bitwright.export.runtimes import Opener, Session, openvino_session, session
 from bitwright.graph.axes import read_outputs
 from bitwright.quantized import QuantizedModel
@@ -122,8 +122,7 @@ def export_checked(
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise BitwrightError(f"This network could not be written as ONNX and checked ({reason}).") from error
     if parity.passed or force:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_onnx(program, path)
+        write_onnx(program, path)
     if not parity.passed and not force:
         worst = parity.worst_layer
         detail = f" (worst: {worst.name}, {worst.differing_fraction:.2%} of its values)" if worst else ""

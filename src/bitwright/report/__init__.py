@@ -12,6 +12,7 @@ from bitwright import run_folder
 from bitwright.errors import UsageError
 from bitwright.report.page import page
 from bitwright.report.shown import read
+from bitwright.run.files import write_text
 
 __all__ = ["save", "write"]
 
@@ -41,12 +42,8 @@ def save(text: str, path: Path) -> Path:
     """Writes a page.
 
     Raises:
-        UsageError: it cannot be written.
+        BitwrightError: it cannot be written.
     """
     path = path.expanduser()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written ({error.strerror or error}). Choose another --out.") from error
+    write_text(path, text)
     return path

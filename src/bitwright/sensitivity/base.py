@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from bitwright.graph import rewrite
 from bitwright.pipeline import fingerprint
 from bitwright.quant.scheme import ACTIVATION_BITS, WEIGHT_BITS, Scheme
 from bitwright.quantized import QuantizedModel, insert_quantizers
+from bitwright.run.files import DamagedError, read_checked, write_checked
 from bitwright.stages.base import Run, Stage
 from bitwright.stages.calibrate import Calibrate, parameters
 
@@ -154,12 +156,12 @@ def predicted_losses(
         return measure.measure(teacher, images, choices, run)
     path = folder / f"sensitivity-{_key(measure, teacher, images, choices, run)}.json"
     if path.is_file():
-        return Table.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        try:
+            return Table.from_dict(read_checked(path))
+        except DamagedError as error:
+            warnings.warn(f"{error} The losses are measured again.", UserWarning, stacklevel=2)
     found = measure.measure(teacher, images, choices, run)
-    folder.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(".new")
-    fresh.write_text(json.dumps(found.to_dict()), encoding="utf-8")
-    fresh.replace(path)
+    write_checked(path, found.to_dict())
     return found
 
 

@@ -275,13 +275,10 @@ def _images(source: Any, network: Model, labels: Any, samples: int | None, skip_
 
 def write(found: dict[str, Any], folder: Path) -> list[Path]:
     """Writes ``sensitivity.json`` and ``sensitivity.html``; each is whole, or what it was before."""
-    import json
-
+    from bitwright.run.files import write_json, write_text
     from bitwright.sensitivity.figure import page
-    from bitwright.studies.base import write_whole
 
-    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / "sensitivity.json", folder / "sensitivity.html"]
-    write_whole(paths[0], json.dumps(found, indent=2, allow_nan=False) + "\n")
-    write_whole(paths[1], page(found))
+    write_json(paths[0], found)
+    write_text(paths[1], page(found))
     return paths

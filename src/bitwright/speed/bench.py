@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ import numpy as np
 import bitwright
 from bitwright.errors import UsageError
 from bitwright.progress import Progress, silent
+from bitwright.run.files import write_json
 from bitwright.run_folder import BENCH, ONNX, RESULT, STATE
 from bitwright.speed import kernels
 from bitwright.speed.float_operators import float_operators
@@ -107,7 +107,7 @@ def bench(
             "absent": [{"runtime": r.name, "install": r.remedy} for r in RUNTIMES.values() if not r.installed],
             "rows": rows,
         }
-    _write(found, folder / BENCH)
+    write_json(folder / BENCH, found)
     return found
 
 
@@ -213,12 +213,3 @@ def _load() -> float | None:
 
 def _threads(count: int) -> str:
     return "1 thread" if count == 1 else f"{count} threads"
-
-
-def _write(found: dict[str, Any], path: Path) -> None:
-    fresh = path.with_name(f".{path.name}.partial")
-    try:
-        fresh.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        fresh.replace(path)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written ({error.strerror or error}).") from error

@@ -16,8 +16,6 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bitwright.data import Images
@@ -26,12 +24,15 @@ from bitwright.graph.blocks import Block, BlockKind, find_blocks
 from bitwright.graph.capture import Captured
 from bitwright.graph.segments import region
 from bitwright.quantized import QuantizedModel
+from bitwright.run import checkpoint
 from bitwright.stages.base import Optimising, Run
 from bitwright.stages.candidates import Batches, Evaluator, Fitness, Meaning, Measure, Scales
 from bitwright.stages.population import Member, Mutation, Population
 
 CHECKPOINT = "evolve.safetensors"
 CHECKPOINT_SECONDS = 2.0
+CHECKPOINT_SHARE = 0.01
+"""Of the time, at most."""
 WORTH_IT = 1.3
 """How much faster bfloat16 must be to be taken."""
 SHORT = 1.0
@@ -177,6 +178,8 @@ class _Search:
     curve: list[tuple[int, float]] = field(default_factory=list)
     precision: str = "float32"
     saved: float = field(default_factory=time.perf_counter)
+    cost: float = 0.0
+    """Seconds of the last checkpoint."""
 
     def start(self) -> None:
         """Measures the network as it comes, or goes on where an unfinished run was."""
@@ -347,14 +350,10 @@ class _Search:
         return f"{self.run.identity} {len(self.run.history)}"
 
     def _load(self) -> bool:
-        path = self._path
-        if path is None or not path.is_file():
+        found = None if self._path is None else checkpoint.read_last(self._path, self.run.device)
+        if found is None or found.header["identity"] != self._identity:
             return False
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata()
-        if header["identity"] != self._identity:
-            return False
-        kept, state = load_file(path, str(self.run.device)), json.loads(header["state"])
+        kept, state = found.tensors, json.loads(found.header["state"])
         for i, searched in enumerate(self.searched):
             if state["visits"]:
                 searched.scales.set(kept[f"scales.{i}"])
@@ -368,25 +367,24 @@ class _Search:
 
     def _save_if_due(self) -> None:
         """After a visit, which a resumed run repeats or goes on from with the same random numbers."""
-        if time.perf_counter() - self.saved > CHECKPOINT_SECONDS:
+        if time.perf_counter() - self.saved > max(CHECKPOINT_SECONDS, self.cost / CHECKPOINT_SHARE):
             self._save()
 
     def _save(self) -> None:
         path = self._path
         if path is None:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
+        start = time.perf_counter()
         tensors = {"losses": self.losses, "first": self.first}
         for i, searched in enumerate(self.searched):
             tensors |= {f"scales.{i}": searched.scales.get(), f"best.{i}": self.best[i]}
         names = ("visits", "children", "dropped", "better", "hidden", "curve", "precision")
         state = {n: getattr(self, n) for n in names}
         state |= {"factors": [s.factor for s in self.searched], "seconds": self._elapsed()}
-        fresh = path.with_suffix(".new")
         header = {"identity": self._identity, "state": json.dumps(state)}
-        save_file({n: t.contiguous().clone().cpu() for n, t in tensors.items()}, fresh, metadata=header)
-        fresh.replace(path)
+        checkpoint.write(path, tensors, header, previous=True)
         self.saved = time.perf_counter()
+        self.cost = self.saved - start
 
 
 def scale_keys(student: QuantizedModel, block: Block, scales: str) -> list[str]:

@@ -17,8 +17,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bitwright.curvature.label_free import Distribution, Scores, cached_scores, images_at_once, label_free_scores
@@ -32,6 +30,7 @@ from bitwright.memory import pass_budget
 from bitwright.quant import affine
 from bitwright.quant.learned import Rounding, StepKind
 from bitwright.quantized import QuantizedModel, Snapshot
+from bitwright.run import checkpoint
 from bitwright.stages.augment import Views
 from bitwright.stages.base import Optimising, Run
 from bitwright.stages.calibrate import parameters, widen_for_biases
@@ -274,8 +273,8 @@ class Reconstruct(Optimising):
 
     def _optimise(self, tuner: Tuner, plan: _Plan, run: Run) -> None:
         """Takes the steps."""
-        checkpoint = _Checkpoint(run, plan)
-        checkpoint.load(tuner)
+        kept_on_disk = _Checkpoint(run, plan)
+        kept_on_disk.load(tuner)
         kept = self._keep_targets(tuner) if tuner.step < plan.steps else False
         run.notes["reconstruct"] |= {
             "batch": tuner.batch,
@@ -292,16 +291,16 @@ class Reconstruct(Optimising):
                     if self.rounding != "straight-through":
                         decided = f", {tuner.learner.share_decided():.0%} decided"
                 loss = tuner.advance()
-                checkpoint.losses.append(loss)
+                kept_on_disk.losses.append(loss)
                 recent = loss if not recent else 0.95 * recent + 0.05 * loss
                 run.progress("Optimising", tuner.step, plan.steps, f"loss {recent:.4g}{decided}")
-                checkpoint.write_if_due(tuner)
+                kept_on_disk.write_if_due(tuner)
             tuner.check_finite()
         except NotFiniteError as error:
             tuner.load({n: t.clone() for n, t in good.items()}, tuner.step)
             run.notes["reconstruct"]["stopped"] = {"layer": error.layer, "step": error.step}
             _warn(f"{error} The optimisation ends there, with its last good state.")
-        run.notes["reconstruct"]["curve"] = averaged(checkpoint.losses)
+        run.notes["reconstruct"]["curve"] = averaged(kept_on_disk.losses)
         if tuner.step > first:
             run.notes["reconstruct"]["seconds_per_step"] = round(
                 (time.perf_counter() - started) / (tuner.step - first), 4
@@ -434,30 +433,30 @@ class _Checkpoint:
         self.last, self.cost = time.perf_counter(), 0.0
         self.losses: list[float] = []
         """Of every step so far."""
+        self.kept: checkpoint.Kept | None = None
+        """What was read, if it was."""
 
     @staticmethod
     def read(run: Run) -> _Checkpoint | None:
         """The checkpoint of an unfinished run, None if there is none."""
-        path = None if run.state is None else run.state / CHECKPOINT
-        if path is None or not path.is_file():
+        kept = None if run.state is None else checkpoint.read_last(run.state / CHECKPOINT)
+        if kept is None or kept.header["identity"] != _identity(run):
             return None
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata()
-        if header["identity"] != _identity(run):
-            return None
-        return _Checkpoint(run, _Plan(**json.loads(header["plan"])))
+        found = _Checkpoint(run, _Plan(**json.loads(kept.header["plan"])))
+        found.kept = kept
+        return found
 
     def load(self, tuner: Tuner) -> None:
         """Puts the tuner where the unfinished run was; keeps the plan, if this is the first run."""
         if self.path is None:
             return
-        if _Checkpoint.read(self.run) is None:
+        found = _Checkpoint.read(self.run)
+        if found is None or found.kept is None:
             self.write(tuner, self.path)
             return
-        with safe_open(self.path, framework="pt") as file:
-            step, losses = int(file.metadata()["step"]), file.metadata().get("losses", "[]")
-        self.losses = json.loads(losses)
-        tuner.load(load_file(self.path), step)
+        header, tensors = found.kept
+        self.losses = json.loads(header["losses"])
+        tuner.load(tensors, int(header["step"]))
 
     def write_if_due(self, tuner: Tuner) -> None:
         """Once the time since the last one makes its cost small."""
@@ -470,17 +469,14 @@ class _Checkpoint:
         self.cost = self.last - start
 
     def write(self, tuner: Tuner, path: Path) -> None:
-        """Under another name, then moved, so that a kill leaves the last one or this."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Beside the one before, which is used if this one is damaged."""
         header = {
             "identity": _identity(self.run),
             "step": str(tuner.step),
             "plan": json.dumps(vars(self.plan)),
             "losses": json.dumps(self.losses),
         }
-        fresh = path.with_suffix(".new")
-        save_file({n: t.contiguous().cpu() for n, t in tuner.state().items()}, fresh, metadata=header)
-        fresh.replace(path)
+        checkpoint.write(path, tuner.state(), header, previous=True)
 
 
 def _identity(run: Run) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from bitwright.errors import UsageError
 from bitwright.progress import Progress
 from bitwright.quant.scheme import parse_activation_bits, parse_weight_bits
+from bitwright.run.files import DamagedError, read_checked, write_checked, write_text
 
 if TYPE_CHECKING:
     from bitwright.models import Model
@@ -188,7 +188,7 @@ class Result:
         return self.study.figure(self)
 
     def save(self, folder: str | Path) -> tuple[Path, Path]:
-        """Writes NAME.json and NAME.html under other names and moves them: each is whole, or what it was before.
+        """Writes NAME.json and NAME.html: each is whole, or what it was before.
 
         Returns:
             The two paths.
@@ -196,22 +196,11 @@ class Result:
         from bitwright.studies.figures import page
 
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         texts = {".json": json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", ".html": page(self)}
         paths = [folder / f"{self.study.name}{suffix}" for suffix in texts]
         for path, text in zip(paths, texts.values(), strict=True):
-            write_whole(path, text)
+            write_text(path, text)
         return paths[0], paths[1]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes under another name first, so that a kill leaves the old file or the new one."""
-    fresh = path.with_name(f".{path.name}.new")
-    try:
-        fresh.write_text(text, encoding="utf-8")
-        os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
 class Kept:
@@ -240,16 +229,15 @@ class Kept:
         """Keeps a row."""
         self._rows[_text(key)] = row
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             rows = [{"key": json.loads(k), "row": r} for k, r in self._rows.items()]
-            write_whole(self.path, json.dumps({"identity": self.identity, "rows": rows}, allow_nan=False))
+            write_checked(self.path, {"identity": self.identity, "rows": rows})
 
 
 def _read(path: Path, identity: str) -> dict[str, Row]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_checked(path)
         same, rows = found["identity"] == identity, {_text(r["key"]): r["row"] for r in found["rows"]}
-    except (ValueError, KeyError, TypeError) as error:
+    except (DamagedError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} holds no rows of a study. Delete it, or use --force.") from error
     if not same:
         raise UsageError(f"The unfinished study in {path} had other settings. Repeat its command, or use --force.")
