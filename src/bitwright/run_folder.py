@@ -228,7 +228,7 @@ def read_result(folder: str | Path) -> dict[str, Any]:
     if not file.is_file():
         if not path.exists():
             raise UsageError(f"Expected a run folder, {path} does not exist. Check the path.")
-        unfinished = run_state.is_unfinished(file.parent / STATE)
+        unfinished = (file.parent / STATE).is_dir()
         advice = "The run is unfinished: repeat its command with --resume." if unfinished else "Give a run's folder."
         raise UsageError(f"Expected {RESULT} in {path}, found none. {advice}")
     try:
