@@ -535,8 +535,8 @@ def test_a_file_that_fails_its_check_is_left_out_and_the_rest_kept(
 
 def test_evaluate_a_run_says_what_quantize_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written = json.loads(Path("run/result.json").read_text())
-    os.chdir("photos")  # the run knows where its network is, from any folder
-    assert main(["evaluate", "../run", "../classes", "--json"]) == 0
+    os.chdir("photos")
+    assert main(["evaluate", "../run", "../classes", "--float", "../models.py:Net", "--json"]) == 0
     found = _result(capsys)
     assert found["quantized"] == written["quantized"]
     assert found["float"] == written["float"]
@@ -555,6 +555,17 @@ def test_evaluate_without_the_float_network(here: Path, capsys: pytest.CaptureFi
     assert main(["evaluate", "run", "photos"]) == 2
     assert main(["evaluate", "run", "photos", "--float", "models.py:Net", "--json"]) == 0
     capsys.readouterr()
+
+
+def test_a_run_runs_no_python_file_by_itself(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = json.loads(Path("run/result.json").read_text())
+    Path("run/net.py").write_text("open('ran', 'w').close()\nfrom models import Net\n")
+    result["model"]["reference"] = str(Path("run/net.py:Net").absolute())
+    Path("run/result.json").write_text(json.dumps(result))
+    for command in ("evaluate", "parity"):
+        assert main([command, "run", "classes", "--json"]) == 0
+        assert "Python code" in capsys.readouterr().out
+    assert not Path("ran").exists()
 
 
 @pytest.mark.parametrize("given", [[], ["--float", "models.py:Net"]])

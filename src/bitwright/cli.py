@@ -410,7 +410,10 @@ def evaluate(
     images: ImagesArgument,
     labels: LabelsOption = None,
     float_model: Annotated[
-        str | None, typer.Option("--float", help="The float network to compare with; a run knows its own")
+        str | None,
+        typer.Option(
+            "--float", help="The float network to compare with; a run knows its own, unless it is Python code"
+        ),
     ] = None,
     output: OutputOption = None,
     classes: Annotated[
@@ -899,7 +902,10 @@ def parity(
     batch: Annotated[str, typer.Option(help="Images in one call of the file, each measured for itself")] = "1,8",
     samples: Annotated[int, typer.Option(help="Images to compare on, evenly spread, at most")] = 32,
     float_model: Annotated[
-        str | None, typer.Option("--float", help="The float network; a run knows its own", show_default=False)
+        str | None,
+        typer.Option(
+            "--float", help="The float network; a run knows its own, unless it is Python code", show_default=False
+        ),
     ] = None,
     input_size: InputSizeOption = None,
     mean: MeanOption = None,

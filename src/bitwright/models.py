@@ -28,6 +28,7 @@ from bitwright.compat import import_timm, import_torchvision, with_torchvision
 from bitwright.errors import BitwrightError, ModelError, UsageError
 from bitwright.graph.plain import tell_of_types
 from bitwright.preprocessing import PreprocessFunction, Preprocessing, parse_input_size
+from bitwright.reading.saved_program import load_program
 
 FORMS = "zoo:NAME, timm:NAME[@weights], torchvision:NAME[@weights], path/to/file.py:callable or model.pt2"
 
@@ -375,13 +376,7 @@ def _given_preprocessing(base: Settings, settings: Settings, reference: str) -> 
 def _from_program(path: Path, settings: Settings) -> Model:
     if not path.is_file():
         raise ModelError(f"expected a saved torch.export program, {path} does not exist: check the path")
-    try:
-        program = torch.export.load(path)
-    except Exception as error:
-        raise ModelError(
-            f"expected a program saved by torch.export.save, cannot read {path} ({_one_line(error)}): "
-            "save it again, with this torch"
-        ) from error
+    program = load_program(path)
     size = _program_input_size(program)
     base = {"input_size": size} if size is not None else {}
     return Model(program, path.stem, _given_preprocessing(base, settings, str(path)))

@@ -121,18 +121,40 @@ def float_network(run: QuantizedModel, reference: str | None, settings: Settings
         settings: of preprocessing; those of the run if none is given.
 
     Raises:
-        UsageError: nobody knows where it is, or it cannot be loaded any more.
+        UsageError: nobody knows where it is, it cannot be loaded any more, or it is code that the user did not name.
     """
     recorded = run.result.get("model", {})
     if reference is not None:
-        settings = settings or (recorded.get("settings") or {})
+        settings = settings or _known(recorded.get("settings"))
         return load_model(reference, **settings)
-    if not recorded.get("reference"):
+    where = recorded.get("reference")
+    if not isinstance(where, str) or not where:
         raise UsageError("This run does not say which network it was made from. Give it with --float.")
+    if is_code(where):
+        raise UsageError(
+            f"The network of this run is Python code ({where}), which runs only where you name it. "
+            "Give it with --float if you trust it."
+        )
     try:
-        return load_model(recorded["reference"], **(settings or recorded.get("settings") or {}))
-    except BitwrightError as error:
+        return load_model(where, **(settings or _known(recorded.get("settings"))))
+    except (BitwrightError, TypeError) as error:
         raise UsageError(f"The network of this run is not where it was ({error}). Give it with --float.") from error
+
+
+def is_code(reference: str) -> bool:
+    """Whether loading the network means running a Python file.
+
+    Example:
+        >>> is_code("net.py:net@weights.pt"), is_code("timm:resnet18@weights.pt")
+        (True, False)
+    """
+    return not reference.startswith(("zoo:", "timm:", "torchvision:")) and Path(reference).suffix != ".pt2"
+
+
+def _known(recorded: Any) -> Settings:
+    """Settings of preprocessing in a result, without what nobody could have said on the command line."""
+    known = ("input_size", "mean", "std", "interpolation", "crop_pct")
+    return {k: recorded[k] for k in known if k in recorded} if isinstance(recorded, dict) else {}
 
 
 def blank_images(network: Model) -> Images:

@@ -29,6 +29,7 @@ from bitwright.graph.store import dump_graph, load_graph
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Grid, Quantizer
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel
+from bitwright.reading.names import read_arrangement
 from bitwright.run.checkpoint import save_tensors
 from bitwright.run.files import whole
 
@@ -234,7 +235,7 @@ def _rebuild(data: dict[str, Any], blobs: dict[str, Tensor]) -> QuantizedModel:
         [Unquantized(**u) for u in data["unquantized"]],
         Scheme(**data["scheme"]),
         outputs=tuple(data["outputs"]),
-        structure=pytree.treespec_loads(data["structure"]),
+        structure=read_arrangement(data["structure"]),
         input_shape=shape,
     )
 

@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from bitwright.errors import UsageError
+from bitwright.reading.names import is_path, is_pure
 
 _OPERATORS = {
     name: getattr(operator, name)
@@ -60,7 +61,7 @@ def load_graph(data: list[list[Any]], root: nn.Module) -> fx.GraphModule:
     graph = fx.Graph()
     nodes: list[fx.Node] = []
     for op, name, target, args, kwargs, layer in data:
-        found = _find_target(target) if op == "call_function" else target
+        found = _find_target(target) if op == "call_function" else _named(op, target)
         made = graph.create_node(op, found, _decode(args, nodes), _decode(kwargs, nodes), name)
         if layer is not None:
             made.meta["layer"] = layer
@@ -83,6 +84,14 @@ def _target_name(node: fx.Node) -> str:
     raise UsageError(f"The operator {target} of {node.name} cannot be stored in a file.")
 
 
+def _named(op: str, target: Any) -> str:
+    """The name of an input, a tensor or a module: it becomes part of the graph's code, so that it must be a name."""
+    dotted = op in {"get_attr", "call_module"} and is_path(target)
+    if dotted or (op in {"placeholder", "output"} and str(target).isidentifier()):
+        return str(target)
+    raise UsageError(f"The file holds a node '{op}' of '{str(target)[:80]}', which no network has.")
+
+
 def _find_target(name: str) -> Any:
     space, *parts = name.split(".")
     if space == "operator" and len(parts) == 1 and parts[0] in _OPERATORS:
@@ -91,8 +100,9 @@ def _find_target(name: str) -> Any:
         return _SYMBOLIC[parts[0]]
     if space == "aten" and len(parts) == 2:
         packet = getattr(torch.ops.aten, parts[0], None)
-        if packet is not None and parts[1] in packet.overloads():
-            return getattr(packet, parts[1])
+        found = getattr(packet, parts[1]) if packet is not None and parts[1] in packet.overloads() else None
+        if is_pure(found):
+            return found
     raise UsageError(f"The file needs the operator '{name}', which PyTorch {torch.__version__} does not have.")
 
 
@@ -125,11 +135,24 @@ def _decode(value: Any, nodes: list[fx.Node]) -> Any:
     if tag == "n":
         return nodes[content]
     if tag == "d":
-        return {k: _decode(v, nodes) for k, v in content.items()}
+        return {_keyword(k): _decode(v, nodes) for k, v in content.items()}
     if tag == "f":
         return _FLOATS[content]
     if tag == "t":
-        return getattr(torch, content)
+        return _constant(content)
     if tag == "c":
         return torch.device(content)
     return slice(*_decode(content, nodes))
+
+
+def _keyword(name: str) -> str:
+    if not name.isidentifier():
+        raise UsageError(f"The file names an argument '{name[:80]}', which no operator has.")
+    return name
+
+
+def _constant(name: str) -> Any:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype | torch.memory_format | torch.layout):
+        raise UsageError(f"The file needs torch.{name[:80]}, which is no type or layout of tensors.")
+    return found
