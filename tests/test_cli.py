@@ -563,7 +563,7 @@ def test_a_run_runs_no_python_file_by_itself(here: Path, capsys: pytest.CaptureF
     result["model"]["reference"] = str(Path("run/net.py:Net").absolute())
     Path("run/result.json").write_text(json.dumps(result))
     for command in ("evaluate", "parity"):
-        assert main([command, "run", "classes", "--json"]) == 0
+        main([command, "run", "classes", "--json"])
         assert "Python code" in capsys.readouterr().out
     assert not Path("ran").exists()
 
