@@ -77,7 +77,7 @@ def test_auto_raises_them_and_says_so() -> None:
     assert bits["input"] == 8
     assert {row["tensor"] for row in model.result["raised"]["rules"]} == {n for n, b in bits.items() if b == 16}
     assert model.result["suggestions"] == []
-    with pytest.warns(UserWarning, match="--activations auto"):
+    with pytest.warns(UserWarning, match="--rule 'stem=a16'"):
         assert decibels(network, model) > decibels(network, bw.quantize(network, noise(32), "mse")) + 10
 
 

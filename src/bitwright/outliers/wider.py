@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from bitwright.errors import UsageError
+from bitwright.graph import ops
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.watch import Callback, watch
 from bitwright.outliers.balance import NEGLIGIBLE, own_quantizers, plain_ranges
@@ -87,9 +88,11 @@ class Found:
         return (
             f"The loss from the float network is {self.loss:.2g} on {IMAGES} calibration images, most of it from "
             f"activations that 8 bits do not hold: {names}. With {flags} it would be {self.left:.2g}, and "
-            f"{100 * self.cost:.0f} % of the operations would read or make 16 bits. --activations auto does this "
-            f"within {100 * OPERATIONS:.0f} %."
+            f"{100 * self.cost:.0f} % of the operations would read or make 16 bits{self._shorter()}."
         )
+
+    def _shorter(self) -> str:
+        return "; or give --activations auto" if self.cost <= OPERATIONS else ""
 
 
 def raise_few(teacher: Captured, scheme: Scheme, images: Images, method: Recipe, run: Run) -> Scheme:
@@ -253,11 +256,12 @@ class _Trial:
         return kept, left, without
 
     def cost(self, names: Collection[str]) -> float:
-        """Share of multiply-accumulates that read or make the tensors."""
+        """Share of multiply-accumulates that read or make the tensors, which a linear layer ahead of a sum does not."""
         modules = {id(self.quantizers[n]) for n in names}
         keys = {k for k, m in self.student.graph.named_children() if id(m) in modules}
         rows = self.student.layers
-        touched = sum(x.macs for x in rows if x.source in keys or x.activation in keys)
+        ends = {x.node for x in rows if x.activation in keys and (x.end == x.node or x.op in ops.CONV)}
+        touched = sum(x.macs for x in rows if x.source in keys or x.node in ends)
         return touched / max(1, sum(x.macs for x in rows))
 
     @contextmanager
