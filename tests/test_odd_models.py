@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import dataset, images
 from odd_models import LEGAL, REFUSED, Odd, legal
-from torch import Tensor
+from torch import Tensor, nn
 
 import bitwright as bw
 from bitwright.errors import ModelError
@@ -50,3 +50,32 @@ def test_what_no_graph_can_hold_is_one_line(name: str) -> None:
     assert "\n" not in line
     assert len(line) < 400
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+class Detector(nn.Module):
+    """A backbone with maps by name, a head over them, and boxes for each image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.conv, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 5, 1)
+
+    def backbone(self, x: Tensor) -> Tensor:
+        return self.conv(x).relu()
+
+    def forward(self, x: Tensor) -> list[dict[str, Tensor]]:
+        rows = self.head(self.backbone(x)).flatten(2).transpose(1, 2)
+        return [{"boxes": row[row[:, 4] > 0, :4], "scores": row[row[:, 4] > 0, 4]} for row in rows]
+
+
+class DetectorOfMaps(Detector):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(self.conv, nn.ReLU())  # type: ignore[assignment]
+
+
+def test_a_detector_is_told_what_to_return_instead() -> None:
+    for build, advice in ((Detector, "returns model.head."), (DetectorOfMaps, "model.head(list(model.backbone(x)")):
+        with pytest.raises(ModelError, match="without its box decoding") as caught:
+            bw.quantize(build().eval(), dataset(), "rtn")
+        assert advice in str(caught.value)

@@ -143,8 +143,8 @@ def _run(model: nn.Module, images: Tensor) -> Any:
 
 
 def _arranged(model: nn.Module, returned: Any) -> Any:
-    if explain.detects(model, returned):
-        raise ModelError(f"Expected the same tensors for any image, found boxes. {explain.DETECTOR}.")
+    if explain.detects(returned):
+        raise ModelError(f"Expected the same tensors for any image, found boxes. {explain.without_boxes(model)}.")
     return arrange(returned)
 
 

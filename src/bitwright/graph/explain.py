@@ -20,11 +20,6 @@ TORCH = str(Path(torch.__file__).parent)
 LONGEST = 160
 """Characters of another package's message that are shown."""
 
-DETECTOR = (
-    "A detector is captured without its box decoding: wrap it in a module whose forward returns the raw outputs of its "
-    "heads, such as list(model.backbone(x).values())"
-)
-
 
 def cannot_run(error: BaseException, images: torch.Tensor) -> ModelError:
     """The model fails on the images, without any capture."""
@@ -67,14 +62,14 @@ def cannot_capture(error: Exception | None, model: nn.Module, output: object) ->
             "Use x.shape[0] or -1 where it reshapes."
         )
     place = where(error)
-    construct, remedy = _construct(error, place, detects(model, output, error))
+    construct, remedy = _construct(error, place, detects(output, error), model)
     return ModelError(f"The model cannot be captured: {construct}{place}. {remedy}.")
 
 
-def _construct(error: Exception, place: str, detector: bool) -> tuple[str, str]:
+def _construct(error: Exception, place: str, detector: bool, model: nn.Module) -> tuple[str, str]:
     text, kind, code = str(error), type(error).__name__, place.partition(": ")[2]
     if detector:
-        return "its boxes are chosen by their values", DETECTOR
+        return "its boxes are chosen by their values", without_boxes(model)
     if "numpy" in text.lower() or "numpy" in code:
         return "values that leave PyTorch for NumPy", "Compute them with PyTorch, or once in __init__"
     if "sparse" in text:
@@ -99,7 +94,21 @@ def _by_values(code: str) -> tuple[str, str]:
     return "a decision that depends on the values of a tensor", "Use torch.where, or decide once in __init__"
 
 
-def detects(model: nn.Module, output: object, error: Exception | None = None) -> bool:
+def without_boxes(model: nn.Module) -> str:
+    """How a detector is captured."""
+    head = next((f"model.{path}" for path in ("head", "rpn.head") if _has(model, path)), "the raw outputs of its heads")
+    maps = "list(model.backbone(x).values())" if _has(model, "backbone") and head.startswith("model.") else ""
+    return (
+        "A detector is captured without its box decoding: wrap it in a module whose forward returns "
+        f"{head}{f'({maps})' if maps else ''}"
+    )
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    return any(name == path for name, _ in model.named_modules())
+
+
+def detects(output: object, error: Exception | None = None) -> bool:
     """Whether it returns boxes that were chosen, as detectors do: a dict for each image, not one for all of them."""
     rows = output if isinstance(output, list | tuple) else []
     boxes = any(isinstance(row, dict) and "boxes" in row and len(row) > 1 for row in rows)
