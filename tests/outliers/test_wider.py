@@ -96,3 +96,40 @@ def test_runtimes_without_wide_activations_and_plans_refuse_auto() -> None:
         bw.quantize(network, noise(4), "mse", activations="auto", runtime="openvino")
     with pytest.raises(UsageError, match="found both"):
         bw.quantize(network, noise(4), "mse", activations="auto", target_size="1MB")
+
+
+class SmallToken(nn.Module):
+    """A class token of size 0.03 beside patches of size 1, in one residual grid; the head reads it alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches, self.token = nn.Conv2d(3, 16, 4, 4), nn.Parameter(0.03 * torch.randn(1, 1, 16))
+        self.norm, self.query, self.key, self.last = (
+            nn.LayerNorm(16),
+            nn.Linear(16, 16),
+            nn.Linear(16, 16),
+            nn.LayerNorm(16),
+        )
+        self.out, self.head = nn.Linear(16, 16, bias=False), nn.Linear(16, 6)
+        with torch.no_grad():
+            self.patches.weight *= 3
+            self.out.weight *= 0.02
+            self.head.weight *= 10
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)
+        y = self.norm(x)
+        weights = (self.query(y) @ self.key(y).transpose(1, 2) / 4).softmax(-1)
+        return self.head(self.last(x + self.out(weights @ y))[:, 0])
+
+
+@pytest.mark.filterwarnings("ignore:Output ")
+def test_a_token_far_smaller_than_the_others_gets_the_bits_of_its_sum() -> None:
+    network = SmallToken().eval()
+    with pytest.warns(UserWarning, match="--rule 'add=a16'"):
+        plain = bw.quantize(network, noise(32), "mse")
+    raised = bw.quantize(network, noise(32), "mse", activations="auto")
+    assert {"cat", "add"} <= {row["tensor"] for row in raised.result["raised"]["rules"]}
+    assert decibels(network, raised) > decibels(network, plain) + 10
