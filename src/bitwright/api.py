@@ -14,7 +14,7 @@ from torch import nn
 from bitwright import planning
 from bitwright.data import Images, load_images
 from bitwright.errors import UsageError, step
-from bitwright.goal import MEASURE, Goal, flag
+from bitwright.goal import MEASURE, Goal
 from bitwright.graph.capture import Captured
 from bitwright.inputs import as_model, calibration_images, find_device, prepare_teacher
 from bitwright.measure.health import check_answers
@@ -27,6 +27,7 @@ from bitwright.preprocessing import PreprocessFunction, Preprocessing
 from bitwright.progress import Progress, silent
 from bitwright.quant.scheme import Rule, Scheme, parse_activation_bits, parse_weight_bits
 from bitwright.quantized import QuantizedModel, insert_quantizers
+from bitwright.reading.arguments import SEEDS, a_time, alone, choices, one_of, whole
 from bitwright.recipes import Recipe
 from bitwright.recipes import recipe as find_recipe
 from bitwright.result import SCHEMA, describe_layers, describe_unquantized, environment, peak_memory_bytes, totals
@@ -117,9 +118,13 @@ def quantize(
         "max_latency": max_latency,
         "max_drop": max_drop,
     }
-    raise_some = activations == "auto"
+    _check_instead(scheme, goal, weights, activations, rules, runtime, measure, limits)
+    one_of("precision", precision, choices(Precision))
+    seed = whole("seed", seed, least=0, below=SEEDS)
+    samples = None if samples is None else whole("samples", samples, least=1)
+    raise_some = isinstance(activations, str) and activations == "auto"
     if raise_some and (plan is not None or goal is not None or any(v is not None for v in limits.values())):
-        raise UsageError("Expected --activations auto, or a plan or a limit that decides their bits, found both.")
+        raise UsageError("Expected activations='auto', or a plan or a limit that decides their bits, found both.")
     goal = goal or as_goal(weights, activations, measure, plan, **limits)
     if scheme is None:
         planned = goal is not None
@@ -231,16 +236,16 @@ def check_budget(steps: int | Sequence[int] | None, minutes: float | None, metho
         UsageError: steps and minutes are given, one is out of range, or there are more numbers than such stages.
     """
     if steps is not None and minutes is not None:
-        raise UsageError("Expected --steps or --minutes, found both.")
-    each = () if steps is None else (steps,) if isinstance(steps, int) else tuple(steps)
-    if any(n < 0 for n in each):
-        raise UsageError(f"Expected at least 0 steps, found {min(each)}.")
+        raise UsageError("Expected steps= or minutes=, found both.")
+    several = isinstance(steps, Sequence) and not isinstance(steps, str)
+    given: Sequence[Any] = () if steps is None else steps if several else (steps,)  # type: ignore[assignment]
+    each = tuple(whole("steps", n, least=0) for n in given)
     if len(each) > max(1, method.counts):
         raise UsageError(
             f"Recipe '{method.name}' has {method.counts} stages that take steps, found {len(each)} numbers."
         )
-    if minutes is not None and not 0 < minutes < float("inf"):
-        raise UsageError(f"Expected a positive number of minutes, found {minutes}.")
+    if minutes is not None:
+        a_time("minutes", minutes)
     return each
 
 
@@ -254,7 +259,7 @@ def as_goal(weights: Any, activations: Any, measure: str, plan: Any, **limits: A
     if not given:
         return None
     if plan is not None:
-        raise UsageError(f"Expected --plan or {flag(given[0])}, found both.")
+        raise UsageError(f"Expected plan= or {given[0]}=, found both.")
     goal = Goal.parse(weights=weights, activations=activations, measure=measure, **limits)
     planning.check(goal)
     return goal
@@ -278,7 +283,26 @@ def plan_within(
     return plan, planning.open_scheme(scheme, goal), facts
 
 
+def _check_instead(
+    scheme: Scheme | None,
+    goal: Goal | None,
+    weights: Any,
+    activations: Any,
+    rules: Any,
+    runtime: Any,
+    measure: Any,
+    limits: dict[str, Any],
+) -> None:
+    """A scheme stands instead of bits, rules and runtime, a goal instead of limits and of several bits."""
+    bits = {"weights": (weights, (None, "auto")), "activations": (activations, (8, "auto"))}
+    planning.check_instead(scheme, bits, rules, runtime)
+    wanted = {name: (value, (None,)) for name, value in limits.items()}
+    alone("goal", goal, {**wanted, **bits, "measure": (measure, (MEASURE,))})
+
+
 def _as_rule(rule: str | Rule) -> Rule:
+    if not isinstance(rule, str | Rule):
+        raise UsageError(f"Expected rules such as 'head=w8a8', found {type(rule).__name__}.")
     return rule if isinstance(rule, Rule) else Rule.parse(rule)
 
 

@@ -224,7 +224,9 @@ def _goal(weights: str | None, activations: str, measure: str, plan: Path | None
         return None
     if plan is not None:
         raise UsageError(f"Expected --plan or {flag(given[0])}, found both.")
-    return Goal.parse(weights=weights or "auto", activations=activations, measure=measure, **limits)
+    return Goal.parse(
+        weights="auto" if weights is None else weights, activations=activations, measure=measure, **limits
+    )
 
 
 # --------------------------------------------------------------------------------------------------- verbs
@@ -359,7 +361,9 @@ def quantize(
             "max_drop": max_drop,
         }
         goal = _goal(weights, activations, measure, plan, limits)
-        bits = ("8", "8") if goal else (weights or "8", "8" if activations == "auto" else activations)
+        bits = (
+            ("8", "8") if goal else ("8" if weights is None else weights, "8" if activations == "auto" else activations)
+        )
         scheme = _scheme(*bits, rule, runtime, granularity, group_size)
         planned, scheme = _plan(plan, scheme)
         settings = _settings(input_size=input_size, mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct)

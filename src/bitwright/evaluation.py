@@ -202,7 +202,7 @@ def _check_shapes(expected: list[Tensor], found: list[Tensor]) -> None:
     if theirs != ours:
         raise UsageError(
             f"Expected the outputs of the float network, {_shapes(expected)}, found {_shapes(found)}. "
-            "Give the float network that it was made from, or name the output that both have with --output."
+            "Give the float network that it was made from, or name the output that both have with output=."
         )
 
 
@@ -220,7 +220,7 @@ def class_scores(outputs: list[Tensor], labels: Tensor) -> Tensor:
     if len(scores) != 1:
         raise DataError(
             f"Expected one output of class scores to compare with labels, found outputs of {_shapes(outputs)}. "
-            "Name the one to keep with --output, or evaluate without labels."
+            "Name the one to keep with output=, or evaluate without labels."
         )
     if len(labels) and int(labels.max()) >= scores[0].shape[1]:
         raise DataError(

@@ -17,6 +17,7 @@ from bitwright.graph.prepare import prepare
 from bitwright.measure.spoilt import without_spoilt
 from bitwright.models import Model, load_model
 from bitwright.preprocessing import PreprocessFunction, Preprocessing
+from bitwright.reading.arguments import one_of, whole
 
 DEFAULT_SAMPLES = 512
 
@@ -57,10 +58,9 @@ def find_device(name: str) -> torch.device:
     Raises:
         UsageError: a name other than auto, cpu, cuda; or cuda where there is none.
     """
-    if name not in {"auto", "cpu", "cuda"}:
-        raise UsageError(f"Expected a device out of auto, cpu, cuda, found '{name}'.")
+    one_of("device", name, ("auto", "cpu", "cuda"))
     if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("There is no CUDA device here. Use --device cpu.")
+        raise UsageError("There is no CUDA device here. Use device='cpu'.")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -75,8 +75,8 @@ def calibration_images(source: Any, network: Model, samples: int | None, skip_un
         if isinstance(source, Images)
         else load_images(source, network.preprocessing, skip_unreadable=skip_unreadable)
     )
-    if samples is not None and samples < 1:
-        raise UsageError(f"Expected at least one sample, found {samples}.")
+    if samples is not None:
+        samples = whole("samples", samples, least=1)
     if samples is not None and samples > len(images):
         warnings.warn(f"{samples} images were asked for, there are {len(images)}; all are used.", stacklevel=3)
     count = min(samples or DEFAULT_SAMPLES, len(images))

@@ -21,12 +21,13 @@ from bitwright.allocation.solve import Solution, amount, evaluate, pareto, reach
 from bitwright.allocation.tables import Problem
 from bitwright.data import Images
 from bitwright.errors import UsageError
-from bitwright.goal import Goal
+from bitwright.goal import MEASURE, Goal
 from bitwright.graph.capture import Captured
 from bitwright.plan import Plan
 from bitwright.progress import Progress, silent
 from bitwright.quant.scheme import Rule, Scheme
 from bitwright.quantized import QuantizedModel, insert_quantizers
+from bitwright.reading.arguments import alone, whole
 from bitwright.recipes import Recipe
 from bitwright.recipes import recipe as find_recipe
 from bitwright.result import totals
@@ -235,17 +236,18 @@ def plan_bits(
     Raises:
         UsageError: an argument cannot be used, or the limits cannot be met; one line says what can be.
     """
-    goal = goal or Goal.parse(
-        target_size=target_size,
-        compression=compression,
-        max_bops=max_bops,
-        max_latency=max_latency,
-        max_activation_size=max_activation_size,
-        max_total_size=max_total_size,
-        weights=weights,
-        activations=activations,
-        measure=measure,
-    )
+    limits = {
+        "target_size": target_size,
+        "compression": compression,
+        "max_bops": max_bops,
+        "max_latency": max_latency,
+        "max_activation_size": max_activation_size,
+        "max_total_size": max_total_size,
+    }
+    check_instead(scheme, {}, rules, runtime)
+    alone("goal", goal, {**{name: (value, (None,)) for name, value in limits.items()}, **_bits(weights, activations)})
+    alone("goal", goal, {"measure": (measure, (MEASURE,))})
+    goal = goal or Goal.parse(**limits, weights=weights, activations=activations, measure=measure)
     check(goal)
     along = None if by is None else _cost(by)
     network = inputs.as_model(model, preprocessing)
@@ -256,6 +258,21 @@ def plan_bits(
     folder = None if cache is None else usable(Path(cache))
     options: dict[str, Any] = {"samples": samples, "points": points, "latency": latency, "folder": folder}
     return planned(teacher, scheme, data, goal, find_recipe(recipe), run, along=along, **options)
+
+
+def check_instead(scheme: Scheme | None, bits: dict[str, Any], rules: Sequence[Any], runtime: str) -> None:
+    """A scheme stands instead of bits, rules and runtime.
+
+    Raises:
+        UsageError: one of them is given too, or the rules are no sequence of rules.
+    """
+    if isinstance(rules, str) or not isinstance(rules, Sequence):
+        raise UsageError(f"Expected a sequence such as ('head=w8a8',) as rules=, found {type(rules).__name__}.")
+    alone("scheme", scheme, {**bits, "rules": (tuple(rules), ((),)), "runtime": (runtime, ("onnxruntime",))})
+
+
+def _bits(weights: Any, activations: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    return {"weights": (weights, (None, "auto")), "activations": (activations, (8, "auto"))}
 
 
 def check(goal: Goal) -> None:
@@ -306,9 +323,9 @@ def planned(
     Raises:
         UsageError: the limits cannot be met; one line says what is reachable, and why no more is.
     """
-    if samples is not None and samples < 1:
-        raise UsageError(f"Expected at least one sample, found {samples}.")
-    if points < 2 and points != 0:
+    if samples is not None:
+        samples = whole("samples", samples, least=1)
+    if whole("points", points, least=0) < 2 and points != 0:
         raise UsageError(f"Expected at least 2 points of the curve, found {points}.")
     student, variables = _open(teacher, scheme, goal)
     some = images.sample(min(samples or affordable(student, variables), len(images)), seed=0).unlabelled()

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.text import Text
 
 from bitwright.errors import debugging
+from bitwright.reading.arguments import as_flags
 
 DETAIL_SECONDS = 15.0
 """Between two lines of figures where there is no terminal to draw on."""
@@ -156,7 +157,7 @@ class Terminal:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        text = one_line(str(message))
+        text = as_flags(one_line(str(message)))
         if not _speaks_to_user() or text in self.warnings:
             return
         self.warnings.append(text)
@@ -199,7 +200,7 @@ def print_error(error: BaseException | str) -> None:
     """One line on stderr; the traceback before it where ``BITWRIGHT_DEBUG=1``."""
     if isinstance(error, BaseException) and debugging():
         traceback.print_exception(error)
-    text = one_line(str(error)) or type(error).__name__
+    text = as_flags(one_line(str(error))) or type(error).__name__
     mark = "\033[1;31merror:\033[0m" if sys.stderr.isatty() and "NO_COLOR" not in os.environ else "error:"
     print(f"{mark} {text}", file=sys.stderr, flush=True)
 

@@ -180,7 +180,7 @@ def _images(model: QuantizedModel, images: Any, count: int) -> Tensor:
     if images is None:
         images = model.calibration
     if images is None:
-        raise UsageError("The check of the exported file needs a few images. Give --images.")
+        raise UsageError("The check of the exported file needs a few images. Give images=.")
     data = images if isinstance(images, Images) else load_images(images, model.preprocessing)
     return data.batch(range(min(count, len(data))))
 

@@ -123,7 +123,7 @@ class Fitness:
         for output in student:
             if output.dim() == 0 or len(output) != len(student[0]):
                 raise UsageError(
-                    f"Expected outputs of one row an image, found {list(output.shape)}. Name the one with --output."
+                    f"Expected outputs of one row an image, found {list(output.shape)}. Name the one with output=."
                 )
         return torch.stack([self._single(s, t) for s, t in zip(student, teacher, strict=True)]).mean(0)
 

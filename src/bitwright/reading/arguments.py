@@ -1,0 +1,99 @@
+"""Arguments of a call, checked by type and range before anything is done; messages name them as ``steps=``."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from bitwright.errors import UsageError
+
+SEEDS = 2**63
+_FLAGS = {"float_model": "float", "recipe": "recipe", "rules": "rule", "preprocessing": "input-size"}
+_NAMED = re.compile(r"(?<![\w.'\"-])([a-z]+(?:_[a-z]+)*)=(?:'([^']*)'|(?=[,;:)?]|\s|\.(?:\s|$)|$))")
+
+
+def as_flags(text: str) -> str:
+    """A message for somebody who typed a command: arguments as its options.
+
+    Example:
+        >>> as_flags("Expected steps= or minutes=, found both. Use device='cpu'.")
+        'Expected --steps or --minutes, found both. Use --device cpu.'
+    """
+
+    def spelled(match: re.Match[str]) -> str:
+        name = _FLAGS.get(match[1], match[1].replace("_", "-"))
+        return f"--{name}" if match[2] is None else f"--{name} {match[2]}"
+
+    return _NAMED.sub(spelled, text)
+
+
+def whole(name: str, value: Any, *, least: int, below: int | None = None) -> int:
+    """A whole number in range.
+
+    Raises:
+        UsageError: it is none.
+
+    Example:
+        >>> whole("samples", 4, least=1)
+        4
+    """
+    try:
+        found = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        found = least - 1
+    if found < least or (below is not None and found >= below):
+        limits = f"of at least {least}" if below is None else f"from {least} to {below - 1}"
+        raise UsageError(f"Expected a whole number {limits} as {name}=, found {_said(value)}.")
+    return found
+
+
+def one_of(name: str, value: Any, known: tuple[str, ...]) -> str:
+    """One of a few texts.
+
+    Raises:
+        UsageError: it is none of them.
+    """
+    if not isinstance(value, str) or value not in known:
+        choices = ", ".join(f"'{each}'" for each in known)
+        raise UsageError(f"Expected one of {choices} as {name}=, found {_said(value)}.")
+    return value
+
+
+def a_time(name: str, value: Any) -> float:
+    """A finite number above 0.
+
+    Raises:
+        UsageError: it is none.
+    """
+    number = not isinstance(value, bool | str) and hasattr(value, "__float__")
+    if not number or not 0 < float(value) < float("inf"):
+        raise UsageError(f"Expected a positive number of minutes as {name}=, found {_said(value)}.")
+    return float(value)
+
+
+def alone(name: str, value: Any, others: Mapping[str, tuple[Any, tuple[Any, ...]]]) -> None:
+    """An argument that stands instead of others may not be given together with them.
+
+    Args:
+        name: of it.
+        value: None if it is not given.
+        others: by name what was given, and the values that say nothing.
+
+    Raises:
+        UsageError: one of the others is given too.
+    """
+    given = [each for each, (found, idle) in others.items() if not any(found is i or found == i for i in idle)]
+    if value is not None and given:
+        raise UsageError(f"Expected {name}= or {given[0]}=, found both. Say it in {name}= alone.")
+
+
+def choices(literal: Any) -> tuple[str, ...]:
+    """The texts of a ``Literal``."""
+    return tuple(get_args(literal))
+
+
+def _said(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,75 @@
+"""Arguments of calls: one line names the wrong one before anything is done, in the words of the caller."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import bitwright as bw
+from bitwright.cli import main
+from bitwright.goal import Goal
+from bitwright.quant.scheme import Scheme
+from bitwright.reading.arguments import as_flags
+
+CALLS: dict[str, tuple[dict[str, Any], str]] = {
+    "precision": ({"precision": "half"}, "'float32', 'bfloat16' as precision=, found 'half'"),
+    "samples": ({"samples": "4"}, "samples=, found '4'"),
+    "no sample": ({"samples": 0}, "samples=, found 0"),
+    "yes samples": ({"samples": True}, "samples=, found True"),
+    "minutes": ({"minutes": "x"}, "minutes=, found 'x'"),
+    "minutes beyond numbers": ({"minutes": float("nan")}, "minutes=, found nan"),
+    "steps": ({"steps": 2.5}, "steps=, found 2.5"),
+    "text of steps": ({"steps": "300"}, "steps=, found '300'"),
+    "steps among steps": ({"steps": (3, "4")}, "steps=, found '4'"),
+    "both": ({"steps": 3, "minutes": 1}, "Expected steps= or minutes=, found both"),
+    "device": ({"device": torch.device("cpu")}, "device=, found device(type='cpu')"),
+    "seed": ({"seed": 2**64}, "seed=, found 18446744073709551616"),
+    "rules": ({"rules": "head=w8"}, "as rules=, found str"),
+    "a rule": ({"rules": [8]}, "found int"),
+    "scheme and weights": ({"scheme": Scheme(), "weights": 4}, "scheme= or weights=, found both"),
+    "scheme and activations": ({"scheme": Scheme(), "activations": 4}, "scheme= or activations="),
+    "scheme and rules": ({"scheme": Scheme(), "rules": ["2=w4"]}, "scheme= or rules="),
+    "scheme and runtime": ({"scheme": Scheme(), "runtime": "openvino"}, "scheme= or runtime="),
+    "goal and size": ({"goal": Goal.parse(compression=4), "target_size": "12kB"}, "goal= or target_size="),
+    "goal and drop": ({"goal": Goal.parse(compression=4), "max_drop": 0.01}, "goal= or max_drop="),
+    "goal and bits": ({"goal": Goal.parse(compression=4), "weights": (2, 4)}, "goal= or weights="),
+    "plan and size": ({"plan": "plan.json", "target_size": "12kB"}, "plan= or target_size="),
+}
+
+
+@pytest.mark.parametrize("case", CALLS)
+def test_wrong_argument_is_refused_by_name(case: str) -> None:
+    given, expected = CALLS[case]
+    with pytest.raises(bw.UsageError) as refused:
+        bw.quantize(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.zeros(4, 3, 2, 2), "rtn", **given)
+    assert expected in str(refused.value)
+
+
+@pytest.mark.parametrize("case", [c for c in CALLS if "goal and" in c or c in {"scheme and rules", "samples"}])
+def test_planning_refuses_the_same(case: str) -> None:
+    given, expected = CALLS[case]
+    if "max_drop" in given:
+        given = {"goal": given["goal"], "max_bops": "1G"}
+        expected = "goal= or max_bops="
+    with pytest.raises(bw.UsageError) as refused:
+        bw.plan_bits(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.zeros(4, 3, 2, 2), "rtn", **given)
+    assert expected in str(refused.value)
+
+
+def test_the_command_line_names_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quantize", "zoo:fashion_cnn", "zoo:fashion[:4]", "--steps", "3", "--minutes", "1"]) == 2
+    assert "Expected --steps or --minutes, found both." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["the rule 'head=w8a8' is", "savez(path, images=..., labels=...)", "NAME=AXIS or"])
+def test_other_texts_stay(text: str) -> None:
+    assert as_flags(text) == text
+
+
+def test_no_bits_are_no_bits(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--weights", "--activations"):
+        assert main(["quantize", "zoo:fashion_cnn", "zoo:fashion[:4]", option, "", "--dry-run"]) == 2
+        assert "found ''" in capsys.readouterr().err
