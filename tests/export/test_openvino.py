@@ -1,12 +1,14 @@
 """OpenVINO computes what was measured, with integer kernels and integers in the file; what it lacks is refused."""
 
 import importlib.util
+import warnings
 from collections import Counter
 
 import cases
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 import bitwright as bw
 from bitwright.export.onnx import to_onnx
@@ -111,3 +113,44 @@ def test_openvino_that_is_missing_is_named_with_the_line_that_installs_it(monkey
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(bw.UsageError, match=r"OpenVINO is not installed.*pip install"):
         check_openvino(model)
+
+
+class Recurrent(nn.Module):
+    """A recurrent head over the columns of a feature map."""
+
+    def __init__(self, kind, **settings):
+        super().__init__()
+        torch.manual_seed(10)
+        self.conv, self.settings = nn.Conv2d(3, 8, 3, 2, 1), settings
+        self.recurrent = getattr(nn, kind)(8, 6, **settings)
+        self.head = nn.Linear(6 * (1 + settings.get("bidirectional", False)), 4)
+
+    def forward(self, x):
+        x = torch.relu(self.conv(x)).mean(2)
+        x = x.transpose(1, 2) if self.settings.get("batch_first") else x.permute(2, 0, 1)
+        x = self.head(self.recurrent(x)[0])
+        return x if self.settings.get("batch_first") else x.transpose(0, 1)
+
+
+@needs_openvino
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("LSTM", {"batch_first": True, "bidirectional": True}), ("GRU", {}), ("RNN", {"batch_first": True})],
+)
+def test_recurrent_networks_compute_there_what_was_measured(kind, settings, tmp_path):
+    """Of weights that are computed from integers OpenVINO makes something else, or refuses them."""
+    import openvino
+
+    images = cases.images(8)
+    model = bw.quantize(Recurrent(kind, **settings).eval(), images, "rtn", weights=8, runtime="openvino")
+    assert write_openvino(model, tmp_path / "m.xml", images).passed
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert model.export(tmp_path / "m.onnx").passed  # in ONNX Runtime
+    with torch.no_grad():
+        expected = model(images)
+    warned = any("OpenVINO" in str(w.message) for w in said)
+    for file in ["m.xml", *["m.onnx"] * (not warned)]:
+        compiled = openvino.Core().compile_model(tmp_path / file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        found = torch.from_numpy(np.array(compiled([images.numpy()])[0]))
+        assert (found - expected).square().mean().sqrt() < 2e-3 * expected.std(), file

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bitwright.export.onnx import to_onnx
 from bitwright.export.parity import Parity, check_parity
+from bitwright.export.recurrent import store_weights
 from bitwright.export.runtimes import converted, openvino, openvino_file, openvino_session
 from bitwright.graph.supported import check_supported
 from bitwright.quantized import QuantizedModel
@@ -52,6 +53,7 @@ def write_openvino(model: QuantizedModel, path: Path, images: Tensor) -> Parity:
     """
     check_openvino(model)
     program = to_onnx(model)
+    store_weights(program)
     save_openvino(program, path)
     return check_parity(
         model,

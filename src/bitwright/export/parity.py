@@ -21,7 +21,8 @@ from bitwright.export.deviation import OutputParity, Run, compare, tipped, worst
 from bitwright.export.forms import keep_in_float
 from bitwright.export.layers import LayerParity, activation_quantizers, compare_layers, worst_layer
 from bitwright.export.onnx import to_onnx, write_onnx
-from bitwright.export.runtimes import Opener, Session, openvino_session, session
+from bitwright.export.recurrent import store_weights
+from bitwright.export.runtimes import Opener, Session, openvino_reads, session
 from bitwright.graph.axes import read_outputs
 from bitwright.quantized import QuantizedModel
 from bitwright.speed.runtimes import OPENVINO
@@ -136,6 +137,8 @@ def export_checked(
 def _written(model: QuantizedModel, images: Tensor) -> tuple[ir.Model, Parity]:
     """The file and its check; operators that ONNX Runtime's kernels compute otherwise are kept in float there."""
     program = to_onnx(model)
+    if model.scheme.runtime == OPENVINO.name:
+        store_weights(program)
     kernels: dict[str, LayerParity] | None = compare_kernels(model, program, images[:LAYER_IMAGES])
     wrong = [name for name, layer in (kernels or {}).items() if layer.diverges]
     if wrong:
@@ -163,14 +166,15 @@ def _warn_of_openvino(model: QuantizedModel, program: ir.Model, images: Tensor) 
     """Says what is different in OpenVINO about a file that was made for it."""
     name = f"{OPENVINO.name} {OPENVINO.version}"
     try:
-        found = check_parity(model, program, images, name=name, opener=openvino_session).first_divergence
+        found = check_parity(model, program, images, name=name, opener=openvino_reads).first_divergence
     except BitwrightError as error:
         warnings.warn(f"OpenVINO could not run the ONNX file to check it: {error}", stacklevel=5)
         return
     if found is not None:
         warnings.warn(
             f"In OpenVINO, for which this network was quantized, the ONNX file computes something else than what was "
-            f"measured: {found} is the first to differ. It is right in ONNX Runtime.",
+            f"measured: {found} is the first to differ. It is right in ONNX Runtime. For OpenVINO take the "
+            "file of bitwright export --to openvino, which is checked there.",
             stacklevel=5,
         )
 

@@ -115,6 +115,15 @@ def openvino_session(program: ir.Model, *, optimize: bool) -> Iterator[Session]:
     yield OpenvinoSession(converted(program), optimize=optimize)
 
 
+@contextmanager
+def openvino_reads(program: ir.Model, *, optimize: bool) -> Iterator[Session]:
+    """An ONNX file as OpenVINO reads it by itself, without the conversion that makes a ``.xml`` file of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        save_onnx(program, path)
+        yield OpenvinoSession(_said(openvino().Core().read_model, str(path)), optimize=optimize)
+
+
 def openvino_file(path: Path) -> Opener:
     """Opens the ``.xml`` file there, whatever program it is asked for."""
 
@@ -133,8 +142,7 @@ def _said(call: Callable[..., Any], *arguments: Any) -> Any:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = next((line for line in reversed(lines) if "support" in line), lines[-1] if lines else repr(error))
         raise BitwrightError(
-            f"OpenVINO does not take this network ({reason[:200]}). Quantize it with --runtime openvino, or export it "
-            "--to onnx."
+            f"OpenVINO does not take this network ({reason[:200]}). Export it --to onnx and run it in ONNX Runtime."
         ) from error
 
 
