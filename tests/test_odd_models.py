@@ -79,3 +79,11 @@ def test_a_detector_is_told_what_to_return_instead() -> None:
         with pytest.raises(ModelError, match="without its box decoding") as caught:
             bw.quantize(build().eval(), dataset(), "rtn")
         assert advice in str(caught.value)
+
+
+def test_outputs_that_no_image_changes_are_exported(tmp_path: Path) -> None:
+    network = Odd(lambda net, x: net.head.bias.expand(len(x), 5)).eval()
+    model = bw.quantize(network, dataset(), "rtn")
+    with torch.no_grad():
+        torch.testing.assert_close(model(images(4)), network(images(4)), atol=0.01, rtol=0)
+    model.export(tmp_path / "model.onnx")

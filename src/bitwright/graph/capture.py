@@ -379,7 +379,8 @@ def relative_difference(a: Tensor, b: Tensor) -> float:
     """Largest difference in units of the largest magnitude of ``a``."""
     if not a.numel():
         return 0.0
-    return float((a.double() - b.double()).abs().max()) / max(float(a.double().abs().max()), 1e-6)
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).abs().max()) / max(float(a.abs().max()), 1e-6)
 
 
 def select_output(captured: Captured, name: str) -> Captured:
