@@ -39,16 +39,17 @@ def main() -> int:
     """Kills, goes on, and prints what came out as JSON; 1 if a file differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--moments", type=int, default=100)
+    parser.add_argument("--recipes", default=",".join(RECIPES))
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         os.chdir(place)
-        found = kills(given.moments, given.seed)
+        found = kills(given.recipes.split(","), given.moments, given.seed)
     print(json.dumps(found, indent=2))
     return 1 if found["wrong"] else 0
 
 
-def kills(moments: int, seed: int) -> dict:
+def kills(recipes: list[str], moments: int, seed: int) -> dict:
     """How many kills there were, where, and those after which the file differed or the command did not end well."""
     import numpy as np
 
@@ -56,12 +57,13 @@ def kills(moments: int, seed: int) -> dict:
     pixels = np.random.default_rng(0).standard_normal((16, 3, 10, 10)).astype(np.float32)
     np.savez("images.npz", images=pixels)
     chance, started = random.Random(seed), time.perf_counter()
-    child(call("eptq", "warm", "--dry-run"))
-    whole = {recipe: undisturbed(recipe) for recipe in RECIPES}
+    status = call("rtn", "old")()  # in this process, so that the others find all modules loaded
+    assert status == 0
+    whole = {recipe: undisturbed(recipe) for recipe in recipes}
     wrong, kept = [], {"unfinished": 0, "finished": 0, "nothing": 0}
     for number in range(moments):
-        recipe = list(RECIPES)[number % len(RECIPES)]
-        replaces, timed = number // 2 % 2 == 1, number // 4 % 2 == 1
+        recipe = recipes[number % len(recipes)]
+        replaces, timed = number // len(recipes) % 2 == 0, number // len(recipes) // 2 % 2 == 1
         expected, seconds, operations = whole[recipe]
         moment = chance.uniform(0, seconds) if timed else chance.randrange(operations)
         left, problem = one(recipe, moment, expected, replaces=replaces)
@@ -118,18 +120,13 @@ def check() -> int:
 
 
 def undisturbed(recipe: str) -> tuple[dict[str, str], float, int]:
-    """Checksums, seconds, and file operations; the run with other bits is the one that is replaced later."""
-    for folder in ("whole", "old"):
-        shutil.rmtree(folder, ignore_errors=True)
+    """Checksums, seconds, and file operations of a run that replaces an older one."""
+    folder, counted = Path(f"whole-{recipe}"), Path("counted.txt")
+    shutil.copytree("old", folder)
     started = time.perf_counter()
-    assert child(call(recipe, "whole")) == 0, Path("log.txt").read_text()
-    seconds = time.perf_counter() - started
-    assert child(call(recipe, "old", "--weights", "8")) == 0
-    counted = Path("counted.txt")
-    shutil.copytree("old", "counted")
-    assert child(lambda: counting(call(recipe, "counted", "--force"), counted)) == 0
-    shutil.rmtree("counted")
-    return sums(Path("whole")), seconds, int(counted.read_text())
+    status = child(lambda: counting(call(recipe, str(folder), "--force"), counted))
+    assert status == 0, Path("log.txt").read_text()
+    return sums(folder), time.perf_counter() - started, int(counted.read_text())
 
 
 def call(recipe: str, out: str, *more: str) -> Callable[[], int]:
@@ -141,8 +138,17 @@ def call(recipe: str, out: str, *more: str) -> Callable[[], int]:
 
         for stage in (reconstruct, evolve):  # checkpoints at every step, not every few seconds
             stage.CHECKPOINT_SECONDS, stage.CHECKPOINT_SHARE = 0.0, 1e9
-        given = ["quantize", "net.py:net", "images.npz", "--recipe", recipe, *RECIPES[recipe], "--precision", "float32"]
-        return main([*given, *(() if "--weights" in more else ("--weights", "4")), "--out", out, *more])
+        given = [
+            "quantize",
+            "net.py:net",
+            "images.npz",
+            "--recipe",
+            recipe,
+            *RECIPES.get(recipe, ()),
+            "--precision",
+            "float32",
+        ]
+        return main([*given, "--weights", "4", "--out", out, *more])
 
     return run
 

@@ -8,10 +8,11 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from bitwright.errors import UsageError, step
 from bitwright.export.packed import ideal_bytes, load_packed, save_packed
@@ -23,6 +24,9 @@ from bitwright.run import state as run_state
 from bitwright.run.files import cannot_write, is_partial, remove, sweep, temporary, write_json
 from bitwright.run.lock import BusyError, held
 from bitwright.run.swap import interrupted, recover, swap
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 MODEL, PLAN, RESULT, ONNX, LOG, STATE = (
     "model.safetensors", "plan.json", "result.json", "model.onnx", "log.jsonl", "state",
@@ -111,6 +115,23 @@ def writing(folder: Path) -> Iterator[str | None]:
     """
     with held(folder):
         yield finish_swap(folder.expanduser().resolve())
+
+
+def alone(command: Callable[Concatenate[str, P], R]) -> Callable[Concatenate[str, P], R]:
+    """A command on a run, which has the run's folder to itself."""
+
+    @wraps(command)
+    def locked(run: str, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        path = Path(run).expanduser()
+        folder = path.parent if path.is_file() else path
+        if not folder.is_dir() and not interrupted(folder.resolve()):
+            return command(run, *args, **kwargs)
+        with writing(folder) as said:
+            if said is not None:
+                warnings.warn(said, UserWarning, stacklevel=2)
+            return command(run, *args, **kwargs)
+
+    return locked
 
 
 def settle(folder: Path) -> None:

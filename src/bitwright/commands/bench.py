@@ -8,8 +8,7 @@ from rich.console import RenderableType
 
 from bitwright.commands import tables
 from bitwright.errors import UsageError
-from bitwright.run.lock import alone
-from bitwright.run_folder import BENCH
+from bitwright.run_folder import BENCH, alone
 from bitwright.speed.bench import bench as measured
 from bitwright.speed.runtimes import RUNTIMES
 from bitwright.terminal import Terminal

@@ -19,7 +19,6 @@ from bitwright.export.pt2 import write_pt2
 from bitwright.models import Model
 from bitwright.quantized import QuantizedModel
 from bitwright.run.files import cannot_write, move, scratch, write_json
-from bitwright.run.lock import alone
 from bitwright.terminal import Terminal, quiet_libraries
 
 FORMATS = {"onnx": run_folder.ONNX, "openvino": run_folder.OPENVINO, "pt2": run_folder.PT2}
@@ -27,7 +26,7 @@ FORMATS = {"onnx": run_folder.ONNX, "openvino": run_folder.OPENVINO, "pt2": run_
 WHERE = {"onnx": "ONNX Runtime", "openvino": "OpenVINO", "pt2": "PyTorch"}
 
 
-@alone
+@run_folder.alone
 def export(
     run: str,
     *,

@@ -18,12 +18,11 @@ from bitwright.export.gap import measure_gap, read_onnx
 from bitwright.inputs import prepare_teacher
 from bitwright.quantized import QuantizedModel
 from bitwright.run.files import write_json
-from bitwright.run.lock import alone
 from bitwright.speed.runtimes import RUNTIMES, Runtime, runtime
 from bitwright.terminal import Terminal, one_line, quiet_libraries
 
 
-@alone
+@run_folder.alone
 def parity(
     run: str,
     images: str | None,

@@ -156,8 +156,10 @@ def _leave(folder: Path, until: Path, terminal: Terminal, *, interrupted: bool) 
 
 def _settings(job: Job) -> dict[str, Any]:
     """What must be the same for a run to go on; the network and the images are compared by what they hold."""
+    method = find_recipe(job.method)
     return {
-        "recipe": find_recipe(job.method).settings(),
+        "recipe": method.name,
+        "stages": method.settings()["stages"],
         "scheme": job.scheme.model_dump(mode="json"),
         "plan": None if job.plan is None else job.plan.model_dump(mode="json"),
         "goal": None if job.goal is None else str(job.goal),

@@ -94,6 +94,7 @@ def absolute_source(source: str) -> str:
 def is_run(reference: str) -> bool:
     """Whether the reference names a run folder, or the quantized model in one."""
     path = Path(reference).expanduser()
+    run_folder.settle(path)
     return (path / run_folder.MODEL).is_file() or (path.is_file() and path.suffix == ".safetensors")
 
 
@@ -104,6 +105,7 @@ def load_run(reference: str) -> QuantizedModel:
         UsageError: there is none.
     """
     path = Path(reference).expanduser()
+    run_folder.settle(path)
     if path.is_dir() and not (path / run_folder.MODEL).is_file():
         unfinished = (
             " It is unfinished: repeat its command with --resume." if (path / run_folder.STATE).is_dir() else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import re
 import warnings
 from pathlib import Path
@@ -105,8 +106,9 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, header: dict[str, str])
     try:
         save_file(tensors, path, metadata=header)
     except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        raise OSError(int(number[1]) if number else errno.EIO, str(error)) from error
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number) if found else str(error)) from error
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

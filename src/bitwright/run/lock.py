@@ -9,12 +9,11 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
-from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING
 
 from bitwright.errors import UsageError
 from bitwright.run.files import cannot_write, hidden
@@ -22,8 +21,6 @@ from bitwright.run.files import cannot_write, hidden
 if TYPE_CHECKING:
     from filelock import FileLock
 
-P = ParamSpec("P")
-R = TypeVar("R")
 UNWRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST})
 """Who writes there is told so in better words."""
 TRIES = 5
@@ -85,19 +82,6 @@ def _acquired(path: Path, folder: Path) -> FileLock | None:
         if error.errno not in UNWRITABLE:
             raise cannot_write(folder, error) from error
         return None
-
-
-def alone(command: Callable[Concatenate[str, P], R]) -> Callable[Concatenate[str, P], R]:
-    """A command on a run, which holds the run's folder while it works."""
-
-    @wraps(command)
-    def locked(run: str, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        path = Path(run).expanduser()
-        folder = path.parent if path.is_file() else path
-        with held(folder) if folder.is_dir() else contextlib.nullcontext():
-            return command(run, *args, **kwargs)
-
-    return locked
 
 
 def _sign(path: Path) -> None:
