@@ -96,6 +96,7 @@ REFUSED: dict[str, tuple[Construct, str]] = {
     "half": (lambda net, x: net.body(x.half()), ".half()"),
     "a list of images": (lambda net, x: net.body(torch.stack(x)), "a list or a dict of images"),  # type: ignore[arg-type]
     "a dict": (lambda net, x: net.body(x["image"]), "a list or a dict of images"),  # type: ignore[call-overload]
+    "rows by len": (lambda net, x: net.head.bias.expand(len(x), 5), "x.shape[0]"),
     "a loss": (lambda net, x: net.body(x).mean(), "along the first axis"),
     "images in a loop": (lambda net, x: torch.cat([net.body(part) for part in x.split(1)]), "mixes the images"),
     "boxes": (lambda net, x: [{"boxes": net.body(i[None]), "scores": i.mean()} for i in x], "box decoding"),

@@ -82,7 +82,7 @@ def test_a_detector_is_told_what_to_return_instead() -> None:
 
 
 def test_outputs_that_no_image_changes_are_exported(tmp_path: Path) -> None:
-    network = Odd(lambda net, x: net.head.bias.expand(len(x), 5)).eval()
+    network = Odd(lambda net, x: net.head.bias.expand(x.shape[0], 5)).eval()
     model = bw.quantize(network, dataset(), "rtn")
     with torch.no_grad():
         torch.testing.assert_close(model(images(4)), network(images(4)), atol=0.01, rtol=0)

@@ -69,6 +69,7 @@ def capture(model: nn.Module | torch.export.ExportedProgram, example: Tensor) ->
             returned = _run(model, images)
             reference = _arranged(model, returned)
             program = _tensors_alone(_export(model, images, returned))
+            _check_constants(program, model, images)
     if _writes(program):
         with suppress(ModelError):  # in-place activations, as most networks have them
             return _checked(program, images, reference)
@@ -96,6 +97,23 @@ def _checked(program: torch.export.ExportedProgram, images: Tensor, reference: A
         kinds = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in coarse))
         warnings.warn(f"The model computes a part in {kinds}. In float32 it is quantized.", stacklevel=2)
     return captured
+
+
+def _check_constants(program: torch.export.ExportedProgram, model: nn.Module, images: Tensor) -> None:
+    """What is returned without having looked at the images must not have as many rows as there were."""
+    _, graph = flat_graph(program)
+    seen: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or not seen.isdisjoint(node.all_input_nodes):
+            seen.add(node)
+    returned: Any = graph.output_node().args[0]
+    rows = {i: ops.shape(n) for i, n in enumerate(returned) if n not in seen and ops.shape(n)[:1] == (len(images),)}
+    one = tensors(_arranged(model, _run(model, images[:1]))) if rows else []
+    if any(one[i].shape != shape for i, shape in rows.items()):
+        raise ModelError(
+            "The model returns a constant with as many rows as there were images, which is a plain number while it "
+            "runs. Use x.shape[0] instead of len(x)."
+        )
 
 
 def _writes(program: torch.export.ExportedProgram) -> bool:
