@@ -12,6 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 import bitwright as bw
+from bitwright.export.arbiter import compare_kernels
 from bitwright.export.forms import rewrite_forms
 from bitwright.export.onnx import to_onnx
 from bitwright.export.runtimes import session
@@ -194,3 +195,29 @@ def test_a_batch_that_is_doubled_inside_runs_at_every_size(how, tmp_path):
         found = torch.from_numpy(runtime.run(None, {"images": IMAGES[:count].numpy()})[0])
         assert found.shape == expected.shape
         assert (found - expected).abs().max() < 1e-3 * expected.std()
+
+
+class Window(nn.Module):
+    """Tokens [N, 30, 16] of a padded map of 6 x 5, read by three linear layers, as windows of attention read them."""
+
+    def __init__(self, mode):
+        super().__init__()
+        torch.manual_seed(1)
+        self.mode, self.conv, self.head = mode, nn.Conv2d(3, 16, 2, 2), nn.Linear(16, 5)
+        self.q, self.k, self.v = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x):
+        x = F.pad(self.conv(x), (0, 1, 1, 1), mode=self.mode)
+        x = x.flatten(2).transpose(1, 2)
+        attention = (self.q(x) @ self.k(x).transpose(1, 2)).softmax(-1)
+        return self.head((attention @ self.v(x)).mean(1))
+
+
+@pytest.mark.parametrize("mode", ["constant", "replicate"])
+def test_linear_layers_that_read_a_padded_map_stay_in_integers(mode):
+    images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    model = bw.quantize(Window(mode).eval(), images, "rtn", weights=8, device="cpu")
+    program = to_onnx(model)
+    again = [node for node in program.graph if (node.outputs[0].name or "").endswith("/again/value")]
+    assert len(again) == 1, "one pair of operators for the three that read it"
+    assert not [layer.name for layer in compare_kernels(model, program, images).values() if layer.diverges]

@@ -57,8 +57,8 @@ def shield_weight(graph: ir.Graph, node: ir.Node, shielded: dict[str | None, ir.
 def code_product(graph: ir.Graph, node: ir.Node) -> None:
     """Quantizes what a product of integer weights reads once more, on the grid that it lies on already.
 
-    Its codes come through operators that ONNX Runtime moves no codes over, as those of a shifted window do. Reading
-    floats, it would put them on 8 bits by itself, in blocks (MatMulNBits). Twice on one grid is exact.
+    Its codes come through operators that ONNX Runtime moves no codes over, as those of a shifted or padded window do.
+    Reading floats, it would put them on 8 bits by itself, in blocks (MatMulNBits). Twice on one grid is exact.
     """
     source, weight = node.inputs[:2]
     producer = None if weight is None else weight.producer()
@@ -70,6 +70,9 @@ def code_product(graph: ir.Graph, node: ir.Node) -> None:
     if grid is None:
         return
     name = f"{source.name}/again"
+    for value in (v for reader in source.consumers() for v in reader.outputs if v.name == f"{name}/codes"):
+        node.replace_input_with(0, value.consumers()[0].outputs[0])  # another product reads it as well
+        return
     codes = insert_node(graph, node, "QuantizeLinear", [source, *grid], f"{name}/codes")
     codes.type, codes.shape = ir.TensorType(ir.DataType.UINT8), source.shape
     value = insert_node(graph, node, "DequantizeLinear", [codes, *grid], f"{name}/value")
@@ -86,7 +89,7 @@ def _grid(source: ir.Value) -> tuple[ir.Value, ir.Value] | None:
             return None
         if node.op_type == "DequantizeLinear":
             grids.add(tuple(node.inputs[1:3]))
-        elif node.op_type in MOVES | PICKS:
+        elif node.op_type in MOVES | PICKS or _pads_with_codes(node):
             moved = node.inputs if node.op_type == "Concat" else node.inputs[:1]
             waiting += [v for v in moved if v is not None]
         else:
@@ -95,6 +98,14 @@ def _grid(source: ir.Value) -> tuple[ir.Value, ir.Value] | None:
     if scale is None or zero is None or zero.dtype != ir.DataType.UINT8 or scale.shape is None or len(scale.shape):
         return None
     return scale, zero
+
+
+def _pads_with_codes(node: ir.Node) -> bool:
+    """Whether it is a Pad of zeros, which lie on every grid, or of values that are there."""
+    if node.op_type != "Pad":
+        return False
+    mode = node.attributes.get("mode")
+    return (mode is not None and mode.as_string() != "constant") or _number(node, 2, 0.0) == 0.0
 
 
 def shield_softmax(graph: ir.Graph, node: ir.Node, shielded: dict[str | None, ir.Value]) -> None:
