@@ -182,10 +182,10 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "labels missing": ((*NET, "photos", "--evaluate", "photos", "--labels", "no.csv"), "cannot read no.csv"),
     "labels of nothing": ((*NET, "photos", "--labels", "few.csv"), "--evaluate"),
     "steps and minutes": ((*NET, "photos", "--steps", "5", "--minutes", "1"), "found both"),
-    "negative steps": ((*NET, "photos", "--steps", "-1"), "at least 0 steps, found -1"),
+    "negative steps": ((*NET, "photos", "--steps", "-1"), "at least 0 as --steps, found -1"),
     "no minutes": ((*NET, "photos", "--minutes", "0"), "positive number of minutes"),
     "unknown precision": ((*NET, "photos", "--precision", "half"), "auto, float32 or bfloat16, found 'half'"),
-    "no samples": ((*NET, "photos", "--samples", "0"), "at least one sample, found 0"),
+    "no samples": ((*NET, "photos", "--samples", "0"), "at least 1 as --samples, found 0"),
     "samples in words": ((*NET, "photos", "--samples", "many"), "'--samples'"),
     "weights of NaN": (("quantize", "models.py:nan_weights", "photos"), "stem.weight has NaN"),
     "activations of NaN": (("quantize", "models.py:Rare", "white"), "The output of div is not finite"),
@@ -199,7 +199,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "unknown recipe": ((*NET, "photos", "--recipe", "msee"), "Did you mean 'mse'?"),
     "unknown runtime": ((*NET, "photos", "--runtime", "trt"), "generic-pot, found 'trt'"),
     "unknown granularity": ((*NET, "photos", "--granularity", "row"), "channel, tensor, group, head, found 'row'"),
-    "unknown device": ((*NET, "photos", "--device", "tpu"), "auto, cpu, cuda, found 'tpu'"),
+    "unknown device": ((*NET, "photos", "--device", "tpu"), "as --device, found 'tpu'"),
     "out is full": ((*NET, "photos", "--out", "full"), "is not empty"),
     "out is a run": ((*NET, "photos", "--out", "run"), "is not empty"),
     "out is no run": ((*NET, "photos", "--out", "full", "--force"), "found other files (keep.txt)"),
@@ -363,7 +363,7 @@ def test_one_output_is_kept_and_scored(here: Path, capsys: pytest.CaptureFixture
     assert main([*given, "--json"]) == 0
     found = _result(capsys)
     assert found["model"]["output"] == "scores"
-    assert main(["evaluate", "new", "classes", "--json"]) == 0
+    assert main(["evaluate", "new", "classes", "--float", "models.py:Named", "--json"]) == 0
     again = _result(capsys)
     assert again["quantized"] == found["quantized"]
     assert _figures(again["fidelity"]) == pytest.approx(_figures(found["fidelity"]), rel=1e-4)

@@ -223,7 +223,7 @@ def preview(
         UsageError: an argument, a file, or the model cannot be used; one line says why.
     """
     network = as_model(model, preprocessing)
-    data = images if isinstance(images, Images) else load_images(images, network.preprocessing)
+    data = images if isinstance(images, Images) else load_images(images, network.preprocessing, most=2)
     plan = _as_plan(plan, scheme or Scheme())
     teacher = prepare_teacher(network, data, output)
     return insert_quantizers(teacher, scheme or Scheme()) if plan is None else insert_plan(teacher, plan, scheme)

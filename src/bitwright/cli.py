@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bitwright.errors import BitwrightError, UsageError, debugging
+from bitwright.errors import BitwrightError, UsageError, debugging, of_the_machine
 from bitwright.terminal import Terminal, one_line, print_error
 
 app = typer.Typer(
@@ -1113,6 +1113,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         status = 130
+    except SystemExit as left:  # a Python file of the user's
+        print_error(f"A Python file ended the command (sys.exit({left.code!r})). Take that out of it.")
+        return UsageError.exit_code
     except Exception as error:
         return _other(error, given)
     return status if isinstance(status, int) else 0
@@ -1129,6 +1132,10 @@ def _other(error: Exception, given: list[str]) -> int:
         advice = f"bitwright {verb} --help" if verb in known else "bitwright --help"
         print_error(f"{one_line(str(describe())).rstrip('.')}. See {advice}.")
         return int(code)
+    if isinstance(error, OSError | MemoryError) and not debugging():
+        failure = of_the_machine(error)
+        print_error(failure)
+        return failure.exit_code
     hint = "" if debugging() else " BITWRIGHT_DEBUG=1 shows where."
     if debugging():
         import traceback

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
-import random
 import re
 import warnings
 from collections import Counter
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from bitwright.errors import DataError, UsageError
 from bitwright.preprocessing import PreprocessFunction, Preprocessing, parse_input_size
+from bitwright.reading.items import items, spread
 from bitwright.sources import Arrays, Files, Source, Store, Tensors, one_line
 
 __all__ = ["Images", "PreprocessFunction", "Preprocessing", "load_images", "parse_input_size"]
@@ -34,6 +34,7 @@ EXTENSIONS = frozenset({
 # fmt: on
 CACHE_BYTES = 1 << 30
 STREAM_BYTES = 8 << 30
+MOST_CLASSES = 1 << 31
 
 
 # ---------------------------------------------------------------------------------------------- images
@@ -142,8 +143,7 @@ class Images:
         if n > total:
             warnings.warn(f"{n} images were asked for, all {total} are used", UserWarning, stacklevel=2)
             return self
-        pick = random.Random(seed)
-        return self.take([pick.randrange(i * total // n, (i + 1) * total // n) for i in range(n)])
+        return self.take(spread(total, n, seed))
 
     def check(self) -> None:
         """Open the header of every file, without decoding any.
@@ -211,6 +211,7 @@ def load_images(
     *,
     labels: str | Path | Sequence[int] | Tensor | None = None,
     skip_unreadable: bool = False,
+    most: int | None = None,
     threads: int | None = None,
     cache_bytes: int = CACHE_BYTES,
 ) -> Images:
@@ -228,6 +229,8 @@ def load_images(
             one class index for each image. Without it a folder in which every image lies directly in one of
             two or more sub-folders is labelled by their sorted names, an ``.npz`` by its own ``labels``.
         skip_unreadable: decode everything now, leave out what fails and warn with the count.
+        most: images that will be used of an iterable, which is then read no further than the batch that completes them;
+            of a data set, and of a loader that takes one in order, they are spread evenly over it.
         threads: that decode; by default one a core, at most 8. The result does not depend on it.
         cache_bytes: for decoded and resized pixels, so that a second epoch does not decode again.
 
@@ -237,12 +240,14 @@ def load_images(
     if isinstance(source, Images):
         return source.labelled(labels) if labels is not None else source
     window, left_out = None, ""
+    if isinstance(source, str) and not source.strip():
+        raise DataError("expected a folder of images, an .npz file or zoo:NAME, found nothing: name one")
     if isinstance(source, str | os.PathLike):
         place, window = _split_slice(os.fspath(source))
         found, found_labels = _from_place(str(place))
     else:
         place = f"the {type(source).__name__} given"
-        found, found_labels, left_out = _from_object(source)
+        found, found_labels, left_out = _from_object(source, most)
     _check_preprocessing(found, preprocessing, str(place))
     store = Store(found, None if isinstance(found, Tensors) else preprocessing, threads, cache_bytes)
     masks = found_labels if found_labels is not None and found_labels.ndim == 3 else None
@@ -264,11 +269,11 @@ def _split_slice(text: str) -> tuple[str, slice | None]:
         >>> _split_slice("photos[0::2]")
         ('photos', slice(0, None, 2))
     """
-    match = re.fullmatch(r"(.+)\[([^\[\]]*)\]", text)
-    if match is None or Path(text).exists():
+    match = re.fullmatch(r"(.+)\[([^\[\]]*)\]", text, re.DOTALL)
+    if match is None or _exists(Path(text)):
         return text, None
     parts = [part.strip() for part in match[2].split(":")]
-    if len(parts) not in (2, 3) or not all(re.fullmatch(r"[+-]?\d+|", part) for part in parts):
+    if len(parts) not in (2, 3) or not all(re.fullmatch(r"[+-]?[0-9]{1,18}|", part) for part in parts):
         raise DataError(f"expected a slice such as [0::2] or [:256] at the end of {text!r}, got [{match[2]}]")
     window = slice(*(int(part) if part else None for part in parts))
     if window.step == 0:
@@ -283,7 +288,7 @@ def _from_place(text: str) -> tuple[Source, Tensor | None]:
         pixels, labels = zoo.images(text.removeprefix("zoo:"))
         return _from_array(np.asarray(pixels), text), _as_labels(labels, len(pixels), text)
     path = Path(text).expanduser()
-    if not path.exists():
+    if not _exists(path):
         raise DataError(
             f"expected a folder of images, an .npz file or zoo:NAME, {text!r} does not exist: check the path"
         )
@@ -297,6 +302,19 @@ def _from_place(text: str) -> tuple[Source, Tensor | None]:
         f"expected a folder of images, an .npz file or zoo:NAME, got the file {text}: "
         f"give the folder, image files end in {', '.join(sorted(EXTENSIONS))}"
     )
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is a file that can be read to its end: no folder, pipe or device."""
+    return _exists(path) and path.is_file()
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is such a file; a name that no file system takes is none."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def _from_folder(root: Path) -> tuple[Source, Tensor | None]:
@@ -343,6 +361,8 @@ def _folder_labels(root: Path, names: list[str]) -> Tensor | None:
 
 
 def _from_npz(path: Path) -> tuple[Source, Tensor | None]:
+    if not path.is_file():
+        raise DataError(f"expected a file at {path}, found something else: give an .npz file")
     try:
         with np.load(path, allow_pickle=False) as file:
             if "images" not in file:
@@ -397,7 +417,7 @@ def _from_tensor(tensor: Tensor, where: str) -> Source:
     return Tensors(tensor)
 
 
-def _from_object(source: object) -> tuple[Source, Tensor | None, str]:
+def _from_object(source: object, most: int | None) -> tuple[Source, Tensor | None, str]:
     """Images, labels or masks, and what is left out because it is neither."""
     where = f"the {type(source).__name__} given"
     if isinstance(source, Tensor):
@@ -406,7 +426,7 @@ def _from_object(source: object) -> tuple[Source, Tensor | None, str]:
         return _from_array(source, where), None, ""
     if isinstance(source, Mapping) or not (isinstance(source, Iterable) or hasattr(source, "__getitem__")):
         raise DataError(f"expected a path, a tensor or an iterable of tensors as images, got {where}")
-    return _from_batches([source] if _is_pair(source) else source, where)
+    return _from_batches(items([source] if _is_pair(source) else source, most), where, most)
 
 
 def _is_pair(source: object) -> bool:
@@ -420,7 +440,7 @@ def _is_pair(source: object) -> bool:
     )
 
 
-def _from_batches(batches: Any, where: str) -> tuple[Source, Tensor | None, str]:
+def _from_batches(batches: Iterator[Any], where: str, most: int | None) -> tuple[Source, Tensor | None, str]:
     tensors: list[Tensor] = []
     labels: list[Any] = []
     held = 0
@@ -435,6 +455,8 @@ def _from_batches(batches: Any, where: str) -> tuple[Source, Tensor | None, str]
                 f"expected at most {STREAM_BYTES >> 30} GiB of images from {where}, got more: take fewer "
                 "(itertools.islice), or give a folder, which is read as needed"
             )
+        if most is not None and sum(map(len, tensors)) >= most:
+            break
     if not tensors:
         raise DataError(f"expected tensors from {where}, it gave none: an iterator can be read only once")
     return _from_tensor(torch.cat(tensors), where), *_batch_labels(labels, tensors)
@@ -474,6 +496,8 @@ def _one_label(label: Any, batch: Tensor) -> Tensor | None:
     whole = isinstance(label, int) or (isinstance(label, Tensor) and not label.is_floating_point())
     if not whole:
         return None
+    if isinstance(label, int) and not 0 <= label < MOST_CLASSES:
+        raise DataError(f"expected class indices from 0 to {MOST_CLASSES - 1}, got {str(label)[:40]}")
     found = torch.as_tensor(label).detach().cpu()
     if found.numel() == len(batch):
         return found.reshape(-1).to(torch.int64)
@@ -511,14 +535,18 @@ def _check_preprocessing(source: Source, preprocessing: Preprocessing | Preproce
 def _as_labels(labels: Any, count: int, where: str) -> Tensor | None:
     if labels is None:
         return None
-    array = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    try:
+        array = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise DataError(f"expected one whole class index for each image in {where} ({one_line(error)})") from error
     if array.ndim != 1 or len(array) != count or not np.issubdtype(array.dtype, np.integer):
         raise DataError(
             f"expected one whole class index for each of {count} images in {where}, "
             f"got labels of {array.dtype} {tuple(array.shape)}"
         )
-    if array.min() < 0:
-        raise DataError(f"expected class indices from 0 in {where}, got {array.min()}")
+    if array.min() < 0 or array.max() >= MOST_CLASSES:
+        wrong = array.min() if array.min() < 0 else array.max()
+        raise DataError(f"expected class indices from 0 to {MOST_CLASSES - 1} in {where}, got {wrong}")
     return torch.from_numpy(array.astype(np.int64))
 
 
@@ -529,6 +557,8 @@ def _explicit_labels(labels: str | Path | Sequence[int] | Tensor, names: list[st
 
 
 def _read_labels(path: Path) -> dict[str, int]:
+    if not _is_file(path.expanduser()):
+        raise DataError(f"expected labels as a CSV file with lines file,class_index, found no file {path}")
     try:
         with path.expanduser().open(newline="", encoding="utf-8-sig") as file:
             rows = [(number, row) for number, row in enumerate(csv.reader(file), 1) if any(row)]
@@ -557,7 +587,11 @@ def _label_row(row: list[str], where: str, *, header: bool) -> tuple[str, int | 
         raise DataError(f"expected file,class_index in {where}, got {len(row)} columns: {','.join(row)[:80]!r}")
     name = row[0].strip().replace("\\", "/").removeprefix("./")
     text = row[1].strip()
-    if re.fullmatch(r"\d+", text):
+    if re.search(r"[\x00-\x08\x0b-\x1f]", "".join(row)):
+        raise DataError(f"expected file,class_index in {where}, found {','.join(row)[:80]!r}: write it as plain text")
+    if re.fullmatch(r"[0-9]+", text):
+        if len(text) > 10 or int(text) >= MOST_CLASSES:
+            raise DataError(f"expected a class index below {MOST_CLASSES} in {where}, found {text[:40]}")
         return name, int(text)
     if header and not re.fullmatch(r"[+-]?[\d.]+", text):
         return name, None

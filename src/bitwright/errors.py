@@ -44,6 +44,22 @@ def cause(error: BaseException) -> BaseException | None:
     return error if debugging() else None
 
 
+def of_the_machine(error: OSError | MemoryError) -> BitwrightError:
+    """A full disk, a name that no file system takes, a missing right, or no memory left, in one line.
+
+    Example:
+        >>> import errno
+        >>> str(of_the_machine(OSError(errno.ENOSPC, "No space left on device", "run/model.onnx")))
+        "Expected to read or write 'run/model.onnx', found: No space left on device."
+    """
+    if isinstance(error, MemoryError):
+        return BitwrightError("There is not enough memory for this. Take fewer or smaller images.")
+    name = str(error.filename or "a file")
+    name = name if len(name) <= 100 else f"{name[:97]}..."
+    said = " ".join(str(error.strerror or error).split())[:200].rstrip(".")
+    return UsageError(f"Expected to read or write {name!r}, found: {said}.")
+
+
 @contextmanager
 def step(what: str) -> Iterator[None]:
     """Makes one line of an error that nobody expected inside; it says which step failed. Also a decorator.

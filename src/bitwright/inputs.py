@@ -70,13 +70,15 @@ def calibration_images(source: Any, network: Model, samples: int | None, skip_un
     Raises:
         UsageError: none are asked for, or there are none.
     """
+    if samples is not None:
+        samples = whole("samples", samples, least=1)
     images = (
         source
         if isinstance(source, Images)
-        else load_images(source, network.preprocessing, skip_unreadable=skip_unreadable)
+        else load_images(
+            source, network.preprocessing, skip_unreadable=skip_unreadable, most=samples or DEFAULT_SAMPLES
+        )
     )
-    if samples is not None:
-        samples = whole("samples", samples, least=1)
     if samples is not None and samples > len(images):
         warnings.warn(f"{samples} images were asked for, there are {len(images)}; all are used.", stacklevel=3)
     count = min(samples or DEFAULT_SAMPLES, len(images))

@@ -97,7 +97,11 @@ def load_model(
         "crop_pct": crop_pct,
     }
     settings = {name: value for name, value in given.items() if value is not None}
-    model = _resolve(str(reference), settings)
+    try:
+        model = _resolve(str(reference), settings)
+    except (OSError, ValueError, RecursionError) as error:
+        said = f"{str(reference)[:80]}{'...' if len(str(reference)) > 80 else ''}"
+        raise ModelError(f"expected a model as {FORMS}, cannot read {said!r} ({_one_line(error)})") from error
     _check_weights(model)
     return model
 
@@ -252,7 +256,7 @@ def _seeded(build: Callable[[], nn.Module], reference: str) -> nn.Module:
     with _same_random_numbers():
         try:
             return with_torchvision(build).eval()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ModelError(
                 f"expected {reference} to build, it failed with {type(error).__name__}: {_one_line(error)}"
             ) from error
@@ -412,12 +416,27 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise ModelError(f"expected weights in a file {', '.join(_CHECKPOINTS)}, got {path}")
     loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     state = _innermost(loaded, path)
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ModelError(
             f"expected a state dict (names and tensors) in {path}, found {_contents(loaded)}: save model.state_dict()"
         )
+    for name, value in tensors.items():
+        kind = _unusual(value)
+        if kind:
+            raise ModelError(f"expected dense real numbers in {path}, {name!r} is a {kind} tensor: save it dense")
     return tensors
+
+
+def _unusual(value: Tensor) -> str:
+    """What keeps a tensor from being a weight; empty if nothing does."""
+    if value.is_meta:
+        return "meta"
+    if value.is_quantized:
+        return "quantized"
+    if value.is_nested or value.layout is not torch.strided:
+        return "nested" if value.is_nested else "sparse"
+    return "complex" if value.is_complex() else ""
 
 
 def _read_safetensors(path: Path) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,6 +56,7 @@ def run_stages(
             if state is not None and _restore(student, state, position, run, identity):
                 continue
             torch.manual_seed(run.seed + position)
+            _set_aside(run, stage.kind)
             with run.timed(stage.kind):
                 student = stage.run(student, teacher, images.unlabelled(), run.of(recipe.stages, position))
             _check_finite(student, teacher)
@@ -63,6 +65,15 @@ def run_stages(
             if state is not None:
                 _keep(left, state, position, stage.kind, run, identity)
     return student
+
+
+def _set_aside(run: Run, kind: str) -> None:
+    """Keeps what an earlier stage of the same kind noted, with its seconds, before the next one notes its own."""
+    if kind not in run.notes:
+        return
+    earlier: list[dict[str, Any]] = run.notes.setdefault("earlier_stages", [])
+    spent = run.seconds.get(kind, 0.0) - sum(each["seconds"] for each in earlier if each["stage"] == kind)
+    earlier.append({"stage": kind, "seconds": round(spent, 3), **run.notes.pop(kind)})
 
 
 def fingerprint(graph: nn.Module) -> str:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Valida
 from bitwright.errors import UsageError
 from bitwright.quant.scheme import Choice, Granularity, Scheme
 from bitwright.quant.targets import target
+from bitwright.reading.text import read_json
 from bitwright.run.files import write_text
 
 if TYPE_CHECKING:
@@ -93,14 +94,9 @@ class Plan(BaseModel):
         if not file.is_file():
             raise UsageError(f"Expected a plan at {file}, found none.")
         try:
-            data = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_once)
-            return cls.model_validate(data)
+            return cls.model_validate(read_json(file, _once))
         except ValidationError as error:
             raise UsageError(f"{file}: {_first_problem(error)}") from error
-        except UsageError as error:
-            raise UsageError(f"{file}: {error}") from error
-        except (ValueError, OSError) as error:
-            raise UsageError(f"{file} cannot be read as JSON ({error}).") from error
 
     def write(self, path: str | Path) -> None:
         """Writes it as :meth:`read` reads it."""

@@ -204,7 +204,8 @@ def check_file(folder: Path, name: str, recorded: dict[str, Any], advice: str) -
     Raises:
         UsageError: it is missing or is not what was written; ``advice`` says what to do.
     """
-    expected, path = recorded.get("files", {}).get(name), folder / name
+    files, path = recorded.get("files"), folder / name
+    expected = files.get(name) if isinstance(files, dict) else None
     if not path.is_file():
         raise UsageError(f"Expected {name} in {folder}, found none. {advice}")
     if expected is not None and _sha256(path) != expected:

@@ -56,9 +56,16 @@ class Files:
         """Return where one image lies."""
         return self.root / self.names[index]
 
+    def _file(self, index: int) -> Path:
+        """Where one image lies; a pipe or a device, which may never end, is none."""
+        path = self.path(index)
+        if not path.is_file():
+            raise DataError(f"expected an image, {path} is no file: remove it, or pass --skip-unreadable")
+        return path
+
     def read(self, index: int) -> Image.Image:
         """Return one decoded image, upright."""
-        path = self.path(index)
+        path = self._file(index)
         try:
             with Image.open(path) as image:
                 image.load()
@@ -70,7 +77,7 @@ class Files:
 
     def header(self, index: int) -> None:
         """Raise `DataError` when the file's header is not an image's."""
-        path = self.path(index)
+        path = self._file(index)
         try:
             with Image.open(path):
                 pass
@@ -82,7 +89,7 @@ class Files:
     def digest(self, index: int) -> bytes:
         """Return the SHA-256 of the file."""
         try:
-            return hashlib.sha256(self.path(index).read_bytes()).digest()
+            return hashlib.sha256(self._file(index).read_bytes()).digest()
         except OSError as error:
             raise _unreadable(self.path(index), error) from error
 

@@ -201,6 +201,7 @@ def print_error(error: BaseException | str) -> None:
     if isinstance(error, BaseException) and debugging():
         traceback.print_exception(error)
     text = as_flags(one_line(str(error))) or type(error).__name__
+    text = text.encode(errors="backslashreplace").decode()
     mark = "\033[1;31merror:\033[0m" if sys.stderr.isatty() and "NO_COLOR" not in os.environ else "error:"
     print(f"{mark} {text}", file=sys.stderr, flush=True)
 

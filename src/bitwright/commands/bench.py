@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from rich.console import RenderableType
@@ -27,7 +28,7 @@ def counts(text: str | None, option: str) -> tuple[int, ...] | None:
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+    if not all(re.fullmatch(r"[0-9]{1,9}", part) and int(part) > 0 for part in parts):
         raise UsageError(f"Expected numbers of at least 1 as {option}, as in 1,32, found '{text}'.")
     return tuple(map(int, parts))
 

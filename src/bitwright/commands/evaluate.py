@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -170,7 +169,11 @@ def _reading(captured: Captured, images: Images, axes: Axes) -> tuple[Network, S
 def _onnx(
     model: str, source: str, float_model: str | None, output: str | None, axes: Axes, options: dict[str, Any]
 ) -> Subject:
-    session = _session(Path(model).expanduser())
+    path = Path(model).expanduser()
+    if path.name == run_folder.ONNX and (path.parent / run_folder.RESULT).is_file():
+        recorded = run_folder.read_result(path.parent)
+        run_folder.check_file(path.parent, run_folder.ONNX, recorded, f"Write it with: bitwright export {path.parent}")
+    session = _session(path)
     (given,) = session.get_inputs() if len(session.get_inputs()) == 1 else (None,)
     if given is None or len(given.shape) != 4:
         raise ModelError(f"Expected one image input [N, C, H, W] in {model}, found {_inputs(session)}.")
@@ -222,8 +225,8 @@ def _beside(path: Path, shape: list[Any], settings: Settings) -> Model | None:
     result = path.parent / run_folder.RESULT
     if result.is_file():
         try:
-            base = json.loads(result.read_text())["model"].get("preprocessing") or {}
-        except (ValueError, KeyError, OSError):
+            base = dict(run_folder.read_result(result)["model"].get("preprocessing") or {})
+        except (UsageError, AttributeError, TypeError, ValueError):
             base = {}
     if not base and not settings:
         return None
@@ -231,7 +234,7 @@ def _beside(path: Path, shape: list[Any], settings: Settings) -> Model | None:
         base["input_size"] = "x".join(map(str, shape[1:]))
     try:
         how = Preprocessing(**{**base, **settings})
-    except BitwrightError as error:
+    except (BitwrightError, TypeError) as error:
         raise UsageError(f"The preprocessing of {path}: {error}") from error
     return Model(torch.nn.Identity(), path.stem, how)
 

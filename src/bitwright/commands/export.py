@@ -107,7 +107,7 @@ def run_images(
     """
     data = model.result.get("data", {})
     recorded = (data.get("evaluation") or {}).get("source") or data.get("calibration", {}).get("source")
-    source = source or recorded
+    source = recorded if source is None else source
     if source is None:
         raise UsageError(f"The check of the exported file needs a few images. Give {how}.")
     network: Model | None = Model(model, "", model.preprocessing) if model.preprocessing is not None else None

@@ -11,11 +11,12 @@ import lzma
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -30,12 +31,47 @@ from bitwright.quant.quantizer import BiasQuantizer, Frozen, Grid, Quantizer
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel
 from bitwright.reading.names import read_arrangement
+from bitwright.reading.text import short
 from bitwright.run.checkpoint import save_tensors
 from bitwright.run.files import whole
 
 FORMAT = 1
 KEY = "bitwright"
+MOST_STRUCTURE = 256 << 20
+"""Bytes, when it is no longer compressed."""
 LZMA = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
+
+
+Side = Annotated[int, Field(ge=1, le=1 << 20)]
+
+
+class Where(BaseModel):
+    """Where the numbers of a tensor lie."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    blob: str
+    start: int = Field(ge=0)
+    count: int = Field(ge=0)
+    shape: list[Annotated[int, Field(ge=0)]]
+
+
+class Structure(BaseModel):
+    """What lies where in the file; looked at as a whole before any of it is used."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: int = Field(ge=1)
+    graph: list[tuple[str, str, str, Any, Any, str | None]]
+    modules: dict[str, dict[str, Any]]
+    tensors: dict[str, Where]
+    layers: list[dict[str, Any]]
+    unquantized: list[dict[str, Any]]
+    scheme: dict[str, Any]
+    outputs: list[str]
+    structure: str
+    input_shape: tuple[Side, Side, Side]
+    extra: dict[str, Any] = {}
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -131,15 +167,28 @@ def load_packed(path: Path) -> tuple[QuantizedModel, dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             blobs = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    except SafetensorError as error:
-        raise UsageError(f"{path} is damaged ({error}). Quantize again.") from error
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise UsageError(f"{path} is damaged ({short(error)}). Quantize again.") from error
     if KEY not in metadata:
         raise UsageError(f"{path} was not written by bitwright. Give a run folder.")
-    if int(metadata[KEY]) > FORMAT:
-        raise UsageError(f"{path} has format {metadata[KEY]}, this version reads up to {FORMAT}. Upgrade bitwright.")
-    text = lzma.decompress(blobs.pop("structure").numpy().tobytes(), lzma.FORMAT_RAW, filters=LZMA)
-    data = json.loads(text)
-    return _rebuild(data, blobs), data["extra"]
+    version = metadata[KEY]
+    if not version.isascii() or not version.isdecimal() or not 0 < len(version) < 9 or int(version) < 1:
+        raise UsageError(f"{path} has format {version[:40]!r}, which there is none of. It is damaged: quantize again.")
+    if int(version) > FORMAT:
+        raise UsageError(f"{path} has format {version}, this version reads up to {FORMAT}. Upgrade bitwright.")
+    try:
+        data = Structure.model_validate_json(_decompressed(blobs.pop("structure")))
+        return _rebuild(data, blobs), data.extra
+    except Exception as error:  # whatever a changed file makes of operators, shapes and positions
+        raise UsageError(f"{path} is damaged or was changed ({short(error)}). Quantize again.") from error
+
+
+def _decompressed(blob: Tensor) -> bytes:
+    reader = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA)
+    text = reader.decompress(blob.numpy().tobytes(), max_length=MOST_STRUCTURE)
+    if not reader.eof and len(text) >= MOST_STRUCTURE:
+        raise ValueError(f"a structure of more than {MOST_STRUCTURE >> 20} MiB")
+    return text
 
 
 def _umask() -> int:
@@ -217,25 +266,25 @@ def _describe_quantizer(quantizer: Quantizer, blobs: _Blobs) -> dict[str, Any]:
     return described
 
 
-def _rebuild(data: dict[str, Any], blobs: dict[str, Tensor]) -> QuantizedModel:
+def _rebuild(data: Structure, blobs: dict[str, Tensor]) -> QuantizedModel:
     root = nn.Module()
-    for key, described in data["modules"].items():
+    for key, described in data.modules.items():
         root.add_module(key, _rebuild_module(root, described, blobs))
-    for name, where in data["tensors"].items():
-        rewrite.set_tensor(root, name, _read(blobs, where).clone())
+    for name, where in data.tensors.items():
+        rewrite.set_tensor(root, name, _read(blobs, where.model_dump()).clone())
     rewrite.channels_last(root)
-    graph = load_graph(data["graph"], root)
-    for key in data["modules"]:  # a graph module takes over only what it calls, not the grids of its integers
+    graph = load_graph([list(node) for node in data.graph], root)
+    for key in data.modules:  # a graph module takes over only what it calls, not the grids of its integers
         graph.add_module(key, root.get_submodule(key))
-    shape = tuple(data["input_shape"])
+    shape = data.input_shape
     rewrite.propagate(graph, torch.zeros(2, *shape))
     return QuantizedModel(
         graph,
-        [Layer(**layer) for layer in data["layers"]],
-        [Unquantized(**u) for u in data["unquantized"]],
-        Scheme(**data["scheme"]),
-        outputs=tuple(data["outputs"]),
-        structure=read_arrangement(data["structure"]),
+        [Layer(**layer) for layer in data.layers],
+        [Unquantized(**u) for u in data.unquantized],
+        Scheme(**data.scheme),
+        outputs=tuple(data.outputs),
+        structure=read_arrangement(data.structure),
         input_shape=shape,
     )
 

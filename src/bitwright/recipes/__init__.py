@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, SerializeAsAny, ValidationError, field_validator
 
 from bitwright.errors import UsageError
+from bitwright.reading.text import read_yaml, short
 from bitwright.stages.base import Optimising, Stage
 
 DEFAULT = "eptq"
@@ -114,6 +115,8 @@ def recipe(reference: str | Path | Recipe | None = None) -> Recipe:
     reference = reference or DEFAULT
     if isinstance(reference, Recipe):
         return reference
+    if not isinstance(reference, str | Path):
+        raise UsageError(f"Expected a recipe by name or file as recipe=, found {type(reference).__name__}.")
     path = Path(reference)
     if path.suffix in {".yaml", ".yml", ".py"}:
         if not path.is_file():
@@ -127,7 +130,12 @@ def recipe(reference: str | Path | Recipe | None = None) -> Recipe:
 
 
 def _from_python(path: Path) -> Recipe:
-    made = runpy.run_path(str(path)).get("RECIPE")
+    try:
+        made = runpy.run_path(str(path)).get("RECIPE")
+    except (Exception, SystemExit) as error:
+        raise UsageError(
+            f"Expected {path} to run, it raised {type(error).__name__} ({short(error)}). Try it: python {path}"
+        ) from error
     if not isinstance(made, Recipe):
         raise UsageError(f"Expected {path} to define RECIPE, a bitwright.Recipe.")
     return made
@@ -135,12 +143,10 @@ def _from_python(path: Path) -> Recipe:
 
 def _from_yaml(path: Path) -> Recipe:
     builtin()  # so that all stages are known
+    data = read_yaml(path)
     try:
-        data = yaml.safe_load(path.read_text())
         return Recipe.model_validate(data)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path} is not YAML: {str(error).splitlines()[0]}.") from error
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(p) for p in first["loc"]) or "the file"
-        raise UsageError(f"In the recipe {path}, {field}: {first['msg']}.") from error
+        raise UsageError(f"In the recipe {path}, {field[:80]}: {' '.join(first['msg'].split())[:200]}.") from error

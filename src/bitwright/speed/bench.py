@@ -15,8 +15,9 @@ import numpy as np
 import bitwright
 from bitwright.errors import UsageError
 from bitwright.progress import Progress, silent
+from bitwright.reading.text import read_json
 from bitwright.run.files import write_json
-from bitwright.run_folder import BENCH, ONNX, RESULT, STATE
+from bitwright.run_folder import BENCH, ONNX, RESULT, STATE, check_file
 from bitwright.speed import kernels
 from bitwright.speed.float_operators import float_operators
 from bitwright.speed.machine import cores, cpu_name
@@ -35,6 +36,10 @@ WHAT_FLOAT_IS = (
     "float with the rounded weights, on whose values speed does not depend"
 )
 Memory = Callable[[Runtime, Path, Sequence[int], str, int], dict[str, int]]
+
+
+MOST_THREADS = 1024
+MOST_IMAGES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,10 @@ def _exported(folder: Path) -> Path:
         raise UsageError(f"Expected a run folder with {RESULT} in it, found none in {folder}.")
     if not (folder / ONNX).is_file():
         raise UsageError(f"There is no {ONNX} in {folder}. Write it with: bitwright export {folder}")
+    recorded = read_json(folder / RESULT)
+    check_file(
+        folder, ONNX, recorded if isinstance(recorded, dict) else {}, f"Write it with: bitwright export {folder}"
+    )
     return folder / ONNX
 
 
@@ -139,6 +148,9 @@ def _check(batches: Sequence[int], threads: Sequence[int], seconds: float) -> No
     for what, values in (("batch", batches), ("number of threads", threads)):
         if not values or min(values) < 1:
             raise UsageError(f"Expected a {what} of at least 1, found {', '.join(map(str, values)) or 'none'}.")
+    for what, values, most in (("images", batches, MOST_IMAGES), ("threads", threads, MOST_THREADS)):
+        if max(values) > most:
+            raise UsageError(f"Expected at most {most} {what}, found {max(values)}.")
     if not 0 < seconds < float("inf"):
         raise UsageError(f"Expected a positive number of seconds, found {seconds}.")
 

@@ -12,6 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from bitwright.progress import Progress, silent
+from bitwright.reading.arguments import SEEDS, whole
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,6 +53,9 @@ class Run:
     history: list[tuple[str, Snapshot]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.seed = whole("seed", self.seed, least=0, below=SEEDS)
 
     def of(self, stages: Sequence[Stage], position: int) -> Run:
         """The part of the budget that is one stage's; everything else is shared with this run.
