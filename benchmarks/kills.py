@@ -32,6 +32,8 @@ def net():
     return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 """
 FILES = ("model.safetensors", "model.onnx")
+ENDING = 40
+"""File operations from the last checkpoint on: files, swap, report."""
 OPERATIONS = ("fsync", "rename", "replace")
 
 
@@ -65,7 +67,7 @@ def kills(recipes: list[str], moments: int, seed: int) -> dict:
         recipe = recipes[number % len(recipes)]
         replaces, timed = number // len(recipes) % 2 == 0, number // len(recipes) // 2 % 2 == 1
         expected, seconds, operations = whole[recipe]
-        moment = chance.uniform(0, seconds) if timed else chance.randrange(operations)
+        moment = chosen(chance, seconds, operations, timed=timed)
         left, problem = one(recipe, moment, expected, replaces=replaces)
         kept[left] += 1
         if problem:
@@ -77,6 +79,14 @@ def kills(recipes: list[str], moments: int, seed: int) -> dict:
         "undisturbed": {r: {"seconds": round(s, 2), "file_operations": n} for r, (_, s, n) in whole.items()},
         "seconds": round(time.perf_counter() - started, 1),
     }
+
+
+def chosen(chance: random.Random, seconds: float, operations: int, *, timed: bool) -> float:
+    """A moment; every second one is where a run begins or ends, which is short beside the stages."""
+    ends = chance.random() < 0.5
+    if timed:
+        return chance.uniform(0, 0.2 * seconds if ends else seconds)
+    return chance.randrange(operations - ENDING if ends else 0, operations)
 
 
 def one(recipe: str, moment: float, expected: dict[str, str], *, replaces: bool) -> tuple[str, str]:

@@ -332,9 +332,10 @@ def quantize(
     steps: StepsOption = None,
     minutes: MinutesOption = None,
     precision: PrecisionOption = "auto",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run in --out")] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace a run in --out; keep an ONNX file that fails its check")
+        bool,
+        typer.Option("--force", help="Replace a run in --out, finished or not; keep an ONNX file that fails its check"),
     ] = False,
     no_images: NoImagesOption = False,
     dry_run: Annotated[

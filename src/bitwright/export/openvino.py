@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import onnx_ir as ir
@@ -36,7 +37,12 @@ def save_openvino(program: ir.Model, path: Path) -> None:
     """
     model = converted(program)
     model.set_rt_info(program.metadata_props.get("bitwright", ""), "bitwright")
-    openvino().save_model(model, str(path), compress_to_fp16=False)
+    try:
+        openvino().save_model(model, str(path), compress_to_fp16=False)
+    except RuntimeError as error:
+        if "iostream" not in str(error):
+            raise
+        raise OSError(errno.EIO, "OpenVINO could not write all of it") from error
 
 
 def write_openvino(model: QuantizedModel, path: Path, images: Tensor) -> Parity:

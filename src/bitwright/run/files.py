@@ -26,6 +26,7 @@ FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 """What another folder does not help against."""
 LONGEST = 120
 """Characters of a name that are kept in the names made from it: file systems end at 255 bytes."""
+SCRATCH = "files"
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
 _PARTIAL = re.compile(r"\.(?P<name>.+)\.(?P<host>[0-9a-f]{6})-(?P<pid>\d+)-\d+\.partial")
 _numbers = itertools.count()
@@ -82,7 +83,7 @@ def whole(path: Path) -> Iterator[Path]:
 @contextmanager
 def scratch(folder: Path) -> Iterator[Path]:
     """A folder inside ``folder`` for files that are moved out of it when they are complete; deleted at the end."""
-    made = temporary(folder / "files")
+    made = temporary(folder / SCRATCH)
     made.mkdir(parents=True)
     try:
         yield made
@@ -151,11 +152,21 @@ def sync(path: Path) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> BitwrightError:
-    """One line for a failed write."""
+    """One line for a failed write, with the name that the file was going to have."""
+    path = _meant(path)
     reason = error.strerror or str(error)
     if error.errno in FULL:
         return BitwrightError(f"{path} cannot be written ({reason}). Make room on that disk and repeat the command.")
     return UsageError(f"{path} cannot be written ({reason}). Choose another --out.")
+
+
+def _meant(path: Path) -> Path:
+    """Where a file in a temporary folder was going to be."""
+    found = _PARTIAL.fullmatch(path.parent.name)
+    if found is None:
+        return path
+    folder = path.parent.parent
+    return folder / path.name if found["name"] == SCRATCH else folder / found["name"] / path.name
 
 
 def is_partial(path: Path) -> bool:
