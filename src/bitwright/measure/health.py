@@ -16,6 +16,9 @@ from bitwright.quantized import QuantizedModel
 from bitwright.stages.base import Run
 
 IMAGES = 32
+SAYS = 40.0
+"""Decibels between the energy of a float output and that of its change from image to image, from which on the output
+says next to nothing about the image in float either."""
 MOVES = 1e-6
 """An output whose values differ by less, relative to their size, from image to image is taken for constant."""
 
@@ -55,7 +58,8 @@ def _line(name: str, found: OutputFidelity, theirs_moves: bool, ours_moves: bool
     remedy = "Give the layers with wide ranges more bits (bitwright inspect shows them), or take another --recipe."
     if theirs_moves and not ours_moves:
         return f"Output '{name}' of the quantized network no longer depends on the image ({where}). {remedy}"
-    if found.spread_db is not None and found.spread_db < 0:
+    says = found.spread_db is not None and (found.sqnr_db is None or found.sqnr_db - found.spread_db < SAYS)
+    if says and found.spread_db is not None and found.spread_db < 0:
         whole = "" if found.sqnr_db is None else f", {found.sqnr_db:.1f} dB of its whole energy"
         return (
             f"Output '{name}' of the quantized network differs more from the float one than from image to image "
