@@ -7,7 +7,8 @@ and without the change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -48,6 +49,8 @@ BETTER = 0.5
 """Of a tensor's effect: what is left of it at most, as estimated, if its channels are changed."""
 KEPT = 0.9
 """Of the loss: what is left of it at most, as measured, if a round's changes are kept."""
+NOT_WORSE = 1.1
+"""Of the loss of weights alone: how much of it may be there afterwards, where weights are coarse."""
 COARSE = 8
 """Bits of weights below which half of the exponents are tried as well, which change weights less."""
 FINEST = -10
@@ -108,32 +111,50 @@ def balance(
     readings = read_outputs(teacher.graph, some.batch([0]).to(run.device), teacher.outputs)
     trial = _Trial(insert, some, more, plain_ranges(method), run, readings)
     found: list[ChannelScales] = []
-    student = trial.student(teacher)
-    loss = trial.loss(student, teacher)
+    now = trial.of(teacher, [])
     for _ in range(ROUNDS):
-        if not loss >= NEGLIGIBLE:
+        if not now.loss >= NEGLIGIBLE:
             break
-        suspects = [s for s in trial.suspects(student, teacher, SHARE * loss) if s.left() <= BETTER]
-        best = None
-        for divisor in (1, 2) if _has_coarse_weights(student) else (1,):
+        suspects = [s for s in trial.suspects(now.student, now.teacher, SHARE * now.loss) if s.left() <= BETTER]
+        options = []
+        for divisor in (1, 2) if _has_coarse_weights(now.student) else (1,):
             scales = [ChannelScales(s.node, tuple(map(int, s.exponents(divisor)))) for s in suspects]
-            other = trial.of(equalize.equalized(teacher, scales), scales) if scales else None
-            best = other if best is None or (other is not None and other.loss < best.loss) else best
-        if best is None or not best.loss <= KEPT * loss:
+            options += [trial.of(equalize.equalized(now.teacher, scales), scales)] if scales else []
+        good = [o for o in options if o.loss <= KEPT * now.loss and o.weights <= NOT_WORSE * now.weights]
+        if not good:
             break
-        loss, teacher, student = best.loss, best.teacher, best.student
-        found += best.scales
-    return teacher, found
+        now = min(good, key=lambda o: o.loss)
+        found += now.scales
+    return now.teacher, found
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What changed scales gave."""
+    """What changed scales gave.
+
+    With coarse weights, which the recipe may round far better than this trial does, the loss is that of activations
+    alone, and ``weights`` that of weights alone; else it is that of both, and ``weights`` 0.
+    """
 
     loss: float
+    weights: float
     teacher: Captured
     student: QuantizedModel
     scales: list[ChannelScales]
+
+
+@contextmanager
+def _in_float(student: QuantizedModel, roles: Collection[str]) -> Iterator[None]:
+    """Quantizers of these roles let everything pass, while inside."""
+    off = [m for m in student.graph.modules() if isinstance(m, Quantizer) and m.role in roles]
+    before = [m.scale for m in off]
+    for module in off:
+        module.scale = torch.empty(0)
+    try:
+        yield
+    finally:
+        for module, scale in zip(off, before, strict=True):
+            module.scale = scale
 
 
 def _has_coarse_weights(student: QuantizedModel) -> bool:
@@ -163,7 +184,13 @@ class _Trial:
     def of(self, teacher: Captured, scales: list[ChannelScales]) -> _Outcome:
         """All that belongs to a changed network."""
         student = self.student(teacher)
-        return _Outcome(self.loss(student, teacher), teacher, student, scales)
+        if not _has_coarse_weights(student):
+            return _Outcome(self.loss(student, teacher), 0.0, teacher, student, scales)
+        with _in_float(student, {"weight"}):
+            loss = self.loss(student, teacher)
+        with _in_float(student, {"activation", "parameter"}):
+            weights = self.loss(student, teacher)
+        return _Outcome(loss, weights, teacher, student, scales)
 
     def student(self, teacher: Captured) -> QuantizedModel:
         """Calibrated on the images."""
