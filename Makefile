@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench coverage docs zoo clean
+.PHONY: demo test fuzz lint bench coverage docs zoo clean
 
 # torch comes first and by itself, so that no other package can pull a different build of it.
 .venv/.installed: pyproject.toml constraints.txt
@@ -17,6 +17,10 @@ demo: .venv/.installed
 # One thread a worker: the tests' networks are tiny, and waiting threads would only get in each other's way.
 test: .venv/.installed
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto
+
+# Ten thousand broken files of every kind that is read; `make test` tries five hundred of them.
+fuzz: .venv/.installed
+	BITWRIGHT_FUZZ=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/reading/test_fuzz.py
 
 lint: .venv/.installed
 	$(BIN)/ruff format --check .

@@ -184,3 +184,24 @@ class Poison(Stage):
 def test_a_result_that_is_not_finite_names_the_tensor(tmp_path: Path) -> None:
     with pytest.raises(BitwrightError, match=r"head\.bias is not finite"):
         run(tmp_path, recipe=Recipe(name="bad", stages=(Calibrate(), Poison())))
+
+
+class Noting(Stage):
+    """Leaves a record of its own setting."""
+
+    kind: ClassVar[str] = "noting"
+    steps: int
+
+    def run(self, student, teacher, images, run):
+        run.notes["noting"] = {"steps": self.steps}
+        return student
+
+
+def test_two_stages_of_a_kind_leave_two_records() -> None:
+    stages = (Calibrate(weights="minmax"), Noting(steps=7), Noting(steps=11))
+    student, kept = insert_quantizers(prepared("residual"), SCHEME), Run(seed=3)
+    run_stages(Recipe(name="x", stages=stages), student, prepared("residual"), dataset(6), kept)
+    assert kept.notes["noting"] == {"steps": 11}
+    (earlier,) = kept.notes["earlier_stages"]
+    assert (earlier["stage"], earlier["steps"]) == ("noting", 7)
+    assert 0 <= earlier["seconds"] <= kept.seconds["noting"] + 1e-3

@@ -1107,6 +1107,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     # Threads that sleep while they wait; spinning ones make everything many times slower on a machine with other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if any("\0" in each for each in given):
+        print_error("Expected arguments without zero bytes, found one that holds some.")
+        return UsageError.exit_code
     try:
         status = app(args=given or ["--help"], prog_name="bitwright", standalone_mode=False)
     except BitwrightError as error:

@@ -558,7 +558,9 @@ def _explicit_labels(labels: str | Path | Sequence[int] | Tensor, names: list[st
 
 def _read_labels(path: Path) -> dict[str, int]:
     if not _is_file(path.expanduser()):
-        raise DataError(f"expected labels as a CSV file with lines file,class_index, cannot read {path}: there is no such file")
+        raise DataError(
+            f"expected labels as a CSV file with lines file,class_index, cannot read {path}: there is no such file"
+        )
     try:
         with path.expanduser().open(newline="", encoding="utf-8-sig") as file:
             rows = [(number, row) for number, row in enumerate(csv.reader(file), 1) if any(row)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sysconfig
 import traceback
 from collections.abc import Iterator
@@ -10,10 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+_BREAKS = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]+")
+
+
 class BitwrightError(Exception):
     """The job failed. The command line ends with exit code 1."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """One line, whatever text of a file or a name is quoted in it."""
+        return _BREAKS.sub(" ", super().__str__())
 
 
 class UsageError(BitwrightError):

@@ -46,6 +46,8 @@ def prepare_teacher(
         result: of a run whose float network this is, for the scales of channels that it has moved.
     """
     captured = capture(network.module, images.batch(range(min(2, len(images)))))
+    if output is not None and not output:
+        raise UsageError("Expected the name of an output as output=, found ''.")
     name = output or network.output
     teacher = prepare(captured if name is None else select_output(captured, name))
     moved = (result or {}).get("balanced", [])

@@ -60,7 +60,7 @@ def read_yaml(path: Path) -> Any:
         raise UsageError(f"{path} is nested too deeply, or holds an alias of itself.") from error
     except (OSError, ValueError, ArithmeticError, TypeError) as error:
         raise UsageError(f"{path} cannot be read as YAML ({short(error)}).") from error
-    _check_names(found, path)
+    _check_plain(found, path)
     return found
 
 
@@ -75,15 +75,18 @@ def _count(node: yaml.Node, seen: dict[int, int]) -> int:
     return total
 
 
-def _check_names(value: Any, path: Path) -> None:
+def _check_plain(value: Any, path: Path) -> None:
+    if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+        raise UsageError(f"Expected text in {path}, found half a character: {value[:80]!r}.")
     if isinstance(value, dict):
         for name, inner in value.items():
             if not isinstance(name, str):
                 raise UsageError(f"Expected names as keys in {path}, found {str(name)[:80]!r}.")
-            _check_names(inner, path)
+            _check_plain(name, path)
+            _check_plain(inner, path)
     elif isinstance(value, list):
         for inner in value:
-            _check_names(inner, path)
+            _check_plain(inner, path)
 
 
 def short(error: BaseException) -> str:

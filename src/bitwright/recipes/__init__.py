@@ -112,7 +112,7 @@ def recipe(reference: str | Path | Recipe | None = None) -> Recipe:
     Raises:
         UsageError: there is no such recipe (the nearest is named), or the file is not one (the field is named).
     """
-    reference = reference or DEFAULT
+    reference = DEFAULT if reference is None else reference
     if isinstance(reference, Recipe):
         return reference
     if not isinstance(reference, str | Path):
