@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import ConstantArgument, OutputKind
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from bitwright.errors import ModelError, cause
@@ -315,7 +316,10 @@ def _reads_values(node: fx.Node, tags: set[torch.Tag]) -> bool:
     if ops.base_name(node) == "index":
         picks = [ops.value(n) for n in node.all_input_nodes[1:]]
         return any(isinstance(v, Tensor) and v.dtype in {torch.bool, torch.uint8} for v in picks)
-    return bool(tags & {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}) and len(node.users) > 0
+    if not tags & {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output} or not node.users:
+        return False
+    val = ops.value(node)
+    return val is None or bool(free_unbacked_symbols(val))  # F.one_hot with its number of classes has a fixed shape
 
 
 def _check_batch_axis(graph: fx.Graph) -> None:
