@@ -20,6 +20,7 @@ from bitwright.report import comparison
 from bitwright.report.comparison import Entry
 from bitwright.report.shown import read
 from bitwright.run.files import write_json
+from bitwright.run.lock import held
 from bitwright.terminal import Terminal, one_line
 
 RECORD, PAGE = "compare.json", "compare.html"
@@ -89,6 +90,12 @@ def compare(comparing: Comparison, terminal: Terminal) -> tuple[dict[str, Any], 
     Raises:
         UsageError: the call is wrong, or something is in the way in the folder.
     """
+    with held(comparing.out):
+        return _compare(comparing, terminal)
+
+
+def _compare(comparing: Comparison, terminal: Terminal) -> tuple[dict[str, Any], Path, BitwrightError | None]:
+    """The runs and the page, while nobody else writes there."""
     check(comparing)
     entries: list[Entry] = []
     for recipe, folder in comparing.folders.items():
