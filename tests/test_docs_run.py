@@ -28,6 +28,7 @@ NOT_HERE = {
     "bitwright quantize timm:tf_efficientnet_lite0@weights.pt": "its weights are not in the repository",
     "bitwright study gradual timm:resnet18@weights.pt": "likewise",
     "bitwright quantize MODEL IMAGES --recipe percentile": "the recipe is the page's own example",
+    "bitwright evaluate RUN images --float net.py:build": "the network is the page's own example",
 }
 """How commands begin that cannot run here, and why."""
 
@@ -47,6 +48,7 @@ STANDS_FOR: dict[str, tuple[str, ...]] = {
     "plan.json": ("first/plan.json",),
     "a,b,c": ("rtn,mse",),
     "conv_stem=w8": ("stem.conv=w8",),
+    "NAME=AXIS": ("output=1",),
 }
 """Words of the pages, and what they are here."""
 

@@ -114,5 +114,5 @@ def test_several_outputs_count_equally_and_a_perfect_network_is_best(measure: st
 
 
 def test_outputs_of_other_lengths_are_refused() -> None:
-    with pytest.raises(UsageError, match="--output"):
+    with pytest.raises(UsageError, match="output="):
         Fitness("mse")([outputs(4, 3), outputs(8, 3)], [outputs(4, 3), outputs(8, 3)])

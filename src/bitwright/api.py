@@ -154,6 +154,7 @@ def quantize(
 
     with run.timed("capture"):
         teacher = prepare_teacher(network, data, output)
+        _check_stages(method, insert_as(teacher, scheme, plan), teacher, data)
         scheme = keep_short_rows(teacher, scheme, data, run)
     with run.timed("outliers"):
         teacher = balance_channels(teacher, scheme, plan, data, method, run)
@@ -162,7 +163,7 @@ def quantize(
     facts = None
     if goal is not None:
         plan, scheme, facts = plan_within(goal, teacher, scheme, data, method, run, cache=cache, state=state)
-    student = insert_quantizers(teacher, scheme) if plan is None else insert_plan(teacher, plan, scheme)
+    student = insert_as(teacher, scheme, plan)
     scheme = student.scheme
     teacher.graph.to(run.device)
     student.to(run.device)
@@ -185,16 +186,23 @@ def quantize(
     return student
 
 
+def insert_as(teacher: Captured, scheme: Scheme, plan: Plan | None) -> QuantizedModel:
+    """The student of a plan, or of a scheme where there is none."""
+    return insert_quantizers(teacher, scheme) if plan is None else insert_plan(teacher, plan, scheme)
+
+
+def _check_stages(method: Recipe, student: QuantizedModel, teacher: Captured, images: Images) -> None:
+    """What is wrong is said before anything takes long."""
+    for stage in method.stages:
+        stage.check(student, teacher, images)
+
+
 def balance_channels(
     teacher: Captured, scheme: Scheme, plan: Plan | None, images: Images, method: Recipe, run: Run
 ) -> Captured:
     """The float network with its channels balanced where that lowers the loss, which the result then says."""
-
-    def insert(network: Captured) -> QuantizedModel:
-        return insert_quantizers(network, scheme) if plan is None else insert_plan(network, plan, scheme)
-
     teacher.graph.to(run.device)
-    teacher, scales = balance(teacher, insert, images, method, run)
+    teacher, scales = balance(teacher, lambda network: insert_as(network, scheme, plan), images, method, run)
     if scales:
         run.notes["balanced"] = [asdict(each) for each in scales]
     return teacher
@@ -226,7 +234,7 @@ def preview(
     data = images if isinstance(images, Images) else load_images(images, network.preprocessing, most=2)
     plan = _as_plan(plan, scheme or Scheme())
     teacher = prepare_teacher(network, data, output)
-    return insert_quantizers(teacher, scheme or Scheme()) if plan is None else insert_plan(teacher, plan, scheme)
+    return insert_as(teacher, scheme or Scheme(), plan)
 
 
 def check_budget(steps: int | Sequence[int] | None, minutes: float | None, method: Recipe) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import cases
@@ -22,6 +21,7 @@ from bitwright.errors import UsageError
 from bitwright.quant.scheme import Rule, Scheme
 from bitwright.quant.targets import ONNXRUNTIME as TARGET
 from bitwright.quantized import insert_quantizers
+from bitwright.run.files import read_checked
 from bitwright.speed.float_twin import dequantized
 from bitwright.speed.kernels import kernels
 
@@ -112,7 +112,7 @@ def test_what_is_kept_is_not_timed_again(twins, stopwatch, tmp_path):
     assert measured(twins, stopwatch, folder=tmp_path / "kept").table == first.table
     assert len(stopwatch.calls) == rounds
     (path,) = (tmp_path / "kept").iterdir()
-    about = json.loads(path.read_text())
+    about = read_checked(path)
     assert about["onnxruntime"] == onnxruntime.__version__
     assert about["threads"] == 1
     measured(twins, stopwatch, folder=tmp_path / "kept", threads=2)

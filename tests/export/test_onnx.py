@@ -168,7 +168,7 @@ def test_a_file_that_fails_is_not_written_unless_forced(tmp_path, monkeypatch):
 def test_the_check_needs_images(tmp_path):
     model = quantized("conv1d")
     model.save(tmp_path / "run")
-    with pytest.raises(bw.UsageError, match="--images"):
+    with pytest.raises(bw.UsageError, match="images="):
         bw.load(tmp_path / "run").export(tmp_path / "m.onnx")
 
 

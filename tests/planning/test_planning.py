@@ -257,7 +257,7 @@ def test_more_than_enough_gives_the_least_loss() -> None:
         ({"measure": "guess"}, "out of eigenvalue, trace"),
         ({"by": "beauty"}, "Expected a curve by one of size"),
         ({"points": 1}, "at least 2 points"),
-        ({"samples": 0}, "at least one sample"),
+        ({"samples": 0}, "at least 1 as samples="),
         ({"weights": "float"}, "bits of weights to choose among"),
         ({"weights": "4,9"}, "found '9'"),
         ({"weights": ""}, "found ''"),

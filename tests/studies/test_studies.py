@@ -14,6 +14,7 @@ import bitwright
 from bitwright.errors import UsageError
 from bitwright.recipes import builtin as recipes
 from bitwright.recipes import recipe
+from bitwright.run.files import read_checked, write_checked
 from bitwright.stages.calibrate import Calibrate
 from bitwright.stages.reconstruct import Reconstruct
 from bitwright.studies import Result, builtin, find, study
@@ -158,10 +159,10 @@ def test_labels_are_measured_with_intervals() -> None:
 def test_finished_rows_are_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = tmp_path / "rows.json"
     whole = run("weighting", steps=2, kept=kept)
-    text = json.loads(kept.read_text())
+    text = read_checked(kept)
     assert len(text["rows"]) == 9
     text["rows"] = text["rows"][:4]
-    kept.write_text(json.dumps(text))
+    write_checked(kept, text)
     done: list[str] = []
     original = Reconstruct.run
 

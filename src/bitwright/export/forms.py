@@ -33,7 +33,7 @@ def rewrite_forms(graph: ir.Graph) -> None:
             shield_bias(graph, node, shielded)
             shield_weight(graph, node, shielded)
         elif node.op_type == "MatMul":
-            code_product(graph, node)
+            code_product(graph, node, shielded)
         elif node.op_type == "Softmax":
             shield_softmax(graph, node, shielded)
         elif node.op_type in POOLS:
@@ -54,20 +54,22 @@ def shield_weight(graph: ir.Graph, node: ir.Node, shielded: dict[str | None, ir.
         node.replace_input_with(0, in_float(graph, node, source, shielded))
 
 
-def code_product(graph: ir.Graph, node: ir.Node) -> None:
+def code_product(graph: ir.Graph, node: ir.Node, shielded: dict[str | None, ir.Value]) -> None:
     """Quantizes what a product of integer weights reads once more, on the grid that it lies on already.
 
     Its codes come through operators that ONNX Runtime moves no codes over, as those of a shifted or padded window do.
-    Reading floats, it would put them on 8 bits by itself, in blocks (MatMulNBits). Twice on one grid is exact.
+    Reading floats, it would put them on 8 bits by itself, in blocks (MatMulNBits). Twice on one grid is exact. Where
+    it reads floats that lie on no grid, a Clip without effect stands behind the weight, and the product is one of floats.
     """
     source, weight = node.inputs[:2]
     producer = None if weight is None else weight.producer()
-    if source is None or producer is None or producer.op_type != "DequantizeLinear" or source.is_graph_input():
+    if source is None or weight is None or producer is None or producer.op_type != "DequantizeLinear":
         return
     if producer.inputs[0] is None or producer.inputs[0].const_value is None or _comes_from_codes(source, MOVES):
         return
-    grid = _grid(source)
+    grid = None if source.is_graph_input() else _grid(source)
     if grid is None:
+        node.replace_input_with(1, in_float(graph, node, weight, shielded))
         return
     name = f"{source.name}/again"
     for value in (v for reader in source.consumers() for v in reader.outputs if v.name == f"{name}/codes"):

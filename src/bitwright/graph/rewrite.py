@@ -299,6 +299,8 @@ def rewrite(graph_module: fx.GraphModule) -> None:
             graph.erase_node(node)
         elif name == "baddbmm":
             _decompose_product(graph_module, node)
+        elif name == "copy":
+            _copy_to_expand(graph_module, node)
         elif name == "index_put":
             _assignment_to_fill(graph_module, node)
         elif name in {"addmm", "matmul", "mm"}:
@@ -401,6 +403,20 @@ def _decompose_product(module: fx.GraphModule, node: fx.Node) -> None:
             added = insert(module.graph, node, f"{layer}.beta", aten.mul.Tensor, added, beta)
         total = insert(module.graph, node, layer, aten.add.Tensor, product, added)
     node.replace_all_uses_with(total)
+    module.graph.erase_node(node)
+
+
+def _copy_to_expand(module: fx.GraphModule, node: fx.Node) -> None:
+    """``x.copy(y)`` is ``y`` in the shape of ``x``, in an operator that has a derivative."""
+    into, source = node.args[:2]
+    if not (isinstance(into, fx.Node) and isinstance(source, fx.Node)):
+        return
+    kinds = {getattr(ops.value(n), "dtype", None) for n in (into, source)}
+    if len(kinds) > 1:
+        return
+    if ops.shape(into) != ops.shape(source):
+        source = insert(module.graph, node, str(node.meta["layer"]), aten.expand_as.default, source, into)
+    node.replace_all_uses_with(source)
     module.graph.erase_node(node)
 
 
