@@ -155,11 +155,7 @@ def quantize(
     with run.timed("capture"):
         teacher = prepare_teacher(network, data, output)
         _check_stages(method, insert_as(teacher, scheme, plan), teacher, data)
-        scheme = keep_short_rows(teacher, scheme, data, run)
-    with run.timed("outliers"):
-        teacher = balance_channels(teacher, scheme, plan, data, method, run)
-        if raise_some:
-            scheme = raise_few(teacher, scheme, data, method, run)
+    teacher, scheme = mend_outliers(teacher, scheme, plan, data, method, run, raise_some=raise_some)
     facts = None
     if goal is not None:
         plan, scheme, facts = plan_within(goal, teacher, scheme, data, method, run, cache=cache, state=state)
@@ -197,15 +193,31 @@ def _check_stages(method: Recipe, student: QuantizedModel, teacher: Captured, im
         stage.check(student, teacher, images)
 
 
-def balance_channels(
-    teacher: Captured, scheme: Scheme, plan: Plan | None, images: Images, method: Recipe, run: Run
-) -> Captured:
-    """The float network with its channels balanced where that lowers the loss, which the result then says."""
-    teacher.graph.to(run.device)
-    teacher, scales = balance(teacher, lambda network: insert_as(network, scheme, plan), images, method, run)
-    if scales:
-        run.notes["balanced"] = [asdict(each) for each in scales]
-    return teacher
+def mend_outliers(
+    teacher: Captured,
+    scheme: Scheme,
+    plan: Plan | None,
+    images: Images,
+    method: Recipe,
+    run: Run,
+    *,
+    raise_some: bool = False,
+) -> tuple[Captured, Scheme]:
+    """What is done about tensors whose grid a few rows or channels would take for themselves.
+
+    Returns:
+        The float network with its channels balanced where that lowers the loss, which the result then says; and the
+        scheme with more bits for short rows, and with ``raise_some`` for the few activations that need them.
+    """
+    with run.timed("outliers"):
+        scheme = keep_short_rows(teacher, scheme, images, run)
+        teacher.graph.to(run.device)
+        teacher, scales = balance(teacher, lambda network: insert_as(network, scheme, plan), images, method, run)
+        if scales:
+            run.notes["balanced"] = [asdict(each) for each in scales]
+        if raise_some:
+            scheme = raise_few(teacher, scheme, images, method, run)
+    return teacher, scheme
 
 
 def preview(

@@ -59,7 +59,7 @@ def code_product(graph: ir.Graph, node: ir.Node, shielded: dict[str | None, ir.V
 
     Its codes come through operators that ONNX Runtime moves no codes over, as those of a shifted or padded window do.
     Reading floats, it would put them on 8 bits by itself, in blocks (MatMulNBits). Twice on one grid is exact. Where
-    it reads floats that lie on no grid, a Clip without effect stands behind the weight, and the product is one of floats.
+    it reads floats that lie on no grid, a Clip without effect behind the weight makes it a product of floats.
     """
     source, weight = node.inputs[:2]
     producer = None if weight is None else weight.producer()
