@@ -58,23 +58,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.chdir(folder)
         patch.setenv("BITWRIGHT_CACHE", str(folder / "scores"))
         assert main(["quantize", *given, "--recipe", "mse", "--target-size", "10kB", "--out", "limited"]) == 0
-        assert (
-            main(
-                [
-                    "parity",
-                    "limited",
-                    "--samples",
-                    "9",
-                    "--batch",
-                    "1,4",
-                    "--runtime",
-                    "onnxruntime",
-                    "--float",
-                    "net.py:Net",
-                ]
-            )
-            == 0
-        )
+        how = ["--samples", "9", "--batch", "1,4", "--runtime", "onnxruntime", "--float", "net.py:Net"]
+        assert main(["parity", "limited", *how]) == 0
         assert main(["plan", *given, "--target-size", "10kB"]) == 0
         assert main(["quantize", *given, "--recipe", "mse", "--plan", "plan/plan.json", "--out", "by_file"]) == 0
         report.write("limited")
