@@ -185,6 +185,15 @@ def test_every_tensor_that_can_be_scaled_can_be_without_a_change(name: str) -> N
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("between", [F.silu, F.relu, lambda x: x * torch.sigmoid(x)])
+def test_scales_can_be_moved_twice(between: Callable[[Tensor], Tensor]) -> None:
+    before, x = made(Between(between)), images(4)
+    after = equalized(before, [ChannelScales("conv2d", EXPONENTS), ChannelScales("conv2d", EXPONENTS[::-1])])
+    assert torch.equal(values(after, "conv2d", x), values(before, "conv2d", x) * FACTORS * FACTORS.flip(0))
+    assert torch.equal(outputs(after, x)[0], outputs(before, x)[0])
+    assert multiplications(after) <= 1
+
+
 def test_layers_keep_their_names_and_rules() -> None:
     before = made(Between(F.silu))
     scales = [ChannelScales("conv2d", EXPONENTS), ChannelScales("silu", EXPONENTS)]

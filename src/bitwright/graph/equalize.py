@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from bitwright.graph import fold, ops, rewrite
-from bitwright.graph.capture import Captured
+from bitwright.graph.capture import TOLERANCE, Captured, assert_outputs_equal
 
 COMMUTING = frozenset({"relu", "leaky_relu", "prelu"})
 """Activations for which ``f(s z) = s f(z)``; operators that move or pool are asked one by one."""
@@ -72,6 +72,9 @@ def equalized(captured: Captured, scales: Iterable[ChannelScales]) -> Captured:
     Args:
         captured: prepared; not changed.
         scales: applied in order; each must be possible (:func:`reach`).
+
+    Raises:
+        ModelError: outputs on the example images changed.
     """
     wanted = list(scales)
     if not wanted:
@@ -85,6 +88,10 @@ def equalized(captured: Captured, scales: Iterable[ChannelScales]) -> Captured:
         _apply(graph, edits, scales)
     graph.graph.lint()
     graph.recompile()
+    example = captured.example.to(_device(graph))
+    with torch.no_grad():
+        expected, found = captured.graph(example), graph(example)
+    assert_outputs_equal(expected, found, captured.outputs, "the balanced graph", TOLERANCE)
     return replace(captured, graph=graph)
 
 
@@ -300,12 +307,24 @@ def _apply(graph: fx.GraphModule, edits: _Edits, scales: Tensor) -> None:
     for node, numbers in edits.before:
         divided[node] = _multiply(graph, node, 1 / scales[numbers], list(node.users), "before")
     for node, numbers, readers in edits.after:
-        _multiply(graph, divided.get(node, node), scales[numbers], readers, "after")
+        _give_back_behind(graph, divided.get(node, node), scales[numbers], readers)
+
+
+def _give_back_behind(graph: fx.GraphModule, node: fx.Node, factors: Tensor, readers: list[fx.Node]) -> None:
+    """A multiplication for these readers of a value; those that are one themselves take the factors in."""
+    products = [n for n in readers if ops.RESCALES in n.meta]
+    for product in products:
+        stored = product.args[1]
+        assert isinstance(stored, fx.Node)
+        fold.replace_stored(graph, stored, rewrite.get_tensor(graph, str(stored.target)) * factors)
+    rest = [n for n in readers if n not in products]
+    if rest:
+        _multiply(graph, node, factors, rest, "after")
 
 
 def _multiply(graph: fx.GraphModule, node: fx.Node, factors: Tensor, readers: list[fx.Node], where: str) -> fx.Node:
     """Puts a multiplication between a value and some of its readers; it bears the name of the value's layer."""
-    target = f"channel_scales.{node.name}_{where}"
+    target = rewrite.free(f"channel_scales.{node.name}_{where}", {name for name, _ in graph.named_buffers()})
     rewrite.set_tensor(graph, target, factors)
     with graph.graph.inserting_after(node):
         stored = graph.graph.get_attr(target)

@@ -120,7 +120,7 @@ def balance(
         for divisor in (1, 2) if _has_coarse_weights(now.student) else (1,):
             scales = [ChannelScales(s.node, tuple(map(int, s.exponents(divisor)))) for s in suspects]
             options += [trial.of(equalize.equalized(now.teacher, scales), scales)] if scales else []
-        good = [o for o in options if o.loss <= KEPT * now.loss and o.weights <= NOT_WORSE * now.weights]
+        good = [o for o in options if o.betters(now)]
         if not good:
             break
         now = min(good, key=lambda o: o.loss)
@@ -133,14 +133,20 @@ class _Outcome:
     """What changed scales gave.
 
     With coarse weights, which the recipe may round far better than this trial does, the loss is that of activations
-    alone, and ``weights`` that of weights alone; else it is that of both, and ``weights`` 0.
+    alone, and ``weights`` that of weights alone; else it is that of both, and ``weights`` 0. ``whole`` is that of both.
     """
 
     loss: float
     weights: float
+    whole: float
     teacher: Captured
     student: QuantizedModel
     scales: list[ChannelScales]
+
+    def betters(self, other: _Outcome) -> bool:
+        """Whether it loses clearly less, and nowhere more."""
+        less = self.loss <= KEPT * other.loss
+        return less and self.weights <= NOT_WORSE * other.weights and self.whole <= other.whole
 
 
 @contextmanager
@@ -184,13 +190,14 @@ class _Trial:
     def of(self, teacher: Captured, scales: list[ChannelScales]) -> _Outcome:
         """All that belongs to a changed network."""
         student = self.student(teacher)
+        whole = self.loss(student, teacher)
         if not _has_coarse_weights(student):
-            return _Outcome(self.loss(student, teacher), 0.0, teacher, student, scales)
+            return _Outcome(whole, 0.0, whole, teacher, student, scales)
         with _in_float(student, {"weight"}):
             loss = self.loss(student, teacher)
         with _in_float(student, {"activation", "parameter"}):
             weights = self.loss(student, teacher)
-        return _Outcome(loss, weights, teacher, student, scales)
+        return _Outcome(loss, weights, whole, teacher, student, scales)
 
     def student(self, teacher: Captured) -> QuantizedModel:
         """Calibrated on the images."""
