@@ -26,6 +26,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -103,6 +104,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", default=[], help="part of a network's name; may be repeated")
     parser.add_argument("--retry-failed", action="store_true", help="networks that were not done, again")
     parser.add_argument("--fresh", action="store_true", help="networks that are there already, again")
+    parser.add_argument("--no-export", action="store_true", help="only capture and quantize, a third of the time")
     parser.add_argument("--table", action="store_true", help="only write the page")
     parser.add_argument("--limit", type=int, default=LIMIT, help="seconds for each network")
     parser.add_argument("--jobs", type=int, default=1, help="networks at a time, each on one thread")
@@ -120,12 +122,15 @@ def _wanted(rows: dict[str, Row], given: argparse.Namespace) -> list[str]:
     chosen = [n for n in coverage_networks.names() if not given.only or any(part in n for part in given.only)]
     if given.fresh:
         return chosen
-    return [n for n in chosen if n not in rows or (given.retry_failed and not done(rows[n]))]
+    if given.no_export:
+        return [n for n in chosen if n not in rows]
+    again = {n for n, row in rows.items() if not done(row) and (given.retry_failed or "error" not in row)}
+    return [n for n in chosen if n not in rows or n in again]
 
 
 def _run(wanted: list[str], rows: dict[str, Row], given: argparse.Namespace) -> None:
     started = time.perf_counter()
-    for count, row in enumerate(measured(wanted, given.limit, given.jobs), 1):
+    for count, row in enumerate(measured(wanted, given.limit, given.jobs, export=not given.no_export), 1):
         rows[row["network"]] = row
         _write(rows, given.out)
         spent = time.perf_counter() - started
@@ -135,13 +140,13 @@ def _run(wanted: list[str], rows: dict[str, Row], given: argparse.Namespace) -> 
 
 def _said(row: Row) -> str:
     if not done(row):
-        return f"{row['stage']}: {row['error']}"
+        return f"{row['stage']}: {row.get('error', 'not tried')}"
     return f"{row['sqnr']:.1f} dB, file {row['file_db']:.1f} dB, {row['agreement']}"
 
 
 def done(row: Row) -> bool:
     """Whether the network's file was written and passed its check."""
-    return "error" not in row
+    return "file_db" in row
 
 
 def read(path: Path) -> Found:
@@ -180,6 +185,7 @@ class Trial:
 
     name: str
     limit: float
+    export: bool
     folder: tempfile.TemporaryDirectory[str]
 
     @property
@@ -193,13 +199,13 @@ class Trial:
         return Path(self.folder.name) / "errors"
 
 
-def measured(wanted: list[str], limit: float, jobs: int = 1) -> Iterator[Row]:
+def measured(wanted: list[str], limit: float, jobs: int = 1, *, export: bool = True) -> Iterator[Row]:
     """The rows of networks as they come, each from a process that ends at its limit."""
     _import_libraries()
     waiting, running = wanted[::-1], {}
     while waiting or running:
         while waiting and len(running) < jobs:
-            trial = Trial(waiting.pop(), limit, tempfile.TemporaryDirectory())
+            trial = Trial(waiting.pop(), limit, export, tempfile.TemporaryDirectory())
             running[_forked(trial)] = trial
         process, status, usage = os.wait4(-1, 0)
         if process in running:
@@ -241,6 +247,8 @@ def _child(trial: Trial) -> None:
             for stage, found in stages(trial.name):
                 row |= found | {"stage": stage}
                 print(json.dumps(row), file=said, flush=True)
+                if stage == "export" and not trial.export:
+                    return
         except Exception as error:
             print(json.dumps(row | _refused(error)), file=said, flush=True)
 
@@ -261,7 +269,8 @@ def _row(trial: Trial, code: int, usage: resource.struct_rusage) -> Row:
         lines = trial.stages.read_text().splitlines() if trial.stages.is_file() else []
         last_words = " ".join(trial.errors.read_text().splitlines()[-1:]) if trial.errors.is_file() else ""
     row: Row = json.loads(lines[-1]) if lines else {"network": trial.name, "stage": "build"}
-    if "file_db" not in row and "error" not in row:
+    stopped = code == 0 and row["stage"] == "export" and not trial.export
+    if "file_db" not in row and "error" not in row and not stopped:
         late = -code in {signal.SIGALRM, signal.SIGPROF}
         row["error"] = f"not finished in {trial.limit} s" if late else f"exit code {code} {last_words}".strip()
     row["seconds"] = round(usage.ru_utime + usage.ru_stime, 1)
@@ -328,13 +337,13 @@ def _opened(path: Path) -> Run:
 
 
 def _ratio(reference: list[Tensor], other: list[Tensor]) -> float:
-    """Signal over noise of the worst output in decibels; 200 at most."""
+    """Signal over noise of the worst output in decibels; :data:`SAME` if there is no noise."""
     found = []
     for a, b in zip(reference, other, strict=True):
         ratio = SignalToNoise()
         ratio.update(a, b)
         value = ratio.result()
-        found.append(200.0 if value is None else value)
+        found.append(SAME if value is None else value)
     return round(min(found), 2)
 
 
@@ -373,16 +382,19 @@ LIBRARIES = {
     "torchvision": "torchvision",
     "transformers": "transformers",
 }
+SAME = 200.0
 CHAOTIC = 20.0
 """Decibels that a float network keeps when its image is rounded, below which its weights are to blame."""
 
 
 def page(found: Found) -> str:
     """The page as Markdown: how many networks are done, then each with its figures, or why it is not."""
-    rows = sorted(rows_of(found).values(), key=_place)
+    known = rows_of(found)
+    missing: list[Row] = [{"network": name} for name in coverage_networks.names() if name not in known]
+    rows = sorted([*known.values(), *missing], key=_place)
     parts = [INTRODUCTION.strip(), _summary(rows)]
-    if rows:
-        parts.append(f"Measured on {found['hardware']}, with {found['software']}.")
+    if known:
+        parts.append(_origin(found))
     for library, title in LIBRARIES.items():
         chosen = [row for row in rows if row["network"].startswith(f"{library}:")]
         if chosen:
@@ -391,22 +403,32 @@ def page(found: Found) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _origin(found: Found) -> str:
+    """Machine and versions; a row keeps the version that made it until it is made again."""
+    commits = Counter(row["commit"] for row in rows_of(found).values() if row.get("commit"))
+    versions = ", ".join(f"{count} rows by `{commit}`" for commit, count in commits.most_common())
+    return f"Measured on {found['hardware']}, with {found['software']}: {versions}."
+
+
 def _place(row: Row) -> int:
     known = coverage_networks.names()
     return known.index(row["network"]) if row["network"] in known else len(known)
 
 
 def _summary(rows: list[Row]) -> str:
-    lines = ["| | networks | quantized | done |", "|---|---|---|---|"]
+    lines = ["| | networks | tried | quantized | done |", "|---|---|---|---|---|"]
     for library in LIBRARIES:
         chosen = [row for row in rows if row["network"].startswith(f"{library}:")]
+        tried = sum("stage" in row for row in chosen)
         quantized = sum("sqnr" in row for row in chosen)
-        lines.append(f"| {library} | {len(chosen)} | {quantized} | {sum(map(done, chosen))} |")
+        lines.append(f"| {library} | {len(chosen)} | {tried} | {quantized} | {sum(map(done, chosen))} |")
     return "\n".join(lines)
 
 
 def _line(row: Row) -> str:
     cells = [f"`{row['network'].partition(':')[2]}`"]
+    if "stage" not in row:
+        return f"| {' | '.join([*cells, *[''] * (len(HEADS) - 2), 'not tried yet'])} |"
     cells += [str(row.get("pixels", "")), _millions(row.get("parameters")), str(row.get("cut", ""))]
     cells += [f"{row['seconds']:.0f}", f"{row['peak_memory_bytes'] / 1e9:.1f} GB", str(row.get("unfolded", ""))]
     cells += [_decibels(row.get(key)) for key in ("sqnr", "file_db", "itself_db")]
@@ -416,6 +438,8 @@ def _line(row: Row) -> str:
 
 def note(row: Row) -> str:
     """Why a network is not done, or why its signal to noise is low; empty for the others."""
+    if not done(row) and "error" not in row:
+        return "quantized; the file was not tried yet"
     if not done(row):
         reason = " ".join(row["error"].split()).replace("|", "\\|")
         return f"**not done** ({row['stage']}): {reason}"
@@ -438,6 +462,8 @@ def _percent(share: float | None) -> str:
 
 
 def _decibels(value: float | None) -> str:
+    if value == SAME:
+        return "equal"
     return "" if value is None else f"{value:.1f} dB"
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from benchmarks import coverage, coverage_networks
 
 DONE = {
     "network": "timm:a",
+    "commit": "abc",
     "stage": "done",
     "pixels": 128,
     "parameters": 1_234_567,
@@ -81,14 +83,17 @@ def test_images_are_seeded_and_smooth():
     assert float(steps) < 0.5 * 2 * float(images.var())  # of white noise: twice the variance
 
 
-def test_the_page_has_a_line_for_each_network_and_counts_the_done():
+def test_the_page_has_a_line_for_each_network_and_counts_the_done(monkeypatch):
+    monkeypatch.setattr(coverage_networks, "names", lambda: ["timm:a", "torchvision:b", "transformers:c"])
     failed = FAILED | {"error": "Expected one thing | found\nanother."}
     text = coverage.page({"hardware": "a CPU", "software": "timm 1", "coverage": {"results": [DONE, failed]}})
-    assert "Measured on a CPU, with timm 1." in text
+    assert "Measured on a CPU, with timm 1: 1 rows by `abc`." in text
     assert "| `a` | 128 | 1.2 M | 3 | 12 | 0.9 GB | 2 | 31.2 dB | 42.0 dB | 45.0 dB | 75 % / 88 % |  |" in text
     assert "| **not done** (export): Expected one thing \\| found another. |" in text
-    assert "| timm | 1 | 1 | 1 |" in text
-    assert "| torchvision | 1 | 1 | 0 |" in text
+    assert "| timm | 1 | 1 | 1 | 1 |" in text
+    assert "| torchvision | 1 | 1 | 1 | 0 |" in text
+    assert "| transformers | 1 | 0 | 0 | 0 |" in text
+    assert re.search(r"\| `c` \|[ |]*not tried yet \|", text)
 
 
 @pytest.mark.parametrize(
@@ -144,3 +149,8 @@ def test_no_network_is_tried_twice_and_each_names_its_library():
     names = coverage_networks.names()
     assert len(names) == len(set(names)) > 140
     assert all(re.fullmatch(r"(timm|torchvision|transformers):\w+", name) for name in names)
+
+
+def test_the_published_page_is_that_of_the_published_rows():
+    (found,) = (Path(coverage.__file__).parent / "results").glob("*-coverage-cpu.json")
+    assert coverage.PAGE.read_text(encoding="utf-8") == coverage.page(coverage.read(found))
