@@ -380,8 +380,7 @@ def test_what_cannot_be_answered_is_said() -> None:
     look = curvature(prepared("tuple_output"), "hessian", data=dataset(2).labelled([0, 9]))
     with pytest.raises(DataError, match="labels below"):
         traces(look, groups(prepared("tuple_output").graph), probes=2)
-    with pytest.raises(ModelError, match=r"without the derivatives.*copy"):
-        traces(curvature(prepared("partial_writes"), data=dataset(2)), groups(prepared("partial_writes").graph))
+    assert traces(curvature(prepared("partial_writes"), data=dataset(2)), groups(prepared("partial_writes").graph))
 
 
 class _Cut(nn.Module):

@@ -434,7 +434,7 @@ def test_a_kernel_that_quantizes_activations_by_itself_is_named_and_avoided(monk
 
     assert row().found == "MatMulIntegerToFloat"
     assert not row().simulation_runtime.beyond(row().count)
-    monkeypatch.setattr("bitwright.export.forms.code_product", lambda graph, node: None)
+    monkeypatch.setattr("bitwright.export.forms.code_product", lambda graph, node, shielded: None)
     assert row().found == "MatMulNBits"
     assert row().reference_runtime.beyond(row().count)
     assert not row().simulation_reference.beyond(row().count)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import bitwright as bw
 from bitwright.errors import ModelError
 from bitwright.graph.capture import capture
+from bitwright.graph.outputs import names
 
 
 @dataclass
@@ -84,3 +85,7 @@ def test_what_is_neither_a_tensor_nor_fixed_is_refused(arrange: Callable[[Tensor
     with pytest.raises(ModelError, match="in the model's output, found") as caught:
         capture(Net(arrange).eval(), images(3))
     assert "\n" not in str(caught.value)
+
+
+def test_an_empty_key_gets_a_name() -> None:
+    assert names({"": torch.zeros(1), "other": torch.zeros(1)}) == ("output", "other")

@@ -82,5 +82,6 @@ def test_a_float_file_is_float_from_end_to_end(tmp_path):
 
 
 def test_linear_operators_with_float_inputs(tmp_path):
+    """They multiply floats: MatMulNBits would put these on 8 bits, which nobody measured."""
     found = rows(cases.model("transformer"), tmp_path / "m.onnx", activations="float")
-    assert ("MatMulNBits", REASONS["nbits"]) in found
+    assert "MatMulNBits" not in {operator for operator, _ in found}

@@ -146,10 +146,15 @@ def keep_in_float(graph: ir.Graph, names: Sequence[str]) -> None:
 
 
 def in_float(graph: ir.Graph, before: ir.Node, source: ir.Value, shielded: dict[str | None, ir.Value]) -> ir.Value:
-    """The value behind a Clip without effect, over which no runtime moves codes; one for all its readers."""
+    """The value behind a Clip without effect, over which no runtime moves codes; one for all its readers.
+
+    It stands before the first of them, since one that comes later in the file may be looked at first.
+    """
     if source.name not in shielded:
         least = shared(graph, "least", np.asarray(np.finfo(np.float32).min))
-        clipped = insert_node(graph, before, "Clip", [source, least], f"{source.name}{IN_FLOAT}")
+        readers = {*source.consumers(), before}
+        first = next(node for node in graph if node in readers)
+        clipped = insert_node(graph, first, "Clip", [source, least], f"{source.name}{IN_FLOAT}")
         clipped.type, clipped.shape = source.type, source.shape
         shielded[source.name] = clipped
     return shielded[source.name]

@@ -174,7 +174,8 @@ def _in_blocks(frozen: Frozen) -> bool:
 
 def _translate(marked: fx.GraphModule, model: QuantizedModel, version: int) -> ir.Model:
     example = torch.zeros(2, *model.input_shape)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    for library in ("torch.onnx", "onnx_ir", "onnxscript"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

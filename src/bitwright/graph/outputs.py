@@ -94,7 +94,7 @@ def names(arranged: Any) -> tuple[str, ...]:
     found: list[str] = []
     for path, _ in leaves:
         name = legible("_".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path))
-        name = base = "output" if not path else f"output_{name}" if name.isdigit() else name
+        name = base = "output" if not name else f"output_{name}" if name.isdigit() else name
         count = 0
         while name in found:
             count += 1
