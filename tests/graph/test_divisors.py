@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -165,3 +166,10 @@ def test_small_channels_survive_stored_factors_that_make_them_as_large_as_others
     made = insert_quantizers(prepare(capture(model.eval(), images(2))), Scheme())
     assert {u.name for u in made.unquantized if u.reason.startswith("rescaled in div")} == {"mix", "sub"}
     assert decibels(model) > 20
+
+
+@pytest.mark.parametrize("epsilon", [1e-12, 1e-9, 1e-8, 1e-6])
+def test_a_tiny_offset_stands_in_the_file(epsilon: float, tmp_path: Path) -> None:
+    """Rows of zeros divided by their length and a little more: without the little they are not numbers."""
+    model = Net(lambda x: x / (x.norm(dim=-1, keepdim=True) + epsilon), pad=4)
+    assert bw.quantize(model.eval(), images(), "rtn", weights=8).export(tmp_path / "model.onnx").passed

@@ -33,7 +33,9 @@ IR_VERSIONS = {OPSET: 8, OPSET_OF_GELU: 9, OPSET_OF_INT4: 10}
 """Of the file format: the one that came with each."""
 LARGEST = 1_800_000_000
 """Bytes of tensors in one file: protocol buffers end at 2 GB."""
-MARK = "Mark"
+MARK, OFFSET = "Mark", "Offset"
+TAKEN_FOR_ZERO = 1e-6
+"""Magnitude of numbers whose addition goes past the exporter (onnxscript 0.7 takes up to 1e-8 for zero)."""
 
 
 def to_onnx(model: QuantizedModel) -> ir.Model:
@@ -110,6 +112,29 @@ def _mark_tensor(x: Tensor, name: str) -> Tensor:
     return result
 
 
+def _offset(x: Tensor, number: float) -> Tensor:
+    """Stands for the addition of a number that PyTorch's exporter takes for zero and leaves out."""
+    result: Tensor = torch.onnx.ops.symbolic(
+        f"bitwright::{OFFSET}", (x,), {"number": number}, dtype=x.dtype, shape=x.shape, version=1
+    )
+    return result
+
+
+def _keep_offsets(graph: fx.Graph) -> None:
+    """Takes the additions of tiny numbers, which keep divisors away from zero, past the exporter's optimizer."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or ops.base_name(node) not in ops.ADD or node.kwargs or len(node.args) != 2:
+            continue
+        x, number = node.args
+        if not isinstance(x, fx.Node) or not isinstance(number, float) or not 0 < abs(number) <= TAKEN_FOR_ZERO:
+            continue
+        with graph.inserting_before(node):
+            kept = graph.call_function(_offset, (x, number if ops.base_name(node) == "add" else -number))
+        kept.meta = dict(node.meta)
+        node.replace_all_uses_with(kept)
+        graph.erase_node(node)
+
+
 def _mark(model: QuantizedModel) -> tuple[fx.GraphModule, dict[str, nn.Module]]:
     """A copy of the graph with marks for quantizers; the module behind each mark."""
     marked = copy.deepcopy(model.freeze().graph)
@@ -125,6 +150,7 @@ def _mark(model: QuantizedModel) -> tuple[fx.GraphModule, dict[str, nn.Module]]:
         node.replace_all_uses_with(mark)
         marked.graph.erase_node(node)
     _split_batches(marked.graph)
+    _keep_offsets(marked.graph)
     marked.recompile()
     return marked, modules
 
@@ -210,6 +236,8 @@ def _rename_outputs(program: ir.Model, model: QuantizedModel) -> None:
 def _replace_marks(program: ir.Model, modules: dict[str, nn.Module]) -> None:
     graph = program.graph
     for node in list(graph):
+        if node.op_type == OFFSET and node.domain == "bitwright":
+            _replace_offset(graph, node)
         if node.op_type != MARK or node.domain != "bitwright":
             continue
         name = node.attributes["name"].as_string()
@@ -222,6 +250,17 @@ def _replace_marks(program: ir.Model, modules: dict[str, nn.Module]) -> None:
     rewrite_forms(graph)
     program.opset_imports.pop("bitwright", None)
     drop_unused(graph)
+
+
+def _replace_offset(graph: ir.Graph, mark: ir.Node) -> None:
+    source, old = mark.inputs[0], mark.outputs[0]
+    assert source is not None
+    number = np.asarray(mark.attributes["number"].as_float(), np.float32)
+    name = old.name or "offset"
+    value = insert_node(graph, mark, "Add", [source, shared(graph, f"offset/{number:g}", number)], f"{name}/added")
+    value.type, value.shape = old.type, old.shape
+    old.replace_all_uses_with(value, replace_graph_outputs=True)
+    graph.remove(mark, safe=True)
 
 
 def storage(grid: Grid, smallest: int = 4) -> ir.DataType:
