@@ -70,6 +70,8 @@ def places(x: Tensor) -> Tensor:
 
 
 LEGAL: dict[str, Construct] = {
+    "rows by len": lambda net, x: net.body(x).reshape(len(x), -1) + net.head.bias.sum().expand(len(x), 6),
+    "rows beside": lambda net, x: torch.cat([net.body(x), torch.ones(len(x), 1)], 1),
     "numbers of a buffer": lambda net, x: net.conv(F.interpolate(x, net.size.tolist())),
     "a plain tensor": lambda net, x: net.body(x) * net.scale,
     "a mask that picks": lambda net, x: net.body(x)[:, net.picked],
@@ -101,7 +103,12 @@ REFUSED: dict[str, tuple[Construct, str]] = {
     "half": (lambda net, x: net.body(x.half()), ".half()"),
     "a list of images": (lambda net, x: net.body(torch.stack(x)), "a list or a dict of images"),  # type: ignore[arg-type]
     "a dict": (lambda net, x: net.body(x["image"]), "a list or a dict of images"),  # type: ignore[call-overload]
-    "rows by len": (lambda net, x: net.head.bias.expand(len(x), 5), "x.shape[0]"),
+    "rows by a plain number": (lambda net, x: net.head.bias.expand(int(x.shape[0]), 5), "x.shape[0]"),
+    "less the batch's mean": (lambda net, x: net.head(net.body(x) - net.body(x).mean(0)), "other images of its batch"),
+    "a softmax over images": (
+        lambda net, x: net.head(net.body(x) * net.body(x).softmax(0)),
+        "other images of its batch",
+    ),
     "a loss": (lambda net, x: net.body(x).mean(), "along the first axis"),
     "images in a loop": (lambda net, x: torch.cat([net.body(part) for part in x.split(1)]), "mixes the images"),
     "boxes": (lambda net, x: [{"boxes": net.body(i[None]), "scores": i.mean()} for i in x], "box decoding"),

@@ -251,3 +251,22 @@ def test_dense_outputs_agree_by_pixel():
     b = torch.tensor([[[[1.0, 4.0]], [[0.0, 3.0]]]])  # 0 and 0
     (row,) = output_gaps(["map"], [a.double()], [b.double()])
     assert (row.agreement, row.max_abs, row.mean_abs, row.range) == (0.5, 2.0, 0.5, 3.0)
+
+
+def test_openvino_is_compared_in_float32(run, capsys, monkeypatch):
+    """Its default on processors with bfloat16 is said in a warning, and fails no file."""
+    openvino = pytest.importorskip("openvino")
+    asked = []
+    compile_model = openvino.Core.compile_model
+
+    def compiled(self, model, device="CPU", config=None):
+        asked.append(config or {})
+        return compile_model(self, model, device, config or {})
+
+    monkeypatch.setattr(openvino.Core, "compile_model", compiled)
+    code, found, _ = call(capsys, run, "--runtime", "openvino")
+    assert code == 0
+    assert asked[0]["INFERENCE_PRECISION_HINT"] == "f32"
+    for batch in found["runtimes"][0]["batches"]:
+        assert batch["outputs"][0]["mean_abs"] < 1e-3 * batch["outputs"][0]["range"]
+    assert all("INFERENCE_PRECISION_HINT" in line for line in found["warnings"])

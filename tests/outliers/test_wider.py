@@ -133,3 +133,35 @@ def test_a_token_far_smaller_than_the_others_gets_the_bits_of_its_sum() -> None:
     raised = bw.quantize(network, noise(32), "mse", activations="auto")
     assert {"cat", "add"} <= {row["tensor"] for row in raised.result["raised"]["rules"]}
     assert decibels(network, raised) > decibels(network, plain) + 10
+
+
+class Unsure(nn.Module):
+    """Answers that hardly differ from image to image, so that a loss of a few thousandths of a nat hides all of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        sizes = torch.tensor([100.0, 1, 1, 0.01, 1, 0.1, 0.01, 30])
+        self.stem, self.act = nn.Conv2d(3, 8, 3, padding=1), nn.GELU()
+        self.each, self.head = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Linear(8, 10)
+        with torch.no_grad():
+            self.stem.weight *= sizes.reshape(8, 1, 1, 1)
+            self.stem.bias *= sizes  # type: ignore[operator]
+            self.each.weight /= sizes.reshape(8, 1, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.each(self.act(self.stem(x)))).mean((2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore:Output ")
+def test_a_small_loss_that_hides_the_images_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Unsure().eval()
+    images = noise(32) * torch.linspace(0.2, 1.5, 32).reshape(-1, 1, 1, 1)
+    mended = bw.quantize(network, images, "mse")
+    assert mended.result["balanced"]
+    monkeypatch.setattr(balance, "ROUNDS", 0)
+    with pytest.warns(UserWarning, match="--rule"):
+        plain = bw.quantize(network, images, "mse")
+    assert decibels(network, mended) > decibels(network, plain) + 5
+    rules = [row["rule"] for row in plain.result["suggestions"]]
+    assert decibels(network, bw.quantize(network, images, "mse", rules=rules)) > decibels(network, plain) + 5

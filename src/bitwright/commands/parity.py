@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from bitwright.export.gap import measure_gap, read_onnx
 from bitwright.inputs import prepare_teacher
 from bitwright.quantized import QuantizedModel
 from bitwright.run.files import write_json
-from bitwright.speed.runtimes import RUNTIMES, Runtime, runtime
+from bitwright.speed.runtimes import OPENVINO, RUNTIMES, Runtime, runtime
 from bitwright.terminal import Terminal, one_line, quiet_libraries
 
 
@@ -61,6 +62,8 @@ def parity(
     terminal.finish()
     with quiet_libraries():
         gap = measure_gap(model, path, found, chosen, batches=batches, progress=terminal.progress)
+    if gap.rounding is not None:
+        warnings.warn(gap.rounding, stacklevel=2)
     data = {
         "bitwright": bitwright.__version__,
         "run": str(folder),
@@ -100,9 +103,10 @@ def _failure(data: dict[str, Any]) -> ParityError | None:
     name = data["first_divergence"]
     if name is None:
         return None
+    to = " --to openvino" if data["diverging_in"] == OPENVINO.title else ""
     return ParityError(
         f"The file in {data['run']} does not compute what was measured: {name} is the first to differ. "
-        f"Write it again with: bitwright export {data['run']}"
+        f"{'Write one for it' if to else 'Write it again'} with: bitwright export {data['run']}{to}"
     )
 
 

@@ -21,6 +21,7 @@ WEIGHTED = frozenset({*READS_INTEGER_BIAS, "ConvTranspose"})
 PICKS = frozenset({"Concat", "Gather", "Slice", "Split"})
 """Operators that pick values or put them together, over which ONNX Runtime moves no codes."""
 POOLS = frozenset({"MaxPool", "AveragePool"})
+SUMS = frozenset({"ReduceMean", "ReduceSum"})
 NEXT_TO_ZERO = np.finfo(np.float32).tiny
 """What a Pad of zeros before max pooling pads with: on every grid it is zero, for ONNX Runtime it is another number."""
 
@@ -36,6 +37,8 @@ def rewrite_forms(graph: ir.Graph) -> None:
             code_product(graph, node, shielded)
         elif node.op_type == "Softmax":
             shield_softmax(graph, node, shielded)
+        elif node.op_type in SUMS:
+            add_axis(graph, node)
         elif node.op_type in POOLS:
             merge_mark(graph, node)
             explicit_ends(graph, node)
@@ -120,6 +123,37 @@ def shield_softmax(graph: ir.Graph, node: ir.Node, shielded: dict[str | None, ir
     source = node.inputs[0]
     if source is not None and _comes_from_codes(source, MOVES | {"Slice"}):
         node.replace_input_with(0, in_float(graph, node, source, shielded))
+
+
+def add_axis(graph: ir.Graph, node: ir.Node) -> None:
+    """Gives a tensor of three axes a fourth, where the mean or sum over its second is taken.
+
+    OpenVINO (2026.4), reading such a file, gives zeros for the mean over tokens [B, T, C] of codes; of four axes it is
+    right.
+    """
+    source, axes = (*node.inputs, None)[:2]
+    if source is None or source.shape is None or len(source.shape) != 3 or not _comes_from_codes(source, MOVES):
+        return
+    if axes is None or axes.const_value is None:
+        return
+    over = sorted(int(a) % 3 for a in axes.const_value.numpy().reshape(-1))
+    if 1 not in over:
+        return
+    last = shared(graph, "fourth_axis", np.asarray([3], np.int64))
+    wide = insert_node(graph, node, "Unsqueeze", [source, last], f"{node.outputs[0].name}/four_axes")
+    wide.type, wide.shape = source.type, ir.Shape([*source.shape, 1])
+    keep = _ints(node, "keepdims", [1])[0]
+    over += [] if keep else [3]
+    four = shared(graph, "axes_" + "_".join(map(str, over)), np.asarray(over, np.int64))
+    if not keep:
+        node.replace_input_with(0, wide)
+        node.replace_input_with(1, four)
+        return
+    summed = insert_node(graph, node, node.op_type, [wide, four], f"{node.outputs[0].name}/kept", keepdims=1)
+    node.op_type = "Squeeze"  # with the name and the readers of what it was
+    node.attributes.clear()
+    node.replace_input_with(0, summed)
+    node.replace_input_with(1, last)
 
 
 def keep_in_float(graph: ir.Graph, names: Sequence[str]) -> None:

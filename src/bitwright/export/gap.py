@@ -21,11 +21,12 @@ from bitwright.export.deviation import compare, tipped
 from bitwright.export.layers import activation_quantizers, compare_layers
 from bitwright.export.parity import LAYER_IMAGES
 from bitwright.export.reference import run_reference
+from bitwright.export.runtimes import EXACT
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.readings import Reading, by_values
 from bitwright.progress import Progress, silent
 from bitwright.quantized import QuantizedModel
-from bitwright.speed.runtimes import Runtime
+from bitwright.speed.runtimes import ONNXRUNTIME, OPENVINO, Runtime
 
 BATCHES = (1, 8)
 
@@ -99,6 +100,10 @@ class Gap:
     """The first layer in which the file is wrong, whatever the kernel: graph optimisations are off."""
     diverging_output: str | None
     """The first output that is further from the simulation's, in some runtime, than it may be."""
+    diverging_in: str | None = None
+    """The runtime in which it is, if that is not ONNX Runtime."""
+    rounding: str | None = None
+    """What OpenVINO loses by bfloat16, as a line; None where it loses nothing."""
 
     @property
     def first_difference(self) -> str | None:
@@ -115,6 +120,8 @@ class Gap:
         """The first layer, or ``the output``, in which the file computes something else than what was measured."""
         if self.diverging is not None:
             return self.diverging
+        if self.diverging_output is not None and self.diverging_in is not None:
+            return f"{self.diverging_output} in {self.diverging_in}"
         return self.diverging_output
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,6 +135,7 @@ class Gap:
             "kernels": [x.name for x in self.kernels],
             "first_difference": self.first_difference,
             "first_divergence": self.first_divergence,
+            "diverging_in": None if self.diverging is not None else self.diverging_in,
         }
 
 
@@ -169,24 +177,46 @@ def measure_gap(
     with tipped(activation_quantizers(model)):
         shaken = outputs("The simulation", model.flat, whole, BATCH)
     simulating, measured, done = gaps(reference, simulated), [], 1
-    diverging = None
+    diverging, where, rounding = None, None, None
     for runtime in runtimes:
         rows, network = [], open_file(runtime, path)
         for batch in batches:
             progress("Comparing", done, total, f"{runtime.title}, batch {batch}")
             found = outputs(runtime.title, network, whole, batch)
-            diverging = diverging or _diverging(names, simulated, shaken, found)
+            if diverging is None:
+                diverging = _diverging(names, simulated, shaken, found)
+                where = None if diverging is None or runtime is ONNXRUNTIME else runtime.title
             pairs = {"outputs": gaps(simulated, found)}
             pairs["from_reference"] = gaps(reference, found)
             rows.append({"batch": batch, **{k: [asdict(o) for o in v] for k, v in pairs.items()}})
             done += 1
+        if runtime is OPENVINO and where is None:
+            rounding = _rounding(path, names, whole, simulated, shaken)
         measured.append({"runtime": f"{runtime.name} {runtime.version}", "batches": rows})
     progress("Comparing", done, total, "layer by layer")
     layers = compare_codes(model, program, whole, "onnxruntime")
     plain = compare_layers(model, program, whole[:LAYER_IMAGES])
     wrong = next((x.name for x in plain if x.diverges), None)
     progress("Comparing", total, total)
-    return Gap(quantization, measured, simulating, layers, wrong, diverging)
+    return Gap(quantization, measured, simulating, layers, wrong, diverging, where, rounding)
+
+
+def _rounding(path: Path, names: Sequence[str], whole: Tensor, ours: list[Tensor], shaken: list[Tensor]) -> str | None:
+    """What OpenVINO loses where the processor has bfloat16, which it takes unless it is told otherwise."""
+    compiled = importlib.import_module("openvino").Core().compile_model(str(path), "CPU")
+    kind = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    if kind == "f32":
+        return None
+    found = outputs("OpenVINO", _calls(compiled), whole, BATCH)
+    where = _diverging(names, ours, shaken, found)
+    if where is None:
+        return None
+    share = max(g.max_abs / max(g.range, 1e-30) for g in output_gaps(names, ours, found))
+    return (
+        f"OpenVINO rounds what is not integer to {kind} on this processor unless it is told otherwise: {where} then "
+        f"leaves what was measured, by {100 * share:.1f} % of an output's range at most. Compile the model with "
+        '{"INFERENCE_PRECISION_HINT": "f32"}, as it was done for this comparison.'
+    )
 
 
 def _diverging(names: Sequence[str], ours: list[Tensor], shaken: list[Tensor], theirs: list[Tensor]) -> str | None:
@@ -245,6 +275,8 @@ def _onnxruntime(path: Path) -> Callable[[Tensor], list[Tensor]]:
 
 
 def _openvino(path: Path) -> Callable[[Tensor], list[Tensor]]:
-    openvino = importlib.import_module("openvino")
-    compiled = openvino.Core().compile_model(str(path), "CPU")
+    return _calls(importlib.import_module("openvino").Core().compile_model(str(path), "CPU", EXACT))
+
+
+def _calls(compiled: Any) -> Callable[[Tensor], list[Tensor]]:
     return lambda x: [torch.from_numpy(out.copy()) for out in compiled([x.numpy()]).values()]

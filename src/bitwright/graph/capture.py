@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,6 +28,9 @@ from bitwright.graph.watch import watch
 TOLERANCE = 1e-5
 COARSE_TOLERANCE = 0.05
 """Of a network that computes in float16 or bfloat16 itself, which has three digits."""
+
+APART = 1e-3
+"""Of an output's range, by which an image may come out otherwise when it is alone: kernels add in other orders."""
 
 
 @dataclass
@@ -113,7 +117,7 @@ def _check_constants(program: torch.export.ExportedProgram, model: nn.Module, im
     if any(one[i].shape != shape for i, shape in rows.items()):
         raise ModelError(
             "The model returns a constant with as many rows as there were images, which is a plain number while it "
-            "runs. Use x.shape[0] instead of len(x)."
+            "runs. Use x.shape[0] as it is, not int(x.shape[0])."
         )
 
 
@@ -208,8 +212,26 @@ def _export(model: nn.Module, images: Tensor, returned: Any) -> torch.export.Exp
 def _export_with(model: nn.Module, images: Tensor, batch: Any, strict: bool) -> torch.export.ExportedProgram:
     shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
     shapes[images] = {0: batch}
-    with quiet(printing=True):
+    lengths = nullcontext() if strict else _symbolic_lengths()
+    with quiet(printing=True), lengths:
         return torch.export.export(model, (images,), dynamic_shapes=shapes, strict=strict)
+
+
+@contextmanager
+def _symbolic_lengths() -> Iterator[None]:
+    """Inside, ``len(tensor)`` of a free batch is free too; Python itself would make a plain number of it."""
+    own = builtins.len
+
+    def length(x: Any) -> Any:
+        if isinstance(x, Tensor) and x.dim() and isinstance(x.shape[0], torch.SymInt):
+            return x.shape[0]
+        return own(x)
+
+    builtins.len = length
+    try:
+        yield
+    finally:
+        builtins.len = own
 
 
 def _batch_is_dynamic(program: torch.export.ExportedProgram) -> bool:
@@ -355,6 +377,41 @@ def _check_equal(captured: Captured, expected: list[Tensor], tolerance: float) -
             "Check the preprocessing (mean, std) and the weights before it."
         )
     assert_outputs_equal(expected, found, captured.outputs, "the captured graph", tolerance)
+    _check_apart(captured, found, max(tolerance, APART))
+
+
+def _check_apart(captured: Captured, of_both: list[Tensor], tolerance: float) -> None:
+    """The answer to an image must not depend on the others of its batch."""
+    with torch.no_grad():
+        alone = captured.graph(captured.example[:1])
+    if not any(_differs(a, b, tolerance) for a, b in zip(of_both, alone, strict=True)):
+        return
+    rows: dict[str, Tensor] = {}
+    mixing: list[fx.Node] = []
+
+    def keep(node: fx.Node, value: object) -> None:
+        if isinstance(value, Tensor):
+            rows[node.name] = value
+
+    def compare(node: fx.Node, value: object) -> None:
+        if isinstance(value, Tensor) and node.name in rows and _differs(rows[node.name], value, tolerance):
+            mixing.append(node)
+
+    names = [n.name for n in captured.graph.graph.nodes if n.op == "call_function"]
+    watch(captured.graph, captured.example, dict.fromkeys(names, keep))
+    watch(captured.graph, captured.example[:1], dict.fromkeys(names, compare))
+    where = explain.recorded_line(mixing[0]) if mixing else ""
+    raise ModelError(
+        f"The answer to an image depends on the other images of its batch{where}. Take means and products over an "
+        "image's own axes, not over the first."
+    )
+
+
+def _differs(of_both: Tensor, alone: Tensor, tolerance: float) -> bool:
+    """Whether the first of two images gives something else when it is alone."""
+    if not of_both.is_floating_point() or (*of_both.shape[:1], *alone.shape[:1]) != (2, 1):
+        return False
+    return not relative_difference(of_both[:1], alone) <= tolerance
 
 
 def _first_not_finite(captured: Captured) -> str:

@@ -22,7 +22,7 @@ from bitwright.graph.readings import Reading
 from bitwright.graph.watch import Callback, watch
 from bitwright.outliers.effects import see_gradients
 from bitwright.quant.quantizer import Quantizer
-from bitwright.sensitivity.one_at_a_time import distance_of_outputs
+from bitwright.sensitivity.one_at_a_time import distance_of_outputs, spread_of_outputs
 from bitwright.stages.calibrate import Calibrate
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ RANGE_IMAGES = 64
 """From which the largest magnitude of every channel is read."""
 NEGLIGIBLE = 2e-3
 """Of the loss: below this nothing is looked for."""
+OF_SPREAD = 3e-3
+"""Of the distance between the float network's answers to two images: a loss above it is looked at, however small."""
 SHARE = 0.02
 """Of the loss: what the rounding of a tensor adds at least, for its channels to be looked at."""
 MOST = 16
@@ -112,8 +114,9 @@ def balance(
     trial = _Trial(insert, some, more, plain_ranges(method), run, readings)
     found: list[ChannelScales] = []
     now = trial.of(teacher, [])
+    negligible = min(NEGLIGIBLE, OF_SPREAD * trial.spread(teacher))
     for _ in range(ROUNDS):
-        if not now.loss >= NEGLIGIBLE:
+        if not now.loss >= negligible:
             break
         suspects = [s for s in trial.suspects(now.student, now.teacher, SHARE * now.loss) if s.left() <= BETTER]
         options = []
@@ -214,6 +217,12 @@ class _Trial:
                     distance_of_outputs(student.flat(batch), list(teacher.graph(batch)), self.readings).sum()
                 )
         return total / len(self.images)
+
+    def spread(self, teacher: Captured) -> float:
+        """Of the float network's answers, from image to image."""
+        batch = self.images.batch(range(min(BATCH, len(self.images)))).to(self.run.device)
+        with torch.no_grad():
+            return spread_of_outputs(list(teacher.graph(batch)), self.readings)
 
     def suspects(self, student: QuantizedModel, teacher: Captured, least: float) -> list[Suspect]:
         """Tensors whose rounding adds that much and whose channels can be scaled, the worst first."""

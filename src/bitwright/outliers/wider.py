@@ -25,7 +25,7 @@ from bitwright.quant.quantizer import Grid, Quantizer
 from bitwright.quant.ranges import affine_parameters
 from bitwright.quant.scheme import Rule, Scheme, escaped
 from bitwright.quantized import QuantizedModel, insert_quantizers
-from bitwright.sensitivity.one_at_a_time import distance_of_outputs
+from bitwright.sensitivity.one_at_a_time import distance_of_outputs, spread_of_outputs
 
 if TYPE_CHECKING:
     from bitwright.data import Images
@@ -42,6 +42,9 @@ OPERATIONS = 0.25
 """Share of multiply-accumulates that may read or make 16-bit tensors, which ONNX Runtime computes in float."""
 LOUD = 0.03
 """Of the loss (KL in nats, or squared error over the outputs' mean square): from here on a run says what would help."""
+OF_SPREAD = 0.05
+"""Of the distance between the float network's answers to two images: a loss that large is loud whatever it is in nats,
+as in a network that is not sure of itself, or whose answers share a large constant part."""
 HELPS = 0.7
 """Of the loss: what is left of it at most, where rules are worth their name."""
 CLOSE = 0.05
@@ -160,12 +163,12 @@ def find(
         teacher: its float network.
         images: a few, without labels.
         run: seed, device.
-        loud: see above.
+        loud: the loss from which on they are looked for, less where the answers hardly differ from image to image.
         share: of the multiply-accumulates, that may read or make these tensors.
     """
     trial = _Trial(student, teacher, images, run)
     loss = trial.loss(())
-    if not loss >= loud:
+    if not loss >= loud * min(1.0, OF_SPREAD * trial.spread() / LOUD):
         return None
     worst = trial.worst(share)
     trial.read_ranges(worst)
@@ -201,6 +204,10 @@ class _Trial:
                 ours = self.student.flat(batch)
                 total += float(distance_of_outputs(ours, self.expected[position], self.readings).sum())
         return total / len(self.images)
+
+    def spread(self) -> float:
+        """Of the float network's answers, from image to image."""
+        return max(spread_of_outputs(batch, self.readings) for batch in self.expected)
 
     def worst(self, share: float) -> list[str]:
         """The tensors whose rounding adds most, within that share of operations, the worst first."""

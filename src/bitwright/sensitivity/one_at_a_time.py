@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -134,6 +135,25 @@ def distance_of_outputs(ours: list[Tensor], theirs: list[Tensor], readings: Sequ
         each = losses.relative_error(a, b) if divergence is None else divergence.reshape(len(a), -1).mean(1)
         total = total + each.double().cpu()
     return total if total.dim() else total.expand(len(ours[0]))
+
+
+def spread_of_outputs(outputs: list[Tensor], readings: Sequence[Reading]) -> float:
+    """Mean :func:`distance_of_outputs` between each image and the next: what there is to tell images apart by.
+
+    Args:
+        outputs: of a batch, images first.
+        readings: of the outputs, one each.
+
+    Returns:
+        Infinity where all are the same, or there is a single image.
+    """
+    some = [(o, how) for o, how in zip(outputs, readings, strict=True) if o.dim() and len(o) > 1]
+    if not some:
+        return math.inf
+    theirs = [o for o, _ in some]
+    return (
+        float(distance_of_outputs([o.roll(1, 0) for o in theirs], theirs, [how for _, how in some]).mean()) or math.inf
+    )
 
 
 def _distance_of_outputs(readings: Sequence[Reading]) -> Judge:
