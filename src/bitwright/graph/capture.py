@@ -223,9 +223,8 @@ def _symbolic_lengths() -> Iterator[None]:
     own = builtins.len
 
     def length(x: Any) -> Any:
-        if isinstance(x, Tensor) and x.dim() and isinstance(x.shape[0], torch.SymInt):
-            return x.shape[0]
-        return own(x)
+        size: Any = x.shape[0] if isinstance(x, Tensor) and x.dim() else None
+        return size if isinstance(size, torch.SymInt) else own(x)
 
     builtins.len = length
     try:
