@@ -1,6 +1,8 @@
 """OpenVINO computes what was measured, with integer kernels and integers in the file; what it lacks is refused."""
 
 import importlib.util
+import subprocess
+import sys
 import warnings
 from collections import Counter
 
@@ -14,7 +16,8 @@ import bitwright as bw
 from bitwright.export.onnx import to_onnx
 from bitwright.export.openvino import check_openvino, write_openvino
 from bitwright.export.parity import check_parity
-from bitwright.export.runtimes import OpenvinoSession, converted, openvino_session
+from bitwright.export.runtimes import EXACT, OpenvinoSession, converted, openvino_session
+from bitwright.speed.openvino_cpu import compile_model
 from bitwright.speed.runtimes import OPENVINO
 
 INSTALLED = importlib.util.find_spec("openvino") is not None
@@ -139,8 +142,6 @@ class Recurrent(nn.Module):
 )
 def test_recurrent_networks_compute_there_what_was_measured(kind, settings, tmp_path):
     """Of weights that are computed from integers OpenVINO makes something else, or refuses them."""
-    import openvino
-
     images = cases.images(8)
     model = bw.quantize(Recurrent(kind, **settings).eval(), images, "rtn", weights=8, runtime="openvino")
     assert write_openvino(model, tmp_path / "m.xml", images).passed
@@ -151,6 +152,51 @@ def test_recurrent_networks_compute_there_what_was_measured(kind, settings, tmp_
         expected = model(images)
     warned = any("OpenVINO" in str(w.message) for w in said)
     for file in ["m.xml", *["m.onnx"] * (not warned)]:
-        compiled = openvino.Core().compile_model(tmp_path / file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        compiled = compile_model(tmp_path / file, EXACT)
         found = torch.from_numpy(np.array(compiled([images.numpy()])[0]))
         assert (found - expected).square().mean().sqrt() < 2e-3 * expected.std(), file
+
+
+class Tokens(nn.Module):
+    def __init__(self, over, keep, last):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 5)
+        self.over, self.keep, self.last = over, keep, last
+
+    def forward(self, x):
+        tokens = self.head(torch.relu(self.embed(x).flatten(2).transpose(1, 2)))
+        tokens = tokens if self.last == "mean" else tokens.transpose(1, 2)
+        return getattr(tokens, "sum" if self.last == "sum" else "mean")(self.over, keepdim=self.keep)
+
+
+@needs_openvino
+@pytest.mark.parametrize(
+    ("over", "keep", "last"), [(1, False, "mean"), (1, True, "mean"), ((1, 2), False, "mean"), (2, False, "sum")]
+)
+def test_means_over_tokens_are_right_in_openvino_too(over, keep, last, tmp_path):
+    """Reading the file itself, its integer kernels give zeros for them where tensors have three axes."""
+    images = cases.images(8)
+    model = bw.quantize(Tokens(over, keep, last).eval(), images, "rtn", weights=8)
+    assert model.export(tmp_path / "m.onnx", images).passed
+    with torch.no_grad():
+        expected = model(images)
+    found = torch.from_numpy(np.array(compile_model(tmp_path / "m.onnx", EXACT)([images.numpy()])[0]))
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
+
+
+@needs_openvino
+def test_a_signal_finds_its_stack_after_several_models_are_gone(tmp_path):
+    """OpenVINO leaves the process a stack for signals whose memory is gone. Run in a process that may die of it."""
+    quantized("residual").export(tmp_path / "m.onnx", cases.images(4))
+    code = (
+        "import gc, signal, sys; from pathlib import Path; from bitwright.speed.openvino_cpu import compile_model\n"
+        "first, second = (compile_model(Path(sys.argv[1])) for _ in range(2))\n"
+        "del first; gc.collect(); del second; gc.collect()\n"
+        "signal.signal(signal.SIGINT, lambda *_: print('heard')); signal.raise_signal(signal.SIGINT)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "m.onnx"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr

@@ -126,10 +126,10 @@ def shield_softmax(graph: ir.Graph, node: ir.Node, shielded: dict[str | None, ir
 
 
 def add_axis(graph: ir.Graph, node: ir.Node) -> None:
-    """Gives a tensor of three axes a fourth, where the mean or sum over its second is taken.
+    """Gives a tensor of three axes a fourth, where the mean or the sum over its second is taken.
 
-    OpenVINO (2026.4), reading such a file, gives zeros for the mean over tokens [B, T, C] of codes; of four axes it is
-    right.
+    OpenVINO (2026.4), reading such a file, gives zeros for the mean over tokens [B, T, C] of codes, also where they
+    were transposed since; of four axes it is right.
     """
     source, axes = (*node.inputs, None)[:2]
     if source is None or source.shape is None or len(source.shape) != 3 or not _comes_from_codes(source, MOVES):
@@ -137,7 +137,7 @@ def add_axis(graph: ir.Graph, node: ir.Node) -> None:
     if axes is None or axes.const_value is None:
         return
     over = sorted(int(a) % 3 for a in axes.const_value.numpy().reshape(-1))
-    if 1 not in over:
+    if 1 not in over and not _is_transposed(source):
         return
     last = shared(graph, "fourth_axis", np.asarray([3], np.int64))
     wide = insert_node(graph, node, "Unsqueeze", [source, last], f"{node.outputs[0].name}/four_axes")
@@ -154,6 +154,16 @@ def add_axis(graph: ir.Graph, node: ir.Node) -> None:
     node.attributes.clear()
     node.replace_input_with(0, summed)
     node.replace_input_with(1, last)
+
+
+def _is_transposed(value: ir.Value) -> bool:
+    """Whether axes changed places between the codes and the value."""
+    node = value.producer()
+    while node is not None and node.op_type in MOVES and node.inputs[0] is not None:
+        if node.op_type == "Transpose":
+            return True
+        node = node.inputs[0].producer()
+    return False
 
 
 def keep_in_float(graph: ir.Graph, names: Sequence[str]) -> None:

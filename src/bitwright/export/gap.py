@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,6 +25,7 @@ from bitwright.graph.axes import read_outputs
 from bitwright.graph.readings import Reading, by_values
 from bitwright.progress import Progress, silent
 from bitwright.quantized import QuantizedModel
+from bitwright.speed.openvino_cpu import compile_model
 from bitwright.speed.runtimes import ONNXRUNTIME, OPENVINO, Runtime
 
 BATCHES = (1, 8)
@@ -203,7 +203,7 @@ def measure_gap(
 
 def _rounding(path: Path, names: Sequence[str], whole: Tensor, ours: list[Tensor], shaken: list[Tensor]) -> str | None:
     """What OpenVINO loses where the processor has bfloat16, which it takes unless it is told otherwise."""
-    compiled = importlib.import_module("openvino").Core().compile_model(str(path), "CPU")
+    compiled = compile_model(path)
     kind = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
     if kind == "f32":
         return None
@@ -275,7 +275,7 @@ def _onnxruntime(path: Path) -> Callable[[Tensor], list[Tensor]]:
 
 
 def _openvino(path: Path) -> Callable[[Tensor], list[Tensor]]:
-    return _calls(importlib.import_module("openvino").Core().compile_model(str(path), "CPU", EXACT))
+    return _calls(compile_model(path, EXACT))
 
 
 def _calls(compiled: Any) -> Callable[[Tensor], list[Tensor]]:

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from bitwright.errors import BitwrightError
 from bitwright.export.onnx import save_onnx
+from bitwright.speed.openvino_cpu import compile_model
 from bitwright.speed.runtimes import OPENVINO
 
 Array = npt.NDArray[Any]
@@ -67,7 +68,7 @@ class OpenvinoSession:
         settings = EXACT if optimize else EXACT | {"LP_TRANSFORMS_MODE": "NO"}
         self._names = [o.get_any_name() for o in model.outputs]
         self._inputs = [_Input(i.get_any_name()) for i in model.inputs]
-        self._compiled = _said(openvino().Core().compile_model, model, "CPU", settings)
+        self._compiled = _said(compile_model, model, settings)
 
     def get_inputs(self) -> Sequence[Named]:
         """Its inputs, by the names they have in the ONNX file."""

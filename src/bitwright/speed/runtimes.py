@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitwright.errors import BitwrightError, UsageError
+from bitwright.speed.openvino_cpu import compile_model
 
 Array = npt.NDArray[Any]
 Loader = Callable[[Path, int, Mapping[str, Array]], Callable[[], None]]
@@ -94,10 +95,9 @@ def _load_openvino(path: Path, threads: int, feed: Mapping[str, Array]) -> Calla
     openvino = importlib.import_module("openvino")
     try:
         settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": "1"}
-        core = openvino.Core()
-        model = core.read_model(str(path))
+        model = openvino.Core().read_model(str(path))
         model.reshape({name: list(array.shape) for name, array in feed.items()})
-        request = core.compile_model(model, "CPU", settings).create_infer_request()
+        request = compile_model(model, settings).create_infer_request()
         arrays = {name: np.ascontiguousarray(array) for name, array in feed.items()}
         request.infer(arrays, share_inputs=True)
     except Exception as error:
