@@ -62,6 +62,8 @@ def check_target(folder: Path, *, force: bool = False, resume: bool = False) -> 
             "--resume, or begin again with --force."
         )
     if names - {STATE} and not force and not (resume and unfinished):
+        if resume and RESULT in names:
+            raise UsageError(f"The run in {folder} is finished: there is nothing to resume. --force makes it again.")
         nothing = ", and no unfinished run is in it" if resume else ""
         raise UsageError(f"The folder {folder} is not empty{nothing}. Choose another --out, or --force.")
     foreign = sorted(names - OURS)

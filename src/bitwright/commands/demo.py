@@ -11,7 +11,8 @@ from bitwright.commands import quantize, tables
 from bitwright.errors import BitwrightError
 from bitwright.quant.scheme import Scheme
 from bitwright.recipes import recipe as find_recipe
-from bitwright.run_folder import check_target
+from bitwright.run.state import is_unfinished
+from bitwright.run_folder import STATE, check_target
 from bitwright.terminal import Terminal
 
 CALIBRATION, TEST = "zoo:fashion", "zoo:fashion-test"
@@ -39,12 +40,13 @@ def demo(out: Path, *, recipe: str | None, force: bool, seed: int, terminal: Ter
             out=out / name,
             seed=seed,
             force=force,
+            resume=not force and is_unfinished((out / name).expanduser().absolute() / STATE),
         )
         for name in zoo.NETWORKS
     }
     for job in jobs.values():
         assert job.out is not None
-        check_target(job.out.expanduser().absolute(), force=force)
+        check_target(job.out.expanduser().absolute(), force=force, resume=job.resume)
     results = {}
     for name, job in jobs.items():
         terminal.say(f"{name}, {KINDS.get(name, 'a network')}:")
