@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from bitwright.graph.readings import Reading
+from bitwright.graph.watch import Hooking
 
 See = Callable[[str, Tensor, Tensor], None]
 """Takes a node's name, its value [B, ...] and ``v^T J``, in the shape of the value."""
@@ -47,12 +48,13 @@ def see_gradients(
     generator = torch.Generator().manual_seed(seed)
     for batch in batches:
         for _ in range(probes):
+            seen = _Seen(graph, names, see)
             with torch.enable_grad():
-                outputs = _Seen(graph, names, see).run(batch)
-                pairs = zip(outputs, readings, strict=True)
+                pairs = zip(seen.run(batch), readings, strict=True)
                 direction = sum(_along_random(o, how, generator) for o, how in pairs if o.requires_grad)
             if isinstance(direction, Tensor):
                 direction.backward()  # type: ignore[no-untyped-call]
+            seen.release()
 
 
 def _along_random(output: Tensor, how: Reading, generator: torch.Generator) -> Tensor:
@@ -69,7 +71,7 @@ def _along_random(output: Tensor, how: Reading, generator: torch.Generator) -> T
     return (logs * noise * weights.to(logs.dtype)).sum().float()
 
 
-class _Seen(fx.Interpreter):
+class _Seen(Hooking):
     """Runs a graph and shows some of its values with their gradients, once these are known."""
 
     def __init__(self, graph: fx.GraphModule, names: Collection[str], see: See) -> None:
@@ -88,5 +90,5 @@ class _Seen(fx.Interpreter):
             with torch.no_grad():
                 self.see(name, value, gradient)
 
-        result.register_hook(show)  # type: ignore[no-untyped-call]
+        self.hook(result, show)
         return result
