@@ -11,7 +11,7 @@ import bitwright as bw
 from bitwright.export import parity
 from bitwright.export.deviation import compare
 from bitwright.export.onnx import to_onnx
-from bitwright.graph.readings import by_values
+from bitwright.graph.readings import Reading, by_values
 
 IMAGES = torch.randn(16, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 
@@ -108,3 +108,25 @@ def test_values_that_are_not_finite_are_found():
     wrong[0, 0] = float("nan")
     assert judged(expected, wrong).diverges
     assert judged(torch.zeros(8, 4), torch.full((8, 4), 1e-3)).diverges  # a constant
+
+
+@pytest.mark.parametrize(
+    ("images", "others", "own", "differs"),
+    [(8, 3, 0, False), (8, 4, 0, True), (400, 6, 0, False), (400, 7, 0, True), (400, 20, 8, False), (400, 30, 8, True)],
+)
+def test_a_few_answers_may_change_by_chance(images, others, own, differs):
+    """Where two classes are as good as equal: as many as in the simulation itself, and what chance adds to so few."""
+    ours = torch.tensor([[3.0, 3.0 - 1e-7 * 4, 0.0], [0.0, 1.0, 2.0]]).repeat(images // 2, 1)
+    ours = torch.cat([ours[::2], ours[::2]]) + torch.linspace(0, 5, images)[:, None]
+
+    def flipped(count):
+        found = ours.clone()
+        found[:count, 1] = found[:count, 0] + 1e-5
+        return [found]
+
+    run = {"file": lambda _: flipped(others)}
+    readings = [Reading("scores", 1)]
+    batches = iter([torch.empty(0)])
+    (judged,) = compare(["scores"], readings, batches, lambda _: [ours], lambda _: flipped(own), run)["file"]
+    assert judged.agreement == 1 - others / images
+    assert judged.diverges == differs

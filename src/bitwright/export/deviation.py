@@ -33,6 +33,8 @@ OCTAVES = 3
 """Channels whose spreads lie within so many powers of two are judged together."""
 MOST_ANSWERS = 0.01
 """Share of answers that may differ beyond the yardstick's; one always may."""
+CHANCE = 2.0
+"""Standard deviations by which the yardstick's few may be fewer than they would be in other images."""
 
 Run = Callable[[Tensor], Sequence[Tensor]]
 
@@ -198,7 +200,8 @@ class _Comparison:
         """Answers that differ, over those that may."""
         if not self.answers:
             return 0.0
-        allowed = TIMES * (yardstick.answers - yardstick.same) + max(1.0, MOST_ANSWERS * self.answers)
+        own = yardstick.answers - yardstick.same
+        allowed = TIMES * own + CHANCE * math.sqrt(own + 1) + max(1.0, MOST_ANSWERS * self.answers)
         return (self.answers - self.same) / allowed
 
 
