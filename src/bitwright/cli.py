@@ -98,11 +98,15 @@ GroupSizeOption = Annotated[
     ),
 ]
 TargetSizeOption = Annotated[
-    str | None, typer.Option(help="Of model.safetensors: 3500000B, 100kB, 3.5MB or 3MiB", rich_help_panel=_MIXED)
+    str | None,
+    typer.Option(help="Size that model.safetensors may have: 3500000B, 100kB, 3.5MB or 3MiB", rich_help_panel=_MIXED),
 ]
 CompressionOption = Annotated[
     str | None,
-    typer.Option(help="Float bytes of the parameters over those of model.safetensors, as in 6", rich_help_panel=_MIXED),
+    typer.Option(
+        help="How many times smaller than the float parameters model.safetensors must be, as in 6",
+        rich_help_panel=_MIXED,
+    ),
 ]
 MaxBopsOption = Annotated[
     str | None,
@@ -133,9 +137,9 @@ InputSizeOption = Annotated[
     str | None, typer.Option(help="224, 224x320 (height x width) or 1x28x28", rich_help_panel=_IMAGES)
 ]
 MeanOption = Annotated[
-    str | None, typer.Option(help="One number or one a channel, for values in 0..1", rich_help_panel=_IMAGES)
+    str | None, typer.Option(help="One number, or one per channel, for pixel values in 0..1", rich_help_panel=_IMAGES)
 ]
-StdOption = Annotated[str | None, typer.Option(help="Likewise, above 0", rich_help_panel=_IMAGES)]
+StdOption = Annotated[str | None, typer.Option(help="One number, or one per channel, above 0", rich_help_panel=_IMAGES)]
 InterpolationOption = Annotated[
     str | None, typer.Option(help="nearest, bilinear, bicubic or lanczos", rich_help_panel=_IMAGES)
 ]
@@ -146,23 +150,27 @@ CropOption = Annotated[
 StepsOption = Annotated[
     str | None,
     typer.Option(
-        help="Of the optimisation, instead of the recipe's; schedules stretch. 300,500 for a recipe of two such stages",
+        help="Steps of the optimisation, instead of the recipe's; 300,500 for a recipe with two such stages",
         metavar="N[,N]",
         rich_help_panel=_BUDGET,
     ),
 ]
 MinutesOption = Annotated[
     float | None,
-    typer.Option(help="For all of it, instead of --steps; the result says how many steps", rich_help_panel=_BUDGET),
+    typer.Option(
+        help="Minutes for the whole optimisation, instead of --steps; the result says how many steps that made",
+        rich_help_panel=_BUDGET,
+    ),
 ]
 PrecisionOption = Annotated[
     str,
     typer.Option(
-        help="Of the optimisation: float32, bfloat16, or auto, whichever is faster here", rich_help_panel=_BUDGET
+        help="Number format of the optimisation: float32, bfloat16, or auto, whichever is faster here",
+        rich_help_panel=_BUDGET,
     ),
 ]
 SkipOption = Annotated[bool, typer.Option("--skip-unreadable", help="Leave out images that cannot be decoded")]
-SeedOption = Annotated[int, typer.Option(help="Of everything random")]
+SeedOption = Annotated[int, typer.Option(help="Seed of all random choices")]
 NoImagesOption = Annotated[
     bool, typer.Option("--no-images", help="Leave out of the report the few images whose answers differ")
 ]
@@ -504,7 +512,7 @@ def inspect(
 def sensitivity(
     model: ModelArgument,
     images: ImagesArgument,
-    bits: Annotated[int, typer.Option(help="Of weights, at which layers are ranked: 2 to 8")] = 4,
+    bits: Annotated[int, typer.Option(help="Bits of weights at which layers are ranked: 2 to 8")] = 4,
     matrix: Annotated[
         str | None,
         typer.Option(
@@ -518,10 +526,10 @@ def sensitivity(
         int | None, typer.Option(help="How many of the images to use  [default: 64 at most]", show_default=False)
     ] = None,
     eigenvalues: Annotated[
-        int, typer.Option(help="Of each layer, each block and the network; 0 saves most of the time")
+        int, typer.Option(help="Eigenvalues per layer, per block and of the network; 0 saves most of the time")
     ] = 1,
-    steps: Annotated[int, typer.Option(help="Passes over the images for those, at most")] = 20,
-    spectrum_samples: Annotated[int, typer.Option(help="How many of the images to use for those, at most")] = 32,
+    steps: Annotated[int, typer.Option(help="Passes over the images for eigenvalues and densities, at most")] = 20,
+    spectrum_samples: Annotated[int, typer.Option(help="Images to use for eigenvalues and densities, at most")] = 32,
     probes: Annotated[int, typer.Option(help="Random vectors for traces in each batch, at most")] = 32,
     tolerance: Annotated[float, typer.Option(help="Relative standard error of traces that is good enough")] = 0.05,
     channels: Annotated[
@@ -541,7 +549,9 @@ def sensitivity(
     interpolation: InterpolationOption = None,
     crop_pct: CropOption = None,
     skip_unreadable: SkipOption = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace the files of an earlier call in --out")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the files that an earlier call left in --out")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """The curvature of a network's weights without labels: traces, eigenvalues, spectrum; which layers need bits.
@@ -587,10 +597,15 @@ def plan(
     max_latency: MaxLatencyOption = None,
     max_activation_size: Annotated[
         str | None,
-        typer.Option(help="Of the activations in memory together, for one image, as in 64kB", rich_help_panel=_MIXED),
+        typer.Option(
+            help="Memory that the activations of one image may take together, as in 64kB", rich_help_panel=_MIXED
+        ),
     ] = None,
     max_total_size: Annotated[
-        str | None, typer.Option(help="Of model.safetensors and activations together", rich_help_panel=_MIXED)
+        str | None,
+        typer.Option(
+            help="Size of model.safetensors and of the activations together, as in 3MB", rich_help_panel=_MIXED
+        ),
     ] = None,
     point: Annotated[
         int | None,
@@ -600,7 +615,7 @@ def plan(
         str, typer.Option(help="Bits of weights to choose among", rich_help_panel=_BITS)
     ] = "2,3,4,5,6,8",
     activations: Annotated[
-        str, typer.Option(help="Likewise of activations, as in 4,8,16; or float", rich_help_panel=_BITS)
+        str, typer.Option(help="Bits of activations to choose among, as in 4,8,16; or float", rich_help_panel=_BITS)
     ] = "8",
     rule: RuleOption = None,
     recipe: RecipeOption = None,
@@ -612,7 +627,7 @@ def plan(
             show_default=False,
         ),
     ] = None,
-    points: Annotated[int, typer.Option(help="Of the curve")] = 33,
+    points: Annotated[int, typer.Option(help="Points of the curve")] = 33,
     samples: Annotated[
         int | None, typer.Option(help="Images to measure losses on  [default: 16 to 256]", show_default=False)
     ] = None,
@@ -632,7 +647,9 @@ def plan(
     interpolation: InterpolationOption = None,
     crop_pct: CropOption = None,
     skip_unreadable: SkipOption = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace the files of an earlier call in --out")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the files that an earlier call left in --out")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Bits for every layer within limits, and the curve of what other limits would give.
@@ -691,7 +708,7 @@ def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder")],
     to: Annotated[str, typer.Option(help="onnx, openvino or pt2")] = "onnx",
     images: Annotated[
-        str | None, typer.Option(help="Images for the check; those of the run if they are still there")
+        str | None, typer.Option(help="Images for the check  [default: those of the run, if they are still there]")
     ] = None,
     samples: Annotated[int, typer.Option(help="Images to check on")] = 128,
     out: Annotated[
@@ -768,10 +785,10 @@ def compare(
     skip_unreadable: SkipOption = False,
     steps: Annotated[
         int | None,
-        typer.Option(help="Of the optimisation of each recipe that has one", rich_help_panel=_BUDGET),
+        typer.Option(help="Steps of the optimisation, in each recipe that has one", rich_help_panel=_BUDGET),
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(help="For each recipe, instead of --steps", rich_help_panel=_BUDGET)
+        float | None, typer.Option(help="Minutes for each recipe, instead of --steps", rich_help_panel=_BUDGET)
     ] = None,
     precision: PrecisionOption = "auto",
     resume: Annotated[
@@ -858,11 +875,17 @@ def report(
 @app.command()
 def bench(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder with a model.onnx in it")],
-    batch: Annotated[str, typer.Option(help="Images in one call; several are measured one by one")] = "1,32",
+    batch: Annotated[
+        str, typer.Option(help="Images in one call of the file; several sizes are measured one by one")
+    ] = "1,32",
     threads: Annotated[
-        str | None, typer.Option(help="Of the runtime, likewise  [default: 1 and all there are]", show_default=False)
+        str | None,
+        typer.Option(
+            help="Threads of the runtime; several are measured one by one  [default: 1 and all there are]",
+            show_default=False,
+        ),
     ] = None,
-    seconds: Annotated[float, typer.Option(help="For all timings together, warming up left out")] = 20.0,
+    seconds: Annotated[float, typer.Option(help="Seconds for all timings together, without warming up")] = 20.0,
     runtime: Annotated[
         list[str] | None,
         typer.Option(help="onnxruntime or openvino; may be repeated  [default: what is installed]", show_default=False),
@@ -897,14 +920,18 @@ def parity(
     images: Annotated[
         str | None,
         typer.Argument(
-            metavar="IMAGES", help="As for quantize; those of the run if they are still there", show_default=False
+            metavar="IMAGES",
+            help="Images, as for quantize  [default: those of the run, if they are still there]",
+            show_default=False,
         ),
     ] = None,
     runtime: Annotated[
         list[str] | None,
         typer.Option(help="onnxruntime or openvino; may be repeated  [default: what is installed]", show_default=False),
     ] = None,
-    batch: Annotated[str, typer.Option(help="Images in one call of the file, each measured for itself")] = "1,8",
+    batch: Annotated[
+        str, typer.Option(help="Images in one call of the file; several sizes are measured one by one")
+    ] = "1,8",
     samples: Annotated[int, typer.Option(help="Images to compare on, evenly spread, at most")] = 32,
     float_model: Annotated[
         str | None,
@@ -974,13 +1001,15 @@ def recipes(
 @app.command()
 def study(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="Which; without it they are listed", show_default=False)
+        str | None,
+        typer.Argument(metavar="NAME", help="The study to run; without it the studies are listed", show_default=False),
     ] = None,
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help="As for quantize  [default: the two embedded networks]")
+        str | None,
+        typer.Argument(metavar="MODEL", help="A network, as for quantize  [default: the two embedded networks]"),
     ] = None,
     images: Annotated[
-        str | None, typer.Argument(metavar="IMAGES", help="To calibrate on, as for quantize", show_default=False)
+        str | None, typer.Argument(metavar="IMAGES", help="Images to calibrate on, as for quantize", show_default=False)
     ] = None,
     weights: Annotated[
         str | None, typer.Option(help="Bits of weights: 2 to 8, or several, as in 3,4", rich_help_panel=_BITS)
@@ -991,13 +1020,16 @@ def study(
     steps: Annotated[
         int | None,
         typer.Option(
-            help="Of each optimisation; the most, in iterations; half a side, in landscape", rich_help_panel=_BUDGET
+            help="Steps of each optimisation; in iterations the most, in landscape half a side", rich_help_panel=_BUDGET
         ),
     ] = None,
-    seeds: Annotated[str | None, typer.Option(help="As in 0,1,2: spreads are over these")] = None,
+    seeds: Annotated[
+        str | None, typer.Option(help="Seeds to repeat everything with, as in 0,1,2; spreads are over these")
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Images to calibrate on; the most, in calibration-size")] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="In mixed-precision: what quantizes  [default: eptq]", show_default=False)
+        str | None,
+        typer.Option(help="In mixed-precision: the recipe that quantizes  [default: eptq]", show_default=False),
     ] = None,
     evaluate: Annotated[
         str | None, typer.Option(help="Images to measure on; every fourth of IMAGES if not given")

@@ -32,14 +32,14 @@ def family(operator: str) -> str:
 class Weights:
     """The weights that a target runs in one family of operators.
 
-    Example: ``Weights((4, 8), ("tensor", "channel"), integer=(8,))`` has weights of 4 and 8 bits with one scale a
+    Example: ``Weights((4, 8), ("tensor", "channel"), integer=(8,))`` has weights of 4 and 8 bits with one scale per
     tensor or output channel, and computes with integers where they have 8 bits.
     """
 
     bits: tuple[int, ...] = ALL_BITS
     granularities: tuple[str, ...] = ALL_GRANULARITIES
     integer: tuple[int, ...] = ()
-    """Bits with which the kernel multiplies integers, for inputs of ``Target.integer_inputs`` bits and one scale a
+    """Bits with which the kernel multiplies integers, for inputs of ``Target.integer_inputs`` bits and one scale per
     tensor or channel. Elsewhere the runtime dequantizes the weight and computes in float, with the same result."""
 
 
@@ -176,7 +176,7 @@ def nearest_bits(bits: int, possible: Iterable[int]) -> int:
 def tables() -> str:
     """All targets as two tables in Markdown: weights by operator, and the rest. The documentation shows them."""
     weights = [
-        "| `--runtime` | operator | bits of weights | computed in integers | one scale a |",
+        "| `--runtime` | operator | bits of weights | computed in integers | one scale per |",
         "|---|---|---|---|---|",
     ]
     for each in TARGETS.values():
