@@ -26,6 +26,9 @@ from bitwright.sources import Arrays, Files, Source, Store, Tensors, one_line
 
 __all__ = ["Images", "PreprocessFunction", "Preprocessing", "load_images", "parse_input_size"]
 
+SHAPES = (4, 5)
+"""Axes of a batch of preprocessed tensors: images (N, C, H, W), or videos (N, C, T, H, W)."""
+
 # fmt: off
 EXTENSIONS = frozenset({
     ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
@@ -221,9 +224,9 @@ def load_images(
         source: a folder (recursive, sorted by path), one image file, ``zoo:NAME``, or an ``.npz`` file with
             ``images`` (uint8 (N, H, W, 1 or 3), or float (N, C, H, W) taken as preprocessed) and perhaps
             ``labels``; each with an optional slice as in ``photos[0::2]``. Or such an array, a float tensor
-            (N, C, H, W), or any iterable of tensors or (tensor, label) pairs such as a ``DataLoader``, which
-            is read once, or one such pair. A label is a class index for each image, or whole numbers (B, H, W), the
-            class of each pixel. `Images` are returned as they are.
+            (N, C, H, W), videos (N, C, T, H, W), or any iterable of tensors or (tensor, label) pairs such as a
+            ``DataLoader``, which is read once, or one such pair. A label is a class index for each image, or whole
+            numbers (B, H, W), the class of each pixel. `Images` are returned as they are.
         preprocessing: applied to everything that is not a float tensor already.
         labels: a CSV ``file,class_index`` (header or not; matched by relative path, then by file name), or
             one class index for each image. Without it a folder in which every image lies directly in one of
@@ -385,7 +388,7 @@ def _from_array(array: npt.NDArray[Any], where: str) -> Source:
     shape = tuple(array.shape)
     if array.dtype == np.uint8 and array.ndim == 4 and shape[3] in (1, 3):
         source: Source = Arrays(array)
-    elif np.issubdtype(array.dtype, np.floating) and array.ndim == 4:
+    elif np.issubdtype(array.dtype, np.floating) and array.ndim in SHAPES:
         source = _from_tensor(torch.from_numpy(np.asarray(array, dtype=np.float32)), where)
     else:
         raise DataError(
@@ -398,11 +401,14 @@ def _from_array(array: npt.NDArray[Any], where: str) -> Source:
 
 def _from_tensor(tensor: Tensor, where: str) -> Source:
     shape = tuple(tensor.shape)
-    if not tensor.is_floating_point() or tensor.ndim != 4:
-        raise DataError(f"expected preprocessed float images (N, C, H, W) in {where}, got {tensor.dtype} {shape}")
+    if not tensor.is_floating_point() or tensor.ndim not in SHAPES:
+        raise DataError(
+            f"expected preprocessed float images (N, C, H, W), or videos (N, C, T, H, W), in {where}, got "
+            f"{tensor.dtype} {shape}"
+        )
     if 0 in shape:
         raise DataError(f"expected images in {where}, got the empty shape {shape}")
-    if shape[3] in (1, 3) and shape[1] not in (1, 3):
+    if tensor.ndim == 4 and shape[3] in (1, 3) and shape[1] not in (1, 3):
         raise DataError(
             f"expected float images (N, C, H, W) in {where}, got {shape}, which looks like (N, H, W, C): "
             "permute it, channels come second"
@@ -469,7 +475,7 @@ def _one_batch(tensor: Any, where: str, before: list[Tensor]) -> Tensor:
         )
     batch = tensor.detach().cpu()
     batch = batch.unsqueeze(0) if batch.ndim == 3 else batch
-    if batch.ndim != 4 or not batch.is_floating_point():
+    if batch.ndim not in SHAPES or not batch.is_floating_point():
         raise DataError(f"expected float tensors (B, C, H, W) from {where}, got {tensor.dtype} {tuple(tensor.shape)}")
     if before and batch.shape[1:] != before[0].shape[1:]:
         raise DataError(

@@ -48,7 +48,7 @@ class QuantizedModel(nn.Module):
         *,
         outputs: tuple[str, ...],
         structure: pytree.TreeSpec,
-        input_shape: tuple[int, int, int],
+        input_shape: tuple[int, ...],
         teacher: Captured | None = None,
     ) -> None:
         super().__init__()
@@ -180,6 +180,6 @@ def insert_quantizers(teacher: Captured, scheme: Scheme) -> QuantizedModel:
         scheme,
         outputs=teacher.outputs,
         structure=teacher.structure,
-        input_shape=tuple(teacher.example.shape[1:]),  # type: ignore[arg-type]
+        input_shape=tuple(teacher.example.shape[1:]),
         teacher=teacher,
     )

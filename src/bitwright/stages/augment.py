@@ -45,9 +45,12 @@ class Views:
             return image
         draw = torch.rand(4, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + index)).tolist()
         side = (self.smallest + (1 - self.smallest) * draw[0]) ** 0.5
-        height, width = (max(1, round(side * d)) for d in image.shape[1:])
-        top = round(draw[1] * (image.shape[1] - height))
-        left = round(draw[2] * (image.shape[2] - width))
-        part = image[None, :, top : top + height, left : left + width]
-        view = F.interpolate(part, size=image.shape[1:], mode="bilinear", align_corners=False, antialias=True)[0]
+        frames = image[None] if image.dim() == 3 else image.movedim(1, 0)  # of a video all alike
+        size = frames.shape[2:]
+        height, width = (max(1, round(side * d)) for d in size)
+        top = round(draw[1] * (size[0] - height))
+        left = round(draw[2] * (size[1] - width))
+        part = frames[:, :, top : top + height, left : left + width]
+        view = F.interpolate(part, size=size, mode="bilinear", align_corners=False, antialias=True)
+        view = view[0] if image.dim() == 3 else view.movedim(0, 1)
         return view.flip(-1) if draw[3] < 0.5 else view

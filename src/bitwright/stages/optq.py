@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +22,7 @@ from bitwright.quantized import QuantizedModel
 from bitwright.stages.base import Run, Stage
 from bitwright.stages.calibrate import correct_biases, mean_inputs, widen_for_biases
 
-COMPENSATED = frozenset({"linear", "conv1d", "conv2d"})
+COMPENSATED = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
 
 
 class Optq(Stage):
@@ -155,54 +157,55 @@ def _inputs(node: fx.Node, value: Tensor, weight: Tensor, positions: int, genera
 
 
 def _patches(node: fx.Node, value: Tensor, weight: Tensor, positions: int, generator: torch.Generator) -> Tensor:
-    stride, padding, dilation = (_pair(node, i, d) for i, d in ((3, 1), (4, 0), (5, 1)))
-    if ops.base_name(node) == "conv1d":
-        value, weight = value.unsqueeze(2), weight.unsqueeze(2)
-        stride, padding, dilation = [1, stride[-1]], _flat(padding), [1, dilation[-1]]
     kernel = weight.shape[2:]
-    left, right, top, bottom = _padding(node, padding, kernel, dilation)
-    space = (value.shape[2] + top + bottom, value.shape[3] + left + right)
-    sizes = [(space[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in (0, 1)]
-    count = min(positions, sizes[0] * sizes[1])
-    chosen = torch.randperm(sizes[0] * sizes[1], generator=generator)[:count]
-    rows, columns = chosen // sizes[1] * stride[0] - top, chosen % sizes[1] * stride[1] - left
-    parts = [
-        _pixels(value, rows + i * dilation[0], columns + j * dilation[1])
-        for i in range(kernel[0])
-        for j in range(kernel[1])
+    stride, dilation = (_each(node, i, len(kernel)) for i in (3, 5))
+    pads = _padding(node, kernel, dilation)
+    sizes = [
+        (size + before + after - d * (k - 1) - 1) // s + 1
+        for size, (before, after), k, s, d in zip(value.shape[2:], pads, kernel, stride, dilation, strict=True)
     ]
+    count = min(positions, math.prod(sizes))
+    chosen = torch.randperm(math.prod(sizes), generator=generator)[:count]
+    starts: list[Tensor] = []
+    for size, (before, _), s in reversed(list(zip(sizes, pads, stride, strict=True))):
+        starts.insert(0, chosen % size * s - before)
+        chosen = chosen // size
+    offsets = itertools.product(*(range(0, k * d, d) for k, d in zip(kernel, dilation, strict=True)))
+    parts = [_pixels(value, [s + o for s, o in zip(starts, offset, strict=True)]) for offset in offsets]
     taken = torch.stack(parts, dim=3)  # [B, P, C, kh kw]
     groups = rewrite.groups(node)
     taken = taken.reshape(taken.shape[0] * count, groups, -1)
     return taken.transpose(0, 1).float()
 
 
-def _pixels(value: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """The channels of pixels, [B, P, C]; zeros outside the image, so that it need not be copied to be padded."""
-    height, width = value.shape[2:]
-    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
-    places = (rows.clamp(0, height - 1) * width + columns.clamp(0, width - 1)).to(value.device)
-    taken = value.permute(0, 2, 3, 1).flatten(1, 2).index_select(1, places)
+def _pixels(value: Tensor, at: list[Tensor]) -> Tensor:
+    """The channels of pixels, [B, P, C]; zeros outside the image, so that it need not be copied to be padded.
+
+    Args:
+        value: [B, C, ...].
+        at: for each axis from the third on, the pixels' places, [P].
+    """
+    inside, places = torch.ones(len(at[0]), dtype=torch.bool), torch.zeros(len(at[0]), dtype=torch.int64)
+    for size, each in zip(value.shape[2:], at, strict=True):
+        inside &= (each >= 0) & (each < size)
+        places = places * size + each.clamp(0, size - 1)
+    taken = value.movedim(1, -1).flatten(1, -2).index_select(1, places.to(value.device))
     return taken if bool(inside.all()) else taken * inside.to(value).unsqueeze(1)
 
 
-def _pair(node: fx.Node, index: int, default: int) -> Any:
+def _each(node: fx.Node, index: int, axes: int, default: int = 1) -> list[int]:
+    """An argument of a convolution for each of its axes."""
     value: Any = node.args[index] if len(node.args) > index else default
-    if isinstance(value, str):
-        return value
-    value = list(value) if isinstance(value, list | tuple) else [value]
-    return value * 2 if len(value) == 1 else value
+    each: list[int] = list(value) if isinstance(value, list | tuple) else [value]
+    return each * axes if len(each) == 1 else each
 
 
-def _flat(padding: Any) -> Any:
-    return padding if isinstance(padding, str) else [0, padding[-1]]
-
-
-def _padding(node: fx.Node, padding: Any, kernel: Any, dilation: list[int]) -> list[int]:
-    """For ``F.pad``: left, right, top, bottom."""
+def _padding(node: fx.Node, kernel: Sequence[int], dilation: Sequence[int]) -> list[tuple[int, int]]:
+    """Zeros before and behind each axis."""
+    padding = node.args[4] if len(node.args) > 4 else 0
     if padding == "valid":
-        return [0, 0, 0, 0]
+        return [(0, 0)] * len(kernel)
     if padding == "same":
-        totals = [dilation[i] * (kernel[i] - 1) for i in (0, 1)]
-        return [totals[1] // 2, totals[1] - totals[1] // 2, totals[0] // 2, totals[0] - totals[0] // 2]
-    return [padding[1], padding[1], padding[0], padding[0]]
+        totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        return [(total // 2, total - total // 2) for total in totals]
+    return [(each, each) for each in _each(node, 4, len(kernel), 0)]
