@@ -27,6 +27,7 @@ class Odd(nn.Module):
         self.old = nn.utils.spectral_norm(nn.Linear(6, 5))
         self.register_buffer("size", torch.tensor([5, 4]))
         self.register_buffer("picked", torch.tensor([True, False, True, True, False, False]))
+        self.first, self.second = nn.BatchNorm1d(6), nn.BatchNorm1d(6)
         self.scale = torch.tensor(0.5)
 
     def body(self, x: Tensor) -> Tensor:
@@ -54,6 +55,13 @@ def caught(net: Odd, x: Tensor) -> Tensor:
         return net.head(net.body(x))
 
 
+def filled(net: Odd, x: Tensor) -> Tensor:
+    y = net.body(x)
+    swapped = torch.empty_like(y)
+    swapped[:, :3], swapped[:, 3:] = y[:, 3:], y[:, :3] * 2
+    return net.head(swapped)
+
+
 def assigned(net: Odd, x: Tensor) -> Tensor:
     y = net.head(net.body(x)).clone()
     y[:, torch.tensor([0, 2])] = 0.0
@@ -72,6 +80,9 @@ def places(x: Tensor) -> Tensor:
 LEGAL: dict[str, Construct] = {
     "rows by len": lambda net, x: net.body(x).reshape(len(x), -1) + net.head.bias.sum().expand(len(x), 6),
     "rows beside": lambda net, x: torch.cat([net.body(x), torch.ones(len(x), 1)], 1),
+    "empty and filled": filled,
+    "two norms of a vector": lambda net, x: net.head(net.first(net.body(x)) + net.second(net.body(x))),
+    "a divisor of its own": lambda net, x: F.avg_pool2d(net.conv(x).relu(), 2, divisor_override=3),
     "numbers of a buffer": lambda net, x: net.conv(F.interpolate(x, net.size.tolist())),
     "a plain tensor": lambda net, x: net.body(x) * net.scale,
     "a mask that picks": lambda net, x: net.body(x)[:, net.picked],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import re
 import warnings
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +23,7 @@ from bitwright.export.clips import READS_INTEGER_BIAS, Span
 from bitwright.export.edit import drop_unused, initializer, insert_node, shared
 from bitwright.export.forms import rewrite_forms
 from bitwright.graph import ops, rewrite
+from bitwright.graph.explain import recorded_line
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Grid, Quantizer
 from bitwright.quantized import QuantizedModel
 from bitwright.run.files import cannot_write, move, scratch
@@ -215,20 +217,36 @@ def _translate(marked: fx.GraphModule, model: QuantizedModel, version: int) -> i
                 input_names=["images"],
             )
     except Exception as error:
-        raise UsageError(f"This network cannot be written as ONNX: {_reason(error)}.") from error
+        raise UsageError(f"This network cannot be written as ONNX: {_reason(error, marked)}.") from error
     assert program is not None
     program.model.ir_version = IR_VERSIONS[version]
     return program.model
 
 
-def _reason(error: BaseException) -> str:
+def _reason(error: BaseException, graph: fx.GraphModule) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    unknown = re.search(r"OpOverload\(op='(?:\w+\.)?_?(\w+)", text)
+    if unknown is not None:
+        return f"PyTorch has no ONNX form for {_operator(unknown[1], graph)}. Write it in other operators"
+    if "SymbolicTensor" in text:
+        return (
+            "a setting of an operator, such as the groups of a convolution, depends on the number of images or on "
+            "their values. Write it as a product of matrices"
+        )
+    return text
+
+
+def _operator(name: str, graph: fx.GraphModule) -> str:
+    """The operator as the user wrote it, with the line."""
+    short = name.removesuffix("_forward")
+    found = [n for n in graph.graph.nodes if n.op == "call_function" and short in ops.base_name(n)]
+    return f"'{ops.base_name(found[0])}'{recorded_line(found[0])}" if found else f"'{name}'"
 
 
 def _rename_outputs(program: ir.Model, model: QuantizedModel) -> None:
-    taken = {v.name for node in program.graph for v in node.outputs}
+    taken = {v.name for node in program.graph for v in node.outputs} | {v.name for v in program.graph.inputs}
     for value, name in zip(program.graph.outputs, model.outputs, strict=True):
         value.name = name if name not in taken else f"{name}_out"
 

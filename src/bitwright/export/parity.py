@@ -23,12 +23,14 @@ from bitwright.export.layers import LayerParity, activation_quantizers, compare_
 from bitwright.export.onnx import to_onnx, write_onnx
 from bitwright.export.recurrent import store_weights
 from bitwright.export.runtimes import Opener, Session, openvino_reads, session
+from bitwright.graph import ops
 from bitwright.graph.axes import read_outputs
 from bitwright.quantized import QuantizedModel
 from bitwright.speed.runtimes import OPENVINO
 
 IMAGES = 32
 LAYER_IMAGES = 4
+CHOICES = frozenset({"topk", "sort", "argsort", "argmax", "argmin"})
 FEW = 0.9
 """Share of same answers below which a file that passed is warned of."""
 
@@ -127,11 +129,29 @@ def export_checked(
     if not parity.passed and not force:
         worst = parity.worst_layer
         detail = f" (worst: {worst.name}, {worst.differing_fraction:.2%} of its values)" if worst else ""
+        choice = _choice_before(model, parity.first_divergence)
         raise ParityError(
             "The ONNX file does not compute what was measured: "
-            f"{parity.first_divergence} is the first to differ{detail}. It was not written; --force keeps it."
+            f"{parity.first_divergence} is the first to differ{detail}.{choice} It was not written; --force keeps it."
         )
     return parity
+
+
+def _choice_before(model: QuantizedModel, name: str | None) -> str:
+    """A sentence about an operator ahead of a layer that takes some of equal values."""
+    waiting = [n for n in model.graph.graph.nodes if name in {n.name, n.meta.get("layer")}]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop(0)
+        if ops.base_name(node) in CHOICES:
+            return (
+                f" Ahead of it '{node.meta.get('layer', node.name)}' chooses among values that rounding makes equal, "
+                "and every runtime takes others of those."
+            )
+        fresh = [n for n in node.all_input_nodes if n not in seen]
+        seen.update(fresh)
+        waiting += fresh
+    return ""
 
 
 def _written(model: QuantizedModel, images: Tensor) -> tuple[ir.Model, Parity]:

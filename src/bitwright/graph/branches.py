@@ -94,6 +94,7 @@ def _is_sum(node: fx.Node) -> bool:
         and len(node.args) == 2
         and all(isinstance(a, fx.Node) and ops.is_float_tensor(a) and a.op != "get_attr" for a in node.args)
         and all(ops.shape(a) == ops.shape(node) for a in node.args if isinstance(a, fx.Node))
+        and len(ops.shape(node)) - 2 in CONVOLUTIONS
     )
 
 

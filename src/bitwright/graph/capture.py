@@ -259,6 +259,7 @@ def _to_graph(program: torch.export.ExportedProgram) -> tuple[fx.GraphModule, se
     """
     root, graph = flat_graph(program)
     coarse = rewrite.in_float32(root, graph)
+    rewrite.fill_empties(graph)
     rewrite.spell_shapes(graph)
     rewrite.restore_batch_norms(graph)
     rewrite.remove_dropout(graph)

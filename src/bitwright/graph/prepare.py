@@ -10,6 +10,7 @@ from torch import fx
 
 from bitwright.graph import branches, fold, rewrite
 from bitwright.graph.capture import TOLERANCE, Captured, assert_outputs_equal, relative_difference
+from bitwright.graph.choices import note_choices
 from bitwright.graph.divisors import note_divisors
 from bitwright.graph.marks import note_marks
 
@@ -34,6 +35,7 @@ def prepare(captured: Captured) -> Captured:
     rewrite.channels_last(graph)
     note_marks(graph)
     note_divisors(graph)
+    note_choices(graph)
     _check(captured, graph)
     return replace(captured, graph=graph, unfolded=unfolded)
 

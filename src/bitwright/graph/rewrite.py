@@ -67,6 +67,19 @@ def functionalize(graph: fx.Graph) -> None:
             node.target = overload
 
 
+def fill_empties(graph: fx.Graph) -> None:
+    """Memory that the model takes before it writes into it holds zeros, not what happens to lie there."""
+    for node in graph.nodes:
+        name = ops.base_name(node)
+        kept = {k: v for k, v in node.kwargs.items() if k in {"dtype", "layout", "device", "pin_memory"}}
+        if name in {"empty", "empty_strided", "empty_permuted"}:
+            node.target, node.args, node.kwargs = aten.zeros.default, node.args[:1], kept
+        elif name == "empty_like":
+            node.target, node.kwargs = aten.zeros_like.default, dict(node.kwargs)
+        elif name in {"new_empty", "new_empty_strided"}:
+            node.target, node.args, node.kwargs = aten.new_zeros.default, node.args[:2], kept
+
+
 def spell_shapes(graph: fx.Graph) -> None:
     """``reshape_as(x, y)`` becomes a reshape to the shape of ``y``, so that ``y`` is not kept for its shape alone."""
     for node in list(graph.nodes):
@@ -299,6 +312,8 @@ def rewrite(graph_module: fx.GraphModule) -> None:
             graph.erase_node(node)
         elif name == "baddbmm":
             _decompose_product(graph_module, node)
+        elif name in {"avg_pool2d", "avg_pool3d"} and len(node.args) > 6 and node.args[6] is not None:
+            _spell_divisor(node)
         elif name == "copy":
             _copy_to_expand(graph_module, node)
         elif name == "index_put":
@@ -404,6 +419,20 @@ def _decompose_product(module: fx.GraphModule, node: fx.Node) -> None:
         total = insert(module.graph, node, layer, aten.add.Tensor, product, added)
     node.replace_all_uses_with(total)
     module.graph.erase_node(node)
+
+
+def _spell_divisor(node: fx.Node) -> None:
+    """Average pooling that divides by a number of its own becomes a plain one, times a number: ONNX has no other.
+
+    Not where it rounds its size up, since a window that reaches past the padding counts fewer elements then.
+    """
+    _, kernel, stride, padding, rounds_up, _, divisor = node.args
+    if rounds_up:
+        return
+    size = math.prod(kernel) ** (int(ops.base_name(node)[-2]) if len(kernel) == 1 else 1)  # type: ignore[arg-type]
+    layer = f"{node.meta['layer']}.mean"
+    pooled = insert(node.graph, node, layer, node.target, node.args[0], kernel, stride, padding, False, True)  # type: ignore[arg-type]
+    node.target, node.args = aten.mul.Tensor, (pooled, size / float(divisor))  # type: ignore[arg-type]
 
 
 def _copy_to_expand(module: fx.GraphModule, node: fx.Node) -> None:

@@ -8,13 +8,14 @@ and without the change.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
 
+from bitwright.errors import ModelError
 from bitwright.graph import equalize
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.equalize import ChannelScales
@@ -122,7 +123,8 @@ def balance(
         options = []
         for divisor in (1, 2) if _has_coarse_weights(now.student) else (1,):
             scales = [ChannelScales(s.node, tuple(map(int, s.exponents(divisor)))) for s in suspects]
-            options += [trial.of(equalize.equalized(now.teacher, scales), scales)] if scales else []
+            with suppress(ModelError):  # the outputs changed: numbers that are far too large, or far too small
+                options += [trial.of(equalize.equalized(now.teacher, scales), scales)] if scales else []
         good = [o for o in options if o.betters(now)]
         if not good:
             break

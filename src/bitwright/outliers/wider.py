@@ -7,6 +7,7 @@ output and the function behind it only help as a pair. Labels are not looked at.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -36,13 +37,14 @@ if TYPE_CHECKING:
 WIDE, LEAST = 16, 8
 """Bits that tensors get; of schemes with fewer than the second, which have chosen to lose more, nothing is said."""
 IMAGES, BATCH, PROBES = 8, 4, 2
+EVERYTHING = f"*=a{WIDE}"
 MOST = 8
 """Tensors that are raised."""
 OPERATIONS = 0.25
 """Share of multiply-accumulates that may read or make 16-bit tensors, which ONNX Runtime computes in float."""
 LOUD = 0.03
 """Of the loss (KL in nats, or squared error over the outputs' mean square): from here on a run says what would help."""
-OF_SPREAD = 0.05
+OF_SPREAD = 0.01
 """Of the distance between the float network's answers to two images: a loss that large is loud whatever it is in nats,
 as in a network that is not sure of itself, or whose answers share a large constant part."""
 HELPS = 0.7
@@ -76,22 +78,34 @@ class Found:
         loss: of the network as it is.
         left: of the network with all of the rules.
         cost: share of multiply-accumulates that read or make these tensors.
-        suggestions: the most useful first.
+        suggestions: the most useful first; none where nothing that was tried helps.
+        spread: of the float network's answers, from image to image, in the loss's unit.
     """
 
     loss: float
     left: float
     cost: float
     suggestions: list[Suggestion]
+    spread: float = math.inf
 
     def __str__(self) -> str:
         """The warning, in one line."""
+        share = "" if math.isinf(self.spread) else f", {_percent(self.loss / self.spread)} of what tells images apart"
+        lost = f"The loss from the float network is {self.loss:.2g} on {IMAGES} calibration images{share}"
+        if not self.suggestions:
+            return (
+                f"{lost}, and activations of 16 bits would leave {self.left:.2g}: the weights lose it, or the network "
+                "answers otherwise when anything is rounded. Try recipe='eptq', or keep the worst layers in float "
+                "(bitwright sensitivity ranks them)."
+            )
         flags = " ".join(f"--rule '{s.rule}'" for s in self.suggestions)
+        if self.suggestions[0].rule == EVERYTHING:
+            return f"{lost}, from many activations together. With {flags} it would be {self.left:.2g}."
         names = ", ".join(s.tensor for s in self.suggestions)
         return (
-            f"The loss from the float network is {self.loss:.2g} on {IMAGES} calibration images, most of it from "
-            f"activations that 8 bits do not hold: {names}. With {flags} it would be {self.left:.2g}, and "
-            f"{100 * self.cost:.0f} % of the operations would read or make 16 bits{self._shorter()}."
+            f"{lost}, most of it from activations that 8 bits do not hold: {names}. With {flags} it would be "
+            f"{self.left:.2g}, and {100 * self.cost:.0f} % of the operations would read or make 16 bits"
+            f"{self._shorter()}."
         )
 
     def _shorter(self) -> str:
@@ -146,7 +160,8 @@ def advise(student: QuantizedModel, images: Images, run: Run) -> list[str]:
     if few or WIDE not in scheme.target.activation_bits:
         return []
     some = images.sample(min(IMAGES, len(images)), seed=run.seed).unlabelled()
-    found = find(student, teacher, some, run, loud=LOUD, share=1.0)
+    weights = scheme.weights is None or scheme.weights >= LEAST
+    found = find(student, teacher, some, run, loud=LOUD, share=1.0, say_all=weights)
     if found is None:
         return []
     run.notes["suggestions"] = [asdict(s) for s in found.suggestions]
@@ -154,7 +169,14 @@ def advise(student: QuantizedModel, images: Images, run: Run) -> list[str]:
 
 
 def find(
-    student: QuantizedModel, teacher: Captured, images: Images, run: Run, *, loud: float, share: float
+    student: QuantizedModel,
+    teacher: Captured,
+    images: Images,
+    run: Run,
+    *,
+    loud: float,
+    share: float,
+    say_all: bool = False,
 ) -> Found | None:
     """The few activations that need 16 bits; None where the loss is below ``loud``, or no few tensors mend it.
 
@@ -165,23 +187,25 @@ def find(
         run: seed, device.
         loud: the loss from which on they are looked for, less where the answers hardly differ from image to image.
         share: of the multiply-accumulates, that may read or make these tensors.
+        say_all: whether what no few tensors mend is said as well.
     """
     trial = _Trial(student, teacher, images, run)
     loss = trial.loss(())
-    if not loss >= loud * min(1.0, OF_SPREAD * trial.spread() / LOUD):
+    spread = trial.spread()
+    if not loss >= loud * min(1.0, OF_SPREAD * spread / LOUD):
         return None
     worst = trial.worst(share)
     trial.read_ranges(worst)
     left, chosen = trial.together(worst, loss) if worst else (loss, [])
     if not left <= HELPS * loss:
-        return None
+        return trial.of_all(loss, spread) if say_all else None
     chosen, left, without = trial.pruned(chosen, left, CLOSE * loss)
     quantizers = trial.quantizers
     suggestions = [
         Suggestion(f"{escaped(quantizers[n].name)}=a{WIDE}", quantizers[n].name, without[n] - left, trial.cost([n]))
         for n in chosen
     ]
-    return Found(loss, left, trial.cost(chosen), sorted(suggestions, key=lambda s: -s.predicted_gain))
+    return Found(loss, left, trial.cost(chosen), sorted(suggestions, key=lambda s: -s.predicted_gain), spread)
 
 
 class _Trial:
@@ -225,6 +249,15 @@ class _Trial:
             if len(found) < MOST and effects[name] > 0 and self.cost([*found, name]) <= share:
                 found.append(name)
         return found
+
+    def of_all(self, loss: float, spread: float) -> Found:
+        """What all activations at 16 bits would give."""
+        every = list(self.quantizers)
+        self.read_ranges(every)
+        left = self.loss(every)
+        helps = bool(every) and left <= HELPS * loss
+        rules = [Suggestion(EVERYTHING, "all activations", loss - left, 1.0)] if helps else []
+        return Found(loss, left, 1.0, rules, spread)
 
     def read_ranges(self, names: Sequence[str]) -> None:
         """Grids of 16 bits that span what the tensors hold."""
@@ -283,3 +316,7 @@ class _Trial:
         finally:
             for q, grid, scale, zero in before.values():
                 q.grid, q.scale, q.zero_point = grid, scale, zero
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.01 else f"{100 * share:.1g} %"
