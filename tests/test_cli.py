@@ -634,6 +634,74 @@ def test_export_again(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert Path("elsewhere.onnx").is_file()
 
 
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("run/model.safetensors", "ends in .onnx"),
+        ("models.py", "ends in .onnx"),
+        ("theirs.onnx", "is there already"),
+        ("pipe.onnx", "found something else"),
+        ("full.onnx", "found something else"),
+        ("to_theirs.onnx", "theirs.onnx is there already"),
+    ],
+)
+def test_export_replaces_no_file_of_others(here: Path, capsys: pytest.CaptureFixture[str], out: str, said: str) -> None:
+    Path("theirs.onnx").write_bytes(b"theirs")
+    Path("to_theirs.onnx").symlink_to("theirs.onnx")
+    os.mkfifo("pipe.onnx")
+    Path("full.onnx").mkdir()
+    before = _files(here)
+    assert main(["export", "run", "--out", out]) == 2
+    assert said in capsys.readouterr().err or out == "full.onnx"
+    assert _files(here) == before
+    assert Path("theirs.onnx").read_bytes() == b"theirs"
+    with pytest.raises(bitwright.UsageError):
+        bitwright.load("run").export(out, np.zeros((2, 3, 16, 16), np.float32))
+    assert _files(here) == before
+
+
+def test_export_replaces_its_own_file_and_with_force_any(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("theirs.onnx").write_bytes(b"theirs")
+    assert main(["export", "run", "--out", "theirs.onnx", "--force"]) == 0
+    assert main(["export", "run", "--out", "theirs.onnx"]) == 0
+    assert Path("theirs.onnx").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("content", ['{"a":' * 100_000, '{"model": NaN, "recipe": 1, "layers": [], "size": {}}', "[1]"])
+@pytest.mark.parametrize("verb", [["inspect", "run"], ["report", "run"], ["export", "run"], ["parity", "run"]])
+def test_a_result_that_is_no_json(
+    here: Path, capsys: pytest.CaptureFixture[str], content: str, verb: list[str]
+) -> None:
+    Path("run/result.json").write_text(content)
+    assert main(verb) == 2
+    (line,) = _errors(capsys.readouterr().err)
+    assert "result.json" in line
+    assert "unexpected" not in line
+
+
+@pytest.mark.parametrize("change", [{"unfolded": -1}, {"layers": "abc"}, {"layers": [7]}, {"size": None}])
+def test_a_result_with_other_types(here: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any]) -> None:
+    result = json.loads(Path("run/result.json").read_text())
+    Path("run/result.json").write_text(json.dumps(result | change))
+    assert main(["inspect", "run"]) == 2
+    (line,) = _errors(capsys.readouterr().err)
+    assert "damaged" in line
+
+
+def test_a_pipe_that_is_closed_is_no_fault(here: Path) -> None:
+    command = [sys.executable, "-m", "bitwright.cli", "quantize", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert "Python file" not in process.stderr.read()
+
+
+def test_a_dry_run_looks_at_the_target(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*NET, "photos", "--dry-run", "--out", "photos"]) == 2
+    assert "not empty" in capsys.readouterr().err
+
+
 def test_export_of_a_program(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", "run", "--to", "pt2", "--out", "run/model.onnx"]) == 2
     assert "ends in .pt2" in capsys.readouterr().err

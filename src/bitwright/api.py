@@ -123,6 +123,8 @@ def quantize(
     seed = whole("seed", seed, least=0, below=SEEDS)
     samples = None if samples is None else whole("samples", samples, least=1)
     raise_some = isinstance(activations, str) and activations == "auto"
+    if not isinstance(runtime, str):
+        raise UsageError(f"Expected the name of a runtime as runtime=, found {runtime!r}.")
     if raise_some and (plan is not None or goal is not None or any(v is not None for v in limits.values())):
         raise UsageError("Expected activations='auto', or a plan or a limit that decides their bits, found both.")
     goal = goal or as_goal(weights, activations, measure, plan, **limits)
@@ -330,6 +332,8 @@ def _as_plan(plan: Plan | str | Path | None, scheme: Scheme) -> Plan | None:
     """The plan, read and checked before the long work starts."""
     if plan is None:
         return None
+    if not isinstance(plan, Plan | str | Path):
+        raise UsageError(f"Expected a path of a plan.json, or a plan, as plan=, found {type(plan).__name__}.")
     plan = plan if isinstance(plan, Plan) else Plan.read(plan)
     plan.scheme(scheme)
     return plan

@@ -5,6 +5,7 @@ Nothing here may import torch or pydantic at the top: ``bitwright --help`` answe
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -1149,7 +1150,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         status = 130
-    except SystemExit as left:  # a Python file of the user's
+    except SystemExit as left:  # a pipe that was closed, or a Python file of the user's
+        if isinstance(left.__context__, OSError) and left.__context__.errno == errno.EPIPE:
+            return 1
         print_error(f"A Python file ended the command (sys.exit({left.code!r})). Take that out of it.")
         return UsageError.exit_code
     except Exception as error:

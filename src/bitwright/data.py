@@ -379,6 +379,8 @@ def _from_npz(path: Path) -> tuple[Source, Tensor | None]:
             f"expected arrays of numbers in {path}, cannot read it ({one_line(error)}): "
             "write it with numpy.savez(path, images=..., labels=...)"
         ) from error
+    if images.ndim == 0:
+        return _from_array(images, str(path)), None  # which says what is wrong
     if labels is not None and labels.ndim == 3 and len(labels) == len(images) and labels.dtype.kind in "biu":
         return _from_array(images, str(path)), torch.from_numpy(labels.astype(np.int64))
     return _from_array(images, str(path)), _as_labels(labels, len(images), str(path))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sysconfig
+import tempfile
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,11 +58,14 @@ def of_the_machine(error: OSError | MemoryError) -> BitwrightError:
 
     Example:
         >>> import errno
-        >>> str(of_the_machine(OSError(errno.ENOSPC, "No space left on device", "run/model.onnx")))
-        "Expected to read or write 'run/model.onnx', found: No space left on device."
+        >>> str(of_the_machine(OSError(errno.EACCES, "Permission denied", "run/model.onnx")))
+        "Expected to read or write 'run/model.onnx', found: Permission denied."
     """
     if isinstance(error, MemoryError):
         return BitwrightError("There is not enough memory for this. Take fewer or smaller images.")
+    if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+        where = error.filename or f"the folder for temporary files, {tempfile.gettempdir()}"
+        return BitwrightError(f"There is no room to write {where}. Make room there, or set TMPDIR to another disk.")
     name = str(error.filename or "a file")
     name = name if len(name) <= 100 else f"{name[:97]}..."
     said = " ".join(str(error.strerror or error).split())[:200].rstrip(".")
@@ -81,13 +86,18 @@ def step(what: str) -> Iterator[None]:
     except (BitwrightError, Warning):  # a warning that the user made an error
         raise
     except Exception as error:
-        if debugging() or _is_users(error):
+        if debugging() or _is_users(error) or _is_wrong_call(error):
             raise
         text = " ".join(str(error).split())[:200].rstrip(".")
         raise BitwrightError(
             f"{what} failed with an unexpected {type(error).__name__}: {text}. Please report what you called; "
             "BITWRIGHT_DEBUG=1 shows where."
         ) from None
+
+
+def _is_wrong_call(error: Exception) -> bool:
+    """Whether the arguments do not fit the function, which Python says well."""
+    return isinstance(error, TypeError) and len(list(traceback.walk_tb(error.__traceback__))) == 2
 
 
 def _is_users(error: Exception) -> bool:

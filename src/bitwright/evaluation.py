@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bitwright.errors import DataError, UsageError
+from bitwright.errors import DataError, UsageError, cause
 from bitwright.graph.axes import read_outputs
+from bitwright.graph.explain import cannot_run
 from bitwright.graph.readings import Reading, by_values
 from bitwright.graph.watch import Callback, watch
 from bitwright.metrics import Accuracy, Fidelity, Segmentation, SignalToNoise
@@ -56,6 +57,7 @@ def evaluate(
     images = source if isinstance(source, Images) else load_images(source, model.preprocessing, labels=labels)
     teacher, names = model.teacher, model.outputs
     reference = None if teacher is None else (lambda x: list(teacher.graph(x)))
+    _check_runs(model, images)
     readings = readings or read_outputs_of(model, images, classes)
     return compare(
         model.flat,
@@ -67,6 +69,15 @@ def evaluate(
         progress=progress,
         each=each,
     )
+
+
+def _check_runs(model: QuantizedModel, images: Images) -> None:
+    first = images.batch([0])
+    try:
+        with torch.no_grad():
+            model.flat(first.to(next((t.device for t in model.graph.buffers()), first.device)))
+    except Exception as error:
+        raise cannot_run(error, first) from cause(error)
 
 
 def read_outputs_of(

@@ -17,6 +17,7 @@ from bitwright.graph.insert import Layer, insert
 from bitwright.graph.place import Unquantized
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Grid, Quantizer
 from bitwright.quant.scheme import Scheme
+from bitwright.reading.arguments import a_path
 
 if TYPE_CHECKING:
     from bitwright.data import Images
@@ -147,7 +148,7 @@ class QuantizedModel(nn.Module):
         """Writes a run folder; see :func:`bitwright.run_folder.save`."""
         from bitwright.run_folder import save
 
-        return save(self, Path(folder), force=force)
+        return save(self, a_path("folder", folder), force=force)
 
     @step("The export")
     def export(self, path: str | Path, images: Any = None, *, force: bool = False) -> Parity:
@@ -155,8 +156,9 @@ class QuantizedModel(nn.Module):
         from bitwright.export.parity import export_checked
         from bitwright.run_folder import renew_checksum
 
-        parity = export_checked(self, Path(path), images, force=force)
-        renew_checksum(Path(path))
+        place = a_path("path", path)
+        parity = export_checked(self, place, images, force=force)
+        renew_checksum(place)
         return parity
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tempfile
 import time
@@ -19,9 +18,10 @@ from bitwright.export.packed import ideal_bytes, load_packed, save_packed
 from bitwright.plan import plan_of
 from bitwright.preprocessing import Preprocessing
 from bitwright.quantized import QuantizedModel
+from bitwright.reading.arguments import a_path
 from bitwright.result import SCHEMA
 from bitwright.run import state as run_state
-from bitwright.run.files import cannot_write, is_partial, remove, sweep, temporary, write_json
+from bitwright.run.files import cannot_write, is_partial, read_json, remove, sweep, temporary, write_json
 from bitwright.run.lock import BusyError, held
 from bitwright.run.swap import interrupted, recover, swap
 
@@ -53,24 +53,24 @@ def check_target(folder: Path, *, force: bool = False, resume: bool = False) -> 
         UsageError: it is a file, holds something already (what is no run, even with ``force``), or cannot be written.
     """
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f"Expected a folder at {folder}, found a file. Choose another --out.")
+        raise UsageError(f"Expected a folder at {folder}, found a file. Choose another folder=.")
     names = {p.name for p in folder.iterdir() if not is_partial(p)} if folder.is_dir() else set()
     unfinished = run_state.is_unfinished(folder / STATE)
     if unfinished and not force and not resume:
         raise UsageError(
             f"The folder {folder} is not empty: an unfinished run is in it{run_state.told(folder / STATE)}. Go on with "
-            "--resume, or begin again with --force."
+            "--resume, or begin again with force=True."
         )
     if names - {STATE} and not force and not (resume and unfinished):
         if resume and RESULT in names:
-            raise UsageError(f"The run in {folder} is finished: there is nothing to resume. --force makes it again.")
+            raise UsageError(f"The run in {folder} is finished: nothing is left to resume. force=True makes it again.")
         nothing = ", and no unfinished run is in it" if resume else ""
-        raise UsageError(f"The folder {folder} is not empty{nothing}. Choose another --out, or --force.")
+        raise UsageError(f"The folder {folder} is not empty{nothing}. Choose another folder=, or force=True.")
     foreign = sorted(names - OURS)
     if foreign:
         raise UsageError(
-            f"Expected a run in {folder} for --force to replace, found other files ({foreign[0]}). "
-            "Choose another --out."
+            f"Expected a run in {folder} for force=True to replace, found other files ({foreign[0]}). "
+            "Choose another folder=."
         )
     check_writable(folder)
 
@@ -83,7 +83,7 @@ def check_writable(folder: Path) -> None:
             os.rmdir(tempfile.mkdtemp(prefix=".bitwright", dir=place))
         except OSError as error:
             reason = error.strerror or str(error)
-            raise UsageError(f"The folder {folder} cannot be written ({reason}). Choose another --out.") from error
+            raise UsageError(f"The folder {folder} cannot be written ({reason}). Choose another folder=.") from error
 
 
 @contextmanager
@@ -256,7 +256,7 @@ def read_result(folder: str | Path) -> dict[str, Any]:
         advice = "The run is unfinished: repeat its command with --resume." if unfinished else "Give a run's folder."
         raise UsageError(f"Expected {RESULT} in {path}, found none. {advice}")
     try:
-        result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        result: dict[str, Any] = read_json(file)
     except (ValueError, OSError) as error:
         raise UsageError(f"{file} cannot be read ({error}). It is damaged: quantize again.") from error
     missing = (
@@ -280,7 +280,7 @@ def load(folder: str | Path) -> QuantizedModel:
     Raises:
         UsageError: there is none, or it is damaged.
     """
-    path = Path(folder)
+    path = a_path("folder", folder)
     settle(path.parent if path.is_file() else path)
     file = path / MODEL if path.is_dir() else path
     result = _recorded(file.parent) if file.name == MODEL else {}
@@ -299,7 +299,9 @@ def _recorded(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        result: dict[str, Any] = read_json(path)
     except (ValueError, OSError) as error:
         raise UsageError(f"{path} cannot be read ({error}). It is damaged: quantize again.") from error
-    return result if isinstance(result, dict) else {}
+    if not isinstance(result, dict):
+        raise UsageError(f"{path} holds something else than a result. It is damaged: quantize again.")
+    return result

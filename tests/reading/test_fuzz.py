@@ -81,13 +81,13 @@ def twisted(draw: st.DrawFn, data: Any) -> Any:
     for _ in range(draw(st.integers(1, 3))):
         path = draw(st.sampled_from(list(places(data))))
         if not path:
-            data = draw(STRANGE)
+            data = copy.deepcopy(draw(STRANGE))
             continue
         holder = data
         for key in path[:-1]:
             holder = holder[key]
         if draw(st.booleans()):
-            holder[path[-1]] = draw(STRANGE)
+            holder[path[-1]] = copy.deepcopy(draw(STRANGE))
         else:
             del holder[path[-1]]
     return data

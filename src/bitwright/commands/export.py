@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from bitwright.export.parity import Parity, export_checked
 from bitwright.export.pt2 import write_pt2
 from bitwright.models import Model
 from bitwright.quantized import QuantizedModel
-from bitwright.run.files import cannot_write, move, scratch, write_json
+from bitwright.run.files import cannot_write, check_file, move, read_json, scratch, write_json
 from bitwright.terminal import Terminal, quiet_libraries
 
 FORMATS = {"onnx": run_folder.ONNX, "openvino": run_folder.OPENVINO, "pt2": run_folder.PT2}
@@ -55,8 +54,8 @@ def export(
     path = (out or folder / FORMATS[to]).expanduser()
     if path.is_dir() or not path.parent.is_dir():
         raise UsageError(f"Expected a file in an existing folder as --out, found {path}.")
-    if to != "onnx" and path.suffix != Path(FORMATS[to]).suffix:
-        raise UsageError(f"Expected a name that ends in {Path(FORMATS[to]).suffix} as --out, found {path}.")
+    if out is not None:
+        path = check_file(path, Path(FORMATS[to]).suffix, force=force)
     if to == "openvino":
         check_openvino(model)
     terminal.begin("Opening the images")
@@ -127,7 +126,7 @@ def _record(path: Path, to: str, parity: dict[str, Any], size: int) -> None:
     """Into the run's ``result.json``, so that it tells of the file that lies beside it."""
     if not path.is_file():
         return
-    result = json.loads(path.read_text())
+    result = read_json(path)
     if to == "onnx":
         result["parity"] = parity
     else:

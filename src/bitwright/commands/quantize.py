@@ -410,6 +410,8 @@ def _short(folder: Path) -> str:
 
 def dry_run(job: Job, terminal: Terminal) -> None:
     """Shows what would be quantized to how many bits; calibrates and writes nothing."""
+    if job.out is not None:
+        run_folder.check_target(job.out.expanduser().absolute(), force=job.force, resume=job.resume)
     model = preview(job, terminal)
     name = find_name(job)
     planned = {"plan": model.result["plan"]} if "plan" in model.result else {}

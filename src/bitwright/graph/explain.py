@@ -44,6 +44,7 @@ REMEDIES = (
         "Weights and images are float32 here: take conversions to another type, such as .half(), out of forward",
     ),
     (("require grad", "grad_fn"), "A forward that needs gradients cannot be quantized"),
+    (("channels, but got",), "Give images with as many channels as it takes"),
     (
         ("size", "shape", "channels", "dimension", "mat1"),
         "Give the size it was trained with, for instance --input-size 224",

@@ -26,6 +26,8 @@ class Reach:
 
     largest: Tensor
     usual: Tensor
+    alike: bool = False
+    """Whether there are several images and all are the same."""
 
 
 def without_spoilt(images: Images) -> Images:
@@ -34,6 +36,12 @@ def without_spoilt(images: Images) -> Images:
     One such value would stretch the ranges of every layer, and all other images would fall into a few codes.
     """
     reach = measure(images)
+    if reach.alike:
+        warnings.warn(
+            f"All {len(images)} calibration images are the same. The ranges of that one suit no other: give images "
+            "like those that the network will see.",
+            stacklevel=3,
+        )
     spoilt = find_spoilt(reach)
     if not spoilt:
         return images
@@ -55,13 +63,15 @@ def _said(images: Images, reach: Reach, spoilt: list[int], done: str) -> str:
 def measure(images: Images) -> Reach:
     """Looks at every image once."""
     largest, usual = [], []
+    first, alike = images.batch([0]), len(images) > 1
     for batch in images.batches(BATCH):
+        alike = alike and batch.shape[1:] == first.shape[1:] and bool((batch == first).all())
         rows = batch.flatten(1).abs()
         largest.append(rows.amax(1))
         step = -(-rows.shape[1] // SAMPLE) | 1  # odd, so that it does not run along one column of the image
         some = rows[:, ::step]
         usual.append(some.kthvalue(max(1, int(USUAL * some.shape[1])), dim=1).values)
-    return Reach(torch.cat(largest), torch.cat(usual))
+    return Reach(torch.cat(largest), torch.cat(usual), alike)
 
 
 def find_spoilt(reach: Reach) -> list[int]:

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import operator
+import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, get_args
 
 from bitwright.errors import UsageError
 
 SEEDS = 2**63
-_FLAGS = {"float_model": "float", "recipe": "recipe", "rules": "rule", "preprocessing": "input-size"}
+_FLAGS = {
+    "float_model": "float",
+    "recipe": "recipe",
+    "rules": "rule",
+    "preprocessing": "input-size",
+    "folder": "out",
+    "path": "out",
+}
 _NAMED = re.compile(r"(?<![\w.'\"-])([a-z]+(?:_[a-z]+)*)=(?:'([^']*)'|(?=[,;:)?]|\s|\.(?:\s|$)|$))")
 
 
@@ -26,7 +35,7 @@ def as_flags(text: str) -> str:
         name = _FLAGS.get(match[1], match[1].replace("_", "-"))
         return f"--{name}" if match[2] is None else f"--{name} {match[2]}"
 
-    return _NAMED.sub(spelled, text)
+    return _NAMED.sub(spelled, text.replace("force=True", "--force"))
 
 
 def whole(name: str, value: Any, *, least: int, below: int | None = None) -> int:
@@ -59,6 +68,17 @@ def one_of(name: str, value: Any, known: tuple[str, ...]) -> str:
         choices = ", ".join(f"'{each}'" for each in known)
         raise UsageError(f"Expected one of {choices} as {name}=, found {_said(value)}.")
     return value
+
+
+def a_path(name: str, value: Any) -> Path:
+    """A path, with ``~`` spelled out.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if not isinstance(value, str | os.PathLike) or not str(value).strip() or not isinstance(os.fspath(value), str):
+        raise UsageError(f"Expected a path as {name}=, found {_said(value)}.")
+    return Path(value).expanduser()
 
 
 def a_time(name: str, value: Any) -> float:

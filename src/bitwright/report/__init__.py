@@ -33,7 +33,7 @@ def write(folder: str | Path, path: Path | None = None) -> Path:
     try:
         text = page(run)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else f"something unexpected ({error})"
+        what = f"no {error}" if isinstance(error, KeyError) else "something else than a run writes"
         raise UsageError(f"The result in {place} is damaged: it has {what}. Quantize again.") from error
     return save(text, path or place / run_folder.PAGE)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from bitwright import run_folder
 from bitwright.report import words
 from bitwright.report.markup import Child, Markup, tag
+from bitwright.run.files import read_json
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def read(folder: Path) -> Shown:
 
 def _beside(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

@@ -110,6 +110,23 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: it is no JSON, holds numbers that JSON has not, or is nested without end.
+        OSError: it cannot be read.
+    """
+
+    def refuse(name: str) -> Any:
+        raise ValueError(f"{name} is no number of JSON")
+
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def write_checked(path: Path, data: Any) -> None:
     """Plain data with its checksum, for :func:`read_checked`; see :func:`whole`."""
     text = json.dumps(data)
@@ -151,13 +168,43 @@ def sync(path: Path) -> None:
         os.close(number)
 
 
+def check_file(path: Path, suffix: str, *, force: bool) -> Path:
+    """Where a file may be written that replaces nothing but one of ours; where a link leads.
+
+    Args:
+        path: of the file.
+        suffix: that its name must have.
+        force: replace a file of somebody else's, too.
+
+    Raises:
+        UsageError: the name is another, something else than a file is there, or a file that is not ours.
+    """
+    path = path.expanduser()
+    if path.suffix != suffix:
+        raise UsageError(f"Expected a name that ends in {suffix}, found {path.name!r}. Choose another name.")
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise UsageError(f"Expected a file at {path}, found something else. Choose another name.")
+    if path.is_file() and not force and not _is_ours(path):
+        raise UsageError(f"{path} is there already, and is no file of ours. Choose another name, or force=True.")
+    return path
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file for a runtime names its maker; ours stands at its beginning, or its end."""
+    with path.open("rb") as file:
+        start = file.read(1 << 12)
+        file.seek(max(0, path.stat().st_size - (1 << 16)))
+        return not start or b"bitwright" in start or b"bitwright" in file.read()
+
+
 def cannot_write(path: Path, error: OSError) -> BitwrightError:
     """One line for a failed write, with the name that the file was going to have."""
     path = _meant(path)
     reason = error.strerror or str(error)
     if error.errno in FULL:
         return BitwrightError(f"{path} cannot be written ({reason}). Make room on that disk and repeat the command.")
-    return UsageError(f"{path} cannot be written ({reason}). Choose another --out.")
+    return UsageError(f"{path} cannot be written ({reason}). Choose another folder=.")
 
 
 def _meant(path: Path) -> Path:

@@ -76,7 +76,7 @@ def _acquired(path: Path, folder: Path) -> FileLock | None:
         else:  # nobody holds a file that is not there: its folder takes none, as /proc does
             return None
         raise BusyError(
-            f"Another process is at work in {folder} ({_owner(path)}). Wait until it ends, or choose another --out."
+            f"Another process is at work in {folder} ({_owner(path)}). Wait until it ends, or choose another folder=."
         )
     except OSError as error:
         if error.errno not in UNWRITABLE:

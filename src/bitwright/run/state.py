@@ -64,7 +64,7 @@ def other_settings(state: Path, what: str = "") -> UsageError:
     detail = f" ({what})" if what else ""
     return UsageError(
         f"The unfinished run in this folder had other settings{detail}. Repeat its command{told(state)}, or use "
-        "--force without --resume to begin again."
+        "force=True without --resume to begin again."
     )
 
 
