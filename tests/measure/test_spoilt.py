@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import cases
 import pytest
 import torch
 from torch import Tensor, nn
@@ -68,3 +69,12 @@ def test_two_are_named_by_their_names() -> None:
         assert without_spoilt(load_images(spoilt(1e4, 2, 7), None)).names == [
             str(i) for i in range(32) if i not in {2, 7}
         ]
+
+
+def test_images_that_are_all_the_same_are_said() -> None:
+    with pytest.warns(UserWarning, match="All 8 calibration images are the same"):
+        bw.quantize(cases.model("residual"), cases.images(1).repeat(8, 1, 1, 1), "rtn")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="All .* are the same")
+        bw.quantize(cases.model("residual"), cases.images(8), "rtn")
+        bw.quantize(cases.model("residual"), cases.images(1), "rtn")
