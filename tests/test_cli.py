@@ -412,6 +412,7 @@ def _content_after(command: list[str], folder: str) -> Any:
     return _content(folder)
 
 
+@pytest.mark.slow
 def test_killed_while_optimising_goes_on_to_the_same_bits(here: Path) -> None:
     given = [*NET, "photos", "--weights", "3", "--recipe", "eptq", "--steps", "400", "--precision", "float32"]
     program = (

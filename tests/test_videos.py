@@ -62,8 +62,16 @@ def videos(count: int = 12) -> Tensor:
     return noise + 2 * torch.randn(count, 3, 1, 1, 1, generator=generator)
 
 
-@pytest.mark.parametrize("kind", [Volumes, Frames, Tubes])
-@pytest.mark.parametrize(("recipe", "settings"), [("optq", {}), ("eptq", {"steps": 4})])
+@pytest.mark.parametrize(
+    ("kind", "recipe", "settings"),
+    [
+        (Volumes, "eptq", {"steps": 4}),
+        (Frames, "optq", {}),
+        (Tubes, "optq", {}),
+        pytest.param(Frames, "eptq", {"steps": 4}, marks=pytest.mark.slow),
+        pytest.param(Tubes, "eptq", {"steps": 4}, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:The optimisation did not lower")
 def test_a_network_of_videos(kind: type[nn.Module], recipe: str, settings: dict[str, int], tmp_path: Path) -> None:
     network, images = kind().eval(), videos()

@@ -103,6 +103,7 @@ def test_a_bias_that_two_layers_share(weights):
     assert parity.optimized.mean_abs <= 5e-3 * parity.optimized.range
 
 
+@pytest.mark.slow
 def test_the_runtime_leaves_a_float_bias_as_fine_as_it_is(monkeypatch):
     from bitwright.export import forms
 

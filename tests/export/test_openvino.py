@@ -138,7 +138,11 @@ class Recurrent(nn.Module):
 @needs_openvino
 @pytest.mark.parametrize(
     ("kind", "settings"),
-    [("LSTM", {"batch_first": True, "bidirectional": True}), ("GRU", {}), ("RNN", {"batch_first": True})],
+    [
+        ("LSTM", {"batch_first": True, "bidirectional": True}),
+        pytest.param("GRU", {}, marks=pytest.mark.slow),
+        pytest.param("RNN", {"batch_first": True}, marks=pytest.mark.slow),
+    ],
 )
 def test_recurrent_networks_compute_there_what_was_measured(kind, settings, tmp_path):
     """Of weights that are computed from integers OpenVINO makes something else, or refuses them."""

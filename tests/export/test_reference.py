@@ -376,7 +376,8 @@ def check_zoo(name, count):
         assert row.simulation_reference.differing <= 1e-3 * row.count
 
 
-@pytest.mark.parametrize("name", ["fashion_cnn", pytest.param("fashion_vit", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fashion_cnn", "fashion_vit"])
 def test_the_zoo_in_every_code_of_every_integer_kernel(name):
     check_zoo(name, 2)
 
@@ -425,6 +426,7 @@ def test_sums_beyond_float32_stay_exact():
     assert float(rules.requantize(sums, torch.tensor(1.0), grid)) == 2.0**24  # the kernel's float32 does not hold it
 
 
+@pytest.mark.slow
 def test_a_kernel_that_quantizes_activations_by_itself_is_named_and_avoided(monkeypatch):
     """A linear operator behind a roll: ONNX Runtime joins weight and product into MatMulNBits."""
     model, images = quantized("shifted_window"), cases.images(8)

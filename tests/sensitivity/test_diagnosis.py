@@ -108,6 +108,7 @@ def zoo(rules: tuple[str, ...] = ()) -> QuantizedModel:
     return bw.quantize("zoo:fashion_cnn", "zoo:fashion", "mse", weights=2, samples=96, rules=rules)
 
 
+@pytest.mark.slow
 def test_runs_with_the_rules_lose_and_weigh_what_was_predicted(run: QuantizedModel, tmp_path: Path) -> None:
     found = diagnose(run)
     assert found["rules"]

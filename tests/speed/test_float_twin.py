@@ -47,7 +47,10 @@ def spread_channels(model):
     return model
 
 
-@pytest.mark.parametrize(("name", "bits"), [("residual", {"weights": 4, "activations": 6}), ("transformer", {})])
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [("residual", {"weights": 4, "activations": 6}), pytest.param("transformer", {}, marks=pytest.mark.slow)],
+)
 def test_twin_computes_the_network_without_activation_quantizers(name, bits):
     model = quantized(name, **bits)
     if name == "transformer":

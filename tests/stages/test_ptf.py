@@ -323,6 +323,7 @@ def test_freezing_refuses_scales_that_a_stage_tore_apart() -> None:
         student.freeze()
 
 
+@pytest.mark.slow
 def test_the_zoo_transformer_computes_the_same_in_its_runtime() -> None:
     data = load_images("zoo:fashion", bw.models.load_model("zoo:fashion_vit").preprocessing).sample(32, seed=0)
     stage = Calibrate(weights="minmax", activations="minmax", norm_inputs="ptf")

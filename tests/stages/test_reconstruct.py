@@ -477,7 +477,7 @@ def test_the_recipes_run(name: str, case: str) -> None:
     assert set(note["sqnr_db"]) <= {layer.name for layer in student.layers}
 
 
-@pytest.mark.parametrize("case", ["residual", "transformer"])
+@pytest.mark.parametrize("case", ["residual", pytest.param("transformer", marks=pytest.mark.slow)])
 def test_the_roundings_of_the_papers_recipe_decide_in_a_short_run(case: str) -> None:
     """With the weight 0.01 of the paper's code rounding multiplies the loss by more than five here."""
     stage = recipe("eptq-paper").stages[-1].model_copy(update={**QUICK, "steps": 600})

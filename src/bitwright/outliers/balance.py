@@ -41,7 +41,7 @@ RANGE_IMAGES = 64
 """From which the largest magnitude of every channel is read."""
 NEGLIGIBLE = 2e-3
 """Of the loss: below this nothing is looked for."""
-OF_SPREAD = 3e-3
+OF_SPREAD = 0.1
 """Of the distance between the float network's answers to two images: a loss above it is looked at, however small."""
 SHARE = 0.02
 """Of the loss: what the rounding of a tensor adds at least, for its channels to be looked at."""
