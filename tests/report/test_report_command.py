@@ -101,7 +101,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "newer": (lambda run: change(run, schema=2), "Update: pip install --upgrade bitwright"),
     "odd schema": (lambda run: change(run, schema="x"), "newer bitwright"),
     "layers gone": (lambda run: change(run, layers=[{"op": "conv2d"}]), "damaged: it has no 'weight_bits'"),
-    "odd size": (lambda run: change(run, size={"float_bytes": "many", "packed_bytes": 3}), "something else than a run writes"),
+    "odd size": (lambda run: change(run, size={"float_bytes": "many", "packed_bytes": 3}), "something else"),
 }  # fmt: skip
 
 
