@@ -765,6 +765,7 @@ def test_demo_ends_by_naming_its_files(
 ) -> None:
     monkeypatch.setattr(demo_command, "CALIBRATION", "zoo:fashion[:32]")
     monkeypatch.setattr(demo_command, "TEST", "zoo:fashion-test[:64]")
+    monkeypatch.setattr(demo_command, "DEMO_STEPS", 4)
     assert main(["demo", "--out", "show"]) == 0
     shown = capsys.readouterr().out
     for name in ("fashion_cnn", "fashion_vit"):

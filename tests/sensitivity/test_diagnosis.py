@@ -126,6 +126,7 @@ def test_runs_with_the_rules_lose_and_weigh_what_was_predicted(run: QuantizedMod
     assert rows[1]["loss_after"] < rows[0]["loss_after"]
 
 
+@pytest.mark.slow
 def test_the_ranking_puts_what_matters_among_the_first(run: QuantizedModel) -> None:
     everything = diagnose(run)["layers"]
     few = diagnose(run, seconds=0.0)["layers"]

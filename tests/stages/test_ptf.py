@@ -297,6 +297,7 @@ def test_a_snapshot_holds_them_and_another_calibration_takes_them_back() -> None
     assert torch.equal(ptf.flat(x)[0], plain)
 
 
+@pytest.mark.slow
 def test_reconstruction_learns_on_top_of_them(tmp_path: Path) -> None:
     """Their ratios stay, their common scale is learned, and the file still is what was simulated."""
     learned = Reconstruct(steps=20, batch=8, weigh="ones", never_worse=False)
