@@ -303,3 +303,24 @@ def test_errors_of_the_users_own_code_pass() -> None:
 
     assert isinstance(raised(own), KeyError)
     assert isinstance(raised(lambda: capture(nn.Conv2d(5, 3, 1), images(2))), ModelError)
+
+
+class Unfilled(nn.Module):
+    """Takes memory in every way that PyTorch has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = x.flatten(1).clone()
+        for taken in (torch.empty_like(total), total.new_empty(total.shape), torch.empty(total.shape)):
+            taken[:] = total
+            total = total + taken
+        rows = torch.empty_strided((total.shape[0], total.shape[1]), (total.shape[1], 1))
+        rows[:, :] = total
+        return rows
+
+
+def test_no_memory_is_left_as_it_lay_there() -> None:
+    captured = capture(Unfilled(), torch.rand(2, 3, 4, 4))
+    names = {ops.base_name(n) for n in captured.graph.graph.nodes}
+    assert not {n for n in names if "empty" in n}
+    images = torch.rand(3, 3, 4, 4)
+    assert torch.equal(captured.graph(images)[0], 8 * images.flatten(1))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import bitwright as bw
 from bitwright.data import load_images
 from bitwright.errors import DataError
+from bitwright.stages.augment import Views
 
 
 class Volumes(nn.Module):
@@ -92,3 +93,14 @@ def test_they_are_read_from_arrays_and_loaders(tmp_path: Path) -> None:
         assert torch.equal(load_images(source, None).batch(range(5)), found)
     with pytest.raises(DataError, match="videos"):
         load_images(found[None], None)
+    with pytest.raises(DataError, match=r"looks like \(N, T, H, W, C\)"):
+        load_images(found.movedim(1, -1), None)
+
+
+def test_all_frames_of_a_view_are_cropped_alike() -> None:
+    found = videos(3)
+    views = Views(load_images(found, None), draws=3, seed=0).batch(range(9))
+    for frame in range(found.shape[2]):
+        alone = Views(load_images(found[:, :, frame], None), draws=3, seed=0).batch(range(9))
+        assert torch.equal(views[:, :, frame], alone)
+    assert not torch.equal(views[3:6], found)

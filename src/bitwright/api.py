@@ -123,8 +123,6 @@ def quantize(
     seed = whole("seed", seed, least=0, below=SEEDS)
     samples = None if samples is None else whole("samples", samples, least=1)
     raise_some = isinstance(activations, str) and activations == "auto"
-    if not isinstance(runtime, str):
-        raise UsageError(f"Expected the name of a runtime as runtime=, found {runtime!r}.")
     if raise_some and (plan is not None or goal is not None or any(v is not None for v in limits.values())):
         raise UsageError("Expected activations='auto', or a plan or a limit that decides their bits, found both.")
     goal = goal or as_goal(weights, activations, measure, plan, **limits)
@@ -316,6 +314,8 @@ def _check_instead(
     limits: dict[str, Any],
 ) -> None:
     """A scheme stands instead of bits, rules and runtime, a goal instead of limits and of several bits."""
+    if not isinstance(runtime, str):
+        raise UsageError(f"Expected the name of a runtime as runtime=, found {runtime!r}.")
     bits = {"weights": (weights, (None, "auto")), "activations": (activations, (8, "auto"))}
     planning.check_instead(scheme, bits, rules, runtime)
     wanted = {name: (value, (None,)) for name, value in limits.items()}

@@ -26,8 +26,8 @@ from bitwright.sources import Arrays, Files, Source, Store, Tensors, one_line
 
 __all__ = ["Images", "PreprocessFunction", "Preprocessing", "load_images", "parse_input_size"]
 
-SHAPES = (4, 5)
-"""Axes of a batch of preprocessed tensors: images (N, C, H, W), or videos (N, C, T, H, W)."""
+AXES = (4, 5)
+"""How many a batch of preprocessed tensors has: images (N, C, H, W), or videos (N, C, T, H, W)."""
 
 # fmt: off
 EXTENSIONS = frozenset({
@@ -390,11 +390,12 @@ def _from_array(array: npt.NDArray[Any], where: str) -> Source:
     shape = tuple(array.shape)
     if array.dtype == np.uint8 and array.ndim == 4 and shape[3] in (1, 3):
         source: Source = Arrays(array)
-    elif np.issubdtype(array.dtype, np.floating) and array.ndim in SHAPES:
+    elif np.issubdtype(array.dtype, np.floating) and array.ndim in AXES:
         source = _from_tensor(torch.from_numpy(np.asarray(array, dtype=np.float32)), where)
     else:
         raise DataError(
-            f"expected uint8 (N, H, W, 3 or 1) or float (N, C, H, W) images in {where}, got {array.dtype} {shape}"
+            f"expected uint8 (N, H, W, 3 or 1) or float (N, C, H, W) images, or float (N, C, T, H, W) videos, in "
+            f"{where}, got {array.dtype} {shape}"
         )
     if not source.names:
         raise DataError(f"expected images in {where}, got {shape}")
@@ -403,16 +404,17 @@ def _from_array(array: npt.NDArray[Any], where: str) -> Source:
 
 def _from_tensor(tensor: Tensor, where: str) -> Source:
     shape = tuple(tensor.shape)
-    if not tensor.is_floating_point() or tensor.ndim not in SHAPES:
+    if not tensor.is_floating_point() or tensor.ndim not in AXES:
         raise DataError(
             f"expected preprocessed float images (N, C, H, W), or videos (N, C, T, H, W), in {where}, got "
             f"{tensor.dtype} {shape}"
         )
     if 0 in shape:
         raise DataError(f"expected images in {where}, got the empty shape {shape}")
-    if tensor.ndim == 4 and shape[3] in (1, 3) and shape[1] not in (1, 3):
+    if shape[-1] in (1, 3) and shape[1] not in (1, 3):
+        seen, expected = ("videos", "T, H, W") if tensor.ndim > min(AXES) else ("images", "H, W")
         raise DataError(
-            f"expected float images (N, C, H, W) in {where}, got {shape}, which looks like (N, H, W, C): "
+            f"expected float {seen} (N, C, {expected}) in {where}, got {shape}, which looks like (N, {expected}, C): "
             "permute it, channels come second"
         )
     tensor = tensor.detach().to("cpu", torch.float32)
@@ -477,8 +479,11 @@ def _one_batch(tensor: Any, where: str, before: list[Tensor]) -> Tensor:
         )
     batch = tensor.detach().cpu()
     batch = batch.unsqueeze(0) if batch.ndim == 3 else batch
-    if batch.ndim not in SHAPES or not batch.is_floating_point():
-        raise DataError(f"expected float tensors (B, C, H, W) from {where}, got {tensor.dtype} {tuple(tensor.shape)}")
+    if batch.ndim not in AXES or not batch.is_floating_point():
+        raise DataError(
+            f"expected float tensors (B, C, H, W) or (B, C, T, H, W) from {where}, got {tensor.dtype} "
+            f"{tuple(tensor.shape)}"
+        )
     if before and batch.shape[1:] != before[0].shape[1:]:
         raise DataError(
             f"expected images of one shape from {where}, got {tuple(before[0].shape[1:])}, "

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
+"""What another folder on the same disk does not help against."""
 _BREAKS = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]+")
 
 
@@ -63,9 +65,11 @@ def of_the_machine(error: OSError | MemoryError) -> BitwrightError:
     """
     if isinstance(error, MemoryError):
         return BitwrightError("There is not enough memory for this. Take fewer or smaller images.")
-    if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
-        where = error.filename or f"the folder for temporary files, {tempfile.gettempdir()}"
-        return BitwrightError(f"There is no room to write {where}. Make room there, or set TMPDIR to another disk.")
+    if error.errno in FULL:
+        where = error.filename or f"The folder for temporary files, {tempfile.gettempdir()},"
+        return BitwrightError(
+            f"{where} cannot be written ({error.strerror}). Make room on that disk, or set TMPDIR to another."
+        )
     name = str(error.filename or "a file")
     name = name if len(name) <= 100 else f"{name[:97]}..."
     said = " ".join(str(error.strerror or error).split())[:200].rstrip(".")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bitwright.errors import DataError, UsageError, cause
+from bitwright.errors import BitwrightError, DataError, UsageError, cause
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.explain import cannot_run
 from bitwright.graph.readings import Reading, by_values
@@ -57,7 +57,6 @@ def evaluate(
     images = source if isinstance(source, Images) else load_images(source, model.preprocessing, labels=labels)
     teacher, names = model.teacher, model.outputs
     reference = None if teacher is None else (lambda x: list(teacher.graph(x)))
-    _check_runs(model, images)
     readings = readings or read_outputs_of(model, images, classes)
     return compare(
         model.flat,
@@ -71,21 +70,21 @@ def evaluate(
     )
 
 
-def _check_runs(model: QuantizedModel, images: Images) -> None:
-    first = images.batch([0])
-    try:
-        with torch.no_grad():
-            model.flat(first.to(next((t.device for t in model.graph.buffers()), first.device)))
-    except Exception as error:
-        raise cannot_run(error, first) from cause(error)
-
-
 def read_outputs_of(
     model: QuantizedModel, images: Images, classes: Mapping[str, int | None] | None = None
 ) -> list[Reading]:
-    """How each output of a model is read, told by its float network where it has one; see :func:`read_outputs`."""
-    graph = model.graph if model.teacher is None else model.teacher.graph
-    return read_outputs(graph, images.batch(range(min(2, len(images)))), model.outputs, classes)
+    """How each output of a model is read, told by its float network where it has one; see :func:`read_outputs`.
+
+    Raises:
+        ModelError: the model cannot run on the images.
+    """
+    graph, few = model.graph if model.teacher is None else model.teacher.graph, images.batch(range(min(2, len(images))))
+    try:
+        return read_outputs(graph, few, model.outputs, classes)
+    except BitwrightError:
+        raise
+    except Exception as error:
+        raise cannot_run(error, few) from cause(error)
 
 
 def compare(

@@ -19,9 +19,10 @@ from bitwright.plan import plan_of
 from bitwright.preprocessing import Preprocessing
 from bitwright.quantized import QuantizedModel
 from bitwright.reading.arguments import a_path
+from bitwright.reading.text import read_json
 from bitwright.result import SCHEMA
 from bitwright.run import state as run_state
-from bitwright.run.files import cannot_write, is_partial, read_json, remove, sweep, temporary, write_json
+from bitwright.run.files import cannot_write, is_partial, remove, sweep, temporary, write_json
 from bitwright.run.lock import BusyError, held
 from bitwright.run.swap import interrupted, recover, swap
 
@@ -42,6 +43,11 @@ OURS = frozenset({MODEL, PLAN, RESULT, LOG, STATE, PAGE, FACTS, BENCH, PARITY, *
 PATIENCE = 200
 """Hundredths of a second that a reader waits for the run that is being put in its place."""
 
+KINDS: dict[str, type] = dict.fromkeys(("model", "recipe", "size", "data", "bits", "scheme", "files"), dict)
+ROWS = ("layers", "unquantized", "unfolded")
+"""Keys of a result that hold rows, each with a name."""
+KINDS |= dict.fromkeys((*ROWS, "warnings"), list)
+"""Of values in a result, by key."""
 CHECKED = (MODEL, *DEPLOYED)
 """Files whose sha256 stands in the result; the plan is there to be edited."""
 
@@ -255,14 +261,8 @@ def read_result(folder: str | Path) -> dict[str, Any]:
         unfinished = (file.parent / STATE).is_dir()
         advice = "The run is unfinished: repeat its command with --resume." if unfinished else "Give a run's folder."
         raise UsageError(f"Expected {RESULT} in {path}, found none. {advice}")
-    try:
-        result: dict[str, Any] = read_json(file)
-    except (ValueError, OSError) as error:
-        raise UsageError(f"{file} cannot be read ({error}). It is damaged: quantize again.") from error
-    missing = (
-        [k for k in ("model", "recipe", "layers", "size") if k not in result] if isinstance(result, dict) else [""]
-    )
-    if missing:
+    result = _parsed(file)
+    if any(k not in result for k in ("model", "recipe", "layers", "size")):
         raise UsageError(f"Expected the result of a run in {file}, found something else. Give a run's folder.")
     schema = result.get("schema", SCHEMA)
     if not isinstance(schema, int) or schema > SCHEMA:
@@ -298,10 +298,39 @@ def _recorded(folder: Path) -> dict[str, Any]:
     path = folder / RESULT
     if not path.is_file():
         return {}
+    return _parsed(path)
+
+
+def _parsed(file: Path) -> dict[str, Any]:
+    """What a ``result.json`` holds, its parts of the kinds that a run writes."""
     try:
-        result: dict[str, Any] = read_json(path)
-    except (ValueError, OSError) as error:
-        raise UsageError(f"{path} cannot be read ({error}). It is damaged: quantize again.") from error
+        result = read_json(file)
+    except UsageError as error:
+        raise UsageError(f"{error} It is damaged: quantize again.") from error
     if not isinstance(result, dict):
-        raise UsageError(f"{path} holds something else than a result. It is damaged: quantize again.")
+        raise UsageError(f"Expected the result of a run in {file}, found something else. Give a run's folder.")
+    wrong = [k for k, kind in KINDS.items() if k in result and not isinstance(result[k], kind)]
+    rows = [k for k in ROWS if k not in wrong for row in result.get(k, ()) if not _is_row(row)]
+    if wrong or rows:
+        raise UsageError(
+            f"{file} is damaged: '{(wrong + rows)[0]}' is something else than a run writes. Quantize again."
+        )
     return result
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, dict) and isinstance(row.get("name", ""), str)
+
+
+@contextmanager
+def shown(folder: str | Path) -> Iterator[None]:
+    """Around what makes a page or a table of a run's result, whatever somebody wrote into it.
+
+    Raises:
+        UsageError: a part of the result is missing or is something else than a run writes.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else "something else than a run writes"
+        raise UsageError(f"The result in {folder} is damaged: it has {what}. Quantize again.") from error

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import cases
 import pytest
 import torch
 from torch import nn
 
 import bitwright as bw
 from bitwright.cli import main
+from bitwright.errors import UsageError
 from bitwright.goal import Goal
 from bitwright.quant.scheme import Scheme
 from bitwright.reading.arguments import as_flags
@@ -73,3 +75,23 @@ def test_no_bits_are_no_bits(capsys: pytest.CaptureFixture[str]) -> None:
     for option in ("--weights", "--activations"):
         assert main(["quantize", "zoo:fashion_cnn", "zoo:fashion[:4]", option, "", "--dry-run"]) == 2
         assert "found ''" in capsys.readouterr().err
+
+
+def test_an_argument_that_no_function_has_is_python_s_own_error() -> None:
+    with pytest.raises(TypeError, match="granularity"):
+        bw.quantize(nn.Flatten(), torch.rand(4, 3, 8, 8), granularity="channel")  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("given", [None, 3, b"x", ""])
+def test_what_is_no_path_is_said(given: Any) -> None:
+    model = bw.quantize(cases.model("residual"), cases.images(4), "rtn")
+    for call in (bw.load, model.save, model.export):
+        with pytest.raises(UsageError, match="Expected a path as"):
+            call(given)
+
+
+def test_images_of_another_shape_are_one_line() -> None:
+    model = bw.quantize(cases.model("residual"), cases.images(4), "rtn")
+    with pytest.raises(UsageError, match="as many channels as it takes") as caught:
+        model.evaluate(torch.zeros(2, 1, 16, 16))
+    assert "fx" not in str(caught.value)

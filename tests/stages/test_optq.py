@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -363,3 +365,22 @@ def test_it_takes_as_many_images_as_asked() -> None:
     assert torch.equal(some.quantizer(key).scale, alone.quantizer(key).scale)
     first, second = (dict(m.graph.named_buffers())["conv.weight"] for m in (some, alone))
     torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize(("padding", "groups", "stride"), [("same", 1, 1), ("valid", 2, 2), (1, 2, 2), (0, 1, 1)])
+def test_patches_times_the_weight_are_the_convolution(axes: int, padding: Any, groups: int, stride: int) -> None:
+    """Of any number of axes; positions come in any order, so that the sum of squares is compared."""
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(2, 4, *range(6, 6 + axes), generator=generator)
+    weight = torch.randn(6, 4 // groups, *[3, 2, 3][:axes], generator=generator)
+    graph = fx.Graph()
+    x, w = graph.placeholder("x"), graph.placeholder("w")
+    packet = getattr(torch.ops.aten, f"conv{axes}d")
+    settings = [[stride] * axes, padding if isinstance(padding, str) else [padding] * axes, [1] * axes, groups]
+    node = graph.call_function(packet.padding if isinstance(padding, str) else packet.default, (x, w, None, *settings))
+    found = _inputs(node, value, weight, 10_000, generator)
+    ours = torch.einsum("gsi,goi->gso", found, weight.reshape(groups, 6 // groups, -1).float())
+    expected = packet(value, weight, None, *settings)
+    assert ours.numel() == expected.numel()
+    assert float(ours.square().sum()) == pytest.approx(float(expected.square().sum()), rel=1e-5)

@@ -17,7 +17,8 @@ from bitwright.export.parity import Parity, export_checked
 from bitwright.export.pt2 import write_pt2
 from bitwright.models import Model
 from bitwright.quantized import QuantizedModel
-from bitwright.run.files import cannot_write, check_file, move, read_json, scratch, write_json
+from bitwright.reading.text import read_json
+from bitwright.run.files import cannot_write, move, scratch, target_file, write_json
 from bitwright.terminal import Terminal, quiet_libraries
 
 FORMATS = {"onnx": run_folder.ONNX, "openvino": run_folder.OPENVINO, "pt2": run_folder.PT2}
@@ -55,7 +56,7 @@ def export(
     if path.is_dir() or not path.parent.is_dir():
         raise UsageError(f"Expected a file in an existing folder as --out, found {path}.")
     if out is not None:
-        path = check_file(path, Path(FORMATS[to]).suffix, force=force)
+        path = target_file(path, Path(FORMATS[to]).suffix, force=force)
     if to == "openvino":
         check_openvino(model)
     terminal.begin("Opening the images")

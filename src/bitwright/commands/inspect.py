@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from rich.console import RenderableType
-from rich.errors import NotRenderableError
 from torch import fx
 
-from bitwright import api
+from bitwright import api, run_folder
 from bitwright.commands import tables
 from bitwright.commands.sources import Settings, blank_images, is_run, load_run
 from bitwright.errors import UsageError
@@ -50,12 +49,8 @@ def inspect(
         if plan is not None:
             raise UsageError(f"{model} is a run, which has its bits already. Give the float network with --plan.")
         run = load_run(model)
-        try:
+        with run_folder.shown(model):
             return _described(run, model, run.result.get("layers"), blocks)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, NotRenderableError) as error:
-            raise UsageError(
-                f"The result in {model} is damaged: it holds something else than a run writes. Quantize again."
-            ) from error
     terminal.begin("Capturing the network")
     network = load_model(model, **settings)
     with quiet_libraries():

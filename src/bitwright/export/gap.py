@@ -20,7 +20,7 @@ from bitwright.export.deviation import compare, tipped
 from bitwright.export.layers import activation_quantizers, compare_layers
 from bitwright.export.parity import LAYER_IMAGES
 from bitwright.export.reference import run_reference
-from bitwright.export.runtimes import EXACT
+from bitwright.export.runtimes import EXACT, openvino
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.readings import Reading, by_values
 from bitwright.progress import Progress, silent
@@ -203,11 +203,10 @@ def measure_gap(
 
 def _rounding(path: Path, names: Sequence[str], whole: Tensor, ours: list[Tensor], shaken: list[Tensor]) -> str | None:
     """What OpenVINO loses where the processor has bfloat16, which it takes unless it is told otherwise."""
-    compiled = compile_model(path)
-    kind = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+    kind = openvino().Core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name()
     if kind == "f32":
         return None
-    found = outputs("OpenVINO", _calls(compiled), whole, BATCH)
+    found = outputs("OpenVINO", _calls(compile_model(path)), whole, BATCH)
     where = _diverging(names, ours, shaken, found)
     if where is None:
         return None

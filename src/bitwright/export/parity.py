@@ -26,8 +26,7 @@ from bitwright.export.runtimes import Opener, Session, openvino_reads, session
 from bitwright.graph import ops
 from bitwright.graph.axes import read_outputs
 from bitwright.quantized import QuantizedModel
-from bitwright.reading.arguments import a_path
-from bitwright.run.files import check_file
+from bitwright.run.files import target_file
 from bitwright.speed.runtimes import OPENVINO
 
 IMAGES = 32
@@ -118,7 +117,7 @@ def export_checked(
         UsageError: there are no images, or an operator cannot be exported.
         ParityError: the file computes something else; it is not written, unless ``force``.
     """
-    path = check_file(a_path("path", path), ".onnx", force=force)
+    path = target_file(path, ".onnx", force=force)
     batch = _images(model, images, count)
     try:
         program, parity = _written(model, batch)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils.hooks import RemovableHandle
 
 Callback = Callable[[fx.Node, Any], Tensor | None]
 
@@ -41,25 +40,3 @@ def watch(module: fx.GraphModule, images: Tensor, callbacks: Mapping[str, Callba
     with torch.no_grad():
         outputs = Watcher(module, callbacks).run(images)
     return list(outputs)
-
-
-class Hooking(fx.Interpreter):
-    """Runs a graph and hooks gradients of its values.
-
-    A hook holds values, whose history holds the hook: :meth:`release` after the backward pass, or none is ever freed.
-    """
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self._hooks: list[RemovableHandle] = []
-
-    def hook(self, value: Tensor, see: Callable[[Tensor], None]) -> None:
-        """Shows the value's gradient to ``see`` when it is known."""
-        self._hooks.append(value.register_hook(see))  # type: ignore[no-untyped-call]
-
-    def release(self) -> None:
-        """Lets go of the hooks and of the values."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-        self.env.clear()

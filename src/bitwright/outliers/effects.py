@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, fx
 
 from bitwright.graph.readings import Reading
-from bitwright.graph.watch import Hooking
 
 See = Callable[[str, Tensor, Tensor], None]
 """Takes a node's name, its value [B, ...] and ``v^T J``, in the shape of the value."""
@@ -54,7 +53,7 @@ def see_gradients(
                 direction = sum(_along_random(o, how, generator) for o, how in pairs if o.requires_grad)
             if isinstance(direction, Tensor):
                 direction.backward()  # type: ignore[no-untyped-call]
-            seen.release()
+            seen.env.clear()  # its values' history holds the hooks, which hold it: nothing else would free them
 
 
 def _along_random(output: Tensor, how: Reading, generator: torch.Generator) -> Tensor:
@@ -71,7 +70,7 @@ def _along_random(output: Tensor, how: Reading, generator: torch.Generator) -> T
     return (logs * noise * weights.to(logs.dtype)).sum().float()
 
 
-class _Seen(Hooking):
+class _Seen(fx.Interpreter):
     """Runs a graph and shows some of its values with their gradients, once these are known."""
 
     def __init__(self, graph: fx.GraphModule, names: Collection[str], see: See) -> None:
@@ -90,5 +89,5 @@ class _Seen(Hooking):
             with torch.no_grad():
                 self.see(name, value, gradient)
 
-        self.hook(result, show)
+        result.register_hook(show)  # type: ignore[no-untyped-call]
         return result

@@ -38,6 +38,7 @@ WIDE, LEAST = 16, 8
 """Bits that tensors get; of schemes with fewer than the second, which have chosen to lose more, nothing is said."""
 IMAGES, BATCH, PROBES = 8, 4, 2
 EVERYTHING = f"*=a{WIDE}"
+"""The rule that raises all activations."""
 MOST = 8
 """Tensors that are raised."""
 OPERATIONS = 0.25
@@ -86,16 +87,20 @@ class Found:
     left: float
     cost: float
     suggestions: list[Suggestion]
-    spread: float = math.inf
+    spread: float
 
     def __str__(self) -> str:
         """The warning, in one line."""
-        share = "" if math.isinf(self.spread) else f", {_percent(self.loss / self.spread)} of what tells images apart"
+        share = (
+            ""
+            if math.isinf(self.spread)
+            else f", {_percent(self.loss / self.spread)} of the difference between the answers to two images"
+        )
         lost = f"The loss from the float network is {self.loss:.2g} on {IMAGES} calibration images{share}"
         if not self.suggestions:
             return (
                 f"{lost}, and activations of 16 bits would leave {self.left:.2g}: the weights lose it, or the network "
-                "answers otherwise when anything is rounded. Try recipe='eptq', or keep the worst layers in float "
+                "answers otherwise when anything is rounded. Take another recipe=, or keep the worst layers in float "
                 "(bitwright sensitivity ranks them)."
             )
         flags = " ".join(f"--rule '{s.rule}'" for s in self.suggestions)
@@ -231,7 +236,7 @@ class _Trial:
 
     def spread(self) -> float:
         """Of the float network's answers, from image to image."""
-        return max(spread_of_outputs(batch, self.readings) for batch in self.expected)
+        return min(spread_of_outputs(batch, self.readings) for batch in self.expected)
 
     def worst(self, share: float) -> list[str]:
         """The tensors whose rounding adds most, within that share of operations, the worst first."""

@@ -25,12 +25,16 @@ def read_json(path: Path, once: Callable[[list[tuple[str, Any]]], Any] | None = 
         once: as the ``object_pairs_hook`` of :func:`json.loads`.
 
     Raises:
-        UsageError: it cannot be read, or is not JSON.
+        UsageError: it cannot be read, or is not JSON, which has no NaN and no infinity.
     """
+
+    def refuse(name: str) -> Any:
+        raise ValueError(f"{name} is no number of JSON")
+
     if not path.is_file():
         raise UsageError(f"Expected a file of JSON at {path}, found none.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once, parse_constant=refuse)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
     except (ValueError, OSError, RecursionError) as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from bitwright import run_folder
-from bitwright.errors import UsageError
 from bitwright.report.page import page
 from bitwright.report.shown import read
 from bitwright.run.files import write_text
@@ -30,11 +29,8 @@ def write(folder: str | Path, path: Path | None = None) -> Path:
     folder = Path(folder).expanduser()
     run = read(folder)
     place = folder if folder.is_dir() else folder.parent
-    try:
+    with run_folder.shown(place):
         text = page(run)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else "something else than a run writes"
-        raise UsageError(f"The result in {place} is damaged: it has {what}. Quantize again.") from error
     return save(text, path or place / run_folder.PAGE)
 
 

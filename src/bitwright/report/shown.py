@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from bitwright import run_folder
+from bitwright.errors import UsageError
+from bitwright.reading.text import read_json
 from bitwright.report import words
 from bitwright.report.markup import Child, Markup, tag
-from bitwright.run.files import read_json
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def read(folder: Path) -> Shown:
 def _beside(path: Path) -> dict[str, Any] | None:
     try:
         found = read_json(path)
-    except (OSError, ValueError):
+    except UsageError:
         return None
     return found if isinstance(found, dict) else None
 

@@ -7,7 +7,6 @@ before; what such a process left half-written has a name that says whose it was,
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import itertools
 import json
@@ -20,10 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bitwright.errors import BitwrightError, UsageError
+from bitwright.errors import FULL, BitwrightError, UsageError
 
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
-"""What another folder does not help against."""
 LONGEST = 120
 """Characters of a name that are kept in the names made from it: file systems end at 255 bytes."""
 SCRATCH = "files"
@@ -110,23 +107,6 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds.
-
-    Raises:
-        ValueError: it is no JSON, holds numbers that JSON has not, or is nested without end.
-        OSError: it cannot be read.
-    """
-
-    def refuse(name: str) -> Any:
-        raise ValueError(f"{name} is no number of JSON")
-
-    try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-
-
 def write_checked(path: Path, data: Any) -> None:
     """Plain data with its checksum, for :func:`read_checked`; see :func:`whole`."""
     text = json.dumps(data)
@@ -168,7 +148,7 @@ def sync(path: Path) -> None:
         os.close(number)
 
 
-def check_file(path: Path, suffix: str, *, force: bool) -> Path:
+def target_file(path: Path, suffix: str, *, force: bool) -> Path:
     """Where a file may be written that replaces nothing but one of ours; where a link leads.
 
     Args:

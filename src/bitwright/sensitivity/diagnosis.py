@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from bitwright.errors import UsageError
 from bitwright.graph import ops, rewrite, segments
 from bitwright.graph.axes import read_outputs
-from bitwright.graph.watch import Callback, Hooking, watch
+from bitwright.graph.watch import Callback, watch
 from bitwright.memory import keep_pages
 from bitwright.progress import Progress, silent
 from bitwright.quant import affine
@@ -279,7 +279,7 @@ class _Patient:
                 each = distance_of_outputs(list(through.run(batch)), theirs, self.readings)
             if each.requires_grad:
                 (each.sum() / len(self.images)).backward()  # type: ignore[no-untyped-call]
-            through.release()
+            through.env.clear()  # its values' history holds the hooks, which hold it
             total += float(each.detach().sum())
         for suspect in self.suspects:
             for name, value in self.in_float(suspect).values.items():
@@ -421,7 +421,7 @@ class _Patient:
                 q.grid, q.scale, q.zero_point = old
 
 
-class _Through(Hooking):
+class _Through(fx.Interpreter):
     """Runs the student so that gradients pass its roundings, and adds up gradient times error of its activations."""
 
     def __init__(
@@ -446,7 +446,7 @@ class _Through(Hooking):
             error = super().run_node(n) - x
         y = x + error
         if y.requires_grad:
-            self.hook(y, lambda g: self._add(self.activations[n.name], g, error))
+            y.register_hook(lambda g: self._add(self.activations[n.name], g, error))
         return y
 
     def _add(self, key: str, gradient: Tensor, error: Tensor) -> None:
