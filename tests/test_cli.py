@@ -22,6 +22,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors import safe_open
+from torch import nn
 
 import bitwright
 from bitwright import doctor
@@ -699,6 +700,19 @@ def test_a_pipe_that_is_closed_is_no_fault(here: Path) -> None:
         process.stdout.close()
         assert process.stderr is not None
         assert "Python file" not in process.stderr.read()
+
+
+def test_it_runs_as_a_module() -> None:
+    ran = subprocess.run([sys.executable, "-m", "bitwright", "--version"], capture_output=True, text=True, check=True)
+    assert bitwright.__version__ in ran.stdout
+
+
+def test_a_saved_program_knows_its_size(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    network = nn.Sequential(nn.Conv2d(5, 4, 3), nn.Flatten(), nn.Linear(4 * 4 * 6, 2)).eval()
+    any_batch = ({0: torch.export.Dim.DYNAMIC},)
+    torch.export.save(torch.export.export(network, (torch.zeros(2, 5, 6, 8),), dynamic_shapes=any_batch), "net.pt2")
+    assert main(["inspect", "net.pt2", "--json"]) == 0
+    assert [x["name"] for x in json.loads(capsys.readouterr().out)["layers"]][1:] == ["0", "2"]
 
 
 def test_a_dry_run_looks_at_the_target(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -531,14 +531,14 @@ def _check_preprocessing(source: Source, preprocessing: Preprocessing | Preproce
         if preprocessing is None:
             raise DataError(
                 f"expected a preprocessing for the images in {where}, the model brings none: "
-                "give --input-size, --mean and --std, or a preprocess function beside the callable"
+                "give preprocessing=, or a function preprocess beside the callable"
             )
         return
     shape = tuple(source.data.shape[1:])
     if isinstance(preprocessing, Preprocessing) and shape != preprocessing.input_size:
         raise DataError(
             f"expected images of {preprocessing.input_size} (C, H, W) for this model, {where} holds {shape}: "
-            "give --input-size if the model takes that"
+            "give preprocessing= if the model takes that"
         )
 
 

@@ -370,7 +370,7 @@ def _given_preprocessing(base: Settings, settings: Settings, reference: str) -> 
     preprocessing = _with_settings(base, settings)
     if "mean" not in said and "std" not in said:
         warnings.warn(
-            f"no mean and std for {reference}: its images stay in 0..1 (say --mean 0 --std 1 if so meant)",
+            f"no mean and std for {reference}: its images stay in 0..1 (say mean=0 and std=1 if so meant)",
             UserWarning,
             stacklevel=5,
         )
@@ -386,15 +386,19 @@ def _from_program(path: Path, settings: Settings) -> Model:
     return Model(program, path.stem, _given_preprocessing(base, settings, str(path)))
 
 
-def _program_input_size(program: ExportedProgram) -> tuple[int, int, int] | None:
+def example_shape(program: ExportedProgram) -> tuple[int, ...] | None:
+    """Of the one image tensor that a saved program was made with, without its batch; None if that is not known."""
     names = program.graph_signature.user_inputs
     values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
-    if len(values) != 1 or not isinstance(values[0], Tensor) or values[0].ndim != 4:
+    if len(values) != 1 or not isinstance(values[0], Tensor):
         return None
-    size = tuple(values[0].shape[1:])
-    if not all(isinstance(side, int) for side in size) or size[0] not in (1, 3):
-        return None
-    return int(size[0]), int(size[1]), int(size[2])
+    shape = tuple(values[0].shape[1:])
+    return shape if all(isinstance(side, int) for side in shape) else None
+
+
+def _program_input_size(program: ExportedProgram) -> tuple[int, int, int] | None:
+    shape = example_shape(program)
+    return shape if shape is not None and len(shape) == 3 and shape[0] in (1, 3) else None
 
 
 # ---------------------------------------------------------------------------------------------- weights

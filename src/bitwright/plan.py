@@ -112,7 +112,7 @@ class Plan(BaseModel):
         """
         base = base or Scheme()
         if base.runtime not in {self.runtime, Scheme().runtime}:
-            raise UsageError(f"The plan is for the runtime {self.runtime}, found --runtime {base.runtime}.")
+            raise UsageError(f"The plan is for the runtime {self.runtime}, found runtime='{base.runtime}'.")
         self._check_bits()
         grids = {a.symmetric for x in self.layers.values() if (a := x.activation) and a.symmetric is not None}
         if len(grids) > 1:

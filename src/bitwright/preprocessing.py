@@ -123,7 +123,7 @@ def parse_input_size(value: Any) -> tuple[int, int, int]:
     """
     expected = "input_size as 224, 224x320 (height x width) or channels x height x width"
     if value is None:
-        raise UsageError(f"expected {expected}, got none: give --input-size")
+        raise UsageError(f"expected {expected}, got none: give input_size=")
     parts = str(value).lower().split("x") if isinstance(value, str | int) else list(value)
     try:
         size = tuple(int(part) for part in parts)

@@ -60,7 +60,7 @@ class Files:
         """Where one image lies; a pipe or a device, which may never end, is none."""
         path = self.path(index)
         if not path.is_file():
-            raise DataError(f"expected an image, {path} is no file: remove it, or pass --skip-unreadable")
+            raise DataError(f"expected an image, {path} is no file: remove it, or pass skip_unreadable=True")
         return path
 
     def read(self, index: int) -> Image.Image:
@@ -140,13 +140,13 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _unreadable(path: Path, error: Exception) -> DataError:
     what = "" if isinstance(error, UnidentifiedImageError) else f" ({one_line(error)})"
-    return DataError(f"expected an image, cannot read {path}{what}: repair or remove it, or pass --skip-unreadable")
+    return DataError(f"expected an image, cannot read {path}{what}: repair or remove it, or pass skip_unreadable=True")
 
 
 def _bomb(path: Path) -> DataError:
     return DataError(
         f"expected an image of at most {Image.MAX_IMAGE_PIXELS} pixels, {path} claims more: "
-        "shrink or remove it, or pass --skip-unreadable"
+        "shrink or remove it, or pass skip_unreadable=True"
     )
 
 

@@ -101,13 +101,13 @@ def check_answers(teacher: Captured, images: Images, drop: float) -> None:
         named = f"'{teacher.outputs[0]}': {readings[0].note}"
         raise UsageError(
             f"Expected class scores to count equal answers on, found none. Output {named} Give a size instead "
-            "(--target-size, --compression)."
+            "(target_size= or compression=)."
         )
     held_out = len(images) // 2
     if 0 < drop < 1 / max(held_out, 1):
         warnings.warn(
             f"{held_out} images are held out: one changed answer is {100 / max(held_out, 1):.2g} %, more than the drop "
-            "that was asked for. More images (--samples) tell more.",
+            "that was asked for. More images (samples=) tell more.",
             stacklevel=3,
         )
 
@@ -172,8 +172,8 @@ def smallest(
         raise UsageError(
             f"Expected at most {100 * drop:g} % of answers to change; the largest plan "
             f"({amount(_size(curve[-1])['weight_bytes'], 'B')}) changes {100 * (1 - value):.2f} % of {len(held_out)} "
-            f"held-out images (95 %: {100 * (1 - high):.2f} to {100 * (1 - low):.2f}). Allow a larger --max-drop, or "
-            "more bits (--weights, --activations)."
+            f"held-out images (95 %: {100 * (1 - high):.2f} to {100 * (1 - low):.2f}). Allow a larger max_drop=, or "
+            "more bits (weights=, activations=)."
         )
     found = search.tried[search.index]
     return curve[search.index], {"agreement": found, "interval": _interval(found, held_out), **estimate}

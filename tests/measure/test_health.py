@@ -47,7 +47,7 @@ class Crowded(Net):
 
 
 def test_nan_is_an_error_that_names_layer_and_rule() -> None:
-    with pytest.raises(bw.BitwrightError, match=r"'lgamma' is the first.*--rule 'add=afloat'"):
+    with pytest.raises(bw.BitwrightError, match=r"'lgamma' is the first.*rules=\['add=afloat'\]"):
         bw.quantize(Pole().eval(), images(), "rtn", weights=8, rules=BEHIND)
 
 

@@ -54,11 +54,11 @@ def unbalanced(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore:Output ")
 def test_a_loss_comes_with_rules_that_give_what_they_promise() -> None:
     network = Wide().eval()
-    with pytest.warns(UserWarning, match="--rule 'stem=a16'") as caught:
+    with pytest.warns(UserWarning, match=r"rules=\['stem=a16'") as caught:
         plain = bw.quantize(network, noise(32), "mse")
-    line = next(str(w.message) for w in caught if "--rule" in str(w.message))
+    line = next(str(w.message) for w in caught if "rules=" in str(w.message))
     assert line in plain.result["warnings"]
-    rules = re.findall(r"--rule '([^']*)'", line)
+    rules = re.findall(r"'([^'=]+=a16)'", line)
     assert {"stem=a16", "act=a16"} <= set(rules)
     assert {row["rule"] for row in plain.result["suggestions"]} == set(rules)
     assert all(row["predicted_gain"] > 0 and 0 <= row["cost"] <= 1 for row in plain.result["suggestions"])
@@ -77,7 +77,7 @@ def test_auto_raises_them_and_says_so() -> None:
     assert bits["input"] == 8
     assert {row["tensor"] for row in model.result["raised"]["rules"]} == {n for n, b in bits.items() if b == 16}
     assert model.result["suggestions"] == []
-    with pytest.warns(UserWarning, match="--rule 'stem=a16'"):
+    with pytest.warns(UserWarning, match=r"rules=\['stem=a16'"):
         assert decibels(network, model) > decibels(network, bw.quantize(network, noise(32), "mse")) + 10
 
 
@@ -128,7 +128,7 @@ class SmallToken(nn.Module):
 @pytest.mark.filterwarnings("ignore:Output ")
 def test_a_token_far_smaller_than_the_others_gets_the_bits_of_its_sum() -> None:
     network = SmallToken().eval()
-    with pytest.warns(UserWarning, match="--rule 'add=a16'"):
+    with pytest.warns(UserWarning, match=r"rules=\['add=a16'"):
         plain = bw.quantize(network, noise(32), "mse")
     raised = bw.quantize(network, noise(32), "mse", activations="auto")
     assert {"cat", "add"} <= {row["tensor"] for row in raised.result["raised"]["rules"]}
@@ -160,7 +160,7 @@ def test_a_small_loss_that_hides_the_images_is_looked_at(monkeypatch: pytest.Mon
     mended = bw.quantize(network, images, "mse")
     assert mended.result["balanced"]
     monkeypatch.setattr(balance, "ROUNDS", 0)
-    with pytest.warns(UserWarning, match="--rule"):
+    with pytest.warns(UserWarning, match="rules="):
         plain = bw.quantize(network, images, "mse")
     assert decibels(network, mended) > decibels(network, plain) + 5
     rules = [row["rule"] for row in plain.result["suggestions"]]

@@ -25,12 +25,12 @@ def student(name="transformer", **settings):
 @pytest.mark.parametrize(
     ("settings", "found", "nearest"),
     [
-        ({"weights": 3}, "weights of 2, 4 or 8 bits, found 3 in 'patches'", "--weights 4"),
-        ({"weights": 5, "activations": 6}, "found 5", "--weights 8 --activations 8"),
-        ({"activations": 2}, "activations of 8 or 16 bits, found 2", "--activations 8"),
-        ({"rules": (Rule.parse("attention.*=w7"),)}, "found 7 in 'attention.qkv'", "--rule 'attention.*=w8'"),
-        ({"rules": (Rule.parse("head=w3"), Rule.parse("h*=w5"))}, "found 5 in 'head'", "--rule 'h*=w8'"),
-        ({"granularity": "group", "group_size": 2}, "a tensor or channel, found one a group", "--granularity channel"),
+        ({"weights": 3}, "weights of 2, 4 or 8 bits, found 3 in 'patches'", "weights=4"),
+        ({"weights": 5, "activations": 6}, "found 5", "weights=8 activations=8"),
+        ({"activations": 2}, "activations of 8 or 16 bits, found 2", "activations=8"),
+        ({"rules": (Rule.parse("attention.*=w7"),)}, "found 7 in 'attention.qkv'", "rules=['attention.*=w8']"),
+        ({"rules": (Rule.parse("head=w3"), Rule.parse("h*=w5"))}, "found 5 in 'head'", "rules=['h*=w8']"),
+        ({"granularity": "group", "group_size": 2}, "a tensor or channel, found one a group", "granularity='channel'"),
         (
             {"activation_grid": "affine"},
             "symmetric activations only",
@@ -48,13 +48,13 @@ def test_what_a_target_lacks_is_refused_with_the_nearest(settings, found, neares
 
 
 def test_what_the_error_names_is_then_taken():
-    with pytest.raises(bw.UsageError, match=r"--weights 4 --rule 'head=w8' --activations 8$"):
+    with pytest.raises(bw.UsageError, match=r"weights=4 rules=\['head=w8'\] activations=8$"):
         student(runtime="generic-pot", weights=3, activations=4, rules=(Rule.parse("head=w6"),))
     student(runtime="generic-pot", weights=4, rules=(Rule.parse("head=w6"), Rule.parse("head=w8")))
 
 
 def test_heads_are_refused_where_there_are_none():
-    with pytest.raises(bw.UsageError, match=r"found one a head in 'attention.qkv'.*--granularity channel$"):
+    with pytest.raises(bw.UsageError, match=r"found one a head in 'attention.qkv'.*granularity='channel'$"):
         student(runtime="generic-pot", granularity="head")
 
 
@@ -71,7 +71,7 @@ def test_openvino_takes_groups_that_divide_the_channels_only():
     student(runtime="openvino", granularity="group", group_size=4)
     with pytest.raises(bw.UsageError, match=r"groups of 3 for 8 in 'attention.qkv'"):
         student(runtime="openvino", granularity="group", group_size=3)
-    with pytest.raises(bw.UsageError, match=r"found 16 in .*--activations 8$"):
+    with pytest.raises(bw.UsageError, match=r"found 16 in .*activations=8$"):
         student(runtime="openvino", activations=16)
 
 

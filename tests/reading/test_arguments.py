@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import re
+from pathlib import Path
 from typing import Any
 
 import cases
@@ -14,7 +17,7 @@ from bitwright.cli import main
 from bitwright.errors import UsageError
 from bitwright.goal import Goal
 from bitwright.quant.scheme import Scheme
-from bitwright.reading.arguments import as_flags
+from bitwright.reading.arguments import as_flags, as_rules
 
 CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "precision": ({"precision": "half"}, "'float32', 'bfloat16' as precision=, found 'half'"),
@@ -64,6 +67,40 @@ def test_planning_refuses_the_same(case: str) -> None:
 def test_the_command_line_names_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quantize", "zoo:fashion_cnn", "zoo:fashion[:4]", "--steps", "3", "--minutes", "1"]) == 2
     assert "Expected --steps or --minutes, found both." in capsys.readouterr().err
+
+
+OURS = Path(bw.__file__).parent
+LIBRARY = [
+    path
+    for path in sorted(OURS.rglob("*.py"))
+    if path.relative_to(OURS).parts[0] not in {"commands", "report", "zoo", "cli.py", "doctor.py", "__main__.py"}
+]
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda p: str(p.relative_to(OURS)))
+def test_the_library_names_arguments(path: Path) -> None:
+    spoken = [
+        text.value
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call) and re.search(r"(Error|warn)$", ast.unparse(call.func))
+        for text in ast.walk(call)
+        if isinstance(text, ast.Constant) and isinstance(text.value, str)
+    ]
+    flags = [
+        text
+        for text in spoken
+        if re.search(r"(?<!\w)--[a-z]", re.sub(r"(bitwright|pip|zoo.train) .*|--resume", "", text))
+    ]
+    assert not flags
+
+
+def test_rules_are_said_as_each_caller_gives_them() -> None:
+    said = f"With {as_rules(['a=a16', 'b.*[0-9]=w8'])} weights=4 and activations='auto' it is better; or force=True."
+    assert "rules=['a=a16', 'b.*[0-9]=w8']" in said
+    flags = as_flags(said)
+    assert flags == (
+        "With --rule 'a=a16' --rule 'b.*[0-9]=w8' --weights 4 and --activations auto it is better; or --force."
+    )
 
 
 @pytest.mark.parametrize("text", ["the rule 'head=w8a8' is", "savez(path, images=..., labels=...)", "NAME=AXIS or"])

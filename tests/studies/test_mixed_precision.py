@@ -50,7 +50,7 @@ def test_mixed_precision_is_never_larger_than_what_it_is_compared_with() -> None
 def test_the_recipe_and_the_seed_are_the_same_for_both() -> None:
     assert result().facts["recipe"]["name"] == "optq"
     assert {r["seed"] for r in result().rows if r["part"] == "sizes"} == {0}
-    with pytest.raises(UsageError, match="no use for --recipe"):
+    with pytest.raises(UsageError, match="no use for recipe="):
         find("weighting").settle(recipe="mse")
     with pytest.raises(UsageError, match="no recipe 'nonsense'"):
         study("mixed-precision", make("residual"), dataset(16), recipe="nonsense")

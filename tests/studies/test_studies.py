@@ -55,9 +55,9 @@ def test_an_unknown_study_names_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("name", "given", "expected"),
     [
-        ("hmse", {"steps": 3}, "no use for --steps"),
-        ("lfh", {"weights": 4}, "no use for --weights"),
-        ("lfh", {"activations": "8"}, "no use for --activations"),
+        ("hmse", {"steps": 3}, "no use for steps="),
+        ("lfh", {"weights": 4}, "no use for weights="),
+        ("lfh", {"activations": "8"}, "no use for activations="),
         ("weighting", {"steps": 0}, "at least 1 step, found 0"),
         ("weighting", {"samples": 0}, "at least 1 sample, found 0"),
         ("weighting", {"weights": "3,9"}, "found '9'"),
@@ -219,5 +219,5 @@ def test_pages_need_no_network(name: str, tmp_path: Path) -> None:
 def test_model_and_images_go_together() -> None:
     with pytest.raises(UsageError, match="MODEL and IMAGES"):
         study("hmse", make("residual"))
-    with pytest.raises(UsageError, match="--evaluate"):
+    with pytest.raises(UsageError, match="evaluate="):
         study("hmse", make("residual"), images(8), labels=[0] * 8)

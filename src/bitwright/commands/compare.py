@@ -15,6 +15,7 @@ from bitwright.commands import quantize
 from bitwright.commands import report as report_command
 from bitwright.commands.sources import absolute_reference, absolute_source
 from bitwright.errors import BitwrightError, UsageError
+from bitwright.reading.text import read_json
 from bitwright.recipes import recipe as find_recipe
 from bitwright.report import comparison
 from bitwright.report.comparison import Entry
@@ -130,8 +131,8 @@ def check(comparing: Comparison) -> None:
 def _check_same(comparing: Comparison) -> None:
     path = comparing.out / RECORD
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError, TypeError):
+        before = dict(read_json(path)["settings"])
+    except (UsageError, ValueError, KeyError, TypeError):
         raise UsageError(
             f"Expected {RECORD} of an earlier comparison in {comparing.out}, found none. Use --force."
         ) from None

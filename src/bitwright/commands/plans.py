@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from bitwright.allocation.solve import amount
 from bitwright.commands.tables import bytes_text, percent
+from bitwright.errors import BitwrightError
 from bitwright.metrics import wilson_interval
 from bitwright.plan import Plan
+from bitwright.reading.text import read_json
 from bitwright.terminal import Terminal
 
 TOLERANCE = 0.02
@@ -37,13 +38,13 @@ def curve_beside(file: Path | None) -> dict[str, Any] | None:
         return None
     folder = file if file.is_dir() else file.parent
     try:
-        found, plan = json.loads((folder / CURVE).read_text(encoding="utf-8")), Plan.read(file)
+        found, plan = read_json(folder / CURVE), Plan.read(file)
         chosen = found["chosen"]
         if plan.predicted is None or plan.predicted["loss"] != chosen["loss"]:
             return None
         bare = {k: [{n: v for n, v in p.items() if n in KEPT} for p in found[k]] for k in ("points", "uniform")}
         return {"along": found["along"], **bare, "chosen": plan.predicted if _unchanged(plan, chosen) else None}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, BitwrightError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

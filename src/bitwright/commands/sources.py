@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from bitwright import run_folder
 from bitwright.data import Images, load_images
 from bitwright.errors import BitwrightError, UsageError
 from bitwright.evaluation import class_scores
-from bitwright.models import Model, load_model
+from bitwright.models import Model, example_shape, load_model
 from bitwright.preprocessing import Preprocessing
 from bitwright.quantized import QuantizedModel
 
@@ -165,14 +166,19 @@ def blank_images(network: Model) -> Images:
     Raises:
         UsageError: nobody said the size.
     """
-    how = network.preprocessing
-    if how is None:
+    shape = _image_shape(network)
+    if shape is None:
         raise UsageError("Expected to know the size of the network's images. Give --input-size.")
-    if isinstance(how, Preprocessing):
-        shape: tuple[int, ...] = how.input_size
-    else:
-        shape = tuple(torch.as_tensor(how(Image.new("RGB", (256, 256), (128, 128, 128)))).shape)
     return load_images(torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)), None)
+
+
+def _image_shape(network: Model) -> tuple[int, ...] | None:
+    how = network.preprocessing
+    if isinstance(how, Preprocessing):
+        return how.input_size
+    if how is not None:
+        return tuple(torch.as_tensor(how(Image.new("RGB", (256, 256), (128, 128, 128)))).shape)
+    return example_shape(network.module) if isinstance(network.module, ExportedProgram) else None
 
 
 def remove_empty(folder: Path, until: Path) -> None:

@@ -130,7 +130,7 @@ class Curvature:
         self, graph: fx.GraphModule, data: Data, matrix: Matrix = "fisher", loss: Loss = cross_entropy
     ) -> None:
         if matrix == "hessian" and data.images.labels is None:
-            raise UsageError("Expected labels for the Hessian of a loss, found none. Give --labels, or go without.")
+            raise UsageError("Expected labels for the Hessian of a loss, found none. Give labels=, or go without.")
         self.data, self.matrix, self.loss = data, matrix, loss
         self.graph = differentiable(graph, [])
         self.readers = weights_of(graph)

@@ -134,7 +134,8 @@ def export_checked(
         choice = _choice_before(model, parity.first_divergence)
         raise ParityError(
             "The ONNX file does not compute what was measured: "
-            f"{parity.first_divergence} is the first to differ{detail}.{choice} It was not written; --force keeps it."
+            f"{parity.first_divergence} is the first to differ{detail}.{choice} It was not written; "
+            "force=True keeps it."
         )
     return parity
 

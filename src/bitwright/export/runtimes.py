@@ -143,7 +143,7 @@ def _said(call: Callable[..., Any], *arguments: Any) -> Any:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = next((line for line in reversed(lines) if "support" in line), lines[-1] if lines else repr(error))
         raise BitwrightError(
-            f"OpenVINO does not take this network ({reason[:200]}). Export it --to onnx and run it in ONNX Runtime."
+            f"OpenVINO does not take this network ({reason[:200]}). Write it as ONNX and run it in ONNX Runtime."
         ) from error
 
 

@@ -47,7 +47,7 @@ REMEDIES = (
     (("channels, but got",), "Give images with as many channels as it takes"),
     (
         ("size", "shape", "channels", "dimension", "mat1"),
-        "Give the size it was trained with, for instance --input-size 224",
+        "Give images of the shape that it takes (preprocessing=)",
     ),
 )
 """What to do where a message holds one of the words; the first that fits."""

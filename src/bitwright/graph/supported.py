@@ -27,7 +27,7 @@ class _Problem:
     has: str
     found: str
     fix: str
-    """As the command line takes it."""
+    """The arguments that decide, with what the runtime has."""
 
 
 def check_supported(student: nn.Module, layers: list[Layer], scheme: Scheme) -> None:
@@ -104,16 +104,16 @@ def _bits_fix(scheme: Scheme, names: list[str], what: str, bits: int) -> str:
     """The option that decided, with other bits: a rule, an entry of the plan (a rule comes after it), the default."""
     rules = [r for r in scheme.rules if getattr(r, what) is not None and any(fnmatchcase(n, r.pattern) for n in names)]
     if rules:
-        return f"--rule '{rules[-1].pattern}={what[0]}{bits}'"
+        return f"rules=['{rules[-1].pattern}={what[0]}{bits}']"
     planned = next((n for n in names if getattr(scheme.plan.get(n), what, None) is not None), None)
-    return f"--{what} {bits}" if planned is None else f"--rule '{planned}={what[0]}{bits}'"
+    return f"{what}={bits}" if planned is None else f"rules=['{planned}={what[0]}{bits}']"
 
 
 def _granularity_fix(scheme: Scheme, layer: str) -> str:
     planned = scheme.plan.get(layer)
     if planned is not None and planned.granularity is not None:
         return f'"granularity": "channel" for \'{layer}\' in the plan'
-    return "--granularity channel"
+    return "granularity='channel'"
 
 
 def _ragged(quantizer: Quantizer) -> bool:

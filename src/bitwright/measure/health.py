@@ -55,7 +55,7 @@ def check_answers(student: QuantizedModel, images: Images, run: Run) -> list[str
 
 def _line(name: str, found: OutputFidelity, theirs_moves: bool, ours_moves: bool, count: int) -> str | None:
     where = f"on {count} calibration images"
-    remedy = "Give the layers with wide ranges more bits (bitwright inspect shows them), or take another --recipe."
+    remedy = "Give the layers with wide ranges more bits (bitwright inspect shows them), or take another recipe=."
     if theirs_moves and not ours_moves:
         return f"Output '{name}' of the quantized network no longer depends on the image ({where}). {remedy}"
     says = found.spread_db is not None and (found.sqnr_db is None or found.sqnr_db - found.spread_db < SAYS)
@@ -84,7 +84,7 @@ def _check_finite(student: QuantizedModel, batch: Tensor, expected: list[Tensor]
     layer, rule = _first_broken(student, batch)
     raise BitwrightError(
         f"The quantized network gives values that are not finite in '{broken[0]}' where the float one does not; "
-        f"'{layer}' is the first. Leave what it reads in float: --rule '{rule}=afloat'"
+        f"'{layer}' is the first. Leave what it reads in float: rules=['{rule}=afloat']"
     )
 
 

@@ -26,6 +26,7 @@ from bitwright.quant.quantizer import Grid, Quantizer
 from bitwright.quant.ranges import affine_parameters
 from bitwright.quant.scheme import Rule, Scheme, escaped
 from bitwright.quantized import QuantizedModel, insert_quantizers
+from bitwright.reading.arguments import as_rules
 from bitwright.sensitivity.one_at_a_time import distance_of_outputs, spread_of_outputs
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Suggestion:
     """A rule that raises one tensor, as ``result.json`` has it.
 
     Attributes:
-        rule: for ``--rule``.
+        rule: for ``rules=``, or ``--rule`` on the command line.
         tensor: the layer that yields it.
         predicted_gain: by how much the loss would rise without this rule, all the others kept.
         cost: share of multiply-accumulates that read or make it.
@@ -103,18 +104,18 @@ class Found:
                 "answers otherwise when anything is rounded. Take another recipe=, or keep the worst layers in float "
                 "(bitwright sensitivity ranks them)."
             )
-        flags = " ".join(f"--rule '{s.rule}'" for s in self.suggestions)
+        rules = as_rules(s.rule for s in self.suggestions)
         if self.suggestions[0].rule == EVERYTHING:
-            return f"{lost}, from many activations together. With {flags} it would be {self.left:.2g}."
+            return f"{lost}, from many activations together. With {rules} it would be {self.left:.2g}."
         names = ", ".join(s.tensor for s in self.suggestions)
         return (
-            f"{lost}, most of it from activations that 8 bits do not hold: {names}. With {flags} it would be "
+            f"{lost}, most of it from activations that 8 bits do not hold: {names}. With {rules} it would be "
             f"{self.left:.2g}, and {100 * self.cost:.0f} % of the operations would read or make 16 bits"
             f"{self._shorter()}."
         )
 
     def _shorter(self) -> str:
-        return "; or give --activations auto" if self.cost <= OPERATIONS else ""
+        return "; or give activations='auto'" if self.cost <= OPERATIONS else ""
 
 
 def raise_few(teacher: Captured, scheme: Scheme, images: Images, method: Recipe, run: Run) -> Scheme:
@@ -146,8 +147,8 @@ def check_wide(scheme: Scheme) -> None:
     """
     if WIDE not in scheme.target.activation_bits:
         raise UsageError(
-            f"Expected a runtime with {WIDE}-bit activations for --activations auto, found '{scheme.runtime}'. "
-            "Give --activations 8."
+            f"Expected a runtime with {WIDE}-bit activations for activations='auto', found '{scheme.runtime}'. "
+            "Give activations=8."
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,22 +20,41 @@ _FLAGS = {
     "folder": "out",
     "path": "out",
 }
-_NAMED = re.compile(r"(?<![\w.'\"-])([a-z]+(?:_[a-z]+)*)=(?:'([^']*)'|(?=[,;:)?]|\s|\.(?:\s|$)|$))")
+_TEXT = "'[^']*'|\"[^\"]*\""
+_NAMED = re.compile(
+    r"(?<![\w.'\"-])(?P<name>[a-z]+(?:_[a-z]+)*)="
+    rf"(?:(?P<value>{_TEXT}|\d+)|\[(?P<several>(?:{_TEXT})(?:, (?:{_TEXT}))*)\]|True"
+    r"|(?=[,;:)?]|\s|\.(?:\s|$)|$))"
+)
 
 
 def as_flags(text: str) -> str:
     """A message for somebody who typed a command: arguments as its options.
 
     Example:
-        >>> as_flags("Expected steps= or minutes=, found both. Use device='cpu'.")
-        'Expected --steps or --minutes, found both. Use --device cpu.'
+        >>> as_flags("Expected steps= or minutes=, found both. Use device='cpu' or force=True.")
+        'Expected --steps or --minutes, found both. Use --device cpu or --force.'
+        >>> print(as_flags("Give " + as_rules(["stem=a16", "head*=w8"])))
+        Give --rule 'stem=a16' --rule 'head*=w8'
     """
 
     def spelled(match: re.Match[str]) -> str:
-        name = _FLAGS.get(match[1], match[1].replace("_", "-"))
-        return f"--{name}" if match[2] is None else f"--{name} {match[2]}"
+        flag = "--" + _FLAGS.get(match["name"], match["name"].replace("_", "-"))
+        if match["several"] is not None:
+            return " ".join(f"{flag} {text}" for text in re.findall(_TEXT, match["several"]))
+        return flag if match["value"] is None else f"{flag} {match['value'].strip(chr(39))}"
 
-    return _NAMED.sub(spelled, text.replace("force=True", "--force"))
+    return _NAMED.sub(spelled, text)
+
+
+def as_rules(rules: Iterable[str]) -> str:
+    """Rules as an argument, for a message.
+
+    Example:
+        >>> as_rules(["stem=a16", "head=w8"])
+        "rules=['stem=a16', 'head=w8']"
+    """
+    return f"rules={list(rules)!r}"
 
 
 def whole(name: str, value: Any, *, least: int, below: int | None = None) -> int:

@@ -128,7 +128,7 @@ def sensitivity(
     network = as_model(model, preprocessing)
     data = _images(images, network, labels, samples, skip_unreadable)
     if settings.matrix == "hessian" and data.labels is None:
-        raise UsageError("Expected labels for the Hessian of a loss, found none. Give --labels, or leave --matrix out.")
+        raise UsageError("Expected labels for the Hessian of a loss, found none. Give labels=, or leave matrix= out.")
     teacher = prepare_teacher(network, data, output)
     teacher.graph.to(where)
     run = Run(seed=seed, batch=BATCH, device=where, progress=progress)

@@ -83,7 +83,7 @@ class Calibrate(Stage):
         if self.match_spread and student.scheme.target.power_of_two_scales:
             raise UsageError(
                 f"match_spread stretches scales, which the runtime {student.scheme.runtime} has as powers of two only. "
-                "Set it to false, or take another --recipe."
+                "Set it to false, or take another recipe=."
             )
 
     def _set_weights(self, student: QuantizedModel, importance: dict[str, Tensor]) -> None:

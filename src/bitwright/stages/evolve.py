@@ -104,7 +104,7 @@ class Evolve(Optimising):
         if student.scheme.target.power_of_two_scales:
             raise UsageError(
                 f"Evolution moves scales a little, which the runtime {student.scheme.runtime} has as powers of two "
-                "only. Take a recipe without it, such as --recipe eptq."
+                "only. Take a recipe without it, such as recipe='eptq'."
             )
         chosen = self._chosen(find_blocks(teacher.graph))
         if not any(_paths(student, block, self.scales) for block in chosen):

@@ -19,6 +19,7 @@ from bitwright.graph.watch import watch
 from bitwright.quant.quantizer import Quantizer
 from bitwright.quant.scheme import Rule, Scheme, escaped
 from bitwright.quantized import QuantizedModel, insert_quantizers
+from bitwright.reading.arguments import as_rules
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
 
@@ -64,12 +65,12 @@ def keep_short_rows(teacher: Captured, scheme: Scheme, images: Images, run: Run)
         said = f"{lost:.0%} of the rows that '{end.layer}' normalises are lost at {bits} bits: they are short."
         if found is None:
             warnings.warn(
-                f"{said} No single tensor before it can be blamed; compare with --activations 16.", stacklevel=3
+                f"{said} No single tensor before it can be blamed; compare with activations=16.", stacklevel=3
             )
             continue
         names = [r.pattern for r in found]
         got = f"{found[0].activations} bits" if found[0].activations == WIDE else "float"
-        back = " ".join(f"--rule '{n}=a{bits}'" for n in names)
+        back = as_rules(f"{n}=a{bits}" for n in names)
         warnings.warn(f"{said} {', '.join(names)}: {got} instead. To take that back: {back}", stacklevel=3)
         scheme = scheme.model_copy(update={"rules": (*found, *scheme.rules)})
     return scheme

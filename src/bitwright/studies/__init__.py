@@ -116,7 +116,7 @@ def study(
     if (model is None) != (images is None):
         raise UsageError("Expected MODEL and IMAGES, or neither to run on the embedded networks, found one of them.")
     if labels is not None and evaluate is None:
-        raise UsageError("Labels are used for evaluation only. Give the images they belong to with --evaluate.")
+        raise UsageError("Labels are used for evaluation only. Give the images they belong to with evaluate=.")
     where = find_device(device)
     networks = _networks(chosen, progress) if model is None else [as_model(model, preprocessing)]
     subjects = []

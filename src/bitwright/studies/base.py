@@ -103,20 +103,20 @@ class Study:
         """
         found = self.defaults
         if steps is not None:
-            self._must_have("--steps", found.steps is not None)
+            self._must_have("steps=", found.steps is not None)
             found = replace(found, steps=_at_least(1, steps, "step"))
         if weights is not None:
-            self._must_have("--weights", bool(found.weights))
+            self._must_have("weights=", bool(found.weights))
             found = replace(found, weights=_weight_bits(weights))
         if activations is not None:
-            self._must_have("--activations", bool(found.weights))
+            self._must_have("activations=", bool(found.weights))
             found = replace(found, activations=parse_activation_bits(activations))
         if seeds is not None:
             found = replace(found, seeds=tuple(dict.fromkeys(int(s) for s in seeds)))
         if samples is not None:
             found = replace(found, samples=_at_least(1, samples, "sample"))
         if recipe is not None:
-            self._must_have("--recipe", found.recipe is not None)
+            self._must_have("recipe=", found.recipe is not None)
             found = replace(found, recipe=recipe)
         if not found.seeds:
             raise UsageError("Expected at least one seed, found none.")
@@ -238,9 +238,9 @@ def _read(path: Path, identity: str) -> dict[str, Row]:
         found = read_checked(path)
         same, rows = found["identity"] == identity, {_text(r["key"]): r["row"] for r in found["rows"]}
     except (DamagedError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path} holds no rows of a study. Delete it, or use --force.") from error
+        raise UsageError(f"{path} holds no rows of a study. Delete it, or use force=True.") from error
     if not same:
-        raise UsageError(f"The unfinished study in {path} had other settings. Repeat its command, or use --force.")
+        raise UsageError(f"The unfinished study in {path} had other settings. Repeat its command, or use force=True.")
     return rows
 
 

@@ -42,7 +42,7 @@ def split(images: Images) -> tuple[Images, Images]:
     if len(images) < 2:
         raise UsageError(
             f"Expected at least 2 images to split between calibration and measurement, found {len(images)}. "
-            "Give more, or others to measure on with --evaluate."
+            "Give more, or others to measure on with evaluate=."
         )
     last = min(3, len(images) - 1)
     held_out = [i for i in range(len(images)) if i % 4 == last]

@@ -135,6 +135,6 @@ def scores_of(outputs: list[Tensor]) -> Tensor:
         shapes = ", ".join("x".join(map(str, o.shape[1:])) for o in outputs)
         raise ModelError(
             f"Expected one output of class scores for the losses of this study, found outputs of {shapes}. "
-            "Name the one to keep with --output."
+            "Name the one to keep with output=."
         )
     return outputs[0]
