@@ -179,3 +179,44 @@ def test_no_clip_of_codes_where_it_would_round_a_bias_or_has_no_kernel(weights, 
     on_codes = [n for n in program.graph if n.op_type == "Clip" and n.inputs[0].dtype != ir.DataType.FLOAT]
     assert {n.inputs[0].dtype for n in on_codes} <= {ir.DataType.UINT8}
     assert (activations == 16) == (not on_codes)
+
+
+def _cumulated(y: torch.Tensor) -> torch.Tensor:
+    return y.cumsum(3)
+
+
+PRODUCERS = {
+    "average": lambda y: nn.functional.avg_pool2d(y, 2),
+    "resized": lambda y: nn.functional.interpolate(y, scale_factor=2, mode="bilinear"),
+    "joined": lambda y: torch.cat([y, 2 * y.flip(3)], 2),
+    "product": lambda y: y * y.flip(3),
+    "smooth": nn.functional.silu,
+    "maximum": lambda y: torch.maximum(y, y.flip(3)),
+    "chosen": lambda y: torch.where(y > 0.1, y, y.flip(3)),
+    "other": _cumulated,
+    "moved": lambda y: nn.functional.silu(y).transpose(2, 3),
+    "divided": lambda y: y / y.std(1, keepdim=True),
+}
+
+
+class AnyBefore(nn.Module):
+    """Some operator, a clamping activation, and a convolution."""
+
+    def __init__(self, before, clamp) -> None:
+        super().__init__()
+        self.stem, self.then, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3), nn.Linear(4, 3)
+        self.before, self.clamp = before, clamp
+
+    def forward(self, x):
+        return self.head(self.then(self.clamp(self.before(self.stem(x)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("clamp", [torch.relu, nn.functional.relu6, lambda y: y.clamp(-0.2, 0.3)], ids=["0", "6", "own"])
+@pytest.mark.parametrize("before", PRODUCERS)
+def test_a_clamp_behind_any_operator_is_rounded_once(before, clamp):
+    """ONNX Runtime drops such a clamp, and joined the two quantizers around it to a third one."""
+    torch.manual_seed(0)
+    model = bw.quantize(AnyBefore(PRODUCERS[before], clamp).eval(), cases.dataset(), "mse")
+    x = cases.images()
+    with session(to_onnx(model), optimize=True) as run, torch.no_grad():
+        np.testing.assert_allclose(run.run(None, {run.get_inputs()[0].name: x.numpy()})[0], model(x), atol=1e-4)

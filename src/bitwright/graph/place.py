@@ -10,7 +10,7 @@ from torch import fx
 from bitwright.graph import ops
 from bitwright.quant.quantizer import Role
 from bitwright.quant.scheme import Scheme
-from bitwright.quant.targets import Target
+from bitwright.quant.targets import CLAMPING, Target
 
 FLOAT_ACTIVATIONS, FLOAT_BY_RULE = "activations are float", "float by rule"
 """Reasons of tensors that stay float because the scheme says so."""
@@ -160,7 +160,7 @@ def _can_fuse(node: fx.Node, consumer: _Consumer, target: Target) -> bool:
             return activation in target.conv_activations and not consumer.moved
         if kind == "add" and target.add_activations is not None:
             return activation in target.add_activations and not consumer.moved
-        return kind in {"linear", "matmul", "add", "norm", "scalar"}
+        return kind in {"linear", "matmul", "add", "norm", "scalar"} or activation in CLAMPING
     if kind == "softmax" and activation in REFILLS:
         return True
     if then == "softmax":
