@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 
-from bitwright.allocation import Cost, Problem, Row, Term, pareto, reachable, solve
+from bitwright.bits import Cost, Problem, Row, Term, pareto, reachable, solve
 
 WEIGHTS, ACTIVATIONS = (2, 3, 4, 6, 8), (4, 8, 16)
 

@@ -9,8 +9,8 @@ import warnings
 
 import torch
 
-from bitwright.data import load_images
-from bitwright.inputs import as_model, prepare_teacher
+from bitwright.given.images import load_images
+from bitwright.given.inputs import as_model, prepare_teacher
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import insert_quantizers
 from bitwright.recipes import recipe

@@ -40,9 +40,9 @@ from torch import Tensor, fx, nn
 import bitwright as bw
 from benchmarks import coverage_networks
 from benchmarks.written import where
-from bitwright.compat import import_timm
 from bitwright.errors import BitwrightError
-from bitwright.metrics import SignalToNoise
+from bitwright.given.compat import import_timm
+from bitwright.measure.metrics import SignalToNoise
 
 Row = dict[str, Any]
 Found = dict[str, Any]
@@ -51,7 +51,7 @@ Run = Callable[[Tensor], list[Tensor]]
 LIMIT = 300
 """Seconds of one core that a network may take."""
 LIBRARIES_OF_EXPORT = (
-    "bitwright.evaluation",
+    "bitwright.measure.evaluation",
     "bitwright.export.parity",
     "onnxscript.function_libs.torch_lib.ops",
     "scipy.optimize",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bitwright.compat import import_timm, import_torchvision
+from bitwright.given.compat import import_timm, import_torchvision
 
 SIZES = (128, 112)
 """Pixels of an image's side that are tried before the network's own."""

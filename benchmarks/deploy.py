@@ -23,16 +23,17 @@ from torch import Tensor
 
 import bitwright as bw
 from benchmarks.written import where
-from bitwright import planning, run_folder
 from bitwright.api import preview
-from bitwright.data import Images, load_images
+from bitwright.bits import planning
 from bitwright.errors import BitwrightError
 from bitwright.export.openvino import write_openvino
 from bitwright.export.packed import ideal_bytes
 from bitwright.export.parity import Parity, export_checked
-from bitwright.models import Model, load_model
+from bitwright.given.images import Images, load_images
+from bitwright.given.models import Model, load_model
 from bitwright.quantized import QuantizedModel
-from bitwright.result import peak_memory_bytes
+from bitwright.run import folder as run_folder
+from bitwright.run.result import peak_memory_bytes
 from bitwright.terminal import quiet_libraries
 
 BITS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4)}

@@ -9,11 +9,11 @@ import warnings
 
 import torch
 
-from bitwright.data import Images, load_images
+from bitwright.given.images import Images, load_images
+from bitwright.given.inputs import as_model, prepare_teacher
+from bitwright.given.models import load_model
 from bitwright.graph.capture import Captured
-from bitwright.inputs import as_model, prepare_teacher
 from bitwright.memory import keep_pages
-from bitwright.models import load_model
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.stages.base import Precision, Run

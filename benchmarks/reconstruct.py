@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitwright.data import load_images
+from bitwright.given.images import load_images
+from bitwright.given.inputs import as_model, prepare_teacher
 from bitwright.graph.points import Point, expose, linear_points
-from bitwright.inputs import as_model, prepare_teacher
 from bitwright.memory import keep_pages
 from bitwright.quant.learned import LearnedActivation, LearnedWeight
 from bitwright.quant.scheme import Scheme

@@ -10,9 +10,9 @@ import warnings
 import torch
 
 from bitwright.curvature.label_free import label_free_scores
-from bitwright.data import load_images
+from bitwright.given.images import load_images
+from bitwright.given.inputs import as_model, prepare_teacher
 from bitwright.graph.points import expose, linear_points
-from bitwright.inputs import as_model, prepare_teacher
 from bitwright.memory import keep_pages
 
 

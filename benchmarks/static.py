@@ -33,14 +33,14 @@ from torch import Tensor
 import bitwright as bw
 from benchmarks.reconstruct import contiguous
 from benchmarks.written import where
-from bitwright.data import Images, load_images
-from bitwright.evaluation import class_scores, compare
 from bitwright.export.gap import open_file
 from bitwright.export.onnx import save_onnx, to_onnx
 from bitwright.export.parity import export_checked
+from bitwright.given.images import Images, load_images
+from bitwright.given.inputs import calibration_images, prepare_teacher
+from bitwright.given.models import Model, load_model
 from bitwright.graph.capture import Captured
-from bitwright.inputs import calibration_images, prepare_teacher
-from bitwright.models import Model, load_model
+from bitwright.measure.evaluation import class_scores, compare
 from bitwright.report.verdict import paired_difference
 from bitwright.speed.kernels import kernels, products
 from bitwright.speed.runtimes import ONNXRUNTIME

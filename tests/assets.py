@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from bitwright.compat import import_timm
-from bitwright.models import load_weights, read_state_dict
+from bitwright.given.compat import import_timm
+from bitwright.given.models import load_weights, read_state_dict
 
 ROOT = Path(os.environ.get("BITWRIGHT_ASSETS", Path(__file__).resolve().parents[2] / "shared" / "assets"))
 

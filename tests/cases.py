@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitwright.data import Images, load_images
+from bitwright.given.images import Images, load_images
 from bitwright.graph.capture import Captured, capture
 from bitwright.graph.prepare import prepare
 

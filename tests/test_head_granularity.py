@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 
 import bitwright as bw
-from bitwright.allocation import Losses, evaluate, problem_of, variables_of
+from bitwright.bits import Losses, evaluate, problem_of, variables_of
+from bitwright.bits.plan import Plan, insert_plan, plan_of
 from bitwright.cli import main
 from bitwright.export.onnx import to_onnx
 from bitwright.export.packed import ideal_bytes
 from bitwright.export.parity import check_parity
-from bitwright.plan import Plan, insert_plan, plan_of
 from bitwright.quant.quantizer import Quantizer
 from bitwright.quant.ranges import weight_scale
 from bitwright.quant.scheme import Scheme
-from bitwright.run_folder import write_files
+from bitwright.run.folder import write_files
 
 
 class Separate(nn.Module):

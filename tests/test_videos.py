@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import bitwright as bw
-from bitwright.data import load_images
 from bitwright.errors import DataError
+from bitwright.given.images import load_images
 from bitwright.stages.augment import Views
 
 

@@ -8,39 +8,41 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from bitwright import _moved
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from bitwright.api import quantize
-    from bitwright.data import Images, load_images
+    from bitwright.bits.plan import Plan
+    from bitwright.bits.planning import plan_bits
     from bitwright.errors import BitwrightError, DataError, ModelError, ParityError, UsageError
-    from bitwright.evaluation import evaluate
+    from bitwright.given.images import Images, load_images
+    from bitwright.given.models import load_model
+    from bitwright.given.preprocessing import Preprocessing
     from bitwright.graph.capture import capture
-    from bitwright.models import load_model
-    from bitwright.plan import Plan
-    from bitwright.planning import plan_bits
-    from bitwright.preprocessing import Preprocessing
+    from bitwright.measure.evaluation import evaluate
     from bitwright.quant.scheme import Rule, Scheme
     from bitwright.quantized import QuantizedModel
     from bitwright.recipes import Recipe
-    from bitwright.run_folder import load
+    from bitwright.run.folder import load
     from bitwright.speed.bench import bench
     from bitwright.studies import study
 
 _HOMES = {
     "api": ["quantize"],
     "graph.capture": ["capture"],
-    "data": ["Images", "load_images"],
+    "given.images": ["Images", "load_images"],
     "errors": ["BitwrightError", "DataError", "ModelError", "ParityError", "UsageError"],
-    "evaluation": ["evaluate"],
-    "models": ["load_model"],
-    "plan": ["Plan"],
-    "planning": ["plan_bits"],
-    "preprocessing": ["Preprocessing"],
+    "measure.evaluation": ["evaluate"],
+    "given.models": ["load_model"],
+    "bits.plan": ["Plan"],
+    "bits.planning": ["plan_bits"],
+    "given.preprocessing": ["Preprocessing"],
     "quant.scheme": ["Rule", "Scheme"],
     "quantized": ["QuantizedModel"],
     "recipes": ["Recipe"],
-    "run_folder": ["load"],
+    "run.folder": ["load"],
     "speed.bench": ["bench"],
     "studies": ["study"],
 }
@@ -50,6 +52,9 @@ __all__ = [
     "Recipe", "Rule", "Scheme", "UsageError", "bench", "capture", "evaluate", "load", "load_images", "load_model",
     "plan_bits", "quantize", "study",
 ]  # fmt: skip
+
+
+_moved.install()
 
 
 def __getattr__(name: str) -> Any:

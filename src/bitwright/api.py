@@ -11,26 +11,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitwright import planning
-from bitwright.data import Images, load_images
+from bitwright.bits import planning
+from bitwright.bits.goal import MEASURE, Goal
+from bitwright.bits.plan import Plan, insert_plan
 from bitwright.errors import UsageError, step
-from bitwright.goal import MEASURE, Goal
+from bitwright.given.arguments import SEEDS, a_time, alone, choices, one_of, whole
+from bitwright.given.images import Images, load_images
+from bitwright.given.inputs import as_model, calibration_images, find_device, prepare_teacher
+from bitwright.given.models import Model
+from bitwright.given.preprocessing import PreprocessFunction, Preprocessing
 from bitwright.graph.capture import Captured
-from bitwright.inputs import as_model, calibration_images, find_device, prepare_teacher
 from bitwright.measure.health import check_answers
-from bitwright.models import Model
 from bitwright.outliers.balance import balance
 from bitwright.outliers.wider import advise, check_wide, raise_few
 from bitwright.pipeline import fingerprint, run_stages
-from bitwright.plan import Plan, insert_plan
-from bitwright.preprocessing import PreprocessFunction, Preprocessing
 from bitwright.progress import Progress, silent
 from bitwright.quant.scheme import Rule, Scheme, parse_activation_bits, parse_weight_bits
 from bitwright.quantized import QuantizedModel, insert_quantizers
-from bitwright.reading.arguments import SEEDS, a_time, alone, choices, one_of, whole
 from bitwright.recipes import Recipe
 from bitwright.recipes import recipe as find_recipe
-from bitwright.result import SCHEMA, describe_layers, describe_unquantized, environment, peak_memory_bytes, totals
+from bitwright.run.result import SCHEMA, describe_layers, describe_unquantized, environment, peak_memory_bytes, totals
 from bitwright.stages.base import Precision, Run
 from bitwright.stages.short_rows import keep_short_rows
 

@@ -215,7 +215,7 @@ def _scheme(
 
 def _plan(path: Path | None, scheme: Any) -> tuple[Any, Any]:
     """The plan, read before PyTorch is loaded, and the scheme with it."""
-    from bitwright.plan import Plan
+    from bitwright.bits.plan import Plan
 
     plan = None if path is None else Plan.read(path)
     return plan, scheme if plan is None else plan.scheme(scheme)
@@ -223,7 +223,7 @@ def _plan(path: Path | None, scheme: Any) -> tuple[Any, Any]:
 
 def _goal(weights: str | None, activations: str, measure: str, plan: Path | None, limits: dict[str, str | None]) -> Any:
     """What is wanted of a plan that is still to be made; None if nothing is limited."""
-    from bitwright.goal import Goal, flag
+    from bitwright.bits.goal import Goal, flag
 
     given = [name for name, value in limits.items() if value is not None]
     if not given:
@@ -662,7 +662,7 @@ def plan(
     Example: `bitwright plan zoo:fashion_cnn zoo:fashion --target-size 100kB --out plan-100kB`
     """
     with Terminal(as_json=as_json) as terminal:
-        from bitwright.goal import Goal
+        from bitwright.bits.goal import Goal
 
         goal = Goal.parse(
             target_size=target_size,

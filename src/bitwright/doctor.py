@@ -93,8 +93,8 @@ def _torchvision_built_for(found: Finding) -> Finding:
         return found
     import torch
 
-    from bitwright.compat import import_torchvision
     from bitwright.errors import UsageError
+    from bitwright.given.compat import import_torchvision
 
     try:
         vision = import_torchvision()

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from bitwright.errors import UsageError
 from bitwright.graph.points import Point
-from bitwright.metrics import as_log_probabilities
+from bitwright.measure.metrics import as_log_probabilities
 
 
 class _WeightedDistance(torch.autograd.Function):

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from bitwright.data import Images
 from bitwright.errors import BitwrightError
+from bitwright.given.images import Images
 from bitwright.graph.capture import Captured
 from bitwright.memory import keep_pages
 from bitwright.quantized import QuantizedModel, Snapshot

@@ -11,18 +11,18 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from bitwright.errors import step
+from bitwright.given.arguments import a_path
 from bitwright.graph import rewrite
 from bitwright.graph.capture import Captured
 from bitwright.graph.insert import Layer, insert
 from bitwright.graph.place import Unquantized
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Grid, Quantizer
 from bitwright.quant.scheme import Scheme
-from bitwright.reading.arguments import a_path
 
 if TYPE_CHECKING:
-    from bitwright.data import Images
     from bitwright.export.parity import Parity
-    from bitwright.preprocessing import PreprocessFunction, Preprocessing
+    from bitwright.given.images import Images
+    from bitwright.given.preprocessing import PreprocessFunction, Preprocessing
 
 
 @dataclass(frozen=True)
@@ -140,13 +140,13 @@ class QuantizedModel(nn.Module):
         self, images: Any, labels: Any = None, classes: Mapping[str, int | None] | None = None
     ) -> dict[str, Any]:
         """Accuracy and fidelity on images; see :func:`bitwright.evaluate`."""
-        from bitwright.evaluation import evaluate
+        from bitwright.measure.evaluation import evaluate
 
         return evaluate(self, images, labels=labels, classes=classes)
 
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
-        """Writes a run folder; see :func:`bitwright.run_folder.save`."""
-        from bitwright.run_folder import save
+        """Writes a run folder; see :func:`bitwright.run.folder.save`."""
+        from bitwright.run.folder import save
 
         return save(self, a_path("folder", folder), force=force)
 
@@ -154,7 +154,7 @@ class QuantizedModel(nn.Module):
     def export(self, path: str | Path, images: Any = None, *, force: bool = False) -> Parity:
         """Writes an ONNX file once it passed its check; see :func:`bitwright.export.parity.export_checked`."""
         from bitwright.export.parity import export_checked
-        from bitwright.run_folder import renew_checksum
+        from bitwright.run.folder import renew_checksum
 
         place = a_path("path", path)
         parity = export_checked(self, place, images, force=force)

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.text import Text
 
 from bitwright.errors import debugging
-from bitwright.reading.arguments import as_flags
+from bitwright.given.arguments import as_flags
 
 DETAIL_SECONDS = 15.0
 """Between two lines of figures where there is no terminal to draw on."""

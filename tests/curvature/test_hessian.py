@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from bitwright.curvature.hessian import Curvature, Data, Matrix, groups, spectra, traces, weights_of
 from bitwright.curvature.label_free import label_free_scores
-from bitwright.data import Images, load_images
 from bitwright.errors import DataError, ModelError, UsageError
+from bitwright.given.images import Images, load_images
 from bitwright.graph.capture import Captured, capture
 from bitwright.graph.points import linear_points
 from bitwright.graph.prepare import prepare

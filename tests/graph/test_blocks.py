@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from cases import CASES, Attention, images, make, prepared
 from torch import Tensor, fx, nn
 
-from bitwright.compat import import_timm
 from bitwright.errors import UsageError
+from bitwright.given.compat import import_timm
+from bitwright.given.models import load_model
 from bitwright.graph import ops
 from bitwright.graph.blocks import Block, find_blocks
 from bitwright.graph.capture import Captured, capture
 from bitwright.graph.prepare import prepare
-from bitwright.models import load_model
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import insert_quantizers
 

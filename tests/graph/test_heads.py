@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from bitwright.compat import import_timm
+from bitwright.given.compat import import_timm
 from bitwright.graph import rewrite
 from bitwright.graph.capture import capture
 from bitwright.graph.heads import Heads, find_heads

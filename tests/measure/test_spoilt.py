@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import bitwright as bw
-from bitwright.data import load_images
+from bitwright.given.images import load_images
 from bitwright.measure.spoilt import find_spoilt, measure, without_spoilt
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import bitwright as bw
-from bitwright.data import load_images
+from bitwright.given.images import load_images
+from bitwright.given.inputs import as_model, prepare_teacher
 from bitwright.graph.axes import read_outputs
-from bitwright.inputs import as_model, prepare_teacher
 from bitwright.outliers import balance as module
 from bitwright.outliers.balance import own_quantizers
 from bitwright.outliers.effects import see_gradients

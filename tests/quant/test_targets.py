@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import bitwright as bw
+from bitwright.bits.plan import Plan, plan_of
 from bitwright.export.onnx import to_onnx
 from bitwright.export.parity import check_parity
-from bitwright.plan import Plan, plan_of
 from bitwright.quant import affine, shifts
 from bitwright.quant.quantizer import BiasQuantizer, Grid, Quantizer
 from bitwright.quant.scheme import Rule, Scheme

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from chromium import Page
 
-from bitwright import report, run_folder
+from bitwright import report
 from bitwright.cli import main
+from bitwright.run import folder as run_folder
 
 OUTSIDE = """[...document.body.querySelectorAll('*')].filter(e => {
     const r = e.getBoundingClientRect();

@@ -18,12 +18,12 @@ from torch import Tensor
 
 import bitwright as bw
 from bitwright import zoo
-from bitwright.data import load_images
-from bitwright.evaluation import evaluate
+from bitwright.given.images import load_images
+from bitwright.given.preprocessing import Preprocessing
 from bitwright.graph import rewrite
 from bitwright.graph.readings import Reading
 from bitwright.graph.watch import watch
-from bitwright.preprocessing import Preprocessing
+from bitwright.measure.evaluation import evaluate
 from bitwright.quantized import QuantizedModel
 from bitwright.report.answers import Answers, class_names, picture
 from bitwright.report.facts import onnx_parts, packed_parts

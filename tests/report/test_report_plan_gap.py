@@ -20,7 +20,7 @@ import bitwright as bw
 from bitwright import report
 from bitwright.cli import main
 from bitwright.commands.plans import curve_beside
-from bitwright.models import load_model
+from bitwright.given.models import load_model
 from bitwright.report.shown import read
 
 NET = """

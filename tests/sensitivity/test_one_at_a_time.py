@@ -14,8 +14,8 @@ from torch import Tensor
 
 from bitwright import losses
 from bitwright.curvature.label_free import label_free_scores
-from bitwright.data import Images
 from bitwright.errors import UsageError
+from bitwright.given.images import Images
 from bitwright.graph.points import linear_points
 from bitwright.graph.readings import Reading
 from bitwright.graph.watch import watch

@@ -11,7 +11,7 @@ from dense import matrix_of, part, spans
 from torch import Tensor, nn
 
 from bitwright.curvature.hessian import Curvature, Data, Group, Matrix, groups
-from bitwright.data import Images
+from bitwright.given.images import Images
 from bitwright.graph.capture import Captured, capture
 from bitwright.graph.prepare import prepare
 from bitwright.quant.scheme import Scheme

@@ -9,7 +9,7 @@ import torch
 from cases import dataset
 from torch import Tensor
 
-from bitwright.data import load_images
+from bitwright.given.images import load_images
 from bitwright.stages.augment import Views
 
 SIZE = 16

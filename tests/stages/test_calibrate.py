@@ -9,8 +9,8 @@ import torch
 from cases import CASES, dataset, images, model, prepared
 from torch import Tensor, fx, nn
 
-from bitwright.data import load_images
 from bitwright.errors import DataError
+from bitwright.given.images import load_images
 from bitwright.graph import ops
 from bitwright.graph.capture import Captured, capture
 from bitwright.graph.prepare import prepare

@@ -11,9 +11,9 @@ import torch
 from cases import dataset, images, prepared
 from torch import Tensor, nn
 
-from bitwright.data import Images, load_images
 from bitwright.errors import BitwrightError, UsageError
 from bitwright.export.packed import load_packed, save_packed
+from bitwright.given.images import Images, load_images
 from bitwright.graph import rewrite
 from bitwright.graph.capture import Captured, capture
 from bitwright.graph.prepare import prepare

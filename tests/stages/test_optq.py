@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from cases import CASES, dataset, images, prepared
 from torch import Tensor, fx, nn
 
-from bitwright.data import Images, load_images
+from bitwright.given.images import Images, load_images
 from bitwright.graph import ops, rewrite
 from bitwright.graph.capture import Captured, capture
 from bitwright.graph.prepare import prepare

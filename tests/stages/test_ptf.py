@@ -16,10 +16,10 @@ from cases import CASES, Transformer, dataset, images, prepared
 from torch import Tensor, nn
 
 import bitwright as bw
-from bitwright.data import load_images
 from bitwright.export.onnx import save_onnx, to_onnx
 from bitwright.export.packed import ideal_bytes
 from bitwright.export.parity import check_parity
+from bitwright.given.images import load_images
 from bitwright.graph.capture import Captured, capture
 from bitwright.graph.prepare import prepare
 from bitwright.quant.quantizer import BiasQuantizer, Quantizer

@@ -12,7 +12,7 @@ from cases import dataset, images, prepared
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from bitwright.data import load_images
+from bitwright.given.images import load_images
 from bitwright.graph import rewrite
 from bitwright.graph.capture import Captured, capture
 from bitwright.graph.points import expose, linear_points

@@ -8,9 +8,9 @@ import pytest
 import torch
 from cases import dataset, make
 
-from bitwright.data import Images
 from bitwright.errors import UsageError
-from bitwright.models import Model
+from bitwright.given.images import Images
+from bitwright.given.models import Model
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel
 from bitwright.recipes import recipe

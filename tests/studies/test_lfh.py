@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bitwright import zoo
-from bitwright.data import load_images
+from bitwright.given.images import load_images
 from bitwright.progress import silent
 from bitwright.studies import lfh
 

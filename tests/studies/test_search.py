@@ -9,7 +9,7 @@ import torch
 from cases import dataset, make
 
 from bitwright.errors import UsageError
-from bitwright.models import Model
+from bitwright.given.models import Model
 from bitwright.quant.quantizer import Grid, Quantizer
 from bitwright.quant.scheme import Scheme
 from bitwright.recipes import recipe

@@ -11,8 +11,8 @@ from cases import dataset, prepared
 from torch import Tensor, nn
 
 from bitwright.curvature.label_free import label_free_scores
-from bitwright.data import Images, load_images
 from bitwright.errors import ModelError
+from bitwright.given.images import Images, load_images
 from bitwright.graph.capture import Captured, capture
 from bitwright.graph.points import linear_points
 from bitwright.graph.prepare import prepare

@@ -9,7 +9,7 @@ from rich.console import RenderableType
 
 from bitwright.commands import tables
 from bitwright.errors import UsageError
-from bitwright.run_folder import BENCH, alone
+from bitwright.run.folder import BENCH, alone
 from bitwright.speed.bench import bench as measured
 from bitwright.speed.runtimes import RUNTIMES
 from bitwright.terminal import Terminal

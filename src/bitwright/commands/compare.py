@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from bitwright import report as pages
-from bitwright import run_folder
 from bitwright.commands import quantize
 from bitwright.commands import report as report_command
 from bitwright.commands.sources import absolute_reference, absolute_source
 from bitwright.errors import BitwrightError, UsageError
-from bitwright.reading.text import read_json
+from bitwright.given.text import read_json
 from bitwright.recipes import recipe as find_recipe
 from bitwright.report import comparison
 from bitwright.report.comparison import Entry
 from bitwright.report.shown import read
+from bitwright.run import folder as run_folder
 from bitwright.run.files import write_json
 from bitwright.run.lock import held
 from bitwright.terminal import Terminal, one_line

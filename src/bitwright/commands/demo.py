@@ -11,8 +11,8 @@ from bitwright.commands import quantize, tables
 from bitwright.errors import BitwrightError
 from bitwright.quant.scheme import Scheme
 from bitwright.recipes import recipe as find_recipe
+from bitwright.run.folder import STATE, check_target
 from bitwright.run.state import is_unfinished
-from bitwright.run_folder import STATE, check_target
 from bitwright.terminal import Terminal
 
 CALIBRATION, TEST = "zoo:fashion", "zoo:fashion-test"

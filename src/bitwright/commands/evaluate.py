@@ -10,7 +10,6 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from bitwright import run_folder
 from bitwright.commands import tables
 from bitwright.commands.sources import (
     Settings,
@@ -20,15 +19,16 @@ from bitwright.commands.sources import (
     is_run,
     load_run,
 )
-from bitwright.data import Images
 from bitwright.errors import BitwrightError, ModelError, UsageError
-from bitwright.evaluation import Network, compare
+from bitwright.given.images import Images
+from bitwright.given.inputs import prepare_teacher
+from bitwright.given.models import Model, load_model
+from bitwright.given.preprocessing import Preprocessing
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.capture import Captured
 from bitwright.graph.readings import Reading
-from bitwright.inputs import prepare_teacher
-from bitwright.models import Model, load_model
-from bitwright.preprocessing import Preprocessing
+from bitwright.measure.evaluation import Network, compare
+from bitwright.run import folder as run_folder
 from bitwright.terminal import Terminal, one_line
 
 BATCH = 50

@@ -7,17 +7,17 @@ from typing import Any
 
 from rich.table import Table
 
-from bitwright import run_folder
 from bitwright.commands import tables
 from bitwright.commands.sources import Settings, float_network, images_at, load_run
-from bitwright.data import Images
 from bitwright.errors import BitwrightError, ParityError, UsageError
 from bitwright.export.openvino import check_openvino, write_openvino
 from bitwright.export.parity import Parity, export_checked
 from bitwright.export.pt2 import write_pt2
-from bitwright.models import Model
+from bitwright.given.images import Images
+from bitwright.given.models import Model
+from bitwright.given.text import read_json
 from bitwright.quantized import QuantizedModel
-from bitwright.reading.text import read_json
+from bitwright.run import folder as run_folder
 from bitwright.run.files import cannot_write, move, scratch, target_file, write_json
 from bitwright.terminal import Terminal, quiet_libraries
 

@@ -11,17 +11,18 @@ import torch
 from rich.console import RenderableType
 from torch import fx
 
-from bitwright import api, run_folder
+from bitwright import api
+from bitwright.bits.plan import Plan
 from bitwright.commands import tables
 from bitwright.commands.sources import Settings, blank_images, is_run, load_run
 from bitwright.errors import UsageError
+from bitwright.given.models import load_model
 from bitwright.graph import rewrite
 from bitwright.graph.blocks import find_blocks
-from bitwright.models import load_model
-from bitwright.plan import Plan
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel
-from bitwright.result import describe_layers, describe_unquantized, totals
+from bitwright.run import folder as run_folder
+from bitwright.run.result import describe_layers, describe_unquantized, totals
 from bitwright.terminal import Terminal, quiet_libraries
 
 Rows = list[dict[str, Any]]

@@ -9,15 +9,15 @@ from typing import Any
 from rich.console import RenderableType
 
 import bitwright
-from bitwright import run_folder
 from bitwright.commands import tables
 from bitwright.commands.export import run_images
 from bitwright.commands.sources import Settings, float_network
-from bitwright.data import Images
 from bitwright.errors import ParityError, UsageError
 from bitwright.export.gap import measure_gap, read_onnx
-from bitwright.inputs import prepare_teacher
+from bitwright.given.images import Images
+from bitwright.given.inputs import prepare_teacher
 from bitwright.quantized import QuantizedModel
+from bitwright.run import folder as run_folder
 from bitwright.run.files import write_json
 from bitwright.speed.runtimes import OPENVINO, RUNTIMES, Runtime, runtime
 from bitwright.terminal import Terminal, one_line, quiet_libraries

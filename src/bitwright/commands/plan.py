@@ -8,19 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bitwright import planning
+from bitwright.bits import planning
+from bitwright.bits.goal import Goal
+from bitwright.bits.planning import Planning
 from bitwright.commands import plan_page, plans, tables
 from bitwright.commands.sources import Settings as Preprocessing
 from bitwright.commands.sources import absolute_reference, absolute_source, images_at, remove_empty
 from bitwright.errors import UsageError
-from bitwright.goal import Goal
-from bitwright.inputs import find_device
-from bitwright.models import load_model
-from bitwright.planning import Planning
+from bitwright.given.inputs import find_device
+from bitwright.given.models import load_model
 from bitwright.quant.scheme import Scheme
-from bitwright.result import environment, peak_memory_bytes
 from bitwright.run.files import write_text
-from bitwright.run_folder import check_writable
+from bitwright.run.folder import check_writable
+from bitwright.run.result import environment, peak_memory_bytes
 from bitwright.terminal import Terminal, quiet_libraries
 
 FILES = ("plan.json", "pareto.json", "plan.html")

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from bitwright.allocation.solve import amount
+from bitwright.bits.goal import TITLES
+from bitwright.bits.plan import Plan
+from bitwright.bits.planning import Planning, nearest_uniform
+from bitwright.bits.solve import amount
 from bitwright.commands.tables import bytes_text, count_text
-from bitwright.goal import TITLES
-from bitwright.plan import Plan
-from bitwright.planning import Planning, nearest_uniform
 from bitwright.studies.figures import COLOURS
 
 UNITS = {

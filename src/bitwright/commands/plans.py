@@ -6,12 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from bitwright.allocation.solve import amount
+from bitwright.bits.plan import Plan
+from bitwright.bits.solve import amount
 from bitwright.commands.tables import bytes_text, percent
 from bitwright.errors import BitwrightError
-from bitwright.metrics import wilson_interval
-from bitwright.plan import Plan
-from bitwright.reading.text import read_json
+from bitwright.given.text import read_json
+from bitwright.measure.metrics import wilson_interval
 from bitwright.terminal import Terminal
 
 TOLERANCE = 0.02

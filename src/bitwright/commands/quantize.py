@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bitwright import api, planning, recipes, run_folder
-from bitwright import inputs as given
+from bitwright import api, recipes
+from bitwright.bits import planning
+from bitwright.bits.goal import Goal
+from bitwright.bits.plan import Plan, insert_plan
 from bitwright.commands import inspect, plans, tables
 from bitwright.commands.report import write_beside
 from bitwright.commands.sources import (
@@ -22,20 +24,20 @@ from bitwright.commands.sources import (
     images_at,
     remove_empty,
 )
-from bitwright.data import Images
 from bitwright.errors import BitwrightError, UsageError
-from bitwright.evaluation import evaluate, layer_sqnr, read_outputs_of
 from bitwright.export.parity import export_checked
-from bitwright.goal import Goal
-from bitwright.models import Model, load_model
-from bitwright.plan import Plan, insert_plan
-from bitwright.preprocessing import Preprocessing
+from bitwright.given import inputs as given
+from bitwright.given.images import Images
+from bitwright.given.models import Model, load_model
+from bitwright.given.preprocessing import Preprocessing
+from bitwright.measure.evaluation import evaluate, layer_sqnr, read_outputs_of
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel
 from bitwright.recipes import recipe as find_recipe
 from bitwright.report.answers import Answers
-from bitwright.result import command_line, peak_memory_bytes
+from bitwright.run import folder as run_folder
 from bitwright.run.files import write_text
+from bitwright.run.result import command_line, peak_memory_bytes
 from bitwright.run.state import begin, leave
 from bitwright.sensitivity import diagnosis
 from bitwright.stages.base import Precision, Run

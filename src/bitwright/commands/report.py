@@ -11,16 +11,16 @@ from typing import Any
 from rich.table import Table
 
 from bitwright import report as pages
-from bitwright import run_folder
 from bitwright.commands import tables
-from bitwright.data import Images
 from bitwright.errors import UsageError
+from bitwright.given.images import Images
 from bitwright.quantized import QuantizedModel
 from bitwright.report import comparison, facts
 from bitwright.report.answers import Answers
 from bitwright.report.comparison import Entry
 from bitwright.report.shown import read
 from bitwright.report.verdict import verdict
+from bitwright.run import folder as run_folder
 from bitwright.run.files import write_text
 from bitwright.terminal import Terminal, one_line
 

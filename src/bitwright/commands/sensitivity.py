@@ -10,8 +10,8 @@ from bitwright.commands import tables
 from bitwright.commands.sources import Settings as Preprocessing
 from bitwright.commands.sources import absolute_reference, absolute_source, check_labels, images_at, remove_empty
 from bitwright.errors import UsageError
-from bitwright.models import load_model
-from bitwright.run_folder import check_writable
+from bitwright.given.models import load_model
+from bitwright.run.folder import check_writable
 from bitwright.sensitivity import figure, report
 from bitwright.terminal import Terminal, quiet_libraries
 

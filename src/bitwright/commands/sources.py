@@ -12,13 +12,13 @@ from PIL import Image
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from bitwright import run_folder
-from bitwright.data import Images, load_images
 from bitwright.errors import BitwrightError, UsageError
-from bitwright.evaluation import class_scores
-from bitwright.models import Model, example_shape, load_model
-from bitwright.preprocessing import Preprocessing
+from bitwright.given.images import Images, load_images
+from bitwright.given.models import Model, example_shape, load_model
+from bitwright.given.preprocessing import Preprocessing
+from bitwright.measure.evaluation import class_scores
 from bitwright.quantized import QuantizedModel
+from bitwright.run import folder as run_folder
 
 Settings = dict[str, Any]
 """What was said of preprocessing on the command line, by name; only what was said."""

@@ -12,9 +12,9 @@ from bitwright import studies
 from bitwright.commands import tables
 from bitwright.commands.sources import Settings, absolute_reference, absolute_source, remove_empty
 from bitwright.errors import UsageError
-from bitwright.models import load_model
+from bitwright.given.models import load_model
+from bitwright.run.folder import check_writable
 from bitwright.run.lock import held
-from bitwright.run_folder import check_writable
 from bitwright.studies import figures
 from bitwright.terminal import Terminal
 

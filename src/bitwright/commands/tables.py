@@ -7,9 +7,9 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from bitwright.metrics import OutputFidelity, read_fidelity
+from bitwright.measure.metrics import OutputFidelity, read_fidelity
 from bitwright.quantized import QuantizedModel
-from bitwright.result import describe_layers, describe_unquantized, stored_values, totals
+from bitwright.run.result import describe_layers, describe_unquantized, stored_values, totals
 
 
 def table(*columns: str, title: str | None = None) -> Table:

@@ -28,14 +28,14 @@ from torch import Tensor, fx
 from bitwright.curvature.label_free import differentiable, draw
 from bitwright.curvature.spectrum import Lanczos, Spectrum
 from bitwright.errors import ModelError, UsageError
-from bitwright.evaluation import class_scores
 from bitwright.graph import ops, rewrite
 from bitwright.graph.blocks import find_blocks
+from bitwright.measure.evaluation import class_scores
 from bitwright.progress import Progress, silent
 from bitwright.quant.affine import to_blocks
 
 if TYPE_CHECKING:
-    from bitwright.data import Images
+    from bitwright.given.images import Images
 
 Name = TypeVar("Name", str, int)
 Matrix = Literal["fisher", "squared", "hessian"]
@@ -273,7 +273,7 @@ class _Squared:
 
 
 def _are_scores(output: Tensor) -> bool:
-    """As :func:`bitwright.metrics.as_log_probabilities` reads them."""
+    """As :func:`bitwright.measure.metrics.as_log_probabilities` reads them."""
     return output.dim() in {2, 4} and output.shape[1] > 1
 
 

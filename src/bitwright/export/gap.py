@@ -12,17 +12,17 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from bitwright.data import Images
 from bitwright.errors import BitwrightError, UsageError
-from bitwright.evaluation import Network
 from bitwright.export.arbiter import BATCH, LayerCodes, by_operator, compare_codes
 from bitwright.export.deviation import compare, tipped
 from bitwright.export.layers import activation_quantizers, compare_layers
 from bitwright.export.parity import LAYER_IMAGES
 from bitwright.export.reference import run_reference
 from bitwright.export.runtimes import EXACT, openvino
+from bitwright.given.images import Images
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.readings import Reading, by_values
+from bitwright.measure.evaluation import Network
 from bitwright.progress import Progress, silent
 from bitwright.quantized import QuantizedModel
 from bitwright.speed.openvino_cpu import compile_model

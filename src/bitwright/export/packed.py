@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from bitwright.errors import UsageError
+from bitwright.given.names import read_arrangement
+from bitwright.given.text import short
 from bitwright.graph import rewrite
 from bitwright.graph.insert import Layer
 from bitwright.graph.outputs import plain_structure
@@ -30,8 +32,6 @@ from bitwright.graph.store import dump_graph, load_graph
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Grid, Quantizer
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel
-from bitwright.reading.names import read_arrangement
-from bitwright.reading.text import short
 from bitwright.run.checkpoint import save_tensors
 from bitwright.run.files import whole
 

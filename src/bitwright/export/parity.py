@@ -14,7 +14,6 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from bitwright.data import Images, load_images
 from bitwright.errors import BitwrightError, ParityError, UsageError
 from bitwright.export.arbiter import compare_kernels
 from bitwright.export.deviation import OutputParity, Run, compare, tipped, worst
@@ -23,6 +22,7 @@ from bitwright.export.layers import LayerParity, activation_quantizers, compare_
 from bitwright.export.onnx import to_onnx, write_onnx
 from bitwright.export.recurrent import store_weights
 from bitwright.export.runtimes import Opener, Session, openvino_reads, session
+from bitwright.given.images import Images, load_images
 from bitwright.graph import ops
 from bitwright.graph.axes import read_outputs
 from bitwright.quantized import QuantizedModel

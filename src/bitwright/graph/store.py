@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from bitwright.errors import UsageError
-from bitwright.reading.names import is_path, is_pure
+from bitwright.given.names import is_path, is_pure
 
 _OPERATORS = {
     name: getattr(operator, name)

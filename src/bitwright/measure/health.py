@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from bitwright.data import Images
 from bitwright.errors import BitwrightError
+from bitwright.given.images import Images
 from bitwright.graph.watch import Callback, watch
-from bitwright.metrics import Fidelity, OutputFidelity
+from bitwright.measure.metrics import Fidelity, OutputFidelity
 from bitwright.quant.quantizer import Quantizer
 from bitwright.quantized import QuantizedModel
 from bitwright.stages.base import Run

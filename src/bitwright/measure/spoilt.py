@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitwright.data import Images
+from bitwright.given.images import Images
 
 BATCH = 32
 USUAL = 0.99

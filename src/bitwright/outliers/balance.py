@@ -27,7 +27,7 @@ from bitwright.sensitivity.one_at_a_time import distance_of_outputs, spread_of_o
 from bitwright.stages.calibrate import Calibrate
 
 if TYPE_CHECKING:
-    from bitwright.data import Images
+    from bitwright.given.images import Images
     from bitwright.graph.capture import Captured
     from bitwright.quantized import QuantizedModel
     from bitwright.recipes import Recipe

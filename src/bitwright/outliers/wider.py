@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from bitwright.errors import UsageError
+from bitwright.given.arguments import as_rules
 from bitwright.graph import ops
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.watch import Callback, watch
@@ -26,11 +27,10 @@ from bitwright.quant.quantizer import Grid, Quantizer
 from bitwright.quant.ranges import affine_parameters
 from bitwright.quant.scheme import Rule, Scheme, escaped
 from bitwright.quantized import QuantizedModel, insert_quantizers
-from bitwright.reading.arguments import as_rules
 from bitwright.sensitivity.one_at_a_time import distance_of_outputs, spread_of_outputs
 
 if TYPE_CHECKING:
-    from bitwright.data import Images
+    from bitwright.given.images import Images
     from bitwright.graph.capture import Captured
     from bitwright.recipes import Recipe
     from bitwright.stages.base import Run

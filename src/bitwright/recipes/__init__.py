@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, SerializeAsAny, ValidationError, field_validator
 
 from bitwright.errors import UsageError
-from bitwright.reading.text import read_yaml, short
+from bitwright.given.text import read_yaml, short
 from bitwright.stages.base import Optimising, Stage
 
 DEFAULT = "eptq"

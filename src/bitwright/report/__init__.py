@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bitwright import run_folder
 from bitwright.report.page import page
 from bitwright.report.shown import read
+from bitwright.run import folder as run_folder
 from bitwright.run.files import write_text
 
 __all__ = ["save", "write"]

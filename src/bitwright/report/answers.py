@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bitwright.data import Images
+from bitwright.given.images import Images
+from bitwright.given.preprocessing import Preprocessing
 from bitwright.graph.readings import Reading, by_values
-from bitwright.metrics import default_names
-from bitwright.preprocessing import Preprocessing
+from bitwright.measure.metrics import default_names
 
 SHOWN = 12
 SIDE = 112
@@ -168,7 +168,7 @@ def class_names(images: Images) -> dict[int, str]:
     """Names of classes by index, where images lie in one folder a class.
 
     Example:
-        >>> from bitwright.data import load_images
+        >>> from bitwright.given.images import load_images
         >>> images = load_images(torch.zeros(2, 3, 8, 8), None).labelled([0, 1])
         >>> images.names = ["cat/1.png", "dog/1.png"]
         >>> class_names(images)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bitwright.metrics import read_fidelity
+from bitwright.measure.metrics import read_fidelity
 from bitwright.report import words
 from bitwright.report.charts import Axis, chart, dot, horizontal, label, linear, polyline, rule, vertical
 from bitwright.report.markup import Child, tag

@@ -8,11 +8,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from bitwright import run_folder
-from bitwright.data import Images
+from bitwright.given.images import Images
 from bitwright.quantized import QuantizedModel
 from bitwright.report.answers import Answers
 from bitwright.report.histograms import IMAGES, histograms, worst_layers
+from bitwright.run import folder as run_folder
 
 SCHEMA = 1
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bitwright.goal import TITLES
+from bitwright.bits.goal import TITLES
 from bitwright.report import words
 from bitwright.report.charts import Axis, chart, dot, label, linear, logarithmic, polyline
 from bitwright.report.markup import Child, Markup, tag

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bitwright import run_folder
 from bitwright.errors import UsageError
-from bitwright.reading.text import read_json
+from bitwright.given.text import read_json
 from bitwright.report import words
 from bitwright.report.markup import Child, Markup, tag
+from bitwright.run import folder as run_folder
 
 
 @dataclass(frozen=True)

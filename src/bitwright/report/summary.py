@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bitwright.metrics import OutputFidelity, read_fidelity, worst
+from bitwright.measure.metrics import OutputFidelity, read_fidelity, worst
 from bitwright.report import words
 from bitwright.report.charts import Axis, chart, dot, label, lengths, linear, rule
 from bitwright.report.markup import Child, Markup, tag

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from bitwright.metrics import OutputFidelity, read_fidelity, worst
+from bitwright.measure.metrics import OutputFidelity, read_fidelity, worst
 from bitwright.report import words
 
 METRICS = {

@@ -23,7 +23,7 @@ from bitwright.stages.base import Run, Stage
 from bitwright.stages.calibrate import Calibrate, parameters
 
 if TYPE_CHECKING:
-    from bitwright.data import Images
+    from bitwright.given.images import Images
     from bitwright.graph.capture import Captured
 
 OPEN = {"weights", "activations", "rules", "plan"}

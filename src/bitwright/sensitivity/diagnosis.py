@@ -35,7 +35,7 @@ from bitwright.stages.base import Run
 from bitwright.stages.calibrate import channel_mean, mean_inputs
 
 if TYPE_CHECKING:
-    from bitwright.data import Images
+    from bitwright.given.images import Images
 
 IMAGES = 48
 BATCH = 16

@@ -16,19 +16,19 @@ from torch import Tensor, fx
 from bitwright import losses
 from bitwright.curvature.label_free import label_free_scores
 from bitwright.errors import UsageError
-from bitwright.evaluation import class_scores
 from bitwright.graph import ops, rewrite, segments
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.points import Point, expose, linear_points
 from bitwright.graph.readings import Reading, by_values
 from bitwright.graph.watch import Callback, watch
+from bitwright.measure.evaluation import class_scores
 from bitwright.quant.quantizer import Grid, Quantizer
 from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.sensitivity.base import Choices, Measure, Table
 from bitwright.stages.base import Run, Stage
 
 if TYPE_CHECKING:
-    from bitwright.data import Images
+    from bitwright.given.images import Images
     from bitwright.graph.capture import Captured
 
 Values = tuple[list[Tensor], list[Tensor]]

@@ -12,15 +12,15 @@ from torch import nn
 
 from bitwright.curvature.hessian import Curvature, Data, Group, Matrix, groups, spectra, traces
 from bitwright.curvature.spectrum import Spectrum
-from bitwright.data import Images, load_images
 from bitwright.errors import UsageError
+from bitwright.given.images import Images, load_images
+from bitwright.given.inputs import as_model, find_device, prepare_teacher
+from bitwright.given.models import Model
+from bitwright.given.preprocessing import PreprocessFunction, Preprocessing
 from bitwright.graph.capture import Captured
-from bitwright.inputs import as_model, find_device, prepare_teacher
-from bitwright.models import Model
-from bitwright.preprocessing import PreprocessFunction, Preprocessing
 from bitwright.progress import Progress, silent
 from bitwright.quant.scheme import parse_weight_bits
-from bitwright.result import environment, peak_memory_bytes
+from bitwright.run.result import environment, peak_memory_bytes
 from bitwright.sensitivity.base import Choices
 from bitwright.sensitivity.hap import channel_scores, pruning_mask
 from bitwright.sensitivity.second_order import positive, squared

@@ -17,7 +17,7 @@ from bitwright.sensitivity.base import Choices, Measure, Table
 from bitwright.stages.base import Run
 
 if TYPE_CHECKING:
-    from bitwright.data import Images
+    from bitwright.given.images import Images
     from bitwright.graph.capture import Captured
 
 

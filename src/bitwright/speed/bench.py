@@ -14,10 +14,10 @@ import numpy as np
 
 import bitwright
 from bitwright.errors import UsageError
+from bitwright.given.text import read_json
 from bitwright.progress import Progress, silent
-from bitwright.reading.text import read_json
 from bitwright.run.files import write_json
-from bitwright.run_folder import BENCH, ONNX, RESULT, STATE, check_file
+from bitwright.run.folder import BENCH, ONNX, RESULT, STATE, check_file
 from bitwright.speed import kernels
 from bitwright.speed.float_operators import float_operators
 from bitwright.speed.machine import cores, cpu_name

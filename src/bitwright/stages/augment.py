@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitwright.data import Images
+from bitwright.given.images import Images
 
 
 class Views:
     """A sequence of ``draws`` views of every image: the image itself, then random crops, half of them mirrored.
 
     Example:
-        >>> from bitwright.data import load_images
+        >>> from bitwright.given.images import load_images
         >>> views = Views(load_images(torch.rand(2, 3, 8, 8), None), draws=3, seed=0)
         >>> len(views), views.batch([5]).shape, bool((views.batch([5]) == views.batch([4, 5])[1:]).all())
         (6, torch.Size([1, 3, 8, 8]), True)

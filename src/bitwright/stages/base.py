@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from bitwright.given.arguments import SEEDS, whole
 from bitwright.progress import Progress, silent
-from bitwright.reading.arguments import SEEDS, whole
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from bitwright.data import Images
+    from bitwright.given.images import Images
     from bitwright.graph.capture import Captured
     from bitwright.quantized import QuantizedModel, Snapshot
 

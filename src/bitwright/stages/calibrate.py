@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor, fx
 
 from bitwright.curvature.label_free import label_free_scores
-from bitwright.data import Images
 from bitwright.errors import UsageError
+from bitwright.given.images import Images
 from bitwright.graph import ops, rewrite
 from bitwright.graph.capture import Captured
 from bitwright.graph.points import linear_points

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from bitwright import losses
-from bitwright.data import Images
 from bitwright.errors import UsageError
+from bitwright.given.images import Images
 from bitwright.graph import rewrite, segments
 from bitwright.graph.capture import Captured
 from bitwright.graph.segments import Region

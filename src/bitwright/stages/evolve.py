@@ -18,8 +18,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from bitwright.data import Images
 from bitwright.errors import UsageError
+from bitwright.given.images import Images
 from bitwright.graph.blocks import Block, BlockKind, find_blocks
 from bitwright.graph.capture import Captured
 from bitwright.graph.segments import region

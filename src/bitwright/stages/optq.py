@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
-from bitwright.data import Images
+from bitwright.given.images import Images
 from bitwright.graph import ops, rewrite
 from bitwright.graph.capture import Captured
 from bitwright.graph.watch import Callback, watch

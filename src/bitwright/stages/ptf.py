@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from bitwright.data import Images
+from bitwright.given.images import Images
 from bitwright.graph import ops
 from bitwright.graph.capture import Captured
 from bitwright.graph.place import consumers

@@ -20,12 +20,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from bitwright.curvature.label_free import Distribution, Scores, cached_scores, images_at_once, label_free_scores
-from bitwright.data import Images
-from bitwright.evaluation import layer_sqnr
+from bitwright.given.images import Images
 from bitwright.graph import rewrite
 from bitwright.graph.capture import Captured
 from bitwright.graph.points import Point, expose, linear_points
 from bitwright.losses import weighted_distance
+from bitwright.measure.evaluation import layer_sqnr
 from bitwright.memory import pass_budget
 from bitwright.quant import affine
 from bitwright.quant.learned import Rounding, StepKind

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
-from bitwright.data import Images
+from bitwright.given.arguments import as_rules
+from bitwright.given.images import Images
 from bitwright.graph import ops
 from bitwright.graph.capture import Captured
 from bitwright.graph.watch import watch
 from bitwright.quant.quantizer import Quantizer
 from bitwright.quant.scheme import Rule, Scheme, escaped
 from bitwright.quantized import QuantizedModel, insert_quantizers
-from bitwright.reading.arguments import as_rules
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
 

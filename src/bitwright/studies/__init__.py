@@ -17,15 +17,15 @@ import torch
 from torch import nn
 
 from bitwright import zoo
-from bitwright.data import Images, load_images
 from bitwright.errors import UsageError
-from bitwright.inputs import as_model, find_device
+from bitwright.given.images import Images, load_images
+from bitwright.given.inputs import as_model, find_device
+from bitwright.given.models import Model, load_model
+from bitwright.given.preprocessing import PreprocessFunction, Preprocessing
 from bitwright.memory import keep_pages
-from bitwright.models import Model, load_model
-from bitwright.preprocessing import PreprocessFunction, Preprocessing
 from bitwright.progress import Progress, silent
 from bitwright.recipes import recipe as find_recipe
-from bitwright.result import environment, peak_memory_bytes
+from bitwright.run.result import environment, peak_memory_bytes
 from bitwright.studies.base import Kept, Result, Row, Settings, Study, plain, settings_facts
 from bitwright.studies.subject import Subject, split
 

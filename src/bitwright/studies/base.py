@@ -16,7 +16,7 @@ from bitwright.quant.scheme import parse_activation_bits, parse_weight_bits
 from bitwright.run.files import DamagedError, read_checked, write_checked, write_text
 
 if TYPE_CHECKING:
-    from bitwright.models import Model
+    from bitwright.given.models import Model
     from bitwright.studies.subject import Subject
 
 Row = dict[str, Any]

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import torch
 
-from bitwright.data import Images
+from bitwright.given.images import Images
 from bitwright.progress import Progress
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel

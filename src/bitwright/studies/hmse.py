@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bitwright.curvature.label_free import label_free_scores
-from bitwright.data import Images
+from bitwright.given.images import Images
 from bitwright.graph import rewrite
 from bitwright.graph.points import linear_points
 from bitwright.progress import Progress

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from bitwright import zoo
 from bitwright.curvature.label_free import label_free_scores
-from bitwright.data import Images, load_images
+from bitwright.given.images import Images, load_images
+from bitwright.given.models import Model, load_model
 from bitwright.graph.points import linear_points
-from bitwright.models import Model, load_model
 from bitwright.progress import Progress
 from bitwright.studies import figures
 from bitwright.studies.base import Cell, Result, Row, Settings, Study, group

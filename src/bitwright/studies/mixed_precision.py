@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from bitwright.allocation import Losses, plan_for, problem_of, solve
-from bitwright.allocation import evaluate as evaluate_bits
-from bitwright.allocation.costs import WEIGHT_BITS
-from bitwright.allocation.tables import Problem
-from bitwright.data import Images
+from bitwright.bits import Losses, plan_for, problem_of, solve
+from bitwright.bits import evaluate as evaluate_bits
+from bitwright.bits.costs import WEIGHT_BITS
+from bitwright.bits.plan import plan_of
+from bitwright.bits.tables import Problem
 from bitwright.export.packed import save_packed
+from bitwright.given.images import Images
 from bitwright.pipeline import run_stages
-from bitwright.plan import plan_of
 from bitwright.progress import Progress
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel, insert_quantizers

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bitwright.data import Images
 from bitwright.errors import UsageError
-from bitwright.evaluation import class_scores
+from bitwright.given.images import Images
 from bitwright.graph.blocks import Block, BlockKind, find_blocks
-from bitwright.metrics import as_log_probabilities
+from bitwright.measure.evaluation import class_scores
+from bitwright.measure.metrics import as_log_probabilities
 from bitwright.quantized import QuantizedModel
 from bitwright.stages.base import Run
 from bitwright.stages.candidates import Batches, Fitness, Measure

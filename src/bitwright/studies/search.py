@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import torch
 
-from bitwright.data import Images
 from bitwright.errors import UsageError
+from bitwright.given.images import Images
 from bitwright.progress import Progress
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel

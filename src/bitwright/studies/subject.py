@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitwright.data import Images
 from bitwright.errors import UsageError
-from bitwright.evaluation import compare
+from bitwright.given.images import Images
+from bitwright.given.inputs import prepare_teacher
+from bitwright.given.models import Model
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.capture import Captured
-from bitwright.inputs import prepare_teacher
-from bitwright.models import Model
+from bitwright.measure.evaluation import compare
 from bitwright.pipeline import fingerprint
 from bitwright.progress import Progress, silent
 from bitwright.quant.scheme import Scheme
@@ -35,7 +35,7 @@ def split(images: Images) -> tuple[Images, Images]:
         UsageError: there are fewer than two.
 
     Example:
-        >>> from bitwright.data import load_images
+        >>> from bitwright.given.images import load_images
         >>> [s.names for s in split(load_images(torch.zeros(6, 3, 4, 4), None))]
         [['0', '1', '2', '4', '5'], ['3']]
     """

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, fx
 
 from bitwright.curvature.label_free import differentiable, draw
-from bitwright.data import Images
 from bitwright.errors import ModelError
+from bitwright.given.images import Images
 from bitwright.graph.points import Point
 from bitwright.progress import Progress, silent
 

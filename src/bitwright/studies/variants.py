@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from bitwright.data import Images
+from bitwright.given.images import Images
 from bitwright.progress import Progress
 from bitwright.quant.scheme import Scheme
 from bitwright.stages.base import Stage

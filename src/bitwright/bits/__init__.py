@@ -1,0 +1,15 @@
+"""Which tensor gets how many bits: costs of every choice, and the choice that loses least within limits.
+
+``tables.py``, ``program.py`` and ``solve.py`` are mathematics on tables of numbers; ``costs.py`` makes such tables of a
+network; ``allocate.py`` joins them with measured losses and gives a plan.
+"""
+
+from bitwright.bits.allocate import Losses, allocate, allocations, plan_for, problem_of
+from bitwright.bits.costs import Variable, costs_of, residual_ties, variables_of
+from bitwright.bits.solve import Solution, evaluate, pareto, reachable, solve
+from bitwright.bits.tables import Cost, Problem, Row, Term
+
+__all__ = [
+    "Cost", "Losses", "Problem", "Row", "Solution", "Term", "Variable", "allocate", "allocations", "costs_of",
+    "evaluate", "pareto", "plan_for", "problem_of", "reachable", "residual_ties", "solve", "variables_of",
+]  # fmt: skip

@@ -1,0 +1,147 @@
+"""What is wanted of a plan: its limits, and the bits it may choose among. Imports nothing heavy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from bitwright.bits.units import parse_count, parse_latency, parse_ratio, parse_share, parse_size
+from bitwright.errors import UsageError
+from bitwright.quant.scheme import Bits, parse_activation_bits, parse_weight_bits
+
+WEIGHTS = (2, 3, 4, 5, 6, 8)
+ACTIVATIONS = (8,)
+MEASURE = "loss"
+PARSERS: dict[str, Callable[[Any], float]] = {
+    "target_size": parse_size,
+    "compression": parse_ratio,
+    "max_bops": parse_count,
+    "max_latency": parse_latency,
+    "max_activation_size": parse_size,
+    "max_total_size": parse_size,
+    "max_drop": parse_share,
+}
+ONE_OF = ("target_size", "compression", "max_drop")
+"""These decide the size of the file, so that only one of them can."""
+COSTS = {
+    "target_size": "weight_bytes",
+    "max_bops": "bit_operations",
+    "max_latency": "latency",
+    "max_activation_size": "activation_bytes",
+    "max_total_size": "total_bytes",
+}
+"""Names of limits, as :func:`bitwright.bits.allocate` has them."""
+TITLES = {
+    "weight_bytes": "size of model.safetensors",
+    "activation_bytes": "activations in memory",
+    "total_bytes": "file and activations in memory",
+    "bit_operations": "bit operations",
+    "latency": "latency",
+}
+"""What limits limit, for people."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """Limits of a plan, and the bits it chooses among; what is None is not limited.
+
+    Example:
+        >>> goal = Goal.parse(target_size="100kB", weights="2,4,8")
+        >>> goal.target_size, goal.weights, goal.limits(float_bytes=400_000)
+        (100000.0, (2, 4, 8), {'weight_bytes': 100000.0})
+    """
+
+    target_size: float | None = None
+    """Bytes of ``model.safetensors``."""
+    compression: float | None = None
+    """The float parameters' bytes over those of ``model.safetensors``."""
+    max_bops: float | None = None
+    """Multiply-accumulates of one image times bits of both operands."""
+    max_latency: float | None = None
+    """Seconds for one image."""
+    max_activation_size: float | None = None
+    """Bytes of the activations that are in memory together."""
+    max_total_size: float | None = None
+    """Bytes of file and activations together."""
+    max_drop: float | None = None
+    """Share of answers that may change; the smallest network that keeps it is looked for."""
+    weights: tuple[int, ...] = WEIGHTS
+    activations: tuple[int, ...] = ACTIVATIONS
+    """Empty: float."""
+    measure: str = MEASURE
+    """Of :data:`bitwright.sensitivity.MEASURES`: what predicts the losses."""
+
+    @classmethod
+    def parse(
+        cls, *, weights: Any = "auto", activations: Any = ACTIVATIONS, measure: str = MEASURE, **limits: Any
+    ) -> Goal:
+        """From what a user says: sizes and numbers with their units, bits as text, numbers or sequences.
+
+        Raises:
+            UsageError: a limit cannot be read, two of them contradict each other, or bits do not exist.
+        """
+        given = {name: PARSERS[name](value) for name, value in limits.items() if value is not None}
+        rivals = [name for name in ONE_OF if name in given]
+        if len(rivals) > 1:
+            raise UsageError(f"Expected one of {' and '.join(map(flag, rivals))}, found both.")
+        return cls(
+            **given,
+            weights=WEIGHTS if weights == "auto" else several(weights, parse_weight_bits, "weights", floats=False),
+            activations=several(activations, parse_activation_bits, "activations"),
+            measure=measure,
+        )
+
+    @property
+    def asked(self) -> dict[str, float]:
+        """What is limited, by the names users know, in bytes, operations, seconds and shares."""
+        return {f.name: v for f in fields(self) if f.name in PARSERS and (v := getattr(self, f.name)) is not None}
+
+    def limits(self, float_bytes: int) -> dict[str, float]:
+        """What is limited, as the allocator takes it.
+
+        Args:
+            float_bytes: of the network's parameters.
+        """
+        found = {COSTS[name]: value for name, value in self.asked.items() if name in COSTS}
+        if self.compression is not None:
+            found = {"weight_bytes": float_bytes / self.compression, **found}
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a result keeps it."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}
+
+
+def flag(name: str) -> str:
+    """A limit as the command line spells it.
+
+    Example:
+        >>> flag("target_size")
+        '--target-size'
+    """
+    return "--" + name.replace("_", "-")
+
+
+def several(given: Any, parse: Callable[[Any], Bits], what: str, *, floats: bool = True) -> tuple[int, ...]:
+    """Numbers of bits, ascending, each once; none for float.
+
+    Raises:
+        UsageError: one does not exist, or float is among numbers, or where it cannot be.
+
+    Example:
+        >>> several("8,4", parse_weight_bits, "weights"), several("float", parse_weight_bits, "weights")
+        ((4, 8), ())
+    """
+    parts: Sequence[Any] = given.split(",") if isinstance(given, str) else given if _many(given) else [given]
+    bits = [parse(part.strip() if isinstance(part, str) else part) for part in parts]
+    if bits == [None] and floats:
+        return ()
+    if not bits or None in bits:
+        example = "2,4,8 (or float)" if floats else "2,4,8"
+        raise UsageError(f"Expected bits of {what} to choose among, such as {example}, found '{given}'.")
+    return tuple(sorted({b for b in bits if b is not None}))
+
+
+def _many(given: Any) -> bool:
+    return isinstance(given, Sequence)

@@ -1,0 +1,275 @@
+"""How long every layer takes at every choice of bits: measured in ONNX Runtime, on the machine at hand.
+
+Each layer runs alone, as the exporter writes it, on the shape that it has in the network. Its input and output are
+codes, so that turning them into floats and back is counted where the runtime does that, and only there. What a plan
+saves by this table is an estimate: in the network, layers share caches, and operators between them cost time too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from torch import Tensor
+
+import bitwright
+from bitwright.bits.costs import ACTIVATION_BITS, WEIGHT_BITS, Variable, variables_of
+from bitwright.bits.pieces import FLOAT, FLOAT_BITS, INPUT, Kernel, Part, Piece, give_scale, parts_of, to_files
+from bitwright.errors import UsageError
+from bitwright.export.onnx import save_onnx, to_onnx
+from bitwright.given.images import Images
+from bitwright.progress import Progress, silent
+from bitwright.quant.quantizer import Quantizer
+from bitwright.quant.scheme import Scheme
+from bitwright.quant.targets import CLAMPING
+from bitwright.quantized import QuantizedModel, insert_quantizers
+from bitwright.run.files import DamagedError, read_checked, write_checked
+from bitwright.speed.float_twin import float_twin
+from bitwright.speed.machine import cpu_name
+from bitwright.speed.runtimes import ONNXRUNTIME
+from bitwright.speed.timing import Call, Measure, Spread, in_turn
+
+SECONDS = 1.0
+"""For all kernels of one piece."""
+VERSION = 1
+"""Of how pieces are made and timed; a higher one lets go of everything kept before."""
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """What was measured.
+
+    Example: ``Latencies({"stem": {(4, 8): 2.1e-5, (8, 8): 9.3e-6}}, {"threads": 1, "batch": 1})``
+    """
+
+    table: dict[str, dict[tuple[int, int], float]]
+    """Seconds of each linear layer by the bits of its weight and of its input; 32 for float."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Machine, runtime, threads, batch; how many layers, how many different ones, how many files were timed."""
+
+
+def measure_latencies(
+    student: QuantizedModel,
+    images: Images | Tensor,
+    *,
+    weights: Sequence[int] = WEIGHT_BITS,
+    activations: Sequence[int] = ACTIVATION_BITS,
+    threads: int = 1,
+    batch: int = 1,
+    folder: Path | None = None,
+    seconds: float = SECONDS,
+    measure: Measure | None = None,
+    progress: Progress = silent,
+) -> Latencies:
+    """Times every linear layer alone in ONNX Runtime, at every pair of bits of weight and input that it may get.
+
+    Layers of the same operator, shapes and settings are timed once, and so are bits that make the same file: weights
+    of 2 to 4 bits are INT4, of 5 to 8 INT8; activations below 8 bits are 8-bit codes behind a Clip. All files of a
+    layer run in turn, beside its float one, so that a machine that drifts slows all of them alike. The cost of
+    calling the runtime at all is taken off. The output of a layer is taken to have the bits of its input.
+
+    Args:
+        student: with quantizers, not frozen.
+        images: one at least; they give the shapes.
+        weights: bits offered, as in :func:`bitwright.allocation.variables_of`.
+        activations: likewise.
+        threads: of the runtime.
+        batch: images in one call; the seconds are those of the call.
+        folder: where measurements are kept, by machine, runtime, threads and piece; None keeps nothing.
+        seconds: for all files of one layer together.
+        measure: times some calls; :func:`bitwright.speed.timing.in_turn` if not given.
+        progress: told of every layer.
+
+    Raises:
+        UsageError: ONNX Runtime is not installed, or an argument is out of range.
+    """
+    ONNXRUNTIME.require()
+    if threads < 1 or batch < 1:
+        raise UsageError(f"Expected at least 1 thread and a batch of at least 1, found {threads} and {batch}.")
+    variables = variables_of(student, weights, activations)
+    parts = parts_of(student, _batch(images, batch))
+    pairs = [_pairs(student, variables, part) for part in parts]
+    timer = _Timer(student, threads, measure or partial(in_turn, seconds=seconds), _Store(folder, threads))
+    wanted: dict[Piece, dict[Kernel, None]] = {}
+    for part, by_bits in zip(parts, pairs, strict=True):
+        wanted.setdefault(part.piece, {}).update(dict.fromkeys(by_bits.values()))
+    examples = {part.piece: part for part in reversed(parts)}
+    found: dict[Piece, dict[Kernel, float]] = {}
+    for done, (piece, kernels) in enumerate(wanted.items()):
+        progress("Timing layers", done, len(wanted), examples[piece].layer.name)
+        found[piece] = timer.seconds(examples[piece], list(kernels))
+    progress("Timing layers", len(wanted), len(wanted))
+    table = {
+        part.layer.name: {bits: found[part.piece][kernel] for bits, kernel in by_bits.items()}
+        for part, by_bits in zip(parts, pairs, strict=True)
+    }
+    facts = {
+        **timer.store.about,
+        "batch": batch,
+        "layers": len(parts),
+        "different_layers": len(wanted),
+        "files_timed": timer.timed,
+        "float_seconds": sum(found[part.piece][FLOAT] for part in parts),
+    }
+    return Latencies(table, facts)
+
+
+def compare_with_network(
+    student: QuantizedModel,
+    images: Images | Tensor,
+    found: Latencies,
+    *,
+    seconds: float = SECONDS,
+    measure: Measure | None = None,
+) -> dict[str, Any]:
+    """What the layers take together beside what the whole network takes, in float and at 8 bits everywhere.
+
+    The difference is what lies between the layers: attention, norms, additions, and what they save by sharing caches.
+
+    Args:
+        student: as for :func:`measure_latencies`.
+        images: likewise.
+        found: the layers, measured at 8 bits among others, with the same number of threads and batch.
+        seconds: for both files of the network together.
+        measure: times some calls.
+
+    Returns:
+        ``float`` and ``w8a8``, each with ``layers`` and ``network`` in seconds.
+
+    Raises:
+        UsageError: a layer was not measured at 8 bits.
+    """
+    missing = [name for name, row in found.table.items() if (8, 8) not in row]
+    if missing or student.teacher is None:
+        raise UsageError(f"Expected latencies of all layers at 8 bits to compare with, found none of {missing[:1]}.")
+    threads, batch = found.facts["threads"], found.facts["batch"]
+    made = insert_quantizers(student.teacher, Scheme(runtime=student.scheme.runtime))
+    ends = {layer.activation for layer in made.layers if layer.op in CLAMPING}
+    for key, quantizer in made.graph.named_modules():
+        if isinstance(quantizer, Quantizer):
+            give_scale(quantizer, clamped=key in ends)
+    program = to_onnx(made)
+    shape = tuple(_batch(images, batch).shape)
+    with tempfile.TemporaryDirectory() as folder:
+        files = {"float": float_twin(program), "w8a8": program}
+        calls = [_load(file, shape, threads, Path(folder) / f"{name}.onnx") for name, file in files.items()]
+        whole = [Spread.of(row).median for row in (measure or partial(in_turn, seconds=seconds))(calls)]
+    layers = [found.facts["float_seconds"], sum(row[8, 8] for row in found.table.values())]
+    return {n: {"layers": a, "network": b} for n, a, b in zip(files, layers, whole, strict=True)}
+
+
+def _batch(images: Images | Tensor, count: int) -> Tensor:
+    """That many images; the first ones again where there are fewer."""
+    if len(images) < 1:
+        raise UsageError("Expected at least one image to take the shapes from, found none.")
+    positions = [i % len(images) for i in range(count)]
+    return images.batch(positions) if isinstance(images, Images) else images[positions]
+
+
+def _pairs(student: QuantizedModel, variables: dict[str, Variable], part: Part) -> dict[tuple[int, int], Kernel]:
+    """The bits of weight and input that a plan may give the layer."""
+    layer, target = part.layer, student.scheme.target
+    weights, inputs = (_options(student, variables, key) for key in (layer.weight, layer.source))
+    return {(w, a): Kernel.of(w, a, target) for w in weights for a in inputs}
+
+
+def _options(student: QuantizedModel, variables: dict[str, Variable], key: str | None) -> tuple[int, ...]:
+    if key is None:
+        return (FLOAT_BITS,)
+    return variables[key].options if key in variables else (student.quantizer(key).grid.bits,)
+
+
+class _Timer:
+    """Times pieces, and remembers them."""
+
+    def __init__(self, student: QuantizedModel, threads: int, measure: Measure, store: _Store) -> None:
+        self.student, self.threads, self.measure, self.store = student, threads, measure, store
+        self.timed = 0
+
+    def seconds(self, part: Part, kernels: Sequence[Kernel]) -> dict[Kernel, float]:
+        """Of the piece at each of these bits, and in float."""
+        keys = {kernel: self._key(part.piece, kernel) for kernel in (FLOAT, *kernels)}
+        missing = [kernel for kernel in keys if keys[kernel] not in self.store.seconds]
+        if missing:
+            self._time(part, list(dict.fromkeys((FLOAT, *missing))), keys)
+        return {kernel: self.store.seconds[key] for kernel, key in keys.items()}
+
+    def _time(self, part: Part, kernels: list[Kernel], keys: dict[Kernel, str]) -> None:
+        """Beside the float file, whose earlier time, if there is one, is what the others are put in relation to."""
+        with tempfile.TemporaryDirectory() as folder:
+            calls = [_load(_empty(), (1,), self.threads, Path(folder) / "empty.onnx")]
+            for number, file in enumerate(to_files(part, kernels, self.student.scheme)):
+                calls.append(_load(file, part.piece.input_shape, self.threads, Path(folder) / f"{number}.onnx"))
+            empty, *times = [Spread.of(row).median for row in self.measure(calls)]
+        self.timed += len(kernels)
+        before = self.store.seconds.get(f"{keys[FLOAT]}/whole")
+        drift = 1.0 if before is None else before / times[0]
+        fresh = {keys[k]: max(0.0, t - empty) * drift for k, t in zip(kernels, times, strict=True)}
+        fresh[f"{keys[FLOAT]}/whole"] = times[0]
+        self.store.keep(fresh)
+
+    def _key(self, piece: Piece, kernel: Kernel) -> str:
+        scheme = self.student.scheme
+        parts = [asdict(piece), asdict(kernel), scheme.activation_grid, scheme.runtime]
+        return _digest(parts)
+
+
+class _Store:
+    """Seconds by what was timed, in one file for each machine, runtime and number of threads."""
+
+    def __init__(self, folder: Path | None, threads: int) -> None:
+        self.about = {"cpu": cpu_name(), "onnxruntime": ONNXRUNTIME.version, "threads": threads}
+        how = {**self.about, "version": VERSION, "bitwright": bitwright.__version__}
+        self.path = None if folder is None else Path(folder) / f"latency-{_digest(how)}.json"
+        self.seconds: dict[str, float] = {}
+        if self.path is not None and self.path.is_file():
+            try:
+                self.seconds = dict(read_checked(self.path)["seconds"])
+            except DamagedError as error:
+                warnings.warn(f"{error} The times are measured again.", UserWarning, stacklevel=3)
+
+    def keep(self, fresh: dict[str, float]) -> None:
+        """Takes them in; what was there stays as it is."""
+        self.seconds = {**fresh, **self.seconds}
+        if self.path is None:
+            return
+        write_checked(self.path, {**self.about, "seconds": self.seconds})
+
+
+def _digest(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _load(program: ir.Model, shape: tuple[int, ...], threads: int, path: Path) -> Call:
+    """A call that runs the program once on made-up input of its kind."""
+    save_onnx(program, path)
+    (given,) = program.graph.inputs
+    return ONNXRUNTIME.load(path, threads, {INPUT: _made_up(given.dtype, shape)})
+
+
+def _made_up(kind: ir.DataType | None, shape: tuple[int, ...]) -> Array:
+    generator = np.random.default_rng(0)
+    if kind is None or kind == ir.DataType.FLOAT:
+        return generator.standard_normal(shape).astype(np.float32)
+    numbers = np.iinfo(kind.numpy())
+    return generator.integers(numbers.min, numbers.max, shape, dtype=kind.numpy(), endpoint=True)
+
+
+def _empty() -> ir.Model:
+    """A file that does nothing: what it takes is what calling the runtime takes."""
+    given = ir.Value(name=INPUT, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.FLOAT))
+    node = ir.node("Identity", [given])
+    node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type = "output", given.shape, given.type
+    graph = ir.Graph([given], node.outputs, nodes=[node], opset_imports={"": 21}, name="empty")
+    return ir.Model(graph, ir_version=10)

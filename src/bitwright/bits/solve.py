@@ -1,0 +1,417 @@
+"""Choosing one option for each variable so that the sum of losses is least and every cost stays within its limit.
+
+An integer program for HiGHS (methods, sections 1.3, 4 and 7: HAWQ-V3, AdaQuant, EPTQ's mixed precision). With
+``x_{v,o}`` in {0, 1} for option ``o`` of variable ``v``:
+
+    min  sum_v L_v[o] x_{v,o}  +  sum_{u,v} L_{uv}[o,p] y_{uv,op}
+    s.t. sum_o x_{v,o} = 1,   sum_p y_{uv,op} = x_{u,o},   sum_o y_{uv,op} = x_{v,p},   y >= 0
+         every row of every limited cost <= its limit
+
+``y`` is the product of two choices; given whole ``x`` the two sums leave it no freedom, so it need not be whole.
+
+Most of the program is decided before HiGHS searches: options that another one beats in everything, options too
+expensive for a limit, and options that the reduced costs of the linear program prove to be worse than a solution at
+hand. What is left has tens of columns, scaled so that HiGHS's absolute tolerances mean nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from bitwright.bits.program import Limit, Program, forms_of
+from bitwright.bits.tables import Bits, Form, Numbers, Problem, Sum, Tables, Term, cheapest, is_least
+from bitwright.errors import UsageError
+
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The bits of every variable, their loss, and what they cost, limited or not."""
+
+    bits: Bits
+    loss: float
+    costs: dict[str, float]
+    gap: float = 0.0
+    """By how much of its loss a better solution could at most be better; 0: proven best."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What a cost can be."""
+
+    least: float
+    most: float
+    bits: Bits
+    """Of the least."""
+
+
+def solve(problem: Problem, limits: Mapping[str, float] | None = None) -> Solution:
+    """The bits with the least loss whose costs are within the limits. The same call gives the same bits.
+
+    Among equal losses an option is preferred that is cheaper in everything.
+
+    Args:
+        problem: losses and costs.
+        limits: largest value allowed, by the cost's name; none limits nothing.
+
+    Raises:
+        UsageError: no choice meets the limits. The line names what is reachable and the variables that bind.
+    """
+    return _Prepared(problem).solve(dict(limits or {}))
+
+
+def evaluate(problem: Problem, bits: Mapping[str, int]) -> Solution:
+    """Loss and costs of given bits."""
+    return _Prepared(problem).solution({v: bits[v] for v in problem.options})
+
+
+def pareto(
+    problem: Problem,
+    cost: str,
+    *,
+    budgets: Sequence[float] | None = None,
+    count: int = 21,
+    limits: Mapping[str, float] | None = None,
+) -> list[Solution]:
+    """The least loss for each budget of one cost, cheapest first; a larger budget never loses more.
+
+    Args:
+        problem: losses and costs.
+        cost: what the budgets limit.
+        budgets: to solve for; ``count`` evenly spaced ones, from the least that is reachable to what the solution
+            without this limit costs, if not given.
+        count: of budgets.
+        limits: of the other costs.
+
+    Raises:
+        UsageError: a budget is below what is reachable, or the other limits cannot be met.
+    """
+    others = {name: limit for name, limit in (limits or {}).items() if name != cost}
+    prepared = _Prepared(problem)
+    prepared.check({**others, cost: 0.0})
+    if budgets is None:
+        most = prepared.solve(others).costs[cost]
+        budgets = [*np.linspace(prepared.least_beside(cost, others), most, max(count, 2))[:-1], most]
+    curve: list[Solution] = []
+    for budget in sorted(budgets):
+        found = prepared.solve({**others, cost: float(budget)})
+        curve.append(curve[-1] if curve and curve[-1].loss <= found.loss else found)
+    return curve
+
+
+def reachable(problem: Problem) -> dict[str, Reach]:
+    """The least and the most that each cost can be, each for itself."""
+    prepared = _Prepared(problem)
+    return {name: prepared.reach(name) for name in problem.costs}
+
+
+class _Prepared:
+    """A problem, checked and read once."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.check({})
+        _check_terms(problem)
+        merged, self.group = _merge_ties(problem)
+        self.tables = Tables.of(merged)
+        self.reduced = self.tables.without_dominated()
+
+    def check(self, limits: Mapping[str, float]) -> None:
+        for name, limit in limits.items():
+            if name not in self.problem.costs:
+                raise UsageError(f"Expected a limit of {', '.join(self.problem.costs)}, found '{name}'.")
+            if math.isnan(limit):
+                raise UsageError(f"Expected a number as the limit of {name}, found nan.")
+
+    def solve(self, limits: Mapping[str, float]) -> Solution:
+        self.check(limits)
+        found = _minimise(self.reduced.limited(limits).without_dominated(), limits)
+        if found is None:
+            raise UsageError(_explain(self, limits))
+        return self.solution(found[0], found[1])
+
+    def solution(self, bits: Bits, gap: float = 0.0) -> Solution:
+        """Loss and costs of the bits of all variables, or one of each group of tied ones."""
+        choice = {v: self.tables.options[v].index(bits[v]) for v in self.tables.options}
+        costs = {name: cost.at(choice) for name, cost in self.tables.costs.items()}
+        return Solution({v: bits[g] for v, g in self.group.items()}, self.tables.loss.at(choice), costs, gap)
+
+    def reach(self, cost: str) -> Reach:
+        bits = least_bits(self.tables, cost)
+        return Reach(self.solution(bits).costs[cost], most_of(self.tables, cost), self.solution(bits).bits)
+
+    def least_beside(self, name: str, others: Mapping[str, float]) -> float:
+        """The least of a cost while the limits of others are met; NaN if they cannot be."""
+        cost, wanted = self.tables.costs[name], _wanted(self.tables, others)
+        choice = {v: self.tables.options[v].index(b) for v, b in least_bits(self.tables, name).items()}
+        if not all(w.met(choice) for w in wanted):
+            found = Program(self.tables.options, cost, wanted).solve()
+            if found is None:
+                return math.nan
+            choice = found.choice
+        return cost.at(choice)
+
+
+def least_bits(tables: Tables, cost: str) -> Bits:
+    """The bits with which a cost is least."""
+    total = tables.costs[cost]
+    choice = cheapest(tables.options, total.forms)
+    if not all(is_least(form, choice) for form in total.forms):
+        found = Program(tables.options, total, []).solve()
+        assert found is not None
+        choice = found.choice
+    return tables.bits(choice)
+
+
+def most_of(tables: Tables, cost: str) -> float:
+    """The most that a cost can be."""
+    total = tables.costs[cost]
+    return max(_most(tables, [total.common, row]) for row in total.rows or [Form(0.0, {}, {})])
+
+
+def _most(tables: Tables, forms: Sequence[Form]) -> float:
+    turned = [form.negative() for form in forms]
+    choice = cheapest(tables.options, turned)
+    if not all(is_least(form, choice) for form in turned):
+        found = Program(tables.options, Sum(turned[0], tuple(turned[1:])), []).solve()
+        assert found is not None
+        choice = found.choice
+    return sum(form.at(choice) for form in forms)
+
+
+def _minimise(tables: Tables, limits: Mapping[str, float]) -> tuple[Bits, float] | None:
+    """Bits of the least loss and the gap of their proof; None if none are within the limits."""
+    affordable = _drop_unaffordable(tables, limits)
+    if affordable is None:
+        return None
+    tables = affordable
+    wanted = _wanted(tables, limits)
+    choice = cheapest(tables.options, forms_of(wanted) or [tables.loss])
+    best = tables.bits(choice) if all(w.met(choice) for w in wanted) else None
+    for _ in range(2):  # the second time from a better solution, and so with a better scale
+        if best is not None:
+            tables, best = _drop_worse(tables, limits, best)
+    known = _loss_at(tables, best)
+    found = Program(tables.options, Sum(tables.loss), _wanted(tables, limits), known).solve()
+    if found is None:
+        return None if best is None or known is None else (best, _gap(known, tables.loss.shifted().constant))
+    loss = tables.loss.at(found.choice)
+    if best is None or known is None or loss <= known:
+        return tables.bits(found.choice), _gap(loss, found.bound)
+    return best, _gap(known, found.bound)
+
+
+def _wanted(tables: Tables, limits: Mapping[str, float]) -> list[Limit]:
+    return [Limit(tables.costs[name], limit) for name, limit in limits.items()]
+
+
+def _gap(loss: float, bound: float) -> float:
+    gap = max(0.0, loss - bound) / max(abs(loss), 1e-300)
+    return gap if gap > 1e-9 else 0.0
+
+
+def _loss_at(tables: Tables, bits: Bits | None) -> float | None:
+    if bits is None:
+        return None
+    return tables.loss.at({v: tables.options[v].index(b) for v, b in bits.items()})
+
+
+def _drop_unaffordable(tables: Tables, limits: Mapping[str, float]) -> Tables | None:
+    """Without options that alone exceed what a limit leaves above the least; None if even the least exceeds it."""
+    keep = {v: np.ones(len(o), dtype=bool) for v, o in tables.options.items()}
+    for name, limit in limits.items():
+        common, rows = tables.costs[name].common.shifted(), [row.shifted() for row in tables.costs[name].rows]
+        room = limit - common.constant + 1e-12 * abs(limit)
+        least = max((row.constant for row in rows), default=0.0)
+        for rest, left in [(common, room - least), *((row, room - row.constant) for row in rows)]:
+            if left < 0:
+                return None
+            for v, table in rest.single.items():
+                keep[v] &= table <= left
+            for (u, v), table in rest.pairs.items():
+                keep[u] &= table.min(axis=1) <= left
+                keep[v] &= table.min(axis=0) <= left
+    if not all(k.any() for k in keep.values()):
+        return None
+    return tables.restricted({v: np.flatnonzero(k) for v, k in keep.items()})
+
+
+def _drop_worse(tables: Tables, limits: Mapping[str, float], best: Bits) -> tuple[Tables, Bits]:
+    """Without options that no solution better than ``best`` can take, and a better one if rounding finds it."""
+    known = _loss_at(tables, best)
+    assert known is not None
+    rest = tables.loss.shifted()
+    room = max(0.0, known - rest.constant) * (1 + 1e-9)
+    tables = _keep(tables, {v: table <= room for v, table in rest.single.items()}, best)
+    wanted = _wanted(tables, limits)
+    relaxed = Program(tables.options, Sum(tables.loss), wanted, known).relax()
+    if relaxed is None:
+        return tables, best
+    rounded = _rounded(tables, wanted, relaxed.shares)
+    if rounded is not None and tables.loss.at(rounded) < known:
+        best, known = tables.bits(rounded), tables.loss.at(rounded)
+    room = (known - relaxed.bound) * (1 + 1e-6) + 1e-6 * relaxed.unit
+    return _keep(tables, {v: reduced <= room for v, reduced in relaxed.reduced.items()}, best), best
+
+
+def _keep(tables: Tables, wanted: Mapping[str, npt.NDArray[np.bool_]], best: Bits) -> Tables:
+    """The tables with the options that are wanted, and those of the best solution."""
+    keep = {}
+    for v, options in tables.options.items():
+        mask = wanted.get(v, np.ones(len(options), dtype=bool)).copy()
+        mask[options.index(best[v])] = True
+        keep[v] = np.flatnonzero(mask)
+    return tables.restricted(keep)
+
+
+def _rounded(tables: Tables, wanted: Sequence[Limit], shares: Mapping[str, Numbers]) -> dict[str, int] | None:
+    """Whole choices near those of the linear program: the larger shares, else the cheapest where shares are divided."""
+    choice = dict.fromkeys(tables.options, 0) | {v: int(s.argmax()) for v, s in shares.items()}
+    divided = [v for v, s in shares.items() if s.max() < 1 - 1e-6]
+    if all(w.met(choice) for w in wanted):
+        return choice
+    cheap = cheapest(tables.options, forms_of(wanted))
+    choice |= {v: cheap[v] for v in divided}
+    if not all(w.met(choice) for w in wanted):
+        return None
+    for v in divided:  # the best that fits, one after the other
+        for option in np.argsort(tables.loss.single.get(v, np.zeros(len(shares[v]))), kind="stable"):
+            trial = choice | {v: int(option)}
+            if all(w.met(trial) for w in wanted):
+                if tables.loss.at(trial) < tables.loss.at(choice):
+                    choice = trial
+                break
+    return choice
+
+
+# -------------------------------------------------------------------------------------------- ties and messages
+
+
+def _merge_ties(problem: Problem) -> tuple[Problem, dict[str, str]]:
+    """The problem with one variable for each group of tied ones, and the group's variable for each of them."""
+    leader = {v: v for v in problem.options}
+    for tie in problem.ties:
+        members = {leader[v] for v in tie}
+        first = min(members, key=list(problem.options).index)
+        leader = {v: first if g in members else g for v, g in leader.items()}
+    options: dict[str, tuple[int, ...]] = {}
+    for v, g in leader.items():
+        known = options.get(g)
+        options[g] = problem.options[v] if known is None else tuple(b for b in known if b in problem.options[v])
+        if not options[g]:
+            raise UsageError(
+                f"{_label(problem, g)} and {_label(problem, v)} are tied, and no number of bits suits both."
+            )
+    if len(options) == len(leader):
+        return problem, leader
+    pick = {v: [problem.options[v].index(b) for b in options[g]] for v, g in leader.items()}
+
+    def moved(term: Term) -> Term:
+        values = np.asarray(term.values, dtype=np.float64)[np.ix_(*(pick[v] for v in term.variables))]
+        groups = tuple(leader[v] for v in term.variables)
+        if len(groups) == 2 and groups[0] == groups[1]:
+            return Term(groups[:1], np.diagonal(values))
+        return Term(groups, values)
+
+    costs = {
+        name: replace(
+            cost,
+            common=replace(cost.common, terms=tuple(map(moved, cost.common.terms))),
+            rows=tuple(replace(row, terms=tuple(map(moved, row.terms))) for row in cost.rows),
+        )
+        for name, cost in problem.costs.items()
+    }
+    return replace(problem, options=options, losses=tuple(map(moved, problem.losses)), costs=costs, ties=()), leader
+
+
+def _check_terms(problem: Problem) -> None:
+    rows = [row for cost in problem.costs.values() for row in (cost.common, *cost.rows)]
+    for term in [*problem.losses, *(term for row in rows for term in row.terms)]:
+        shape = tuple(len(problem.options[v]) for v in term.variables)
+        values = np.asarray(term.values, dtype=np.float64)
+        if values.shape != shape or not np.isfinite(values).all():
+            names = ", ".join(_label(problem, v) for v in term.variables)
+            raise UsageError(f"Expected finite numbers {shape} for {names}, found {values.tolist()}.")
+
+
+def _label(problem: Problem, variable: str) -> str:
+    return problem.labels.get(variable, variable)
+
+
+def _explain(prepared: _Prepared, limits: Mapping[str, float]) -> str:
+    """One line: what is reachable, and where most of the least is."""
+    costs = prepared.problem.costs
+    reach = {name: prepared.reach(name) for name in limits}
+    spans = {n: f"{amount(r.least, costs[n].unit)} to {amount(r.most, costs[n].unit)}" for n, r in reach.items()}
+    alone = [name for name, limit in limits.items() if reach[name].least > limit * (1 + 1e-12)]
+    if alone:
+        parts = [
+            f"at most {amount(limits[n], costs[n].unit)}{_of(n, costs[n].unit)}, reachable are {spans[n]} "
+            f"(the least is mostly {_binding(prepared, n, reach[n].bits)})"
+            for n in alone
+        ]
+        return f"Expected {'; and '.join(parts)}. Raise the limit, or allow fewer bits."
+    parts = []
+    for name, limit in limits.items():
+        if reach[name].most <= limit:
+            continue
+        beside = prepared.least_beside(name, {k: v for k, v in limits.items() if k != name})
+        more = "" if math.isnan(beside) else f", beside the others at least {amount(beside, costs[name].unit)}"
+        parts.append(
+            f"{_words(name)} at most {amount(limit, costs[name].unit)} (alone {spans[name]}{more}; mostly "
+            f"{_binding(prepared, name, reach[name].bits)})"
+        )
+    return f"These limits cannot be met together: {'; '.join(parts)}. Raise one of them."
+
+
+def _binding(prepared: _Prepared, cost: str, bits: Bits) -> str:
+    """The variables that most of a cost comes from."""
+    problem, total = prepared.problem, prepared.tables.costs[cost]
+    choice = {v: o.index(bits[v]) for v, o in prepared.tables.options.items()}
+    shares: dict[str, float] = {}
+    for form in (total.common, *sorted(total.rows, key=lambda row: -row.at(choice))[:1]):
+        for v, table in form.single.items():
+            shares[v] = shares.get(v, 0.0) + float(table[choice[v]])
+        for (u, v), table in form.pairs.items():
+            shares[u] = shares.get(u, 0.0) + float(table[choice[u], choice[v]])
+    named = sorted(shares, key=lambda v: -shares[v])[:SHOWN]
+    if not named:
+        return "what nothing can change"
+    return ", ".join(
+        f"{_label(problem, v)} at {bits[v]} bits{' (fixed)' if len(problem.options[v]) == 1 else ''} "
+        f"{amount(shares[v], problem.costs[cost].unit)}"
+        for v in named
+    )
+
+
+def _of(name: str, unit: str) -> str:
+    """What there is an amount of, unless its unit says so."""
+    return "" if unit.strip() == _words(name) else f" of {_words(name)}"
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def amount(value: float, unit: str) -> str:
+    """A number as people read it, rounded up to four digits, so that it can be given as a limit.
+
+    Example:
+        >>> amount(1203410, "B"), amount(900, "B"), amount(0.00125, "s")
+        ('1.204 MB', '900 B', '1.25 ms')
+    """
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g} {unit}".rstrip()
+    exponent = math.floor(math.log10(abs(value)) / 3)
+    exponent = min(max(exponent, -3 if unit == "s" else 0), 5)
+    digits = max(0, 3 - math.floor(math.log10(abs(value) / 1000.0**exponent)))
+    scaled = value / 1000.0**exponent
+    rounded = math.ceil(round(scaled * 10**digits, 6)) / 10**digits
+    prefix = {-3: "n", -2: "µ", -1: "m", 0: "", 1: "k", 2: "M", 3: "G", 4: "T", 5: "P"}[exponent]
+    return f"{rounded:g} {(prefix + unit).strip()}".rstrip()

@@ -1,0 +1,235 @@
+"""The smallest network that still gives the float network's answers, looked for along a curve of plans.
+
+Each trial quantizes a plan with the quick part of the recipe on half of the calibration images and counts equal answers
+on the other half. Agreement is taken to grow with size, which makes bisection possible; where it decides it is checked.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitwright.bits.plan import Plan, insert_plan
+from bitwright.bits.solve import amount
+from bitwright.errors import UsageError
+from bitwright.given.images import Images
+from bitwright.graph.axes import read_outputs
+from bitwright.graph.capture import Captured
+from bitwright.measure.metrics import Fidelity, wilson_interval
+from bitwright.pipeline import fingerprint, run_stages
+from bitwright.progress import silent
+from bitwright.quant.scheme import Scheme
+from bitwright.recipes import Recipe
+from bitwright.run.files import DamagedError, read_checked, write_checked
+from bitwright.run.state import other_settings
+from bitwright.stages.base import Optimising, Run
+
+FILE = "trials.json"
+
+
+@dataclass
+class Search:
+    """What a search along a curve found."""
+
+    index: int | None
+    """Of the first element that holds, as its neighbour does; None if the last does not hold."""
+    tried: dict[int, float] = field(default_factory=dict)
+    """Values by index."""
+
+    @property
+    def monotone(self) -> bool:
+        """Whether no value that was looked at is above one further on."""
+        values = [self.tried[i] for i in sorted(self.tried)]
+        return all(a <= b for a, b in pairwise(values))
+
+
+def first_that_holds(count: int, value: Callable[[int], float], wanted: float) -> Search:
+    """The first of ``count`` elements whose value is at least ``wanted``, for values that mostly grow.
+
+    Bisection. The neighbour of the one that is found must hold too; if it does not, the one found was lucky, and the
+    search goes on beyond that neighbour.
+
+    Example:
+        >>> first_that_holds(8, lambda i: i / 8, 0.6).index
+        5
+    """
+    tried: dict[int, float] = {}
+
+    def holds(index: int) -> bool:
+        if index not in tried:
+            tried[index] = value(index)
+        return tried[index] >= wanted - 1e-12
+
+    if not holds(count - 1):
+        return Search(None, tried)
+    low, high = -1, count - 1
+    while True:
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if holds(middle) else (middle, high)
+        if high == count - 1 or holds(high + 1):
+            return Search(high, tried)
+        low, high = high + 1, count - 1
+
+
+def halves(images: Images) -> tuple[Images, Images]:
+    """Images to calibrate trials on, and others to count answers on.
+
+    Raises:
+        UsageError: there are fewer than two.
+    """
+    if len(images) < 2:
+        raise UsageError(f"Expected at least 2 images to estimate a drop with, found {len(images)}.")
+    return images.take(range(0, len(images), 2)), images.take(range(1, len(images), 2))
+
+
+def check_answers(teacher: Captured, images: Images, drop: float) -> None:
+    """The network must give answers that can be counted, and there should be enough images to count them on.
+
+    Raises:
+        UsageError: none of its outputs holds class scores.
+    """
+    readings = read_outputs(teacher.graph, images.batch([0]), teacher.outputs)
+    if not any(r.tells for r in readings):
+        named = f"'{teacher.outputs[0]}': {readings[0].note}"
+        raise UsageError(
+            f"Expected class scores to count equal answers on, found none. Output {named} Give a size instead "
+            "(target_size= or compression=)."
+        )
+    held_out = len(images) // 2
+    if 0 < drop < 1 / max(held_out, 1):
+        warnings.warn(
+            f"{held_out} images are held out: one changed answer is {100 / max(held_out, 1):.2g} %, more than the drop "
+            "that was asked for. More images (samples=) tell more.",
+            stacklevel=3,
+        )
+
+
+def smallest(
+    teacher: Captured,
+    curve: Sequence[Plan],
+    scheme: Scheme,
+    method: Recipe,
+    images: Images,
+    drop: float,
+    run: Run,
+    state: Path | None = None,
+) -> tuple[Plan, dict[str, Any]]:
+    """The smallest plan of a curve whose network agrees with the float one on at least ``1 - drop`` of images.
+
+    Args:
+        teacher: the float network, on the run's device.
+        curve: plans, the smallest first.
+        scheme: for what plans leave open.
+        method: its stages that take no steps make the trials.
+        images: all that there are for calibration; trials use half of them, and are judged on the others.
+        drop: share of answers that may change.
+        run: seed, device, progress.
+        state: folder where trials are kept, to go on from.
+
+    Returns:
+        The plan, and the estimate: ``agreement``, its 95 % ``interval``, ``images``, ``trials``, whether they were
+        ``monotone``.
+
+    Raises:
+        UsageError: even the largest plan changes more answers.
+    """
+    fit, held_out = halves(images)
+    quick = method.model_copy(update={"stages": tuple(s for s in method.stages if not isinstance(s, Optimising))})
+    identity = f"{[p.model_dump_json() for p in curve]} {scheme} {quick} {run.seed} {images.sha256}"
+    kept = _Kept(state, sha256(f"{identity} {fingerprint(teacher.graph)}".encode()).hexdigest())
+    most = len(curve).bit_length() + 1
+
+    def agreement(index: int) -> float:
+        if index not in kept.found:
+            run.progress("Trying plans on held-out images", len(kept.found), max(most, len(kept.found) + 1))
+            kept.add(index, _agreement(teacher, curve[index], scheme, quick, fit, held_out, run))
+        return kept.found[index]
+
+    search = first_that_holds(len(curve), agreement, 1 - drop)
+    run.progress("Trying plans on held-out images", len(search.tried), len(search.tried))
+    estimate = {
+        "drop": drop,
+        "images": len(held_out),
+        "calibrated_on": len(fit),
+        "stages": [s.kind for s in quick.stages],
+        "monotone": search.monotone,
+        "trials": [
+            {**_size(curve[i]), "agreement": value, "interval": _interval(value, held_out)}
+            for i, value in sorted(search.tried.items())
+        ],
+    }
+    if search.index is None:
+        value = search.tried[len(curve) - 1]
+        low, high = _interval(value, held_out)
+        raise UsageError(
+            f"Expected at most {100 * drop:g} % of answers to change; the largest plan "
+            f"({amount(_size(curve[-1])['weight_bytes'], 'B')}) changes {100 * (1 - value):.2f} % of {len(held_out)} "
+            f"held-out images (95 %: {100 * (1 - high):.2f} to {100 * (1 - low):.2f}). Allow a larger max_drop=, or "
+            "more bits (weights=, activations=)."
+        )
+    found = search.tried[search.index]
+    return curve[search.index], {"agreement": found, "interval": _interval(found, held_out), **estimate}
+
+
+def _agreement(
+    teacher: Captured, plan: Plan, scheme: Scheme, quick: Recipe, fit: Images, held_out: Images, run: Run
+) -> float:
+    """Share of held-out images with the float network's answer, of the worst output, after the quick stages."""
+    student = insert_plan(teacher, plan, scheme)
+    student.to(run.device)
+    own = Run(seed=run.seed, device=run.device, progress=silent)
+    student = run_stages(quick, student, teacher, fit, own)
+    readings = read_outputs(teacher.graph, held_out.batch([0]).to(run.device), teacher.outputs)
+    fidelity = Fidelity(teacher.outputs, readings)
+    for batch in own.batches(held_out, ""):
+        with torch.no_grad():
+            fidelity.update(list(teacher.graph(batch)), student.flat(batch))
+    agreement = fidelity.worst.agreement
+    assert agreement is not None, "check_answers has looked"
+    return agreement
+
+
+def _interval(agreement: float, images: Images) -> list[float]:
+    """95 %, over images."""
+    return list(wilson_interval(round(agreement * len(images)), len(images)))
+
+
+def _size(plan: Plan) -> dict[str, float]:
+    predicted = plan.predicted or {}
+    return {name: predicted[name] for name in ("weight_bytes", "loss")}
+
+
+class _Kept:
+    """Trials that are done, in a file."""
+
+    def __init__(self, folder: Path | None, identity: str) -> None:
+        self.path = None if folder is None else folder / FILE
+        self.identity = identity
+        self.found: dict[int, float] = {}
+        if self.path is not None and self.path.is_file():
+            self.found = _read(self.path, identity)
+
+    def add(self, index: int, value: float) -> None:
+        self.found[index] = value
+        if self.path is None:
+            return
+        write_checked(self.path, {"identity": self.identity, "found": self.found})
+
+
+def _read(path: Path, identity: str) -> dict[int, float]:
+    try:
+        data = read_checked(path)
+    except DamagedError as error:
+        warnings.warn(f"{error} The trials are made again.", UserWarning, stacklevel=4)
+        return {}
+    if data["identity"] != identity:
+        raise other_settings(path.parent)
+    return {int(i): value for i, value in data["found"].items()}

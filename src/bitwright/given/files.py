@@ -1,0 +1,277 @@
+"""Sources: single images read from files, arrays and tensors, decoded by threads and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from bitwright.errors import DataError
+from bitwright.given.preprocessing import Pixels, PreprocessFunction, Preprocessing, from_pixels, to_channels
+
+_ORIENTATION = 0x0112  # the EXIF tag
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class Source(Protocol):
+    """Where images come from; an index counts over the whole source, before any slice."""
+
+    names: list[str]
+
+    def read(self, index: int) -> Image.Image | Tensor:
+        """Return one upright image, or a tensor that needs no preprocessing."""
+
+    def header(self, index: int) -> None:
+        """Raise `DataError` when what is stored cannot be an image, without decoding it."""
+
+    def digest(self, index: int) -> bytes:
+        """Return the SHA-256 of what is stored."""
+
+
+class Files:
+    """Image files under one folder, named by their paths relative to it."""
+
+    def __init__(self, root: Path, names: list[str]) -> None:
+        self.root, self.names = root, names
+
+    def path(self, index: int) -> Path:
+        """Return where one image lies."""
+        return self.root / self.names[index]
+
+    def _file(self, index: int) -> Path:
+        """Where one image lies; a pipe or a device, which may never end, is none."""
+        path = self.path(index)
+        if not path.is_file():
+            raise DataError(f"expected an image, {path} is no file: remove it, or pass skip_unreadable=True")
+        return path
+
+    def read(self, index: int) -> Image.Image:
+        """Return one decoded image, upright."""
+        path = self._file(index)
+        try:
+            with Image.open(path) as image:
+                image.load()
+                return _upright(image)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise _bomb(path) from error
+        except Exception as error:  # decoders raise a dozen kinds for a broken file
+            raise _unreadable(path, error) from error
+
+    def header(self, index: int) -> None:
+        """Raise `DataError` when the file's header is not an image's."""
+        path = self._file(index)
+        try:
+            with Image.open(path):
+                pass
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise _bomb(path) from error
+        except Exception as error:
+            raise _unreadable(path, error) from error
+
+    def digest(self, index: int) -> bytes:
+        """Return the SHA-256 of the file."""
+        try:
+            return hashlib.sha256(self._file(index).read_bytes()).digest()
+        except OSError as error:
+            raise _unreadable(self.path(index), error) from error
+
+
+class Arrays:
+    """Pixels in one uint8 array (N, H, W, C), named by position."""
+
+    def __init__(self, pixels: Pixels) -> None:
+        self.data, self.names = pixels, [str(i) for i in range(len(pixels))]
+
+    def read(self, index: int) -> Image.Image:
+        """Return one array as an image."""
+        return from_pixels(self.data[index])
+
+    def header(self, index: int) -> None:
+        """Accept any array: there is no header."""
+
+    def digest(self, index: int) -> bytes:
+        """Return the SHA-256 of the array's bytes."""
+        return hashlib.sha256(np.ascontiguousarray(self.data[index]).tobytes()).digest()
+
+
+class Tensors:
+    """Preprocessed images in one float32 tensor (N, C, H, W), named by position."""
+
+    def __init__(self, data: Tensor) -> None:
+        self.data, self.names = data, [str(i) for i in range(len(data))]
+
+    def read(self, index: int) -> Tensor:
+        """Return one tensor."""
+        return self.data[index]
+
+    def header(self, index: int) -> None:
+        """Accept any tensor: there is no header."""
+
+    def digest(self, index: int) -> bytes:
+        """Return the SHA-256 of the tensor's bytes."""
+        return hashlib.sha256(self.data[index].contiguous().numpy().tobytes()).digest()
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # broken EXIF data beside good pixels
+        turn = None
+    return image.copy() if turn is None else image.transpose(turn)
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    what = "" if isinstance(error, UnidentifiedImageError) else f" ({one_line(error)})"
+    return DataError(f"expected an image, cannot read {path}{what}: repair or remove it, or pass skip_unreadable=True")
+
+
+def _bomb(path: Path) -> DataError:
+    return DataError(
+        f"expected an image of at most {Image.MAX_IMAGE_PIXELS} pixels, {path} claims more: "
+        "shrink or remove it, or pass skip_unreadable=True"
+    )
+
+
+def one_line(error: Exception) -> str:
+    """Return the error's message on one line, or its type when it has none."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+class Store:
+    """One source with its preprocessing and the pixels decoded so far; shared by all views of it."""
+
+    def __init__(
+        self,
+        source: Source,
+        preprocessing: Preprocessing | PreprocessFunction | None,
+        threads: int | None,
+        cache_bytes: int,
+    ) -> None:
+        self.source, self.preprocessing = source, preprocessing
+        self.threads = threads or min(8, os.cpu_count() or 1)
+        self.room = cache_bytes
+        self.cache: dict[int, Pixels | Tensor] = {}
+        self.lock = threading.Lock()
+        self.probed = False
+
+    def fetch(self, index: int) -> Pixels | Tensor | Image.Image:
+        """Return what a worker thread may prepare; a user's function is left to the caller's thread."""
+        kept = self.cache.get(index)
+        if kept is not None:
+            return kept
+        image = self.source.read(index)
+        if isinstance(image, Tensor):
+            return image
+        try:
+            if not isinstance(self.preprocessing, Preprocessing):
+                return to_channels(image, 3)
+            pixels = self.preprocessing.pixels(image)
+        except DataError as error:
+            raise DataError(f"{self.source.names[index]}: {error}") from error
+        self.keep(index, pixels)
+        return pixels
+
+    def at_hand(self, indices: Sequence[int]) -> bool:
+        """Say whether none of these has to be decoded, so that threads would cost more than they bring."""
+        return isinstance(self.source, Tensors) or all(index in self.cache for index in indices)
+
+    def keep(self, index: int, value: Pixels | Tensor) -> None:
+        """Remember one image while there is room."""
+        with self.lock:
+            if value.nbytes <= self.room and index not in self.cache:
+                self.cache[index] = value
+                self.room -= value.nbytes
+
+    def stack(self, indices: Sequence[int], fetched: list[Pixels | Tensor | Image.Image]) -> Tensor:
+        """Return float32 (B, C, H, W)."""
+        pixels = [item for item in fetched if isinstance(item, np.ndarray)]
+        if isinstance(self.preprocessing, Preprocessing) and len(pixels) == len(fetched):
+            return self.preprocessing.normalize(torch.from_numpy(np.stack(pixels)))
+        tensors = [self.apply(i, item) for i, item in zip(indices, fetched, strict=True)]
+        for i, tensor in zip(indices, tensors, strict=True):
+            if tensor.shape != tensors[0].shape:
+                first, name = self.source.names[indices[0]], self.source.names[i]
+                raise DataError(
+                    f"expected preprocess to give one shape, got {tuple(tensors[0].shape)} for {first} "
+                    f"and {tuple(tensor.shape)} for {name}: resize or crop in it"
+                )
+        return torch.stack(tensors)
+
+    def apply(self, index: int, item: Pixels | Tensor | Image.Image) -> Tensor:
+        """Return the tensor of one image, by the user's function unless it is one already."""
+        if isinstance(item, Tensor):
+            return item
+        assert isinstance(item, Image.Image)
+        function = self.preprocessing
+        assert function is not None
+        tensor = _checked_output(function(item.copy()), self.source.names[index])
+        if not self.probed:
+            self.probed = True
+            if not torch.equal(tensor, _checked_output(function(item.copy()), self.source.names[index])):
+                raise DataError(
+                    f"expected preprocess to give the same tensor twice, got two different ones for "
+                    f"{self.source.names[index]}: take random augmentation out of it"
+                )
+        self.keep(index, tensor)
+        return tensor
+
+    def stream(self, groups: Iterable[Sequence[int]]) -> Iterator[Tensor]:
+        """Yield one (B, C, H, W) for each group, while threads decode the group after it."""
+        pool = ThreadPoolExecutor(self.threads)
+        waiting: deque[tuple[Sequence[int], list[Future[Pixels | Tensor | Image.Image]]]] = deque()
+        try:
+            for group in groups:
+                waiting.append((group, [pool.submit(self.fetch, i) for i in group]))
+                if len(waiting) > 1:
+                    yield self._next(waiting)
+            while waiting:
+                yield self._next(waiting)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _next(self, waiting: deque[tuple[Sequence[int], list[Future[Pixels | Tensor | Image.Image]]]]) -> Tensor:
+        group, futures = waiting.popleft()
+        return self.stack(group, [future.result() for future in futures])
+
+    def failures(self, task: Callable[[int], object], indices: Sequence[int]) -> dict[int, DataError]:
+        """Return the error of each index on which ``task`` fails."""
+
+        def attempt(index: int) -> DataError | None:
+            try:
+                task(index)
+            except DataError as error:
+                return error
+            return None
+
+        with ThreadPoolExecutor(self.threads) as pool:
+            found = zip(indices, pool.map(attempt, indices), strict=True)
+            return {index: error for index, error in found if error is not None}
+
+
+def _checked_output(output: Any, name: str) -> Tensor:
+    if isinstance(output, np.ndarray):
+        output = torch.from_numpy(output)
+    if not isinstance(output, Tensor) or output.ndim != 3 or not output.is_floating_point():
+        got = f"{output.dtype} {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise DataError(f"expected preprocess to return a float tensor (C, H, W), got {got} for {name}")
+    if not torch.isfinite(output).all():
+        raise DataError(f"expected finite values from preprocess, got NaN or infinity for {name}")
+    return output.detach().to("cpu", torch.float32).contiguous()

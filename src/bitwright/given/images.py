@@ -1,0 +1,659 @@
+"""Images: a sequence of preprocessed tensors, loaded from where users keep them, and their labels."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from bitwright.errors import DataError, UsageError
+from bitwright.given.files import Arrays, Files, Source, Store, Tensors, one_line
+from bitwright.given.items import items, spread
+from bitwright.given.preprocessing import PreprocessFunction, Preprocessing, parse_input_size
+
+__all__ = ["Images", "PreprocessFunction", "Preprocessing", "load_images", "parse_input_size"]
+
+AXES = (4, 5)
+"""How many a batch of preprocessed tensors has: images (N, C, H, W), or videos (N, C, T, H, W)."""
+
+# fmt: off
+EXTENSIONS = frozenset({
+    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
+    ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
+})
+# fmt: on
+CACHE_BYTES = 1 << 30
+STREAM_BYTES = 8 << 30
+MOST_CLASSES = 1 << 31
+
+
+# ---------------------------------------------------------------------------------------------- images
+
+
+class Images:
+    """A fixed sequence of preprocessed images, decoded when first asked for.
+
+    Invariants: ``len(names) == len(self)``; ``labels`` is None or int64 of that length; the same index gives
+    the same bits every time, whatever the number of threads. A slice is a view that shares decoded pixels.
+
+    Attributes:
+        names: path relative to the folder (with ``/``), or the position in the array.
+        labels: int64 (N,) class indices, or None.
+        masks: whole numbers (N, H, W), the class of each pixel, or None.
+        left_out: what came with the images and is neither; empty if there was nothing.
+        preprocessing: what is applied to the pixels; None when the images were given as tensors.
+
+    Example:
+        >>> images = load_images(torch.zeros(10, 3, 8, 8), None)
+        >>> len(images), len(images[::2]), [tuple(b.shape) for b in images.batches(4)][-1]
+        (10, 5, (2, 3, 8, 8))
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        indices: Sequence[int],
+        labels: Tensor | None,
+        masks: Tensor | None = None,
+        left_out: str = "",
+    ) -> None:
+        self._store, self._indices = store, list(indices)
+        self.labels, self.masks, self.left_out = labels, masks, left_out
+        self.names = [store.source.names[i] for i in self._indices]
+
+    @property
+    def preprocessing(self) -> Preprocessing | PreprocessFunction | None:
+        """What is applied to the pixels of each image."""
+        return self._store.preprocessing
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Images: ...
+
+    def __getitem__(self, index: int | slice) -> Tensor | Images:
+        if isinstance(index, slice):
+            return self.take(range(len(self))[index])
+        return self.batch([index])[0]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for batch in self.batches(32):
+            yield from batch
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """Yield float32 (B, C, H, W) in order; B is ``size``, less in the last one.
+
+        Raises:
+            DataError: for an unreadable file, when its batch is reached.
+            UsageError: when ``size`` is below 1.
+        """
+        if size < 1:
+            raise UsageError(f"expected a batch size of at least 1, got {size}")
+        starts = range(0, len(self), size)
+        return self._store.stream(self._indices[start : start + size] for start in starts)
+
+    def batch(self, indices: Sequence[int] | Tensor) -> Tensor:
+        """Return float32 (B, C, H, W) for positions in this sequence, in the order given.
+
+        Raises:
+            IndexError: for a position outside the sequence.
+            UsageError: when there is none.
+        """
+        if len(indices) == 0:
+            raise UsageError("expected at least one image in a batch, got none")
+        wanted = [self._indices[int(i)] for i in indices]
+        if len(wanted) == 1 or self._store.at_hand(wanted):
+            return self._store.stack(wanted, [self._store.fetch(i) for i in wanted])
+        return next(self._store.stream([wanted]))
+
+    def unlabelled(self) -> Images:
+        """Return the same images without labels: what calibration gets."""
+        return Images(self._store, self._indices, None)
+
+    def labelled(self, labels: str | Path | Sequence[int] | Tensor) -> Images:
+        """Return the same images with these labels; see `load_images` for their forms."""
+        return Images(self._store, self._indices, _explicit_labels(labels, self.names), self.masks)
+
+    def sample(self, n: int, seed: int = 0) -> Images:
+        """Return ``n`` images, one out of each of ``n`` equal stretches of the list, in order.
+
+        The seed picks the image within its stretch. With ``n`` above the length all are returned, with a
+        warning.
+
+        Raises:
+            UsageError: when ``n`` is below 1.
+        """
+        if n < 1:
+            raise UsageError(f"expected at least 1 sample, got {n}")
+        total = len(self)
+        if n > total:
+            warnings.warn(f"{n} images were asked for, all {total} are used", UserWarning, stacklevel=2)
+            return self
+        return self.take(spread(total, n, seed))
+
+    def check(self) -> None:
+        """Open the header of every file, without decoding any.
+
+        Raises:
+            DataError: naming the first file that is no image, and how many there are.
+        """
+        failures = self._store.failures(self._store.source.header, self._indices)
+        if failures:
+            raise DataError(_counted(failures, len(self)))
+
+    def readable(self) -> Images:
+        """Return those images that decode without an error, with a warning that counts the others.
+
+        Raises:
+            DataError: when none is left.
+        """
+        failures = self._store.failures(self._store.fetch, self._indices)
+        if not failures:
+            return self
+        message = _counted(failures, len(self))
+        if len(failures) == len(self):
+            raise DataError(message)
+        warnings.warn(f"skipped {len(failures)} unreadable images: {message}", UserWarning, stacklevel=2)
+        return self.take([k for k, i in enumerate(self._indices) if i not in failures])
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hex digest of the names, the file or array bytes, and the preprocessing; labels do not enter."""
+        digest = hashlib.sha256(_identity(self.preprocessing).encode())
+        with ThreadPoolExecutor(self._store.threads) as pool:
+            for name, content in zip(self.names, pool.map(self._store.source.digest, self._indices), strict=True):
+                digest.update(hashlib.sha256(name.encode()).digest() + content)
+        return digest.hexdigest()
+
+    def take(self, positions: Sequence[int]) -> Images:
+        """The images at these positions, in the order given; a view that shares decoded pixels."""
+        labels, masks = (None if x is None else x[list(positions)] for x in (self.labels, self.masks))
+        return Images(self._store, [self._indices[p] for p in positions], labels, masks, self.left_out)
+
+    def __repr__(self) -> str:
+        labelled = self.labels is not None or self.masks is not None
+        return f"Images({len(self)}, {'labelled' if labelled else 'unlabelled'})"
+
+
+def _identity(preprocessing: Preprocessing | PreprocessFunction | None) -> str:
+    if isinstance(preprocessing, Preprocessing):
+        return preprocessing.model_dump_json()
+    if preprocessing is None:
+        return "none"
+    return str(getattr(preprocessing, "__qualname__", type(preprocessing).__qualname__))
+
+
+def _counted(failures: dict[int, DataError], total: int) -> str:
+    first = str(next(iter(failures.values())))
+    return first if total == 1 else f"{len(failures)} of {total} images cannot be read, first: {first}"
+
+
+# --------------------------------------------------------------------------------------------- loading
+
+
+def load_images(
+    source: object,
+    preprocessing: Preprocessing | PreprocessFunction | None,
+    *,
+    labels: str | Path | Sequence[int] | Tensor | None = None,
+    skip_unreadable: bool = False,
+    most: int | None = None,
+    threads: int | None = None,
+    cache_bytes: int = CACHE_BYTES,
+) -> Images:
+    """Return the images that ``source`` names.
+
+    Args:
+        source: a folder (recursive, sorted by path), one image file, ``zoo:NAME``, or an ``.npz`` file with
+            ``images`` (uint8 (N, H, W, 1 or 3), or float (N, C, H, W) taken as preprocessed) and perhaps
+            ``labels``; each with an optional slice as in ``photos[0::2]``. Or such an array, a float tensor
+            (N, C, H, W), videos (N, C, T, H, W), or any iterable of tensors or (tensor, label) pairs such as a
+            ``DataLoader``, which is read once, or one such pair. A label is a class index for each image, or whole
+            numbers (B, H, W), the class of each pixel. `Images` are returned as they are.
+        preprocessing: applied to everything that is not a float tensor already.
+        labels: a CSV ``file,class_index`` (header or not; matched by relative path, then by file name), or
+            one class index for each image. Without it a folder in which every image lies directly in one of
+            two or more sub-folders is labelled by their sorted names, an ``.npz`` by its own ``labels``.
+        skip_unreadable: decode everything now, leave out what fails and warn with the count.
+        most: images that will be used of an iterable, which is then read no further than the batch that completes them;
+            of a data set, and of a loader that takes one in order, they are spread evenly over it.
+        threads: that decode; by default one a core, at most 8. The result does not depend on it.
+        cache_bytes: for decoded and resized pixels, so that a second epoch does not decode again.
+
+    Raises:
+        DataError: when there is no image, the labels do not match, or preprocessing is needed and not given.
+    """
+    if isinstance(source, Images):
+        return source.labelled(labels) if labels is not None else source
+    window, left_out = None, ""
+    if isinstance(source, str) and not source.strip():
+        raise DataError("expected a folder of images, an .npz file or zoo:NAME, found nothing: name one")
+    if isinstance(source, str | os.PathLike):
+        place, window = _split_slice(os.fspath(source))
+        found, found_labels = _from_place(str(place))
+    else:
+        place = f"the {type(source).__name__} given"
+        found, found_labels, left_out = _from_object(source, most)
+    _check_preprocessing(found, preprocessing, str(place))
+    store = Store(found, None if isinstance(found, Tensors) else preprocessing, threads, cache_bytes)
+    masks = found_labels if found_labels is not None and found_labels.ndim == 3 else None
+    found_labels = None if masks is not None else found_labels
+    if labels is not None:
+        found_labels = _explicit_labels(labels, found.names)
+    images = Images(store, range(len(found.names)), found_labels, masks, left_out)
+    if window is not None:
+        images = images[window]
+        if len(images) == 0:
+            raise DataError(f"expected images, the slice leaves none of the {len(found.names)} in {place}")
+    return images.readable() if skip_unreadable else images
+
+
+def _split_slice(text: str) -> tuple[str, slice | None]:
+    """Split off a trailing Python slice.
+
+    Example:
+        >>> _split_slice("photos[0::2]")
+        ('photos', slice(0, None, 2))
+    """
+    match = re.fullmatch(r"(.+)\[([^\[\]]*)\]", text, re.DOTALL)
+    if match is None or _exists(Path(text)):
+        return text, None
+    parts = [part.strip() for part in match[2].split(":")]
+    if len(parts) not in (2, 3) or not all(re.fullmatch(r"[+-]?[0-9]{1,18}|", part) for part in parts):
+        raise DataError(f"expected a slice such as [0::2] or [:256] at the end of {text!r}, got [{match[2]}]")
+    window = slice(*(int(part) if part else None for part in parts))
+    if window.step == 0:
+        raise DataError(f"expected a slice step other than 0 in {text!r}")
+    return match[1], window
+
+
+def _from_place(text: str) -> tuple[Source, Tensor | None]:
+    if text.startswith("zoo:"):
+        from bitwright import zoo
+
+        pixels, labels = zoo.images(text.removeprefix("zoo:"))
+        return _from_array(np.asarray(pixels), text), _as_labels(labels, len(pixels), text)
+    path = Path(text).expanduser()
+    if not _exists(path):
+        raise DataError(
+            f"expected a folder of images, an .npz file or zoo:NAME, {text!r} does not exist: check the path"
+        )
+    if path.is_dir():
+        return _from_folder(path)
+    if path.suffix.lower() == ".npz":
+        return _from_npz(path)
+    if path.suffix.lower() in EXTENSIONS:
+        return Files(path.parent, [path.name]), None
+    raise DataError(
+        f"expected a folder of images, an .npz file or zoo:NAME, got the file {text}: "
+        f"give the folder, image files end in {', '.join(sorted(EXTENSIONS))}"
+    )
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is a file that can be read to its end: no folder, pipe or device."""
+    return _exists(path) and path.is_file()
+
+
+def _exists(path: Path) -> bool:
+    """Whether there is such a file; a name that no file system takes is none."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _from_folder(root: Path) -> tuple[Source, Tensor | None]:
+    names = sorted(_image_names(root))
+    if not names:
+        raise DataError(f"expected images in {root}, found none: looked for {', '.join(sorted(EXTENSIONS))}")
+    return Files(root, names), _folder_labels(root, names)
+
+
+def _image_names(root: Path) -> Iterator[str]:
+    seen: set[str] = set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link back to a folder above
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not _hidden(name))
+        for name in files:
+            if Path(name).suffix.lower() in EXTENSIONS and not _hidden(name):
+                yield Path(folder, name).relative_to(root).as_posix()
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _folder_labels(root: Path, names: list[str]) -> Tensor | None:
+    if any(name.count("/") != 1 for name in names):
+        return None
+    used = {name.split("/")[0] for name in names}
+    if len(used) < 2:
+        return None
+    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not _hidden(entry.name))
+    empty = [name for name in classes if name not in used]
+    if empty:
+        warnings.warn(
+            f"{len(empty)} class folders of {root} hold no image (first: {empty[0]}) but count as classes",
+            UserWarning,
+            stacklevel=2,
+        )
+    index = {name: k for k, name in enumerate(classes)}
+    return torch.tensor([index[name.split("/")[0]] for name in names], dtype=torch.int64)
+
+
+def _from_npz(path: Path) -> tuple[Source, Tensor | None]:
+    if not path.is_file():
+        raise DataError(f"expected a file at {path}, found something else: give an .npz file")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if "images" not in file:
+                raise DataError(f"expected an array 'images' in {path}, found {', '.join(file) or 'nothing'}")
+            images = file["images"]
+            labels = file.get("labels")
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"expected arrays of numbers in {path}, cannot read it ({one_line(error)}): "
+            "write it with numpy.savez(path, images=..., labels=...)"
+        ) from error
+    if images.ndim == 0:
+        return _from_array(images, str(path)), None  # which says what is wrong
+    if labels is not None and labels.ndim == 3 and len(labels) == len(images) and labels.dtype.kind in "biu":
+        return _from_array(images, str(path)), torch.from_numpy(labels.astype(np.int64))
+    return _from_array(images, str(path)), _as_labels(labels, len(images), str(path))
+
+
+def _from_array(array: npt.NDArray[Any], where: str) -> Source:
+    shape = tuple(array.shape)
+    if array.dtype == np.uint8 and array.ndim == 4 and shape[3] in (1, 3):
+        source: Source = Arrays(array)
+    elif np.issubdtype(array.dtype, np.floating) and array.ndim in AXES:
+        source = _from_tensor(torch.from_numpy(np.asarray(array, dtype=np.float32)), where)
+    else:
+        raise DataError(
+            f"expected uint8 (N, H, W, 3 or 1) or float (N, C, H, W) images, or float (N, C, T, H, W) videos, in "
+            f"{where}, got {array.dtype} {shape}"
+        )
+    if not source.names:
+        raise DataError(f"expected images in {where}, got {shape}")
+    return source
+
+
+def _from_tensor(tensor: Tensor, where: str) -> Source:
+    shape = tuple(tensor.shape)
+    if not tensor.is_floating_point() or tensor.ndim not in AXES:
+        raise DataError(
+            f"expected preprocessed float images (N, C, H, W), or videos (N, C, T, H, W), in {where}, got "
+            f"{tensor.dtype} {shape}"
+        )
+    if 0 in shape:
+        raise DataError(f"expected images in {where}, got the empty shape {shape}")
+    if shape[-1] in (1, 3) and shape[1] not in (1, 3):
+        seen, expected = ("videos", "T, H, W") if tensor.ndim > min(AXES) else ("images", "H, W")
+        raise DataError(
+            f"expected float {seen} (N, C, {expected}) in {where}, got {shape}, which looks like (N, {expected}, C): "
+            "permute it, channels come second"
+        )
+    tensor = tensor.detach().to("cpu", torch.float32)
+    finite = torch.isfinite(tensor).flatten(1).all(1)
+    if not finite.all():
+        raise DataError(
+            f"expected finite values in {where}, image {int((~finite).nonzero()[0])} has NaN or infinity: "
+            "preprocess it again"
+        )
+    return Tensors(tensor)
+
+
+def _from_object(source: object, most: int | None) -> tuple[Source, Tensor | None, str]:
+    """Images, labels or masks, and what is left out because it is neither."""
+    where = f"the {type(source).__name__} given"
+    if isinstance(source, Tensor):
+        return _from_tensor(source, where), None, ""
+    if isinstance(source, np.ndarray):
+        return _from_array(source, where), None, ""
+    if isinstance(source, Mapping) or not (isinstance(source, Iterable) or hasattr(source, "__getitem__")):
+        raise DataError(f"expected a path, a tensor or an iterable of tensors as images, got {where}")
+    return _from_batches(items([source] if _is_pair(source) else source, most), where, most)
+
+
+def _is_pair(source: object) -> bool:
+    """Whether it is one (images, labels) of tensors, rather than a sequence of images."""
+    return (
+        isinstance(source, tuple | list)
+        and len(source) == 2
+        and all(isinstance(x, Tensor) for x in source)
+        and source[0].is_floating_point()
+        and not source[1].is_floating_point()
+    )
+
+
+def _from_batches(batches: Iterator[Any], where: str, most: int | None) -> tuple[Source, Tensor | None, str]:
+    tensors: list[Tensor] = []
+    labels: list[Any] = []
+    held = 0
+    for item in batches:
+        tensor, label = (item[0], item[1]) if isinstance(item, tuple | list) and len(item) > 1 else (item, None)
+        tensor = tensor[0] if isinstance(tensor, tuple | list) and len(tensor) == 1 else tensor
+        tensors.append(_one_batch(tensor, where, tensors))
+        labels.append(label)
+        held += tensors[-1].nbytes
+        if held > STREAM_BYTES:
+            raise DataError(
+                f"expected at most {STREAM_BYTES >> 30} GiB of images from {where}, got more: take fewer "
+                "(itertools.islice), or give a folder, which is read as needed"
+            )
+        if most is not None and sum(map(len, tensors)) >= most:
+            break
+    if not tensors:
+        raise DataError(f"expected tensors from {where}, it gave none: an iterator can be read only once")
+    return _from_tensor(torch.cat(tensors), where), *_batch_labels(labels, tensors)
+
+
+def _one_batch(tensor: Any, where: str, before: list[Tensor]) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise DataError(
+            f"expected tensors (B, C, H, W) or (tensor, label) pairs from {where}, got {type(tensor).__name__}"
+        )
+    batch = tensor.detach().cpu()
+    batch = batch.unsqueeze(0) if batch.ndim == 3 else batch
+    if batch.ndim not in AXES or not batch.is_floating_point():
+        raise DataError(
+            f"expected float tensors (B, C, H, W) or (B, C, T, H, W) from {where}, got {tensor.dtype} "
+            f"{tuple(tensor.shape)}"
+        )
+    if before and batch.shape[1:] != before[0].shape[1:]:
+        raise DataError(
+            f"expected images of one shape from {where}, got {tuple(before[0].shape[1:])}, "
+            f"then {tuple(batch.shape[1:])}: resize or crop them"
+        )
+    return batch.to(torch.float32)
+
+
+def _batch_labels(labels: list[Any], tensors: list[Tensor]) -> tuple[Tensor | None, str]:
+    """Class indices (N,) or masks (N, H, W) joined, and what is left out because it is neither (boxes, fractions)."""
+    joined: list[Tensor] = []
+    for label, batch in zip(labels, tensors, strict=True):
+        found = _one_label(label, batch)
+        if found is None or (joined and found.shape[1:] != joined[0].shape[1:]):
+            several = len({str(type(x)) for x in labels}) > 1
+            return None, "" if label is None and not several else _said(label)
+        joined.append(found)
+    return torch.cat(joined), ""
+
+
+def _one_label(label: Any, batch: Tensor) -> Tensor | None:
+    """Of one batch [B, C, H, W]: int64 (B,), or whole numbers (B, H, W) of the batch's or another size."""
+    whole = isinstance(label, int) or (isinstance(label, Tensor) and not label.is_floating_point())
+    if not whole:
+        return None
+    if isinstance(label, int) and not 0 <= label < MOST_CLASSES:
+        raise DataError(f"expected class indices from 0 to {MOST_CLASSES - 1}, got {str(label)[:40]}")
+    found = torch.as_tensor(label).detach().cpu()
+    if found.numel() == len(batch):
+        return found.reshape(-1).to(torch.int64)
+    found = found.unsqueeze(0) if found.ndim == 2 and len(batch) == 1 else found
+    found = found.squeeze(1) if found.ndim == 4 and found.shape[1] == 1 else found
+    return found.to(torch.int64) if found.ndim == 3 and len(found) == len(batch) else None
+
+
+def _said(label: Any) -> str:
+    """What a label is, in words."""
+    if isinstance(label, Tensor):
+        return f"{str(label.dtype).removeprefix('torch.')} labels of {'x'.join(map(str, label.shape))}"
+    return f"labels of type {type(label).__name__}"
+
+
+def _check_preprocessing(source: Source, preprocessing: Preprocessing | PreprocessFunction | None, where: str) -> None:
+    if not isinstance(source, Tensors):
+        if preprocessing is None:
+            raise DataError(
+                f"expected a preprocessing for the images in {where}, the model brings none: "
+                "give preprocessing=, or a function preprocess beside the callable"
+            )
+        return
+    shape = tuple(source.data.shape[1:])
+    if isinstance(preprocessing, Preprocessing) and shape != preprocessing.input_size:
+        raise DataError(
+            f"expected images of {preprocessing.input_size} (C, H, W) for this model, {where} holds {shape}: "
+            "give preprocessing= if the model takes that"
+        )
+
+
+# ---------------------------------------------------------------------------------------------- labels
+
+
+def _as_labels(labels: Any, count: int, where: str) -> Tensor | None:
+    if labels is None:
+        return None
+    try:
+        array = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise DataError(f"expected one whole class index for each image in {where} ({one_line(error)})") from error
+    if array.ndim != 1 or len(array) != count or not np.issubdtype(array.dtype, np.integer):
+        raise DataError(
+            f"expected one whole class index for each of {count} images in {where}, "
+            f"got labels of {array.dtype} {tuple(array.shape)}"
+        )
+    if array.min() < 0 or array.max() >= MOST_CLASSES:
+        wrong = array.min() if array.min() < 0 else array.max()
+        raise DataError(f"expected class indices from 0 to {MOST_CLASSES - 1} in {where}, got {wrong}")
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def _explicit_labels(labels: str | Path | Sequence[int] | Tensor, names: list[str]) -> Tensor | None:
+    if isinstance(labels, str | os.PathLike):
+        return _match_labels(_read_labels(Path(labels)), names, Path(labels))
+    return _as_labels(labels, len(names), "the labels given")
+
+
+def _read_labels(path: Path) -> dict[str, int]:
+    if not _is_file(path.expanduser()):
+        raise DataError(
+            f"expected labels as a CSV file with lines file,class_index, cannot read {path}: there is no such file"
+        )
+    try:
+        with path.expanduser().open(newline="", encoding="utf-8-sig") as file:
+            rows = [(number, row) for number, row in enumerate(csv.reader(file), 1) if any(row)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(
+            f"expected labels as a CSV file with lines file,class_index, cannot read {path} "
+            f"({one_line(error)}): give the path of such a file"
+        ) from error
+    table: dict[str, int] = {}
+    for position, (number, row) in enumerate(rows):
+        name, index = _label_row(row, f"line {number} of {path}", header=position == 0)
+        if index is None:
+            continue
+        if table.setdefault(name, index) != index:
+            raise DataError(
+                f"expected one class for {name} in {path}, got {table[name]} and {index} (line {number}): "
+                "remove one of the lines"
+            )
+    if not table:
+        raise DataError(f"expected lines file,class_index in {path}, found none")
+    return table
+
+
+def _label_row(row: list[str], where: str, *, header: bool) -> tuple[str, int | None]:
+    if len(row) != 2:
+        raise DataError(f"expected file,class_index in {where}, got {len(row)} columns: {','.join(row)[:80]!r}")
+    name = row[0].strip().replace("\\", "/").removeprefix("./")
+    text = row[1].strip()
+    if re.search(r"[\x00-\x08\x0b-\x1f]", "".join(row)):
+        raise DataError(f"expected file,class_index in {where}, found {','.join(row)[:80]!r}: write it as plain text")
+    if re.fullmatch(r"[0-9]+", text):
+        if len(text) > 10 or int(text) >= MOST_CLASSES:
+            raise DataError(f"expected a class index below {MOST_CLASSES} in {where}, found {text[:40]}")
+        return name, int(text)
+    if header and not re.fullmatch(r"[+-]?[\d.]+", text):
+        return name, None
+    raise DataError(f"expected a class index (0, 1, ...) in {where}, got {text!r}")
+
+
+def _match_labels(table: dict[str, int], names: list[str], path: Path) -> Tensor:
+    """Return the labels in the order of ``names``; lines without an image are counted in a warning."""
+    known = set(names)
+    by_file: dict[str, list[str]] = {}
+    for key in table:
+        if key not in known:
+            by_file.setdefault(_file_name(key), []).append(key)
+    shared = _repeated(_file_name(name) for name in names if name not in table)
+    matched = {name: name if name in table else _by_file_name(name, by_file, shared, path) for name in names}
+    missing = [name for name, key in matched.items() if key is None]
+    if missing:
+        raise DataError(
+            f"expected a label for every image in {path}, {len(missing)} of {len(names)} have none "
+            f"(first: {', '.join(missing[:3])}; of {len(table)} lines one is {next(iter(table))}): "
+            "add them or slice the images"
+        )
+    keys = [key for key in matched.values() if key is not None]
+    used = set(keys)
+    idle = [key for key in table if key not in used]
+    if idle:
+        warnings.warn(
+            f"{len(idle)} of {len(table)} labels in {path} have no image (first: {idle[0]})",
+            UserWarning,
+            stacklevel=2,
+        )
+    return torch.tensor([table[key] for key in keys], dtype=torch.int64)
+
+
+def _by_file_name(name: str, by_file: dict[str, list[str]], shared: set[str], path: Path) -> str | None:
+    keys = by_file.get(_file_name(name), [])
+    if len(keys) > 1 or (keys and _file_name(name) in shared):
+        raise DataError(
+            f"expected one label for {name} in {path}, the file name {_file_name(name)} stands for several "
+            "images or lines: write the path relative to the image folder"
+        )
+    return keys[0] if keys else None
+
+
+def _file_name(path: str) -> str:
+    return path.rsplit("/", 1)[-1]
+
+
+def _repeated(names: Iterable[str]) -> set[str]:
+    return {name for name, count in Counter(names).items() if count > 1}

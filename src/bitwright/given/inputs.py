@@ -1,0 +1,87 @@
+"""What a job is given, brought into one form: a model, images, a device."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitwright.errors import UsageError
+from bitwright.given.arguments import one_of, whole
+from bitwright.given.images import Images, load_images
+from bitwright.given.models import Model, load_model
+from bitwright.given.preprocessing import PreprocessFunction, Preprocessing
+from bitwright.graph.capture import Captured, capture, select_output
+from bitwright.graph.equalize import ChannelScales, equalized
+from bitwright.graph.prepare import prepare
+from bitwright.measure.spoilt import without_spoilt
+
+DEFAULT_SAMPLES = 512
+
+
+def as_model(
+    model: nn.Module | torch.export.ExportedProgram | Model | str,
+    preprocessing: Preprocessing | PreprocessFunction | None = None,
+) -> Model:
+    """A model under one type, however it was given."""
+    if isinstance(model, str):
+        model = load_model(model)
+    if isinstance(model, Model):
+        return model if preprocessing is None else Model(model.module, model.name, preprocessing, model.output)
+    return Model(model, type(model).__name__, preprocessing, None)
+
+
+def prepare_teacher(
+    network: Model, images: Images, output: str | None = None, *, result: Mapping[str, Any] | None = None
+) -> Captured:
+    """Captures the network on two of the images and brings it into the form that is quantized.
+
+    Args:
+        network: not changed.
+        images: of which two are looked at.
+        output: name of the one to keep.
+        result: of a run whose float network this is, for the scales of channels that it has moved.
+    """
+    captured = capture(network.module, images.batch(range(min(2, len(images)))))
+    if output is not None and not output:
+        raise UsageError("Expected the name of an output as output=, found ''.")
+    name = output or network.output
+    teacher = prepare(captured if name is None else select_output(captured, name))
+    moved = (result or {}).get("balanced", [])
+    return equalized(teacher, [ChannelScales(each["node"], tuple(each["exponents"])) for each in moved])
+
+
+def find_device(name: str) -> torch.device:
+    """``auto`` takes a GPU where there is one.
+
+    Raises:
+        UsageError: a name other than auto, cpu, cuda; or cuda where there is none.
+    """
+    one_of("device", name, ("auto", "cpu", "cuda"))
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("There is no CUDA device here. Use device='cpu'.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def calibration_images(source: Any, network: Model, samples: int | None, skip_unreadable: bool) -> Images:
+    """The images that calibration takes: evenly spread, unlabelled, :data:`DEFAULT_SAMPLES` at most if not said.
+
+    Raises:
+        UsageError: none are asked for, or there are none.
+    """
+    if samples is not None:
+        samples = whole("samples", samples, least=1)
+    images = (
+        source
+        if isinstance(source, Images)
+        else load_images(
+            source, network.preprocessing, skip_unreadable=skip_unreadable, most=samples or DEFAULT_SAMPLES
+        )
+    )
+    if samples is not None and samples > len(images):
+        warnings.warn(f"{samples} images were asked for, there are {len(images)}; all are used.", stacklevel=3)
+    count = min(samples or DEFAULT_SAMPLES, len(images))
+    return without_spoilt(images.sample(count, seed=0).unlabelled())

@@ -1,0 +1,605 @@
+"""Finds the network that a reference names, fills in its weights and says how it wants its images."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import importlib.util
+import inspect
+import math
+import pickle
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from bitwright.errors import BitwrightError, ModelError, UsageError
+from bitwright.given.compat import import_timm, import_torchvision, with_torchvision
+from bitwright.given.preprocessing import PreprocessFunction, Preprocessing, parse_input_size
+from bitwright.given.saved_program import load_program
+from bitwright.graph.plain import tell_of_types
+
+FORMS = "zoo:NAME, timm:NAME[@weights], torchvision:NAME[@weights], path/to/file.py:callable or model.pt2"
+
+_CHECKPOINTS = (".pt", ".pth", ".th", ".ckpt", ".bin", ".tar", ".safetensors")
+_AVERAGED = ("state_dict_ema", "model_ema", "ema")
+_NESTED = (*_AVERAGED, "state_dict", "model_state_dict", "model", "net")
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+# Bookkeeping that some trainers save and no forward pass reads.
+_IDLE_KEYS = ("num_batches_tracked", "n_averaged", "relative_position_index", "attn_mask")
+
+Settings: TypeAlias = dict[str, Any]
+Build: TypeAlias = Callable[..., nn.Module]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A float32 network in evaluation mode, ready to be captured.
+
+    Attributes:
+        module: the network, on the CPU, or a saved ``torch.export`` program.
+        name: short name for tables and results.
+        preprocessing: what turns an image into the network's input; None if nobody said.
+        output: which entry of a dict output counts (``"out"`` for torchvision's segmentation); None for all.
+    """
+
+    module: nn.Module | ExportedProgram
+    name: str
+    preprocessing: Preprocessing | PreprocessFunction | None = None
+    output: str | None = None
+
+
+def load_model(
+    reference: str,
+    *,
+    input_size: int | str | Sequence[int] | None = None,
+    mean: float | str | Sequence[float] | None = None,
+    std: float | str | Sequence[float] | None = None,
+    interpolation: str | None = None,
+    crop_pct: float | None = None,
+) -> Model:
+    """Return the network that ``reference`` names; nothing is ever downloaded.
+
+    ``zoo:``, ``timm:`` and ``torchvision:`` networks bring their own preprocessing. Beside the callable in a
+    ``.py`` file may stand a function ``preprocess``, or a dict ``PREPROCESSING`` of settings (or of such
+    dicts by the name of the callable). The arguments below replace single settings.
+
+    Args:
+        reference: one of the forms in ``FORMS``; ``@weights`` is a state dict in a ``.safetensors``, ``.pt``,
+            ``.pth``, ``.th``, ``.ckpt``, ``.bin`` or ``.tar`` file. Without it weights are random (seed 0),
+            with a warning. Whole pickled models are refused, since reading one runs its code.
+        input_size: ``224``, ``"224x320"`` (height x width) or (C, H, W).
+        mean: one number or one for each channel, for values in 0..1.
+        std: likewise, above 0.
+        interpolation: ``nearest``, ``bilinear``, ``bicubic`` or ``lanczos``.
+        crop_pct: input size over resized size.
+
+    Raises:
+        ModelError: the network cannot be found, built or loaded, or its weights do not fit or are not finite.
+        UsageError: the reference or a setting has no meaning, or a needed package is absent.
+    """
+    given = {
+        "input_size": input_size,
+        "mean": mean,
+        "std": std,
+        "interpolation": interpolation,
+        "crop_pct": crop_pct,
+    }
+    settings = {name: value for name, value in given.items() if value is not None}
+    try:
+        model = _resolve(str(reference), settings)
+    except (OSError, ValueError, RecursionError) as error:
+        said = f"{str(reference)[:80]}{'...' if len(str(reference)) > 80 else ''}"
+        raise ModelError(f"expected a model as {FORMS}, cannot read {said!r} ({_one_line(error)})") from error
+    _check_weights(model)
+    return model
+
+
+def _resolve(reference: str, settings: Settings) -> Model:
+    kind, colon, rest = reference.partition(":")
+    if colon and kind in ("zoo", "timm", "torchvision"):
+        return {"zoo": _from_zoo, "timm": _from_timm, "torchvision": _from_torchvision}[kind](rest, settings)
+    script = re.fullmatch(r"(.+\.py):([^:@]+)(?:@(.+))?", reference)
+    if script:
+        return _from_script(Path(script[1]).expanduser(), script[2], script[3], settings)
+    path = Path(reference).expanduser()
+    if path.suffix == ".py":
+        raise UsageError(f"expected file.py:callable, got {reference}: name one of {_callables(path)}")
+    if path.suffix == ".onnx":
+        raise UsageError(f"expected a PyTorch model, ONNX is not read yet, got {reference}: give {FORMS}")
+    if path.suffix == ".pt2":
+        return _from_program(path, settings)
+    if path.suffix in _CHECKPOINTS:
+        raise UsageError(
+            f"expected a network, {reference} holds weights at most: name the network too, as in timm:NAME@{reference}"
+        )
+    raise UsageError(f"expected a model as {FORMS}, got {reference!r}{_perhaps_zoo(reference)}")
+
+
+def _perhaps_zoo(name: str) -> str:
+    from bitwright import zoo
+
+    return f": did you mean zoo:{name}?" if name in zoo.NETWORKS else ""
+
+
+def _closest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"did you mean {', '.join(close)}?" if close else "check the spelling"
+
+
+def _with_settings(base: Settings, settings: Settings) -> Preprocessing:
+    merged = {**base, **settings}
+    if "input_size" in settings and "input_size" in base and not _names_channels(settings["input_size"]):
+        merged["input_size"] = (base["input_size"][0], *parse_input_size(settings["input_size"])[1:])
+    return Preprocessing(**merged)
+
+
+def _names_channels(size: Any) -> bool:
+    return len(size.split("x") if isinstance(size, str) else [size] if isinstance(size, int) else size) == 3
+
+
+# ----------------------------------------------------------------------------------------- the builders
+
+
+def _from_zoo(name: str, settings: Settings) -> Model:
+    from bitwright import zoo
+
+    return Model(zoo.network(name).eval(), name, _with_settings(zoo.preprocessing(name), settings))
+
+
+def _from_timm(rest: str, settings: Settings) -> Model:
+    timm: Any = import_timm()
+    name, _, weights = rest.partition("@")
+    if not timm.is_model(name):
+        raise ModelError(f"unknown timm model {name!r}: {_closest(name.split('.')[0], timm.list_models())}")
+    try:
+        config = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError as error:
+        tags = [tag for tag in timm.list_pretrained() if tag.startswith(name.split(".")[0] + ".")]
+        raise ModelError(f"unknown timm weights tag {name!r}: {_closest(name, tags)}") from error
+    size = config.input_size
+    arguments: Settings = {"pretrained": False}
+    if "input_size" in settings:
+        wanted = _with_settings({"input_size": size}, {"input_size": settings["input_size"]}).input_size
+        if wanted[0] != size[0]:
+            arguments["in_chans"] = wanted[0]
+        if wanted[1:] != tuple(size[1:]) and config.fixed_input_size:
+            arguments["img_size"] = wanted[1:]
+
+    def build(**more: Any) -> nn.Module:
+        module: nn.Module = timm.create_model(name, **arguments, **more)
+        return module
+
+    module = _with_weights(build, weights, f"timm:{name}")
+    base = timm.data.resolve_model_data_config(module, pretrained_cfg=config.to_dict())
+    return Model(module, name, _with_settings(base, settings))
+
+
+def _from_torchvision(rest: str, settings: Settings) -> Model:
+    torchvision: Any = import_torchvision()
+    models = torchvision.models
+    name, _, weights = rest.partition("@")
+    segmentation = models.list_models(module=models.segmentation)
+    known = [*models.list_models(module=models), *segmentation]
+    if name in models.list_models() and name not in known:
+        raise ModelError(
+            f"expected a classification or segmentation network, torchvision:{name} is neither: "
+            "wrap it in a file.py:callable that takes and returns one tensor"
+        )
+    if name not in known:
+        raise ModelError(f"unknown torchvision model {name!r}: {_closest(name, known)}")
+    base = _torchvision_settings(models.get_model_weights(name))
+    preprocessing = _with_settings(base, settings)
+    arguments: Settings = {"weights": None}
+    if name in segmentation:
+        arguments["weights_backbone"] = None
+    if name in ("googlenet", "inception_v3"):
+        arguments["init_weights"] = False  # minutes of truncated normals otherwise
+    if name.startswith("vit_") and preprocessing.input_size[1:] != base["input_size"][1:]:
+        arguments["image_size"] = preprocessing.input_size[1]
+
+    def build(**more: Any) -> nn.Module:
+        module: nn.Module = models.get_model(name, **arguments, **more)
+        return module
+
+    module = _with_weights(build, weights, f"torchvision:{name}")
+    return Model(module, name, preprocessing, "out" if name in segmentation else None)
+
+
+def _torchvision_settings(weights: Any) -> Settings:
+    """Read what torchvision's own transform for these weights would do, without fetching them."""
+    transform = weights.DEFAULT.transforms()
+    resized = transform.resize_size[0]
+    cropped = transform.crop_size[0] if hasattr(transform, "crop_size") else resized
+    crop_pct = cropped / resized
+    while math.floor(cropped / crop_pct) < resized:  # a rounding of the quotient would lose a pixel
+        crop_pct = math.nextafter(crop_pct, 0)
+    return {
+        "input_size": (3, cropped, cropped),
+        "mean": tuple(transform.mean),
+        "std": tuple(transform.std),
+        "interpolation": transform.interpolation.value,
+        "crop_pct": crop_pct,
+    }
+
+
+def _with_weights(build: Build, weights: str, reference: str) -> nn.Module:
+    module = _seeded(build, reference)
+    if not weights:
+        warnings.warn(
+            f"{reference} has random weights, for none were given and none are downloaded: "
+            f"name a file as in {reference}@weights.safetensors",
+            UserWarning,
+            stacklevel=5,
+        )
+        return module
+    state = read_state_dict(weights)
+    classes = _other_classes(module, state)
+    if classes is not None:
+        module = _seeded(lambda: build(num_classes=classes), reference)
+    load_weights(module, state, weights)
+    return module
+
+
+def _seeded(build: Callable[[], nn.Module], reference: str) -> nn.Module:
+    with _same_random_numbers():
+        try:
+            return with_torchvision(build).eval()
+        except (Exception, SystemExit) as error:
+            raise ModelError(
+                f"expected {reference} to build, it failed with {type(error).__name__}: {_one_line(error)}"
+            ) from error
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Seed torch inside, so that one reference always gives one network; leave the caller's numbers alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+# ------------------------------------------------------------------------------------- the user's files
+
+
+def _from_script(path: Path, name: str, weights: str | None, settings: Settings) -> Model:
+    script = _run_script(path)
+    if not hasattr(script, name):
+        raise ModelError(f"expected {name!r} in {path}, it has {_callables(path)}")
+    made = getattr(script, name)
+    module = made if isinstance(made, nn.Module) else _seeded(_builder(made, path, name), f"{path}:{name}")
+    tell_of_types(module.state_dict().values())
+    module = module.eval().cpu().float()
+    if weights:
+        load_weights(module, read_state_dict(weights), weights)
+    return Model(module, name, _script_preprocessing(script, path, name, settings))
+
+
+def _run_script(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ModelError(f"expected a Python file, {path} does not exist: check the path")
+    spec = importlib.util.spec_from_file_location(f"_bitwright_{path.stem}", path.resolve())
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # classes in it look themselves up there
+    sys.path.insert(0, str(path.resolve().parent))
+    try:
+        with _same_random_numbers():
+            with_torchvision(partial(spec.loader.exec_module, module))
+    except (Exception, SystemExit) as error:
+        del sys.modules[spec.name]
+        raise ModelError(
+            f"expected {path} to run, it raised {type(error).__name__} ({_one_line(error)}): try python {path}"
+        ) from error
+    finally:
+        sys.path.remove(str(path.resolve().parent))
+    return module
+
+
+def _builder(made: Any, path: Path, name: str) -> Callable[[], nn.Module]:
+    if not callable(made):
+        raise ModelError(f"expected a callable {name} in {path}, got {type(made).__name__}")
+    try:
+        inspect.signature(made).bind()
+    except TypeError as error:
+        raise ModelError(
+            f"expected {name} in {path} to need no arguments ({_one_line(error)}): give them defaults"
+        ) from error
+    except ValueError:
+        pass  # no signature to look at
+
+    def build() -> nn.Module:
+        module = made()
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"it returned {type(module).__name__} instead of an nn.Module")
+        return module
+
+    return build
+
+
+def _callables(path: Path) -> str:
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ModelError(f"expected a Python file, cannot read {path}: {_one_line(error)}") from error
+    names = [
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+    ]
+    return ", ".join(names) or "no function or class"
+
+
+def _script_preprocessing(
+    script: ModuleType, path: Path, name: str, settings: Settings
+) -> Preprocessing | PreprocessFunction | None:
+    function = getattr(script, "preprocess", None)
+    if callable(function):
+        if settings:
+            raise UsageError(
+                f"expected one preprocessing, got a function preprocess in {path} and {', '.join(settings)}: "
+                "leave one of them out"
+            )
+        typed: PreprocessFunction = function
+        return typed
+    base = getattr(script, "PREPROCESSING", {})
+    if isinstance(base, Mapping) and base and all(isinstance(value, Mapping) for value in base.values()):
+        base = base.get(name, {})
+    if not isinstance(base, Mapping):
+        raise ModelError(f"expected PREPROCESSING in {path} to be a dict, got {type(base).__name__}")
+    return _given_preprocessing(dict(base), settings, f"{path}:{name}")
+
+
+def _given_preprocessing(base: Settings, settings: Settings, reference: str) -> Preprocessing | None:
+    """Build it from what was said, if anything was; warn when nobody said how values are scaled."""
+    said = {**base, **settings}
+    if not said or (not settings and set(base) == {"input_size"}):
+        return None
+    preprocessing = _with_settings(base, settings)
+    if "mean" not in said and "std" not in said:
+        warnings.warn(
+            f"no mean and std for {reference}: its images stay in 0..1 (say mean=0 and std=1 if so meant)",
+            UserWarning,
+            stacklevel=5,
+        )
+    return preprocessing
+
+
+def _from_program(path: Path, settings: Settings) -> Model:
+    if not path.is_file():
+        raise ModelError(f"expected a saved torch.export program, {path} does not exist: check the path")
+    program = load_program(path)
+    size = _program_input_size(program)
+    base = {"input_size": size} if size is not None else {}
+    return Model(program, path.stem, _given_preprocessing(base, settings, str(path)))
+
+
+def example_shape(program: ExportedProgram) -> tuple[int, ...] | None:
+    """Of the one image tensor that a saved program was made with, without its batch; None if that is not known."""
+    names = program.graph_signature.user_inputs
+    values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
+    if len(values) != 1 or not isinstance(values[0], Tensor):
+        return None
+    shape = tuple(values[0].shape[1:])
+    return shape if all(isinstance(side, int) for side in shape) else None
+
+
+def _program_input_size(program: ExportedProgram) -> tuple[int, int, int] | None:
+    shape = example_shape(program)
+    return shape if shape is not None and len(shape) == 3 and shape[0] in (1, 3) else None
+
+
+# ---------------------------------------------------------------------------------------------- weights
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint by name, on the CPU, without running any code from it.
+
+    A state dict nested under ``state_dict``, ``model``, ``model_ema`` or ``ema`` is taken out; averaged (ema)
+    weights win where both are there, with a warning.
+
+    Raises:
+        ModelError: the file is missing, unreadable, wants to run code, or holds no state dict.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise ModelError(f"expected a file of weights, {path} does not exist: check the path")
+    if path.suffix not in _CHECKPOINTS:
+        raise ModelError(f"expected weights in a file {', '.join(_CHECKPOINTS)}, got {path}")
+    loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    state = _innermost(loaded, path)
+    tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise ModelError(
+            f"expected a state dict (names and tensors) in {path}, found {_contents(loaded)}: save model.state_dict()"
+        )
+    for name, value in tensors.items():
+        kind = _unusual(value)
+        if kind:
+            raise ModelError(f"expected dense real numbers in {path}, {name!r} is a {kind} tensor: save it dense")
+    return tensors
+
+
+def _unusual(value: Tensor) -> str:
+    """What keeps a tensor from being a weight; empty if nothing does."""
+    if value.is_meta:
+        return "meta"
+    if value.is_quantized:
+        return "quantized"
+    if value.is_nested or value.layout is not torch.strided:
+        return "nested" if value.is_nested else "sparse"
+    return "complex" if value.is_complex() else ""
+
+
+def _read_safetensors(path: Path) -> Any:
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(str(path))
+    except Exception as error:
+        raise ModelError(
+            f"expected safetensors, cannot read {path} ({_one_line(error)}): fetch or save it again"
+        ) from error
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        if wanted is None and "weights_only" not in str(error):
+            raise _unreadable(path, error) from error
+        code = f" ({wanted[1]})" if wanted else ""
+        raise ModelError(
+            f"expected plain tensors, {path} wants to run code when read{code} and is refused: "
+            "save model.state_dict() where the model was made"
+        ) from error
+    except Exception as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> ModelError:
+    return ModelError(f"expected a PyTorch checkpoint, cannot read {path} ({_one_line(error)}): fetch or save it again")
+
+
+def _innermost(loaded: Any, path: Path) -> Mapping[str, Any]:
+    state = loaded
+    for _ in range(3):
+        if not isinstance(state, Mapping):
+            break
+        inner = [name for name in _NESTED if isinstance(state.get(name), Mapping)]
+        if not inner:
+            return state
+        if inner[0] in _AVERAGED and len(inner) > 1:
+            warnings.warn(
+                f"{path} holds {', '.join(inner)}: the averaged weights {inner[0]} are used",
+                UserWarning,
+                stacklevel=7,
+            )
+        state = state[inner[0]]
+    if not isinstance(state, Mapping):
+        raise ModelError(
+            f"expected a state dict (names and tensors) in {path}, found {_contents(loaded)}: save model.state_dict()"
+        )
+    return state
+
+
+def _contents(loaded: Any) -> str:
+    if isinstance(loaded, Mapping):
+        names = [str(name) for name in loaded]
+        return f"a dict of {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "an empty dict"
+    return f"a {type(loaded).__name__}"
+
+
+def load_weights(module: nn.Module, state: Mapping[str, Tensor], where: str | Path = "the weights") -> None:
+    """Put every tensor of ``state`` into ``module``; both must have the same names and shapes.
+
+    The prefixes ``module.``, ``_orig_mod.`` and ``model.`` are taken off when that makes the names match.
+    Values take the type of the module's own, so that a float16 file gives a float32 network.
+
+    Raises:
+        ModelError: with the count and the first three of the names that are missing, unexpected or of another
+            shape.
+    """
+    wanted = module.state_dict()
+    found = _renamed(state, wanted)
+    problems = [
+        _listed("missing", [name for name in wanted if name not in found]),
+        _listed("unexpected", [name for name in found if name not in wanted]),
+        _listed(
+            "of another shape",
+            [
+                f"{name} {tuple(found[name].shape)} instead of {tuple(wanted[name].shape)}"
+                for name in found
+                if name in wanted and found[name].shape != wanted[name].shape
+            ],
+        ),
+    ]
+    if any(problems):
+        raise ModelError(
+            f"expected {len(wanted)} tensors of {type(module).__name__} in {where}, found "
+            f"{'; '.join(problem for problem in problems if problem)}: give the weights of this very network"
+        )
+    module.load_state_dict(found)
+
+
+def _renamed(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return ``state`` with those known prefixes taken off that make it share most names with the module."""
+    versions = [{_modern(name): value for name, value in state.items() if name != "n_averaged"}]
+    while True:
+        names = list(versions[-1])
+        prefix = next((p for p in _PREFIXES if names and all(name.startswith(p) for name in names)), None)
+        if prefix is None:
+            break
+        versions.append({name.removeprefix(prefix): value for name, value in versions[-1].items()})
+    best = max(versions, key=lambda version: len(version.keys() & wanted.keys()))
+    kept = {name: value for name, value in best.items() if name in wanted or not _idle(name, wanted)}
+    for name, value in wanted.items():
+        if name.endswith("num_batches_tracked"):  # absent in old checkpoints, and read in training only
+            kept.setdefault(name, value)
+    return kept
+
+
+def _idle(name: str, wanted: Mapping[str, Tensor]) -> bool:
+    # torchvision's segmentation checkpoints carry a second head that only training reads.
+    second_head = name.startswith("aux_classifier.") and any(key.startswith("classifier.") for key in wanted)
+    return second_head or name.rsplit(".", 1)[-1] in _IDLE_KEYS
+
+
+def _modern(name: str) -> str:
+    # torchvision's published DenseNet files still say norm.1 where its modules say norm1.
+    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", name)
+
+
+def _listed(what: str, names: list[str]) -> str:
+    return f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
+
+
+def _other_classes(module: nn.Module, state: Mapping[str, Tensor]) -> int | None:
+    """Return the number of classes of the checkpoint, when that is all in which the shapes differ."""
+    wanted = module.state_dict()
+    found = _renamed(state, wanted)
+    if found.keys() != wanted.keys():
+        return None
+    pairs = [(found[name].shape, wanted[name].shape) for name in wanted if found[name].shape != wanted[name].shape]
+    rows = {(have[0], want[0]) for have, want in pairs if len(have) == len(want) > 0 and have[1:] == want[1:]}
+    whole = all(len(have) == len(want) > 0 and have[1:] == want[1:] for have, want in pairs)
+    return int(next(iter(rows))[0]) if whole and len(rows) == 1 else None
+
+
+def _check_weights(model: Model) -> None:
+    module = model.module
+    state = module.state_dict if isinstance(module, ExportedProgram) else module.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            continue
+        if value.is_meta:
+            raise ModelError(f"expected weights in {model.name}, {name} is on the meta device: load them first")
+        if not torch.isfinite(value).all():
+            broken = int((~torch.isfinite(value)).sum())
+            raise ModelError(
+                f"expected finite weights in {model.name}, {name} has NaN or infinity in {broken} of "
+                f"{value.numel()} values: train or fetch it again"
+            )
+        if isinstance(module, ExportedProgram) and value.dtype != torch.float32:
+            raise ModelError(f"expected float32 in {model.name}, {name} is {value.dtype}: export it in float32")
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, BitwrightError):
+        return str(error)
+    return " ".join(str(error).split())[:200] or type(error).__name__

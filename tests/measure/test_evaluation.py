@@ -1,0 +1,216 @@
+"""What an evaluation tells of each output, and of masks, against the outputs themselves."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import cases
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import bitwright as bw
+from bitwright.commands import tables
+from bitwright.commands.evaluate import parse_classes
+from bitwright.errors import DataError, UsageError
+from bitwright.measure.evaluation import compare
+
+pytestmark = pytest.mark.filterwarnings("ignore:Output '.*' of the quantized network")
+
+
+class Head(nn.Module):
+    """Class scores of an image, [B, 10]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 16, 3, 2), nn.Linear(16, 10, bias=False)
+        self.linear.weight.data.mul_(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.linear(self.conv(x).relu().mean((2, 3)) - 1)
+        return scores
+
+
+class Three(nn.Module):
+    """Two heads of classes, nested, and boxes between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.good, self.bad, self.place = Head(), Head(), nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        return {"kind": {"main": self.good(x)}, "boxes": self.place(x).mean((2, 3)), "colour": self.bad(x)}
+
+
+@pytest.fixture(scope="module")
+def three() -> tuple[bw.QuantizedModel, nn.Module, Tensor]:
+    torch.manual_seed(1)
+    images = torch.randn(96, 3, 16, 16) + 2 * torch.randn(96, 3, 1, 1)
+    net = Three().eval()
+    return bw.quantize(net, images, "rtn", weights=8, rules=["bad.*=w2a2"]), net, images
+
+
+def test_a_ruined_output_is_not_covered_by_a_good_one(three: tuple[bw.QuantizedModel, nn.Module, Tensor]) -> None:
+    model, net, images = three
+    with torch.no_grad():
+        a, b = net(images), model(images)
+    pairs = {"kind_main": (a["kind"]["main"], b["kind"]["main"]), "colour": (a["colour"], b["colour"])}
+    same = {k: float((x.argmax(1) == y.argmax(1)).double().mean()) for k, (x, y) in pairs.items()}
+    assert same["kind_main"] - same["colour"] > 0.15
+    fidelity = model.evaluate(images)["fidelity"]
+    outputs = fidelity["outputs"]
+    for name, counted in same.items():
+        assert outputs[name]["agreement"] == counted
+    noise = (a["boxes"].double().square().sum() / (a["boxes"].double() - b["boxes"]).square().sum()).log10() * 10
+    assert outputs["boxes"]["sqnr_db"] == pytest.approx(float(noise))
+    assert (outputs["boxes"]["agreement"], outputs["boxes"]["kl"]) == (None, None)
+    assert fidelity["agreement"] == same["colour"]
+    assert fidelity["kl"] == outputs["colour"]["kl"]
+    assert fidelity["sqnr_db"] == outputs["colour"]["sqnr_db"] < outputs["boxes"]["sqnr_db"]
+
+
+def test_each_output_has_a_row_and_a_missing_figure_its_reason(
+    three: tuple[bw.QuantizedModel, nn.Module, Tensor],
+) -> None:
+    model, _, images = three
+    found = model.evaluate(images)
+    rows = {what: ours for what, _, ours in tables.metric_rows(found)}
+    assert set(rows) == {f"output {n} against float" for n in ("kind_main", "boxes", "colour")}
+    assert "same answer" not in rows["output boxes against float"]
+    assert tables.fidelity_notes(found) == [
+        "No answers are compared in boxes. By its name, boxes, it holds no class scores. "
+        "(bitwright evaluate --classes boxes=AXIS says otherwise)"
+    ]
+
+
+def test_the_axis_can_be_said(three: tuple[bw.QuantizedModel, nn.Module, Tensor]) -> None:
+    model, net, images = three
+    outputs = model.evaluate(images, classes={"boxes": 1, "colour": None})["fidelity"]["outputs"]
+    with torch.no_grad():
+        same = net(images)["boxes"].argmax(1) == model(images)["boxes"].argmax(1)
+    assert outputs["boxes"]["agreement"] == float(same.double().mean())
+    assert outputs["colour"]["agreement"] is None
+    with pytest.raises(UsageError, match="out of kind_main, boxes, colour, found 'box'"):
+        model.evaluate(images, classes={"box": 1})
+    with pytest.raises(UsageError, match=r"from 1 to 1 for the classes of 'boxes' \(images x 4\), found 2"):
+        model.evaluate(images, classes={"boxes": 2})
+    for wrong in ("map", "=1", "map=-1", "map=x"):
+        with pytest.raises(UsageError, match="Expected --classes NAME=AXIS"):
+            parse_classes([wrong])
+
+
+def test_channels_last_maps_are_compared_pixel_by_pixel() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 5, 1)).eval()
+    last = _Wrapped(net, lambda y: y.permute(0, 2, 3, 1))
+    images = cases.images(40)
+    found = [bw.quantize(m, images, "rtn", weights=3).evaluate(images)["fidelity"] for m in (net, last)]
+    for figure in ("agreement", "kl", "sqnr_db"):
+        assert found[1][figure] == pytest.approx(found[0][figure], rel=1e-6)
+    assert 0.3 < found[0]["agreement"] < 1
+
+
+class _Wrapped(nn.Module):
+    def __init__(self, net: nn.Module, after: Any) -> None:
+        super().__init__()
+        self.net, self.after = net, after
+
+    def forward(self, x: Tensor) -> Any:
+        return self.after(self.net(x))
+
+
+def test_probabilities_are_compared_as_they_are() -> None:
+    torch.manual_seed(0)
+    net = _Wrapped(Head(), lambda y: y.softmax(1)).eval()
+    images = cases.images(40)
+    model = bw.quantize(net, images, "rtn", weights=3)
+    with torch.no_grad():
+        p, q = net(images).double(), model(images).double().clamp_min(1e-6)
+    q = q / q.sum(1, keepdim=True)
+    found = model.evaluate(images)["fidelity"]
+    assert found["kl"] == pytest.approx(float((p * (p / q).log()).sum(1).mean()), rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------- masks
+
+
+@pytest.fixture(scope="module")
+def dense() -> tuple[bw.QuantizedModel, Tensor, Tensor]:
+    torch.manual_seed(6)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    images = torch.randn(24, 3, 10, 10)
+    with torch.no_grad():
+        masks = net(images).argmax(1)
+    masks[:, 0] = 255
+    return bw.quantize(net, images, "rtn", weights=4), images, masks
+
+
+def test_masks_are_used(dense: tuple[bw.QuantizedModel, Tensor, Tensor]) -> None:
+    model, images, masks = dense
+    with torch.no_grad():
+        answers = model(images).argmax(1)
+    counted = masks != 255
+    right = float((answers == masks)[counted].double().mean())
+    overlaps = [
+        ((answers == k) & (masks == k) & counted).sum() / (((answers == k) | (masks == k)) & counted).sum()
+        for k in range(4)
+    ]
+    sources = [
+        DataLoader(TensorDataset(images, masks), 7),
+        DataLoader(TensorDataset(images, masks.unsqueeze(1).to(torch.uint8)), 7),
+        zip(images.split(5), masks.split(5), strict=True),
+        (images, masks),
+    ]
+    for source in sources:
+        found = model.evaluate(source)
+        assert found["quantized"]["pixel_accuracy"] == pytest.approx(right)
+        assert found["quantized"]["miou"] == pytest.approx(float(torch.stack(overlaps).mean()))
+        assert found["float"] == {"miou": 1.0, "pixel_accuracy": 1.0}
+    assert tables.metric_rows(found)[0][:2] == ("mean IoU of classes", "100.00 %")
+
+
+def test_masks_of_another_size_or_kind_are_not_left_out_in_silence(
+    dense: tuple[bw.QuantizedModel, Tensor, Tensor],
+) -> None:
+    model, images, masks = dense
+    with pytest.warns(UserWarning, match="The masks of 5x5 pixels are not used"):
+        assert model.evaluate((images, masks[:, ::2, ::2]))["quantized"] == {}
+    with pytest.warns(UserWarning, match="float32 labels of 24x10x10 that came with the images are not used"):
+        assert model.evaluate(zip([images], [masks.float()], strict=True))["quantized"] == {}
+    with pytest.raises(DataError, match="Expected masks of classes below 4, or 255"):
+        model.evaluate((images, masks.clamp_max(9)))
+
+
+def test_calibration_says_nothing_of_masks(dense: tuple[bw.QuantizedModel, Tensor, Tensor]) -> None:
+    _, images, masks = dense
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bw.quantize(nn.Conv2d(3, 4, 1).eval(), zip([images], [masks.float()], strict=True), "rtn")
+
+
+def test_networks_of_other_outputs_are_not_compared() -> None:
+    def one(x: Tensor) -> list[Tensor]:
+        return [x.mean((2, 3))]
+
+    with pytest.raises(UsageError, match=r"Expected the outputs of the float network, 3, 3x8x8, found 3\."):
+        compare(one, lambda x: [x.mean((2, 3)), x], cases.dataset(4))
+
+
+class _Empty(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.conv(x)
+        return y.mean((2, 3)), y[:, :0]
+
+
+def test_an_output_without_values() -> None:
+    torch.manual_seed(0)
+    found = bw.quantize(_Empty().eval(), cases.images(8), "rtn").evaluate(cases.images(8))
+    empty = found["fidelity"]["outputs"]["output_1"]
+    assert (empty["agreement"], empty["sqnr_db"], empty["note"]) == (None, None, "It is empty.")
+    assert [what for what, _, _ in tables.metric_rows(found)] == ["output_0 against float", "output_1 against float"]

@@ -1,0 +1,20 @@
+"""Old addresses of modules."""
+
+import importlib
+
+import pytest
+
+from bitwright import _moved
+
+
+@pytest.mark.parametrize(("old", "new"), _moved.ADDRESSES.items())
+def test_an_old_address_is_the_same_module(old: str, new: str) -> None:
+    moved, at_home = importlib.import_module(f"bitwright.{old}"), importlib.import_module(f"bitwright.{new}")
+    assert moved is at_home
+    assert at_home.__spec__ is not None
+    assert at_home.__spec__.name == at_home.__name__ == f"bitwright.{new}"
+
+
+def test_what_never_was_is_not_found() -> None:
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("bitwright.nothing")
