@@ -34,7 +34,7 @@ import bitwright as bw
 from benchmarks.reconstruct import contiguous
 from benchmarks.written import where
 from bitwright.export.gap import open_file
-from bitwright.export.onnx import save_onnx, to_onnx
+from bitwright.export.onnx import to_onnx
 from bitwright.export.parity import export_checked
 from bitwright.given.images import Images, load_images
 from bitwright.given.inputs import calibration_images, prepare_teacher
@@ -42,8 +42,9 @@ from bitwright.given.models import Model, load_model
 from bitwright.graph.capture import Captured
 from bitwright.measure.evaluation import class_scores, compare
 from bitwright.report.verdict import paired_difference
+from bitwright.runtimes.onnxruntime import ONNXRUNTIME
+from bitwright.runtimes.session import save_onnx
 from bitwright.speed.kernels import kernels, products
-from bitwright.speed.runtimes import ONNXRUNTIME
 from bitwright.speed.timing import Spread, in_turn, ratios
 
 ZOO = ("zoo:fashion_cnn", "zoo:fashion_vit")
@@ -250,7 +251,7 @@ def _timings(entries: dict[str, Entry], network: Model, images: Images, given: a
     for threads in given.threads:
         for size in given.batches:
             feed = {"images": images.batch(np.arange(size) % len(images)).numpy()}
-            calls = [ONNXRUNTIME.load(e.path, threads, feed) for e in entries.values()]
+            calls = [ONNXRUNTIME.loaded(e.path, threads, feed) for e in entries.values()]
             times = dict(zip(entries, in_turn(calls, given.seconds, least=LEAST, most=MOST), strict=True))
             rows.append(
                 {

@@ -16,7 +16,7 @@ import bitwright as bw
 from bitwright.export import onnx as onnx_module
 from bitwright.export.openvino import write_openvino
 from bitwright.export.pt2 import write_pt2
-from bitwright.quant.targets import tables
+from bitwright.runtimes import tables
 
 PAGE = Path(__file__).parents[1] / "docs" / "deploy.md"
 LINES = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
@@ -58,7 +58,7 @@ def test_the_lines_run_each_file(model, what, tmp_path):
 
 def test_large_tensors_go_beside_the_file_and_come_back(model, tmp_path, monkeypatch):
     program = onnx_module.to_onnx(model)
-    monkeypatch.setattr(onnx_module, "LARGEST", 1000)
+    monkeypatch.setattr("bitwright.runtimes.session.LARGEST", 1000)
     onnx_module.save_onnx(program, tmp_path / "model.onnx")
     assert (tmp_path / "model.onnx.data").stat().st_size > 50_000
     onnx.checker.check_model(tmp_path / "model.onnx", full_check=True)

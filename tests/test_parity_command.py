@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 import bitwright as bw
 from bitwright.cli import main
 from bitwright.export.gap import output_gaps
-from bitwright.speed.runtimes import Runtime
+from bitwright.runtimes.record import Runtime
 
 MODEL = """
 import torch

@@ -15,9 +15,10 @@ import bitwright as bw
 from bitwright.export.arbiter import CutRuntime, simulated_codes
 from bitwright.export.clips import NOTE, Clamp, Span, bounds, clamp_before
 from bitwright.export.layers import activation_quantizers, compare_layers
-from bitwright.export.onnx import save_onnx, to_onnx
+from bitwright.export.onnx import to_onnx
 from bitwright.export.reference import run_reference
-from bitwright.export.runtimes import session
+from bitwright.runtimes.onnxruntime import session
+from bitwright.runtimes.session import save_onnx
 from bitwright.speed.float_twin import float_twin
 from bitwright.speed.kernels import kernels, products
 

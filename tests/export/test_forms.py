@@ -15,7 +15,7 @@ import bitwright as bw
 from bitwright.export.arbiter import compare_kernels
 from bitwright.export.forms import rewrite_forms
 from bitwright.export.onnx import to_onnx
-from bitwright.export.runtimes import session
+from bitwright.runtimes.onnxruntime import session
 
 
 class Heads(nn.Module):

@@ -10,10 +10,11 @@ import torch
 import bitwright as bw
 from bitwright.export.arbiter import compare_codes
 from bitwright.export.layers import LayerParity, compare_layers
-from bitwright.export.onnx import save_onnx, to_onnx
+from bitwright.export.onnx import to_onnx
 from bitwright.export.parity import check_parity, compare_outputs, export_checked
-from bitwright.export.runtimes import session
 from bitwright.quant.quantizer import Quantizer
+from bitwright.runtimes.onnxruntime import session
+from bitwright.runtimes.session import save_onnx
 from bitwright.speed.float_twin import float_twin
 from bitwright.speed.kernels import kernels, products
 

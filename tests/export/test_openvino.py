@@ -16,9 +16,7 @@ import bitwright as bw
 from bitwright.export.onnx import to_onnx
 from bitwright.export.openvino import check_openvino, write_openvino
 from bitwright.export.parity import check_parity
-from bitwright.export.runtimes import EXACT, OpenvinoSession, converted, openvino_session
-from bitwright.speed.openvino_cpu import compile_model
-from bitwright.speed.runtimes import OPENVINO
+from bitwright.runtimes.openvino import EXACT, OPENVINO, OpenvinoSession, compile_model, converted, openvino_session
 
 INSTALLED = importlib.util.find_spec("openvino") is not None
 needs_openvino = pytest.mark.skipif(
@@ -195,7 +193,7 @@ def test_a_signal_finds_its_stack_after_several_models_are_gone(tmp_path):
     """OpenVINO leaves the process a stack for signals whose memory is gone. Run in a process that may die of it."""
     quantized("residual").export(tmp_path / "m.onnx", cases.images(4))
     code = (
-        "import gc, signal, sys; from pathlib import Path; from bitwright.speed.openvino_cpu import compile_model\n"
+        "import gc, signal, sys; from pathlib import Path; from bitwright.runtimes.openvino import compile_model\n"
         "first, second = (compile_model(Path(sys.argv[1])) for _ in range(2))\n"
         "del first; gc.collect(); del second; gc.collect()\n"
         "signal.signal(signal.SIGINT, lambda *_: print('heard')); signal.raise_signal(signal.SIGINT)"

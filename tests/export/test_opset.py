@@ -8,8 +8,9 @@ import torch
 
 import bitwright as bw
 from bitwright.export import onnx as exporter
-from bitwright.export.onnx import opset, save_onnx, to_onnx
-from bitwright.export.runtimes import session
+from bitwright.export.onnx import opset, to_onnx
+from bitwright.runtimes.onnxruntime import session
+from bitwright.runtimes.session import save_onnx
 from bitwright.speed.kernels import kernels
 
 

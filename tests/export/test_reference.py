@@ -9,14 +9,14 @@ from onnx import TensorProto, helper
 from torch import nn
 
 import bitwright as bw
-from bitwright.export import reference_rules as rules
 from bitwright.export.arbiter import CutRuntime, compare_codes, simulated_codes
 from bitwright.export.layers import activation_quantizers
 from bitwright.export.onnx import to_onnx
 from bitwright.export.reference import run_reference
-from bitwright.export.reference_rules import Codes, Grid
 from bitwright.quant.quantizer import BiasQuantizer, Frozen
 from bitwright.quantized import insert_quantizers
+from bitwright.runtimes import rules
+from bitwright.runtimes.rules import Codes, Grid
 
 
 class Branches(nn.Module):

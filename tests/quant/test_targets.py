@@ -13,8 +13,9 @@ from bitwright.quant import affine, shifts
 from bitwright.quant.quantizer import BiasQuantizer, Grid, Quantizer
 from bitwright.quant.scheme import Rule, Scheme
 from bitwright.quant.statistics import Statistics
-from bitwright.quant.targets import FAMILIES, TARGETS, nearest_bits, target
 from bitwright.quantized import insert_quantizers
+from bitwright.runtimes import RUNTIMES, target
+from bitwright.runtimes.target import FAMILIES, nearest_bits
 from bitwright.stages.reconstruct import Reconstruct
 
 
@@ -75,7 +76,7 @@ def test_openvino_takes_groups_that_divide_the_channels_only():
         student(runtime="openvino", activations=16)
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("name", RUNTIMES)
 def test_targets_are_consistent(name):
     able = target(name)
     for family in FAMILIES:

@@ -10,12 +10,12 @@ import cases
 import pytest
 
 import bitwright as bw
-from bitwright import cli
+from bitwright import cli, runtimes
 from bitwright.errors import BitwrightError, UsageError
+from bitwright.runtimes.onnxruntime import ONNXRUNTIME
+from bitwright.runtimes.openvino import OPENVINO
 from bitwright.speed import bench as module
-from bitwright.speed import runtimes
 from bitwright.speed.memory import peak_memory
-from bitwright.speed.runtimes import ONNXRUNTIME, Runtime
 
 
 @pytest.fixture(scope="module")
@@ -95,10 +95,10 @@ def test_a_file_that_does_not_load_is_named(tmp_path):
     with pytest.raises(BitwrightError, match=r"broken\.onnx"):
         peak_memory(ONNXRUNTIME, tmp_path / "broken.onnx", (1, 3, 8, 8), "images", 1)
     with pytest.raises(BitwrightError, match=r"does not run broken\.onnx"):
-        ONNXRUNTIME.load(tmp_path / "broken.onnx", 1, {})
+        ONNXRUNTIME.loaded(tmp_path / "broken.onnx", 1, {})
 
 
-ABSENT = Runtime("openvino", "OpenVINO", "no_such_package_anywhere", lambda *_: None)
+ABSENT = replace(OPENVINO, package="no_such_package_anywhere")
 
 
 def test_a_runtime_that_is_not_there_is_named_with_its_line(run, monkeypatch):
@@ -108,7 +108,7 @@ def test_a_runtime_that_is_not_there_is_named_with_its_line(run, monkeypatch):
     assert {r["runtime"] for r in found["rows"]} == {"onnxruntime"}
     with pytest.raises(UsageError, match=r"OpenVINO is not installed\. Install it with: pip install no_such"):
         quick(run, runtimes=["openvino"])
-    monkeypatch.setitem(runtimes.RUNTIMES, "onnxruntime", replace(ABSENT, name="onnxruntime", title="ONNX Runtime"))
+    monkeypatch.setitem(runtimes.RUNTIMES, "onnxruntime", replace(ONNXRUNTIME, package="no_such_package_anywhere"))
     with pytest.raises(UsageError, match="ONNX Runtime is not installed"):
         quick(run, runtimes=None)
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import bitwright as bw
-from bitwright.export.onnx import save_onnx, to_onnx
+from bitwright.export.onnx import to_onnx
+from bitwright.runtimes.session import save_onnx
 from bitwright.speed.float_operators import REASONS, float_operators
 from bitwright.speed.float_twin import float_twin
 from bitwright.speed.kernels import FLOAT_PRODUCTS, kernels, optimized, products

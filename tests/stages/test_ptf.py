@@ -16,7 +16,7 @@ from cases import CASES, Transformer, dataset, images, prepared
 from torch import Tensor, nn
 
 import bitwright as bw
-from bitwright.export.onnx import save_onnx, to_onnx
+from bitwright.export.onnx import to_onnx
 from bitwright.export.packed import ideal_bytes
 from bitwright.export.parity import check_parity
 from bitwright.given.images import load_images
@@ -26,6 +26,7 @@ from bitwright.quant.quantizer import BiasQuantizer, Quantizer
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.recipes import Recipe
+from bitwright.runtimes.session import save_onnx
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
 from bitwright.stages.optq import Optq

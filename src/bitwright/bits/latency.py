@@ -26,17 +26,18 @@ import bitwright
 from bitwright.bits.costs import ACTIVATION_BITS, WEIGHT_BITS, Variable, variables_of
 from bitwright.bits.pieces import FLOAT, FLOAT_BITS, INPUT, Kernel, Part, Piece, give_scale, parts_of, to_files
 from bitwright.errors import UsageError
-from bitwright.export.onnx import save_onnx, to_onnx
+from bitwright.export.onnx import to_onnx
 from bitwright.given.images import Images
 from bitwright.progress import Progress, silent
 from bitwright.quant.quantizer import Quantizer
 from bitwright.quant.scheme import Scheme
-from bitwright.quant.targets import CLAMPING
 from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.run.files import DamagedError, read_checked, write_checked
+from bitwright.runtimes.onnxruntime import ONNXRUNTIME
+from bitwright.runtimes.session import save_onnx
+from bitwright.runtimes.target import CLAMPING
 from bitwright.speed.float_twin import float_twin
 from bitwright.speed.machine import cpu_name
-from bitwright.speed.runtimes import ONNXRUNTIME
 from bitwright.speed.timing import Call, Measure, Spread, in_turn
 
 SECONDS = 1.0
@@ -255,7 +256,7 @@ def _load(program: ir.Model, shape: tuple[int, ...], threads: int, path: Path) -
     """A call that runs the program once on made-up input of its kind."""
     save_onnx(program, path)
     (given,) = program.graph.inputs
-    return ONNXRUNTIME.load(path, threads, {INPUT: _made_up(given.dtype, shape)})
+    return ONNXRUNTIME.loaded(path, threads, {INPUT: _made_up(given.dtype, shape)})
 
 
 def _made_up(kind: ir.DataType | None, shape: tuple[int, ...]) -> Array:

@@ -20,8 +20,8 @@ from bitwright.graph.place import Placement, place
 from bitwright.graph.watch import watch
 from bitwright.quant.quantizer import Grid, Quantizer
 from bitwright.quant.scheme import Granularity, Scheme
-from bitwright.quant.targets import CLAMPING, Target
 from bitwright.quantized import QuantizedModel, insert_quantizers
+from bitwright.runtimes.target import CLAMPING, Target
 from bitwright.speed.float_twin import float_twin
 
 FLOAT_BITS = 32

@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Valida
 from bitwright.errors import UsageError
 from bitwright.given.text import read_json
 from bitwright.quant.scheme import Choice, Granularity, Scheme
-from bitwright.quant.targets import target
 from bitwright.run.files import write_text
+from bitwright.runtimes import target
 
 if TYPE_CHECKING:
     from torch import fx

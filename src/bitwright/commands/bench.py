@@ -10,8 +10,8 @@ from rich.console import RenderableType
 from bitwright.commands import tables
 from bitwright.errors import UsageError
 from bitwright.run.folder import BENCH, alone
+from bitwright.runtimes import RUNTIMES
 from bitwright.speed.bench import bench as measured
-from bitwright.speed.runtimes import RUNTIMES
 from bitwright.terminal import Terminal
 
 

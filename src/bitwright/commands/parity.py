@@ -19,7 +19,9 @@ from bitwright.given.inputs import prepare_teacher
 from bitwright.quantized import QuantizedModel
 from bitwright.run import folder as run_folder
 from bitwright.run.files import write_json
-from bitwright.speed.runtimes import OPENVINO, RUNTIMES, Runtime, runtime
+from bitwright.runtimes import ONNXRUNTIME, absent, chosen
+from bitwright.runtimes.openvino import OPENVINO
+from bitwright.runtimes.record import Runtime
 from bitwright.terminal import Terminal, one_line, quiet_libraries
 
 
@@ -71,18 +73,16 @@ def parity(
         "quantization_recorded": None if gap.quantization is not None else result.get("fidelity"),
         "float_network": why or "measured",
         **gap.to_dict(),
-        "absent": [{"runtime": r.name, "install": r.remedy} for r in RUNTIMES.values() if not r.installed],
+        "absent": absent(),
     }
     write_json(folder / run_folder.PARITY, data)
     return data, _failure(data)
 
 
 def _runtimes(names: list[str] | None) -> list[Runtime]:
-    chosen = [runtime(n) for n in dict.fromkeys(names)] if names else [r for r in RUNTIMES.values() if r.installed]
-    for each in chosen or RUNTIMES.values():
-        each.require()
-    runtime("onnxruntime").require()  # the codes of the layers are read there
-    return chosen
+    found = chosen(names)
+    ONNXRUNTIME.require()  # the codes of the layers are read there
+    return found
 
 
 def _attach_float(model: QuantizedModel, reference: str | None, images: Images, settings: Settings) -> str | None:

@@ -20,11 +20,11 @@ from torch import Tensor, fx
 from bitwright.export.clips import codes_of
 from bitwright.export.layers import LayerParity, activation_quantizers, beyond, compare_layer, simulated
 from bitwright.export.reference import FLOAT, run_reference
-from bitwright.export.runtimes import session
 from bitwright.graph import ops
 from bitwright.graph.watch import watch
 from bitwright.quant.quantizer import Quantizer
 from bitwright.quantized import QuantizedModel
+from bitwright.runtimes.onnxruntime import session
 
 BATCH = 8
 CARRIES = frozenset({"Clip", "Transpose", "Reshape", "Squeeze", "Unsqueeze"})

@@ -18,15 +18,15 @@ from bitwright.export.deviation import compare, tipped
 from bitwright.export.layers import activation_quantizers, compare_layers
 from bitwright.export.parity import LAYER_IMAGES
 from bitwright.export.reference import run_reference
-from bitwright.export.runtimes import EXACT, openvino
 from bitwright.given.images import Images
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.readings import Reading, by_values
 from bitwright.measure.evaluation import Network
 from bitwright.progress import Progress, silent
 from bitwright.quantized import QuantizedModel
-from bitwright.speed.openvino_cpu import compile_model
-from bitwright.speed.runtimes import ONNXRUNTIME, OPENVINO, Runtime
+from bitwright.runtimes.onnxruntime import ONNXRUNTIME
+from bitwright.runtimes.openvino import EXACT, OPENVINO, compile_model, openvino
+from bitwright.runtimes.record import Runtime
 
 BATCHES = (1, 8)
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, fx
 
 from bitwright.export.deviation import MOST_DIFFERING
-from bitwright.export.runtimes import Opener, session
 from bitwright.graph.watch import watch
 from bitwright.quant.quantizer import Quantizer
 from bitwright.quantized import QuantizedModel
+from bitwright.runtimes.onnxruntime import session
+from bitwright.runtimes.session import Opener
 
 Array = npt.NDArray[np.float32]
 

@@ -27,14 +27,13 @@ from bitwright.graph.explain import recorded_line
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Grid, Quantizer
 from bitwright.quantized import QuantizedModel
 from bitwright.run.files import cannot_write, move, scratch
+from bitwright.runtimes.session import save_onnx
 
 OPSET, OPSET_OF_GELU, OPSET_OF_INT4 = 18, 20, 21
 """The first that PyTorch's exporter writes; the first with Gelu, whose parts ONNX Runtime 1.31 does not join into one
 kernel; the first with 4-bit integers, grouped scales and 16-bit codes. Older runtimes read the lower ones."""
 IR_VERSIONS = {OPSET: 8, OPSET_OF_GELU: 9, OPSET_OF_INT4: 10}
 """Of the file format: the one that came with each."""
-LARGEST = 1_800_000_000
-"""Bytes of tensors in one file: protocol buffers end at 2 GB."""
 MARK, OFFSET = "Mark", "Offset"
 TAKEN_FOR_ZERO = 1e-6
 """Magnitude of numbers whose addition goes past the exporter (onnxscript 0.7 takes up to 1e-8 for zero)."""
@@ -59,12 +58,6 @@ def to_onnx(model: QuantizedModel) -> ir.Model:
     program.producer_name, program.producer_version = "bitwright", bitwright.__version__
     program.metadata_props.update(_metadata(model))
     return program
-
-
-def save_onnx(program: ir.Model, path: Path) -> None:
-    """Writes the file; tensors go beside it when they would not fit the format's 2 GB."""
-    size = sum(v.const_value.nbytes for v in program.graph.initializers.values() if v.const_value is not None)
-    ir.save(program, path, external_data=f"{path.name}.data" if size > LARGEST else None)
 
 
 def write_onnx(program: ir.Model, path: Path) -> None:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 from pathlib import Path
 
-import onnx_ir as ir
 from torch import Tensor
 
 from bitwright.export.onnx import to_onnx
 from bitwright.export.parity import Parity, check_parity
 from bitwright.export.recurrent import store_weights
-from bitwright.export.runtimes import converted, openvino, openvino_file, openvino_session
 from bitwright.graph.supported import check_supported
 from bitwright.quantized import QuantizedModel
-from bitwright.speed.runtimes import OPENVINO
+from bitwright.runtimes.openvino import OPENVINO, openvino, openvino_file, openvino_session, save_openvino
 
 INTEGERS = frozenset({"i4", "u4", "i8", "u8", "i16", "u16", "i32"})
 
@@ -27,22 +24,6 @@ def check_openvino(model: QuantizedModel) -> None:
     """
     openvino()
     check_supported(model.graph, model.layers, model.scheme.model_copy(update={"runtime": OPENVINO.name}))
-
-
-def save_openvino(program: ir.Model, path: Path) -> None:
-    """Writes ``path`` (``.xml``) and the ``.bin`` beside it; integers stay integers, scales stay float32.
-
-    Raises:
-        BitwrightError: OpenVINO has no translation for an operator.
-    """
-    model = converted(program)
-    model.set_rt_info(program.metadata_props.get("bitwright", ""), "bitwright")
-    try:
-        openvino().save_model(model, str(path), compress_to_fp16=False)
-    except RuntimeError as error:
-        if "iostream" not in str(error):
-            raise
-        raise OSError(errno.EIO, "OpenVINO could not write all of it") from error
 
 
 def write_openvino(model: QuantizedModel, path: Path, images: Tensor) -> Parity:

@@ -21,13 +21,14 @@ from bitwright.export.forms import keep_in_float
 from bitwright.export.layers import LayerParity, activation_quantizers, compare_layers, worst_layer
 from bitwright.export.onnx import to_onnx, write_onnx
 from bitwright.export.recurrent import store_weights
-from bitwright.export.runtimes import Opener, Session, openvino_reads, session
 from bitwright.given.images import Images, load_images
 from bitwright.graph import ops
 from bitwright.graph.axes import read_outputs
 from bitwright.quantized import QuantizedModel
 from bitwright.run.files import target_file
-from bitwright.speed.runtimes import OPENVINO
+from bitwright.runtimes.onnxruntime import session
+from bitwright.runtimes.openvino import OPENVINO, openvino_reads
+from bitwright.runtimes.session import Opener, Session
 
 IMAGES = 32
 LAYER_IMAGES = 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from bitwright.export.edit import drop_unused, initializer
-from bitwright.export.runtimes import session
+from bitwright.runtimes.onnxruntime import session
 
 RECURRENT = frozenset({"GRU", "LSTM", "RNN"})
 WEIGHTS = (1, 2, 3)

@@ -1,7 +1,7 @@
 """The frozen network on its integer codes: what simulation and runtime are both measured against.
 
 Sums are exact, biases are integers of the accumulator, and codes come from it by the rule of the runtime's kernel
-(:mod:`bitwright.export.reference_rules`). So "simulation against reference" is the error of simulating in float32, and
+(:mod:`bitwright.runtimes.rules`). So "simulation against reference" is the error of simulating in float32, and
 "reference against runtime" is what a kernel does besides its rule.
 """
 
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, fx
 
 from bitwright.errors import UsageError
-from bitwright.export import reference_rules as rules
 from bitwright.export.clips import Clamp
-from bitwright.export.reference_rules import RULES, Codes, Grid, Rules
 from bitwright.graph import ops
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
 from bitwright.quantized import QuantizedModel
+from bitwright.runtimes import RUNTIMES, rules
+from bitwright.runtimes.rules import Codes, Grid, Rules
 
 FLOAT = "float"
 """Kernel of a tensor whose codes come from a float value."""
@@ -68,11 +68,12 @@ def run_reference(
     Raises:
         UsageError: the model is not frozen, or there are no such rules.
     """
-    if runtime not in RULES:
-        raise UsageError(f"Expected the rules of a runtime out of {', '.join(RULES)}, found '{runtime}'.")
+    known = {r.name: r.rules for r in RUNTIMES.values() if r.rules is not None}
+    if runtime not in known:
+        raise UsageError(f"Expected the rules of a runtime out of {', '.join(known)}, found '{runtime}'.")
     if not model.frozen:
         raise UsageError("Expected a frozen model, found one whose parameters are float. Call freeze() first.")
-    reference = _Reference(model.graph, RULES[runtime], feed or {}, keep)
+    reference = _Reference(model.graph, known[runtime], feed or {}, keep)
     with torch.no_grad():
         outputs = reference.run(images)
     return Result(list(outputs), reference.layers)

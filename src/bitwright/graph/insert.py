@@ -14,7 +14,7 @@ from bitwright.graph.place import FLOAT_ACTIVATIONS, FLOAT_BY_RULE, Placement, P
 from bitwright.graph.supported import check_supported
 from bitwright.quant.quantizer import BiasQuantizer, Grid, Quantizer
 from bitwright.quant.scheme import GROUP_SIZE, Scheme
-from bitwright.quant.targets import Target
+from bitwright.runtimes.target import Target
 
 
 @dataclass

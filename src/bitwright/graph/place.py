@@ -10,7 +10,7 @@ from torch import fx
 from bitwright.graph import ops
 from bitwright.quant.quantizer import Role
 from bitwright.quant.scheme import Scheme
-from bitwright.quant.targets import CLAMPING, Target
+from bitwright.runtimes.target import CLAMPING, Target
 
 FLOAT_ACTIVATIONS, FLOAT_BY_RULE = "activations are float", "float by rule"
 """Reasons of tensors that stay float because the scheme says so."""

@@ -13,7 +13,7 @@ from bitwright.errors import UsageError
 from bitwright.graph import ops
 from bitwright.quant.quantizer import Quantizer
 from bitwright.quant.scheme import Scheme
-from bitwright.quant.targets import SYMMETRIC, nearest_bits
+from bitwright.runtimes.target import SYMMETRIC, nearest_bits
 
 if TYPE_CHECKING:
     from bitwright.graph.insert import Layer

@@ -19,7 +19,8 @@ from pydantic import (
 )
 
 from bitwright.errors import UsageError
-from bitwright.quant.targets import TARGETS, Target, target
+from bitwright.runtimes import RUNTIMES, target
+from bitwright.runtimes.target import Target
 
 WEIGHT_BITS = range(2, 9)
 ACTIVATION_BITS = (*range(2, 9), 16)
@@ -161,7 +162,7 @@ class Scheme(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _grid_of_the_target(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or "activation_grid" in data or data.get("runtime") not in TARGETS:
+        if not isinstance(data, dict) or "activation_grid" in data or data.get("runtime") not in RUNTIMES:
             return data
         return {**data, "activation_grid": target(data["runtime"]).activation_grids[0]}
 

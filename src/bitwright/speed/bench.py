@@ -18,11 +18,13 @@ from bitwright.given.text import read_json
 from bitwright.progress import Progress, silent
 from bitwright.run.files import write_json
 from bitwright.run.folder import BENCH, ONNX, RESULT, STATE, check_file
+from bitwright.runtimes import absent, chosen
+from bitwright.runtimes.onnxruntime import ONNXRUNTIME
+from bitwright.runtimes.record import Runtime
 from bitwright.speed import kernels
 from bitwright.speed.float_operators import float_operators
 from bitwright.speed.machine import cores, cpu_name
 from bitwright.speed.memory import peak_memory
-from bitwright.speed.runtimes import ONNXRUNTIME, RUNTIMES, Runtime, runtime
 from bitwright.speed.timing import Measure, Spread, in_turn, ratios
 
 if TYPE_CHECKING:
@@ -89,11 +91,11 @@ def bench(
     """
     folder = Path(run).expanduser()
     path = _exported(folder)
-    chosen = _runtimes(runtimes)
+    places = chosen(runtimes)
     threads = tuple(dict.fromkeys((1, cores()) if threads is None else threads))
     batches = tuple(dict.fromkeys(BATCHES if batches is None else batches))
     _check(batches, threads, seconds)
-    settings = [(r, t, b) for r in chosen for t in threads for b in batches]
+    settings = [(r, t, b) for r in places for t in threads for b in batches]
     timer = measure or partial(in_turn, seconds=seconds / len(settings))
     with tempfile.TemporaryDirectory() as scratch:
         files = _files(path, Path(scratch))
@@ -108,8 +110,8 @@ def bench(
             "machine": {"cpu": cpu_name(), "cores": cores(), "load": _load()},
             "float": WHAT_FLOAT_IS,
             "bytes": {"quantized": _bytes(files.quantized), "float": _bytes(files.float)},
-            "runtimes": [_about(r, files) for r in chosen],
-            "absent": [{"runtime": r.name, "install": r.remedy} for r in RUNTIMES.values() if not r.installed],
+            "runtimes": [_about(r, files) for r in places],
+            "absent": absent(),
             "rows": rows,
         }
     write_json(folder / BENCH, found)
@@ -136,14 +138,6 @@ def _exported(folder: Path) -> Path:
     return folder / ONNX
 
 
-def _runtimes(names: Sequence[str] | None) -> list[Runtime]:
-    """Those that are asked for, or all that are installed."""
-    chosen = [runtime(n) for n in dict.fromkeys(names)] if names else [r for r in RUNTIMES.values() if r.installed]
-    for each in chosen or RUNTIMES.values():
-        each.require()
-    return chosen
-
-
 def _check(batches: Sequence[int], threads: Sequence[int], seconds: float) -> None:
     for what, values in (("batch", batches), ("number of threads", threads)):
         if not values or min(values) < 1:
@@ -158,7 +152,7 @@ def _check(batches: Sequence[int], threads: Sequence[int], seconds: float) -> No
 def _files(path: Path, scratch: Path) -> _Files:
     import onnx_ir
 
-    from bitwright.export.onnx import save_onnx
+    from bitwright.runtimes.session import save_onnx
     from bitwright.speed.float_twin import float_twin
 
     try:
@@ -180,7 +174,7 @@ def _row(files: _Files, where: Runtime, threads: int, batch: int, measure: Measu
     shape = (batch, *files.shape)
     feed = {files.name: np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
     pair = (files.float, files.quantized)
-    times = measure([where.load(path, threads, feed) for path in pair])
+    times = measure([where.loaded(path, threads, feed) for path in pair])
     peaks = [memory(where, path, shape, files.name, threads) for path in pair]
     scores = [{**_seconds(t, batch), **peak} for t, peak in zip(times, peaks, strict=True)]
     return {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from bitwright.speed.runtimes import onnxruntime_options
+from bitwright.runtimes.onnxruntime import onnxruntime_options
 
 PRODUCTS = ("Conv", "FusedConv", "NhwcFusedConv", "ConvTranspose", "MatMul", "FusedMatMul", "Gemm", "FusedGemm")
 """The same in float. MatMulNBits keeps its weights in few bits and multiplies floats."""

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from bitwright.errors import BitwrightError
-from bitwright.speed.runtimes import Runtime, runtime
+from bitwright.runtimes import runtime
+from bitwright.runtimes.record import Runtime
 
 STATUS = Path("/proc/self/status")
 RUNS = 3
@@ -58,10 +59,10 @@ def _peak() -> int:
 def _main(arguments: Sequence[str]) -> None:
     kind, path, name, threads, *shape = arguments
     where = runtime(kind)
-    __import__(where.package)
+    __import__(str(where.package))
     feed = {name: np.zeros(tuple(map(int, shape)), dtype=np.float32)}
     start = _peak()
-    call = where.load(Path(path), int(threads), feed)
+    call = where.loaded(Path(path), int(threads), feed)
     for _ in range(RUNS):
         call()
     print(json.dumps({"peak_bytes": _peak(), "above_start_bytes": _peak() - start}))

@@ -1,11 +1,9 @@
-"""What each runtime can execute, as data: bits and granularities by operator, what runs as one, what shares a scale."""
+"""What a runtime can execute, in types: bits and granularities by operator, what runs as one, what shares a scale."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-
-from bitwright.errors import UsageError
 
 CLAMPING = frozenset({"relu", "relu6", "hardtanh", "clamp", "clamp_min"})
 """Activations that only clamp: a quantizer's own range can do their work."""
@@ -89,79 +87,6 @@ class Target:
         return tuple(b for b in ALL_BITS if all(b in self.weights(f).bits for f in FAMILIES))
 
 
-STORED_AS_INT8 = (5, 6, 7, 8)
-ONNXRUNTIME = Target(
-    "onnxruntime",
-    "ONNX Runtime on the CPU",
-    CLAMPING,
-    CLAMPING,
-    conv_into_add=False,
-    concat_shares_scale=False,
-    convolutions=Weights(integer=STORED_AS_INT8),
-    linears=Weights(integer=STORED_AS_INT8),
-    integer_inputs=(5, 6, 7, 8),  # with fewer, biases are float (integer_bias_bits)
-)
-OPENVINO = Target(
-    "openvino",
-    "OpenVINO on the CPU",
-    None,
-    None,
-    conv_into_add=True,
-    concat_shares_scale=True,
-    convolutions=Weights(integer=STORED_AS_INT8),
-    linears=Weights(integer=STORED_AS_INT8),
-    activation_bits=ALL_BITS,  # with 16 it takes the quantizer out, and the ReLU that it had fused into it
-    integer_inputs=ALL_BITS,
-    ragged_groups=False,
-)
-_ANY = Weights(integer=ALL_BITS)
-GENERIC = Target(
-    "generic",
-    "an accelerator that fuses",
-    None,
-    None,
-    conv_into_add=True,
-    concat_shares_scale=True,
-    convolutions=_ANY,
-    transposed=_ANY,
-    linears=_ANY,
-    integer_inputs=(*ALL_BITS, 16),
-)
-_SHIFTS = Weights(bits=(2, 4, 8), granularities=("tensor", "channel"), integer=(2, 4, 8))
-GENERIC_POT = Target(
-    "generic-pot",
-    "an integer accelerator that rescales by shifts",
-    None,
-    None,
-    conv_into_add=True,
-    concat_shares_scale=True,
-    integer_bias_bits=0,
-    convolutions=_SHIFTS,
-    transposed=_SHIFTS,
-    linears=_SHIFTS,
-    activation_bits=(8, 16),
-    activation_grids=(SYMMETRIC,),
-    integer_inputs=(8, 16),
-    power_of_two_scales=True,
-)
-TARGETS = {t.name: t for t in (ONNXRUNTIME, OPENVINO, GENERIC, GENERIC_POT)}
-
-
-def target(name: str) -> Target:
-    """The target of this name.
-
-    Raises:
-        UsageError: there is none; the error lists those that exist.
-
-    Example:
-        >>> target("generic").conv_into_add
-        True
-    """
-    if name not in TARGETS:
-        raise UsageError(f"Expected a runtime out of {', '.join(TARGETS)}, found '{name}'.")
-    return TARGETS[name]
-
-
 def nearest_bits(bits: int, possible: Iterable[int]) -> int:
     """The fewest bits there are that lose nothing; the most there are where all have fewer.
 
@@ -171,45 +96,3 @@ def nearest_bits(bits: int, possible: Iterable[int]) -> int:
     """
     found = sorted(possible)
     return next((b for b in found if b >= bits), found[-1])
-
-
-def tables() -> str:
-    """All targets as two tables in Markdown: weights by operator, and the rest. The documentation shows them."""
-    weights = [
-        "| `--runtime` | operator | bits of weights | computed in integers | one scale per |",
-        "|---|---|---|---|---|",
-    ]
-    for each in TARGETS.values():
-        for name in FAMILIES:
-            able = each.weights(name)
-            cells = (f"`{each.name}`", name, _spans(able.bits), _spans(able.integer), ", ".join(able.granularities))
-            weights.append(f"| {' | '.join(cells)} |")
-    others = [
-        "| `--runtime` | what it is | bits of activations | of those, integer kernels read | grid | scales | "
-        "one with a convolution | concatenated tensors |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for each in TARGETS.values():
-        facts = (
-            f"`{each.name}`",
-            each.title,
-            _spans(each.activation_bits),
-            _spans(each.integer_inputs),
-            " or ".join(each.activation_grids),
-            "powers of two" if each.power_of_two_scales else "any",
-            "any activation, additions" if each.conv_into_add else "activations that clamp",
-            "share a scale" if each.concat_shares_scale else "have their own",
-        )
-        others.append(f"| {' | '.join(facts)} |")
-    return "\n".join(weights) + "\n\n" + "\n".join(others) + "\n"
-
-
-def _spans(bits: tuple[int, ...]) -> str:
-    """``2 to 8, 16``."""
-    runs: list[list[int]] = []
-    for b in bits:
-        if runs and b == runs[-1][-1] + 1:
-            runs[-1].append(b)
-        else:
-            runs.append([b])
-    return ", ".join(f"{r[0]} to {r[-1]}" if len(r) > 2 else ", ".join(map(str, r)) for r in runs) or "none"

@@ -1,52 +1,44 @@
-"""Opens ONNX programs and files in other runtimes, behind the part of ONNX Runtime's session that checks use."""
+"""OpenVINO on the CPU."""
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import importlib
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
-import onnx_ir as ir
 
 from bitwright.errors import BitwrightError
-from bitwright.export.onnx import save_onnx
-from bitwright.speed.openvino_cpu import compile_model
-from bitwright.speed.runtimes import OPENVINO
+from bitwright.runtimes.record import Runtime, line
+from bitwright.runtimes.session import Array, Named, Opener, Session, save_onnx
+from bitwright.runtimes.target import ALL_BITS, Target, Weights
 
-Array = npt.NDArray[Any]
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+STORED_AS_INT8 = (5, 6, 7, 8)
+TARGET = Target(
+    "openvino",
+    "OpenVINO on the CPU",
+    None,
+    None,
+    conv_into_add=True,
+    concat_shares_scale=True,
+    convolutions=Weights(integer=STORED_AS_INT8),
+    linears=Weights(integer=STORED_AS_INT8),
+    activation_bits=ALL_BITS,  # with 16 it takes the quantizer out, and the ReLU that it had fused into it
+    integer_inputs=ALL_BITS,
+    ragged_groups=False,
+)
 
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "EXECUTION_MODE_HINT": "ACCURACY"}
 """OpenVINO computes what is not integer in bfloat16 where the CPU has it, unless it is told otherwise."""
-
-
-class Named(Protocol):
-    """An input."""
-
-    @property
-    def name(self) -> str:
-        """As the file has it."""
-
-
-class Session(Protocol):
-    """A program that can be run; ``onnxruntime.InferenceSession`` is one."""
-
-    def get_inputs(self) -> Sequence[Named]:
-        """Its inputs."""
-
-    def run(self, names: Sequence[str] | None, feed: Mapping[str, Array]) -> list[Any]:
-        """The outputs of these names, or all."""
-
-
-class Opener(Protocol):
-    """Opens a program, with the runtime's optimisations on or off."""
-
-    def __call__(self, program: ir.Model, *, optimize: bool) -> AbstractContextManager[Session]:
-        """A session that is open inside ``with``."""
 
 
 class _Input(NamedTuple):
@@ -147,18 +139,74 @@ def _said(call: Callable[..., Any], *arguments: Any) -> Any:
         ) from error
 
 
-@contextmanager
-def session(program: ir.Model, *, optimize: bool, dump: Path | None = None) -> Iterator[Any]:
-    """An ONNX Runtime session on the CPU; the graph that it runs is written to ``dump``."""
-    import onnxruntime
+def save_openvino(program: ir.Model, path: Path) -> None:
+    """Writes ``path`` (``.xml``) and the ``.bin`` beside it; integers stay integers, scales stay float32.
 
-    options = onnxruntime.SessionOptions()
-    levels = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    if dump is not None:
-        options.optimized_model_filepath = str(dump)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.onnx"
-        save_onnx(program, path)
-        yield onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    Raises:
+        BitwrightError: OpenVINO has no translation for an operator.
+    """
+    model = converted(program)
+    model.set_rt_info(program.metadata_props.get("bitwright", ""), "bitwright")
+    try:
+        openvino().save_model(model, str(path), compress_to_fp16=False)
+    except RuntimeError as error:
+        if "iostream" not in str(error):
+            raise
+        raise OSError(errno.EIO, "OpenVINO could not write all of it") from error
+
+
+def _load_openvino(path: Path, threads: int, feed: Mapping[str, Array]) -> Callable[[], None]:
+    openvino = importlib.import_module("openvino")
+    try:
+        settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": "1"}
+        model = openvino.Core().read_model(str(path))
+        model.reshape({name: list(array.shape) for name, array in feed.items()})
+        request = compile_model(model, settings).create_infer_request()
+        arrays = {name: np.ascontiguousarray(array) for name, array in feed.items()}
+        request.infer(arrays, share_inputs=True)
+    except Exception as error:
+        raise BitwrightError(f"OpenVINO does not run {path.name} ({line(error)}).") from error
+
+    def run() -> None:
+        request.infer(share_inputs=True)
+
+    return run
+
+
+def compile_model(model: Any, settings: Mapping[str, Any] | None = None) -> Any:
+    """The compiled model for the CPU.
+
+    Args:
+        model: an ``openvino.Model``, or the path of a file.
+        settings: of the CPU plugin, by name.
+    """
+    core = importlib.import_module("openvino").Core()
+    with _signal_stack_kept():
+        return core.compile_model(str(model) if isinstance(model, Path) else model, "CPU", dict(settings or {}))
+
+
+class _Stack(ctypes.Structure):
+    """``stack_t`` of Linux."""
+
+    _fields_ = [("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+
+
+@contextmanager
+def _signal_stack_kept() -> Iterator[None]:
+    """The thread's alternate signal stack is the same afterwards.
+
+    OpenVINO (2026.4) sets one for each model and, once the models are gone, may leave one whose memory is gone too:
+    the next signal, such as Ctrl-C, would then end the process with a segmentation fault.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    libc, before = ctypes.CDLL(None), _Stack()
+    libc.sigaltstack(None, ctypes.byref(before))
+    try:
+        yield
+    finally:
+        libc.sigaltstack(ctypes.byref(before), None)
+
+
+OPENVINO = Runtime(TARGET, "OpenVINO", None, "openvino", openvino_session, _load_openvino)

@@ -1,0 +1,102 @@
+"""ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from bitwright.errors import BitwrightError
+from bitwright.runtimes.record import Runtime, line
+from bitwright.runtimes.rules import Rules, add, multiply
+from bitwright.runtimes.session import Array, save_onnx
+from bitwright.runtimes.target import CLAMPING, Target, Weights
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+STORED_AS_INT8 = (5, 6, 7, 8)
+TARGET = Target(
+    "onnxruntime",
+    "ONNX Runtime on the CPU",
+    CLAMPING,
+    CLAMPING,
+    conv_into_add=False,
+    concat_shares_scale=False,
+    convolutions=Weights(integer=STORED_AS_INT8),
+    linears=Weights(integer=STORED_AS_INT8),
+    integer_inputs=(5, 6, 7, 8),  # with fewer, biases are float (integer_bias_bits)
+)
+
+RULES = Rules(
+    "onnxruntime",
+    torch.float32,
+    sums={"conv": "QLinearConv", "gemm": "QGemm", "matmul": "QLinearMatMul"},
+    to_float={"gemm": "QGemm", "linear": "MatMulIntegerToFloat", "matmul": "MatMulIntegerToFloat"},
+    pairs={"add": ("QLinearAdd", add), "mul": ("QLinearMul", multiply)},
+    pools={"avg_pool2d": "QLinearAveragePool"},
+    weight_bits=(5, 6, 7, 8),
+    output_bits=(2, 3, 4, 5, 6, 7, 8),
+)
+
+
+@contextmanager
+def session(program: ir.Model, *, optimize: bool, dump: Path | None = None) -> Iterator[Any]:
+    """An ONNX Runtime session on the CPU; the graph that it runs is written to ``dump``."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    levels = onnxruntime.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    if dump is not None:
+        options.optimized_model_filepath = str(dump)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        save_onnx(program, path)
+        yield onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def onnxruntime_options(threads: int) -> Any:
+    """Options under which files are measured: all optimisations, the given threads, one operator at a time.
+
+    Threads stop spinning when a run ends, so that those of one file do not slow down the next one's turn.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.log_severity_level = 3
+    return options
+
+
+def _load_onnxruntime(path: Path, threads: int, feed: Mapping[str, Array]) -> Callable[[], None]:
+    import onnxruntime
+
+    try:
+        session = onnxruntime.InferenceSession(
+            str(path), onnxruntime_options(threads), providers=["CPUExecutionProvider"]
+        )
+        bound = session.io_binding()
+        for name, array in feed.items():
+            bound.bind_cpu_input(name, np.ascontiguousarray(array))
+        for output in session.get_outputs():
+            bound.bind_output(output.name)
+        session.run_with_iobinding(bound)
+    except Exception as error:
+        raise BitwrightError(f"ONNX Runtime does not run {path.name} ({line(error)}). Export it again.") from error
+
+    def run() -> None:
+        session.run_with_iobinding(bound)
+
+    return run
+
+
+ONNXRUNTIME = Runtime(TARGET, "ONNX Runtime", RULES, "onnxruntime", session, _load_onnxruntime)

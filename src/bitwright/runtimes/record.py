@@ -1,0 +1,90 @@
+"""All that there is to know of a runtime, in one record."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from bitwright.errors import UsageError
+from bitwright.runtimes.rules import Rules
+from bitwright.runtimes.session import Array, Opener
+from bitwright.runtimes.target import Target
+
+Loader = Callable[[Path, int, Mapping[str, Array]], Callable[[], None]]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A runtime.
+
+    Attributes:
+        target: what it can execute.
+        title: its name for people.
+        rules: how its integer kernels round, where that is known.
+        package: that runs it here; None where nothing does.
+        open: opens a program of ONNX, for checks.
+        load: ``load(path, threads, feed)`` gives a call that runs a file once on those inputs, for timings.
+    """
+
+    target: Target
+    title: str
+    rules: Rules | None = None
+    package: str | None = None
+    open: Opener | None = None
+    load: Loader | None = None
+
+    @property
+    def name(self) -> str:
+        """As in ``--runtime``."""
+        return self.target.name
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether files can be run in it, once its package is installed."""
+        return self.load is not None
+
+    @property
+    def installed(self) -> bool:
+        """Whether its package can be imported."""
+        return self.package is not None and importlib.util.find_spec(self.package) is not None
+
+    @property
+    def version(self) -> str:
+        """Of the package that is installed."""
+        return importlib.metadata.version(str(self.package))
+
+    @property
+    def remedy(self) -> str:
+        """The line that installs it."""
+        return f"pip install {self.package}"
+
+    def require(self) -> None:
+        """Checks that it is there.
+
+        Raises:
+            UsageError: it is not; with the line that installs it.
+        """
+        if not self.installed:
+            raise UsageError(f"{self.title} is not installed. Install it with: {self.remedy}")
+
+    def loaded(self, path: Path, threads: int, feed: Mapping[str, Array]) -> Callable[[], None]:
+        """A call that runs a file once.
+
+        Args:
+            path: of the file.
+            threads: of the runtime.
+            feed: inputs by name, float32.
+
+        Raises:
+            BitwrightError: it does not run the file.
+        """
+        assert self.load is not None, f"{self.title} runs nothing here"
+        return self.load(path, threads, feed)
+
+
+def line(error: Exception) -> str:
+    """An error of a runtime's own, in one short line."""
+    return " ".join(str(error).split())[:200]
