@@ -211,7 +211,7 @@ class AnyBefore(nn.Module):
         return self.head(self.then(self.clamp(self.before(self.stem(x)))).mean((2, 3)))
 
 
-@pytest.mark.parametrize("clamp", [torch.relu, nn.functional.relu6, lambda y: y.clamp(-0.2, 0.3)], ids=["0", "6", "own"])
+@pytest.mark.parametrize("clamp", [torch.relu, nn.functional.relu6, lambda y: y.clamp(-0.2, 0.3)], ids=str)
 @pytest.mark.parametrize("before", PRODUCERS)
 def test_a_clamp_behind_any_operator_is_rounded_once(before, clamp):
     """ONNX Runtime drops such a clamp, and joined the two quantizers around it to a third one."""
