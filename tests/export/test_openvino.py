@@ -89,7 +89,7 @@ def test_a_wrong_scale_is_found_and_named():
 @needs_openvino
 @pytest.mark.parametrize(
     ("settings", "nearest"),
-    [({"activations": 16}, "--activations 8"), ({"granularity": "group", "group_size": 3}, "--granularity channel")],
+    [({"activations": 16}, "activations=8"), ({"granularity": "group", "group_size": 3}, "granularity='channel'")],
 )
 def test_what_openvino_lacks_is_refused(settings, nearest, tmp_path):
     model = quantized("transformer", runtime="onnxruntime", **settings)
