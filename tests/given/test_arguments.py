@@ -10,13 +10,14 @@ from typing import Any
 import cases
 import pytest
 import torch
+import typer
 from torch import nn
 
 import bitwright as bw
 from bitwright.bits.goal import Goal
-from bitwright.cli import main
+from bitwright.cli import app, main
 from bitwright.errors import UsageError
-from bitwright.given.arguments import as_flags, as_rules
+from bitwright.given.arguments import OPTIONS, as_flags, as_rules
 from bitwright.quant.scheme import Scheme
 
 CALLS: dict[str, tuple[dict[str, Any], str]] = {
@@ -103,9 +104,25 @@ def test_rules_are_said_as_each_caller_gives_them() -> None:
     )
 
 
-@pytest.mark.parametrize("text", ["the rule 'head=w8a8' is", "savez(path, images=..., labels=...)", "NAME=AXIS or"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "the rule 'head=w8a8' is",
+        "savez(path, images=..., labels=...)",
+        "NAME=AXIS or",
+        "Such as classes map=3",
+        "Given groups=1, weight",
+    ],
+)
 def test_other_texts_stay(text: str) -> None:
     assert as_flags(text) == text
+
+
+def test_the_options_are_those_of_the_command_line() -> None:
+    verbs = typer.main.get_command(app).commands.values()  # type: ignore[attr-defined]
+    known = {flag for verb in verbs for each in verb.params for flag in each.opts if flag.startswith("--")}
+    assert known - {as_flags(f"{name}=") for name in OPTIONS} == {"--json", "--no-images"}
+    assert {as_flags(f"{name}=") for name in OPTIONS} <= known
 
 
 def test_no_bits_are_no_bits(capsys: pytest.CaptureFixture[str]) -> None:

@@ -117,15 +117,15 @@ def test_input_size_forms(value: Any, size: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize(
     ("settings", "part"),
     [
-        ({}, "--input-size"),
+        ({}, "input_size="),
         ({"input_size": "big"}, "'big'"),
         ({"input_size": 0}, "got 0"),
         ({"input_size": (4, 8, 8)}, "1 or 3 channels"),
         ({"input_size": 8, "mean": (0.1, 0.2)}, "got 2"),
-        ({"input_size": 8, "mean": "a"}, "mean as a number"),
-        ({"input_size": 8, "std": 0}, "std above 0"),
+        ({"input_size": 8, "mean": "a"}, "mean= as a number"),
+        ({"input_size": 8, "std": 0}, "std= above 0"),
         ({"input_size": 8, "interpolation": "cubic"}, "nearest, bilinear, bicubic, lanczos"),
-        ({"input_size": 8, "crop_pct": 0}, "crop_pct between"),
+        ({"input_size": 8, "crop_pct": 0}, "crop_pct= between"),
         ({"input_size": 8, "crop_mode": "left"}, "center, squash, border"),
         ({"input_size": 8, "size": 3}, "unknown preprocessing setting 'size'"),
     ],
@@ -259,7 +259,7 @@ def test_places_without_images(tmp_path: Path) -> None:
     with fails("list.txt", "give the folder"):
         load_images(write(tmp_path / "list.txt", "a.png"), SMALL)
     folder_of(tmp_path, "a.png")
-    with fails("--input-size"):
+    with fails("preprocessing="):
         load_images(tmp_path, None)
     with fails("int given"):
         load_images(3, SMALL)
@@ -344,7 +344,7 @@ def broken_folder(root: Path) -> Path:
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
     images = load_images(broken_folder(tmp_path), SMALL)
     for index, name in [(1, "1.jpg"), (3, "3.png"), (5, "5.jpg")]:
-        with fails(str(tmp_path / name), "--skip-unreadable"):
+        with fails(str(tmp_path / name), "skip_unreadable=True"):
             images[index]
     with fails("1.jpg"):
         list(images.batches(4))
@@ -675,3 +675,9 @@ def test_sha256_of_arrays() -> None:
     x = torch.randn(4, 1, 3, 3)
     assert load_images(x, None)[1:].sha256 != load_images(x, None)[:3].sha256
     assert load_images(x.clone(), None).sha256 == load_images(list(x), None).sha256
+
+
+@pytest.mark.parametrize("spoil", [lambda x: x.to("meta"), lambda x: x.to_sparse()], ids=["meta", "sparse"])
+def test_images_without_dense_values_are_refused(spoil):
+    with fails("dense tensor"):
+        load_images(spoil(torch.zeros(2, 3, 4, 4)), None)

@@ -139,3 +139,9 @@ def test_mean_of_channels_wherever_the_images_are() -> None:
     for part in x.split([5, 5, 2], dim=1):
         mean.update(part)
     torch.testing.assert_close(mean.mean, x.mean((0, 1)).unsqueeze(0))
+
+
+def test_numbers_below_the_smallest_step_are_counted() -> None:
+    found = streamed([1e-42 * values(), 1e-42 * values(seed=1)])
+    assert float(found.histogram()[1].sum()) == 8000
+    assert found.minimum < 0 < found.maximum

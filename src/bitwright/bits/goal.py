@@ -84,7 +84,7 @@ class Goal:
         given = {name: PARSERS[name](value) for name, value in limits.items() if value is not None}
         rivals = [name for name in ONE_OF if name in given]
         if len(rivals) > 1:
-            raise UsageError(f"Expected one of {' and '.join(map(flag, rivals))}, found both.")
+            raise UsageError(f"Expected one of {' and '.join(f'{name}=' for name in rivals)}, found both.")
         return cls(
             **given,
             weights=WEIGHTS if weights == "auto" else several(weights, parse_weight_bits, "weights", floats=False),

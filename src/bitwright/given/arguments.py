@@ -20,6 +20,16 @@ _FLAGS = {
     "folder": "out",
     "path": "out",
 }
+OPTIONS = frozenset([
+    "activations", "batch", "bits", "blocks", "by", "cache", "channels", "classes", "compression", "crop_pct",
+    "device", "dry_run", "eigenvalues", "evaluate", "float_model", "force", "granularity", "group_size", "images",
+    "interpolation", "labels", "matrix", "max_activation_size", "max_bops", "max_drop", "max_latency",
+    "max_total_size", "mean", "measure", "minutes", "output", "plan", "point", "points", "precision", "probes",
+    "recipe", "recipes", "resume", "rules", "runtime", "samples", "seconds", "seed", "seeds", "skip_unreadable",
+    "spectrum_samples", "std", "steps", "target_size", "threads", "to", "tolerance", "weights", "input_size",
+    "preprocessing", "folder", "path",
+])  # fmt: skip
+"""Arguments that the command line has as options; what else looks like one stays as it is."""
 _TEXT = "'[^']*'|\"[^\"]*\""
 _NAMED = re.compile(
     r"(?<![\w.'\"-])(?P<name>[a-z]+(?:_[a-z]+)*)="
@@ -39,6 +49,8 @@ def as_flags(text: str) -> str:
     """
 
     def spelled(match: re.Match[str]) -> str:
+        if match["name"] not in OPTIONS:
+            return match[0]
         flag = "--" + _FLAGS.get(match["name"], match["name"].replace("_", "-"))
         if match["several"] is not None:
             return " ".join(f"{flag} {text}" for text in re.findall(_TEXT, match["several"]))

@@ -431,6 +431,10 @@ def _from_object(source: object, most: int | None) -> tuple[Source, Tensor | Non
     """Images, labels or masks, and what is left out because it is neither."""
     where = f"the {type(source).__name__} given"
     if isinstance(source, Tensor):
+        if source.is_meta or source.layout is not torch.strided:
+            raise DataError(
+                f"expected images with values in a dense tensor, found {source.device.type} {source.layout}"
+            )
         return _from_tensor(source, where), None, ""
     if isinstance(source, np.ndarray):
         return _from_array(source, where), None, ""
@@ -531,7 +535,7 @@ def _check_preprocessing(source: Source, preprocessing: Preprocessing | Preproce
         if preprocessing is None:
             raise DataError(
                 f"expected a preprocessing for the images in {where}, the model brings none: "
-                "give preprocessing=, or a function preprocess beside the callable"
+                "give preprocessing= with mean= and std=, or a function preprocess beside the callable"
             )
         return
     shape = tuple(source.data.shape[1:])

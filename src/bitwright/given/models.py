@@ -141,7 +141,7 @@ def _closest(name: str, known: Iterable[str]) -> str:
 def _with_settings(base: Settings, settings: Settings) -> Preprocessing:
     merged = {**base, **settings}
     if "input_size" in settings and "input_size" in base and not _names_channels(settings["input_size"]):
-        merged["input_size"] = (base["input_size"][0], *parse_input_size(settings["input_size"])[1:])
+        merged["input_size"] = (parse_input_size(base["input_size"])[0], *parse_input_size(settings["input_size"])[1:])
     return Preprocessing(**merged)
 
 
@@ -279,6 +279,7 @@ def _from_script(path: Path, name: str, weights: str | None, settings: Settings)
         raise ModelError(f"expected {name!r} in {path}, it has {_callables(path)}")
     made = getattr(script, name)
     module = made if isinstance(made, nn.Module) else _seeded(_builder(made, path, name), f"{path}:{name}")
+    _check_on_a_device(module.state_dict(), name)
     tell_of_types(module.state_dict().values())
     module = module.eval().cpu().float()
     if weights:
@@ -581,14 +582,20 @@ def _other_classes(module: nn.Module, state: Mapping[str, Tensor]) -> int | None
     return int(next(iter(rows))[0]) if whole and len(rows) == 1 else None
 
 
+def _check_on_a_device(state: Mapping[str, Any], model: str) -> None:
+    """Values without memory cannot be moved, nor read."""
+    empty = next((name for name, value in state.items() if isinstance(value, Tensor) and value.is_meta), None)
+    if empty is not None:
+        raise ModelError(f"expected weights in {model}, {empty} is on the meta device: load them first")
+
+
 def _check_weights(model: Model) -> None:
     module = model.module
     state = module.state_dict if isinstance(module, ExportedProgram) else module.state_dict()
+    _check_on_a_device(state, model.name)
     for name, value in state.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
             continue
-        if value.is_meta:
-            raise ModelError(f"expected weights in {model.name}, {name} is on the meta device: load them first")
         if not torch.isfinite(value).all():
             broken = int((~torch.isfinite(value)).sum())
             raise ModelError(

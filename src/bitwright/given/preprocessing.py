@@ -72,12 +72,12 @@ class Preprocessing(BaseModel):
         parsed["mean"] = _per_channel("mean", settings.get("mean", 0.0), size[0])
         parsed["std"] = _per_channel("std", settings.get("std", 1.0), size[0])
         if min(parsed["std"]) <= 0:
-            raise UsageError(f"expected std above 0, got {parsed['std']}")
+            raise UsageError(f"expected std= above 0, got {parsed['std']}")
         _one_of("interpolation", parsed.get("interpolation", "bicubic"), tuple(_RESAMPLING))
         _one_of("crop_mode", parsed.get("crop_mode", "center"), _CROP_MODES)
         parsed["crop_pct"] = _number("crop_pct", parsed.get("crop_pct", 1.0))
         if not 0.1 <= parsed["crop_pct"] <= 10:
-            raise UsageError(f"expected crop_pct between 0.1 and 10 (usually 0.875 to 1), got {parsed['crop_pct']}")
+            raise UsageError(f"expected crop_pct= between 0.1 and 10 (usually 0.875 to 1), got {parsed['crop_pct']}")
         return parsed
 
     def __call__(self, image: Image.Image | Pixels) -> Tensor:
@@ -149,7 +149,7 @@ def _per_channel(name: str, value: Any, channels: int) -> tuple[float, ...]:
     if len(numbers) == 1:
         numbers *= channels
     if len(numbers) != channels:
-        raise UsageError(f"expected one {name} or one for each of {channels} channels, got {len(numbers)}")
+        raise UsageError(f"expected one {name}= or one for each of {channels} channels, got {len(numbers)}")
     return numbers
 
 
@@ -159,13 +159,13 @@ def _number(name: str, value: Any) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise UsageError(f"expected {name} as a number, got {value!r}")
+        raise UsageError(f"expected {name}= as a number, got {value!r}")
     return number
 
 
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise UsageError(f"unknown {name} {value!r}: use {', '.join(known)}")
+        raise UsageError(f"expected one of {', '.join(known)} as {name}=, got {value!r}")
 
 
 def from_pixels(pixels: Pixels) -> Image.Image:

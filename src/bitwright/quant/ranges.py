@@ -11,6 +11,9 @@ from bitwright.quant import affine
 from bitwright.quant.quantizer import Grid
 from bitwright.quant.statistics import Statistics
 
+NORMAL = torch.finfo(torch.float32).tiny
+"""A step below it would lose the digits of what is divided by it."""
+
 RangeMethod = Literal["minmax", "percentile", "mse"]
 FINE_BITS = 12
 """From here on the step is finer than a histogram's bin, and clipping cannot pay: min-max is used."""
@@ -185,5 +188,5 @@ def affine_parameters(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Te
         scale = minmax_scale(torch.maximum(-low, high), grid)
         return scale, torch.zeros_like(scale)
     span = high - low
-    scale = torch.where(span > 0, span / (grid.qmax - grid.qmin), torch.ones_like(span))
+    scale = torch.where(span > 0, (span / (grid.qmax - grid.qmin)).clamp_min(NORMAL), torch.ones_like(span))
     return scale, (torch.round(-low / scale) + grid.qmin).clamp(grid.qmin, grid.qmax)

@@ -10,6 +10,8 @@ from torch import Tensor
 from bitwright.errors import DataError
 
 BINS = 8192
+SMALLEST = 2.0**-100
+"""Reach of a histogram: where bins would be narrower than floats can say, all is one bin."""
 SAMPLE = 2**12
 SCATTER = 7919
 """A prime that spreads the starts of neighbouring rows."""
@@ -78,7 +80,7 @@ class Statistics:
             self._counts = torch.cat([torch.zeros_like(halved), halved])
             self._two_sided = True
         if self._reach == 0:
-            self._reach = _above(magnitude)
+            self._reach = _above(max(magnitude, SMALLEST)) if magnitude else 0
         while magnitude >= self._reach > 0:
             halved = self._counts.reshape(-1, 2).sum(1)
             if self._two_sided:

@@ -43,6 +43,8 @@ def hidden(path: Path, ending: str) -> Path:
         'runs/.cnn.lock'
     """
     name = path.name
+    if not name:
+        raise UsageError(f"Expected a place with a name of its own, found {path}. Choose another folder=.")
     if len(name.encode()) > LONGEST:
         name = f"{name[: LONGEST // 4]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
     return path.with_name(f".{name}.{ending}")
