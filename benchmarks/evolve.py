@@ -19,7 +19,7 @@ from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.stages.base import Precision, Run
 from bitwright.stages.calibrate import Calibrate
 from bitwright.stages.candidates import Batches, Fitness
-from bitwright.stages.evolve import Evolve
+from bitwright.stages.evolve import Evolve, EvolveRecord
 from bitwright.zoo.networks import FashionViT
 
 
@@ -90,7 +90,8 @@ def measure(network: torch.nn.Module, images: Images, batch: int, bits: int, rac
                 stage.run(student, teacher, images, run)
             seconds[name] = time.perf_counter() - start
             results[name] = student.snapshot().tensors
-    winner = results["plain"]
+    winner, record = results["plain"], run.records[-1]
+    assert isinstance(record, EvolveRecord)
     return {
         "images": len(images),
         "batch": batch,
@@ -99,7 +100,7 @@ def measure(network: torch.nn.Module, images: Images, batch: int, bits: int, rac
         "seconds": {name: round(s, 2) for name, s in seconds.items()},
         "ratio": {name: round(seconds["plain"] / s, 2) for name, s in seconds.items()},
         "same_winner": {n: all(torch.equal(t, winner[k]) for k, t in found.items()) for n, found in results.items()},
-        "left_early": run.notes["evolve"]["left_early"] / run.notes["evolve"]["steps"],
+        "left_early": record.left_early / record.steps,
     }
 
 

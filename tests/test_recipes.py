@@ -19,14 +19,21 @@ from typing import ClassVar, Literal
 
 from bitwright.graph import rewrite
 from bitwright.recipes import Recipe
+from bitwright.run.record import StageRecord
 from bitwright.stages.base import Stage
 from bitwright.stages.calibrate import Calibrate
+
+
+class ScaledBiases(StageRecord):
+    kind: str = "scale-biases"
+    by: float
 
 
 class ScaleBiases(Stage):
     """Multiplies every bias of the head."""
 
     kind: ClassVar[str] = "scale-biases"
+    record: ClassVar[type[StageRecord]] = ScaledBiases
 
     by: float = 1.0
     which: Literal["head", "stem"] = "head"
@@ -34,7 +41,7 @@ class ScaleBiases(Stage):
     def run(self, student, teacher, images, run):
         bias = rewrite.get_tensor(student.graph, f"{self.which}.bias")
         rewrite.set_tensor(student.graph, f"{self.which}.bias", bias * self.by)
-        run.notes["scaled"] = self.by
+        run.records.append(ScaledBiases(by=self.by))
         return student
 
 
@@ -57,7 +64,8 @@ def test_a_recipe_is_one_file(tmp_path: Path) -> None:
     x = data.batch([0, 1, 2])
     plain = quantize(network, data, "rtn")(x)
     one, two = quantize(network, data, python), quantize(network, data, str(text))
-    assert one.result["scaled"] == two.result["scaled"] == 3.0
+    assert one.result["scale-biases"] == two.result["scale-biases"] == {"by": 3.0}
+    assert [stage["kind"] for stage in one.result["stages"]] == ["calibrate", "scale-biases"]
     assert one.result["recipe"] == two.result["recipe"]
     assert torch.equal(one(x), two(x))
     shift = 2 * network.head.bias.detach()

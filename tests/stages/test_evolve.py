@@ -51,7 +51,7 @@ def evolve(
     before = student.snapshot()
     run = Run(**{"seed": 1, "precision": "float32", **settings})
     student = stage.run(student, teacher, data, run)
-    return student, before, run.notes["evolve"]
+    return student, before, run.records[-1].told()
 
 
 def same(a: Snapshot, b: Snapshot) -> bool:
@@ -79,7 +79,7 @@ def test_the_noted_fitness_is_that_of_the_whole_network() -> None:
     stage.run(student, teacher, data, run)
     batches = Batches(teacher, data.sample(24, seed=1), 8, run, "")
     losses = batches.losses(student.flat, Fitness())
-    assert run.notes["evolve"]["fitness"]["after"] == pytest.approx(float(losses.double().mean()), abs=1e-9)
+    assert run.records[-1].told()["fitness"]["after"] == pytest.approx(float(losses.double().mean()), abs=1e-9)
 
 
 @pytest.mark.parametrize("order", ["reverse", "forward"])
@@ -133,7 +133,7 @@ def test_racing_finds_the_winner_of_the_full_evaluation(trials: int) -> None:
             run = Run(seed=seed, precision="float32")
             Evolve(**settings, race=race).run(student, teacher, data, run)
             results.append(student.snapshot())
-        early += run.notes["evolve"]["left_early"]
+        early += run.records[-1].told()["left_early"]
         different += not same(*results)
     assert early > trials
     assert different <= trials // 100
@@ -225,7 +225,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(
         student = insert_quantizers(teacher, Scheme(weights=3, activations=8))
         run = Run(seed=1, precision="float32")
         run_stages(recipe, student, teacher, dataset(24), run, state=state, identity="test")
-        return student.snapshot(), run.notes["evolve"]
+        return student.snapshot(), run.records[-1].told()
 
     expected, notes = whole(None)
     race, calls = Evaluator.race, itertools.count()
@@ -291,7 +291,7 @@ def test_brute_force_on_two_scales_finds_no_better_optimum() -> None:
     run = Run(seed=0, precision="float32")
     stage.run(student, teacher, data, run)
     assert torch.equal(best, integers())
-    assert run.notes["evolve"]["fitness"]["after"] <= lowest + 0.02 * (begun - lowest)
+    assert run.records[-1].told()["fitness"]["after"] <= lowest + 0.02 * (begun - lowest)
 
 
 def test_random_search_draws_around_the_start() -> None:
@@ -405,7 +405,7 @@ def test_other_precisions_are_noted_and_never_leave_it_worse(precision: Any, mon
     student, teacher, data = start()
     run = Run(seed=1, precision=precision)
     Evolve(**QUICK, race=0.0).run(student, teacher, data, run)
-    notes = run.notes["evolve"]
+    notes = run.records[-1].told()
     assert notes["precision"] in ({"float32", "bfloat16"} if precision == "auto" else {precision})
     losses = Batches(teacher, data.sample(24, seed=1), 8, run, "").losses(student.flat, Fitness())
     assert notes["fitness"]["after"] == pytest.approx(float(losses.double().mean()), abs=1e-9)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from bitwright.errors import UsageError
@@ -25,6 +25,7 @@ from bitwright.graph.capture import Captured
 from bitwright.graph.segments import region
 from bitwright.quantized import QuantizedModel
 from bitwright.run import checkpoint
+from bitwright.run.record import StageRecord
 from bitwright.stages.base import Optimising, Run
 from bitwright.stages.candidates import Batches, Evaluator, Fitness, Meaning, Measure, Scales
 from bitwright.stages.population import Member, Mutation, Population
@@ -42,6 +43,42 @@ RANKED, RANKED_BATCHES = 6, 2
 """Children, and batches of images, by which bfloat16 must rank as float32 does."""
 
 
+class FitnessRecord(BaseModel):
+    """The mean fitness over images, lower is better."""
+
+    measure: Measure
+    before: float
+    after: float
+    teacher: float
+    """Of the float network's own outputs."""
+    held_out: list[float]
+    """On images that are kept out of the search: at the start and after every pass."""
+
+
+class EvolveRecord(StageRecord):
+    """What a search did."""
+
+    kind: str = "evolve"
+    steps: int
+    """Children."""
+    passes: float
+    fitness: FitnessRecord
+    images: int
+    precision: str
+    left_early: int
+    """Children that were seen to lose on a part of the images."""
+    better: int
+    scales: int
+    moved: float
+    """Share of scales."""
+    mean_change: float
+    blocks: list[str]
+    """In the order of visits."""
+    seconds_per_child: float
+    curve: list[tuple[int, float]]
+    """(children, fitness)."""
+
+
 class Evolve(Optimising):
     """Evolution of quantization scales.
 
@@ -50,6 +87,7 @@ class Evolve(Optimising):
     """
 
     kind: ClassVar[str] = "evolve"
+    record: ClassVar[type[StageRecord]] = EvolveRecord
 
     blocks: tuple[BlockKind, ...] | Literal["auto", "all"] = "auto"
     scales: Literal["weights", "activations", "both"] = "weights"
@@ -96,7 +134,7 @@ class Evolve(Optimising):
         search = _Search(self, student, searched, evaluator, judge, run)
         search.start()
         search.go()
-        search.finish()
+        run.records.append(search.finish())
         return student
 
     def check(self, student: QuantizedModel, teacher: Captured, images: Images) -> None:
@@ -237,8 +275,8 @@ class _Search:
                 self._judge()
             self._save_if_due()
 
-    def finish(self) -> None:
-        """Takes the best pass, and notes what was found."""
+    def finish(self) -> EvolveRecord:
+        """Takes the best pass; what was found."""
         self._save()
         self.evaluator.forget()
         end, before = _mean(self.losses), _mean(self.first)
@@ -252,27 +290,30 @@ class _Search:
             end = before
         seconds = self.seconds + time.perf_counter() - self.began
         moved = torch.cat([s.scales.get() for s in self.searched]) / torch.cat(self.starts)
-        self.run.notes["evolve"] = {
-            "steps": self.children,
-            "passes": self.visits / len(self.searched),
-            "fitness": {
-                "measure": self.stage.fitness,
-                "before": before,
-                "after": end,
-                "teacher": self.teacher_fitness,
-                "held_out": self.hidden,
-            },
-            "images": len(self.losses),
-            "precision": self.precision,
-            "left_early": self.dropped,
-            "better": self.better,
-            "scales": len(moved),
-            "moved": float((moved != 1).double().mean()),
-            "mean_change": float((moved - 1).abs().mean()),
-            "blocks": [s.block.name for s in self.searched],
-            "seconds_per_child": round(seconds / max(1, self.children), 5),
-            "curve": self.curve,
-        }
+        fitness = FitnessRecord(
+            measure=self.stage.fitness,
+            before=before,
+            after=end,
+            teacher=self.teacher_fitness,
+            held_out=self.hidden,
+        )
+        return EvolveRecord(
+            before=before,
+            after=end,
+            steps=self.children,
+            passes=self.visits / len(self.searched),
+            fitness=fitness,
+            images=len(self.losses),
+            precision=self.precision,
+            left_early=self.dropped,
+            better=self.better,
+            scales=len(moved),
+            moved=float((moved != 1).double().mean()),
+            mean_change=float((moved - 1).abs().mean()),
+            blocks=[s.block.name for s in self.searched],
+            seconds_per_child=round(seconds / max(1, self.children), 5),
+            curve=self.curve,
+        )
 
     def _take(self, scales: list[Tensor]) -> None:
         for searched, found in zip(self.searched, scales, strict=True):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from bitwright.curvature.label_free import Distribution, Scores, cached_scores, images_at_once, label_free_scores
@@ -31,6 +31,7 @@ from bitwright.quant import affine
 from bitwright.quant.learned import Rounding, StepKind
 from bitwright.quantized import QuantizedModel, Snapshot
 from bitwright.run import checkpoint
+from bitwright.run.record import StageRecord
 from bitwright.stages.augment import Views
 from bitwright.stages.base import Optimising, Run
 from bitwright.stages.calibrate import parameters, widen_for_biases
@@ -57,6 +58,69 @@ OVERHEAD = 1.15
 """A whole step over its forward and backward pass."""
 
 
+class ScoresRecord(BaseModel):
+    """Label-free scores: of each layer (the trace of its Hessian), with the largest relative standard error."""
+
+    layers: dict[str, float]
+    relative_error: float
+    probes: int
+    images: int
+
+
+class LossRecord(BaseModel):
+    """The loss on calibration images: before rounding, of what is kept, and of what each stage left."""
+
+    soft: float | None
+    hard: float
+    by_stage: dict[str, float]
+
+
+class Stopped(BaseModel):
+    """Where the loss was not finite any more."""
+
+    layer: str
+    step: int
+
+
+class NoiseRecord(BaseModel):
+    """A layer's signal to noise in dB, before and after."""
+
+    before: float | None
+    after: float | None
+
+
+class ReconstructRecord(StageRecord):
+    """What an optimisation did, filled in as it goes."""
+
+    kind: str = "reconstruct"
+    steps: int
+    precision: str
+    compiled: bool
+    step_seconds: dict[str, float]
+    """Measured, for one step each way, before the choice."""
+    seed: int
+    batch: int | None = None
+    at_once: int | None = None
+    teacher: Literal["kept", "live"] | None = None
+    stopped: Stopped | None = None
+    curve: list[tuple[int, float]] | None = None
+    """(step, loss), averaged over stretches."""
+    seconds_per_step: float | None = None
+    loss: LossRecord | None = None
+    kept: str | None = None
+    """The stage whose result is kept."""
+    left_nearest: float | None = None
+    """Share of weights that are not at their nearest integer."""
+    sqnr_db: dict[str, NoiseRecord] | None = None
+    scores: ScoresRecord | None = None
+
+    def keys(self) -> dict[str, Any]:
+        """Scores have a key of their own."""
+        own = self.told()
+        scores = {"scores": own.pop("scores")} if "scores" in own else {}
+        return {**scores, self.kind: own}
+
+
 class Reconstruct(Optimising):
     """Optimisation of a unit by gradients.
 
@@ -67,6 +131,7 @@ class Reconstruct(Optimising):
     """
 
     kind: ClassVar[str] = "reconstruct"
+    record: ClassVar[type[StageRecord]] = ReconstructRecord
 
     unit: Literal["network"] = "network"
     """What is optimised at once."""
@@ -135,27 +200,31 @@ class Reconstruct(Optimising):
             _warn("There is nothing to optimise: no convolution or linear layer has weights or inputs to quantize.")
             return student
         samples = Views(images, self.views, run.seed)
-        objective = self._objective(teacher, samples, points, run)
+        objective, scores = self._objective(teacher, samples, points, run)
         targets = Targets(expose(teacher.graph, [p.node for p in points]), points, torch.float32)
         first = samples.batch(range(min(8, len(images)))).to(run.device)
         learner.measure_outputs(targets(torch.arange(len(first)), first))
         plan = self._plan(learner, targets, objective, samples, run)
         tuner = self._tuner(learner, targets, objective, samples, run, plan)
-        run.notes["reconstruct"] = {
-            "steps": plan.steps,
-            "precision": plan.precision,
-            "compiled": plan.compiled,
-            "step_seconds": plan.seconds,
-            "seed": run.seed,
-        }
+        record = ReconstructRecord(
+            steps=plan.steps,
+            precision=plan.precision,
+            compiled=plan.compiled,
+            step_seconds=plan.seconds,
+            seed=run.seed,
+            scores=scores,
+        )
         before = _sqnr(student, images, run)
         if plan.steps:
-            self._optimise(tuner, plan, run)
+            self._optimise(tuner, plan, run, record)
             learner.absorb(student)
             widen_for_biases(student)
         measure = _Measure(teacher, points, objective, images, run)
-        self._choose(student, learner if plan.steps else None, measure, run)
-        _report(student, teacher, before, _sqnr(student, images, run), run)
+        self._choose(student, learner if plan.steps else None, measure, run, record)
+        after = _sqnr(student, images, run)
+        record.sqnr_db = {name: NoiseRecord(before=before.get(name), after=value) for name, value in after.items()}
+        record.left_nearest = _left_nearest(student, teacher, run)
+        run.records.append(record)
         return student
 
     def _variables(self, student: QuantizedModel) -> Variables:
@@ -171,27 +240,30 @@ class Reconstruct(Optimising):
 
     # ----------------------------------------------------------------------------------------- weights
 
-    def _objective(self, teacher: Captured, samples: Views, points: list[Point], run: Run) -> Objective:
-        """Weights of all samples and points."""
+    def _objective(
+        self, teacher: Captured, samples: Views, points: list[Point], run: Run
+    ) -> tuple[Objective, ScoresRecord | None]:
+        """Weights of all samples and points, and the scores they come from."""
         count = len(samples)
+        alike = Objective(torch.full((count, len(points)), 1 / len(points)), self.over, normalise=False)
         if self.weigh == "ones":
-            return Objective(torch.full((count, len(points)), 1 / len(points)), self.over, normalise=False)
+            return alike, None
         scores = self.scores(teacher, samples, points, run)
-        run.notes["scores"] = {
-            "layers": dict(zip(scores.layers, scores.layer_trace.tolist(), strict=True)),
-            "relative_error": float(scores.error.max()),
-            "probes": scores.probes,
-            "images": len(scores.trace),
-        }
+        told = ScoresRecord(
+            layers=dict(zip(scores.layers, scores.layer_trace.tolist(), strict=True)),
+            relative_error=float(scores.error.max()),
+            probes=scores.probes,
+            images=len(scores.trace),
+        )
         if not bool((scores.attention > 0).any()):
             _warn(
                 "No label-free score is above zero: the output does not seem to depend on any layer. All count equally."
             )
-            return Objective(torch.full((count, len(points)), 1 / len(points)), self.over, normalise=False)
+            return alike, told
         if self.weigh == "sla":
-            return Objective(scores.attention, self.over, normalise=True)
+            return Objective(scores.attention, self.over, normalise=True), told
         weights = scores.log_weights().expand(count, -1) if self.weigh == "lfh" else scores.log_attention()
-        return Objective(weights, self.over, normalise=False)
+        return Objective(weights, self.over, normalise=False), told
 
     def scores(self, teacher: Captured, samples: Views, points: list[Point], run: Run) -> Scores:
         """Label-free scores of the samples, kept beside the run."""
@@ -271,16 +343,12 @@ class Reconstruct(Optimising):
 
     # ------------------------------------------------------------------------------------- optimisation
 
-    def _optimise(self, tuner: Tuner, plan: _Plan, run: Run) -> None:
+    def _optimise(self, tuner: Tuner, plan: _Plan, run: Run, record: ReconstructRecord) -> None:
         """Takes the steps."""
         kept_on_disk = _Checkpoint(run, plan)
         kept_on_disk.load(tuner)
         kept = self._keep_targets(tuner) if tuner.step < plan.steps else False
-        run.notes["reconstruct"] |= {
-            "batch": tuner.batch,
-            "at_once": tuner.at_once,
-            "teacher": "kept" if kept else "live",
-        }
+        record.batch, record.at_once, record.teacher = tuner.batch, tuner.at_once, "kept" if kept else "live"
         good, recent, decided = tuner.state_copy(), 0.0, ""
         started, first = time.perf_counter(), tuner.step
         try:
@@ -298,13 +366,11 @@ class Reconstruct(Optimising):
             tuner.check_finite()
         except NotFiniteError as error:
             tuner.load({n: t.clone() for n, t in good.items()}, tuner.step)
-            run.notes["reconstruct"]["stopped"] = {"layer": error.layer, "step": error.step}
+            record.stopped = Stopped(layer=error.layer, step=error.step)
             _warn(f"{error} The optimisation ends there, with its last good state.")
-        run.notes["reconstruct"]["curve"] = averaged(kept_on_disk.losses)
+        record.curve = averaged(kept_on_disk.losses)
         if tuner.step > first:
-            run.notes["reconstruct"]["seconds_per_step"] = round(
-                (time.perf_counter() - started) / (tuner.step - first), 4
-            )
+            record.seconds_per_step = round((time.perf_counter() - started) / (tuner.step - first), 4)
         tuner.finish()
 
     def _keep_targets(self, tuner: Tuner) -> bool:
@@ -317,15 +383,24 @@ class Reconstruct(Optimising):
         tuner.targets.keep(tuner.samples, tuner.batch, tuner.device)
         return True
 
-    def _choose(self, student: QuantizedModel, learner: Learner | None, measure: _Measure, run: Run) -> None:
+    def _choose(
+        self,
+        student: QuantizedModel,
+        learner: Learner | None,
+        measure: _Measure,
+        run: Run,
+        record: ReconstructRecord,
+    ) -> None:
         """Measures the rounded network against what earlier stages left, and keeps the best."""
         states = _named(run.history)
+        given = next(reversed(states), None)
         own = _free(self.kind, states)
         states[own] = student.snapshot()
         losses, soft = measure.losses(student, states, learner)
         best = min(losses, key=lambda k: (losses[k], k != own)) if self.never_worse else own
         student.restore(states[best])
-        run.notes["reconstruct"] |= {"loss": {"soft": soft, "hard": losses[best], "by_stage": losses}, "kept": best}
+        record.loss, record.kept = LossRecord(soft=soft, hard=losses[best], by_stage=losses), best
+        record.before, record.after = None if given is None else losses[given], losses[best]
         if best != own:
             _warn(
                 f"The optimisation did not lower the calibration loss ({losses[own]:.4g}, {best}: "
@@ -495,14 +570,8 @@ def averaged(losses: list[float], points: int = CURVE_POINTS) -> list[tuple[int,
     return [(min((k + 1) * length, len(losses)), sum(s) / len(s)) for k, s in enumerate(stretches)]
 
 
-def _report(
-    student: QuantizedModel,
-    teacher: Captured,
-    before: dict[str, float | None],
-    after: dict[str, float | None],
-    run: Run,
-) -> None:
-    """Share of weights that left round-to-nearest, and every layer's SQNR before and after."""
+def _left_nearest(student: QuantizedModel, teacher: Captured, run: Run) -> float:
+    """Share of weights whose integer is not the nearest on the grid of the first stage."""
     start = run.history[0][1] if run.history else student.snapshot()
     moved, total = 0, 0
     for stored, quantizer in parameters(student.graph, "weight"):
@@ -514,10 +583,7 @@ def _report(
         nearest = affine.quantize(weight, scale, torch.zeros_like(scale), grid.qmin, grid.qmax)
         moved += int((codes != nearest).sum())
         total += codes.numel()
-    run.notes["reconstruct"]["left_nearest"] = moved / max(total, 1)
-    run.notes["reconstruct"]["sqnr_db"] = {
-        name: {"before": before.get(name), "after": value} for name, value in after.items()
-    }
+    return moved / max(total, 1)
 
 
 def _warn(text: str) -> None:
