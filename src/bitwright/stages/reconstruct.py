@@ -28,7 +28,7 @@ from bitwright.losses import weighted_distance
 from bitwright.measure.evaluation import layer_sqnr
 from bitwright.memory import pass_budget
 from bitwright.quant import affine
-from bitwright.quant.learned import Rounding, StepKind
+from bitwright.quant.learned import Rounding
 from bitwright.quantized import QuantizedModel, Snapshot
 from bitwright.run import checkpoint
 from bitwright.run.record import StageRecord
@@ -36,7 +36,7 @@ from bitwright.stages.augment import Views
 from bitwright.stages.base import Optimising, Run
 from bitwright.stages.calibrate import parameters, widen_for_biases
 from bitwright.stages.learner import Learner, Variables
-from bitwright.stages.schedules import Anneal, Dampen, Gradual, Harden, Learn
+from bitwright.stages.schedules import Anneal, Dampen, Gradual, Learn
 from bitwright.stages.tuning import NotFiniteError, Objective, Targets, Tuner, seconds_per_step
 
 CHECKPOINT = "reconstruct.safetensors"
@@ -50,6 +50,8 @@ CURVE_POINTS = 200
 MEASURED_IMAGES = 256
 SCORED_AT_ONCE = 16
 """Images in one backward pass for scores, which holds the gradients at all points."""
+TEACHER_MEMORY = 1 << 30
+"""Bytes that the float network's values may take; they are computed anew for every batch where it is not enough."""
 WORTH_IT = 1.3
 """How much faster another precision, or a compiled network, must be to be taken."""
 SHORT = 30.0
@@ -136,8 +138,6 @@ class Reconstruct(Optimising):
     unit: Literal["network"] = "network"
     """What is optimised at once."""
     steps: int = Field(default=500, ge=0)
-    full_steps: int = Field(default=20_000, ge=1)
-    """The number of steps that rates and regularizer are meant for."""
     batch: int = Field(default=32, ge=1)
 
     weigh: Literal["ones", "lfh", "sla", "sla-log"] = "sla"
@@ -154,10 +154,9 @@ class Reconstruct(Optimising):
     rounding: Rounding = "straight-through"
     codes: Learn | None = Learn(rate=3e-3)
     weight_step: Learn | None = Learn(rate=1e-3)
-    weight_step_kind: StepKind = "multiplicative"
     bias: Learn | None = Learn(rate=1e-3)
     activation_step: Learn | None = Learn(rate=1e-3, relative=True)
-    decide: Anneal | Harden | Dampen | None = None
+    decide: Anneal | Dampen | None = None
     """How soft roundings become up or down, and straight-through ones stay where they are."""
     gradual: Gradual | None = None
     """Activations are on their grids from the first step if not given."""
@@ -166,19 +165,13 @@ class Reconstruct(Optimising):
 
     views: int = Field(default=1, ge=1)
     """Of each image: 1 takes the images as they are, more add random crops and mirrored ones."""
-    teacher_memory: int = Field(default=1 << 30, ge=0)
-    """Bytes that the float network's values may take; they are computed anew for every batch where it is not enough."""
-    step_memory: int | None = Field(default=None, ge=1)
-    """Bytes of activations that a pass may hold for its backward pass: a batch that needs more is taken in parts, with
-    the same gradients. Half of the memory if not given, on a CPU 4 GiB at most."""
     never_worse: bool = True
     """Keep what an earlier stage left where that has the lower calibration loss."""
 
     @model_validator(mode="after")
     def _soft_needs_a_decision(self) -> Reconstruct:
-        soft = self.rounding == "soft" and self.codes is not None
-        if soft and not isinstance(self.decide, Anneal | Harden):
-            raise ValueError("soft rounding needs 'decide' to be Anneal or Harden, or it ends between two integers")
+        if self.rounding == "soft" and self.codes is not None and not isinstance(self.decide, Anneal):
+            raise ValueError("soft rounding needs 'decide' to be Anneal, or it ends between two integers")
         return self
 
     @property
@@ -231,7 +224,6 @@ class Reconstruct(Optimising):
         free = not student.scheme.target.power_of_two_scales
         return Variables(
             rounding=self.rounding,
-            weight_step=self.weight_step_kind,
             codes=self.codes is not None,
             weight_steps=self.weight_step is not None and free,
             biases=self.bias is not None,
@@ -273,7 +265,7 @@ class Reconstruct(Optimising):
         size = min(SCORED_AT_ONCE, count)
         if size > 1:
             pair = samples.batch([0, 1]).to(run.device)
-            size = min(size, images_at_once(teacher.graph, pair, points, self._memory(run)))
+            size = min(size, images_at_once(teacher.graph, pair, points, pass_budget(run.device)))
 
         def compute() -> Scores:
             def batches() -> Any:
@@ -328,15 +320,12 @@ class Reconstruct(Optimising):
         compiles = [False, True] if run.device.type == "cuda" and self.gradual is None else [False]
         return [(p, c) for p in precisions for c in compiles]
 
-    def _memory(self, run: Run) -> int:
-        return self.step_memory or pass_budget(run.device)
-
     def _tuner(
         self, learner: Learner, targets: Targets, objective: Objective, samples: Views, run: Run, plan: _Plan
     ) -> Tuner:
         targets.precision = getattr(torch, plan.precision)
         tuner = Tuner(learner, targets, objective, samples, self, max(plan.steps, 1), run.device, run.seed)
-        tuner.fit_memory(self._memory(run))
+        tuner.fit_memory(pass_budget(run.device))
         if plan.compiled:
             tuner.compile()
         return tuner
@@ -378,7 +367,7 @@ class Reconstruct(Optimising):
         sample = tuner.samples.batch([0]).to(tuner.device)
         size = tuner.targets.bytes_of(sample) * len(tuner.samples)
         epochs = tuner.steps * tuner.batch / len(tuner.samples)
-        if not 0 < size <= self.teacher_memory or epochs < 2:
+        if not 0 < size <= TEACHER_MEMORY or epochs < 2:
             return False
         tuner.targets.keep(tuner.samples, tuner.batch, tuner.device)
         return True
