@@ -99,7 +99,6 @@ class ReconstructRecord(StageRecord):
     precision: str
     compiled: bool
     step_seconds: dict[str, float]
-    """Measured, for one step each way, before the choice."""
     seed: int
     batch: int | None = None
     at_once: int | None = None
@@ -199,14 +198,7 @@ class Reconstruct(Optimising):
         learner.measure_outputs(targets(torch.arange(len(first)), first))
         plan = self._plan(learner, targets, objective, samples, run)
         tuner = self._tuner(learner, targets, objective, samples, run, plan)
-        record = ReconstructRecord(
-            steps=plan.steps,
-            precision=plan.precision,
-            compiled=plan.compiled,
-            step_seconds=plan.seconds,
-            seed=run.seed,
-            scores=scores,
-        )
+        record = ReconstructRecord(**vars(plan), seed=run.seed, scores=scores)
         before = _sqnr(student, images, run)
         if plan.steps:
             self._optimise(tuner, plan, run, record)
@@ -421,7 +413,7 @@ class _Plan:
     steps: int
     precision: str
     compiled: bool
-    seconds: dict[str, float]
+    step_seconds: dict[str, float]
     """Measured, for one step each way."""
 
 
