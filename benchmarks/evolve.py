@@ -19,28 +19,29 @@ from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.stages.base import Precision, Run
 from bitwright.stages.calibrate import Calibrate
 from bitwright.stages.candidates import Batches, Fitness
-from bitwright.stages.evolve import Evolve
+from bitwright.stages.evolve import Evolve, EvolveRecord
+from bitwright.stages.population import CYCLES, POPULATION, TOURNAMENT
 from bitwright.zoo.networks import FashionViT
 
 
 def plainly(stage: Evolve, student: QuantizedModel, teacher: Captured, images: Images, run: Run) -> int:
     """The search as the paper's algorithm writes it: every child runs through the whole network, on all images."""
     batches = Batches(teacher, images.sample(len(images), seed=run.seed), stage.batch, run, "")
-    fitness = Fitness(stage.fitness, stage.temperature)
+    fitness = Fitness(stage.fitness)
     searched = stage.searched(student, teacher)
     visits = evaluations = 0
     for _ in range(stage.passes):
         for one in searched:
             draws = torch.Generator().manual_seed(run.seed * 1_000_003 + visits)
             start = float(batches.losses(student.flat, fitness).double().mean())
-            members = [(start, 0, one.scales.get())] * stage.population
+            members = [(start, 0, one.scales.get())] * POPULATION
             least = one.scales.least()
-            for cycle in range(stage.cycles):
-                chosen = torch.randint(stage.population, (stage.tournament,), generator=draws)
+            for cycle in range(CYCLES):
+                chosen = torch.randint(POPULATION, (TOURNAMENT,), generator=draws)
                 child = stage.mutation.child(members[int(chosen.min())][2], least, draws)
                 one.scales.set(child)
                 found = float(batches.losses(student.flat, fitness).double().mean())
-                members = sorted([*members, (found, cycle + 1, child)], key=lambda m: m[:2])[: stage.population]
+                members = sorted([*members, (found, cycle + 1, child)], key=lambda m: m[:2])[:POPULATION]
                 evaluations += 1
             one.scales.set(members[0][2])
             visits += 1
@@ -90,7 +91,8 @@ def measure(network: torch.nn.Module, images: Images, batch: int, bits: int, rac
                 stage.run(student, teacher, images, run)
             seconds[name] = time.perf_counter() - start
             results[name] = student.snapshot().tensors
-    winner = results["plain"]
+    winner, record = results["plain"], run.records[-1]
+    assert isinstance(record, EvolveRecord)
     return {
         "images": len(images),
         "batch": batch,
@@ -99,7 +101,7 @@ def measure(network: torch.nn.Module, images: Images, batch: int, bits: int, rac
         "seconds": {name: round(s, 2) for name, s in seconds.items()},
         "ratio": {name: round(seconds["plain"] / s, 2) for name, s in seconds.items()},
         "same_winner": {n: all(torch.equal(t, winner[k]) for k, t in found.items()) for n, found in results.items()},
-        "left_early": run.notes["evolve"]["left_early"] / run.notes["evolve"]["steps"],
+        "left_early": record.left_early / record.steps,
     }
 
 

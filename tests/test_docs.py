@@ -124,7 +124,7 @@ def test_the_reference_names_every_option_and_setting() -> None:
         section = text.split(f"## {kind}\n")[1].split("\n## ")[0]
         for field in stage.model_fields:
             assert f"`{field}`" in section
-    assert "Of infoNCE." in text  # what stands below a field says what it does
+    assert "What is optimised at once." in text  # what stands below a field says what it does
     assert "## bw.quantize" in pages.python()
 
 

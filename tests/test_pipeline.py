@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
@@ -18,6 +19,7 @@ from bitwright.pipeline import run_stages
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.recipes import Recipe
+from bitwright.run.record import StageRecord
 from bitwright.stages.base import Run, Stage
 from bitwright.stages.calibrate import Calibrate
 
@@ -148,7 +150,11 @@ def test_a_damaged_checkpoint_is_named_and_its_stage_runs_again(
         again = run(tmp_path)
     assert_same(again, whole)
     assert Shake.calls == calls + position, "the other stage ran again too"
-    assert json.loads(header(path)["notes"]) == json.loads(header(path, good)["notes"])
+    assert kinds(header(path)) == kinds(header(path, good)) == ["calibrate", "test-shake"][: position + 1]
+
+
+def kinds(header: dict[str, str]) -> list[str]:
+    return [record["kind"] for record in json.loads(header["records"])]
 
 
 def header(path: Path, content: bytes | None = None) -> dict[str, str]:
@@ -186,22 +192,45 @@ def test_a_result_that_is_not_finite_names_the_tensor(tmp_path: Path) -> None:
         run(tmp_path, recipe=Recipe(name="bad", stages=(Calibrate(), Poison())))
 
 
+class Noted(StageRecord):
+    kind: str = "noting"
+    steps: int
+
+
 class Noting(Stage):
     """Leaves a record of its own setting."""
 
     kind: ClassVar[str] = "noting"
+    record: ClassVar[type[StageRecord]] = Noted
+    broken: ClassVar[bool] = False
     steps: int
 
     def run(self, student, teacher, images, run):
-        run.notes["noting"] = {"steps": self.steps}
+        if Noting.broken and self.steps == 13:
+            raise KeyboardInterrupt
+        time.sleep(self.steps / 500)
+        run.records.append(Noted(steps=self.steps))
         return student
 
 
-def test_two_stages_of_a_kind_leave_two_records() -> None:
-    stages = (Calibrate(weights="minmax"), Noting(steps=7), Noting(steps=11))
-    student, kept = insert_quantizers(prepared("residual"), SCHEME), Run(seed=3)
-    run_stages(Recipe(name="x", stages=stages), student, prepared("residual"), dataset(6), kept)
-    assert kept.notes["noting"] == {"steps": 11}
-    (earlier,) = kept.notes["earlier_stages"]
-    assert (earlier["stage"], earlier["steps"]) == ("noting", 7)
-    assert 0 <= earlier["seconds"] <= kept.seconds["noting"] + 1e-3
+def test_each_stage_leaves_one_record_in_order_and_a_resumed_run_has_them_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = (Calibrate(weights="minmax"), Noting(steps=7), Noting(steps=11), Noting(steps=13))
+    noting = Recipe(name="x", stages=stages)
+
+    def whole() -> list[StageRecord]:
+        student, kept = insert_quantizers(prepared("residual"), SCHEME), Run(seed=3)
+        run_stages(noting, student, prepared("residual"), dataset(6), kept, state=tmp_path, identity="mine")
+        assert sum(r.seconds for r in kept.records[1:]) == pytest.approx(kept.seconds["noting"], abs=2e-3)
+        return kept.records
+
+    monkeypatch.setattr(Noting, "broken", True)
+    with pytest.raises(KeyboardInterrupt):
+        whole()
+    monkeypatch.setattr(Noting, "broken", False)
+    plain, *noted = whole()
+    assert type(plain) is StageRecord
+    assert plain.kind == "calibrate"
+    assert [(type(r), r.kind, r.told()) for r in noted] == [(Noted, "noting", {"steps": n}) for n in (7, 11, 13)]
+    assert all(0.001 * n <= r.seconds < 1 for n, r in zip((7, 11, 13), noted, strict=True))

@@ -19,14 +19,21 @@ from typing import ClassVar, Literal
 
 from bitwright.graph import rewrite
 from bitwright.recipes import Recipe
+from bitwright.run.record import StageRecord
 from bitwright.stages.base import Stage
 from bitwright.stages.calibrate import Calibrate
+
+
+class ScaledBiases(StageRecord):
+    kind: str = "scale-biases"
+    by: float
 
 
 class ScaleBiases(Stage):
     """Multiplies every bias of the head."""
 
     kind: ClassVar[str] = "scale-biases"
+    record: ClassVar[type[StageRecord]] = ScaledBiases
 
     by: float = 1.0
     which: Literal["head", "stem"] = "head"
@@ -34,7 +41,7 @@ class ScaleBiases(Stage):
     def run(self, student, teacher, images, run):
         bias = rewrite.get_tensor(student.graph, f"{self.which}.bias")
         rewrite.set_tensor(student.graph, f"{self.which}.bias", bias * self.by)
-        run.notes["scaled"] = self.by
+        run.records.append(ScaledBiases(by=self.by))
         return student
 
 
@@ -57,7 +64,8 @@ def test_a_recipe_is_one_file(tmp_path: Path) -> None:
     x = data.batch([0, 1, 2])
     plain = quantize(network, data, "rtn")(x)
     one, two = quantize(network, data, python), quantize(network, data, str(text))
-    assert one.result["scaled"] == two.result["scaled"] == 3.0
+    assert one.result["scale-biases"] == two.result["scale-biases"] == {"by": 3.0}
+    assert [stage["kind"] for stage in one.result["stages"]] == ["calibrate", "scale-biases"]
     assert one.result["recipe"] == two.result["recipe"]
     assert torch.equal(one(x), two(x))
     shift = 2 * network.head.bias.detach()
@@ -76,9 +84,7 @@ def test_every_builtin_recipe_survives_a_round_trip(tmp_path: Path) -> None:
 
 
 def test_yaml_holds_every_setting(tmp_path: Path) -> None:
-    stage = Calibrate(
-        weights="percentile", percentile=0.9, bias_correction="sequential", bias_images=7, weight_power=2.4
-    )
+    stage = Calibrate(weights="percentile", percentile=0.9, bias_correction="sequential", weight_power=2.4)
     made = Recipe(name="mine", summary="A try.", paper="none", stages=(stage, Calibrate()))
     data = yaml.safe_load(made.to_yaml())
     assert data["stages"][0]["calibrate"] == stage.model_dump()
@@ -99,7 +105,10 @@ def test_a_stage_without_settings_may_be_a_word(tmp_path: Path) -> None:
     [
         ("name: a\nstages:\n- calibrate: {weights: best}\n", ["weights", "minmax"]),
         ("name: a\nstages:\n- calibrate: {percentile: 0.2}\n", ["percentile", "0.5"]),
-        ("name: a\nstages:\n- calibrate: {bias_imges: 3}\n", ["bias_imges"]),
+        ("name: a\nstages:\n- calibrate: {wieghts: mse}\n", ["wieghts"]),
+        ("name: a\nstages:\n- reconstruct: {full_steps: 3}\n", ["full_steps"]),
+        ("name: a\nstages:\n- reconstruct: {rounding: free}\n", ["rounding", "straight-through"]),
+        ("name: a\nstages:\n- reconstruct: {decide: {begin: 0.3, end: 0.9}}\n", ["decide", "begin"]),
         ("name: a\nstages:\n- calibrate: [3]\n", ["stages"]),
         ("name: a\nstages:\n- celebrate\n", ["celebrate", "calibrate"]),
         ("name: a\nstages:\n- {calibrate: {}, other: {}}\n", ["stages"]),
@@ -142,7 +151,7 @@ def test_an_unknown_recipe_suggests_the_nearest(asked: str, near: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"weights": "best"}, {"percentile": 1.5}, {"power": 0}, {"bias_images": 0}, {"x": 1}]
+    "settings", [{"weights": "best"}, {"percentile": 1.5}, {"power": 0}, {"score_probes": 0}, {"x": 1}]
 )
 def test_settings_are_validated(settings: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,8 @@ from bitwright.quant.scheme import Rule, Scheme, parse_activation_bits, parse_we
 from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.recipes import Recipe
 from bitwright.recipes import recipe as find_recipe
-from bitwright.run.result import SCHEMA, describe_layers, describe_unquantized, environment, peak_memory_bytes, totals
+from bitwright.run.record import RunRecord
+from bitwright.run.result import describe_layers, totals
 from bitwright.stages.base import Precision, Run
 from bitwright.stages.short_rows import keep_short_rows
 
@@ -176,9 +176,7 @@ def quantize(
     student.to("cpu")
     teacher.graph.to("cpu")
     student.preprocessing, student.calibration = network.preprocessing, data
-    student.result = {**_describe(student, network, method, scheme, data, run), "warnings": lines}
-    if facts is not None:
-        student.result["plan"] = facts
+    student.result = _record(student, network, method, data, run, lines, facts).result()
     return student
 
 
@@ -213,8 +211,7 @@ def mend_outliers(
         scheme = keep_short_rows(teacher, scheme, images, run)
         teacher.graph.to(run.device)
         teacher, scales = balance(teacher, lambda network: insert_as(network, scheme, plan), images, method, run)
-        if scales:
-            run.notes["balanced"] = [asdict(each) for each in scales]
+        run.outliers.balanced = scales
         if raise_some:
             scheme = raise_few(teacher, scheme, images, method, run)
     return teacher, scheme
@@ -339,24 +336,32 @@ def _as_plan(plan: Plan | str | Path | None, scheme: Scheme) -> Plan | None:
     return plan
 
 
-def _describe(
-    model: QuantizedModel, network: Model, method: Recipe, scheme: Scheme, data: Images, run: Run
-) -> dict[str, Any]:
-    return {
-        "schema": SCHEMA,
-        **environment(run.device, run.seed),
-        "model": {"name": network.name, **totals(model)},
-        "data": {"calibration": {"count": len(data), "sha256": data.sha256}, "evaluation": None},
-        "recipe": {"name": method.name, "settings": method.settings()},
-        "bits": scheme.described_bits(),
-        "scheme": scheme.model_dump(mode="json"),
-        "size": {"float_bytes": 4 * totals(model)["parameters"]},
-        "seconds": dict(run.seconds),
-        "peak_memory_bytes": peak_memory_bytes(),
-        "layers": describe_layers(model),
-        "unquantized": describe_unquantized(model),
-        "unfolded": [vars(u) for u in model.teacher.unfolded] if model.teacher else [],
-        "warnings": [],
-        "suggestions": [],
-        **run.notes,
-    }
+def _record(
+    model: QuantizedModel,
+    network: Model,
+    method: Recipe,
+    images: Images,
+    run: Run,
+    warned: list[str],
+    plan: dict[str, Any] | None,
+) -> RunRecord:
+    """Everything that is known of the run, once its network is frozen."""
+    return RunRecord(
+        model=network.name,
+        **totals(model),
+        images=len(images),
+        sha256=images.sha256,
+        recipe=method.name,
+        settings=method.settings(),
+        scheme=model.scheme,
+        device=str(run.device),
+        seed=run.seed,
+        seconds=run.seconds,
+        layers=describe_layers(model),
+        unquantized=model.unquantized,
+        unfolded=model.teacher.unfolded if model.teacher else [],
+        stages=run.records,
+        outliers=run.outliers,
+        warnings=warned,
+        plan=plan,
+    )

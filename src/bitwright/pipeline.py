@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,8 +16,9 @@ from bitwright.memory import keep_pages
 from bitwright.quantized import QuantizedModel, Snapshot
 from bitwright.recipes import Recipe
 from bitwright.run import checkpoint
+from bitwright.run.record import StageRecord
 from bitwright.run.state import claim, other_settings
-from bitwright.stages.base import Run
+from bitwright.stages.base import Run, Stage
 
 
 def run_stages(
@@ -38,7 +38,7 @@ def run_stages(
         student: with quantizers that are not calibrated yet.
         teacher: the float network; never changed.
         images: without labels.
-        run: seed, device, progress.
+        run: seed, device, progress; it gets the record of each stage.
         state: folder for the checkpoint; none is kept without.
         identity: what the run depends on; a checkpoint of another identity is refused.
 
@@ -56,9 +56,7 @@ def run_stages(
             if state is not None and _restore(student, state, position, run, identity):
                 continue
             torch.manual_seed(run.seed + position)
-            _set_aside(run, stage.kind)
-            with run.timed(stage.kind):
-                student = stage.run(student, teacher, images.unlabelled(), run.of(recipe.stages, position))
+            student = _record(stage, student, teacher, images, run.of(recipe.stages, position))
             _check_finite(student, teacher)
             left = student.snapshot()
             run.history.append((stage.kind, left))
@@ -67,13 +65,15 @@ def run_stages(
     return student
 
 
-def _set_aside(run: Run, kind: str) -> None:
-    """Keeps what an earlier stage of the same kind noted, with its seconds, before the next one notes its own."""
-    if kind not in run.notes:
-        return
-    earlier: list[dict[str, Any]] = run.notes.setdefault("earlier_stages", [])
-    spent = run.seconds.get(kind, 0.0) - sum(each["seconds"] for each in earlier if each["stage"] == kind)
-    earlier.append({"stage": kind, "seconds": round(spent, 3), **run.notes.pop(kind)})
+def _record(stage: Stage, student: QuantizedModel, teacher: Captured, images: Images, run: Run) -> QuantizedModel:
+    """Runs a stage, after which the run has one record more: the stage's own, or a plain one."""
+    count, before = len(run.records), run.seconds.get(stage.kind, 0.0)
+    with run.timed(stage.kind):
+        student = stage.run(student, teacher, images.unlabelled(), run)
+    if len(run.records) == count:
+        run.records.append(StageRecord(kind=stage.kind))
+    run.records[-1].seconds = round(run.seconds[stage.kind] - before, 3)
+    return student
 
 
 def fingerprint(graph: nn.Module) -> str:
@@ -98,7 +98,8 @@ def _check_finite(student: QuantizedModel, teacher: Captured) -> None:
 def _keep(snapshot: Snapshot, state: Path, position: int, kind: str, run: Run, identity: str) -> None:
     """Writes the checkpoint of a stage."""
     header = {"kind": kind, "identity": identity, "symmetric": json.dumps(snapshot.symmetric)}
-    header |= {"notes": json.dumps(run.notes), "seconds": json.dumps(run.seconds)}
+    records = [record.model_dump(mode="json") for record in run.records]
+    header |= {"records": json.dumps(records), "seconds": json.dumps(run.seconds)}
     checkpoint.write(_path(state, position), snapshot.tensors, header)
 
 
@@ -116,7 +117,9 @@ def _restore(student: QuantizedModel, state: Path, position: int, run: Run, iden
     snapshot = Snapshot(tensors, json.loads(header["symmetric"]))
     student.restore(snapshot)
     run.history.append((header["kind"], snapshot))
-    run.notes, run.seconds = json.loads(header["notes"]), json.loads(header["seconds"])
+    records = json.loads(header["records"])
+    run.records[:] = [Stage.registry[each["kind"]].record.model_validate(each) for each in records]
+    run.seconds = json.loads(header["seconds"])
     return True
 
 

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 import bitwright as bw
 from bitwright.errors import UsageError
 from bitwright.export.packed import ideal_bytes, load_packed, pack_bits, save_packed, unpack_bits
+from bitwright.quant.quantizer import Quantizer
 from bitwright.quantized import insert_quantizers
 
 
@@ -49,6 +50,20 @@ def test_other_granularities_survive(settings, tmp_path):
     save_packed(model, tmp_path / "m.safetensors")
     loaded, _ = load_packed(tmp_path / "m.safetensors")
     assert torch.equal(model.flat(cases.images())[0], loaded.flat(cases.images())[0])
+
+
+@pytest.mark.parametrize("runtime", ["generic-pot", "generic"])
+def test_quantizers_whose_scales_are_powers_of_two_stay_so(runtime, tmp_path):
+    model = bw.quantize(cases.model("residual"), cases.dataset(), recipe="mse", weights=4, runtime=runtime)
+    model.save(tmp_path / "run")
+    loaded = bw.load(tmp_path / "run")
+    theirs, ours = ([m for m in x.graph.modules() if isinstance(m, Quantizer)] for x in (model, loaded))
+    assert {q.power_of_two for q in theirs} == {runtime == "generic-pot"}
+    assert [q.power_of_two for q in ours] == [q.power_of_two for q in theirs]
+    assert all(torch.equal(a.scale, b.scale) for a, b in zip(ours, theirs, strict=True))
+    ours[0].set_range(torch.full_like(ours[0].scale, 0.3), torch.zeros_like(ours[0].zero_point))
+    expected = 0.5 if runtime == "generic-pot" else 0.3
+    assert ours[0].scale.tolist() == pytest.approx([expected] * ours[0].scale.numel())
 
 
 @pytest.mark.parametrize("activations", [8, None])

@@ -24,7 +24,7 @@ YAML: dict[str, bytes] = {
     "number as a key": b"name: x\nstages: [{calibrate: {1: 2}}]\n",
     "list as a key": b"? [1, 2]\n: x\n",
     "date": b"name: 2024-13-45\nstages: [calibrate]\n",
-    "long number": b"name: x\nstages: [{calibrate: {bias_images: " + b"9" * 5000 + b"}}]\n",
+    "long number": b"name: x\nstages: [{calibrate: {score_probes: " + b"9" * 5000 + b"}}]\n",
     "tag": b"name: !!python/object/apply:os.mkdir [ran]\nstages: [calibrate]\n",
     "zero byte": b"name: x\0\nstages: [calibrate]\n",
     "nothing": b"",

@@ -201,11 +201,10 @@ def test_gradients_of_soft_rounding(kind: str) -> None:
     assert steps.tolist() == pytest.approx([expected[b] for b in range(len(expected))], rel=1e-4, abs=1e-4)
 
 
-@pytest.mark.parametrize("step", ["multiplicative", "lsq"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_straight_through_starts_as_the_quantizer(kind: str, step: str) -> None:
+def test_straight_through_starts_as_the_quantizer(kind: str) -> None:
     weight, quantizer, _ = weight_of(kind)
-    learned = LearnedWeight(weight, quantizer, "straight-through", step)
+    learned = LearnedWeight(weight, quantizer, "straight-through")
     assert torch.equal(learned(), quantizer(weight))
     assert torch.equal(learned.hard(), quantizer(weight))
     assert torch.equal(learned.hard_codes(), quantizer.codes(weight).float())
@@ -233,45 +232,17 @@ def test_straight_through_with_a_factor_on_the_step(kind: str) -> None:
     assert torch.equal(learned.hard(), found)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_straight_through_with_the_step_of_lsq(kind: str) -> None:
-    """Closed form inside, below and above the grid, times ``1 / sqrt(elements of a block * qmax)``; codes follow."""
-    weight, quantizer, owner = weight_of(kind)
-    learned = LearnedWeight(weight, quantizer, "straight-through", "lsq")
-    randomise(learned)
-    g = noise(*weight.shape, seed=8)
-    found = learned()
-    codes, steps = torch.autograd.grad(found, [learned.codes, learned.step], g)
-    expected: dict[int, float] = defaultdict(float)
-    kinds = set()
-    for index, block in owner.items():
-        first, step = float(quantizer.scale[block]), learned.step[block].item()
-        real = learned.codes[index].item() * first / step  # the weight that is learned, in its present steps
-        inside = -4 < real < 3
-        kinds.add((real <= -4) - (real >= 3))
-        slope = round(real) - real if inside else (-4 if real <= -4 else 3)
-        expected[block] += float(g[index]) * slope
-        assert found[index].item() == pytest.approx(round(min(max(real, -4), 3)) * step, abs=1e-6)
-        assert float(codes[index]) == pytest.approx(float(g[index]) * first * inside, abs=1e-5)
-    blocks = len(expected)
-    scale = 1 / math.sqrt(weight.numel() / blocks * 3)
-    assert steps.tolist() == pytest.approx([scale * expected[b] for b in range(blocks)], rel=1e-3, abs=1e-4)
-    assert kinds == {-1, 0, 1}
-    torch.testing.assert_close(learned.hard(), found, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("step", ["multiplicative", "lsq"])
 @pytest.mark.parametrize("rounding", ["soft", "straight-through"])
-def test_one_scale_a_channel_is_a_loop_over_channels(rounding: str, step: str) -> None:
+def test_one_scale_a_channel_is_a_loop_over_channels(rounding: str) -> None:
     weight, quantizer, _ = weight_of("conv")
-    whole = LearnedWeight(weight, quantizer, rounding, step)
+    whole = LearnedWeight(weight, quantizer, rounding)
     randomise(whole)
     g = noise(*weight.shape, seed=8)
     value, slopes = whole(), torch.autograd.grad(whole(), [whole.codes, whole.step], g)
     for c in range(len(weight)):
         single = Quantizer("one", quantizer.grid, "weight", (1, *weight.shape[1:]), (1, *weight.shape[1:]))
         single.set_range(quantizer.scale[c])
-        part = LearnedWeight(weight[c : c + 1], single, rounding, step)
+        part = LearnedWeight(weight[c : c + 1], single, rounding)
         with torch.no_grad():
             part.codes.copy_(whole.codes[c : c + 1])
             part.step.copy_(whole.step[c : c + 1])
@@ -293,13 +264,12 @@ def test_a_factor_has_a_floor() -> None:
     quantizer.set_range(learned.scale())  # which the quantizer takes
 
 
-@pytest.mark.parametrize("step", ["multiplicative", "lsq"])
 @pytest.mark.parametrize("rounding", ["soft", "straight-through"])
 @pytest.mark.parametrize("bits", [2, 3, 8])
 @pytest.mark.parametrize("kind", ["linear", "groups", "transposed"])
-def test_what_is_hard_lies_on_the_grid_that_the_quantizer_gets(kind: str, bits: int, rounding: str, step: str) -> None:
+def test_what_is_hard_lies_on_the_grid_that_the_quantizer_gets(kind: str, bits: int, rounding: str) -> None:
     weight, quantizer, _ = weight_of(kind, bits)
-    learned = LearnedWeight(weight, quantizer, rounding, step)
+    learned = LearnedWeight(weight, quantizer, rounding)
     randomise(learned)
     hard, codes = learned.hard(), learned.hard_codes()
     quantizer.set_range(learned.scale())
@@ -308,67 +278,16 @@ def test_what_is_hard_lies_on_the_grid_that_the_quantizer_gets(kind: str, bits: 
     assert quantizer.grid.qmin <= float(codes.min()) <= float(codes.max()) <= quantizer.grid.qmax
 
 
-@pytest.mark.parametrize("kind", ["linear", "groups", "transposed"])
-def test_free_codes_are_clamped_and_not_rounded(kind: str) -> None:
-    weight, quantizer, owner = weight_of(kind)
-    learned = LearnedWeight(weight, quantizer, "free")
-    for index, block in owner.items():
-        step = float(quantizer.scale[block])
-        real = float(weight[index]) / step
-        assert learned()[index].item() == pytest.approx(min(max(real, -4), 3) * step, abs=1e-6)
-    assert torch.equal(learned.hard(), quantizer(weight))
-    assert learned.decided() == 0
-
-
-@pytest.mark.parametrize("rounding", ["soft", "straight-through", "free"])
-def test_settling_fixes_the_nearest_first_and_in_the_end_all(rounding: str) -> None:
-    weight, quantizer, _ = weight_of("conv", bits=4, seed=2)
-    learned = LearnedWeight(weight, quantizer, rounding)
-    real = (weight / quantizer.expanded()[0]).clamp(-8, 7)
-    distance = (real - real.round()).abs().flatten()
-    nearest, hard = distance.argsort(), learned.hard_codes()
-    g = torch.ones_like(weight)
-    for share in (0.25, 0.5, 1.0):
-        learned.settle(share)
-        fixed = round(share * weight.numel())
-        (slope,) = torch.autograd.grad(learned(), learned.codes, g)
-        assert not bool(slope.flatten()[nearest[:fixed]].any())
-        if share < 1:
-            assert bool(slope.flatten()[nearest[fixed:]].ne(0).any())
-        assert torch.equal(learned.hard_codes(), hard)
-        on_grid = learned().detach() / quantizer.expanded()[0]
-        torch.testing.assert_close(on_grid.flatten()[nearest[:fixed]], hard.flatten()[nearest[:fixed]])
-    assert learned.decided() == weight.numel()
-    assert torch.equal(learned(), learned.hard())
-
-
-def test_what_was_settled_stays_so() -> None:
-    weight, quantizer, _ = weight_of("linear", bits=8)
-    learned = LearnedWeight(weight, quantizer, "free")
-    learned.settle(0.5)
-    first = learned.settled.clone()
-    with torch.no_grad():
-        learned.codes[~first] = learned.codes[~first].round()  # now nearer than those
-        learned.codes[first] += torch.linspace(0.1, 0.3, int(first.sum()))
-    learned.settle(0.75)
-    assert bool(learned.settled[first].all())
-
-
-@pytest.mark.parametrize("step", ["multiplicative", "lsq"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_dampening_takes_a_share_of_the_way_to_the_integer_and_changes_none(kind: str, step: str) -> None:
+def test_dampening_takes_a_share_of_the_way_to_the_integer_and_changes_none(kind: str) -> None:
     weight, quantizer, owner = weight_of(kind)
-    learned = LearnedWeight(weight, quantizer, "straight-through", step)
+    learned = LearnedWeight(weight, quantizer, "straight-through")
     randomise(learned)
     before, hard = learned.codes.detach().clone(), learned.hard_codes()
     learned.dampen(0.25)
-    for index, block in owner.items():
-        in_steps = 1.0  # of a code's unit in the unit of its integer
-        if step == "lsq":
-            in_steps = float(learned.initial[block]) / abs(float(learned.step.detach()[block]))
-        code = float(before[index]) * in_steps
-        target = min(max(round(code), -4), 3)
-        expected = (0.75 * code + 0.25 * target) / in_steps
+    for index in owner:
+        code = float(before[index])
+        expected = 0.75 * code + 0.25 * min(max(round(code), -4), 3)
         assert float(learned.codes.detach()[index]) == pytest.approx(expected, abs=1e-5)
     assert torch.equal(learned.hard_codes(), hard)
     learned.dampen(1.0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -28,6 +30,8 @@ from bitwright.sensitivity import (
     predicted_losses,
 )
 from bitwright.stages.base import Run
+from bitwright.stages.calibrate import Calibrate
+from bitwright.stages.optq import Optq
 
 CHOICES = Choices((3, 8), (4,))
 ALL: list[Measure] = [
@@ -60,6 +64,12 @@ def test_the_second_call_computes_nothing_and_gives_the_same(
     assert len(list(folder.iterdir())) == 1
 
 
+class Alike(Optq):
+    """Another stage with the same settings."""
+
+    kind: ClassVar[str] = "test-alike"
+
+
 def test_whatever_changes_the_numbers_changes_the_key(tmp_path: Path) -> None:
     base = (Trace(probes=2), prepared("residual"), dataset(4), CHOICES, Run())
     others = [
@@ -72,6 +82,11 @@ def test_whatever_changes_the_numbers_changes_the_key(tmp_path: Path) -> None:
         (*base[:2], dataset(4).labelled([0, 1, 2, 2]), *base[3:]),
         (*base[:3], Choices((3, 4), (4,)), base[4]),
         (*base[:3], Choices((3, 8), (4,), Scheme(granularity="tensor")), base[4]),
+        (*base[:3], replace(CHOICES, calibrate=Calibrate(weights="minmax")), base[4]),
+        (*base[:3], replace(CHOICES, refine=(Optq(),)), base[4]),
+        (*base[:3], replace(CHOICES, refine=(Optq(damping=0.2),)), base[4]),
+        (*base[:3], replace(CHOICES, refine=(Optq(), Optq())), base[4]),
+        (*base[:3], replace(CHOICES, refine=(Alike(),)), base[4]),
         (*base[:4], Run(seed=1)),
         (*base[:4], Run(batch=2)),
     ]

@@ -17,6 +17,7 @@ from bitwright.graph.prepare import prepare
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel, insert_quantizers
+from bitwright.stages import calibrate as stage_module
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
 
@@ -27,7 +28,7 @@ def calibrated(
     """A calibrated student; what the stage does not know goes to the scheme. Min-max, which is quick."""
     teacher = prepared(teacher) if isinstance(teacher, str) else teacher
     settings = {"activations": 8, **settings}
-    stage = {k: settings.pop(k) for k in ("bias_correction", "bias_images", "match_spread") if k in settings}
+    stage = {k: settings.pop(k) for k in ("bias_correction", "match_spread") if k in settings}
     student = insert_quantizers(teacher, Scheme(runtime=runtime, **settings))
     return Calibrate(activations="minmax", **stage).run(student, teacher, dataset(count), Run(batch=batch))
 
@@ -109,9 +110,10 @@ def test_sequential_correction_keeps_the_quantized_networks_means(name: str, run
     assert max(before.values()) > 3e-3
 
 
-def test_sequential_correction_uses_as_many_images_as_asked() -> None:
+def test_sequential_correction_uses_the_first_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage_module, "BIAS_IMAGES", 4)
     x = images(12, seed=1)
-    few = calibrated("residual", weights=3, bias_correction="sequential", bias_images=4)
+    few = calibrated("residual", weights=3, bias_correction="sequential")
     assert max(quantized_errors(few, prepared("residual"), x[:4]).values()) < 3e-4
     assert max(quantized_errors(few, prepared("residual"), x).values()) > 1e-3
 

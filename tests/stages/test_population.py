@@ -54,14 +54,6 @@ def test_a_share_of_the_scales_changes(share: float, count: int) -> None:
     assert int((child != 1).sum()) == count
 
 
-def test_the_size_follows_success() -> None:
-    mutation = Mutation(adapt=True)
-    up, down = mutation.adapted(1.0, success=True), mutation.adapted(1.0, success=False)
-    assert down < 1 < up
-    assert up * down**4 == pytest.approx(1.0)  # one success in five keeps it
-    assert Mutation().adapted(0.7, success=True) == 0.7
-
-
 @pytest.mark.parametrize("wrong", [{"size": 0.0}, {"share": 0.0}, {"share": 1.5}])
 def test_wrong_settings_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValidationError):

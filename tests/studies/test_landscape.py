@@ -33,7 +33,7 @@ def begun(name: str = "transformer", labelled: bool = False) -> tuple[Subject, Q
     images = held_out.labelled(LABELS) if labelled else held_out
     subject = Subject(Model(make(name), name, None), dataset(12), images, CPU)
     student = subject.begin(Scheme(weights=3, activations=8), recipe("mse").stages, subject.pool, 0)
-    return subject, student, scale_keys(student, middle_blocks(subject)[0], "weights")
+    return subject, student, scale_keys(student, middle_blocks(subject)[0])
 
 
 def count(student: QuantizedModel, keys: list[str]) -> int:

@@ -267,9 +267,9 @@ def _describe_quantizer(quantizer: Quantizer, blobs: _Blobs) -> dict[str, Any]:
 
 
 def _rebuild(data: Structure, blobs: dict[str, Tensor]) -> QuantizedModel:
-    root = nn.Module()
+    root, scheme = nn.Module(), Scheme(**data.scheme)
     for key, described in data.modules.items():
-        root.add_module(key, _rebuild_module(root, described, blobs))
+        root.add_module(key, _rebuild_module(root, described, blobs, scheme))
     for name, where in data.tensors.items():
         rewrite.set_tensor(root, name, _read(blobs, where.model_dump()).clone())
     rewrite.channels_last(root)
@@ -282,14 +282,14 @@ def _rebuild(data: Structure, blobs: dict[str, Tensor]) -> QuantizedModel:
         graph,
         [Layer(**layer) for layer in data.layers],
         [Unquantized(**u) for u in data.unquantized],
-        Scheme(**data.scheme),
+        scheme,
         outputs=tuple(data.outputs),
         structure=read_arrangement(data.structure),
         input_shape=shape,
     )
 
 
-def _rebuild_module(root: nn.Module, described: dict[str, Any], blobs: dict[str, Tensor]) -> nn.Module:
+def _rebuild_module(root: nn.Module, described: dict[str, Any], blobs: dict[str, Tensor], scheme: Scheme) -> nn.Module:
     if described["is"] == "bias":
         source, weight = (root.get_submodule(described[k]) for k in ("source", "weight"))
         assert isinstance(source, Quantizer)
@@ -311,6 +311,7 @@ def _rebuild_module(root: nn.Module, described: dict[str, Any], blobs: dict[str,
         tuple(described["shape"]),
         None if described["block"] is None else tuple(described["block"]),
         described.get("head_axis"),
+        scheme.target.power_of_two_scales,
     )
     zero = described.get("zero_point")
     if described["scale"]["count"]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +27,7 @@ from bitwright.quant.quantizer import Grid, Quantizer
 from bitwright.quant.ranges import affine_parameters
 from bitwright.quant.scheme import Rule, Scheme, escaped
 from bitwright.quantized import QuantizedModel, insert_quantizers
+from bitwright.run.record import Raised, Suggestion
 from bitwright.sensitivity.one_at_a_time import distance_of_outputs, spread_of_outputs
 
 if TYPE_CHECKING:
@@ -53,23 +54,6 @@ HELPS = 0.7
 """Of the loss: what is left of it at most, where rules are worth their name."""
 CLOSE = 0.05
 """Of the loss: a tensor that saves less is left as it is."""
-
-
-@dataclass(frozen=True)
-class Suggestion:
-    """A rule that raises one tensor, as ``result.json`` has it.
-
-    Attributes:
-        rule: for ``rules=``, or ``--rule`` on the command line.
-        tensor: the layer that yields it.
-        predicted_gain: by how much the loss would rise without this rule, all the others kept.
-        cost: share of multiply-accumulates that read or make it.
-    """
-
-    rule: str
-    tensor: str
-    predicted_gain: float
-    cost: float
 
 
 @dataclass(frozen=True)
@@ -121,7 +105,7 @@ class Found:
 def raise_few(teacher: Captured, scheme: Scheme, images: Images, method: Recipe, run: Run) -> Scheme:
     """The scheme with rules of 16 bits for the few activations that need them: ``--activations auto``.
 
-    Rules of the scheme come after them. A line in the result says which.
+    Rules of the scheme come after them. The run's record of outliers says which.
 
     Raises:
         UsageError: the runtime has no 16-bit activations.
@@ -134,7 +118,7 @@ def raise_few(teacher: Captured, scheme: Scheme, images: Images, method: Recipe,
     found = find(student, teacher, some, run, loud=NEGLIGIBLE, share=OPERATIONS)
     if found is None:
         return scheme
-    run.notes["raised"] = {"loss": found.loss, "left": found.left, "rules": [asdict(s) for s in found.suggestions]}
+    run.outliers.raised = Raised(found.loss, found.left, found.suggestions)
     rules = tuple(Rule.parse(s.rule) for s in found.suggestions)
     return scheme.model_copy(update={"rules": (*rules, *scheme.rules)})
 
@@ -158,7 +142,7 @@ def advise(student: QuantizedModel, images: Images, run: Run) -> list[str]:
     Args:
         student: as the recipe left it, not frozen.
         images: without labels.
-        run: seed, device; the rules go into its notes.
+        run: seed, device; the rules go into its record of outliers.
     """
     scheme, teacher = student.scheme, student.teacher
     assert teacher is not None
@@ -170,7 +154,7 @@ def advise(student: QuantizedModel, images: Images, run: Run) -> list[str]:
     found = find(student, teacher, some, run, loud=LOUD, share=1.0, say_all=weights)
     if found is None:
         return []
-    run.notes["suggestions"] = [asdict(s) for s in found.suggestions]
+    run.outliers.suggestions = found.suggestions
     return [str(found)]
 
 

@@ -17,8 +17,6 @@ from bitwright.quant.quantizer import TINY, Quantizer
 ZETA, GAMMA = 1.1, -0.1
 DECIDED = 1e-3
 """A rounding is decided when it is this near to up or down."""
-FIXED = 50.0
-"""A logit beyond which the rectified sigmoid is flat: such a rounding is up or down for good."""
 FLOOR = 2.0**-16
 """Of a multiplicative step (EPTQ)."""
 
@@ -83,21 +81,7 @@ class _Round(torch.autograd.Function):
         return gradients[0]
 
 
-class _ScaleGradient(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by a factor."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0] * ctx.factor, None
-
-
-Rounding = Literal["soft", "straight-through", "free"]
-StepKind = Literal["multiplicative", "lsq"]
+Rounding = Literal["soft", "straight-through"]
 
 
 class LearnedWeight(nn.Module):
@@ -108,24 +92,16 @@ class LearnedWeight(nn.Module):
         quantizer: calibrated, symmetric.
         rounding: ``soft`` lets every code move between floor and ceil of where it starts, by a rectified sigmoid;
             ``straight-through`` rounds a free real code and passes the gradient, so that codes may move further.
-        step: ``multiplicative``, a factor on the step that leaves the codes; ``lsq``, the step itself with the
-            gradient of LSQ (arXiv:1902.08153), under which codes follow the weight.
 
-    The parameters are ``codes`` (logits for ``soft``, real codes otherwise) and ``step``, one per block.
+    The parameters are ``codes`` (logits for ``soft``, real codes otherwise) and ``step``, a factor on the step of each
+    block, which leaves the codes.
     """
 
     initial: Tensor
-    settled: Tensor
 
-    def __init__(
-        self,
-        weight: Tensor,
-        quantizer: Quantizer,
-        rounding: Rounding = "soft",
-        step: StepKind = "multiplicative",
-    ) -> None:
+    def __init__(self, weight: Tensor, quantizer: Quantizer, rounding: Rounding = "soft") -> None:
         super().__init__()
-        self.name, self.grid, self.rounding, self.step_kind = quantizer.name, quantizer.grid, rounding, step
+        self.name, self.grid, self.rounding = quantizer.name, quantizer.grid, rounding
         self._shape, self._block = tuple(weight.shape), quantizer.block or tuple(weight.shape)
         scale, _ = quantizer.expanded()
         real = weight.detach().float() / scale
@@ -136,8 +112,7 @@ class LearnedWeight(nn.Module):
             self.codes = nn.Parameter(inverse_rectified_sigmoid(real - self.base))
         else:
             self.codes = nn.Parameter(real.clone())
-        self.register_buffer("settled", torch.zeros(0, dtype=torch.bool))
-        self.step = nn.Parameter(torch.ones_like(self.initial) if step == "multiplicative" else self.initial.clone())
+        self.step = nn.Parameter(torch.ones_like(self.initial))
 
     def forward(self, stored: Tensor | None = None) -> Tensor:
         """The weight for one pass, [O, I, ...]."""
@@ -147,17 +122,8 @@ class LearnedWeight(nn.Module):
             real = self.base + rectified_sigmoid(self.codes)
         else:
             real = self.codes
-            if self.settled.numel():
-                real = torch.where(self.settled, torch.round(self.codes.detach()), self.codes)
-        if self.step_kind == "lsq":
-            factor = (self.codes.numel() / self.step.numel() * qmax) ** -0.5
-            step = self._expand(_positive(_apply(_ScaleGradient, self.step, factor)))
-            if self.rounding != "soft":
-                real = real * (self._expand(self.initial) / step)
-            clamped = real.clamp(qmin, qmax)
-        else:
-            step = self._expand(self.initial * self.step.clamp_min(FLOOR))
-            clamped = real.clamp(qmin, qmax)
+        step = self._expand(self.initial * self.step.clamp_min(FLOOR))
+        clamped = real.clamp(qmin, qmax)
         return (_apply(_Round, clamped) if self.rounding == "straight-through" else clamped) * step
 
     def hard_codes(self) -> Tensor:
@@ -166,44 +132,18 @@ class LearnedWeight(nn.Module):
             if self.rounding == "soft":
                 assert self.base is not None
                 real = self.base + (self.codes >= 0)
-            elif self.step_kind == "lsq":
-                real = self.codes * (self._expand(self.initial) / self._expand(self.scale()))
             else:
                 real = self.codes
             return torch.round(real.clamp(self.grid.qmin, self.grid.qmax))
 
     def scale(self) -> Tensor:
         """The steps, [number of blocks]."""
-        step = self.step.detach()
-        return (self.initial * step.clamp_min(FLOOR)) if self.step_kind == "multiplicative" else _positive(step)
-
-    def settle(self, share: float) -> None:
-        """Fixes the given share of the codes for good, those nearest to an integer first."""
-        with torch.no_grad():
-            if self.rounding == "soft":
-                distance = 0.5 - (self.softness() - 0.5).abs()
-            else:
-                clamped = self.codes.clamp(self.grid.qmin, self.grid.qmax)
-                distance = (clamped - clamped.round()).abs()
-                if self.settled.numel():
-                    distance = torch.where(self.settled, -1.0, distance)
-            count = round(distance.numel() * share)
-            bound = torch.kthvalue(distance.flatten(), count).values if count else torch.tensor(-2.0)
-            chosen = distance <= bound
-            if self.rounding == "soft":
-                fixed = torch.where(self.codes >= 0, FIXED, -FIXED)
-            else:
-                self.settled = chosen
-                fixed = clamped.round()
-            self.codes.copy_(torch.where(chosen, fixed, self.codes))
+        return self.initial * self.step.detach().clamp_min(FLOOR)
 
     def dampen(self, share: float) -> None:
         """Moves every code by this share of its way to the integer it rounds to (not ``soft``)."""
         with torch.no_grad():
-            target = self.hard_codes()
-            if self.step_kind == "lsq":
-                target = target * (self._expand(self.scale()) / self._expand(self.initial))
-            self.codes.lerp_(target, share)
+            self.codes.lerp_(self.hard_codes(), share)
 
     def hard(self) -> Tensor:
         """The weight with its integers."""
@@ -216,7 +156,7 @@ class LearnedWeight(nn.Module):
     def decided(self) -> int:
         """How many roundings are within 1e-3 of up or down; all, where they are straight-through."""
         if self.rounding != "soft":
-            return self.codes.numel() if self.rounding != "free" else int(self.settled.sum())
+            return self.codes.numel()
         with torch.no_grad():
             h = self.softness()
             return int(((h < DECIDED) | (h > 1 - DECIDED)).sum())

@@ -37,8 +37,6 @@ class Recipe(BaseModel):
             weight_power: 4.0
             activation_power: 2.0
             bias_correction: none
-            bias_images: 128
-            score_images: 64
             score_probes: 8
             norm_inputs: tensor
             match_spread: false

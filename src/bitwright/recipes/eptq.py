@@ -36,11 +36,10 @@ RECIPES = (
         summary="The settings of EPTQ's second paper: Hessian-weighted ranges, soft roundings, 80,000 steps.",
         paper="arXiv:2309.11531v2",
         stages=(
-            Calibrate(weights="hmse", activations="mse", score_images=64, score_probes=100),
+            Calibrate(weights="hmse", activations="mse", score_probes=100),
             Reconstruct(
                 weigh="sla",
                 steps=80_000,
-                full_steps=80_000,
                 score_probes=100,
                 score_error=1e-3,
                 rounding="soft",
@@ -63,7 +62,6 @@ RECIPES = (
                 weigh="lfh",
                 over="mean",
                 steps=80_000,
-                full_steps=80_000,
                 views=8,
                 score_images=16,
                 score_probes=100,

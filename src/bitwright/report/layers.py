@@ -94,32 +94,14 @@ def _tally(rows: list[dict[str, Any]], what: str) -> str:
     return ", ".join(f"{b} in {words.plural(n, 'layer')}" for b, n in counts)
 
 
-SENSITIVITIES = {
-    "predicted_loss": ("Predicted loss", "of each layer's weights alone, from their curvature"),
-    "score": ("Label-free score", "how strongly the outputs depend on each layer's values (the trace of its Hessian)"),
-}
-
-
-def sensitivities(run: Shown) -> tuple[str, dict[str, float]] | None:
-    """Which measure of sensitivity the run has, and its values by layer."""
-    measured = run.result.get("sensitivity")
-    rows = measured.get("layers") if isinstance(measured, dict) else None
-    if isinstance(rows, list):
-        found = {r["name"]: float(r["predicted_loss"]) for r in rows if r.get("predicted_loss") is not None}
-        if found:
-            return "predicted_loss", found
+def label_free_scores(run: Shown) -> dict[str, float]:
+    """By layer, how strongly the outputs depend on its values; empty for a run that needed no scores."""
     scores = (run.result.get("scores") or {}).get("layers")
-    if isinstance(scores, dict) and scores:
-        return "score", {str(k): float(v) for k, v in scores.items()}
-    return None
+    return {str(k): float(v) for k, v in scores.items()} if isinstance(scores, dict) else {}
 
 
 def _sensitivity(run: Shown) -> Markup | None:
-    found = sensitivities(run)
-    if found is None:
-        return None
-    kind, values = found
-    rows = run.layers
+    values, rows = label_free_scores(run), run.layers
     places: dict[str, int] = {}
     for i, r in enumerate(rows, 1):
         places.setdefault(r["name"], i)
@@ -128,7 +110,8 @@ def _sensitivity(run: Shown) -> Markup | None:
         return None
     x, y = _along(rows), logarithmic(min(v for *_, v in known), max(v for *_, v in known), "score")
     marks = [bar(i - 0.4, i + 0.4, y.low, v, x, y, "float", f"{i}. {n}: {words.number(v)}") for i, n, v in known]
-    title, meaning = SENSITIVITIES[kind]
+    title = "Label-free score"
+    meaning = "how strongly the outputs depend on each layer's values (the trace of its Hessian)"
     top = sorted(known, key=lambda k: -k[2])[:3]
     most = words.listed([f"{n} ({words.number(v)})" for _, n, v in top])
     return tag(
@@ -146,9 +129,7 @@ def every_layer(run: Shown) -> Section:
     rows = run.layers
     if not rows:
         return Section("layers", "Every layer", paragraph("Nothing is quantized.", quiet=True))
-    measure = sensitivities(run)
-    scores = measure[1] if measure else {}
-    shares = _shares(run)
+    scores, shares = label_free_scores(run), _shares(run)
     heads = [
         ">#",
         "layer",

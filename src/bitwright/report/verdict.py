@@ -11,8 +11,6 @@ from bitwright.report import words
 METRICS = {
     "top1": "top-1 accuracy",
     "miou": "mean IoU",
-    "map": "mAP",
-    "map50": "mAP at IoU 0.5",
     "top5": "top-5 accuracy",
     "pixel_accuracy": "accuracy of pixels",
 }

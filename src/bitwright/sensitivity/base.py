@@ -178,7 +178,7 @@ def _key(measure: Measure, teacher: Captured, images: Images, choices: Choices, 
         "activations": choices.activations,
         "scheme": choices.scheme.model_dump(mode="json", exclude=OPEN),
         "calibrate": choices.calibrate.model_dump(mode="json"),
-        "refine": [stage.model_dump(mode="json") for stage in choices.refine],
+        "refine": [[stage.kind, stage.model_dump(mode="json")] for stage in choices.refine],
         "batch": run.batch,
         "seed": run.seed,
     }

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from bitwright.given.arguments import SEEDS, whole
 from bitwright.progress import Progress, silent
+from bitwright.run.record import Outliers, StageRecord
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,7 +28,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 @dataclass
 class Run:
-    """What every stage shares: seed, device, batch size, budget, progress, and what it leaves for the result.
+    """What every stage shares: seed, device, batch size, budget, progress, and where it records what it did.
 
     Attributes:
         steps: of an optimisation, instead of the recipe's.
@@ -37,6 +38,9 @@ class Run:
         state: folder for checkpoints inside a stage; None keeps none.
         identity: what the run depends on; the key of what is kept in ``state``.
         history: the student as each stage left it, by the stage's kind.
+        seconds: spent so far, by what they were spent on.
+        records: what each stage tells, in the order of stages.
+        outliers: what was done about outliers before the first stage, and what is suggested after the last.
     """
 
     seed: int = 0
@@ -52,7 +56,8 @@ class Run:
     started: float = field(default_factory=time.perf_counter)
     history: list[tuple[str, Snapshot]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
-    notes: dict[str, Any] = field(default_factory=dict)
+    records: list[StageRecord] = field(default_factory=list)
+    outliers: Outliers = field(default_factory=Outliers)
 
     def __post_init__(self) -> None:
         self.seed = whole("seed", self.seed, least=0, below=SEEDS)
@@ -101,6 +106,8 @@ class Stage(BaseModel):
     kind: ClassVar[str]
     layerwise: ClassVar[bool] = False
     """Whether it rounds each layer by itself, from the float network's values: other layers' bits do not matter."""
+    record: ClassVar[type[StageRecord]] = StageRecord
+    """The class of what it tells, for a stage that appends a record of its own to ``run.records``."""
     registry: ClassVar[dict[str, type[Stage]]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -24,6 +24,10 @@ from bitwright.quantized import QuantizedModel
 from bitwright.stages.base import Run, Stage
 from bitwright.stages.ptf import set_factors
 
+BIAS_IMAGES = 128
+"""Images that ``sequential`` corrects biases on, in one batch."""
+SCORE_IMAGES = 64
+"""Images from which ``hmse`` scores the elements of weights."""
 BIAS_REACH = 2.0**30
 """Largest bias in steps of its accumulator; a channel that would exceed it gets wider weight steps."""
 
@@ -47,12 +51,8 @@ class Calibrate(Stage):
     activation_power: float = Field(default=2.0, gt=0)
     """The same for activations."""
     bias_correction: Literal["analytic", "sequential", "none"] = "none"
-    bias_images: int = Field(default=128, ge=1)
-    """Images that ``sequential`` uses, in one batch."""
-    score_images: int = Field(default=64, ge=1)
-    """Images from which ``hmse`` scores the elements of weights."""
     score_probes: int = Field(default=8, ge=1)
-    """Backward passes for each batch of those."""
+    """Backward passes for each batch of the images from which ``hmse`` scores the elements of weights."""
     norm_inputs: Literal["tensor", "ptf"] = "tensor"
     """Scales of what layer norms read: one a tensor, or ``ptf``, for each channel one of four that are powers of two
     apart (FQ-ViT, arXiv:2111.13824), chosen by squared error in a second pass over the images."""
@@ -74,7 +74,7 @@ class Calibrate(Stage):
         if self.bias_correction == "analytic":
             correct_biases(student, teacher, {k: v.mean for k, v in means.items()})
         elif self.bias_correction == "sequential":
-            correct_biases_in_sequence(student, teacher, images.batch(range(min(self.bias_images, len(images)))), run)
+            correct_biases_in_sequence(student, teacher, images.batch(range(min(BIAS_IMAGES, len(images)))), run)
         widen_for_biases(student)
         return student
 
@@ -113,7 +113,7 @@ class Calibrate(Stage):
         if self.weights != "hmse":
             return {}
         points = linear_points(teacher.graph, teacher.example.to(run.device))
-        some = images.sample(min(self.score_images, len(images)), seed=run.seed)
+        some = images.sample(min(SCORE_IMAGES, len(images)), seed=run.seed)
         return label_free_scores(
             teacher.graph,
             run.batches(some, "Scoring weights"),

@@ -28,13 +28,11 @@ Measure = Literal["infonce", "mse", "cosine", "kl"]
 
 
 class Scales:
-    """The scales of some quantizers as one vector, [D].
-
-    The scales of an activation's channels, powers of two apart, are one number: they move together.
+    """The scales of some weights as one vector, [D].
 
     Args:
         student: whose scales they are.
-        keys: paths of its quantizers.
+        keys: paths of the weights' quantizers.
         meaning: what a new scale of a weight does: ``round`` rounds the stored weight to the new grid, ``keep`` keeps
             the integers, so that the weight's values move with the scale.
     """
@@ -42,10 +40,7 @@ class Scales:
     def __init__(self, student: QuantizedModel, keys: Sequence[str], meaning: Meaning) -> None:
         self.student, self.keys = student, tuple(keys)
         self.quantizers = [student.quantizer(key) for key in keys]
-        self.factors = [
-            None if q.block is not None or q.scale.numel() == 1 else q.scale / q.scale[0] for q in self.quantizers
-        ]
-        self.sizes = [q.scale.numel() if f is None else 1 for q, f in zip(self.quantizers, self.factors, strict=True)]
+        self.sizes = [q.scale.numel() for q in self.quantizers]
         self._kept = _integers(student, keys) if meaning == "keep" else []
         self._first = self.get()
         self._stored = [rewrite.get_tensor(student.graph, stored) for stored, *_ in self._kept]
@@ -55,13 +50,12 @@ class Scales:
 
     def get(self) -> Tensor:
         """As they are now, [D]."""
-        return torch.cat([q.scale[:n] for q, n in zip(self.quantizers, self.sizes, strict=True)])
+        return torch.cat([q.scale for q in self.quantizers])
 
     def set(self, scales: Tensor) -> None:
         """Puts new ones in their place, [D], positive."""
-        parts = torch.split(scales, self.sizes)
-        for quantizer, factors, part in zip(self.quantizers, self.factors, parts, strict=True):
-            quantizer.scale = part.clone() if factors is None else part * factors
+        for quantizer, part in zip(self.quantizers, torch.split(scales, self.sizes), strict=True):
+            quantizer.scale = part.clone()
         for stored, codes, quantizer in self._kept:
             value = affine.dequantize(codes, *quantizer.expanded())
             old = rewrite.get_tensor(self.student.graph, stored)
@@ -75,20 +69,16 @@ class Scales:
 
     def least(self) -> Tensor:
         """The smallest each may be, [D]: with less the layer's bias would leave its accumulator."""
-        floors = [torch.full_like(q.scale[:n], TINY) for q, n in zip(self.quantizers, self.sizes, strict=True)]
+        floors = [torch.full_like(q.scale, TINY) for q in self.quantizers]
         for node in self.student.graph.graph.nodes:
             module = self.student.graph.get_submodule(str(node.target)) if node.op == "call_module" else None
             if not isinstance(module, BiasQuantizer) or not module.calibrated:
                 continue
             bias = rewrite.get_tensor(self.student.graph, str(node.args[0].target)).abs()
+            needed = bias / (BIAS_REACH * module.source.scale)
             for i, quantizer in enumerate(self.quantizers):
                 if quantizer is module.weight:
-                    needed = bias / (BIAS_REACH * module.source.scale)
-                elif quantizer is module.source:
-                    needed = bias / (BIAS_REACH * module.weight.scale)
-                else:
-                    continue
-                floors[i] = torch.maximum(floors[i], needed if quantizer.scale.numel() > 1 else needed.max())
+                    floors[i] = torch.maximum(floors[i], needed if quantizer.scale.numel() > 1 else needed.max())
         return torch.minimum(torch.cat(floors), self.get())
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from bitwright.errors import UsageError
@@ -25,10 +25,13 @@ from bitwright.graph.capture import Captured
 from bitwright.graph.segments import region
 from bitwright.quantized import QuantizedModel
 from bitwright.run import checkpoint
+from bitwright.run.record import StageRecord
 from bitwright.stages.base import Optimising, Run
 from bitwright.stages.candidates import Batches, Evaluator, Fitness, Meaning, Measure, Scales
-from bitwright.stages.population import Member, Mutation, Population
+from bitwright.stages.population import CYCLES, POPULATION, TOURNAMENT, Member, Mutation, Population
 
+MEMORY = 2 << 30
+"""Bytes for what lies before a block."""
 CHECKPOINT = "evolve.safetensors"
 CHECKPOINT_SECONDS = 2.0
 CHECKPOINT_SHARE = 0.01
@@ -42,6 +45,42 @@ RANKED, RANKED_BATCHES = 6, 2
 """Children, and batches of images, by which bfloat16 must rank as float32 does."""
 
 
+class FitnessRecord(BaseModel):
+    """The mean fitness over images, lower is better."""
+
+    measure: Measure
+    before: float
+    after: float
+    teacher: float
+    """Of the float network's own outputs."""
+    held_out: list[float]
+    """On images that are kept out of the search: at the start and after every pass."""
+
+
+class EvolveRecord(StageRecord):
+    """What a search did."""
+
+    kind: str = "evolve"
+    steps: int
+    """Children."""
+    passes: float
+    fitness: FitnessRecord
+    images: int
+    precision: str
+    left_early: int
+    """Children that were seen to lose on a part of the images."""
+    better: int
+    scales: int
+    moved: float
+    """Share of scales."""
+    mean_change: float
+    blocks: list[str]
+    """In the order of visits."""
+    seconds_per_child: float
+    curve: list[tuple[int, float]]
+    """(children, fitness)."""
+
+
 class Evolve(Optimising):
     """Evolution of quantization scales.
 
@@ -50,25 +89,17 @@ class Evolve(Optimising):
     """
 
     kind: ClassVar[str] = "evolve"
+    record: ClassVar[type[StageRecord]] = EvolveRecord
 
     blocks: tuple[BlockKind, ...] | Literal["auto", "all"] = "auto"
-    scales: Literal["weights", "activations", "both"] = "weights"
     meaning: Meaning = "round"
     """What a new scale of a weight does: ``round`` its stored weights anew, or ``keep`` their integers."""
-    order: Literal["reverse", "forward"] = "reverse"
     passes: int = Field(default=10, ge=0)
-    cycles: int = Field(default=3, ge=0)
-    """Children for each visit of a block."""
-    population: int = Field(default=15, ge=1)
-    tournament: int = Field(default=10, ge=1)
-    """Members drawn, with replacement, of which the fittest is the parent."""
     mutation: Mutation = Mutation()
     search: Literal["evolution", "random"] = "evolution"
     """``random`` draws every child around the scales that the stage began with."""
 
     fitness: Measure = "infonce"
-    temperature: float = Field(default=3.0, gt=0)
-    """Of infoNCE."""
     images: int = Field(default=1000, ge=1)
     """The most that a fitness is measured on."""
     batch: int = Field(default=100, ge=1)
@@ -77,8 +108,6 @@ class Evolve(Optimising):
     """Share of the images that are kept out of the search; the pass that is best on them is the result."""
     race: float = Field(default=1e-3, ge=0, lt=1)
     """Probability that a child which would have been taken leaves early; 0 measures every child on all images."""
-    memory: int = Field(default=2 << 30, ge=0)
-    """Bytes for what lies before a block."""
     share: float = Field(default=0.3, gt=0)
 
     def run(self, student: QuantizedModel, teacher: Captured, images: Images, run: Run) -> QuantizedModel:
@@ -91,12 +120,11 @@ class Evolve(Optimising):
         batches = Batches(teacher, seen, self.batch, run, "Teacher's outputs")
         judge = Batches(teacher, hidden, self.batch, run, "Teacher's outputs") if len(hidden) else None
         regions = [region(student.graph, s.scales.keys) for s in searched]
-        fitness = Fitness(self.fitness, self.temperature)
-        evaluator = Evaluator(student, regions, batches, fitness, self.memory)
+        evaluator = Evaluator(student, regions, batches, Fitness(self.fitness), MEMORY)
         search = _Search(self, student, searched, evaluator, judge, run)
         search.start()
         search.go()
-        search.finish()
+        run.records.append(search.finish())
         return student
 
     def check(self, student: QuantizedModel, teacher: Captured, images: Images) -> None:
@@ -107,7 +135,7 @@ class Evolve(Optimising):
                 "only. Take a recipe without it, such as recipe='eptq'."
             )
         chosen = self._chosen(find_blocks(teacher.graph))
-        if not any(_paths(student, block, self.scales) for block in chosen):
+        if not any(_paths(student, block) for block in chosen):
             raise UsageError(NOTHING)
         hidden, seen = _split(images.sample(min(self.images, len(images)), seed=0), self.held_out)
         for part in (p for p in (seen, hidden) if self.fitness == "infonce" and len(p)):
@@ -118,14 +146,14 @@ class Evolve(Optimising):
                 )
 
     def searched(self, student: QuantizedModel, teacher: Captured) -> list[Searched]:
-        """The blocks in the order of visits, with the scales that each changes."""
+        """The blocks in the order of visits, from the network's end to its start, with the scales that each changes."""
         found, taken = [], set()
         for block in self._chosen(find_blocks(teacher.graph)):
-            keys = [k for k in scale_keys(student, block, self.scales) if k not in taken]
+            keys = [k for k in scale_keys(student, block) if k not in taken]
             taken.update(keys)
             if keys:
                 found.append(Searched(block, Scales(student, keys, self.meaning)))
-        return found[::-1] if self.order == "reverse" else found
+        return found[::-1]
 
     def _chosen(self, blocks: list[Block]) -> list[Block]:
         if self.blocks == "all":
@@ -144,8 +172,6 @@ class Searched:
 
     block: Block
     scales: Scales
-    factor: float = 1.0
-    """On the size of mutations."""
 
 
 @dataclass
@@ -237,8 +263,8 @@ class _Search:
                 self._judge()
             self._save_if_due()
 
-    def finish(self) -> None:
-        """Takes the best pass, and notes what was found."""
+    def finish(self) -> EvolveRecord:
+        """Takes the best pass; what was found."""
         self._save()
         self.evaluator.forget()
         end, before = _mean(self.losses), _mean(self.first)
@@ -252,27 +278,30 @@ class _Search:
             end = before
         seconds = self.seconds + time.perf_counter() - self.began
         moved = torch.cat([s.scales.get() for s in self.searched]) / torch.cat(self.starts)
-        self.run.notes["evolve"] = {
-            "steps": self.children,
-            "passes": self.visits / len(self.searched),
-            "fitness": {
-                "measure": self.stage.fitness,
-                "before": before,
-                "after": end,
-                "teacher": self.teacher_fitness,
-                "held_out": self.hidden,
-            },
-            "images": len(self.losses),
-            "precision": self.precision,
-            "left_early": self.dropped,
-            "better": self.better,
-            "scales": len(moved),
-            "moved": float((moved != 1).double().mean()),
-            "mean_change": float((moved - 1).abs().mean()),
-            "blocks": [s.block.name for s in self.searched],
-            "seconds_per_child": round(seconds / max(1, self.children), 5),
-            "curve": self.curve,
-        }
+        fitness = FitnessRecord(
+            measure=self.stage.fitness,
+            before=before,
+            after=end,
+            teacher=self.teacher_fitness,
+            held_out=self.hidden,
+        )
+        return EvolveRecord(
+            before=before,
+            after=end,
+            steps=self.children,
+            passes=self.visits / len(self.searched),
+            fitness=fitness,
+            images=len(self.losses),
+            precision=self.precision,
+            left_early=self.dropped,
+            better=self.better,
+            scales=len(moved),
+            moved=float((moved != 1).double().mean()),
+            mean_change=float((moved - 1).abs().mean()),
+            blocks=[s.block.name for s in self.searched],
+            seconds_per_child=round(seconds / max(1, self.children), 5),
+            curve=self.curve,
+        )
 
     def _take(self, scales: list[Tensor]) -> None:
         for searched, found in zip(self.searched, scales, strict=True):
@@ -285,23 +314,20 @@ class _Search:
         if evaluator.precision != torch.float32:
             self.losses = evaluator.losses()
         scales, least = searched.scales.get(), searched.scales.least()
-        population = Population(Member(_mean(self.losses), 0, scales, self.losses), stage.population)
-        for cycle in range(stage.cycles):
+        population = Population(Member(_mean(self.losses), 0, scales, self.losses), POPULATION)
+        for cycle in range(CYCLES):
             if self._over():
                 break
-            parent = population.parent(stage.tournament, generator)
+            parent = population.parent(TOURNAMENT, generator)
             origin = parent.scales if stage.search == "evolution" else self.starts[position]
-            child = stage.mutation.child(origin, least, generator, searched.factor)
+            child = stage.mutation.child(origin, least, generator)
             searched.scales.set(child)
             found = evaluator.race(population.worst.losses, stage.race)
             self.children += 1
-            success = False
             if found is None:
                 self.dropped += 1
             elif bool(torch.isfinite(found).all()):
-                success = population.insert(Member(_mean(found), cycle + 1, child, found))
-            self.better += success
-            searched.factor = stage.mutation.adapted(searched.factor, success=success)
+                self.better += population.insert(Member(_mean(found), cycle + 1, child, found))
             self._progress(population.best.fitness)
         searched.scales.set(population.best.scales)
         self.losses = population.best.losses
@@ -322,8 +348,6 @@ class _Search:
         return self.seconds + time.perf_counter() - self.began
 
     def _over(self) -> bool:
-        if self.stage.cycles == 0:
-            return True
         if self.run.steps is not None:
             return self.children >= self.run.steps
         if self.run.minutes is not None:
@@ -331,7 +355,7 @@ class _Search:
         return self.visits >= self.stage.passes * len(self.searched)
 
     def _progress(self, fitness: float) -> None:
-        total = self.run.steps or self.stage.passes * len(self.searched) * self.stage.cycles
+        total = self.run.steps or self.stage.passes * len(self.searched) * CYCLES
         if self.run.minutes is not None:
             spent = time.perf_counter() - self.run.started
             total = max(self.children, round(self.children * self.run.minutes * 60 / max(spent, 1e-9)))
@@ -357,7 +381,6 @@ class _Search:
         for i, searched in enumerate(self.searched):
             if state["visits"]:
                 searched.scales.set(kept[f"scales.{i}"])
-            searched.factor = state["factors"][i]
             self.best[i] = kept[f"best.{i}"]
         self.losses, self.first = kept["losses"], kept["first"]
         for name in ("visits", "children", "dropped", "better", "seconds", "hidden", "precision"):
@@ -380,33 +403,22 @@ class _Search:
             tensors |= {f"scales.{i}": searched.scales.get(), f"best.{i}": self.best[i]}
         names = ("visits", "children", "dropped", "better", "hidden", "curve", "precision")
         state = {n: getattr(self, n) for n in names}
-        state |= {"factors": [s.factor for s in self.searched], "seconds": self._elapsed()}
+        state["seconds"] = self._elapsed()
         header = {"identity": self._identity, "state": json.dumps(state)}
         checkpoint.write(path, tensors, header, previous=True)
         self.saved = time.perf_counter()
         self.cost = self.saved - start
 
 
-def scale_keys(student: QuantizedModel, block: Block, scales: str) -> list[str]:
-    """Paths of the calibrated quantizers of a block.
-
-    Args:
-        student: the network.
-        block: of the same network.
-        scales: ``weights``, ``activations`` (of what its layers read, and of every tensor up to its last), or ``both``.
-    """
-    return [k for k in _paths(student, block, scales) if student.quantizer(k).calibrated]
+def scale_keys(student: QuantizedModel, block: Block) -> list[str]:
+    """Paths of the calibrated quantizers of a block's weights."""
+    return [k for k in _paths(student, block) if student.quantizer(k).calibrated]
 
 
-def _paths(student: QuantizedModel, block: Block, scales: str) -> list[str]:
-    """Of all quantizers of a block, calibrated or not."""
-    rows = {layer.node: i for i, layer in enumerate(student.layers)}
-    members = [student.layers[rows[n]] for n in block.nodes]
-    first, last = min(rows[n] for n in block.nodes), max(rows[n] for n in block.nodes)
-    weights = [m.weight for m in members]
-    activations = [*(m.source for m in members), *(r.activation for r in student.layers[first : last + 1])]
-    wanted = {"weights": weights, "activations": activations, "both": weights + activations}[scales]
-    return [k for k in dict.fromkeys(wanted) if k is not None]
+def _paths(student: QuantizedModel, block: Block) -> list[str]:
+    """Of all quantizers of a block's weights, calibrated or not."""
+    layers = {layer.node: layer for layer in student.layers}
+    return [k for k in dict.fromkeys(layers[n].weight for n in block.nodes) if k is not None]
 
 
 def _split(images: Images, share: float) -> tuple[Images, Images]:

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from bitwright.graph import ops, rewrite
 from bitwright.graph.points import Point, expose
-from bitwright.quant.learned import LearnedActivation, LearnedBias, LearnedWeight, Rounding, StepKind
+from bitwright.quant.learned import LearnedActivation, LearnedBias, LearnedWeight, Rounding
 from bitwright.quant.quantizer import BiasQuantizer, Quantizer
 from bitwright.quantized import QuantizedModel
 
@@ -19,7 +19,6 @@ class Variables:
     """Which of them are learned, and how weights are parametrised."""
 
     rounding: Rounding = "soft"
-    weight_step: StepKind = "multiplicative"
     codes: bool = True
     weight_steps: bool = True
     biases: bool = True
@@ -67,7 +66,7 @@ class Learner(nn.Module):
                 return  # another operator reads it in float, so that it must stay as it is
             if stored not in self.weights:
                 tensor = rewrite.get_tensor(self.graph, stored)
-                self.weights[stored] = LearnedWeight(tensor, quantizer, variables.rounding, variables.weight_step)
+                self.weights[stored] = LearnedWeight(tensor, quantizer, variables.rounding)
                 self.weights[stored].codes.requires_grad_(variables.codes)
                 self.weights[stored].step.requires_grad_(variables.weight_steps)
                 self._keys[stored] = key

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from bitwright.stages.schedules import Settings
 
+POPULATION, TOURNAMENT, CYCLES = 15, 10, 3
+"""Evol-Q's: members; those drawn, with replacement, of which the fittest is the parent; children for each visit."""
 FEWEST = 16
 """Images before anything is said about a candidate."""
 
@@ -28,13 +30,10 @@ class Mutation(Settings):
     absolute: bool = False
     share: float = Field(default=0.1, gt=0, le=1)
     """Of the scales that change, drawn anew for every child; at least one."""
-    adapt: bool = False
-    """Whether the size follows success: larger after a child that is better than the best, smaller after others, so
-    that one in five succeeds (Rechenberg's rule)."""
 
-    def child(self, parent: Tensor, least: Tensor, generator: torch.Generator, factor: float = 1.0) -> Tensor:
-        """Scales [D] around the parent's [D], none below ``least``; ``factor`` multiplies the size."""
-        noise = (torch.rand(len(parent), generator=generator, dtype=torch.float64) * 2 - 1) * self.size * factor
+    def child(self, parent: Tensor, least: Tensor, generator: torch.Generator) -> Tensor:
+        """Scales [D] around the parent's [D], none below ``least``."""
+        noise = (torch.rand(len(parent), generator=generator, dtype=torch.float64) * 2 - 1) * self.size
         if self.share < 1:
             count = max(1, round(self.share * len(parent)))
             kept = torch.zeros(len(parent), dtype=torch.float64)
@@ -43,12 +42,6 @@ class Mutation(Settings):
         noise = noise.to(parent.device)
         moved = parent.double() + noise if self.absolute else parent.double() * (1 + noise)
         return torch.maximum(moved.abs().float(), least)
-
-    def adapted(self, factor: float, *, success: bool) -> float:
-        """The next factor on the size."""
-        if not self.adapt:
-            return factor
-        return min(4.0, factor * 1.5) if success else max(0.05, factor * 1.5**-0.25)
 
 
 @dataclass(frozen=True)

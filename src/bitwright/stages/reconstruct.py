@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from bitwright.curvature.label_free import Distribution, Scores, cached_scores, images_at_once, label_free_scores
@@ -28,14 +28,15 @@ from bitwright.losses import weighted_distance
 from bitwright.measure.evaluation import layer_sqnr
 from bitwright.memory import pass_budget
 from bitwright.quant import affine
-from bitwright.quant.learned import Rounding, StepKind
+from bitwright.quant.learned import Rounding
 from bitwright.quantized import QuantizedModel, Snapshot
 from bitwright.run import checkpoint
+from bitwright.run.record import StageRecord
 from bitwright.stages.augment import Views
 from bitwright.stages.base import Optimising, Run
 from bitwright.stages.calibrate import parameters, widen_for_biases
 from bitwright.stages.learner import Learner, Variables
-from bitwright.stages.schedules import Anneal, Dampen, Gradual, Harden, Learn
+from bitwright.stages.schedules import Anneal, Dampen, Gradual, Learn
 from bitwright.stages.tuning import NotFiniteError, Objective, Targets, Tuner, seconds_per_step
 
 CHECKPOINT = "reconstruct.safetensors"
@@ -49,12 +50,76 @@ CURVE_POINTS = 200
 MEASURED_IMAGES = 256
 SCORED_AT_ONCE = 16
 """Images in one backward pass for scores, which holds the gradients at all points."""
+TEACHER_MEMORY = 1 << 30
+"""Bytes that the float network's values may take; they are computed anew for every batch where it is not enough."""
 WORTH_IT = 1.3
 """How much faster another precision, or a compiled network, must be to be taken."""
 SHORT = 30.0
 """Seconds of all steps in float32 below which nothing else is tried: two runs of one seed then take the same way."""
 OVERHEAD = 1.15
 """A whole step over its forward and backward pass."""
+
+
+class ScoresRecord(BaseModel):
+    """Label-free scores: of each layer (the trace of its Hessian), with the largest relative standard error."""
+
+    layers: dict[str, float]
+    relative_error: float
+    probes: int
+    images: int
+
+
+class LossRecord(BaseModel):
+    """The loss on calibration images: before rounding, of what is kept, and of what each stage left."""
+
+    soft: float | None
+    hard: float
+    by_stage: dict[str, float]
+
+
+class Stopped(BaseModel):
+    """Where the loss was not finite any more."""
+
+    layer: str
+    step: int
+
+
+class NoiseRecord(BaseModel):
+    """A layer's signal to noise in dB, before and after."""
+
+    before: float | None
+    after: float | None
+
+
+class ReconstructRecord(StageRecord):
+    """What an optimisation did, filled in as it goes."""
+
+    kind: str = "reconstruct"
+    steps: int
+    precision: str
+    compiled: bool
+    step_seconds: dict[str, float]
+    seed: int
+    batch: int | None = None
+    at_once: int | None = None
+    teacher: Literal["kept", "live"] | None = None
+    stopped: Stopped | None = None
+    curve: list[tuple[int, float]] | None = None
+    """(step, loss), averaged over stretches."""
+    seconds_per_step: float | None = None
+    loss: LossRecord | None = None
+    kept: str | None = None
+    """The stage whose result is kept."""
+    left_nearest: float | None = None
+    """Share of weights that are not at their nearest integer."""
+    sqnr_db: dict[str, NoiseRecord] | None = None
+    scores: ScoresRecord | None = None
+
+    def keys(self) -> dict[str, Any]:
+        """Scores have a key of their own."""
+        own = self.told()
+        scores = {"scores": own.pop("scores")} if "scores" in own else {}
+        return {**scores, self.kind: own}
 
 
 class Reconstruct(Optimising):
@@ -67,12 +132,11 @@ class Reconstruct(Optimising):
     """
 
     kind: ClassVar[str] = "reconstruct"
+    record: ClassVar[type[StageRecord]] = ReconstructRecord
 
     unit: Literal["network"] = "network"
     """What is optimised at once."""
     steps: int = Field(default=500, ge=0)
-    full_steps: int = Field(default=20_000, ge=1)
-    """The number of steps that rates and regularizer are meant for."""
     batch: int = Field(default=32, ge=1)
 
     weigh: Literal["ones", "lfh", "sla", "sla-log"] = "sla"
@@ -89,10 +153,9 @@ class Reconstruct(Optimising):
     rounding: Rounding = "straight-through"
     codes: Learn | None = Learn(rate=3e-3)
     weight_step: Learn | None = Learn(rate=1e-3)
-    weight_step_kind: StepKind = "multiplicative"
     bias: Learn | None = Learn(rate=1e-3)
     activation_step: Learn | None = Learn(rate=1e-3, relative=True)
-    decide: Anneal | Harden | Dampen | None = None
+    decide: Anneal | Dampen | None = None
     """How soft roundings become up or down, and straight-through ones stay where they are."""
     gradual: Gradual | None = None
     """Activations are on their grids from the first step if not given."""
@@ -101,19 +164,13 @@ class Reconstruct(Optimising):
 
     views: int = Field(default=1, ge=1)
     """Of each image: 1 takes the images as they are, more add random crops and mirrored ones."""
-    teacher_memory: int = Field(default=1 << 30, ge=0)
-    """Bytes that the float network's values may take; they are computed anew for every batch where it is not enough."""
-    step_memory: int | None = Field(default=None, ge=1)
-    """Bytes of activations that a pass may hold for its backward pass: a batch that needs more is taken in parts, with
-    the same gradients. Half of the memory if not given, on a CPU 4 GiB at most."""
     never_worse: bool = True
     """Keep what an earlier stage left where that has the lower calibration loss."""
 
     @model_validator(mode="after")
     def _soft_needs_a_decision(self) -> Reconstruct:
-        soft = self.rounding == "soft" and self.codes is not None
-        if soft and not isinstance(self.decide, Anneal | Harden):
-            raise ValueError("soft rounding needs 'decide' to be Anneal or Harden, or it ends between two integers")
+        if self.rounding == "soft" and self.codes is not None and not isinstance(self.decide, Anneal):
+            raise ValueError("soft rounding needs 'decide' to be Anneal, or it ends between two integers")
         return self
 
     @property
@@ -135,34 +192,30 @@ class Reconstruct(Optimising):
             _warn("There is nothing to optimise: no convolution or linear layer has weights or inputs to quantize.")
             return student
         samples = Views(images, self.views, run.seed)
-        objective = self._objective(teacher, samples, points, run)
+        objective, scores = self._objective(teacher, samples, points, run)
         targets = Targets(expose(teacher.graph, [p.node for p in points]), points, torch.float32)
         first = samples.batch(range(min(8, len(images)))).to(run.device)
         learner.measure_outputs(targets(torch.arange(len(first)), first))
         plan = self._plan(learner, targets, objective, samples, run)
         tuner = self._tuner(learner, targets, objective, samples, run, plan)
-        run.notes["reconstruct"] = {
-            "steps": plan.steps,
-            "precision": plan.precision,
-            "compiled": plan.compiled,
-            "step_seconds": plan.seconds,
-            "seed": run.seed,
-        }
+        record = ReconstructRecord(**vars(plan), seed=run.seed, scores=scores)
         before = _sqnr(student, images, run)
         if plan.steps:
-            self._optimise(tuner, plan, run)
+            self._optimise(tuner, plan, run, record)
             learner.absorb(student)
             widen_for_biases(student)
         measure = _Measure(teacher, points, objective, images, run)
-        self._choose(student, learner if plan.steps else None, measure, run)
-        _report(student, teacher, before, _sqnr(student, images, run), run)
+        self._choose(student, learner if plan.steps else None, measure, run, record)
+        after = _sqnr(student, images, run)
+        record.sqnr_db = {name: NoiseRecord(before=before.get(name), after=value) for name, value in after.items()}
+        record.left_nearest = _left_nearest(student, teacher, run)
+        run.records.append(record)
         return student
 
     def _variables(self, student: QuantizedModel) -> Variables:
         free = not student.scheme.target.power_of_two_scales
         return Variables(
             rounding=self.rounding,
-            weight_step=self.weight_step_kind,
             codes=self.codes is not None,
             weight_steps=self.weight_step is not None and free,
             biases=self.bias is not None,
@@ -171,27 +224,30 @@ class Reconstruct(Optimising):
 
     # ----------------------------------------------------------------------------------------- weights
 
-    def _objective(self, teacher: Captured, samples: Views, points: list[Point], run: Run) -> Objective:
-        """Weights of all samples and points."""
+    def _objective(
+        self, teacher: Captured, samples: Views, points: list[Point], run: Run
+    ) -> tuple[Objective, ScoresRecord | None]:
+        """Weights of all samples and points, and the scores they come from."""
         count = len(samples)
+        alike = Objective(torch.full((count, len(points)), 1 / len(points)), self.over, normalise=False)
         if self.weigh == "ones":
-            return Objective(torch.full((count, len(points)), 1 / len(points)), self.over, normalise=False)
+            return alike, None
         scores = self.scores(teacher, samples, points, run)
-        run.notes["scores"] = {
-            "layers": dict(zip(scores.layers, scores.layer_trace.tolist(), strict=True)),
-            "relative_error": float(scores.error.max()),
-            "probes": scores.probes,
-            "images": len(scores.trace),
-        }
+        told = ScoresRecord(
+            layers=dict(zip(scores.layers, scores.layer_trace.tolist(), strict=True)),
+            relative_error=float(scores.error.max()),
+            probes=scores.probes,
+            images=len(scores.trace),
+        )
         if not bool((scores.attention > 0).any()):
             _warn(
                 "No label-free score is above zero: the output does not seem to depend on any layer. All count equally."
             )
-            return Objective(torch.full((count, len(points)), 1 / len(points)), self.over, normalise=False)
+            return alike, told
         if self.weigh == "sla":
-            return Objective(scores.attention, self.over, normalise=True)
+            return Objective(scores.attention, self.over, normalise=True), told
         weights = scores.log_weights().expand(count, -1) if self.weigh == "lfh" else scores.log_attention()
-        return Objective(weights, self.over, normalise=False)
+        return Objective(weights, self.over, normalise=False), told
 
     def scores(self, teacher: Captured, samples: Views, points: list[Point], run: Run) -> Scores:
         """Label-free scores of the samples, kept beside the run."""
@@ -201,7 +257,7 @@ class Reconstruct(Optimising):
         size = min(SCORED_AT_ONCE, count)
         if size > 1:
             pair = samples.batch([0, 1]).to(run.device)
-            size = min(size, images_at_once(teacher.graph, pair, points, self._memory(run)))
+            size = min(size, images_at_once(teacher.graph, pair, points, pass_budget(run.device)))
 
         def compute() -> Scores:
             def batches() -> Any:
@@ -256,31 +312,24 @@ class Reconstruct(Optimising):
         compiles = [False, True] if run.device.type == "cuda" and self.gradual is None else [False]
         return [(p, c) for p in precisions for c in compiles]
 
-    def _memory(self, run: Run) -> int:
-        return self.step_memory or pass_budget(run.device)
-
     def _tuner(
         self, learner: Learner, targets: Targets, objective: Objective, samples: Views, run: Run, plan: _Plan
     ) -> Tuner:
         targets.precision = getattr(torch, plan.precision)
         tuner = Tuner(learner, targets, objective, samples, self, max(plan.steps, 1), run.device, run.seed)
-        tuner.fit_memory(self._memory(run))
+        tuner.fit_memory(pass_budget(run.device))
         if plan.compiled:
             tuner.compile()
         return tuner
 
     # ------------------------------------------------------------------------------------- optimisation
 
-    def _optimise(self, tuner: Tuner, plan: _Plan, run: Run) -> None:
+    def _optimise(self, tuner: Tuner, plan: _Plan, run: Run, record: ReconstructRecord) -> None:
         """Takes the steps."""
         kept_on_disk = _Checkpoint(run, plan)
         kept_on_disk.load(tuner)
         kept = self._keep_targets(tuner) if tuner.step < plan.steps else False
-        run.notes["reconstruct"] |= {
-            "batch": tuner.batch,
-            "at_once": tuner.at_once,
-            "teacher": "kept" if kept else "live",
-        }
+        record.batch, record.at_once, record.teacher = tuner.batch, tuner.at_once, "kept" if kept else "live"
         good, recent, decided = tuner.state_copy(), 0.0, ""
         started, first = time.perf_counter(), tuner.step
         try:
@@ -298,13 +347,11 @@ class Reconstruct(Optimising):
             tuner.check_finite()
         except NotFiniteError as error:
             tuner.load({n: t.clone() for n, t in good.items()}, tuner.step)
-            run.notes["reconstruct"]["stopped"] = {"layer": error.layer, "step": error.step}
+            record.stopped = Stopped(layer=error.layer, step=error.step)
             _warn(f"{error} The optimisation ends there, with its last good state.")
-        run.notes["reconstruct"]["curve"] = averaged(kept_on_disk.losses)
+        record.curve = averaged(kept_on_disk.losses)
         if tuner.step > first:
-            run.notes["reconstruct"]["seconds_per_step"] = round(
-                (time.perf_counter() - started) / (tuner.step - first), 4
-            )
+            record.seconds_per_step = round((time.perf_counter() - started) / (tuner.step - first), 4)
         tuner.finish()
 
     def _keep_targets(self, tuner: Tuner) -> bool:
@@ -312,20 +359,29 @@ class Reconstruct(Optimising):
         sample = tuner.samples.batch([0]).to(tuner.device)
         size = tuner.targets.bytes_of(sample) * len(tuner.samples)
         epochs = tuner.steps * tuner.batch / len(tuner.samples)
-        if not 0 < size <= self.teacher_memory or epochs < 2:
+        if not 0 < size <= TEACHER_MEMORY or epochs < 2:
             return False
         tuner.targets.keep(tuner.samples, tuner.batch, tuner.device)
         return True
 
-    def _choose(self, student: QuantizedModel, learner: Learner | None, measure: _Measure, run: Run) -> None:
+    def _choose(
+        self,
+        student: QuantizedModel,
+        learner: Learner | None,
+        measure: _Measure,
+        run: Run,
+        record: ReconstructRecord,
+    ) -> None:
         """Measures the rounded network against what earlier stages left, and keeps the best."""
         states = _named(run.history)
+        given = next(reversed(states), None)
         own = _free(self.kind, states)
         states[own] = student.snapshot()
         losses, soft = measure.losses(student, states, learner)
         best = min(losses, key=lambda k: (losses[k], k != own)) if self.never_worse else own
         student.restore(states[best])
-        run.notes["reconstruct"] |= {"loss": {"soft": soft, "hard": losses[best], "by_stage": losses}, "kept": best}
+        record.loss, record.kept = LossRecord(soft=soft, hard=losses[best], by_stage=losses), best
+        record.before, record.after = None if given is None else losses[given], losses[best]
         if best != own:
             _warn(
                 f"The optimisation did not lower the calibration loss ({losses[own]:.4g}, {best}: "
@@ -357,7 +413,7 @@ class _Plan:
     steps: int
     precision: str
     compiled: bool
-    seconds: dict[str, float]
+    step_seconds: dict[str, float]
     """Measured, for one step each way."""
 
 
@@ -495,14 +551,8 @@ def averaged(losses: list[float], points: int = CURVE_POINTS) -> list[tuple[int,
     return [(min((k + 1) * length, len(losses)), sum(s) / len(s)) for k, s in enumerate(stretches)]
 
 
-def _report(
-    student: QuantizedModel,
-    teacher: Captured,
-    before: dict[str, float | None],
-    after: dict[str, float | None],
-    run: Run,
-) -> None:
-    """Share of weights that left round-to-nearest, and every layer's SQNR before and after."""
+def _left_nearest(student: QuantizedModel, teacher: Captured, run: Run) -> float:
+    """Share of weights whose integer is not the nearest on the grid of the first stage."""
     start = run.history[0][1] if run.history else student.snapshot()
     moved, total = 0, 0
     for stored, quantizer in parameters(student.graph, "weight"):
@@ -514,10 +564,7 @@ def _report(
         nearest = affine.quantize(weight, scale, torch.zeros_like(scale), grid.qmin, grid.qmax)
         moved += int((codes != nearest).sum())
         total += codes.numel()
-    run.notes["reconstruct"]["left_nearest"] = moved / max(total, 1)
-    run.notes["reconstruct"]["sqnr_db"] = {
-        name: {"before": before.get(name), "after": value} for name, value in after.items()
-    }
+    return moved / max(total, 1)
 
 
 def _warn(text: str) -> None:

@@ -18,7 +18,7 @@ from bitwright.losses import weighted_distance
 from bitwright.memory import saved_bytes
 from bitwright.quant.learned import rounding_regularizer
 from bitwright.stages.learner import Learner
-from bitwright.stages.schedules import Anneal, Dampen, Harden, Learn
+from bitwright.stages.schedules import Anneal, Dampen, Learn
 
 if TYPE_CHECKING:
     from bitwright.stages.reconstruct import Reconstruct
@@ -140,7 +140,6 @@ class Tuner:
         self.learner, self.targets, self.objective = learner, targets, objective
         self.samples, self.settings, self.steps, self.device, self.seed = samples, settings, steps, device, seed
         self.step = 0
-        self.fixed = 0.0
         self.at_once = self.batch
         """Samples in one forward pass; the rest of a batch follows, and gradients add up."""
         self.network: Callable[[Tensor], tuple[list[Tensor], list[Tensor]]] = learner
@@ -167,9 +166,8 @@ class Tuner:
         progress = self.step / self.steps
         if self.settings.drops:
             torch.manual_seed(self.seed * 1_000_003 + self.step)
-        self._harden(progress)
         for part in self.parts:
-            part.set_rate(progress, self.steps, self.settings.full_steps)
+            part.set_rate(progress)
             part.optimizer.zero_grad(set_to_none=True)
         loss = self.backward(self.indices(self.step), progress)
         for part in self.parts:
@@ -224,7 +222,7 @@ class Tuner:
         decide = self.settings.decide
         if self.settings.rounding != "soft" or not isinstance(decide, Anneal):
             return 0.0
-        strength = decide.strength(progress, self.steps, self.settings.full_steps)
+        strength = decide.strength(progress)
         if not strength:
             return 0.0
         beta = decide.beta(progress)
@@ -236,22 +234,11 @@ class Tuner:
         ]
         return strength * torch.stack(terms).sum() if terms else 0.0
 
-    def _harden(self, progress: float) -> None:
-        decide = self.settings.decide
-        if not isinstance(decide, Harden):
-            return
-        share = decide.share(progress)
-        if share > self.fixed:
-            for weight in self.learner.weights.values():
-                weight.settle(share)
-            self.fixed = share
-
     def _dampen(self, progress: float) -> None:
         decide, codes = self.settings.decide, self.settings.codes
         if not isinstance(decide, Dampen) or codes is None:
             return
-        rate = codes.rate_at(progress, self.steps, self.settings.full_steps)
-        share = decide.share(progress, self.steps, rate)
+        share = decide.share(progress, self.steps, codes.rate_at(progress))
         for weight in self.learner.weights.values():
             weight.dampen(share)
 
@@ -266,8 +253,7 @@ class Tuner:
             raise NotFiniteError(broken, self.step)
 
     def finish(self) -> None:
-        """Settles what a schedule has left open, and puts every activation on its grid."""
-        self._harden(1.0)
+        """Puts every activation on its grid."""
         self.learner.set_mix(0.0)
 
     def compile(self) -> None:
@@ -279,7 +265,6 @@ class Tuner:
     def state(self) -> dict[str, Tensor]:
         """Everything that the next steps depend on."""
         found = {f"variables/{n}": p.detach() for n, p in self.learner.named_parameters()}
-        found |= {f"settled/{n}": w.settled for n, w in self.learner.weights.items() if w.settled.numel()}
         for i, part in enumerate(self.parts):
             for j, p in enumerate(part.parameters):
                 for key, value in part.optimizer.state.get(p, {}).items():
@@ -295,9 +280,6 @@ class Tuner:
         with torch.no_grad():
             for name, p in self.learner.named_parameters():
                 p.copy_(state[f"variables/{name}"])
-            for name, weight in self.learner.weights.items():
-                if f"settled/{name}" in state:
-                    weight.settled = state[f"settled/{name}"].to(p.device).to(memory_format=_format(weight.codes))
         for i, part in enumerate(self.parts):
             for j, p in enumerate(part.parameters):
                 prefix = f"optimizer/{i}/{j}/"
@@ -307,8 +289,6 @@ class Tuner:
                         n: t if n == "step" else t.to(p.device).to(memory_format=_format(p)) for n, t in kept.items()
                     }
         self.step = step
-        decide = self.settings.decide
-        self.fixed = decide.share((step - 1) / self.steps) if isinstance(decide, Harden) and step else 0.0
 
 
 def _channels_last(images: Tensor) -> Tensor:
@@ -330,8 +310,8 @@ class _Part:
     parameters: list[torch.nn.Parameter]
     sizes: list[float]
 
-    def set_rate(self, progress: float, steps: int, full_steps: int) -> None:
-        rate = self.learn.rate_at(progress, steps, full_steps)
+    def set_rate(self, progress: float) -> None:
+        rate = self.learn.rate_at(progress)
         for group, size in zip(self.optimizer.param_groups, self.sizes, strict=True):
             group["lr"] = rate * size
 

@@ -61,8 +61,12 @@ def _measure(
     told: Row = {}
     if fitness is not None:
         stage = Evolve().model_copy(update={"fitness": fitness, "images": len(images), "batch": BATCH, "race": 0.0})
-        notes = evolve(subject, student, stage, images, settings.steps, seed, progress)
-        told = {"evaluations": notes["steps"], "fitness": notes["fitness"], "curve": [list(p) for p in notes["curve"]]}
+        record = evolve(subject, student, stage, images, settings.steps, seed, progress)
+        told = {
+            "evaluations": record.steps,
+            "fitness": record.fitness.model_dump(),
+            "curve": [list(p) for p in record.curve],
+        }
     return told | _losses(student, shown) | subject.measure(student, images, progress)
 
 

@@ -105,7 +105,7 @@ def _measure(
     kind, steps = SCANS[name], settings.steps
     assert steps is not None
     steps = steps if kind.axes == 2 else FINER * steps
-    keys = scale_keys(student, block, "weights")
+    keys = scale_keys(student, block)
     count = sum(student.quantizer(k).scale.numel() for k in keys)
     if count < 2:
         raise UsageError(f"Expected a block with at least 2 scales of weights, found {count} in {block.name}.")

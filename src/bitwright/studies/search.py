@@ -17,7 +17,7 @@ from bitwright.quantized import QuantizedModel
 from bitwright.recipes import recipe
 from bitwright.stages.base import Run
 from bitwright.stages.candidates import Batches, Fitness, Scales
-from bitwright.stages.evolve import Evolve
+from bitwright.stages.evolve import Evolve, EvolveRecord
 from bitwright.studies import figures
 from bitwright.studies.base import Cell, Result, Row, Settings, Study, apart, group
 from bitwright.studies.scales import evolved_keys
@@ -126,20 +126,20 @@ def _evolved(bench: Bench, scheme: Scheme, method: str, seed: int, progress: Pro
     student, _ = bench.begin(scheme, progress)
     settings = {"search": SEARCHES[method], "images": len(bench.seen), "batch": BATCH, "race": 0.0}
     stage = Evolve().model_copy(update=settings)
-    notes = evolve(bench.subject, student, stage, bench.seen, bench.budget, seed, progress)
-    return {"evaluations": notes["steps"], "scales": notes["scales"]} | _figures(
-        bench, scheme, student, notes["curve"], seed, progress
-    )
+    record = evolve(bench.subject, student, stage, bench.seen, bench.budget, seed, progress)
+    found = _figures(bench, scheme, student, record.curve, seed, progress)
+    return {"evaluations": record.steps, "scales": record.scales} | found
 
 
 def evolve(
     subject: Subject, student: QuantizedModel, stage: Evolve, images: Images, budget: int, seed: int, progress: Progress
-) -> Row:
-    """Runs the stage on the student in float32 for a number of children; what it notes of itself."""
+) -> EvolveRecord:
+    """Runs the stage on the student in float32 for a number of children."""
     run = Run(seed=seed, device=subject.device, progress=progress, precision="float32", steps=budget)
     stage.run(student, subject.teacher, images, run)
-    notes: Row = run.notes["evolve"]
-    return notes
+    record = run.records[-1]
+    assert isinstance(record, EvolveRecord)
+    return record
 
 
 def _descended(bench: Bench, scheme: Scheme, method: str, seed: int, progress: Progress) -> Row:

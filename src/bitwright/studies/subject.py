@@ -19,6 +19,7 @@ from bitwright.progress import Progress, silent
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel, Snapshot, insert_quantizers
 from bitwright.recipes import recipe
+from bitwright.run.record import StageRecord
 from bitwright.stages.base import Run, Stage
 from bitwright.stages.reconstruct import Reconstruct
 from bitwright.studies.base import Row
@@ -115,8 +116,8 @@ class Subject:
         run.history.append(("start", student.snapshot()))
         torch.manual_seed(seed)
         student = stage.model_copy(update={"never_worse": False}).run(student, self.teacher, images, run)
-        losses = run.notes.get("reconstruct", {}).get("loss", {}).get("by_stage", {})
-        return student, {"loss": losses.get("reconstruct"), "loss_before": losses.get("start")}
+        found = run.records[-1] if run.records else StageRecord(kind=stage.kind)
+        return student, {"loss": found.after, "loss_before": found.before}
 
     def measure(self, student: QuantizedModel, calibration: Images, progress: Progress = silent) -> Row:
         """Fidelity, and accuracy where there are labels, on held-out images; KL on calibration images beside it."""
