@@ -27,9 +27,9 @@ from torch import nn
 import bitwright
 from bitwright import doctor
 from bitwright.cli import app, main
-from bitwright.commands import demo as demo_command
-from bitwright.commands import quantize as quantize_command
-from bitwright.commands.sources import absolute_reference
+from bitwright.cli import demo as demo_command
+from bitwright.cli import quantize as quantize_command
+from bitwright.cli.sources import absolute_reference
 from bitwright.errors import ParityError
 
 MODELS = """
