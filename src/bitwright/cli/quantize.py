@@ -159,6 +159,7 @@ def default_name(call: QuantizeCall) -> str:
     """Model, recipe and bits: the folder of a run that was not given one.
 
     Example:
+        >>> from bitwright.cli.options import NetworkOptions
         >>> default_name(QuantizeCall(NetworkOptions("timm:resnet18@w.pt", "photos"), "mse", weights="4"))
         'resnet18-mse-w4a8'
     """

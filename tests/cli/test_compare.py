@@ -15,6 +15,7 @@ import torch
 import bitwright as bw
 from bitwright.cli import compare as command
 from bitwright.cli import main, quantize
+from bitwright.cli.calls import QuantizeCall
 
 NET = """
 import torch
