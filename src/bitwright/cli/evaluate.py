@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bitwright.cli import tables
 from bitwright.cli.calls import EvaluateCall
-from bitwright.cli.sources import absolute_source, float_network, images_at, is_run, load_run
+from bitwright.cli.sources import evaluated, float_network, images_at, is_run, load_run
 from bitwright.errors import BitwrightError, ModelError, UsageError
 from bitwright.given.images import Images
 from bitwright.given.inputs import prepare_teacher
@@ -66,8 +66,8 @@ def _scored(call: EvaluateCall, terminal: Terminal) -> dict[str, Any]:
     else:
         subject = _float(call, axes)
     terminal.finish()
-    labelled = subject.images.labels is not None or subject.images.masks is not None
-    if not labelled and subject.reference is None:
+    data = evaluated(subject.images, call.images)
+    if not data["labelled"] and subject.reference is None:
         raise UsageError(
             "Expected labels to compare with, found none. "
             "Give --labels, class folders, or a float network with --float."
@@ -83,12 +83,6 @@ def _scored(call: EvaluateCall, terminal: Terminal) -> dict[str, Any]:
     )
     if subject.kind == "float" and subject.reference is None:
         found = {"float": found["quantized"]}
-    data = {
-        "count": len(subject.images),
-        "sha256": subject.images.sha256,
-        "labelled": labelled,
-        "source": absolute_source(call.images),
-    }
     return {"model": {"name": call.model, "kind": subject.kind}, "data": {"evaluation": data}, **found}
 
 

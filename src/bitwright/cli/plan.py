@@ -11,7 +11,7 @@ from bitwright.bits import planning
 from bitwright.bits.planning import Planning
 from bitwright.cli import plan_page, plans, tables
 from bitwright.cli.calls import PlanCall
-from bitwright.cli.sources import absolute_reference, absolute_source, check_target, empty_removed, load_inputs
+from bitwright.cli.sources import check_target, empty_removed, load_inputs, sources
 from bitwright.errors import UsageError
 from bitwright.given.images import Images
 from bitwright.given.inputs import find_device
@@ -74,9 +74,7 @@ def _about(call: PlanCall, folder: Path, terminal: Terminal) -> dict[str, Any]:
     return {
         "next": next_command(call, folder),
         "sources": {
-            "model": absolute_reference(call.network.model),
-            "images": absolute_source(call.network.images),
-            "preprocessing": call.reading.preprocessing,
+            **sources(call.network, call.reading),
             "scores": str(plans.scores(call.cache).expanduser().absolute()),
         },
         "peak_memory_bytes": peak_memory_bytes(),

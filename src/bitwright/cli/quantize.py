@@ -21,6 +21,7 @@ from bitwright.cli.sources import (
     absolute_reference,
     absolute_source,
     check_labels,
+    evaluated,
     first_existing,
     images_at,
     remove_empty,
@@ -163,8 +164,8 @@ def default_name(call: QuantizeCall) -> str:
         >>> default_name(QuantizeCall(NetworkOptions("timm:resnet18@w.pt", "photos"), "mse", weights="4"))
         'resnet18-mse-w4a8'
     """
-    given = call.network.model
-    name = re.sub(r"@.*", "", given).rpartition(":")[2] if ":" in given else Path(given).stem
+    model = call.network.model
+    name = re.sub(r"@.*", "", model).rpartition(":")[2] if ":" in model else Path(model).stem
     weights, activations = (b or "float" for b in _described_bits(call).values())
     return re.sub(r"[^\w.-]+", "_", f"{name}-{Path(method_of(call)).stem}-w{weights}a{activations}")
 
@@ -272,10 +273,7 @@ def _measure(model: QuantizedModel, call: QuantizeCall, inputs: Inputs, terminal
     data = model.result["data"]
     data["calibration"]["source"] = absolute_source(call.network.images)
     data["evaluation"] = {
-        "count": len(images),
-        "sha256": images.sha256,
-        "labelled": images.labels is not None or images.masks is not None,
-        "source": absolute_source(call.data.evaluate or call.network.images),
+        **evaluated(images, call.data.evaluate or call.network.images),
         "same_as_calibration": inputs.evaluation is None,
     }
     model.result["seconds"]["evaluate"] = round(time.perf_counter() - started, 3)

@@ -7,14 +7,7 @@ from typing import Any
 
 from bitwright.cli import tables
 from bitwright.cli.calls import SensitivityCall
-from bitwright.cli.sources import (
-    absolute_reference,
-    absolute_source,
-    check_labels,
-    check_target,
-    empty_removed,
-    load_inputs,
-)
+from bitwright.cli.sources import absolute_source, check_labels, check_target, empty_removed, load_inputs, sources
 from bitwright.sensitivity import figure, report
 from bitwright.terminal import Terminal, quiet_libraries, short
 
@@ -47,10 +40,8 @@ def sensitivity(call: SensitivityCall, terminal: Terminal) -> None:
                 progress=terminal.progress,
             )
         found["sources"] = {
-            "model": absolute_reference(call.network.model),
-            "images": absolute_source(call.network.images),
+            **sources(call.network, call.reading),
             "labels": None if call.labels is None else absolute_source(call.labels),
-            "preprocessing": call.reading.preprocessing,
         }
         found["warnings"] = list(terminal.warnings)
         terminal.begin("Drawing")

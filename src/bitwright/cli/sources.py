@@ -87,6 +87,26 @@ def absolute_source(source: str) -> str:
     return source if source.startswith("zoo:") else os.path.abspath(os.path.expanduser(source))
 
 
+def evaluated(images: Images, source: str) -> dict[str, Any]:
+    """What a result says of the images that were measured on."""
+    labelled = images.labels is not None or images.masks is not None
+    return {
+        "count": len(images),
+        "sha256": images.sha256,
+        "labelled": labelled,
+        "source": absolute_source(source),
+    }
+
+
+def sources(network: NetworkOptions, reading: ImageOptions) -> dict[str, Any]:
+    """What a file says of where its network and images are."""
+    return {
+        "model": absolute_reference(network.model),
+        "images": absolute_source(network.images),
+        "preprocessing": reading.preprocessing,
+    }
+
+
 def is_run(reference: str) -> bool:
     """Whether the reference names a run folder, or the quantized model in one."""
     path = Path(reference).expanduser()
