@@ -146,7 +146,7 @@ def _zoo() -> dict[str, bool]:
 
 def views(found: dict[str, Any]) -> list[RenderableType]:
     """The same as tables, and a last line that says whether all is well."""
-    from bitwright.commands import tables
+    from bitwright.cli import tables
 
     about = tables.table("", "", title=f"bitwright {found['bitwright']}")
     about.add_row("python", found["python"])

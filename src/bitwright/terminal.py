@@ -13,6 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console, RenderableType
@@ -194,6 +195,12 @@ def one_line(text: str) -> str:
         'a b'
     """
     return " ".join(text.split())
+
+
+def short(path: Path) -> str:
+    """The path, from the current folder if it lies below."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def print_error(error: BaseException | str) -> None:

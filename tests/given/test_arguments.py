@@ -74,7 +74,7 @@ OURS = Path(bw.__file__).parent
 LIBRARY = [
     path
     for path in sorted(OURS.rglob("*.py"))
-    if path.relative_to(OURS).parts[0] not in {"commands", "report", "zoo", "cli.py", "doctor.py", "__main__.py"}
+    if path.relative_to(OURS).parts[0] not in {"cli", "report", "zoo", "doctor.py", "__main__.py"}
 ]
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bitwright as bw
-from bitwright.commands import tables
-from bitwright.commands.evaluate import parse_classes
+from bitwright.cli import tables
+from bitwright.cli.evaluate import parse_classes
 from bitwright.errors import DataError, UsageError
 from bitwright.measure.evaluation import compare
 

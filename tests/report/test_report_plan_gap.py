@@ -19,7 +19,7 @@ from chromium import Page
 import bitwright as bw
 from bitwright import report
 from bitwright.cli import main
-from bitwright.commands.plans import curve_beside
+from bitwright.cli.plans import curve_beside
 from bitwright.given.models import load_model
 from bitwright.report.shown import read
 

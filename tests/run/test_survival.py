@@ -18,7 +18,7 @@ import torch
 
 import bitwright as bw
 from bitwright.cli import main
-from bitwright.commands import quantize as command
+from bitwright.cli import quantize as command
 from bitwright.run import checkpoint
 
 NETWORK = """

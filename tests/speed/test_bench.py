@@ -170,7 +170,7 @@ def test_command_refuses_wrong_options(run, given, capsys):
 
 
 def test_a_speed_is_claimed_only_where_the_spread_allows_it():
-    from bitwright.commands.bench import verdict
+    from bitwright.cli.bench import verdict
 
     for low, median, high in ((0.9, 0.95, 1.0), (0.5, 1.2, 1.4), (1.0, 1.0, 1.0)):
         assert verdict({"low": low, "median": median, "high": high}) == "no clear difference"

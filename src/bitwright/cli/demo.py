@@ -7,55 +7,56 @@ from pathlib import Path
 from typing import Any
 
 from bitwright import zoo
-from bitwright.commands import quantize, tables
+from bitwright.cli import quantize, tables
+from bitwright.cli.calls import DemoCall, QuantizeCall
+from bitwright.cli.options import BudgetOptions, DataOptions, NetworkOptions
 from bitwright.errors import BitwrightError
-from bitwright.quant.scheme import Scheme
 from bitwright.recipes import recipe as find_recipe
 from bitwright.run.folder import STATE, check_target
 from bitwright.run.state import is_unfinished
-from bitwright.terminal import Terminal
+from bitwright.terminal import Terminal, short
 
 CALIBRATION, TEST = "zoo:fashion", "zoo:fashion-test"
 DEMO_STEPS = 200
 KINDS = {"fashion_cnn": "a convolutional network", "fashion_vit": "a vision transformer"}
 
 
-def demo(out: Path, *, recipe: str | None, force: bool, seed: int, terminal: Terminal) -> dict[str, Any]:
+def demo(call: DemoCall, terminal: Terminal) -> None:
     """Quantizes the two zoo networks to 4-bit weights and 8-bit activations, without labels, and scores them.
-
-    Returns:
-        The result of each, by name.
 
     Raises:
         BitwrightError: a network's ONNX file does not compute what was measured.
     """
-    jobs = {
-        name: quantize.Job(
-            f"zoo:{name}",
-            CALIBRATION,
-            Scheme(weights=4, activations=8),
-            recipe,
-            steps=(DEMO_STEPS,) if find_recipe(recipe).optimises else None,
-            evaluate=TEST,
-            out=out / name,
-            seed=seed,
-            force=force,
-            resume=not force and is_unfinished((out / name).expanduser().absolute() / STATE),
-        )
-        for name in zoo.NETWORKS
-    }
-    for job in jobs.values():
-        assert job.out is not None
-        check_target(job.out.expanduser().absolute(), force=force, resume=job.resume)
+    calls = {name: _call(name, call) for name in zoo.NETWORKS}
+    for each in calls.values():
+        assert each.out is not None
+        check_target(each.out, force=call.force, resume=each.resume)
     results = {}
-    for name, job in jobs.items():
+    for name, each in calls.items():
         terminal.say(f"{name}, {KINDS.get(name, 'a network')}:")
         before = len(terminal.warnings)
-        results[name], _, failure = quantize.quantize(job, terminal)
+        results[name], _, failure = quantize.make_run(each, terminal)
         del terminal.warnings[:before]
         if failure is not None:
             raise BitwrightError(f"{name}: {failure}") from failure
-    return results
+    terminal.result({"out": str(call.out), "runs": results})
+    show(results, call.out, terminal)
+
+
+def _call(name: str, call: DemoCall) -> QuantizeCall:
+    """One network's part of the demo; what an interrupted one left goes on."""
+    out = (call.out / name).expanduser().absolute()
+    return QuantizeCall(
+        NetworkOptions(f"zoo:{name}", CALIBRATION),
+        call.recipe,
+        weights="4",
+        data=DataOptions(evaluate=TEST),
+        budget=BudgetOptions(str(DEMO_STEPS) if find_recipe(call.recipe).optimises else None),
+        out=out,
+        seed=call.seed,
+        force=call.force,
+        resume=not call.force and is_unfinished(out / STATE),
+    )
 
 
 def show(results: dict[str, Any], out: Path, terminal: Terminal) -> None:
@@ -75,7 +76,7 @@ def show(results: dict[str, Any], out: Path, terminal: Terminal) -> None:
         "What was written, for each network:",
     )
     for name in results:
-        folder = quantize._short((out / name).expanduser().absolute())
+        folder = short((out / name).expanduser().absolute())
         terminal.show(f"  {folder}/report.html          to look at first: one page, opens in any browser, offline")
         terminal.show(f"  {folder}/model.onnx           to deploy: onnxruntime.InferenceSession('{folder}/model.onnx')")
         terminal.show(f"  {folder}/model.safetensors    the packed integers: bitwright.load('{folder}')")
@@ -83,7 +84,7 @@ def show(results: dict[str, Any], out: Path, terminal: Terminal) -> None:
             f"  {folder}/result.json          every figure above and one row a layer; plan.json beside it: the bits"
         )
     first = next(iter(results))
-    folder = quantize._short((out / first).expanduser().absolute())
+    folder = short((out / first).expanduser().absolute())
     terminal.show(
         "",
         f"See every layer:   bitwright inspect {folder}",

@@ -12,7 +12,7 @@ from bitwright.bits.goal import TITLES
 from bitwright.bits.plan import Plan
 from bitwright.bits.planning import Planning, nearest_uniform
 from bitwright.bits.solve import amount
-from bitwright.commands.tables import bytes_text, count_text
+from bitwright.cli.tables import bytes_text, count_text
 from bitwright.studies.figures import COLOURS
 
 UNITS = {

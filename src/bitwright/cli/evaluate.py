@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,15 +11,9 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from bitwright.commands import tables
-from bitwright.commands.sources import (
-    Settings,
-    absolute_source,
-    float_network,
-    images_at,
-    is_run,
-    load_run,
-)
+from bitwright.cli import tables
+from bitwright.cli.calls import EvaluateCall
+from bitwright.cli.sources import evaluated, float_network, images_at, is_run, load_run
 from bitwright.errors import BitwrightError, ModelError, UsageError
 from bitwright.given.images import Images
 from bitwright.given.inputs import prepare_teacher
@@ -49,38 +44,30 @@ class Subject(NamedTuple):
     batch: int = BATCH
 
 
-def evaluate(
-    model: str,
-    images: str,
-    *,
-    labels: str | None,
-    float_model: str | None,
-    output: str | None,
-    skip_unreadable: bool,
-    settings: Settings,
-    terminal: Terminal,
-    classes: list[str] | None = None,
-) -> dict[str, Any]:
-    """Scores a model on images.
+def evaluate(call: EvaluateCall, terminal: Terminal) -> None:
+    """Scores a model on images, and shows the scores and why some are missing."""
+    found = {**_scored(call, terminal), "warnings": terminal.warnings}
+    terminal.result(found)
+    terminal.show(_table(found), *tables.fidelity_notes(found))
 
-    Returns:
-        ``model``, ``data`` and, as in ``result.json``, ``float``, ``quantized`` and ``fidelity`` where they exist.
+
+def _scored(call: EvaluateCall, terminal: Terminal) -> dict[str, Any]:
+    """``model``, ``data`` and, as in ``result.json``, ``float``, ``quantized`` and ``fidelity`` where they exist.
 
     Raises:
         UsageError: there is nothing to compare with: no labels and no float network.
     """
-    options: dict[str, Any] = {"labels": labels, "skip_unreadable": skip_unreadable, "settings": settings}
-    axes = parse_classes(classes or [])
+    axes = parse_classes(call.classes or [])
     terminal.begin("Loading")
-    if Path(model).suffix == ".onnx":
-        subject = _onnx(model, images, float_model, output, axes, options)
-    elif is_run(model) or Path(model).expanduser().is_dir():
-        subject = _run(model, images, float_model, axes, options)
+    if Path(call.model).suffix == ".onnx":
+        subject = _onnx(call, axes)
+    elif is_run(call.model) or Path(call.model).expanduser().is_dir():
+        subject = _run(call, axes)
     else:
-        subject = _float(model, images, float_model, output, axes, options)
+        subject = _float(call, axes)
     terminal.finish()
-    labelled = subject.images.labels is not None or subject.images.masks is not None
-    if not labelled and subject.reference is None:
+    data = evaluated(subject.images, call.images)
+    if not data["labelled"] and subject.reference is None:
         raise UsageError(
             "Expected labels to compare with, found none. "
             "Give --labels, class folders, or a float network with --float."
@@ -96,13 +83,11 @@ def evaluate(
     )
     if subject.kind == "float" and subject.reference is None:
         found = {"float": found["quantized"]}
-    data = {
-        "count": len(subject.images),
-        "sha256": subject.images.sha256,
-        "labelled": labelled,
-        "source": absolute_source(images),
-    }
-    return {"model": {"name": model, "kind": subject.kind}, "data": {"evaluation": data}, **found}
+    return {"model": {"name": call.model, "kind": subject.kind}, "data": {"evaluation": data}, **found}
+
+
+def _images(call: EvaluateCall, network: Model | None) -> Images:
+    return images_at(call.images, network, call.reading, labels=call.labels)
 
 
 Axes = dict[str, int | None]
@@ -127,35 +112,32 @@ def parse_classes(given: list[str]) -> Axes:
     return found
 
 
-def _run(model: str, source: str, float_model: str | None, axes: Axes, options: dict[str, Any]) -> Subject:
-    run = load_run(model)
+def _run(call: EvaluateCall, axes: Axes) -> Subject:
+    run = load_run(call.model)
     try:
-        network = float_network(run, float_model, options["settings"])
+        network = float_network(run, call.float_model, call.reading)
     except UsageError as error:
-        if float_model is not None or run.preprocessing is None:
+        if call.float_model is not None or run.preprocessing is None:
             raise
-        import warnings
-
         warnings.warn(f"Fidelity to the float network is not measured: {error}", stacklevel=2)
-        images = images_at(source, Model(run, model, run.preprocessing), **options)
+        images = _images(call, Model(run, call.model, run.preprocessing))
         return Subject("run", run.flat, None, images, run.outputs)
-    images = images_at(source, network, **options)
+    images = _images(call, network)
     teacher = prepare_teacher(network, images, run.result.get("model", {}).get("output"), result=run.result)
     run.attach_teacher(teacher)
     reference, readings = _reading(teacher, images, axes)
     return Subject("run", run.flat, reference, images, run.outputs, readings)
 
 
-def _float(
-    model: str, source: str, float_model: str | None, output: str | None, axes: Axes, options: dict[str, Any]
-) -> Subject:
-    network = load_model(model, **options["settings"])
-    images = images_at(source, network, **options)
-    captured = prepare_teacher(network, images, output)
+def _float(call: EvaluateCall, axes: Axes) -> Subject:
+    preprocessing = call.reading.preprocessing
+    network = load_model(call.model, **preprocessing)
+    images = _images(call, network)
+    captured = prepare_teacher(network, images, call.output)
     subject = Subject("float", lambda x: list(captured.graph(x)), None, images, captured.outputs)
-    if float_model is None:
+    if call.float_model is None:
         return subject
-    other = prepare_teacher(load_model(float_model, **options["settings"]), images, output)
+    other = prepare_teacher(load_model(call.float_model, **preprocessing), images, call.output)
     reference, readings = _reading(other, images, axes)
     return subject._replace(reference=reference, readings=readings)
 
@@ -166,23 +148,22 @@ def _reading(captured: Captured, images: Images, axes: Axes) -> tuple[Network, S
     return (lambda x: list(captured.graph(x))), readings
 
 
-def _onnx(
-    model: str, source: str, float_model: str | None, output: str | None, axes: Axes, options: dict[str, Any]
-) -> Subject:
-    path = Path(model).expanduser()
+def _onnx(call: EvaluateCall, axes: Axes) -> Subject:
+    preprocessing = call.reading.preprocessing
+    path = Path(call.model).expanduser()
     if path.name == run_folder.ONNX and (path.parent / run_folder.RESULT).is_file():
         recorded = run_folder.read_result(path.parent)
         run_folder.check_file(path.parent, run_folder.ONNX, recorded, f"Write it with: bitwright export {path.parent}")
     session = _session(path)
     (given,) = session.get_inputs() if len(session.get_inputs()) == 1 else (None,)
     if given is None or len(given.shape) != 4:
-        raise ModelError(f"Expected one image input [N, C, H, W] in {model}, found {_inputs(session)}.")
-    network = load_model(float_model, **options["settings"]) if float_model is not None else None
-    images = images_at(source, network or _beside(Path(model), given.shape, options["settings"]), **options)
+        raise ModelError(f"Expected one image input [N, C, H, W] in {call.model}, found {_inputs(session)}.")
+    network = load_model(call.float_model, **preprocessing) if call.float_model is not None else None
+    images = _images(call, network or _beside(Path(call.model), given.shape, preprocessing))
     shape = tuple(images[0].shape)
     if any(isinstance(side, int) and side != ours for side, ours in zip(given.shape[1:], shape, strict=True)):
         raise UsageError(
-            f"Expected images of {_by(given.shape[1:])} for {model}, found {_by(shape)}. Give --input-size."
+            f"Expected images of {_by(given.shape[1:])} for {call.model}, found {_by(shape)}. Give --input-size."
         )
     fixed = given.shape[0] if isinstance(given.shape[0], int) else None
 
@@ -194,7 +175,7 @@ def _onnx(
     names = tuple(o.name for o in session.get_outputs())
     if network is None:
         return Subject("onnx", run, None, images, names, batch=fixed or BATCH)
-    reference, readings = _reading(prepare_teacher(network, images, output), images, axes)
+    reference, readings = _reading(prepare_teacher(network, images, call.output), images, axes)
     return Subject("onnx", run, reference, images, names, readings, fixed or BATCH)
 
 
@@ -219,7 +200,7 @@ def _by(shape: Any) -> str:
     return "x".join(map(str, shape))
 
 
-def _beside(path: Path, shape: list[Any], settings: Settings) -> Model | None:
+def _beside(path: Path, shape: list[Any], settings: dict[str, Any]) -> Model | None:
     """The preprocessing of an ONNX file: as given, else as recorded in the run folder it lies in."""
     base: dict[str, Any] = {}
     result = path.parent / run_folder.RESULT
@@ -237,11 +218,6 @@ def _beside(path: Path, shape: list[Any], settings: Settings) -> Model | None:
     except (BitwrightError, TypeError) as error:
         raise UsageError(f"The preprocessing of {path}: {error}") from error
     return Model(torch.nn.Identity(), path.stem, how)
-
-
-def views(found: dict[str, Any]) -> list[Table | str]:
-    """The scores for people, and why some are missing."""
-    return [_table(found), *tables.fidelity_notes(found)]
 
 
 def _table(found: dict[str, Any]) -> Table:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from PIL import Image
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from bitwright.cli.options import ImageOptions, NetworkOptions
 from bitwright.errors import BitwrightError, UsageError
 from bitwright.given.images import Images, load_images
 from bitwright.given.models import Model, example_shape, load_model
@@ -19,29 +22,21 @@ from bitwright.given.preprocessing import Preprocessing
 from bitwright.measure.evaluation import class_scores
 from bitwright.quantized import QuantizedModel
 from bitwright.run import folder as run_folder
+from bitwright.run.folder import check_writable
+from bitwright.terminal import Terminal
 
-Settings = dict[str, Any]
-"""What was said of preprocessing on the command line, by name; only what was said."""
 
-
-def images_at(
-    source: str,
-    network: Model | None,
-    *,
-    labels: str | None = None,
-    skip_unreadable: bool = False,
-    settings: Settings,
-) -> Images:
+def images_at(source: str, network: Model | None, reading: ImageOptions, *, labels: str | None = None) -> Images:
     """The images of a command; every header is looked at now, so that a text file is found before the long work.
 
     Raises:
         DataError: there are none, one is no image, the labels do not match, or nobody said how to preprocess.
     """
     how = None if network is None else network.preprocessing
-    if network is None and settings:
-        how = Preprocessing(**settings)
-    images = load_images(source, how, labels=labels, skip_unreadable=skip_unreadable)
-    if not skip_unreadable:
+    if network is None and reading.preprocessing:
+        how = Preprocessing(**reading.preprocessing)
+    images = load_images(source, how, labels=labels, skip_unreadable=reading.skip_unreadable)
+    if not reading.skip_unreadable:
         images.check()
     return images
 
@@ -92,6 +87,26 @@ def absolute_source(source: str) -> str:
     return source if source.startswith("zoo:") else os.path.abspath(os.path.expanduser(source))
 
 
+def evaluated(images: Images, source: str) -> dict[str, Any]:
+    """What a result says of the images that were measured on."""
+    labelled = images.labels is not None or images.masks is not None
+    return {
+        "count": len(images),
+        "sha256": images.sha256,
+        "labelled": labelled,
+        "source": absolute_source(source),
+    }
+
+
+def sources(network: NetworkOptions, reading: ImageOptions) -> dict[str, Any]:
+    """What a file says of where its network and images are."""
+    return {
+        "model": absolute_reference(network.model),
+        "images": absolute_source(network.images),
+        "preprocessing": reading.preprocessing,
+    }
+
+
 def is_run(reference: str) -> bool:
     """Whether the reference names a run folder, or the quantized model in one."""
     path = Path(reference).expanduser()
@@ -115,20 +130,20 @@ def load_run(reference: str) -> QuantizedModel:
     return run_folder.load(path)
 
 
-def float_network(run: QuantizedModel, reference: str | None, settings: Settings) -> Model:
+def float_network(run: QuantizedModel, reference: str | None, reading: ImageOptions) -> Model:
     """The float network that a run was made from.
 
     Args:
         run: loaded.
         reference: where it is now, if not where it was.
-        settings: of preprocessing; those of the run if none is given.
+        reading: how images become its input; as in the run if nothing is said.
 
     Raises:
         UsageError: nobody knows where it is, it cannot be loaded any more, or it is code that the user did not name.
     """
     recorded = run.result.get("model", {})
+    settings = reading.preprocessing or _known(recorded.get("settings"))
     if reference is not None:
-        settings = settings or _known(recorded.get("settings"))
         return load_model(reference, **settings)
     where = recorded.get("reference")
     if not isinstance(where, str) or not where:
@@ -139,7 +154,7 @@ def float_network(run: QuantizedModel, reference: str | None, settings: Settings
             "Give it with --float if you trust it."
         )
     try:
-        return load_model(where, **(settings or _known(recorded.get("settings"))))
+        return load_model(where, **settings)
     except (BitwrightError, TypeError) as error:
         raise UsageError(f"The network of this run is not where it was ({error}). Give it with --float.") from error
 
@@ -154,7 +169,7 @@ def is_code(reference: str) -> bool:
     return not reference.startswith(("zoo:", "timm:", "torchvision:")) and Path(reference).suffix != ".pt2"
 
 
-def _known(recorded: Any) -> Settings:
+def _known(recorded: Any) -> dict[str, Any]:
     """Settings of preprocessing in a result, without what nobody could have said on the command line."""
     known = ("input_size", "mean", "std", "interpolation", "crop_pct")
     return {k: recorded[k] for k in known if k in recorded} if isinstance(recorded, dict) else {}
@@ -179,6 +194,45 @@ def _image_shape(network: Model) -> tuple[int, ...] | None:
     if how is not None:
         return tuple(torch.as_tensor(how(Image.new("RGB", (256, 256), (128, 128, 128)))).shape)
     return example_shape(network.module) if isinstance(network.module, ExportedProgram) else None
+
+
+def load_inputs(
+    network: NetworkOptions, reading: ImageOptions, terminal: Terminal, labels: str | None = None
+) -> tuple[Model, Images]:
+    """The network and its images, with the headers of all images looked at."""
+    terminal.begin("Loading the network")
+    found = load_model(network.model, **reading.preprocessing)
+    return found, images_at(network.images, found, reading, labels=labels)
+
+
+def check_target(folder: Path, names: Iterable[str], *, force: bool) -> None:
+    """Looks at the folder that files are written into.
+
+    Raises:
+        UsageError: it is none, cannot be written, or holds one of the files that may not be replaced.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"Expected a folder at {folder}, found a file. Choose another --out.")
+    there = next((path for name in names if (path := folder / name).exists()), None)
+    if there is not None and not force:
+        raise UsageError(f"{there} is there already. Choose another --out, or replace it with --force.")
+    check_writable(folder)
+
+
+@contextmanager
+def empty_removed(folder: Path) -> Iterator[None]:
+    """Around what writes into a folder: if it fails, folders that it made and that are empty are gone again."""
+    until = first_existing(folder)
+    try:
+        yield
+    except BaseException:
+        remove_empty(folder, until)
+        raise
+
+
+def first_existing(folder: Path) -> Path:
+    """The folder, or the closest of those it lies in that exists."""
+    return next(p for p in (folder, *folder.parents) if p.exists())
 
 
 def remove_empty(folder: Path, until: Path) -> None:

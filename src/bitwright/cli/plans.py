@@ -8,7 +8,7 @@ from typing import Any
 
 from bitwright.bits.plan import Plan
 from bitwright.bits.solve import amount
-from bitwright.commands.tables import bytes_text, percent
+from bitwright.cli.tables import bytes_text, percent
 from bitwright.errors import BitwrightError
 from bitwright.given.text import read_json
 from bitwright.measure.metrics import wilson_interval

@@ -12,14 +12,14 @@ from rich.console import RenderableType
 from torch import fx
 
 from bitwright import api
-from bitwright.bits.plan import Plan
-from bitwright.commands import tables
-from bitwright.commands.sources import Settings, blank_images, is_run, load_run
+from bitwright.cli import tables
+from bitwright.cli.calls import InspectCall
+from bitwright.cli.options import ImageOptions
+from bitwright.cli.sources import blank_images, is_run, load_run
 from bitwright.errors import UsageError
 from bitwright.given.models import load_model
 from bitwright.graph import rewrite
 from bitwright.graph.blocks import find_blocks
-from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel
 from bitwright.run import folder as run_folder
 from bitwright.run.result import describe_layers, describe_unquantized, totals
@@ -28,36 +28,28 @@ from bitwright.terminal import Terminal, quiet_libraries
 Rows = list[dict[str, Any]]
 
 
-def inspect(
-    model: str,
-    *,
-    scheme: Scheme,
-    plan: Plan | None = None,
-    output: str | None,
-    settings: Settings,
-    blocks: bool = False,
-    terminal: Terminal,
-) -> tuple[dict[str, Any], list[RenderableType]]:
-    """Looks at a run, or at what would become of a float network.
-
-    Returns:
-        The facts as JSON keeps them, and as tables.
+def inspect(call: InspectCall, terminal: Terminal) -> None:
+    """Shows a run, or what would become of a float network.
 
     Raises:
         UsageError: there is no such network or run, or a run is to be shown with a plan.
     """
-    if is_run(model) or Path(model).expanduser().is_dir():
-        if plan is not None:
-            raise UsageError(f"{model} is a run, which has its bits already. Give the float network with --plan.")
-        run = load_run(model)
-        with run_folder.shown(model):
-            return _described(run, model, run.result.get("layers"), blocks)
-    terminal.begin("Capturing the network")
-    network = load_model(model, **settings)
-    with quiet_libraries():
-        planned = api.preview(network, blank_images(network), scheme=scheme, plan=plan, output=output)
-    terminal.finish()
-    return _described(planned, network.name, None, blocks)
+    if is_run(call.model) or Path(call.model).expanduser().is_dir():
+        if call.bits.plan is not None:
+            raise UsageError(f"{call.model} is a run, which has its bits already. Give the float network with --plan.")
+        run = load_run(call.model)
+        with run_folder.shown(call.model):
+            found, shown = _described(run, call.model, run.result.get("layers"), call.blocks)
+    else:
+        terminal.begin("Capturing the network")
+        network = load_model(call.model, **ImageOptions(call.input_size).preprocessing)
+        scheme, plan = call.bits.scheme(call.weights), call.bits.planned
+        with quiet_libraries():
+            model = api.preview(network, blank_images(network), scheme=scheme, plan=plan, output=call.output)
+        terminal.finish()
+        found, shown = _described(model, network.name, None, call.blocks)
+    terminal.result(found)
+    terminal.show(*shown)
 
 
 def _described(

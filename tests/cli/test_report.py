@@ -15,7 +15,7 @@ from cases import dataset, model
 import bitwright as bw
 from bitwright import report
 from bitwright.cli import main
-from bitwright.commands import report as command
+from bitwright.cli import report as command
 from bitwright.report.comparison import Entry, comparison, quality, row
 from bitwright.report.page import page
 from bitwright.report.shown import Shown

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import bitwright as bw
-from bitwright.cli import main
-from bitwright.commands import compare as command
-from bitwright.commands import quantize
+from bitwright.cli import compare as command
+from bitwright.cli import main, quantize
+from bitwright.cli.calls import QuantizeCall
 
 NET = """
 import torch
@@ -85,8 +85,7 @@ def test_every_recipe_has_a_run_of_its_own_on_the_same_terms(here: Path) -> None
     assert results[0]["seed"] == 3
     assert results[0]["data"]["calibration"]["count"] == 12
     assert all((here / "out" / name / "report.html").is_file() for name in ("rtn", "mse"))
-    alone = quantize.Job("net.py:net", "zoo:fashion[:12]", bw.Scheme(weights=4), "mse", seed=3)
-    again = bw.quantize("net.py:net", alone.images, "mse", weights=4, seed=3)
+    again = bw.quantize("net.py:net", "zoo:fashion[:12]", "mse", weights=4, seed=3)
     images = torch.randn(4, 1, 28, 28)
     assert torch.equal(again(images), bw.load(here / "out" / "mse")(images))
 
@@ -119,15 +118,15 @@ def test_going_on_keeps_what_is_finished_and_makes_the_rest(
 
 
 def test_an_interruption_keeps_the_runs_before_it(here: Path, template: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, asked = quantize.quantize, []
+    original, asked = quantize.make_run, []
 
-    def interrupted(job: quantize.Job, terminal: Any) -> Any:
-        asked.append(job.method)
-        if job.method == "mse" and len(asked) < 3:
+    def interrupted(given: QuantizeCall, terminal: Any) -> Any:
+        asked.append(given.recipe)
+        if given.recipe == "mse" and len(asked) < 3:
             raise KeyboardInterrupt
-        return original(job, terminal)
+        return original(given, terminal)
 
-    monkeypatch.setattr(quantize, "quantize", interrupted)
+    monkeypatch.setattr(quantize, "make_run", interrupted)
     given = call(template, "--out", "again", "--recipes", "rtn,mse")
     assert main(given) == 130
     assert asked == ["rtn", "mse"]

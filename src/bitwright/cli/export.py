@@ -7,8 +7,10 @@ from typing import Any
 
 from rich.table import Table
 
-from bitwright.commands import tables
-from bitwright.commands.sources import Settings, float_network, images_at, load_run
+from bitwright.cli import tables
+from bitwright.cli.calls import ExportCall
+from bitwright.cli.options import ImageOptions
+from bitwright.cli.sources import float_network, images_at, load_run
 from bitwright.errors import BitwrightError, ParityError, UsageError
 from bitwright.export.openvino import check_openvino, write_openvino
 from bitwright.export.parity import Parity, export_checked
@@ -26,20 +28,16 @@ FORMATS = {"onnx": run_folder.ONNX, "openvino": run_folder.OPENVINO, "pt2": run_
 WHERE = {"onnx": "ONNX Runtime", "openvino": "OpenVINO", "pt2": "PyTorch"}
 
 
+def export(call: ExportCall, terminal: Terminal) -> None:
+    """Writes the file and shows what its check found."""
+    found = {**_exported(call.run, call, terminal), "warnings": terminal.warnings}
+    terminal.result(found)
+    terminal.show(table(found))
+
+
 @run_folder.alone
-def export(
-    run: str,
-    *,
-    to: str,
-    images: str | None,
-    out: Path | None,
-    force: bool,
-    skip_unreadable: bool,
-    settings: Settings,
-    samples: int,
-    terminal: Terminal,
-) -> dict[str, Any]:
-    """Writes the file of a format into the run folder (or to ``out``) after the parity check on real images.
+def _exported(run: str, call: ExportCall, terminal: Terminal) -> dict[str, Any]:
+    """Writes the file of a format into the run folder (or to ``--out``) after the parity check on real images.
 
     Returns:
         ``file``, ``format``, ``bytes`` (of all files together), ``parity``, and for ONNX ``onnx_bytes``.
@@ -48,28 +46,29 @@ def export(
         UsageError: another format, no images for the check, or what the runtime lacks.
         ParityError: the file computes something else than the simulation.
     """
+    to = call.to
     if to not in FORMATS:
         raise UsageError(f"Expected a format out of {', '.join(FORMATS)}, found '{to}'.")
     model = load_run(run)
     folder = Path(run).expanduser() if Path(run).expanduser().is_dir() else Path(run).expanduser().parent
-    path = (out or folder / FORMATS[to]).expanduser()
+    path = (call.out or folder / FORMATS[to]).expanduser()
     if path.is_dir() or not path.parent.is_dir():
         raise UsageError(f"Expected a file in an existing folder as --out, found {path}.")
-    if out is not None:
-        path = target_file(path, Path(FORMATS[to]).suffix, force=force)
+    if call.out is not None:
+        path = target_file(path, Path(FORMATS[to]).suffix, force=call.force)
     if to == "openvino":
         check_openvino(model)
     terminal.begin("Opening the images")
-    found = run_images(model, images, skip_unreadable, settings)
+    images = run_images(model, call.images, call.reading)
     terminal.begin(f"Writing {to} and checking it in {WHERE[to]}")
     try:
         with quiet_libraries():
-            parity, files = _write(model, to, path, found, force, samples)
+            parity, files = _write(model, to, path, images, call.force, call.samples)
     except OSError as error:
         raise cannot_write(path, error) from error
     terminal.finish()
     size = sum(file.stat().st_size for file in files)
-    if out is None:
+    if call.out is None:
         _record(folder / run_folder.RESULT, to, parity.to_dict(), size)
     about = {"file": str(path), "format": to, "bytes": size, "parity": parity.to_dict()}
     return about | {"onnx_bytes": size} if to == "onnx" else about
@@ -97,9 +96,7 @@ def _write(
     return parity, [path.parent / file.name for file in written]
 
 
-def run_images(
-    model: QuantizedModel, source: str | None, skip_unreadable: bool, settings: Settings, how: str = "--images"
-) -> Images:
+def run_images(model: QuantizedModel, source: str | None, reading: ImageOptions, how: str = "--images") -> Images:
     """The images named, or else those that the run was evaluated on, or calibrated.
 
     Raises:
@@ -111,10 +108,10 @@ def run_images(
     if source is None:
         raise UsageError(f"The check of the exported file needs a few images. Give {how}.")
     network: Model | None = Model(model, "", model.preprocessing) if model.preprocessing is not None else None
-    if network is None and not settings and not source.endswith(".npz"):
-        network = float_network(model, None, settings)
+    if network is None and not reading.preprocessing and not source.endswith(".npz"):
+        network = float_network(model, None, reading)
     try:
-        return images_at(source, network, skip_unreadable=skip_unreadable, settings=settings)
+        return images_at(source, network, reading)
     except BitwrightError as error:
         if source is recorded:
             raise UsageError(

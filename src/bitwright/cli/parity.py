@@ -9,9 +9,12 @@ from typing import Any
 from rich.console import RenderableType
 
 import bitwright
-from bitwright.commands import tables
-from bitwright.commands.export import run_images
-from bitwright.commands.sources import Settings, float_network
+from bitwright.cli import tables
+from bitwright.cli.bench import counts
+from bitwright.cli.calls import ParityCall
+from bitwright.cli.export import run_images
+from bitwright.cli.options import ImageOptions
+from bitwright.cli.sources import float_network
 from bitwright.errors import ParityError, UsageError
 from bitwright.export.gap import measure_gap, read_onnx
 from bitwright.given.images import Images
@@ -25,30 +28,24 @@ from bitwright.runtimes.record import Runtime
 from bitwright.terminal import Terminal, one_line, quiet_libraries
 
 
-@run_folder.alone
-def parity(
-    run: str,
-    images: str | None,
-    *,
-    runtimes: list[str] | None,
-    batches: tuple[int, ...],
-    samples: int,
-    float_model: str | None,
-    skip_unreadable: bool,
-    settings: Settings,
-    terminal: Terminal,
-) -> tuple[dict[str, Any], ParityError | None]:
-    """Compares and writes ``parity.json`` into the run folder.
+def parity(call: ParityCall, terminal: Terminal) -> None:
+    """Compares, writes ``parity.json``, and fails if the file does not compute what was measured."""
+    found = _compared(call.run, call, terminal)
+    terminal.result({**found, "warnings": terminal.warnings})
+    terminal.show(*views(found))
+    _refuse(found)
 
-    Returns:
-        What the file holds, and the error if the file of the run does not compute what was measured.
+
+@run_folder.alone
+def _compared(run: str, call: ParityCall, terminal: Terminal) -> dict[str, Any]:
+    """What ``parity.json`` holds.
 
     Raises:
         UsageError: the run is unfinished, a file of it is missing or damaged, or a runtime is not installed.
     """
-    chosen = _runtimes(runtimes)
-    if samples < 1:
-        raise UsageError(f"Expected at least 1 image, found --samples {samples}.")
+    batches, chosen = counts(call.batch, "--batch") or (), _runtimes(call.runtime)
+    if call.samples < 1:
+        raise UsageError(f"Expected at least 1 image, found --samples {call.samples}.")
     folder = Path(run).expanduser()
     folder = folder.parent if folder.is_file() else folder
     terminal.begin("Loading")
@@ -58,9 +55,9 @@ def parity(
     read_onnx(path)
     run_folder.check_file(folder, run_folder.MODEL, result, "Copy the run again, or quantize again.")
     model = run_folder.load(folder)
-    found = run_images(model, images, skip_unreadable, settings, "IMAGES")
-    found = found.sample(min(samples, len(found)), seed=0)
-    why = _attach_float(model, float_model, found, settings)
+    found = run_images(model, call.images, call.reading, "IMAGES")
+    found = found.sample(min(call.samples, len(found)), seed=0)
+    why = _attach_float(model, call.float_model, found, call.reading)
     terminal.finish()
     with quiet_libraries():
         gap = measure_gap(model, path, found, chosen, batches=batches, progress=terminal.progress)
@@ -76,7 +73,7 @@ def parity(
         "absent": absent(),
     }
     write_json(folder / run_folder.PARITY, data)
-    return data, _failure(data)
+    return data
 
 
 def _runtimes(names: list[str] | None) -> list[Runtime]:
@@ -85,10 +82,10 @@ def _runtimes(names: list[str] | None) -> list[Runtime]:
     return found
 
 
-def _attach_float(model: QuantizedModel, reference: str | None, images: Images, settings: Settings) -> str | None:
+def _attach_float(model: QuantizedModel, reference: str | None, images: Images, reading: ImageOptions) -> str | None:
     """Gives the run its float network back; why that cannot be, if it cannot."""
     try:
-        network = float_network(model, reference, settings)
+        network = float_network(model, reference, reading)
         model.attach_teacher(
             prepare_teacher(network, images, model.result.get("model", {}).get("output"), result=model.result)
         )
@@ -99,12 +96,12 @@ def _attach_float(model: QuantizedModel, reference: str | None, images: Images, 
     return None
 
 
-def _failure(data: dict[str, Any]) -> ParityError | None:
+def _refuse(data: dict[str, Any]) -> None:
     name = data["first_divergence"]
     if name is None:
-        return None
+        return
     to = " --to openvino" if data["diverging_in"] == OPENVINO.title else ""
-    return ParityError(
+    raise ParityError(
         f"The file in {data['run']} does not compute what was measured: {name} is the first to differ. "
         f"{'Write one for it' if to else 'Write it again'} with: bitwright export {data['run']}{to}"
     )

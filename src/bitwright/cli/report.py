@@ -11,7 +11,8 @@ from typing import Any
 from rich.table import Table
 
 from bitwright import report as pages
-from bitwright.commands import tables
+from bitwright.cli import tables
+from bitwright.cli.calls import ReportCall
 from bitwright.errors import UsageError
 from bitwright.given.images import Images
 from bitwright.quantized import QuantizedModel
@@ -27,32 +28,31 @@ from bitwright.terminal import Terminal, one_line
 DEFAULT = Path("comparison.html")
 
 
-def report(runs: Sequence[str], out: Path | None, terminal: Terminal) -> tuple[dict[str, Any], Path]:
-    """The page of one run into its folder, or a page that compares several.
-
-    Args:
-        runs: folders.
-        out: the page, if not ``report.html`` of the one run or :data:`DEFAULT`.
-        terminal: for warnings.
-
-    Returns:
-        What the page says in short, and its path.
+def report(call: ReportCall, terminal: Terminal) -> None:
+    """Writes the page of one run into its folder, or a page that compares several.
 
     Raises:
         UsageError: a run cannot be read, is named twice, or the page cannot be written.
     """
-    folders = [Path(r).expanduser() for r in runs]
-    _check_out(out)
+    folders = [Path(r).expanduser() for r in call.runs]
+    if call.out is not None and call.out.suffix.lower() not in {".html", ".htm"}:
+        raise UsageError(f"Expected an .html file for --out, found {call.out}. Such as --out {DEFAULT}.")
     if len({f.resolve() for f in folders}) < len(folders):
         raise UsageError("Expected different runs, found one of them twice. Name each once.")
+    found: dict[str, Any]
     if len(folders) == 1:
         shown = read(folders[0])
-        path = pages.write(folders[0], out)
-        return {"run": str(folders[0]), "verdict": verdict(shown.result, shown.facts)}, path
-    entries = [Entry(name, read(f)) for name, f in zip(short_names(folders), folders, strict=True)]
-    path = out or DEFAULT
-    pages.save(comparison.comparison(entries), path)
-    return {"verdict": comparison.verdict(entries), "runs": [comparison.row(e) for e in entries]}, path
+        path = pages.write(folders[0], call.out)
+        found = {"run": str(folders[0]), "verdict": verdict(shown.result, shown.facts)}
+    else:
+        entries = [Entry(name, read(f)) for name, f in zip(short_names(folders), folders, strict=True)]
+        path = call.out or DEFAULT
+        pages.save(comparison.comparison(entries), path)
+        found = {"verdict": comparison.verdict(entries), "runs": [comparison.row(e) for e in entries]}
+    terminal.result({**found, "page": str(path)})
+    if "runs" in found:
+        terminal.show(table(found["runs"]))
+    terminal.show(found["verdict"].replace("\u00a0", " "), f"Written: {path}")
 
 
 def write_beside(
@@ -89,11 +89,6 @@ def write_beside(
         what = f"{type(error).__name__}: {one_line(str(error))}"
         warnings.warn(f"The run is complete, but its page could not be written ({what}).", stacklevel=2)
     terminal.finish()
-
-
-def _check_out(out: Path | None) -> None:
-    if out is not None and out.suffix.lower() not in {".html", ".htm"}:
-        raise UsageError(f"Expected an .html file for --out, found {out}. Such as --out {DEFAULT}.")
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
@@ -137,10 +132,3 @@ def _metric(r: dict[str, Any], metric: str) -> str:
     if metric == "top1" and r.get("top1_ci"):
         return tables.with_interval(r)
     return tables.percent(r.get(metric))
-
-
-def show(found: dict[str, Any], path: Path, terminal: Terminal) -> None:
-    """The verdict, the table of several runs, and where the page is."""
-    if "runs" in found:
-        terminal.show(table(found["runs"]))
-    terminal.show(found["verdict"].replace("\u00a0", " "), f"Written: {path}")

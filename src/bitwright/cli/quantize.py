@@ -6,21 +6,23 @@ import json
 import re
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bitwright import api, recipes
 from bitwright.bits import planning
 from bitwright.bits.goal import Goal
-from bitwright.bits.plan import Plan, insert_plan
-from bitwright.commands import inspect, plans, tables
-from bitwright.commands.report import write_beside
-from bitwright.commands.sources import (
-    Settings,
+from bitwright.bits.plan import insert_plan
+from bitwright.cli import inspect, plans, tables
+from bitwright.cli.calls import QuantizeCall
+from bitwright.cli.report import write_beside
+from bitwright.cli.sources import (
     absolute_reference,
     absolute_source,
     check_labels,
+    evaluated,
+    first_existing,
     images_at,
     remove_empty,
 )
@@ -31,7 +33,6 @@ from bitwright.given.images import Images
 from bitwright.given.models import Model, load_model
 from bitwright.given.preprocessing import Preprocessing
 from bitwright.measure.evaluation import evaluate, layer_sqnr, read_outputs_of
-from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel
 from bitwright.recipes import recipe as find_recipe
 from bitwright.report.answers import Answers
@@ -40,8 +41,8 @@ from bitwright.run.files import write_text
 from bitwright.run.result import command_line, peak_memory_bytes
 from bitwright.run.state import begin, leave
 from bitwright.sensitivity import diagnosis
-from bitwright.stages.base import Precision, Run
-from bitwright.terminal import Terminal, one_line, quiet_libraries
+from bitwright.stages.base import Run
+from bitwright.terminal import Terminal, one_line, quiet_libraries, short
 
 SQNR_IMAGES = 32
 PARITY_IMAGES = 128
@@ -49,93 +50,69 @@ DECODE_BATCH = 64
 
 
 @dataclass(frozen=True)
-class Job:
-    """The arguments of one quantization, as the command line takes them."""
-
-    model: str
-    images: str
-    scheme: Scheme
-    """With the plan in it."""
-    recipe: str | None = None
-    raise_few: bool = False
-    """Whether the few activations that need 16 bits get them (``--activations auto``)."""
-    plan: Plan | None = None
-    plan_file: Path | None = None
-    """Where the plan was read."""
-    goal: Goal | None = None
-    """Limits within which a plan is made first."""
-    cache: Path | None = None
-    samples: int | None = None
-    steps: tuple[int, ...] | None = None
-    minutes: float | None = None
-    precision: Precision = "auto"
-    evaluate: str | None = None
-    labels: str | None = None
-    out: Path | None = None
-    seed: int = 0
-    device: str = "auto"
-    output: str | None = None
-    settings: Settings = field(default_factory=dict)
-    """Of preprocessing."""
-    skip_unreadable: bool = False
-    resume: bool = False
-    force: bool = False
-    pictures: bool = True
-    """Whether the report shows some of the images."""
-
-    @property
-    def method(self) -> str:
-        """The recipe's name or file."""
-        return self.recipe or recipes.DEFAULT
-
-
-@dataclass(frozen=True)
 class Inputs:
-    """What a job names, found and checked."""
+    """What a call names, found and checked."""
 
     network: Model
     calibration: Images
     evaluation: Images | None
 
 
-def quantize(job: Job, terminal: Terminal) -> tuple[dict[str, Any], Path, BitwrightError | None]:
+class Outcome(NamedTuple):
+    """What one quantization left."""
+
+    result: dict[str, Any]
+    """What ``result.json`` holds."""
+    folder: Path
+    failure: BitwrightError | None
+    """What kept ``model.onnx`` out of the folder, if something did."""
+
+
+def quantize(call: QuantizeCall, terminal: Terminal) -> None:
+    """Does the whole job and shows its result, or what would be done with ``--dry-run``."""
+    if call.dry_run:
+        _dry_run(call, terminal)
+        return
+    made = make_run(call, terminal)
+    terminal.result({**made.result, "run": str(made.folder)})
+    show(made.result, made.folder, terminal)
+    if made.failure is not None:
+        raise made.failure
+
+
+def make_run(call: QuantizeCall, terminal: Terminal) -> Outcome:
     """Does the whole job.
 
-    Returns:
-        What ``result.json`` holds, the run folder, and the error that kept ``model.onnx`` out of it, if one did.
-
     Raises:
-        BitwrightError: anything else went wrong; then what an earlier command or this one has done is kept.
+        BitwrightError: anything but the ONNX file went wrong; what was done until then is kept.
     """
     started = time.perf_counter()
-    folder = (job.out or Path("runs") / default_name(job)).expanduser().absolute()
+    folder = (call.out or Path("runs") / default_name(call)).expanduser().absolute()
     with run_folder.writing(folder) as said:
         if said is not None:
             terminal.say(said)
-        return _quantize_into(folder, job, terminal, started)
+        return _quantize_into(folder, call, terminal, started)
 
 
-def _quantize_into(
-    folder: Path, job: Job, terminal: Terminal, started: float
-) -> tuple[dict[str, Any], Path, BitwrightError | None]:
+def _quantize_into(folder: Path, call: QuantizeCall, terminal: Terminal, started: float) -> Outcome:
     """The whole job, with the folder to itself; nothing in it is touched before the arguments are known to be right."""
-    run_folder.check_target(folder, force=job.force, resume=job.resume)
-    until = next(p for p in (folder, *folder.parents) if p.exists())
-    terminal.log("start", command=job.model, images=job.images, recipe=job.method)
+    run_folder.check_target(folder, force=call.force, resume=call.resume)
+    until = first_existing(folder)
+    terminal.log("start", command=call.network.model, images=call.network.images, recipe=method_of(call))
     state = folder / run_folder.STATE
     try:
-        inputs = find_inputs(job, terminal)
-        begin(state, command_line(), _settings(job), resume=job.resume)
-        model = _quantize(job, inputs, state, terminal)
-        answers = _measure(model, job, inputs, terminal)
-        _diagnose(model, job, terminal)
-        failure = _write(model, job, inputs, folder, terminal, started)
+        inputs = find_inputs(call, terminal)
+        begin(state, command_line(), _settings(call), resume=call.resume)
+        model = _quantize(call, inputs, state, terminal)
+        answers = _measure(model, call, inputs, terminal)
+        _diagnose(model, call, terminal)
+        failure = _write(model, call, inputs, folder, terminal, started)
     except BaseException as error:
         _leave(folder, until, terminal, interrupted=isinstance(error, KeyboardInterrupt))
         raise
-    curve = plans.curve_beside(job.plan_file)
-    write_beside(model, inputs.evaluation, answers, folder, terminal, pictures=job.pictures, curve=curve)
-    return model.result, folder, failure
+    curve = plans.curve_beside(call.bits.plan)
+    write_beside(model, inputs.evaluation, answers, folder, terminal, pictures=not call.no_images, curve=curve)
+    return Outcome(model.result, folder, failure)
 
 
 def _leave(folder: Path, until: Path, terminal: Terminal, *, interrupted: bool) -> None:
@@ -153,86 +130,69 @@ def _leave(folder: Path, until: Path, terminal: Terminal, *, interrupted: bool) 
         )
     elif kept:
         terminal.finish()
-        terminal.say(f"What was done is kept in {_short(folder)}: the run's command with --resume goes on from there.")
+        terminal.say(f"What was done is kept in {short(folder)}: the run's command with --resume goes on from there.")
 
 
-def _settings(job: Job) -> dict[str, Any]:
+def _settings(call: QuantizeCall) -> dict[str, Any]:
     """What must be the same for a run to go on; the network and the images are compared by what they hold."""
-    method = find_recipe(job.method)
+    method = find_recipe(method_of(call))
     return {
         "recipe": method.name,
         "stages": method.settings()["stages"],
-        "scheme": job.scheme.model_dump(mode="json"),
-        "plan": None if job.plan is None else job.plan.model_dump(mode="json"),
-        "goal": None if job.goal is None else str(job.goal),
-        "samples": job.samples,
-        "steps": job.steps,
-        "minutes": job.minutes,
-        "precision": job.precision,
-        "seed": job.seed,
-        "output": job.output,
+        "scheme": call.scheme.model_dump(mode="json"),
+        "plan": None if call.bits.planned is None else call.bits.planned.model_dump(mode="json"),
+        "goal": None if call.goal is None else str(call.goal),
+        "samples": call.data.samples,
+        "steps": call.budget.numbers,
+        "minutes": call.budget.minutes,
+        "precision": call.budget.number_format,
+        "seed": call.seed,
+        "output": call.output,
     }
 
 
-def default_name(job: Job) -> str:
+def method_of(call: QuantizeCall) -> str:
+    """The recipe's name or file."""
+    return call.recipe or recipes.DEFAULT
+
+
+def default_name(call: QuantizeCall) -> str:
     """Model, recipe and bits: the folder of a run that was not given one.
 
     Example:
-        >>> default_name(Job("timm:resnet18@w.pt", "photos", Scheme(weights=4), "mse"))
+        >>> from bitwright.cli.options import NetworkOptions
+        >>> default_name(QuantizeCall(NetworkOptions("timm:resnet18@w.pt", "photos"), "mse", weights="4"))
         'resnet18-mse-w4a8'
     """
-    name = re.sub(r"@.*", "", job.model).rpartition(":")[2] if ":" in job.model else Path(job.model).stem
-    weights, activations = (b or "float" for b in _described_bits(job).values())
-    return re.sub(r"[^\w.-]+", "_", f"{name}-{Path(job.method).stem}-w{weights}a{activations}")
+    model = call.network.model
+    name = re.sub(r"@.*", "", model).rpartition(":")[2] if ":" in model else Path(model).stem
+    weights, activations = (b or "float" for b in _described_bits(call).values())
+    return re.sub(r"[^\w.-]+", "_", f"{name}-{Path(method_of(call)).stem}-w{weights}a{activations}")
 
 
-def _described_bits(job: Job) -> dict[str, int | str | None]:
-    if job.goal is None:
-        return job.scheme.described_bits()
-    choices = {"weights": job.goal.weights, "activations": job.goal.activations}
+def _described_bits(call: QuantizeCall) -> dict[str, int | str | None]:
+    if call.goal is None:
+        return call.scheme.described_bits()
+    choices = {"weights": call.goal.weights, "activations": call.goal.activations}
     return {what: "mixed" if len(bits) > 1 else next(iter(bits), None) for what, bits in choices.items()}
 
 
-def parse_steps(text: str | None) -> tuple[int, ...] | None:
-    """Numbers of steps, one for each stage that takes some.
-
-    Raises:
-        UsageError: the text is no list of whole numbers.
-
-    Example:
-        >>> parse_steps("300"), parse_steps("300,500")
-        ((300,), (300, 500))
-    """
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(f"Expected a number of steps such as 300, or 300,500, found '{text}'.") from None
-
-
-def find_inputs(job: Job, terminal: Terminal) -> Inputs:
+def find_inputs(call: QuantizeCall, terminal: Terminal) -> Inputs:
     """Loads the model, opens the images, and finds what can be wrong with them before the long work starts."""
-    api.check_budget(job.steps, job.minutes, find_recipe(job.method))
-    given.find_device(job.device)
-    if job.goal is not None:
-        planning.check(job.goal)
-    if job.labels is not None and job.evaluate is None:
+    api.check_budget(call.budget.numbers, call.budget.minutes, find_recipe(method_of(call)))
+    given.find_device(call.device)
+    if call.goal is not None:
+        planning.check(call.goal)
+    if call.data.labels is not None and call.data.evaluate is None:
         raise UsageError("Labels are used for evaluation only. Give the images they belong to with --evaluate.")
     terminal.begin("Loading the network")
-    network = load_model(job.model, **job.settings)
+    network = load_model(call.network.model, **call.reading.preprocessing)
     terminal.begin("Opening the images")
-    calibration = images_at(job.images, network, skip_unreadable=job.skip_unreadable, settings=job.settings)
+    calibration = images_at(call.network.images, network, call.reading)
     evaluation = None
-    if job.evaluate is not None:
-        evaluation = images_at(
-            job.evaluate,
-            network,
-            labels=job.labels,
-            skip_unreadable=job.skip_unreadable,
-            settings=job.settings,
-        )
-        if job.output is None:
+    if call.data.evaluate is not None:
+        evaluation = images_at(call.data.evaluate, network, call.reading, labels=call.data.labels)
+        if call.output is None:
             check_labels(network, evaluation)
         decode(evaluation, terminal)
     terminal.finish()
@@ -247,24 +207,26 @@ def decode(images: Images, terminal: Terminal) -> None:
         terminal.progress("Decoding the images to evaluate", done, len(images))
 
 
-def preview(job: Job, terminal: Terminal) -> QuantizedModel:
+def preview(call: QuantizeCall, terminal: Terminal) -> QuantizedModel:
     """The network with quantizers that are not calibrated: what ``--dry-run`` shows."""
-    inputs = find_inputs(job, terminal)
+    inputs = find_inputs(call, terminal)
     terminal.begin("Capturing the network")
-    if job.goal is not None:
-        return _preview_planned(job, job.goal, inputs, terminal)
-    model = api.preview(inputs.network, inputs.calibration, scheme=job.scheme, plan=job.plan, output=job.output)
+    if call.goal is not None:
+        return _preview_planned(call, call.goal, inputs, terminal)
+    plan = call.bits.planned
+    model = api.preview(inputs.network, inputs.calibration, scheme=call.scheme, plan=plan, output=call.output)
     terminal.finish()
     return model
 
 
-def _preview_planned(job: Job, goal: Goal, inputs: Inputs, terminal: Terminal) -> QuantizedModel:
+def _preview_planned(call: QuantizeCall, goal: Goal, inputs: Inputs, terminal: Terminal) -> QuantizedModel:
     """Likewise, with the plan that the run would have."""
-    data = given.calibration_images(inputs.calibration, inputs.network, job.samples, job.skip_unreadable)
-    teacher = given.prepare_teacher(inputs.network, data, job.output)
-    run = Run(seed=job.seed, device=given.find_device(job.device), progress=terminal.progress)
-    method, cache = find_recipe(job.method), plans.scores(job.cache)
-    plan, scheme, facts = api.plan_within(goal, teacher, job.scheme, data, method, run, cache=cache)
+    skip = call.reading.skip_unreadable
+    data = given.calibration_images(inputs.calibration, inputs.network, call.data.samples, skip)
+    teacher = given.prepare_teacher(inputs.network, data, call.output)
+    run = Run(seed=call.seed, device=given.find_device(call.device), progress=terminal.progress)
+    method, cache = find_recipe(method_of(call)), plans.scores(call.cache)
+    plan, scheme, facts = api.plan_within(goal, teacher, call.scheme, data, method, run, cache=cache)
     teacher.graph.to("cpu")
     terminal.finish()
     model = insert_plan(teacher, plan, scheme)
@@ -272,30 +234,30 @@ def _preview_planned(job: Job, goal: Goal, inputs: Inputs, terminal: Terminal) -
     return model
 
 
-def _quantize(job: Job, inputs: Inputs, state: Path, terminal: Terminal) -> QuantizedModel:
+def _quantize(call: QuantizeCall, inputs: Inputs, state: Path, terminal: Terminal) -> QuantizedModel:
     terminal.begin("Capturing the network")
     return api.quantize(
         inputs.network,
         inputs.calibration,
-        job.method,
-        activations="auto" if job.raise_few else 8,
-        scheme=job.scheme,
-        plan=job.plan,
-        goal=job.goal,
-        cache=None if job.goal is None else plans.scores(job.cache),
-        samples=job.samples,
-        steps=job.steps,
-        minutes=job.minutes,
-        precision=job.precision,
-        seed=job.seed,
-        device=job.device,
-        output=job.output,
+        method_of(call),
+        activations="auto" if call.raise_few else 8,
+        scheme=call.scheme,
+        plan=call.bits.planned,
+        goal=call.goal,
+        cache=None if call.goal is None else plans.scores(call.cache),
+        samples=call.data.samples,
+        steps=call.budget.numbers,
+        minutes=call.budget.minutes,
+        precision=call.budget.number_format,
+        seed=call.seed,
+        device=call.device,
+        output=call.output,
         progress=terminal.progress,
         state=state,
     )
 
 
-def _measure(model: QuantizedModel, job: Job, inputs: Inputs, terminal: Terminal) -> Answers:
+def _measure(model: QuantizedModel, call: QuantizeCall, inputs: Inputs, terminal: Terminal) -> Answers:
     """Accuracy, fidelity and the noise of every layer into the result; which answers differ, for the report."""
     started = time.perf_counter()
     images = inputs.evaluation or model.calibration
@@ -309,25 +271,22 @@ def _measure(model: QuantizedModel, job: Job, inputs: Inputs, terminal: Terminal
     for row in model.result["layers"]:
         row["sqnr_db"] = noise.get(row["name"])
     data = model.result["data"]
-    data["calibration"]["source"] = absolute_source(job.images)
+    data["calibration"]["source"] = absolute_source(call.network.images)
     data["evaluation"] = {
-        "count": len(images),
-        "sha256": images.sha256,
-        "labelled": images.labels is not None or images.masks is not None,
-        "source": absolute_source(job.evaluate or job.images),
+        **evaluated(images, call.data.evaluate or call.network.images),
         "same_as_calibration": inputs.evaluation is None,
     }
     model.result["seconds"]["evaluate"] = round(time.perf_counter() - started, 3)
     return answers
 
 
-def _diagnose(model: QuantizedModel, job: Job, terminal: Terminal) -> None:
+def _diagnose(model: QuantizedModel, call: QuantizeCall, terminal: Terminal) -> None:
     """Where most was lost, and the rules that mend it; a run is not lost over what goes wrong here."""
     started, seconds = time.perf_counter(), model.result["seconds"]
     limit = diagnosis.budget(sum(seconds.values()))
     try:
         model.result["diagnosis"] = diagnosis.diagnose(
-            model, seconds=limit, device=given.find_device(job.device), seed=job.seed, progress=terminal.progress
+            model, seconds=limit, device=given.find_device(call.device), seed=call.seed, progress=terminal.progress
         )
     except Exception as error:
         model.result["diagnosis"] = None
@@ -338,18 +297,18 @@ def _diagnose(model: QuantizedModel, job: Job, terminal: Terminal) -> None:
 
 
 def _write(
-    model: QuantizedModel, job: Job, inputs: Inputs, folder: Path, terminal: Terminal, started: float
+    model: QuantizedModel, call: QuantizeCall, inputs: Inputs, folder: Path, terminal: Terminal, started: float
 ) -> BitwrightError | None:
     """The run folder, complete or not at all; without ``model.onnx`` where that cannot be, and then why."""
     with run_folder.staged(folder) as partial:
         run_folder.write_files(model, partial)
-        failure = _export(model, inputs.evaluation, partial / run_folder.ONNX, terminal, force=job.force)
+        failure = _export(model, inputs.evaluation, partial / run_folder.ONNX, terminal, force=call.force)
         result = model.result
         how = inputs.network.preprocessing
         result["model"] |= {
-            "reference": absolute_reference(job.model),
-            "settings": job.settings,
-            "output": job.output or inputs.network.output,
+            "reference": absolute_reference(call.network.model),
+            "settings": call.reading.preprocessing,
+            "output": call.output or inputs.network.output,
             "preprocessing": how.model_dump(mode="json") if isinstance(how, Preprocessing) else None,
         }
         if failure is not None:
@@ -402,26 +361,16 @@ def show(result: dict[str, Any], folder: Path, terminal: Terminal) -> None:
         terminal.show("Measured on the calibration images; name others with --evaluate.")
     terminal.show(*diagnosis.told(result.get("diagnosis")))
     files = ", ".join(sorted(p.name for p in folder.iterdir()))
-    terminal.show(f"Written to {_short(folder)}: {files}")
+    terminal.show(f"Written to {short(folder)}: {files}")
 
 
-def _short(folder: Path) -> str:
-    here = Path.cwd()
-    return str(folder.relative_to(here)) if folder.is_relative_to(here) else str(folder)
-
-
-def dry_run(job: Job, terminal: Terminal) -> None:
+def _dry_run(call: QuantizeCall, terminal: Terminal) -> None:
     """Shows what would be quantized to how many bits; calibrates and writes nothing."""
-    if job.out is not None:
-        run_folder.check_target(job.out.expanduser().absolute(), force=job.force, resume=job.resume)
-    model = preview(job, terminal)
-    name = find_name(job)
+    if call.out is not None:
+        run_folder.check_target(call.out.expanduser().absolute(), force=call.force, resume=call.resume)
+    model = preview(call, terminal)
+    name = default_name(call).rsplit("-", 2)[0]
     planned = {"plan": model.result["plan"]} if "plan" in model.result else {}
     terminal.result({**inspect.facts(model, name), **planned, "dry_run": True, "warnings": terminal.warnings})
     said = [*plans.sentences(planned), "Nothing was calibrated or written (--dry-run)."]
     terminal.show(*inspect.views(model, name), *said)
-
-
-def find_name(job: Job) -> str:
-    """The model's short name."""
-    return default_name(job).rsplit("-", 2)[0]

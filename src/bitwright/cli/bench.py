@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from bitwright.commands import tables
+from bitwright.cli import tables
+from bitwright.cli.calls import BenchCall
 from bitwright.errors import UsageError
 from bitwright.run.folder import BENCH, alone
 from bitwright.runtimes import RUNTIMES
@@ -33,23 +34,21 @@ def counts(text: str | None, option: str) -> tuple[int, ...] | None:
     return tuple(map(int, parts))
 
 
-@alone
-def bench(
-    run: str,
-    *,
-    runtimes: list[str] | None,
-    batches: tuple[int, ...] | None,
-    threads: tuple[int, ...] | None,
-    seconds: float,
-    terminal: Terminal,
-) -> dict[str, Any]:
+def bench(call: BenchCall, terminal: Terminal) -> None:
     """Times the run; see :func:`bitwright.bench`."""
+    batches, threads = counts(call.batch, "--batch"), counts(call.threads, "--threads")
     terminal.begin("Taking the quantizers out for the float file")
-    found = measured(
-        run, runtimes=runtimes, batches=batches, threads=threads, seconds=seconds, progress=terminal.progress
+    found = alone(measured)(
+        call.run,
+        runtimes=call.runtime,
+        batches=batches,
+        threads=threads,
+        seconds=call.seconds,
+        progress=terminal.progress,
     )
     terminal.finish()
-    return found
+    terminal.result(found)
+    terminal.show(*views(found))
 
 
 def views(found: dict[str, Any]) -> list[RenderableType]:

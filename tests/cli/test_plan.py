@@ -12,8 +12,7 @@ import pytest
 
 import bitwright as bw
 from bitwright.bits.plan import Plan
-from bitwright.cli import main
-from bitwright.commands import plans
+from bitwright.cli import main, plans
 from bitwright.stages.calibrate import Calibrate
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,0 +1,105 @@
+"""The command line: `calls.py` says what each verb may be given, the module of its name what it does.
+
+Nothing here, in `options.py` or in `calls.py` may import torch or pydantic at the top: ``bitwright --help`` answers in
+under half a second.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from bitwright.cli.calls import CALLS
+from bitwright.cli.signature import command
+from bitwright.errors import BitwrightError, UsageError, debugging, of_the_machine
+from bitwright.terminal import one_line, print_error
+
+app = typer.Typer(
+    name="bitwright",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import bitwright
+
+        typer.echo(f"bitwright {bitwright.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _bitwright(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit")
+    ] = False,
+) -> None:
+    """Turns a trained vision network and a few unlabelled images into the best low-bit network they can give.
+
+    Start with `bitwright demo`; then `bitwright quantize MODEL IMAGES`. Every verb explains itself with `--help`.
+    """
+
+
+for kind in CALLS:
+    app.command()(command(kind))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; the entry point.
+
+    Returns:
+        0 done, 1 the job failed, 2 the call was wrong, 130 interrupted.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # Threads that sleep while they wait; spinning ones make everything many times slower on a machine with other work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if any("\0" in each for each in given):
+        print_error("Expected arguments without zero bytes, found one that holds some.")
+        return UsageError.exit_code
+    try:
+        status = app(args=given or ["--help"], prog_name="bitwright", standalone_mode=False)
+    except BitwrightError as error:
+        print_error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        status = 130
+    except SystemExit as left:  # a pipe that was closed, or a Python file of the user's
+        if isinstance(left.__context__, OSError) and left.__context__.errno == errno.EPIPE:
+            return 1
+        print_error(f"A Python file ended the command (sys.exit({left.code!r})). Take that out of it.")
+        return UsageError.exit_code
+    except Exception as error:
+        return _other(error, given)
+    return status if isinstance(status, int) else 0
+
+
+def _other(error: Exception, given: list[str]) -> int:
+    """A wrong call, as typer sees it, or something that nobody expected."""
+    if type(error).__name__ == "Abort":
+        return 130
+    describe, code = getattr(error, "format_message", None), getattr(error, "exit_code", 1)
+    if callable(describe):  # every usage error of typer and click
+        verb = next((a for a in given if not a.startswith("-")), "")
+        known = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback is not None}
+        advice = f"bitwright {verb} --help" if verb in known else "bitwright --help"
+        print_error(f"{one_line(str(describe())).rstrip('.')}. See {advice}.")
+        return int(code)
+    if isinstance(error, OSError | MemoryError) and not debugging():
+        failure = of_the_machine(error)
+        print_error(failure)
+        return failure.exit_code
+    hint = "" if debugging() else " BITWRIGHT_DEBUG=1 shows where."
+    if debugging():
+        import traceback
+
+        traceback.print_exception(error)
+    print_error(f"unexpected {type(error).__name__}: {one_line(str(error))[:300]}.{hint}")
+    return 1

@@ -1,0 +1,245 @@
+"""The options of the command line that several verbs have, and those that belong together as one record each.
+
+Nothing here imports PyTorch or pydantic before a value is asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from bitwright.cli.signature import argument, option
+from bitwright.errors import UsageError
+
+if TYPE_CHECKING:
+    from bitwright.bits.goal import Goal
+    from bitwright.bits.plan import Plan
+    from bitwright.quant.scheme import Scheme
+    from bitwright.stages.base import Precision
+
+bits_option = partial(option, panel="What is quantized, and how")
+planning_option = partial(option, panel="Bits layer by layer, planned within limits")
+reading_option = partial(option, panel="How image files become the network's input")
+budget_option = partial(option, panel="How long the optimisation may take")
+
+model_argument = partial(
+    argument, "MODEL", "zoo:NAME, timm:NAME@weights, torchvision:NAME@weights, path/to/file.py:callable or model.pt2"
+)
+images_argument = partial(
+    argument, "IMAGES", "A folder, an .npz file or zoo:NAME, with an optional slice as in 'photos[0::2]'"
+)
+run_argument = partial(argument, "RUN", "A run folder with a model.onnx in it")
+recipe_option = partial(
+    bits_option, "A name out of `bitwright recipes`, or a .yaml or .py file  [default: the best there is]"
+)
+weights_option = partial(bits_option, "Bits of weights: 2 to 8, or float", "8")
+rule_option = partial(
+    bits_option, "Exception for layers, as in 'head=w8a8' or 'blocks.*=w3'; the last that matches decides"
+)
+measure_option = partial(
+    planning_option, "What predicts losses: loss, trace, distance, quadratic, eigenvalue or q-bert", "loss"
+)
+cache_option = partial(
+    planning_option, "Folder where measured losses are kept  [default: BITWRIGHT_CACHE, or ~/.cache/bitwright]"
+)
+precision_option = partial(
+    budget_option, "Number format of the optimisation: float32, bfloat16, or auto, whichever is faster here", "auto"
+)
+labels_option = partial(option, "CSV of file,class_index; class folders and .npz files bring their own")
+output_option = partial(option, "Name of the output to keep, if the model returns several")
+input_size_option = partial(reading_option, "224, 224x320 (height x width) or 1x28x28")
+seed_option = partial(option, "Seed of all random choices", 0)
+device_option = partial(option, "auto, cpu or cuda", "auto")
+runtime_option = partial(option, "onnxruntime or openvino; may be repeated  [default: what is installed]")
+batch_option = partial(option, "Images in one call of the file; several sizes are measured one by one")
+no_images_option = partial(option, "Leave out of the report the few images whose answers differ", False)
+force_files_option = partial(option, "Replace the files that an earlier call left in --out", False)
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """A network and the images it is given."""
+
+    model: str = model_argument()
+    images: str = images_argument()
+
+
+@dataclass(frozen=True)
+class GridOptions:
+    """What the integers of a tensor are spread over, and where they will be computed with."""
+
+    runtime: str = bits_option(
+        "Where the result will run: onnxruntime, openvino, generic or generic-pot", "onnxruntime"
+    )
+    granularity: str = bits_option(
+        "What shares a weight scale: channel, tensor, group, or head (of attention; all other weights by channel)",
+        "channel",
+    )
+    group_size: int | None = bits_option(
+        "Input channels of one scale with --granularity group  [default: 64], most channels of a head with head  "
+        "[default: all]"
+    )
+
+    def scheme(self, weights: str, activations: str, rule: list[str] | None) -> Scheme:
+        """The scheme of these bits.
+
+        Raises:
+            UsageError: a part of it does not exist.
+        """
+        from bitwright.quant.scheme import GRANULARITIES, Rule, Scheme
+
+        if self.granularity not in GRANULARITIES:
+            raise UsageError(f"Expected a granularity out of {', '.join(GRANULARITIES)}, found '{self.granularity}'.")
+        if self.group_size is not None and self.group_size < 1:
+            raise UsageError(f"Expected a group of at least 1 channel, found {self.group_size}.")
+        rules = tuple(Rule.parse(text) for text in rule or ())
+        found = Scheme.model_validate({"weights": weights, "activations": activations, "rules": rules, **asdict(self)})
+        _ = found.target
+        return found
+
+
+@dataclass(frozen=True)
+class BitOptions:
+    """How many bits everything but the weights gets; those have an option of each verb's own."""
+
+    activations: str = bits_option(
+        "Bits of activations: 2 to 8, 16, float, or auto (8, and 16 for the few that need them)", "8"
+    )
+    rule: list[str] | None = rule_option()
+    plan: Path | None = bits_option(
+        "A plan.json, or a run with one: bits layer by layer; --weights and --activations for what it leaves open"
+    )
+    grid: GridOptions = GridOptions()
+
+    @cached_property
+    def planned(self) -> Plan | None:
+        """The plan, read once.
+
+        Raises:
+            UsageError: it cannot be read, or is none.
+        """
+        if self.plan is None:
+            return None
+        from bitwright.bits.plan import Plan
+
+        return Plan.read(self.plan)
+
+    def scheme(self, weights: str, activations: str | None = None) -> Scheme:
+        """The scheme, with the plan in it.
+
+        Args:
+            weights: bits.
+            activations: bits, if they are not what was given.
+        """
+        found = self.grid.scheme(weights, self.activations if activations is None else activations, self.rule)
+        return found if self.planned is None else self.planned.scheme(found)
+
+
+@dataclass(frozen=True)
+class LimitOptions:
+    """Limits within which bits are planned."""
+
+    target_size: str | None = planning_option("Size that model.safetensors may have: 3500000B, 100kB, 3.5MB or 3MiB")
+    compression: str | None = planning_option(
+        "How many times smaller than the float parameters model.safetensors must be, as in 6"
+    )
+    max_bops: str | None = planning_option("Multiply-accumulates x bits of both operands, as in 2e9 or 2G")
+    max_latency: str | None = planning_option("Milliseconds for one image", metavar="MS")
+
+    @property
+    def given(self) -> list[str]:
+        """The names of those that were given."""
+        return [name for name, value in asdict(self).items() if value is not None]
+
+    def goal(self, weights: str, activations: str, measure: str) -> Goal:
+        """The limits, with the bits to choose among and what predicts losses."""
+        from bitwright.bits.goal import Goal
+
+        return Goal.parse(weights=weights, activations=activations, measure=measure, **asdict(self))
+
+
+@dataclass(frozen=True)
+class RunLimitOptions(LimitOptions):
+    """Limits of a run."""
+
+    max_drop: str | None = planning_option(
+        "Share of answers that may change, as in 0.01: the smallest network that keeps it, as estimated"
+    )
+
+
+@dataclass(frozen=True)
+class PlanLimitOptions(LimitOptions):
+    """Limits of a plan."""
+
+    max_activation_size: str | None = planning_option(
+        "Memory that the activations of one image may take together, as in 64kB"
+    )
+    max_total_size: str | None = planning_option("Size of model.safetensors and of the activations together, as in 3MB")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Images to calibrate and to measure on."""
+
+    samples: int | None = option("Images to calibrate on, evenly spread  [default: 512 at most]")
+    evaluate: str | None = option("Images to measure on; the calibration images if not given")
+    labels: str | None = labels_option()
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """How image files are read."""
+
+    input_size: str | None = input_size_option()
+    mean: str | None = reading_option("One number, or one per channel, for pixel values in 0..1")
+    std: str | None = reading_option("One number, or one per channel, above 0")
+    interpolation: str | None = reading_option("nearest, bilinear, bicubic or lanczos")
+    crop_pct: float | None = reading_option("Input size over resized size, such as 0.875")
+    skip_unreadable: bool = option("Leave out images that cannot be decoded", False)
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What was said of preprocessing, by name; only what was said."""
+        return {k: v for k, v in asdict(self).items() if v is not None and k != "skip_unreadable"}
+
+
+@dataclass(frozen=True)
+class BudgetOptions:
+    """How long an optimisation may take."""
+
+    steps: str | None = budget_option(
+        "Steps of the optimisation, instead of the recipe's; 300,500 for a recipe with two such stages", metavar="N[,N]"
+    )
+    minutes: float | None = budget_option(
+        "Minutes for the whole optimisation, instead of --steps; the result says how many steps that made"
+    )
+    precision: str = precision_option()
+
+    @property
+    def numbers(self) -> tuple[int, ...] | None:
+        """Steps of each stage that takes some.
+
+        Raises:
+            UsageError: the text is no list of whole numbers.
+
+        Example:
+            >>> BudgetOptions("300").numbers, BudgetOptions("300,500").numbers
+            ((300,), (300, 500))
+        """
+        try:
+            return None if self.steps is None else tuple(int(part) for part in self.steps.split(","))
+        except ValueError:
+            raise UsageError(f"Expected a number of steps such as 300, or 300,500, found '{self.steps}'.") from None
+
+    @property
+    def number_format(self) -> Precision:
+        """Of the optimisation.
+
+        Raises:
+            UsageError: there is none of the name.
+        """
+        if self.precision in {"auto", "float32", "bfloat16"}:
+            return cast("Precision", self.precision)
+        raise UsageError(f"Expected --precision auto, float32 or bfloat16, found '{self.precision}'.")

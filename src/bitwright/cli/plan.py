@@ -1,0 +1,130 @@
+"""`bitwright plan`: bits for every layer within limits, and the curve of what other limits would give."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from bitwright.bits import planning
+from bitwright.bits.planning import Planning
+from bitwright.cli import plan_page, plans, tables
+from bitwright.cli.calls import PlanCall
+from bitwright.cli.sources import check_target, empty_removed, load_inputs, sources
+from bitwright.errors import UsageError
+from bitwright.given.images import Images
+from bitwright.given.inputs import find_device
+from bitwright.given.models import Model
+from bitwright.run.files import write_text
+from bitwright.run.result import environment, peak_memory_bytes
+from bitwright.terminal import Terminal, quiet_libraries, short
+
+FILES = ("plan.json", "pareto.json", "plan.html")
+SHOWN = 12
+"""Points of the curve in the table; the files hold all."""
+
+
+def plan(call: PlanCall, terminal: Terminal) -> None:
+    """Measures, plans, writes the three files, and shows what they say.
+
+    Raises:
+        UsageError: the call is wrong, the limits cannot be met, or something is in the way in ``--out``.
+    """
+    planning.check(call.goal)
+    find_device(call.device)
+    if call.point is not None and call.goal.asked:
+        raise UsageError("Expected --point or limits, found both.")
+    folder = (call.out or Path("plan")).expanduser().absolute()
+    check_target(folder, FILES, force=call.force)
+    network, images = load_inputs(call.network, call.reading, terminal)
+    with empty_removed(folder):
+        found = _planned(network, images, call, terminal)
+        facts = {**environment(call.device, call.seed), "model": {"name": network.name}, **found.to_dict()}
+        facts |= _about(call, folder, terminal)
+        terminal.begin("Drawing")
+        paths = _write(found, facts, folder)
+    terminal.finish()
+    terminal.result({**facts, "files": [str(p) for p in paths]})
+    show(found, facts, paths, terminal)
+
+
+def _planned(network: Model, images: Images, call: PlanCall, terminal: Terminal) -> Planning:
+    with quiet_libraries():
+        found = planning.plan_bits(
+            network,
+            images,
+            call.recipe,
+            goal=call.goal,
+            scheme=call.scheme,
+            by=call.by,
+            points=call.points,
+            samples=call.samples,
+            seed=call.seed,
+            device=call.device,
+            output=call.output,
+            cache=plans.scores(call.cache),
+            progress=terminal.progress,
+        )
+    return found if call.point is None else found.at(call.point)
+
+
+def _about(call: PlanCall, folder: Path, terminal: Terminal) -> dict[str, Any]:
+    """What ``pareto.json`` says of the call."""
+    return {
+        "next": next_command(call, folder),
+        "sources": {
+            **sources(call.network, call.reading),
+            "scores": str(plans.scores(call.cache).expanduser().absolute()),
+        },
+        "peak_memory_bytes": peak_memory_bytes(),
+        "warnings": list(terminal.warnings),
+    }
+
+
+def _write(found: Planning, facts: dict[str, Any], folder: Path) -> list[Path]:
+    """The files; each is whole, or what it was before."""
+    paths = [folder / name for name in FILES]
+    texts = (
+        found.plan.model_dump_json(exclude_none=True, indent=2) + "\n",
+        json.dumps(facts, indent=2, allow_nan=False) + "\n",
+        plan_page.page(found, facts),
+    )
+    for path, text in zip(paths, texts, strict=True):
+        write_text(path, text)
+    return paths
+
+
+def next_command(call: PlanCall, folder: Path) -> str:
+    """The line that quantizes with the plan in the folder."""
+    named = {"output": call.output, **call.reading.preprocessing}
+    flags = [
+        part
+        for name, value in named.items()
+        if value is not None
+        for part in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    flags += [] if call.goal.activations else ["--activations", "float"]
+    flags += [] if call.recipe is None else ["--recipe", call.recipe]
+    flags += ["--skip-unreadable"] if call.reading.skip_unreadable else []
+    chosen = short(folder / FILES[0])
+    return shlex.join(["bitwright", "quantize", call.network.model, call.network.images, "--plan", chosen, *flags])
+
+
+def show(found: Planning, facts: dict[str, Any], paths: list[Path], terminal: Terminal) -> None:
+    """The plan, the curve, what they say, the files, and what to run next."""
+    layers = tables.table(*_columns(plan_page.LAYERS), title=f"{facts['model']['name']}: the plan")
+    for row in plan_page.layer_rows(found):
+        layers.add_row(*row)
+    curve = tables.table(*_columns(plan_page.CURVE), title="What other limits give")
+    points, uniform = plan_page.curve_rows(found, SHOWN)
+    for point in sorted([*points, *uniform], key=lambda r: r.cost):
+        curve.add_row(*point.cells, style="bold" if point.chosen else None)
+    left = f"All {len(found.curve)} points, with their bits, are in pareto.json; --point N plans one of them."
+    written = f"Written: {', '.join(map(short, paths))}"
+    said = [*plan_page.verdict(found), plan_page.source(found, facts["sources"]["scores"]), left, written]
+    terminal.show(layers, curve, *said, f"Next: {facts['next']}")
+
+
+def _columns(headings: tuple[str, ...]) -> list[str]:
+    return [h if h in {"layer", "operator", "which"} else f">{h}" for h in headings]
