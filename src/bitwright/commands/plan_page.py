@@ -11,9 +11,8 @@ import numpy as np
 from bitwright.bits.goal import TITLES
 from bitwright.bits.plan import Plan
 from bitwright.bits.planning import Planning, nearest_uniform
-from bitwright.bits.solve import amount
-from bitwright.commands.tables import bytes_text, count_text
 from bitwright.studies.figures import COLOURS
+from bitwright.words import amount, scaled, size
 
 UNITS = {
     "weight_bytes": "B",
@@ -45,15 +44,15 @@ def layer_rows(found: Planning) -> list[tuple[str, ...]]:
         if weights is None and activations is None:
             continue
         lost = [v for half in losses.values() if (v := half.get(layer.name)) is not None]
-        size = "" if weights is None else bytes_text(-(-_elements(found, layer.weight) * weights // 8))
+        stored = "" if weights is None else size(-(-_elements(found, layer.weight) * weights // 8))
         rows.append(
             (
                 layer.name,
                 layer.op,
-                count_text(layer.parameters) if layer.parameters else "",
+                scaled(layer.parameters) if layer.parameters else "",
                 "" if weights is None else str(weights),
                 "" if activations is None else str(activations),
-                size,
+                stored,
                 f"{sum(lost):.2g}" if lost else "",
             )
         )
@@ -79,9 +78,9 @@ def _row(found: Planning, plan: Plan, which: str, *, chosen: bool = False) -> Ro
     predicted = plan.predicted or {}
     cells = (
         f"{which} (the plan)" if chosen and which != "the plan" else which,
-        bytes_text(predicted["weight_bytes"]),
+        size(predicted["weight_bytes"]),
         f"{found.float_bytes / predicted['weight_bytes']:.2f} x",
-        count_text(int(predicted["bit_operations"])),
+        scaled(predicted["bit_operations"]),
         f"{predicted['loss']:.3g}",
     )
     return Row(predicted[found.along], cells, chosen)
@@ -95,7 +94,7 @@ def verdict(found: Planning) -> list[str]:
         bits = nearest_uniform(found.goal)
         said.append(
             f"Without a limit, the plan is as large as {bits} bits everywhere: "
-            f"{bytes_text(predicted['weight_bytes'])}. "
+            f"{size(predicted['weight_bytes'])}. "
             "Say --target-size, --compression, --max-bops or --max-latency for another."
         )
     for name, limit in found.limits.items():

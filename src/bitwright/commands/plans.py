@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.bits.plan import Plan
-from bitwright.bits.solve import amount
-from bitwright.commands.tables import bytes_text, percent
 from bitwright.errors import BitwrightError
 from bitwright.given.text import read_json
 from bitwright.measure.metrics import wilson_interval
 from bitwright.terminal import Terminal
+from bitwright.words import amount, percent
+from bitwright.words import size as bytes_text
 
 TOLERANCE = 0.02
 """Of the file's size against the plan's."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bitwright.report.markup import Markup, tag, text
-from bitwright.report.words import number
+from bitwright.words import number
 
 Tick = tuple[float, str]
 

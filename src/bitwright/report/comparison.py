@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bitwright import words
 from bitwright.measure.metrics import read_fidelity
-from bitwright.report import words
 from bitwright.report.charts import Axis, chart, dot, horizontal, label, linear, polyline, rule, vertical
 from bitwright.report.markup import Child, tag
 from bitwright.report.page import document
@@ -125,7 +125,7 @@ def verdict(entries: Sequence[Entry]) -> str:
     if near:
         verb = "overlaps" if len(near) == 1 else "overlap"
         kind = "interval" if len(near) == 1 else "intervals"
-        said += f"; the 95{words.GAP}% {kind} of {words.listed(near)} {verb} with its own"
+        said += f"; the 95 % {kind} of {words.listed(near)} {verb} with its own"
     return f"{said}.{tail}"
 
 
@@ -198,7 +198,7 @@ def _outputs(entries: Sequence[Entry]) -> Section | None:
             output,
             Cell(words.percent(o.agreement), o.agreement),
             Cell(words.number(o.kl), o.kl),
-            Cell("no error" if o.exact else words.decibel(o.sqnr_db), o.sqnr_db),
+            Cell(words.signal_to_error(o.sqnr_db, exact=o.exact), o.sqnr_db),
         ]
         for name, outputs in found
         for output, o in outputs.items()

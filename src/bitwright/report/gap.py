@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bitwright.report import words
+from bitwright import words
 from bitwright.report.charts import lengths
 from bitwright.report.markup import Child, tag
 from bitwright.report.shown import Shown, command, paragraph
@@ -81,8 +81,8 @@ def _share(row: dict[str, Any]) -> float:
 
 def _percent(share: float) -> str:
     if 0 < share < LEAST:
-        return f"under {100 * LEAST:g}{words.GAP}%"
-    return "none" if share == 0 else f"{words.number(100 * share)}{words.GAP}%"
+        return f"under {100 * LEAST:g} %"
+    return "none" if share == 0 else f"{words.number(100 * share)} %"
 
 
 def _unmeasured(found: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bitwright.report import words
+from bitwright import words
 from bitwright.report.charts import lengths
 from bitwright.report.markup import tag
 from bitwright.report.shown import Section, Shown, command, key, paragraph
@@ -68,7 +68,7 @@ def _cells(r: dict[str, Any]) -> list[Cell | str]:
 
 def _time(spread: dict[str, float]) -> str:
     low, middle, high = (f"{1e3 * spread[k]:.3g}" for k in ("low", "median", "high"))
-    return f"{middle}{words.GAP}ms ({low} to {high})"
+    return f"{middle} ms ({low} to {high})"
 
 
 def judged(ratio: dict[str, float]) -> str:

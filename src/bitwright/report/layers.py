@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from bitwright.report import words
+from bitwright import words
 from bitwright.report.charts import Axis, bar, chart, dot, linear, logarithmic, polyline, vertical
 from bitwright.report.markup import Child, Markup, tag
 from bitwright.report.shown import Section, Shown, command, key, paragraph
@@ -181,7 +181,7 @@ def _layer_cells(i: int, row: dict[str, Any], scores: dict[str, float], shares: 
         cells.append(Cell(str(bits) if bits else words.NONE, bits))
     cells.append(row.get("granularity") or "")
     for what in ("parameters", "macs"):
-        cells.append(Cell(words.short(row[what]) if row.get(what) else words.NONE, row.get(what)))
+        cells.append(Cell(words.scaled(row[what]) if row.get(what) else words.NONE, row.get(what)))
     cells.append(Cell(words.decibel(row.get("sqnr_db")), row.get("sqnr_db")))
     if scores:
         cells.append(Cell(words.number(scores.get(name)), scores.get(name)))

@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from bitwright.report import words
+from bitwright import words
 from bitwright.report.charts import chart, horizontal, lengths, linear, logarithmic, polyline
 from bitwright.report.gap import gap
 from bitwright.report.markup import Child, Markup, tag

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bitwright.report import words
+from bitwright import words
 from bitwright.report.markup import Markup, tag
 from bitwright.report.shown import Section, Shown, paragraph
 

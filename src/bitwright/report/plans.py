@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from bitwright import words
 from bitwright.bits.goal import TITLES
-from bitwright.report import words
 from bitwright.report.charts import Axis, chart, dot, label, linear, logarithmic, polyline
 from bitwright.report.markup import Child, Markup, tag
 from bitwright.report.shown import Section, Shown, key, paragraph
@@ -35,21 +35,10 @@ def curve_of(run: Shown) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and len(found.get("points") or []) > 1 else None
 
 
-def cost(name: str, value: float) -> str:
-    r"""A cost as people read it.
-
-    Example:
-        >>> cost("weight_bytes", 99_239), cost("bit_operations", 2.99574e8), cost("latency", 0.00213)
-        ('99.24\xa0kB', '299.6\xa0M', '2.13\xa0ms')
-    """
-    if name == "latency":
-        return words.duration(value)
-    return words.short(value) if name == "bit_operations" else words.size(value)
-
-
 def _lead(asked: dict[str, Any], chosen: Point | None) -> str:
     limits = [
-        f"{TITLES.get(name, name)} at most {cost(name, value)}" for name, value in (asked.get("limits") or {}).items()
+        f"{TITLES.get(name, name)} at most {words.cost(name, value)}"
+        for name, value in (asked.get("limits") or {}).items()
     ]
     if "estimate" in asked:
         limits.append(f"at most {words.percent(asked['estimate']['drop'])} of answers changed")
@@ -92,11 +81,11 @@ def _drawn(curve: dict[str, Any], chosen: Point | None) -> list[Child]:
     legend += [("other round", "this run")] if chosen else []
     low, high = points[0], points[-1]
     said = (
-        f"Best plans from {cost(along, low[along])} with a predicted loss of {words.number(low['loss'])} to "
-        f"{cost(along, high[along])} with {words.number(high['loss'])}."
+        f"Best plans from {words.cost(along, low[along])} with a predicted loss of {words.number(low['loss'])} to "
+        f"{words.cost(along, high[along])} with {words.number(high['loss'])}."
     )
     if chosen:
-        said += f" This run: {cost(along, chosen[along])}, {words.number(chosen['loss'])}."
+        said += f" This run: {words.cost(along, chosen[along])}, {words.number(chosen['loss'])}."
     drawing = chart(marks, x, y, summary=said, height=15.0, labels=labels)
     caption = tag(
         "figcaption", "What other limits would have given: for each, the plan that is predicted to lose least."
@@ -122,7 +111,7 @@ def _fits(point: Point, y: Axis) -> bool:
 
 
 def _dot(point: Point, name: str, along: str, per: float, x: Axis, y: Axis, look: str) -> Markup:
-    title = f"{name}: {cost(along, point[along])}, predicted loss {words.number(point['loss'])}"
+    title = f"{name}: {words.cost(along, point[along])}, predicted loss {words.number(point['loss'])}"
     return dot(point[along] / per, point["loss"], x, y, look, title)
 
 
@@ -131,8 +120,8 @@ def _table(uniform: list[Point], chosen: Point | None, along: str) -> Markup | N
     named = [(p[along], f"{p['bits']} bits in all layers", p) for p in uniform]
     named += [(chosen[along], "this run", chosen)] if chosen else []
     rows = [
-        [name, *([] if along == "weight_bytes" else [cost(along, p[along])]), words.size(p["weight_bytes"]),
-         words.short(p["bit_operations"]), words.number(p["loss"])]
+        [name, *([] if along == "weight_bytes" else [words.cost(along, p[along])]), words.size(p["weight_bytes"]),
+         words.scaled(p["bit_operations"]), words.number(p["loss"])]
         for _, name, p in sorted(named, key=lambda n: n[0])
     ]  # fmt: skip
     heads = [

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bitwright import words
 from bitwright.errors import UsageError
 from bitwright.given.text import read_json
-from bitwright.report import words
 from bitwright.report.markup import Child, Markup, tag
 from bitwright.run import folder as run_folder
 

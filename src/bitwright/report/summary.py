@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from bitwright import words
 from bitwright.measure.metrics import OutputFidelity, read_fidelity, worst
-from bitwright.report import words
 from bitwright.report.charts import Axis, chart, dot, label, lengths, linear, rule
 from bitwright.report.markup import Child, Markup, tag
 from bitwright.report.shown import Section, Shown, paragraph
@@ -56,14 +56,10 @@ def _fidelity_rows(result: dict[str, Any]) -> list[list[str]]:
     if found.agreement is not None:
         rows.append([f"same answer as float{of}", "", words.percent(found.agreement), ""])
     if found.kl is not None:
-        rows.append([f"KL divergence from float{of}", "", f"{words.number(found.kl)}{words.GAP}nats", ""])
+        rows.append([f"KL divergence from float{of}", "", f"{words.number(found.kl)} nats", ""])
     if outputs and (found.exact or found.sqnr_db is not None):
-        rows.append([f"outputs: signal to error{of}", "", _noise(found), ""])
+        rows.append([f"outputs: signal to error{of}", "", words.signal_to_error(found.sqnr_db, exact=found.exact), ""])
     return rows
-
-
-def _noise(found: OutputFidelity) -> str:
-    return "no error" if found.exact else words.decibel(found.sqnr_db)
 
 
 def _by_output(outputs: dict[str, OutputFidelity]) -> Child:
@@ -72,7 +68,13 @@ def _by_output(outputs: dict[str, OutputFidelity]) -> Child:
     body = [notes if any(o.note for o in outputs.values()) else None]
     if len(outputs) > 1:
         rows = [
-            [name, words.percent(o.agreement), words.number(o.kl), _noise(o), words.decibel(o.spread_db)]
+            [
+                name,
+                words.percent(o.agreement),
+                words.number(o.kl),
+                words.signal_to_error(o.sqnr_db, exact=o.exact),
+                words.decibel(o.spread_db),
+            ]
             for name, o in outputs.items()
         ]
         heads = ["output", ">same answer", ">KL, nats", ">signal to error", ">change between images to error"]
@@ -148,7 +150,7 @@ def size(run: Shown) -> Section:
     whole = sizes.get("float_bytes") or 0
     bars = [(name, sizes[k], words.size(sizes[k]), look) for k, (name, _, look) in known.items()]
     rows = [
-        [name, words.size(sizes[k]), f"{whole / sizes[k]:.2f}{words.GAP}×" if whole else words.NONE, meaning]
+        [name, words.size(sizes[k]), f"{whole / sizes[k]:.2f} ×" if whole else words.NONE, meaning]
         for k, (name, meaning, _) in known.items()
     ]
     summary = "Sizes: " + ", ".join(f"{name} {said}" for name, _, said, _ in bars) + "."

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from bitwright import words
 from bitwright.measure.metrics import OutputFidelity, read_fidelity, worst
-from bitwright.report import words
 
 METRICS = {
     "top1": "top-1 accuracy",
