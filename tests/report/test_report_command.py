@@ -17,7 +17,7 @@ from bitwright import report
 from bitwright.cli import main
 from bitwright.commands import report as command
 from bitwright.report.comparison import Entry, comparison, quality, row
-from bitwright.report.page import page
+from bitwright.report.run_page import run_page as page
 from bitwright.report.shown import Shown
 from bitwright.report.verdict import verdict
 

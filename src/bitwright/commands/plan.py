@@ -11,13 +11,14 @@ from typing import Any
 from bitwright.bits import planning
 from bitwright.bits.goal import Goal
 from bitwright.bits.planning import Planning
-from bitwright.commands import plan_page, plans, tables
+from bitwright.commands import plans, tables
 from bitwright.commands.sources import Settings as Preprocessing
 from bitwright.commands.sources import absolute_reference, absolute_source, images_at, remove_empty
 from bitwright.errors import UsageError
 from bitwright.given.inputs import find_device
 from bitwright.given.models import load_model
 from bitwright.quant.scheme import Scheme
+from bitwright.report import plan_page
 from bitwright.run.files import write_text
 from bitwright.run.folder import check_writable
 from bitwright.run.result import environment, peak_memory_bytes
@@ -136,7 +137,7 @@ def _write(found: Planning, facts: dict[str, Any], folder: Path) -> list[Path]:
     texts = (
         found.plan.model_dump_json(exclude_none=True, indent=2) + "\n",
         json.dumps(facts, indent=2, allow_nan=False) + "\n",
-        plan_page.page(found, facts),
+        plan_page.plan_page(found, facts),
     )
     for path, text in zip(paths, texts, strict=True):
         write_text(path, text)

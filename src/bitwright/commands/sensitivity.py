@@ -11,8 +11,9 @@ from bitwright.commands.sources import Settings as Preprocessing
 from bitwright.commands.sources import absolute_reference, absolute_source, check_labels, images_at, remove_empty
 from bitwright.errors import UsageError
 from bitwright.given.models import load_model
+from bitwright.report import sensitivity_page as figure
 from bitwright.run.folder import check_writable
-from bitwright.sensitivity import figure, report
+from bitwright.sensitivity import report
 from bitwright.terminal import Terminal, quiet_libraries
 
 SHOWN = 12

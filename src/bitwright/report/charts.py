@@ -32,6 +32,10 @@ class Axis:
         low, high, value = (math.log10(v) if self.log else v for v in (self.low, self.high, value))
         return round(100 * (value - low) / (high - low or 1.0), 3)
 
+    def within(self, value: float) -> float:
+        """The value, or the end of the axis that it lies beyond."""
+        return min(max(value, self.low), self.high)
+
 
 def linear(low: float, high: float, name: str = "", *, count: int = 4, label: str = "", margin: float = 0.0) -> Axis:
     """An axis over the values with round ticks; ``label`` follows each tick's number.
@@ -125,7 +129,14 @@ def horizontal(value: float, y: Axis, look: str = "") -> Markup:
 
 
 def chart(
-    marks: Sequence[Markup], x: Axis, y: Axis, *, summary: str, height: float = 11.0, labels: Sequence[Markup] = ()
+    marks: Sequence[Markup],
+    x: Axis,
+    y: Axis,
+    *,
+    summary: str,
+    height: float = 11.0,
+    labels: Sequence[Markup] = (),
+    slanted: bool = False,
 ) -> Markup:
     """Marks within axes.
 
@@ -136,6 +147,7 @@ def chart(
         summary: what a reader who does not see the chart is told.
         height: of the drawing, in em.
         labels: texts over the drawing (:func:`label`).
+        slanted: writes the ticks below aslant, for long ones.
     """
     lines = [horizontal(t, y, "grid") for t, _ in y.ticks]
     drawing = tag(
@@ -156,7 +168,7 @@ def chart(
             "div",
             tag("div", down, class_="ylabels"),
             tag("div", drawing, text(labels), class_="drawing", style=f"height:{height:g}em"),
-            tag("div", along, class_="xlabels"),
+            tag("div", along, class_="xlabels slanted" if slanted else "xlabels", style=_room(x) if slanted else None),
             class_="axes",
         ),
         tag("div", x.name, class_="xname") if x.name else None,
@@ -164,6 +176,10 @@ def chart(
         role="img",
         aria_label=summary,
     )
+
+
+def _room(x: Axis) -> str:
+    return f"height:{1.5 + 0.34 * max(len(said) for _, said in x.ticks):g}em"
 
 
 def _side(place: float) -> str | None:
@@ -192,3 +208,8 @@ def lengths(rows: Sequence[tuple[str, float, str, str]], summary: str) -> Markup
         for name, value, said, look in rows
     ]
     return tag("div", shown, class_="lengths", role="img", aria_label=summary)
+
+
+def key(*marks: tuple[str, str]) -> Markup:
+    """What the looks in a chart stand for: (look, meaning)."""
+    return tag("p", [tag("span", tag("i", class_=f"swatch {look}"), meaning) for look, meaning in marks], class_="key")

@@ -8,10 +8,10 @@ from typing import Any
 
 from bitwright import words
 from bitwright.measure.metrics import read_fidelity
-from bitwright.report.charts import Axis, chart, dot, horizontal, label, linear, polyline, rule, vertical
-from bitwright.report.markup import Child, tag
-from bitwright.report.page import document
-from bitwright.report.shown import Section, Shown, command, key, paragraph
+from bitwright.report.charts import Axis, chart, dot, horizontal, key, label, linear, polyline, rule, vertical
+from bitwright.report.frame import Section, bullets, command, definitions, document, paragraph
+from bitwright.report.markup import tag
+from bitwright.report.shown import Shown
 from bitwright.report.tables import Cell, table
 from bitwright.report.verdict import METRICS, main_metric
 
@@ -88,21 +88,10 @@ def comparison(entries: Sequence[Entry], title: str = "") -> str:
     runs = [e.run for e in entries if e.run is not None]
     models = sorted({r.result["model"]["name"] for r in runs})
     name = title or words.listed(models) or "Comparison"
-    sections = [
-        s
-        for s in (
-            _alike(entries),
-            _table(entries),
-            _outputs(entries),
-            _front(entries),
-            _failures(entries),
-            _repeat(entries),
-        )
-        if s is not None
-    ]
+    sections = [part(entries) for part in (_alike, _table, _outputs, _front, _failures, _repeat)]
     bits = {r.bits for r in runs}
     under = f"comparison of {words.plural(len(entries), 'run')}{f' · {bits.pop()}' if len(bits) == 1 else ''}"
-    return document(f"{name} · comparison · bitwright", name, under, verdict(entries), sections)
+    return document(f"{name} · comparison · bitwright", name, under, [verdict(entries)], sections)
 
 
 def verdict(entries: Sequence[Entry]) -> str:
@@ -304,15 +293,14 @@ def _alike(entries: Sequence[Entry]) -> Section | None:
         said.append("They were calibrated on different images.")
     if len({r.result.get("seed") for r in runs}) > 1:
         said.append("Their seeds differ.")
-    return Section("alike", "What else differs", tag("ul", (tag("li", s) for s in said))) if said else None
+    return Section("alike", "What else differs", bullets(said)) if said else None
 
 
 def _failures(entries: Sequence[Entry]) -> Section | None:
     failed = [e for e in entries if e.run is None]
     if not failed:
         return None
-    pairs: list[Child] = [[tag("dt", e.name), tag("dd", e.error)] for e in failed]
-    return Section("failed", "What failed", tag("dl", pairs))
+    return Section("failed", "What failed", definitions([(e.name, e.error) for e in failed]))
 
 
 def _repeat(entries: Sequence[Entry]) -> Section | None:
@@ -320,5 +308,5 @@ def _repeat(entries: Sequence[Entry]) -> Section | None:
     for e in entries:
         if e.run is not None:
             found.setdefault(e.run.result.get("command", words.NONE), []).append(e.name)
-    pairs: list[Child] = [[tag("dt", words.listed(names)), tag("dd", command(c))] for c, names in found.items()]
-    return Section("repeat", "To repeat it", tag("dl", pairs)) if found else None
+    pairs = [(words.listed(names), command(c)) for c, names in found.items()]
+    return Section("repeat", "To repeat it", definitions(pairs)) if found else None

@@ -6,8 +6,9 @@ from typing import Any
 
 from bitwright import words
 from bitwright.report.charts import lengths
+from bitwright.report.frame import command, paragraph
 from bitwright.report.markup import Child, tag
-from bitwright.report.shown import Shown, command, paragraph
+from bitwright.report.shown import Shown
 from bitwright.report.tables import table
 from bitwright.report.verdict import runtime
 

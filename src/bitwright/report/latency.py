@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from bitwright import words
-from bitwright.report.charts import lengths
+from bitwright.report.charts import key, lengths
+from bitwright.report.frame import Section, command, paragraph
 from bitwright.report.markup import tag
-from bitwright.report.shown import Section, Shown, command, key, paragraph
+from bitwright.report.shown import Shown
 from bitwright.report.tables import Cell, table
 from bitwright.report.verdict import runtime
 

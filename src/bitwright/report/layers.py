@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from bitwright import words
-from bitwright.report.charts import Axis, bar, chart, dot, linear, logarithmic, polyline, vertical
+from bitwright.report.charts import Axis, bar, chart, dot, key, linear, logarithmic, polyline, vertical
+from bitwright.report.frame import Section, command, paragraph
 from bitwright.report.markup import Child, Markup, tag
-from bitwright.report.shown import Section, Shown, command, key, paragraph
+from bitwright.report.shown import Shown
 from bitwright.report.tables import Cell, table
 
 LEAST_DEPTH = 2

@@ -7,10 +7,11 @@ import re
 from typing import Any
 
 from bitwright import words
-from bitwright.report.charts import chart, horizontal, lengths, linear, logarithmic, polyline
+from bitwright.report.charts import chart, horizontal, key, lengths, linear, logarithmic, polyline
+from bitwright.report.frame import Section, bullets, command, definitions, paragraph
 from bitwright.report.gap import gap
 from bitwright.report.markup import Child, Markup, tag
-from bitwright.report.shown import Section, Shown, command, definitions, key, paragraph
+from bitwright.report.shown import Shown
 from bitwright.report.tables import table
 from bitwright.report.verdict import runtime
 
@@ -182,7 +183,7 @@ def floats(run: Shown) -> Section:
 def warnings(run: Shown) -> Section | None:
     """What the run warned of."""
     found = run.result.get("warnings") or []
-    return Section("warnings", "Warnings", tag("ul", (tag("li", w) for w in found))) if found else None
+    return Section("warnings", "Warnings", bullets(found)) if found else None
 
 
 def repeat(run: Shown) -> Section:

@@ -6,12 +6,13 @@ from typing import Any
 
 from bitwright import words
 from bitwright.bits.goal import TITLES
-from bitwright.report.charts import Axis, chart, dot, label, linear, logarithmic, polyline
+from bitwright.report.charts import Axis, chart, dot, key, label, linear, logarithmic, polyline
+from bitwright.report.frame import Section, paragraph
 from bitwright.report.markup import Child, Markup, tag
-from bitwright.report.shown import Section, Shown, key, paragraph
+from bitwright.report.shown import Shown
 from bitwright.report.tables import table
 
-Point = dict[str, Any]
+CurvePoint = dict[str, Any]
 
 
 def plan(run: Shown) -> Section | None:
@@ -22,7 +23,7 @@ def plan(run: Shown) -> Section | None:
     chosen = asked.get("predicted") or (curve or {}).get("chosen")
     body: list[Child] = [paragraph(_lead(asked, chosen)), *_estimate(asked)]
     if curve:
-        body += _drawn(curve, chosen)
+        body += [curve_figure(curve, chosen), _table(curve.get("uniform") or [], chosen, curve["along"])]
     note = (
         "Predicted losses add up over layers, each quantized alone: they order plans and are no forecast of accuracy."
     )
@@ -35,7 +36,7 @@ def curve_of(run: Shown) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and len(found.get("points") or []) > 1 else None
 
 
-def _lead(asked: dict[str, Any], chosen: Point | None) -> str:
+def _lead(asked: dict[str, Any], chosen: CurvePoint | None) -> str:
     limits = [
         f"{TITLES.get(name, name)} at most {words.cost(name, value)}"
         for name, value in (asked.get("limits") or {}).items()
@@ -66,7 +67,14 @@ def _estimate(asked: dict[str, Any]) -> list[Child]:
     return [table("Answers that stay the same", heads, rows)] if rows else []
 
 
-def _drawn(curve: dict[str, Any], chosen: Point | None) -> list[Child]:
+def curve_figure(curve: dict[str, Any], chosen: CurvePoint | None, which: str = "this run") -> Markup:
+    """Predicted loss over what was limited, with uniform bits beside it.
+
+    Args:
+        curve: ``along``, ``points`` and ``uniform`` as ``pareto.json`` has them.
+        chosen: the point that is marked.
+        which: what that is called.
+    """
     along, points, uniform = curve["along"], curve["points"], curve.get("uniform") or []
     every = [*points, *uniform, *([chosen] if chosen else [])]
     losses = [p["loss"] for p in every if p["loss"] > 0]
@@ -75,47 +83,54 @@ def _drawn(curve: dict[str, Any], chosen: Point | None) -> list[Child]:
     x = linear(min(p[along] for p in every) / per, max(p[along] for p in every) / per, f"{name}, {unit}".rstrip(", "),
                count=5, margin=0.05)  # fmt: skip
     y = logarithmic(min(losses), max(losses), "predicted loss") if losses else Axis(0.0, 1.0, ((0.0, "0"),))
-    marks = _marks(points, uniform, chosen, along, per, x, y)
+    marks = _marks(points, uniform, chosen, which, along, per, x, y)
     labels = [label(f"{p['bits']} bits", p[along] / per, p["loss"], x, y, "over") for p in uniform if _fits(p, y)]
     legend = [("quantized", "best plan at each limit"), ("float round", "the same bits in all layers")]
-    legend += [("other round", "this run")] if chosen else []
+    legend += [("other round", which)] if chosen else []
     low, high = points[0], points[-1]
     said = (
         f"Best plans from {words.cost(along, low[along])} with a predicted loss of {words.number(low['loss'])} to "
         f"{words.cost(along, high[along])} with {words.number(high['loss'])}."
     )
     if chosen:
-        said += f" This run: {words.cost(along, chosen[along])}, {words.number(chosen['loss'])}."
+        said += f" {which[:1].upper()}{which[1:]}: {words.cost(along, chosen[along])}, {words.number(chosen['loss'])}."
     drawing = chart(marks, x, y, summary=said, height=15.0, labels=labels)
     caption = tag(
         "figcaption", "What other limits would have given: for each, the plan that is predicted to lose least."
     )
-    return [tag("figure", caption, key(*legend), drawing), _table(uniform, chosen, along)]
+    return tag("figure", caption, key(*legend), drawing)
 
 
 def _marks(
-    points: list[Point], uniform: list[Point], chosen: Point | None, along: str, per: float, x: Axis, y: Axis
+    points: list[CurvePoint],
+    uniform: list[CurvePoint],
+    chosen: CurvePoint | None,
+    which: str,
+    along: str,
+    per: float,
+    x: Axis,
+    y: Axis,
 ) -> list[Markup]:
     shown = [p for p in points if _fits(p, y)]
     marks = [polyline([p[along] / per for p in shown], [p["loss"] for p in shown], x, y, "quantized")]
     marks += [_dot(p, f"plan {i}", along, per, x, y, "quantized") for i, p in enumerate(shown, 1)]
     marks += [_dot(p, f"{p['bits']} bits everywhere", along, per, x, y, "large float") for p in uniform if _fits(p, y)]
     if chosen and _fits(chosen, y):
-        marks.append(_dot(chosen, "this run", along, per, x, y, "large other"))
+        marks.append(_dot(chosen, which, along, per, x, y, "large other"))
     return marks
 
 
-def _fits(point: Point, y: Axis) -> bool:
+def _fits(point: CurvePoint, y: Axis) -> bool:
     """Whether the axis can show it: a logarithm has no place for no loss at all."""
     return not y.log or point["loss"] > 0
 
 
-def _dot(point: Point, name: str, along: str, per: float, x: Axis, y: Axis, look: str) -> Markup:
+def _dot(point: CurvePoint, name: str, along: str, per: float, x: Axis, y: Axis, look: str) -> Markup:
     title = f"{name}: {words.cost(along, point[along])}, predicted loss {words.number(point['loss'])}"
     return dot(point[along] / per, point["loss"], x, y, look, title)
 
 
-def _table(uniform: list[Point], chosen: Point | None, along: str) -> Markup | None:
+def _table(uniform: list[CurvePoint], chosen: CurvePoint | None, along: str) -> Markup | None:
     """This plan between networks of equal bits, in the order of what they cost."""
     named = [(p[along], f"{p['bits']} bits in all layers", p) for p in uniform]
     named += [(chosen[along], "this run", chosen)] if chosen else []

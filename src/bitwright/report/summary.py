@@ -7,8 +7,9 @@ from typing import Any
 from bitwright import words
 from bitwright.measure.metrics import OutputFidelity, read_fidelity, worst
 from bitwright.report.charts import Axis, chart, dot, label, lengths, linear, rule
+from bitwright.report.frame import Section, bullets, paragraph
 from bitwright.report.markup import Child, Markup, tag
-from bitwright.report.shown import Section, Shown, paragraph
+from bitwright.report.shown import Shown
 from bitwright.report.tables import table
 from bitwright.report.verdict import METRICS, main_metric, paired_difference
 
@@ -64,7 +65,7 @@ def _fidelity_rows(result: dict[str, Any]) -> list[list[str]]:
 
 def _by_output(outputs: dict[str, OutputFidelity]) -> Child:
     """How closely each of several outputs is followed, and why figures are missing."""
-    notes = tag("ul", (tag("li", f"{name}: {found.note}") for name, found in outputs.items() if found.note))
+    notes = bullets([f"{name}: {found.note}" for name, found in outputs.items() if found.note])
     body = [notes if any(o.note for o in outputs.values()) else None]
     if len(outputs) > 1:
         rows = [
@@ -158,7 +159,7 @@ def size(run: Shown) -> Section:
     body = [
         tag("figure", lengths(bars, summary)),
         table("Size in each form", ["", ">size", ">smaller", "what it is"], rows),
-        tag("ul", (tag("li", r) for r in reasons)) if reasons else None,
+        bullets(reasons) if reasons else None,
     ]
     return Section("size", "Size", body)
 

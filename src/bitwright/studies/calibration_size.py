@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
+from bitwright.report.panels import Figure
 from bitwright.stages.reconstruct import Reconstruct
 from bitwright.studies import figures
 from bitwright.studies.base import Cell, Result, Settings, Study
@@ -43,9 +43,9 @@ def cells(subject: Subject, settings: Settings) -> Iterator[Cell]:
                     yield Cell({**key, "seed": seed}, run)
 
 
-def figure(result: Result) -> Any:
+def figure(result: Result) -> Figure:
     """KL and agreement (or accuracy) over the number of images, before and after the optimisation."""
-    return figures.comparison(result, "images", ["kl", figures.accuracy(result)], "calibration images", numeric=True)
+    return figures.over(result, "images", ["kl", figures.answers_of(result)], "calibration images", numeric=True)
 
 
 STUDY = Study(

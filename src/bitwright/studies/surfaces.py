@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from bitwright.report.markup import Markup
 from bitwright.studies import figures
 
 if TYPE_CHECKING:
     from bitwright.studies.base import Result, Row
 
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+"""Told apart by colour-blind readers too (Okabe and Ito, 2008)."""
 HEIGHT = 280
 LIFT = 1.15
 """Of each line above the one below, in ranges."""
 
 
-def figure(result: Result) -> Any:
+@dataclass(frozen=True)
+class Interactive:
+    """A figure of plotly, which brings its own script: surfaces can be turned, and a menu chooses the loss."""
+
+    drawn: Any
+    scripted = True
+
+    def markup(self) -> Markup:
+        """The figure with all of plotly."""
+        look = {"displaylogo": False, "responsive": True}
+        return Markup(self.drawn.to_html(full_html=False, include_plotlyjs=True, div_id="plot", config=look))
+
+
+def figure(result: Result) -> Interactive:
     """For each block a row of contours and a surface, of one loss at a time; then a row of lines and of bends."""
     blocks = list(dict.fromkeys((r["network"], r["block"], r["kind"]) for r in result.rows))
     bits = list(dict.fromkeys(figures.bits_of(r) for r in result.rows))
@@ -31,7 +48,7 @@ def figure(result: Result) -> Any:
             _lines(made, result, block, width, losses, len(blocks) + row, column)
         _bars(made, result, block, bits, losses, len(blocks) + row)
     _menu(made, losses, shown)
-    return made
+    return Interactive(made)
 
 
 def _rows(result: Result, block: tuple[str, str, str], bits: str, scan: str) -> list[Row]:
@@ -120,7 +137,7 @@ def _lines(
             continue
         values, kept = rows[0]["values"][loss], scan != "line"
         spread = (max(values) - min(values)) or 1.0
-        colour = "#222" if kept else figures.COLOURS[losses.index(loss)]
+        colour = "#222" if kept else COLOURS[losses.index(loss)]
         name = f"{figures.LOSSES[loss]}, integers kept" if kept else figures.LOSSES[loss]
         line = go.Scatter(
             x=[100 * a for a in rows[0]["at"]],
@@ -151,7 +168,7 @@ def _bars(made: Any, result: Result, block: tuple[str, str, str], bits: list[str
             x=[b for b in bits if b in found],
             y=[found[b]["mean"] for b in bits if b in found],
             error_y={"type": "data", "array": spread, "visible": any(spread), "thickness": 1},
-            marker_color=figures.COLOURS[losses.index(loss)],
+            marker_color=COLOURS[losses.index(loss)],
             name=figures.LOSSES[loss],
             legendgroup=figures.LOSSES[loss],
             showlegend=not any(t.type == "bar" and t.name == figures.LOSSES[loss] for t in made.data),

@@ -1,8 +1,7 @@
-"""A plan and its curve as tables, sentences, and a page with a plot. plotly is imported when something is drawn."""
+"""A plan and its curve as tables, sentences, and a page."""
 
 from __future__ import annotations
 
-import html
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,11 @@ import numpy as np
 from bitwright.bits.goal import TITLES
 from bitwright.bits.plan import Plan
 from bitwright.bits.planning import Planning, nearest_uniform
-from bitwright.studies.figures import COLOURS
+from bitwright.report.frame import Section, command, document, paragraph, versions
+from bitwright.report.markup import Child, tag
+from bitwright.report.panels import Panel, Series
+from bitwright.report.plans import curve_figure
+from bitwright.report.tables import table
 from bitwright.words import amount, scaled, size
 
 UNITS = {
@@ -27,7 +30,7 @@ CURVE = ("which", "size", "compression", "bit operations", "predicted loss")
 
 
 @dataclass(frozen=True)
-class Row:
+class CurveRow:
     """One line of the curve's table."""
 
     cost: float
@@ -64,7 +67,7 @@ def _elements(found: Planning, key: str | None) -> int:
     return int(np.prod(found.student.quantizer(key).shape))
 
 
-def curve_rows(found: Planning, most: int | None = None) -> tuple[list[Row], list[Row]]:
+def curve_rows(found: Planning, most: int | None = None) -> tuple[list[CurveRow], list[CurveRow]]:
     """Points of the curve (``most`` of them, evenly spread, and the plan), and uniform ones, under :data:`CURVE`."""
     count = len(found.curve)
     shown = range(count) if most is None else np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(int))
@@ -74,7 +77,7 @@ def curve_rows(found: Planning, most: int | None = None) -> tuple[list[Row], lis
     return points, [_row(found, p, f"{b} bits everywhere") for b, p in found.uniform.items()]
 
 
-def _row(found: Planning, plan: Plan, which: str, *, chosen: bool = False) -> Row:
+def _row(found: Planning, plan: Plan, which: str, *, chosen: bool = False) -> CurveRow:
     predicted = plan.predicted or {}
     cells = (
         f"{which} (the plan)" if chosen and which != "the plan" else which,
@@ -83,7 +86,7 @@ def _row(found: Planning, plan: Plan, which: str, *, chosen: bool = False) -> Ro
         scaled(predicted["bit_operations"]),
         f"{predicted['loss']:.3g}",
     )
-    return Row(predicted[found.along], cells, chosen)
+    return CurveRow(predicted[found.along], cells, chosen)
 
 
 def verdict(found: Planning) -> list[str]:
@@ -135,115 +138,54 @@ def source(found: Planning, folder: str) -> str:
     return f"Losses: '{name}'{beside} on {count} image{'s'[: count > 1]}, {how} {folder}."
 
 
-def figure(found: Planning) -> Any:
-    """Predicted loss along the curve with uniform bits beside it, and bits by layer."""
-    import plotly.graph_objects as go
-    from plotly.subplots import make_subplots
-
+def _bits_of_layers(found: Planning) -> list[Child]:
+    """Bits of weights layer by layer; those of activations too where they differ."""
     bits, losses = found.bits(found.plan), found.losses_of(found.plan)
-    titles = ["Predicted loss of the best plan at each limit", "Bits of weights in the plan, layer by layer"]
-    some = len(set(bits["activations"].values())) > 1
-    titles += ["Bits of activations in the plan"] if some else []
-    made = make_subplots(rows=len(titles), cols=1, subplot_titles=titles, vertical_spacing=0.36 / len(titles))
-    made.add_trace(_line(found), row=1, col=1)
-    uniform = [(b, p.predicted) for b, p in found.uniform.items() if p.predicted]
-    made.add_trace(
-        go.Scatter(
-            x=[p[found.along] for _, p in uniform],
-            y=[p["loss"] or None for _, p in uniform],
-            text=[f"{b} bits" for b, _ in uniform],
-            mode="markers+text",
-            textposition="top center",
-            name="the same bits everywhere",
-            marker={"size": 9, "color": COLOURS[1]},
-        ),
-        row=1,
-        col=1,
-    )
-    chosen = found.plan.predicted or {}
-    star = {"size": 16, "symbol": "star", "color": COLOURS[2]}
-    made.add_trace(
-        go.Scatter(x=[chosen[found.along]], y=[chosen["loss"] or None], mode="markers", name="the plan", marker=star),
-        row=1,
-        col=1,
-    )
-    made.update_yaxes(type="log", exponentformat="e", title_text="predicted loss", row=1, col=1)
-    unit = UNITS[found.along]
-    made.update_xaxes(title_text=TITLES[found.along] + (f" ({unit})" if unit else ""), row=1, col=1)
-    for row, half in enumerate(["weights", *(["activations"] if some else [])], 2):
-        made.add_trace(_bars(bits[half], losses[half], COLOURS[0]), row=row, col=1)
-        made.update_xaxes(title_text="layer, in order", row=row, col=1)
-        made.update_yaxes(title_text="bits", rangemode="tozero", row=row, col=1)
-    made.update_layout(
-        template="plotly_white",
-        height=len(titles) * 340 + 80,
-        margin={"t": 50, "r": 20},
-        legend={"yanchor": "top", "y": 0.99, "xanchor": "right", "x": 0.99},
-        font={"family": "system-ui, sans-serif"},
-    )
-    return made
+    titles = {"weights": "Bits of weights in the plan, layer by layer"}
+    if len(set(bits["activations"].values())) > 1:
+        titles["activations"] = "Bits of activations in the plan"
+    return [
+        tag("figure", tag("figcaption", tag("b", title)), _bars(bits[half], losses[half]).markup())
+        for half, title in titles.items()
+    ]
 
 
-def _line(found: Planning) -> Any:
-    import plotly.graph_objects as go
-
-    points = [p.predicted for p in found.curve if p.predicted]
-    return go.Scatter(
-        x=[p[found.along] for p in points],
-        y=[p["loss"] or None for p in points],
-        text=[f"point {i}" for i in range(1, len(points) + 1)],
-        mode="lines+markers",
-        name="planned",
-        line={"color": COLOURS[0]},
-    )
+def _bars(bits: dict[str, int], losses: dict[str, float | None]) -> Panel:
+    said = ["" if (loss := losses[n]) is None else f", predicted loss {loss:.2g}" for n in bits]
+    titles = [f"{n}: {b} bits{more}" for (n, b), more in zip(bits.items(), said, strict=True)]
+    bars = Series(range(1, len(bits) + 1), list(bits.values()), marks=("bar",), titles=titles)
+    return Panel((bars,), "layer, in order", "bits", height=8.0)
 
 
-def _bars(bits: dict[str, int], losses: dict[str, float | None], colour: str) -> Any:
-    import plotly.graph_objects as go
+def plan_page(found: Planning, facts: dict[str, Any]) -> str:
+    """The page: what the plan is, the curve, its layers.
 
-    said = ["" if losses[n] is None else f", predicted loss {losses[n]:.2g}" for n in bits]
-    return go.Bar(
-        x=list(range(1, len(bits) + 1)),
-        y=list(bits.values()),
-        customdata=list(zip(bits, said, strict=True)),
-        hovertemplate="%{customdata[0]}: %{y} bits%{customdata[1]}<extra></extra>",
-        marker_color=colour,
-        showlegend=False,
-    )
-
-
-def page(found: Planning, facts: dict[str, Any]) -> str:
-    """One HTML page that needs nothing else: what the plan is, the plot, its layers, the curve."""
-    plot = figure(found).to_html(
-        full_html=False, include_plotlyjs=True, div_id="plot", config={"displaylogo": False, "responsive": True}
-    )
-    said = html.escape
-    name = said(facts["model"]["name"])
-    sentences = "".join(f"<li>{said(s)}</li>" for s in verdict(found))
+    Args:
+        found: the plan and its curve.
+        facts: what ``pareto.json`` holds.
+    """
+    name = facts["model"]["name"]
     points, uniform = curve_rows(found)
     lines = [r.cells for r in sorted([*points, *uniform], key=lambda r: r.cost)]
-    versions = f"bitwright {facts['bitwright']}, torch {facts['torch']}"
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>plan of {name} - bitwright</title><style>
-body {{ font-family: system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #222 }}
-table {{ border-collapse: collapse; font-size: .9em }} td, th {{ padding: .25em .7em; text-align: left }}
-td, th {{ border-bottom: 1px solid #ddd }} .small {{ color: #666; font-size: .85em }} code {{ background: #f3f3f3 }}
-</style></head><body>
-<h1>Bits for {name}</h1>
-<ul>{sentences}</ul>
-<p>Next: <code>{said(facts["next"])}</code></p>
-{plot}
-<h2>The plan</h2>
-{_table(LAYERS, layer_rows(found))}
-<h2>What other limits give</h2>
-{_table(CURVE, lines)}
-<p class="small">Predicted losses add up over layers, each quantized alone; they order plans well and are no forecast of
-accuracy. {said(source(found, facts["sources"]["scores"]))} {said(versions)}.</p>
-</body></html>
-"""
+    sections = [
+        Section("next", "Next", paragraph(command(facts["next"]))),
+        Section(
+            "curve", "Predicted loss of the best plan at each limit", curve_figure(facts, facts["chosen"], "the plan")
+        ),
+        Section(
+            "plan",
+            "The plan",
+            [*_bits_of_layers(found), table("Every layer", right(LAYERS), layer_rows(found), wide=True)],
+        ),
+        Section("limits", "What other limits give", table("Points of the curve", right(CURVE), lines, wide=True)),
+    ]
+    foot = (
+        "Predicted losses add up over layers, each quantized alone; they order plans well and are no forecast of "
+        f"accuracy. {source(found, facts['sources']['scores'])} {versions(facts)}"
+    )
+    return document(f"plan of {name} - bitwright", f"Bits for {name}", "", verdict(found), sections, foot=foot)
 
 
-def _table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in headings)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
+def right(headings: tuple[str, ...]) -> list[str]:
+    """Headings of columns, those of numbers marked."""
+    return [h if h in {"layer", "operator", "which"} else f">{h}" for h in headings]
