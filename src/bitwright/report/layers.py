@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from bitwright import words
-from bitwright.report.charts import Axis, bar, chart, dot, key, linear, logarithmic, polyline, vertical
+from bitwright.report.charts import Axis, bar, chart, dot, key, linear, vertical
 from bitwright.report.frame import Section, command, paragraph
 from bitwright.report.markup import Child, Markup, tag
+from bitwright.report.panels import Panel, Series, alone
 from bitwright.report.shown import Shown
 from bitwright.report.tables import Cell, table
 
@@ -47,10 +48,8 @@ def _noise(run: Shown) -> Markup | None:
     if len(known) < LEAST_DEPTH:
         return None
     values = [v for _, _, v in known]
-    x = _along(rows)
-    y = linear(min(0.0, *values), max(values), "signal to error, dB", count=4, margin=0.04)
-    marks = [polyline([i for i, _, _ in known], values, x, y, "quantized thin")]
-    marks += [dot(i, v, x, y, "quantized", f"{i}. {name}: {words.decibel(v)}") for i, name, v in known]
+    titles = [f"{i}. {name}: {words.decibel(v)}" for i, name, v in known]
+    line = Series([i for i, _, _ in known], values, "quantized", ("line", "dot"), titles=titles)
     worst = min(known, key=lambda k: k[2])
     summary = (
         f"Signal to quantization error of {len(known)} layers' outputs, from {words.decibel(known[0][2])} at the "
@@ -60,7 +59,8 @@ def _noise(run: Shown) -> Markup | None:
         "How far each layer's output lies above its error; 10 dB more is a tenth of the error's energy. Errors add up "
         f"from layer to layer. Lowest: {worst[1]}, {words.decibel(worst[2])}."
     )
-    return tag("figure", tag("figcaption", tag("b", "Noise. "), caption), chart(marks, x, y, summary=summary))
+    panel = Panel((line,), "layer", "signal to error, dB", x_holds=(1.0, len(rows)), y_holds=(0.0,), summary=summary)
+    return alone(panel, tag("b", "Noise. "), caption)
 
 
 def _bits(run: Shown) -> Markup | None:
@@ -127,16 +127,14 @@ def _sensitivity(run: Shown) -> Markup | None:
     known = [(places[n], n, v) for n, v in values.items() if n in places and v > 0]
     if len(known) < LEAST_DEPTH:
         return None
-    x, y = _along(rows), logarithmic(min(v for *_, v in known), max(v for *_, v in known), "score")
-    marks = [bar(i - 0.4, i + 0.4, y.low, v, x, y, "float", f"{i}. {n}: {words.number(v)}") for i, n, v in known]
+    titles = [f"{i}. {n}: {words.number(v)}" for i, n, v in known]
+    bars = Series([i for i, *_ in known], [v for *_, v in known], "float", ("bar",), titles=titles)
     title, meaning = SENSITIVITIES[kind]
     top = sorted(known, key=lambda k: -k[2])[:3]
     most = words.listed([f"{n} ({words.number(v)})" for _, n, v in top])
-    return tag(
-        "figure",
-        tag("figcaption", tag("b", f"{title}: "), f"{meaning}. Highest: {most}."),
-        chart(marks, x, y, summary=f"{title} of {len(known)} layers. Highest: {most}."),
-    )
+    summary = f"{title} of {len(known)} layers. Highest: {most}."
+    panel = Panel((bars,), "layer", "score", y_log=True, x_holds=(1.0, len(rows)), summary=summary)
+    return alone(panel, tag("b", f"{title}: "), f"{meaning}. Highest: {most}.")
 
 
 # -------------------------------------------------------------------------------------------------- every layer

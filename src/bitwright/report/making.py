@@ -7,10 +7,11 @@ import re
 from typing import Any
 
 from bitwright import words
-from bitwright.report.charts import chart, horizontal, key, lengths, linear, logarithmic, polyline
+from bitwright.report.charts import key, lengths
 from bitwright.report.frame import Section, bullets, command, definitions, paragraph
 from bitwright.report.gap import gap
 from bitwright.report.markup import Child, Markup, tag
+from bitwright.report.panels import Panel, Series
 from bitwright.report.shown import Shown
 from bitwright.report.tables import table
 from bitwright.report.verdict import runtime
@@ -87,19 +88,14 @@ def _curve(points: list[Any], y_name: str, x_name: str, what: str, floor: float 
     if len(points) < 2:
         return None
     xs, ys = [float(p[0]) for p in points], [float(p[1]) for p in points]
-    low, high = min(ys), max(ys)
-    if floor is not None:
-        low, high = min(low, floor), max(high, floor)
-    wide = low > 0 and high / low > 10
-    x = linear(0.0, max(xs), x_name, count=5)
-    y = logarithmic(low, high, y_name) if wide else linear(low, high, y_name, count=4, margin=0.06)
-    marks = [horizontal(floor, y, "mark")] if floor is not None else []
-    marks.append(polyline(xs, ys, x, y, "quantized"))
+    ends = [*ys, *([] if floor is None else [floor])]
+    wide = min(ends) > 0 and max(ends) / min(ends) > 10
     summary = (
         f"{what}: {words.number(ys[0], 4)} at {x_name} {xs[0]:.0f}, {words.number(ys[-1], 4)} at {x_name} "
         f"{xs[-1]:.0f}, lowest {words.number(min(ys), 4)}."
     )
-    return chart(marks, x, y, summary=summary)
+    line = Series(xs, ys, "quantized", ("line",))
+    return Panel((line,), x_name, y_name, y_log=wide, level=floor, level_look="mark", summary=summary).markup()
 
 
 # ------------------------------------------------------------------------------------------------------- parity

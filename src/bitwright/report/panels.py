@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from bitwright.report import charts
 from bitwright.report.charts import Axis, Tick
-from bitwright.report.markup import Markup, tag
+from bitwright.report.markup import Child, Markup, tag
 from bitwright.words import number, percent
 
 Mark = Literal["line", "dot", "bar"]
 COLOURS = 6
 """Looks ``c0`` to ``c5`` of the style sheet, told apart by colour-blind readers too (Okabe and Ito, 2008)."""
-DECADE = 10.0
+ROOM = 1.2
+"""Beside the outermost values on a logarithmic axis, as a factor."""
 BAR = 0.8
 """Width of bars, of the distance between their places."""
 
@@ -49,6 +50,11 @@ class Series:
     ends: Sequence[tuple[float, float]] = ()
     labels: Sequence[str] = ()
 
+    @property
+    def swatch(self) -> str:
+        """How it looks in the key."""
+        return f"{self.look} round" if self.marks == ("dot",) else self.look
+
     def heights(self) -> Iterator[float]:
         """Everything that the axis has to hold."""
         yield from (v for v in (*self.y, *itertools.chain(*self.ends)) if v is not None)
@@ -65,10 +71,15 @@ class Panel:
         x_log: whether x is logarithmic; ticks are at the values then.
         y_log: whether y is, where there are positive values.
         shares: whether y is a fraction, shown in percent.
-        level: a dashed line over the whole width.
+        level: a line over the whole width.
+        level_look: of that line.
+        x_holds: places that the horizontal axis has room for, whatever is drawn; whole ones are as wide as bars.
+        y_holds: values that the vertical axis has room for.
         least: of the vertical axis, whatever the values are; lower ones are drawn there.
         most: likewise.
+        bare: whether the vertical axis has no ticks, where heights only tell apart.
         height: in em.
+        summary: what a reader who does not see the chart is told; the ends of every series if not given.
     """
 
     series: tuple[Series, ...]
@@ -78,15 +89,20 @@ class Panel:
     y_log: bool = False
     shares: bool = False
     level: float | None = None
+    level_look: str = "float dashed"
+    x_holds: tuple[float, ...] = ()
+    y_holds: tuple[float, ...] = ()
     least: float | None = None
     most: float | None = None
+    bare: bool = False
     height: float = 11.0
+    summary: str = ""
 
     def markup(self) -> Markup:
         """The chart."""
         names = list(dict.fromkeys(v for s in self.series for v in s.x if isinstance(v, str)))
         x, y = self._along(names), self._up()
-        marks = [] if self.level is None else [charts.horizontal(y.within(self.level), y, "float dashed")]
+        marks = [] if self.level is None else [charts.horizontal(y.within(self.level), y, self.level_look)]
         labels: list[Markup] = []
         bars = [s for s in self.series if "bar" in s.marks]
         for series in self.series:
@@ -100,37 +116,50 @@ class Panel:
                 if b is not None and (not y.log or b > 0)
             ]
         return charts.chart(
-            marks, x, y, summary=self._said(), height=self.height, labels=labels, slanted=_crowded(names)
+            marks,
+            x,
+            y,
+            summary=self.summary or self._said(),
+            height=self.height,
+            labels=labels,
+            slanted=_crowded(names),
         )
 
     def _along(self, names: list[str]) -> Axis:
         if names:
             return Axis(0.5, len(names) + 0.5, tuple((float(i), n) for i, n in enumerate(names, 1)), self.x_name)
-        values = sorted({float(v) for s in self.series for v in s.x})
+        values = sorted({float(v) for s in self.series for v in s.x} | {*self.x_holds})
         if not values:
             return Axis(0.0, 1.0, name=self.x_name)
         low, high = values[0], values[-1]
         if self.x_log and len(values) <= 8:
-            return Axis(low / 1.3, high * 1.3, tuple((v, f"{v:g}") for v in values), self.x_name, log=True)
+            return Axis(low / ROOM, high * ROOM, tuple((v, f"{v:g}") for v in values), self.x_name, log=True)
         if self.x_log:
             return _logarithmic(low, high, self.x_name)
-        if any("bar" in s.marks for s in self.series):
+        if self.x_holds or any("bar" in s.marks for s in self.series):
             low, high = low - 0.5, high + 0.5
-        return charts.linear(low, high, self.x_name, margin=0.02)
+        found = charts.linear(low, high, self.x_name, count=5, margin=0.02)
+        whole = all(v == int(v) for v in values)
+        ticks = (t for t in found.ticks if not whole or (values[0] <= t[0] <= values[-1] and t[0] == int(t[0])))
+        return replace(found, ticks=tuple(ticks))
 
     def _up(self) -> Axis:
-        values = [v for s in self.series for v in s.heights()] + [v for v in (self.level,) if v is not None]
+        values = [v for s in self.series for v in s.heights()] + [
+            *self.y_holds,
+            *([] if self.level is None else [self.level]),
+        ]
         positive = [v for v in values if v > 0]
         if self.y_log and positive:
             low = min(positive) if self.least is None else self.least
             return _logarithmic(low, max(positive) if self.most is None else self.most, self.y_name)
-        if any("bar" in s.marks for s in self.series):
-            values.append(0.0)
+        bars = any("bar" in s.marks for s in self.series)
+        values += [0.0] if bars else []
         low, high = min(values, default=0.0), max(values, default=1.0)
         scale, unit = (100.0, " %") if self.shares else (1.0, "")
         found = charts.linear(scale * low, scale * high, self.y_name, label=unit, margin=0.06)
-        ticks: list[Tick] = [(v / scale, said) for v, said in found.ticks]
-        low = max(found.low / scale, -1e300 if self.least is None else self.least)
+        ticks: list[Tick] = [] if self.bare else [(v / scale, said) for v, said in found.ticks]
+        least = 0.0 if self.least is None and bars and low == 0 else self.least
+        low = max(found.low / scale, -1e300 if least is None else least)
         high = min(found.high / scale, 1e300 if self.most is None else self.most)
         return Axis(low, high, tuple(t for t in ticks if low <= t[0] <= high), self.y_name)
 
@@ -154,11 +183,13 @@ class Figure:
         rows: of panels, each as long as the others.
         headings: over the columns.
         widths: of the columns, in parts; equal if not given.
+        caption: above all.
     """
 
     rows: Sequence[Sequence[Panel]]
     headings: Sequence[str] = ()
     widths: Sequence[int] = ()
+    caption: Child = None
 
     scripted = False
     """It has no script of its own."""
@@ -170,15 +201,22 @@ class Figure:
 
     def markup(self) -> Markup:
         """The figure with its key, where there is more than one series to tell apart."""
-        looks = {s.name: s.look for s in reversed(self.series) if s.name}
+        looks = {s.name: s.swatch for s in reversed(self.series) if s.name}
         legend = charts.key(*((look, name) for name, look in reversed(looks.items()))) if len(looks) > 1 else None
+        caption = None if self.caption is None else tag("figcaption", self.caption)
+        cells = [panel.markup() for row in self.rows for panel in row]
+        if len(cells) == 1 and not self.headings:
+            return tag("figure", caption, legend, cells)
         widths = self.widths or [1] * max(map(len, self.rows), default=1)
         columns = " ".join(f"minmax(14rem, {w}fr)" for w in widths)
         heads = [tag("div", h, class_="over") for h in self.headings]
-        cells = [panel.markup() for row in self.rows for panel in row]
-        return tag(
-            "figure", legend, tag("div", heads, cells, class_="panels", style=f"grid-template-columns: {columns}")
-        )
+        grid = tag("div", heads, cells, class_="panels", style=f"grid-template-columns: {columns}")
+        return tag("figure", caption, legend, grid)
+
+
+def alone(panel: Panel, *caption: Child) -> Markup:
+    """A figure of one panel."""
+    return Figure([[panel]], caption=caption).markup()
 
 
 def _drawn(series: Series, places: list[float], x: Axis, y: Axis, width: float, shares: bool) -> list[Markup]:
@@ -200,7 +238,9 @@ def _drawn(series: Series, places: list[float], x: Axis, y: Axis, width: float, 
             found.append(charts.bar(a - width / 2, a + width / 2, base, b, x, y, series.look, title))
         if series.ends and series.ends[i][0] < series.ends[i][1]:
             low, high = map(y.within, series.ends[i])
-            found.append(charts.rule(a, low, a, high, x, y, f"whisker {series.look}"))
+            found.append(
+                charts.rule(a, low, a, high, x, y, "whisker ink" if "bar" in series.marks else f"whisker {series.look}")
+            )
         if "dot" in series.marks:
             found.append(charts.dot(a, b, x, y, series.look, title))
     return found
@@ -224,11 +264,13 @@ def _runs(known: list[tuple[int, float, float]]) -> list[list[tuple[int, float, 
 
 
 def _logarithmic(low: float, high: float, name: str) -> Axis:
-    """Whole decades where the values span more than one; as little as they need where they do not."""
-    if high / low > DECADE:
-        return charts.logarithmic(low, high, name)
-    low, high = low / 1.1, high * 1.1
-    return Axis(low, high, tuple(t for t in charts.linear(low, high).ticks if t[0] > 0), name, log=True)
+    """No longer than the values need, with powers of ten where two are inside."""
+    low, high = low / ROOM, high * ROOM
+    for ticks in (charts.logarithmic(low, high).ticks, charts.linear(low, high).ticks):
+        inside = tuple(t for t in ticks if low <= t[0] <= high)
+        if len(inside) > 1:
+            break
+    return Axis(low, high, inside, name, log=True)
 
 
 def _crowded(names: list[str]) -> bool:

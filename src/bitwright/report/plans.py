@@ -6,9 +6,9 @@ from typing import Any
 
 from bitwright import words
 from bitwright.bits.goal import TITLES
-from bitwright.report.charts import Axis, chart, dot, key, label, linear, logarithmic, polyline
 from bitwright.report.frame import Section, paragraph
-from bitwright.report.markup import Child, Markup, tag
+from bitwright.report.markup import Child, Markup
+from bitwright.report.panels import Panel, Series, alone
 from bitwright.report.shown import Shown
 from bitwright.report.tables import table
 
@@ -77,16 +77,23 @@ def curve_figure(curve: dict[str, Any], chosen: CurvePoint | None, which: str = 
     """
     along, points, uniform = curve["along"], curve["points"], curve.get("uniform") or []
     every = [*points, *uniform, *([chosen] if chosen else [])]
-    losses = [p["loss"] for p in every if p["loss"] > 0]
-    name = TITLES.get(along, along)
     unit, per = words.unit(along, max(p[along] for p in every))
-    x = linear(min(p[along] for p in every) / per, max(p[along] for p in every) / per, f"{name}, {unit}".rstrip(", "),
-               count=5, margin=0.05)  # fmt: skip
-    y = logarithmic(min(losses), max(losses), "predicted loss") if losses else Axis(0.0, 1.0, ((0.0, "0"),))
-    marks = _marks(points, uniform, chosen, which, along, per, x, y)
-    labels = [label(f"{p['bits']} bits", p[along] / per, p["loss"], x, y, "over") for p in uniform if _fits(p, y)]
-    legend = [("quantized", "best plan at each limit"), ("float round", "the same bits in all layers")]
-    legend += [("other round", which)] if chosen else []
+
+    def series(these: list[CurvePoint], names: list[str], look: str, name: str, **more: Any) -> Series:
+        titles = [
+            f"{n}: {words.cost(along, p[along])}, predicted loss {words.number(p['loss'])}"
+            for n, p in zip(names, these, strict=True)
+        ]
+        return Series(
+            [p[along] / per for p in these], [p["loss"] for p in these], look, name=name, titles=titles, **more
+        )
+
+    bits, plans = [f"{p['bits']} bits" for p in uniform], [f"plan {i}" for i in range(1, len(points) + 1)]
+    drawn = [
+        series(points, plans, "quantized", "best plan at each limit", marks=("line", "dot")),
+        series(uniform, [f"{b} everywhere" for b in bits], "large float", "the same bits in all layers", labels=bits),
+        *([series([chosen], [which], "large other", which)] if chosen else []),
+    ]
     low, high = points[0], points[-1]
     said = (
         f"Best plans from {words.cost(along, low[along])} with a predicted loss of {words.number(low['loss'])} to "
@@ -94,40 +101,11 @@ def curve_figure(curve: dict[str, Any], chosen: CurvePoint | None, which: str = 
     )
     if chosen:
         said += f" {which[:1].upper()}{which[1:]}: {words.cost(along, chosen[along])}, {words.number(chosen['loss'])}."
-    drawing = chart(marks, x, y, summary=said, height=15.0, labels=labels)
-    caption = tag(
-        "figcaption", "What other limits would have given: for each, the plan that is predicted to lose least."
+    x_name = f"{TITLES.get(along, along)}, {unit}".rstrip(", ")
+    return alone(
+        Panel(tuple(drawn), x_name, "predicted loss", y_log=True, height=15.0, summary=said),
+        "What other limits would have given: for each, the plan that is predicted to lose least.",
     )
-    return tag("figure", caption, key(*legend), drawing)
-
-
-def _marks(
-    points: list[CurvePoint],
-    uniform: list[CurvePoint],
-    chosen: CurvePoint | None,
-    which: str,
-    along: str,
-    per: float,
-    x: Axis,
-    y: Axis,
-) -> list[Markup]:
-    shown = [p for p in points if _fits(p, y)]
-    marks = [polyline([p[along] / per for p in shown], [p["loss"] for p in shown], x, y, "quantized")]
-    marks += [_dot(p, f"plan {i}", along, per, x, y, "quantized") for i, p in enumerate(shown, 1)]
-    marks += [_dot(p, f"{p['bits']} bits everywhere", along, per, x, y, "large float") for p in uniform if _fits(p, y)]
-    if chosen and _fits(chosen, y):
-        marks.append(_dot(chosen, which, along, per, x, y, "large other"))
-    return marks
-
-
-def _fits(point: CurvePoint, y: Axis) -> bool:
-    """Whether the axis can show it: a logarithm has no place for no loss at all."""
-    return not y.log or point["loss"] > 0
-
-
-def _dot(point: CurvePoint, name: str, along: str, per: float, x: Axis, y: Axis, look: str) -> Markup:
-    title = f"{name}: {words.cost(along, point[along])}, predicted loss {words.number(point['loss'])}"
-    return dot(point[along] / per, point["loss"], x, y, look, title)
 
 
 def _table(uniform: list[CurvePoint], chosen: CurvePoint | None, along: str) -> Markup | None:

@@ -7,8 +7,8 @@ from typing import Any
 
 from bitwright.report.frame import Section, document, paragraph, versions
 from bitwright.report.markup import Child, tag
-from bitwright.report.panels import Panel, Series, colour
-from bitwright.report.tables import table
+from bitwright.report.panels import Panel, Series, alone, colour
+from bitwright.report.tables import Cell, table
 
 DECADES = 1e8
 """Of the density below its peak that are shown."""
@@ -93,9 +93,9 @@ def sensitivity_page(found: dict[str, Any]) -> str:
     """The page: what it says, the charts, a table of the layers."""
     name, settings = found["model"]["name"], found["settings"]
     under = f"{settings['meaning']}; {found['data']['count']} images"
-    charts = [tag("figure", tag("figcaption", tag("b", said)), made.markup()) for said, made in panels(found).items()]
+    charts = [alone(made, tag("b", said)) for said, made in panels(found).items()]
     lead = paragraph("A bar in grey is negative, its size shown. Point at a bar for its name.")
-    rows = [cells(r) for r in ranked(found)]
+    rows = [[Cell(said, v) for said, v in zip(cells(r), _values(r), strict=True)] for r in ranked(found)]
     heads = [h if h == "layer" else f">{h}" for h in HEADINGS]
     sections = [
         Section("depth", "Along the network", [lead, charts]),
@@ -108,6 +108,12 @@ def sensitivity_page(found: dict[str, Any]) -> str:
     )
     title = f"sensitivity of {name} - bitwright"
     return document(title, f"Sensitivity of {name}", under, verdict(found), sections, foot=foot)
+
+
+def _values(row: dict[str, Any]) -> list[float | None]:
+    """What a layer's cells are sorted by."""
+    top = row["eigenvalues"][0] if row["eigenvalues"] else None
+    return [None, row["parameters"], row["trace"], row["mean_trace"], top, row["predicted_loss"], row["share"]]
 
 
 def _channels(found: dict[str, Any]) -> Section | None:
