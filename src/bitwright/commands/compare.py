@@ -18,7 +18,7 @@ from bitwright.given.text import read_json
 from bitwright.recipes import recipe as find_recipe
 from bitwright.report import comparison
 from bitwright.report.comparison import Entry
-from bitwright.report.shown import read
+from bitwright.report.shown import read_run as read
 from bitwright.run import folder as run_folder
 from bitwright.run.files import write_json
 from bitwright.run.lock import held

@@ -18,7 +18,7 @@ from bitwright.quantized import QuantizedModel
 from bitwright.report import comparison, facts
 from bitwright.report.answers import Answers
 from bitwright.report.comparison import Entry
-from bitwright.report.shown import read
+from bitwright.report.shown import read_run as read
 from bitwright.report.verdict import verdict
 from bitwright.run import folder as run_folder
 from bitwright.run.files import write_text

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bitwright.report.frame import save
 from bitwright.report.run_page import run_page
-from bitwright.report.shown import read
+from bitwright.report.shown import read_run
 from bitwright.run import folder as run_folder
 
 __all__ = ["save", "write"]
@@ -27,7 +27,7 @@ def write(folder: str | Path, path: Path | None = None) -> Path:
         UsageError: there is no finished run, its result cannot be read, or the page cannot be written.
     """
     folder = Path(folder).expanduser()
-    run = read(folder)
+    run = read_run(folder)
     place = folder if folder.is_dir() else folder.parent
     with run_folder.shown(place):
         text = run_page(run)

@@ -12,7 +12,7 @@ from bitwright.report.frame import Section, command, paragraph
 from bitwright.report.markup import Child, Markup, tag
 from bitwright.report.panels import Panel, Series, alone
 from bitwright.report.shown import Shown
-from bitwright.report.tables import Cell, table
+from bitwright.report.tables import TableCell, page_table
 
 LEAST_DEPTH = 2
 BITS = {"weight_bits": "weights", "activation_bits": "activations"}
@@ -161,7 +161,7 @@ def every_layer(run: Shown) -> Section:
     ]
     heads += [">score"] if scores else []
     heads += [">share of loss"] if shares else []
-    made = table(
+    made = page_table(
         "Every quantized tensor",
         heads,
         [_layer_cells(i, r, scores, shares) for i, r in enumerate(rows, 1)],
@@ -172,21 +172,23 @@ def every_layer(run: Shown) -> Section:
     return Section("layers", "Every layer", [paragraph(lead + "only moves or joins values.", quiet=True), made])
 
 
-def _layer_cells(i: int, row: dict[str, Any], scores: dict[str, float], shares: dict[str, float]) -> list[Cell | str]:
+def _layer_cells(
+    i: int, row: dict[str, Any], scores: dict[str, float], shares: dict[str, float]
+) -> list[TableCell | str]:
     name = row["name"]
-    cells: list[Cell | str] = [Cell(str(i), i), name, row["op"]]
+    cells: list[TableCell | str] = [TableCell(str(i), i), name, row["op"]]
     for what in ("weight_bits", "activation_bits"):
         bits = row.get(what)
-        cells.append(Cell(str(bits) if bits else words.NONE, bits))
+        cells.append(TableCell(str(bits) if bits else words.NONE, bits))
     cells.append(row.get("granularity") or "")
     for what in ("parameters", "macs"):
-        cells.append(Cell(words.scaled(row[what]) if row.get(what) else words.NONE, row.get(what)))
-    cells.append(Cell(words.decibel(row.get("sqnr_db")), row.get("sqnr_db")))
+        cells.append(TableCell(words.scaled(row[what]) if row.get(what) else words.NONE, row.get(what)))
+    cells.append(TableCell(words.decibel(row.get("sqnr_db")), row.get("sqnr_db")))
     if scores:
-        cells.append(Cell(words.number(scores.get(name)), scores.get(name)))
+        cells.append(TableCell(words.number(scores.get(name)), scores.get(name)))
     if shares:
         share = shares.get(name)
-        cells.append(Cell(words.percent(share, 1) if share is not None else words.NONE, share))
+        cells.append(TableCell(words.percent(share, 1) if share is not None else words.NONE, share))
     return cells
 
 
@@ -228,7 +230,7 @@ def diagnosis(run: Shown) -> Section | None:
     )
     body: list[Child] = [
         paragraph(lead),
-        table("Loss without each tensor's error", ["layer", "tensor", ">loss without it", ">share"], rows),
+        page_table("Loss without each tensor's error", ["layer", "tensor", ">loss without it", ">share"], rows),
     ]
     body += _rules(found)
     return Section("diagnosis", "Where the loss comes from", body)
@@ -238,21 +240,23 @@ def _rules(found: dict[str, Any]) -> list[Child]:
     rules = found.get("rules") or []
     if not rules:
         return []
-    rows: list[list[Cell | str]] = [
-        [Cell(command(f"--rule '{r['rule']}'")), words.number(r["loss_after"]), f"+{words.size(r['bytes'])}"]
+    rows: list[list[TableCell | str]] = [
+        [TableCell(command(f"--rule '{r['rule']}'")), words.number(r["loss_after"]), f"+{words.size(r['bytes'])}"]
         for r in rules
     ]
     together = found.get("together")
     if together:
         said = " ".join(f"--rule '{r}'" for r in together["rules"])
-        rows.append([Cell(command(said)), words.number(together["loss_after"]), f"+{words.size(together['bytes'])}"])
-    return [table("What would give most of it back", ["added to the command", ">loss", ">file"], rows)]
+        rows.append(
+            [TableCell(command(said)), words.number(together["loss_after"]), f"+{words.size(together['bytes'])}"]
+        )
+    return [page_table("What would give most of it back", ["added to the command", ">loss", ">file"], rows)]
 
 
 # ------------------------------------------------------------------------------------------------- worst layers
 
 
-def worst(run: Shown) -> Section | None:
+def noisiest(run: Shown) -> Section | None:
     """Histograms of the noisiest layers with their grids."""
     found = run.facts.get("histograms") or {}
     layers = found.get("layers") or []

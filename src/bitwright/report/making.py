@@ -13,8 +13,8 @@ from bitwright.report.gap import gap
 from bitwright.report.markup import Child, Markup, tag
 from bitwright.report.panels import Panel, Series
 from bitwright.report.shown import Shown
-from bitwright.report.tables import table
-from bitwright.report.verdict import runtime
+from bitwright.report.tables import page_table
+from bitwright.report.verdict import runtime_name
 
 # ------------------------------------------------------------------------------------------------- optimisation
 
@@ -53,7 +53,7 @@ def _reconstruction(run: Shown) -> Markup | None:
         tag("h3", "Reconstruction"),
         paragraph(f"{text}.{ended}{early}"),
         tag("figure", curve) if curve else None,
-        table("Loss on the same calibration images, after each stage", ["after", ">loss", ""], stages),
+        page_table("Loss on the same calibration images, after each stage", ["after", ">loss", ""], stages),
     )
 
 
@@ -79,7 +79,7 @@ def _evolution(run: Shown) -> Markup | None:
         tag("h3", "Evolution"),
         paragraph(text),
         tag("figure", curve, key(("mark", "the float network's own fitness"))) if curve else None,
-        table("Fitness on calibration images, lower is better", ["", ">fitness"], rows),
+        page_table("Fitness on calibration images, lower is better", ["", ">fitness"], rows),
     )
 
 
@@ -101,13 +101,13 @@ def _curve(points: list[Any], y_name: str, x_name: str, what: str, floor: float 
 # ------------------------------------------------------------------------------------------------------- parity
 
 
-def parity(run: Shown) -> Section:
+def exported_file(run: Shown) -> Section:
     """Whether the exported file computes what was measured."""
     found = run.result.get("parity")
     if not found:
         said = "model.onnx was not written; the warnings say why." if "parity" in run.result else "Not exported yet."
         return Section("parity", "The exported file", paragraph(said))
-    name = runtime(found["runtime"])
+    name = runtime_name(found["runtime"])
     passed = found.get("first_divergence") is None
     lead = (
         f"model.onnx was run in {name} on {words.plural(found['images'], 'image')} and compared with the network that "
@@ -129,7 +129,7 @@ def parity(run: Shown) -> Section:
             f"{words.plural(worst['max_steps'], 'step')} of its grid. Sums of floats in another order tip a few values "
             "over a rounding boundary."
         )
-    checked = table("Outputs in the runtime, when the file was written", heads, rows)
+    checked = page_table("Outputs in the runtime, when the file was written", heads, rows)
     body = [paragraph(lead), checked, layer and paragraph(layer), gap(run)]
     return Section("parity", "The exported file", body)
 
@@ -144,7 +144,7 @@ def _outputs(found: dict[str, Any]) -> list[str]:
 # --------------------------------------------------------------------------------------------- time, floats, words
 
 
-def time(run: Shown) -> Section | None:
+def time_and_memory(run: Shown) -> Section | None:
     """Seconds of each step, and memory."""
     seconds = dict(run.result.get("seconds") or {})
     total = seconds.pop("total", None)

@@ -111,7 +111,7 @@ class Panel:
             places = [names.index(v) + 1.0 + shift if isinstance(v, str) else float(v) for v in series.x]
             marks += _drawn(series, places, x, y, width, self.shares)
             labels += [
-                charts.label(said, a, b, x, y, "over")
+                charts.label(said, a, b, x, y, "" if series.ends else "over")
                 for said, a, b in zip(series.labels, places, series.y, strict=False)
                 if b is not None and (not y.log or b > 0)
             ]

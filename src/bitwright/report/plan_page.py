@@ -14,10 +14,10 @@ from bitwright.report.frame import Section, command, document, paragraph, versio
 from bitwright.report.markup import Child, tag
 from bitwright.report.panels import Panel, Series, alone
 from bitwright.report.plans import curve_figure
-from bitwright.report.tables import table
+from bitwright.report.tables import page_table
 from bitwright.words import amount, scaled, size
 
-UNITS = {
+_UNITS = {
     "weight_bytes": "B",
     "activation_bytes": "B",
     "total_bytes": "B",
@@ -25,7 +25,7 @@ UNITS = {
     "latency": "s",
 }
 LAYERS = ("layer", "operator", "parameters", "weights", "activations", "bytes", "predicted loss")
-CLOSE = 1.01
+_CLOSE = 1.01
 CURVE = ("which", "size", "compression", "bit operations", "predicted loss")
 
 
@@ -103,7 +103,7 @@ def verdict(found: Planning) -> list[str]:
     for name, limit in found.limits.items():
         if found.goal.asked:
             said.append(
-                f"{TITLES[name]}: {amount(predicted[name], UNITS[name])}, allowed were {amount(limit, UNITS[name])}."
+                f"{TITLES[name]}: {amount(predicted[name], _UNITS[name])}, allowed were {amount(limit, _UNITS[name])}."
             )
     said += _against_uniform(found)
     widest = found.curve[-1].predicted or {}
@@ -118,14 +118,14 @@ def verdict(found: Planning) -> list[str]:
 def _against_uniform(found: Planning) -> list[str]:
     """The largest network of equal bits that is no more expensive than the plan (by 1 %), beside it."""
     predicted, name = found.plan.predicted or {}, found.along
-    most = CLOSE * predicted[name]
+    most = _CLOSE * predicted[name]
     within = {b: p.predicted for b, p in found.uniform.items() if p.predicted and p.predicted[name] <= most}
     if not within or len(found.uniform) < 2:
         return []
     bits, other = max(within.items())
-    mine = f"{predicted['loss']:.3g} at {amount(predicted[name], UNITS[name])}"
+    mine = f"{predicted['loss']:.3g} at {amount(predicted[name], _UNITS[name])}"
     return [
-        f"Predicted loss {mine}; {bits} bits everywhere: {other['loss']:.3g} at {amount(other[name], UNITS[name])}."
+        f"Predicted loss {mine}; {bits} bits everywhere: {other['loss']:.3g} at {amount(other[name], _UNITS[name])}."
     ]
 
 
@@ -172,9 +172,9 @@ def plan_page(found: Planning, facts: dict[str, Any]) -> str:
         Section(
             "plan",
             "The plan",
-            [*_bits_of_layers(found), table("Every layer", right(LAYERS), layer_rows(found), wide=True)],
+            [*_bits_of_layers(found), page_table("Every layer", right(LAYERS), layer_rows(found), wide=True)],
         ),
-        Section("limits", "What other limits give", table("Points of the curve", right(CURVE), lines, wide=True)),
+        Section("limits", "What other limits give", page_table("Points of the curve", right(CURVE), lines, wide=True)),
     ]
     foot = (
         "Predicted losses add up over layers, each quantized alone; they order plans well and are no forecast of "

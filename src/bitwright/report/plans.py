@@ -10,12 +10,12 @@ from bitwright.report.frame import Section, paragraph
 from bitwright.report.markup import Child, Markup
 from bitwright.report.panels import Panel, Series, alone
 from bitwright.report.shown import Shown
-from bitwright.report.tables import table
+from bitwright.report.tables import page_table
 
 CurvePoint = dict[str, Any]
 
 
-def plan(run: Shown) -> Section | None:
+def planned_bits(run: Shown) -> Section | None:
     """The plan of a run that has one; nothing where all layers were given their bits, or a file by itself did."""
     asked, curve = run.result.get("plan") or {}, curve_of(run)
     if not asked and not curve:
@@ -64,7 +64,7 @@ def _estimate(asked: dict[str, Any]) -> list[Child]:
             share, ends = words.percent(found["agreement"]), words.interval(found["interval"])
             rows.append([said, share, ends, f"{found['images']:,}"])
     heads = ["", ">same answer", ">95 % interval", ">images"]
-    return [table("Answers that stay the same", heads, rows)] if rows else []
+    return [page_table("Answers that stay the same", heads, rows)] if rows else []
 
 
 def curve_figure(curve: dict[str, Any], chosen: CurvePoint | None, which: str = "this run") -> Markup:
@@ -123,4 +123,4 @@ def _table(uniform: list[CurvePoint], chosen: CurvePoint | None, along: str) -> 
         ">size",
         ">bit operations",
     ]
-    return table("Beside the same bits in all layers", [*heads, ">predicted loss"], rows) if rows else None
+    return page_table("Beside the same bits in all layers", [*heads, ">predicted loss"], rows) if rows else None

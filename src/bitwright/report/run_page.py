@@ -10,19 +10,19 @@ from bitwright.report.shown import Shown
 from bitwright.report.verdict import verdict
 
 SECTIONS: tuple[Callable[[Shown], Section | None], ...] = (
-    summary.accuracy,
-    summary.size,
-    plans.plan,
+    summary.float_against_quantized,
+    summary.sizes_of_files,
+    plans.planned_bits,
     latency.latency,
     layers.diagnosis,
     layers.depth,
-    layers.worst,
+    layers.noisiest,
     pictures.disagreements,
     layers.every_layer,
     making.training,
-    making.parity,
+    making.exported_file,
     making.floats,
-    making.time,
+    making.time_and_memory,
     making.warnings,
     making.repeat,
 )

@@ -8,7 +8,7 @@ from typing import Any
 from bitwright.report.frame import Section, document, paragraph, versions
 from bitwright.report.markup import Child, tag
 from bitwright.report.panels import Panel, Series, alone, colour
-from bitwright.report.tables import Cell, table
+from bitwright.report.tables import TableCell, page_table
 
 DECADES = 1e8
 """Of the density below its peak that are shown."""
@@ -95,11 +95,11 @@ def sensitivity_page(found: dict[str, Any]) -> str:
     under = f"{settings['meaning']}; {found['data']['count']} images"
     charts = [alone(made, tag("b", said)) for said, made in panels(found).items()]
     lead = paragraph("A bar in grey is negative, its size shown. Point at a bar for its name.")
-    rows = [[Cell(said, v) for said, v in zip(cells(r), _values(r), strict=True)] for r in ranked(found)]
+    rows = [[TableCell(said, v) for said, v in zip(cells(r), _values(r), strict=True)] for r in ranked(found)]
     heads = [h if h == "layer" else f">{h}" for h in HEADINGS]
     sections = [
         Section("depth", "Along the network", [lead, charts]),
-        Section("layers", "Every layer", table("The worst first", heads, rows, sortable=True, name="layer-table")),
+        Section("layers", "Every layer", page_table("The worst first", heads, rows, sortable=True, name="layer-table")),
         _channels(found),
     ]
     foot = (
@@ -128,7 +128,7 @@ def _channels(found: dict[str, Any]) -> Section | None:
         for r in found.get("channels", [])
     ]
     heads = ["layer", "least important channels", ">would be pruned", ">predicted loss"]
-    made: Child = table("By their share of the predicted loss", heads, rows)
+    made: Child = page_table("By their share of the predicted loss", heads, rows)
     return Section("channels", "Channels (HAP, arXiv:2101.08940)", made) if rows else None
 
 

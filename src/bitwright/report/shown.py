@@ -46,7 +46,7 @@ class Shown:
         return ", ".join(f"{words.span(found[k])} {k}s" for k in ("weight", "activation"))
 
 
-def read(folder: Path) -> Shown:
+def read_run(folder: Path) -> Shown:
     """A run folder; what lies beside ``result.json`` and cannot be read is left out.
 
     Raises:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from bitwright.report.frame import Section, bullets, document, paragraph, versions
-from bitwright.report.tables import table
+from bitwright.report.tables import page_table
 
 if TYPE_CHECKING:
     from bitwright.studies.base import Result
@@ -19,7 +19,9 @@ def study_page(result: Result, heads: Sequence[str], lines: Sequence[Sequence[st
     sections = [
         Section("says", "What it says here", bullets(result.verdict)) if result.verdict else None,
         Section("figure", "How to read it", [paragraph(study.reading), drawn.markup()]),
-        Section("summary", "The figures", table("Means over seeds, with their deviation", heads, lines, wide=True)),
+        Section(
+            "summary", "The figures", page_table("Means over seeds, with their deviation", heads, lines, wide=True)
+        ),
     ]
     return document(
         f"{study.name} - bitwright",

@@ -10,20 +10,20 @@ from bitwright.report.charts import Axis, chart, dot, label, lengths, linear, ru
 from bitwright.report.frame import Section, bullets, paragraph
 from bitwright.report.markup import Child, Markup, tag
 from bitwright.report.shown import Shown
-from bitwright.report.tables import table
+from bitwright.report.tables import page_table
 from bitwright.report.verdict import METRICS, main_metric, paired_difference
 
 # ---------------------------------------------------------------------------------------------------- accuracy
 
 
-def accuracy(run: Shown) -> Section:
+def float_against_quantized(run: Shown) -> Section:
     """Metrics of both networks with their intervals, and how alike their answers are."""
     result = run.result
     rows = _metric_rows(result) + _fidelity_rows(result)
     metric = main_metric(result)
     body = [
         _intervals(result, metric) if metric else None,
-        table(_on(result), ["", ">float", ">quantized", ">difference"], rows) if rows else None,
+        page_table(_on(result), ["", ">float", ">quantized", ">difference"], rows) if rows else None,
         _paired(run),
         _by_output(read_fidelity(result.get("fidelity"))),
         paragraph(_measured_on(result), quiet=True),
@@ -79,7 +79,7 @@ def _by_output(outputs: dict[str, OutputFidelity]) -> Child:
             for name, o in outputs.items()
         ]
         heads = ["output", ">same answer", ">KL, nats", ">signal to error", ">change between images to error"]
-        body.insert(0, table("Output by output, against float", heads, rows))
+        body.insert(0, page_table("Output by output, against float", heads, rows))
     return body
 
 
@@ -144,7 +144,7 @@ FILES = {
 }
 
 
-def size(run: Shown) -> Section:
+def sizes_of_files(run: Shown) -> Section:
     """Bytes in every form, and why the files are larger than the ideal."""
     sizes = run.result["size"]
     known = {k: v for k, v in FILES.items() if sizes.get(k)}
@@ -158,7 +158,7 @@ def size(run: Shown) -> Section:
     reasons = _reasons(run)
     body = [
         tag("figure", lengths(bars, summary)),
-        table("Size in each form", ["", ">size", ">smaller", "what it is"], rows),
+        page_table("Size in each form", ["", ">size", ">smaller", "what it is"], rows),
         bullets(reasons) if reasons else None,
     ]
     return Section("size", "Size", body)

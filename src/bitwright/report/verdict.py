@@ -148,14 +148,14 @@ def _file(result: dict[str, Any]) -> str:
         return "model.onnx was not written." if "onnx_bytes" in result["size"] else ""
     if parity.get("first_divergence") is not None:
         return f"model.onnx computes something else, first at {parity['first_divergence']}."
-    return f"model.onnx was checked in {runtime(parity['runtime'])}."
+    return f"model.onnx was checked in {runtime_name(parity['runtime'])}."
 
 
-def runtime(name: str) -> str:
+def runtime_name(name: str) -> str:
     """A runtime with its version.
 
     Example:
-        >>> runtime("onnxruntime 1.31.0")
+        >>> runtime_name("onnxruntime 1.31.0")
         'ONNX Runtime 1.31.0'
     """
     return name.replace("onnxruntime", "ONNX Runtime").replace("openvino", "OpenVINO")

@@ -9,7 +9,7 @@ from bitwright.report.panels import Figure, Panel, Series, colour
 if TYPE_CHECKING:
     from bitwright.studies.base import Result, Row
 
-METRICS = {
+AXES = {
     "kl": "KL from float, held-out (nats)",
     "agreement": "same class as float, held-out",
     "top1": "top-1 accuracy",
@@ -20,7 +20,7 @@ METRICS = {
     "closed": "way to the float fitness",
 }
 """Names of axes."""
-COLUMNS = {
+HEADS = {
     "kl": "KL (nats)",
     "calibration_kl": "KL on calibration",
     "agreement": "same class",
@@ -32,7 +32,7 @@ COLUMNS = {
     "closed_held_out": "way, held-out",
 }
 """Headings of tables."""
-LOSSES = {
+LOSS_NAMES = {
     "infonce": "infoNCE",
     "mse": "squared error",
     "cosine": "cosine",
@@ -104,7 +104,7 @@ def panel(result: Result, where: Place, metric: str, x: str, x_name: str, *, num
         seeds = [r for r in rows if (r[x], r["variant"]) in kept]
         drawn += [_means(members, metric, x, name, colour(position), numeric), _seeds(seeds, metric, x, position)]
     level = start[0][metric]["mean"] if start else None
-    return Panel(tuple(drawn), x_name, METRICS[metric], x_log=numeric, level=level, **scaled(metric))
+    return Panel(tuple(drawn), x_name, AXES[metric], x_log=numeric, level=level, **scaled(metric))
 
 
 def _means(members: list[Row], metric: str, x: str, name: str, look: str, numeric: bool) -> Series:
@@ -137,7 +137,7 @@ def table(summary: list[Row]) -> tuple[list[str], list[list[str]]]:
     """
     keys = list(dict.fromkeys(k for s in summary for k in s if s[k] is not None))
     keys.sort(key=lambda k: any(isinstance(s.get(k), dict) for s in summary))
-    return [COLUMNS.get(k, k.replace("_", " ")) for k in keys], [[_text(k, s.get(k)) for k in keys] for s in summary]
+    return [HEADS.get(k, k.replace("_", " ")) for k in keys], [[_text(k, s.get(k)) for k in keys] for s in summary]
 
 
 def _text(key: str, value: Any) -> str:

@@ -96,9 +96,9 @@ def verdict(result: Result) -> list[str]:
         evolved = {n: s for n, s in of.items() if n != BEFORE}
         metric = "kl" if all("kl" in s for s in evolved.values()) else "mse"
         order = sorted(evolved, key=lambda n: evolved[n][metric]["mean"])
-        values = ", ".join(f"{figures.LOSSES[n]} {evolved[n][metric]['mean']:.3g}" for n in order)
+        values = ", ".join(f"{figures.LOSS_NAMES[n]} {evolved[n][metric]['mean']:.3g}" for n in order)
         start = of[BEFORE][metric]["mean"]
-        name = figures.COLUMNS.get(metric, metric)
+        name = figures.HEADS.get(metric, metric)
         said.append(
             f"{', '.join(where)}: {name} on held-out images by what was evolved for: {values}; {start:.3g} before. "
             + _contrastive(evolved, metric, order)
@@ -113,11 +113,12 @@ def _contrastive(evolved: dict[str, Row], metric: str, order: list[str]) -> str:
     rival = next(n for n in order if n != "infonce")
     theirs = evolved[rival][metric]
     if not apart(ours, theirs):
-        return f"infoNCE and {figures.LOSSES[rival]} differ by less than two standard errors: the figures do not tell."
-    better = ours["mean"] < theirs["mean"]
-    return (
-        f"infoNCE is {'ahead, as the paper says' if better else f'behind {figures.LOSSES[rival]}, against the paper'}."
-    )
+        return (
+            f"infoNCE and {figures.LOSS_NAMES[rival]} differ by less than two standard errors: the figures do not tell."
+        )
+    if ours["mean"] < theirs["mean"]:
+        return "infoNCE is ahead, as the paper says."
+    return f"infoNCE is behind {figures.LOSS_NAMES[rival]}, against the paper."
 
 
 def figure(result: Result) -> Figure:

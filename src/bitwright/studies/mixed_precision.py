@@ -356,7 +356,7 @@ def _over_size(summary: list[Row], metric: str) -> Panel:
                 figures.spread([s[metric] for s in members]),
             )
         )
-    return Panel(tuple(drawn), "model.safetensors (kB)", figures.METRICS[metric], **figures.scaled(metric))
+    return Panel(tuple(drawn), "model.safetensors (kB)", figures.AXES[metric], **figures.scaled(metric))
 
 
 def _correlations(ranked: list[Row]) -> Panel:

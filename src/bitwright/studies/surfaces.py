@@ -136,7 +136,7 @@ def _landscape(
             ncontours=12,
             line={"width": 0.5},
             visible=first,
-            name=figures.LOSSES[loss],
+            name=figures.LOSS_NAMES[loss],
         ),
         row=at,
         col=column,
@@ -144,7 +144,7 @@ def _landscape(
     drawn = [(len(made.data) - 1, loss)]
     if last:
         surface = go.Surface(
-            x=x, y=x, z=values, colorscale="Viridis", showscale=False, visible=first, name=figures.LOSSES[loss]
+            x=x, y=x, z=values, colorscale="Viridis", showscale=False, visible=first, name=figures.LOSS_NAMES[loss]
         )
         made.add_trace(surface, row=at, col=column + 1)
         drawn.append((len(made.data) - 1, loss))
@@ -165,7 +165,7 @@ def _lines(result: Result, part: Part, bits: str, losses: list[str]) -> Panel:
             values = row["values"][loss]
             spread = (max(values) - min(values)) or 1.0
             look = "reference" if scan == KEPT else colour(losses.index(loss))
-            name = f"{figures.LOSSES[loss]}, integers kept" if scan == KEPT else figures.LOSSES[loss]
+            name = f"{figures.LOSS_NAMES[loss]}, integers kept" if scan == KEPT else figures.LOSS_NAMES[loss]
             heights = [LIFT * height + (v - min(values)) / spread for v in values]
             drawn.append(Series([100 * a for a in row["at"]], heights, look, ("line",), name))
     return Panel(tuple(drawn), "change of the scales, %", _named(part), bare=True)
@@ -178,7 +178,7 @@ def _bends(result: Result, part: Part, bits: list[str], losses: list[str]) -> Pa
         found = {figures.bits_of(s): s["grid: bends"] for s in own}
         known = [b for b in bits if b in found]
         means, ends = [found[b]["mean"] for b in known], figures.spread([found[b] for b in known])
-        drawn.append(Series(known, means, colour(losses.index(loss)), ("bar",), figures.LOSSES[loss], ends=ends))
+        drawn.append(Series(known, means, colour(losses.index(loss)), ("bar",), figures.LOSS_NAMES[loss], ends=ends))
     return Panel(tuple(drawn), y_name="bends, share of the range")
 
 
@@ -187,7 +187,7 @@ def _menu(made: Any, losses: list[str], shown: list[tuple[int, str]]) -> None:
     positions = [i for i, _ in shown]
     buttons = [
         {
-            "label": figures.LOSSES[loss],
+            "label": figures.LOSS_NAMES[loss],
             "method": "restyle",
             "args": [{"visible": [own == loss for _, own in shown]}, positions],
         }
