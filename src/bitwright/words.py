@@ -142,16 +142,6 @@ def three(value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}"
 
 
-def count(value: int | None) -> str:
-    """A whole number.
-
-    Example:
-        >>> count(10000), count(None)
-        ('10,000', '–')
-    """
-    return NONE if value is None else f"{value:,}"
-
-
 def decibel(value: float | None) -> str:
     """A ratio in decibels.
 

@@ -194,6 +194,32 @@ def label(value: str, a: float, b: float, x: Axis, y: Axis, look: str = "") -> M
     return tag("span", value, class_=f"label {side} {look}".strip(), style=place)
 
 
+@dataclass(frozen=True)
+class Interval:
+    """A value between the ends of its interval."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    look: str = "quantized"
+    title: str = ""
+
+
+def intervals(rows: Sequence[Interval], x_name: str, summary: str, level: float | None = None) -> Markup:
+    """Values with their intervals, one below the other, and a dashed line at what they are compared with."""
+    x = linear(min(r.low for r in rows), max(r.high if level is None else max(r.high, level) for r in rows), x_name,
+               count=5, margin=0.25)  # fmt: skip
+    y = Axis(0.5, len(rows) + 0.7)
+    marks = [] if level is None else [vertical(level, x, "float dashed")]
+    labels = []
+    for height, r in zip(range(len(rows), 0, -1), rows, strict=True):
+        marks += [rule(r.low, height, r.high, height, x, y, f"thick {r.look}")]
+        marks += [dot(r.value, height, x, y, f"large {r.look}", r.title)]
+        labels.append(label(r.name, r.low, height + 0.36, x, y, "above"))
+    return chart(marks, x, y, summary=summary, height=3.0 * len(rows) + 0.8, labels=labels)
+
+
 def lengths(rows: Sequence[tuple[str, float, str, str]], summary: str) -> Markup:
     """Horizontal bars: (name, value, the value as text, look)."""
     most = max((value for _, value, _, _ in rows), default=0.0) or 1.0

@@ -8,7 +8,7 @@ from typing import Any
 
 from bitwright import words
 from bitwright.measure.metrics import read_fidelity
-from bitwright.report.charts import Axis, chart, dot, label, linear, rule, vertical
+from bitwright.report.charts import Interval, intervals
 from bitwright.report.frame import Section, bullets, command, definitions, document, paragraph
 from bitwright.report.markup import tag
 from bitwright.report.panels import Panel, Series, alone
@@ -273,23 +273,17 @@ def _float_level(what: str, rows: Sequence[dict[str, Any]]) -> float | None:
 def _rows_of_intervals(what: str, rows: list[dict[str, Any]]) -> Section:
     """For runs of one size: each one's figure with its interval, one below the other."""
     factor, unit = _unit_of(what)
-    ends, level = [_ends(what, r) for r in rows], _float_level(what, rows)
-    highs = [e[1] for e in ends] + ([] if level is None else [level])
-    x = linear(min(e[0] for e in ends), max(highs), f"{_named(what)}, {unit}", count=5, margin=0.25)
-    y = Axis(0.5, len(rows) + 0.7)
-    drawn = [vertical(level, x, "float dashed")] if level is not None else []
-    labels = []
-    for height, r, (low, high) in zip(range(len(rows), 0, -1), rows, ends, strict=True):
-        title = f"{r['run']}: {_shown(what, r[what])}"
-        drawn += [rule(low, height, high, height, x, y, "thick quantized")]
-        drawn += [dot(factor * r[what], height, x, y, "large quantized", title)]
-        labels.append(label(r["run"], low, height + 0.36, x, y, "above"))
+    level = _float_level(what, rows)
+    drawn = [
+        Interval(r["run"], factor * r[what], *_ends(what, r), title=f"{r['run']}: {_shown(what, r[what])}")
+        for r in rows
+    ]
     said = "; ".join(f"{r['run']} {_shown(what, r[what])}" for r in rows)
     caption = (
         f"All runs have the same size to {100 * (SAME_SIZE - 1):.0f} %, {words.size(rows[0]['packed_bytes'])}. Lines "
         f"are 95 % intervals{', the dashed one is the float network' if level is not None else ''}."
     )
-    drawing = chart(drawn, x, y, summary=f"{_named(what)}: {said}.", height=3.0 * len(rows) + 0.8, labels=labels)
+    drawing = intervals(drawn, f"{_named(what)}, {unit}", f"{_named(what)}: {said}.", level)
     return Section("front", "Accuracy at this size", tag("figure", tag("figcaption", caption), drawing))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from bitwright import words
 from bitwright.measure.metrics import OutputFidelity, read_fidelity, worst
-from bitwright.report.charts import Axis, chart, dot, label, lengths, linear, rule
+from bitwright.report.charts import Interval, intervals, lengths
 from bitwright.report.frame import Section, bullets, paragraph
 from bitwright.report.markup import Child, Markup, tag
 from bitwright.report.shown import Shown
@@ -84,24 +84,15 @@ def _by_output(outputs: dict[str, OutputFidelity]) -> Child:
 
 
 def _intervals(result: dict[str, Any], metric: str) -> Markup | None:
-    """Two dots with their intervals, one above the other."""
-    names = (("float", "float", 2.0), ("quantized", "quantized", 1.0))
-    ends: dict[str, list[float]] = {n: (result[n] or {}).get(f"{metric}_ci") or [] for n, _, _ in names}
-    if not all(ends.values()):
-        return None
-    low, high = (100 * f(v[i] for v in ends.values()) for i, f in ((0, min), (1, max)))
-    x, y = linear(low, high, f"{METRICS[metric]}, %", count=5, margin=0.35), Axis(0.4, 2.6)
-    marks, labels = [], []
-    for name, said, height in names:
-        value = 100 * result[name][metric]
-        marks += [rule(100 * ends[name][0], height, 100 * ends[name][1], height, x, y, f"thick {said}")]
-        marks += [dot(value, height, x, y, f"large {said}")]
-        labels.append(label(said, 100 * ends[name][1], height, x, y))
-    summary = "; ".join(
-        f"{said}: {words.percent(result[name][metric])}, 95 % interval {words.interval(ends[name])}"
-        for name, said, _ in names
-    )
-    return tag("figure", chart(marks, x, y, summary=f"{METRICS[metric]}. {summary}.", height=5.0, labels=labels))
+    """Both networks with their intervals, one below the other."""
+    rows, said = [], []
+    for name in ("float", "quantized"):
+        ends, value = result[name].get(f"{metric}_ci"), result[name][metric]
+        if not ends:
+            return None
+        said.append(f"{name}: {words.percent(value)}, 95 % interval {words.interval(ends)}")
+        rows.append(Interval(name, 100 * value, 100 * ends[0], 100 * ends[1], name, said[-1]))
+    return tag("figure", intervals(rows, f"{METRICS[metric]}, %", f"{METRICS[metric]}. {'; '.join(said)}."))
 
 
 def _paired(run: Shown) -> Markup | None:
