@@ -9,7 +9,7 @@ import pytest
 
 from bitwright.report.frame import Section, document
 from bitwright.report.markup import Markup
-from bitwright.report.panels import Figure, Panel, Series, alone
+from bitwright.report.panels import Figure, Panel, Series, single
 
 
 def places(drawn: str) -> list[tuple[float, float]]:
@@ -59,7 +59,7 @@ def test_series_of_one_name_have_one_entry_in_the_key() -> None:
     seeds = [Series([1, 2], [i, i + 1.0], "c1", ("line",), "adam") for i in range(3)]
     drawn = Figure([[Panel((*seeds, Series([1], [1.0], "c2", name="sgd")))]]).markup()
     assert re.findall(r"</i>([^<]+)</span>", drawn) == ["adam", "sgd"]
-    assert 'class="key"' not in alone(Panel(tuple(seeds)))
+    assert 'class="key"' not in single(Panel(tuple(seeds)))
 
 
 @pytest.mark.parametrize("values", [[], [None], [0.0], [0.3, 0.3]])

@@ -11,7 +11,7 @@ from bitwright.measure.metrics import read_fidelity
 from bitwright.report.charts import Interval, intervals
 from bitwright.report.frame import Section, bullets, command, definitions, document, paragraph
 from bitwright.report.markup import tag
-from bitwright.report.panels import Panel, Series, alone
+from bitwright.report.panels import Panel, Series, single
 from bitwright.report.shown import Shown
 from bitwright.report.tables import TableCell, page_table
 from bitwright.report.verdict import METRICS, main_metric
@@ -249,7 +249,7 @@ def _front(entries: Sequence[Entry]) -> Section | None:
         height=17,
         summary=f"{_named(what)} against size. {said}",
     )
-    return Section("front", "Accuracy against size", alone(panel, f"{said} Whiskers are 95 % intervals.{note}"))
+    return Section("front", "Accuracy against size", single(panel, f"{said} Whiskers are 95 % intervals.{note}"))
 
 
 def _unit_of(what: str) -> tuple[float, str]:

@@ -10,7 +10,7 @@ from bitwright import words
 from bitwright.report.charts import Axis, bar, chart, dot, key, linear, vertical
 from bitwright.report.frame import Section, command, paragraph
 from bitwright.report.markup import Child, Markup, tag
-from bitwright.report.panels import Panel, Series, alone
+from bitwright.report.panels import Panel, Series, single
 from bitwright.report.shown import Shown
 from bitwright.report.tables import TableCell, page_table
 
@@ -60,7 +60,7 @@ def _noise(run: Shown) -> Markup | None:
         f"from layer to layer. Lowest: {worst[1]}, {words.decibel(worst[2])}."
     )
     panel = Panel((line,), "layer", "signal to error, dB", x_holds=(1.0, len(rows)), y_holds=(0.0,), summary=summary)
-    return alone(panel, tag("b", "Noise. "), caption)
+    return single(panel, tag("b", "Noise. "), caption)
 
 
 def _bits(run: Shown) -> Markup | None:
@@ -134,7 +134,7 @@ def _sensitivity(run: Shown) -> Markup | None:
     most = words.listed([f"{n} ({words.number(v)})" for _, n, v in top])
     summary = f"{title} of {len(known)} layers. Highest: {most}."
     panel = Panel((bars,), "layer", "score", y_log=True, x_holds=(1.0, len(rows)), summary=summary)
-    return alone(panel, tag("b", f"{title}: "), f"{meaning}. Highest: {most}.")
+    return single(panel, tag("b", f"{title}: "), f"{meaning}. Highest: {most}.")
 
 
 # -------------------------------------------------------------------------------------------------- every layer

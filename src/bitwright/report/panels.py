@@ -214,7 +214,7 @@ class Figure:
         return tag("figure", caption, legend, grid)
 
 
-def alone(panel: Panel, *caption: Child) -> Markup:
+def single(panel: Panel, *caption: Child) -> Markup:
     """A figure of one panel."""
     return Figure([[panel]], caption=caption).markup()
 

@@ -12,7 +12,7 @@ from bitwright.bits.plan import Plan
 from bitwright.bits.planning import Planning, nearest_uniform
 from bitwright.report.frame import Section, command, document, paragraph, versions
 from bitwright.report.markup import Child, tag
-from bitwright.report.panels import Panel, Series, alone
+from bitwright.report.panels import Panel, Series, single
 from bitwright.report.plans import curve_figure
 from bitwright.report.tables import page_table
 from bitwright.words import amount, scaled, size
@@ -144,7 +144,7 @@ def _bits_of_layers(found: Planning) -> list[Child]:
     titles = {"weights": "Bits of weights in the plan, layer by layer"}
     if len(set(bits["activations"].values())) > 1:
         titles["activations"] = "Bits of activations in the plan"
-    return [alone(_bars(bits[half], losses[half]), tag("b", title)) for half, title in titles.items()]
+    return [single(_bars(bits[half], losses[half]), tag("b", title)) for half, title in titles.items()]
 
 
 def _bars(bits: dict[str, int], losses: dict[str, float | None]) -> Panel:

@@ -8,7 +8,7 @@ from bitwright import words
 from bitwright.bits.goal import TITLES
 from bitwright.report.frame import Section, paragraph
 from bitwright.report.markup import Child, Markup
-from bitwright.report.panels import Panel, Series, alone
+from bitwright.report.panels import Panel, Series, single
 from bitwright.report.shown import Shown
 from bitwright.report.tables import page_table
 
@@ -102,7 +102,7 @@ def curve_figure(curve: dict[str, Any], chosen: CurvePoint | None, which: str = 
     if chosen:
         said += f" {which[:1].upper()}{which[1:]}: {words.cost(along, chosen[along])}, {words.number(chosen['loss'])}."
     x_name = f"{TITLES.get(along, along)}, {unit}".rstrip(", ")
-    return alone(
+    return single(
         Panel(tuple(drawn), x_name, "predicted loss", y_log=True, height=15.0, summary=said),
         "What other limits would have given: for each, the plan that is predicted to lose least.",
     )

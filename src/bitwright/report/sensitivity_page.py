@@ -7,7 +7,7 @@ from typing import Any
 
 from bitwright.report.frame import Section, document, paragraph, versions
 from bitwright.report.markup import Child, tag
-from bitwright.report.panels import Panel, Series, alone, colour
+from bitwright.report.panels import Panel, Series, colour, single
 from bitwright.report.tables import TableCell, page_table
 
 DECADES = 1e8
@@ -93,7 +93,7 @@ def sensitivity_page(found: dict[str, Any]) -> str:
     """The page: what it says, the charts, a table of the layers."""
     name, settings = found["model"]["name"], found["settings"]
     under = f"{settings['meaning']}; {found['data']['count']} images"
-    charts = [alone(made, tag("b", said)) for said, made in panels(found).items()]
+    charts = [single(made, tag("b", said)) for said, made in panels(found).items()]
     lead = paragraph("A bar in grey is negative, its size shown. Point at a bar for its name.")
     rows = [[TableCell(said, v) for said, v in zip(cells(r), _values(r), strict=True)] for r in ranked(found)]
     heads = [h if h == "layer" else f">{h}" for h in HEADINGS]

@@ -83,7 +83,7 @@ def over(result: Result, x: str, metrics: list[str], x_name: str, *, numeric: bo
     return Figure(rows, [", ".join(c) for c in columns])
 
 
-def scaled(metric: str) -> dict[str, Any]:
+def scale_of(metric: str) -> dict[str, Any]:
     """How a panel shows a metric: logarithms of distances; shares in percent, on axes that end at 0 and 1."""
     if metric in FRACTIONS:
         return {"shares": True, "least": 0.0, "most": 1.01}
@@ -104,7 +104,7 @@ def panel(result: Result, where: Place, metric: str, x: str, x_name: str, *, num
         seeds = [r for r in rows if (r[x], r["variant"]) in kept]
         drawn += [_means(members, metric, x, name, colour(position), numeric), _seeds(seeds, metric, x, position)]
     level = start[0][metric]["mean"] if start else None
-    return Panel(tuple(drawn), x_name, AXES[metric], x_log=numeric, level=level, **scaled(metric))
+    return Panel(tuple(drawn), x_name, AXES[metric], x_log=numeric, level=level, **scale_of(metric))
 
 
 def _means(members: list[Row], metric: str, x: str, name: str, look: str, numeric: bool) -> Series:
@@ -114,11 +114,11 @@ def _means(members: list[Row], metric: str, x: str, name: str, look: str, numeri
         f"{look} large",
         ("line", "dot") if numeric else ("dot",),
         name,
-        ends=spread([s[metric] for s in members]),
+        ends=deviations([s[metric] for s in members]),
     )
 
 
-def spread(found: list[Row]) -> list[tuple[float, float]]:
+def deviations(found: list[Row]) -> list[tuple[float, float]]:
     """A standard deviation on each side of means."""
     return [(s["mean"] - (s["sd"] or 0.0), s["mean"] + (s["sd"] or 0.0)) for s in found]
 

@@ -353,10 +353,10 @@ def _over_size(summary: list[Row], metric: str) -> Panel:
                 ("line", "dot"),
                 variant,
                 [f"{variant}, size of {s['size_of']:g} bits: {s[metric]['mean']:.4g}" for s in members],
-                figures.spread([s[metric] for s in members]),
+                figures.deviations([s[metric] for s in members]),
             )
         )
-    return Panel(tuple(drawn), "model.safetensors (kB)", figures.AXES[metric], **figures.scaled(metric))
+    return Panel(tuple(drawn), "model.safetensors (kB)", figures.AXES[metric], **figures.scale_of(metric))
 
 
 def _correlations(ranked: list[Row]) -> Panel:

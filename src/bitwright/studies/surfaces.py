@@ -177,7 +177,7 @@ def _bends(result: Result, part: Part, bits: list[str], losses: list[str]) -> Pa
         own = [s for s in result.summary if _part(s) == part and s["loss"] == loss and "grid: bends" in s]
         found = {figures.bits_of(s): s["grid: bends"] for s in own}
         known = [b for b in bits if b in found]
-        means, ends = [found[b]["mean"] for b in known], figures.spread([found[b] for b in known])
+        means, ends = [found[b]["mean"] for b in known], figures.deviations([found[b] for b in known])
         drawn.append(Series(known, means, colour(losses.index(loss)), ("bar",), figures.LOSS_NAMES[loss], ends=ends))
     return Panel(tuple(drawn), y_name="bends, share of the range")
 
