@@ -210,6 +210,7 @@ def test_pages_need_no_network(name: str, tmp_path: Path) -> None:
     assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=", text)
     assert "Content-Security-Policy" in text
     assert ("Plotly.newPlot" in text) == (name == "landscape")
+    assert ("unsafe-eval" in text) == (name == "landscape")
     assert "How to read it" in text
     written = json.loads(data.read_text())
     assert written["study"]["name"] == name
