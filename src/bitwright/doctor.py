@@ -23,13 +23,17 @@ REQUIRED = (
     "onnxruntime",
     "onnxscript",
     "pillow",
-    "plotly",
     "pydantic",
     "safetensors",
     "scipy",
 )
-OPTIONAL = {"timm": "timm: models", "torchvision": "torchvision: models", "openvino": "export --to openvino"}
-EXTRAS = {"openvino": "openvino"}
+OPTIONAL = {
+    "timm": "timm: models",
+    "torchvision": "torchvision: models",
+    "openvino": "export --to openvino",
+    "plotly": "study landscape",
+}
+EXTRAS = {"openvino": "openvino", "plotly": "studies"}
 """Extras of the package that bring an optional one, where that is not ``models``."""
 MODULES = {"pillow": "PIL", "pyyaml": "yaml"}
 

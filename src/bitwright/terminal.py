@@ -22,6 +22,7 @@ from rich.text import Text
 
 from bitwright.errors import debugging
 from bitwright.given.arguments import as_flags
+from bitwright.words import duration
 
 DETAIL_SECONDS = 15.0
 """Between two lines of figures where there is no terminal to draw on."""
@@ -129,7 +130,7 @@ class Terminal:
         elif detail and time.perf_counter() - self._said > DETAIL_SECONDS:
             self._said = time.perf_counter()
             left = (self._said - self._started) / max(done, 1) * (total - done)
-            self.say(f"{what} {done}/{total}, {detail}, {_duration(left)} left")
+            self.say(f"{what} {done}/{total}, {detail}, {duration(left)} left")
         if total and done >= total:
             self.finish(total)
 
@@ -164,10 +165,6 @@ class Terminal:
         self.warnings.append(text)
         self.log("warning", text=text)
         self._err.print(Text(f"warning: {text}", style="yellow"), soft_wrap=True)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def _console(stream: TextIO) -> Console:

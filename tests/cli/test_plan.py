@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -75,7 +77,8 @@ def test_the_files_agree_and_the_last_line_runs(here: Path, capsys: pytest.Captu
     assert planned.predicted == facts["predicted"]
     page = (here / "plan/plan.html").read_text()
     assert "<script src=" not in page
-    assert facts["next"] in page.replace("&#x27;", "'")
+    assert facts["next"] in html.unescape(re.sub(r"<[^>]+>", "", page))
+    assert page.count('class="chart"') == 2
     assert facts["next"] == "bitwright quantize models.py:Net photos.npz --plan plan/plan.json"
     call = shlex.split(facts["next"])[1:]
     result = answer(capsys, *call, "--recipe", "mse", "--out", "run")

@@ -17,7 +17,7 @@ from bitwright import report
 from bitwright.cli import main
 from bitwright.cli import report as command
 from bitwright.report.comparison import Entry, comparison, quality, row
-from bitwright.report.page import page
+from bitwright.report.run_page import run_page as page
 from bitwright.report.shown import Shown
 from bitwright.report.verdict import verdict
 
@@ -54,7 +54,7 @@ def test_the_page_is_made_again_without_model_or_images(run: Path, capsys: pytes
     found = json.loads(capsys.readouterr().out)
     assert (run / "report.html").read_bytes() == before
     assert found["page"] == str(run / "report.html")
-    assert found["verdict"] in re.sub(r"<[^>]+>", "", before.decode())
+    assert found["verdict"] in re.sub(r"<[^>]+>", "", before.decode()).replace("\u00a0", " ")
 
 
 def test_figures_on_the_page_are_those_of_the_result(run: Path) -> None:
@@ -237,15 +237,15 @@ TWO = {
 
 def test_the_verdict_is_that_of_the_worst_output() -> None:
     shown = result("a", 0.7, 500_000, fidelity=TWO, float={}, quantized={})
-    said = verdict(shown.result, {}).replace("\u00a0", " ")
+    said = verdict(shown.result, {})
     assert "with the same answer as the float network for 31.00 % of 100 images in output colour" in said
     assert "and with output place −1.5 dB above its error" in said
-    judged = verdict(result("a", 0.7, 500_000, fidelity=TWO).result, {}).replace("\u00a0", " ")
+    judged = verdict(result("a", 0.7, 500_000, fidelity=TWO).result, {})
     assert "70.00 % top-1 accuracy" in judged
     assert "31.00 % in output colour, the worst of 3" in judged
     dense = {**TWO, "outputs": {"map": {**TWO["outputs"]["colour"], "answers": 6400}}}  # type: ignore[dict-item]
     only = verdict(result("a", 0.7, 500_000, fidelity=dense, float={}, quantized={}).result, {"answers": None})
-    assert "31.00\u00a0% of the answers of 100 images." in only
+    assert "31.00 % of the answers of 100 images." in only
 
 
 def test_every_output_has_a_row_on_both_pages() -> None:

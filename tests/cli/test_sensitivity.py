@@ -72,7 +72,9 @@ def test_it_writes_data_and_a_plot(here: Path, capsys: pytest.CaptureFixture[str
     step = density["eigenvalue"][1] - density["eigenvalue"][0]
     assert sum(density["density"]) * step == pytest.approx(1, abs=0.02)
     page = files[1].read_text()
-    assert "plotly" in page
+    assert page.count('class="chart"') == 4
+    place, row = next((i, r) for i, r in enumerate(shown["layers"], 1) if r["name"] == worst)
+    assert f"<title>{place}. {worst}: {row['predicted_loss']:.3g}</title>" in page
     assert not re.search(r'<(script|link)[^>]+(src|href)="http', page)
 
 

@@ -21,7 +21,7 @@ from bitwright import report
 from bitwright.cli import main
 from bitwright.cli.plans import curve_beside
 from bitwright.given.models import load_model
-from bitwright.report.shown import read
+from bitwright.report.shown import read_run as read
 
 NET = """
 import torch

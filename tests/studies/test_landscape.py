@@ -188,3 +188,9 @@ def test_images_without_labels_stay_so() -> None:
     assert isinstance(subject.held_out, Images)
     _, distances = measured_batches(subject, subject.held_out, 6, Run())
     assert distances.names == ("infonce", "mse", "cosine", "kl", "agreement")
+
+
+def test_without_plotly_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"pip install 'bitwright\[studies\]'"):
+        next(iter(landscape.cells(None, landscape.STUDY.defaults)))  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from cases import dataset, make
 from scipy import stats
 
 from bitwright.errors import UsageError
+from bitwright.report.panels import Figure
 from bitwright.studies import Result, find, mixed_precision, study
 from bitwright.studies.mixed_precision import MIXED, UNIFORM, predicted_sum, rank_correlation
 
@@ -111,8 +112,9 @@ def test_the_verdict_and_the_figure_say_what_the_rows_say() -> None:
     assert f"a KL of {row['kl']:.2g} against {rival['kl']:.2g}" in said
     assert "rank correlation of predicted and measured loss of 6 random plans" in said
     figure = result().figure()
-    heights = {t.name: list(t.y) for t in figure.data if t.name in {UNIFORM, MIXED}}
+    assert isinstance(figure, Figure)
+    heights = {s.name: list(s.y) for s in figure.series if s.name in {UNIFORM, MIXED}}
     assert heights[MIXED] == [sizes(MIXED)[at]["agreement"] for at in (2.5, 3, 3.5)]
-    bars, plans = figure.data[-2:]
+    bars, plans = figure.series[-2:]
     assert list(bars.x) == [s["variant"] for s in result().summary if "spearman" in s]
     assert list(plans.y) == [r["kl"] for r in result().rows if r["part"] == "random plans"]

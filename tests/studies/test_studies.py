@@ -14,6 +14,7 @@ import bitwright
 from bitwright.errors import UsageError
 from bitwright.recipes import builtin as recipes
 from bitwright.recipes import recipe
+from bitwright.report.panels import Figure
 from bitwright.run.files import read_checked, write_checked
 from bitwright.stages.calibrate import Calibrate
 from bitwright.stages.reconstruct import Reconstruct
@@ -207,13 +208,19 @@ def test_pages_need_no_network(name: str, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"{name}.html", f"{name}.json"]
     text = page.read_text()
     assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=", text)
-    assert "Plotly.newPlot" in text
+    assert "Content-Security-Policy" in text
+    assert ("Plotly.newPlot" in text) == (name == "landscape")
+    assert ("unsafe-eval" in text) == (name == "landscape")
     assert "How to read it" in text
     written = json.loads(data.read_text())
     assert written["study"]["name"] == name
     assert {"bitwright", "torch", "settings", "networks", "rows", "summary", "seconds"} <= set(written)
     drawn = found.figure()
-    assert sum(len(t.y) for t in drawn.data) >= len(found.rows)
+    assert sum(len(s.y) for s in drawn.series) >= len(found.rows)
+    if isinstance(drawn, Figure):
+        panels = [panel for row in drawn.rows for panel in row]
+        assert text.count('class="chart"') == len(panels)
+        assert all(any(len(s.y) for s in panel.series) for panel in panels)
 
 
 def test_model_and_images_go_together() -> None:

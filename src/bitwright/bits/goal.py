@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from bitwright.bits.units import parse_count, parse_latency, parse_ratio, parse_share, parse_size
 from bitwright.errors import UsageError
 from bitwright.quant.scheme import Bits, parse_activation_bits, parse_weight_bits
+from bitwright.words import parse_count, parse_latency, parse_ratio, parse_share, parse_size
 
 WEIGHTS = (2, 3, 4, 5, 6, 8)
 ACTIVATIONS = (8,)

@@ -19,7 +19,7 @@ from bitwright.bits.allocate import Losses, plan_for, problem_of
 from bitwright.bits.costs import ACTIVATION_BITS, Latency, Variable, variables_of
 from bitwright.bits.goal import MEASURE, Goal
 from bitwright.bits.plan import Plan
-from bitwright.bits.solve import Solution, amount, evaluate, pareto, reachable, solve
+from bitwright.bits.solve import Solution, evaluate, pareto, reachable, solve
 from bitwright.bits.tables import Problem
 from bitwright.errors import UsageError
 from bitwright.given import inputs
@@ -34,6 +34,7 @@ from bitwright.recipes import recipe as find_recipe
 from bitwright.run.result import totals
 from bitwright.sensitivity import MEASURES, Choices, Measure, MeasuredLoss, Table, predicted_losses
 from bitwright.stages.base import Run
+from bitwright.words import amount
 
 SAMPLES = (16, 256)
 """Images to measure on: a plan that chooses among hundreds of losses learns few images by heart, so as many of these

@@ -26,6 +26,7 @@ import numpy.typing as npt
 from bitwright.bits.program import Limit, Program, forms_of
 from bitwright.bits.tables import Bits, Form, Numbers, Problem, Sum, Tables, Term, cheapest, is_least
 from bitwright.errors import UsageError
+from bitwright.words import amount
 
 SHOWN = 3
 
@@ -397,21 +398,3 @@ def _of(name: str, unit: str) -> str:
 
 def _words(name: str) -> str:
     return name.replace("_", " ")
-
-
-def amount(value: float, unit: str) -> str:
-    """A number as people read it, rounded up to four digits, so that it can be given as a limit.
-
-    Example:
-        >>> amount(1203410, "B"), amount(900, "B"), amount(0.00125, "s")
-        ('1.204 MB', '900 B', '1.25 ms')
-    """
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g} {unit}".rstrip()
-    exponent = math.floor(math.log10(abs(value)) / 3)
-    exponent = min(max(exponent, -3 if unit == "s" else 0), 5)
-    digits = max(0, 3 - math.floor(math.log10(abs(value) / 1000.0**exponent)))
-    scaled = value / 1000.0**exponent
-    rounded = math.ceil(round(scaled * 10**digits, 6)) / 10**digits
-    prefix = {-3: "n", -2: "µ", -1: "m", 0: "", 1: "k", 2: "M", 3: "G", 4: "T", 5: "P"}[exponent]
-    return f"{rounded:g} {(prefix + unit).strip()}".rstrip()

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from bitwright.bits.plan import Plan, insert_plan
-from bitwright.bits.solve import amount
 from bitwright.errors import UsageError
 from bitwright.given.images import Images
 from bitwright.graph.axes import read_outputs
@@ -30,6 +29,7 @@ from bitwright.recipes import Recipe
 from bitwright.run.files import DamagedError, read_checked, write_checked
 from bitwright.run.state import other_settings
 from bitwright.stages.base import Optimising, Run
+from bitwright.words import amount
 
 FILE = "trials.json"
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
+from bitwright import words
 from bitwright.cli import tables
 from bitwright.cli.calls import BenchCall
 from bitwright.errors import UsageError
@@ -66,8 +67,7 @@ def views(found: dict[str, Any]) -> list[RenderableType]:
             milliseconds(row["float"]),
             milliseconds(row["quantized"]),
             f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
-            f"{tables.bytes_text(row['float']['above_start_bytes'])}, "
-            f"{tables.bytes_text(row['quantized']['above_start_bytes'])}",
+            f"{words.size(row['float']['above_start_bytes'])}, {words.size(row['quantized']['above_start_bytes'])}",
             verdict(ratio),
         )
     lines: list[RenderableType] = [

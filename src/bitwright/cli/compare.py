@@ -19,7 +19,7 @@ from bitwright.given.text import read_json
 from bitwright.recipes import recipe as find_recipe
 from bitwright.report import comparison
 from bitwright.report.comparison import Entry
-from bitwright.report.shown import read
+from bitwright.report.shown import read_run
 from bitwright.run import folder as run_folder
 from bitwright.run.files import write_json
 from bitwright.run.lock import held
@@ -149,12 +149,12 @@ def _one(call: QuantizeCall, folder: Path, terminal: Terminal) -> Entry:
     name = folder.name
     if call.resume and not call.force and _finished(folder):
         terminal.say(f"{name}: finished before")
-        return Entry(name, read(folder))
+        return Entry(name, read_run(folder))
     terminal.say(f"{name}:")
     warned, logged = len(terminal.warnings), len(terminal.events)
     try:
         quantize.make_run(call, terminal)
-        return Entry(name, read(folder))
+        return Entry(name, read_run(folder))
     except Exception as error:
         said = one_line(str(error)) or type(error).__name__
         if not isinstance(error, BitwrightError):
@@ -172,7 +172,7 @@ def _finished(folder: Path) -> bool:
 
 def show(rows: Sequence[dict[str, Any]], verdict: str, page: Path, terminal: Terminal) -> None:
     """The table, what it says, and where the page is."""
-    terminal.show(report_command.table(rows), verdict.replace("\u00a0", " "))
+    terminal.show(report_command.table(rows), verdict)
     for row in rows:
         if row["error"] is not None:
             terminal.show(f"{row['run']} failed: {row['error']}")

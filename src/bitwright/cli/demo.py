@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bitwright import zoo
+from bitwright import words, zoo
 from bitwright.cli import quantize, tables
 from bitwright.cli.calls import DemoCall, QuantizeCall
 from bitwright.cli.options import BudgetOptions, DataOptions, NetworkOptions
@@ -97,9 +97,9 @@ def _table(results: dict[str, Any]) -> Any:
     rows: dict[str, Callable[[dict[str, Any]], str]] = {
         "accuracy in float": lambda r: tables.with_interval(r["float"]),
         "accuracy at 4 bits": lambda r: tables.with_interval(r["quantized"]),
-        "same answer as float": lambda r: tables.percent(r["fidelity"]["agreement"]),
-        "size in float": lambda r: tables.bytes_text(r["size"]["float_bytes"]),
-        "size at 4 bits": lambda r: tables.bytes_text(r["size"]["packed_bytes"]),
+        "same answer as float": lambda r: words.percent(r["fidelity"]["agreement"]),
+        "size in float": lambda r: words.size(r["size"]["float_bytes"]),
+        "size at 4 bits": lambda r: words.size(r["size"]["packed_bytes"]),
         "smaller by": lambda r: f"{r['size']['float_bytes'] / r['size']['packed_bytes']:.1f} x",
         "ONNX Runtime": lambda r: tables.parity_text(r["parity"]),
         "seconds": lambda r: f"{r['seconds']['total']:.0f}",

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from bitwright import words
 from bitwright.cli import tables
 from bitwright.cli.calls import ExportCall
 from bitwright.cli.options import ImageOptions
@@ -137,7 +138,7 @@ def _record(path: Path, to: str, parity: dict[str, Any], size: int) -> None:
 def table(found: dict[str, Any]) -> Table:
     """What the check found, for people."""
     parity, whole = found["parity"], found["parity"]["optimized"]
-    made = tables.table("", ">", title=f"{found['file']}, {tables.bytes_text(found['bytes'])}")
+    made = tables.table("", ">", title=f"{found['file']}, {words.size(found['bytes'])}")
     made.add_row("runtime", parity["runtime"])
     made.add_row("images", str(parity["images"]))
     if worst := parity["worst_layer"]:
@@ -150,6 +151,6 @@ def table(found: dict[str, Any]) -> Table:
         spread = figures["mean_abs"] / figures["range"] if figures["range"] else 0.0
         made.add_row(f"mean difference, {what}", f"{100 * spread:.3f} % of the output's range")
         if figures["agreement"] is not None:
-            made.add_row(f"same answer, {what}", tables.percent(figures["agreement"]))
+            made.add_row(f"same answer, {what}", words.percent(figures["agreement"]))
     made.add_row("verdict", tables.parity_text(parity))
     return made

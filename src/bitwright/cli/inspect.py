@@ -11,7 +11,7 @@ import torch
 from rich.console import RenderableType
 from torch import fx
 
-from bitwright import api
+from bitwright import api, words
 from bitwright.cli import tables
 from bitwright.cli.calls import InspectCall
 from bitwright.cli.options import ImageOptions
@@ -113,6 +113,6 @@ def block_rows(model: QuantizedModel) -> Rows:
 def _block_table(rows: Rows) -> RenderableType:
     made = tables.table("block", "kind", ">layers", ">parameters", ">MACs", title="Blocks")
     for row in rows:
-        sizes = tables.count_text(row["parameters"]), tables.count_text(row["macs"])
+        sizes = words.scaled(row["parameters"]), words.scaled(row["macs"])
         made.add_row(row["name"], row["kind"], str(len(row["layers"])), *sizes)
     return made

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import RenderableType
 
 import bitwright
+from bitwright import words
 from bitwright.cli import tables
 from bitwright.cli.bench import counts
 from bitwright.cli.calls import ParityCall
@@ -151,7 +152,7 @@ def _kernels(data: dict[str, Any]) -> list[str]:
 
 def _gap(row: dict[str, Any]) -> list[str]:
     mean = 100 * row["mean_abs"] / row["range"] if row["range"] else 0.0
-    same = tables.percent(row["agreement"])
+    same = words.percent(row["agreement"])
     return [row["name"], f"{row['max_abs']:.3g}", f"{mean:.3g} %", f"{row['cosine']:.7f}", same]
 
 

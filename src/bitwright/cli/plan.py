@@ -9,13 +9,14 @@ from typing import Any
 
 from bitwright.bits import planning
 from bitwright.bits.planning import Planning
-from bitwright.cli import plan_page, plans, tables
+from bitwright.cli import plans, tables
 from bitwright.cli.calls import PlanCall
 from bitwright.cli.sources import check_target, empty_removed, load_inputs, sources
 from bitwright.errors import UsageError
 from bitwright.given.images import Images
 from bitwright.given.inputs import find_device
 from bitwright.given.models import Model
+from bitwright.report import plan_page
 from bitwright.run.files import write_text
 from bitwright.run.result import environment, peak_memory_bytes
 from bitwright.terminal import Terminal, quiet_libraries, short
@@ -88,7 +89,7 @@ def _write(found: Planning, facts: dict[str, Any], folder: Path) -> list[Path]:
     texts = (
         found.plan.model_dump_json(exclude_none=True, indent=2) + "\n",
         json.dumps(facts, indent=2, allow_nan=False) + "\n",
-        plan_page.page(found, facts),
+        plan_page.plan_page(found, facts),
     )
     for path, text in zip(paths, texts, strict=True):
         write_text(path, text)

@@ -6,9 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from bitwright import words
 from bitwright.bits.plan import Plan
-from bitwright.bits.solve import amount
-from bitwright.cli.tables import bytes_text, percent
 from bitwright.errors import BitwrightError
 from bitwright.given.text import read_json
 from bitwright.measure.metrics import wilson_interval
@@ -77,8 +76,8 @@ def compare(result: dict[str, Any], terminal: Terminal) -> None:
     if high < 1 - plan["estimate"]["drop"]:
         _warn(
             terminal,
-            f"The network agrees with the float one on {percent(agreement)} of the images measured on, less than the "
-            f"{percent(1 - plan['estimate']['drop'])} that were wanted. Ask for a smaller --max-drop.",
+            f"The network agrees with the float one on {words.percent(agreement)} of the images measured on, less than the "
+            f"{words.percent(1 - plan['estimate']['drop'])} that were wanted. Ask for a smaller --max-drop.",
         )
 
 
@@ -94,9 +93,13 @@ def sentences(result: dict[str, Any]) -> list[str]:
     if plan is None:
         return []
     predicted, packed = plan["predicted"], plan.get("packed")
-    became = "" if packed is None else f"; the file has {bytes_text(packed['bytes'])} ({percent(packed['difference'])})"
+    became = (
+        ""
+        if packed is None
+        else f"; the file has {words.size(packed['bytes'])} ({words.percent(packed['difference'])})"
+    )
     said = [
-        f"Planned: {bytes_text(predicted['weight_bytes'])}, {amount(predicted['bit_operations'], 'bit operations')}, "
+        f"Planned: {words.size(predicted['weight_bytes'])}, {words.amount(predicted['bit_operations'], 'bit operations')}, "
         f"predicted loss {predicted['loss']:.3g} ('{plan['measure']['measure']}'){became}."
     ]
     if (estimate := plan.get("estimate")) is not None:
@@ -112,6 +115,6 @@ def sentences(result: dict[str, Any]) -> list[str]:
 def _share(found: dict[str, Any]) -> str:
     low, high = found["interval"]
     return (
-        f"same answer as float on {percent(found['agreement'])} (95 %: {100 * low:.1f} to {100 * high:.1f}) of "
+        f"same answer as float on {words.percent(found['agreement'])} (95 %: {100 * low:.1f} to {100 * high:.1f}) of "
         f"{found['images']}"
     )

@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from bitwright import report as pages
+from bitwright import words
 from bitwright.cli import tables
 from bitwright.cli.calls import ReportCall
 from bitwright.errors import UsageError
@@ -19,7 +20,7 @@ from bitwright.quantized import QuantizedModel
 from bitwright.report import comparison, facts
 from bitwright.report.answers import Answers
 from bitwright.report.comparison import Entry
-from bitwright.report.shown import read
+from bitwright.report.shown import read_run
 from bitwright.report.verdict import verdict
 from bitwright.run import folder as run_folder
 from bitwright.run.files import write_text
@@ -41,18 +42,18 @@ def report(call: ReportCall, terminal: Terminal) -> None:
         raise UsageError("Expected different runs, found one of them twice. Name each once.")
     found: dict[str, Any]
     if len(folders) == 1:
-        shown = read(folders[0])
+        shown = read_run(folders[0])
         path = pages.write(folders[0], call.out)
         found = {"run": str(folders[0]), "verdict": verdict(shown.result, shown.facts)}
     else:
-        entries = [Entry(name, read(f)) for name, f in zip(short_names(folders), folders, strict=True)]
+        entries = [Entry(name, read_run(f)) for name, f in zip(short_names(folders), folders, strict=True)]
         path = call.out or DEFAULT
         pages.save(comparison.comparison(entries), path)
         found = {"verdict": comparison.verdict(entries), "runs": [comparison.row(e) for e in entries]}
     terminal.result({**found, "page": str(path)})
     if "runs" in found:
         terminal.show(table(found["runs"]))
-    terminal.show(found["verdict"].replace("\u00a0", " "), f"Written: {path}")
+    terminal.show(found["verdict"], f"Written: {path}")
 
 
 def write_beside(
@@ -119,10 +120,10 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         made.add_row(
             r["run"],
             *scores,
-            tables.percent(r["agreement"]),
+            words.percent(r["agreement"]),
             "-" if r["kl"] is None else f"{r['kl']:.2g}",
-            tables.bytes_text(r["packed_bytes"]),
-            tables.bytes_text(r["onnx_bytes"]),
+            words.size(r["packed_bytes"]),
+            words.size(r["onnx_bytes"]),
             "-" if r["seconds"] is None else f"{r['seconds']:.0f} s",
         )
     return made
@@ -131,4 +132,4 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 def _metric(r: dict[str, Any], metric: str) -> str:
     if metric == "top1" and r.get("top1_ci"):
         return tables.with_interval(r)
-    return tables.percent(r.get(metric))
+    return words.percent(r.get(metric))

@@ -8,7 +8,8 @@ from typing import Any
 from bitwright.cli import tables
 from bitwright.cli.calls import SensitivityCall
 from bitwright.cli.sources import absolute_source, check_labels, check_target, empty_removed, load_inputs, sources
-from bitwright.sensitivity import figure, report
+from bitwright.report import sensitivity_page
+from bitwright.sensitivity import report
 from bitwright.terminal import Terminal, quiet_libraries, short
 
 SHOWN = 12
@@ -61,13 +62,13 @@ def _settings(call: SensitivityCall) -> report.Settings:
 
 def show(found: dict[str, Any], paths: list[Path], terminal: Terminal) -> None:
     """The layers that lose most as a table, what they say, and the files."""
-    rows = figure.ranked(found)
+    rows = sensitivity_page.ranked(found)
     title = f"{found['model']['name']}: {found['settings']['meaning']}"
-    made = tables.table(*(h if h == "layer" else f">{h}" for h in figure.HEADINGS), title=title)
+    made = tables.table(*(h if h == "layer" else f">{h}" for h in sensitivity_page.HEADINGS), title=title)
     for row in rows[:SHOWN]:
-        made.add_row(*figure.cells(row))
+        made.add_row(*sensitivity_page.cells(row))
     network = found["network"]
     rest = f"{len(rows) - SHOWN} more layers in the files. " if len(rows) > SHOWN else ""
     top = "".join(f", top eigenvalue {v:.3g}" for v in network["eigenvalues"][:1])
     whole = f"{rest}The network: trace {network['trace']:.3g} ± {network['trace_error']:.1g}{top}."
-    terminal.show(made, whole, *figure.verdict(found), f"Written: {', '.join(map(short, paths))}")
+    terminal.show(made, whole, *sensitivity_page.verdict(found), f"Written: {', '.join(map(short, paths))}")

@@ -7,6 +7,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from bitwright import words
 from bitwright.measure.metrics import OutputFidelity, read_fidelity
 from bitwright.quantized import QuantizedModel
 from bitwright.run.result import describe_layers, describe_unquantized, stored_values, totals
@@ -28,72 +29,9 @@ def table(*columns: str, title: str | None = None) -> Table:
     return made
 
 
-def bytes_text(count: float | None) -> str:
-    """Bytes in the unit that fits, powers of 1000.
-
-    Example:
-        >>> bytes_text(3_480_000), bytes_text(640)
-        ('3.48 MB', '640 B')
-    """
-    if count is None:
-        return "-"
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count:.0f} B"
-
-
-def count_text(count: int) -> str:
-    """A number with its unit.
-
-    Example:
-        >>> count_text(4_650_000), count_text(12)
-        ('4.65 M', '12')
-    """
-    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return str(count)
-
-
-def percent(value: float | None) -> str:
-    """A fraction in percent.
-
-    Example:
-        >>> percent(0.9231)
-        '92.31 %'
-    """
-    return "-" if value is None else f"{100 * value:.2f} %"
-
-
 def with_interval(metrics: dict[str, Any]) -> str:
-    """Top-1 with its 95 % interval.
-
-    Example:
-        >>> with_interval({"top1": 0.923, "top1_ci": [0.918, 0.928]})
-        '92.30 % (91.8 to 92.8)'
-    """
-    if not metrics:
-        return "-"
-    low, high = metrics["top1_ci"]
-    return f"{100 * metrics['top1']:.2f} % ({100 * low:.1f} to {100 * high:.1f})"
-
-
-def bits_text(bits: dict[str, Any]) -> str:
-    """``W4A8`` and the like.
-
-    Example:
-        >>> bits_text({"weights": 4, "activations": None})
-        'W4, activations in float'
-        >>> bits_text({"weights": None, "activations": None})
-        'all in float'
-    """
-    weights, activations = bits["weights"], bits["activations"]
-    if "mixed" in (weights, activations):
-        return "mixed precision"
-    if weights is None:
-        return f"weights in float, A{activations}" if activations else "all in float"
-    return f"W{weights}A{activations}" if activations else f"W{weights}, activations in float"
+    """Top-1 with its 95 % interval."""
+    return words.estimate(metrics.get("top1"), metrics.get("top1_ci"))
 
 
 def metric_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -102,10 +40,10 @@ def metric_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     rows = []
     if "top1" in {**theirs, **ours}:
         rows.append(("top-1 accuracy (95 % interval)", with_interval(theirs), with_interval(ours)))
-        rows.append(("top-5 accuracy", percent(theirs.get("top5")), percent(ours.get("top5"))))
+        rows.append(("top-5 accuracy", words.percent(theirs.get("top5")), words.percent(ours.get("top5"))))
     for key, said in (("miou", "mean IoU of classes"), ("pixel_accuracy", "accuracy of pixels")):
         if key in {**theirs, **ours}:
-            rows.append((said, percent(theirs.get(key)), percent(ours.get(key))))
+            rows.append((said, words.percent(theirs.get(key)), words.percent(ours.get(key))))
     rows += [(what, "", figure) for what, figure in fidelity_rows(result.get("fidelity"))]
     return rows
 
@@ -127,25 +65,22 @@ def fidelity_rows(fidelity: dict[str, Any] | None) -> list[tuple[str, str]]:
     rows = []
     for found in outputs.values():
         if found.agreement is not None:
-            rows.append(("same answer as float", percent(found.agreement)))
+            rows.append(("same answer as float", words.percent(found.agreement)))
         if found.kl is not None:
-            rows.append(("KL divergence from float", f"{found.kl:.2g} nats"))
+            rows.append(("KL divergence from float", f"{words.number(found.kl, 2)} nats"))
         if found.exact or found.sqnr_db is not None:
-            rows.append(("signal to quantization noise", decibel(found)))
+            rows.append(("signal to quantization noise", words.signal_to_error(found.sqnr_db, exact=found.exact)))
     return rows
 
 
 def _figures(found: OutputFidelity) -> list[str]:
     """What is known of one output among several."""
-    said = [] if found.agreement is None else [f"{percent(found.agreement)} same answer"]
-    said += [] if found.kl is None else [f"KL {found.kl:.2g}"]
-    said += [decibel(found)] if found.exact or found.sqnr_db is not None else []
-    return said or ["-"]
-
-
-def decibel(found: OutputFidelity) -> str:
-    """Signal to quantization noise."""
-    return "no noise" if found.exact else "-" if found.sqnr_db is None else f"{found.sqnr_db:.1f} dB"
+    said = [] if found.agreement is None else [f"{words.percent(found.agreement)} same answer"]
+    said += [] if found.kl is None else [f"KL {words.number(found.kl, 2)}"]
+    said += (
+        [words.signal_to_error(found.sqnr_db, exact=found.exact)] if found.exact or found.sqnr_db is not None else []
+    )
+    return said or [words.NONE]
 
 
 def fidelity_notes(result: dict[str, Any]) -> list[str]:
@@ -170,7 +105,7 @@ def outcome(result: dict[str, Any]) -> Table:
     made = table(
         "",
         ">float",
-        f">{bits_text(result['bits'])}",
+        f">{words.notation(**result['bits'])}",
         title=f"{result['model']['name']}, {result['recipe']['name']}",
     )
     for row in metric_rows(result):
@@ -179,11 +114,11 @@ def outcome(result: dict[str, Any]) -> Table:
         made.add_row("optimisation", "", tuning_text(tuned))
     if evolved := result.get("evolve"):
         made.add_row("evolution", "", evolution_text(evolved))
-    packed = f"{bytes_text(size['packed_bytes'])} ({size['float_bytes'] / size['packed_bytes']:.1f} x smaller)"
-    made.add_row("size", bytes_text(size["float_bytes"]), packed)
-    made.add_row("size of model.onnx", "", bytes_text(size.get("onnx_bytes")))
+    packed = f"{words.size(size['packed_bytes'])} ({size['float_bytes'] / size['packed_bytes']:.1f} x smaller)"
+    made.add_row("size", words.size(size["float_bytes"]), packed)
+    made.add_row("size of model.onnx", "", words.size(size.get("onnx_bytes")))
     made.add_row("model.onnx in ONNX Runtime", "", parity_text(parity))
-    made.add_row("time", "", f"{result['seconds']['total']:.0f} s")
+    made.add_row("time", "", words.duration(result["seconds"]["total"]))
     return made
 
 
@@ -215,7 +150,7 @@ def tuning_text(tuned: dict[str, Any]) -> str:
         return "none"
     stages = [v for k, v in tuned["loss"]["by_stage"].items() if k != "reconstruct"]
     before = f"{max(stages):.3g} to " if stages else ""
-    moved = f"{100 * tuned['left_nearest']:.0f} % of weights not at their nearest"
+    moved = f"{words.percent(tuned['left_nearest'], 0)} of weights not at their nearest"
     return f"{tuned['steps']} steps, loss {before}{tuned['loss']['hard']:.3g}, {moved}"
 
 
@@ -228,7 +163,7 @@ def parity_text(parity: dict[str, Any] | None) -> str:
     agreement = (parity.get("optimized") or {}).get("agreement") or parity["agreement"]
     if agreement is None:
         return f"agrees on {parity['images']} images"
-    return f"same answer on {percent(agreement)} of {parity['images']} images"
+    return f"same answer on {words.percent(agreement)} of {parity['images']} images"
 
 
 def structure(model: QuantizedModel, recorded: list[dict[str, Any]] | None = None) -> list[Table]:
@@ -244,10 +179,10 @@ def structure(model: QuantizedModel, recorded: list[dict[str, Any]] | None = Non
             _bits(row["weight_bits"]),
             _bits(row["activation_bits"]),
             row["granularity"] if row["weight_bits"] else "",
-            count_text(row["parameters"]) if row["parameters"] else "",
-            count_text(row["macs"]) if row["macs"] else "",
+            words.scaled(row["parameters"]) if row["parameters"] else "",
+            words.scaled(row["macs"]) if row["macs"] else "",
         ]
-        noise_text = "" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f} dB"
+        noise_text = "" if row["sqnr_db"] is None else words.decibel(row["sqnr_db"])
         layers.add_row(*cells, *([noise_text] if with_noise else []))
     floats = table("tensor", "operator", "why it is not quantized", title="Not quantized")
     for item in describe_unquantized(model):
@@ -291,17 +226,17 @@ def summary(model: QuantizedModel, name: str) -> Table:
     """Parameters, MACs and sizes of a network."""
     made = table("", ">", title=name)
     expected = sizes(model)
-    made.add_row("parameters", count_text(stored_values(model)))
-    made.add_row("multiply-accumulates for one image", count_text(totals(model)["macs"]))
-    made.add_row("size in float", bytes_text(expected["float_bytes"]))
+    made.add_row("parameters", words.scaled(stored_values(model)))
+    made.add_row("multiply-accumulates for one image", words.scaled(totals(model)["macs"]))
+    made.add_row("size in float", words.size(expected["float_bytes"]))
     bits = model.scheme.described_bits()
     written = model.result.get("size", {})
     if "packed_bytes" in written:
         for key, what in WRITTEN.items():
             if key in written:
-                made.add_row(what, bytes_text(written[key]))
+                made.add_row(what, words.size(written[key]))
     else:
-        made.add_row(f"size at {bits_text(bits)}, without names", bytes_text(expected["expected_bytes"]))
+        made.add_row(f"size at {words.notation(**bits)}, without names", words.size(expected["expected_bytes"]))
     made.add_row("quantized tensors", str(len(model.layers)))
     made.add_row("left in float", str(len(model.unquantized)))
     return made

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bitwright.report.page import page
-from bitwright.report.shown import read
+from bitwright.report.frame import save
+from bitwright.report.run_page import run_page
+from bitwright.report.shown import read_run
 from bitwright.run import folder as run_folder
-from bitwright.run.files import write_text
 
 __all__ = ["save", "write"]
 
@@ -27,19 +27,8 @@ def write(folder: str | Path, path: Path | None = None) -> Path:
         UsageError: there is no finished run, its result cannot be read, or the page cannot be written.
     """
     folder = Path(folder).expanduser()
-    run = read(folder)
+    run = read_run(folder)
     place = folder if folder.is_dir() else folder.parent
     with run_folder.shown(place):
-        text = page(run)
+        text = run_page(run)
     return save(text, path or place / run_folder.PAGE)
-
-
-def save(text: str, path: Path) -> Path:
-    """Writes a page.
-
-    Raises:
-        BitwrightError: it cannot be written.
-    """
-    path = path.expanduser()
-    write_text(path, text)
-    return path

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bitwright.report.markup import Markup, tag, text
-from bitwright.report.words import number
+from bitwright.words import number
 
 Tick = tuple[float, str]
 
@@ -31,6 +31,10 @@ class Axis:
         """Position in percent of the length, from the low end."""
         low, high, value = (math.log10(v) if self.log else v for v in (self.low, self.high, value))
         return round(100 * (value - low) / (high - low or 1.0), 3)
+
+    def within(self, value: float) -> float:
+        """The value, or the end of the axis that it lies beyond."""
+        return min(max(value, self.low), self.high)
 
 
 def linear(low: float, high: float, name: str = "", *, count: int = 4, label: str = "", margin: float = 0.0) -> Axis:
@@ -125,7 +129,14 @@ def horizontal(value: float, y: Axis, look: str = "") -> Markup:
 
 
 def chart(
-    marks: Sequence[Markup], x: Axis, y: Axis, *, summary: str, height: float = 11.0, labels: Sequence[Markup] = ()
+    marks: Sequence[Markup],
+    x: Axis,
+    y: Axis,
+    *,
+    summary: str,
+    height: float = 11.0,
+    labels: Sequence[Markup] = (),
+    slanted: bool = False,
 ) -> Markup:
     """Marks within axes.
 
@@ -136,6 +147,7 @@ def chart(
         summary: what a reader who does not see the chart is told.
         height: of the drawing, in em.
         labels: texts over the drawing (:func:`label`).
+        slanted: writes the ticks below aslant, for long ones.
     """
     lines = [horizontal(t, y, "grid") for t, _ in y.ticks]
     drawing = tag(
@@ -156,7 +168,7 @@ def chart(
             "div",
             tag("div", down, class_="ylabels"),
             tag("div", drawing, text(labels), class_="drawing", style=f"height:{height:g}em"),
-            tag("div", along, class_="xlabels"),
+            tag("div", along, class_="xlabels slanted" if slanted else "xlabels", style=_room(x) if slanted else None),
             class_="axes",
         ),
         tag("div", x.name, class_="xname") if x.name else None,
@@ -164,6 +176,10 @@ def chart(
         role="img",
         aria_label=summary,
     )
+
+
+def _room(x: Axis) -> str:
+    return f"height:{1.5 + 0.34 * max(len(said) for _, said in x.ticks):g}em"
 
 
 def _side(place: float) -> str | None:
@@ -176,6 +192,32 @@ def label(value: str, a: float, b: float, x: Axis, y: Axis, look: str = "") -> M
     place = f"left:{x.at(a):g}%;top:{100 - y.at(b):g}%"
     side = "left" if x.at(a) > 80 else "right"
     return tag("span", value, class_=f"label {side} {look}".strip(), style=place)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value between the ends of its interval."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    look: str = "quantized"
+    title: str = ""
+
+
+def intervals(rows: Sequence[Interval], x_name: str, summary: str, level: float | None = None) -> Markup:
+    """Values with their intervals, one below the other, and a dashed line at what they are compared with."""
+    x = linear(min(r.low for r in rows), max(r.high if level is None else max(r.high, level) for r in rows), x_name,
+               count=5, margin=0.25)  # fmt: skip
+    y = Axis(0.5, len(rows) + 0.7)
+    marks = [] if level is None else [vertical(level, x, "float dashed")]
+    labels = []
+    for height, r in zip(range(len(rows), 0, -1), rows, strict=True):
+        marks += [rule(r.low, height, r.high, height, x, y, f"thick {r.look}")]
+        marks += [dot(r.value, height, x, y, f"large {r.look}", r.title)]
+        labels.append(label(r.name, r.low, height + 0.36, x, y, "above"))
+    return chart(marks, x, y, summary=summary, height=3.0 * len(rows) + 0.8, labels=labels)
 
 
 def lengths(rows: Sequence[tuple[str, float, str, str]], summary: str) -> Markup:
@@ -192,3 +234,8 @@ def lengths(rows: Sequence[tuple[str, float, str, str]], summary: str) -> Markup
         for name, value, said, look in rows
     ]
     return tag("div", shown, class_="lengths", role="img", aria_label=summary)
+
+
+def key(*marks: tuple[str, str]) -> Markup:
+    """What the looks in a chart stand for: (look, meaning)."""
+    return tag("p", [tag("span", tag("i", class_=f"swatch {look}"), meaning) for look, meaning in marks], class_="key")

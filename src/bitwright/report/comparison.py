@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bitwright import words
 from bitwright.measure.metrics import read_fidelity
-from bitwright.report import words
-from bitwright.report.charts import Axis, chart, dot, horizontal, label, linear, polyline, rule, vertical
-from bitwright.report.markup import Child, tag
-from bitwright.report.page import document
-from bitwright.report.shown import Section, Shown, command, key, paragraph
-from bitwright.report.tables import Cell, table
+from bitwright.report.charts import Interval, intervals
+from bitwright.report.frame import Section, bullets, command, definitions, document, paragraph
+from bitwright.report.markup import tag
+from bitwright.report.panels import Panel, Series, single
+from bitwright.report.shown import Shown
+from bitwright.report.tables import TableCell, page_table
 from bitwright.report.verdict import METRICS, main_metric
 
 SAME_SIZE = 1.02
@@ -88,21 +89,10 @@ def comparison(entries: Sequence[Entry], title: str = "") -> str:
     runs = [e.run for e in entries if e.run is not None]
     models = sorted({r.result["model"]["name"] for r in runs})
     name = title or words.listed(models) or "Comparison"
-    sections = [
-        s
-        for s in (
-            _alike(entries),
-            _table(entries),
-            _outputs(entries),
-            _front(entries),
-            _failures(entries),
-            _repeat(entries),
-        )
-        if s is not None
-    ]
+    sections = [part(entries) for part in (_alike, _table, _outputs, _front, _failures, _repeat)]
     bits = {r.bits for r in runs}
     under = f"comparison of {words.plural(len(entries), 'run')}{f' · {bits.pop()}' if len(bits) == 1 else ''}"
-    return document(f"{name} · comparison · bitwright", name, under, verdict(entries), sections)
+    return document(f"{name} · comparison · bitwright", name, under, [verdict(entries)], sections)
 
 
 def verdict(entries: Sequence[Entry]) -> str:
@@ -119,22 +109,24 @@ def verdict(entries: Sequence[Entry]) -> str:
         return f"The runs were not measured on the same images: their figures cannot tell which is better.{tail}"
     rows = [row(e) for e in done]
     best = max(rows, key=lambda r: r[what])
-    said = f"{best['run']} has the best {named(what)}, {shown(what, best[what])}, at {words.size(best['packed_bytes'])}"
+    said = (
+        f"{best['run']} has the best {_named(what)}, {_shown(what, best[what])}, at {words.size(best['packed_bytes'])}"
+    )
     ends = best.get(f"{what}_ci")
     near = [r["run"] for r in rows if r is not best and ends and r.get(f"{what}_ci") and r[f"{what}_ci"][1] >= ends[0]]
     if near:
         verb = "overlaps" if len(near) == 1 else "overlap"
         kind = "interval" if len(near) == 1 else "intervals"
-        said += f"; the 95{words.GAP}% {kind} of {words.listed(near)} {verb} with its own"
+        said += f"; the 95 % {kind} of {words.listed(near)} {verb} with its own"
     return f"{said}.{tail}"
 
 
-def named(what: str) -> str:
+def _named(what: str) -> str:
     """A figure's name."""
     return METRICS.get(what) or FIDELITY[what]
 
 
-def shown(what: str, value: float | None) -> str:
+def _shown(what: str, value: float | None) -> str:
     """A figure's value."""
     return words.decibel(value) if what == "sqnr_db" else words.percent(value)
 
@@ -175,15 +167,15 @@ def _table(entries: Sequence[Entry]) -> Section:
     heads = [">#", "run", *differing]
     heads += [f">{METRICS[metric]}", ">95 % interval", ">against float"] if metric else []
     heads += [head for _, head in COLUMNS]
-    body: list[list[Cell | str]] = []
+    body: list[list[TableCell | str]] = []
     for i, r in enumerate(rows, 1):
-        cells: list[Cell | str] = [Cell(str(i), i), r["run"]]
+        cells: list[TableCell | str] = [TableCell(str(i), i), r["run"]]
         if r["error"] is None:
             cells += [f(r) for f in differing.values()] + _figures(r, metric)
         else:
             cells += ["failed", *([""] * (len(heads) - 3))]
         body.append(cells)
-    made = table("The runs", heads, body, sortable=True, name="runs")
+    made = page_table("The runs", heads, body, sortable=True, name="runs")
     return Section("table", "Figures", [paragraph("Click a heading to sort.", quiet=True), made])
 
 
@@ -192,31 +184,31 @@ def _outputs(entries: Sequence[Entry]) -> Section | None:
     found = [(e.name, read_fidelity(e.run.result.get("fidelity"))) for e in entries if e.run is not None]
     if all(len(outputs) < 2 for _, outputs in found):
         return None
-    rows: list[list[Cell | str]] = [
+    rows: list[list[TableCell | str]] = [
         [
             name,
             output,
-            Cell(words.percent(o.agreement), o.agreement),
-            Cell(words.number(o.kl), o.kl),
-            Cell("no error" if o.exact else words.decibel(o.sqnr_db), o.sqnr_db),
+            TableCell(words.percent(o.agreement), o.agreement),
+            TableCell(words.number(o.kl), o.kl),
+            TableCell(words.signal_to_error(o.sqnr_db, exact=o.exact), o.sqnr_db),
         ]
         for name, outputs in found
         for output, o in outputs.items()
     ]
     heads = ["run", "output", ">same answer", ">KL, nats", ">signal to error"]
-    made = table("Each output against float", heads, rows, sortable=True, name="outputs")
+    made = page_table("Each output against float", heads, rows, sortable=True, name="outputs")
     lead = paragraph("The networks have several outputs. The figures above are those of the worst one of each run.")
     return Section("outputs", "Output by output", [lead, made])
 
 
-def _figures(r: dict[str, Any], metric: str | None) -> list[Cell | str]:
-    cells: list[Cell | str] = []
+def _figures(r: dict[str, Any], metric: str | None) -> list[TableCell | str]:
+    cells: list[TableCell | str] = []
     if metric is not None:
         value, before = r.get(metric), r.get(f"float_{metric}")
         change = None if value is None or before is None else value - before
-        cells += [Cell(words.percent(value), value), words.interval(r.get(f"{metric}_ci"))]
-        cells += [Cell(words.NONE if change is None else words.points(change), change)]
-    return cells + [Cell(SAID[k](r.get(k)), r.get(k)) for k, _ in COLUMNS]
+        cells += [TableCell(words.percent(value), value), words.interval(r.get(f"{metric}_ci"))]
+        cells += [TableCell(words.NONE if change is None else words.points(change), change)]
+    return cells + [TableCell(SAID[k](r.get(k)), r.get(k)) for k, _ in COLUMNS]
 
 
 def _front(entries: Sequence[Entry]) -> Section | None:
@@ -227,63 +219,71 @@ def _front(entries: Sequence[Entry]) -> Section | None:
     sizes = [r["packed_bytes"] for _, r in places]
     if max(sizes) <= SAME_SIZE * min(sizes):
         return _rows_of_intervals(what, [r for _, r in places])
-    factor = 1.0 if what == "sqnr_db" else 100.0
     unit, per = words.unit("weight_bytes", max(sizes))
-    points = [(r["packed_bytes"] / per, factor * r[what]) for _, r in places]
-    ends = [[factor * v for v in r.get(f"{what}_ci") or [r[what], r[what]]] for _, r in places]
-    top = {r.get(f"float_{what}") for _, r in places}
-    level = factor * only if len(top) == 1 and (only := top.pop()) is not None else None
-    lows, highs = [e[0] for e in ends], [e[1] for e in ends] + ([] if level is None else [level])
-    x = linear(min(p[0] for p in points), max(p[0] for p in points), f"size of model.safetensors, {unit}", margin=0.15)
-    y = linear(min(lows), max(highs), f"{named(what)}, {'dB' if what == 'sqnr_db' else '%'}", count=5, margin=0.06)
+    points, (factor, of) = [(r["packed_bytes"], r[what]) for _, r in places], _unit_of(what)
     chosen = front(points)
-    drawn = [horizontal(level, y, "float dashed")] if level is not None else []
-    drawn.append(polyline([points[i][0] for i in chosen], [points[i][1] for i in chosen], x, y, "quantized thin"))
-    labels = []
-    for k, ((number, r), (a, b), (low, high)) in enumerate(zip(places, points, ends, strict=True)):
-        look = "quantized" if k in chosen else "float"
-        title = f"{number}. {r['run']}: {shown(what, r[what])}, {words.size(r['packed_bytes'])}"
-        drawn += [rule(a, low, a, high, x, y, f"{look} whisker"), dot(a, b, x, y, f"large {look}", title)]
-        labels.append(label(str(number), a, b, x, y))
+
+    def dots(look: str, name: str, these: Sequence[int]) -> Series:
+        titles = [f"{n}. {r['run']}: {_shown(what, r[what])}, {words.size(r['packed_bytes'])}" for n, r in places]
+        return Series(
+            [points[i][0] / per for i in these],
+            [factor * points[i][1] for i in these],
+            f"large {look}",
+            name=name,
+            titles=[titles[i] for i in these],
+            ends=[_ends(what, places[i][1]) for i in these],
+            labels=[str(places[i][0]) for i in these],
+        )
+
+    best, rest = dots("quantized", "not beaten", chosen), [i for i in range(len(points)) if i not in chosen]
+    line = Series(best.x, best.y, "quantized thin", ("line",))
     listed = words.listed([f"{places[i][0]} ({places[i][1]['run']})" for i in chosen])
     said = f"No run is both smaller and better than these, in order of size: {listed}."
-    marks = [("quantized", "not beaten"), ("float", "beaten in both")]
+    level = _float_level(what, [r for _, r in places])
     note = " The dashed line is the float network." if level is not None else ""
-    return Section(
-        "front",
-        "Accuracy against size",
-        tag(
-            "figure",
-            tag("figcaption", f"{said} Whiskers are 95 % intervals.{note}"),
-            key(*marks),
-            chart(drawn, x, y, summary=f"{named(what)} against size. {said}", height=17, labels=labels),
-        ),
+    panel = Panel(
+        (line, best, dots("float", "beaten in both", rest)),
+        f"size of model.safetensors, {unit}",
+        f"{_named(what)}, {of}",
+        level=level,
+        height=17,
+        summary=f"{_named(what)} against size. {said}",
     )
+    return Section("front", "Accuracy against size", single(panel, f"{said} Whiskers are 95 % intervals.{note}"))
+
+
+def _unit_of(what: str) -> tuple[float, str]:
+    """What figures are multiplied by in charts, and the unit that they have then."""
+    return (1.0, "dB") if what == "sqnr_db" else (100.0, "%")
+
+
+def _ends(what: str, r: dict[str, Any]) -> tuple[float, float]:
+    """Of the interval, in the unit of charts; the figure itself where there is none."""
+    low, high = (_unit_of(what)[0] * v for v in r.get(f"{what}_ci") or [r[what], r[what]])
+    return low, high
+
+
+def _float_level(what: str, rows: Sequence[dict[str, Any]]) -> float | None:
+    """The float network's figure, where all runs have the same."""
+    found = {r.get(f"float_{what}") for r in rows}
+    only = found.pop()
+    return None if found or only is None else _unit_of(what)[0] * float(only)
 
 
 def _rows_of_intervals(what: str, rows: list[dict[str, Any]]) -> Section:
     """For runs of one size: each one's figure with its interval, one below the other."""
-    factor = 1.0 if what == "sqnr_db" else 100.0
-    ends = [[factor * v for v in r.get(f"{what}_ci") or [r[what], r[what]]] for r in rows]
-    top = {r.get(f"float_{what}") for r in rows}
-    level = factor * only if len(top) == 1 and (only := top.pop()) is not None else None
-    highs = [e[1] for e in ends] + ([] if level is None else [level])
-    unit = "dB" if what == "sqnr_db" else "%"
-    x = linear(min(e[0] for e in ends), max(highs), f"{named(what)}, {unit}", count=5, margin=0.25)
-    y = Axis(0.5, len(rows) + 0.7)
-    drawn = [vertical(level, x, "float dashed")] if level is not None else []
-    labels = []
-    for height, r, (low, high) in zip(range(len(rows), 0, -1), rows, ends, strict=True):
-        title = f"{r['run']}: {shown(what, r[what])}"
-        drawn += [rule(low, height, high, height, x, y, "thick quantized")]
-        drawn += [dot(factor * r[what], height, x, y, "large quantized", title)]
-        labels.append(label(r["run"], low, height + 0.36, x, y, "above"))
-    said = "; ".join(f"{r['run']} {shown(what, r[what])}" for r in rows)
+    factor, unit = _unit_of(what)
+    level = _float_level(what, rows)
+    drawn = [
+        Interval(r["run"], factor * r[what], *_ends(what, r), title=f"{r['run']}: {_shown(what, r[what])}")
+        for r in rows
+    ]
+    said = "; ".join(f"{r['run']} {_shown(what, r[what])}" for r in rows)
     caption = (
         f"All runs have the same size to {100 * (SAME_SIZE - 1):.0f} %, {words.size(rows[0]['packed_bytes'])}. Lines "
         f"are 95 % intervals{', the dashed one is the float network' if level is not None else ''}."
     )
-    drawing = chart(drawn, x, y, summary=f"{named(what)}: {said}.", height=3.0 * len(rows) + 0.8, labels=labels)
+    drawing = intervals(drawn, f"{_named(what)}, {unit}", f"{_named(what)}: {said}.", level)
     return Section("front", "Accuracy at this size", tag("figure", tag("figcaption", caption), drawing))
 
 
@@ -304,15 +304,14 @@ def _alike(entries: Sequence[Entry]) -> Section | None:
         said.append("They were calibrated on different images.")
     if len({r.result.get("seed") for r in runs}) > 1:
         said.append("Their seeds differ.")
-    return Section("alike", "What else differs", tag("ul", (tag("li", s) for s in said))) if said else None
+    return Section("alike", "What else differs", bullets(said)) if said else None
 
 
 def _failures(entries: Sequence[Entry]) -> Section | None:
     failed = [e for e in entries if e.run is None]
     if not failed:
         return None
-    pairs: list[Child] = [[tag("dt", e.name), tag("dd", e.error)] for e in failed]
-    return Section("failed", "What failed", tag("dl", pairs))
+    return Section("failed", "What failed", definitions([(e.name, e.error) for e in failed]))
 
 
 def _repeat(entries: Sequence[Entry]) -> Section | None:
@@ -320,5 +319,5 @@ def _repeat(entries: Sequence[Entry]) -> Section | None:
     for e in entries:
         if e.run is not None:
             found.setdefault(e.run.result.get("command", words.NONE), []).append(e.name)
-    pairs: list[Child] = [[tag("dt", words.listed(names)), tag("dd", command(c))] for c, names in found.items()]
-    return Section("repeat", "To repeat it", tag("dl", pairs)) if found else None
+    pairs = [(words.listed(names), command(c)) for c, names in found.items()]
+    return Section("repeat", "To repeat it", definitions(pairs)) if found else None

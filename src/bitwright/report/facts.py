@@ -14,7 +14,7 @@ from bitwright.report.answers import Answers
 from bitwright.report.histograms import IMAGES, histograms, worst_layers
 from bitwright.run import folder as run_folder
 
-SCHEMA = 1
+FACTS_SCHEMA = 1
 
 
 def gather(
@@ -33,7 +33,7 @@ def gather(
     calibration = model.calibration or images
     batch = calibration.batch(range(min(IMAGES, len(calibration))))
     return {
-        "schema": SCHEMA,
+        "schema": FACTS_SCHEMA,
         "histograms": {"images": len(batch), "layers": histograms(model, batch, worst)},
         "answers": answers.facts(images, pictures=pictures),
         "files": {"packed": packed_parts(folder / run_folder.MODEL), "onnx": onnx_parts(folder / run_folder.ONNX)},

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from bitwright.report import words
+from bitwright import words
 from bitwright.report.charts import lengths
+from bitwright.report.frame import command, paragraph
 from bitwright.report.markup import Child, tag
-from bitwright.report.shown import Shown, command, paragraph
-from bitwright.report.tables import table
-from bitwright.report.verdict import runtime
+from bitwright.report.shown import Shown
+from bitwright.report.tables import page_table
+from bitwright.report.verdict import runtime_name
 
 TITLE = "Loss from quantization, gap of the runtime"
-LEAST = 1e-5
+_LEAST = 1e-5
 """Share below which no more is said."""
 NAMED = 3
 """Layers that a sentence names."""
@@ -44,7 +45,7 @@ def _measured(found: dict[str, Any]) -> list[Child]:
     return [
         paragraph(lead),
         tag("figure", lengths(bars, summary)),
-        table("Differences of the outputs", heads, _rows(found, several=several), wide=several),
+        page_table("Differences of the outputs", heads, _rows(found, several=several), wide=several),
         None if found["quantization"] else paragraph(_unmeasured(found), quiet=True),
         paragraph(_layers(found)),
     ]
@@ -58,14 +59,14 @@ def _bars(found: dict[str, Any]) -> list[tuple[str, float, str, str]]:
         bars.append(("quantization", share, _percent(share), "quantized"))
     for each in found["runtimes"]:
         share = max(_share(o) for b in each["batches"] for o in b["outputs"])
-        bars.append((runtime(each["runtime"]), share, _percent(share), "other"))
+        bars.append((runtime_name(each["runtime"]), share, _percent(share), "other"))
     return bars
 
 
 def _rows(found: dict[str, Any], *, several: bool) -> list[list[str]]:
     measured = [("loss from quantization", "", o) for o in found["quantization"] or ()]
     for each in found["runtimes"]:
-        name = f"gap of {runtime(each['runtime'])}"
+        name = f"gap of {runtime_name(each['runtime'])}"
         measured += [(name, str(b["batch"]), o) for b in each["batches"] for o in b["outputs"]]
     return [[name, batch, *([o["name"]] if several else []), *_cells(o)] for name, batch, o in measured]
 
@@ -80,9 +81,9 @@ def _share(row: dict[str, Any]) -> float:
 
 
 def _percent(share: float) -> str:
-    if 0 < share < LEAST:
-        return f"under {100 * LEAST:g}{words.GAP}%"
-    return "none" if share == 0 else f"{words.number(100 * share)}{words.GAP}%"
+    if 0 < share < _LEAST:
+        return f"under {100 * _LEAST:g} %"
+    return "none" if share == 0 else f"{words.number(100 * share)} %"
 
 
 def _unmeasured(found: dict[str, Any]) -> str:

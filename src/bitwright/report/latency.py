@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from bitwright.report import words
-from bitwright.report.charts import lengths
+from bitwright import words
+from bitwright.report.charts import key, lengths
+from bitwright.report.frame import Section, command, paragraph
 from bitwright.report.markup import tag
-from bitwright.report.shown import Section, Shown, command, key, paragraph
-from bitwright.report.tables import Cell, table
-from bitwright.report.verdict import runtime
+from bitwright.report.shown import Shown
+from bitwright.report.tables import TableCell, page_table
+from bitwright.report.verdict import runtime_name
 
-HEADS = ["runtime", ">threads", ">batch", ">float", ">quantized", ">quantized / float", ">images a second", "that is"]
+_HEADS = ["runtime", ">threads", ">batch", ">float", ">quantized", ">quantized / float", ">images a second", "that is"]
 
 
 def latency(run: Shown) -> Section:
@@ -31,7 +32,7 @@ def _measured(bench: dict[str, Any]) -> list[Any]:
     rows = bench["rows"]
     bars = []
     for r in rows:
-        where = f"{runtime(r['runtime'])}, {words.plural(r['threads'], 'thread')}, batch {r['batch']}"
+        where = f"{runtime_name(r['runtime'])}, {words.plural(r['threads'], 'thread')}, batch {r['batch']}"
         for name in ("float", "quantized"):
             each = r[name]["median"] / r["batch"]
             bars.append((where if name == "float" else "", each, words.duration(each), name))
@@ -43,20 +44,22 @@ def _measured(bench: dict[str, Any]) -> list[Any]:
         paragraph(lead),
         key(("float", "float"), ("quantized", "quantized")),
         tag("figure", lengths(bars, "Time for one image: " + "; ".join(map(_said, rows)) + ".")),
-        table("Time of one call, median; in brackets the middle half", HEADS, [_cells(r) for r in rows], wide=True),
+        page_table(
+            "Time of one call, median; in brackets the middle half", _HEADS, [_cells(r) for r in rows], wide=True
+        ),
         paragraph(f"Float is {bench['float']}." if bench.get("float") else None, quiet=True),
     ]
 
 
 def _said(r: dict[str, Any]) -> str:
     both = " against ".join(words.duration(r[k]["median"] / r["batch"]) for k in ("quantized", "float"))
-    return f"{runtime(r['runtime'])}, {words.plural(r['threads'], 'thread')}, batch {r['batch']}: {both} in float"
+    return f"{runtime_name(r['runtime'])}, {words.plural(r['threads'], 'thread')}, batch {r['batch']}: {both} in float"
 
 
-def _cells(r: dict[str, Any]) -> list[Cell | str]:
+def _cells(r: dict[str, Any]) -> list[TableCell | str]:
     ratio = r["ratio"]
     return [
-        runtime(r["runtime"]),
+        runtime_name(r["runtime"]),
         str(r["threads"]),
         str(r["batch"]),
         *(_time(r[k]) for k in ("float", "quantized")),
@@ -68,7 +71,7 @@ def _cells(r: dict[str, Any]) -> list[Cell | str]:
 
 def _time(spread: dict[str, float]) -> str:
     low, middle, high = (f"{1e3 * spread[k]:.3g}" for k in ("low", "median", "high"))
-    return f"{middle}{words.GAP}ms ({low} to {high})"
+    return f"{middle} ms ({low} to {high})"
 
 
 def judged(ratio: dict[str, float]) -> str:

@@ -6,11 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from bitwright.report import words
-from bitwright.report.charts import Axis, bar, chart, dot, linear, logarithmic, polyline, vertical
+from bitwright import words
+from bitwright.report.charts import Axis, bar, chart, dot, key, linear, vertical
+from bitwright.report.frame import Section, command, paragraph
 from bitwright.report.markup import Child, Markup, tag
-from bitwright.report.shown import Section, Shown, command, key, paragraph
-from bitwright.report.tables import Cell, table
+from bitwright.report.panels import Panel, Series, single
+from bitwright.report.shown import Shown
+from bitwright.report.tables import TableCell, page_table
 
 LEAST_DEPTH = 2
 BITS = {"weight_bits": "weights", "activation_bits": "activations"}
@@ -46,10 +48,8 @@ def _noise(run: Shown) -> Markup | None:
     if len(known) < LEAST_DEPTH:
         return None
     values = [v for _, _, v in known]
-    x = _along(rows)
-    y = linear(min(0.0, *values), max(values), "signal to error, dB", count=4, margin=0.04)
-    marks = [polyline([i for i, _, _ in known], values, x, y, "quantized thin")]
-    marks += [dot(i, v, x, y, "quantized", f"{i}. {name}: {words.decibel(v)}") for i, name, v in known]
+    titles = [f"{i}. {name}: {words.decibel(v)}" for i, name, v in known]
+    line = Series([i for i, _, _ in known], values, "quantized", ("line", "dot"), titles=titles)
     worst = min(known, key=lambda k: k[2])
     summary = (
         f"Signal to quantization error of {len(known)} layers' outputs, from {words.decibel(known[0][2])} at the "
@@ -59,7 +59,8 @@ def _noise(run: Shown) -> Markup | None:
         "How far each layer's output lies above its error; 10 dB more is a tenth of the error's energy. Errors add up "
         f"from layer to layer. Lowest: {worst[1]}, {words.decibel(worst[2])}."
     )
-    return tag("figure", tag("figcaption", tag("b", "Noise. "), caption), chart(marks, x, y, summary=summary))
+    panel = Panel((line,), "layer", "signal to error, dB", x_holds=(1.0, len(rows)), y_holds=(0.0,), summary=summary)
+    return single(panel, tag("b", "Noise. "), caption)
 
 
 def _bits(run: Shown) -> Markup | None:
@@ -108,17 +109,15 @@ def _sensitivity(run: Shown) -> Markup | None:
     known = [(places[n], n, v) for n, v in values.items() if n in places and v > 0]
     if len(known) < LEAST_DEPTH:
         return None
-    x, y = _along(rows), logarithmic(min(v for *_, v in known), max(v for *_, v in known), "score")
-    marks = [bar(i - 0.4, i + 0.4, y.low, v, x, y, "float", f"{i}. {n}: {words.number(v)}") for i, n, v in known]
+    titles = [f"{i}. {n}: {words.number(v)}" for i, n, v in known]
+    bars = Series([i for i, *_ in known], [v for *_, v in known], "float", ("bar",), titles=titles)
     title = "Label-free score"
     meaning = "how strongly the outputs depend on each layer's values (the trace of its Hessian)"
     top = sorted(known, key=lambda k: -k[2])[:3]
     most = words.listed([f"{n} ({words.number(v)})" for _, n, v in top])
-    return tag(
-        "figure",
-        tag("figcaption", tag("b", f"{title}: "), f"{meaning}. Highest: {most}."),
-        chart(marks, x, y, summary=f"{title} of {len(known)} layers. Highest: {most}."),
-    )
+    summary = f"{title} of {len(known)} layers. Highest: {most}."
+    panel = Panel((bars,), "layer", "score", y_log=True, x_holds=(1.0, len(rows)), summary=summary)
+    return single(panel, tag("b", f"{title}: "), f"{meaning}. Highest: {most}.")
 
 
 # -------------------------------------------------------------------------------------------------- every layer
@@ -143,7 +142,7 @@ def every_layer(run: Shown) -> Section:
     ]
     heads += [">score"] if scores else []
     heads += [">share of loss"] if shares else []
-    made = table(
+    made = page_table(
         "Every quantized tensor",
         heads,
         [_layer_cells(i, r, scores, shares) for i, r in enumerate(rows, 1)],
@@ -154,21 +153,23 @@ def every_layer(run: Shown) -> Section:
     return Section("layers", "Every layer", [paragraph(lead + "only moves or joins values.", quiet=True), made])
 
 
-def _layer_cells(i: int, row: dict[str, Any], scores: dict[str, float], shares: dict[str, float]) -> list[Cell | str]:
+def _layer_cells(
+    i: int, row: dict[str, Any], scores: dict[str, float], shares: dict[str, float]
+) -> list[TableCell | str]:
     name = row["name"]
-    cells: list[Cell | str] = [Cell(str(i), i), name, row["op"]]
+    cells: list[TableCell | str] = [TableCell(str(i), i), name, row["op"]]
     for what in ("weight_bits", "activation_bits"):
         bits = row.get(what)
-        cells.append(Cell(str(bits) if bits else words.NONE, bits))
+        cells.append(TableCell(str(bits) if bits else words.NONE, bits))
     cells.append(row.get("granularity") or "")
     for what in ("parameters", "macs"):
-        cells.append(Cell(words.short(row[what]) if row.get(what) else words.NONE, row.get(what)))
-    cells.append(Cell(words.decibel(row.get("sqnr_db")), row.get("sqnr_db")))
+        cells.append(TableCell(words.scaled(row[what]) if row.get(what) else words.NONE, row.get(what)))
+    cells.append(TableCell(words.decibel(row.get("sqnr_db")), row.get("sqnr_db")))
     if scores:
-        cells.append(Cell(words.number(scores.get(name)), scores.get(name)))
+        cells.append(TableCell(words.number(scores.get(name)), scores.get(name)))
     if shares:
         share = shares.get(name)
-        cells.append(Cell(words.percent(share, 1) if share is not None else words.NONE, share))
+        cells.append(TableCell(words.percent(share, 1) if share is not None else words.NONE, share))
     return cells
 
 
@@ -210,7 +211,7 @@ def diagnosis(run: Shown) -> Section | None:
     )
     body: list[Child] = [
         paragraph(lead),
-        table("Loss without each tensor's error", ["layer", "tensor", ">loss without it", ">share"], rows),
+        page_table("Loss without each tensor's error", ["layer", "tensor", ">loss without it", ">share"], rows),
     ]
     body += _rules(found)
     return Section("diagnosis", "Where the loss comes from", body)
@@ -220,21 +221,23 @@ def _rules(found: dict[str, Any]) -> list[Child]:
     rules = found.get("rules") or []
     if not rules:
         return []
-    rows: list[list[Cell | str]] = [
-        [Cell(command(f"--rule '{r['rule']}'")), words.number(r["loss_after"]), f"+{words.size(r['bytes'])}"]
+    rows: list[list[TableCell | str]] = [
+        [TableCell(command(f"--rule '{r['rule']}'")), words.number(r["loss_after"]), f"+{words.size(r['bytes'])}"]
         for r in rules
     ]
     together = found.get("together")
     if together:
         said = " ".join(f"--rule '{r}'" for r in together["rules"])
-        rows.append([Cell(command(said)), words.number(together["loss_after"]), f"+{words.size(together['bytes'])}"])
-    return [table("What would give most of it back", ["added to the command", ">loss", ">file"], rows)]
+        rows.append(
+            [TableCell(command(said)), words.number(together["loss_after"]), f"+{words.size(together['bytes'])}"]
+        )
+    return [page_table("What would give most of it back", ["added to the command", ">loss", ">file"], rows)]
 
 
 # ------------------------------------------------------------------------------------------------- worst layers
 
 
-def worst(run: Shown) -> Section | None:
+def noisiest(run: Shown) -> Section | None:
     """Histograms of the noisiest layers with their grids."""
     found = run.facts.get("histograms") or {}
     layers = found.get("layers") or []

@@ -6,13 +6,15 @@ import json
 import re
 from typing import Any
 
-from bitwright.report import words
-from bitwright.report.charts import chart, horizontal, lengths, linear, logarithmic, polyline
+from bitwright import words
+from bitwright.report.charts import key, lengths
+from bitwright.report.frame import Section, bullets, command, definitions, paragraph
 from bitwright.report.gap import gap
 from bitwright.report.markup import Child, Markup, tag
-from bitwright.report.shown import Section, Shown, command, definitions, key, paragraph
-from bitwright.report.tables import table
-from bitwright.report.verdict import runtime
+from bitwright.report.panels import Panel, Series
+from bitwright.report.shown import Shown
+from bitwright.report.tables import page_table
+from bitwright.report.verdict import runtime_name
 
 # ------------------------------------------------------------------------------------------------- optimisation
 
@@ -51,7 +53,7 @@ def _reconstruction(run: Shown) -> Markup | None:
         tag("h3", "Reconstruction"),
         paragraph(f"{text}.{ended}{early}"),
         tag("figure", curve) if curve else None,
-        table("Loss on the same calibration images, after each stage", ["after", ">loss", ""], stages),
+        page_table("Loss on the same calibration images, after each stage", ["after", ">loss", ""], stages),
     )
 
 
@@ -77,7 +79,7 @@ def _evolution(run: Shown) -> Markup | None:
         tag("h3", "Evolution"),
         paragraph(text),
         tag("figure", curve, key(("mark", "the float network's own fitness"))) if curve else None,
-        table("Fitness on calibration images, lower is better", ["", ">fitness"], rows),
+        page_table("Fitness on calibration images, lower is better", ["", ">fitness"], rows),
     )
 
 
@@ -86,31 +88,26 @@ def _curve(points: list[Any], y_name: str, x_name: str, what: str, floor: float 
     if len(points) < 2:
         return None
     xs, ys = [float(p[0]) for p in points], [float(p[1]) for p in points]
-    low, high = min(ys), max(ys)
-    if floor is not None:
-        low, high = min(low, floor), max(high, floor)
-    wide = low > 0 and high / low > 10
-    x = linear(0.0, max(xs), x_name, count=5)
-    y = logarithmic(low, high, y_name) if wide else linear(low, high, y_name, count=4, margin=0.06)
-    marks = [horizontal(floor, y, "mark")] if floor is not None else []
-    marks.append(polyline(xs, ys, x, y, "quantized"))
+    ends = [*ys, *([] if floor is None else [floor])]
+    wide = min(ends) > 0 and max(ends) / min(ends) > 10
     summary = (
         f"{what}: {words.number(ys[0], 4)} at {x_name} {xs[0]:.0f}, {words.number(ys[-1], 4)} at {x_name} "
         f"{xs[-1]:.0f}, lowest {words.number(min(ys), 4)}."
     )
-    return chart(marks, x, y, summary=summary)
+    line = Series(xs, ys, "quantized", ("line",))
+    return Panel((line,), x_name, y_name, y_log=wide, level=floor, level_look="mark", summary=summary).markup()
 
 
 # ------------------------------------------------------------------------------------------------------- parity
 
 
-def parity(run: Shown) -> Section:
+def exported_file(run: Shown) -> Section:
     """Whether the exported file computes what was measured."""
     found = run.result.get("parity")
     if not found:
         said = "model.onnx was not written; the warnings say why." if "parity" in run.result else "Not exported yet."
         return Section("parity", "The exported file", paragraph(said))
-    name = runtime(found["runtime"])
+    name = runtime_name(found["runtime"])
     passed = found.get("first_divergence") is None
     lead = (
         f"model.onnx was run in {name} on {words.plural(found['images'], 'image')} and compared with the network that "
@@ -132,7 +129,7 @@ def parity(run: Shown) -> Section:
             f"{words.plural(worst['max_steps'], 'step')} of its grid. Sums of floats in another order tip a few values "
             "over a rounding boundary."
         )
-    checked = table("Outputs in the runtime, when the file was written", heads, rows)
+    checked = page_table("Outputs in the runtime, when the file was written", heads, rows)
     body = [paragraph(lead), checked, layer and paragraph(layer), gap(run)]
     return Section("parity", "The exported file", body)
 
@@ -147,7 +144,7 @@ def _outputs(found: dict[str, Any]) -> list[str]:
 # --------------------------------------------------------------------------------------------- time, floats, words
 
 
-def time(run: Shown) -> Section | None:
+def time_and_memory(run: Shown) -> Section | None:
     """Seconds of each step, and memory."""
     seconds = dict(run.result.get("seconds") or {})
     total = seconds.pop("total", None)
@@ -182,7 +179,7 @@ def floats(run: Shown) -> Section:
 def warnings(run: Shown) -> Section | None:
     """What the run warned of."""
     found = run.result.get("warnings") or []
-    return Section("warnings", "Warnings", tag("ul", (tag("li", w) for w in found))) if found else None
+    return Section("warnings", "Warnings", bullets(found)) if found else None
 
 
 def repeat(run: Shown) -> Section:

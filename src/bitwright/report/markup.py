@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable
 
 
@@ -16,21 +17,22 @@ Child = str | int | None | Iterable["Child"]
 
 VOID = frozenset({"br", "col", "hr", "img", "input", "meta"})
 """Elements of HTML without an end; those of SVG have one."""
+_BEFORE_UNIT = re.compile(r"(?<=[\d⁰¹²³⁴⁵⁶⁷⁸⁹]) (?=(?:%|[kMG]?B|dB|[mµ]?s|min|h|nats|[kMGT]|×)(?!\w))")
 
 
 def text(child: Child) -> Markup:
-    """Children as HTML; None is nothing.
+    r"""Children as HTML; None is nothing. No line ends between a number and its unit.
 
     Example:
-        >>> text(["a < b ", tag("b", "c")])
-        'a &lt; b <b>c</b>'
+        >>> text(["a < b ", tag("b", "c")]), text("3.5 MB of 12 images")
+        ('a &lt; b <b>c</b>', '3.5\xa0MB of 12 images')
     """
     if child is None:
         return Markup()
     if isinstance(child, Markup):
         return child
     if isinstance(child, str | int):
-        return Markup(html.escape(str(child), quote=True))
+        return Markup(_BEFORE_UNIT.sub("\u00a0", html.escape(str(child), quote=True)))
     return Markup("".join(text(c) for c in child))
 
 

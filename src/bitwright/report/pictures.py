@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from bitwright.report import words
+from bitwright import words
+from bitwright.report.frame import Section, paragraph
 from bitwright.report.markup import Markup, tag
-from bitwright.report.shown import Section, Shown, paragraph
+from bitwright.report.shown import Shown
 
 
 def disagreements(run: Shown) -> Section | None:

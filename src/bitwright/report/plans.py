@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from bitwright import words
 from bitwright.bits.goal import TITLES
-from bitwright.report import words
-from bitwright.report.charts import Axis, chart, dot, label, linear, logarithmic, polyline
-from bitwright.report.markup import Child, Markup, tag
-from bitwright.report.shown import Section, Shown, key, paragraph
-from bitwright.report.tables import table
+from bitwright.report.frame import Section, paragraph
+from bitwright.report.markup import Child, Markup
+from bitwright.report.panels import Panel, Series, single
+from bitwright.report.shown import Shown
+from bitwright.report.tables import page_table
 
-Point = dict[str, Any]
+CurvePoint = dict[str, Any]
 
 
-def plan(run: Shown) -> Section | None:
+def planned_bits(run: Shown) -> Section | None:
     """The plan of a run that has one; nothing where all layers were given their bits, or a file by itself did."""
     asked, curve = run.result.get("plan") or {}, curve_of(run)
     if not asked and not curve:
@@ -22,7 +23,7 @@ def plan(run: Shown) -> Section | None:
     chosen = asked.get("predicted") or (curve or {}).get("chosen")
     body: list[Child] = [paragraph(_lead(asked, chosen)), *_estimate(asked)]
     if curve:
-        body += _drawn(curve, chosen)
+        body += [curve_figure(curve, chosen), _table(curve.get("uniform") or [], chosen, curve["along"])]
     note = (
         "Predicted losses add up over layers, each quantized alone: they order plans and are no forecast of accuracy."
     )
@@ -35,21 +36,10 @@ def curve_of(run: Shown) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and len(found.get("points") or []) > 1 else None
 
 
-def cost(name: str, value: float) -> str:
-    r"""A cost as people read it.
-
-    Example:
-        >>> cost("weight_bytes", 99_239), cost("bit_operations", 2.99574e8), cost("latency", 0.00213)
-        ('99.24\xa0kB', '299.6\xa0M', '2.13\xa0ms')
-    """
-    if name == "latency":
-        return words.duration(value)
-    return words.short(value) if name == "bit_operations" else words.size(value)
-
-
-def _lead(asked: dict[str, Any], chosen: Point | None) -> str:
+def _lead(asked: dict[str, Any], chosen: CurvePoint | None) -> str:
     limits = [
-        f"{TITLES.get(name, name)} at most {cost(name, value)}" for name, value in (asked.get("limits") or {}).items()
+        f"{TITLES.get(name, name)} at most {words.cost(name, value)}"
+        for name, value in (asked.get("limits") or {}).items()
     ]
     if "estimate" in asked:
         limits.append(f"at most {words.percent(asked['estimate']['drop'])} of answers changed")
@@ -74,65 +64,57 @@ def _estimate(asked: dict[str, Any]) -> list[Child]:
             share, ends = words.percent(found["agreement"]), words.interval(found["interval"])
             rows.append([said, share, ends, f"{found['images']:,}"])
     heads = ["", ">same answer", ">95 % interval", ">images"]
-    return [table("Answers that stay the same", heads, rows)] if rows else []
+    return [page_table("Answers that stay the same", heads, rows)] if rows else []
 
 
-def _drawn(curve: dict[str, Any], chosen: Point | None) -> list[Child]:
+def curve_figure(curve: dict[str, Any], chosen: CurvePoint | None, which: str = "this run") -> Markup:
+    """Predicted loss over what was limited, with uniform bits beside it.
+
+    Args:
+        curve: ``along``, ``points`` and ``uniform`` as ``pareto.json`` has them.
+        chosen: the point that is marked.
+        which: what that is called.
+    """
     along, points, uniform = curve["along"], curve["points"], curve.get("uniform") or []
     every = [*points, *uniform, *([chosen] if chosen else [])]
-    losses = [p["loss"] for p in every if p["loss"] > 0]
-    name = TITLES.get(along, along)
     unit, per = words.unit(along, max(p[along] for p in every))
-    x = linear(min(p[along] for p in every) / per, max(p[along] for p in every) / per, f"{name}, {unit}".rstrip(", "),
-               count=5, margin=0.05)  # fmt: skip
-    y = logarithmic(min(losses), max(losses), "predicted loss") if losses else Axis(0.0, 1.0, ((0.0, "0"),))
-    marks = _marks(points, uniform, chosen, along, per, x, y)
-    labels = [label(f"{p['bits']} bits", p[along] / per, p["loss"], x, y, "over") for p in uniform if _fits(p, y)]
-    legend = [("quantized", "best plan at each limit"), ("float round", "the same bits in all layers")]
-    legend += [("other round", "this run")] if chosen else []
+
+    def series(these: list[CurvePoint], names: list[str], look: str, name: str, **more: Any) -> Series:
+        titles = [
+            f"{n}: {words.cost(along, p[along])}, predicted loss {words.number(p['loss'])}"
+            for n, p in zip(names, these, strict=True)
+        ]
+        return Series(
+            [p[along] / per for p in these], [p["loss"] for p in these], look, name=name, titles=titles, **more
+        )
+
+    bits, plans = [f"{p['bits']} bits" for p in uniform], [f"plan {i}" for i in range(1, len(points) + 1)]
+    drawn = [
+        series(points, plans, "quantized", "best plan at each limit", marks=("line", "dot")),
+        series(uniform, [f"{b} everywhere" for b in bits], "large float", "the same bits in all layers", labels=bits),
+        *([series([chosen], [which], "large other", which)] if chosen else []),
+    ]
     low, high = points[0], points[-1]
     said = (
-        f"Best plans from {cost(along, low[along])} with a predicted loss of {words.number(low['loss'])} to "
-        f"{cost(along, high[along])} with {words.number(high['loss'])}."
+        f"Best plans from {words.cost(along, low[along])} with a predicted loss of {words.number(low['loss'])} to "
+        f"{words.cost(along, high[along])} with {words.number(high['loss'])}."
     )
     if chosen:
-        said += f" This run: {cost(along, chosen[along])}, {words.number(chosen['loss'])}."
-    drawing = chart(marks, x, y, summary=said, height=15.0, labels=labels)
-    caption = tag(
-        "figcaption", "What other limits would have given: for each, the plan that is predicted to lose least."
+        said += f" {which[:1].upper()}{which[1:]}: {words.cost(along, chosen[along])}, {words.number(chosen['loss'])}."
+    x_name = f"{TITLES.get(along, along)}, {unit}".rstrip(", ")
+    return single(
+        Panel(tuple(drawn), x_name, "predicted loss", y_log=True, height=15.0, summary=said),
+        "What other limits would have given: for each, the plan that is predicted to lose least.",
     )
-    return [tag("figure", caption, key(*legend), drawing), _table(uniform, chosen, along)]
 
 
-def _marks(
-    points: list[Point], uniform: list[Point], chosen: Point | None, along: str, per: float, x: Axis, y: Axis
-) -> list[Markup]:
-    shown = [p for p in points if _fits(p, y)]
-    marks = [polyline([p[along] / per for p in shown], [p["loss"] for p in shown], x, y, "quantized")]
-    marks += [_dot(p, f"plan {i}", along, per, x, y, "quantized") for i, p in enumerate(shown, 1)]
-    marks += [_dot(p, f"{p['bits']} bits everywhere", along, per, x, y, "large float") for p in uniform if _fits(p, y)]
-    if chosen and _fits(chosen, y):
-        marks.append(_dot(chosen, "this run", along, per, x, y, "large other"))
-    return marks
-
-
-def _fits(point: Point, y: Axis) -> bool:
-    """Whether the axis can show it: a logarithm has no place for no loss at all."""
-    return not y.log or point["loss"] > 0
-
-
-def _dot(point: Point, name: str, along: str, per: float, x: Axis, y: Axis, look: str) -> Markup:
-    title = f"{name}: {cost(along, point[along])}, predicted loss {words.number(point['loss'])}"
-    return dot(point[along] / per, point["loss"], x, y, look, title)
-
-
-def _table(uniform: list[Point], chosen: Point | None, along: str) -> Markup | None:
+def _table(uniform: list[CurvePoint], chosen: CurvePoint | None, along: str) -> Markup | None:
     """This plan between networks of equal bits, in the order of what they cost."""
     named = [(p[along], f"{p['bits']} bits in all layers", p) for p in uniform]
     named += [(chosen[along], "this run", chosen)] if chosen else []
     rows = [
-        [name, *([] if along == "weight_bytes" else [cost(along, p[along])]), words.size(p["weight_bytes"]),
-         words.short(p["bit_operations"]), words.number(p["loss"])]
+        [name, *([] if along == "weight_bytes" else [words.cost(along, p[along])]), words.size(p["weight_bytes"]),
+         words.scaled(p["bit_operations"]), words.number(p["loss"])]
         for _, name, p in sorted(named, key=lambda n: n[0])
     ]  # fmt: skip
     heads = [
@@ -141,4 +123,4 @@ def _table(uniform: list[Point], chosen: Point | None, along: str) -> Markup | N
         ">size",
         ">bit operations",
     ]
-    return table("Beside the same bits in all layers", [*heads, ">predicted loss"], rows) if rows else None
+    return page_table("Beside the same bits in all layers", [*heads, ">predicted loss"], rows) if rows else None

@@ -1,4 +1,4 @@
-"""A run as its page shows it: what was read, and the pieces that a page is made of."""
+"""A run as its page shows it: what its folder holds."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bitwright import words
 from bitwright.errors import UsageError
 from bitwright.given.text import read_json
-from bitwright.report import words
-from bitwright.report.markup import Child, Markup, tag
 from bitwright.run import folder as run_folder
 
 
@@ -47,16 +46,7 @@ class Shown:
         return ", ".join(f"{words.span(found[k])} {k}s" for k in ("weight", "activation"))
 
 
-@dataclass(frozen=True)
-class Section:
-    """A part of a page."""
-
-    key: str
-    title: str
-    body: Child
-
-
-def read(folder: Path) -> Shown:
+def read_run(folder: Path) -> Shown:
     """A run folder; what lies beside ``result.json`` and cannot be read is left out.
 
     Raises:
@@ -79,23 +69,3 @@ def _beside(path: Path) -> dict[str, Any] | None:
     except UsageError:
         return None
     return found if isinstance(found, dict) else None
-
-
-def paragraph(*said: Child, quiet: bool = False) -> Markup:
-    """Text."""
-    return tag("p", said, class_="quiet" if quiet else None)
-
-
-def definitions(pairs: list[tuple[str, Child]]) -> Markup:
-    """Names and what they stand for."""
-    return tag("dl", [[tag("dt", name), tag("dd", said)] for name, said in pairs])
-
-
-def command(said: str) -> Markup:
-    """A command line that breaks between its words."""
-    return tag("code", [[tag("span", word, class_="word"), " "] for word in said.split(" ")])
-
-
-def key(*marks: tuple[str, str]) -> Markup:
-    """What the looks in a chart stand for: (look, meaning)."""
-    return tag("p", [tag("span", tag("i", class_=f"swatch {look}"), meaning) for look, meaning in marks], class_="key")

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
+from bitwright import words
 from bitwright.measure.metrics import OutputFidelity, read_fidelity, worst
-from bitwright.report import words
-from bitwright.report.charts import Axis, chart, dot, label, lengths, linear, rule
+from bitwright.report.charts import Interval, intervals, lengths
+from bitwright.report.frame import Section, bullets, paragraph
 from bitwright.report.markup import Child, Markup, tag
-from bitwright.report.shown import Section, Shown, paragraph
-from bitwright.report.tables import table
+from bitwright.report.shown import Shown
+from bitwright.report.tables import page_table
 from bitwright.report.verdict import METRICS, main_metric, paired_difference
 
 # ---------------------------------------------------------------------------------------------------- accuracy
 
 
-def accuracy(run: Shown) -> Section:
+def float_against_quantized(run: Shown) -> Section:
     """Metrics of both networks with their intervals, and how alike their answers are."""
     result = run.result
     rows = _metric_rows(result) + _fidelity_rows(result)
     metric = main_metric(result)
     body = [
         _intervals(result, metric) if metric else None,
-        table(_on(result), ["", ">float", ">quantized", ">difference"], rows) if rows else None,
+        page_table(_on(result), ["", ">float", ">quantized", ">difference"], rows) if rows else None,
         _paired(run),
         _by_output(read_fidelity(result.get("fidelity"))),
         paragraph(_measured_on(result), quiet=True),
@@ -56,49 +57,42 @@ def _fidelity_rows(result: dict[str, Any]) -> list[list[str]]:
     if found.agreement is not None:
         rows.append([f"same answer as float{of}", "", words.percent(found.agreement), ""])
     if found.kl is not None:
-        rows.append([f"KL divergence from float{of}", "", f"{words.number(found.kl)}{words.GAP}nats", ""])
+        rows.append([f"KL divergence from float{of}", "", f"{words.number(found.kl)} nats", ""])
     if outputs and (found.exact or found.sqnr_db is not None):
-        rows.append([f"outputs: signal to error{of}", "", _noise(found), ""])
+        rows.append([f"outputs: signal to error{of}", "", words.signal_to_error(found.sqnr_db, exact=found.exact), ""])
     return rows
-
-
-def _noise(found: OutputFidelity) -> str:
-    return "no error" if found.exact else words.decibel(found.sqnr_db)
 
 
 def _by_output(outputs: dict[str, OutputFidelity]) -> Child:
     """How closely each of several outputs is followed, and why figures are missing."""
-    notes = tag("ul", (tag("li", f"{name}: {found.note}") for name, found in outputs.items() if found.note))
+    notes = bullets([f"{name}: {found.note}" for name, found in outputs.items() if found.note])
     body = [notes if any(o.note for o in outputs.values()) else None]
     if len(outputs) > 1:
         rows = [
-            [name, words.percent(o.agreement), words.number(o.kl), _noise(o), words.decibel(o.spread_db)]
+            [
+                name,
+                words.percent(o.agreement),
+                words.number(o.kl),
+                words.signal_to_error(o.sqnr_db, exact=o.exact),
+                words.decibel(o.spread_db),
+            ]
             for name, o in outputs.items()
         ]
         heads = ["output", ">same answer", ">KL, nats", ">signal to error", ">change between images to error"]
-        body.insert(0, table("Output by output, against float", heads, rows))
+        body.insert(0, page_table("Output by output, against float", heads, rows))
     return body
 
 
 def _intervals(result: dict[str, Any], metric: str) -> Markup | None:
-    """Two dots with their intervals, one above the other."""
-    names = (("float", "float", 2.0), ("quantized", "quantized", 1.0))
-    ends: dict[str, list[float]] = {n: (result[n] or {}).get(f"{metric}_ci") or [] for n, _, _ in names}
-    if not all(ends.values()):
-        return None
-    low, high = (100 * f(v[i] for v in ends.values()) for i, f in ((0, min), (1, max)))
-    x, y = linear(low, high, f"{METRICS[metric]}, %", count=5, margin=0.35), Axis(0.4, 2.6)
-    marks, labels = [], []
-    for name, said, height in names:
-        value = 100 * result[name][metric]
-        marks += [rule(100 * ends[name][0], height, 100 * ends[name][1], height, x, y, f"thick {said}")]
-        marks += [dot(value, height, x, y, f"large {said}")]
-        labels.append(label(said, 100 * ends[name][1], height, x, y))
-    summary = "; ".join(
-        f"{said}: {words.percent(result[name][metric])}, 95 % interval {words.interval(ends[name])}"
-        for name, said, _ in names
-    )
-    return tag("figure", chart(marks, x, y, summary=f"{METRICS[metric]}. {summary}.", height=5.0, labels=labels))
+    """Both networks with their intervals, one below the other."""
+    rows, said = [], []
+    for name in ("float", "quantized"):
+        ends, value = result[name].get(f"{metric}_ci"), result[name][metric]
+        if not ends:
+            return None
+        said.append(f"{name}: {words.percent(value)}, 95 % interval {words.interval(ends)}")
+        rows.append(Interval(name, 100 * value, 100 * ends[0], 100 * ends[1], name, said[-1]))
+    return tag("figure", intervals(rows, f"{METRICS[metric]}, %", f"{METRICS[metric]}. {'; '.join(said)}."))
 
 
 def _paired(run: Shown) -> Markup | None:
@@ -141,22 +135,22 @@ FILES = {
 }
 
 
-def size(run: Shown) -> Section:
+def sizes_of_files(run: Shown) -> Section:
     """Bytes in every form, and why the files are larger than the ideal."""
     sizes = run.result["size"]
     known = {k: v for k, v in FILES.items() if sizes.get(k)}
     whole = sizes.get("float_bytes") or 0
     bars = [(name, sizes[k], words.size(sizes[k]), look) for k, (name, _, look) in known.items()]
     rows = [
-        [name, words.size(sizes[k]), f"{whole / sizes[k]:.2f}{words.GAP}×" if whole else words.NONE, meaning]
+        [name, words.size(sizes[k]), f"{whole / sizes[k]:.2f} ×" if whole else words.NONE, meaning]
         for k, (name, meaning, _) in known.items()
     ]
     summary = "Sizes: " + ", ".join(f"{name} {said}" for name, _, said, _ in bars) + "."
     reasons = _reasons(run)
     body = [
         tag("figure", lengths(bars, summary)),
-        table("Size in each form", ["", ">size", ">smaller", "what it is"], rows),
-        tag("ul", (tag("li", r) for r in reasons)) if reasons else None,
+        page_table("Size in each form", ["", ">size", ">smaller", "what it is"], rows),
+        bullets(reasons) if reasons else None,
     ]
     return Section("size", "Size", body)
 

@@ -12,17 +12,17 @@ SEARCHED = 8
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """What a cell says, and the number that it is sorted by."""
 
     said: Child
     value: float | None = None
 
 
-def table(
+def page_table(
     caption: str,
     heads: Sequence[str],
-    rows: Sequence[Sequence[Cell | str]],
+    rows: Sequence[Sequence[TableCell | str]],
     *,
     sortable: bool = False,
     name: str = "",
@@ -69,8 +69,8 @@ def _head(title: str, number: bool, sortable: bool) -> Markup:
     return tag("th", shown, scope="col", class_="n" if number else None)
 
 
-def _cell(cell: Cell | str, column: int, number: bool) -> Markup:
-    cell = cell if isinstance(cell, Cell) else Cell(cell)
+def _cell(cell: TableCell | str, column: int, number: bool) -> Markup:
+    cell = cell if isinstance(cell, TableCell) else TableCell(cell)
     value = None if cell.value is None else f"{cell.value:.9g}"
     if column == 0:
         return tag("th", cell.said, scope="row", data_v=value, class_="n" if number else None)

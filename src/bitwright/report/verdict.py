@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from bitwright import words
 from bitwright.measure.metrics import OutputFidelity, read_fidelity, worst
-from bitwright.report import words
 
 METRICS = {
     "top1": "top-1 accuracy",
@@ -146,14 +146,14 @@ def _file(result: dict[str, Any]) -> str:
         return "model.onnx was not written." if "onnx_bytes" in result["size"] else ""
     if parity.get("first_divergence") is not None:
         return f"model.onnx computes something else, first at {parity['first_divergence']}."
-    return f"model.onnx was checked in {runtime(parity['runtime'])}."
+    return f"model.onnx was checked in {runtime_name(parity['runtime'])}."
 
 
-def runtime(name: str) -> str:
+def runtime_name(name: str) -> str:
     """A runtime with its version.
 
     Example:
-        >>> runtime("onnxruntime 1.31.0")
+        >>> runtime_name("onnxruntime 1.31.0")
         'ONNX Runtime 1.31.0'
     """
     return name.replace("onnxruntime", "ONNX Runtime").replace("openvino", "OpenVINO")

@@ -275,10 +275,10 @@ def _images(source: Any, network: Model, labels: Any, samples: int | None, skip_
 
 def write(found: dict[str, Any], folder: Path) -> list[Path]:
     """Writes ``sensitivity.json`` and ``sensitivity.html``; each is whole, or what it was before."""
+    from bitwright.report.sensitivity_page import sensitivity_page
     from bitwright.run.files import write_json, write_text
-    from bitwright.sensitivity.figure import page
 
     paths = [folder / "sensitivity.json", folder / "sensitivity.html"]
     write_json(paths[0], found)
-    write_text(paths[1], page(found))
+    write_text(paths[1], sensitivity_page(found))
     return paths

@@ -17,7 +17,9 @@ from bitwright.run.files import DamagedError, read_checked, write_checked, write
 
 if TYPE_CHECKING:
     from bitwright.given.models import Model
+    from bitwright.report.panels import Figure
     from bitwright.studies.subject import Subject
+    from bitwright.studies.surfaces import Interactive
 
 Row = dict[str, Any]
 """One measurement as plain data: what was measured (the keys of its cell), then the figures."""
@@ -65,7 +67,7 @@ class Study:
         defaults: sizes at which it takes a few minutes on the embedded networks.
         cells: what to measure on one network.
         summarise: rows to fewer rows, with spreads (:func:`group`).
-        figure: the plotly figure of a result.
+        figure: of a result.
         networks: those to run on where the user names none; the embedded ones if not given.
         verdict: what the figures of a result say, in sentences.
         brief: of a summary, what fits a terminal; all of it if not given.
@@ -80,7 +82,7 @@ class Study:
     defaults: Settings
     cells: Callable[[Subject, Settings], Iterable[Cell]]
     summarise: Callable[[list[Row]], list[Row]]
-    figure: Callable[[Result], Any]
+    figure: Callable[[Result], Figure | Interactive]
     networks: Callable[[Progress], list[Model]] | None = None
     verdict: Callable[[Result], list[str]] | None = None
     brief: Callable[[list[Row]], list[Row]] | None = None
@@ -183,8 +185,8 @@ class Result:
         found = {"verdict": self.verdict} if self.study.verdict is not None else {}
         return {"study": about, **self.facts, **found, "summary": self.summary, "rows": self.rows}
 
-    def figure(self) -> Any:
-        """A ``plotly.graph_objects.Figure``."""
+    def figure(self) -> Figure | Interactive:
+        """What is drawn of it: panels, or a figure that moves."""
         return self.study.figure(self)
 
     def save(self, folder: str | Path) -> tuple[Path, Path]:
@@ -193,10 +195,14 @@ class Result:
         Returns:
             The two paths.
         """
-        from bitwright.studies.figures import page
+        from bitwright.report.study_page import study_page
+        from bitwright.studies.figures import table
 
         folder = Path(folder)
-        texts = {".json": json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", ".html": page(self)}
+        texts = {
+            ".json": json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n",
+            ".html": study_page(self, *table(self.summary)),
+        }
         paths = [folder / f"{self.study.name}{suffix}" for suffix in texts]
         for path, text in zip(paths, texts.values(), strict=True):
             write_text(path, text)

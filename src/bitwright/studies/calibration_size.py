@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
+from bitwright.report.panels import Figure
 from bitwright.stages.reconstruct import Reconstruct
 from bitwright.studies import figures
 from bitwright.studies.base import Cell, Result, Settings, Study
@@ -15,11 +15,11 @@ from bitwright.studies.variants import BEFORE, measured, summarise
 FEWEST = 16
 
 
-def sizes(most: int) -> list[int]:
+def counts_of_images(most: int) -> list[int]:
     """Numbers of images, each four times the one before, up to the most.
 
     Example:
-        >>> sizes(1024), sizes(768), sizes(8)
+        >>> counts_of_images(1024), counts_of_images(768), counts_of_images(8)
         ([16, 64, 256, 1024], [16, 64, 256, 768], [8])
     """
     steps = [FEWEST * 4**k for k in range(10)]
@@ -34,7 +34,7 @@ def cells(subject: Subject, settings: Settings) -> Iterator[Cell]:
         ("optimised", stage.model_copy(update={"steps": settings.steps})),
     ]
     for bits in settings.weights:
-        for count in sizes(min(settings.samples, len(subject.pool))):
+        for count in counts_of_images(min(settings.samples, len(subject.pool))):
             for seed in settings.seeds:
                 images = subject.calibration(count, seed)
                 for variant, own in chosen:
@@ -43,9 +43,9 @@ def cells(subject: Subject, settings: Settings) -> Iterator[Cell]:
                     yield Cell({**key, "seed": seed}, run)
 
 
-def figure(result: Result) -> Any:
+def figure(result: Result) -> Figure:
     """KL and agreement (or accuracy) over the number of images, before and after the optimisation."""
-    return figures.comparison(result, "images", ["kl", figures.accuracy(result)], "calibration images", numeric=True)
+    return figures.over(result, "images", ["kl", figures.answers_of(result)], "calibration images", numeric=True)
 
 
 STUDY = Study(

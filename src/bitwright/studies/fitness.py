@@ -13,6 +13,7 @@ from bitwright.progress import Progress
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel
 from bitwright.recipes import recipe
+from bitwright.report.panels import Figure
 from bitwright.stages.base import Run
 from bitwright.stages.candidates import Fitness, Measure
 from bitwright.stages.evolve import Evolve
@@ -94,14 +95,14 @@ def summarise(rows: list[Row]) -> list[Row]:
 def verdict(result: Result) -> list[str]:
     """For each network, by which loss's evolution each held-out figure is best, and whether that is more than seeds."""
     said = []
-    for where in dict.fromkeys((s["network"], figures.bits_of(s)) for s in result.summary):
-        of = {s["variant"]: s for s in result.summary if (s["network"], figures.bits_of(s)) == where}
+    for where in dict.fromkeys(figures.place_of(s) for s in result.summary):
+        of = {s["variant"]: s for s in result.summary if figures.place_of(s) == where}
         evolved = {n: s for n, s in of.items() if n != BEFORE}
         metric = "kl" if all("kl" in s for s in evolved.values()) else "mse"
         order = sorted(evolved, key=lambda n: evolved[n][metric]["mean"])
-        values = ", ".join(f"{figures.LOSSES[n]} {evolved[n][metric]['mean']:.3g}" for n in order)
+        values = ", ".join(f"{figures.LOSS_NAMES[n]} {evolved[n][metric]['mean']:.3g}" for n in order)
         start = of[BEFORE][metric]["mean"]
-        name = figures.HEADINGS.get(metric, metric)
+        name = figures.HEADS.get(metric, metric)
         said.append(
             f"{', '.join(where)}: {name} on held-out images by what was evolved for: {values}; {start:.3g} before. "
             + _contrastive(evolved, metric, order)
@@ -116,17 +117,18 @@ def _contrastive(evolved: dict[str, Row], metric: str, order: list[str]) -> str:
     rival = next(n for n in order if n != "infonce")
     theirs = evolved[rival][metric]
     if not apart(ours, theirs):
-        return f"infoNCE and {figures.LOSSES[rival]} differ by less than two standard errors: the figures do not tell."
-    better = ours["mean"] < theirs["mean"]
-    return (
-        f"infoNCE is {'ahead, as the paper says' if better else f'behind {figures.LOSSES[rival]}, against the paper'}."
-    )
+        return (
+            f"infoNCE and {figures.LOSS_NAMES[rival]} differ by less than two standard errors: the figures do not tell."
+        )
+    if ours["mean"] < theirs["mean"]:
+        return "infoNCE is ahead, as the paper says."
+    return f"infoNCE is behind {figures.LOSS_NAMES[rival]}, against the paper."
 
 
-def figure(result: Result) -> Any:
+def figure(result: Result) -> Figure:
     """Every held-out figure of each loss."""
     there = [m for m in LOSSES if any(m in r for r in result.rows)]
-    return figures.comparison(result, "variant", [*there, figures.accuracy(result)], "what evolution minimised")
+    return figures.over(result, "variant", [*there, figures.answers_of(result)], "what evolution minimised")
 
 
 STUDY = Study(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
+from bitwright.report.panels import Figure
 from bitwright.stages.schedules import Gradual
 from bitwright.studies import figures
 from bitwright.studies.base import Cell, Result, Settings, Study
@@ -26,9 +26,9 @@ def cells(subject: Subject, settings: Settings) -> Iterator[Cell]:
     return cells_of(subject, settings, [({"variant": n}, s) for n, s in stages.items()])
 
 
-def figure(result: Result) -> Any:
+def figure(result: Result) -> Figure:
     """KL and agreement (or accuracy) of each schedule."""
-    return figures.comparison(result, "variant", ["kl", figures.accuracy(result)], "activations while weights learn")
+    return figures.over(result, "variant", ["kl", figures.answers_of(result)], "activations while weights learn")
 
 
 STUDY = Study(

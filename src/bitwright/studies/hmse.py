@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from bitwright.graph.points import linear_points
 from bitwright.progress import Progress
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel
+from bitwright.report.panels import Figure
 from bitwright.stages.calibrate import Calibrate, parameters
 from bitwright.studies import figures
 from bitwright.studies.base import Cell, Result, Row, Settings, Study, group
@@ -86,9 +86,9 @@ def summarise(rows: list[Row]) -> list[Row]:
     return group(rows, ("network", "weights", "activations", "variant"), ("objective", *FIGURES))
 
 
-def figure(result: Result) -> Any:
+def figure(result: Result) -> Figure:
     """KL and the Hessian-weighted error of each method."""
-    return figures.comparison(result, "variant", ["kl", "objective"], "weight range")
+    return figures.over(result, "variant", ["kl", "objective"], "weight range")
 
 
 STUDY = Study(

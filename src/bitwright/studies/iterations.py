@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
+from bitwright.report.panels import Figure
 from bitwright.studies import figures
 from bitwright.studies.base import Cell, Result, Settings, Study
 from bitwright.studies.subject import Subject, eptq
@@ -32,9 +32,9 @@ def cells(subject: Subject, settings: Settings) -> Iterator[Cell]:
     return cells_of(subject, settings, [({"variant": "optimised", "steps": n}, s) for n, s in runs.items()])
 
 
-def figure(result: Result) -> Any:
+def figure(result: Result) -> Figure:
     """KL and agreement (or accuracy) over the steps."""
-    return figures.comparison(result, "steps", ["kl", figures.accuracy(result)], "steps", numeric=True)
+    return figures.over(result, "steps", ["kl", figures.answers_of(result)], "steps", numeric=True)
 
 
 STUDY = Study(

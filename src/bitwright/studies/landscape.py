@@ -72,6 +72,7 @@ def absolute_radius(bits: int) -> float:
 
 def cells(subject: Subject, settings: Settings) -> Iterator[Cell]:
     """Every scan of the middle block of every kind, at all numbers of bits."""
+    surfaces.need_plotly()
     shown = cache(partial(_images, subject, settings))
     for bits in settings.weights:
         for block in middle_blocks(subject):

@@ -19,7 +19,7 @@ from bitwright.given.images import Images, load_images
 from bitwright.given.models import Model, load_model
 from bitwright.graph.points import linear_points
 from bitwright.progress import Progress
-from bitwright.studies import figures
+from bitwright.report.panels import Figure, Panel, Series, colour
 from bitwright.studies.base import Cell, Result, Row, Settings, Study, group
 from bitwright.studies.subject import Subject
 from bitwright.studies.traces import Loss, hessian_traces, scores_of
@@ -227,29 +227,43 @@ def trained_mixer(teacher: nn.Module, images: Images, progress: Progress, steps:
 # ------------------------------------------------------------------------------------------------- figure
 
 
-def figure(result: Result) -> Any:
-    """One row of panels a network: log traces along the layers, and the correlations."""
-    networks = list(dict.fromkeys(r["network"] for r in result.rows))
-    made = figures.grid(
-        len(networks),
-        ["log10 of the trace of each layer, in order; mean of each line taken off", "correlation with label-free"],
-        names=networks,
-        shared=False,
-        widths=[0.68, 0.32],
-    )
+def figure(result: Result) -> Figure:
+    """One row of panels for each network: log traces along the layers, and the correlations."""
     order = list(dict.fromkeys(r["loss"] for r in result.rows))
-    for row, network in enumerate(networks, 1):
-        for r in result.rows:
-            if r["network"] == network and r["seed"] == result.rows[0]["seed"]:
-                style = figures.style(order.index(r["loss"]), first=row == 1, dashed=r["loss"] == LABEL_FREE)
-                made.add_trace(figures.line(r["layers"], _centred(r["trace"]), r["loss"], **style), row=row, col=1)
-        for s in result.summary:
-            if s["network"] == network:
-                heights = [s.get(k, {}).get("mean") for k in ("pearson", "pearson_log", "spearman")]
-                style = figures.style(order.index(s["loss"]), first=False)
-                bars = figures.bar(["Pearson", "Pearson of logs", "Spearman"], heights, s["loss"], **style)
-                made.add_trace(bars, row=row, col=2)
-    return made
+    looks = {loss: "reference" if loss == LABEL_FREE else colour(i) for i, loss in enumerate(order)}
+    networks = list(dict.fromkeys(r["network"] for r in result.rows))
+    headings = [
+        "log10 of the trace of each layer, in order; mean of each line taken off",
+        "correlation with label-free",
+    ]
+    return Figure([[_traces(result, n, looks), _correlations(result, n, looks)] for n in networks], headings, (2, 1))
+
+
+def _traces(result: Result, network: str, looks: dict[str, str]) -> Panel:
+    seed = result.rows[0]["seed"]
+    rows = [r for r in result.rows if r["network"] == network and r["seed"] == seed]
+    drawn = [
+        Series(
+            range(1, len(r["layers"]) + 1),
+            _centred(r["trace"]),
+            looks[r["loss"]],
+            ("line", "dot"),
+            r["loss"],
+            [f"{r['loss']}, {layer}: {trace:.3g}" for layer, trace in zip(r["layers"], r["trace"], strict=True)],
+        )
+        for r in rows
+    ]
+    return Panel(tuple(drawn), "layer, in order", network, height=15.0)
+
+
+def _correlations(result: Result, network: str, looks: dict[str, str]) -> Panel:
+    kinds = {"pearson": "Pearson", "pearson_log": "Pearson of logs", "spearman": "Spearman"}
+    rows = [s for s in result.summary if s["network"] == network]
+    drawn = [
+        Series(list(kinds.values()), [s.get(k, {}).get("mean") for k in kinds], looks[s["loss"]], ("bar",), s["loss"])
+        for s in rows
+    ]
+    return Panel(tuple(drawn), height=15.0)
 
 
 def _centred(trace: list[float]) -> list[float | None]:

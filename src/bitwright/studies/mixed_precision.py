@@ -24,6 +24,7 @@ from bitwright.progress import Progress
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.recipes import recipe
+from bitwright.report.panels import Figure, Panel, Series, colour
 from bitwright.sensitivity import (
     Choices,
     Measure,
@@ -329,75 +330,50 @@ def _order(network: str, own: list[Row]) -> str | None:
 # ------------------------------------------------------------------------------------------------------- figure
 
 
-def figure(result: Result) -> Any:
+def figure(result: Result) -> Figure:
     """KL and right answers over the size of the file, each measure's rank correlation, and the random plans."""
     networks = list(dict.fromkeys(r["network"] for r in result.rows))
-    right = figures.accuracy(result)
-    names = [figures.TITLES["kl"], figures.TITLES[right], "rank correlation", "measured KL of random plans"]
-    made = figures.grid(len(names), networks, names=names, shared=False)
-    for column, network in enumerate(networks, 1):
-        own = [s for s in result.summary if s["network"] == network]
-        for row, metric in enumerate(("kl", right), 1):
-            for position, variant in enumerate((UNIFORM, MIXED)):
-                members = [s for s in own if s["variant"] == variant and metric in s]
-                look = figures.style(position, first=row == column == 1)
-                made.add_trace(_curve(members, metric, variant, **look), row=row, col=column)
-            made.update_xaxes(title_text="model.safetensors (kB)", row=row, col=column)
-            figures.scale(made, metric, row)
-        made.add_trace(_bars([s for s in own if "spearman" in s]), row=3, col=column)
-        made.add_trace(_plans([r for r in result.rows if r["network"] == network]), row=4, col=column)
-        made.update_xaxes(title_text=f"sum of losses by '{PLANNED_BY}'", type="log", row=4, col=column)
-        made.update_yaxes(type="log", row=4, col=column)
-        made.update_yaxes(range=[min(0.0, *(s["low"] for s in own if "low" in s)), 1.02], row=3, col=column)
-    return made
+    own = {n: [s for s in result.summary if s["network"] == n] for n in networks}
+    metrics = ("kl", figures.answers_of(result))
+    rows = [[_over_size(own[n], metric) for n in networks] for metric in metrics]
+    rows.append([_correlations([s for s in own[n] if "spearman" in s]) for n in networks])
+    rows.append([_plans([r for r in result.rows if r["network"] == n]) for n in networks])
+    return Figure(rows, networks)
 
 
-def _curve(members: list[Row], metric: str, name: str, *, color: str, first: bool, dashed: bool) -> Any:
-    import plotly.graph_objects as go
+def _over_size(summary: list[Row], metric: str) -> Panel:
+    drawn = []
+    for position, variant in enumerate((UNIFORM, MIXED)):
+        members = sorted((s for s in summary if s["variant"] == variant and metric in s), key=_bytes)
+        drawn.append(
+            Series(
+                [_bytes(s) / 1000 for s in members],
+                [s[metric]["mean"] for s in members],
+                colour(position),
+                ("line", "dot"),
+                variant,
+                [f"{variant}, size of {s['size_of']:g} bits: {s[metric]['mean']:.4g}" for s in members],
+                figures.deviations([s[metric] for s in members]),
+            )
+        )
+    return Panel(tuple(drawn), "model.safetensors (kB)", figures.AXES[metric], **figures.scale_of(metric))
 
-    members = sorted(members, key=_bytes)
-    spread = [s[metric]["sd"] or 0.0 for s in members]
-    return go.Scatter(
-        x=[_bytes(s) / 1000 for s in members],
-        y=[s[metric]["mean"] for s in members],
-        error_y={"type": "data", "array": spread, "visible": any(spread)},
-        text=[f"size of {s['size_of']:g} bits" for s in members],
-        mode="lines+markers",
-        line={"color": color},
-        name=name,
-        legendgroup=name,
-        showlegend=first,
-    )
 
-
-def _bars(ranked: list[Row]) -> Any:
-    import plotly.graph_objects as go
-
+def _correlations(ranked: list[Row]) -> Panel:
+    """Each measure's rank correlation, with its interval."""
     heights = [s["spearman"]["mean"] for s in ranked]
-    above = [max(0.0, s["high"] - h) for s, h in zip(ranked, heights, strict=True)]
-    below = [max(0.0, h - s["low"]) for s, h in zip(ranked, heights, strict=True)]
-    return go.Bar(
-        x=[s["variant"] for s in ranked],
-        y=heights,
-        error_y={"type": "data", "symmetric": False, "array": above, "arrayminus": below},
-        marker_color=figures.COLOURS[2],
-        showlegend=False,
-    )
+    ends = [(s["low"], s["high"]) for s in ranked]
+    bars = Series([s["variant"] for s in ranked], heights, "c2", ("bar",), ends=ends)
+    return Panel((bars,), y_name="rank correlation", most=1.02)
 
 
-def _plans(rows: list[Row]) -> Any:
+def _plans(rows: list[Row]) -> Panel:
     """Measured over predicted loss of every random plan."""
-    import plotly.graph_objects as go
-
-    table = next(r["losses"] for r in rows if r.get("measure") == PLANNED_BY)
+    losses = next(r["losses"] for r in rows if r.get("measure") == PLANNED_BY)
     plans = [r for r in rows if r["part"] == PLANS]
-    return go.Scatter(
-        x=[predicted_sum(table, r["bits"]) for r in plans],
-        y=[r["kl"] for r in plans],
-        mode="markers",
-        marker_color=figures.COLOURS[3],
-        showlegend=False,
-    )
+    dots = Series([predicted_sum(losses, r["bits"]) for r in plans], [r["kl"] for r in plans], "c3")
+    x_name, y_name = f"sum of losses by '{PLANNED_BY}'", "measured KL of random plans"
+    return Panel((dots,), x_name, y_name, x_log=True, y_log=True)
 
 
 STUDY = Study(

@@ -15,6 +15,7 @@ from bitwright.progress import Progress
 from bitwright.quant.scheme import Scheme
 from bitwright.quantized import QuantizedModel
 from bitwright.recipes import recipe
+from bitwright.report.panels import Figure, Panel, Series, colour
 from bitwright.stages.base import Run
 from bitwright.stages.candidates import Batches, Fitness, Scales
 from bitwright.stages.evolve import Evolve, EvolveRecord
@@ -191,8 +192,8 @@ def summarise(rows: list[Row]) -> list[Row]:
 def verdict(result: Result) -> list[str]:
     """For each network: how far each method comes, and whether evolution is ahead on images that no search saw."""
     said = []
-    for where in dict.fromkeys((s["network"], figures.bits_of(s)) for s in result.summary):
-        of = {s["variant"]: s for s in result.summary if (s["network"], figures.bits_of(s)) == where}
+    for where in dict.fromkeys(figures.place_of(s) for s in result.summary):
+        of = {s["variant"]: s for s in result.summary if figures.place_of(s) == where}
         searched = {n: s for n, s in of.items() if n != BEFORE and "closed" in s}
         if "evolution" not in searched:
             continue
@@ -233,40 +234,30 @@ def _standing(searched: dict[str, Row], start: Row) -> str:
 # -------------------------------------------------------------------------------------------------- figure
 
 
-def figure(result: Result) -> Any:
+def figure(result: Result) -> Figure:
     """Curves over evaluations, then KL and agreement (or accuracy) at the end on held-out images."""
-    where = list(dict.fromkeys((r["network"], figures.bits_of(r)) for r in result.rows))
-    metrics = ["kl", figures.accuracy(result)]
-    names = ["way to the float network's<br>fitness, calibration", *(figures.TITLES[m] for m in metrics)]
-    made = figures.grid(3, [", ".join(w) for w in where], names=names, shared=False)
-    for column, place in enumerate(where, 1):
-        _curves(made, [r for r in result.rows if (r["network"], figures.bits_of(r)) == place], column)
-        for row, metric in enumerate(metrics, 2):
-            figures.panel(made, result, place, metric, "variant", row, column)
-            figures.scale(made, metric, row)
-        made.update_xaxes(title_text="forward passes over the images searched on", row=1, col=column)
-    made.update_yaxes(tickformat=".0%", row=1)
-    return made
+    columns = list(dict.fromkeys(map(figures.place_of, result.rows)))
+    rows = [[_curves([r for r in result.rows if figures.place_of(r) == place]) for place in columns]]
+    for metric in ("kl", figures.answers_of(result)):
+        rows.append([figures.panel(result, place, metric, "variant", "variant") for place in columns])
+    return Figure(rows, [", ".join(place) for place in columns])
 
 
-def _curves(made: Any, rows: list[Row], column: int) -> None:
-    import plotly.graph_objects as go
-
+def _curves(rows: list[Row]) -> Panel:
     methods = list(dict.fromkeys(r["variant"] for r in rows if "curve" in r))
-    for r in [r for r in rows if "curve" in r]:
-        first = next(x for x in rows if x["variant"] == r["variant"]) is r
-        colour = figures.COLOURS[methods.index(r["variant"]) % len(figures.COLOURS)]
-        line = go.Scatter(
-            x=[point[0] for point in r["curve"]],
-            y=[point[1] for point in r["curve"]],
-            text=[f"seed {r['seed']}"] * len(r["curve"]),
-            mode="lines",
-            line={"color": colour, "width": 1.5},
-            name=r["variant"],
-            legendgroup=r["variant"],
-            showlegend=first and column == 1,
+    drawn = [
+        Series(
+            [point[0] for point in r["curve"]],
+            [point[1] for point in r["curve"]],
+            colour(methods.index(r["variant"])),
+            ("line",),
+            r["variant"],
         )
-        made.add_trace(line, row=1, col=column)
+        for r in rows
+        if "curve" in r
+    ]
+    x_name, y_name = "forward passes over the images searched on", "way to the float network's fitness, calibration"
+    return Panel(tuple(drawn), x_name, y_name, shares=True)
 
 
 STUDY = Study(

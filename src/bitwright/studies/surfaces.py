@@ -1,9 +1,14 @@
-"""Plots of losses over scales: contours, a surface, lines."""
+"""Figures of losses over scales: contours and a surface that can be turned, lines and bends below them."""
 
 from __future__ import annotations
 
+import importlib.util
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from bitwright.errors import UsageError
+from bitwright.report.markup import Markup
+from bitwright.report.panels import Figure, Panel, Series, colour
 from bitwright.studies import figures
 
 if TYPE_CHECKING:
@@ -12,63 +17,102 @@ if TYPE_CHECKING:
 HEIGHT = 280
 LIFT = 1.15
 """Of each line above the one below, in ranges."""
+KEPT = "line, integers kept"
+
+Part = tuple[str, str, str]
+"""A network, one of its blocks, and the block's kind."""
 
 
-def figure(result: Result) -> Any:
+@dataclass(frozen=True)
+class Interactive:
+    """A figure of plotly, which brings its own script, over one of panels.
+
+    Attributes:
+        moving: the ``plotly.graph_objects.Figure``: surfaces can be turned, and a menu chooses the loss.
+        still: what is below it.
+    """
+
+    moving: Any
+    still: Figure
+
+    scripted = True
+
+    @property
+    def series(self) -> list[Series]:
+        """What is drawn in panels."""
+        return self.still.series
+
+    def markup(self) -> Markup:
+        """Both, with all of plotly."""
+        look = {"displaylogo": False, "responsive": True}
+        drawn = self.moving.to_html(full_html=False, include_plotlyjs=True, div_id="plot", config=look)
+        return Markup(drawn + self.still.markup())
+
+
+def need_plotly() -> None:
+    """Looks for what draws surfaces.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    if importlib.util.find_spec("plotly") is None:
+        raise UsageError("Surfaces are drawn by plotly, which is not installed: pip install 'bitwright[studies]'")
+
+
+def figure(result: Result) -> Interactive:
     """For each block a row of contours and a surface, of one loss at a time; then a row of lines and of bends."""
-    blocks = list(dict.fromkeys((r["network"], r["block"], r["kind"]) for r in result.rows))
+    parts = list(dict.fromkeys(map(_part, result.rows)))
     bits = list(dict.fromkeys(figures.bits_of(r) for r in result.rows))
     losses = list(result.rows[0]["roughness"])
-    made = _panels(blocks, bits)
+    made = _panels(parts, bits)
     shown = []
-    for row, block in enumerate(blocks, 1):
+    for row, part in enumerate(parts, 1):
         for column, width in enumerate(bits, 1):
-            grids = _rows(result, block, width, "grid")
+            grids = _rows(result, part, width, "grid")
             for loss in losses if grids else []:
                 shown += _landscape(
                     made, grids[0], loss, row, column, last=column == len(bits), first=loss == losses[0]
                 )
-            _lines(made, result, block, width, losses, len(blocks) + row, column)
-        _bars(made, result, block, bits, losses, len(blocks) + row)
     _menu(made, losses, shown)
-    return made
+    return Interactive(made, _below(result, parts, bits, losses))
 
 
-def _rows(result: Result, block: tuple[str, str, str], bits: str, scan: str) -> list[Row]:
-    where = [r for r in result.rows if (r["network"], r["block"], r["kind"]) == block and r["scan"] == scan]
-    return [r for r in where if figures.bits_of(r) == bits]
+def _part(row: Row) -> Part:
+    return row["network"], row["block"], row["kind"]
 
 
-def _panels(blocks: list[tuple[str, str, str]], bits: list[str]) -> Any:
+def _named(part: Part) -> str:
+    network, block, kind = part
+    return f"{network}, {kind} {block}"
+
+
+def _rows(result: Result, part: Part, bits: str, scan: str) -> list[Row]:
+    return [r for r in result.rows if _part(r) == part and r["scan"] == scan and figures.bits_of(r) == bits]
+
+
+def _panels(parts: list[Part], bits: list[str]) -> Any:
     from plotly.subplots import make_subplots
 
-    count, columns = len(blocks), len(bits) + 1
-    plain: list[dict[str, Any] | None] = [{}] * columns
-    titles = [""] * (2 * count * columns)
-    titles[:columns] = [*bits, f"{bits[-1]}, as a surface"]
-    titles[(count + 1) * columns - 1] = "bends of the grid"
+    count, columns = len(parts), len(bits) + 1
+    titles = [*bits, f"{bits[-1]}, as a surface"] + [""] * ((count - 1) * columns)
     made = make_subplots(
-        rows=2 * count,
+        rows=count,
         cols=columns,
-        specs=[[{}] * len(bits) + [{"type": "scene"}]] * count + [plain] * count,
+        specs=[[{}] * len(bits) + [{"type": "scene"}]] * count,
         subplot_titles=titles,
         horizontal_spacing=0.05,
         vertical_spacing=0.24 / (2 * count),
     )
-    for row, (network, block, kind) in enumerate(blocks, 1):
-        name = f"{network}, {kind}<br>{block}"
-        made.update_yaxes(title_text=f"{name}<br>second direction, %", row=row, col=1)
-        made.update_yaxes(title_text=name, row=count + row, col=1)
+    for row, (network, block, kind) in enumerate(parts, 1):
+        made.update_yaxes(title_text=f"{network}, {kind}<br>{block}<br>second direction, %", row=row, col=1)
     for column in range(1, columns):
         made.update_xaxes(title_text="first direction, %", row=count, col=column)
-        made.update_xaxes(title_text="change of the scales, %", row=2 * count, col=column)
     plain_axis = {"title": "", "tickfont": {"size": 9}, "exponentformat": "e"}
     made.update_scenes(xaxis=plain_axis, yaxis=plain_axis, zaxis=plain_axis, camera_eye={"x": 1.5, "y": 1.5, "z": 0.9})
     made.update_layout(
         template="plotly_white",
-        height=HEIGHT * 2 * count + 160,
+        height=HEIGHT * count + 160,
         margin={"t": 90, "r": 20},
-        legend={"orientation": "h", "y": -0.12 / count, "x": 0},
         font={"family": "system-ui, sans-serif", "size": 11},
     )
     return made
@@ -92,7 +136,7 @@ def _landscape(
             ncontours=12,
             line={"width": 0.5},
             visible=first,
-            name=figures.LOSSES[loss],
+            name=figures.LOSS_NAMES[loss],
         ),
         row=at,
         col=column,
@@ -100,63 +144,42 @@ def _landscape(
     drawn = [(len(made.data) - 1, loss)]
     if last:
         surface = go.Surface(
-            x=x, y=x, z=values, colorscale="Viridis", showscale=False, visible=first, name=figures.LOSSES[loss]
+            x=x, y=x, z=values, colorscale="Viridis", showscale=False, visible=first, name=figures.LOSS_NAMES[loss]
         )
         made.add_trace(surface, row=at, col=column + 1)
         drawn.append((len(made.data) - 1, loss))
     return drawn
 
 
-def _lines(
-    made: Any, result: Result, block: tuple[str, str, str], bits: str, losses: list[str], at: int, column: int
-) -> None:
+def _below(result: Result, parts: list[Part], bits: list[str], losses: list[str]) -> Figure:
+    """Lines through the landscapes and how rough these are, a row for each block."""
+    rows = [[*(_lines(result, p, width, losses) for width in bits), _bends(result, p, bits, losses)] for p in parts]
+    return Figure(rows, [*bits, "bends of the grid"])
+
+
+def _lines(result: Result, part: Part, bits: str, losses: list[str]) -> Panel:
     """Every loss over its own range, one above the other; under them infoNCE with the integers kept."""
-    import plotly.graph_objects as go
-
-    drawn = [("line, integers kept", losses[0]), *(("line", loss) for loss in reversed(losses))]
-    for height, (scan, loss) in enumerate(drawn):
-        rows = _rows(result, block, bits, scan)
-        if not rows:
-            continue
-        values, kept = rows[0]["values"][loss], scan != "line"
-        spread = (max(values) - min(values)) or 1.0
-        colour = "#222" if kept else figures.COLOURS[losses.index(loss)]
-        name = f"{figures.LOSSES[loss]}, integers kept" if kept else figures.LOSSES[loss]
-        line = go.Scatter(
-            x=[100 * a for a in rows[0]["at"]],
-            y=[LIFT * height + (v - min(values)) / spread for v in values],
-            mode="lines",
-            line={"color": colour, "width": 1.5},
-            name=name,
-            legendgroup=name,
-            legendrank=1000 - height,
-            showlegend=kept and not any(t.name == name for t in made.data),
-        )
-        made.add_trace(line, row=at, col=column)
-    made.update_yaxes(showticklabels=False, showgrid=False, zeroline=False, row=at, col=column)
+    drawn = []
+    for height, (scan, loss) in enumerate([(KEPT, losses[0]), *(("line", loss) for loss in reversed(losses))]):
+        for row in _rows(result, part, bits, scan)[:1]:
+            values = row["values"][loss]
+            spread = (max(values) - min(values)) or 1.0
+            look = "reference" if scan == KEPT else colour(losses.index(loss))
+            name = f"{figures.LOSS_NAMES[loss]}, integers kept" if scan == KEPT else figures.LOSS_NAMES[loss]
+            heights = [LIFT * height + (v - min(values)) / spread for v in values]
+            drawn.append(Series([100 * a for a in row["at"]], heights, look, ("line",), name))
+    return Panel(tuple(drawn), "change of the scales, %", _named(part), bare=True)
 
 
-def _bars(made: Any, result: Result, block: tuple[str, str, str], bits: list[str], losses: list[str], at: int) -> None:
-    import plotly.graph_objects as go
-
-    column = len(bits) + 1
+def _bends(result: Result, part: Part, bits: list[str], losses: list[str]) -> Panel:
+    drawn = []
     for loss in losses:
-        found = {
-            figures.bits_of(s): s["grid: bends"]
-            for s in result.summary
-            if (s["network"], s["block"], s["kind"]) == block and s["loss"] == loss and "grid: bends" in s
-        }
-        spread = [found[b]["sd"] or 0.0 for b in bits if b in found]
-        bar = go.Bar(
-            x=[b for b in bits if b in found],
-            y=[found[b]["mean"] for b in bits if b in found],
-            error_y={"type": "data", "array": spread, "visible": any(spread), "thickness": 1},
-            marker_color=figures.COLOURS[losses.index(loss)],
-            name=figures.LOSSES[loss],
-            legendgroup=figures.LOSSES[loss],
-            showlegend=not any(t.type == "bar" and t.name == figures.LOSSES[loss] for t in made.data),
-        )
-        made.add_trace(bar, row=at, col=column)
+        own = [s for s in result.summary if _part(s) == part and s["loss"] == loss and "grid: bends" in s]
+        found = {figures.bits_of(s): s["grid: bends"] for s in own}
+        known = [b for b in bits if b in found]
+        means, ends = [found[b]["mean"] for b in known], figures.deviations([found[b] for b in known])
+        drawn.append(Series(known, means, colour(losses.index(loss)), ("bar",), figures.LOSS_NAMES[loss], ends=ends))
+    return Panel(tuple(drawn), y_name="bends, share of the range")
 
 
 def _menu(made: Any, losses: list[str], shown: list[tuple[int, str]]) -> None:
@@ -164,7 +187,7 @@ def _menu(made: Any, losses: list[str], shown: list[tuple[int, str]]) -> None:
     positions = [i for i, _ in shown]
     buttons = [
         {
-            "label": figures.LOSSES[loss],
+            "label": figures.LOSS_NAMES[loss],
             "method": "restyle",
             "args": [{"visible": [own == loss for _, own in shown]}, positions],
         }

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
+from bitwright.report.panels import Figure
 from bitwright.studies import figures
 from bitwright.studies.base import Cell, Result, Settings, Study
 from bitwright.studies.subject import Subject, eptq
@@ -20,9 +20,9 @@ def cells(subject: Subject, settings: Settings) -> Iterator[Cell]:
     return cells_of(subject, settings, [({"variant": w}, s) for w, s in stages.items()])
 
 
-def figure(result: Result) -> Any:
+def figure(result: Result) -> Figure:
     """KL and agreement (or accuracy) of each weighting."""
-    return figures.comparison(result, "variant", ["kl", figures.accuracy(result)], "weights of the distances")
+    return figures.over(result, "variant", ["kl", figures.answers_of(result)], "weights of the distances")
 
 
 STUDY = Study(

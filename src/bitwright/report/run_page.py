@@ -1,0 +1,38 @@
+"""The page of a run: what was lost, where, and how to repeat it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bitwright.report import latency, layers, making, pictures, plans, summary
+from bitwright.report.frame import Section, document
+from bitwright.report.shown import Shown
+from bitwright.report.verdict import verdict
+
+SECTIONS: tuple[Callable[[Shown], Section | None], ...] = (
+    summary.float_against_quantized,
+    summary.sizes_of_files,
+    plans.planned_bits,
+    latency.latency,
+    layers.diagnosis,
+    layers.depth,
+    layers.noisiest,
+    pictures.disagreements,
+    layers.every_layer,
+    making.training,
+    making.exported_file,
+    making.floats,
+    making.time_and_memory,
+    making.warnings,
+    making.repeat,
+)
+"""In the order of the page; one without anything to say returns None."""
+
+
+def run_page(run: Shown) -> str:
+    """The page."""
+    result = run.result
+    name = result["model"]["name"]
+    under = f"{run.bits} · recipe {result['recipe']['name']} · {run.folder}".strip(" ·")
+    said = [verdict(result, run.facts)]
+    return document(f"{name} · bitwright", name, under, said, [make(run) for make in SECTIONS])
