@@ -83,9 +83,9 @@ class Scales:
             bias = rewrite.get_tensor(self.student.graph, str(node.args[0].target)).abs()
             for i, quantizer in enumerate(self.quantizers):
                 if quantizer is module.weight:
-                    needed = bias / (BIAS_REACH * module.source.scale)
+                    needed = bias * 2.0**module.weight.shift / (BIAS_REACH * module.source.scale)
                 elif quantizer is module.source:
-                    needed = bias / (BIAS_REACH * module.weight.scale)
+                    needed = bias / (BIAS_REACH * module.weight.read_scale)
                 else:
                     continue
                 floors[i] = torch.maximum(floors[i], needed if quantizer.scale.numel() > 1 else needed.max())
