@@ -197,7 +197,7 @@ def _constant(value):
     return dequantized(*arrays[:2], arrays[2] if len(arrays) > 2 else None, *settings)
 
 
-@pytest.mark.parametrize(("weight", "given", "kernel"), [(8, 8, "QLinearConv"), (3, 8, "Conv"), (8, 16, "Conv")])
+@pytest.mark.parametrize(("weight", "given", "kernel"), [(8, 8, "QLinearConv"), (3, 8, "QLinearConv"), (8, 16, "Conv")])
 def test_a_convolution_takes_codes_and_gives_codes(tmp_path, weight, given, kernel):
     model = student("residual")
     part, program = piece(model, "stem", weight, given)

@@ -33,7 +33,7 @@ def reasons_of_products(found):
 @pytest.mark.parametrize(
     ("module", "settings", "reason"),
     [
-        (nn.Conv2d(3, 4, 3), {"weights": 4}, "four"),
+        (nn.Conv2d(4, 4, 3), {"weights": 4, "granularity": "group", "group_size": 2}, "four"),
         (nn.Conv2d(3, 4, 3), {"weights": "float", "outputs": False}, "float weights"),
         (nn.Conv2d(3, 4, 3), {"activations": 16}, "sixteen"),
         (nn.Conv2d(3, 4, 3), {"activations": 4}, "bias"),

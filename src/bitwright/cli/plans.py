@@ -99,7 +99,8 @@ def sentences(result: dict[str, Any]) -> list[str]:
         else f"; the file has {words.size(packed['bytes'])} ({words.percent(packed['difference'])})"
     )
     said = [
-        f"Planned: {words.size(predicted['weight_bytes'])}, {words.amount(predicted['bit_operations'], 'bit operations')}, "
+        f"Planned: {words.size(predicted['weight_bytes'])}, "
+        f"{words.amount(predicted['bit_operations'], 'bit operations')}, "
         f"predicted loss {predicted['loss']:.3g} ('{plan['measure']['measure']}'){became}."
     ]
     if (estimate := plan.get("estimate")) is not None:

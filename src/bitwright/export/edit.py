@@ -28,16 +28,34 @@ def drop_unused(graph: ir.Graph) -> None:
     graph.initializers.update(left)
 
 
+def note_constants(graph: ir.Graph) -> None:
+    """Tells values that runtimes compute from stored ones when they load a file what they are."""
+    for node in graph:
+        stored = [v.const_value.numpy() for v in node.inputs if v is not None and v.const_value is not None]
+        if len(stored) < len(node.inputs) or node.op_type not in {"Cast", "Mul"}:
+            continue
+        kind = ir.DataType(node.attributes.get_int("to")) if node.op_type == "Cast" else None
+        array = stored[0] * stored[1] if kind is None else stored[0].astype(kind.numpy())
+        node.outputs[0].const_value = ir.Tensor(array)
+
+
 def shared(graph: ir.Graph, name: str, array: Array) -> ir.Value:
     """The constant of this name, made where there is none yet."""
     return graph.initializers.get(name) or initializer(graph, name, array)
 
 
 def insert_node(
-    graph: ir.Graph, before: ir.Node, op: str, inputs: list[ir.Value], output: str, **attributes: int | list[int]
+    graph: ir.Graph,
+    before: ir.Node,
+    op: str,
+    inputs: list[ir.Value],
+    output: str,
+    *,
+    named: bool = True,
+    **attributes: int | list[int],
 ) -> ir.Value:
-    """The output, of this name, of a new operator before another."""
-    node = ir.node(op, inputs, attributes=attributes or None, name=f"{output}/{op}")
+    """The output, of this name, of a new operator before another; the operator itself has a name only where asked."""
+    node = ir.node(op, inputs, attributes=attributes or None, name=f"{output}/{op}" if named else None)
     node.outputs[0].name = output
     graph.insert_before(before, node)
     return node.outputs[0]

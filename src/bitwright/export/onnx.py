@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 import bitwright
 from bitwright.errors import UsageError
 from bitwright.export import clips
-from bitwright.export.clips import READS_INTEGER_BIAS, Span
+from bitwright.export.clips import MOVES, READS_INTEGER_BIAS, Span
 from bitwright.export.edit import drop_unused, initializer, insert_node, shared
 from bitwright.export.forms import rewrite_forms
 from bitwright.graph import ops, rewrite
@@ -34,6 +34,8 @@ OPSET, OPSET_OF_GELU, OPSET_OF_INT4 = 18, 20, 21
 kernel; the first with 4-bit integers, grouped scales and 16-bit codes. Older runtimes read the lower ones."""
 IR_VERSIONS = {OPSET: 8, OPSET_OF_GELU: 9, OPSET_OF_INT4: 10}
 """Of the file format: the one that came with each."""
+NEEDS_ZERO_POINT = frozenset({"Gemm"})
+"""Operators whose integer kernels ONNX Runtime 1.31 does not take without a stored zero point of the weight."""
 MARK, OFFSET = "Mark", "Offset"
 TAKEN_FOR_ZERO = 1e-6
 """Magnitude of numbers whose addition goes past the exporter (onnxscript 0.7 takes up to 1e-8 for zero)."""
@@ -54,6 +56,7 @@ def to_onnx(model: QuantizedModel) -> ir.Model:
     program = _translate(marked, model, opset(model))
     _forget_provenance(program)
     _replace_marks(program, modules)
+    _share_bias_steps(program.graph)
     _rename_outputs(program, model)
     program.producer_name, program.producer_version = "bitwright", bitwright.__version__
     program.metadata_props.update(_metadata(model))
@@ -398,6 +401,33 @@ def _integer_bias(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen) -> 
     return insert_node(graph, mark, "DequantizeLinear", [codes, step], name, axis=0)
 
 
+def _share_bias_steps(graph: ir.Graph) -> None:
+    """Leaves to the runtime, which does it once, the product of two stored steps that the step of a bias is."""
+    for node in list(graph):
+        if node.op_type not in {"Conv", "Gemm"} or len(node.inputs) < 3:
+            continue
+        given, weight, bias = (_dequantized(v) for v in node.inputs[:3])
+        if given is None or weight is None or bias is None or bias.inputs[0].dtype != ir.DataType.INT32:
+            continue
+        parts, step = [given.inputs[1], weight.inputs[1]], bias.inputs[1]
+        if step is None or step.const_value is None or step.const_value.size < 2 or len(step.uses()) > 1:
+            continue
+        arrays = [p.const_value.numpy() for p in parts if p is not None and p.const_value is not None]
+        if len(arrays) == 2 and np.array_equal(arrays[0] * arrays[1], step.const_value.numpy()):
+            product = insert_node(graph, bias, "Mul", parts, f"d{len(graph)}", named=False)
+            product.const_value = step.const_value
+            bias.replace_input_with(1, product)
+    drop_unused(graph)
+
+
+def _dequantized(value: ir.Value | None) -> ir.Node | None:
+    """The DequantizeLinear that a value comes from, also through operators that only move it."""
+    node = None if value is None else value.producer()
+    while node is not None and node.op_type in MOVES and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    return node if node is not None and node.op_type == "DequantizeLinear" else None
+
+
 def _integers(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, order: list[int] | None) -> ir.Value:
     quantizer = frozen.quantizer
     assert isinstance(quantizer, Quantizer)
@@ -406,7 +436,7 @@ def _integers(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, order: 
     if quantizer.granularity == "group" and storage(quantizer.grid) == ir.DataType.INT8 and frozen.codes.dim() == 2:
         return _groups(graph, mark, name, frozen, order)
     codes, scale, zero = frozen.codes, quantizer.scale, quantizer.zero_point
-    attributes: dict[str, int] = {}
+    attributes: dict[str, Any] = {}
     if scale.numel() == 1:
         scale, zero = scale.reshape(()), zero.reshape(())
     else:
@@ -417,13 +447,33 @@ def _integers(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, order: 
             scale, zero = scale.permute(order), zero.permute(order)
         if "axis" in attributes:
             attributes["axis"] = order.index(attributes["axis"])
-    kind = storage(quantizer.grid)
+    kind, shift = storage(quantizer.grid), quantizer.shift
+    narrow = kind in {ir.DataType.INT4, ir.DataType.UINT4}
+    read = _NUMPY[ir.DataType.INT8 if shift else kind]
+    array = codes.contiguous().numpy()
+    integers = initializer(graph, f"{name}/integers", (array if narrow else array << shift).astype(_NUMPY[kind]))
     inputs = [
-        initializer(graph, f"{name}/integers", codes.contiguous().numpy().astype(_NUMPY[kind])),
-        initializer(graph, f"{name}/scale", scale.contiguous().numpy()),
+        _shifted(graph, mark, integers, shift) if narrow and shift else integers,
+        initializer(graph, f"{name}/scale", (scale * 2.0**-shift).contiguous().numpy()),
     ]
-    inputs.append(initializer(graph, f"{name}/zero_point", zero.contiguous().numpy().astype(_NUMPY[kind])))
+    if zero.any() or NEEDS_ZERO_POINT & {n.op_type for n in mark.outputs[0].consumers()}:
+        inputs.append(initializer(graph, f"{name}/zero_point", zero.contiguous().numpy().astype(read)))
     return insert_node(graph, mark, "DequantizeLinear", inputs, name, **attributes)
+
+
+def _shifted(graph: ir.Graph, mark: ir.Node, integers: ir.Value, shift: int) -> ir.Value:
+    """Four-bit codes times a power of two in 8 bits: runtimes compute that once, when they load the file.
+
+    Integer kernels read 8 bits (ONNX Runtime 1.31, OpenVINO 2026.4); what has four they compute in float.
+    """
+    assert integers.const_value is not None
+    array, place = integers.const_value.numpy(), len(graph)  # short names: there are three for each weight
+    wide = insert_node(graph, mark, "Cast", [integers], f"a{place}", named=False, to=ir.DataType.INT32.value)
+    factor = shared(graph, f"x{1 << shift}", np.asarray(1 << shift, np.int32))
+    product = insert_node(graph, mark, "Mul", [wide, factor], f"b{place}", named=False)
+    read = insert_node(graph, mark, "Cast", [product], f"c{place}", named=False, to=ir.DataType.INT8.value)
+    read.const_value = ir.Tensor(array.astype(np.int8) << shift)
+    return read
 
 
 def _columns(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, order: list[int] | None) -> ir.Value:

@@ -261,6 +261,8 @@ def _describe_quantizer(quantizer: Quantizer, blobs: _Blobs) -> dict[str, Any]:
     }
     if quantizer.head_axis is not None:
         described["head_axis"] = quantizer.head_axis
+    if quantizer.shift:
+        described["shift"] = quantizer.shift
     if not quantizer.grid.symmetric:
         described["zero_point"] = [int(z) for z in quantizer.zero_point]
     return described
@@ -312,6 +314,7 @@ def _rebuild_module(root: nn.Module, described: dict[str, Any], blobs: dict[str,
         None if described["block"] is None else tuple(described["block"]),
         described.get("head_axis"),
         scheme.target.power_of_two_scales,
+        described.get("shift", 0),
     )
     zero = described.get("zero_point")
     if described["scale"]["count"]:

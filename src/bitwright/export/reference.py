@@ -257,12 +257,12 @@ class _Reference(fx.Interpreter):
     def _linear(self, node: fx.Node, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x, weight, bias = args[0], args[1], args[2] if len(args) > 2 else None
         assert callable(node.target)
-        sums = node.target(x.centred, weight.centred, None, *args[3:], **kwargs)
+        sums = node.target(x.centred, weight.centred * 2.0**weight.quantizer.shift, None, *args[3:], **kwargs)
         axis = -1 if name == "linear" else 1
         if weight.quantizer.scale.numel() not in {1, sums.shape[axis]}:
             return self._float(node, args, kwargs)  # several scales within one sum
         shape = (-1,) if axis == -1 else (-1, *[1] * (sums.dim() - 2))
-        step = (x.quantizer.scale * weight.quantizer.scale).reshape(shape)
+        step = (x.quantizer.scale * weight.quantizer.read_scale).reshape(shape)
         if isinstance(bias, _Bias):
             bias = _Bias(bias.codes.reshape(shape), bias.value.reshape(shape))
         elif bias is not None:

@@ -157,8 +157,11 @@ def _insert_weight(
         cut = heads if kind == "head" else None
         block = weight_block(node, shape, kind, size) if cut is None else cut.block(shape, size)
         axis = None if cut is None else cut.axis
-        shifts = scheme.target.power_of_two_scales
-        quantizer = Quantizer(layer.name, Grid(bits, True), "weight", shape, block, axis, shifts)
+        target = scheme.target
+        shift = target.shift(ops.base_name(node), bits) if kind in {"tensor", "channel"} else 0
+        quantizer = Quantizer(
+            layer.name, Grid(bits, True), "weight", shape, block, axis, target.power_of_two_scales, shift
+        )
         student.add_module(layer.weight, quantizer)
         _call_after(student, stored, layer.weight, [u for u in stored.users if ops.base_name(u) in ops.LINEAR])
     why = _insert_bias(student, bias, layer, source, scheme.target)
@@ -186,7 +189,8 @@ def _insert_bias(
         return "its layer's weight has scales of heads"
     if blocks not in {1, channels}:
         return "its layer's weight has several scales per output channel"
-    if weight.grid.bits + quantizer.grid.bits < target.integer_bias_bits:
+    if weight.grid.bits + weight.shift + quantizer.grid.bits < target.integer_bias_bits:
+        weight.shift = 0  # its kernel computes in float
         return "with so few bits the accumulator's step would be too coarse for it"
     layer.bias = module_key("bias", layer.name)
     student.add_module(layer.bias, BiasQuantizer(layer.name, quantizer, weight))

@@ -55,6 +55,8 @@ class Quantizer(nn.Module):
         shape: of the weight; unused without ``block``.
         block: extent of one scale along each axis of a weight (:func:`affine.to_blocks`); None for one scale.
         head_axis: the axis along which the heads of attention lie, of a weight whose blocks are theirs.
+        power_of_two: every scale is one.
+        shift: of a weight, whose codes the kernel reads times ``2**shift``, with a step that much finer.
     """
 
     scale: Tensor
@@ -69,11 +71,12 @@ class Quantizer(nn.Module):
         block: tuple[int, ...] | None = None,
         head_axis: int | None = None,
         power_of_two: bool = False,
+        shift: int = 0,
     ) -> None:
         super().__init__()
         self.name, self.grid, self.role = name, grid, role
         self.shape, self.block, self.head_axis = shape, block, head_axis
-        self.power_of_two = power_of_two
+        self.power_of_two, self.shift = power_of_two, shift
         self.register_buffer("scale", torch.empty(0))
         self.register_buffer("zero_point", torch.empty(0))
 
@@ -81,6 +84,11 @@ class Quantizer(nn.Module):
     def calibrated(self) -> bool:
         """Whether it has a scale."""
         return self.scale.numel() > 0
+
+    @property
+    def read_scale(self) -> Tensor:
+        """Step of a weight as the kernel reads it; the division by a power of two is exact."""
+        return self.scale * 2.0**-self.shift
 
     @property
     def granularity(self) -> str:
@@ -166,7 +174,7 @@ class Quantizer(nn.Module):
 
 
 class BiasQuantizer(nn.Module):
-    """Puts a bias on the grid of its layer's accumulator: 32-bit integers with step ``s_x * s_w``.
+    """Puts a bias on the grid of its layer's accumulator: 32-bit integers with step ``s_x * s_w / 2**shift``.
 
     The layer's integer kernel adds the bias to its accumulator, so that the simulation must use the same values.
     The identity until both quantizers have scales.
@@ -192,7 +200,7 @@ class BiasQuantizer(nn.Module):
     @property
     def scale(self) -> Tensor:
         """Step of each bias: [C_out] or [1]."""
-        return self.source.scale * self.weight.scale
+        return self.source.scale * self.weight.read_scale
 
     @property
     def calibrated(self) -> bool:

@@ -15,12 +15,11 @@ from bitwright.errors import BitwrightError
 from bitwright.runtimes.record import Runtime, line
 from bitwright.runtimes.rules import Rules, add, multiply
 from bitwright.runtimes.session import Array, save_onnx
-from bitwright.runtimes.target import CLAMPING, Target, Weights
+from bitwright.runtimes.target import ALL_BITS, CLAMPING, Target, Weights
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-STORED_AS_INT8 = (5, 6, 7, 8)
 TARGET = Target(
     "onnxruntime",
     "ONNX Runtime on the CPU",
@@ -28,8 +27,9 @@ TARGET = Target(
     CLAMPING,
     conv_into_add=False,
     concat_shares_scale=False,
-    convolutions=Weights(integer=STORED_AS_INT8),
-    linears=Weights(integer=STORED_AS_INT8),
+    read_bits=7,  # within 64 pairs of products do not saturate in 16 bits, on processors that add them there
+    convolutions=Weights(integer=ALL_BITS),
+    linears=Weights(integer=ALL_BITS),
     integer_inputs=(5, 6, 7, 8),  # with fewer, biases are float (integer_bias_bits)
 )
 
@@ -40,7 +40,7 @@ RULES = Rules(
     to_float={"gemm": "QGemm", "linear": "MatMulIntegerToFloat", "matmul": "MatMulIntegerToFloat"},
     pairs={"add": ("QLinearAdd", add), "mul": ("QLinearMul", multiply)},
     pools={"avg_pool2d": "QLinearAveragePool"},
-    weight_bits=(5, 6, 7, 8),
+    weight_bits=ALL_BITS,
     output_bits=(2, 3, 4, 5, 6, 7, 8),
 )
 

@@ -22,7 +22,6 @@ from bitwright.runtimes.target import ALL_BITS, Target, Weights
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-STORED_AS_INT8 = (5, 6, 7, 8)
 TARGET = Target(
     "openvino",
     "OpenVINO on the CPU",
@@ -30,8 +29,9 @@ TARGET = Target(
     None,
     conv_into_add=True,
     concat_shares_scale=True,
-    convolutions=Weights(integer=STORED_AS_INT8),
-    linears=Weights(integer=STORED_AS_INT8),
+    read_bits=7,
+    convolutions=Weights(integer=ALL_BITS),
+    linears=Weights(integer=ALL_BITS),
     activation_bits=ALL_BITS,  # with 16 it takes the quantizer out, and the ReLU that it had fused into it
     integer_inputs=ALL_BITS,
     ragged_groups=False,

@@ -60,9 +60,13 @@ class Target:
     """Whether a convolution's accumulator may go into an addition unrounded."""
     concat_shares_scale: bool
     """Whether all inputs of a concatenation must be on one grid."""
+    read_bits: int | None = None
+    """Bits of the integers that kernels read where weights have fewer: those are multiplied by a power of two when the
+    file is loaded, which makes the step of the accumulator, and so of the bias, that much finer."""
     integer_bias_bits: int = 13
-    """Bits of weight and input together from which a layer's bias is an integer of its accumulator. Below, the step of
-    that integer would be coarse against the layer's output; the layer computes in float, or rescales before it adds."""
+    """Bits of weight, as kernels read it, and input together from which a bias is an integer of its accumulator. Below,
+    the step of that integer would be coarse against the layer's output; the layer computes in float, or rescales before
+    it adds."""
     convolutions: Weights = Weights()
     transposed: Weights = Weights()
     linears: Weights = Weights()
@@ -80,6 +84,15 @@ class Target:
         """What it has for a family of :data:`FAMILIES`, or for an operator such as ``conv2d``."""
         name = operator if operator in FAMILIES else family(operator)
         return {CONVOLUTION: self.convolutions, TRANSPOSED: self.transposed, LINEAR: self.linears}[name]
+
+    def shift(self, operator: str, bits: int) -> int:
+        """By how many bits the codes of a weight are shifted before kernels read them.
+
+        Example: with ``read_bits`` 7 a weight of 4 bits is multiplied by 8.
+        """
+        if self.read_bits is None or bits not in self.weights(operator).integer:
+            return 0
+        return max(self.read_bits - bits, 0)
 
     @property
     def weight_bits(self) -> tuple[int, ...]:

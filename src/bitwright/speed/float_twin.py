@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from bitwright.errors import UsageError
 from bitwright.export.clips import IN_FLOAT, Clamp, codes_of, noted
-from bitwright.export.edit import Array, drop_unused, initializer
+from bitwright.export.edit import Array, drop_unused, initializer, note_constants
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 
@@ -28,6 +28,7 @@ def float_twin(program: ir.Model) -> ir.Model:
     """
     twin = program.clone()
     graph = twin.graph
+    note_constants(graph)
     for node in list(graph):
         if node.op_type == DEQUANTIZE and all(v is not None and v.const_value is not None for v in node.inputs):
             node.outputs[0].replace_all_uses_with(_floats(graph, node), replace_graph_outputs=True)

@@ -290,6 +290,6 @@ def widen_for_biases(student: QuantizedModel) -> None:
         if not isinstance(quantizer, BiasQuantizer) or not quantizer.calibrated:
             continue
         bias = rewrite.get_tensor(student.graph, str(node.args[0].target)).abs()
-        needed = bias / (BIAS_REACH * quantizer.source.scale)
         weight = quantizer.weight
+        needed = bias * 2.0**weight.shift / (BIAS_REACH * quantizer.source.scale)
         weight.set_range(torch.maximum(weight.scale, needed if weight.scale.numel() > 1 else needed.max()))

@@ -75,7 +75,7 @@ class Scales:
             if not isinstance(module, BiasQuantizer) or not module.calibrated:
                 continue
             bias = rewrite.get_tensor(self.student.graph, str(node.args[0].target)).abs()
-            needed = bias / (BIAS_REACH * module.source.scale)
+            needed = bias * 2.0**module.weight.shift / (BIAS_REACH * module.source.scale)
             for i, quantizer in enumerate(self.quantizers):
                 if quantizer is module.weight:
                     floors[i] = torch.maximum(floors[i], needed if quantizer.scale.numel() > 1 else needed.max())
