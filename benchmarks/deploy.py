@@ -31,9 +31,9 @@ from bitwright.export.packed import ideal_bytes
 from bitwright.export.parity import Parity, export_checked
 from bitwright.given.images import Images, load_images
 from bitwright.given.models import Model, load_model
-from bitwright.quantized import QuantizedModel
 from bitwright.run import folder as run_folder
 from bitwright.run.result import peak_memory_bytes
+from bitwright.student import Student
 from bitwright.terminal import quiet_libraries
 
 BITS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4)}
@@ -167,7 +167,7 @@ def measure(name: str, network: Model, images: Images, label: str, recipe: str, 
 
 def _quantized(
     name: str, network: Model, images: Images, label: str, recipe: str, rows: list[Row]
-) -> tuple[QuantizedModel, Budget]:
+) -> tuple[Student, Budget]:
     macs = sum(layer.macs for layer in preview(network, images).layers)
     budget = LARGE_NETWORK if macs > LARGE else SMALL_NETWORK
     budget = Budget(min(budget.samples, len(images)), budget.measured, min(budget.checked, len(images)))
@@ -187,7 +187,7 @@ def _quantized(
     return bw.quantize(network, images, recipe, plan=found.plan, samples=budget.samples, device="cpu"), budget
 
 
-def _exported(model: QuantizedModel, folder: Path, batch: Tensor) -> Row:
+def _exported(model: Student, folder: Path, batch: Tensor) -> Row:
     """What the checks found in each runtime; the ONNX file by ONNX's own checker, too."""
     path = folder / run_folder.ONNX
     found: Row = {"onnxruntime": _verdict(lambda: export_checked(model, path, batch, force=True, count=len(batch)))}

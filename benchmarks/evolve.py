@@ -15,16 +15,16 @@ from bitwright.given.models import load_model
 from bitwright.graph.capture import Captured
 from bitwright.memory import keep_pages
 from bitwright.quant.scheme import Scheme
-from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.stages.base import Precision, Run
 from bitwright.stages.calibrate import Calibrate
 from bitwright.stages.candidates import Batches, Fitness
 from bitwright.stages.evolve import Evolve, EvolveRecord
 from bitwright.stages.population import CYCLES, POPULATION, TOURNAMENT
+from bitwright.student import Student, insert_quantizers
 from bitwright.zoo.networks import FashionViT
 
 
-def plainly(stage: Evolve, student: QuantizedModel, teacher: Captured, images: Images, run: Run) -> int:
+def plainly(stage: Evolve, student: Student, teacher: Captured, images: Images, run: Run) -> int:
     """The search as the paper's algorithm writes it: every child runs through the whole network, on all images."""
     batches = Batches(teacher, images.sample(len(images), seed=run.seed), stage.batch, run, "")
     fitness = Fitness(stage.fitness)

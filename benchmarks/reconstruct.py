@@ -23,13 +23,13 @@ from bitwright.graph.points import Point, expose, linear_points
 from bitwright.memory import keep_pages
 from bitwright.quant.learned import LearnedActivation, LearnedWeight
 from bitwright.quant.scheme import Scheme
-from bitwright.quantized import insert_quantizers
 from bitwright.stages.augment import Views
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
 from bitwright.stages.learner import Learner, Variables
 from bitwright.stages.reconstruct import Reconstruct
 from bitwright.stages.tuning import Objective, Targets, Tuner
+from bitwright.student import insert_quantizers
 
 
 class PlainActivation(nn.Module):

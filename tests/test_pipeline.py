@@ -17,11 +17,11 @@ from bitwright.errors import BitwrightError, UsageError
 from bitwright.graph import rewrite
 from bitwright.pipeline import run_stages
 from bitwright.quant.scheme import Scheme
-from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.recipes import Recipe
 from bitwright.run.record import StageRecord
 from bitwright.stages.base import Run, Stage
 from bitwright.stages.calibrate import Calibrate
+from bitwright.student import Student, insert_quantizers
 
 SCHEME = Scheme(weights=4, activation_grid="symmetric")
 
@@ -46,16 +46,16 @@ class Shake(Stage):
 RECIPE = Recipe(name="two", stages=(Calibrate(weights="minmax", bias_correction="analytic"), Shake()))
 
 
-def run(state: Path | None = None, identity: str = "mine", recipe: Recipe = RECIPE, seed: int = 3) -> QuantizedModel:
+def run(state: Path | None = None, identity: str = "mine", recipe: Recipe = RECIPE, seed: int = 3) -> Student:
     student = insert_quantizers(prepared("residual"), SCHEME)
     return run_stages(recipe, student, prepared("residual"), dataset(6), Run(seed=seed), state=state, identity=identity)
 
 
-def buffers(student: QuantizedModel) -> dict[str, Tensor]:
+def buffers(student: Student) -> dict[str, Tensor]:
     return dict(student.graph.named_buffers())
 
 
-def assert_same(a: QuantizedModel, b: QuantizedModel) -> None:
+def assert_same(a: Student, b: Student) -> None:
     assert buffers(a).keys() == buffers(b).keys()
     assert all(torch.equal(v, buffers(b)[k]) for k, v in buffers(a).items())
     assert torch.equal(a.flat(images(3))[0], b.flat(images(3))[0])

@@ -9,8 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from bitwright import _moved
-
-__version__ = "0.1.0"
+from bitwright._version import __version__
 
 if TYPE_CHECKING:
     from bitwright.api import quantize
@@ -23,9 +22,8 @@ if TYPE_CHECKING:
     from bitwright.graph.capture import capture
     from bitwright.measure.evaluation import evaluate
     from bitwright.quant.scheme import Rule, Scheme
-    from bitwright.quantized import QuantizedModel
+    from bitwright.quantized import QuantizedModel, load
     from bitwright.recipes import Recipe
-    from bitwright.run.folder import load
     from bitwright.speed.bench import bench
     from bitwright.studies import study
 
@@ -40,17 +38,35 @@ _HOMES = {
     "bits.planning": ["plan_bits"],
     "given.preprocessing": ["Preprocessing"],
     "quant.scheme": ["Rule", "Scheme"],
-    "quantized": ["QuantizedModel"],
+    "quantized": ["QuantizedModel", "load"],
     "recipes": ["Recipe"],
-    "run.folder": ["load"],
     "speed.bench": ["bench"],
     "studies": ["study"],
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
-    "BitwrightError", "DataError", "Images", "ModelError", "ParityError", "Plan", "Preprocessing", "QuantizedModel",
-    "Recipe", "Rule", "Scheme", "UsageError", "bench", "capture", "evaluate", "load", "load_images", "load_model",
-    "plan_bits", "quantize", "study",
+    "BitwrightError",
+    "DataError",
+    "Images",
+    "ModelError",
+    "ParityError",
+    "Plan",
+    "Preprocessing",
+    "QuantizedModel",
+    "Recipe",
+    "Rule",
+    "Scheme",
+    "UsageError",
+    "__version__",
+    "bench",
+    "capture",
+    "evaluate",
+    "load",
+    "load_images",
+    "load_model",
+    "plan_bits",
+    "quantize",
+    "study",
 ]  # fmt: skip
 
 

@@ -26,13 +26,14 @@ from bitwright.outliers.wider import advise, check_wide, raise_few
 from bitwright.pipeline import fingerprint, run_stages
 from bitwright.progress import Progress, silent
 from bitwright.quant.scheme import Rule, Scheme, parse_activation_bits, parse_weight_bits
-from bitwright.quantized import QuantizedModel, insert_quantizers
+from bitwright.quantized import QuantizedModel
 from bitwright.recipes import Recipe
 from bitwright.recipes import recipe as find_recipe
 from bitwright.run.record import RunRecord
 from bitwright.run.result import describe_layers, totals
 from bitwright.stages.base import Precision, Run
 from bitwright.stages.short_rows import keep_short_rows
+from bitwright.student import Student, insert_quantizers
 
 
 @step("Quantizing")
@@ -177,15 +178,15 @@ def quantize(
     teacher.graph.to("cpu")
     student.preprocessing, student.calibration = network.preprocessing, data
     student.result = _record(student, network, method, data, run, lines, facts).result()
-    return student
+    return QuantizedModel.of(student)
 
 
-def insert_as(teacher: Captured, scheme: Scheme, plan: Plan | None) -> QuantizedModel:
+def insert_as(teacher: Captured, scheme: Scheme, plan: Plan | None) -> Student:
     """The student of a plan, or of a scheme where there is none."""
     return insert_quantizers(teacher, scheme) if plan is None else insert_plan(teacher, plan, scheme)
 
 
-def _check_stages(method: Recipe, student: QuantizedModel, teacher: Captured, images: Images) -> None:
+def _check_stages(method: Recipe, student: Student, teacher: Captured, images: Images) -> None:
     """What is wrong is said before anything takes long."""
     for stage in method.stages:
         stage.check(student, teacher, images)
@@ -225,7 +226,7 @@ def preview(
     plan: Plan | str | Path | None = None,
     preprocessing: Preprocessing | PreprocessFunction | None = None,
     output: str | None = None,
-) -> QuantizedModel:
+) -> Student:
     """What :func:`quantize` would quantize to how many bits: quantizers in place, none calibrated, still in float.
 
     Args:
@@ -337,7 +338,7 @@ def _as_plan(plan: Plan | str | Path | None, scheme: Scheme) -> Plan | None:
 
 
 def _record(
-    model: QuantizedModel,
+    model: Student,
     network: Model,
     method: Recipe,
     images: Images,

@@ -11,7 +11,7 @@ import warnings
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import bitwright
+from bitwright._version import __version__
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -60,7 +60,7 @@ def examine() -> dict[str, Any]:
         optional = [_torchvision_built_for(f) if f.name == "torchvision" else f for f in optional]
     return {
         "ok": all(f.ok for f in required),
-        "bitwright": bitwright.__version__,
+        "bitwright": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -13,24 +13,24 @@ from bitwright.errors import BitwrightError
 from bitwright.given.images import Images
 from bitwright.graph.capture import Captured
 from bitwright.memory import keep_pages
-from bitwright.quantized import QuantizedModel, Snapshot
 from bitwright.recipes import Recipe
 from bitwright.run import checkpoint
 from bitwright.run.record import StageRecord
 from bitwright.run.state import claim, other_settings
 from bitwright.stages.base import Run, Stage
+from bitwright.student import Snapshot, Student
 
 
 def run_stages(
     recipe: Recipe,
-    student: QuantizedModel,
+    student: Student,
     teacher: Captured,
     images: Images,
     run: Run,
     *,
     state: Path | None = None,
     identity: str = "",
-) -> QuantizedModel:
+) -> Student:
     """Applies each stage; after each, the state is kept so that an interrupted run goes on from there.
 
     Args:
@@ -65,7 +65,7 @@ def run_stages(
     return student
 
 
-def _record(stage: Stage, student: QuantizedModel, teacher: Captured, images: Images, run: Run) -> QuantizedModel:
+def _record(stage: Stage, student: Student, teacher: Captured, images: Images, run: Run) -> Student:
     """Runs a stage, after which the run has one record more: the stage's own, or a plain one."""
     count, before = len(run.records), run.seconds.get(stage.kind, 0.0)
     with run.timed(stage.kind):
@@ -85,7 +85,7 @@ def fingerprint(graph: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _check_finite(student: QuantizedModel, teacher: Captured) -> None:
+def _check_finite(student: Student, teacher: Captured) -> None:
     """What the float network stores may be infinite, such as a bound or a mask; what a stage makes may not."""
     own = dict(teacher.graph.named_buffers())
     for name, tensor in student.graph.named_buffers():
@@ -103,7 +103,7 @@ def _keep(snapshot: Snapshot, state: Path, position: int, kind: str, run: Run, i
     checkpoint.write(_path(state, position), snapshot.tensors, header)
 
 
-def _restore(student: QuantizedModel, state: Path, position: int, run: Run, identity: str) -> bool:
+def _restore(student: Student, state: Path, position: int, run: Run, identity: str) -> bool:
     """Takes over what a finished stage left; False if there is no checkpoint of it, or a damaged one."""
     kept = checkpoint.read_good(_path(state, position), "That stage runs again.", run.device)
     if kept is None:

@@ -1,187 +1,64 @@
-"""The quantized model: a graph with quantizers in it, and what is known of it."""
+"""The quantized network as its user holds it: called, measured, saved, exported, loaded again."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
+from typing import Any
 
 from bitwright.errors import step
+from bitwright.export.parity import Parity, export_checked
 from bitwright.given.arguments import a_path
-from bitwright.graph import rewrite
-from bitwright.graph.capture import Captured
-from bitwright.graph.insert import Layer, insert
-from bitwright.graph.place import Unquantized
-from bitwright.quant.quantizer import BiasQuantizer, Frozen, Grid, Quantizer
-from bitwright.quant.scheme import Scheme
+from bitwright.measure import evaluation
+from bitwright.run import folder as run_folder
+from bitwright.student import Student, insert_quantizers
 
-if TYPE_CHECKING:
-    from bitwright.export.parity import Parity
-    from bitwright.given.images import Images
-    from bitwright.given.preprocessing import PreprocessFunction, Preprocessing
+__all__ = ["QuantizedModel", "insert_quantizers", "load"]
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """What calibration and optimisation change: stored tensors and scales by path, and the signs of grids."""
+class QuantizedModel(Student):
+    """What :func:`bitwright.quantize` and :func:`bitwright.load` return; called as the user's model is."""
 
-    tensors: dict[str, Tensor]
-    symmetric: dict[str, bool]
-
-
-class QuantizedModel(nn.Module):
-    """A network whose tensors pass through quantizers; called as the user's model is.
-
-    Invariants: until :meth:`freeze`, every quantized parameter is a float tensor followed by its quantizer;
-    afterwards it is integers. Both compute the same, bit for bit.
-    """
-
-    def __init__(
-        self,
-        graph: fx.GraphModule,
-        layers: list[Layer],
-        unquantized: list[Unquantized],
-        scheme: Scheme,
-        *,
-        outputs: tuple[str, ...],
-        structure: pytree.TreeSpec,
-        input_shape: tuple[int, ...],
-        teacher: Captured | None = None,
-    ) -> None:
-        super().__init__()
-        self.graph = graph
-        self.layers, self.unquantized, self.scheme = layers, unquantized, scheme
-        self.outputs, self.structure, self.input_shape = outputs, structure, input_shape
-        self._not_modules = [teacher]
-        self.preprocessing: Preprocessing | PreprocessFunction | None = None
-        self.calibration: Images | None = None
-        """The images it was made with; None after loading."""
-        self.result: dict[str, Any] = {}
-        """What ``result.json`` holds."""
-
-    @property
-    def teacher(self) -> Captured | None:
-        """The float network it was made from; None after loading, until :meth:`attach_teacher`."""
-        return self._not_modules[0]
-
-    def attach_teacher(self, teacher: Captured) -> None:
-        """Gives a loaded model its float network back, so that fidelity can be measured."""
-        self._not_modules[0] = teacher
-
-    def forward(self, images: Tensor) -> Any:
-        """Outputs as the user's model arranges them, for [B, C, H, W]."""
-        return pytree.tree_unflatten(self.flat(images), self.structure)
-
-    def flat(self, images: Tensor) -> list[Tensor]:
-        """Outputs in the order of ``outputs``, for images in any floating type."""
-        return list(self.graph(images.float() if images.is_floating_point() else images))
-
-    @property
-    def frozen(self) -> bool:
-        """Whether its parameters are integers: those that are quantized, of which there may be none."""
-        return any(isinstance(m, Frozen) for m in self.graph.modules()) or not any(
-            map(_is_parameter, self.graph.graph.nodes)
+    @classmethod
+    def of(cls, student: Student) -> QuantizedModel:
+        """The same network, tensors and facts; the student is not to be used any more."""
+        model = cls(
+            student.graph,
+            student.layers,
+            student.unquantized,
+            student.scheme,
+            outputs=student.outputs,
+            structure=student.structure,
+            input_shape=student.input_shape,
+            teacher=student.teacher,
         )
-
-    def freeze(self) -> QuantizedModel:
-        """Puts integers in place of every quantized parameter (itself; does nothing the second time).
-
-        Raises:
-            UsageError: a stage left a grid that does not hold what :class:`Quantizer` promises.
-        """
-        graph = self.graph.graph
-        for module in self.graph.modules():
-            if isinstance(module, Quantizer) and module.calibrated:
-                module.validate()
-        for node in list(graph.nodes):
-            if not _is_parameter(node):
-                continue
-            stored = node.args[0]
-            quantizer = self.graph.get_submodule(str(node.target))
-            assert isinstance(quantizer, Quantizer | BiasQuantizer)
-            if not quantizer.calibrated:
-                continue
-            tensor = rewrite.get_tensor(self.graph, str(stored.target))
-            key = str(node.target).replace("quantizer_", "frozen_", 1)
-            self.graph.add_module(key, Frozen(quantizer.codes(tensor), quantizer))
-            node.target, node.args = key, ()
-            if not stored.users:
-                graph.erase_node(stored)
-        rewrite.drop_unused_tensors(self.graph)
-        graph.lint()
-        self.graph.recompile()
-        return self
-
-    def snapshot(self) -> Snapshot:
-        """The state of a model that is not frozen; costs no memory, since tensors are replaced and never changed."""
-        signs = {k: m.grid.symmetric for k, m in self.graph.named_children() if isinstance(m, Quantizer)}
-        return Snapshot(dict(self.graph.named_buffers()), signs)
-
-    def restore(self, snapshot: Snapshot) -> None:
-        """Takes a snapshot's state over."""
-        for name, tensor in snapshot.tensors.items():
-            owner, _, leaf = name.rpartition(".")
-            self.graph.get_submodule(owner)._buffers[leaf] = tensor
-        for key, symmetric in snapshot.symmetric.items():
-            quantizer = self.quantizer(key)
-            quantizer.grid = Grid(quantizer.grid.bits, symmetric)
-
-    def quantizer(self, key: str) -> Quantizer:
-        """The quantizer at a layer's key."""
-        found = self.graph.get_submodule(key)
-        assert isinstance(found, Quantizer), f"{key} is not a quantizer"
-        return found
+        model.preprocessing, model.calibration = student.preprocessing, student.calibration
+        model.result = student.result
+        return model.train(student.training)
 
     def evaluate(
         self, images: Any, labels: Any = None, classes: Mapping[str, int | None] | None = None
     ) -> dict[str, Any]:
         """Accuracy and fidelity on images; see :func:`bitwright.evaluate`."""
-        from bitwright.measure.evaluation import evaluate
-
-        return evaluate(self, images, labels=labels, classes=classes)
+        return evaluation.evaluate(self, images, labels=labels, classes=classes)
 
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
         """Writes a run folder; see :func:`bitwright.run.folder.save`."""
-        from bitwright.run.folder import save
-
-        return save(self, a_path("folder", folder), force=force)
+        return run_folder.save(self, a_path("folder", folder), force=force)
 
     @step("The export")
     def export(self, path: str | Path, images: Any = None, *, force: bool = False) -> Parity:
         """Writes an ONNX file once it passed its check; see :func:`bitwright.export.parity.export_checked`."""
-        from bitwright.export.parity import export_checked
-        from bitwright.run.folder import renew_checksum
-
         place = a_path("path", path)
         parity = export_checked(self, place, images, force=force)
-        renew_checksum(place)
+        run_folder.renew_checksum(place)
         return parity
 
 
-def _is_parameter(node: fx.Node) -> bool:
-    """Whether it is the quantizer of a stored tensor."""
-    stored = node.args[0] if node.args else None
-    return node.op == "call_module" and isinstance(stored, fx.Node) and stored.op == "get_attr"
-
-
-def insert_quantizers(teacher: Captured, scheme: Scheme) -> QuantizedModel:
-    """The student: the prepared network with quantizers that are not calibrated yet, so that it computes in float.
+def load(folder: str | Path) -> QuantizedModel:
+    """The quantized model of a run folder (or of its ``model.safetensors``), bit for bit.
 
     Raises:
-        UsageError: a rule matches no layer.
+        UsageError: there is none, or it is damaged.
     """
-    inserted = insert(teacher.graph, scheme)
-    return QuantizedModel(
-        inserted.graph,
-        inserted.layers,
-        inserted.unquantized,
-        scheme,
-        outputs=teacher.outputs,
-        structure=teacher.structure,
-        input_shape=tuple(teacher.example.shape[1:]),
-        teacher=teacher,
-    )
+    return QuantizedModel.of(run_folder.load(folder))

@@ -12,7 +12,7 @@ from bitwright.bits import Losses, allocate, allocations, problem_of, reachable,
 from bitwright.bits.plan import insert_plan, plan_of
 from bitwright.errors import UsageError
 from bitwright.quant.scheme import Rule, Scheme
-from bitwright.quantized import insert_quantizers
+from bitwright.student import insert_quantizers
 
 
 def student(name="residual", *rules):

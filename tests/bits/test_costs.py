@@ -13,8 +13,8 @@ from bitwright.bits.allocate import Losses
 from bitwright.bits.plan import plan_of
 from bitwright.errors import UsageError
 from bitwright.quant.scheme import Rule, Scheme
-from bitwright.quantized import insert_quantizers
 from bitwright.run.folder import write_files
+from bitwright.student import insert_quantizers
 
 
 def student(name, *rules, **settings):

@@ -13,8 +13,8 @@ import bitwright as bw
 from bitwright.bits.plan import Plan, fingerprint, insert_plan, plan_of
 from bitwright.cli import main
 from bitwright.quant.scheme import Rule, Scheme
-from bitwright.quantized import insert_quantizers
 from bitwright.run.folder import write_files
+from bitwright.student import insert_quantizers
 
 
 def student(name="residual", **settings):

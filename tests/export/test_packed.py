@@ -9,7 +9,7 @@ import bitwright as bw
 from bitwright.errors import UsageError
 from bitwright.export.packed import ideal_bytes, load_packed, pack_bits, save_packed, unpack_bits
 from bitwright.quant.quantizer import Quantizer
-from bitwright.quantized import insert_quantizers
+from bitwright.student import insert_quantizers
 
 
 def quantized(name, **settings):

@@ -14,9 +14,9 @@ from bitwright.export.layers import activation_quantizers
 from bitwright.export.onnx import to_onnx
 from bitwright.export.reference import run_reference
 from bitwright.quant.quantizer import BiasQuantizer, Frozen
-from bitwright.quantized import insert_quantizers
 from bitwright.runtimes import rules
 from bitwright.runtimes.rules import Codes, Grid
+from bitwright.student import insert_quantizers
 
 
 class Branches(nn.Module):

@@ -18,7 +18,7 @@ from bitwright.graph.blocks import Block, find_blocks
 from bitwright.graph.capture import Captured, capture
 from bitwright.graph.prepare import prepare
 from bitwright.quant.scheme import Scheme
-from bitwright.quantized import insert_quantizers
+from bitwright.student import insert_quantizers
 
 Found = list[tuple[str, str]]
 """(kind, layers) of each block."""

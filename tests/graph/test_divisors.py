@@ -15,7 +15,7 @@ from bitwright.graph.capture import capture
 from bitwright.graph.prepare import prepare
 from bitwright.quant.quantizer import Quantizer
 from bitwright.quant.scheme import Scheme
-from bitwright.quantized import insert_quantizers
+from bitwright.student import insert_quantizers
 
 Normalise = Callable[[Tensor], Tensor]
 

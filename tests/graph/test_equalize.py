@@ -16,7 +16,7 @@ from bitwright.graph.equalize import ChannelScales, channels, equalized, reach
 from bitwright.graph.prepare import prepare
 from bitwright.graph.watch import watch
 from bitwright.quant.scheme import Rule, Scheme
-from bitwright.quantized import QuantizedModel, insert_quantizers
+from bitwright.student import Student, insert_quantizers
 
 
 class Between(nn.Module):
@@ -199,7 +199,7 @@ def test_layers_keep_their_names_and_rules() -> None:
     scales = [ChannelScales("conv2d", EXPONENTS), ChannelScales("silu", EXPONENTS)]
 
     def rows(network: Captured, *rules: str) -> list[tuple[str, str, int | None]]:
-        model: QuantizedModel = insert_quantizers(network, Scheme(rules=tuple(map(Rule.parse, rules))))
+        model: Student = insert_quantizers(network, Scheme(rules=tuple(map(Rule.parse, rules))))
         bits = {x.name: None if x.activation is None else model.quantizer(x.activation).grid.bits for x in model.layers}
         return [(x.name, x.op, bits[x.name]) for x in model.layers]
 

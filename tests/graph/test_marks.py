@@ -18,7 +18,7 @@ from bitwright.graph.capture import capture
 from bitwright.graph.prepare import prepare
 from bitwright.quant.quantizer import Quantizer
 from bitwright.quant.scheme import Scheme
-from bitwright.quantized import insert_quantizers
+from bitwright.student import insert_quantizers
 
 TOKENS, INF, LOWEST = 9, math.inf, torch.finfo(torch.float32).min
 KEEP = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()

@@ -16,25 +16,25 @@ from bitwright.graph.prepare import prepare
 from bitwright.graph.watch import Watcher
 from bitwright.quant.quantizer import BiasQuantizer, Quantizer
 from bitwright.quant.scheme import Rule, Scheme
-from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
+from bitwright.student import Student, insert_quantizers
 
 TARGETS = ["onnxruntime", "generic"]
 
 
 @cache
-def student(name: str, runtime: str) -> QuantizedModel:
+def student(name: str, runtime: str) -> Student:
     """Shared: not changed by any test."""
     return insert_quantizers(prepared(name), Scheme(runtime=runtime))
 
 
-def with_rules(name: str, *rules: str, runtime: str = "onnxruntime", **settings: object) -> QuantizedModel:
+def with_rules(name: str, *rules: str, runtime: str = "onnxruntime", **settings: object) -> Student:
     scheme = Scheme(runtime=runtime, rules=tuple(map(Rule.parse, rules)), **settings)
     return insert_quantizers(prepared(name), scheme)
 
 
-def quantizer_after(made: QuantizedModel, layer: str) -> str | None:
+def quantizer_after(made: Student, layer: str) -> str | None:
     """Key of the quantizer that reads the layer's output directly."""
     for node in made.graph.graph.nodes:
         if node.op == "call_module" and node.args[0].op != "get_attr" and node.args[0].meta.get("layer") == layer:
@@ -52,14 +52,14 @@ def carries(node: fx.Node) -> fx.Node:
 STORED = {"weight", "bias", "parameter"}
 
 
-def is_listed(node: fx.Node, made: QuantizedModel) -> bool:
+def is_listed(node: fx.Node, made: Student) -> bool:
     """Whether a tensor stands in ``unquantized``: stored ones by their path, others by their layer."""
     if node.op == "get_attr":
         return any(u.name == node.target for u in made.unquantized if u.op in STORED)
     return any(u.name == node.meta.get("layer") for u in made.unquantized if u.op not in STORED)
 
 
-def floats_without_a_word(made: QuantizedModel) -> list[str]:
+def floats_without_a_word(made: Student) -> list[str]:
     """Every edge of the graph that carries floats to an operator, neither quantized nor listed."""
     missing = []
     for node in made.graph.graph.nodes:

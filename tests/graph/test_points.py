@@ -18,7 +18,7 @@ from bitwright.graph.points import Point, expose, linear_points
 from bitwright.graph.prepare import prepare
 from bitwright.graph.watch import watch
 from bitwright.quant.scheme import Scheme
-from bitwright.quantized import insert_quantizers
+from bitwright.student import insert_quantizers
 
 COUNT = 3
 LAYOUTS = {

@@ -11,19 +11,19 @@ from torch import Tensor
 
 from bitwright.graph import segments
 from bitwright.quant.scheme import Scheme
-from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
+from bitwright.student import Student, insert_quantizers
 
 
 @cache
-def calibrated(name: str) -> QuantizedModel:
+def calibrated(name: str) -> Student:
     teacher = prepared(name)
     student = insert_quantizers(teacher, Scheme(weights=8, activations=8))  # so that biases are integers
     return Calibrate(weights="minmax", activations="minmax").run(student, teacher, dataset(6), Run())
 
 
-def by_region(student: QuantizedModel, changed: list[str], batch: Tensor) -> list[Tensor]:
+def by_region(student: Student, changed: list[str], batch: Tensor) -> list[Tensor]:
     """The outputs by way of the cut."""
     cut = segments.region(student.graph, changed)
     with torch.no_grad():
@@ -32,7 +32,7 @@ def by_region(student: QuantizedModel, changed: list[str], batch: Tensor) -> lis
         return list(cut.body(*before, *fixed, *moved))
 
 
-def keys(student: QuantizedModel, role: str) -> list[str]:
+def keys(student: Student, role: str) -> list[str]:
     return [k for k in dict.fromkeys(getattr(layer, role) for layer in student.layers) if k is not None]
 
 

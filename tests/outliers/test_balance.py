@@ -18,10 +18,10 @@ from bitwright.outliers import balance as module
 from bitwright.outliers.balance import own_quantizers
 from bitwright.outliers.effects import see_gradients
 from bitwright.quant.scheme import Scheme
-from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.sensitivity.one_at_a_time import distance_of_outputs
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
+from bitwright.student import Student, insert_quantizers
 
 
 class Wide(nn.Module):
@@ -46,7 +46,7 @@ def noise(count: int, seed: int = 0) -> Tensor:
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
-def decibels(network: nn.Module, model: QuantizedModel) -> float:
+def decibels(network: nn.Module, model: Student) -> float:
     x = noise(32, seed=1)
     with torch.no_grad():
         expected, found = network(x), model(x)
@@ -54,7 +54,7 @@ def decibels(network: nn.Module, model: QuantizedModel) -> float:
     return float(10 * torch.log10(signal / (expected - found).square().sum()))
 
 
-def unbalanced(network: nn.Module, **how: object) -> QuantizedModel:
+def unbalanced(network: nn.Module, **how: object) -> Student:
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it holds more error than signal
         patch.setattr(module, "ROUNDS", 0)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import bitwright as bw
 from bitwright.errors import UsageError
 from bitwright.outliers import balance
-from bitwright.quantized import QuantizedModel
+from bitwright.student import Student
 
 
 class Wide(nn.Module):
@@ -37,7 +37,7 @@ def noise(count: int, seed: int = 0) -> Tensor:
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
-def decibels(network: nn.Module, model: QuantizedModel) -> float:
+def decibels(network: nn.Module, model: Student) -> float:
     x = noise(32, seed=1)
     with torch.no_grad():
         expected, found = network(x), model(x)

@@ -13,10 +13,10 @@ from bitwright.quant import affine, shifts
 from bitwright.quant.quantizer import BiasQuantizer, Grid, Quantizer
 from bitwright.quant.scheme import Rule, Scheme
 from bitwright.quant.statistics import Statistics
-from bitwright.quantized import insert_quantizers
 from bitwright.runtimes import RUNTIMES, target
 from bitwright.runtimes.target import FAMILIES, nearest_bits
 from bitwright.stages.reconstruct import Reconstruct
+from bitwright.student import insert_quantizers
 
 
 def student(name="transformer", **settings):

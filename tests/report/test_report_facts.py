@@ -24,15 +24,15 @@ from bitwright.graph import rewrite
 from bitwright.graph.readings import Reading
 from bitwright.graph.watch import watch
 from bitwright.measure.evaluation import evaluate
-from bitwright.quantized import QuantizedModel
 from bitwright.report.answers import Answers, class_names, picture
 from bitwright.report.facts import onnx_parts, packed_parts
 from bitwright.report.histograms import histograms, worst_layers
 from bitwright.report.verdict import paired_difference
+from bitwright.student import Student
 
 
 @pytest.fixture(scope="module")
-def quantized() -> QuantizedModel:
+def quantized() -> Student:
     return bw.quantize(model("residual"), dataset(24), recipe="mse", weights=3, activations=4)
 
 
@@ -65,7 +65,7 @@ def test_answers_are_counted_as_by_hand() -> None:
     assert first.after.probability == pytest.approx(q[first.position, first.after.number], rel=1e-5)
 
 
-def test_an_evaluation_shows_its_batches_and_agrees_with_itself(quantized: QuantizedModel) -> None:
+def test_an_evaluation_shows_its_batches_and_agrees_with_itself(quantized: Student) -> None:
     answers, images = Answers(), dataset(40, seed=9)
     result = evaluate(quantized, images, batch=7, each=answers.update)
     assert answers.count == 40
@@ -106,7 +106,7 @@ def test_the_interval_of_the_difference_covers_as_often_as_it_says() -> None:
     assert 0.935 < held / 2000 < 0.97
 
 
-def test_histograms_are_those_of_numpy(quantized: QuantizedModel) -> None:
+def test_histograms_are_those_of_numpy(quantized: Student) -> None:
     images = dataset(6).batch(range(6))
     layers = [x for x in quantized.layers if x.weight is not None]
     found = histograms(quantized, images, layers)
@@ -143,7 +143,7 @@ def test_the_worst_layers_are_the_noisiest_each_group_once() -> None:
     assert [x.name for x in worst_layers(rows, layers, count=3)] == ["d", "a"]  # type: ignore[arg-type]
 
 
-def test_parts_of_the_files_add_up(quantized: QuantizedModel, tmp_path: Path) -> None:
+def test_parts_of_the_files_add_up(quantized: Student, tmp_path: Path) -> None:
     quantized.save(tmp_path / "run")
     quantized.export(tmp_path / "run" / "model.onnx", dataset(4))
     packed, onnx = packed_parts(tmp_path / "run" / "model.safetensors"), onnx_parts(tmp_path / "run" / "model.onnx")

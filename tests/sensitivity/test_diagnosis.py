@@ -16,11 +16,11 @@ import bitwright as bw
 from bitwright.errors import UsageError
 from bitwright.export.packed import save_packed
 from bitwright.quant.scheme import Rule, Scheme
-from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.sensitivity import diagnosis
 from bitwright.sensitivity.diagnosis import Suspect, diagnose, rules_for, told
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
+from bitwright.student import Student, insert_quantizers
 
 pytestmark = pytest.mark.filterwarnings("ignore:Output '.*' of the quantized network")
 
@@ -28,7 +28,7 @@ NAMES = ["residual", "transformer", "called_twice"]
 
 
 @cache
-def student(name: str, weights: int = 3, activations: int = 4, correction: str = "analytic") -> QuantizedModel:
+def student(name: str, weights: int = 3, activations: int = 4, correction: str = "analytic") -> Student:
     made = insert_quantizers(prepared(name), Scheme(weights=weights, activations=activations))
     return Calibrate(bias_correction=correction).run(made, prepared(name), dataset(6), Run())
 
@@ -39,7 +39,7 @@ def numpy_kl(ours: Tensor, theirs: Tensor) -> float:
     return float((np.exp(p) * (p - q)).sum(1).mean())
 
 
-def loss_by_hand(model: QuantizedModel, key: str | None, images: Tensor) -> float:
+def loss_by_hand(model: Student, key: str | None, images: Tensor) -> float:
     """With the whole network run, and the tensor of that quantizer (and its layers' biases) as the teacher has it."""
     graph, teacher = copy.deepcopy(model.graph), model.teacher.graph
     if key is not None:
@@ -100,16 +100,16 @@ def test_gradient_times_error_adds_up_to_twice_a_small_loss() -> None:
 
 
 @pytest.fixture(scope="module")
-def run() -> QuantizedModel:
+def run() -> Student:
     return zoo()
 
 
-def zoo(rules: tuple[str, ...] = ()) -> QuantizedModel:
+def zoo(rules: tuple[str, ...] = ()) -> Student:
     return bw.quantize("zoo:fashion_cnn", "zoo:fashion", "mse", weights=2, samples=96, rules=rules)
 
 
 @pytest.mark.slow
-def test_runs_with_the_rules_lose_and_weigh_what_was_predicted(run: QuantizedModel, tmp_path: Path) -> None:
+def test_runs_with_the_rules_lose_and_weigh_what_was_predicted(run: Student, tmp_path: Path) -> None:
     found = diagnose(run)
     assert found["rules"]
     assert 2 <= len(found["together"]["rules"]) <= diagnosis.TOGETHER
@@ -127,7 +127,7 @@ def test_runs_with_the_rules_lose_and_weigh_what_was_predicted(run: QuantizedMod
 
 
 @pytest.mark.slow
-def test_the_ranking_puts_what_matters_among_the_first(run: QuantizedModel) -> None:
+def test_the_ranking_puts_what_matters_among_the_first(run: Student) -> None:
     everything = diagnose(run)["layers"]
     few = diagnose(run, seconds=0.0)["layers"]
     assert len(few) <= diagnosis.SUSPECTS[0]

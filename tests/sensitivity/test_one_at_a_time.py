@@ -20,12 +20,12 @@ from bitwright.graph.points import linear_points
 from bitwright.graph.readings import Reading
 from bitwright.graph.watch import watch
 from bitwright.quant.scheme import Rule, Scheme
-from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.sensitivity import Choices, MeasuredLoss, OutputDistance, Table
 from bitwright.sensitivity.one_at_a_time import distance_of_outputs
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate, parameters
 from bitwright.stages.optq import Optq
+from bitwright.student import Student, insert_quantizers
 
 CHOICES = Choices((3, 8), (4, 16))
 LABELS = [0, 2, 1, 1, 3, 0]
@@ -36,7 +36,7 @@ def some() -> Images:
     return dataset(6)
 
 
-def calibrated(name: str, weights: int, activations: int, runtime: str = "onnxruntime") -> QuantizedModel:
+def calibrated(name: str, weights: int, activations: int, runtime: str = "onnxruntime") -> Student:
     student = insert_quantizers(prepared(name), Scheme(weights=weights, activations=activations, runtime=runtime))
     return Calibrate().run(student, prepared(name), some(), Run())
 

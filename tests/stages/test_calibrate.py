@@ -16,15 +16,15 @@ from bitwright.graph.capture import Captured, capture
 from bitwright.graph.prepare import prepare
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
 from bitwright.quant.scheme import Scheme
-from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.stages import calibrate as stage_module
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
+from bitwright.student import Student, insert_quantizers
 
 
 def calibrated(
     teacher: Captured | str, runtime: str = "onnxruntime", *, count: int = 12, batch: int = 5, **settings: object
-) -> QuantizedModel:
+) -> Student:
     """A calibrated student; what the stage does not know goes to the scheme. Min-max, which is quick."""
     teacher = prepared(teacher) if isinstance(teacher, str) else teacher
     settings = {"activations": 8, **settings}
@@ -55,13 +55,13 @@ def channel_means(node: fx.Node, y: Tensor) -> Tensor:
     return y.flatten(0, -2).mean(0) if ops.base_name(node) == "linear" else y.transpose(0, 1).flatten(1).mean(1)
 
 
-def bias_of(student: QuantizedModel, node: fx.Node) -> Tensor:
+def bias_of(student: Student, node: fx.Node) -> Tensor:
     """The stored float bias of an operator of the student, before its quantizer."""
     stored = node.args[2].args[0] if node.args[2].op == "call_module" else node.args[2]
     return student.graph.get_buffer(str(stored.target))
 
 
-def mean_errors(student: QuantizedModel, teacher: Captured, x: Tensor) -> dict[str, float]:
+def mean_errors(student: Student, teacher: Captured, x: Tensor) -> dict[str, float]:
     """Largest error of a channel's mean, relative to the operator's range, each operator fed the float input."""
     floats, errors = values(teacher.graph, x), {}
     twins = {n.name: n for n in linears(student.graph)}
@@ -88,7 +88,7 @@ def test_analytic_correction_keeps_channel_means(name: str, match_spread: bool) 
     assert max(before.values()) > 1e-3
 
 
-def quantized_errors(student: QuantizedModel, teacher: Captured, x: Tensor) -> dict[str, float]:
+def quantized_errors(student: Student, teacher: Captured, x: Tensor) -> dict[str, float]:
     """Largest error of a channel's mean of each operator of the quantized network, relative to its range."""
     floats, found, errors = values(teacher.graph, x), values(student.graph, x), {}
     for node in linears(teacher.graph):
@@ -206,7 +206,7 @@ def test_ranges_do_not_depend_on_the_batch_size() -> None:
 
 
 @cache
-def finished(name: str, runtime: str, weights: int) -> tuple[QuantizedModel, list[Tensor], dict[str, Tensor]]:
+def finished(name: str, runtime: str, weights: int) -> tuple[Student, list[Tensor], dict[str, Tensor]]:
     """A frozen model, its simulation's outputs before freezing, and the float parameters it had then."""
     student = calibrated(name, runtime, weights=weights, bias_correction="analytic")
     before, floats = student.flat(images(3, seed=9)), state(student.graph)

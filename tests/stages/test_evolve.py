@@ -20,7 +20,6 @@ from bitwright.graph.capture import Captured, capture
 from bitwright.graph.prepare import prepare
 from bitwright.pipeline import run_stages
 from bitwright.quant.scheme import Scheme
-from bitwright.quantized import QuantizedModel, Snapshot, insert_quantizers
 from bitwright.recipes import Recipe, builtin
 from bitwright.stages import evolve as module
 from bitwright.stages.base import Run
@@ -29,12 +28,13 @@ from bitwright.stages.candidates import Batches, Evaluator, Fitness, Scales
 from bitwright.stages.evolve import Evolve
 from bitwright.stages.population import CYCLES, POPULATION, TOURNAMENT, Mutation
 from bitwright.stages.reconstruct import Reconstruct
+from bitwright.student import Snapshot, Student, insert_quantizers
 
 CALIBRATE = Calibrate(weights="mse", activations="minmax", bias_correction="analytic")
 QUICK: dict[str, Any] = {"passes": 2, "batch": 8, "images": 24, "mutation": Mutation(size=0.05, share=1.0)}
 
 
-def start(name: str | Captured = "transformer", bits: int = 3) -> tuple[QuantizedModel, Captured, Images]:
+def start(name: str | Captured = "transformer", bits: int = 3) -> tuple[Student, Captured, Images]:
     teacher = prepared(name) if isinstance(name, str) else name
     shape = tuple(teacher.example.shape[1:])
     noise = torch.randn(24, *shape, generator=torch.Generator().manual_seed(2))
@@ -45,7 +45,7 @@ def start(name: str | Captured = "transformer", bits: int = 3) -> tuple[Quantize
 
 def evolve(
     stage: Evolve, name: str | Captured = "transformer", *, bits: int = 3, **settings: Any
-) -> tuple[QuantizedModel, Snapshot, dict[str, Any]]:
+) -> tuple[Student, Snapshot, dict[str, Any]]:
     """The student, the state it came in, and what the stage noted."""
     student, teacher, data = start(name, bits)
     before = student.snapshot()
@@ -92,7 +92,7 @@ def test_what_is_kept_in_memory_changes_nothing(memory: int, monkeypatch: pytest
     assert same(plain.snapshot(), student.snapshot())
 
 
-def whole_network(stage: Evolve, student: QuantizedModel, teacher: Captured, data: Images) -> None:
+def whole_network(stage: Evolve, student: Student, teacher: Captured, data: Images) -> None:
     """The same search written plainly: every child runs through all of the network."""
     run = Run(seed=1, precision="float32")
     batches = Batches(teacher, data.sample(24, seed=1), stage.batch, run, "")

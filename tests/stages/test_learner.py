@@ -14,32 +14,32 @@ from bitwright.graph.points import expose, linear_points
 from bitwright.quant.learned import LearnedActivation, LearnedBias, LearnedWeight
 from bitwright.quant.quantizer import BiasQuantizer, Quantizer
 from bitwright.quant.scheme import Rule, Scheme
-from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
 from bitwright.stages.learner import Learner, Variables
+from bitwright.student import Student, insert_quantizers
 
 ROUNDINGS = ["straight-through", "soft"]
 
 
-def calibrated(name: str, **scheme: object) -> QuantizedModel:
+def calibrated(name: str, **scheme: object) -> Student:
     """Four bits for weights and eight for activations, so that biases stay float, if not told otherwise."""
     student = insert_quantizers(prepared(name), Scheme(**{"weights": 4, "activations": 8, **scheme}))
     return Calibrate(weights="minmax", activations="minmax").run(student, prepared(name), dataset(6), Run())
 
 
 @cache
-def shared(name: str) -> QuantizedModel:
+def shared(name: str) -> Student:
     """The same, shared: not changed by any test."""
     return calibrated(name)
 
 
-def learner_of(name: str, student: QuantizedModel, rounding: str = "straight-through", **variables: object) -> Learner:
+def learner_of(name: str, student: Student, rounding: str = "straight-through", **variables: object) -> Learner:
     points = linear_points(prepared(name).graph, prepared(name).example)
     return Learner(student, points, Variables(rounding=rounding, **variables))
 
 
-def computed(student: QuantizedModel, learner: Learner, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def computed(student: Student, learner: Learner, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs and values at the points of the student."""
     with torch.no_grad():
         outputs, values = expose(student.graph, [p.node for p in learner.points])(x)

@@ -13,20 +13,18 @@ from bitwright.graph.capture import Captured, capture
 from bitwright.graph.prepare import prepare
 from bitwright.quant import affine
 from bitwright.quant.scheme import Scheme
-from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate, parameters
+from bitwright.student import Student, insert_quantizers
 
 
-def calibrated(
-    teacher: Captured, *, match_spread: bool, bias_correction: str = "none", **scheme: object
-) -> QuantizedModel:
+def calibrated(teacher: Captured, *, match_spread: bool, bias_correction: str = "none", **scheme: object) -> Student:
     student = insert_quantizers(teacher, Scheme(**{"weights": 3, **scheme}))
     stage = Calibrate(activations="minmax", match_spread=match_spread, bias_correction=bias_correction)
     return stage.run(student, teacher, dataset(6), Run())
 
 
-def weights(student: QuantizedModel) -> dict[str, tuple[Tensor, Tensor, tuple[int, ...]]]:
+def weights(student: Student) -> dict[str, tuple[Tensor, Tensor, tuple[int, ...]]]:
     """Codes, dequantized values and blocks, by the path of the stored tensor."""
     found = {}
     for stored, quantizer in parameters(student.graph, "weight"):

@@ -16,23 +16,23 @@ from bitwright.graph.capture import Captured, capture
 from bitwright.graph.prepare import prepare
 from bitwright.graph.watch import watch
 from bitwright.quant.scheme import Rule, Scheme
-from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
 from bitwright.stages.optq import Optq, _inputs
+from bitwright.student import Student, insert_quantizers
 
 ALL = 10**6
 """More positions than any image has."""
 
 
-def calibrated(teacher: Captured, data: Images, **scheme: object) -> QuantizedModel:
+def calibrated(teacher: Captured, data: Images, **scheme: object) -> Student:
     student = insert_quantizers(teacher, Scheme(**{"weights": 3, **scheme}))
     return Calibrate(weights="mse", activations="minmax").run(student, teacher, data, Run())
 
 
 def optimised(
     teacher: Captured, data: Images, *, seed: int = 0, scheme: dict | None = None, **stage: object
-) -> QuantizedModel:
+) -> Student:
     """A student after OPTQ over all positions."""
     settings = {"positions": ALL, "damping": 0.01, "bias_correction": False, **stage}
     return Optq(**settings).run(calibrated(teacher, data, **(scheme or {})), teacher, data, Run(seed=seed, batch=5))
@@ -236,7 +236,7 @@ def test_stored_weights_are_those_of_obq(name: str, ordered: bool) -> None:
     assert moved > 0
 
 
-def output_errors(student: QuantizedModel, teacher: Captured, x: Tensor) -> dict[str, float]:
+def output_errors(student: Student, teacher: Captured, x: Tensor) -> dict[str, float]:
     """Squared error of every layer's output when it is fed the float input."""
     errors = {}
     twins = {n.name: n for n in linears(student.graph)}

@@ -24,7 +24,6 @@ from bitwright.graph.capture import Captured, capture
 from bitwright.graph.prepare import prepare
 from bitwright.quant.quantizer import BiasQuantizer, Quantizer
 from bitwright.quant.scheme import Scheme
-from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.recipes import Recipe
 from bitwright.runtimes.session import save_onnx
 from bitwright.stages.base import Run
@@ -32,18 +31,19 @@ from bitwright.stages.calibrate import Calibrate
 from bitwright.stages.optq import Optq
 from bitwright.stages.ptf import norm_inputs
 from bitwright.stages.reconstruct import Reconstruct
+from bitwright.student import Student, insert_quantizers
 
 PTF = Calibrate(weights="minmax", norm_inputs="ptf", bias_correction="analytic")
 TENSOR = Calibrate(weights="minmax", bias_correction="analytic")
 
 
-def calibrated(teacher: Captured | str, stage: Calibrate = PTF, count: int = 12, **scheme: Any) -> QuantizedModel:
+def calibrated(teacher: Captured | str, stage: Calibrate = PTF, count: int = 12, **scheme: Any) -> Student:
     teacher = prepared(teacher) if isinstance(teacher, str) else teacher
     student = insert_quantizers(teacher, Scheme(**scheme))
     return stage.run(student, teacher, dataset(count), Run())
 
 
-def per_channel(student: QuantizedModel) -> set[str]:
+def per_channel(student: Student) -> set[str]:
     """Names of the layers whose output has a scale for each channel."""
     found = [m for m in student.graph.modules() if isinstance(m, Quantizer) and m.role != "weight"]
     return {m.name for m in found if m.granularity == "channel"}

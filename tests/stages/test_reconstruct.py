@@ -20,7 +20,6 @@ from bitwright.graph.prepare import prepare
 from bitwright.memory import saved_bytes
 from bitwright.pipeline import run_stages
 from bitwright.quant.scheme import Scheme
-from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.recipes import Recipe, recipe
 from bitwright.stages import reconstruct as module
 from bitwright.stages import schedules
@@ -29,6 +28,7 @@ from bitwright.stages.calibrate import Calibrate, parameters
 from bitwright.stages.reconstruct import Reconstruct
 from bitwright.stages.schedules import Anneal, Dampen, Gradual, Learn
 from bitwright.stages.tuning import Tuner
+from bitwright.student import Student, insert_quantizers
 
 CALIBRATE = Calibrate(weights="minmax", activations="minmax", bias_correction="analytic")
 QUICK: dict[str, Any] = {"batch": 8, "steps": 60, "score_probes": 4, "never_worse": False}
@@ -48,7 +48,7 @@ def optimise(
     count: int = 16,
     state: Path | None = None,
     **settings: Any,
-) -> tuple[QuantizedModel, Run]:
+) -> tuple[Student, Run]:
     teacher = prepared(name) if isinstance(name, str) else name
     shape = tuple(teacher.example.shape[1:])
     data = dataset(count) if shape == tuple(images(1).shape[1:]) else load_images(torch.randn(count, *shape), None)
@@ -71,20 +71,20 @@ def keys(run: Run) -> dict[str, Any]:
     return run.records[-1].keys()
 
 
-def integers(student: QuantizedModel) -> dict[str, Tensor]:
+def integers(student: Student) -> dict[str, Tensor]:
     return {
         stored: quantizer.codes(rewrite.get_tensor(student.graph, stored))
         for stored, quantizer in parameters(student.graph, "weight")
     }
 
 
-def assert_same(a: QuantizedModel, b: QuantizedModel) -> None:
+def assert_same(a: Student, b: Student) -> None:
     ours, theirs = dict(a.graph.named_buffers()), dict(b.graph.named_buffers())
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
-def loss_by_hand(student: QuantizedModel, teacher: Captured, x: Tensor) -> float:
+def loss_by_hand(student: Student, teacher: Captured, x: Tensor) -> float:
     """``1/L sum_l mean_{n, positions} sum_channels (student - teacher)^2`` with plain tensors, images in axis 0."""
     points = linear_points(teacher.graph, teacher.example)
     nodes = [p.node for p in points]

@@ -12,11 +12,11 @@ from bitwright.errors import UsageError
 from bitwright.given.images import Images
 from bitwright.given.models import Model
 from bitwright.quant.scheme import Scheme
-from bitwright.quantized import QuantizedModel
 from bitwright.recipes import recipe
 from bitwright.stages.base import Run
 from bitwright.stages.candidates import Fitness
 from bitwright.stages.evolve import scale_keys
+from bitwright.student import Student
 from bitwright.studies import landscape, study
 from bitwright.studies.base import Row
 from bitwright.studies.landscape import SCANS, Scan, scan, summarise, verdict
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 LABELS = [0, 1, 2, 3] * 3
 
 
-def begun(name: str = "transformer", labelled: bool = False) -> tuple[Subject, QuantizedModel, list[str]]:
+def begun(name: str = "transformer", labelled: bool = False) -> tuple[Subject, Student, list[str]]:
     held_out = dataset(12, seed=5)
     images = held_out.labelled(LABELS) if labelled else held_out
     subject = Subject(Model(make(name), name, None), dataset(12), images, CPU)
@@ -36,11 +36,11 @@ def begun(name: str = "transformer", labelled: bool = False) -> tuple[Subject, Q
     return subject, student, scale_keys(student, middle_blocks(subject)[0])
 
 
-def count(student: QuantizedModel, keys: list[str]) -> int:
+def count(student: Student, keys: list[str]) -> int:
     return sum(student.quantizer(k).scale.numel() for k in keys)
 
 
-def state(student: QuantizedModel) -> dict[str, torch.Tensor]:
+def state(student: Student) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in student.graph.named_buffers()}
 
 

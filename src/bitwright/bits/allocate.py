@@ -23,7 +23,7 @@ from bitwright.bits.plan import Plan, plan_of
 from bitwright.bits.solve import Solution, pareto, solve
 from bitwright.bits.tables import Problem, Term
 from bitwright.errors import UsageError
-from bitwright.quantized import QuantizedModel
+from bitwright.student import Student
 
 ByBits = Mapping[int, float]
 
@@ -45,7 +45,7 @@ class Losses:
 
 
 def allocate(
-    student: QuantizedModel,
+    student: Student,
     losses: Losses,
     limits: Mapping[str, float],
     *,
@@ -74,7 +74,7 @@ def allocate(
 
 
 def allocations(
-    student: QuantizedModel,
+    student: Student,
     losses: Losses,
     cost: str = "weight_bytes",
     *,
@@ -90,7 +90,7 @@ def allocations(
 
 
 def problem_of(
-    student: QuantizedModel,
+    student: Student,
     losses: Losses,
     *,
     weights: Sequence[int] = WEIGHT_BITS,
@@ -120,7 +120,7 @@ def problem_of(
     )
 
 
-def plan_for(student: QuantizedModel, problem: Problem, solution: Solution) -> Plan:
+def plan_for(student: Student, problem: Problem, solution: Solution) -> Plan:
     """The plan of a solution, with what it is predicted to lose and to cost."""
     predicted = {"loss": solution.loss, **solution.costs}
     if solution.gap:
@@ -155,9 +155,7 @@ def _with_finite_losses(variables: Mapping[str, Variable], losses: Losses) -> di
     return found
 
 
-def _loss_terms(
-    student: QuantizedModel, variables: Mapping[str, Variable], losses: Losses
-) -> tuple[list[Term], set[str]]:
+def _loss_terms(student: Student, variables: Mapping[str, Variable], losses: Losses) -> tuple[list[Term], set[str]]:
     """The objective, and the variables it speaks of."""
     terms, known, negative = [], set(), []
     for key, table in _tables(variables, losses).items():

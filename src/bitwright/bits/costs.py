@@ -26,7 +26,7 @@ from bitwright.graph import ops, rewrite
 from bitwright.graph.insert import macs, quantizers
 from bitwright.graph.place import Placement, place
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
-from bitwright.quantized import QuantizedModel, insert_quantizers
+from bitwright.student import Student, insert_quantizers
 
 WEIGHT_BITS = (2, 3, 4, 5, 6, 8)
 ACTIVATION_BITS = (4, 8, 16)
@@ -62,7 +62,7 @@ class Variable:
 
 
 def variables_of(
-    student: QuantizedModel,
+    student: Student,
     weights: Sequence[int] = WEIGHT_BITS,
     activations: Sequence[int] = ACTIVATION_BITS,
 ) -> dict[str, Variable]:
@@ -106,7 +106,7 @@ def _offered(bits: Sequence[int], possible: Sequence[int], what: str, target: st
     return left
 
 
-def _readers(student: QuantizedModel) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+def _readers(student: Student) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Layers by the key of their weight, and by that of the quantizer that ends their group (the end first)."""
     weights: dict[str, list[str]] = defaultdict(list)
     ends: dict[str, list[str]] = defaultdict(list)
@@ -119,7 +119,7 @@ def _readers(student: QuantizedModel) -> tuple[dict[str, list[str]], dict[str, l
     return weights, {key: [*names, *inside[key]] for key, names in ends.items()}
 
 
-def _check(student: QuantizedModel) -> None:
+def _check(student: Student) -> None:
     if student.teacher is None or any(isinstance(m, Frozen) for m in student.graph.modules()):
         raise UsageError("Expected a network with quantizers that is not frozen, to plan its bits.")
 
@@ -127,9 +127,7 @@ def _check(student: QuantizedModel) -> None:
 # ------------------------------------------------------------------------------------------------------- costs
 
 
-def costs_of(
-    student: QuantizedModel, variables: Mapping[str, Variable], latency: Latency | None = None
-) -> dict[str, Cost]:
+def costs_of(student: Student, variables: Mapping[str, Variable], latency: Latency | None = None) -> dict[str, Cost]:
     """Tables of costs over the variables' options.
 
     =================  ==============================================================================================
@@ -166,7 +164,7 @@ def costs_of(
 class _Network:
     """A student, read once."""
 
-    def __init__(self, student: QuantizedModel, variables: Mapping[str, Variable]) -> None:
+    def __init__(self, student: Student, variables: Mapping[str, Variable]) -> None:
         assert student.teacher is not None
         self.student, self.variables = student, variables
         self.graph: fx.Graph = student.teacher.graph.graph
@@ -258,7 +256,7 @@ class _Network:
         return 0.0
 
 
-def _stored(student: QuantizedModel) -> tuple[dict[str, int], int]:
+def _stored(student: Student) -> tuple[dict[str, int], int]:
     """Elements of each quantized tensor by its quantizer's key, and the bytes of all other numbers in the file."""
     sizes: dict[str, int] = {}
     floats: dict[str, int] = {}
@@ -286,7 +284,7 @@ def _scales(quantizer: Quantizer) -> int:
     return count
 
 
-def overhead_bytes(student: QuantizedModel) -> int:
+def overhead_bytes(student: Student) -> int:
     """Bytes of ``model.safetensors`` that are not numbers: the graph, names, the plan, where what lies, compressed.
 
     Found by packing a copy whose tensors have one element each, with many widths in it, as a plan has.
@@ -315,7 +313,7 @@ def overhead_bytes(student: QuantizedModel) -> int:
 # -------------------------------------------------------------------------------------------------------- ties
 
 
-def residual_ties(student: QuantizedModel, variables: Mapping[str, Variable]) -> list[tuple[str, ...]]:
+def residual_ties(student: Student, variables: Mapping[str, Variable]) -> list[tuple[str, ...]]:
     """Activations that are added to each other: what a kernel needs to add them without rescaling (HAWQ-V3)."""
     network = _Network(student, variables)
     ties = []

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from torch import Tensor
 
-import bitwright
+from bitwright._version import __version__
 from bitwright.bits.costs import ACTIVATION_BITS, WEIGHT_BITS, Variable, variables_of
 from bitwright.bits.pieces import FLOAT, FLOAT_BITS, INPUT, Kernel, Part, Piece, give_scale, parts_of, to_files
 from bitwright.errors import UsageError
@@ -31,7 +31,6 @@ from bitwright.given.images import Images
 from bitwright.progress import Progress, silent
 from bitwright.quant.quantizer import Quantizer
 from bitwright.quant.scheme import Scheme
-from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.run.files import DamagedError, read_checked, write_checked
 from bitwright.runtimes.onnxruntime import ONNXRUNTIME
 from bitwright.runtimes.session import save_onnx
@@ -39,6 +38,7 @@ from bitwright.runtimes.target import CLAMPING
 from bitwright.speed.float_twin import float_twin
 from bitwright.speed.machine import cpu_name
 from bitwright.speed.timing import Call, Measure, Spread, in_turn
+from bitwright.student import Student, insert_quantizers
 
 SECONDS = 1.0
 """For all kernels of one piece."""
@@ -61,7 +61,7 @@ class Latencies:
 
 
 def measure_latencies(
-    student: QuantizedModel,
+    student: Student,
     images: Images | Tensor,
     *,
     weights: Sequence[int] = WEIGHT_BITS,
@@ -127,7 +127,7 @@ def measure_latencies(
 
 
 def compare_with_network(
-    student: QuantizedModel,
+    student: Student,
     images: Images | Tensor,
     found: Latencies,
     *,
@@ -178,14 +178,14 @@ def _batch(images: Images | Tensor, count: int) -> Tensor:
     return images.batch(positions) if isinstance(images, Images) else images[positions]
 
 
-def _pairs(student: QuantizedModel, variables: dict[str, Variable], part: Part) -> dict[tuple[int, int], Kernel]:
+def _pairs(student: Student, variables: dict[str, Variable], part: Part) -> dict[tuple[int, int], Kernel]:
     """The bits of weight and input that a plan may give the layer."""
     layer, target = part.layer, student.scheme.target
     weights, inputs = (_options(student, variables, key) for key in (layer.weight, layer.source))
     return {(w, a): Kernel.of(w, a, target) for w in weights for a in inputs}
 
 
-def _options(student: QuantizedModel, variables: dict[str, Variable], key: str | None) -> tuple[int, ...]:
+def _options(student: Student, variables: dict[str, Variable], key: str | None) -> tuple[int, ...]:
     if key is None:
         return (FLOAT_BITS,)
     return variables[key].options if key in variables else (student.quantizer(key).grid.bits,)
@@ -194,7 +194,7 @@ def _options(student: QuantizedModel, variables: dict[str, Variable], key: str |
 class _Timer:
     """Times pieces, and remembers them."""
 
-    def __init__(self, student: QuantizedModel, threads: int, measure: Measure, store: _Store) -> None:
+    def __init__(self, student: Student, threads: int, measure: Measure, store: _Store) -> None:
         self.student, self.threads, self.measure, self.store = student, threads, measure, store
         self.timed = 0
 
@@ -231,7 +231,7 @@ class _Store:
 
     def __init__(self, folder: Path | None, threads: int) -> None:
         self.about = {"cpu": cpu_name(), "onnxruntime": ONNXRUNTIME.version, "threads": threads}
-        how = {**self.about, "version": VERSION, "bitwright": bitwright.__version__}
+        how = {**self.about, "version": VERSION, "bitwright": __version__}
         self.path = None if folder is None else Path(folder) / f"latency-{_digest(how)}.json"
         self.seconds: dict[str, float] = {}
         if self.path is not None and self.path.is_file():

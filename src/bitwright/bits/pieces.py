@@ -15,14 +15,14 @@ from bitwright.export.clips import codes_of
 from bitwright.export.onnx import to_onnx
 from bitwright.graph import ops, rewrite
 from bitwright.graph.capture import Captured
-from bitwright.graph.insert import Layer
+from bitwright.graph.layer import Layer
 from bitwright.graph.place import Placement, place
 from bitwright.graph.watch import watch
 from bitwright.quant.quantizer import Grid, Quantizer
 from bitwright.quant.scheme import Granularity, Scheme
-from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.runtimes.target import CLAMPING, Target
 from bitwright.speed.float_twin import float_twin
+from bitwright.student import Student, insert_quantizers
 
 FLOAT_BITS = 32
 INPUT, LAYER = "images", "layer"
@@ -86,7 +86,7 @@ class Part:
     piece: Piece
 
 
-def parts_of(student: QuantizedModel, images: Tensor) -> list[Part]:
+def parts_of(student: Student, images: Tensor) -> list[Part]:
     """Every linear operator of a network, in program order.
 
     Args:
@@ -114,7 +114,7 @@ def _input_shapes(
     return {n: found[a.name] for n, a in inputs.items() if isinstance(a, fx.Node)}
 
 
-def _part(student: QuantizedModel, placement: Placement, node: fx.Node, layer: Layer, shape: tuple[int, ...]) -> Part:
+def _part(student: Student, placement: Placement, node: fx.Node, layer: Layer, shape: tuple[int, ...]) -> Part:
     nodes = _followers(placement, node)
     granularity, group_size = _granularity(None if layer.weight is None else student.quantizer(layer.weight))
     piece = Piece(
@@ -180,7 +180,7 @@ def to_files(part: Part, kernels: Sequence[Kernel], base: Scheme) -> list[ir.Mod
     return [written[k] for k in kernels]
 
 
-def _quantized(part: Part, kernel: Kernel, base: Scheme) -> QuantizedModel:
+def _quantized(part: Part, kernel: Kernel, base: Scheme) -> Student:
     weights, inputs = (None if b == FLOAT_BITS else b for b in (kernel.weight, kernel.input))
     scheme = Scheme(
         weights=_bits_with_bias(kernel, base.target) if weights else None,
@@ -225,7 +225,7 @@ def _alone(part: Part) -> Captured:
     return Captured(made, example, ("output",), structure)
 
 
-def _give_scales(student: QuantizedModel, piece: Piece) -> None:
+def _give_scales(student: Student, piece: Piece) -> None:
     """Made-up ones.
 
     A clamped output's grid starts at zero and lies within [0, 1], as that of a real one: only then does the runtime

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from torch import fx
 
     from bitwright.graph.capture import Captured
-    from bitwright.graph.insert import Layer
-    from bitwright.quantized import QuantizedModel
+    from bitwright.graph.layer import Layer
+    from bitwright.student import Student
 
 FILE = "plan.json"
 Width = StrictInt | Literal["float"]
@@ -160,7 +160,7 @@ class Plan(BaseModel):
             'the line "network" out of the plan if its layers are meant.'
         )
 
-    def check_obeyed(self, student: QuantizedModel) -> None:
+    def check_obeyed(self, student: Student) -> None:
         """Makes sure that every layer has become what the plan says, unless a rule of the scheme overrides it.
 
         Raises:
@@ -182,14 +182,14 @@ class Plan(BaseModel):
                 _check_activation(name, asked.activation, got.activation, members)
 
 
-def insert_plan(teacher: Captured, plan: Plan, base: Scheme | None = None) -> QuantizedModel:
+def insert_plan(teacher: Captured, plan: Plan, base: Scheme | None = None) -> Student:
     """The student with quantizers as the plan says.
 
     Raises:
         UsageError: the plan was made for another network, names a layer that there is not, or asks for what this
             network or the runtime cannot have.
     """
-    from bitwright.quantized import insert_quantizers
+    from bitwright.student import insert_quantizers
 
     scheme = plan.scheme(base)
     plan.check_network(teacher.graph)
@@ -198,7 +198,7 @@ def insert_plan(teacher: Captured, plan: Plan, base: Scheme | None = None) -> Qu
     return student
 
 
-def plan_of(model: QuantizedModel, bits: Mapping[str, int] | None = None) -> Plan:
+def plan_of(model: Student, bits: Mapping[str, int] | None = None) -> Plan:
     """The plan that describes a model: before and after calibration, frozen or loaded.
 
     Args:
@@ -231,7 +231,7 @@ def plan_of(model: QuantizedModel, bits: Mapping[str, int] | None = None) -> Pla
     return Plan(network=fingerprint(model.graph), runtime=model.scheme.runtime, layers=layers)
 
 
-def _weight_plan(model: QuantizedModel, key: str, bits: Mapping[str, int]) -> WeightPlan:
+def _weight_plan(model: Student, key: str, bits: Mapping[str, int]) -> WeightPlan:
     quantizer = model.quantizer(key)
     return WeightPlan(
         bits=bits.get(key, quantizer.grid.bits),
@@ -241,9 +241,7 @@ def _weight_plan(model: QuantizedModel, key: str, bits: Mapping[str, int]) -> We
     )
 
 
-def _activation_plan(
-    model: QuantizedModel, key: str, others: tuple[str, ...], bits: Mapping[str, int]
-) -> ActivationPlan:
+def _activation_plan(model: Student, key: str, others: tuple[str, ...], bits: Mapping[str, int]) -> ActivationPlan:
     quantizer = model.quantizer(key)
     return ActivationPlan(
         bits=bits.get(key, quantizer.grid.bits),

@@ -28,12 +28,12 @@ from bitwright.given.images import Images
 from bitwright.graph.capture import Captured
 from bitwright.progress import Progress, silent
 from bitwright.quant.scheme import Rule, Scheme
-from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.recipes import Recipe
 from bitwright.recipes import recipe as find_recipe
 from bitwright.run.result import totals
 from bitwright.sensitivity import MEASURES, Choices, Measure, MeasuredLoss, Table, predicted_losses
 from bitwright.stages.base import Run
+from bitwright.student import Student, insert_quantizers
 from bitwright.words import amount
 
 SAMPLES = (16, 256)
@@ -59,7 +59,7 @@ BY = {
     "bops": "bit_operations",
     "latency": "latency",
 }
-LatencyOf = Callable[[QuantizedModel], Latency]
+LatencyOf = Callable[[Student], Latency]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Planning:
     """What was limited, in the units of ``predicted``."""
     float_bytes: int
     """Of the parameters in float."""
-    student: QuantizedModel
+    student: Student
     """Quantizers in place, none calibrated."""
     variables: dict[str, Variable]
     losses: Losses
@@ -415,7 +415,7 @@ def open_scheme(scheme: Scheme, goal: Goal) -> Scheme:
     return scheme.model_copy(update={"weights": goal.weights[-1], "activations": activations, "plan": {}})
 
 
-def affordable(student: QuantizedModel, variables: Mapping[str, Variable]) -> int:
+def affordable(student: Student, variables: Mapping[str, Variable]) -> int:
     """How many images losses are measured on: each option of each tensor runs half of the network, on average."""
     passes = sum(len(v.options) for v in variables.values() if len(v.options) > 1) / 2
     least, most = SAMPLES
@@ -445,7 +445,7 @@ def usable(folder: Path) -> Path | None:
 
 
 def _timed(
-    student: QuantizedModel, images: Images, goal: Goal, run: Run, folder: Path | None
+    student: Student, images: Images, goal: Goal, run: Run, folder: Path | None
 ) -> tuple[Latency, dict[str, Any]]:
     from bitwright.bits.latency import measure_latencies
 
@@ -470,7 +470,7 @@ class _Watched(Measure):
         return self.inner.settings()
 
 
-def _open(teacher: Captured, scheme: Scheme, goal: Goal) -> tuple[QuantizedModel, dict[str, Variable]]:
+def _open(teacher: Captured, scheme: Scheme, goal: Goal) -> tuple[Student, dict[str, Variable]]:
     """The student with every choice open but what rules fix."""
     student = insert_quantizers(teacher, open_scheme(scheme, goal))
     variables = variables_of(student, goal.weights, goal.activations or ACTIVATION_BITS)

@@ -30,9 +30,9 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        import bitwright
+        from bitwright._version import __version__
 
-        typer.echo(f"bitwright {bitwright.__version__}")
+        typer.echo(f"bitwright {__version__}")
         raise typer.Exit
 
 

@@ -19,9 +19,9 @@ from bitwright.export.pt2 import write_pt2
 from bitwright.given.images import Images
 from bitwright.given.models import Model
 from bitwright.given.text import read_json
-from bitwright.quantized import QuantizedModel
 from bitwright.run import folder as run_folder
 from bitwright.run.files import cannot_write, move, scratch, target_file, write_json
+from bitwright.student import Student
 from bitwright.terminal import Terminal, quiet_libraries
 
 FORMATS = {"onnx": run_folder.ONNX, "openvino": run_folder.OPENVINO, "pt2": run_folder.PT2}
@@ -75,9 +75,7 @@ def _exported(run: str, call: ExportCall, terminal: Terminal) -> dict[str, Any]:
     return about | {"onnx_bytes": size} if to == "onnx" else about
 
 
-def _write(
-    model: QuantizedModel, to: str, path: Path, images: Images, force: bool, samples: int
-) -> tuple[Parity, list[Path]]:
+def _write(model: Student, to: str, path: Path, images: Images, force: bool, samples: int) -> tuple[Parity, list[Path]]:
     """Writes into a folder beside the target, and moves what passed; its files, the one that is named first."""
     with scratch(path.parent) as folder:
         partial = folder / path.name
@@ -97,7 +95,7 @@ def _write(
     return parity, [path.parent / file.name for file in written]
 
 
-def run_images(model: QuantizedModel, source: str | None, reading: ImageOptions, how: str = "--images") -> Images:
+def run_images(model: Student, source: str | None, reading: ImageOptions, how: str = "--images") -> Images:
     """The images named, or else those that the run was evaluated on, or calibrated.
 
     Raises:

@@ -20,9 +20,9 @@ from bitwright.errors import UsageError
 from bitwright.given.models import load_model
 from bitwright.graph import rewrite
 from bitwright.graph.blocks import find_blocks
-from bitwright.quantized import QuantizedModel
 from bitwright.run import folder as run_folder
 from bitwright.run.result import describe_layers, describe_unquantized, totals
+from bitwright.student import Student
 from bitwright.terminal import Terminal, quiet_libraries
 
 Rows = list[dict[str, Any]]
@@ -53,7 +53,7 @@ def inspect(call: InspectCall, terminal: Terminal) -> None:
 
 
 def _described(
-    model: QuantizedModel, name: str, recorded: Rows | None, blocks: bool
+    model: Student, name: str, recorded: Rows | None, blocks: bool
 ) -> tuple[dict[str, Any], list[RenderableType]]:
     found, shown = facts(model, name, recorded), views(model, name, recorded)
     if blocks:
@@ -62,7 +62,7 @@ def _described(
     return found, shown
 
 
-def facts(model: QuantizedModel, name: str, recorded: Rows | None = None) -> dict[str, Any]:
+def facts(model: Student, name: str, recorded: Rows | None = None) -> dict[str, Any]:
     """Names as in ``result.json``."""
     size = tables.sizes(model)
     return {
@@ -75,14 +75,14 @@ def facts(model: QuantizedModel, name: str, recorded: Rows | None = None) -> dic
     }
 
 
-def unfolded(model: QuantizedModel) -> list[dict[str, Any]]:
+def unfolded(model: Student) -> list[dict[str, Any]]:
     """Batch norms that remain, with the reason."""
     if model.teacher is not None:
         return [vars(u) for u in model.teacher.unfolded]
     return list(model.result.get("unfolded", []))
 
 
-def views(model: QuantizedModel, name: str, recorded: Rows | None = None) -> list[RenderableType]:
+def views(model: Student, name: str, recorded: Rows | None = None) -> list[RenderableType]:
     """The same as tables."""
     shown: list[RenderableType] = [*tables.structure(model, recorded)]
     left = unfolded(model)
@@ -94,7 +94,7 @@ def views(model: QuantizedModel, name: str, recorded: Rows | None = None) -> lis
     return [*shown, tables.summary(model, name)]
 
 
-def block_rows(model: QuantizedModel) -> Rows:
+def block_rows(model: Student) -> Rows:
     """The network's blocks, as the prepared float network or, of a run, the quantized one shows them."""
     if model.teacher is not None:
         graph = model.teacher.graph

@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.console import RenderableType
 
-import bitwright
 from bitwright import words
+from bitwright._version import __version__
 from bitwright.cli import tables
 from bitwright.cli.bench import counts
 from bitwright.cli.calls import ParityCall
@@ -20,12 +20,12 @@ from bitwright.errors import ParityError, UsageError
 from bitwright.export.gap import measure_gap, read_onnx
 from bitwright.given.images import Images
 from bitwright.given.inputs import prepare_teacher
-from bitwright.quantized import QuantizedModel
 from bitwright.run import folder as run_folder
 from bitwright.run.files import write_json
 from bitwright.runtimes import ONNXRUNTIME, absent, chosen
 from bitwright.runtimes.openvino import OPENVINO
 from bitwright.runtimes.record import Runtime
+from bitwright.student import Student
 from bitwright.terminal import Terminal, one_line, quiet_libraries
 
 
@@ -65,7 +65,7 @@ def _compared(run: str, call: ParityCall, terminal: Terminal) -> dict[str, Any]:
     if gap.rounding is not None:
         warnings.warn(gap.rounding, stacklevel=2)
     data = {
-        "bitwright": bitwright.__version__,
+        "bitwright": __version__,
         "run": str(folder),
         "images": {"count": len(found), "sha256": found.sha256},
         "quantization_recorded": None if gap.quantization is not None else result.get("fidelity"),
@@ -83,7 +83,7 @@ def _runtimes(names: list[str] | None) -> list[Runtime]:
     return found
 
 
-def _attach_float(model: QuantizedModel, reference: str | None, images: Images, reading: ImageOptions) -> str | None:
+def _attach_float(model: Student, reference: str | None, images: Images, reading: ImageOptions) -> str | None:
     """Gives the run its float network back; why that cannot be, if it cannot."""
     try:
         network = float_network(model, reference, reading)

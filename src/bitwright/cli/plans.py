@@ -76,8 +76,8 @@ def compare(result: dict[str, Any], terminal: Terminal) -> None:
     if high < 1 - plan["estimate"]["drop"]:
         _warn(
             terminal,
-            f"The network agrees with the float one on {words.percent(agreement)} of the images measured on, less than the "
-            f"{words.percent(1 - plan['estimate']['drop'])} that were wanted. Ask for a smaller --max-drop.",
+            f"The network agrees with the float one on {words.percent(agreement)} of the images measured on, less than "
+            f"the {words.percent(1 - plan['estimate']['drop'])} that were wanted. Ask for a smaller --max-drop.",
         )
 
 

@@ -33,7 +33,6 @@ from bitwright.given.images import Images
 from bitwright.given.models import Model, load_model
 from bitwright.given.preprocessing import Preprocessing
 from bitwright.measure.evaluation import evaluate, layer_sqnr, read_outputs_of
-from bitwright.quantized import QuantizedModel
 from bitwright.recipes import recipe as find_recipe
 from bitwright.report.answers import Answers
 from bitwright.run import folder as run_folder
@@ -42,6 +41,7 @@ from bitwright.run.result import command_line, peak_memory_bytes
 from bitwright.run.state import begin, leave
 from bitwright.sensitivity import diagnosis
 from bitwright.stages.base import Run
+from bitwright.student import Student
 from bitwright.terminal import Terminal, one_line, quiet_libraries, short
 
 SQNR_IMAGES = 32
@@ -207,7 +207,7 @@ def decode(images: Images, terminal: Terminal) -> None:
         terminal.progress("Decoding the images to evaluate", done, len(images))
 
 
-def preview(call: QuantizeCall, terminal: Terminal) -> QuantizedModel:
+def preview(call: QuantizeCall, terminal: Terminal) -> Student:
     """The network with quantizers that are not calibrated: what ``--dry-run`` shows."""
     inputs = find_inputs(call, terminal)
     terminal.begin("Capturing the network")
@@ -219,7 +219,7 @@ def preview(call: QuantizeCall, terminal: Terminal) -> QuantizedModel:
     return model
 
 
-def _preview_planned(call: QuantizeCall, goal: Goal, inputs: Inputs, terminal: Terminal) -> QuantizedModel:
+def _preview_planned(call: QuantizeCall, goal: Goal, inputs: Inputs, terminal: Terminal) -> Student:
     """Likewise, with the plan that the run would have."""
     skip = call.reading.skip_unreadable
     data = given.calibration_images(inputs.calibration, inputs.network, call.data.samples, skip)
@@ -234,7 +234,7 @@ def _preview_planned(call: QuantizeCall, goal: Goal, inputs: Inputs, terminal: T
     return model
 
 
-def _quantize(call: QuantizeCall, inputs: Inputs, state: Path, terminal: Terminal) -> QuantizedModel:
+def _quantize(call: QuantizeCall, inputs: Inputs, state: Path, terminal: Terminal) -> Student:
     terminal.begin("Capturing the network")
     return api.quantize(
         inputs.network,
@@ -257,7 +257,7 @@ def _quantize(call: QuantizeCall, inputs: Inputs, state: Path, terminal: Termina
     )
 
 
-def _measure(model: QuantizedModel, call: QuantizeCall, inputs: Inputs, terminal: Terminal) -> Answers:
+def _measure(model: Student, call: QuantizeCall, inputs: Inputs, terminal: Terminal) -> Answers:
     """Accuracy, fidelity and the noise of every layer into the result; which answers differ, for the report."""
     started = time.perf_counter()
     images = inputs.evaluation or model.calibration
@@ -280,7 +280,7 @@ def _measure(model: QuantizedModel, call: QuantizeCall, inputs: Inputs, terminal
     return answers
 
 
-def _diagnose(model: QuantizedModel, call: QuantizeCall, terminal: Terminal) -> None:
+def _diagnose(model: Student, call: QuantizeCall, terminal: Terminal) -> None:
     """Where most was lost, and the rules that mend it; a run is not lost over what goes wrong here."""
     started, seconds = time.perf_counter(), model.result["seconds"]
     limit = diagnosis.budget(sum(seconds.values()))
@@ -297,7 +297,7 @@ def _diagnose(model: QuantizedModel, call: QuantizeCall, terminal: Terminal) -> 
 
 
 def _write(
-    model: QuantizedModel, call: QuantizeCall, inputs: Inputs, folder: Path, terminal: Terminal, started: float
+    model: Student, call: QuantizeCall, inputs: Inputs, folder: Path, terminal: Terminal, started: float
 ) -> BitwrightError | None:
     """The run folder, complete or not at all; without ``model.onnx`` where that cannot be, and then why."""
     with run_folder.staged(folder) as partial:
@@ -326,7 +326,7 @@ def _write(
 
 
 def _export(
-    model: QuantizedModel, images: Images | None, path: Path, terminal: Terminal, *, force: bool
+    model: Student, images: Images | None, path: Path, terminal: Terminal, *, force: bool
 ) -> BitwrightError | None:
     """Writes and checks the ONNX file; what went wrong is returned, so that hours of work are not thrown away."""
     started = time.perf_counter()

@@ -16,7 +16,6 @@ from bitwright.cli import tables
 from bitwright.cli.calls import ReportCall
 from bitwright.errors import UsageError
 from bitwright.given.images import Images
-from bitwright.quantized import QuantizedModel
 from bitwright.report import comparison, facts
 from bitwright.report.answers import Answers
 from bitwright.report.comparison import Entry
@@ -24,6 +23,7 @@ from bitwright.report.shown import read_run
 from bitwright.report.verdict import verdict
 from bitwright.run import folder as run_folder
 from bitwright.run.files import write_text
+from bitwright.student import Student
 from bitwright.terminal import Terminal, one_line
 
 DEFAULT = Path("comparison.html")
@@ -57,7 +57,7 @@ def report(call: ReportCall, terminal: Terminal) -> None:
 
 
 def write_beside(
-    model: QuantizedModel,
+    model: Student,
     images: Images | None,
     answers: Answers,
     folder: Path,

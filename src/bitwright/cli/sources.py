@@ -20,9 +20,9 @@ from bitwright.given.images import Images, load_images
 from bitwright.given.models import Model, example_shape, load_model
 from bitwright.given.preprocessing import Preprocessing
 from bitwright.measure.evaluation import class_scores
-from bitwright.quantized import QuantizedModel
 from bitwright.run import folder as run_folder
 from bitwright.run.folder import check_writable
+from bitwright.student import Student
 from bitwright.terminal import Terminal
 
 
@@ -114,7 +114,7 @@ def is_run(reference: str) -> bool:
     return (path / run_folder.MODEL).is_file() or (path.is_file() and path.suffix == ".safetensors")
 
 
-def load_run(reference: str) -> QuantizedModel:
+def load_run(reference: str) -> Student:
     """The quantized model of a run folder.
 
     Raises:
@@ -130,7 +130,7 @@ def load_run(reference: str) -> QuantizedModel:
     return run_folder.load(path)
 
 
-def float_network(run: QuantizedModel, reference: str | None, reading: ImageOptions) -> Model:
+def float_network(run: Student, reference: str | None, reading: ImageOptions) -> Model:
     """The float network that a run was made from.
 
     Args:

@@ -9,8 +9,8 @@ from rich.table import Table
 
 from bitwright import words
 from bitwright.measure.metrics import OutputFidelity, read_fidelity
-from bitwright.quantized import QuantizedModel
 from bitwright.run.result import describe_layers, describe_unquantized, stored_values, totals
+from bitwright.student import Student
 
 
 def table(*columns: str, title: str | None = None) -> Table:
@@ -166,7 +166,7 @@ def parity_text(parity: dict[str, Any] | None) -> str:
     return f"same answer on {words.percent(agreement)} of {parity['images']} images"
 
 
-def structure(model: QuantizedModel, recorded: list[dict[str, Any]] | None = None) -> list[Table]:
+def structure(model: Student, recorded: list[dict[str, Any]] | None = None) -> list[Table]:
     """Every tensor that is quantized, and every one that is not, with the reason."""
     rows = describe_layers(model) if recorded is None else recorded
     with_noise = any(r["sqnr_db"] is not None for r in rows)
@@ -194,7 +194,7 @@ def _bits(bits: int | None) -> str:
     return "" if bits is None else f"{bits} bits"
 
 
-def sizes(model: QuantizedModel) -> dict[str, int]:
+def sizes(model: Student) -> dict[str, int]:
     """Bytes in float, and bytes expected at the bits planned: codes, scales, zero points and what stays float."""
     quantized = 0
     for key in dict.fromkeys(layer.weight for layer in model.layers if layer.weight):
@@ -222,7 +222,7 @@ WRITTEN = {
 """Sizes in a result, and what each holds besides the one before."""
 
 
-def summary(model: QuantizedModel, name: str) -> Table:
+def summary(model: Student, name: str) -> Table:
     """Parameters, MACs and sizes of a network."""
     made = table("", ">", title=name)
     expected = sizes(model)

@@ -23,8 +23,8 @@ from bitwright.export.reference import FLOAT, run_reference
 from bitwright.graph import ops
 from bitwright.graph.watch import watch
 from bitwright.quant.quantizer import Quantizer
-from bitwright.quantized import QuantizedModel
 from bitwright.runtimes.onnxruntime import session
+from bitwright.student import Student
 
 BATCH = 8
 CARRIES = frozenset({"Clip", "Transpose", "Reshape", "Squeeze", "Unsqueeze"})
@@ -83,7 +83,7 @@ class LayerCodes:
         return asdict(self)
 
 
-def compare_codes(model: QuantizedModel, program: ir.Model, images: Tensor, runtime: str) -> list[LayerCodes]:
+def compare_codes(model: Student, program: ir.Model, images: Tensor, runtime: str) -> list[LayerCodes]:
     """Simulation, reference and ONNX Runtime (graph optimisations on), layer by layer in program order.
 
     Args:
@@ -112,7 +112,7 @@ def compare_codes(model: QuantizedModel, program: ir.Model, images: Tensor, runt
     return [rows[name] for name in nodes if name in rows]
 
 
-def compare_kernels(model: QuantizedModel, program: ir.Model, images: Tensor) -> dict[str, LayerParity]:
+def compare_kernels(model: Student, program: ir.Model, images: Tensor) -> dict[str, LayerParity]:
     """Every layer in ONNX Runtime, graph optimisations on, by node name: its codes against the simulation's.
 
     Args:
@@ -157,7 +157,7 @@ def operators(node: fx.Node) -> str:
     return " ".join(reversed(names)) or "input"
 
 
-def simulated_codes(model: QuantizedModel, images: Tensor) -> dict[str, Tensor]:
+def simulated_codes(model: Student, images: Tensor) -> dict[str, Tensor]:
     """The simulation's codes by quantizer node, int32."""
     found: dict[str, Tensor] = {}
     quantizers = _calibrated(model)
@@ -178,7 +178,7 @@ class CutRuntime:
         kernels: the integer kernel that gives each layer's codes; layers without one are left out.
     """
 
-    def __init__(self, model: QuantizedModel, program: ir.Model) -> None:
+    def __init__(self, model: Student, program: ir.Model) -> None:
         self.quantizers = _calibrated(model)
         self.cut, self.names = _cut_at_codes(program, set(self.quantizers))
         self.kernels: dict[str, str] = {}
@@ -212,7 +212,7 @@ class CutRuntime:
         }
 
 
-def _calibrated(model: QuantizedModel) -> dict[str, Quantizer]:
+def _calibrated(model: Student) -> dict[str, Quantizer]:
     return {n: q for n, q in activation_quantizers(model).items() if q.calibrated}
 
 

@@ -23,10 +23,10 @@ from bitwright.graph.axes import read_outputs
 from bitwright.graph.readings import Reading, by_values
 from bitwright.measure.evaluation import Network
 from bitwright.progress import Progress, silent
-from bitwright.quantized import QuantizedModel
 from bitwright.runtimes.onnxruntime import ONNXRUNTIME
 from bitwright.runtimes.openvino import EXACT, OPENVINO, compile_model, openvino
 from bitwright.runtimes.record import Runtime
+from bitwright.student import Student
 
 BATCHES = (1, 8)
 
@@ -140,7 +140,7 @@ class Gap:
 
 
 def measure_gap(
-    model: QuantizedModel,
+    model: Student,
     path: Path,
     images: Images,
     runtimes: Sequence[Runtime],

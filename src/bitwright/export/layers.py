@@ -15,9 +15,9 @@ from torch import Tensor, fx
 from bitwright.export.deviation import MOST_DIFFERING
 from bitwright.graph.watch import watch
 from bitwright.quant.quantizer import Quantizer
-from bitwright.quantized import QuantizedModel
 from bitwright.runtimes.onnxruntime import session
 from bitwright.runtimes.session import Opener
+from bitwright.student import Student
 
 Array = npt.NDArray[np.float32]
 
@@ -56,7 +56,7 @@ def beyond(differing: int, max_steps: int, count: int) -> bool:
     return max_steps > MOST_STEPS or differing > max(1, MOST_DIFFERING * count)
 
 
-def activation_quantizers(model: QuantizedModel) -> dict[str, Quantizer]:
+def activation_quantizers(model: Student) -> dict[str, Quantizer]:
     """Quantizers of activations by node name, in program order."""
     found = {}
     for node in model.graph.graph.nodes:
@@ -75,7 +75,7 @@ class Passing:
     behind: Tensor
 
 
-def simulated(model: QuantizedModel, images: Tensor) -> dict[str, Passing]:
+def simulated(model: Student, images: Tensor) -> dict[str, Passing]:
     """Of every quantizer of an activation, by node name."""
     quantizers = activation_quantizers(model)
     sources = {str(n.args[0]) for n in model.graph.graph.nodes if n.name in quantizers}
@@ -90,7 +90,7 @@ def simulated(model: QuantizedModel, images: Tensor) -> dict[str, Passing]:
 
 
 def compare_layers(
-    model: QuantizedModel, program: ir.Model, images: Tensor, opener: Opener | None = None
+    model: Student, program: ir.Model, images: Tensor, opener: Opener | None = None
 ) -> list[LayerParity]:
     """Every layer in the runtime, optimisations off."""
     passing, quantizers = simulated(model, images), activation_quantizers(model)

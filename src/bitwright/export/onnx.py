@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, fx, nn
 
-import bitwright
+from bitwright._version import __version__
 from bitwright.errors import UsageError
 from bitwright.export import clips
 from bitwright.export.clips import MOVES, READS_INTEGER_BIAS, Span
@@ -25,9 +25,9 @@ from bitwright.export.forms import rewrite_forms
 from bitwright.graph import ops, rewrite
 from bitwright.graph.explain import recorded_line
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Grid, Quantizer
-from bitwright.quantized import QuantizedModel
 from bitwright.run.files import cannot_write, move, scratch
 from bitwright.runtimes.session import save_onnx
+from bitwright.student import Student
 
 OPSET, OPSET_OF_GELU, OPSET_OF_INT4 = 18, 20, 21
 """The first that PyTorch's exporter writes; the first with Gelu, whose parts ONNX Runtime 1.31 does not join into one
@@ -41,7 +41,7 @@ TAKEN_FOR_ZERO = 1e-6
 """Magnitude of numbers whose addition goes past the exporter (onnxscript 0.7 takes up to 1e-8 for zero)."""
 
 
-def to_onnx(model: QuantizedModel) -> ir.Model:
+def to_onnx(model: Student) -> ir.Model:
     """The model in ONNX, in memory.
 
     PyTorch's exporter translates the operators; quantizers pass through it as marks, which are then replaced by
@@ -58,7 +58,7 @@ def to_onnx(model: QuantizedModel) -> ir.Model:
     _replace_marks(program, modules)
     _share_bias_steps(program.graph)
     _rename_outputs(program, model)
-    program.producer_name, program.producer_version = "bitwright", bitwright.__version__
+    program.producer_name, program.producer_version = "bitwright", __version__
     program.metadata_props.update(_metadata(model))
     return program
 
@@ -90,7 +90,7 @@ def _forget_provenance(program: ir.Model) -> None:
         value.metadata_props.clear()
 
 
-def described(model: QuantizedModel) -> dict[str, Any]:
+def described(model: Student) -> dict[str, Any]:
     """How the model was made, as files keep it: no command and no paths, so that a repeated run gives the same file."""
     keep: dict[str, Any] = {k: model.result[k] for k in ("recipe", "bits", "seed") if k in model.result}
     about = model.result.get("model", {})
@@ -98,7 +98,7 @@ def described(model: QuantizedModel) -> dict[str, Any]:
     return keep | {"runtime": model.scheme.runtime}
 
 
-def _metadata(model: QuantizedModel) -> dict[str, str]:
+def _metadata(model: Student) -> dict[str, str]:
     return {"bitwright": json.dumps(described(model))}
 
 
@@ -133,7 +133,7 @@ def _keep_offsets(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
-def _mark(model: QuantizedModel) -> tuple[fx.GraphModule, dict[str, nn.Module]]:
+def _mark(model: Student) -> tuple[fx.GraphModule, dict[str, nn.Module]]:
     """A copy of the graph with marks for quantizers; the module behind each mark."""
     marked = copy.deepcopy(model.freeze().graph)
     modules: dict[str, nn.Module] = {}
@@ -176,7 +176,7 @@ def _float_value(graph: fx.GraphModule, node: fx.Node, module: nn.Module) -> fx.
     return graph.graph.get_attr(target)
 
 
-def opset(model: QuantizedModel) -> int:
+def opset(model: Student) -> int:
     """The lowest version of ONNX's operators that has all the model needs, and that costs nothing in speed."""
     for module in model.freeze().graph.modules():
         if isinstance(module, Frozen) and isinstance(module.quantizer, Quantizer):
@@ -196,7 +196,7 @@ def _in_blocks(frozen: Frozen) -> bool:
     return [b for b, d in zip(quantizer.block, frozen.codes.shape, strict=True) if b < d] != [1]
 
 
-def _translate(marked: fx.GraphModule, model: QuantizedModel, version: int) -> ir.Model:
+def _translate(marked: fx.GraphModule, model: Student, version: int) -> ir.Model:
     example = torch.zeros(2, *model.input_shape)
     for library in ("torch.onnx", "onnx_ir", "onnxscript"):
         logging.getLogger(library).setLevel(logging.ERROR)
@@ -241,7 +241,7 @@ def _operator(name: str, graph: fx.GraphModule) -> str:
     return f"'{ops.base_name(found[0])}'{recorded_line(found[0])}" if found else f"'{name}'"
 
 
-def _rename_outputs(program: ir.Model, model: QuantizedModel) -> None:
+def _rename_outputs(program: ir.Model, model: Student) -> None:
     taken = {v.name for node in program.graph for v in node.outputs} | {v.name for v in program.graph.inputs}
     for value, name in zip(program.graph.outputs, model.outputs, strict=True):
         value.name = name if name not in taken else f"{name}_out"

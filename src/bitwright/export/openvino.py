@@ -10,13 +10,13 @@ from bitwright.export.onnx import to_onnx
 from bitwright.export.parity import Parity, check_parity
 from bitwright.export.recurrent import store_weights
 from bitwright.graph.supported import check_supported
-from bitwright.quantized import QuantizedModel
 from bitwright.runtimes.openvino import OPENVINO, openvino, openvino_file, openvino_session, save_openvino
+from bitwright.student import Student
 
 INTEGERS = frozenset({"i4", "u4", "i8", "u8", "i16", "u16", "i32"})
 
 
-def check_openvino(model: QuantizedModel) -> None:
+def check_openvino(model: Student) -> None:
     """Makes sure that OpenVINO is there and has what the model needs, before the long work.
 
     Raises:
@@ -26,7 +26,7 @@ def check_openvino(model: QuantizedModel) -> None:
     check_supported(model.graph, model.layers, model.scheme.model_copy(update={"runtime": OPENVINO.name}))
 
 
-def write_openvino(model: QuantizedModel, path: Path, images: Tensor) -> Parity:
+def write_openvino(model: Student, path: Path, images: Tensor) -> Parity:
     """Writes both files and checks them: layer by layer as converted, and as a whole as they lie there.
 
     Args:

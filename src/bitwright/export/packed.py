@@ -25,15 +25,15 @@ from bitwright.errors import UsageError
 from bitwright.given.names import read_arrangement
 from bitwright.given.text import short
 from bitwright.graph import rewrite
-from bitwright.graph.insert import Layer
+from bitwright.graph.layer import Layer
 from bitwright.graph.outputs import plain_structure
 from bitwright.graph.place import Unquantized
 from bitwright.graph.store import dump_graph, load_graph
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Grid, Quantizer
 from bitwright.quant.scheme import Scheme
-from bitwright.quantized import QuantizedModel
 from bitwright.run.checkpoint import save_tensors
 from bitwright.run.files import whole
+from bitwright.student import Student
 
 FORMAT = 1
 KEY = "bitwright"
@@ -98,7 +98,7 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     return torch.from_numpy((planes * place).sum(axis=1, dtype=np.int32))
 
 
-def ideal_bytes(model: QuantizedModel) -> int:
+def ideal_bytes(model: Student) -> int:
     """Bits times parameters, plus scales, zero points, biases and float parameters; no names, no structure."""
     total = 0
     for module in model.graph.modules():
@@ -114,11 +114,11 @@ def ideal_bytes(model: QuantizedModel) -> int:
     return total
 
 
-def _stored(model: QuantizedModel) -> list[str]:
+def _stored(model: Student) -> list[str]:
     return list(dict.fromkeys(str(n.target) for n in model.graph.graph.nodes if n.op == "get_attr"))
 
 
-def save_packed(model: QuantizedModel, path: Path, extra: dict[str, Any] | None = None) -> None:
+def save_packed(model: Student, path: Path, extra: dict[str, Any] | None = None) -> None:
     """Writes a frozen model.
 
     Args:
@@ -155,7 +155,7 @@ def save_packed(model: QuantizedModel, path: Path, extra: dict[str, Any] | None 
         fresh.chmod(0o666 & ~_umask())
 
 
-def load_packed(path: Path) -> tuple[QuantizedModel, dict[str, Any]]:
+def load_packed(path: Path) -> tuple[Student, dict[str, Any]]:
     """The model in a file of :func:`save_packed`, and the extra JSON kept with it.
 
     Raises:
@@ -218,7 +218,7 @@ class _Blobs:
         return {kind: torch.cat(parts) for kind, parts in self.parts.items()}
 
 
-def _called(model: QuantizedModel) -> dict[str, nn.Module]:
+def _called(model: Student) -> dict[str, nn.Module]:
     """Modules of the graph, quantizers before what refers to them."""
     found = {k: m for k, m in model.graph.named_children() if isinstance(m, Quantizer | BiasQuantizer | Frozen)}
     used = {str(n.target) for n in model.graph.graph.nodes if n.op == "call_module"}
@@ -227,7 +227,7 @@ def _called(model: QuantizedModel) -> dict[str, nn.Module]:
     return dict(sorted(needed.items(), key=lambda item: rank[type(item[1])]))
 
 
-def _describe_module(model: QuantizedModel, key: str, module: nn.Module, blobs: _Blobs) -> dict[str, Any]:
+def _describe_module(model: Student, key: str, module: nn.Module, blobs: _Blobs) -> dict[str, Any]:
     keys = {id(m): k for k, m in model.graph.named_children()}
     if isinstance(module, Quantizer):
         return _describe_quantizer(module, blobs)
@@ -268,7 +268,7 @@ def _describe_quantizer(quantizer: Quantizer, blobs: _Blobs) -> dict[str, Any]:
     return described
 
 
-def _rebuild(data: Structure, blobs: dict[str, Tensor]) -> QuantizedModel:
+def _rebuild(data: Structure, blobs: dict[str, Tensor]) -> Student:
     root, scheme = nn.Module(), Scheme(**data.scheme)
     for key, described in data.modules.items():
         root.add_module(key, _rebuild_module(root, described, blobs, scheme))
@@ -280,7 +280,7 @@ def _rebuild(data: Structure, blobs: dict[str, Tensor]) -> QuantizedModel:
         graph.add_module(key, root.get_submodule(key))
     shape = data.input_shape
     rewrite.propagate(graph, torch.zeros(2, *shape))
-    return QuantizedModel(
+    return Student(
         graph,
         [Layer(**layer) for layer in data.layers],
         [Unquantized(**u) for u in data.unquantized],
@@ -326,5 +326,5 @@ def _read(blobs: dict[str, Tensor], where: dict[str, Any]) -> Tensor:
     return blobs[where["blob"]][where["start"] : where["start"] + where["count"]].reshape(where["shape"])
 
 
-def _dump_structure(model: QuantizedModel) -> str:
+def _dump_structure(model: Student) -> str:
     return str(pytree.treespec_dumps(plain_structure(model.structure)))

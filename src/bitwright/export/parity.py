@@ -24,11 +24,11 @@ from bitwright.export.recurrent import store_weights
 from bitwright.given.images import Images, load_images
 from bitwright.graph import ops
 from bitwright.graph.axes import read_outputs
-from bitwright.quantized import QuantizedModel
 from bitwright.run.files import target_file
 from bitwright.runtimes.onnxruntime import session
 from bitwright.runtimes.openvino import OPENVINO, openvino_reads
 from bitwright.runtimes.session import Opener, Session
+from bitwright.student import Student
 
 IMAGES = 32
 LAYER_IMAGES = 4
@@ -103,7 +103,7 @@ def parity_of(
 
 
 def export_checked(
-    model: QuantizedModel, path: Path, images: Any = None, *, force: bool = False, count: int = IMAGES
+    model: Student, path: Path, images: Any = None, *, force: bool = False, count: int = IMAGES
 ) -> Parity:
     """Writes an ONNX file and checks it against the simulation on real images.
 
@@ -141,7 +141,7 @@ def export_checked(
     return parity
 
 
-def _choice_before(model: QuantizedModel, name: str | None) -> str:
+def _choice_before(model: Student, name: str | None) -> str:
     """A sentence about an operator ahead of a layer that takes some of equal values."""
     waiting = [n for n in model.graph.graph.nodes if name in {n.name, n.meta.get("layer")}]
     seen = set(waiting)
@@ -158,7 +158,7 @@ def _choice_before(model: QuantizedModel, name: str | None) -> str:
     return ""
 
 
-def _written(model: QuantizedModel, images: Tensor) -> tuple[ir.Model, Parity]:
+def _written(model: Student, images: Tensor) -> tuple[ir.Model, Parity]:
     """The file and its check; operators that ONNX Runtime's kernels compute otherwise are kept in float there."""
     program = to_onnx(model)
     if model.scheme.runtime == OPENVINO.name:
@@ -186,7 +186,7 @@ def _share(x: float | None) -> str:
     return "some" if x is None else f"{100 * x:.0f} %"
 
 
-def _warn_of_openvino(model: QuantizedModel, program: ir.Model, images: Tensor) -> None:
+def _warn_of_openvino(model: Student, program: ir.Model, images: Tensor) -> None:
     """Says what is different in OpenVINO about a file that was made for it."""
     name = f"{OPENVINO.name} {OPENVINO.version}"
     try:
@@ -203,7 +203,7 @@ def _warn_of_openvino(model: QuantizedModel, program: ir.Model, images: Tensor) 
         )
 
 
-def _images(model: QuantizedModel, images: Any, count: int) -> Tensor:
+def _images(model: Student, images: Any, count: int) -> Tensor:
 
     if images is None:
         images = model.calibration
@@ -214,7 +214,7 @@ def _images(model: QuantizedModel, images: Any, count: int) -> Tensor:
 
 
 def check_parity(
-    model: QuantizedModel,
+    model: Student,
     program: ir.Model,
     images: Tensor,
     *,
@@ -251,7 +251,7 @@ def _runtime_name() -> str:
 
 
 def compare_outputs(
-    model: QuantizedModel, program: ir.Model, images: Tensor, opener: Opener | None = None
+    model: Student, program: ir.Model, images: Tensor, opener: Opener | None = None
 ) -> tuple[list[OutputParity], list[OutputParity]]:
     """Every output in the runtime against the simulation's, with its optimisations off and on, at two batch sizes."""
     with ExitStack() as exits:
@@ -268,7 +268,7 @@ def _runner(opened: Session) -> Run:
     return lambda x: [torch.from_numpy(np.asarray(o)) for o in opened.run(None, {name: x.numpy()})]
 
 
-def compare_with(model: QuantizedModel, images: Tensor, runs: dict[str, Run]) -> dict[str, list[OutputParity]]:
+def compare_with(model: Student, images: Tensor, runs: dict[str, Run]) -> dict[str, list[OutputParity]]:
     """The simulation's outputs against those of whatever yields the same ones, at two batch sizes."""
     quantizers = activation_quantizers(model)
 

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-import bitwright
+from bitwright._version import __version__
 from bitwright.errors import UsageError
 from bitwright.export.onnx import described
 from bitwright.export.parity import Parity, compare_with, parity_of
 from bitwright.quant import affine
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
-from bitwright.quantized import QuantizedModel
+from bitwright.student import Student
 
 NOTE = "bitwright.json"
 """File inside the archive that says how the program was made."""
@@ -111,7 +111,7 @@ def unpack(packed: Tensor, width: int) -> Tensor:
 class _Standalone(nn.Module):
     """The graph with :class:`Integers`, called as the user's model is."""
 
-    def __init__(self, model: QuantizedModel) -> None:
+    def __init__(self, model: Student) -> None:
         super().__init__()
         self.network = copy.deepcopy(model.freeze().graph)
         used = {str(n.target) for n in self.network.graph.nodes if n.op == "call_module"}
@@ -130,7 +130,7 @@ class _Standalone(nn.Module):
         return pytree.tree_unflatten(list(self.network(images)), self._structure)
 
 
-def to_pt2(model: QuantizedModel) -> torch.export.ExportedProgram:
+def to_pt2(model: Student) -> torch.export.ExportedProgram:
     """The model as an exported program, in memory.
 
     Raises:
@@ -164,7 +164,7 @@ def _compress(archive: io.BytesIO, path: Path) -> None:
             file.writestr(fresh, stored.read(entry), zipfile.ZIP_DEFLATED)
 
 
-def write_pt2(model: QuantizedModel, path: Path, images: Tensor) -> Parity:
+def write_pt2(model: Student, path: Path, images: Tensor) -> Parity:
     """Writes the program and runs what was written on the images, at two batch sizes.
 
     Args:
@@ -178,7 +178,7 @@ def write_pt2(model: QuantizedModel, path: Path, images: Tensor) -> Parity:
     Raises:
         UsageError: PyTorch cannot export it.
     """
-    note = json.dumps({"bitwright": bitwright.__version__, **described(model)})
+    note = json.dumps({"bitwright": __version__, **described(model)})
     archive = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -18,9 +18,9 @@ from bitwright.errors import UsageError
 from bitwright.export.clips import Clamp
 from bitwright.graph import ops
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
-from bitwright.quantized import QuantizedModel
 from bitwright.runtimes import RUNTIMES, rules
 from bitwright.runtimes.rules import Codes, Grid, Rules
+from bitwright.student import Student
 
 FLOAT = "float"
 """Kernel of a tensor whose codes come from a float value."""
@@ -48,7 +48,7 @@ class Result:
 
 
 def run_reference(
-    model: QuantizedModel,
+    model: Student,
     images: Tensor,
     runtime: str = "onnxruntime",
     *,

@@ -10,33 +10,12 @@ from torch import fx, nn
 from bitwright.errors import UsageError
 from bitwright.graph import ops, rewrite
 from bitwright.graph.heads import Heads, find_heads
+from bitwright.graph.layer import Layer
 from bitwright.graph.place import FLOAT_ACTIVATIONS, FLOAT_BY_RULE, Placement, Point, Unquantized, place
 from bitwright.graph.supported import check_supported
 from bitwright.quant.quantizer import BiasQuantizer, Grid, Quantizer
 from bitwright.quant.scheme import GROUP_SIZE, Scheme
 from bitwright.runtimes.target import Target
-
-
-@dataclass
-class Layer:
-    """One row of a network's description: a quantized tensor and what computes it.
-
-    Keys are paths of modules inside the graph. ``node`` is the operator's name in the teacher and the student.
-    """
-
-    name: str
-    op: str
-    node: str
-    parameters: int = 0
-    macs: int = 0
-    weight: str | None = None
-    bias: str | None = None
-    source: str | None = None
-    """Key of the quantizer of a linear operator's input."""
-    activation: str | None = None
-    """Key of the quantizer that ends the layer's group."""
-    end: str | None = None
-    """Name of the node that this quantizer follows."""
 
 
 @dataclass

@@ -16,7 +16,7 @@ from bitwright.quant.scheme import Scheme
 from bitwright.runtimes.target import SYMMETRIC, nearest_bits
 
 if TYPE_CHECKING:
-    from bitwright.graph.insert import Layer
+    from bitwright.graph.layer import Layer
 
 MOST_FIXES = 4
 

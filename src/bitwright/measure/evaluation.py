@@ -19,7 +19,7 @@ from bitwright.progress import Progress, silent
 
 if TYPE_CHECKING:
     from bitwright.given.images import Images
-    from bitwright.quantized import QuantizedModel
+    from bitwright.student import Student
 
 Network = Callable[[Tensor], list[Tensor]]
 Each = Callable[[int, list[Tensor], list[Tensor], Tensor | None], None]
@@ -27,7 +27,7 @@ Each = Callable[[int, list[Tensor], list[Tensor], Tensor | None], None]
 
 
 def evaluate(
-    model: QuantizedModel,
+    model: Student,
     source: Any,
     *,
     labels: Any = None,
@@ -70,9 +70,7 @@ def evaluate(
     )
 
 
-def read_outputs_of(
-    model: QuantizedModel, images: Images, classes: Mapping[str, int | None] | None = None
-) -> list[Reading]:
+def read_outputs_of(model: Student, images: Images, classes: Mapping[str, int | None] | None = None) -> list[Reading]:
     """How each output of a model is read, told by its float network where it has one; see :func:`read_outputs`.
 
     Raises:
@@ -239,7 +237,7 @@ def class_scores(outputs: list[Tensor], labels: Tensor) -> Tensor:
     return scores[0]
 
 
-def layer_sqnr(model: QuantizedModel, images: Tensor) -> dict[str, float | None]:
+def layer_sqnr(model: Student, images: Tensor) -> dict[str, float | None]:
     """Signal to quantization noise of every layer's output, in dB, on a few images [B, C, H, W].
 
     Errors accumulate from layer to layer, as they do when the network runs.

@@ -12,8 +12,8 @@ from bitwright.given.images import Images
 from bitwright.graph.watch import Callback, watch
 from bitwright.measure.metrics import Fidelity, OutputFidelity
 from bitwright.quant.quantizer import Quantizer
-from bitwright.quantized import QuantizedModel
 from bitwright.stages.base import Run
+from bitwright.student import Student
 
 IMAGES = 32
 SAYS = 40.0
@@ -23,7 +23,7 @@ MOVES = 1e-6
 """An output whose values differ by less, relative to their size, from image to image is taken for constant."""
 
 
-def check_answers(student: QuantizedModel, images: Images, run: Run) -> list[str]:
+def check_answers(student: Student, images: Images, run: Run) -> list[str]:
     """Compares the outputs with the float network's on a few calibration images.
 
     Returns:
@@ -77,7 +77,7 @@ def _moves(output: Tensor) -> bool:
     return float((output - output[:1]).abs().max()) > MOVES * float(output.abs().max())
 
 
-def _check_finite(student: QuantizedModel, batch: Tensor, expected: list[Tensor], found: list[Tensor]) -> None:
+def _check_finite(student: Student, batch: Tensor, expected: list[Tensor], found: list[Tensor]) -> None:
     broken = [name for name, a, b in zip(student.outputs, expected, found, strict=True) if _breaks(a, b)]
     if not broken:
         return
@@ -94,7 +94,7 @@ def _breaks(expected: Any, found: Any) -> bool:
     return bool((torch.isfinite(expected) & ~torch.isfinite(found)).any())
 
 
-def _first_broken(student: QuantizedModel, batch: Tensor) -> tuple[str, str]:
+def _first_broken(student: Student, batch: Tensor) -> tuple[str, str]:
     """The first layer whose values are not finite where the float network's are, and what quantizes its input."""
     assert student.teacher is not None
     finite: dict[str, bool] = {}
@@ -115,7 +115,7 @@ def _first_broken(student: QuantizedModel, batch: Tensor) -> tuple[str, str]:
     return str(broken[0].meta.get("layer", broken[0].name)), _quantizer_before(student, broken[0])
 
 
-def _quantizer_before(student: QuantizedModel, node: fx.Node) -> str:
+def _quantizer_before(student: Student, node: fx.Node) -> str:
     """The name by which a rule reaches the nearest quantized tensor that the node depends on."""
     waiting, seen = list(node.all_input_nodes), set()
     while waiting:

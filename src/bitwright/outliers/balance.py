@@ -29,11 +29,11 @@ from bitwright.stages.calibrate import Calibrate
 if TYPE_CHECKING:
     from bitwright.given.images import Images
     from bitwright.graph.capture import Captured
-    from bitwright.quantized import QuantizedModel
     from bitwright.recipes import Recipe
     from bitwright.stages.base import Run
+    from bitwright.student import Student
 
-Insert = Callable[["Captured"], "QuantizedModel"]
+Insert = Callable[["Captured"], "Student"]
 """Puts quantizers into a float network."""
 
 IMAGES, BATCH, PROBES = 16, 4, 1
@@ -145,7 +145,7 @@ class _Outcome:
     weights: float
     whole: float
     teacher: Captured
-    student: QuantizedModel
+    student: Student
     scales: list[ChannelScales]
 
     def betters(self, other: _Outcome) -> bool:
@@ -155,7 +155,7 @@ class _Outcome:
 
 
 @contextmanager
-def _in_float(student: QuantizedModel, roles: Collection[str]) -> Iterator[None]:
+def _in_float(student: Student, roles: Collection[str]) -> Iterator[None]:
     """Quantizers of these roles let everything pass, while inside."""
     off = [m for m in student.graph.modules() if isinstance(m, Quantizer) and m.role in roles]
     before = [m.scale for m in off]
@@ -168,7 +168,7 @@ def _in_float(student: QuantizedModel, roles: Collection[str]) -> Iterator[None]
             module.scale = scale
 
 
-def _has_coarse_weights(student: QuantizedModel) -> bool:
+def _has_coarse_weights(student: Student) -> bool:
     """Whether weights have so few bits that columns of different size cost accuracy."""
     return any(x.weight is not None and student.quantizer(x.weight).grid.bits < COARSE for x in student.layers)
 
@@ -204,13 +204,13 @@ class _Trial:
             weights = self.loss(student, teacher)
         return _Outcome(loss, weights, whole, teacher, student, scales)
 
-    def student(self, teacher: Captured) -> QuantizedModel:
+    def student(self, teacher: Captured) -> Student:
         """Calibrated on the images."""
         made = self.insert(teacher)
         made.to(self.run.device)
         return self.ranges.run(made, teacher, self.images, self.run)
 
-    def loss(self, student: QuantizedModel, teacher: Captured) -> float:
+    def loss(self, student: Student, teacher: Captured) -> float:
         """Mean over the images."""
         total = 0.0
         with torch.no_grad():
@@ -226,7 +226,7 @@ class _Trial:
         with torch.no_grad():
             return spread_of_outputs(list(teacher.graph(batch)), self.readings)
 
-    def suspects(self, student: QuantizedModel, teacher: Captured, least: float) -> list[Suspect]:
+    def suspects(self, student: Student, teacher: Captured, least: float) -> list[Suspect]:
         """Tensors whose rounding adds that much and whose channels can be scaled, the worst first."""
         effects = self._effects(student, teacher)
         total = {name: float(each.sum()) for name, each in effects.items()}
@@ -244,7 +244,7 @@ class _Trial:
         self._read_ranges(teacher, found)
         return found
 
-    def _effects(self, student: QuantizedModel, teacher: Captured) -> dict[str, Tensor]:
+    def _effects(self, student: Student, teacher: Captured) -> dict[str, Tensor]:
         """What the rounding of each channel of each tensor adds to the loss, [C], by the tensor's node."""
         quantizers = own_quantizers(student)
         nodes = {n.name: n for n in teacher.graph.graph.nodes}
@@ -274,7 +274,7 @@ class _Trial:
                 watch(teacher.graph, batch, callbacks)
 
 
-def own_quantizers(student: QuantizedModel) -> dict[str, Quantizer]:
+def own_quantizers(student: Student) -> dict[str, Quantizer]:
     """Of every activation that shares its quantizer with no other, by the name of the node that yields it."""
     calls: dict[str, list[fx.Node]] = {}
     for node in student.graph.graph.nodes:

@@ -26,9 +26,9 @@ from bitwright.outliers.effects import see_gradients
 from bitwright.quant.quantizer import Grid, Quantizer
 from bitwright.quant.ranges import affine_parameters
 from bitwright.quant.scheme import Rule, Scheme, escaped
-from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.run.record import Raised, Suggestion
 from bitwright.sensitivity.one_at_a_time import distance_of_outputs, spread_of_outputs
+from bitwright.student import Student, insert_quantizers
 
 if TYPE_CHECKING:
     from bitwright.given.images import Images
@@ -136,7 +136,7 @@ def check_wide(scheme: Scheme) -> None:
         )
 
 
-def advise(student: QuantizedModel, images: Images, run: Run) -> list[str]:
+def advise(student: Student, images: Images, run: Run) -> list[str]:
     """A line about a loss that a few 16-bit activations would mend, if there is one.
 
     Args:
@@ -159,7 +159,7 @@ def advise(student: QuantizedModel, images: Images, run: Run) -> list[str]:
 
 
 def find(
-    student: QuantizedModel,
+    student: Student,
     teacher: Captured,
     images: Images,
     run: Run,
@@ -201,7 +201,7 @@ def find(
 class _Trial:
     """A calibrated student, some of whose activations are raised for a look at the loss."""
 
-    def __init__(self, student: QuantizedModel, teacher: Captured, images: Images, run: Run) -> None:
+    def __init__(self, student: Student, teacher: Captured, images: Images, run: Run) -> None:
         self.student, self.teacher, self.images, self.run = student, teacher, images, run
         self.quantizers = {n: q for n, q in own_quantizers(student).items() if q.grid.bits < WIDE}
         self.readings = read_outputs(teacher.graph, images.batch([0]).to(run.device), teacher.outputs)

@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.given.images import Images
-from bitwright.quantized import QuantizedModel
 from bitwright.report.answers import Answers
 from bitwright.report.histograms import IMAGES, histograms, worst_layers
 from bitwright.run import folder as run_folder
+from bitwright.student import Student
 
 FACTS_SCHEMA = 1
 
 
-def gather(
-    model: QuantizedModel, images: Images, answers: Answers, folder: Path, *, pictures: bool = True
-) -> dict[str, Any]:
+def gather(model: Student, images: Images, answers: Answers, folder: Path, *, pictures: bool = True) -> dict[str, Any]:
     """Histograms of the worst layers, images on which answers differ, and what the files are made of.
 
     Args:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, fx
 
 from bitwright.graph import ops, rewrite
-from bitwright.graph.insert import Layer
+from bitwright.graph.layer import Layer
 from bitwright.graph.watch import watch
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
-from bitwright.quantized import QuantizedModel
+from bitwright.student import Student
 
 LAYERS = 6
 IMAGES = 16
@@ -37,7 +37,7 @@ def worst_layers(rows: list[dict[str, Any]], layers: list[Layer], count: int = L
     return list(found.values())[:count]
 
 
-def histograms(model: QuantizedModel, images: Tensor, layers: list[Layer]) -> list[dict[str, Any]]:
+def histograms(model: Student, images: Tensor, layers: list[Layer]) -> list[dict[str, Any]]:
     """Histograms of float weights and values, and the grids that they are rounded to.
 
     Args:
@@ -65,7 +65,7 @@ def histograms(model: QuantizedModel, images: Tensor, layers: list[Layer]) -> li
     ]
 
 
-def _weight(model: QuantizedModel, layer: Layer, node: fx.Node | None) -> dict[str, Any] | None:
+def _weight(model: Student, layer: Layer, node: fx.Node | None) -> dict[str, Any] | None:
     """In steps of each weight's own scale."""
     if layer.weight is None or node is None or ops.kind(node) != "linear" or not isinstance(node.args[1], fx.Node):
         return None
@@ -86,12 +86,12 @@ def _weight(model: QuantizedModel, layer: Layer, node: fx.Node | None) -> dict[s
     }
 
 
-def _codes(model: QuantizedModel, quantizer: Quantizer | BiasQuantizer) -> Tensor | None:
+def _codes(model: Student, quantizer: Quantizer | BiasQuantizer) -> Tensor | None:
     frozen = (m for m in model.graph.modules() if isinstance(m, Frozen))
     return next((m.codes for m in frozen if m.quantizer is quantizer), None)
 
 
-def _activation(model: QuantizedModel, layer: Layer, value: Tensor | None) -> dict[str, Any] | None:
+def _activation(model: Student, layer: Layer, value: Tensor | None) -> dict[str, Any] | None:
     """In the tensor's own unit."""
     if layer.activation is None or value is None:
         return None

@@ -19,12 +19,12 @@ from bitwright.export.packed import ideal_bytes, load_packed, save_packed
 from bitwright.given.arguments import a_path
 from bitwright.given.preprocessing import Preprocessing
 from bitwright.given.text import read_json
-from bitwright.quantized import QuantizedModel
 from bitwright.run import state as run_state
 from bitwright.run.files import cannot_write, is_partial, remove, sweep, temporary, write_json
 from bitwright.run.lock import BusyError, held
 from bitwright.run.result import SCHEMA
 from bitwright.run.swap import interrupted, recover, swap
+from bitwright.student import Student
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -175,7 +175,7 @@ def finish_swap(folder: Path) -> str | None:
     return said
 
 
-def write_files(model: QuantizedModel, folder: Path) -> None:
+def write_files(model: Student, folder: Path) -> None:
     """Model, plan and sizes into an existing folder; ``result.json`` is written last by :func:`write_result`."""
     settings = model.preprocessing.model_dump(mode="json") if isinstance(model.preprocessing, Preprocessing) else None
     save_packed(model, folder / MODEL, {"preprocessing": settings})
@@ -187,7 +187,7 @@ def write_files(model: QuantizedModel, folder: Path) -> None:
     }
 
 
-def write_result(model: QuantizedModel, folder: Path) -> None:
+def write_result(model: Student, folder: Path) -> None:
     """``result.json``, with the sha256 of the files beside it."""
     model.result["files"] = checksums(folder)
     write_json(folder / RESULT, model.result)
@@ -229,7 +229,7 @@ def _sha256(path: Path) -> str:
 
 
 @step("Saving")
-def save(model: QuantizedModel, folder: Path, *, force: bool = False) -> Path:
+def save(model: Student, folder: Path, *, force: bool = False) -> Path:
     """Writes the model (frozen first), its plan and its result. The ONNX file is written by ``model.export``.
 
     Raises:
@@ -274,7 +274,7 @@ def read_result(folder: str | Path) -> dict[str, Any]:
 
 
 @step("Loading")
-def load(folder: str | Path) -> QuantizedModel:
+def load(folder: str | Path) -> Student:
     """The quantized model of a run folder (or of its ``model.safetensors``), bit for bit.
 
     Raises:

@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-import bitwright
+from bitwright._version import __version__
 from bitwright.graph import rewrite
 from bitwright.quant.quantizer import Frozen
-from bitwright.quantized import QuantizedModel
+from bitwright.student import Student
 
 SCHEMA = 1
 """Of ``result.json``: grows when a key changes its meaning, so that an old reader says so. New keys do not count."""
 
 
-def describe_layers(model: QuantizedModel, sqnr: dict[str, float | None] | None = None) -> list[dict[str, Any]]:
+def describe_layers(model: Student, sqnr: dict[str, float | None] | None = None) -> list[dict[str, Any]]:
     """One row per quantized tensor: bits, granularity, parameters, MACs for one image, SQNR in dB."""
     rows = []
     for layer in model.layers:
@@ -47,7 +47,7 @@ def describe_layers(model: QuantizedModel, sqnr: dict[str, float | None] | None 
 def environment(device: torch.device | str, seed: int) -> dict[str, Any]:
     """Versions, machine, threads (on whose number the last bits of sums depend), seed and command."""
     return {
-        "bitwright": bitwright.__version__,
+        "bitwright": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -69,12 +69,12 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def totals(model: QuantizedModel) -> dict[str, int]:
+def totals(model: Student) -> dict[str, int]:
     """Parameters and MACs of the whole network, for one image."""
     return {"parameters": stored_values(model), "macs": sum(x.macs for x in model.layers)}
 
 
-def stored_values(model: QuantizedModel) -> int:
+def stored_values(model: Student) -> int:
     """Numbers that the float network stores: weights, biases, and parameters of what is not quantized."""
     names = dict.fromkeys(str(n.target) for n in model.graph.graph.nodes if n.op == "get_attr")
     tensors = [rewrite.get_tensor(model.graph, name) for name in names]
@@ -83,6 +83,6 @@ def stored_values(model: QuantizedModel) -> int:
     return sum(t.numel() for t in tensors) + sum(m.codes.numel() for m in frozen)
 
 
-def describe_unquantized(model: QuantizedModel) -> list[dict[str, str]]:
+def describe_unquantized(model: Student) -> list[dict[str, str]]:
     """Tensors that stay float, with the reason."""
     return [asdict(u) for u in model.unquantized]

@@ -17,10 +17,10 @@ from bitwright.errors import UsageError
 from bitwright.graph import rewrite
 from bitwright.pipeline import fingerprint
 from bitwright.quant.scheme import ACTIVATION_BITS, WEIGHT_BITS, Scheme
-from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.run.files import DamagedError, read_checked, write_checked
 from bitwright.stages.base import Run, Stage
 from bitwright.stages.calibrate import Calibrate, parameters
+from bitwright.student import Student, insert_quantizers
 
 if TYPE_CHECKING:
     from bitwright.given.images import Images
@@ -64,7 +64,7 @@ class Choices:
 
     def student(
         self, teacher: Captured, images: Images, run: Run, *, weights: int | None = None, activations: int | None = None
-    ) -> QuantizedModel:
+    ) -> Student:
         """The network calibrated with these bits everywhere, and refined; of biases, only refining corrects some."""
         student = insert_quantizers(teacher, self.scheme_at(weights, activations))
         student.to(run.device)

@@ -28,11 +28,11 @@ from bitwright.quant.quantizer import BiasQuantizer, Frozen, Grid
 from bitwright.quant.ranges import weight_scale
 from bitwright.quant.scheme import Rule, escaped
 from bitwright.quant.statistics import MeanInput
-from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.sensitivity.base import Choices
 from bitwright.sensitivity.one_at_a_time import distance_of_outputs
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import channel_mean, mean_inputs
+from bitwright.student import Student, insert_quantizers
 
 if TYPE_CHECKING:
     from bitwright.given.images import Images
@@ -62,7 +62,7 @@ def budget(seconds: float) -> float:
 
 
 def diagnose(
-    model: QuantizedModel,
+    model: Student,
     images: Images | None = None,
     *,
     count: int = IMAGES,
@@ -103,7 +103,7 @@ def diagnose(
 
 
 @contextmanager
-def _moved_to(model: QuantizedModel, device: torch.device) -> Iterator[None]:
+def _moved_to(model: Student, device: torch.device) -> Iterator[None]:
     assert model.teacher is not None
     before = model.teacher.example.device
     graphs = (model.graph, model.teacher.graph)
@@ -161,7 +161,7 @@ class Change:
 class _Patient:
     """A finished student, its float network, and a few images."""
 
-    def __init__(self, model: QuantizedModel, images: Images, run: Run) -> None:
+    def __init__(self, model: Student, images: Images, run: Run) -> None:
         assert model.teacher is not None
         self.model, self.images, self.run = model, images, run
         self.graph, self.teacher = model.graph, model.teacher
@@ -178,7 +178,7 @@ class _Patient:
         values = segments.values(self.graph, [n.name for n in stored])
         self.stored: dict[str, Tensor] = {n.name: v for n, v in zip(stored, values, strict=True)}
         self.means: dict[str, Tensor] = {}
-        self.widened: dict[int, QuantizedModel] = {}
+        self.widened: dict[int, Student] = {}
 
     def _suspects(self) -> list[Suspect]:
         """In program order; stored operands of activations, which have bits of their own, are none."""

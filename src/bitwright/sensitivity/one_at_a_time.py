@@ -23,9 +23,9 @@ from bitwright.graph.readings import Reading, by_values
 from bitwright.graph.watch import Callback, watch
 from bitwright.measure.evaluation import class_scores
 from bitwright.quant.quantizer import Grid, Quantizer
-from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.sensitivity.base import Choices, Measure, Table
 from bitwright.stages.base import Run, Stage
+from bitwright.student import Student, insert_quantizers
 
 if TYPE_CHECKING:
     from bitwright.given.images import Images
@@ -262,7 +262,7 @@ class _State:
     """The weight that is quantized and the biases beside it, where a stage has moved them."""
 
     @classmethod
-    def of(cls, model: QuantizedModel, key: str, refined: Sequence[Stage]) -> _State:
+    def of(cls, model: Student, key: str, refined: Sequence[Stage]) -> _State:
         quantizer = model.quantizer(key)
         paths = _stored_beside(model.graph, key) if refined and quantizer.role == "weight" else []
         stored = {path: rewrite.get_tensor(model.graph, path) for path in paths}

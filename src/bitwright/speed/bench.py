@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import bitwright
+from bitwright._version import __version__
 from bitwright.errors import UsageError
 from bitwright.given.text import read_json
 from bitwright.progress import Progress, silent
@@ -105,7 +105,7 @@ def bench(
             rows.append(_row(files, where, count, batch, timer, memory or peak_memory))
         progress("Timing", len(settings), len(settings))
         found = {
-            "bitwright": bitwright.__version__,
+            "bitwright": __version__,
             "run": str(folder),
             "machine": {"cpu": cpu_name(), "cores": cores(), "load": _load()},
             "float": WHAT_FLOAT_IS,

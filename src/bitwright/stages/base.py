@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from bitwright.given.images import Images
     from bitwright.graph.capture import Captured
-    from bitwright.quantized import QuantizedModel, Snapshot
+    from bitwright.student import Snapshot, Student
 
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -115,14 +115,14 @@ class Stage(BaseModel):
         if "kind" in cls.__dict__:
             Stage.registry[cls.kind] = cls
 
-    def check(self, student: QuantizedModel, teacher: Captured, images: Images) -> None:
+    def check(self, student: Student, teacher: Captured, images: Images) -> None:
         """Looks at what can be wrong before the first stage begins; quantizers are in place, none is calibrated.
 
         Raises:
             UsageError: this network, or these images, are not what the stage needs.
         """
 
-    def run(self, student: QuantizedModel, teacher: Captured, images: Images, run: Run) -> QuantizedModel:
+    def run(self, student: Student, teacher: Captured, images: Images, run: Run) -> Student:
         """Improves the student; the teacher is never changed, and the images carry no labels."""
         raise NotImplementedError
 

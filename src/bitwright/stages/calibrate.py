@@ -20,9 +20,9 @@ from bitwright.quant import affine, shifts
 from bitwright.quant.quantizer import BiasQuantizer, Grid, Quantizer
 from bitwright.quant.ranges import RangeMethod, activation_range, affine_parameters, spread_ratio, weight_scale
 from bitwright.quant.statistics import MeanInput, Statistics
-from bitwright.quantized import QuantizedModel
 from bitwright.stages.base import Run, Stage
 from bitwright.stages.ptf import set_factors
+from bitwright.student import Student
 
 BIAS_IMAGES = 128
 """Images that ``sequential`` corrects biases on, in one batch."""
@@ -60,7 +60,7 @@ class Calibrate(Stage):
     """Stretch every weight and its step by ``std(w) / std(Q(w))``, the codes unchanged, so that quantization keeps the
     spread of each output channel (the bias correction of FQ-ViT and Evol-Q, in a form that a file can hold)."""
 
-    def run(self, student: QuantizedModel, teacher: Captured, images: Images, run: Run) -> QuantizedModel:
+    def run(self, student: Student, teacher: Captured, images: Images, run: Run) -> Student:
         """One pass over the images, two with ``ptf``; memory does not depend on their number."""
         means = mean_inputs(teacher.graph) if self.bias_correction == "analytic" else {}
         statistics = _observe(student, teacher, images, run, means)
@@ -78,7 +78,7 @@ class Calibrate(Stage):
         widen_for_biases(student)
         return student
 
-    def check(self, student: QuantizedModel, teacher: Captured, images: Images) -> None:
+    def check(self, student: Student, teacher: Captured, images: Images) -> None:
         """Stretched steps are no powers of two."""
         if self.match_spread and student.scheme.target.power_of_two_scales:
             raise UsageError(
@@ -86,7 +86,7 @@ class Calibrate(Stage):
                 "Set it to false, or take another recipe=."
             )
 
-    def _set_weights(self, student: QuantizedModel, importance: dict[str, Tensor]) -> None:
+    def _set_weights(self, student: Student, importance: dict[str, Tensor]) -> None:
         weighted = self.weights == "hmse"
         for stored, quantizer in parameters(student.graph, "weight"):
             weight = rewrite.get_tensor(student.graph, stored)
@@ -124,7 +124,7 @@ class Calibrate(Stage):
             seed=run.seed,
         ).elements
 
-    def _set_activations(self, student: QuantizedModel, statistics: dict[str, Statistics]) -> None:
+    def _set_activations(self, student: Student, statistics: dict[str, Statistics]) -> None:
         for key, seen in statistics.items():
             quantizer = student.quantizer(key)
             if student.scheme.activation_grid == "symmetric":
@@ -154,7 +154,7 @@ def parameters(graph: fx.GraphModule, role: str) -> list[tuple[str, Quantizer]]:
     return found
 
 
-def match_spreads(student: QuantizedModel, teacher: Captured) -> None:
+def match_spreads(student: Student, teacher: Captured) -> None:
     """Stretches stored weights and their steps so that what is dequantized has the float weight's standard deviation.
 
     One factor a scale. Codes stay: where a stretched weight would round to another one it is put on its own. A weight
@@ -183,7 +183,7 @@ def _read_in_float(graph: fx.GraphModule, stored: str) -> bool:
 
 
 def _observe(
-    student: QuantizedModel, teacher: Captured, images: Images, run: Run, means: dict[str, MeanInput]
+    student: Student, teacher: Captured, images: Images, run: Run, means: dict[str, MeanInput]
 ) -> dict[str, Statistics]:
     """Statistics of every tensor with an activation quantizer, by the quantizer's key."""
     statistics: dict[str, Statistics] = {}
@@ -233,7 +233,7 @@ def channel_mean(node: fx.Node, value: Tensor) -> Tensor:
     return value.mean([d for d in range(value.dim()) if d != axis])
 
 
-def correct_biases(student: QuantizedModel, teacher: Captured, means: dict[str, Tensor]) -> None:
+def correct_biases(student: Student, teacher: Captured, means: dict[str, Tensor]) -> None:
     """Takes the mean output error of quantized weights off the biases, given mean inputs by node name."""
     twin = {n.name: n for n in student.graph.graph.nodes}
     corrections: dict[str, list[Tensor]] = defaultdict(list)
@@ -254,7 +254,7 @@ def correct_biases(student: QuantizedModel, teacher: Captured, means: dict[str, 
         rewrite.set_tensor(student.graph, target, bias - torch.stack(errors).mean(0))
 
 
-def correct_biases_in_sequence(student: QuantizedModel, teacher: Captured, batch: Tensor, run: Run) -> None:
+def correct_biases_in_sequence(student: Student, teacher: Captured, batch: Tensor, run: Run) -> None:
     """Gives each linear operator of the quantized network the float network's channel means, first to last."""
     batch = batch.to(run.device)
     expected: dict[str, Tensor] = {}
@@ -278,7 +278,7 @@ def correct_biases_in_sequence(student: QuantizedModel, teacher: Captured, batch
     watch(student.graph, batch, dict.fromkeys(linears, correct))
 
 
-def widen_for_biases(student: QuantizedModel) -> None:
+def widen_for_biases(student: Student) -> None:
     """Widens the weight steps of channels whose bias would not fit the accumulator.
 
     Such channels have next to no weights (dead ones have none), so that a wider step costs nothing.

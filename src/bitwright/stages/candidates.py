@@ -18,10 +18,10 @@ from bitwright.graph.capture import Captured
 from bitwright.graph.segments import Region
 from bitwright.quant import affine
 from bitwright.quant.quantizer import TINY, BiasQuantizer, Quantizer
-from bitwright.quantized import QuantizedModel
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import BIAS_REACH
 from bitwright.stages.population import losing
+from bitwright.student import Student
 
 Meaning = Literal["round", "keep"]
 Measure = Literal["infonce", "mse", "cosine", "kl"]
@@ -37,7 +37,7 @@ class Scales:
             the integers, so that the weight's values move with the scale.
     """
 
-    def __init__(self, student: QuantizedModel, keys: Sequence[str], meaning: Meaning) -> None:
+    def __init__(self, student: Student, keys: Sequence[str], meaning: Meaning) -> None:
         self.student, self.keys = student, tuple(keys)
         self.quantizers = [student.quantizer(key) for key in keys]
         self.sizes = [q.scale.numel() for q in self.quantizers]
@@ -82,7 +82,7 @@ class Scales:
         return torch.minimum(torch.cat(floors), self.get())
 
 
-def _integers(student: QuantizedModel, keys: Sequence[str]) -> list[tuple[str, Tensor, Quantizer]]:
+def _integers(student: Student, keys: Sequence[str]) -> list[tuple[str, Tensor, Quantizer]]:
     """(path of the stored tensor, its codes, its quantizer) of every weight among the keys."""
     found = []
     for node in student.graph.graph.nodes:
@@ -174,7 +174,7 @@ class Evaluator:
 
     def __init__(
         self,
-        student: QuantizedModel,
+        student: Student,
         regions: Sequence[Region],
         batches: Batches,
         fitness: Fitness,

@@ -23,12 +23,12 @@ from bitwright.given.images import Images
 from bitwright.graph.blocks import Block, BlockKind, find_blocks
 from bitwright.graph.capture import Captured
 from bitwright.graph.segments import region
-from bitwright.quantized import QuantizedModel
 from bitwright.run import checkpoint
 from bitwright.run.record import StageRecord
 from bitwright.stages.base import Optimising, Run
 from bitwright.stages.candidates import Batches, Evaluator, Fitness, Meaning, Measure, Scales
 from bitwright.stages.population import CYCLES, POPULATION, TOURNAMENT, Member, Mutation, Population
+from bitwright.student import Student
 
 MEMORY = 2 << 30
 """Bytes for what lies before a block."""
@@ -110,7 +110,7 @@ class Evolve(Optimising):
     """Probability that a child which would have been taken leaves early; 0 measures every child on all images."""
     share: float = Field(default=0.3, gt=0)
 
-    def run(self, student: QuantizedModel, teacher: Captured, images: Images, run: Run) -> QuantizedModel:
+    def run(self, student: Student, teacher: Captured, images: Images, run: Run) -> Student:
         """Passes over the blocks until the budget is used up; the result is never worse on what it is selected by."""
         some = images.sample(min(self.images, len(images)), seed=run.seed)
         hidden, seen = _split(some, self.held_out)
@@ -127,7 +127,7 @@ class Evolve(Optimising):
         run.records.append(search.finish())
         return student
 
-    def check(self, student: QuantizedModel, teacher: Captured, images: Images) -> None:
+    def check(self, student: Student, teacher: Captured, images: Images) -> None:
         """Scales are free to move, blocks exist, and infoNCE has images to tell from each other."""
         if student.scheme.target.power_of_two_scales:
             raise UsageError(
@@ -145,7 +145,7 @@ class Evolve(Optimising):
                     f"{self.batch}: there is nothing to tell one from. Give more images, or take fitness mse."
                 )
 
-    def searched(self, student: QuantizedModel, teacher: Captured) -> list[Searched]:
+    def searched(self, student: Student, teacher: Captured) -> list[Searched]:
         """The blocks in the order of visits, from the network's end to its start, with the scales that each changes."""
         found, taken = [], set()
         for block in self._chosen(find_blocks(teacher.graph)):
@@ -179,7 +179,7 @@ class _Search:
     """The state of a run."""
 
     stage: Evolve
-    student: QuantizedModel
+    student: Student
     searched: list[Searched]
     evaluator: Evaluator
     judge: Batches | None
@@ -410,12 +410,12 @@ class _Search:
         self.cost = self.saved - start
 
 
-def scale_keys(student: QuantizedModel, block: Block) -> list[str]:
+def scale_keys(student: Student, block: Block) -> list[str]:
     """Paths of the calibrated quantizers of a block's weights."""
     return [k for k in _paths(student, block) if student.quantizer(k).calibrated]
 
 
-def _paths(student: QuantizedModel, block: Block) -> list[str]:
+def _paths(student: Student, block: Block) -> list[str]:
     """Of all quantizers of a block's weights, calibrated or not."""
     layers = {layer.node: layer for layer in student.layers}
     return [k for k in dict.fromkeys(layers[n].weight for n in block.nodes) if k is not None]

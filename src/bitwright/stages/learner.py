@@ -11,7 +11,7 @@ from bitwright.graph import ops, rewrite
 from bitwright.graph.points import Point, expose
 from bitwright.quant.learned import LearnedActivation, LearnedBias, LearnedWeight, Rounding
 from bitwright.quant.quantizer import BiasQuantizer, Quantizer
-from bitwright.quantized import QuantizedModel
+from bitwright.student import Student
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Learner(nn.Module):
         activations: by the key of the quantizer.
     """
 
-    def __init__(self, student: QuantizedModel, points: list[Point], variables: Variables) -> None:
+    def __init__(self, student: Student, points: list[Point], variables: Variables) -> None:
         super().__init__()
         self.points = points
         self.graph = expose(student.graph, [p.node for p in points])
@@ -142,7 +142,7 @@ class Learner(nn.Module):
                 return name
         return None
 
-    def absorb(self, student: QuantizedModel) -> None:
+    def absorb(self, student: Student) -> None:
         """Writes integers times steps, biases and steps into the student."""
         for stored, weight in self.weights.items():
             student.quantizer(self._keys[stored]).set_range(weight.scale())

@@ -18,9 +18,9 @@ from bitwright.graph.capture import Captured
 from bitwright.graph.watch import Callback, watch
 from bitwright.quant import optq
 from bitwright.quant.quantizer import Quantizer
-from bitwright.quantized import QuantizedModel
 from bitwright.stages.base import Run, Stage
 from bitwright.stages.calibrate import correct_biases, mean_inputs, widen_for_biases
+from bitwright.student import Student
 
 COMPENSATED = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
 
@@ -46,7 +46,7 @@ class Optq(Stage):
     bias_correction: bool = True
     """Give every output channel its mean back afterwards, as ``calibrate`` does (analytic)."""
 
-    def run(self, student: QuantizedModel, teacher: Captured, images: Images, run: Run) -> QuantizedModel:
+    def run(self, student: Student, teacher: Captured, images: Images, run: Run) -> Student:
         """One pass over the images; memory is one matrix of inputs x inputs a layer."""
         some = images.sample(min(self.images, len(images)), seed=run.seed)
         grams = _Grams(student, teacher.graph, self.positions, run.seed)
@@ -65,7 +65,7 @@ class Optq(Stage):
             widen_for_biases(student)
         return student
 
-    def _round(self, student: QuantizedModel, teacher: Captured, node: fx.Node, gram: Tensor) -> None:
+    def _round(self, student: Student, teacher: Captured, node: fx.Node, gram: Tensor) -> None:
         stored, quantizer = _weight_of(student, node.name)
         weight = rewrite.get_tensor(teacher.graph, stored)
         split = (gram.shape[0], weight.shape[0] // gram.shape[0], -1)
@@ -92,7 +92,7 @@ def _both(first: Callback | None, second: Callable[[Tensor], None]) -> Callback:
     return callback
 
 
-def _weight_of(student: QuantizedModel, name: str) -> tuple[str, Quantizer]:
+def _weight_of(student: Student, name: str) -> tuple[str, Quantizer]:
     node = next(n for n in student.graph.graph.nodes if n.name == name)
     call = node.args[1]
     assert isinstance(call, fx.Node)
@@ -104,7 +104,7 @@ def _weight_of(student: QuantizedModel, name: str) -> tuple[str, Quantizer]:
 class _Grams:
     """``X X^T`` of every layer with a quantized weight, [groups, inputs, inputs], by the first of its nodes."""
 
-    def __init__(self, student: QuantizedModel, teacher: fx.GraphModule, positions: int, seed: int) -> None:
+    def __init__(self, student: Student, teacher: fx.GraphModule, positions: int, seed: int) -> None:
         self.teacher, self.positions = teacher, positions
         self.generator = torch.Generator().manual_seed(seed)
         self.matrices: dict[fx.Node, Tensor] = {}

@@ -16,15 +16,15 @@ from bitwright.graph.place import consumers
 from bitwright.graph.watch import Callback, watch
 from bitwright.quant.ptf import FactorErrors
 from bitwright.quant.quantizer import TINY, Quantizer
-from bitwright.quantized import QuantizedModel
 from bitwright.stages.base import Run
+from bitwright.student import Student
 
 OVER_LAST_AXIS = frozenset({"layer_norm", "native_layer_norm", "rms_norm"})
 ONE_SCALE = ops.LINEAR | ops.MATMUL
 """Operators whose integer kernels take one scale for their input."""
 
 
-def set_factors(student: QuantizedModel, teacher: Captured, images: Images, run: Run) -> None:
+def set_factors(student: Student, teacher: Captured, images: Images, run: Run) -> None:
     """Chooses the scales of normalisation inputs per channel: a second pass of the float network over the images.
 
     Args:
@@ -59,7 +59,7 @@ def _updater(errors: FactorErrors) -> Callback:
     return update
 
 
-def norm_inputs(student: QuantizedModel, teacher: Captured, device: torch.device | str = "cpu") -> dict[str, str]:
+def norm_inputs(student: Student, teacher: Captured, device: torch.device | str = "cpu") -> dict[str, str]:
     """Tensors that may have a scale for each channel: the key of the quantizer, by the name of the node that yields it.
 
     A tensor may if a normalisation over its last axis reads it, also behind operators that only move data and leave

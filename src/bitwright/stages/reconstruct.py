@@ -29,7 +29,6 @@ from bitwright.measure.evaluation import layer_sqnr
 from bitwright.memory import pass_budget
 from bitwright.quant import affine
 from bitwright.quant.learned import Rounding
-from bitwright.quantized import QuantizedModel, Snapshot
 from bitwright.run import checkpoint
 from bitwright.run.record import StageRecord
 from bitwright.stages.augment import Views
@@ -38,6 +37,7 @@ from bitwright.stages.calibrate import parameters, widen_for_biases
 from bitwright.stages.learner import Learner, Variables
 from bitwright.stages.schedules import Anneal, Dampen, Gradual, Learn
 from bitwright.stages.tuning import NotFiniteError, Objective, Targets, Tuner, seconds_per_step
+from bitwright.student import Snapshot, Student
 
 CHECKPOINT = "reconstruct.safetensors"
 CHECKPOINT_SECONDS = 20.0
@@ -184,7 +184,7 @@ class Reconstruct(Optimising):
             return 1.0, 0.0
         return (0.0, 0.0) if self.gradual is None else self.gradual.at(progress)
 
-    def run(self, student: QuantizedModel, teacher: Captured, images: Images, run: Run) -> QuantizedModel:
+    def run(self, student: Student, teacher: Captured, images: Images, run: Run) -> Student:
         """Optimises, rounds, measures, and keeps the best that the run has seen."""
         points = linear_points(teacher.graph, teacher.example.to(run.device))
         learner = Learner(student, points, self._variables(student))
@@ -212,7 +212,7 @@ class Reconstruct(Optimising):
         run.records.append(record)
         return student
 
-    def _variables(self, student: QuantizedModel) -> Variables:
+    def _variables(self, student: Student) -> Variables:
         free = not student.scheme.target.power_of_two_scales
         return Variables(
             rounding=self.rounding,
@@ -366,7 +366,7 @@ class Reconstruct(Optimising):
 
     def _choose(
         self,
-        student: QuantizedModel,
+        student: Student,
         learner: Learner | None,
         measure: _Measure,
         run: Run,
@@ -441,7 +441,7 @@ class _Measure:
         self.images = images
 
     def losses(
-        self, student: QuantizedModel, states: dict[str, Snapshot], learner: Learner | None
+        self, student: Student, states: dict[str, Snapshot], learner: Learner | None
     ) -> tuple[dict[str, float], float | None]:
         """Of the student in each state, and of the learner as it stands; each batch passes the teacher once."""
         totals = dict.fromkeys(states, 0.0)
@@ -475,7 +475,7 @@ class _Measure:
         return float(torch.stack(terms).sum()) * len(weights)
 
 
-def _sqnr(student: QuantizedModel, images: Images, run: Run) -> dict[str, float | None]:
+def _sqnr(student: Student, images: Images, run: Run) -> dict[str, float | None]:
     """Of every layer in dB, on a few images."""
     return layer_sqnr(student, images.batch(range(min(16, len(images)))).to(run.device))
 
@@ -551,7 +551,7 @@ def averaged(losses: list[float], points: int = CURVE_POINTS) -> list[tuple[int,
     return [(min((k + 1) * length, len(losses)), sum(s) / len(s)) for k, s in enumerate(stretches)]
 
 
-def _left_nearest(student: QuantizedModel, teacher: Captured, run: Run) -> float:
+def _left_nearest(student: Student, teacher: Captured, run: Run) -> float:
     """Share of weights whose integer is not the nearest on the grid of the first stage."""
     start = run.history[0][1] if run.history else student.snapshot()
     moved, total = 0, 0

@@ -19,9 +19,9 @@ from bitwright.graph.capture import Captured
 from bitwright.graph.watch import watch
 from bitwright.quant.quantizer import Quantizer
 from bitwright.quant.scheme import Rule, Scheme, escaped
-from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
+from bitwright.student import Student, insert_quantizers
 
 IMAGES = 16
 WIDE, LEAST = 16, 8
@@ -91,7 +91,7 @@ def _ends(graph: fx.Graph) -> list[_End]:
     return found
 
 
-def _calibrated(teacher: Captured, scheme: Scheme, images: Images, run: Run) -> QuantizedModel:
+def _calibrated(teacher: Captured, scheme: Scheme, images: Images, run: Run) -> Student:
     student = insert_quantizers(teacher, scheme.model_copy(update={"weights": None}))
     return Calibrate(weights="minmax", activations="minmax").run(student, teacher, images, run)
 
@@ -118,7 +118,7 @@ class _Rows:
         return self.beyond / max(self.count, 1)
 
 
-def _rows(teacher: Captured, student: QuantizedModel, ends: list[_End], images: Images) -> dict[str, _Rows]:
+def _rows(teacher: Captured, student: Student, ends: list[_End], images: Images) -> dict[str, _Rows]:
     """What becomes of the rows at each end."""
     exact: dict[str, Tensor] = {}
     found, axes = {e.name: _Rows() for e in ends}, {e.name: e.axes for e in ends}
@@ -154,7 +154,7 @@ def _widened(
     return None
 
 
-def _before(student: QuantizedModel, end: _End) -> list[str]:
+def _before(student: Student, end: _End) -> list[str]:
     """Names of quantized activations before a node, the nearest first."""
     nodes = {n.name: n for n in student.graph.graph.nodes}
     waiting, seen, found = [nodes[end.name]], {nodes[end.name]}, []

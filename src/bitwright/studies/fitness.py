@@ -11,12 +11,12 @@ import torch
 from bitwright.given.images import Images
 from bitwright.progress import Progress
 from bitwright.quant.scheme import Scheme
-from bitwright.quantized import QuantizedModel
 from bitwright.recipes import recipe
 from bitwright.report.panels import Figure
 from bitwright.stages.base import Run
 from bitwright.stages.candidates import Fitness, Measure
 from bitwright.stages.evolve import Evolve
+from bitwright.student import Student
 from bitwright.studies import figures
 from bitwright.studies.base import Cell, Result, Row, Settings, Study, apart, group
 from bitwright.studies.scales import means, measured_batches, suits
@@ -78,7 +78,7 @@ def _held_out(subject: Subject) -> Any:
     return batches, type(distances)(names=names)
 
 
-def _losses(student: QuantizedModel, shown: Any) -> Row:
+def _losses(student: Student, shown: Any) -> Row:
     batches, distances = shown()
     found = means(batches.losses(student.flat, distances), distances.names)
     if "infonce" in found:

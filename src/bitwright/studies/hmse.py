@@ -14,9 +14,9 @@ from bitwright.graph import rewrite
 from bitwright.graph.points import linear_points
 from bitwright.progress import Progress
 from bitwright.quant.scheme import Scheme
-from bitwright.quantized import QuantizedModel
 from bitwright.report.panels import Figure
 from bitwright.stages.calibrate import Calibrate, parameters
+from bitwright.student import Student
 from bitwright.studies import figures
 from bitwright.studies.base import Cell, Result, Row, Settings, Study, group
 from bitwright.studies.subject import Subject
@@ -64,7 +64,7 @@ def _measure(
     return {"objective": objective(student, subject, importance()), **subject.measure(student, images, progress)}
 
 
-def objective(student: QuantizedModel, subject: Subject, importance: dict[str, Tensor]) -> float:
+def objective(student: Student, subject: Subject, importance: dict[str, Tensor]) -> float:
     """``sum_j G_j (w_j - Q(w_j))^2`` over all quantized weights, with ``G = diag(J^T J)``: what HMSE minimises.
 
     Args:

@@ -22,7 +22,6 @@ from bitwright.given.images import Images
 from bitwright.pipeline import run_stages
 from bitwright.progress import Progress
 from bitwright.quant.scheme import Scheme
-from bitwright.quantized import QuantizedModel, insert_quantizers
 from bitwright.recipes import recipe
 from bitwright.report.panels import Figure, Panel, Series, colour
 from bitwright.sensitivity import (
@@ -37,6 +36,7 @@ from bitwright.sensitivity import (
     Trace,
 )
 from bitwright.stages.base import Run, Stage
+from bitwright.student import Student, insert_quantizers
 from bitwright.studies import figures
 from bitwright.studies.base import Cell, Result, Row, Settings, Study, group
 from bitwright.studies.subject import Subject
@@ -168,14 +168,14 @@ def _measured(
 
 def _quantized(
     subject: Subject, method: str, scheme: Scheme, images: Images, steps: int | None, seed: int, progress: Progress
-) -> QuantizedModel:
+) -> Student:
     student = insert_quantizers(subject.teacher, scheme)
     student.to(subject.device)
     run = Run(seed=seed, device=subject.device, progress=progress, steps=steps, precision="float32")
     return run_stages(recipe(method), student, subject.teacher, images, run)
 
 
-def _packed_bytes(student: QuantizedModel) -> int:
+def _packed_bytes(student: Student) -> int:
     """Of ``model.safetensors``."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"

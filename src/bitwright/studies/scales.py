@@ -15,10 +15,10 @@ from bitwright.given.images import Images
 from bitwright.graph.blocks import Block, BlockKind, find_blocks
 from bitwright.measure.evaluation import class_scores
 from bitwright.measure.metrics import as_log_probabilities
-from bitwright.quantized import QuantizedModel
 from bitwright.stages.base import Run
 from bitwright.stages.candidates import Batches, Fitness, Measure
 from bitwright.stages.evolve import Evolve
+from bitwright.student import Student
 from bitwright.studies.base import Row
 from bitwright.studies.subject import Subject
 
@@ -42,7 +42,7 @@ def middle_blocks(subject: Subject) -> list[Block]:
     return found
 
 
-def evolved_keys(subject: Subject, student: QuantizedModel) -> list[str]:
+def evolved_keys(subject: Subject, student: Student) -> list[str]:
     """Of the weights whose scales :class:`Evolve` changes."""
     return [k for one in Evolve().searched(student, subject.teacher) for k in one.scales.keys]
 

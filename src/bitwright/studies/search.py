@@ -13,12 +13,12 @@ from bitwright.errors import UsageError
 from bitwright.given.images import Images
 from bitwright.progress import Progress
 from bitwright.quant.scheme import Scheme
-from bitwright.quantized import QuantizedModel
 from bitwright.recipes import recipe
 from bitwright.report.panels import Figure, Panel, Series, colour
 from bitwright.stages.base import Run
 from bitwright.stages.candidates import Batches, Fitness, Scales
 from bitwright.stages.evolve import Evolve, EvolveRecord
+from bitwright.student import Student
 from bitwright.studies import figures
 from bitwright.studies.base import Cell, Result, Row, Settings, Study, apart, group
 from bitwright.studies.scales import evolved_keys
@@ -57,7 +57,7 @@ class Bench:
     start_seed: int
     trials: dict[tuple[str, int | None], dict[float, tuple[Descent, float]]] = field(default_factory=dict)
 
-    def begin(self, scheme: Scheme, progress: Progress) -> tuple[QuantizedModel, Scales]:
+    def begin(self, scheme: Scheme, progress: Progress) -> tuple[Student, Scales]:
         """The student with ranges of least error, and the scales that are searched."""
         student = self.subject.begin(scheme, recipe("mse").stages, self.seen, self.start_seed, progress)
         return student, Scales(student, evolved_keys(self.subject, student), "round")
@@ -66,7 +66,7 @@ class Bench:
         """With the float network's outputs, drawn as the stage draws them."""
         return Batches(self.subject.teacher, images, BATCH, Run(seed=seed, device=self.subject.device), "Outputs")
 
-    def fitness(self, student: QuantizedModel, images: Images, seed: int) -> float:
+    def fitness(self, student: Student, images: Images, seed: int) -> float:
         """The mean over images."""
         return float(self.batches(images, seed).losses(student.flat, FITNESS).double().mean())
 
@@ -133,7 +133,7 @@ def _evolved(bench: Bench, scheme: Scheme, method: str, seed: int, progress: Pro
 
 
 def evolve(
-    subject: Subject, student: QuantizedModel, stage: Evolve, images: Images, budget: int, seed: int, progress: Progress
+    subject: Subject, student: Student, stage: Evolve, images: Images, budget: int, seed: int, progress: Progress
 ) -> EvolveRecord:
     """Runs the stage on the student in float32 for a number of children."""
     run = Run(seed=seed, device=subject.device, progress=progress, precision="float32", steps=budget)
@@ -158,9 +158,7 @@ def _descended(bench: Bench, scheme: Scheme, method: str, seed: int, progress: P
     } | _figures(bench, scheme, student, found.curve, seed, progress)
 
 
-def _figures(
-    bench: Bench, scheme: Scheme, student: QuantizedModel, curve: list[Any], seed: int, progress: Progress
-) -> Row:
+def _figures(bench: Bench, scheme: Scheme, student: Student, curve: list[Any], seed: int, progress: Progress) -> Row:
     """Of a student as a search left it; ``closed`` is the share of the way from the start to the float network."""
     found = bench.subject.measure(student, bench.seen, progress)
     after, held_out = bench.fitness(student, bench.seen, seed), bench.fitness(student, bench.hidden, 0)

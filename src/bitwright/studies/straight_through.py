@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from bitwright.progress import Progress, silent
 from bitwright.quant import affine
 from bitwright.quant.quantizer import Quantizer
-from bitwright.quantized import QuantizedModel
 from bitwright.stages.candidates import Batches, Fitness, Scales
+from bitwright.student import Student
 
 BACKWARD = 2.0
 """What a backward pass costs, in forward passes."""
@@ -62,14 +62,14 @@ class Straight(nn.Module):
         return rounded.clamp(quantizer.grid.qmin - zero, quantizer.grid.qmax - zero) * step
 
 
-def stand_ins(student: QuantizedModel, learned: Sequence[str]) -> dict[str, Straight]:
+def stand_ins(student: Student, learned: Sequence[str]) -> dict[str, Straight]:
     """By path: quantizers whose scales are learned, and those of all activations, which gradients pass through."""
     known = {k: m for k, m in student.graph.named_children() if isinstance(m, Quantizer) and m.calibrated}
     return {k: Straight(m, learn=k in learned) for k, m in known.items() if k in learned or m.role != "weight"}
 
 
 @contextmanager
-def placed(student: QuantizedModel, modules: Mapping[str, Straight]) -> Iterator[None]:
+def placed(student: Student, modules: Mapping[str, Straight]) -> Iterator[None]:
     """Puts them in the quantizers' places for a while."""
     kept = {key: student.quantizer(key) for key in modules}
     try:
@@ -106,7 +106,7 @@ def price(batches: Batches) -> float:
 
 
 def descend(
-    student: QuantizedModel,
+    student: Student,
     scales: Scales,
     batches: Batches,
     fitness: Fitness,
@@ -155,7 +155,7 @@ def descend(
 
 
 def _walk(
-    student: QuantizedModel,
+    student: Student,
     batches: Batches,
     fitness: Fitness,
     parameters: list[nn.Parameter],

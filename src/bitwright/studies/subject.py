@@ -17,11 +17,11 @@ from bitwright.measure.evaluation import compare
 from bitwright.pipeline import fingerprint
 from bitwright.progress import Progress, silent
 from bitwright.quant.scheme import Scheme
-from bitwright.quantized import QuantizedModel, Snapshot, insert_quantizers
 from bitwright.recipes import recipe
 from bitwright.run.record import StageRecord
 from bitwright.stages.base import Run, Stage
 from bitwright.stages.reconstruct import Reconstruct
+from bitwright.student import Snapshot, Student, insert_quantizers
 from bitwright.studies.base import Row
 
 BATCH = 50
@@ -68,7 +68,7 @@ class Subject:
         self.pool, self.held_out = pool.unlabelled(), held_out
         self.teacher: Captured = prepare_teacher(network, pool, output)
         self.teacher.graph.to(device)
-        self._begun: tuple[Any, QuantizedModel, Snapshot] | None = None
+        self._begun: tuple[Any, Student, Snapshot] | None = None
 
     def facts(self) -> Row:
         """What NAME.json says of it."""
@@ -89,7 +89,7 @@ class Subject:
 
     def begin(
         self, scheme: Scheme, stages: tuple[Stage, ...], images: Images, seed: int, progress: Progress = silent
-    ) -> QuantizedModel:
+    ) -> Student:
         """The student after the stages, which run once for as long as the same is asked for."""
         key = (scheme, stages, images.sha256, seed)
         if self._begun is None or self._begun[0] != key:
@@ -105,8 +105,8 @@ class Subject:
         return student
 
     def optimise(
-        self, student: QuantizedModel, stage: Reconstruct, images: Images, seed: int, progress: Progress = silent
-    ) -> tuple[QuantizedModel, Row]:
+        self, student: Student, stage: Reconstruct, images: Images, seed: int, progress: Progress = silent
+    ) -> tuple[Student, Row]:
         """Runs the stage to its end in float32, whether or not the result is better than the start.
 
         Returns:
@@ -119,7 +119,7 @@ class Subject:
         found = run.records[-1] if run.records else StageRecord(kind=stage.kind)
         return student, {"loss": found.after, "loss_before": found.before}
 
-    def measure(self, student: QuantizedModel, calibration: Images, progress: Progress = silent) -> Row:
+    def measure(self, student: Student, calibration: Images, progress: Progress = silent) -> Row:
         """Fidelity, and accuracy where there are labels, on held-out images; KL on calibration images beside it."""
         found = self._compare(student, self.held_out, progress)
         own = self._compare(student, calibration[:COMPARED], progress)
@@ -133,7 +133,7 @@ class Subject:
         found: Row = compare(self._teacher, None, self.held_out, batch=BATCH, progress=progress)["quantized"]
         return found
 
-    def _compare(self, student: QuantizedModel, images: Images, progress: Progress) -> dict[str, Any]:
+    def _compare(self, student: Student, images: Images, progress: Progress) -> dict[str, Any]:
         def network(x: Tensor) -> list[Tensor]:
             return [o.cpu() for o in student.flat(x.to(self.device))]
 

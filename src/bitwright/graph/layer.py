@@ -1,0 +1,27 @@
+"""What a network's description says of a layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Layer:
+    """One row of a network's description: a quantized tensor and what computes it.
+
+    Keys are paths of modules inside the graph. ``node`` is the operator's name in the teacher and the student.
+    """
+
+    name: str
+    op: str
+    node: str
+    parameters: int = 0
+    macs: int = 0
+    weight: str | None = None
+    bias: str | None = None
+    source: str | None = None
+    """Key of the quantizer of a linear operator's input."""
+    activation: str | None = None
+    """Key of the quantizer that ends the layer's group."""
+    end: str | None = None
+    """Name of the node that this quantizer follows."""
