@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
@@ -234,3 +235,21 @@ def test_each_stage_leaves_one_record_in_order_and_a_resumed_run_has_them_all(
     assert plain.kind == "calibrate"
     assert [(type(r), r.kind, r.told()) for r in noted] == [(Noted, "noting", {"steps": n}) for n in (7, 11, 13)]
     assert all(0.001 * n <= r.seconds < 1 for n, r in zip((7, 11, 13), noted, strict=True))
+
+
+class Talk(Stage):
+    """Says something."""
+
+    kind: ClassVar[str] = "test-talk"
+
+    def run(self, student, teacher, images, run):
+        warnings.warn("What is left is little.", stacklevel=2)
+        return student
+
+
+def test_a_resumed_run_says_again_what_finished_stages_said(tmp_path: Path) -> None:
+    recipe = Recipe(name="talking", stages=(Calibrate(weights="minmax"), Talk(), Calibrate(weights="minmax")))
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="What is left") as said:
+            run(tmp_path / "state", recipe=recipe)
+        assert len(said) == 1

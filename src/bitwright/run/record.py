@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from bitwright.graph.equalize import ChannelScales
 from bitwright.graph.fold import Unfolded
@@ -36,6 +36,8 @@ class StageRecord(BaseModel):
     """The loss of the network that the stage was given, as the stage measures it; None where it measures none."""
     after: float | None = None
     """The loss of the network that the stage left, measured in the same way."""
+    warnings: list[str] = Field(default_factory=list)
+    """What it said, so that a run that goes on after it says the same."""
 
     def told(self) -> dict[str, Any]:
         """What this class of record adds, as plain data; what is None is left out."""
@@ -44,7 +46,7 @@ class StageRecord(BaseModel):
 
     def row(self) -> dict[str, Any]:
         """The stage's entry in ``stages``."""
-        common = self.model_dump(mode="json", include=set(StageRecord.model_fields), exclude_none=True)
+        common = self.model_dump(mode="json", include=set(StageRecord.model_fields) - {"warnings"}, exclude_none=True)
         return common | self.told()
 
     def keys(self) -> dict[str, Any]:
