@@ -14,7 +14,7 @@ from bitwright.bits import planning
 from bitwright.bits.goal import MEASURE, Goal
 from bitwright.bits.plan import Plan, insert_plan
 from bitwright.errors import UsageError, step
-from bitwright.given.arguments import SEEDS, a_time, alone, choices, one_of, whole
+from bitwright.given.arguments import SEEDS, a_path, a_time, alone, choices, of_kind, one_of, whole
 from bitwright.given.images import Images, load_images
 from bitwright.given.inputs import as_model, calibration_images, find_device, prepare_teacher
 from bitwright.given.models import Model
@@ -31,6 +31,7 @@ from bitwright.recipes import Recipe
 from bitwright.recipes import recipe as find_recipe
 from bitwright.run.record import RunRecord
 from bitwright.run.result import describe_layers, totals
+from bitwright.sensitivity import MEASURES
 from bitwright.stages.base import Precision, Run
 from bitwright.stages.short_rows import keep_short_rows
 from bitwright.student import Student, insert_quantizers
@@ -120,6 +121,8 @@ def quantize(
         "max_drop": max_drop,
     }
     _check_instead(scheme, goal, weights, activations, rules, runtime, measure, limits)
+    _check_kinds(progress, preprocessing, output, skip_unreadable, cache)
+    state = None if state is None else a_path("state", state)
     one_of("precision", precision, choices(Precision))
     seed = whole("seed", seed, least=0, below=SEEDS)
     samples = None if samples is None else whole("samples", samples, least=1)
@@ -256,6 +259,8 @@ def check_budget(steps: int | Sequence[int] | None, minutes: float | None, metho
     if steps is not None and minutes is not None:
         raise UsageError("Expected steps= or minutes=, found both.")
     several = isinstance(steps, Sequence) and not isinstance(steps, str)
+    if several and not steps:
+        raise UsageError("Expected numbers of steps as steps=, found none.")
     given: Sequence[Any] = () if steps is None else steps if several else (steps,)  # type: ignore[assignment]
     each = tuple(whole("steps", n, least=0) for n in given)
     if len(each) > max(1, method.counts):
@@ -314,10 +319,24 @@ def _check_instead(
     """A scheme stands instead of bits, rules and runtime, a goal instead of limits and of several bits."""
     if not isinstance(runtime, str):
         raise UsageError(f"Expected the name of a runtime as runtime=, found {runtime!r}.")
+    of_kind("scheme", scheme, Scheme, "a Scheme")
+    of_kind("goal", goal, Goal, "a Goal")
+    one_of("measure", measure, tuple(MEASURES))
     bits = {"weights": (weights, (None, "auto")), "activations": (activations, (8, "auto"))}
     planning.check_instead(scheme, bits, rules, runtime)
     wanted = {name: (value, (None,)) for name, value in limits.items()}
     alone("goal", goal, {**wanted, **bits, "measure": (measure, (MEASURE,))})
+
+
+def _check_kinds(progress: Any, preprocessing: Any, output: Any, skip_unreadable: Any, cache: Any) -> None:
+    if not callable(progress):
+        raise UsageError(f"Expected a function as progress=, found {progress!r}.")
+    if preprocessing is not None and not callable(preprocessing):
+        raise UsageError(f"Expected a Preprocessing or a function as preprocessing=, found {preprocessing!r}.")
+    of_kind("output", output, str, "the name of an output")
+    of_kind("skip_unreadable", skip_unreadable, bool, "True or False")
+    if cache is not None:
+        a_path("cache", cache)
 
 
 def _as_rule(rule: str | Rule) -> Rule:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,19 @@ CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "goal and size": ({"goal": Goal.parse(compression=4), "target_size": "12kB"}, "goal= or target_size="),
     "goal and drop": ({"goal": Goal.parse(compression=4), "max_drop": 0.01}, "goal= or max_drop="),
     "goal and bits": ({"goal": Goal.parse(compression=4), "weights": (2, 4)}, "goal= or weights="),
+    "sizes": ({"compression": 4, "max_drop": 0.1}, "Expected one of compression= and max_drop=, found both"),
+    "a list as size": ({"target_size": [1]}, "as target_size=, found [1]"),
+    "a dict as latency": ({"max_latency": {}}, "as max_latency=, found {}"),
+    "goal": ({"goal": 3}, "Expected a Goal as goal=, found 3"),
+    "scheme": ({"scheme": 3}, "Expected a Scheme as scheme=, found 3"),
+    "progress": ({"progress": 3}, "as progress=, found 3"),
+    "state": ({"state": 3}, "as state=, found 3"),
+    "cache": ({"cache": 3}, "as cache=, found 3"),
+    "measure": ({"measure": "zz"}, "as measure=, found 'zz'"),
+    "preprocessing": ({"preprocessing": 3}, "as preprocessing=, found 3"),
+    "skipping": ({"skip_unreadable": "x"}, "as skip_unreadable=, found 'x'"),
+    "no steps": ({"steps": []}, "steps=, found none"),
+    "recipe": ({"recipe": " "}, "recipe=, found an empty text"),
     "plan and size": ({"plan": "plan.json", "target_size": "12kB"}, "plan= or target_size="),
 }
 
@@ -49,12 +63,15 @@ CALLS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", CALLS)
 def test_wrong_argument_is_refused_by_name(case: str) -> None:
     given, expected = CALLS[case]
+    given = {"recipe": "rtn", **given}
     with pytest.raises(bw.UsageError) as refused:
-        bw.quantize(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.zeros(4, 3, 2, 2), "rtn", **given)
+        bw.quantize(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.zeros(4, 3, 2, 2), **given)
     assert expected in str(refused.value)
 
 
-@pytest.mark.parametrize("case", [c for c in CALLS if "goal and" in c or c in {"scheme and rules", "samples"}])
+@pytest.mark.parametrize(
+    "case", [c for c in CALLS if "goal and" in c or c in {"scheme and rules", "samples", "a list as size"}]
+)
 def test_planning_refuses_the_same(case: str) -> None:
     given, expected = CALLS[case]
     if "max_drop" in given:
@@ -149,3 +166,17 @@ def test_images_of_another_shape_are_one_line() -> None:
     with pytest.raises(UsageError, match="as many channels as it takes") as caught:
         model.evaluate(torch.zeros(2, 1, 16, 16))
     assert "fx" not in str(caught.value)
+
+
+WRONG: dict[str, Callable[[], object]] = {
+    "name=": lambda: bw.study(3),  # type: ignore[arg-type]
+    "model=": lambda: bw.evaluate(nn.Flatten(), torch.zeros(2, 3, 2, 2)),  # type: ignore[arg-type]
+    "example=": lambda: bw.capture(nn.Flatten(), 3),  # type: ignore[arg-type]
+    "group_size=": lambda: Scheme(group_size=7),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_other_calls_name_their_arguments(name: str) -> None:
+    with pytest.raises(UsageError, match=name):
+        WRONG[name]()

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from bitwright.errors import UsageError
+from bitwright.given.arguments import of_kind
 from bitwright.quant.scheme import Bits, parse_activation_bits, parse_weight_bits
 from bitwright.words import parse_count, parse_latency, parse_ratio, parse_share, parse_size
 
@@ -81,6 +82,10 @@ class Goal:
         Raises:
             UsageError: a limit cannot be read, two of them contradict each other, or bits do not exist.
         """
+        for name, value in limits.items():
+            of_kind(
+                name, None if isinstance(value, bool) else value, (str, int, float), "a number, or one with its unit,"
+            )
         given = {name: PARSERS[name](value) for name, value in limits.items() if value is not None}
         rivals = [name for name in ONE_OF if name in given]
         if len(rivals) > 1:

@@ -48,8 +48,12 @@ def report(call: ReportCall, terminal: Terminal) -> None:
     else:
         entries = [Entry(name, read_run(f)) for name, f in zip(short_names(folders), folders, strict=True)]
         path = call.out or DEFAULT
+        rows = []
+        for folder, entry in zip(folders, entries, strict=True):
+            with run_folder.shown(folder):
+                rows.append(comparison.row(entry))
         pages.save(comparison.comparison(entries), path)
-        found = {"verdict": comparison.verdict(entries), "runs": [comparison.row(e) for e in entries]}
+        found = {"verdict": comparison.verdict(entries), "runs": rows}
     terminal.result({**found, "page": str(path)})
     if "runs" in found:
         terminal.show(table(found["runs"]))

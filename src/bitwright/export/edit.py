@@ -55,7 +55,7 @@ def insert_node(
     **attributes: int | list[int],
 ) -> ir.Value:
     """The output, of this name, of a new operator before another; the operator itself has a name only where asked."""
-    node = ir.node(op, inputs, attributes=attributes or None, name=f"{output}/{op}" if named else None)
+    node = ir.node(op, inputs, attributes=attributes or None, name=f"{output}/{op}" if named else "")
     node.outputs[0].name = output
     graph.insert_before(before, node)
     return node.outputs[0]

@@ -112,6 +112,16 @@ def a_path(name: str, value: Any) -> Path:
     return Path(value).expanduser()
 
 
+def of_kind(name: str, value: Any, kind: type | tuple[type, ...], what: str) -> None:
+    """What is given, if anything is, must be of a type.
+
+    Raises:
+        UsageError: it is of another.
+    """
+    if value is not None and not isinstance(value, kind):
+        raise UsageError(f"Expected {what} as {name}=, found {_said(value)}.")
+
+
 def a_time(name: str, value: Any) -> float:
     """A finite number above 0.
 

@@ -16,6 +16,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from bitwright.errors import ModelError, cause
+from bitwright.given.arguments import of_kind
 from bitwright.graph import explain, ops, rewrite
 from bitwright.graph.fold import Unfolded
 from bitwright.graph.names import legible
@@ -63,6 +64,8 @@ def capture(model: nn.Module | torch.export.ExportedProgram, example: Tensor) ->
     Raises:
         ModelError: the model cannot run on the images, cannot be captured, or the graph disagrees with it.
     """
+    of_kind("model", model, (nn.Module, torch.export.ExportedProgram), "a module or a saved program")
+    of_kind("example", example, Tensor, "images in a tensor")
     images = torch.cat([example, example])[:2] if len(example) < 2 else example[:2]
     images = images.contiguous().float() if images.is_floating_point() else images.contiguous()
     if isinstance(model, torch.export.ExportedProgram):

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitwright.errors import BitwrightError, DataError, UsageError, cause
+from bitwright.given.arguments import of_kind
+from bitwright.given.images import Images, load_images
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.explain import cannot_run
 from bitwright.graph.readings import Reading, by_values
 from bitwright.graph.watch import Callback, watch
 from bitwright.measure.metrics import Accuracy, Fidelity, Segmentation, SignalToNoise
 from bitwright.progress import Progress, silent
-
-if TYPE_CHECKING:
-    from bitwright.given.images import Images
-    from bitwright.student import Student
+from bitwright.student import Student
 
 Network = Callable[[Tensor], list[Tensor]]
 Each = Callable[[int, list[Tensor], list[Tensor], Tensor | None], None]
@@ -52,8 +51,9 @@ def evaluate(
     Returns:
         ``quantized`` and, with a teacher, ``float`` and ``fidelity``, as in ``result.json``.
     """
-    from bitwright.given.images import Images, load_images
-
+    of_kind("model", model, Student, "a quantized model")
+    if unknown := sorted(set(classes or {}) - set(model.outputs)):
+        raise UsageError(f"Expected outputs out of {', '.join(model.outputs)} in classes=, found '{unknown[0]}'.")
     images = source if isinstance(source, Images) else load_images(source, model.preprocessing, labels=labels)
     teacher, names = model.teacher, model.outputs
     reference = None if teacher is None else (lambda x: list(teacher.graph(x)))

@@ -115,6 +115,8 @@ def recipe(reference: str | Path | Recipe | None = None) -> Recipe:
         return reference
     if not isinstance(reference, str | Path):
         raise UsageError(f"Expected a recipe by name or file as recipe=, found {type(reference).__name__}.")
+    if not str(reference).strip():
+        raise UsageError("Expected the name of a recipe, or a file, as recipe=, found an empty text.")
     path = Path(reference)
     if path.suffix in {".yaml", ".yml", ".py"}:
         if not path.is_file():

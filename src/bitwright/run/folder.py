@@ -43,7 +43,11 @@ OURS = frozenset({MODEL, PLAN, RESULT, LOG, STATE, PAGE, FACTS, BENCH, PARITY, *
 PATIENCE = 200
 """Hundredths of a second that a reader waits for the run that is being put in its place."""
 
-KINDS: dict[str, type] = dict.fromkeys(("model", "recipe", "size", "data", "bits", "scheme", "files"), dict)
+KINDS: dict[str, type | tuple[type, ...]] = dict.fromkeys(
+    ("model", "recipe", "size", "data", "bits", "scheme", "files"), dict
+)
+KINDS |= dict.fromkeys(("seconds", "quantized", "float", "fidelity", "parity"), (dict, type(None)))
+KINDS |= {"seed": int, "command": str}
 ROWS = ("layers", "unquantized", "unfolded")
 """Keys of a result that hold rows, each with a name."""
 KINDS |= dict.fromkeys((*ROWS, "warnings"), list)
@@ -310,6 +314,7 @@ def _parsed(file: Path) -> dict[str, Any]:
     if not isinstance(result, dict):
         raise UsageError(f"Expected the result of a run in {file}, found something else. Give a run's folder.")
     wrong = [k for k, kind in KINDS.items() if k in result and not isinstance(result[k], kind)]
+    wrong += [k for k in ("model", "recipe") if k in result and k not in wrong and "name" not in result[k]]
     rows = [k for k in ROWS if k not in wrong for row in result.get(k, ()) if not _is_row(row)]
     if wrong or rows:
         raise UsageError(

@@ -18,6 +18,7 @@ from torch import nn
 
 from bitwright import zoo
 from bitwright.errors import UsageError
+from bitwright.given.arguments import of_kind
 from bitwright.given.images import Images, load_images
 from bitwright.given.inputs import as_model, find_device
 from bitwright.given.models import Model, load_model
@@ -51,6 +52,7 @@ def find(name: str) -> Study:
     Raises:
         UsageError: there is none of that name; the nearest is named.
     """
+    of_kind("name", name, str, "the name of a study")
     known = builtin()
     if name not in known:
         near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.0)
