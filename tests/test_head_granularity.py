@@ -18,6 +18,7 @@ from bitwright.cli import main
 from bitwright.export.onnx import to_onnx
 from bitwright.export.packed import ideal_bytes
 from bitwright.export.parity import check_parity
+from bitwright.given import inputs
 from bitwright.quant.quantizer import Quantizer
 from bitwright.quant.ranges import weight_scale
 from bitwright.quant.scheme import Scheme
@@ -226,7 +227,7 @@ def test_a_plan_gives_one_layer_heads(tmp_path: Path) -> None:
 
 def test_a_plan_takes_heads_from_one_layer() -> None:
     plan = Plan.model_validate({"layers": {"o": {"weight": {"bits": 4, "granularity": "channel"}}}})
-    teacher = bw.inputs.prepare_teacher(bw.inputs.as_model(network("separate")), cases.dataset())
+    teacher = inputs.prepare_teacher(inputs.as_model(network("separate")), cases.dataset())
     found = granularities(insert_plan(teacher, plan, Scheme(granularity="head")))
     assert (found["q"], found["o"], found["head"]) == ("head", "channel", "channel")
 

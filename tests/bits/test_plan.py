@@ -210,7 +210,7 @@ def test_a_plan_of_another_network_is_refused():
 
 def test_a_plan_for_another_runtime_is_refused():
     plan = plan_of(student())
-    with pytest.raises(bw.UsageError, match="for the runtime onnxruntime, found --runtime generic"):
+    with pytest.raises(bw.UsageError, match="for the runtime onnxruntime, found runtime='generic'"):
         plan.scheme(Scheme(runtime="generic"))
     assert plan_of(student(runtime="generic")).scheme(Scheme()).runtime == "generic"
 

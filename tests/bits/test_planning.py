@@ -262,7 +262,7 @@ def test_more_than_enough_gives_the_least_loss() -> None:
         ({"weights": "4,9"}, "found '9'"),
         ({"weights": ""}, "found ''"),
         ({"activations": "4,float"}, "bits of activations to choose among"),
-        ({"target_size": "3MB", "compression": 3}, "Expected one of --target-size and --compression, found both"),
+        ({"target_size": "3MB", "compression": 3}, "Expected one of target_size= and compression=, found both"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_said_in_one_line(asked: dict[str, Any], said: str) -> None:

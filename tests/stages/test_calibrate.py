@@ -103,7 +103,7 @@ def quantized_errors(student: Student, teacher: Captured, x: Tensor) -> dict[str
 )
 def test_sequential_correction_keeps_the_quantized_networks_means(name: str, runtime: str) -> None:
     x = images(12, seed=1)
-    settings = {"weights": 4, "activations": 8}
+    settings = {"weights": 4, "activations": 5}  # with these biases are not rounded
     corrected = quantized_errors(calibrated(name, runtime, bias_correction="sequential", **settings), prepared(name), x)
     before = quantized_errors(calibrated(name, runtime, **settings), prepared(name), x)
     assert max(corrected.values()) < 3e-4

@@ -318,7 +318,7 @@ def test_scales_that_do_not_matter_leave_the_network_alone() -> None:
     class Deaf(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.last = nn.Linear(12, 4), nn.Linear(4, 3)
+            self.first, self.last = nn.Linear(12, 4), nn.Linear(4, 3, bias=False)
             nn.init.zeros_(self.last.weight)
 
         def forward(self, x: Tensor) -> Tensor:

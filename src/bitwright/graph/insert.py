@@ -137,7 +137,8 @@ def _insert_weight(
         block = weight_block(node, shape, kind, size) if cut is None else cut.block(shape, size)
         axis = None if cut is None else cut.axis
         target = scheme.target
-        shift = target.shift(ops.base_name(node), bits) if kind in {"tensor", "channel"} else 0
+        one_a_sum = axis is None and block[1:] == shape[1:]
+        shift = target.shift(ops.base_name(node), bits) if one_a_sum else 0
         quantizer = Quantizer(
             layer.name, Grid(bits, True), "weight", shape, block, axis, target.power_of_two_scales, shift
         )
