@@ -92,3 +92,8 @@ def test_a_scheme_of_options() -> None:
 def test_steps_that_are_no_numbers() -> None:
     with pytest.raises(UsageError, match=r"300, or 300,500, found 'many'"):
         _ = BudgetOptions("many").numbers
+
+
+def test_a_group_size_without_groups_is_refused() -> None:
+    with pytest.raises(UsageError, match="beside --group-size"):
+        BitOptions(grid=GridOptions(group_size=7)).scheme("4")

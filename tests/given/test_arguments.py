@@ -172,7 +172,6 @@ WRONG: dict[str, Callable[[], object]] = {
     "name=": lambda: bw.study(3),  # type: ignore[arg-type]
     "model=": lambda: bw.evaluate(nn.Flatten(), torch.zeros(2, 3, 2, 2)),  # type: ignore[arg-type]
     "example=": lambda: bw.capture(nn.Flatten(), 3),  # type: ignore[arg-type]
-    "group_size=": lambda: Scheme(group_size=7),
 }
 
 

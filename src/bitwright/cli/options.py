@@ -94,6 +94,8 @@ class GridOptions:
             raise UsageError(f"Expected a granularity out of {', '.join(GRANULARITIES)}, found '{self.granularity}'.")
         if self.group_size is not None and self.group_size < 1:
             raise UsageError(f"Expected a group of at least 1 channel, found {self.group_size}.")
+        if self.group_size is not None and self.granularity not in {"group", "head"}:
+            raise UsageError("Expected --granularity group or head beside --group-size, found neither. Leave it out.")
         rules = tuple(Rule.parse(text) for text in rule or ())
         found = Scheme.model_validate({"weights": weights, "activations": activations, "rules": rules, **asdict(self)})
         _ = found.target

@@ -166,12 +166,6 @@ class Scheme(BaseModel):
             return data
         return {**data, "activation_grid": target(data["runtime"]).activation_grids[0]}
 
-    @model_validator(mode="after")
-    def _groups_have_a_use(self) -> Scheme:
-        if self.group_size is not None and not self.plan and self.granularity not in {"group", "head"}:
-            raise UsageError("Expected granularity='group' or 'head' for group_size=, found neither. Leave one out.")
-        return self
-
     @field_validator("weights", mode="before")
     @classmethod
     def _check_weights(cls, value: object) -> Bits:
