@@ -20,7 +20,7 @@ test: .venv/.installed
 
 # Ten thousand broken files of every kind that is read; `make test` tries five hundred of them.
 fuzz: .venv/.installed
-	BITWRIGHT_FUZZ=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/reading/test_fuzz.py
+	BITWRIGHT_FUZZ=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/given/test_fuzz.py
 
 lint: .venv/.installed
 	$(BIN)/ruff format --check .
