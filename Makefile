@@ -35,6 +35,7 @@ bench: .venv/.installed
 	$(BIN)/python -m benchmarks.evolve
 	$(BIN)/python -m benchmarks.deploy --fresh
 	$(BIN)/python -m benchmarks.static
+	$(BIN)/python -m benchmarks.narrow
 
 # Some 150 networks of timm, torchvision and transformers, an hour or two; what was done goes on where it stopped.
 coverage: .venv/.installed
