@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
 from bitwright.runtimes.record import Runtime
-from bitwright.runtimes.rules import Rules
 from bitwright.runtimes.target import ALL_BITS, SYMMETRIC, Target, Weights
 
 _ANY = Weights(integer=ALL_BITS)
@@ -38,7 +35,5 @@ _SHIFTING = Target(
     integer_inputs=(8, 16),
     power_of_two_scales=True,
 )
-RULES = Rules("generic", torch.float64, sums={}, to_float={}, pairs={}, pools={}, weight_bits=(), output_bits=())
-"""Nothing is rounded but codes: accumulators are rescaled by ``s_x s_w / s_y`` in float64."""
-GENERIC = Runtime(_FUSING, "a generic accelerator", RULES)
+GENERIC = Runtime(_FUSING, "a generic accelerator")
 GENERIC_POT = Runtime(_SHIFTING, "a generic accelerator that shifts")

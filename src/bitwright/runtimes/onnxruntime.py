@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from bitwright.errors import BitwrightError
 from bitwright.runtimes.record import Runtime, line
-from bitwright.runtimes.rules import Rules, add, multiply
 from bitwright.runtimes.session import Array, save_onnx
 from bitwright.runtimes.target import ALL_BITS, CLAMPING, Target, Weights
 
@@ -31,17 +29,6 @@ TARGET = Target(
     convolutions=Weights(integer=ALL_BITS),
     linears=Weights(integer=ALL_BITS),
     integer_inputs=(5, 6, 7, 8),  # with fewer, biases are float (integer_bias_bits)
-)
-
-RULES = Rules(
-    "onnxruntime",
-    torch.float32,
-    sums={"conv": "QLinearConv", "gemm": "QGemm", "matmul": "QLinearMatMul"},
-    to_float={"gemm": "QGemm", "linear": "MatMulIntegerToFloat", "matmul": "MatMulIntegerToFloat"},
-    pairs={"add": ("QLinearAdd", add), "mul": ("QLinearMul", multiply)},
-    pools={"avg_pool2d": "QLinearAveragePool"},
-    weight_bits=ALL_BITS,
-    output_bits=(2, 3, 4, 5, 6, 7, 8),
 )
 
 
@@ -99,4 +86,4 @@ def _load_onnxruntime(path: Path, threads: int, feed: Mapping[str, Array]) -> Ca
     return run
 
 
-ONNXRUNTIME = Runtime(TARGET, "ONNX Runtime", RULES, "onnxruntime", session, _load_onnxruntime)
+ONNXRUNTIME = Runtime(TARGET, "ONNX Runtime", "onnxruntime", session, _load_onnxruntime)

@@ -7,11 +7,14 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bitwright.errors import UsageError
-from bitwright.runtimes.rules import Rules
 from bitwright.runtimes.session import Array, Opener
 from bitwright.runtimes.target import Target
+
+if TYPE_CHECKING:
+    from bitwright.runtimes.rules import Rules
 
 Loader = Callable[[Path, int, Mapping[str, Array]], Callable[[], None]]
 
@@ -23,7 +26,6 @@ class Runtime:
     Attributes:
         target: what it can execute.
         title: its name for people.
-        rules: how its integer kernels round, where that is known.
         package: that runs it here; None where nothing does.
         open: opens a program of ONNX, for checks.
         load: ``load(path, threads, feed)`` gives a call that runs a file once on those inputs, for timings.
@@ -31,7 +33,6 @@ class Runtime:
 
     target: Target
     title: str
-    rules: Rules | None = None
     package: str | None = None
     open: Opener | None = None
     load: Loader | None = None
@@ -40,6 +41,13 @@ class Runtime:
     def name(self) -> str:
         """As in ``--runtime``."""
         return self.target.name
+
+    @property
+    def rules(self) -> Rules | None:
+        """How its integer kernels round, where that is known; the only part that needs PyTorch."""
+        from bitwright.runtimes.rules import RULES
+
+        return RULES.get(self.name)
 
     @property
     def runs_here(self) -> bool:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bitwright.runtimes.target import ALL_BITS
+
 
 @dataclass(frozen=True)
 class Codes:
@@ -138,3 +140,18 @@ class Rules:
     pools: Mapping[str, str]
     weight_bits: tuple[int, ...]
     output_bits: tuple[int, ...]
+
+
+ONNXRUNTIME = Rules(
+    "onnxruntime",
+    torch.float32,
+    sums={"conv": "QLinearConv", "gemm": "QGemm", "matmul": "QLinearMatMul"},
+    to_float={"gemm": "QGemm", "linear": "MatMulIntegerToFloat", "matmul": "MatMulIntegerToFloat"},
+    pairs={"add": ("QLinearAdd", add), "mul": ("QLinearMul", multiply)},
+    pools={"avg_pool2d": "QLinearAveragePool"},
+    weight_bits=ALL_BITS,
+    output_bits=(2, 3, 4, 5, 6, 7, 8),
+)
+GENERIC = Rules("generic", torch.float64, sums={}, to_float={}, pairs={}, pools={}, weight_bits=(), output_bits=())
+"""Nothing is rounded but codes: accumulators are rescaled by ``s_x s_w / s_y`` in float64."""
+RULES = {each.name: each for each in (ONNXRUNTIME, GENERIC)}
