@@ -450,3 +450,19 @@ def test_what_cannot_be_referred_to():
         quantizer.set_range(torch.tensor(0.1))
     with pytest.raises(bw.UsageError, match="freeze"):
         run_reference(model, cases.images(1))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_weights_of_any_bits_are_exact_in_the_kernels_of_eight(bits):
+    """Narrow codes are shifted when the file is loaded; biases lie on the finer grid that the kernel then sees."""
+    model = quantized("residual", weights=bits, activations=8)
+    reference, found, kernels = against_runtime(model)
+    exact = [layer for layer, codes in found.items() if torch.equal(reference[layer].codes, codes)]
+    integer = {layer for layer in found if kernels.get(layer) == "QLinearConv"}
+    assert integer
+    assert integer <= set(exact)
+    steps = [
+        m.quantizer for m in model.graph.modules() if isinstance(m, Frozen) and isinstance(m.quantizer, BiasQuantizer)
+    ]
+    assert all(torch.equal(q.scale, q.source.scale * q.weight.scale / 2 ** max(7 - bits, 0)) for q in steps)
+    assert steps

@@ -118,16 +118,6 @@ class Goal:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}
 
 
-def flag(name: str) -> str:
-    """A limit as the command line spells it.
-
-    Example:
-        >>> flag("target_size")
-        '--target-size'
-    """
-    return "--" + name.replace("_", "-")
-
-
 def several(given: Any, parse: Callable[[Any], Bits], what: str, *, floats: bool = True) -> tuple[int, ...]:
     """Numbers of bits, ascending, each once; none for float.
 

@@ -86,4 +86,4 @@ def _load_onnxruntime(path: Path, threads: int, feed: Mapping[str, Array]) -> Ca
     return run
 
 
-ONNXRUNTIME = Runtime(TARGET, "ONNX Runtime", "onnxruntime", session, _load_onnxruntime)
+ONNXRUNTIME = Runtime(TARGET, "ONNX Runtime", "onnxruntime", _load_onnxruntime)

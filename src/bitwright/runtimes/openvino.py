@@ -209,4 +209,4 @@ def _signal_stack_kept() -> Iterator[None]:
         libc.sigaltstack(ctypes.byref(before), None)
 
 
-OPENVINO = Runtime(TARGET, "OpenVINO", "openvino", openvino_session, _load_openvino)
+OPENVINO = Runtime(TARGET, "OpenVINO", "openvino", _load_openvino)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitwright.errors import UsageError
-from bitwright.runtimes.session import Array, Opener
+from bitwright.runtimes.session import Array
 from bitwright.runtimes.target import Target
 
 if TYPE_CHECKING:
@@ -27,14 +27,12 @@ class Runtime:
         target: what it can execute.
         title: its name for people.
         package: that runs it here; None where nothing does.
-        open: opens a program of ONNX, for checks.
         load: ``load(path, threads, feed)`` gives a call that runs a file once on those inputs, for timings.
     """
 
     target: Target
     title: str
     package: str | None = None
-    open: Opener | None = None
     load: Loader | None = None
 
     @property
