@@ -223,3 +223,22 @@ def test_a_clamp_behind_any_operator_is_rounded_once(before, clamp):
     x = cases.images()
     with session(to_onnx(model), optimize=True) as run, torch.no_grad():
         np.testing.assert_allclose(run.run(None, {run.get_inputs()[0].name: x.numpy()})[0], model(x), atol=1e-4)
+
+
+class SharedBias(nn.Module):
+    """A convolution that is called twice, so that its bias stays float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.twice, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.twice(torch.relu(self.twice(torch.relu(self.stem(x)))))).mean((2, 3)))
+
+
+def test_a_float_bias_beside_a_narrow_weight_is_not_rounded_by_the_runtime():
+    torch.manual_seed(0)
+    model = bw.quantize(SharedBias().eval(), cases.dataset(), "rtn", weights=4)
+    x = cases.images()
+    with session(to_onnx(model), optimize=True) as run, torch.no_grad():
+        np.testing.assert_allclose(run.run(None, {run.get_inputs()[0].name: x.numpy()})[0], model(x), atol=1e-5)

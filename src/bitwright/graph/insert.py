@@ -144,13 +144,17 @@ def _insert_weight(
         )
         student.add_module(layer.weight, quantizer)
         _call_after(student, stored, layer.weight, [u for u in stored.users if ops.base_name(u) in ops.LINEAR])
-    why = _insert_bias(student, node, bias, layer, source, scheme.target)
+    why = _insert_bias(student, bias, layer, source, scheme.target)
     if why:
+        if layer.weight is not None and _adds_bias_to_sums(node):
+            weight = student.get_submodule(layer.weight)
+            assert isinstance(weight, Quantizer)
+            weight.shift = 0  # an integer kernel would round the bias, so that it computes in float
         unquantized.append(Unquantized(str(bias.target), "bias", why))
 
 
 def _insert_bias(
-    student: fx.GraphModule, node: fx.Node, bias: fx.Node, layer: Layer, source: str | None, target: Target
+    student: fx.GraphModule, bias: fx.Node, layer: Layer, source: str | None, target: Target
 ) -> str | None:
     """Makes the bias an integer of the layer's accumulator; the reason if it stays float."""
     layer.source = source
@@ -170,8 +174,6 @@ def _insert_bias(
     if blocks not in {1, channels}:
         return "its layer's weight has several scales per output channel"
     if weight.grid.bits + weight.shift + quantizer.grid.bits < target.integer_bias_bits:
-        if _adds_bias_to_sums(node):
-            weight.shift = 0  # an integer kernel would round the bias, so that it computes in float
         return "with so few bits the accumulator's step would be too coarse for it"
     layer.bias = module_key("bias", layer.name)
     student.add_module(layer.bias, BiasQuantizer(layer.name, quantizer, weight))
