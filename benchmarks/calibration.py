@@ -11,10 +11,10 @@ import torch
 
 from bitwright.given.images import load_images
 from bitwright.given.inputs import as_model, prepare_teacher
+from bitwright.graph.student import insert_quantizers
 from bitwright.quant.scheme import Scheme
 from bitwright.recipes import recipe
 from bitwright.stages.base import Run
-from bitwright.student import insert_quantizers
 
 
 def measure(model: str, count: int, size: int, method: str, repeats: int) -> dict[str, object]:

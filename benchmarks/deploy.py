@@ -31,9 +31,9 @@ from bitwright.export.packed import ideal_bytes
 from bitwright.export.parity import Parity, export_checked
 from bitwright.given.images import Images, load_images
 from bitwright.given.models import Model, load_model
+from bitwright.graph.student import Student
 from bitwright.run import folder as run_folder
 from bitwright.run.result import peak_memory_bytes
-from bitwright.student import Student
 from bitwright.terminal import quiet_libraries
 
 BITS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4)}

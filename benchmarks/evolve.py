@@ -13,6 +13,7 @@ from bitwright.given.images import Images, load_images
 from bitwright.given.inputs import as_model, prepare_teacher
 from bitwright.given.models import load_model
 from bitwright.graph.capture import Captured
+from bitwright.graph.student import Student, insert_quantizers
 from bitwright.memory import keep_pages
 from bitwright.quant.scheme import Scheme
 from bitwright.stages.base import Precision, Run
@@ -20,7 +21,6 @@ from bitwright.stages.calibrate import Calibrate
 from bitwright.stages.candidates import Batches, Fitness
 from bitwright.stages.evolve import Evolve, EvolveRecord
 from bitwright.stages.population import CYCLES, POPULATION, TOURNAMENT
-from bitwright.student import Student, insert_quantizers
 from bitwright.zoo.networks import FashionViT
 
 

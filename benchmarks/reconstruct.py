@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from bitwright.given.images import load_images
 from bitwright.given.inputs import as_model, prepare_teacher
 from bitwright.graph.points import Point, expose, linear_points
+from bitwright.graph.student import insert_quantizers
 from bitwright.memory import keep_pages
 from bitwright.quant.learned import LearnedActivation, LearnedWeight
 from bitwright.quant.scheme import Scheme
@@ -29,7 +30,6 @@ from bitwright.stages.calibrate import Calibrate
 from bitwright.stages.learner import Learner, Variables
 from bitwright.stages.reconstruct import Reconstruct
 from bitwright.stages.tuning import Objective, Targets, Tuner
-from bitwright.student import insert_quantizers
 
 
 class PlainActivation(nn.Module):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import UsageError
-from bitwright.losses import cosine_distance, info_nce, kl_divergence, relative_error
 from bitwright.stages.candidates import Fitness
+from bitwright.stages.losses import cosine_distance, info_nce, kl_divergence, relative_error
 
 
 def outputs(*shape: int, seed: int = 0) -> Tensor:

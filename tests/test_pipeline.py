@@ -16,13 +16,13 @@ from torch import Tensor
 
 from bitwright.errors import BitwrightError, UsageError
 from bitwright.graph import rewrite
+from bitwright.graph.student import Student, insert_quantizers
 from bitwright.pipeline import run_stages
 from bitwright.quant.scheme import Scheme
 from bitwright.recipes import Recipe
 from bitwright.run.record import StageRecord
 from bitwright.stages.base import Run, Stage
 from bitwright.stages.calibrate import Calibrate
-from bitwright.student import Student, insert_quantizers
 
 SCHEME = Scheme(weights=4, activation_grid="symmetric")
 

@@ -17,8 +17,10 @@ ADDRESSES = {
     "inputs": "given.inputs",
     "models": "given.models",
     "plan": "bits.plan",
+    "losses": "stages.losses",
     "preprocessing": "given.preprocessing",
     "run_folder": "run.folder",
+    "student": "graph.student",
 }
 
 

@@ -20,6 +20,7 @@ from bitwright.given.inputs import as_model, calibration_images, find_device, pr
 from bitwright.given.models import Model
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing
 from bitwright.graph.capture import Captured
+from bitwright.graph.student import Student, insert_quantizers
 from bitwright.measure.health import check_answers
 from bitwright.outliers.balance import balance
 from bitwright.outliers.wider import advise, check_wide, raise_few
@@ -34,7 +35,6 @@ from bitwright.run.result import describe_layers, totals
 from bitwright.sensitivity import MEASURES
 from bitwright.stages.base import Precision, Run
 from bitwright.stages.short_rows import keep_short_rows
-from bitwright.student import Student, insert_quantizers
 
 
 @step("Quantizing")

@@ -16,13 +16,13 @@ from torch import nn
 from bitwright.errors import BitwrightError
 from bitwright.given.images import Images
 from bitwright.graph.capture import Captured
+from bitwright.graph.student import Snapshot, Student
 from bitwright.memory import keep_pages
 from bitwright.recipes import Recipe
 from bitwright.run import checkpoint
 from bitwright.run.record import StageRecord
 from bitwright.run.state import claim, other_settings
 from bitwright.stages.base import Run, Stage
-from bitwright.student import Snapshot, Student
 
 
 def run_stages(

@@ -9,9 +9,9 @@ from typing import Any
 from bitwright.errors import step
 from bitwright.export.parity import Parity, export_checked
 from bitwright.given.arguments import a_path
+from bitwright.graph.student import Student, insert_quantizers
 from bitwright.measure import evaluation
 from bitwright.run import folder as run_folder
-from bitwright.student import Student, insert_quantizers
 
 __all__ = ["QuantizedModel", "insert_quantizers", "load"]
 

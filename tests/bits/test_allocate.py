@@ -11,8 +11,8 @@ import bitwright as bw
 from bitwright.bits import Losses, allocate, allocations, problem_of, reachable, variables_of
 from bitwright.bits.plan import insert_plan, plan_of
 from bitwright.errors import UsageError
+from bitwright.graph.student import insert_quantizers
 from bitwright.quant.scheme import Rule, Scheme
-from bitwright.student import insert_quantizers
 
 
 def student(name="residual", *rules):

@@ -12,9 +12,9 @@ from bitwright.bits import costs_of, evaluate, problem_of, residual_ties, variab
 from bitwright.bits.allocate import Losses
 from bitwright.bits.plan import plan_of
 from bitwright.errors import UsageError
+from bitwright.graph.student import insert_quantizers
 from bitwright.quant.scheme import Rule, Scheme
 from bitwright.run.folder import write_files
-from bitwright.student import insert_quantizers
 
 
 def student(name, *rules, **settings):

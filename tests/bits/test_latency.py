@@ -18,12 +18,12 @@ from bitwright.bits import costs_of, latency, variables_of
 from bitwright.bits.latency import compare_with_network, measure_latencies
 from bitwright.bits.pieces import FLOAT, Kernel, parts_of, to_files
 from bitwright.errors import UsageError
+from bitwright.graph.student import insert_quantizers
 from bitwright.quant.scheme import Rule, Scheme
 from bitwright.run.files import read_checked
 from bitwright.runtimes.onnxruntime import TARGET
 from bitwright.speed.float_twin import dequantized
 from bitwright.speed.kernels import kernels
-from bitwright.student import insert_quantizers
 
 
 def student(name, *rules, **settings):

@@ -12,9 +12,9 @@ from torch import nn
 import bitwright as bw
 from bitwright.bits.plan import Plan, fingerprint, insert_plan, plan_of
 from bitwright.cli import main
+from bitwright.graph.student import insert_quantizers
 from bitwright.quant.scheme import Rule, Scheme
 from bitwright.run.folder import write_files
-from bitwright.student import insert_quantizers
 
 
 def student(name="residual", **settings):

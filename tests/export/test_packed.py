@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 import bitwright as bw
 from bitwright.errors import UsageError
 from bitwright.export.packed import ideal_bytes, load_packed, pack_bits, save_packed, unpack_bits
+from bitwright.graph.student import insert_quantizers
 from bitwright.quant.quantizer import Quantizer
-from bitwright.student import insert_quantizers
 
 
 def quantized(name, **settings):

@@ -13,10 +13,10 @@ from bitwright.export.arbiter import CutRuntime, compare_codes, simulated_codes
 from bitwright.export.layers import activation_quantizers
 from bitwright.export.onnx import to_onnx
 from bitwright.export.reference import run_reference
+from bitwright.graph.student import insert_quantizers
 from bitwright.quant.quantizer import BiasQuantizer, Frozen
 from bitwright.runtimes import rules
 from bitwright.runtimes.rules import Codes, Grid
-from bitwright.student import insert_quantizers
 
 
 class Branches(nn.Module):

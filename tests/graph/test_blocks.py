@@ -17,8 +17,8 @@ from bitwright.graph import ops
 from bitwright.graph.blocks import Block, find_blocks
 from bitwright.graph.capture import Captured, capture
 from bitwright.graph.prepare import prepare
+from bitwright.graph.student import insert_quantizers
 from bitwright.quant.scheme import Scheme
-from bitwright.student import insert_quantizers
 
 Found = list[tuple[str, str]]
 """(kind, layers) of each block."""

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import bitwright as bw
 from bitwright.graph.capture import capture
 from bitwright.graph.prepare import prepare
+from bitwright.graph.student import insert_quantizers
 from bitwright.quant.quantizer import Quantizer
 from bitwright.quant.scheme import Scheme
-from bitwright.student import insert_quantizers
 
 Normalise = Callable[[Tensor], Tensor]
 

@@ -14,9 +14,9 @@ from bitwright.graph import ops
 from bitwright.graph.capture import Captured, capture
 from bitwright.graph.equalize import ChannelScales, channels, equalized, reach
 from bitwright.graph.prepare import prepare
+from bitwright.graph.student import Student, insert_quantizers
 from bitwright.graph.watch import watch
 from bitwright.quant.scheme import Rule, Scheme
-from bitwright.student import Student, insert_quantizers
 
 
 class Between(nn.Module):

@@ -16,9 +16,9 @@ import bitwright as bw
 from bitwright.graph import ops
 from bitwright.graph.capture import capture
 from bitwright.graph.prepare import prepare
+from bitwright.graph.student import insert_quantizers
 from bitwright.quant.quantizer import Quantizer
 from bitwright.quant.scheme import Scheme
-from bitwright.student import insert_quantizers
 
 TOKENS, INF, LOWEST = 9, math.inf, torch.finfo(torch.float32).min
 KEEP = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()

@@ -13,12 +13,12 @@ from bitwright.errors import UsageError
 from bitwright.graph import ops
 from bitwright.graph.capture import capture
 from bitwright.graph.prepare import prepare
+from bitwright.graph.student import Student, insert_quantizers
 from bitwright.graph.watch import Watcher
 from bitwright.quant.quantizer import BiasQuantizer, Quantizer
 from bitwright.quant.scheme import Rule, Scheme
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
-from bitwright.student import Student, insert_quantizers
 
 TARGETS = ["onnxruntime", "generic"]
 

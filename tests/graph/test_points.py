@@ -16,9 +16,9 @@ from bitwright.graph import ops
 from bitwright.graph.capture import Captured, capture
 from bitwright.graph.points import Point, expose, linear_points
 from bitwright.graph.prepare import prepare
+from bitwright.graph.student import insert_quantizers
 from bitwright.graph.watch import watch
 from bitwright.quant.scheme import Scheme
-from bitwright.student import insert_quantizers
 
 COUNT = 3
 LAYOUTS = {

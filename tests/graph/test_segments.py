@@ -10,10 +10,10 @@ from cases import CASES, dataset, images, prepared
 from torch import Tensor
 
 from bitwright.graph import segments
+from bitwright.graph.student import Student, insert_quantizers
 from bitwright.quant.scheme import Scheme
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
-from bitwright.student import Student, insert_quantizers
 
 
 @cache

@@ -14,6 +14,7 @@ import bitwright as bw
 from bitwright.given.images import load_images
 from bitwright.given.inputs import as_model, prepare_teacher
 from bitwright.graph.axes import read_outputs
+from bitwright.graph.student import Student, insert_quantizers
 from bitwright.outliers import balance as module
 from bitwright.outliers.balance import own_quantizers
 from bitwright.outliers.effects import see_gradients
@@ -21,7 +22,6 @@ from bitwright.quant.scheme import Scheme
 from bitwright.sensitivity.one_at_a_time import distance_of_outputs
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
-from bitwright.student import Student, insert_quantizers
 
 
 class Wide(nn.Module):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import bitwright as bw
 from bitwright.errors import UsageError
+from bitwright.graph.student import Student
 from bitwright.outliers import balance
-from bitwright.student import Student
 
 
 class Wide(nn.Module):

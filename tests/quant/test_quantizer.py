@@ -10,9 +10,9 @@ from torch import nn
 from bitwright.errors import UsageError
 from bitwright.graph.capture import capture
 from bitwright.graph.prepare import prepare
+from bitwright.graph.student import insert_quantizers
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Grid, Quantizer
 from bitwright.quant.scheme import Scheme
-from bitwright.student import insert_quantizers
 
 
 def test_grids_have_two_to_the_bits_integers() -> None:

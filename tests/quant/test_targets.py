@@ -9,6 +9,7 @@ import bitwright as bw
 from bitwright.bits.plan import Plan, plan_of
 from bitwright.export.onnx import to_onnx
 from bitwright.export.parity import check_parity
+from bitwright.graph.student import insert_quantizers
 from bitwright.quant import affine, shifts
 from bitwright.quant.quantizer import BiasQuantizer, Grid, Quantizer
 from bitwright.quant.scheme import Rule, Scheme
@@ -16,7 +17,6 @@ from bitwright.quant.statistics import Statistics
 from bitwright.runtimes import RUNTIMES, target
 from bitwright.runtimes.target import FAMILIES, nearest_bits
 from bitwright.stages.reconstruct import Reconstruct
-from bitwright.student import insert_quantizers
 
 
 def student(name="transformer", **settings):

@@ -22,13 +22,13 @@ from bitwright.given.images import load_images
 from bitwright.given.preprocessing import Preprocessing
 from bitwright.graph import rewrite
 from bitwright.graph.readings import Reading
+from bitwright.graph.student import Student
 from bitwright.graph.watch import watch
 from bitwright.measure.evaluation import evaluate
 from bitwright.report.answers import Answers, class_names, picture
 from bitwright.report.facts import onnx_parts, packed_parts
 from bitwright.report.histograms import histograms, worst_layers
 from bitwright.report.verdict import paired_difference
-from bitwright.student import Student
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,12 @@ from torch import Tensor
 import bitwright as bw
 from bitwright.errors import UsageError
 from bitwright.export.packed import save_packed
+from bitwright.graph.student import Student, insert_quantizers
 from bitwright.quant.scheme import Rule, Scheme
 from bitwright.sensitivity import diagnosis
 from bitwright.sensitivity.diagnosis import Suspect, diagnose, rules_for, told
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
-from bitwright.student import Student, insert_quantizers
 
 pytestmark = pytest.mark.filterwarnings("ignore:Output '.*' of the quantized network")
 

@@ -12,20 +12,20 @@ import torch.nn.functional as F
 from cases import dataset, prepared
 from torch import Tensor
 
-from bitwright import losses
 from bitwright.curvature.label_free import label_free_scores
 from bitwright.errors import UsageError
 from bitwright.given.images import Images
 from bitwright.graph.points import linear_points
 from bitwright.graph.readings import Reading
+from bitwright.graph.student import Student, insert_quantizers
 from bitwright.graph.watch import watch
 from bitwright.quant.scheme import Rule, Scheme
 from bitwright.sensitivity import Choices, MeasuredLoss, OutputDistance, Table
 from bitwright.sensitivity.one_at_a_time import distance_of_outputs
+from bitwright.stages import losses
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate, parameters
 from bitwright.stages.optq import Optq
-from bitwright.student import Student, insert_quantizers
 
 CHOICES = Choices((3, 8), (4, 16))
 LABELS = [0, 2, 1, 1, 3, 0]

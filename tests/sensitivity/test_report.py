@@ -6,11 +6,11 @@ import pytest
 from cases import dataset, prepared
 
 from bitwright.graph import rewrite
+from bitwright.graph.student import insert_quantizers
 from bitwright.quant.scheme import Scheme
 from bitwright.sensitivity.report import predict
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate, parameters
-from bitwright.student import insert_quantizers
 
 
 def test_a_predicted_loss_is_half_the_mean_trace_times_the_squared_error() -> None:

@@ -14,13 +14,13 @@ from bitwright.curvature.hessian import Curvature, Data, Group, Matrix, groups
 from bitwright.given.images import Images
 from bitwright.graph.capture import Captured, capture
 from bitwright.graph.prepare import prepare
+from bitwright.graph.student import insert_quantizers
 from bitwright.quant.scheme import Scheme
 from bitwright.sensitivity import Choices, MeasuredLoss, QBert, Quadratic, TopEigenvalue, Trace
 from bitwright.sensitivity.hap import channel_scores, pruning_mask
 from bitwright.sensitivity.second_order import positive
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate, parameters
-from bitwright.student import insert_quantizers
 
 BITS = (2, 4, 8)
 LABELS = [0, 3, 1, 1, 2, 0]

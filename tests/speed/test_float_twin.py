@@ -12,6 +12,7 @@ import bitwright as bw
 from bitwright.errors import UsageError
 from bitwright.export.onnx import to_onnx
 from bitwright.export.parity import session
+from bitwright.graph.student import insert_quantizers
 from bitwright.quant.quantizer import Frozen, Quantizer
 from bitwright.quant.scheme import Scheme
 from bitwright.runtimes.session import save_onnx
@@ -19,7 +20,6 @@ from bitwright.speed.float_twin import dequantized, float_twin
 from bitwright.speed.kernels import kernels, products
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
-from bitwright.student import insert_quantizers
 
 
 def quantized(name, **bits):

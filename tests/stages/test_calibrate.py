@@ -14,12 +14,12 @@ from bitwright.given.images import load_images
 from bitwright.graph import ops
 from bitwright.graph.capture import Captured, capture
 from bitwright.graph.prepare import prepare
+from bitwright.graph.student import Student, insert_quantizers
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
 from bitwright.quant.scheme import Scheme
 from bitwright.stages import calibrate as stage_module
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
-from bitwright.student import Student, insert_quantizers
 
 
 def calibrated(

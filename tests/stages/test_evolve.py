@@ -18,6 +18,7 @@ from bitwright.graph import rewrite
 from bitwright.graph.blocks import find_blocks
 from bitwright.graph.capture import Captured, capture
 from bitwright.graph.prepare import prepare
+from bitwright.graph.student import Snapshot, Student, insert_quantizers
 from bitwright.pipeline import run_stages
 from bitwright.quant.scheme import Scheme
 from bitwright.recipes import Recipe, builtin
@@ -28,7 +29,6 @@ from bitwright.stages.candidates import Batches, Evaluator, Fitness, Scales
 from bitwright.stages.evolve import Evolve
 from bitwright.stages.population import CYCLES, POPULATION, TOURNAMENT, Mutation
 from bitwright.stages.reconstruct import Reconstruct
-from bitwright.student import Snapshot, Student, insert_quantizers
 
 CALIBRATE = Calibrate(weights="mse", activations="minmax", bias_correction="analytic")
 QUICK: dict[str, Any] = {"passes": 2, "batch": 8, "images": 24, "mutation": Mutation(size=0.05, share=1.0)}

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from bitwright.graph import ops, rewrite
 from bitwright.graph.points import expose, linear_points
+from bitwright.graph.student import Student, insert_quantizers
 from bitwright.quant.learned import LearnedActivation, LearnedBias, LearnedWeight
 from bitwright.quant.quantizer import BiasQuantizer, Quantizer
 from bitwright.quant.scheme import Rule, Scheme
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
 from bitwright.stages.learner import Learner, Variables
-from bitwright.student import Student, insert_quantizers
 
 ROUNDINGS = ["straight-through", "soft"]
 

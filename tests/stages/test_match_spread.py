@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from bitwright.graph import rewrite
 from bitwright.graph.capture import Captured, capture
 from bitwright.graph.prepare import prepare
+from bitwright.graph.student import Student, insert_quantizers
 from bitwright.quant import affine
 from bitwright.quant.scheme import Scheme
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate, parameters
-from bitwright.student import Student, insert_quantizers
 
 
 def calibrated(teacher: Captured, *, match_spread: bool, bias_correction: str = "none", **scheme: object) -> Student:

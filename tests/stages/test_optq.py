@@ -14,12 +14,12 @@ from bitwright.given.images import Images, load_images
 from bitwright.graph import ops, rewrite
 from bitwright.graph.capture import Captured, capture
 from bitwright.graph.prepare import prepare
+from bitwright.graph.student import Student, insert_quantizers
 from bitwright.graph.watch import watch
 from bitwright.quant.scheme import Rule, Scheme
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
 from bitwright.stages.optq import Optq, _inputs
-from bitwright.student import Student, insert_quantizers
 
 ALL = 10**6
 """More positions than any image has."""

@@ -22,6 +22,7 @@ from bitwright.export.parity import check_parity
 from bitwright.given.images import load_images
 from bitwright.graph.capture import Captured, capture
 from bitwright.graph.prepare import prepare
+from bitwright.graph.student import Student, insert_quantizers
 from bitwright.quant.quantizer import BiasQuantizer, Quantizer
 from bitwright.quant.scheme import Scheme
 from bitwright.recipes import Recipe
@@ -31,7 +32,6 @@ from bitwright.stages.calibrate import Calibrate
 from bitwright.stages.optq import Optq
 from bitwright.stages.ptf import norm_inputs
 from bitwright.stages.reconstruct import Reconstruct
-from bitwright.student import Student, insert_quantizers
 
 PTF = Calibrate(weights="minmax", norm_inputs="ptf", bias_correction="analytic")
 TENSOR = Calibrate(weights="minmax", bias_correction="analytic")

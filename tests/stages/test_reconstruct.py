@@ -17,6 +17,7 @@ from bitwright.graph import rewrite
 from bitwright.graph.capture import Captured, capture
 from bitwright.graph.points import expose, linear_points
 from bitwright.graph.prepare import prepare
+from bitwright.graph.student import Student, insert_quantizers
 from bitwright.memory import saved_bytes
 from bitwright.pipeline import run_stages
 from bitwright.quant.scheme import Scheme
@@ -28,7 +29,6 @@ from bitwright.stages.calibrate import Calibrate, parameters
 from bitwright.stages.reconstruct import Reconstruct
 from bitwright.stages.schedules import Anneal, Dampen, Gradual, Learn
 from bitwright.stages.tuning import Tuner
-from bitwright.student import Student, insert_quantizers
 
 CALIBRATE = Calibrate(weights="minmax", activations="minmax", bias_correction="analytic")
 QUICK: dict[str, Any] = {"batch": 8, "steps": 60, "score_probes": 4, "never_worse": False}

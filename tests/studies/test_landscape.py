@@ -11,12 +11,12 @@ from cases import dataset, make
 from bitwright.errors import UsageError
 from bitwright.given.images import Images
 from bitwright.given.models import Model
+from bitwright.graph.student import Student
 from bitwright.quant.scheme import Scheme
 from bitwright.recipes import recipe
 from bitwright.stages.base import Run
 from bitwright.stages.candidates import Fitness
 from bitwright.stages.evolve import scale_keys
-from bitwright.student import Student
 from bitwright.studies import landscape, study
 from bitwright.studies.base import Row
 from bitwright.studies.landscape import SCANS, Scan, scan, summarise, verdict

@@ -23,7 +23,7 @@ from bitwright.bits.plan import Plan, plan_of
 from bitwright.bits.solve import Solution, pareto, solve
 from bitwright.bits.tables import Problem, Term
 from bitwright.errors import UsageError
-from bitwright.student import Student
+from bitwright.graph.student import Student
 
 ByBits = Mapping[int, float]
 

@@ -25,8 +25,8 @@ from bitwright.export.packed import ideal_bytes, save_packed
 from bitwright.graph import ops, rewrite
 from bitwright.graph.insert import macs, quantizers
 from bitwright.graph.place import Placement, place
+from bitwright.graph.student import Student, insert_quantizers
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
-from bitwright.student import Student, insert_quantizers
 
 WEIGHT_BITS = (2, 3, 4, 5, 6, 8)
 ACTIVATION_BITS = (4, 8, 16)

@@ -28,6 +28,7 @@ from bitwright.bits.pieces import FLOAT, FLOAT_BITS, INPUT, Kernel, Part, Piece,
 from bitwright.errors import UsageError
 from bitwright.export.onnx import to_onnx
 from bitwright.given.images import Images
+from bitwright.graph.student import Student, insert_quantizers
 from bitwright.progress import Progress, silent
 from bitwright.quant.quantizer import Quantizer
 from bitwright.quant.scheme import Scheme
@@ -38,7 +39,6 @@ from bitwright.runtimes.target import CLAMPING
 from bitwright.speed.float_twin import float_twin
 from bitwright.speed.machine import cpu_name
 from bitwright.speed.timing import Call, Measure, Spread, in_turn
-from bitwright.student import Student, insert_quantizers
 
 SECONDS = 1.0
 """For all kernels of one piece."""

@@ -17,12 +17,12 @@ from bitwright.graph import ops, rewrite
 from bitwright.graph.capture import Captured
 from bitwright.graph.layer import Layer
 from bitwright.graph.place import Placement, place
+from bitwright.graph.student import Student, insert_quantizers
 from bitwright.graph.watch import watch
 from bitwright.quant.quantizer import Grid, Quantizer
 from bitwright.quant.scheme import Granularity, Scheme
 from bitwright.runtimes.target import CLAMPING, Target
 from bitwright.speed.float_twin import float_twin
-from bitwright.student import Student, insert_quantizers
 
 FLOAT_BITS = 32
 INPUT, LAYER = "images", "layer"

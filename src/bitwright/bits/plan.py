@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from bitwright.graph.capture import Captured
     from bitwright.graph.layer import Layer
-    from bitwright.student import Student
+    from bitwright.graph.student import Student
 
 FILE = "plan.json"
 Width = StrictInt | Literal["float"]
@@ -189,7 +189,7 @@ def insert_plan(teacher: Captured, plan: Plan, base: Scheme | None = None) -> St
         UsageError: the plan was made for another network, names a layer that there is not, or asks for what this
             network or the runtime cannot have.
     """
-    from bitwright.student import insert_quantizers
+    from bitwright.graph.student import insert_quantizers
 
     scheme = plan.scheme(base)
     plan.check_network(teacher.graph)

@@ -26,6 +26,7 @@ from bitwright.given import inputs
 from bitwright.given.arguments import alone, whole
 from bitwright.given.images import Images
 from bitwright.graph.capture import Captured
+from bitwright.graph.student import Student, insert_quantizers
 from bitwright.progress import Progress, silent
 from bitwright.quant.scheme import Rule, Scheme
 from bitwright.recipes import Recipe
@@ -33,7 +34,6 @@ from bitwright.recipes import recipe as find_recipe
 from bitwright.run.result import totals
 from bitwright.sensitivity import MEASURES, Choices, Measure, MeasuredLoss, Table, predicted_losses
 from bitwright.stages.base import Run
-from bitwright.student import Student, insert_quantizers
 from bitwright.words import amount
 
 SAMPLES = (16, 256)

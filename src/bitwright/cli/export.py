@@ -19,9 +19,9 @@ from bitwright.export.pt2 import write_pt2
 from bitwright.given.images import Images
 from bitwright.given.models import Model
 from bitwright.given.text import read_json
+from bitwright.graph.student import Student
 from bitwright.run import folder as run_folder
 from bitwright.run.files import cannot_write, move, scratch, target_file, write_json
-from bitwright.student import Student
 from bitwright.terminal import Terminal, quiet_libraries
 
 FORMATS = {"onnx": run_folder.ONNX, "openvino": run_folder.OPENVINO, "pt2": run_folder.PT2}

@@ -20,9 +20,9 @@ from bitwright.errors import UsageError
 from bitwright.given.models import load_model
 from bitwright.graph import rewrite
 from bitwright.graph.blocks import find_blocks
+from bitwright.graph.student import Student
 from bitwright.run import folder as run_folder
 from bitwright.run.result import describe_layers, describe_unquantized, totals
-from bitwright.student import Student
 from bitwright.terminal import Terminal, quiet_libraries
 
 Rows = list[dict[str, Any]]

@@ -20,12 +20,12 @@ from bitwright.errors import ParityError, UsageError
 from bitwright.export.gap import measure_gap, read_onnx
 from bitwright.given.images import Images
 from bitwright.given.inputs import prepare_teacher
+from bitwright.graph.student import Student
 from bitwright.run import folder as run_folder
 from bitwright.run.files import write_json
 from bitwright.runtimes import ONNXRUNTIME, absent, chosen
 from bitwright.runtimes.openvino import OPENVINO
 from bitwright.runtimes.record import Runtime
-from bitwright.student import Student
 from bitwright.terminal import Terminal, one_line, quiet_libraries
 
 

@@ -32,6 +32,7 @@ from bitwright.given import inputs as given
 from bitwright.given.images import Images
 from bitwright.given.models import Model, load_model
 from bitwright.given.preprocessing import Preprocessing
+from bitwright.graph.student import Student
 from bitwright.measure.evaluation import evaluate, layer_sqnr, read_outputs_of
 from bitwright.recipes import recipe as find_recipe
 from bitwright.report.answers import Answers
@@ -41,7 +42,6 @@ from bitwright.run.result import command_line, peak_memory_bytes
 from bitwright.run.state import begin, leave
 from bitwright.sensitivity import diagnosis
 from bitwright.stages.base import Run
-from bitwright.student import Student
 from bitwright.terminal import Terminal, one_line, quiet_libraries, short
 
 SQNR_IMAGES = 32

@@ -16,6 +16,7 @@ from bitwright.cli import tables
 from bitwright.cli.calls import ReportCall
 from bitwright.errors import UsageError
 from bitwright.given.images import Images
+from bitwright.graph.student import Student
 from bitwright.report import comparison, facts
 from bitwright.report.answers import Answers
 from bitwright.report.comparison import Entry
@@ -23,7 +24,6 @@ from bitwright.report.shown import read_run
 from bitwright.report.verdict import verdict
 from bitwright.run import folder as run_folder
 from bitwright.run.files import write_text
-from bitwright.student import Student
 from bitwright.terminal import Terminal, one_line
 
 DEFAULT = Path("comparison.html")

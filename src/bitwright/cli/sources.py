@@ -19,10 +19,10 @@ from bitwright.errors import BitwrightError, UsageError
 from bitwright.given.images import Images, load_images
 from bitwright.given.models import Model, example_shape, load_model
 from bitwright.given.preprocessing import Preprocessing
+from bitwright.graph.student import Student
 from bitwright.measure.evaluation import class_scores
 from bitwright.run import folder as run_folder
 from bitwright.run.folder import check_writable
-from bitwright.student import Student
 from bitwright.terminal import Terminal
 
 

@@ -8,9 +8,9 @@ from rich import box
 from rich.table import Table
 
 from bitwright import words
+from bitwright.graph.student import Student
 from bitwright.measure.metrics import OutputFidelity, read_fidelity
 from bitwright.run.result import describe_layers, describe_unquantized, stored_values, totals
-from bitwright.student import Student
 
 
 def table(*columns: str, title: str | None = None) -> Table:

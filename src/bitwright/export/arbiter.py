@@ -21,10 +21,10 @@ from bitwright.export.clips import codes_of
 from bitwright.export.layers import LayerParity, activation_quantizers, beyond, compare_layer, simulated
 from bitwright.export.reference import FLOAT, run_reference
 from bitwright.graph import ops
+from bitwright.graph.student import Student
 from bitwright.graph.watch import watch
 from bitwright.quant.quantizer import Quantizer
 from bitwright.runtimes.onnxruntime import session
-from bitwright.student import Student
 
 BATCH = 8
 CARRIES = frozenset({"Clip", "Transpose", "Reshape", "Squeeze", "Unsqueeze"})

@@ -21,12 +21,12 @@ from bitwright.export.reference import run_reference
 from bitwright.given.images import Images
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.readings import Reading, by_values
+from bitwright.graph.student import Student
 from bitwright.measure.evaluation import Network
 from bitwright.progress import Progress, silent
 from bitwright.runtimes.onnxruntime import ONNXRUNTIME
 from bitwright.runtimes.openvino import EXACT, OPENVINO, compile_model, openvino
 from bitwright.runtimes.record import Runtime
-from bitwright.student import Student
 
 BATCHES = (1, 8)
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, fx
 
 from bitwright.export.deviation import MOST_DIFFERING
+from bitwright.graph.student import Student
 from bitwright.graph.watch import watch
 from bitwright.quant.quantizer import Quantizer
 from bitwright.runtimes.onnxruntime import session
 from bitwright.runtimes.session import Opener
-from bitwright.student import Student
 
 Array = npt.NDArray[np.float32]
 

@@ -24,10 +24,10 @@ from bitwright.export.edit import drop_unused, initializer, insert_node, shared
 from bitwright.export.forms import rewrite_forms
 from bitwright.graph import ops, rewrite
 from bitwright.graph.explain import recorded_line
+from bitwright.graph.student import Student
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Grid, Quantizer
 from bitwright.run.files import cannot_write, move, scratch
 from bitwright.runtimes.session import save_onnx
-from bitwright.student import Student
 
 OPSET, OPSET_OF_GELU, OPSET_OF_INT4 = 18, 20, 21
 """The first that PyTorch's exporter writes; the first with Gelu, whose parts ONNX Runtime 1.31 does not join into one

@@ -9,9 +9,9 @@ from torch import Tensor
 from bitwright.export.onnx import to_onnx
 from bitwright.export.parity import Parity, check_parity
 from bitwright.export.recurrent import store_weights
+from bitwright.graph.student import Student
 from bitwright.graph.supported import check_supported
 from bitwright.runtimes.openvino import OPENVINO, openvino, openvino_file, openvino_session, save_openvino
-from bitwright.student import Student
 
 INTEGERS = frozenset({"i4", "u4", "i8", "u8", "i16", "u16", "i32"})
 

@@ -29,11 +29,11 @@ from bitwright.graph.layer import Layer
 from bitwright.graph.outputs import plain_structure
 from bitwright.graph.place import Unquantized
 from bitwright.graph.store import dump_graph, load_graph
+from bitwright.graph.student import Student
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Grid, Quantizer
 from bitwright.quant.scheme import Scheme
 from bitwright.run.checkpoint import save_tensors
 from bitwright.run.files import whole
-from bitwright.student import Student
 
 FORMAT = 1
 KEY = "bitwright"

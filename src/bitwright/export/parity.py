@@ -24,11 +24,11 @@ from bitwright.export.recurrent import store_weights
 from bitwright.given.images import Images, load_images
 from bitwright.graph import ops
 from bitwright.graph.axes import read_outputs
+from bitwright.graph.student import Student
 from bitwright.run.files import target_file
 from bitwright.runtimes.onnxruntime import session
 from bitwright.runtimes.openvino import OPENVINO, openvino_reads
 from bitwright.runtimes.session import Opener, Session
-from bitwright.student import Student
 
 IMAGES = 32
 LAYER_IMAGES = 4

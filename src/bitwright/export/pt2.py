@@ -21,9 +21,9 @@ from bitwright._version import __version__
 from bitwright.errors import UsageError
 from bitwright.export.onnx import described
 from bitwright.export.parity import Parity, compare_with, parity_of
+from bitwright.graph.student import Student
 from bitwright.quant import affine
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
-from bitwright.student import Student
 
 NOTE = "bitwright.json"
 """File inside the archive that says how the program was made."""

@@ -17,10 +17,10 @@ from torch import Tensor, fx
 from bitwright.errors import UsageError
 from bitwright.export.clips import Clamp
 from bitwright.graph import ops
+from bitwright.graph.student import Student
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
 from bitwright.runtimes import RUNTIMES, rules
 from bitwright.runtimes.rules import Codes, Grid, Rules
-from bitwright.student import Student
 
 FLOAT = "float"
 """Kernel of a tensor whose codes come from a float value."""

@@ -15,10 +15,10 @@ from bitwright.given.images import Images, load_images
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.explain import cannot_run
 from bitwright.graph.readings import Reading, by_values
+from bitwright.graph.student import Student
 from bitwright.graph.watch import Callback, watch
 from bitwright.measure.metrics import Accuracy, Fidelity, Segmentation, SignalToNoise
 from bitwright.progress import Progress, silent
-from bitwright.student import Student
 
 Network = Callable[[Tensor], list[Tensor]]
 Each = Callable[[int, list[Tensor], list[Tensor], Tensor | None], None]

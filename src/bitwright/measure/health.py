@@ -9,11 +9,11 @@ from torch import Tensor, fx
 
 from bitwright.errors import BitwrightError
 from bitwright.given.images import Images
+from bitwright.graph.student import Student
 from bitwright.graph.watch import Callback, watch
 from bitwright.measure.metrics import Fidelity, OutputFidelity
 from bitwright.quant.quantizer import Quantizer
 from bitwright.stages.base import Run
-from bitwright.student import Student
 
 IMAGES = 32
 SAYS = 40.0

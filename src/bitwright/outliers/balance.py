@@ -29,9 +29,9 @@ from bitwright.stages.calibrate import Calibrate
 if TYPE_CHECKING:
     from bitwright.given.images import Images
     from bitwright.graph.capture import Captured
+    from bitwright.graph.student import Student
     from bitwright.recipes import Recipe
     from bitwright.stages.base import Run
-    from bitwright.student import Student
 
 Insert = Callable[["Captured"], "Student"]
 """Puts quantizers into a float network."""

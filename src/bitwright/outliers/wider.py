@@ -20,6 +20,7 @@ from bitwright.errors import UsageError
 from bitwright.given.arguments import as_rules
 from bitwright.graph import ops
 from bitwright.graph.axes import read_outputs
+from bitwright.graph.student import Student, insert_quantizers
 from bitwright.graph.watch import Callback, watch
 from bitwright.outliers.balance import NEGLIGIBLE, own_quantizers, plain_ranges
 from bitwright.outliers.effects import see_gradients
@@ -28,7 +29,6 @@ from bitwright.quant.ranges import affine_parameters
 from bitwright.quant.scheme import Rule, Scheme, escaped
 from bitwright.run.record import Raised, Suggestion
 from bitwright.sensitivity.one_at_a_time import distance_of_outputs, spread_of_outputs
-from bitwright.student import Student, insert_quantizers
 
 if TYPE_CHECKING:
     from bitwright.given.images import Images

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from bitwright.given.images import Images
+from bitwright.graph.student import Student
 from bitwright.report.answers import Answers
 from bitwright.report.histograms import IMAGES, histograms, worst_layers
 from bitwright.run import folder as run_folder
-from bitwright.student import Student
 
 FACTS_SCHEMA = 1
 

@@ -9,9 +9,9 @@ from torch import Tensor, fx
 
 from bitwright.graph import ops, rewrite
 from bitwright.graph.layer import Layer
+from bitwright.graph.student import Student
 from bitwright.graph.watch import watch
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
-from bitwright.student import Student
 
 LAYERS = 6
 IMAGES = 16

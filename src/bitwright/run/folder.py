@@ -19,12 +19,12 @@ from bitwright.export.packed import ideal_bytes, load_packed, save_packed
 from bitwright.given.arguments import a_path
 from bitwright.given.preprocessing import Preprocessing
 from bitwright.given.text import read_json
+from bitwright.graph.student import Student
 from bitwright.run import state as run_state
 from bitwright.run.files import cannot_write, is_partial, remove, sweep, temporary, write_json
 from bitwright.run.lock import BusyError, held
 from bitwright.run.result import SCHEMA
 from bitwright.run.swap import interrupted, recover, swap
-from bitwright.student import Student
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -14,8 +14,8 @@ import torch
 
 from bitwright._version import __version__
 from bitwright.graph import rewrite
+from bitwright.graph.student import Student
 from bitwright.quant.quantizer import Frozen
-from bitwright.student import Student
 
 SCHEMA = 1
 """Of ``result.json``: grows when a key changes its meaning, so that an old reader says so. New keys do not count."""

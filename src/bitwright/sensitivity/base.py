@@ -15,12 +15,12 @@ from torch import Tensor
 
 from bitwright.errors import UsageError
 from bitwright.graph import rewrite
+from bitwright.graph.student import Student, insert_quantizers
 from bitwright.pipeline import fingerprint
 from bitwright.quant.scheme import ACTIVATION_BITS, WEIGHT_BITS, Scheme
 from bitwright.run.files import DamagedError, read_checked, write_checked
 from bitwright.stages.base import Run, Stage
 from bitwright.stages.calibrate import Calibrate, parameters
-from bitwright.student import Student, insert_quantizers
 
 if TYPE_CHECKING:
     from bitwright.given.images import Images

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from bitwright.errors import UsageError
 from bitwright.graph import ops, rewrite, segments
 from bitwright.graph.axes import read_outputs
+from bitwright.graph.student import Student, insert_quantizers
 from bitwright.graph.watch import Callback, watch
 from bitwright.memory import keep_pages
 from bitwright.progress import Progress, silent
@@ -32,7 +33,6 @@ from bitwright.sensitivity.base import Choices
 from bitwright.sensitivity.one_at_a_time import distance_of_outputs
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import channel_mean, mean_inputs
-from bitwright.student import Student, insert_quantizers
 
 if TYPE_CHECKING:
     from bitwright.given.images import Images

@@ -13,19 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from bitwright import losses
 from bitwright.curvature.label_free import label_free_scores
 from bitwright.errors import UsageError
 from bitwright.graph import ops, rewrite, segments
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.points import Point, expose, linear_points
 from bitwright.graph.readings import Reading, by_values
+from bitwright.graph.student import Student, insert_quantizers
 from bitwright.graph.watch import Callback, watch
 from bitwright.measure.evaluation import class_scores
 from bitwright.quant.quantizer import Grid, Quantizer
 from bitwright.sensitivity.base import Choices, Measure, Table
+from bitwright.stages import losses
 from bitwright.stages.base import Run, Stage
-from bitwright.student import Student, insert_quantizers
 
 if TYPE_CHECKING:
     from bitwright.given.images import Images

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from bitwright.given.images import Images
     from bitwright.graph.capture import Captured
-    from bitwright.student import Snapshot, Student
+    from bitwright.graph.student import Snapshot, Student
 
 
 Precision = Literal["auto", "float32", "bfloat16"]

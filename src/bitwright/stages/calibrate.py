@@ -15,6 +15,7 @@ from bitwright.given.images import Images
 from bitwright.graph import ops, rewrite
 from bitwright.graph.capture import Captured
 from bitwright.graph.points import linear_points
+from bitwright.graph.student import Student
 from bitwright.graph.watch import Callback, watch
 from bitwright.quant import affine, shifts
 from bitwright.quant.quantizer import BiasQuantizer, Grid, Quantizer
@@ -22,7 +23,6 @@ from bitwright.quant.ranges import RangeMethod, activation_range, affine_paramet
 from bitwright.quant.statistics import MeanInput, Statistics
 from bitwright.stages.base import Run, Stage
 from bitwright.stages.ptf import set_factors
-from bitwright.student import Student
 
 BIAS_IMAGES = 128
 """Images that ``sequential`` corrects biases on, in one batch."""

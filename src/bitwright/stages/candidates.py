@@ -10,18 +10,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bitwright import losses
 from bitwright.errors import UsageError
 from bitwright.given.images import Images
 from bitwright.graph import rewrite, segments
 from bitwright.graph.capture import Captured
 from bitwright.graph.segments import Region
+from bitwright.graph.student import Student
 from bitwright.quant import affine
 from bitwright.quant.quantizer import TINY, BiasQuantizer, Quantizer
+from bitwright.stages import losses
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import BIAS_REACH
 from bitwright.stages.population import losing
-from bitwright.student import Student
 
 Meaning = Literal["round", "keep"]
 Measure = Literal["infonce", "mse", "cosine", "kl"]

@@ -23,12 +23,12 @@ from bitwright.given.images import Images
 from bitwright.graph.blocks import Block, BlockKind, find_blocks
 from bitwright.graph.capture import Captured
 from bitwright.graph.segments import region
+from bitwright.graph.student import Student
 from bitwright.run import checkpoint
 from bitwright.run.record import StageRecord
 from bitwright.stages.base import Optimising, Run
 from bitwright.stages.candidates import Batches, Evaluator, Fitness, Meaning, Measure, Scales
 from bitwright.stages.population import CYCLES, POPULATION, TOURNAMENT, Member, Mutation, Population
-from bitwright.student import Student
 
 MEMORY = 2 << 30
 """Bytes for what lies before a block."""

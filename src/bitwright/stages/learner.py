@@ -9,9 +9,9 @@ from torch import Tensor, fx, nn
 
 from bitwright.graph import ops, rewrite
 from bitwright.graph.points import Point, expose
+from bitwright.graph.student import Student
 from bitwright.quant.learned import LearnedActivation, LearnedBias, LearnedWeight, Rounding
 from bitwright.quant.quantizer import BiasQuantizer, Quantizer
-from bitwright.student import Student
 
 
 @dataclass(frozen=True)

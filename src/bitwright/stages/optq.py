@@ -15,12 +15,12 @@ from torch import Tensor, fx
 from bitwright.given.images import Images
 from bitwright.graph import ops, rewrite
 from bitwright.graph.capture import Captured
+from bitwright.graph.student import Student
 from bitwright.graph.watch import Callback, watch
 from bitwright.quant import optq
 from bitwright.quant.quantizer import Quantizer
 from bitwright.stages.base import Run, Stage
 from bitwright.stages.calibrate import correct_biases, mean_inputs, widen_for_biases
-from bitwright.student import Student
 
 COMPENSATED = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
 

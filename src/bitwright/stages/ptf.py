@@ -13,11 +13,11 @@ from bitwright.given.images import Images
 from bitwright.graph import ops
 from bitwright.graph.capture import Captured
 from bitwright.graph.place import consumers
+from bitwright.graph.student import Student
 from bitwright.graph.watch import Callback, watch
 from bitwright.quant.ptf import FactorErrors
 from bitwright.quant.quantizer import TINY, Quantizer
 from bitwright.stages.base import Run
-from bitwright.student import Student
 
 OVER_LAST_AXIS = frozenset({"layer_norm", "native_layer_norm", "rms_norm"})
 ONE_SCALE = ops.LINEAR | ops.MATMUL

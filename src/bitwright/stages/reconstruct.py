@@ -24,7 +24,7 @@ from bitwright.given.images import Images
 from bitwright.graph import rewrite
 from bitwright.graph.capture import Captured
 from bitwright.graph.points import Point, expose, linear_points
-from bitwright.losses import weighted_distance
+from bitwright.graph.student import Snapshot, Student
 from bitwright.measure.evaluation import layer_sqnr
 from bitwright.memory import pass_budget
 from bitwright.quant import affine
@@ -35,9 +35,9 @@ from bitwright.stages.augment import Views
 from bitwright.stages.base import Optimising, Run
 from bitwright.stages.calibrate import parameters, widen_for_biases
 from bitwright.stages.learner import Learner, Variables
+from bitwright.stages.losses import weighted_distance
 from bitwright.stages.schedules import Anneal, Dampen, Gradual, Learn
 from bitwright.stages.tuning import NotFiniteError, Objective, Targets, Tuner, seconds_per_step
-from bitwright.student import Snapshot, Student
 
 CHECKPOINT = "reconstruct.safetensors"
 CHECKPOINT_SECONDS = 20.0

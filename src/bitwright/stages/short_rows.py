@@ -16,12 +16,12 @@ from bitwright.given.arguments import as_rules
 from bitwright.given.images import Images
 from bitwright.graph import ops
 from bitwright.graph.capture import Captured
+from bitwright.graph.student import Student, insert_quantizers
 from bitwright.graph.watch import watch
 from bitwright.quant.quantizer import Quantizer
 from bitwright.quant.scheme import Rule, Scheme, escaped
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
-from bitwright.student import Student, insert_quantizers
 
 IMAGES = 16
 WIDE, LEAST = 16, 8

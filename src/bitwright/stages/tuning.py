@@ -14,10 +14,10 @@ from torch import Tensor, fx
 
 from bitwright.errors import BitwrightError
 from bitwright.graph.points import Point
-from bitwright.losses import weighted_distance
 from bitwright.memory import saved_bytes
 from bitwright.quant.learned import rounding_regularizer
 from bitwright.stages.learner import Learner
+from bitwright.stages.losses import weighted_distance
 from bitwright.stages.schedules import Anneal, Dampen, Learn
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import torch
 
 from bitwright.given.images import Images
+from bitwright.graph.student import Student
 from bitwright.progress import Progress
 from bitwright.quant.scheme import Scheme
 from bitwright.recipes import recipe
@@ -16,7 +17,6 @@ from bitwright.report.panels import Figure
 from bitwright.stages.base import Run
 from bitwright.stages.candidates import Fitness, Measure
 from bitwright.stages.evolve import Evolve
-from bitwright.student import Student
 from bitwright.studies import figures
 from bitwright.studies.base import Cell, Result, Row, Settings, Study, apart, group
 from bitwright.studies.scales import means, measured_batches, suits

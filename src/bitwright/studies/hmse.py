@@ -12,11 +12,11 @@ from bitwright.curvature.label_free import label_free_scores
 from bitwright.given.images import Images
 from bitwright.graph import rewrite
 from bitwright.graph.points import linear_points
+from bitwright.graph.student import Student
 from bitwright.progress import Progress
 from bitwright.quant.scheme import Scheme
 from bitwright.report.panels import Figure
 from bitwright.stages.calibrate import Calibrate, parameters
-from bitwright.student import Student
 from bitwright.studies import figures
 from bitwright.studies.base import Cell, Result, Row, Settings, Study, group
 from bitwright.studies.subject import Subject

@@ -13,13 +13,13 @@ from torch import Tensor
 from bitwright.errors import UsageError
 from bitwright.graph.blocks import Block
 from bitwright.graph.segments import region
+from bitwright.graph.student import Student
 from bitwright.progress import Progress, silent
 from bitwright.quant.scheme import Scheme
 from bitwright.recipes import recipe
 from bitwright.stages.base import Run
 from bitwright.stages.candidates import Batches, Evaluator, Meaning, Scales
 from bitwright.stages.evolve import scale_keys
-from bitwright.student import Student
 from bitwright.studies import surfaces
 from bitwright.studies.base import Cell, Result, Row, Settings, Study, group
 from bitwright.studies.roughness import bends, directions, jumps, noise_bends, offsets, strict_minima

@@ -19,6 +19,7 @@ from bitwright.bits.plan import plan_of
 from bitwright.bits.tables import Problem
 from bitwright.export.packed import save_packed
 from bitwright.given.images import Images
+from bitwright.graph.student import Student, insert_quantizers
 from bitwright.pipeline import run_stages
 from bitwright.progress import Progress
 from bitwright.quant.scheme import Scheme
@@ -36,7 +37,6 @@ from bitwright.sensitivity import (
     Trace,
 )
 from bitwright.stages.base import Run, Stage
-from bitwright.student import Student, insert_quantizers
 from bitwright.studies import figures
 from bitwright.studies.base import Cell, Result, Row, Settings, Study, group
 from bitwright.studies.subject import Subject

@@ -11,6 +11,7 @@ import torch
 
 from bitwright.errors import UsageError
 from bitwright.given.images import Images
+from bitwright.graph.student import Student
 from bitwright.progress import Progress
 from bitwright.quant.scheme import Scheme
 from bitwright.recipes import recipe
@@ -18,7 +19,6 @@ from bitwright.report.panels import Figure, Panel, Series, colour
 from bitwright.stages.base import Run
 from bitwright.stages.candidates import Batches, Fitness, Scales
 from bitwright.stages.evolve import Evolve, EvolveRecord
-from bitwright.student import Student
 from bitwright.studies import figures
 from bitwright.studies.base import Cell, Result, Row, Settings, Study, apart, group
 from bitwright.studies.scales import evolved_keys

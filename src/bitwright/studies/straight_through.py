@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bitwright.graph.student import Student
 from bitwright.progress import Progress, silent
 from bitwright.quant import affine
 from bitwright.quant.quantizer import Quantizer
 from bitwright.stages.candidates import Batches, Fitness, Scales
-from bitwright.student import Student
 
 BACKWARD = 2.0
 """What a backward pass costs, in forward passes."""

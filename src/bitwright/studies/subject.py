@@ -13,6 +13,7 @@ from bitwright.given.inputs import prepare_teacher
 from bitwright.given.models import Model
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.capture import Captured
+from bitwright.graph.student import Snapshot, Student, insert_quantizers
 from bitwright.measure.evaluation import compare
 from bitwright.pipeline import fingerprint
 from bitwright.progress import Progress, silent
@@ -21,7 +22,6 @@ from bitwright.recipes import recipe
 from bitwright.run.record import StageRecord
 from bitwright.stages.base import Run, Stage
 from bitwright.stages.reconstruct import Reconstruct
-from bitwright.student import Snapshot, Student, insert_quantizers
 from bitwright.studies.base import Row
 
 BATCH = 50

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitwright import losses
 from bitwright.graph.points import Point
-from bitwright.losses import weighted_distance
+from bitwright.stages import losses
+from bitwright.stages.losses import weighted_distance
 
 COUNT = 3
 LAYOUTS = {
