@@ -17,6 +17,7 @@ from bitwright.export.clips import NOTE, Clamp, Span, bounds, clamp_before
 from bitwright.export.layers import activation_quantizers, compare_layers
 from bitwright.export.onnx import to_onnx
 from bitwright.export.reference import run_reference
+from bitwright.quant.scheme import Scheme
 from bitwright.runtimes.onnxruntime import session
 from bitwright.runtimes.session import save_onnx
 from bitwright.speed.float_twin import float_twin
@@ -167,19 +168,12 @@ def test_a_clamp_that_something_else_reads_stays():
     assert len(list(graph)) == 2
 
 
-@pytest.mark.parametrize(("weights", "activations"), [(8, 4), (4, 4), (8, 16)])
-def test_no_clip_of_codes_where_it_would_round_a_bias_or_has_no_kernel(weights, activations):
-    """Biases beside less than 13 bits are float; ONNX Runtime has no Clip of 16-bit codes."""
-    program = to_onnx(clamped(weights=weights, activations=activations))
-    after = {
-        op: Counter(u.node.op_type for n in program.graph if n.op_type == op for u in n.outputs[0].uses())
-        for op in ("Conv", "Gemm")
-    }
-    assert after["Conv"]["Clip"] == (3 if activations == 4 else 2)  # a scaling follows the third
-    assert after["Gemm"]["Clip"] == 1
-    on_codes = [n for n in program.graph if n.op_type == "Clip" and n.inputs[0].dtype != ir.DataType.FLOAT]
-    assert {n.inputs[0].dtype for n in on_codes} <= {ir.DataType.UINT8}
-    assert (activations == 16) == (not on_codes)
+def test_no_clip_of_codes_that_has_no_kernel():
+    """ONNX Runtime has none of 16-bit codes."""
+    program = to_onnx(clamped(activations=16))
+    clips = [n for n in program.graph if n.op_type == "Clip"]
+    assert clips
+    assert {n.inputs[0].dtype for n in clips} == {ir.DataType.FLOAT}
 
 
 def _cumulated(y: torch.Tensor) -> torch.Tensor:
@@ -226,19 +220,52 @@ def test_a_clamp_behind_any_operator_is_rounded_once(before, clamp):
 
 
 class SharedBias(nn.Module):
-    """A convolution that is called twice, so that its bias stays float."""
+    """A layer that is called twice, with inputs of different sizes, so that its bias has two steps."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind) -> None:
         super().__init__()
-        self.stem, self.twice, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 3)
+        self.stem, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
+        self.twice = kind(4, 4, 3, padding=1)
 
     def forward(self, x):
-        return self.head(torch.relu(self.twice(torch.relu(self.twice(torch.relu(self.stem(x)))))).mean((2, 3)))
+        x = torch.relu(self.twice(torch.relu(self.stem(x)))) * 3
+        return self.head(torch.relu(self.twice(x)).mean((2, 3)))
 
 
-def test_a_float_bias_beside_a_narrow_weight_is_not_rounded_by_the_runtime():
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+@pytest.mark.parametrize("bits", [(8, 8), (5, 5), (4, 8), (4, 4)])
+def test_a_bias_of_two_layers_is_in_the_file_what_it_is_in_the_simulation(kind, bits):
     torch.manual_seed(0)
-    model = bw.quantize(SharedBias().eval(), cases.dataset(), "rtn", weights=4)
+    model = bw.quantize(SharedBias(kind).eval(), cases.dataset(), "rtn", weights=bits[0], activations=bits[1])
+    x = cases.images()
+    with session(to_onnx(model), optimize=True) as run, torch.no_grad():
+        np.testing.assert_allclose(run.run(None, {run.get_inputs()[0].name: x.numpy()})[0], model(x), atol=1e-5)
+
+
+def test_layers_that_share_a_bias_have_integers_of_it_each():
+    model = bw.quantize(SharedBias(nn.Conv2d).eval(), cases.dataset(), "rtn")
+    first, second = (layer.bias for layer in model.layers if layer.name.startswith("twice"))
+    assert first != second
+    steps = [model.graph.get_submodule(key).scale for key in (first, second)]
+    codes = [model.graph.get_submodule(key.replace("quantizer", "frozen")).codes for key in (first, second)]
+    torch.testing.assert_close(
+        codes[0] * steps[0], codes[1] * steps[1], atol=float(max(s.max() for s in steps)), rtol=0
+    )
+    assert not torch.equal(codes[0], codes[1])
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Scheme(weights=8, activations=8, granularity="group", group_size=2),
+        Scheme(weights=4, activations=4),
+    ],
+    ids=["groups", "few bits"],
+)
+def test_a_bias_that_stays_float_is_not_rounded_by_the_runtime(scheme):
+    torch.manual_seed(0)
+    model = bw.quantize(SharedBias(nn.Conv2d).eval(), cases.dataset(), "rtn", scheme=scheme)
+    assert any(u.op == "bias" for u in model.unquantized)
     x = cases.images()
     with session(to_onnx(model), optimize=True) as run, torch.no_grad():
         np.testing.assert_allclose(run.run(None, {run.get_inputs()[0].name: x.numpy()})[0], model(x), atol=1e-5)

@@ -73,15 +73,12 @@ class Span:
         return Span(self.scale, self.zero, self.code(clamp.low), self.code(clamp.high))
 
 
-def has_float_bias(value: ir.Value) -> bool:
-    """Whether a layer that gives it adds a float bias, which an integer kernel would round to its own coarse grid."""
-    node = value.producer()
-    while node is not None and (node.op_type in MOVES or bounds(node) is not None) and node.inputs[0] is not None:
+def dequantized(value: ir.Value | None) -> ir.Node | None:
+    """The DequantizeLinear that a value comes from, also through operators that only move it."""
+    node = None if value is None else value.producer()
+    while node is not None and node.op_type in MOVES and node.inputs[0] is not None:
         node = node.inputs[0].producer()
-    if node is None or node.op_type not in READS_INTEGER_BIAS or len(node.inputs) < 3:
-        return False
-    bias = node.inputs[2]
-    return bias is not None and bias.const_value is not None
+    return node if node is not None and node.op_type == "DequantizeLinear" else None
 
 
 def clamp_before(value: ir.Value) -> tuple[ir.Value, Clamp | None]:

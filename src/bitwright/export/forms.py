@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from bitwright.export.clips import IN_FLOAT, MOVES, READS_INTEGER_BIAS, codes_of
+from bitwright.export.clips import IN_FLOAT, MOVES, READS_INTEGER_BIAS, codes_of, dequantized
 from bitwright.export.edit import initializer, insert_node, shared
 
 WEIGHTED = frozenset({*READS_INTEGER_BIAS, "ConvTranspose"})
@@ -31,8 +31,7 @@ def rewrite_forms(graph: ir.Graph) -> None:
     shielded: dict[str | None, ir.Value] = {}
     for node in list(graph):
         if node.op_type in WEIGHTED:
-            shield_bias(graph, node, shielded)
-            shield_weight(graph, node, shielded)
+            shield(graph, node, shielded)
         elif node.op_type == "MatMul":
             code_product(graph, node, shielded)
         elif node.op_type == "Softmax":
@@ -45,16 +44,32 @@ def rewrite_forms(graph: ir.Graph) -> None:
             keep_pad(graph, node)
 
 
-def shield_weight(graph: ir.Graph, node: ir.Node, shielded: dict[str | None, ir.Value]) -> None:
-    """Puts a Clip without effect before a layer whose weight stays float.
+def shield(graph: ir.Graph, node: ir.Node, shielded: dict[str | None, ir.Value]) -> None:
+    """Puts a Clip without effect before a layer whose weight or bias stays float.
 
-    Between codes that come and codes that go, ONNX Runtime would round such a weight to 8 bits by itself.
+    Between codes that come and codes that go, ONNX Runtime would round such a weight to 8 bits by itself, and such a
+    bias to the product of the steps of input and weight.
     """
     source, weight = node.inputs[:2]
-    if source is None or weight is None or weight.const_value is None:
+    if source is None or weight is None or not _comes_from_codes(source, None):
         return
-    if _comes_from_codes(source, None):
+    if weight.const_value is not None or _bias_is_float(node):
         node.replace_input_with(0, in_float(graph, node, source, shielded))
+
+
+def _bias_is_float(node: ir.Node) -> bool:
+    """Whether a layer has a bias that rounding to the product of the steps of input and weight would change."""
+    source, weight, bias = (*node.inputs, None)[:3]
+    if bias is None or bias.const_value is None:
+        return False
+    given, stored = dequantized(source), dequantized(weight)
+    steps = [n.inputs[1].const_value for n in (given, stored) if n is not None and n.inputs[1] is not None]
+    values = bias.const_value.numpy()
+    parts = [np.asarray(s.numpy()) for s in steps if s is not None]
+    if len(parts) < 2 or parts[0].size > 1 or parts[1].size not in {1, values.size}:
+        return True
+    step = (parts[0] * parts[1]).reshape(-1)
+    return not np.array_equal(np.rint(values / step.astype(np.float64)).astype(np.float32) * step, values)
 
 
 def code_product(graph: ir.Graph, node: ir.Node, shielded: dict[str | None, ir.Value]) -> None:
@@ -217,31 +232,6 @@ def _comes_from_codes(value: ir.Value, through: frozenset[str] | None) -> bool:
         known = through is None or node.op_type in through
         node = tensors[0].producer() if len(tensors) == 1 and known else None
     return node is not None
-
-
-def shield_bias(graph: ir.Graph, node: ir.Node, shielded: dict[str | None, ir.Value]) -> None:
-    """Stores a float bias beside a 4-bit weight as 32-bit integers of a power-of-two step of its own.
-
-    Given a float bias there, ONNX Runtime puts it on the coarse grid of input times weight step by itself. Beside an
-    8-bit weight that grid is fine, and its integer kernels take no other.
-    """
-    if len(node.inputs) < 3:
-        return
-    weight, bias = node.inputs[1], node.inputs[2]
-    producer = weight.producer() if weight is not None else None
-    if producer is None or producer.op_type != "DequantizeLinear" or bias is None or bias.const_value is None:
-        return
-    stored = producer.inputs[0]
-    if stored is None or stored.dtype != ir.DataType.INT4:
-        return
-    values = bias.const_value.numpy().astype(np.float64)
-    step = np.float32(2.0 ** np.ceil(np.log2(max(float(np.abs(values).max(initial=0.0)), 2.0**-60) / 2.0**30)))
-    name = f"{bias.name}/fine"
-    if bias.name not in shielded:
-        codes = initializer(graph, f"{name}/integers", np.rint(values / step).astype(np.int32))
-        scale = initializer(graph, f"{name}/scale", np.asarray(step))
-        shielded[bias.name] = insert_node(graph, node, "DequantizeLinear", [codes, scale], name)
-    node.replace_input_with(2, shielded[bias.name])
 
 
 @dataclass(frozen=True)

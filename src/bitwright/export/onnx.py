@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from bitwright._version import __version__
 from bitwright.errors import UsageError
 from bitwright.export import clips
-from bitwright.export.clips import MOVES, READS_INTEGER_BIAS, Span
+from bitwright.export.clips import READS_INTEGER_BIAS, Span
 from bitwright.export.edit import drop_unused, initializer, insert_node, shared
 from bitwright.export.forms import rewrite_forms
 from bitwright.graph import ops, rewrite
@@ -315,7 +315,7 @@ def _replace_activation(graph: ir.Graph, mark: ir.Node, name: str, quantizer: Qu
     point = shared(graph, f"{quantizer.name}/zero_point", (zero + middle).astype(_NUMPY[kind]))
     factors = (quantizer.scale / quantizer.scale.min()).numpy()
     span = Span(scale, int(zero) + middle, grid.qmin + middle, grid.qmax + middle)
-    on_codes = kind == ir.DataType.UINT8 and not clips.has_float_bias(source)  # no Clip on UINT16 in ONNX Runtime 1.31
+    on_codes = kind == ir.DataType.UINT8  # no Clip on UINT16 in ONNX Runtime 1.31
     clamp = None
     if factors.size > 1:
         divisors = shared(graph, f"{quantizer.name}/reciprocals", 1 / factors)
@@ -406,7 +406,7 @@ def _share_bias_steps(graph: ir.Graph) -> None:
     for node in list(graph):
         if node.op_type not in {"Conv", "Gemm"} or len(node.inputs) < 3:
             continue
-        given, weight, bias = (_dequantized(v) for v in node.inputs[:3])
+        given, weight, bias = (clips.dequantized(v) for v in node.inputs[:3])
         if given is None or weight is None or bias is None or bias.inputs[0].dtype != ir.DataType.INT32:
             continue
         parts, step = [given.inputs[1], weight.inputs[1]], bias.inputs[1]
@@ -418,14 +418,6 @@ def _share_bias_steps(graph: ir.Graph) -> None:
             product.const_value = step.const_value
             bias.replace_input_with(1, product)
     drop_unused(graph)
-
-
-def _dequantized(value: ir.Value | None) -> ir.Node | None:
-    """The DequantizeLinear that a value comes from, also through operators that only move it."""
-    node = None if value is None else value.producer()
-    while node is not None and node.op_type in MOVES and node.inputs[0] is not None:
-        node = node.inputs[0].producer()
-    return node if node is not None and node.op_type == "DequantizeLinear" else None
 
 
 def _integers(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, order: list[int] | None) -> ir.Value:

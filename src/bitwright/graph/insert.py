@@ -144,19 +144,18 @@ def _insert_weight(
         )
         student.add_module(layer.weight, quantizer)
         _call_after(student, stored, layer.weight, [u for u in stored.users if ops.base_name(u) in ops.LINEAR])
-    why = _insert_bias(student, bias, layer, source, scheme.target)
+    why = _insert_bias(student, node, bias, layer, source, scheme.target)
     if why:
-        if layer.weight is not None and _adds_bias_to_sums(node):
-            weight = student.get_submodule(layer.weight)
-            assert isinstance(weight, Quantizer)
-            weight.shift = 0  # an integer kernel would round the bias, so that it computes in float
         unquantized.append(Unquantized(str(bias.target), "bias", why))
 
 
 def _insert_bias(
-    student: fx.GraphModule, bias: fx.Node, layer: Layer, source: str | None, target: Target
+    student: fx.GraphModule, node: fx.Node, bias: fx.Node, layer: Layer, source: str | None, target: Target
 ) -> str | None:
-    """Makes the bias an integer of the layer's accumulator; the reason if it stays float."""
+    """Makes the bias an integer of the layer's accumulator; the reason if it stays float.
+
+    Layers that share a bias have one set of integers each, since the steps of their inputs differ.
+    """
     layer.source = source
     if layer.weight is None or source is None:
         return "its layer's weight or input is float"
@@ -167,8 +166,8 @@ def _insert_bias(
     blocks = 1
     for d, b in zip(weight.shape, weight.block or weight.shape, strict=True):
         blocks *= -(-d // b)
-    if len(bias.users) > 1:
-        return "several layers share it"
+    if any(u.op != "call_module" and ops.base_name(u) not in ops.LINEAR for u in bias.users):
+        return "another operator reads it as well"
     if weight.granularity == "head" and blocks > 1:
         return "its layer's weight has scales of heads"
     if blocks not in {1, channels}:
@@ -177,13 +176,8 @@ def _insert_bias(
         return "with so few bits the accumulator's step would be too coarse for it"
     layer.bias = module_key("bias", layer.name)
     student.add_module(layer.bias, BiasQuantizer(layer.name, quantizer, weight))
-    _call_after(student, bias, layer.bias)
+    _call_after(student, bias, layer.bias, [node])
     return None
-
-
-def _adds_bias_to_sums(node: fx.Node) -> bool:
-    """Whether the kernel of a linear operator takes the bias in; a product of more than two axes adds it afterwards."""
-    return ops.base_name(node) != "linear" or len(ops.shape(node)) == 2
 
 
 def weight_block(node: fx.Node, shape: tuple[int, ...], granularity: str, group_size: int | None) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from bitwright.export.clips import IN_FLOAT
 from bitwright.speed.kernels import FLOAT_PRODUCTS, INTEGER_PRODUCTS
 
 MOVES = frozenset(
@@ -19,8 +20,6 @@ MOVES = frozenset(
 """What computes nothing."""
 BETWEEN_CODES = frozenset({"Add", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Mul", "Sigmoid", "Softmax"})
 """Operators, besides products, with an integer kernel that reads and gives codes."""
-CLAMPS = frozenset({"Clip", "Relu"})
-"""What the exporter leaves in float only beside a bias that an integer kernel would round."""
 FOUR_BITS = frozenset({ir.DataType.INT4, ir.DataType.UINT4})
 SIXTEEN_BITS = frozenset({ir.DataType.INT16, ir.DataType.UINT16})
 
@@ -36,7 +35,7 @@ REASONS = {
     "scales": "weights with several scales in one sum, of groups or heads",
     "float weights": "its weights are float",
     "sixteen": "activations of 16 bits",
-    "bias": "a float bias, for few bits of weights and input, and a clamp of floats before its quantizer",
+    "bias": "its bias is float, which an integer kernel would round",
     "last": "no quantizer on its result: output of the network",
     "input": "{} gives it floats",
     "reader": "no quantizer between it and {}",
@@ -129,9 +128,9 @@ def _of_product(node: ir.Node) -> str:
     weight = _of_weight(node.inputs[1])
     if weight is not None:
         return weight
-    around = _between(node)
-    clamped = around == REASONS["unknown"] and node.attributes.get_string("activation", "") in CLAMPS
-    return REASONS["bias"] if clamped or around in {REASONS["reader"].format(c) for c in CLAMPS} else around
+    given = _source(node.inputs[0])
+    shielded = given is not None and (given.outputs[0].name or "").endswith(IN_FLOAT)
+    return REASONS["bias"] if shielded else _between(node)
 
 
 def _of_weight(weight: ir.Value | None) -> str | None:
