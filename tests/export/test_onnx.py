@@ -64,7 +64,13 @@ def test_every_scheme_runs(name, settings):
 
 
 def test_weights_are_stored_as_integers_of_their_width():
-    for bits, kind in ((2, ir.DataType.INT4), (4, ir.DataType.INT4), (5, ir.DataType.INT8), (8, ir.DataType.INT8)):
+    for bits, kind in (
+        (2, ir.DataType.INT2),
+        (3, ir.DataType.INT4),
+        (4, ir.DataType.INT4),
+        (5, ir.DataType.INT8),
+        (8, ir.DataType.INT8),
+    ):
         program = to_onnx(quantized("residual", weights=bits))
         stored = [v for k, v in program.graph.initializers.items() if k.endswith("/integers") and "weight" in k]
         assert stored

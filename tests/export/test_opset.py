@@ -27,6 +27,8 @@ def quantized(name, **settings):
         ("transformer", {}, 20),  # it has a GELU
         ("residual", {"weights": 4}, 21),
         ("residual", {"activations": 16}, 21),
+        ("residual", {"weights": 2}, 25),
+        ("residual", {"weights": 2, "runtime": "openvino"}, 21),
         ("residual", {"granularity": "group", "group_size": 2}, 21),
     ],
 )
@@ -50,7 +52,7 @@ def test_an_older_version_has_the_same_kernels_and_answers(name, monkeypatch, tm
     model = quantized(name)
     version, found, answers = opset(model), [], []
     for chosen in (version, 21):
-        monkeypatch.setattr(exporter, "opset", lambda _, v=chosen: v)
+        monkeypatch.setattr(exporter, "opset", lambda *_, v=chosen: v)
         program = to_onnx(model)
         save_onnx(program, tmp_path / f"{chosen}.onnx")
         found.append(kernels(tmp_path / f"{chosen}.onnx"))

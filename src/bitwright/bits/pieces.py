@@ -50,7 +50,7 @@ class Kernel:
         return cls(
             weight if weight == FLOAT_BITS else 4 if weight <= 4 else 8,
             given if given in {8, 16, FLOAT_BITS} else 4,
-            quantized and weight + given >= target.integer_bias_bits,
+            quantized and target.integer_bias(max(weight, target.read_bits or 0), given),
         )
 
 

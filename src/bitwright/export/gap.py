@@ -259,8 +259,7 @@ def open_file(runtime: Runtime, path: Path) -> Network:
     try:
         return opened(path)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise BitwrightError(f"{runtime.title} does not run {path} ({reason}). Export it again.") from error
+        raise runtime.refusal(path, error) from error
 
 
 def _onnxruntime(path: Path) -> Callable[[Tensor], list[Tensor]]:

@@ -28,11 +28,13 @@ from bitwright.graph.student import Student
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Grid, Quantizer
 from bitwright.run.files import cannot_write, move, scratch
 from bitwright.runtimes.session import save_onnx
+from bitwright.runtimes.target import Target
 
-OPSET, OPSET_OF_GELU, OPSET_OF_INT4 = 18, 20, 21
+OPSET, OPSET_OF_GELU, OPSET_OF_INT4, OPSET_OF_INT2 = 18, 20, 21, 25
 """The first that PyTorch's exporter writes; the first with Gelu, whose parts ONNX Runtime 1.31 does not join into one
-kernel; the first with 4-bit integers, grouped scales and 16-bit codes. Older runtimes read the lower ones."""
-IR_VERSIONS = {OPSET: 8, OPSET_OF_GELU: 9, OPSET_OF_INT4: 10}
+kernel; the first with 4-bit integers, grouped scales and 16-bit codes; the first with 2-bit integers. Older runtimes
+read the lower ones."""
+IR_VERSIONS = {OPSET: 8, OPSET_OF_GELU: 9, OPSET_OF_INT4: 10, OPSET_OF_INT2: 13}
 """Of the file format: the one that came with each."""
 NEEDS_ZERO_POINT = frozenset({"Gemm"})
 """Operators whose integer kernels ONNX Runtime 1.31 does not take without a stored zero point of the weight."""
@@ -41,11 +43,12 @@ TAKEN_FOR_ZERO = 1e-6
 """Magnitude of numbers whose addition goes past the exporter (onnxscript 0.7 takes up to 1e-8 for zero)."""
 
 
-def to_onnx(model: Student) -> ir.Model:
-    """The model in ONNX, in memory.
+def to_onnx(model: Student, target: Target | None = None) -> ir.Model:
+    """The model in ONNX, in memory, for the runtime that it was quantized for, or for another that reads ONNX.
 
     PyTorch's exporter translates the operators; quantizers pass through it as marks, which are then replaced by
-    integers and Q/DQ pairs. Weights of up to 4 bits are stored as INT4, wider ones as INT8; activations as
+    integers and Q/DQ pairs. Weights of up to 4 bits are stored as INT4 (those of 2 bits as INT2 where the runtime
+    reads that), wider ones as INT8; activations as
     UINT8 or UINT16, with a Clip where their bits are fewer, on the codes wherever that is exact
     (:mod:`bitwright.export.clips`). Clamping activations become such a Clip, or nothing if it would cover the type.
 
@@ -53,9 +56,10 @@ def to_onnx(model: Student) -> ir.Model:
         UsageError: an operator has no translation; it is named.
     """
     marked, modules = _mark(model)
-    program = _translate(marked, model, opset(model))
+    target = target or model.scheme.target
+    program = _translate(marked, model, opset(model, target))
     _forget_provenance(program)
-    _replace_marks(program, modules)
+    _replace_marks(program, modules, target)
     _share_bias_steps(program.graph)
     _rename_outputs(program, model)
     program.producer_name, program.producer_version = "bitwright", __version__
@@ -176,15 +180,19 @@ def _float_value(graph: fx.GraphModule, node: fx.Node, module: nn.Module) -> fx.
     return graph.graph.get_attr(target)
 
 
-def opset(model: Student) -> int:
+def opset(model: Student, target: Target | None = None) -> int:
     """The lowest version of ONNX's operators that has all the model needs, and that costs nothing in speed."""
+    needed = [OPSET_OF_GELU if any(ops.base_name(n) == "gelu" for n in model.graph.graph.nodes) else OPSET]
     for module in model.freeze().graph.modules():
         if isinstance(module, Frozen) and isinstance(module.quantizer, Quantizer):
-            if storage(module.quantizer.grid) in {ir.DataType.INT4, ir.DataType.UINT4} or _in_blocks(module):
-                return OPSET_OF_INT4
+            kind = stored_as(module.quantizer, target or model.scheme.target)
+            if kind in {ir.DataType.INT2, ir.DataType.UINT2}:
+                needed.append(OPSET_OF_INT2)
+            elif kind in NARROW or _in_blocks(module):
+                needed.append(OPSET_OF_INT4)
         elif isinstance(module, Quantizer) and module.calibrated and module.grid.bits > 8:
-            return OPSET_OF_INT4
-    return OPSET_OF_GELU if any(ops.base_name(n) == "gelu" for n in model.graph.graph.nodes) else OPSET
+            needed.append(OPSET_OF_INT4)
+    return max(needed)
 
 
 def _in_blocks(frozen: Frozen) -> bool:
@@ -247,7 +255,7 @@ def _rename_outputs(program: ir.Model, model: Student) -> None:
         value.name = name if name not in taken else f"{name}_out"
 
 
-def _replace_marks(program: ir.Model, modules: dict[str, nn.Module]) -> None:
+def _replace_marks(program: ir.Model, modules: dict[str, nn.Module], target: Target) -> None:
     graph = program.graph
     for node in list(graph):
         if node.op_type == OFFSET and node.domain == "bitwright":
@@ -257,7 +265,7 @@ def _replace_marks(program: ir.Model, modules: dict[str, nn.Module]) -> None:
         name = node.attributes["name"].as_string()
         module = modules[name]
         if isinstance(module, Frozen):
-            _replace_stored(graph, node, name, module)
+            _replace_stored(graph, node, name, module, target)
         else:
             assert isinstance(module, Quantizer)
             _replace_activation(graph, node, name, module)
@@ -277,8 +285,19 @@ def _replace_offset(graph: ir.Graph, mark: ir.Node) -> None:
     graph.remove(mark, safe=True)
 
 
-def storage(grid: Grid, smallest: int = 4) -> ir.DataType:
+def stored_as(quantizer: Quantizer, target: Target) -> ir.DataType:
+    """The ONNX type of a weight's codes in a file.
+
+    Two bits are stored as such where the codes are shifted, which leaves 8 bits; as they are, ONNX Runtime (1.31) puts
+    them into kernels that do not read them.
+    """
+    return storage(quantizer.grid, min(target.stores) if quantizer.shift else 4)
+
+
+def storage(grid: Grid, smallest: int) -> ir.DataType:
     """The smallest ONNX type of at least that many bits that holds the grid's codes."""
+    if max(grid.bits, smallest) <= 2:
+        return ir.DataType.INT2 if grid.symmetric else ir.DataType.UINT2
     if max(grid.bits, smallest) <= 4:
         return ir.DataType.INT4 if grid.symmetric else ir.DataType.UINT4
     if grid.bits <= 8:
@@ -286,7 +305,11 @@ def storage(grid: Grid, smallest: int = 4) -> ir.DataType:
     return ir.DataType.INT16 if grid.symmetric else ir.DataType.UINT16
 
 
+NARROW = frozenset({ir.DataType.INT2, ir.DataType.UINT2, ir.DataType.INT4, ir.DataType.UINT4})
+"""Integers of fewer than 8 bits, several of which share a byte."""
 _NUMPY: dict[ir.DataType, Any] = {
+    ir.DataType.INT2: ml_dtypes.int2,
+    ir.DataType.UINT2: ml_dtypes.uint2,
     ir.DataType.INT4: ml_dtypes.int4,
     ir.DataType.UINT4: ml_dtypes.uint4,
     ir.DataType.INT8: np.int8,
@@ -364,7 +387,7 @@ def _codes(
     return clipped
 
 
-def _replace_stored(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen) -> None:
+def _replace_stored(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, target: Target) -> None:
     """Integers and DequantizeLinear; a transposition of the weight is done in the file already."""
     old = mark.outputs[0]
     if isinstance(frozen.quantizer, BiasQuantizer):
@@ -375,10 +398,10 @@ def _replace_stored(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen) -
         transposed = [use.node for use in old.uses() if use.node.op_type == "Transpose"]
         for node in transposed:
             order = list(node.attributes["perm"].as_ints())
-            turned = _integers(graph, mark, f"{name}/transposed", frozen, order)
+            turned = _integers(graph, mark, f"{name}/transposed", frozen, order, target)
             node.outputs[0].replace_all_uses_with(turned)
             graph.remove(node, safe=True)
-        value = _integers(graph, mark, name, frozen, None) if old.uses() or old.is_graph_output() else None
+        value = _integers(graph, mark, name, frozen, None, target) if old.uses() or old.is_graph_output() else None
     if value is not None:
         value.shape, value.type = old.shape, old.type
         old.replace_all_uses_with(value, replace_graph_outputs=True)
@@ -420,12 +443,15 @@ def _share_bias_steps(graph: ir.Graph) -> None:
     drop_unused(graph)
 
 
-def _integers(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, order: list[int] | None) -> ir.Value:
+def _integers(
+    graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, order: list[int] | None, target: Target
+) -> ir.Value:
     quantizer = frozen.quantizer
     assert isinstance(quantizer, Quantizer)
     if quantizer.head_axis == 1 and quantizer.scale.numel() > 1:
-        return _columns(graph, mark, name, frozen, order)
-    if quantizer.granularity == "group" and storage(quantizer.grid) == ir.DataType.INT8 and frozen.codes.dim() == 2:
+        return _columns(graph, mark, name, frozen, order, stored_as(quantizer, target))
+    kind, shift = stored_as(quantizer, target), quantizer.shift
+    if quantizer.granularity == "group" and kind == ir.DataType.INT8 and frozen.codes.dim() == 2:
         return _groups(graph, mark, name, frozen, order)
     codes, scale, zero = frozen.codes, quantizer.scale, quantizer.zero_point
     attributes: dict[str, Any] = {}
@@ -439,8 +465,7 @@ def _integers(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, order: 
             scale, zero = scale.permute(order), zero.permute(order)
         if "axis" in attributes:
             attributes["axis"] = order.index(attributes["axis"])
-    kind, shift = storage(quantizer.grid), quantizer.shift
-    narrow = kind in {ir.DataType.INT4, ir.DataType.UINT4}
+    narrow = kind in NARROW
     read = _NUMPY[ir.DataType.INT8 if shift else kind]
     array = codes.contiguous().numpy()
     integers = initializer(graph, f"{name}/integers", (array if narrow else array << shift).astype(_NUMPY[kind]))
@@ -454,12 +479,13 @@ def _integers(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, order: 
 
 
 def _shifted(graph: ir.Graph, mark: ir.Node, integers: ir.Value, shift: int) -> ir.Value:
-    """Four-bit codes times a power of two in 8 bits: runtimes compute that once, when they load the file.
+    """Narrow codes times a power of two in 8 bits: runtimes compute that once, when they load the file.
 
-    Integer kernels read 8 bits (ONNX Runtime 1.31, OpenVINO 2026.4); what has four they compute in float.
+    Integer kernels read 8 bits (ONNX Runtime 1.31, OpenVINO 2026.4); what has fewer they compute in float.
     """
     assert integers.const_value is not None
-    array, place = integers.const_value.numpy(), len(graph)  # short names: there are three for each weight
+    array = integers.const_value.numpy()
+    place = len(graph.initializers)  # in names, which are short: there are three for each weight
     wide = insert_node(graph, mark, "Cast", [integers], f"a{place}", named=False, to=ir.DataType.INT32.value)
     factor = shared(graph, f"x{1 << shift}", np.asarray(1 << shift, np.int32))
     product = insert_node(graph, mark, "Mul", [wide, factor], f"b{place}", named=False)
@@ -468,7 +494,9 @@ def _shifted(graph: ir.Graph, mark: ir.Node, integers: ir.Value, shift: int) -> 
     return read
 
 
-def _columns(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, order: list[int] | None) -> ir.Value:
+def _columns(
+    graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, order: list[int] | None, kind: ir.DataType
+) -> ir.Value:
     """A weight whose inputs have scales: integers, and a multiplication, which is the same bit for bit.
 
     ONNX has scales for blocks, but ONNX Runtime puts those of 8-bit integers into a kernel that takes none and fails
@@ -479,7 +507,6 @@ def _columns(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, order: l
     codes, scale = frozen.codes, quantizer.expanded()[0]
     if order is not None:
         codes, scale = codes.permute(order), scale.permute(order)
-    kind = storage(quantizer.grid)
     integers = initializer(graph, f"{name}/integers", codes.contiguous().numpy().astype(_NUMPY[kind]))
     one = initializer(graph, f"{name}/one", np.asarray(1, np.float32))
     whole = insert_node(graph, mark, "DequantizeLinear", [integers, one], f"{name}/whole")
@@ -500,10 +527,10 @@ def _groups(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, order: li
     rows, columns = frozen.codes.shape
     size = quantizer.block[1]
     if columns % size:
-        return _columns(graph, mark, name, frozen, order)
+        return _columns(graph, mark, name, frozen, order, ir.DataType.INT8)
     codes = frozen.codes.reshape(rows, columns // size, size).contiguous().numpy()
     scale = quantizer.scale.reshape(rows, columns // size, 1).contiguous().numpy()
-    integers = initializer(graph, f"{name}/integers", codes.astype(_NUMPY[storage(quantizer.grid)]))
+    integers = initializer(graph, f"{name}/integers", codes.astype(np.int8))
     one = initializer(graph, f"{name}/one", np.asarray(1, np.float32))
     whole = insert_node(graph, mark, "DequantizeLinear", [integers, one], f"{name}/whole")
     whole.type, whole.shape = ir.TensorType(ir.DataType.FLOAT), integers.shape

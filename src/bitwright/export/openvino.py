@@ -39,7 +39,7 @@ def write_openvino(model: Student, path: Path, images: Tensor) -> Parity:
         BitwrightError: an operator has no translation.
     """
     check_openvino(model)
-    program = to_onnx(model)
+    program = to_onnx(model, OPENVINO.target)
     store_weights(program)
     save_openvino(program, path)
     return check_parity(

@@ -172,7 +172,7 @@ def _insert_bias(
         return "its layer's weight has scales of heads"
     if blocks not in {1, channels}:
         return "its layer's weight has several scales per output channel"
-    if weight.grid.bits + weight.shift + quantizer.grid.bits < target.integer_bias_bits:
+    if not target.integer_bias(weight.grid.bits + weight.shift, quantizer.grid.bits):
         return "with so few bits the accumulator's step would be too coarse for it"
     layer.bias = module_key("bias", layer.name)
     student.add_module(layer.bias, BiasQuantizer(layer.name, quantizer, weight))

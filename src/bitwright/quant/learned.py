@@ -6,6 +6,7 @@ gives plain integers and scales back at the end.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -262,13 +263,18 @@ class LearnedBias(nn.Module):
     """A bias as a variable, in the place of its quantizer or of nothing.
 
     ``size`` is what a relative learning rate is a share of: the spread of the output it is added to, once known.
+    ``step`` gives the step that it will be rounded to, [C_out] or a scalar, where that is coarse; the gradient passes.
     """
 
     def __init__(self, bias: Tensor, *, learn: bool = True) -> None:
         super().__init__()
         self.bias = nn.Parameter(bias.detach().float().clone(), requires_grad=learn)
         self.size = float(bias.detach().abs().mean())
+        self.step: Callable[[], Tensor] | None = None
 
     def forward(self, stored: Tensor | None = None) -> Tensor:
         """The bias, [C_out]."""
-        return self.bias
+        if self.step is None:
+            return self.bias
+        step = self.step().detach()
+        return _apply(_Round, self.bias / step) * step

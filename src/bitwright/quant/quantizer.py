@@ -203,6 +203,11 @@ class BiasQuantizer(nn.Module):
         return self.source.scale * self.weight.read_scale
 
     @property
+    def bits(self) -> int:
+        """Those of its two quantizers together, as the kernel reads them: the finer they are, the finer the step."""
+        return self.source.grid.bits + self.weight.grid.bits + self.weight.shift
+
+    @property
     def calibrated(self) -> bool:
         """Whether both of its quantizers have scales."""
         return self.source.calibrated and self.weight.calibrated

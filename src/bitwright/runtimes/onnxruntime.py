@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bitwright.errors import BitwrightError
-from bitwright.runtimes.record import Runtime, line
+from bitwright.runtimes.record import Runtime
 from bitwright.runtimes.session import Array, save_onnx
 from bitwright.runtimes.target import ALL_BITS, CLAMPING, Target, Weights
 
@@ -25,10 +24,11 @@ TARGET = Target(
     CLAMPING,
     conv_into_add=False,
     concat_shares_scale=False,
+    stores=(2, 4, 8),
     read_bits=7,  # within 64 pairs of products do not saturate in 16 bits, on processors that add them there
     convolutions=Weights(integer=ALL_BITS),
     linears=Weights(integer=ALL_BITS),
-    integer_inputs=(5, 6, 7, 8),  # with fewer, biases are float (integer_bias_bits)
+    integer_inputs=ALL_BITS,
 )
 
 
@@ -78,7 +78,7 @@ def _load_onnxruntime(path: Path, threads: int, feed: Mapping[str, Array]) -> Ca
             bound.bind_output(output.name)
         session.run_with_iobinding(bound)
     except Exception as error:
-        raise BitwrightError(f"ONNX Runtime does not run {path.name} ({line(error)}). Export it again.") from error
+        raise ONNXRUNTIME.refusal(path, error) from error
 
     def run() -> None:
         session.run_with_iobinding(bound)

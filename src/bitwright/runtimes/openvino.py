@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from bitwright.errors import BitwrightError
-from bitwright.runtimes.record import Runtime, line
+from bitwright.runtimes.record import Runtime
 from bitwright.runtimes.session import Array, Named, Opener, Session, save_onnx
 from bitwright.runtimes.target import ALL_BITS, Target, Weights
 
@@ -165,7 +165,7 @@ def _load_openvino(path: Path, threads: int, feed: Mapping[str, Array]) -> Calla
         arrays = {name: np.ascontiguousarray(array) for name, array in feed.items()}
         request.infer(arrays, share_inputs=True)
     except Exception as error:
-        raise BitwrightError(f"OpenVINO does not run {path.name} ({line(error)}).") from error
+        raise OPENVINO.refusal(path, error) from error
 
     def run() -> None:
         request.infer(share_inputs=True)

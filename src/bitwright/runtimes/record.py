@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitwright.errors import UsageError
+from bitwright.errors import BitwrightError, UsageError
 from bitwright.runtimes.session import Array
 from bitwright.runtimes.target import Target
 
@@ -89,6 +89,27 @@ class Runtime:
         """
         assert self.load is not None, f"{self.title} runs nothing here"
         return self.load(path, threads, feed)
+
+    def refusal(self, path: Path, error: Exception) -> BitwrightError:
+        """What to say of a file that it does not run, whose own error says little."""
+        bits = narrowest(path)
+        if bits is not None and bits < min(self.target.stores):
+            return UsageError(
+                f"{path.name} holds integers of {bits} bits, which {self.title} does not read. Quantize with "
+                f"runtime='{self.name}'."
+            )
+        return BitwrightError(f"{self.title} does not run {path.name} ({line(error)}). Export it again.")
+
+
+def narrowest(path: Path) -> int | None:
+    """Bits of the smallest integers that an ONNX file stores; None if it has none or is no such file."""
+    import onnx_ir
+
+    try:
+        stored = onnx_ir.load(path).graph.initializers.values()
+        return min((v.dtype.bitwidth for v in stored if v.dtype is not None and v.dtype.is_integer()), default=None)
+    except Exception:
+        return None
 
 
 def line(error: Exception) -> str:

@@ -12,6 +12,8 @@ ALL_GRANULARITIES = ("tensor", "channel", "group", "head")
 AFFINE, SYMMETRIC = "affine", "symmetric"
 CONVOLUTION, TRANSPOSED, LINEAR = "convolution", "transposed convolution", "linear"
 FAMILIES = (CONVOLUTION, TRANSPOSED, LINEAR)
+FINE = 13
+"""Bits of weight and input together from which the step of an accumulator is fine against a layer's output."""
 
 
 def family(operator: str) -> str:
@@ -63,10 +65,12 @@ class Target:
     read_bits: int | None = None
     """Bits of the integers that kernels read where weights have fewer: those are multiplied by a power of two when the
     file is loaded, which makes the step of the accumulator, and so of the bias, that much finer."""
-    integer_bias_bits: int = 13
-    """Bits of weight, as kernels read it, and input together from which a bias is an integer of its accumulator. Below,
-    the step of that integer would be coarse against the layer's output; the layer computes in float, or rescales before
-    it adds."""
+    stores: tuple[int, ...] = (4, 8)
+    """Bits of the integers that it reads from an ONNX file."""
+    integer_bias_bits: int = FINE
+    """Bits of weight and input together from which a bias is an integer of its accumulator. Below, the step of that
+    integer would be coarse against the layer's output; the layer computes in float, or rescales before it adds. Weights
+    of ``read_bits`` make it fine enough beside any input."""
     convolutions: Weights = Weights()
     transposed: Weights = Weights()
     linears: Weights = Weights()
@@ -93,6 +97,11 @@ class Target:
         if self.read_bits is None or bits not in self.weights(operator).integer:
             return 0
         return max(self.read_bits - bits, 0)
+
+    def integer_bias(self, weight: int, given: int) -> bool:
+        """Whether a bias is an integer beside a weight, as kernels read it, and an input of these bits."""
+        enough = self.read_bits is not None and weight >= self.read_bits
+        return enough or weight + given >= self.integer_bias_bits
 
     @property
     def weight_bits(self) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from bitwright.export.clips import IN_FLOAT
+from bitwright.export.onnx import NARROW
 from bitwright.speed.kernels import FLOAT_PRODUCTS, INTEGER_PRODUCTS
 
 MOVES = frozenset(
@@ -20,7 +21,6 @@ MOVES = frozenset(
 """What computes nothing."""
 BETWEEN_CODES = frozenset({"Add", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Mul", "Sigmoid", "Softmax"})
 """Operators, besides products, with an integer kernel that reads and gives codes."""
-FOUR_BITS = frozenset({ir.DataType.INT4, ir.DataType.UINT4})
 SIXTEEN_BITS = frozenset({ir.DataType.INT16, ir.DataType.UINT16})
 
 REASONS = {
@@ -142,7 +142,7 @@ def _of_weight(weight: ir.Value | None) -> str | None:
         return REASONS["scales"]
     if node is None or not _is_widened(node):
         return None
-    if _codes_type(node) in FOUR_BITS:
+    if _codes_type(node) in NARROW:
         return REASONS["four"]
     return REASONS["scales"] if node.attributes.get_int("block_size", 0) else None
 

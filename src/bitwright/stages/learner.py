@@ -12,6 +12,7 @@ from bitwright.graph.points import Point, expose
 from bitwright.graph.student import Student
 from bitwright.quant.learned import LearnedActivation, LearnedBias, LearnedWeight, Rounding
 from bitwright.quant.quantizer import BiasQuantizer, Quantizer
+from bitwright.runtimes.target import FINE
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Learner(nn.Module):
         source = node.args[0]
         assert isinstance(source, fx.Node)
         if isinstance(quantizer, BiasQuantizer):
-            self._learn_bias(node, str(source.target), variables)
+            self._learn_bias(node, str(source.target), quantizer, variables)
         elif not isinstance(quantizer, Quantizer) or not quantizer.calibrated:
             return
         elif quantizer.role == "weight":
@@ -75,10 +76,18 @@ class Learner(nn.Module):
             self.activations[key] = LearnedActivation(quantizer, learn=variables.activation_steps)
             setattr(self.graph, key, self.activations[key])
 
-    def _learn_bias(self, node: fx.Node, stored: str, variables: Variables) -> None:
+    def _learn_bias(self, node: fx.Node, stored: str, quantizer: BiasQuantizer, variables: Variables) -> None:
         if stored not in self.biases:
             self.biases[stored] = LearnedBias(rewrite.get_tensor(self.graph, stored), learn=variables.biases)
+            if quantizer.calibrated and quantizer.bits < FINE:
+                self.biases[stored].step = lambda: self._step(quantizer)
         setattr(self.graph, str(node.target), self.biases[stored])
+
+    def _step(self, bias: BiasQuantizer) -> Tensor:
+        """Of a bias, from the steps of its input and its weight as they are now."""
+        given = next((a.scale() for a in self.activations.values() if a.name == bias.source.name), bias.source.scale)
+        weight = next((w.scale() for w in self.weights.values() if w.name == bias.weight.name), bias.weight.scale)
+        return given * weight * 2.0**-bias.weight.shift
 
     def _find_biases(self, variables: Variables) -> None:
         """Biases that stay float are variables as well."""
