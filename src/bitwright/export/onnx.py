@@ -25,7 +25,8 @@ from bitwright.export.forms import rewrite_forms
 from bitwright.graph import ops, rewrite
 from bitwright.graph.explain import recorded_line
 from bitwright.graph.student import Student
-from bitwright.quant.quantizer import BiasQuantizer, Frozen, Grid, Quantizer
+from bitwright.quant.grid import Grid
+from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
 from bitwright.run.files import cannot_write, move, scratch
 from bitwright.runtimes.session import save_onnx
 
