@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,13 +21,12 @@ from bitwright.errors import UsageError
 from bitwright.graph import ops, rewrite, segments
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.student import Student, insert_quantizers
-from bitwright.graph.watch import Callback, watch
+from bitwright.graph.watch import updating, values_of, watch
 from bitwright.memory import keep_pages
 from bitwright.progress import Progress, silent
 from bitwright.quant.quantizer import BiasQuantizer, Calibration, Frozen, as_if
 from bitwright.quant.ranges import rounded_to
 from bitwright.quant.scheme import Rule, escaped
-from bitwright.quant.statistics import MeanInput
 from bitwright.sensitivity.base import Choices
 from bitwright.sensitivity.one_at_a_time import distance_of_outputs
 from bitwright.stages.base import Run
@@ -290,7 +289,7 @@ class _Patient:
     def _read_means(self) -> None:
         """Mean inputs of the float network's linear operators, for :meth:`_shift`."""
         means = mean_inputs(self.teacher.graph)
-        callbacks = {name: _updating(mean) for name, mean in means.items()}
+        callbacks = {name: updating(mean) for name, mean in means.items()}
         for batch in self.run.batches(self.images, "Reading mean inputs"):
             watch(self.teacher.graph, batch, callbacks)
         self.means = {name: mean.mean for name, mean in means.items()}
@@ -389,7 +388,7 @@ class _Patient:
         constants = dict(zip(still, segments.values(self.graph, still), strict=True))
         sums = [0.0] * len(changes)
         for batch in self.run.batches(self.images, what):
-            known = _values(self.graph, batch, kept)
+            known, _ = values_of(self.graph, batch, kept)
             theirs = list(self.teacher.graph(batch))
             for position, (change, part) in enumerate(zip(changes, parts, strict=True)):
                 operands = [*(known[n] for n in part.frontier)]
@@ -451,24 +450,6 @@ def _cheapest(after: Mapping[str, float], changes: Mapping[str, Change], close: 
     """Of the rules that come that close to the least loss, the one with the fewest bytes."""
     least = min(after.values())
     return min((r for r in after if after[r] <= least + close), key=lambda r: (changes[r].bytes, after[r]))
-
-
-def _values(graph: fx.GraphModule, batch: Tensor, names: Collection[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-
-    def keep(node: fx.Node, value: Any) -> None:
-        found[node.name] = value
-
-    callbacks: dict[str, Callback] = dict.fromkeys(names, keep)
-    watch(graph, batch, callbacks)
-    return found
-
-
-def _updating(mean: MeanInput) -> Callback:
-    def update(_: fx.Node, value: Tensor) -> None:
-        mean.update(value)
-
-    return update
 
 
 def told(found: dict[str, Any] | None) -> list[str]:

@@ -20,7 +20,7 @@ from bitwright.graph.axes import read_outputs
 from bitwright.graph.points import Point, expose, linear_points
 from bitwright.graph.readings import Reading, by_values
 from bitwright.graph.student import Student, insert_quantizers
-from bitwright.graph.watch import Callback, watch
+from bitwright.graph.watch import values_of
 from bitwright.measure.evaluation import class_scores
 from bitwright.quant.quantizer import Calibration, Quantizer, as_if
 from bitwright.sensitivity.base import Choices, Measure, Table
@@ -281,11 +281,5 @@ _OUTPUT = "output"
 
 def _values(graph: fx.GraphModule, images: Tensor, names: set[str]) -> dict[str, Any]:
     """The float network's values at some nodes, and what it returns as ``output``."""
-    found: dict[str, Any] = {}
-
-    def keep(node: fx.Node, value: Any) -> None:
-        found[node.name] = value
-
-    callbacks: dict[str, Callback] = dict.fromkeys(names, keep)
-    outputs, points = watch(graph, images, callbacks)
+    found, (outputs, points) = values_of(graph, images, names)
     return found | {_OUTPUT: (list(outputs), list(points))}

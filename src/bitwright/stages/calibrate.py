@@ -16,7 +16,7 @@ from bitwright.graph import ops, rewrite
 from bitwright.graph.capture import Captured
 from bitwright.graph.points import linear_points
 from bitwright.graph.student import Student
-from bitwright.graph.watch import Callback, watch
+from bitwright.graph.watch import updating, watch
 from bitwright.quant import shifts
 from bitwright.quant.grid import Grid
 from bitwright.quant.quantizer import BiasQuantizer, Quantizer
@@ -200,7 +200,7 @@ def _observe(
             watched[source.name].append(seen)
     for name, mean in means.items():
         watched[name].append(mean)
-    callbacks: dict[str, Callback] = {name: _updater(observers) for name, observers in watched.items()}
+    callbacks = {name: updating(*observers) for name, observers in watched.items()}
     for batch in run.batches(images, "Calibrating"):
         watch(teacher.graph, batch, callbacks)
     return statistics
@@ -209,14 +209,6 @@ def _observe(
 def _is_activation(graph: fx.GraphModule, node: fx.Node) -> bool:
     quantizer = graph.get_submodule(str(node.target))
     return isinstance(quantizer, Quantizer) and quantizer.role != "weight"
-
-
-def _updater(observers: list[Any]) -> Callback:
-    def update(_: fx.Node, value: Tensor) -> None:
-        for observer in observers:
-            observer.update(value)
-
-    return update
 
 
 def mean_inputs(graph: fx.GraphModule) -> dict[str, MeanInput]:
