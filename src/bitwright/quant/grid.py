@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ NORMAL = torch.finfo(torch.float32).tiny
 class Grid:
     """Evenly spaced values ``(code - zero_point) * scale``, one for each integer of ``bits`` bits.
 
+    A grid of another kind, for activations, is a subclass with a name of its own in :attr:`kind`, which answers the
+    same questions. It is stored, tuned (gradients pass its rounding), exported and checked as this one is, but computes
+    in float, since integer kernels know even steps alone.
+
     Example:
         >>> Grid(4, symmetric=True).levels, Grid(8).levels
         ((-8, 7), (0, 255))
@@ -29,16 +33,24 @@ class Grid:
     bits: int
     symmetric: bool = False
     """Signed codes around zero point 0. Otherwise unsigned codes with a zero point of their own."""
+    kind: ClassVar[str] = ""
+    """How a file names grids of another kind than this one."""
+    even: ClassVar[bool] = True
+    """Whether values are one step apart, as the integers of kernels are."""
+    _kinds: ClassVar[dict[str, type[Grid]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        Grid._kinds[cls.kind] = cls
 
     @classmethod
     def named(cls, name: str, bits: int, *, negative: bool = True) -> Grid:
-        """The grid that ``Scheme.activation_grid`` names, of a tensor that has negative values or none.
+        """The grid that a scheme names, of a tensor that has negative values or none.
 
         Example:
             >>> Grid.named("symmetric", 8), Grid.named("symmetric", 8, negative=False)
             (Grid(bits=8, symmetric=True), Grid(bits=8, symmetric=False))
         """
-        return cls(bits, name == "symmetric" and negative)
+        return Grid._kinds.get(name, Grid)(bits, name == "symmetric" and negative)
 
     @classmethod
     def of_weight(cls, bits: int) -> Grid:
@@ -48,7 +60,7 @@ class Grid:
     @classmethod
     def read(cls, plain: Mapping[str, Any]) -> Grid:
         """The grid that :meth:`plain` gave, among whatever else the mapping holds."""
-        return cls(plain["bits"], plain["symmetric"])
+        return Grid._kinds.get(plain.get("grid", ""), Grid)(plain["bits"], plain["symmetric"])
 
     def plain(self) -> dict[str, Any]:
         """As a file holds it.
@@ -57,11 +69,15 @@ class Grid:
             >>> Grid(4).plain(), Grid.read(Grid(4).plain()) == Grid(4)
             ({'bits': 4, 'symmetric': False}, True)
         """
-        return asdict(self)
+        return asdict(self) | ({"grid": self.kind} if self.kind else {})
 
     def with_bits(self, bits: int) -> Grid:
         """The same kind of grid with other bits."""
-        return type(self)(bits, self.symmetric)
+        return replace(self, bits=bits)
+
+    def fitted(self, name: str, *, negative: bool) -> Grid:
+        """The grid for a tensor that was seen, of those that a scheme names so; a grid of another kind stays."""
+        return self if self.kind else Grid.named(name, self.bits, negative=negative)
 
     @property
     def qmin(self) -> int:
@@ -91,7 +107,7 @@ class Grid:
     @property
     def description(self) -> str:
         """For people."""
-        return f"{self.bits} bits, {'symmetric' if self.symmetric else 'affine'}"
+        return f"{self.bits} bits, {self.kind or ('symmetric' if self.symmetric else 'affine')}"
 
     def codes(self, x: Tensor, scale: Tensor, zero_point: Tensor | float = 0.0) -> Tensor:
         """Codes of ``x``, in its shape and dtype, rounded as in :func:`affine.quantize`."""
@@ -104,6 +120,15 @@ class Grid:
     def nearest(self, x: Tensor, scale: Tensor, zero_point: Tensor | float = 0.0) -> Tensor:
         """The values of the codes of ``x``, in its shape and dtype."""
         return affine.fake_quantize(x, scale, zero_point, self.qmin, self.qmax)
+
+    def span(self, scale: float, zero_point: float = 0.0) -> tuple[float, float, float]:
+        """Lowest and highest value, and the smallest step between values.
+
+        Example:
+            >>> Grid(2).span(0.5, 1.0)
+            (-0.5, 1.0, 0.5)
+        """
+        return (self.qmin - zero_point) * scale, (self.qmax - zero_point) * scale, scale
 
     def spanning(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Scales and zero points of grids that span [low, high], with ``low <= 0 <= high``, in the shape of both.

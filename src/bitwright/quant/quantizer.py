@@ -177,10 +177,8 @@ class Quantizer(nn.Module):
 
     @property
     def span(self) -> tuple[float, float, float]:
-        """Lowest and highest value of an activation, and the step between values; the widest of several scales."""
-        scale, zero = float(self.scale.max()), float(self.zero_point[0])
-        low, high = ((code - zero) * scale for code in self.grid.levels)
-        return low, high, scale
+        """Lowest and highest value of an activation, and the step between values; of the widest of several scales."""
+        return self.grid.span(float(self.scale.max()), float(self.zero_point[0]))
 
     def spanning(self, low: float, high: float, bits: int) -> Calibration:
         """What it would have with other bits and one scale for [low, high], with ``low <= 0 <= high``."""

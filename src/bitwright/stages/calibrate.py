@@ -18,7 +18,6 @@ from bitwright.graph.points import linear_points
 from bitwright.graph.student import Student
 from bitwright.graph.watch import updating, watch
 from bitwright.quant import shifts
-from bitwright.quant.grid import Grid
 from bitwright.quant.quantizer import BiasQuantizer, Quantizer
 from bitwright.quant.ranges import RangeMethod, activation_range, spread_ratio, weight_scale
 from bitwright.quant.statistics import MeanInput, Statistics
@@ -128,8 +127,7 @@ class Calibrate(Stage):
     def _set_activations(self, student: Student, statistics: dict[str, Statistics]) -> None:
         for key, seen in statistics.items():
             quantizer = student.quantizer(key)
-            named, bits = student.scheme.activation_grid, quantizer.grid.bits
-            quantizer.grid = Grid.named(named, bits, negative=seen.minimum < 0)
+            quantizer.grid = quantizer.grid.fitted(student.scheme.activation_grid, negative=seen.minimum < 0)
             low, high = activation_range(
                 seen, quantizer.grid, self.activations, percentile=self.percentile, power=self.activation_power
             )
