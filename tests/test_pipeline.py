@@ -104,7 +104,7 @@ def test_a_resumed_run_knows_what_the_finished_stages_left(broken: Path) -> None
     run_stages(RECIPE, insert_quantizers(prepared("residual"), SCHEME), prepared("residual"), dataset(6), whole)
     assert [kind for kind, _ in record.history] == [kind for kind, _ in whole.history] == ["calibrate", "test-shake"]
     for (_, resumed), (_, run_through) in zip(record.history, whole.history, strict=True):
-        assert resumed.symmetric == run_through.symmetric
+        assert resumed.grids == run_through.grids
         assert all(torch.equal(resumed.tensors[k], v) for k, v in run_through.tensors.items())
 
 

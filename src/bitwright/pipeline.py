@@ -18,6 +18,7 @@ from bitwright.given.images import Images
 from bitwright.graph.capture import Captured
 from bitwright.graph.student import Snapshot, Student
 from bitwright.memory import keep_pages
+from bitwright.quant.grid import Grid
 from bitwright.recipes import Recipe
 from bitwright.run import checkpoint
 from bitwright.run.record import StageRecord
@@ -120,7 +121,8 @@ def _check_finite(student: Student, teacher: Captured) -> None:
 
 def _keep(snapshot: Snapshot, state: Path, position: int, kind: str, run: Run, identity: str) -> None:
     """Writes the checkpoint of a stage."""
-    header = {"kind": kind, "identity": identity, "symmetric": json.dumps(snapshot.symmetric)}
+    grids = {key: grid.plain() for key, grid in snapshot.grids.items()}
+    header = {"kind": kind, "identity": identity, "grids": json.dumps(grids)}
     records = [record.model_dump(mode="json") for record in run.records]
     header |= {"records": json.dumps(records), "seconds": json.dumps(run.seconds)}
     checkpoint.write(_path(state, position), snapshot.tensors, header)
@@ -132,12 +134,12 @@ def _restore(student: Student, state: Path, position: int, run: Run, identity: s
     if kept is None:
         return False
     header, tensors = kept
-    if header.get("identity") != identity:
+    if header.get("identity") != identity or "grids" not in header:
         raise other_settings(state)
     for name, tensor in tensors.items():
         if tensor.dim() == 4:
             tensors[name] = tensor.contiguous(memory_format=torch.channels_last)
-    snapshot = Snapshot(tensors, json.loads(header["symmetric"]))
+    snapshot = Snapshot(tensors, {key: Grid.read(plain) for key, plain in json.loads(header["grids"]).items()})
     student.restore(snapshot)
     run.history.append((header["kind"], snapshot))
     records = json.loads(header["records"])

@@ -9,7 +9,8 @@ from torch import nn
 import bitwright as bw
 from bitwright.export.layers import Passing, compare_layer, compare_layers
 from bitwright.export.onnx import to_onnx
-from bitwright.quant.quantizer import Grid, Quantizer
+from bitwright.quant.grid import Grid
+from bitwright.quant.quantizer import Quantizer
 
 POOLINGS = [
     nn.AvgPool2d(2),

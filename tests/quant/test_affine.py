@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bitwright.quant import affine
-from bitwright.quant.quantizer import Grid
+from bitwright.quant.grid import Grid
 
 
 def one(x: float, scale: float, zero: int, qmin: int, qmax: int) -> float:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bitwright.quant.grid import Grid
 from bitwright.quant.learned import (
     LearnedActivation,
     LearnedBias,
@@ -18,7 +19,7 @@ from bitwright.quant.learned import (
     rectified_sigmoid,
     rounding_regularizer,
 )
-from bitwright.quant.quantizer import Grid, Quantizer
+from bitwright.quant.quantizer import Quantizer
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from bitwright.quant.grid import Grid
 from bitwright.quant.optq import compensate
 
 QMIN, QMAX = -4, 3
+GRID4 = Grid(4, symmetric=True)
 
 
 def problem(
@@ -59,7 +61,7 @@ def descending(hessian: Tensor) -> list[int]:
 def test_equals_obq_with_its_order_forced(seed: int, ordered: bool, damping: float) -> None:
     weight, inputs, scale = problem(seed)
     hessian = gram(inputs)
-    found = compensate(weight, hessian, scale, QMIN, QMAX, damping=damping, ordered=ordered)
+    found = compensate(weight, hessian, scale, to_nearest, damping=damping, ordered=ordered)
     for g in range(len(weight)):
         order = descending(hessian[g]) if ordered else list(range(9))
         expected = obq(weight[g], hessian[g], scale[g], order, damping)
@@ -72,7 +74,7 @@ def test_equals_obq_with_its_order_forced(seed: int, ordered: bool, damping: flo
 def test_the_first_column_is_left_and_the_last_makes_up_for_all_others() -> None:
     """Without damping, what is left of the last weight is the least-squares answer to the error of the others."""
     weight, inputs, scale = problem(3, groups=1)
-    found = compensate(weight, gram(inputs), scale, QMIN, QMAX, damping=0.0, ordered=False)
+    found = compensate(weight, gram(inputs), scale, to_nearest, damping=0.0, ordered=False)
     assert torch.equal(found[..., 0], weight[..., 0])
     x = inputs[0].double()
     error = x[:, :-1] @ (weight - to_nearest(found, scale))[0, :, :-1].double().T
@@ -83,9 +85,9 @@ def test_the_first_column_is_left_and_the_last_makes_up_for_all_others() -> None
 def test_two_columns_by_hand() -> None:
     hessian = torch.tensor([[[2.0, 1.0], [1.0, 4.0]]])
     weight = torch.tensor([[[0.4, 0.3]]])
-    found = compensate(weight, hessian, torch.ones(1, 1, 1), -8, 7, damping=0.0, ordered=False)
+    found = compensate(weight, hessian, torch.ones(1, 1, 1), GRID4.nearest, damping=0.0, ordered=False)
     assert found[0, 0].tolist() == pytest.approx([0.4, 0.3 + 0.4 * 1 / 4])  # e = 0.4, moved by h_12 / h_22
-    swapped = compensate(weight, hessian, torch.ones(1, 1, 1), -8, 7, damping=0.0)
+    swapped = compensate(weight, hessian, torch.ones(1, 1, 1), GRID4.nearest, damping=0.0)
     assert swapped[0, 0].tolist() == pytest.approx([0.4 + 0.3 * 1 / 2, 0.3])  # the larger diagonal goes first
 
 
@@ -93,14 +95,14 @@ def test_two_columns_by_hand() -> None:
 def test_inputs_without_correlation_give_rounding_to_nearest(ordered: bool) -> None:
     weight, _, scale = problem(4)
     hessian = torch.diag_embed(torch.rand(2, 9, generator=torch.Generator().manual_seed(4)) + 0.1)
-    assert torch.equal(compensate(weight, hessian, scale, QMIN, QMAX, ordered=ordered), weight)
+    assert torch.equal(compensate(weight, hessian, scale, to_nearest, ordered=ordered), weight)
 
 
 def test_output_error_is_lower_and_weight_error_higher_than_of_rounding() -> None:
     output, weights = [], []
     for seed in range(40):
         weight, inputs, scale = problem(seed, groups=1)
-        found = to_nearest(compensate(weight, gram(inputs), scale, QMIN, QMAX), scale)
+        found = to_nearest(compensate(weight, gram(inputs), scale, to_nearest), scale)
         nearest = to_nearest(weight, scale)
         output.append(
             float(((weight - found) @ inputs.mT).square().sum() / ((weight - nearest) @ inputs.mT).square().sum())
@@ -117,7 +119,10 @@ def test_order_of_large_inputs_first_does_better_on_average() -> None:
     for seed in range(60):
         weight, inputs, scale = problem(seed, groups=1, columns=12)
         ordered, straight = (
-            ((weight - to_nearest(compensate(weight, gram(inputs), scale, -8, 7, ordered=o), scale)) @ inputs.mT)
+            (
+                (weight - to_nearest(compensate(weight, gram(inputs), scale, GRID4.nearest, ordered=o), scale))
+                @ inputs.mT
+            )
             .square()
             .sum()
             for o in (True, False)
@@ -131,24 +136,24 @@ def test_order_of_large_inputs_first_does_better_on_average() -> None:
 def test_collected_updates_change_nothing(lazy: int, ordered: bool) -> None:
     weight, inputs, scale = problem(5)
     settings = {"damping": 0.01, "ordered": ordered}
-    found = compensate(weight, gram(inputs), scale, QMIN, QMAX, lazy=lazy, **settings)
-    expected = compensate(weight, gram(inputs), scale, QMIN, QMAX, lazy=4, **settings)
+    found = compensate(weight, gram(inputs), scale, to_nearest, lazy=lazy, **settings)
+    expected = compensate(weight, gram(inputs), scale, to_nearest, lazy=4, **settings)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_groups_are_problems_of_their_own() -> None:
     weight, inputs, scale = problem(6, groups=3)
-    found = compensate(weight, gram(inputs), scale, QMIN, QMAX)
+    found = compensate(weight, gram(inputs), scale, to_nearest)
     for g in range(3):
-        alone = compensate(weight[g : g + 1], gram(inputs[g : g + 1]), scale[g : g + 1], QMIN, QMAX)
+        alone = compensate(weight[g : g + 1], gram(inputs[g : g + 1]), scale[g : g + 1], to_nearest)
         torch.testing.assert_close(found[g : g + 1], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_rows_do_not_see_each_other() -> None:
     weight, inputs, scale = problem(7, groups=1)
-    found = compensate(weight, gram(inputs), scale, QMIN, QMAX)
+    found = compensate(weight, gram(inputs), scale, to_nearest)
     for r in range(weight.shape[1]):
-        alone = compensate(weight[:, r : r + 1], gram(inputs), scale[:, r : r + 1], QMIN, QMAX)
+        alone = compensate(weight[:, r : r + 1], gram(inputs), scale[:, r : r + 1], to_nearest)
         torch.testing.assert_close(found[:, r : r + 1], alone, rtol=1e-4, atol=1e-5)
 
 
@@ -156,14 +161,14 @@ def test_columns_in_another_order_are_the_same_columns() -> None:
     """Ordered by their inputs, it does not matter how they came."""
     weight, inputs, scale = problem(8, groups=1)
     shuffled = torch.randperm(9, generator=torch.Generator().manual_seed(8))
-    found = compensate(weight[..., shuffled], gram(inputs[..., shuffled]), scale, QMIN, QMAX)
-    torch.testing.assert_close(found, compensate(weight, gram(inputs), scale, QMIN, QMAX)[..., shuffled])
+    found = compensate(weight[..., shuffled], gram(inputs[..., shuffled]), scale, to_nearest)
+    torch.testing.assert_close(found, compensate(weight, gram(inputs), scale, to_nearest)[..., shuffled])
 
 
 def test_every_column_may_have_a_step_of_its_own() -> None:
     weight, inputs, _ = problem(9, groups=1)
     steps = 0.2 + 0.3 * torch.rand(1, 5, 3, generator=torch.Generator().manual_seed(9)).repeat_interleave(3, 2)
-    found = compensate(weight, gram(inputs), steps, QMIN, QMAX, ordered=False, damping=0.01)
+    found = compensate(weight, gram(inputs), steps, to_nearest, ordered=False, damping=0.01)
     w, damped = weight[0].double().clone(), gram(inputs)[0]
     damped = damped + 0.01 * damped.diagonal().mean() * torch.eye(9, dtype=torch.float64)
     for j in range(9):  # an update with the inverse of what is left
@@ -177,7 +182,7 @@ def test_every_column_may_have_a_step_of_its_own() -> None:
 def test_fewer_inputs_than_columns(rank: int) -> None:
     for seed, damping in itertools.product(range(5), (0.01, 1e-4)):
         weight, inputs, scale = problem(seed, samples=rank)
-        found = compensate(weight, gram(inputs), scale, -100, 100, damping=damping)
+        found = compensate(weight, gram(inputs), scale, Grid(8, symmetric=True).nearest, damping=damping)
         assert bool(torch.isfinite(found).all())
         q, nearest = (w.div(scale).round().mul(scale) for w in (found, weight))
         assert float(((weight - q) @ inputs.mT).square().sum()) < float(((weight - nearest) @ inputs.mT).square().sum())
@@ -186,7 +191,7 @@ def test_fewer_inputs_than_columns(rank: int) -> None:
 def test_no_inputs_at_all_give_rounding_to_nearest() -> None:
     weight, _, scale = problem(0)
     for damping in (0.0, 0.01):
-        assert torch.equal(compensate(weight, torch.zeros(2, 9, 9), scale, QMIN, QMAX, damping=damping), weight)
+        assert torch.equal(compensate(weight, torch.zeros(2, 9, 9), scale, to_nearest, damping=damping), weight)
 
 
 @pytest.mark.parametrize("ordered", [True, False])
@@ -196,17 +201,17 @@ def test_dead_inputs_change_nothing_for_the_others(size: float, ordered: bool) -
     alive = torch.tensor([0, 2, 3, 5, 6, 8])
     dead = inputs.clone()
     dead[..., [1, 4, 7]] = 0
-    found = compensate(weight, size * gram(dead), scale, QMIN, QMAX, ordered=ordered)
-    alone = compensate(weight[..., alive], gram(inputs[..., alive]), scale, QMIN, QMAX, ordered=ordered)
+    found = compensate(weight, size * gram(dead), scale, to_nearest, ordered=ordered)
+    alone = compensate(weight[..., alive], gram(inputs[..., alive]), scale, to_nearest, ordered=ordered)
     torch.testing.assert_close(found[..., alive], alone, rtol=1e-4, atol=1e-5)
     assert torch.equal(found[..., [1, 4, 7]], weight[..., [1, 4, 7]])
 
 
 def test_the_size_of_the_inputs_does_not_matter() -> None:
     weight, inputs, scale = problem(2)
-    expected = compensate(weight, gram(inputs), scale, QMIN, QMAX)
+    expected = compensate(weight, gram(inputs), scale, to_nearest)
     for size in (1e-8, 1e8):
-        torch.testing.assert_close(compensate(weight, size * gram(inputs), scale, QMIN, QMAX), expected)
+        torch.testing.assert_close(compensate(weight, size * gram(inputs), scale, to_nearest), expected)
 
 
 def test_a_matrix_that_is_not_positive_definite_is_damped_until_it_is() -> None:
@@ -215,7 +220,7 @@ def test_a_matrix_that_is_not_positive_definite_is_damped_until_it_is() -> None:
     values, vectors = torch.linalg.eigh(hessian[0])
     values[0] = -1e-3 * values[-1]
     broken = (vectors @ values.diag() @ vectors.T).unsqueeze(0)
-    found = compensate(weight, broken, scale, QMIN, QMAX, damping=1e-6)
+    found = compensate(weight, broken, scale, to_nearest, damping=1e-6)
     assert bool(torch.isfinite(found).all())
     assert not torch.equal(to_nearest(found, scale), to_nearest(weight, scale))
 
@@ -225,5 +230,5 @@ def test_what_it_is_given_stays() -> None:
     hessian = gram(inputs)
     hessian[:, 0], hessian[:, :, 0] = 0, 0
     before = weight.clone(), hessian.clone(), scale.clone()
-    compensate(weight, hessian, scale, QMIN, QMAX)
+    compensate(weight, hessian, scale, to_nearest)
     assert all(torch.equal(a, b) for a, b in zip((weight, hessian, scale), before, strict=True))

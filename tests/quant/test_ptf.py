@@ -8,9 +8,10 @@ from torch import Tensor
 
 from bitwright.errors import UsageError
 from bitwright.quant import affine
+from bitwright.quant.grid import Grid
 from bitwright.quant.learned import LearnedActivation
 from bitwright.quant.ptf import FactorErrors
-from bitwright.quant.quantizer import Grid, Quantizer
+from bitwright.quant.quantizer import Quantizer
 
 SPREADS = torch.tensor([0.0, 0.02, 0.1, 0.3, 1.0, 4.0])
 

@@ -11,7 +11,8 @@ from bitwright.errors import UsageError
 from bitwright.graph.capture import capture
 from bitwright.graph.prepare import prepare
 from bitwright.graph.student import insert_quantizers
-from bitwright.quant.quantizer import BiasQuantizer, Frozen, Grid, Quantizer
+from bitwright.quant.grid import Grid
+from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
 from bitwright.quant.scheme import Scheme
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from bitwright.quant import affine
-from bitwright.quant.quantizer import Grid
-from bitwright.quant.ranges import activation_range, affine_parameters, minmax_scale, weight_scale
+from bitwright.quant.grid import Grid
+from bitwright.quant.ranges import activation_range, weight_scale
 from bitwright.quant.statistics import Statistics
 
 
@@ -45,7 +45,7 @@ ROWS = {
 def test_mse_steps_are_as_good_as_a_dense_search(name: str, bits: int) -> None:
     rows, grid = ROWS[name], Grid(bits, symmetric=True)
     steps = weight_scale(rows, grid, (1, rows.shape[1]))
-    simple = minmax_scale(rows.abs().amax(1), grid)
+    simple = weight_scale(rows, grid, (1, rows.shape[1]), "minmax")
     for row, step, plain in zip(rows, steps, simple, strict=True):
         found = weight_error(row, step, grid)
         assert found <= weight_error(row, plain, grid) * (1 + 1e-6)
@@ -58,7 +58,7 @@ def test_mse_of_nine_weights_is_no_worse_than_minmax() -> None:
     rows = torch.randn(100, 9, generator=generator(4))
     for bits in range(2, 9):
         grid = Grid(bits, symmetric=True)
-        steps, plain = weight_scale(rows, grid, (1, 9)), minmax_scale(rows.abs().amax(1), grid)
+        steps, plain = weight_scale(rows, grid, (1, 9)), weight_scale(rows, grid, (1, rows.shape[1]), "minmax")
         found = [weight_error(r, s, grid) for r, s in zip(rows, steps, strict=True)]
         simple = [weight_error(r, s, grid) for r, s in zip(rows, plain, strict=True)]
         assert all(a <= b * (1 + 1e-6) for a, b in zip(found, simple, strict=True))
@@ -197,7 +197,7 @@ def test_intervals_contain_zero_and_zero_is_exact(shift: float, bits: int, metho
     x, grid = torch.randn(1000, generator=generator(16)) + shift, Grid(bits)
     low, high = activation_range(seen(x), grid, method)
     assert low <= 0 <= high
-    step, zero = affine_parameters(torch.tensor(low), torch.tensor(high), grid)
+    step, zero = grid.spanning(torch.tensor(low), torch.tensor(high))
     assert float(affine.fake_quantize(torch.zeros(1), step, zero, grid.qmin, grid.qmax)) == 0
     assert grid.qmin <= float(zero) <= grid.qmax
     assert float(zero) == round(float(zero))
@@ -226,7 +226,7 @@ def test_percentile_of_activations() -> None:
 def test_constant_tensors(value: float, method: str) -> None:
     x, grid = torch.full((4, 50), value), Grid(8)
     low, high = activation_range(seen(x), grid, method)
-    step, zero = affine_parameters(torch.tensor(low), torch.tensor(high), grid)
+    step, zero = grid.spanning(torch.tensor(low), torch.tensor(high))
     assert bool(torch.isfinite(step)) and float(step) > 0  # noqa: PT018
     found = affine.fake_quantize(x, step, zero, 0, 255)
     assert float((found - x).abs().max()) <= abs(value) / 200
@@ -241,9 +241,9 @@ def test_one_outlier_does_not_take_the_grid(method: str) -> None:
     assert 1 < high < 12
 
 
-def test_affine_parameters_closed_form() -> None:
-    step, zero = affine_parameters(torch.tensor([-1.0, 0.0, 0.0]), torch.tensor([3.0, 2.0, 0.0]), Grid(4))
+def test_spanning_closed_form() -> None:
+    step, zero = Grid(4).spanning(torch.tensor([-1.0, 0.0, 0.0]), torch.tensor([3.0, 2.0, 0.0]))
     assert step.tolist() == pytest.approx([4 / 15, 2 / 15, 1.0])
     assert zero.tolist() == [round(15 / 4), 0, 0]
-    step, zero = affine_parameters(torch.tensor([-1.0]), torch.tensor([3.0]), Grid(4, symmetric=True))
+    step, zero = Grid(4, symmetric=True).spanning(torch.tensor([-1.0]), torch.tensor([3.0]))
     assert (step.tolist(), zero.tolist()) == (pytest.approx([3 / 7.5]), [0])

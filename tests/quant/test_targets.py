@@ -11,7 +11,8 @@ from bitwright.export.onnx import to_onnx
 from bitwright.export.parity import check_parity
 from bitwright.graph.student import insert_quantizers
 from bitwright.quant import affine, shifts
-from bitwright.quant.quantizer import BiasQuantizer, Grid, Quantizer
+from bitwright.quant.grid import Grid
+from bitwright.quant.quantizer import BiasQuantizer, Quantizer
 from bitwright.quant.scheme import Rule, Scheme
 from bitwright.quant.statistics import Statistics
 from bitwright.runtimes import RUNTIMES, target

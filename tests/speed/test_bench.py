@@ -10,7 +10,7 @@ import cases
 import pytest
 
 import bitwright as bw
-from bitwright import cli, runtimes
+from bitwright import cli, runtimes, words
 from bitwright.errors import BitwrightError, UsageError
 from bitwright.runtimes.onnxruntime import ONNXRUNTIME
 from bitwright.runtimes.openvino import OPENVINO
@@ -170,11 +170,9 @@ def test_command_refuses_wrong_options(run, given, capsys):
 
 
 def test_a_speed_is_claimed_only_where_the_spread_allows_it():
-    from bitwright.cli.bench import verdict
-
     for low, median, high in ((0.9, 0.95, 1.0), (0.5, 1.2, 1.4), (1.0, 1.0, 1.0)):
-        assert verdict({"low": low, "median": median, "high": high}) == "no clear difference"
+        assert words.faster({"low": low, "median": median, "high": high}) == "no clear difference"
     for factor in (1.5, 4.0):
-        assert verdict({"low": factor, "median": factor, "high": factor}) == f"{factor:.2f} times as slow"
-        faster = dict.fromkeys(("low", "median", "high"), 1 / factor)
-        assert verdict(faster) == f"{factor:.2f} times as fast"
+        assert words.faster({"low": factor, "median": factor, "high": factor}) == f"{factor:.2f} times as slow"
+        quick = dict.fromkeys(("low", "median", "high"), 1 / factor)
+        assert words.faster(quick) == f"{factor:.2f} times as fast"

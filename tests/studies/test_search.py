@@ -10,7 +10,8 @@ from cases import dataset, make
 
 from bitwright.errors import UsageError
 from bitwright.given.models import Model
-from bitwright.quant.quantizer import Grid, Quantizer
+from bitwright.quant.grid import Grid
+from bitwright.quant.quantizer import Quantizer
 from bitwright.quant.scheme import Scheme
 from bitwright.recipes import recipe
 from bitwright.stages.base import Run

@@ -273,15 +273,8 @@ def _stored(student: Student) -> tuple[dict[str, int], int]:
                 biases[str(user.target)] = 4 * tensor.numel()
             else:
                 floats[str(node.target)] = tensor.numel() * tensor.element_size()
-    scales = sum(4 * _scales(m) for m in student.graph.modules() if isinstance(m, Quantizer))
+    scales = sum(4 * m.blocks for m in student.graph.modules() if isinstance(m, Quantizer))
     return sizes, sum(floats.values()) + sum(biases.values()) + scales
-
-
-def _scales(quantizer: Quantizer) -> int:
-    count = 1
-    for extent, block in zip(quantizer.shape, quantizer.block or quantizer.shape, strict=True):
-        count *= -(-extent // block)
-    return count
 
 
 def overhead_bytes(student: Student) -> int:
@@ -300,9 +293,8 @@ def overhead_bytes(student: Student) -> int:
     for quantizer in quantizers(empty.graph):
         quantizer.block = quantizer.block and tuple(1 for _ in quantizer.block)
         quantizer.shape = tuple(1 for _ in quantizer.shape)
-        middle = torch.tensor([float(1 << (quantizer.grid.bits - 1))])
-        quantizer.set_range(torch.ones(1), None if quantizer.grid.symmetric else middle)
-        zeros += 0 if quantizer.grid.symmetric else 4  # the file keeps zero points in its description
+        quantizer.set_range(torch.ones(1), quantizer.grid.middle)
+        zeros += 4 if quantizer.grid.has_zero_point else 0  # the file keeps zero points in its description
     empty.freeze()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "empty"

@@ -11,7 +11,7 @@ import hashlib
 import json
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -83,7 +83,7 @@ def measure_latencies(
     Args:
         student: with quantizers, not frozen.
         images: one at least; they give the shapes.
-        weights: bits offered, as in :func:`bitwright.allocation.variables_of`.
+        weights: bits offered, as in :func:`bitwright.bits.costs.variables_of`.
         activations: likewise.
         threads: of the runtime.
         batch: images in one call; the seconds are those of the call.
@@ -102,6 +102,26 @@ def measure_latencies(
     parts = parts_of(student, _batch(images, batch))
     pairs = [_pairs(student, variables, part) for part in parts]
     timer = _Timer(student, threads, measure or partial(in_turn, seconds=seconds), _Store(folder, threads))
+    found = _timed(timer, parts, pairs, progress)
+    table = {
+        part.layer.name: {bits: found[part.piece][kernel] for bits, kernel in by_bits.items()}
+        for part, by_bits in zip(parts, pairs, strict=True)
+    }
+    facts = {
+        **timer.store.about,
+        "batch": batch,
+        "layers": len(parts),
+        "different_layers": len(found),
+        "files_timed": timer.timed,
+        "float_seconds": sum(found[part.piece][FLOAT] for part in parts),
+    }
+    return Latencies(table, facts)
+
+
+def _timed(
+    timer: _Timer, parts: Sequence[Part], pairs: Sequence[Mapping[tuple[int, int], Kernel]], progress: Progress
+) -> dict[Piece, dict[Kernel, float]]:
+    """Seconds of all kernels of every different piece, each timed at its first layer."""
     wanted: dict[Piece, dict[Kernel, None]] = {}
     for part, by_bits in zip(parts, pairs, strict=True):
         wanted.setdefault(part.piece, {}).update(dict.fromkeys(by_bits.values()))
@@ -111,19 +131,7 @@ def measure_latencies(
         progress("Timing layers", done, len(wanted), examples[piece].layer.name)
         found[piece] = timer.seconds(examples[piece], list(kernels))
     progress("Timing layers", len(wanted), len(wanted))
-    table = {
-        part.layer.name: {bits: found[part.piece][kernel] for bits, kernel in by_bits.items()}
-        for part, by_bits in zip(parts, pairs, strict=True)
-    }
-    facts = {
-        **timer.store.about,
-        "batch": batch,
-        "layers": len(parts),
-        "different_layers": len(wanted),
-        "files_timed": timer.timed,
-        "float_seconds": sum(found[part.piece][FLOAT] for part in parts),
-    }
-    return Latencies(table, facts)
+    return found
 
 
 def compare_with_network(

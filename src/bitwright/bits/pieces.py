@@ -19,7 +19,8 @@ from bitwright.graph.layer import Layer
 from bitwright.graph.place import Placement, place
 from bitwright.graph.student import Student, insert_quantizers
 from bitwright.graph.watch import watch
-from bitwright.quant.quantizer import Grid, Quantizer
+from bitwright.quant.grid import Grid
+from bitwright.quant.quantizer import Quantizer
 from bitwright.quant.scheme import Granularity, Scheme
 from bitwright.runtimes.target import CLAMPING, Target
 from bitwright.speed.float_twin import float_twin
@@ -239,14 +240,10 @@ def _give_scales(student: Student, piece: Piece) -> None:
 
 def give_scale(quantizer: Quantizer, *, clamped: bool) -> None:
     """A made-up scale, the same for all blocks, and a zero point in the middle; at the end where it was clamped."""
-    count = 1
-    for extent, size in zip(quantizer.shape, quantizer.block or quantizer.shape, strict=True):
-        count *= -(-extent // size)
+    bits = quantizer.grid.bits
     if clamped:
-        quantizer.grid = Grid(quantizer.grid.bits)
-    middle = torch.tensor([0.0 if clamped else float(1 << (quantizer.grid.bits - 1))])
-    scale = torch.full((count,), 2.0**-quantizer.grid.bits)
-    quantizer.set_range(scale, None if quantizer.grid.symmetric else middle)
+        quantizer.grid = Grid(bits)
+    quantizer.set_range(torch.full((quantizer.blocks,), 2.0**-bits), None if clamped else quantizer.grid.middle)
 
 
 def _open_borders(program: ir.Model) -> None:

@@ -237,7 +237,6 @@ def _weight_plan(model: Student, key: str, bits: Mapping[str, int]) -> WeightPla
         bits=bits.get(key, quantizer.grid.bits),
         granularity=quantizer.granularity,  # type: ignore[arg-type]
         group_size=quantizer.group_size,
-        symmetric=quantizer.grid.symmetric,
     )
 
 

@@ -247,10 +247,7 @@ def plan_bits(
         "max_total_size": max_total_size,
     }
     check_instead(scheme, {}, rules, runtime)
-    alone("goal", goal, {**{name: (value, (None,)) for name, value in limits.items()}, **_bits(weights, activations)})
-    alone("goal", goal, {"measure": (measure, (MEASURE,))})
-    goal = goal or Goal.parse(**limits, weights=weights, activations=activations, measure=measure)
-    check(goal)
+    goal = _wanted(goal, limits, weights, activations, measure)
     along = None if by is None else _cost(by)
     network = inputs.as_model(model, preprocessing)
     scheme = scheme or Scheme(runtime=runtime, rules=tuple(r if isinstance(r, Rule) else Rule.parse(r) for r in rules))
@@ -273,8 +270,14 @@ def check_instead(scheme: Scheme | None, bits: dict[str, Any], rules: Sequence[A
     alone("scheme", scheme, {**bits, "rules": (tuple(rules), ((),)), "runtime": (runtime, ("onnxruntime",))})
 
 
-def _bits(weights: Any, activations: Any) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    return {"weights": (weights, (None, "auto")), "activations": (activations, (8, "auto"))}
+def _wanted(goal: Goal | None, limits: dict[str, Any], weights: Any, activations: Any, measure: str) -> Goal:
+    """The goal that was given, or that of the arguments that were given instead."""
+    bits = {"weights": (weights, (None, "auto")), "activations": (activations, (8, "auto"))}
+    alone("goal", goal, {**{name: (value, (None,)) for name, value in limits.items()}, **bits})
+    alone("goal", goal, {"measure": (measure, (MEASURE,))})
+    goal = goal or Goal.parse(**limits, weights=weights, activations=activations, measure=measure)
+    check(goal)
+    return goal
 
 
 def check(goal: Goal) -> None:
@@ -325,27 +328,17 @@ def planned(
     Raises:
         UsageError: the limits cannot be met; one line says what is reachable, and why no more is.
     """
-    if samples is not None:
-        samples = whole("samples", samples, least=1)
-    if whole("points", points, least=0) < 2 and points != 0:
-        raise UsageError(f"Expected at least 2 points of the curve, found {points}.")
+    samples = _checked(samples, points)
     student, variables = _open(teacher, scheme, goal)
     some = images.sample(min(samples or affordable(student, variables), len(images)), seed=0).unlabelled()
-    teacher.graph.to(run.device)
     measured = _measure(teacher, scheme, some, goal, variables, method, run, folder)
-    teacher.graph.to("cpu")
     timing = None
     if latency is None and (goal.max_latency is not None or along == "latency"):
         latency, timing = _timed(student, some, goal, run, folder)
-    table = latency(student) if callable(latency) else latency
+    latency = latency(student) if callable(latency) else latency
     run.progress("Planning", 0, 0)
     losses = _losses(measured, variables)
-    with warnings.catch_warnings():
-        if measured.notes:  # they say why
-            warnings.filterwarnings("ignore", message="Losses that are not finite")
-        problem = problem_of(
-            student, losses, weights=goal.weights, activations=goal.activations or ACTIVATION_BITS, latency=table
-        )
+    problem = _problem(student, losses, goal, latency, explained=bool(measured.notes))
     float_bytes = 4 * totals(student)["parameters"]
     limits = goal.limits(float_bytes)
     uniform = _uniform(problem, variables, goal)
@@ -366,6 +359,14 @@ def planned(
         losses=losses,
         measured=measured,
     )
+
+
+def _checked(samples: int | None, points: int) -> int | None:
+    """The number of images, once both numbers are known to be in range."""
+    samples = None if samples is None else whole("samples", samples, least=1)
+    if whole("points", points, least=0) < 2 and points != 0:
+        raise UsageError(f"Expected at least 2 points of the curve, found {points}.")
+    return samples
 
 
 def decide(
@@ -490,6 +491,7 @@ def _measure(
     folder: Path | None,
 ) -> Measured:
     """Tables of weights and of activations, so that other bits of one let the other be used again."""
+    teacher.graph.to(run.device)
     first: Measure = MEASURES[goal.measure]()
     measures = (first, first if goal.measure in WITH_ACTIVATIONS else MeasuredLoss())
     found, fresh = [], False
@@ -503,6 +505,7 @@ def _measure(
             predicted_losses(watched, teacher, images, choices, run, folder) if bits else Table(goal.measure, {})
         )
         fresh |= watched.asked
+    teacher.graph.to("cpu")
     notes = [note for table in found for note in table.notes]
     several = any(v.kind == "activation" and len(v.options) > 1 for v in variables.values())
     if goal.measure in OTHER_SCALE and several:
@@ -541,6 +544,16 @@ def _losses(measured: Measured, variables: Mapping[str, Variable]) -> Losses:
 
 
 # -------------------------------------------------------------------------------------------------- allocating
+
+
+def _problem(student: Student, losses: Losses, goal: Goal, latency: Latency | None, *, explained: bool) -> Problem:
+    """The integer program of a goal; losses that are not finite are warned of unless a note explains them."""
+    with warnings.catch_warnings():
+        if explained:
+            warnings.filterwarnings("ignore", message="Losses that are not finite")
+        return problem_of(
+            student, losses, weights=goal.weights, activations=goal.activations or ACTIVATION_BITS, latency=latency
+        )
 
 
 def _within(problem: Problem, limits: Mapping[str, float], goal: Goal, float_bytes: int) -> Solution:

@@ -167,16 +167,19 @@ def smallest(
         ],
     }
     if search.index is None:
-        value = search.tried[len(curve) - 1]
-        low, high = _interval(value, held_out)
-        raise UsageError(
-            f"Expected at most {100 * drop:g} % of answers to change; the largest plan "
-            f"({amount(_size(curve[-1])['weight_bytes'], 'B')}) changes {100 * (1 - value):.2f} % of {len(held_out)} "
-            f"held-out images (95 %: {100 * (1 - high):.2f} to {100 * (1 - low):.2f}). Allow a larger max_drop=, or "
-            "more bits (weights=, activations=)."
-        )
+        raise _out_of_reach(drop, curve[-1], search.tried[len(curve) - 1], held_out)
     found = search.tried[search.index]
     return curve[search.index], {"agreement": found, "interval": _interval(found, held_out), **estimate}
+
+
+def _out_of_reach(drop: float, largest: Plan, agreement: float, held_out: Images) -> UsageError:
+    low, high = _interval(agreement, held_out)
+    return UsageError(
+        f"Expected at most {100 * drop:g} % of answers to change; the largest plan "
+        f"({amount(_size(largest)['weight_bytes'], 'B')}) changes {100 * (1 - agreement):.2f} % of {len(held_out)} "
+        f"held-out images (95 %: {100 * (1 - high):.2f} to {100 * (1 - low):.2f}). Allow a larger max_drop=, or "
+        "more bits (weights=, activations=)."
+    )
 
 
 def _agreement(

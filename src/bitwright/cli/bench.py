@@ -64,11 +64,11 @@ def views(found: dict[str, Any]) -> list[RenderableType]:
             row["runtime"],
             str(row["threads"]),
             str(row["batch"]),
-            milliseconds(row["float"]),
-            milliseconds(row["quantized"]),
+            words.spread(row["float"]),
+            words.spread(row["quantized"]),
             f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
             f"{words.size(row['float']['above_start_bytes'])}, {words.size(row['quantized']['above_start_bytes'])}",
-            verdict(ratio),
+            words.faster(ratio),
         )
     lines: list[RenderableType] = [
         made,
@@ -99,28 +99,3 @@ def float_table(operators: list[dict[str, Any]]) -> RenderableType:
     for each in operators:
         made.add_row(each["operator"], str(each["count"]), each["reason"])
     return made
-
-
-def milliseconds(times: dict[str, Any]) -> str:
-    """Median and quartiles.
-
-    Example:
-        >>> milliseconds({"median": 0.0125, "low": 0.012, "high": 0.013})
-        '12.5 (12 to 13)'
-    """
-    middle, low, high = (f"{1000 * times[k]:.3g}" for k in ("median", "low", "high"))
-    return f"{middle} ({low} to {high})"
-
-
-def verdict(ratio: dict[str, Any]) -> str:
-    """What the middle half of the ratios says; nothing where it holds 1.
-
-    Example:
-        >>> verdict({"median": 0.5, "low": 0.4, "high": 0.6}), verdict({"median": 1.2, "low": 0.9, "high": 1.3})
-        ('2.00 times as fast', 'no clear difference')
-    """
-    if ratio["low"] <= 1 <= ratio["high"]:
-        return "no clear difference"
-    if ratio["median"] < 1:
-        return f"{1 / ratio['median']:.2f} times as fast"
-    return f"{ratio['median']:.2f} times as slow"

@@ -114,10 +114,10 @@ def next_command(call: PlanCall, folder: Path) -> str:
 
 def show(found: Planning, facts: dict[str, Any], paths: list[Path], terminal: Terminal) -> None:
     """The plan, the curve, what they say, the files, and what to run next."""
-    layers = tables.table(*_columns(plan_page.LAYERS), title=f"{facts['model']['name']}: the plan")
+    layers = tables.table(*plan_page.right(plan_page.LAYERS), title=f"{facts['model']['name']}: the plan")
     for row in plan_page.layer_rows(found):
         layers.add_row(*row)
-    curve = tables.table(*_columns(plan_page.CURVE), title="What other limits give")
+    curve = tables.table(*plan_page.right(plan_page.CURVE), title="What other limits give")
     points, uniform = plan_page.curve_rows(found, SHOWN)
     for point in sorted([*points, *uniform], key=lambda r: r.cost):
         curve.add_row(*point.cells, style="bold" if point.chosen else None)
@@ -125,7 +125,3 @@ def show(found: Planning, facts: dict[str, Any], paths: list[Path], terminal: Te
     written = f"Written: {', '.join(map(short, paths))}"
     said = [*plan_page.verdict(found), plan_page.source(found, facts["sources"]["scores"]), left, written]
     terminal.show(layers, curve, *said, f"Next: {facts['next']}")
-
-
-def _columns(headings: tuple[str, ...]) -> list[str]:
-    return [h if h in {"layer", "operator", "which"} else f">{h}" for h in headings]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from bitwright.export.clips import codes_of
-from bitwright.export.layers import LayerParity, activation_quantizers, beyond, compare_layer, simulated
+from bitwright.export.layers import LayerParity, activation_quantizers, beyond, compare_layer, cut_at, simulated
 from bitwright.export.reference import FLOAT, run_reference
 from bitwright.graph import ops
 from bitwright.graph.student import Student
@@ -225,21 +225,8 @@ def _middle(quantizer: Quantizer) -> int:
 
 def _cut_at_codes(program: ir.Model, names: set[str]) -> tuple[ir.Model, list[str]]:
     """The file cut at every activation's codes: they are an output, and what reads them reads an input."""
-    cut, found = program.clone(), []
-    graph = cut.graph
-    graph.outputs.clear()
-    for node in [n for n in graph if n.op_type == "QuantizeLinear"]:
-        value = codes_of(node)
-        name = (value.name or "").removesuffix("/codes")
-        if name not in names:
-            continue
-        fed = ir.Value(name=f"{name}/fed", shape=value.shape, type=value.type)
-        if value.uses():
-            value.replace_all_uses_with(fed)
-            graph.inputs.append(fed)
-        graph.outputs.append(value)
-        found.append(name)
-    return cut, found
+    cut = program.clone()
+    return cut, cut_at(cut, names, "/codes", [codes_of(n) for n in cut.graph if n.op_type == "QuantizeLinear"])
 
 
 def _kernels(program: ir.Model, names: Iterable[str]) -> dict[str, str]:

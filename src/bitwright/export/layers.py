@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from bitwright.export.deviation import MOST_DIFFERING
 from bitwright.graph.student import Student
-from bitwright.graph.watch import watch
+from bitwright.graph.watch import values_of
 from bitwright.quant.quantizer import Quantizer
 from bitwright.runtimes.onnxruntime import session
 from bitwright.runtimes.session import Opener
@@ -79,12 +79,7 @@ def simulated(model: Student, images: Tensor) -> dict[str, Passing]:
     """Of every quantizer of an activation, by node name."""
     quantizers = activation_quantizers(model)
     sources = {str(n.args[0]) for n in model.graph.graph.nodes if n.name in quantizers}
-    values: dict[str, Tensor] = {}
-
-    def keep(node: fx.Node, value: Tensor) -> None:
-        values[node.name] = value
-
-    watch(model.graph, images, dict.fromkeys([*quantizers, *sources], keep))
+    values, _ = values_of(model.graph, images, [*quantizers, *sources])
     before = {n.name: values[str(n.args[0])] for n in model.graph.graph.nodes if n.name in quantizers}
     return {name: Passing(before[name], values[name]) for name in quantizers}
 
@@ -138,17 +133,31 @@ def worst_layer(layers: Mapping[str, LayerParity] | list[LayerParity]) -> LayerP
 def _cut(program: ir.Model, names: set[str]) -> tuple[ir.Model, list[str]]:
     """The network cut at every activation quantizer: its value is an output, and what reads it reads an input."""
     cut = copy.deepcopy(program) if not hasattr(program, "clone") else program.clone()
-    graph, found = cut.graph, []
-    graph.outputs.clear()
-    for node in list(graph):
-        for value in node.outputs:
-            name = (value.name or "").removesuffix("/value")
-            if name not in names or not (value.name or "").endswith("/value"):
-                continue
-            fed = ir.Value(name=f"{name}/fed", shape=value.shape, type=value.type)
-            if value.uses():
-                value.replace_all_uses_with(fed)
-                graph.inputs.append(fed)
-            graph.outputs.append(value)
-            found.append(name)
-    return cut, found
+    return cut, cut_at(cut, names, "/value", [value for node in cut.graph for value in node.outputs])
+
+
+def cut_at(program: ir.Model, names: set[str], what: str, values: Iterable[ir.Value]) -> list[str]:
+    """Makes outputs of some values, NAME followed by ``what``; what reads them reads an input ``NAME/fed`` then.
+
+    Args:
+        program: whose outputs are no more.
+        names: of quantizers.
+        what: the end of the names of their values.
+        values: among which theirs are.
+
+    Returns:
+        The names that were found, in the order of the values.
+    """
+    found = []
+    program.graph.outputs.clear()
+    for value in values:
+        name = (value.name or "").removesuffix(what)
+        if name not in names or name == value.name:
+            continue
+        fed = ir.Value(name=f"{name}/fed", shape=value.shape, type=value.type)
+        if value.uses():
+            value.replace_all_uses_with(fed)
+            program.graph.inputs.append(fed)
+        program.graph.outputs.append(value)
+        found.append(name)
+    return found

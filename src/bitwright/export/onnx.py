@@ -25,7 +25,8 @@ from bitwright.export.forms import rewrite_forms
 from bitwright.graph import ops, rewrite
 from bitwright.graph.explain import recorded_line
 from bitwright.graph.student import Student
-from bitwright.quant.quantizer import BiasQuantizer, Frozen, Grid, Quantizer
+from bitwright.quant.grid import Grid
+from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
 from bitwright.run.files import cannot_write, move, scratch
 from bitwright.runtimes.session import save_onnx
 from bitwright.runtimes.target import Target
@@ -138,13 +139,24 @@ def _keep_offsets(graph: fx.Graph) -> None:
 
 
 def _mark(model: Student) -> tuple[fx.GraphModule, dict[str, nn.Module]]:
-    """A copy of the graph with marks for quantizers; the module behind each mark."""
+    """A copy of the graph with marks for quantizers; the module behind each mark.
+
+    No mark stands for a quantizer whose grid is not even: its float operators are translated as they are, and what it
+    stores is written as floats.
+    """
     marked = copy.deepcopy(model.freeze().graph)
     modules: dict[str, nn.Module] = {}
     for node in list(marked.graph.nodes):
         if node.op != "call_module":
             continue
-        module = modules[node.name] = marked.get_submodule(str(node.target))
+        module = marked.get_submodule(str(node.target))
+        if not _is_even(module):
+            if not node.args:
+                with marked.graph.inserting_before(node):
+                    node.replace_all_uses_with(_float_value(marked, node, module))
+                marked.graph.erase_node(node)
+            continue
+        modules[node.name] = module
         with marked.graph.inserting_before(node):
             source = node.args[0] if node.args else _float_value(marked, node, module)
             mark = marked.graph.call_function(_mark_tensor, (source, node.name))
@@ -155,6 +167,11 @@ def _mark(model: Student) -> tuple[fx.GraphModule, dict[str, nn.Module]]:
     _keep_offsets(marked.graph)
     marked.recompile()
     return marked, modules
+
+
+def _is_even(module: nn.Module) -> bool:
+    quantizer = module.quantizer if isinstance(module, Frozen) else module
+    return not isinstance(quantizer, Quantizer) or quantizer.grid.even
 
 
 def _split_batches(graph: fx.Graph) -> None:

@@ -30,7 +30,8 @@ from bitwright.graph.outputs import plain_structure
 from bitwright.graph.place import Unquantized
 from bitwright.graph.store import dump_graph, load_graph
 from bitwright.graph.student import Student
-from bitwright.quant.quantizer import BiasQuantizer, Frozen, Grid, Quantizer
+from bitwright.quant.grid import Grid
+from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
 from bitwright.quant.scheme import Scheme
 from bitwright.run.checkpoint import save_tensors
 from bitwright.run.files import whole
@@ -107,7 +108,7 @@ def ideal_bytes(model: Student) -> int:
             bits = quantizer.grid.bits if isinstance(quantizer, Quantizer) else 32
             total += -(-module.codes.numel() * bits // 8)
         elif isinstance(module, Quantizer):
-            total += 4 * module.scale.numel() + (0 if module.grid.symmetric else 4 * module.zero_point.numel())
+            total += 4 * module.scale.numel() + (4 * module.zero_point.numel() if module.grid.has_zero_point else 0)
     for node in _stored(model):
         tensor = rewrite.get_tensor(model.graph, node)
         total += tensor.numel() * tensor.element_size()
@@ -252,8 +253,7 @@ def _describe_quantizer(quantizer: Quantizer, blobs: _Blobs) -> dict[str, Any]:
     described: dict[str, Any] = {
         "is": "quantizer",
         "name": quantizer.name,
-        "bits": quantizer.grid.bits,
-        "symmetric": quantizer.grid.symmetric,
+        **quantizer.grid.plain(),
         "role": quantizer.role,
         "shape": list(quantizer.shape),
         "block": None if quantizer.block is None else list(quantizer.block),
@@ -263,7 +263,7 @@ def _describe_quantizer(quantizer: Quantizer, blobs: _Blobs) -> dict[str, Any]:
         described["head_axis"] = quantizer.head_axis
     if quantizer.shift:
         described["shift"] = quantizer.shift
-    if not quantizer.grid.symmetric:
+    if quantizer.grid.has_zero_point:
         described["zero_point"] = [int(z) for z in quantizer.zero_point]
     return described
 
@@ -308,7 +308,7 @@ def _rebuild_module(root: nn.Module, described: dict[str, Any], blobs: dict[str,
         return Frozen(codes.reshape(where["shape"]), quantizer)
     quantizer = Quantizer(
         described["name"],
-        Grid(described["bits"], described["symmetric"]),
+        Grid.read(described),
         described["role"],
         tuple(described["shape"]),
         None if described["block"] is None else tuple(described["block"]),

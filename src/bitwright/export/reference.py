@@ -154,6 +154,8 @@ class _Reference(fx.Interpreter):
     def _quantize(self, node: fx.Node, quantizer: Quantizer, x: Any) -> Any:
         if not quantizer.calibrated:
             return x
+        if not quantizer.grid.even:
+            return quantizer(self._real(x).to(self.how.precision))
         grid, kernel = _grid(quantizer), FLOAT
         if self._takes(x, quantizer):
             kernel, codes = x.kernel, x.clipped(x.codes(grid), grid)

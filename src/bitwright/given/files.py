@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bitwright.errors import DataError
 from bitwright.given.preprocessing import Pixels, PreprocessFunction, Preprocessing, from_pixels, to_channels
+from bitwright.given.text import short
 
 _ORIENTATION = 0x0112  # the EXIF tag
 _UPRIGHT = {
@@ -139,7 +140,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _unreadable(path: Path, error: Exception) -> DataError:
-    what = "" if isinstance(error, UnidentifiedImageError) else f" ({one_line(error)})"
+    what = "" if isinstance(error, UnidentifiedImageError) else f" ({short(error)})"
     return DataError(f"expected an image, cannot read {path}{what}: repair or remove it, or pass skip_unreadable=True")
 
 
@@ -148,11 +149,6 @@ def _bomb(path: Path) -> DataError:
         f"expected an image of at most {Image.MAX_IMAGE_PIXELS} pixels, {path} claims more: "
         "shrink or remove it, or pass skip_unreadable=True"
     )
-
-
-def one_line(error: Exception) -> str:
-    """Return the error's message on one line, or its type when it has none."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 class Store:

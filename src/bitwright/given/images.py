@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import DataError, UsageError
-from bitwright.given.files import Arrays, Files, Source, Store, Tensors, one_line
+from bitwright.given.files import Arrays, Files, Source, Store, Tensors
 from bitwright.given.items import items, spread
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing, parse_input_size
+from bitwright.given.text import short
 
 __all__ = ["Images", "PreprocessFunction", "Preprocessing", "load_images", "parse_input_size"]
 
@@ -376,7 +377,7 @@ def _from_npz(path: Path) -> tuple[Source, Tensor | None]:
         raise
     except Exception as error:
         raise DataError(
-            f"expected arrays of numbers in {path}, cannot read it ({one_line(error)}): "
+            f"expected arrays of numbers in {path}, cannot read it ({short(error)}): "
             "write it with numpy.savez(path, images=..., labels=...)"
         ) from error
     if images.ndim == 0:
@@ -555,7 +556,7 @@ def _as_labels(labels: Any, count: int, where: str) -> Tensor | None:
     try:
         array = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
     except (ValueError, TypeError, OverflowError) as error:
-        raise DataError(f"expected one whole class index for each image in {where} ({one_line(error)})") from error
+        raise DataError(f"expected one whole class index for each image in {where} ({short(error)})") from error
     if array.ndim != 1 or len(array) != count or not np.issubdtype(array.dtype, np.integer):
         raise DataError(
             f"expected one whole class index for each of {count} images in {where}, "
@@ -584,7 +585,7 @@ def _read_labels(path: Path) -> dict[str, int]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(
             f"expected labels as a CSV file with lines file,class_index, cannot read {path} "
-            f"({one_line(error)}): give the path of such a file"
+            f"({short(error)}): give the path of such a file"
         ) from error
     table: dict[str, int] = {}
     for position, (number, row) in enumerate(rows):

@@ -28,6 +28,7 @@ from bitwright.errors import BitwrightError, ModelError, UsageError
 from bitwright.given.compat import import_timm, import_torchvision, with_torchvision
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing, parse_input_size
 from bitwright.given.saved_program import load_program
+from bitwright.given.text import short
 from bitwright.graph.plain import tell_of_types
 
 FORMS = "zoo:NAME, timm:NAME[@weights], torchvision:NAME[@weights], path/to/file.py:callable or model.pt2"
@@ -607,6 +608,4 @@ def _check_weights(model: Model) -> None:
 
 
 def _one_line(error: BaseException) -> str:
-    if isinstance(error, BitwrightError):
-        return str(error)
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return str(error) if isinstance(error, BitwrightError) else short(error)

@@ -13,7 +13,8 @@ from bitwright.graph.heads import Heads, find_heads
 from bitwright.graph.layer import Layer
 from bitwright.graph.place import FLOAT_ACTIVATIONS, FLOAT_BY_RULE, Placement, Point, Unquantized, place
 from bitwright.graph.supported import check_supported
-from bitwright.quant.quantizer import BiasQuantizer, Grid, Quantizer
+from bitwright.quant.grid import Grid
+from bitwright.quant.quantizer import BiasQuantizer, Quantizer
 from bitwright.quant.scheme import GROUP_SIZE, Scheme
 from bitwright.runtimes.target import Target
 
@@ -97,9 +98,8 @@ def _insert_activations(
 
 def _activation_quantizer(point: Point, scheme: Scheme) -> Quantizer:
     assert point.bits is not None
-    symmetric = scheme.activation_grid == "symmetric"
-    shifts = scheme.target.power_of_two_scales
-    return Quantizer(point.name, Grid(point.bits, symmetric), point.role, power_of_two=shifts)
+    grid = Grid.named(scheme.activation_grid, point.bits)
+    return Quantizer(point.name, grid, point.role, power_of_two=scheme.target.power_of_two_scales)
 
 
 def _call_after(student: fx.GraphModule, node: fx.Node, key: str, users: list[fx.Node] | None = None) -> None:
@@ -140,7 +140,7 @@ def _insert_weight(
         one_a_sum = axis is None and block[1:] == shape[1:]
         shift = target.shift(ops.base_name(node), bits) if one_a_sum else 0
         quantizer = Quantizer(
-            layer.name, Grid(bits, True), "weight", shape, block, axis, target.power_of_two_scales, shift
+            layer.name, Grid.of_weight(bits), "weight", shape, block, axis, target.power_of_two_scales, shift
         )
         student.add_module(layer.weight, quantizer)
         _call_after(student, stored, layer.weight, [u for u in stored.users if ops.base_name(u) in ops.LINEAR])
@@ -163,14 +163,11 @@ def _insert_bias(
     assert isinstance(weight, Quantizer)
     assert isinstance(quantizer, Quantizer)
     channels = int(ops.shape(bias)[0])
-    blocks = 1
-    for d, b in zip(weight.shape, weight.block or weight.shape, strict=True):
-        blocks *= -(-d // b)
     if any(u.op != "call_module" and ops.base_name(u) not in ops.LINEAR for u in bias.users):
         return "another operator reads it as well"
-    if weight.granularity == "head" and blocks > 1:
+    if weight.granularity == "head" and weight.blocks > 1:
         return "its layer's weight has scales of heads"
-    if blocks not in {1, channels}:
+    if weight.blocks not in {1, channels}:
         return "its layer's weight has several scales per output channel"
     if not target.integer_bias(weight.grid.bits + weight.shift, quantizer.grid.bits):
         return "with so few bits the accumulator's step would be too coarse for it"

@@ -13,7 +13,8 @@ from bitwright.graph.capture import Captured
 from bitwright.graph.insert import insert
 from bitwright.graph.layer import Layer
 from bitwright.graph.place import Unquantized
-from bitwright.quant.quantizer import BiasQuantizer, Frozen, Grid, Quantizer
+from bitwright.quant.grid import Grid
+from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
 from bitwright.quant.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What calibration and optimisation change: stored tensors and scales by path, and the signs of grids."""
+    """What calibration and optimisation change: stored tensors and scales by path, and the grids of quantizers."""
 
     tensors: dict[str, Tensor]
-    symmetric: dict[str, bool]
+    grids: dict[str, Grid]
 
 
 class Student(nn.Module):
@@ -114,17 +115,16 @@ class Student(nn.Module):
 
     def snapshot(self) -> Snapshot:
         """The state of a model that is not frozen; costs no memory, since tensors are replaced and never changed."""
-        signs = {k: m.grid.symmetric for k, m in self.graph.named_children() if isinstance(m, Quantizer)}
-        return Snapshot(dict(self.graph.named_buffers()), signs)
+        grids = {k: m.grid for k, m in self.graph.named_children() if isinstance(m, Quantizer)}
+        return Snapshot(dict(self.graph.named_buffers()), grids)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Takes a snapshot's state over."""
         for name, tensor in snapshot.tensors.items():
             owner, _, leaf = name.rpartition(".")
             self.graph.get_submodule(owner)._buffers[leaf] = tensor
-        for key, symmetric in snapshot.symmetric.items():
-            quantizer = self.quantizer(key)
-            quantizer.grid = Grid(quantizer.grid.bits, symmetric)
+        for key, grid in snapshot.grids.items():
+            self.quantizer(key).grid = grid
 
     def quantizer(self, key: str) -> Quantizer:
         """The quantizer at a layer's key."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -40,3 +40,31 @@ def watch(module: fx.GraphModule, images: Tensor, callbacks: Mapping[str, Callba
     with torch.no_grad():
         outputs = Watcher(module, callbacks).run(images)
     return list(outputs)
+
+
+def values_of(module: fx.GraphModule, images: Tensor, names: Iterable[str]) -> tuple[dict[str, Any], list[Any]]:
+    """Values of nodes, by name, and the outputs of the graph, for a batch, [B, C, H, W]."""
+    found: dict[str, Any] = {}
+
+    def keep(node: fx.Node, value: Any) -> None:
+        found[node.name] = value
+
+    outputs = watch(module, images, dict.fromkeys(names, keep))
+    return found, outputs
+
+
+class Observer(Protocol):
+    """What sums up tensors as they pass."""
+
+    def update(self, value: Tensor, /) -> None:
+        """Takes one more in."""
+
+
+def updating(*observers: Observer) -> Callback:
+    """A callback that shows every value to all of them."""
+
+    def update(_: fx.Node, value: Tensor) -> None:
+        for observer in observers:
+            observer.update(value)
+
+    return update

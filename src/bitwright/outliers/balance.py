@@ -7,8 +7,8 @@ and without the change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ from bitwright.graph.equalize import ChannelScales
 from bitwright.graph.readings import Reading
 from bitwright.graph.watch import Callback, watch
 from bitwright.outliers.effects import see_gradients
-from bitwright.quant.quantizer import Quantizer
+from bitwright.quant.quantizer import Quantizer, as_if
 from bitwright.sensitivity.one_at_a_time import distance_of_outputs, spread_of_outputs
 from bitwright.stages.calibrate import Calibrate
 
@@ -154,18 +154,9 @@ class _Outcome:
         return less and self.weights <= NOT_WORSE * other.weights and self.whole <= other.whole
 
 
-@contextmanager
-def _in_float(student: Student, roles: Collection[str]) -> Iterator[None]:
+def _in_float(student: Student, roles: Collection[str]) -> AbstractContextManager[None]:
     """Quantizers of these roles let everything pass, while inside."""
-    off = [m for m in student.graph.modules() if isinstance(m, Quantizer) and m.role in roles]
-    before = [m.scale for m in off]
-    for module in off:
-        module.scale = torch.empty(0)
-    try:
-        yield
-    finally:
-        for module, scale in zip(off, before, strict=True):
-            module.scale = scale
+    return as_if({m: None for m in student.graph.modules() if isinstance(m, Quantizer) and m.role in roles})
 
 
 def _has_coarse_weights(student: Student) -> bool:

@@ -8,8 +8,7 @@ output and the function behind it only help as a pair. Labels are not looked at.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +23,7 @@ from bitwright.graph.student import Student, insert_quantizers
 from bitwright.graph.watch import Callback, watch
 from bitwright.outliers.balance import NEGLIGIBLE, own_quantizers, plain_ranges
 from bitwright.outliers.effects import see_gradients
-from bitwright.quant.quantizer import Grid, Quantizer
-from bitwright.quant.ranges import affine_parameters
+from bitwright.quant.quantizer import Calibration, as_if
 from bitwright.quant.scheme import Rule, Scheme, escaped
 from bitwright.run.record import Raised, Suggestion
 from bitwright.sensitivity.one_at_a_time import distance_of_outputs, spread_of_outputs
@@ -205,13 +203,13 @@ class _Trial:
         self.student, self.teacher, self.images, self.run = student, teacher, images, run
         self.quantizers = {n: q for n, q in own_quantizers(student).items() if q.grid.bits < WIDE}
         self.readings = read_outputs(teacher.graph, images.batch([0]).to(run.device), teacher.outputs)
-        self.wide: dict[str, tuple[Grid, Tensor, Tensor]] = {}
+        self.wide: dict[str, Calibration] = {}
         self.expected: list[list[Tensor]] = []
 
     def loss(self, raised: Collection[str]) -> float:
         """Mean over the images, with those tensors at 16 bits."""
         total = 0.0
-        with torch.no_grad(), self._on(raised):
+        with torch.no_grad(), as_if({self.quantizers[n]: self.wide[n] for n in raised}):
             for position, batch in enumerate(self.run.batches(self.images, "Looking for activations that need bits")):
                 if position == len(self.expected):
                     self.expected.append(list(self.teacher.graph(batch)))
@@ -261,10 +259,7 @@ class _Trial:
         for batch in self.run.batches(self.images, "Reading ranges"):
             watch(self.teacher.graph, batch, callbacks)
         for name, (low, high) in ends.items():
-            grid = Grid(WIDE, self.quantizers[name].grid.symmetric)
-            scale, zero = affine_parameters(torch.tensor(low), torch.tensor(high), grid)
-            where = self.quantizers[name].scale.device
-            self.wide[name] = (grid, scale.reshape(1).to(where), zero.reshape(1).to(where))
+            self.wide[name] = self.quantizers[name].spanning(low, high, WIDE)
 
     def together(self, worst: Sequence[str], loss: float) -> tuple[float, list[str]]:
         """The fewest of the worst that together come close to the least loss, and that loss."""
@@ -293,19 +288,6 @@ class _Trial:
         ends = {x.node for x in rows if x.activation in keys and (x.end == x.node or x.op in ops.CONV)}
         touched = sum(x.macs for x in rows if x.source in keys or x.node in ends)
         return touched / max(1, sum(x.macs for x in rows))
-
-    @contextmanager
-    def _on(self, raised: Collection[str]) -> Iterator[None]:
-        before: dict[str, tuple[Quantizer, Grid, Tensor, Tensor]] = {}
-        for name in raised:
-            q = self.quantizers[name]
-            before[name] = (q, q.grid, q.scale, q.zero_point)
-            q.grid, q.scale, q.zero_point = self.wide[name]
-        try:
-            yield
-        finally:
-            for q, grid, scale, zero in before.values():
-                q.grid, q.scale, q.zero_point = grid, scale, zero
 
 
 def _percent(share: float) -> str:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | float, qmin: int, qmax: int) -> Tensor:
     """Integer codes of ``x`` on the grid, kept in the dtype of ``x``.
 
     ``clamp(round(x / scale) + zero_point, qmin, qmax)``, rounding half to even and before the zero point is
@@ -26,12 +26,12 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int)
     return (x / scale).round_().add_(zero_point).clamp_(qmin, qmax)
 
 
-def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | float) -> Tensor:
     """Values of integer codes: ``(codes - zero_point) * scale``, in the dtype of ``scale``."""
     return (codes.to(scale.dtype) - zero_point).mul_(scale)
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | float, qmin: int, qmax: int) -> Tensor:
     """``x`` moved to the nearest value of the grid: ``dequantize(quantize(x))`` (methods, section 0.1).
 
     Example:

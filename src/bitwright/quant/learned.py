@@ -82,6 +82,18 @@ class _Round(torch.autograd.Function):
         return gradients[0]
 
 
+class _Instead(torch.autograd.Function):
+    """The second tensor; the gradient passes to the first."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
 Rounding = Literal["soft", "straight-through"]
 
 
@@ -212,7 +224,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 class LearnedActivation(nn.Module):
-    """An activation quantizer whose step is a variable; the zero point stays.
+    """An activation quantizer whose step is a variable; the zero point stays, and so does the step of uneven grids.
 
     Of several scales the ratios stay as well, and the variable is the least of them. Ratios are powers of two, so that
     dividing by them and multiplying again is exact.
@@ -246,7 +258,11 @@ class LearnedActivation(nn.Module):
         factor = (x.numel() * max(self._high, 1.0)) ** -0.5
         ratios = None if self.ratios is None else self.ratios.to(x.dtype)
         reduced = x if ratios is None else x / ratios
-        y = _apply(_FakeQuantize, reduced, _positive(self.step), self._low, self._high, factor, self.mix)
+        if self.grid.even:
+            y = _apply(_FakeQuantize, reduced, _positive(self.step), self._low, self._high, factor, self.mix)
+        else:
+            nearest = self.grid.nearest(reduced.detach(), _positive(self.step.detach()), self.zero_point)
+            y = _apply(_Instead, reduced, torch.lerp(nearest, reduced.detach(), self.mix) if self.mix else nearest)
         if ratios is not None:
             y = y * ratios
         if self.drop:

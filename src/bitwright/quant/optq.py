@@ -5,6 +5,8 @@ Imports torch and nothing else. After GPTQ/OPTQ, arXiv:2210.17323, algorithm 1 (
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,7 @@ def compensate(
     weight: Tensor,
     hessian: Tensor,
     scale: Tensor,
-    qmin: int,
-    qmax: int,
+    nearest: Callable[[Tensor, Tensor], Tensor],
     *,
     damping: float = 0.01,
     ordered: bool = True,
@@ -29,8 +30,7 @@ def compensate(
         weight: [G, R, K]: groups, rows (output channels), columns (inputs).
         hessian: [G, K, K], ``X X^T`` over the inputs of the layer.
         scale: step, broadcastable to the weight.
-        qmin: lowest code.
-        qmax: highest code.
+        nearest: the value of the grid next to each element of a column, given that column and its steps, [G, R].
         damping: share of the mean diagonal that is added to the diagonal.
         ordered: take columns of large diagonal first, while there are many left to make up for them.
         lazy: columns whose updates of all the others are collected into one product.
@@ -40,7 +40,8 @@ def compensate(
 
     Example:
         >>> h = torch.tensor([[[1.0, 0.9], [0.9, 1.0]]])
-        >>> compensate(torch.tensor([[[0.4, 0.4]]]), h, torch.ones(1, 1, 2), -8, 7, damping=0.0).round()
+        >>> to_integers = lambda column, step: column.round()
+        >>> compensate(torch.tensor([[[0.4, 0.4]]]), h, torch.ones(1, 1, 2), to_integers, damping=0.0).round()
         tensor([[[0., 1.]]])
     """
     w = weight.detach().float().clone()
@@ -63,8 +64,7 @@ def compensate(
         for j in range(start, stop):
             column, step = w[:, :, j], steps[:, :, j]
             out[:, :, j] = column
-            rounded = torch.round(column / step).clamp(qmin, qmax) * step
-            error = (column - rounded) / upper[:, j, j].unsqueeze(1)
+            error = (column - nearest(column, step)) / upper[:, j, j].unsqueeze(1)
             w[:, :, j:stop] -= error.unsqueeze(2) * upper[:, j, j:stop].unsqueeze(1)
             errors[:, :, j - start] = error
         w[:, :, stop:] -= errors @ upper[:, start:stop, stop:]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitwright.quant import affine
 from bitwright.quant.quantizer import Quantizer
 
 EXPONENTS = 4
@@ -39,8 +38,7 @@ class FactorErrors:
         self.errors = found if self.errors is None else self.errors + found
 
     def _error(self, rows: Tensor, scale: Tensor) -> Tensor:
-        y = affine.fake_quantize(rows, scale, self.zero_point, self.grid.qmin, self.grid.qmax)
-        return y.sub_(rows).square_().sum(0, dtype=torch.float64)
+        return self.grid.nearest(rows, scale, self.zero_point).sub_(rows).square_().sum(0, dtype=torch.float64)
 
     @property
     def exponents(self) -> Tensor:

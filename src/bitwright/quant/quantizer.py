@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,35 +13,19 @@ from torch import Tensor, nn
 
 from bitwright.errors import UsageError
 from bitwright.quant import affine
+from bitwright.quant.grid import Grid
 
 Role = Literal["weight", "activation", "parameter"]
 TINY = 2.0**-60  # so that the product of two steps is still a normal float32
 
 
 @dataclass(frozen=True)
-class Grid:
-    """The integers a tensor may take.
+class Calibration:
+    """What calibration gives a quantizer: its grid, with scales and zero points as the quantizer holds them."""
 
-    Example:
-        >>> Grid(4, symmetric=True).qmin, Grid(4, symmetric=True).qmax
-        (-8, 7)
-        >>> Grid(8, symmetric=False).qmin, Grid(8, symmetric=False).qmax
-        (0, 255)
-    """
-
-    bits: int
-    symmetric: bool = False
-    """Signed codes around zero point 0. Otherwise unsigned codes with a zero point of their own."""
-
-    @property
-    def qmin(self) -> int:
-        """Lowest code."""
-        return -(1 << (self.bits - 1)) if self.symmetric else 0
-
-    @property
-    def qmax(self) -> int:
-        """Highest code."""
-        return (1 << (self.bits - 1)) - 1 if self.symmetric else (1 << self.bits) - 1
+    grid: Grid
+    scale: Tensor
+    zero_point: Tensor
 
 
 class Quantizer(nn.Module):
@@ -102,6 +89,12 @@ class Quantizer(nn.Module):
         return "group" if self.block[0] == 1 and self.block[1] < self.shape[1] else "channel"
 
     @property
+    def blocks(self) -> int:
+        """How many scales a weight has once it is calibrated; 1 without blocks."""
+        extents = zip(self.shape, self.block or self.shape, strict=True)
+        return math.prod(-(-extent // size) for extent, size in extents)
+
+    @property
     def group_size(self) -> int | None:
         """How many channels share a scale, of ``group`` and ``head``."""
         if self.block is None or self.granularity not in {"group", "head"}:
@@ -134,7 +127,7 @@ class Quantizer(nn.Module):
         """
         if not bool((torch.isfinite(self.scale) & (self.scale > 0)).all()):
             raise UsageError(f"Expected finite positive scales for {self.name}, found {self.scale.tolist()[:4]}.")
-        low, high = (0, 0) if self.grid.symmetric else (self.grid.qmin, self.grid.qmax)
+        low, high = self.grid.levels if self.grid.has_zero_point else (0, 0)
         if not bool(
             ((self.zero_point == self.zero_point.round()) & (self.zero_point >= low) & (self.zero_point <= high)).all()
         ):
@@ -152,25 +145,63 @@ class Quantizer(nn.Module):
         if self.block is None:
             scale = self.scale if self.scale.numel() > 1 else self.scale.reshape(())
             return scale, self.zero_point.reshape(())
-        return (
-            affine.expand_blocks(self.scale, self.shape, self.block),
-            affine.expand_blocks(self.zero_point, self.shape, self.block),
-        )
+        return self.spread(self.scale), self.spread(self.zero_point)
+
+    def spread(self, per_block: Tensor) -> Tensor:
+        """One number per block of a weight, broadcastable to the weight."""
+        assert self.block is not None
+        return affine.expand_blocks(per_block, self.shape, self.block)
 
     def codes(self, x: Tensor) -> Tensor:
         """Integer codes of ``x``, as int32."""
-        return affine.quantize(x, *self.expanded(), self.grid.qmin, self.grid.qmax).to(torch.int32)
+        return self.grid.codes(x, *self.expanded()).to(torch.int32)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """What integer codes stand for, float32, in their shape."""
+        return self.grid.values(codes, *self.expanded())
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` on the grid, same shape; ``x`` itself before calibration."""
         if not self.calibrated:
             return x
-        return affine.fake_quantize(x, *self.expanded(), self.grid.qmin, self.grid.qmax)
+        return self.grid.nearest(x, *self.expanded())
+
+    @property
+    def calibration(self) -> Calibration:
+        """What calibration gave it; tensors are replaced and never changed, so that it may be put back later."""
+        return Calibration(self.grid, self.scale, self.zero_point)
+
+    @calibration.setter
+    def calibration(self, new: Calibration) -> None:
+        self.grid, self.scale, self.zero_point = new.grid, new.scale, new.zero_point
+
+    @property
+    def span(self) -> tuple[float, float, float]:
+        """Lowest and highest value of an activation, and the step between values; of the widest of several scales."""
+        return self.grid.span(float(self.scale.max()), float(self.zero_point[0]))
+
+    def spanning(self, low: float, high: float, bits: int) -> Calibration:
+        """What it would have with other bits and one scale for [low, high], with ``low <= 0 <= high``."""
+        grid, device = self.grid.with_bits(bits), self.scale.device
+        scale, zero = grid.spanning(torch.tensor([low]), torch.tensor([high]))
+        return Calibration(grid, scale.to(device), zero.to(device))
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
-        sign = "symmetric" if self.grid.symmetric else "affine"
-        return f"{self.name}, {self.role}, {self.grid.bits} bits, {sign}, {self.scale.numel()} scales"
+        return f"{self.name}, {self.role}, {self.grid.description}, {self.scale.numel()} scales"
+
+
+@contextmanager
+def as_if(calibrations: Mapping[Quantizer, Calibration | None]) -> Iterator[None]:
+    """Quantizers as if calibrated so, while inside; those with None let everything pass."""
+    before = {quantizer: quantizer.calibration for quantizer in calibrations}
+    try:
+        for quantizer, new in calibrations.items():
+            quantizer.calibration = new or Calibration(quantizer.grid, torch.empty(0), torch.empty(0))
+        yield
+    finally:
+        for quantizer, old in before.items():
+            quantizer.calibration = old
 
 
 class BiasQuantizer(nn.Module):
@@ -217,11 +248,13 @@ class BiasQuantizer(nn.Module):
         codes = torch.round(bias.double() / self.scale.double()).clamp_(-self.LIMIT, self.LIMIT)
         return codes.to(torch.int32)
 
+    def values(self, codes: Tensor) -> Tensor:
+        """What int32 codes stand for, float32, [C_out]."""
+        return codes.to(torch.float32) * self.scale
+
     def forward(self, bias: Tensor) -> Tensor:
         """The bias on its grid, [C_out]."""
-        if not self.calibrated:
-            return bias
-        return self.codes(bias).to(torch.float32) * self.scale
+        return self.values(self.codes(bias)) if self.calibrated else bias
 
 
 class Frozen(nn.Module):
@@ -248,7 +281,4 @@ class Frozen(nn.Module):
 
     def forward(self, _: Tensor | None = None) -> Tensor:
         """The parameter's values, float32."""
-        q = self.quantizer
-        if isinstance(q, BiasQuantizer):
-            return self.codes.to(torch.float32) * q.scale
-        return affine.dequantize(self.codes, *q.expanded())
+        return self.quantizer.values(self.codes)

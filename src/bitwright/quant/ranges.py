@@ -8,27 +8,13 @@ import torch
 from torch import Tensor
 
 from bitwright.quant import affine
-from bitwright.quant.quantizer import Grid
+from bitwright.quant.grid import Grid
+from bitwright.quant.quantizer import Quantizer
 from bitwright.quant.statistics import Statistics
-
-NORMAL = torch.finfo(torch.float32).tiny
-"""A step below it would lose the digits of what is divided by it."""
 
 RangeMethod = Literal["minmax", "percentile", "mse"]
 FINE_BITS = 12
 """From here on the step is finer than a histogram's bin, and clipping cannot pay: min-max is used."""
-
-
-def minmax_scale(absmax: Tensor, grid: Grid) -> Tensor:
-    """Symmetric step that spans [-absmax, absmax]: ``absmax / ((qmax - qmin) / 2)`` (methods, section 0.1).
-
-    A block without any weight but zeros gets step 1.
-
-    Example:
-        >>> minmax_scale(torch.tensor([7.5, 0.0]), Grid(4, symmetric=True))
-        tensor([1., 1.])
-    """
-    return torch.where(absmax > 0, absmax / ((grid.qmax - grid.qmin) / 2), torch.ones_like(absmax))
 
 
 def weight_scale(
@@ -58,11 +44,16 @@ def weight_scale(
     rows = affine.to_blocks(weight.detach().float(), block)
     absmax = rows.abs().amax(1)
     if method == "minmax":
-        return minmax_scale(absmax, grid)
+        return _covering(absmax, grid)
     if method == "percentile":
-        return minmax_scale(rows.abs().quantile(percentile, dim=1), grid)
+        return _covering(rows.abs().quantile(percentile, dim=1), grid)
     factors = None if importance is None else affine.to_blocks(importance.float(), block)
-    return _least_error_scale(rows, minmax_scale(absmax, grid), grid, power, factors)
+    return _least_error_scale(rows, _covering(absmax, grid), grid, power, factors)
+
+
+def _covering(absmax: Tensor, grid: Grid) -> Tensor:
+    """Steps with which [-absmax, absmax] is the grid's span."""
+    return grid.spanning(-absmax, absmax)[0]
 
 
 def _least_error_scale(rows: Tensor, start: Tensor, grid: Grid, power: float, importance: Tensor | None) -> Tensor:
@@ -72,7 +63,6 @@ def _least_error_scale(rows: Tensor, start: Tensor, grid: Grid, power: float, im
     """
     best_factor = torch.ones_like(start)
     best_error = torch.full_like(start, float("inf"))
-    zero = torch.zeros(())
     top = 1.02 * (grid.qmax - grid.qmin) / (2 * grid.qmax)
     width = (top - 0.2) / 2
     centre = torch.full_like(start, 0.2 + width)
@@ -80,7 +70,7 @@ def _least_error_scale(rows: Tensor, start: Tensor, grid: Grid, power: float, im
         around = [centre + offset for offset in torch.linspace(-width, width, points).tolist()]
         for factor in (*around, torch.ones_like(start)) if points == 29 else around:
             scale = (start * factor).unsqueeze(1)
-            error = affine.fake_quantize(rows, scale, zero, grid.qmin, grid.qmax).sub_(rows)
+            error = grid.nearest(rows, scale).sub_(rows)
             error = error.square_() if power == 2.0 else error.abs_().pow_(power)
             total = (error if importance is None else error.mul_(importance)).sum(1)
             better = total < best_error
@@ -88,6 +78,13 @@ def _least_error_scale(rows: Tensor, start: Tensor, grid: Grid, power: float, im
             best_factor = torch.where(better, factor, best_factor)
         width, centre = 2 * width / (points - 1) * 0.8, best_factor.clone()
     return start * best_factor
+
+
+def rounded_to(bits: int, weight: Tensor, quantizer: Quantizer) -> Tensor:
+    """A weight as its quantizer would round it with so many bits, with the steps of least error, [O, I, ...]."""
+    assert quantizer.block is not None
+    grid = quantizer.grid.with_bits(bits)
+    return grid.nearest(weight, quantizer.spread(weight_scale(weight, grid, quantizer.block)))
 
 
 def spread_ratio(weight: Tensor, dequantized: Tensor, block: tuple[int, ...]) -> Tensor:
@@ -166,27 +163,9 @@ def _least_error_range(
 
 def _errors(values: Tensor, counts: Tensor, lows: Tensor, highs: Tensor, grid: Grid, power: float) -> Tensor:
     """Total error of each candidate interval, [K]."""
-    scale, zero = affine_parameters(lows, highs, grid)
+    scale, zero = grid.spanning(lows, highs)
     scale, zero = scale.unsqueeze(1).float(), zero.unsqueeze(1).float()
     x = values.float()
-    error = affine.fake_quantize(x, scale, zero, grid.qmin, grid.qmax).sub_(x)
+    error = grid.nearest(x, scale, zero).sub_(x)
     error = error.square_() if power == 2.0 else error.abs_().pow_(power)
     return error @ counts.float()
-
-
-def affine_parameters(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of grids that span [low, high], with ``low <= 0 <= high``.
-
-    Affine: ``scale = (high - low) / (2^b - 1)``, ``zero_point = round(-low / scale)``. Symmetric: the larger magnitude,
-    zero point 0. An interval without extent gets scale 1.
-
-    Example:
-        >>> affine_parameters(torch.tensor([-1.0]), torch.tensor([2.0]), Grid(2))
-        (tensor([1.]), tensor([1.]))
-    """
-    if grid.symmetric:
-        scale = minmax_scale(torch.maximum(-low, high), grid)
-        return scale, torch.zeros_like(scale)
-    span = high - low
-    scale = torch.where(span > 0, (span / (grid.qmax - grid.qmin)).clamp_min(NORMAL), torch.ones_like(span))
-    return scale, (torch.round(-low / scale) + grid.qmin).clamp(grid.qmin, grid.qmax)

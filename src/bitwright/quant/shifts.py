@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bitwright.quant import affine
-from bitwright.quant.quantizer import Grid
+from bitwright.quant.grid import Grid
 from bitwright.quant.statistics import Statistics
 
 
@@ -46,11 +46,9 @@ def weight_scale(
     rows = affine.to_blocks(weight.detach().float(), block)
     factors = torch.ones(()) if importance is None else affine.to_blocks(importance.float(), block)
     low, high = neighbours(scale)
-    zero = torch.zeros(())
 
     def error(steps: Tensor) -> Tensor:
-        found = affine.fake_quantize(rows, steps.unsqueeze(1), zero, grid.qmin, grid.qmax)
-        return ((found - rows).abs().pow(power) * factors.to(rows.device)).sum(1)
+        return ((grid.nearest(rows, steps.unsqueeze(1)) - rows).abs().pow(power) * factors.to(rows.device)).sum(1)
 
     return torch.where(error(low) < error(high), low, high)
 
@@ -75,7 +73,7 @@ def activation_parameters(
         return scales[1], zeros[1]
     values, counts = statistics.histogram()
     errors = [
-        ((affine.fake_quantize(values.float(), s, z, grid.qmin, grid.qmax) - values).abs().pow(power) * counts).sum()
+        ((grid.nearest(values.float(), s, z) - values).abs().pow(power) * counts).sum()
         for s, z in zip(scales, zeros, strict=True)
     ]
     best = int(errors[1] <= errors[0])

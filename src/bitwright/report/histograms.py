@@ -75,12 +75,12 @@ def _weight(model: Student, layer: Layer, node: fx.Node | None) -> dict[str, Any
     if not quantizer.calibrated or tuple(weight.shape) != tuple(quantizer.shape):
         return None
     steps = weight / quantizer.expanded()[0]
-    grid = quantizer.grid
+    low, high = quantizer.grid.levels
     codes = _codes(model, quantizer)
     return {
-        **_counted(steps, grid.qmin - 0.5, grid.qmax + 0.5),
-        "bits": grid.bits,
-        "levels": [grid.qmin, grid.qmax],
+        **_counted(steps, low - 0.5, high + 0.5),
+        "bits": quantizer.grid.bits,
+        "levels": [low, high],
         "scales": quantizer.scale.numel(),
         "used": None if codes is None else len(torch.unique(codes)),
     }
@@ -98,13 +98,12 @@ def _activation(model: Student, layer: Layer, value: Tensor | None) -> dict[str,
     quantizer = model.quantizer(layer.activation)
     if not quantizer.calibrated:
         return None
-    scale, zero = float(quantizer.scale.max()), float(quantizer.zero_point[0])
-    low, high = ((q - zero) * scale for q in (quantizer.grid.qmin, quantizer.grid.qmax))
+    low, high, step = quantizer.span
     return {
-        **_counted(value, low - scale / 2, high + scale / 2),
+        **_counted(value, low - step / 2, high + step / 2),
         "bits": quantizer.grid.bits,
         "grid": [low, high],
-        "step": scale,
+        "step": step,
         "scales": quantizer.scale.numel(),
     }
 

@@ -62,26 +62,8 @@ def _cells(r: dict[str, Any]) -> list[TableCell | str]:
         runtime_name(r["runtime"]),
         str(r["threads"]),
         str(r["batch"]),
-        *(_time(r[k]) for k in ("float", "quantized")),
+        *(words.spread(r[k], " ms") for k in ("float", "quantized")),
         f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
         f"{r['quantized']['images_per_second']:,.0f}",
-        judged(ratio),
+        words.faster(ratio),
     ]
-
-
-def _time(spread: dict[str, float]) -> str:
-    low, middle, high = (f"{1e3 * spread[k]:.3g}" for k in ("low", "median", "high"))
-    return f"{middle} ms ({low} to {high})"
-
-
-def judged(ratio: dict[str, float]) -> str:
-    """What the middle half of the ratios of times says; nothing where it holds 1.
-
-    Example:
-        >>> judged({"median": 0.5, "low": 0.4, "high": 0.6}), judged({"median": 1.2, "low": 0.9, "high": 1.3})
-        ('2.00 times as fast', 'no clear difference')
-    """
-    if ratio["low"] <= 1 <= ratio["high"]:
-        return "no clear difference"
-    fast = ratio["median"] < 1
-    return f"{1 / ratio['median'] if fast else ratio['median']:.2f} times as {'fast' if fast else 'slow'}"

@@ -58,6 +58,21 @@ def temporary(path: Path) -> Path:
 
 
 @contextmanager
+def told_of(path: Path) -> Iterator[None]:
+    """A failure to write inside is told as one of this path.
+
+    Raises:
+        BitwrightError: the system refused something inside.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise cannot_write(path, error) from error
+
+
+@contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A path to write to, which takes the place of ``path`` when all went well; folders above it are made.
 
@@ -66,13 +81,10 @@ def whole(path: Path) -> Iterator[Path]:
     """
     fresh = temporary(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield fresh
-        move(fresh, path)
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise cannot_write(path, error) from error
+        with told_of(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield fresh
+            move(fresh, path)
     finally:
         with contextlib.suppress(OSError):
             fresh.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from bitwright.given.preprocessing import Preprocessing
 from bitwright.given.text import read_json
 from bitwright.graph.student import Student
 from bitwright.run import state as run_state
-from bitwright.run.files import cannot_write, is_partial, remove, sweep, temporary, write_json
+from bitwright.run.files import cannot_write, is_partial, remove, sweep, temporary, told_of, write_json
 from bitwright.run.lock import BusyError, held
 from bitwright.run.result import SCHEMA
 from bitwright.run.swap import interrupted, recover, swap
@@ -107,13 +107,10 @@ def staged(folder: Path) -> Iterator[Path]:
     folder = folder.resolve()
     partial = temporary(folder)
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        swap(partial, folder)
-    except OSError as error:
-        if error.errno is None:
-            raise
-        raise cannot_write(folder, error) from error
+        with told_of(folder):
+            partial.mkdir(parents=True)
+            yield partial
+            swap(partial, folder)
     finally:
         remove(partial)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,14 +21,12 @@ from bitwright.errors import UsageError
 from bitwright.graph import ops, rewrite, segments
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.student import Student, insert_quantizers
-from bitwright.graph.watch import Callback, watch
+from bitwright.graph.watch import updating, values_of, watch
 from bitwright.memory import keep_pages
 from bitwright.progress import Progress, silent
-from bitwright.quant import affine
-from bitwright.quant.quantizer import BiasQuantizer, Frozen, Grid
-from bitwright.quant.ranges import weight_scale
+from bitwright.quant.quantizer import BiasQuantizer, Calibration, Frozen, as_if
+from bitwright.quant.ranges import rounded_to
 from bitwright.quant.scheme import Rule, escaped
-from bitwright.quant.statistics import MeanInput
 from bitwright.sensitivity.base import Choices
 from bitwright.sensitivity.one_at_a_time import distance_of_outputs
 from bitwright.stages.base import Run
@@ -142,13 +140,13 @@ class Change:
     Attributes:
         suspects: those.
         values: of stored tensors and their layers' biases, by node name.
-        grids: of activations, by key: grid, scale and zero point; None for float.
+        grids: of activations, by key; None for float.
         bytes: that the file grows by.
     """
 
     suspects: tuple[Suspect, ...]
     values: Mapping[str, Tensor] = field(default_factory=dict)
-    grids: Mapping[str, tuple[Grid, Tensor, Tensor] | None] = field(default_factory=dict)
+    grids: Mapping[str, Calibration | None] = field(default_factory=dict)
     bytes: int = 0
 
     def __or__(self, other: Change) -> Change:
@@ -291,7 +289,7 @@ class _Patient:
     def _read_means(self) -> None:
         """Mean inputs of the float network's linear operators, for :meth:`_shift`."""
         means = mean_inputs(self.teacher.graph)
-        callbacks = {name: _updating(mean) for name, mean in means.items()}
+        callbacks = {name: updating(mean) for name, mean in means.items()}
         for batch in self.run.batches(self.images, "Reading mean inputs"):
             watch(self.teacher.graph, batch, callbacks)
         self.means = {name: mean.mean for name, mean in means.items()}
@@ -309,11 +307,7 @@ class _Patient:
         float_weight, found = self._float_weight(suspect), {}
         value = float_weight
         if bits is not None:
-            quantizer = self.model.quantizer(suspect.key)
-            grid, block = Grid(bits, symmetric=True), quantizer.block
-            assert block is not None
-            scale = affine.expand_blocks(weight_scale(float_weight, grid, block), quantizer.shape, block)
-            value = affine.fake_quantize(float_weight, scale, torch.zeros_like(scale), grid.qmin, grid.qmax)
+            value = rounded_to(bits, float_weight, self.model.quantizer(suspect.key))
         for call in self.calls[suspect.key]:
             found[call.name] = value
             for node in filter(self._linear, call.users):
@@ -375,13 +369,12 @@ class _Patient:
         more = new - -(-count * suspect.bits // 8)
         return Change((suspect,), values=self._weight(suspect, bits), bytes=more)
 
-    def _grid(self, key: str, bits: int) -> tuple[Grid, Tensor, Tensor]:
+    def _grid(self, key: str, bits: int) -> Calibration:
         """Of an activation, calibrated on the same images."""
         if bits not in self.widened:
             choices = Choices(scheme=self.model.scheme)
             self.widened[bits] = choices.student(self.teacher, self.images, self.run, activations=bits)
-        quantizer = self.widened[bits].quantizer(key)
-        return quantizer.grid, quantizer.scale, quantizer.zero_point
+        return self.widened[bits].quantizer(key).calibration
 
     # ----------------------------------------------------------------------------------------------------- measured
 
@@ -395,30 +388,16 @@ class _Patient:
         constants = dict(zip(still, segments.values(self.graph, still), strict=True))
         sums = [0.0] * len(changes)
         for batch in self.run.batches(self.images, what):
-            known = _values(self.graph, batch, kept)
+            known, _ = values_of(self.graph, batch, kept)
             theirs = list(self.teacher.graph(batch))
             for position, (change, part) in enumerate(zip(changes, parts, strict=True)):
                 operands = [*(known[n] for n in part.frontier)]
                 operands += [change.values.get(n, constants[n]) for n in (*part.fixed, *part.moved)]
-                with self._on(change), torch.no_grad():
+                grids = {self.model.quantizer(k): new for k, new in change.grids.items()}
+                with as_if(grids), torch.no_grad():
                     ours = list(part.body(*operands))
                 sums[position] += float(distance_of_outputs(ours, theirs, self.readings).sum())
         return [s / len(self.images) for s in sums]
-
-    @contextmanager
-    def _on(self, change: Change) -> Iterator[None]:
-        """Activations as the change has them, while inside."""
-        before = {}
-        for key, new in change.grids.items():
-            q = self.model.quantizer(key)
-            before[key] = (q.grid, q.scale, q.zero_point)
-            q.grid, q.scale, q.zero_point = new or (q.grid, torch.empty(0), torch.empty(0))
-        try:
-            yield
-        finally:
-            for key, old in before.items():
-                q = self.model.quantizer(key)
-                q.grid, q.scale, q.zero_point = old
 
 
 class _Through(fx.Interpreter):
@@ -471,24 +450,6 @@ def _cheapest(after: Mapping[str, float], changes: Mapping[str, Change], close: 
     """Of the rules that come that close to the least loss, the one with the fewest bytes."""
     least = min(after.values())
     return min((r for r in after if after[r] <= least + close), key=lambda r: (changes[r].bytes, after[r]))
-
-
-def _values(graph: fx.GraphModule, batch: Tensor, names: Collection[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-
-    def keep(node: fx.Node, value: Any) -> None:
-        found[node.name] = value
-
-    callbacks: dict[str, Callback] = dict.fromkeys(names, keep)
-    watch(graph, batch, callbacks)
-    return found
-
-
-def _updating(mean: MeanInput) -> Callback:
-    def update(_: fx.Node, value: Tensor) -> None:
-        mean.update(value)
-
-    return update
 
 
 def told(found: dict[str, Any] | None) -> list[str]:

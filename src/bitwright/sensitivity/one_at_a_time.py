@@ -20,9 +20,9 @@ from bitwright.graph.axes import read_outputs
 from bitwright.graph.points import Point, expose, linear_points
 from bitwright.graph.readings import Reading, by_values
 from bitwright.graph.student import Student, insert_quantizers
-from bitwright.graph.watch import Callback, watch
+from bitwright.graph.watch import values_of
 from bitwright.measure.evaluation import class_scores
-from bitwright.quant.quantizer import Grid, Quantizer
+from bitwright.quant.quantizer import Calibration, Quantizer, as_if
 from bitwright.sensitivity.base import Choices, Measure, Table
 from bitwright.stages import losses
 from bitwright.stages.base import Run, Stage
@@ -239,25 +239,20 @@ class _OneAtATime:
 
     @contextmanager
     def _on(self, graph: fx.GraphModule, key: str, state: _State) -> Iterator[None]:
-        quantizer = self.quantizers[key]
-        before = _State(quantizer.grid, quantizer.scale, quantizer.zero_point)
         stored = {path: rewrite.get_tensor(graph, path) for path in state.stored}
         try:
-            quantizer.grid, quantizer.scale, quantizer.zero_point = state.grid, state.scale, state.zero_point
             for path, tensor in state.stored.items():
                 rewrite.set_tensor(graph, path, tensor)
-            yield
+            with as_if({self.quantizers[key]: state.calibration}):
+                yield
         finally:
-            quantizer.grid, quantizer.scale, quantizer.zero_point = before.grid, before.scale, before.zero_point
             for path, tensor in stored.items():
                 rewrite.set_tensor(graph, path, tensor)
 
 
 @dataclass(frozen=True)
 class _State:
-    grid: Grid
-    scale: Tensor
-    zero_point: Tensor
+    calibration: Calibration
     stored: dict[str, Tensor] = field(default_factory=dict)
     """The weight that is quantized and the biases beside it, where a stage has moved them."""
 
@@ -266,7 +261,7 @@ class _State:
         quantizer = model.quantizer(key)
         paths = _stored_beside(model.graph, key) if refined and quantizer.role == "weight" else []
         stored = {path: rewrite.get_tensor(model.graph, path) for path in paths}
-        return cls(quantizer.grid, quantizer.scale, quantizer.zero_point, stored)
+        return cls(quantizer.calibration, stored)
 
 
 def _stored_beside(graph: fx.GraphModule, key: str) -> list[str]:
@@ -286,11 +281,5 @@ _OUTPUT = "output"
 
 def _values(graph: fx.GraphModule, images: Tensor, names: set[str]) -> dict[str, Any]:
     """The float network's values at some nodes, and what it returns as ``output``."""
-    found: dict[str, Any] = {}
-
-    def keep(node: fx.Node, value: Any) -> None:
-        found[node.name] = value
-
-    callbacks: dict[str, Callback] = dict.fromkeys(names, keep)
-    outputs, points = watch(graph, images, callbacks)
+    found, (outputs, points) = values_of(graph, images, names)
     return found | {_OUTPUT: (list(outputs), list(points))}

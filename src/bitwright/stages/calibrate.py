@@ -16,10 +16,10 @@ from bitwright.graph import ops, rewrite
 from bitwright.graph.capture import Captured
 from bitwright.graph.points import linear_points
 from bitwright.graph.student import Student
-from bitwright.graph.watch import Callback, watch
-from bitwright.quant import affine, shifts
-from bitwright.quant.quantizer import BiasQuantizer, Grid, Quantizer
-from bitwright.quant.ranges import RangeMethod, activation_range, affine_parameters, spread_ratio, weight_scale
+from bitwright.graph.watch import updating, watch
+from bitwright.quant import shifts
+from bitwright.quant.quantizer import BiasQuantizer, Quantizer
+from bitwright.quant.ranges import RangeMethod, activation_range, spread_ratio, weight_scale
 from bitwright.quant.statistics import MeanInput, Statistics
 from bitwright.stages.base import Run, Stage
 from bitwright.stages.ptf import set_factors
@@ -127,8 +127,7 @@ class Calibrate(Stage):
     def _set_activations(self, student: Student, statistics: dict[str, Statistics]) -> None:
         for key, seen in statistics.items():
             quantizer = student.quantizer(key)
-            if student.scheme.activation_grid == "symmetric":
-                quantizer.grid = Grid(quantizer.grid.bits, symmetric=seen.minimum < 0)
+            quantizer.grid = quantizer.grid.fitted(student.scheme.activation_grid, negative=seen.minimum < 0)
             low, high = activation_range(
                 seen, quantizer.grid, self.activations, percentile=self.percentile, power=self.activation_power
             )
@@ -138,7 +137,7 @@ class Calibrate(Stage):
                     low, high, seen, quantizer.grid, power=self.activation_power, cover=cover
                 )
             else:
-                found = affine_parameters(torch.tensor(low), torch.tensor(high), quantizer.grid)
+                found = quantizer.grid.spanning(torch.tensor(low), torch.tensor(high))
             quantizer.set_range(*found)
 
 
@@ -168,7 +167,7 @@ def match_spreads(student: Student, teacher: Captured) -> None:
         assert quantizer.block is not None
         ratio = spread_ratio(rewrite.get_tensor(teacher.graph, stored), dequantized, quantizer.block)
         quantizer.set_range(quantizer.scale * ratio)
-        stretched = weight * affine.expand_blocks(ratio, quantizer.shape, quantizer.block)
+        stretched = weight * quantizer.spread(ratio)
         on_code = codes * quantizer.expanded()[0]
         kept = torch.where(quantizer.codes(stretched) == codes, stretched, on_code)
         if kept.dim() == 4:
@@ -199,7 +198,7 @@ def _observe(
             watched[source.name].append(seen)
     for name, mean in means.items():
         watched[name].append(mean)
-    callbacks: dict[str, Callback] = {name: _updater(observers) for name, observers in watched.items()}
+    callbacks = {name: updating(*observers) for name, observers in watched.items()}
     for batch in run.batches(images, "Calibrating"):
         watch(teacher.graph, batch, callbacks)
     return statistics
@@ -208,14 +207,6 @@ def _observe(
 def _is_activation(graph: fx.GraphModule, node: fx.Node) -> bool:
     quantizer = graph.get_submodule(str(node.target))
     return isinstance(quantizer, Quantizer) and quantizer.role != "weight"
-
-
-def _updater(observers: list[Any]) -> Callback:
-    def update(_: fx.Node, value: Tensor) -> None:
-        for observer in observers:
-            observer.update(value)
-
-    return update
 
 
 def mean_inputs(graph: fx.GraphModule) -> dict[str, MeanInput]:

@@ -16,7 +16,6 @@ from bitwright.graph import rewrite, segments
 from bitwright.graph.capture import Captured
 from bitwright.graph.segments import Region
 from bitwright.graph.student import Student
-from bitwright.quant import affine
 from bitwright.quant.quantizer import TINY, BiasQuantizer, Quantizer
 from bitwright.stages import losses
 from bitwright.stages.base import Run
@@ -57,7 +56,7 @@ class Scales:
         for quantizer, part in zip(self.quantizers, torch.split(scales, self.sizes), strict=True):
             quantizer.scale = part.clone()
         for stored, codes, quantizer in self._kept:
-            value = affine.dequantize(codes, *quantizer.expanded())
+            value = quantizer.values(codes)
             old = rewrite.get_tensor(self.student.graph, stored)
             rewrite.set_tensor(self.student.graph, stored, value.contiguous(memory_format=_format(old)))
 

@@ -73,8 +73,7 @@ class Optq(Stage):
             weight.reshape(split),
             gram,
             quantizer.expanded()[0].expand_as(weight).reshape(split),
-            quantizer.grid.qmin,
-            quantizer.grid.qmax,
+            quantizer.grid.nearest,
             damping=self.damping,
             ordered=self.ordered,
         ).reshape(weight.shape)

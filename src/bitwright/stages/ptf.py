@@ -14,7 +14,7 @@ from bitwright.graph import ops
 from bitwright.graph.capture import Captured
 from bitwright.graph.place import consumers
 from bitwright.graph.student import Student
-from bitwright.graph.watch import Callback, watch
+from bitwright.graph.watch import Callback, updating, watch
 from bitwright.quant.ptf import FactorErrors
 from bitwright.quant.quantizer import TINY, Quantizer
 from bitwright.stages.base import Run
@@ -43,20 +43,13 @@ def set_factors(student: Student, teacher: Captured, images: Images, run: Run) -
         )
         return
     errors = {name: FactorErrors(student.quantizer(key)) for name, key in found.items()}
-    callbacks: dict[str, Callback] = {name: _updater(seen) for name, seen in errors.items()}
+    callbacks = {name: updating(seen) for name, seen in errors.items()}
     for batch in run.batches(images, "Choosing channel scales"):
         watch(teacher.graph, batch, callbacks)
     for name, key in found.items():
         quantizer = student.quantizer(key)
         if errors[name].scales.min() >= TINY:
             quantizer.set_range(errors[name].scale, quantizer.zero_point)
-
-
-def _updater(errors: FactorErrors) -> Callback:
-    def update(_: fx.Node, value: Tensor) -> None:
-        errors.update(value)
-
-    return update
 
 
 def norm_inputs(student: Student, teacher: Captured, device: torch.device | str = "cpu") -> dict[str, str]:

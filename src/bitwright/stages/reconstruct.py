@@ -27,7 +27,6 @@ from bitwright.graph.points import Point, expose, linear_points
 from bitwright.graph.student import Snapshot, Student
 from bitwright.measure.evaluation import layer_sqnr
 from bitwright.memory import pass_budget
-from bitwright.quant import affine
 from bitwright.quant.learned import Rounding
 from bitwright.run import checkpoint
 from bitwright.run.record import StageRecord
@@ -558,10 +557,8 @@ def _left_nearest(student: Student, teacher: Captured, run: Run) -> float:
     for stored, quantizer in parameters(student.graph, "weight"):
         key = next(k for k, m in student.graph.named_children() if m is quantizer)
         codes = quantizer.codes(rewrite.get_tensor(student.graph, stored))
-        assert quantizer.block is not None
-        scale = affine.expand_blocks(start.tensors[f"{key}.scale"], quantizer.shape, quantizer.block)
-        weight, grid = rewrite.get_tensor(teacher.graph, stored), quantizer.grid
-        nearest = affine.quantize(weight, scale, torch.zeros_like(scale), grid.qmin, grid.qmax)
+        scale = quantizer.spread(start.tensors[f"{key}.scale"])
+        nearest = quantizer.grid.codes(rewrite.get_tensor(teacher.graph, stored), scale)
         moved += int((codes != nearest).sum())
         total += codes.numel()
     return moved / max(total, 1)

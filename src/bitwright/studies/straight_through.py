@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from bitwright.graph.student import Student
 from bitwright.progress import Progress, silent
-from bitwright.quant import affine
 from bitwright.quant.quantizer import Quantizer
 from bitwright.stages.candidates import Batches, Fitness, Scales
 
@@ -55,11 +54,11 @@ class Straight(nn.Module):
         quantizer = self._quantizer[0]
         step, zero = quantizer.expanded()
         if self.shift.requires_grad:
-            assert quantizer.block is not None
-            step = affine.expand_blocks(self.scales(), quantizer.shape, quantizer.block)
+            step = quantizer.spread(self.scales())
         ratio = x / step
         rounded = ratio.round().detach() + (ratio - ratio.detach())
-        return rounded.clamp(quantizer.grid.qmin - zero, quantizer.grid.qmax - zero) * step
+        low, high = quantizer.grid.levels
+        return rounded.clamp(low - zero, high - zero) * step
 
 
 def stand_ins(student: Student, learned: Sequence[str]) -> dict[str, Straight]:
