@@ -258,7 +258,7 @@ def test_layers_that_share_a_bias_have_integers_of_it_each():
     "scheme",
     [
         Scheme(weights=8, activations=8, granularity="group", group_size=2),
-        Scheme(weights=4, activations=4),
+        Scheme(weights=4, activations=4, runtime="generic"),
     ],
     ids=["groups", "few bits"],
 )

@@ -66,6 +66,6 @@ def test_an_older_version_has_the_same_kernels_and_answers(name, monkeypatch, tm
 def test_a_gelu_in_parts_is_not_one_kernel(monkeypatch, tmp_path):
     """Why such files ask for 20. If this fails, the runtime joins them, and 18 will do."""
     model = bw.quantize(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.GELU()).eval(), cases.dataset(), "rtn")
-    monkeypatch.setattr(exporter, "opset", lambda _: 18)
+    monkeypatch.setattr(exporter, "opset", lambda *_: 18)
     save_onnx(to_onnx(model), tmp_path / "m.onnx")
     assert "Erf" in kernels(tmp_path / "m.onnx")

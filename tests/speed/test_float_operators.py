@@ -36,7 +36,7 @@ def reasons_of_products(found):
         (nn.Conv2d(4, 4, 3), {"weights": 4, "granularity": "group", "group_size": 2}, "four"),
         (nn.Conv2d(3, 4, 3), {"weights": "float", "outputs": False}, "float weights"),
         (nn.Conv2d(3, 4, 3), {"activations": 16}, "sixteen"),
-        (nn.Conv2d(3, 4, 3), {"activations": 4}, "bias"),
+        (nn.Conv2d(3, 4, 3), {"activations": 4, "runtime": "generic"}, "bias"),
         (nn.Conv2d(3, 4, 3), {"outputs": False}, "last"),
         (nn.Conv2d(4, 4, 3), {"granularity": "group", "group_size": 2}, "scales"),
         (nn.ConvTranspose2d(3, 4, 3), {}, "transposed"),
