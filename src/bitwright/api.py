@@ -30,7 +30,8 @@ from bitwright.quant.scheme import Rule, Scheme, parse_activation_bits, parse_we
 from bitwright.quantized import QuantizedModel
 from bitwright.recipes import Recipe
 from bitwright.recipes import recipe as find_recipe
-from bitwright.run.record import RunRecord
+from bitwright.run.journal import heard
+from bitwright.run.record import Origin, RunRecord
 from bitwright.run.result import describe_layers, totals
 from bitwright.sensitivity import MEASURES
 from bitwright.stages.base import Precision, Run
@@ -122,65 +123,45 @@ def quantize(
     }
     _check_instead(scheme, goal, weights, activations, rules, runtime, measure, limits)
     _check_kinds(progress, preprocessing, output, skip_unreadable, cache)
-    state = None if state is None else a_path("state", state)
-    one_of("precision", precision, choices(Precision))
-    seed = whole("seed", seed, least=0, below=SEEDS)
-    samples = None if samples is None else whole("samples", samples, least=1)
     raise_some = isinstance(activations, str) and activations == "auto"
     if raise_some and (plan is not None or goal is not None or any(v is not None for v in limits.values())):
         raise UsageError("Expected activations='auto', or a plan or a limit that decides their bits, found both.")
+    state = None if state is None else a_path("state", state)
+    samples = None if samples is None else whole("samples", samples, least=1)
     goal = goal or as_goal(weights, activations, measure, plan, **limits)
-    if scheme is None:
-        planned = goal is not None
-        scheme = Scheme(
-            weights=8 if planned or weights == "auto" else parse_weight_bits(weights),  # type: ignore[arg-type]
-            activations=8 if planned or raise_some else parse_activation_bits(activations),  # type: ignore[arg-type]
-            runtime=runtime,
-            rules=tuple(map(_as_rule, rules)),
-        )
+    scheme = scheme or _as_scheme(weights, activations, rules, runtime, planned=goal is not None)
     if raise_some:
         check_wide(scheme)
     plan = _as_plan(plan, scheme)
     method = find_recipe(recipe)
-    each = check_budget(steps, minutes, method)
-    if (steps is not None or minutes is not None) and not method.optimises:
-        warnings.warn(f"Recipe '{method.name}' does not optimise: steps and minutes change nothing.", stacklevel=2)
-    run = Run(
-        seed=seed,
-        device=find_device(device),
-        progress=progress,
-        steps_each=each,
-        minutes=minutes,
-        precision=precision,
-    )
+    run = _as_run(method, seed, device, progress, steps, minutes, precision)
     network = as_model(model, preprocessing)
     data = calibration_images(images, network, samples, skip_unreadable)
 
-    with run.timed("capture"):
-        teacher = prepare_teacher(network, data, output)
-        _check_stages(method, insert_as(teacher, scheme, plan), teacher, data)
-    teacher, scheme = mend_outliers(teacher, scheme, plan, data, method, run, raise_some=raise_some)
-    facts = None
-    if goal is not None:
-        plan, scheme, facts = plan_within(goal, teacher, scheme, data, method, run, cache=cache, state=state)
-    student = insert_as(teacher, scheme, plan)
-    scheme = student.scheme
-    teacher.graph.to(run.device)
-    student.to(run.device)
-
-    budget = (each, minutes, precision)
-    identity = f"{scheme} {method} {seed} {budget} {data.sha256} {fingerprint(teacher.graph)}"
-    student = run_stages(method, student, teacher, data, run, state=state, identity=identity)
-    with run.timed("advice"):
-        lines = [*check_answers(student, data, run), *advise(student, data, run)]
-    for line in lines:
-        warnings.warn(line, stacklevel=2)
+    with heard() as said:
+        with run.timed("capture"):
+            teacher = prepare_teacher(network, data, output)
+            _check_stages(method, insert_as(teacher, scheme, plan), teacher, data)
+        teacher, scheme = mend_outliers(teacher, scheme, plan, data, method, run, raise_some=raise_some)
+        facts = None
+        if goal is not None:
+            plan, scheme, facts = plan_within(goal, teacher, scheme, data, method, run, cache=cache, state=state)
+        student = insert_as(teacher, scheme, plan)
+        teacher.graph.to(run.device)
+        student.to(run.device)
+        budget = (run.steps_each, minutes, precision)
+        identity = f"{student.scheme} {method} {run.seed} {budget} {data.sha256} {fingerprint(teacher.graph)}"
+        student = run_stages(method, student, teacher, data, run, state=state, identity=identity)
+        with run.timed("advice"):
+            lines = [*check_answers(student, data, run), *advise(student, data, run)]
+        for line in lines:
+            warnings.warn(line, stacklevel=2)
 
     student.freeze()
     student.to("cpu")
     teacher.graph.to("cpu")
     student.preprocessing, student.calibration = network.preprocessing, data
-    student.result = _record(student, network, method, data, run, lines, facts).result()
+    student.result = _record(student, network, method, data, run, said, facts, output).result()
     return QuantizedModel.of(student)
 
 
@@ -224,30 +205,56 @@ def mend_outliers(
 def preview(
     model: nn.Module | torch.export.ExportedProgram | Model | str,
     images: Any,
+    recipe: str | Path | Recipe | None = None,
     *,
     scheme: Scheme | None = None,
     plan: Plan | str | Path | None = None,
+    goal: Goal | None = None,
+    cache: str | Path | None = None,
+    samples: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
     preprocessing: Preprocessing | PreprocessFunction | None = None,
     output: str | None = None,
+    skip_unreadable: bool = False,
+    progress: Progress = silent,
 ) -> Student:
     """What :func:`quantize` would quantize to how many bits: quantizers in place, none calibrated, still in float.
 
     Args:
-        model: as for :func:`quantize`.
-        images: likewise; two of them are looked at.
+        model: as for :func:`quantize`, like all that follows.
+        images: two of them are looked at; with a goal as many as the plan needs.
+        recipe: that a goal's plan is made for.
         scheme: bits, rules, runtime; 8 bits everywhere if not given.
         plan: bits layer by layer, which come before the scheme's.
+        goal: limits within which a plan is made first.
+        cache: folder where measured losses are kept.
+        samples: how many images to use.
+        seed: of all random choices.
+        device: where losses are measured.
         preprocessing: of image files; a named model brings its own.
         output: name of the one output to keep.
+        skip_unreadable: go on when a file cannot be decoded.
+        progress: called as it goes.
+
+    Returns:
+        The student; with a goal, ``result["plan"]`` tells of its plan.
 
     Raises:
         UsageError: an argument, a file, or the model cannot be used; one line says why.
     """
-    network = as_model(model, preprocessing)
-    data = images if isinstance(images, Images) else load_images(images, network.preprocessing, most=2)
-    plan = _as_plan(plan, scheme or Scheme())
+    network, scheme = as_model(model, preprocessing), scheme or Scheme()
+    if goal is None:
+        data = images if isinstance(images, Images) else load_images(images, network.preprocessing, most=2)
+        return insert_as(prepare_teacher(network, data, output), scheme, _as_plan(plan, scheme))
+    data = calibration_images(images, network, samples, skip_unreadable)
     teacher = prepare_teacher(network, data, output)
-    return insert_as(teacher, scheme or Scheme(), plan)
+    run = Run(seed=seed, device=find_device(device), progress=progress)
+    plan, scheme, facts = plan_within(goal, teacher, scheme, data, find_recipe(recipe), run, cache=cache)
+    teacher.graph.to("cpu")
+    student = insert_plan(teacher, plan, scheme)
+    student.result["plan"] = facts
+    return student
 
 
 def check_budget(steps: int | Sequence[int] | None, minutes: float | None, method: Recipe) -> tuple[int, ...]:
@@ -339,6 +346,39 @@ def _check_kinds(progress: Any, preprocessing: Any, output: Any, skip_unreadable
         a_path("cache", cache)
 
 
+def _as_run(
+    method: Recipe, seed: int, device: str, progress: Progress, steps: Any, minutes: float | None, precision: Precision
+) -> Run:
+    """What the stages share, with the budget checked.
+
+    Raises:
+        UsageError: a number is out of range, or there is no such device or precision.
+    """
+    one_of("precision", precision, choices(Precision))
+    seed = whole("seed", seed, least=0, below=SEEDS)
+    each = check_budget(steps, minutes, method)
+    if (steps is not None or minutes is not None) and not method.optimises:
+        warnings.warn(f"Recipe '{method.name}' does not optimise: steps and minutes change nothing.", stacklevel=3)
+    return Run(
+        seed=seed,
+        device=find_device(device),
+        progress=progress,
+        steps_each=each,
+        minutes=minutes,
+        precision=precision,
+    )
+
+
+def _as_scheme(weights: Any, activations: Any, rules: Sequence[str | Rule], runtime: str, *, planned: bool) -> Scheme:
+    """The bits of all layers, 8 where a plan, or the tensors that need 16, will decide."""
+    return Scheme(
+        weights=8 if planned or weights == "auto" else parse_weight_bits(weights),
+        activations=8 if planned or activations == "auto" else parse_activation_bits(activations),
+        runtime=runtime,
+        rules=tuple(map(_as_rule, rules)),
+    )
+
+
 def _as_rule(rule: str | Rule) -> Rule:
     if not isinstance(rule, str | Rule):
         raise UsageError(f"Expected rules such as 'head=w8a8', found {type(rule).__name__}.")
@@ -364,8 +404,10 @@ def _record(
     run: Run,
     warned: list[str],
     plan: dict[str, Any] | None,
+    output: str | None,
 ) -> RunRecord:
     """Everything that is known of the run, once its network is frozen."""
+    how = network.preprocessing
     return RunRecord(
         model=network.name,
         **totals(model),
@@ -383,5 +425,12 @@ def _record(
         stages=run.records,
         outliers=run.outliers,
         warnings=warned,
+        origin=Origin(
+            reference=network.reference,
+            settings=network.settings,
+            output=output or network.output,
+            preprocessing=how if isinstance(how, Preprocessing) else None,
+            source=images.place,
+        ),
         plan=plan,
     )

@@ -110,3 +110,26 @@ def _is_users(error: Exception) -> bool:
     file = frame.f_code.co_filename
     ours = file.startswith((str(Path(__file__).parent), sysconfig.get_paths()["stdlib"], "<"))
     return not ours and "site-packages" not in file
+
+
+def one_line(text: str) -> str:
+    """The text without line breaks.
+
+    Example:
+        >>> one_line("a" + chr(10) + "   b")
+        'a b'
+    """
+    return " ".join(text.split())
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keeps other packages' log lines off the screen."""
+    import logging
+
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)

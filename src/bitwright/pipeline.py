@@ -5,10 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +18,7 @@ from bitwright.memory import keep_pages
 from bitwright.quant.grid import Grid
 from bitwright.recipes import Recipe
 from bitwright.run import checkpoint
+from bitwright.run.journal import heard
 from bitwright.run.record import StageRecord
 from bitwright.run.state import claim, other_settings
 from bitwright.stages.base import Run, Stage
@@ -73,31 +71,13 @@ def run_stages(
 def _record(stage: Stage, student: Student, teacher: Captured, images: Images, run: Run) -> Student:
     """Runs a stage, after which the run has one record more: the stage's own, or a plain one."""
     count, before = len(run.records), run.seconds.get(stage.kind, 0.0)
-    with run.timed(stage.kind), _heard() as said:
+    with run.timed(stage.kind), heard() as said:
         student = stage.run(student, teacher, images.unlabelled(), run)
     if len(run.records) == count:
         run.records.append(StageRecord(kind=stage.kind))
     run.records[-1].seconds = round(run.seconds[stage.kind] - before, 3)
     run.records[-1].warnings = said
     return student
-
-
-@contextmanager
-def _heard() -> Iterator[list[str]]:
-    """The texts of warnings while inside, which are shown as ever."""
-    show, texts = warnings.showwarning, []
-
-    def listen(
-        message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any, **settings: Any
-    ) -> None:
-        texts.append(str(message))
-        show(message, category, filename, lineno, *rest, **settings)
-
-    warnings.showwarning = listen
-    try:
-        yield texts
-    finally:
-        warnings.showwarning = show
 
 
 def fingerprint(graph: nn.Module) -> str:

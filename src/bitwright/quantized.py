@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bitwright.errors import step
-from bitwright.export.parity import Parity, export_checked
-from bitwright.given.arguments import a_path
 from bitwright.graph.student import Student, insert_quantizers
 from bitwright.measure import evaluation
 from bitwright.run import folder as run_folder
+from bitwright.run import job
 
 __all__ = ["QuantizedModel", "insert_quantizers", "load"]
 
@@ -42,17 +40,8 @@ class QuantizedModel(Student):
         """Accuracy and fidelity on images; see :func:`bitwright.evaluate`."""
         return evaluation.evaluate(self, images, labels=labels, classes=classes)
 
-    def save(self, folder: str | Path, *, force: bool = False) -> Path:
-        """Writes a run folder; see :func:`bitwright.run.folder.save`."""
-        return run_folder.save(self, a_path("folder", folder), force=force)
-
-    @step("The export")
-    def export(self, path: str | Path, images: Any = None, *, force: bool = False) -> Parity:
-        """Writes an ONNX file once it passed its check; see :func:`bitwright.export.parity.export_checked`."""
-        place = a_path("path", path)
-        parity = export_checked(self, place, images, force=force)
-        run_folder.renew_checksum(place)
-        return parity
+    save = job.save
+    export = job.export
 
 
 def load(folder: str | Path) -> QuantizedModel:

@@ -11,17 +11,16 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from datetime import datetime, timezone
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, TextIO
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from bitwright.errors import debugging
+from bitwright.errors import debugging, one_line
 from bitwright.given.arguments import as_flags
+from bitwright.run.journal import Journal, speaks_to_user
 from bitwright.words import duration
 
 DETAIL_SECONDS = 15.0
@@ -30,7 +29,7 @@ PIPE_WIDTH = 160
 """Columns of a table that goes into a file or a pipe."""
 
 
-class Terminal:
+class Terminal(Journal):
     """One command's conversation with its user; a context manager.
 
     Inside, warnings of bitwright and of the user's own files become single lines and are kept in ``warnings``;
@@ -39,14 +38,13 @@ class Terminal:
     """
 
     def __init__(self, *, as_json: bool = False) -> None:
+        super().__init__()
         self.as_json = as_json
-        self.warnings: list[str] = []
-        self.events: list[dict[str, Any]] = []
         self.farewell = "Interrupted."
         self._interrupted = False
         self._stdout = sys.stdout
         self._out, self._err = _console(sys.stdout), _console(sys.stderr)
-        self._progress = Progress(
+        self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=30),
             TextColumn("{task.percentage:>3.0f} %"),
@@ -54,7 +52,7 @@ class Terminal:
             console=self._err,
         )
         self._task: TaskID | None = None
-        self._what, self._started, self._said = "", 0.0, 0.0
+        self._said = 0.0
         self._exits = contextlib.ExitStack()
 
     def __enter__(self) -> Terminal:
@@ -68,7 +66,7 @@ class Terminal:
         if self.as_json:
             self._exits.enter_context(contextlib.redirect_stdout(sys.stderr))
         if self._err.is_terminal:
-            self._exits.enter_context(self._progress)
+            self._exits.enter_context(self._bars)
         return self
 
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
@@ -81,17 +79,11 @@ class Terminal:
         """Ends the display of progress; what failed is not shown as done."""
         if failed:
             if self._task is not None:
-                self._progress.remove_task(self._task)
+                self._bars.remove_task(self._task)
             self._task, self._what = None, ""
         self.finish()
-        if self._progress.live.is_started:
-            self._progress.stop()
-
-    def log(self, event: str, **details: Any) -> None:
-        """Keeps an event for ``log.jsonl``."""
-        self.events.append(
-            {"time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "event": event, **details}
-        )
+        if self._bars.live.is_started:
+            self._bars.stop()
 
     def say(self, text: str) -> None:
         """A line on stderr."""
@@ -110,10 +102,6 @@ class Terminal:
         if self.as_json:
             print(json.dumps(data, indent=2, allow_nan=False), file=self._stdout, flush=True)
 
-    def begin(self, what: str) -> None:
-        """Says what goes on from here, for work whose length is not known."""
-        self.progress(what, 0, 0)
-
     def progress(self, what: str, done: int, total: int, detail: str = "") -> None:
         """Shows how far ``what`` is, with the time left and figures; the callback that the library takes."""
         if self._interrupted:  # and something between here and there swallowed it
@@ -123,10 +111,10 @@ class Terminal:
             self._what, self._started = what, time.perf_counter()
             self._said = self._started
             if self._err.is_terminal:
-                self._task = self._progress.add_task(what, total=total or None)
+                self._task = self._bars.add_task(what, total=total or None)
         if self._task is not None:
             shown = f"{what}  {detail}" if detail else what
-            self._progress.update(self._task, completed=done, total=total or None, description=shown)
+            self._bars.update(self._task, completed=done, total=total or None, description=shown)
         elif detail and time.perf_counter() - self._said > DETAIL_SECONDS:
             self._said = time.perf_counter()
             left = (self._said - self._started) / max(done, 1) * (total - done)
@@ -138,13 +126,13 @@ class Terminal:
         """Ends what goes on."""
         if not self._what:
             return
-        seconds = time.perf_counter() - self._started
-        self.log("done", what=self._what, seconds=round(seconds, 3), **({} if total is None else {"total": total}))
+        what, seconds = self._what, time.perf_counter() - self._started
+        super().finish(total)
         if self._task is not None:
-            self._progress.update(self._task, completed=1 if total is None else total, total=total or 1)
+            self._bars.update(self._task, completed=1 if total is None else total, total=total or 1)
         else:
-            self.say(f"{self._what} … {seconds:.1f} s")
-        self._task, self._what = None, ""
+            self.say(f"{what} … {seconds:.1f} s")
+        self._task = None
 
     def _interrupt(self, *_: object) -> None:
         self._interrupted = True
@@ -160,44 +148,17 @@ class Terminal:
         line: str | None = None,
     ) -> None:
         text = as_flags(one_line(str(message)))
-        if not _speaks_to_user() or text in self.warnings:
-            return
-        self.warnings.append(text)
-        self.log("warning", text=text)
-        self._err.print(Text(f"warning: {text}", style="yellow"), soft_wrap=True)
+        if speaks_to_user() and self.keep_warning(text):
+            self._err.print(Text(f"warning: {text}", style="yellow"), soft_wrap=True)
 
 
 def _console(stream: TextIO) -> Console:
     return Console(file=stream, width=None if stream.isatty() else PIPE_WIDTH, markup=False, highlight=False)
 
 
-def _speaks_to_user() -> bool:
-    """Whether the warning that is being shown was raised in bitwright or in the user's own model file."""
-    frame = sys._getframe(2)
-    while frame.f_back is not None and frame.f_globals.get("__name__") in {"warnings", "_py_warnings"}:
-        frame = frame.f_back
-    return str(frame.f_globals.get("__name__")).startswith(("bitwright", "_bitwright_"))
-
-
 def _without_interrupts(hook: Callable[[Any], object]) -> Callable[[Any], object]:
     """A hook that says nothing of an interrupt that fell into a destructor: it is raised again at the next step."""
     return lambda unraisable: None if unraisable.exc_type is KeyboardInterrupt else hook(unraisable)
-
-
-def one_line(text: str) -> str:
-    """The text without line breaks.
-
-    Example:
-        >>> one_line("a" + chr(10) + "   b")
-        'a b'
-    """
-    return " ".join(text.split())
-
-
-def short(path: Path) -> str:
-    """The path, from the current folder if it lies below."""
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def print_error(error: BaseException | str) -> None:
@@ -208,16 +169,3 @@ def print_error(error: BaseException | str) -> None:
     text = text.encode(errors="backslashreplace").decode()
     mark = "\033[1;31merror:\033[0m" if sys.stderr.isatty() and "NO_COLOR" not in os.environ else "error:"
     print(f"{mark} {text}", file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Keeps other packages' log lines off the screen."""
-    import logging
-
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from bitwright.errors import UsageError
@@ -406,3 +407,9 @@ def _plain_number(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
+
+
+def short(path: Path) -> str:
+    """The path, from the current folder if it lies below."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

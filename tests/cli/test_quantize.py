@@ -18,8 +18,8 @@ from safetensors import safe_open
 
 import bitwright
 from bitwright.cli import main
-from bitwright.cli import quantize as quantize_command
 from bitwright.errors import ParityError
+from bitwright.run import job
 
 
 def test_run_folder_holds_what_the_contract_says(here: Path) -> None:
@@ -123,7 +123,7 @@ def test_interrupted_run_goes_on_to_the_same_bits(
 ) -> None:
     command = ["quantize", "models.py:Net", "photos", "--weights", "4", "--evaluate", "classes", "--out", "new"]
     with monkeypatch.context() as patch:
-        patch.setattr(quantize_command, "evaluate", interrupt)
+        patch.setattr(job, "evaluation_of", interrupt)
         assert main(command) == 130
     assert "--resume goes on" in capsys.readouterr().err
     assert [p.name for p in Path("new").iterdir()] == ["state"]
@@ -207,7 +207,7 @@ def test_a_file_that_fails_its_check_is_left_out_and_the_rest_kept(
         assert not force
         raise ParityError("stem is the first to differ")
 
-    monkeypatch.setattr(quantize_command, "export_checked", refuse)
+    monkeypatch.setattr(job, "export_checked", refuse)
     assert main([*NET, "photos", "--out", "new"]) == 1
     assert errors_in(capsys.readouterr().err) == ["error: stem is the first to differ"]
     assert "model.onnx" not in {p.name for p in Path("new").iterdir()}

@@ -113,6 +113,11 @@ class Goal:
             found = {"weight_bytes": float_bytes / self.compression, **found}
         return found
 
+    def described_bits(self) -> dict[str, int | str | None]:
+        """Bits of weights and activations, ``mixed`` where there are several to choose among; None for float."""
+        choices = {"weights": self.weights, "activations": self.activations}
+        return {what: "mixed" if len(bits) > 1 else next(iter(bits), None) for what, bits in choices.items()}
+
     def to_dict(self) -> dict[str, Any]:
         """As a result keeps it."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}

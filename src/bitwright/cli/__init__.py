@@ -16,8 +16,8 @@ import typer
 
 from bitwright.cli.calls import CALLS
 from bitwright.cli.signature import command
-from bitwright.errors import BitwrightError, UsageError, debugging, of_the_machine
-from bitwright.terminal import one_line, print_error
+from bitwright.errors import BitwrightError, UsageError, debugging, of_the_machine, one_line
+from bitwright.terminal import print_error
 
 app = typer.Typer(
     name="bitwright",

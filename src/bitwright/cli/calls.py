@@ -94,6 +94,20 @@ class QuantizeCall(Call):
         return self.bits.scheme("8" if self.weights is None else self.weights, "8" if self.raise_few else None)
 
     @property
+    def method(self) -> str:
+        """The recipe's name or file."""
+        from bitwright import recipes
+
+        return self.recipe or recipes.DEFAULT
+
+    @property
+    def folder_name(self) -> str:
+        """The folder of a run that was not given one."""
+        from bitwright.run.folder import folder_name
+
+        return folder_name(self.network.model, self.method, (self.goal or self.scheme).described_bits())
+
+    @property
     def raise_few(self) -> bool:
         """Whether the few activations that need 16 bits get them."""
         return self.bits.activations == "auto"

@@ -13,8 +13,8 @@ from bitwright import report as pages
 from bitwright.cli import quantize
 from bitwright.cli import report as report_command
 from bitwright.cli.calls import CompareCall, QuantizeCall
-from bitwright.cli.sources import absolute_reference, absolute_source
-from bitwright.errors import BitwrightError, UsageError
+from bitwright.errors import BitwrightError, UsageError, one_line
+from bitwright.given.references import absolute_reference, absolute_source
 from bitwright.given.text import read_json
 from bitwright.recipes import recipe as find_recipe
 from bitwright.report import comparison
@@ -23,7 +23,7 @@ from bitwright.report.shown import read_run
 from bitwright.run import folder as run_folder
 from bitwright.run.files import write_json
 from bitwright.run.lock import held
-from bitwright.terminal import Terminal, one_line
+from bitwright.terminal import Terminal
 
 RECORD, PAGE = "compare.json", "compare.html"
 

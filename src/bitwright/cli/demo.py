@@ -14,7 +14,8 @@ from bitwright.errors import BitwrightError
 from bitwright.recipes import recipe as find_recipe
 from bitwright.run.folder import STATE, check_target
 from bitwright.run.state import is_unfinished
-from bitwright.terminal import Terminal, short
+from bitwright.terminal import Terminal
+from bitwright.words import short
 
 CALIBRATION, TEST = "zoo:fashion", "zoo:fashion-test"
 DEMO_STEPS = 200

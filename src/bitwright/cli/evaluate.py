@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from bitwright.cli import tables
 from bitwright.cli.calls import EvaluateCall
-from bitwright.cli.sources import evaluated, float_network, images_at, is_run, load_run
-from bitwright.errors import BitwrightError, ModelError, UsageError
+from bitwright.cli.sources import float_network, images_at, is_run, load_run
+from bitwright.errors import BitwrightError, ModelError, UsageError, one_line
 from bitwright.given.images import Images
 from bitwright.given.inputs import prepare_teacher
 from bitwright.given.models import Model, load_model
@@ -24,7 +25,8 @@ from bitwright.graph.capture import Captured
 from bitwright.graph.readings import Reading
 from bitwright.measure.evaluation import Network, compare
 from bitwright.run import folder as run_folder
-from bitwright.terminal import Terminal, one_line
+from bitwright.run.record import EvaluatedImages
+from bitwright.terminal import Terminal
 
 BATCH = 50
 
@@ -66,8 +68,8 @@ def _scored(call: EvaluateCall, terminal: Terminal) -> dict[str, Any]:
     else:
         subject = _float(call, axes)
     terminal.finish()
-    data = evaluated(subject.images, call.images)
-    if not data["labelled"] and subject.reference is None:
+    data = EvaluatedImages.of(subject.images)
+    if not data.labelled and subject.reference is None:
         raise UsageError(
             "Expected labels to compare with, found none. "
             "Give --labels, class folders, or a float network with --float."
@@ -80,10 +82,10 @@ def _scored(call: EvaluateCall, terminal: Terminal) -> dict[str, Any]:
         readings=subject.readings,
         batch=subject.batch,
         progress=terminal.progress,
-    )
+    ).to_dict()
     if subject.kind == "float" and subject.reference is None:
         found = {"float": found["quantized"]}
-    return {"model": {"name": call.model, "kind": subject.kind}, "data": {"evaluation": data}, **found}
+    return {"model": {"name": call.model, "kind": subject.kind}, "data": {"evaluation": asdict(data)}, **found}
 
 
 def _images(call: EvaluateCall, network: Model | None) -> Images:

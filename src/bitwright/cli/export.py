@@ -12,7 +12,7 @@ from bitwright.cli import tables
 from bitwright.cli.calls import ExportCall
 from bitwright.cli.options import ImageOptions
 from bitwright.cli.sources import float_network, images_at, load_run
-from bitwright.errors import BitwrightError, ParityError, UsageError
+from bitwright.errors import BitwrightError, ParityError, UsageError, quiet_libraries
 from bitwright.export.openvino import check_openvino, write_openvino
 from bitwright.export.parity import Parity, export_checked
 from bitwright.export.pt2 import write_pt2
@@ -22,7 +22,7 @@ from bitwright.given.text import read_json
 from bitwright.graph.student import Student
 from bitwright.run import folder as run_folder
 from bitwright.run.files import cannot_write, move, scratch, target_file, write_json
-from bitwright.terminal import Terminal, quiet_libraries
+from bitwright.terminal import Terminal
 
 FORMATS = {"onnx": run_folder.ONNX, "openvino": run_folder.OPENVINO, "pt2": run_folder.PT2}
 """File in the run folder by format."""

@@ -16,14 +16,14 @@ from bitwright.cli import tables
 from bitwright.cli.calls import InspectCall
 from bitwright.cli.options import ImageOptions
 from bitwright.cli.sources import blank_images, is_run, load_run
-from bitwright.errors import UsageError
+from bitwright.errors import UsageError, quiet_libraries
 from bitwright.given.models import load_model
 from bitwright.graph import rewrite
 from bitwright.graph.blocks import find_blocks
 from bitwright.graph.student import Student
 from bitwright.run import folder as run_folder
-from bitwright.run.result import describe_layers, describe_unquantized, totals
-from bitwright.terminal import Terminal, quiet_libraries
+from bitwright.run.result import LayerRow, describe_layers, describe_unquantized, totals
+from bitwright.terminal import Terminal
 
 Rows = list[dict[str, Any]]
 
@@ -39,7 +39,9 @@ def inspect(call: InspectCall, terminal: Terminal) -> None:
             raise UsageError(f"{call.model} is a run, which has its bits already. Give the float network with --plan.")
         run = load_run(call.model)
         with run_folder.shown(call.model):
-            found, shown = _described(run, call.model, run.result.get("layers"), call.blocks)
+            recorded = run.result.get("layers")
+            rows = None if recorded is None else [LayerRow.read(row) for row in recorded]
+            found, shown = _described(run, call.model, rows, call.blocks)
     else:
         terminal.begin("Capturing the network")
         network = load_model(call.model, **ImageOptions(call.input_size).preprocessing)
@@ -53,7 +55,7 @@ def inspect(call: InspectCall, terminal: Terminal) -> None:
 
 
 def _described(
-    model: Student, name: str, recorded: Rows | None, blocks: bool
+    model: Student, name: str, recorded: list[LayerRow] | None, blocks: bool
 ) -> tuple[dict[str, Any], list[RenderableType]]:
     found, shown = facts(model, name, recorded), views(model, name, recorded)
     if blocks:
@@ -62,14 +64,14 @@ def _described(
     return found, shown
 
 
-def facts(model: Student, name: str, recorded: Rows | None = None) -> dict[str, Any]:
+def facts(model: Student, name: str, recorded: list[LayerRow] | None = None) -> dict[str, Any]:
     """Names as in ``result.json``."""
     size = tables.sizes(model)
     return {
         "model": {"name": name, **totals(model)},
         "bits": model.scheme.described_bits(),
         "size": model.result.get("size") or size,
-        "layers": describe_layers(model) if recorded is None else recorded,
+        "layers": [asdict(row) for row in (describe_layers(model) if recorded is None else recorded)],
         "unquantized": describe_unquantized(model),
         "unfolded": unfolded(model),
     }
@@ -82,7 +84,7 @@ def unfolded(model: Student) -> list[dict[str, Any]]:
     return list(model.result.get("unfolded", []))
 
 
-def views(model: Student, name: str, recorded: Rows | None = None) -> list[RenderableType]:
+def views(model: Student, name: str, recorded: list[LayerRow] | None = None) -> list[RenderableType]:
     """The same as tables."""
     shown: list[RenderableType] = [*tables.structure(model, recorded)]
     left = unfolded(model)

@@ -16,7 +16,7 @@ from bitwright.cli.calls import ParityCall
 from bitwright.cli.export import run_images
 from bitwright.cli.options import ImageOptions
 from bitwright.cli.sources import float_network
-from bitwright.errors import ParityError, UsageError
+from bitwright.errors import ParityError, UsageError, one_line, quiet_libraries
 from bitwright.export.gap import measure_gap, read_onnx
 from bitwright.given.images import Images
 from bitwright.given.inputs import prepare_teacher
@@ -26,7 +26,7 @@ from bitwright.run.files import write_json
 from bitwright.runtimes import ONNXRUNTIME, absent, chosen
 from bitwright.runtimes.openvino import OPENVINO
 from bitwright.runtimes.record import Runtime
-from bitwright.terminal import Terminal, one_line, quiet_libraries
+from bitwright.terminal import Terminal
 
 
 def parity(call: ParityCall, terminal: Terminal) -> None:

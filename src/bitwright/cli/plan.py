@@ -12,14 +12,15 @@ from bitwright.bits.planning import Planning
 from bitwright.cli import plans, tables
 from bitwright.cli.calls import PlanCall
 from bitwright.cli.sources import check_target, empty_removed, load_inputs, sources
-from bitwright.errors import UsageError
+from bitwright.errors import UsageError, quiet_libraries
 from bitwright.given.images import Images
 from bitwright.given.inputs import find_device
 from bitwright.given.models import Model
 from bitwright.report import plan_page
 from bitwright.run.files import write_text
 from bitwright.run.result import environment, peak_memory_bytes
-from bitwright.terminal import Terminal, quiet_libraries, short
+from bitwright.terminal import Terminal
+from bitwright.words import short
 
 FILES = ("plan.json", "pareto.json", "plan.html")
 SHOWN = 12

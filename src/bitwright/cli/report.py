@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,16 +13,12 @@ from bitwright import words
 from bitwright.cli import tables
 from bitwright.cli.calls import ReportCall
 from bitwright.errors import UsageError
-from bitwright.given.images import Images
-from bitwright.graph.student import Student
-from bitwright.report import comparison, facts
-from bitwright.report.answers import Answers
+from bitwright.report import comparison
 from bitwright.report.comparison import Entry
 from bitwright.report.shown import read_run
 from bitwright.report.verdict import verdict
 from bitwright.run import folder as run_folder
-from bitwright.run.files import write_text
-from bitwright.terminal import Terminal, one_line
+from bitwright.terminal import Terminal
 
 DEFAULT = Path("comparison.html")
 
@@ -58,42 +52,6 @@ def report(call: ReportCall, terminal: Terminal) -> None:
     if "runs" in found:
         terminal.show(table(found["runs"]))
     terminal.show(found["verdict"], f"Written: {path}")
-
-
-def write_beside(
-    model: Student,
-    images: Images | None,
-    answers: Answers,
-    folder: Path,
-    terminal: Terminal,
-    *,
-    pictures: bool,
-    curve: dict[str, Any] | None = None,
-) -> None:
-    """``report.html`` of a run that was just written, and what it is made from; no failure here undoes the run.
-
-    Args:
-        model: frozen, with its float network and its result.
-        images: that it was evaluated on; None for those it was calibrated on.
-        answers: counted during that.
-        folder: of the run.
-        terminal: for progress.
-        pictures: whether the page shows a few of the images.
-        curve: that the run's plan was chosen from, if it came from a file.
-    """
-    terminal.begin("Writing the report")
-    terminal.farewell = f"Interrupted. The run is complete but for its page: bitwright report {folder}"
-    images = images or model.calibration
-    try:
-        assert images is not None
-        found = facts.gather(model, images, answers, folder, pictures=pictures)
-        found |= {} if curve is None else {"curve": curve}
-        write_text(folder / run_folder.FACTS, json.dumps(found, allow_nan=False) + "\n")
-        pages.write(folder)
-    except Exception as error:
-        what = f"{type(error).__name__}: {one_line(str(error))}"
-        warnings.warn(f"The run is complete, but its page could not be written ({what}).", stacklevel=2)
-    terminal.finish()
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:

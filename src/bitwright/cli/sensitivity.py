@@ -7,10 +7,14 @@ from typing import Any
 
 from bitwright.cli import tables
 from bitwright.cli.calls import SensitivityCall
-from bitwright.cli.sources import absolute_source, check_labels, check_target, empty_removed, load_inputs, sources
+from bitwright.cli.sources import check_target, empty_removed, load_inputs, sources
+from bitwright.errors import quiet_libraries
+from bitwright.given.references import absolute_source
+from bitwright.measure.evaluation import check_labels
 from bitwright.report import sensitivity_page
 from bitwright.sensitivity import report
-from bitwright.terminal import Terminal, quiet_libraries, short
+from bitwright.terminal import Terminal
+from bitwright.words import short
 
 SHOWN = 12
 """Layers in the table; the files hold all."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,18 +10,20 @@ from typing import Any
 import torch
 from PIL import Image
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from bitwright.cli.options import ImageOptions, NetworkOptions
 from bitwright.errors import BitwrightError, UsageError
 from bitwright.given.images import Images, load_images
 from bitwright.given.models import Model, example_shape, load_model
 from bitwright.given.preprocessing import Preprocessing
+from bitwright.given.references import absolute_reference, absolute_source
 from bitwright.graph.student import Student
-from bitwright.measure.evaluation import class_scores
 from bitwright.run import folder as run_folder
+from bitwright.run.files import first_existing, remove_empty
 from bitwright.run.folder import check_writable
 from bitwright.terminal import Terminal
+
+DECODE_BATCH = 64
 
 
 def images_at(source: str, network: Model | None, reading: ImageOptions, *, labels: str | None = None) -> Images:
@@ -41,61 +41,12 @@ def images_at(source: str, network: Model | None, reading: ImageOptions, *, labe
     return images
 
 
-def check_labels(network: Model, images: Images) -> None:
-    """Labels must be below the number of classes; tried on one image before the long work.
-
-    Raises:
-        DataError: one is not, or no single output holds class scores.
-    """
-    module: Any = network.module
-    if images.labels is None:
-        return
-    module = module.module() if isinstance(module, torch.export.ExportedProgram) else module
-    try:
-        with torch.no_grad():
-            outputs = module(images.batch([0, 0]))
-    except Exception:
-        return  # capture finds the same and says where
-    if network.output is not None and isinstance(outputs, dict):
-        outputs = outputs.get(network.output, outputs)
-    class_scores(pytree.tree_leaves(outputs), images.labels)
-
-
-def absolute_reference(reference: str) -> str:
-    """The same model, found from any folder.
-
-    Example:
-        >>> absolute_reference("timm:resnet18"), absolute_reference("zoo:fashion_cnn")
-        ('timm:resnet18', 'zoo:fashion_cnn')
-    """
-    kind, colon, rest = reference.partition(":")
-    if colon and kind in {"zoo", "timm", "torchvision"}:
-        name, at, weights = rest.partition("@")
-        return f"{kind}:{name}{at}{os.path.abspath(os.path.expanduser(weights)) if at else ''}"
-    script = re.fullmatch(r"(.+\.py:[^:@]+)@(.+)", reference)
-    parts = script.groups() if script else (reference,)
-    return "@".join(os.path.abspath(os.path.expanduser(part)) for part in parts)
-
-
-def absolute_source(source: str) -> str:
-    """The same images, found from any folder.
-
-    Example:
-        >>> absolute_source("zoo:fashion[:8]")
-        'zoo:fashion[:8]'
-    """
-    return source if source.startswith("zoo:") else os.path.abspath(os.path.expanduser(source))
-
-
-def evaluated(images: Images, source: str) -> dict[str, Any]:
-    """What a result says of the images that were measured on."""
-    labelled = images.labels is not None or images.masks is not None
-    return {
-        "count": len(images),
-        "sha256": images.sha256,
-        "labelled": labelled,
-        "source": absolute_source(source),
-    }
+def decode(images: Images, terminal: Terminal) -> None:
+    """Decodes every image, so that a corrupt one is found before the long work; what fits in memory is kept."""
+    done = 0
+    for batch in images.batches(DECODE_BATCH):
+        done += len(batch)
+        terminal.progress("Decoding the images to evaluate", done, len(images))
 
 
 def sources(network: NetworkOptions, reading: ImageOptions) -> dict[str, Any]:
@@ -228,15 +179,3 @@ def empty_removed(folder: Path) -> Iterator[None]:
     except BaseException:
         remove_empty(folder, until)
         raise
-
-
-def first_existing(folder: Path) -> Path:
-    """The folder, or the closest of those it lies in that exists."""
-    return next(p for p in (folder, *folder.parents) if p.exists())
-
-
-def remove_empty(folder: Path, until: Path) -> None:
-    """Removes the folder and its parents below ``until``, as long as they are empty."""
-    while folder != until and folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
-        folder = folder.parent

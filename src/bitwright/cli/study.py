@@ -10,12 +10,14 @@ from rich.table import Table
 from bitwright import studies
 from bitwright.cli import tables
 from bitwright.cli.calls import StudyCall
-from bitwright.cli.sources import absolute_reference, absolute_source, check_target, empty_removed
+from bitwright.cli.sources import check_target, empty_removed
 from bitwright.errors import UsageError
 from bitwright.given.models import load_model
+from bitwright.given.references import absolute_reference, absolute_source
 from bitwright.run.lock import held
 from bitwright.studies import figures
-from bitwright.terminal import Terminal, short
+from bitwright.terminal import Terminal
+from bitwright.words import short
 
 
 def study(call: StudyCall, terminal: Terminal) -> None:

@@ -10,7 +10,7 @@ from rich.table import Table
 from bitwright import words
 from bitwright.graph.student import Student
 from bitwright.measure.metrics import OutputFidelity, read_fidelity
-from bitwright.run.result import describe_layers, describe_unquantized, stored_values, totals
+from bitwright.run.result import LayerRow, describe_layers, describe_unquantized, stored_values, totals
 
 
 def table(*columns: str, title: str | None = None) -> Table:
@@ -166,23 +166,23 @@ def parity_text(parity: dict[str, Any] | None) -> str:
     return f"same answer on {words.percent(agreement)} of {parity['images']} images"
 
 
-def structure(model: Student, recorded: list[dict[str, Any]] | None = None) -> list[Table]:
+def structure(model: Student, recorded: list[LayerRow] | None = None) -> list[Table]:
     """Every tensor that is quantized, and every one that is not, with the reason."""
     rows = describe_layers(model) if recorded is None else recorded
-    with_noise = any(r["sqnr_db"] is not None for r in rows)
+    with_noise = any(r.sqnr_db is not None for r in rows)
     columns = ["layer", "operator", ">weights", ">activations", "scale per", ">parameters", ">MACs"]
     layers = table(*columns, *([">SQNR"] if with_noise else []), title="Quantized")
     for row in rows:
         cells = [
-            row["name"],
-            row["op"],
-            _bits(row["weight_bits"]),
-            _bits(row["activation_bits"]),
-            row["granularity"] if row["weight_bits"] else "",
-            words.scaled(row["parameters"]) if row["parameters"] else "",
-            words.scaled(row["macs"]) if row["macs"] else "",
+            row.name,
+            row.op,
+            _bits(row.weight_bits),
+            _bits(row.activation_bits),
+            row.granularity if row.weight_bits else "",
+            words.scaled(row.parameters) if row.parameters else "",
+            words.scaled(row.macs) if row.macs else "",
         ]
-        noise_text = "" if row["sqnr_db"] is None else words.decibel(row["sqnr_db"])
+        noise_text = "" if row.sqnr_db is None else words.decibel(row.sqnr_db)
         layers.add_row(*cells, *([noise_text] if with_noise else []))
     floats = table("tensor", "operator", "why it is not quantized", title="Not quantized")
     for item in describe_unquantized(model):

@@ -23,6 +23,7 @@ from bitwright.errors import DataError, UsageError
 from bitwright.given.files import Arrays, Files, Source, Store, Tensors
 from bitwright.given.items import items, spread
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing, parse_input_size
+from bitwright.given.references import absolute_source
 from bitwright.given.text import short
 
 __all__ = ["Images", "PreprocessFunction", "Preprocessing", "load_images", "parse_input_size"]
@@ -56,6 +57,7 @@ class Images:
         masks: whole numbers (N, H, W), the class of each pixel, or None.
         left_out: what came with the images and is neither; empty if there was nothing.
         preprocessing: what is applied to the pixels; None when the images were given as tensors.
+        place: the path or name that they were loaded from, which holds from any folder; None where there is none.
 
     Example:
         >>> images = load_images(torch.zeros(10, 3, 8, 8), None)
@@ -70,9 +72,10 @@ class Images:
         labels: Tensor | None,
         masks: Tensor | None = None,
         left_out: str = "",
+        place: str | None = None,
     ) -> None:
         self._store, self._indices = store, list(indices)
-        self.labels, self.masks, self.left_out = labels, masks, left_out
+        self.labels, self.masks, self.left_out, self.place = labels, masks, left_out, place
         self.names = [store.source.names[i] for i in self._indices]
 
     @property
@@ -91,7 +94,9 @@ class Images:
 
     def __getitem__(self, index: int | slice) -> Tensor | Images:
         if isinstance(index, slice):
-            return self.take(range(len(self))[index])
+            part = self.take(range(len(self))[index])
+            part.place = None
+            return part
         return self.batch([index])[0]
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -126,11 +131,12 @@ class Images:
 
     def unlabelled(self) -> Images:
         """Return the same images without labels: what calibration gets."""
-        return Images(self._store, self._indices, None)
+        return Images(self._store, self._indices, None, place=self.place)
 
     def labelled(self, labels: str | Path | Sequence[int] | Tensor) -> Images:
         """Return the same images with these labels; see `load_images` for their forms."""
-        return Images(self._store, self._indices, _explicit_labels(labels, self.names), self.masks)
+        found = _explicit_labels(labels, self.names)
+        return Images(self._store, self._indices, found, self.masks, place=self.place)
 
     def sample(self, n: int, seed: int = 0) -> Images:
         """Return ``n`` images, one out of each of ``n`` equal stretches of the list, in order.
@@ -186,7 +192,7 @@ class Images:
     def take(self, positions: Sequence[int]) -> Images:
         """The images at these positions, in the order given; a view that shares decoded pixels."""
         labels, masks = (None if x is None else x[list(positions)] for x in (self.labels, self.masks))
-        return Images(self._store, [self._indices[p] for p in positions], labels, masks, self.left_out)
+        return Images(self._store, [self._indices[p] for p in positions], labels, masks, self.left_out, self.place)
 
     def __repr__(self) -> str:
         labelled = self.labels is not None or self.masks is not None
@@ -243,10 +249,11 @@ def load_images(
     """
     if isinstance(source, Images):
         return source.labelled(labels) if labels is not None else source
-    window, left_out = None, ""
+    window, left_out, named = None, "", None
     if isinstance(source, str) and not source.strip():
         raise DataError("expected a folder of images, an .npz file or zoo:NAME, found nothing: name one")
     if isinstance(source, str | os.PathLike):
+        named = absolute_source(os.fspath(source))
         place, window = _split_slice(os.fspath(source))
         found, found_labels = _from_place(str(place))
     else:
@@ -258,9 +265,9 @@ def load_images(
     found_labels = None if masks is not None else found_labels
     if labels is not None:
         found_labels = _explicit_labels(labels, found.names)
-    images = Images(store, range(len(found.names)), found_labels, masks, left_out)
+    images = Images(store, range(len(found.names)), found_labels, masks, left_out, named)
     if window is not None:
-        images = images[window]
+        images = images.take(range(len(images))[window])
         if len(images) == 0:
             raise DataError(f"expected images, the slice leaves none of the {len(found.names)} in {place}")
     return images.readable() if skip_unreadable else images

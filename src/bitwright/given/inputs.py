@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def as_model(
     if isinstance(model, str):
         model = load_model(model)
     if isinstance(model, Model):
-        return model if preprocessing is None else Model(model.module, model.name, preprocessing, model.output)
+        return model if preprocessing is None else replace(model, preprocessing=preprocessing)
     return Model(model, type(model).__name__, preprocessing, None)
 
 

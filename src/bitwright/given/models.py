@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +27,7 @@ from torch.export import ExportedProgram
 from bitwright.errors import BitwrightError, ModelError, UsageError
 from bitwright.given.compat import import_timm, import_torchvision, with_torchvision
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing, parse_input_size
+from bitwright.given.references import absolute_reference
 from bitwright.given.saved_program import load_program
 from bitwright.given.text import short
 from bitwright.graph.plain import tell_of_types
@@ -53,12 +54,16 @@ class Model:
         name: short name for tables and results.
         preprocessing: what turns an image into the network's input; None if nobody said.
         output: which entry of a dict output counts (``"out"`` for torchvision's segmentation); None for all.
+        reference: what names it from any folder; None where it was not loaded by name.
+        settings: of preprocessing that were given with the name.
     """
 
     module: nn.Module | ExportedProgram
     name: str
     preprocessing: Preprocessing | PreprocessFunction | None = None
     output: str | None = None
+    reference: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_model(
@@ -104,7 +109,7 @@ def load_model(
         said = f"{str(reference)[:80]}{'...' if len(str(reference)) > 80 else ''}"
         raise ModelError(f"expected a model as {FORMS}, cannot read {said!r} ({_one_line(error)})") from error
     _check_weights(model)
-    return model
+    return replace(model, reference=absolute_reference(str(reference)), settings=settings)
 
 
 def _resolve(reference: str, settings: Settings) -> Model:

@@ -8,16 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from bitwright.errors import BitwrightError, DataError, UsageError, cause
 from bitwright.given.arguments import of_kind
 from bitwright.given.images import Images, load_images
+from bitwright.given.models import Model
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.explain import cannot_run
 from bitwright.graph.readings import Reading, by_values
 from bitwright.graph.student import Student
 from bitwright.graph.watch import Callback, watch
-from bitwright.measure.metrics import Accuracy, Fidelity, Segmentation, SignalToNoise
+from bitwright.measure.metrics import Accuracy, Evaluation, Fidelity, Metrics, Segmentation, SignalToNoise
 from bitwright.progress import Progress, silent
 
 Network = Callable[[Tensor], list[Tensor]]
@@ -32,8 +34,6 @@ def evaluate(
     labels: Any = None,
     batch: int = 50,
     progress: Progress = silent,
-    each: Each | None = None,
-    readings: Sequence[Reading] = (),
     classes: Mapping[str, int | None] | None = None,
 ) -> dict[str, Any]:
     """Accuracy and fidelity of a quantized model.
@@ -44,8 +44,6 @@ def evaluate(
         labels: a CSV of ``file,class_index``, if the images do not carry their own.
         batch: images at a time.
         progress: called as it goes.
-        each: shown the outputs of every batch, if there is a teacher.
-        readings: how each output is read; told by the teacher's graph if not given.
         classes: axis of the classes of outputs by name, where it is known better; None for one that holds none.
 
     Returns:
@@ -53,14 +51,36 @@ def evaluate(
     """
     of_kind("model", model, Student, "a quantized model")
     images = source if isinstance(source, Images) else load_images(source, model.preprocessing, labels=labels)
-    teacher, names = model.teacher, model.outputs
+    readings = read_outputs_of(model, images, classes)
+    return evaluation_of(model, images, readings, batch=batch, progress=progress).to_dict()
+
+
+def evaluation_of(
+    model: Student,
+    images: Images,
+    readings: Sequence[Reading],
+    *,
+    batch: int = 50,
+    progress: Progress = silent,
+    each: Each | None = None,
+) -> Evaluation:
+    """What :func:`evaluate` tells, as a record.
+
+    Args:
+        model: with its float teacher, or loaded without.
+        images: with or without labels.
+        readings: how each output is read, from :func:`read_outputs_of`.
+        batch: images at a time.
+        progress: called as it goes.
+        each: shown the outputs of every batch, if there is a teacher.
+    """
+    teacher = model.teacher
     reference = None if teacher is None else (lambda x: list(teacher.graph(x)))
-    readings = readings or read_outputs_of(model, images, classes)
     return compare(
         model.flat,
         reference,
         images,
-        names=names,
+        names=model.outputs,
         readings=readings,
         batch=batch,
         progress=progress,
@@ -93,7 +113,7 @@ def compare(
     batch: int = 50,
     progress: Progress = silent,
     each: Each | None = None,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Runs one or two networks over the images.
 
     Args:
@@ -105,12 +125,9 @@ def compare(
         batch: images at a time.
         progress: called as it goes.
         each: shown the outputs of every batch, if there is a reference.
-
-    Returns:
-        ``quantized`` (metrics of ``network``; empty without labels) and, with a reference, ``float`` and ``fidelity``.
     """
     fidelity, done = Fidelity(names, readings), 0
-    scored: dict[str, Scores] = {}
+    ours, theirs = Scores(), None if reference is None else Scores()
     pixels: tuple[int, Reading] | None = None
     _say_what_is_left_out(images)
     for inputs in images.batches(batch):
@@ -121,18 +138,18 @@ def compare(
         truth, masks = (None if x is None else x[part] for x in (images.labels, images.masks))
         if masks is not None and not done:
             pixels = output_of_masks(found, readings, masks)
-        for who, outputs in (("quantized", found), ("float", expected)):
-            if outputs is not None:
-                scored.setdefault(who, Scores(pixels)).update(outputs, truth, masks)
-        if expected is not None:
+        ours.update(found, truth, masks, pixels)
+        if theirs is not None and expected is not None:
+            theirs.update(expected, truth, masks, pixels)
             _check_shapes(expected, found)
             fidelity.update(expected, found)
             if each is not None:
                 each(done, expected, found, truth)
         done += len(inputs)
         progress("Evaluating", done, len(images))
-    result: dict[str, Any] = {who: found.result() for who, found in scored.items()}
-    return result if reference is None else {**result, "fidelity": fidelity.result()}
+    if theirs is None:
+        return Evaluation(ours.result())
+    return Evaluation(ours.result(), theirs.result(), fidelity.outputs)
 
 
 def _say_what_is_left_out(images: Images) -> None:
@@ -145,33 +162,41 @@ def _say_what_is_left_out(images: Images) -> None:
 
 
 class Scores:
-    """A network's outputs against labels and masks, as far as there are some.
+    """A network's outputs against labels and masks, as far as there are some."""
 
-    Args:
-        pixels: position and reading of the output that gives each pixel of the masks its class, if one does.
-    """
+    def __init__(self) -> None:
+        self.accuracy, self.segmentation = Accuracy(), Segmentation()
 
-    def __init__(self, pixels: tuple[int, Reading] | None) -> None:
-        self.pixels, self.accuracy, self.segmentation = pixels, Accuracy(), Segmentation()
-
-    def update(self, outputs: list[Tensor], labels: Tensor | None, masks: Tensor | None) -> None:
+    def update(
+        self, outputs: list[Tensor], labels: Tensor | None, masks: Tensor | None, pixels: tuple[int, Reading] | None
+    ) -> None:
         """Adds a batch: outputs [B, ...], labels [B], masks [B, H, W].
+
+        Args:
+            outputs: of the network.
+            labels: if there are some.
+            masks: if there are some.
+            pixels: position and reading of the output that gives each pixel of the masks its class, if one does.
 
         Raises:
             DataError: labels or masks do not fit the outputs.
         """
         if labels is not None:
             self.accuracy.update(class_scores(outputs, labels), labels)
-        if masks is not None and self.pixels is not None:
-            position, reading = self.pixels
+        if masks is not None and pixels is not None:
+            position, reading = pixels
             answers = _classes_of_pixels(outputs[position], reading)
             assert answers is not None
             known = None if reading.kind != "scores" or reading.axis is None else outputs[position].shape[reading.axis]
             self.segmentation.update(answers, masks, known)
 
-    def result(self) -> dict[str, Any]:
-        """What was measured; empty without labels and masks."""
-        return {**(self.accuracy.result() if self.accuracy.count else {}), **self.segmentation.result()}
+    def result(self) -> Metrics:
+        """What was measured."""
+        found: dict[str, Any] = {
+            **(self.accuracy.result() if self.accuracy.count else {}),
+            **self.segmentation.result(),
+        }
+        return Metrics(**found)
 
 
 def output_of_masks(outputs: list[Tensor], readings: Sequence[Reading], masks: Tensor) -> tuple[int, Reading] | None:
@@ -233,6 +258,26 @@ def class_scores(outputs: list[Tensor], labels: Tensor) -> Tensor:
             f"Expected labels below {scores[0].shape[1]}, the number of classes, found {int(labels.max())}."
         )
     return scores[0]
+
+
+def check_labels(network: Model, images: Images) -> None:
+    """Labels must be below the number of classes; tried on one image before the long work.
+
+    Raises:
+        DataError: one is not, or no single output holds class scores.
+    """
+    module: Any = network.module
+    if images.labels is None:
+        return
+    module = module.module() if isinstance(module, torch.export.ExportedProgram) else module
+    try:
+        with torch.no_grad():
+            outputs = module(images.batch([0, 0]))
+    except Exception:
+        return  # capture finds the same and says where
+    if network.output is not None and isinstance(outputs, dict):
+        outputs = outputs.get(network.output, outputs)
+    class_scores(pytree.tree_leaves(outputs), images.labels)
 
 
 def layer_sqnr(model: Student, images: Tensor) -> dict[str, float | None]:

@@ -182,6 +182,54 @@ def worst(outputs: Mapping[str, OutputFidelity]) -> OutputFidelity:
     )
 
 
+@dataclass(frozen=True)
+class Metrics:
+    """What one network scores against labels or masks, as fractions; None where there was nothing to compare with.
+
+    Attributes:
+        top1: share of images whose class is right.
+        top1_ci: the 95 % interval of it.
+        top5: share of images whose class is among the first five.
+        miou: mean intersection over union of the classes of pixels.
+        pixel_accuracy: share of pixels whose class is right.
+
+    Example:
+        >>> Metrics(miou=0.5, pixel_accuracy=0.75).to_dict()
+        {'miou': 0.5, 'pixel_accuracy': 0.75}
+    """
+
+    top1: float | None = None
+    top1_ci: list[float] | None = None
+    top5: float | None = None
+    miou: float | None = None
+    pixel_accuracy: float | None = None
+
+    def to_dict(self) -> dict[str, float | list[float]]:
+        """As in ``result.json``: only what was measured."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured on images.
+
+    Attributes:
+        quantized: what the network scores.
+        reference: what the float network scores; None where there is none.
+        fidelity: how closely each output follows the float network's, by its name; None likewise.
+    """
+
+    quantized: Metrics
+    reference: Metrics | None = None
+    fidelity: Mapping[str, OutputFidelity] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """``quantized`` and, with a float network, ``float`` and ``fidelity``, as in ``result.json``."""
+        found: dict[str, Any] = {"quantized": self.quantized.to_dict()}
+        found |= {} if self.reference is None else {"float": self.reference.to_dict()}
+        return found | ({} if self.fidelity is None else {"fidelity": fidelity_keys(self.fidelity)})
+
+
 @dataclass
 class Fidelity:
     """How closely one network's outputs follow another's, without labels, each output by itself.
@@ -223,10 +271,14 @@ class Fidelity:
 
     def result(self) -> dict[str, Any]:
         """``agreement``, ``kl`` and ``sqnr_db`` of the worst output, and ``outputs`` with those of each."""
-        found = self.outputs
-        whole = worst(found)
-        first = {"agreement": whole.agreement, "kl": whole.kl, "sqnr_db": whole.sqnr_db}
-        return {**first, "outputs": {name: asdict(o) for name, o in found.items()}}
+        return fidelity_keys(self.outputs)
+
+
+def fidelity_keys(outputs: Mapping[str, OutputFidelity]) -> dict[str, Any]:
+    """What ``result.json`` says of outputs under ``fidelity``; :func:`read_fidelity` reads it back."""
+    whole = worst(outputs)
+    first = {"agreement": whole.agreement, "kl": whole.kl, "sqnr_db": whole.sqnr_db}
+    return {**first, "outputs": {name: asdict(o) for name, o in outputs.items()}}
 
 
 def read_fidelity(found: Mapping[str, Any] | None) -> dict[str, OutputFidelity]:

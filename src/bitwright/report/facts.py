@@ -8,13 +8,19 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from bitwright.bits.plan import Plan
+from bitwright.errors import BitwrightError
 from bitwright.given.images import Images
+from bitwright.given.text import read_json
 from bitwright.graph.student import Student
 from bitwright.report.answers import Answers
 from bitwright.report.histograms import IMAGES, histograms, worst_layers
 from bitwright.run import folder as run_folder
 
 FACTS_SCHEMA = 1
+CURVE = "pareto.json"
+KEPT = frozenset({"bits", "loss", "weight_bytes", "activation_bytes", "total_bytes", "bit_operations", "latency"})
+"""Of a point of the curve, what a run keeps."""
 
 
 def gather(model: Student, images: Images, answers: Answers, folder: Path, *, pictures: bool = True) -> dict[str, Any]:
@@ -63,3 +69,29 @@ def onnx_parts(path: Path) -> dict[str, int] | None:
         parts[kind] += outside or len(tensor.raw_data) or tensor.ByteSize()
     whole = sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*"))
     return {**parts, "graph": whole - sum(parts.values())}
+
+
+def curve_beside(file: Path | None) -> dict[str, Any] | None:
+    """The curve in ``pareto.json`` beside a plan, without the bits of layers; None where there is none of this plan.
+
+    Args:
+        file: the plan, or its folder. ``chosen`` is None if its bits are no longer those that were planned.
+    """
+    if file is None:
+        return None
+    folder = file if file.is_dir() else file.parent
+    try:
+        found, plan = read_json(folder / CURVE), Plan.read(file)
+        chosen = found["chosen"]
+        if plan.predicted is None or plan.predicted["loss"] != chosen["loss"]:
+            return None
+        bare = {k: [{n: v for n, v in p.items() if n in KEPT} for p in found[k]] for k in ("points", "uniform")}
+        return {"along": found["along"], **bare, "chosen": plan.predicted if _unchanged(plan, chosen) else None}
+    except (OSError, BitwrightError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _unchanged(plan: Plan, chosen: dict[str, Any]) -> bool:
+    layers = plan.layers
+    weights = all((w := layers[n].weight) and w.bits == b for n, b in chosen["weights"].items())
+    return weights and all((a := layers[n].activation) and a.bits == b for n, b in chosen["activations"].items())

@@ -241,6 +241,18 @@ def remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def first_existing(folder: Path) -> Path:
+    """The folder, or the closest of those it lies in that exists."""
+    return next(p for p in (folder, *folder.parents) if p.exists())
+
+
+def remove_empty(folder: Path, until: Path) -> None:
+    """Removes the folder and its parents below ``until``, as long as they are empty."""
+    while folder != until and folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+        folder = folder.parent
+
+
 def _alive(pid: int) -> bool:
     """Whether another process with this number runs; what this one writes to it knows."""
     if pid == os.getpid():

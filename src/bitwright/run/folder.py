@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -54,6 +55,18 @@ KINDS |= dict.fromkeys((*ROWS, "warnings"), list)
 """Of values in a result, by key."""
 CHECKED = (MODEL, *DEPLOYED)
 """Files whose sha256 stands in the result; the plan is there to be edited."""
+
+
+def folder_name(model: str, recipe: str, bits: Mapping[str, int | str | None]) -> str:
+    """Model, recipe and bits: the folder of a run that was not given one.
+
+    Example:
+        >>> folder_name("timm:resnet18@w.pt", "mse", {"weights": 4, "activations": 8})
+        'resnet18-mse-w4a8'
+    """
+    name = re.sub(r"@.*", "", model).rpartition(":")[2] if ":" in model else Path(model).stem
+    weights, activations = (b or "float" for b in bits.values())
+    return re.sub(r"[^\w.-]+", "_", f"{name}-{Path(recipe).stem}-w{weights}a{activations}")
 
 
 def check_target(folder: Path, *, force: bool = False, resume: bool = False) -> None:
@@ -227,24 +240,6 @@ def _sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-@step("Saving")
-def save(model: Student, folder: Path, *, force: bool = False) -> Path:
-    """Writes the model (frozen first), its plan and its result. The ONNX file is written by ``model.export``.
-
-    Raises:
-        UsageError: the folder is not empty (unless ``force``) or cannot be written.
-    """
-    with writing(folder) as said:
-        if said is not None:
-            warnings.warn(said, UserWarning, stacklevel=3)
-        check_target(folder, force=force)
-        model.freeze()
-        with staged(folder) as partial:
-            write_files(model, partial)
-            write_result(model, partial)
-    return folder
 
 
 def read_result(folder: str | Path) -> dict[str, Any]:

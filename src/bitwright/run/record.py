@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from bitwright import words
 from bitwright.graph.equalize import ChannelScales
 from bitwright.graph.fold import Unfolded
 from bitwright.graph.place import Unquantized
+from bitwright.measure.metrics import wilson_interval
 from bitwright.quant.scheme import Scheme
-from bitwright.run.result import SCHEMA, environment, peak_memory_bytes
+from bitwright.run.result import SCHEMA, LayerRow, environment, peak_memory_bytes
+
+if TYPE_CHECKING:
+    from bitwright.export.parity import Parity
+    from bitwright.given.images import Images
+    from bitwright.given.preprocessing import Preprocessing
+    from bitwright.measure.metrics import Evaluation
+
+
+TOLERANCE = 0.02
+"""Share by which the size of a file may differ from the planned one without a warning."""
 
 
 class StageRecord(BaseModel):
@@ -91,6 +105,116 @@ class Outliers:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where the network and the calibration images of a run came from.
+
+    Attributes:
+        reference: what names the network from any folder; None where it was not loaded by name.
+        settings: of preprocessing that were given with the name.
+        output: the one output that was kept; None for all.
+        preprocessing: of the images; None where nobody said, or where it is a function.
+        source: the images' path or name from any folder; None where there is none.
+    """
+
+    reference: str | None
+    settings: Mapping[str, Any]
+    output: str | None
+    preprocessing: Preprocessing | None
+    source: str | None
+
+    def model(self) -> dict[str, Any]:
+        """What the result says of the network."""
+        how = self.preprocessing
+        return {
+            "reference": self.reference,
+            "settings": json.loads(json.dumps(self.settings, default=lambda value: value.tolist())),
+            "output": self.output,
+            "preprocessing": None if how is None else how.model_dump(mode="json"),
+        }
+
+
+@dataclass(frozen=True)
+class EvaluatedImages:
+    """The images that a network was measured on: how many, which, and whether labels or masks came with them."""
+
+    count: int
+    sha256: str
+    labelled: bool
+    source: str | None
+
+    @classmethod
+    def of(cls, images: Images) -> EvaluatedImages:
+        """What a result says of these images."""
+        labelled = images.labels is not None or images.masks is not None
+        return cls(len(images), images.sha256, labelled, images.place)
+
+
+def add_evaluation(
+    result: dict[str, Any],
+    evaluation: Evaluation,
+    images: EvaluatedImages,
+    noise: Mapping[str, float | None],
+    *,
+    same_as_calibration: bool,
+) -> None:
+    """Writes into a result what was measured.
+
+    Args:
+        result: changed.
+        evaluation: scores and fidelity.
+        images: that it was measured on.
+        noise: signal to noise in decibels, by layer.
+        same_as_calibration: whether those are the calibration images.
+    """
+    result |= evaluation.to_dict()
+    for row in result["layers"]:
+        row["sqnr_db"] = noise.get(row["name"])
+    result.setdefault("data", {})["evaluation"] = {**asdict(images), "same_as_calibration": same_as_calibration}
+
+
+def add_parity(result: dict[str, Any], parity: Parity | None, size: int | None) -> None:
+    """Writes into a result what the check of the ONNX file found, and its bytes; None where it was not written."""
+    result["parity"] = None if parity is None else parity.to_dict()
+    result["size"]["onnx_bytes"] = size
+
+
+def add_plan_outcome(result: dict[str, Any]) -> list[str]:
+    """Writes what became of a plan into the result: the file's bytes and the agreement, beside those expected.
+
+    Returns:
+        A line for each that is worse than was planned; none for a result without a plan.
+    """
+    if "plan" not in result:
+        return []
+    plan, packed = result["plan"], result["size"]["packed_bytes"]
+    expected, limit = plan["predicted"]["weight_bytes"], plan["limits"].get("weight_bytes")
+    plan["packed"] = {"bytes": packed, "difference": packed / expected - 1}
+    lines = []
+    if abs(packed / expected - 1) > TOLERANCE:
+        lines.append(f"model.safetensors has {packed:,} bytes, planned were {expected:,.0f}.")
+    if limit is not None and packed > limit:
+        lines.append(f"model.safetensors has {packed:,} bytes, {packed - limit:,.0f} more than wanted.")
+    agreement = result.get("fidelity", {}).get("agreement")
+    if "estimate" not in plan or agreement is None:
+        return lines
+    evaluated = result["data"]["evaluation"]
+    low, high = wilson_interval(round(agreement * evaluated["count"]), evaluated["count"])
+    plan["measured"] = {
+        "agreement": agreement,
+        "interval": [low, high],
+        "images": evaluated["count"],
+        "same_as_calibration": evaluated["same_as_calibration"],
+    }
+    wanted = 1 - plan["estimate"]["drop"]
+    if high < wanted:
+        lines.append(
+            f"The network agrees with the float one on {words.percent(agreement)} of the images measured on, less than "
+            f"the {words.percent(wanted)} that were wanted. Ask for a smaller max_drop=."
+        )
+    return lines
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """Everything that is known of a run when its network is frozen.
 
@@ -112,6 +236,7 @@ class RunRecord:
         stages: in their order.
         outliers: balanced, raised, suggested.
         warnings: one line each.
+        origin: where network and images came from, where somebody says so.
         plan: what was planned, where bits were.
     """
 
@@ -126,29 +251,40 @@ class RunRecord:
     device: str
     seed: int
     seconds: dict[str, float]
-    layers: list[dict[str, Any]]
+    layers: list[LayerRow]
     unquantized: list[Unquantized]
     unfolded: list[Unfolded]
     stages: list[StageRecord]
     outliers: Outliers
     warnings: list[str]
+    origin: Origin | None = None
     plan: dict[str, Any] | None = None
 
     def result(self) -> dict[str, Any]:
         """As ``result.json`` has it: ``stages`` has every stage in order, the key of a kind its last stage."""
+        origin = self.origin
         latest = {key: value for stage in self.stages for key, value in stage.keys().items()}
         return {
             "schema": SCHEMA,
             **environment(self.device, self.seed),
-            "model": {"name": self.model, "parameters": self.parameters, "macs": self.macs},
-            "data": {"calibration": {"count": self.images, "sha256": self.sha256}, "evaluation": None},
+            "model": {
+                **{"name": self.model, "parameters": self.parameters, "macs": self.macs},
+                **({} if origin is None else origin.model()),
+            },
+            "data": {
+                "calibration": {
+                    **{"count": self.images, "sha256": self.sha256},
+                    **({} if origin is None else {"source": origin.source}),
+                },
+                "evaluation": None,
+            },
             "recipe": {"name": self.recipe, "settings": self.settings},
             "bits": self.scheme.described_bits(),
             "scheme": self.scheme.model_dump(mode="json"),
             "size": {"float_bytes": 4 * self.parameters},
             "seconds": dict(self.seconds),
             "peak_memory_bytes": peak_memory_bytes(),
-            "layers": self.layers,
+            "layers": [asdict(row) for row in self.layers],
             "unquantized": [asdict(u) for u in self.unquantized],
             "unfolded": [asdict(u) for u in self.unfolded],
             "warnings": self.warnings,

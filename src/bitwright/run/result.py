@@ -6,7 +6,8 @@ import platform
 import resource
 import shlex
 import sys
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +22,59 @@ SCHEMA = 1
 """Of ``result.json``: grows when a key changes its meaning, so that an old reader says so. New keys do not count."""
 
 
-def describe_layers(model: Student, sqnr: dict[str, float | None] | None = None) -> list[dict[str, Any]]:
-    """One row per quantized tensor: bits, granularity, parameters, MACs for one image, SQNR in dB."""
+@dataclass(frozen=True)
+class LayerRow:
+    """One quantized tensor in a result.
+
+    Attributes:
+        name: of the layer.
+        op: the operator.
+        weight_bits: of its weight, or of a stored operand; None where it has none.
+        activation_bits: of what it yields; None where that is not quantized.
+        granularity: what shares a scale.
+        parameters: numbers that it stores.
+        macs: multiply-accumulates for one image.
+        sqnr_db: signal to quantization noise of what it yields, in decibels; None where it was not measured.
+    """
+
+    name: str
+    op: str
+    weight_bits: int | None = None
+    activation_bits: int | None = None
+    granularity: str = "tensor"
+    parameters: int = 0
+    macs: int = 0
+    sqnr_db: float | None = None
+
+    @classmethod
+    def read(cls, row: Mapping[str, Any]) -> LayerRow:
+        """The row that a ``result.json`` holds; keys of a newer one are not looked at.
+
+        Raises:
+            KeyError: it lacks a key that every version writes.
+        """
+        return cls(**{each.name: row[each.name] for each in fields(cls)})
+
+
+def describe_layers(model: Student) -> list[LayerRow]:
+    """One row per quantized tensor, without its signal to noise."""
     rows = []
     for layer in model.layers:
         weight = None if layer.weight is None else model.quantizer(layer.weight)
         activation = None if layer.activation is None else model.quantizer(layer.activation)
         stored = layer.op == "parameter"
         described = activation if weight is None else weight
+        holder = activation if stored and activation is not None else weight
         rows.append(
-            {
-                "name": layer.name,
-                "op": layer.op,
-                "weight_bits": activation.grid.bits if stored and activation else weight and weight.grid.bits,
-                "activation_bits": None if stored or activation is None else activation.grid.bits,
-                "granularity": "tensor" if described is None else described.granularity,
-                "parameters": layer.parameters,
-                "macs": layer.macs,
-                "sqnr_db": (sqnr or {}).get(layer.name),
-            }
+            LayerRow(
+                name=layer.name,
+                op=layer.op,
+                weight_bits=None if holder is None else holder.grid.bits,
+                activation_bits=None if stored or activation is None else activation.grid.bits,
+                granularity="tensor" if described is None else described.granularity,
+                parameters=layer.parameters,
+                macs=layer.macs,
+            )
         )
     return rows
 

@@ -130,7 +130,7 @@ class Subject:
 
     def float_accuracy(self, progress: Progress = silent) -> Row:
         """Of the float network on the held-out images, all of which are decoded for it; empty without labels."""
-        found: Row = compare(self._teacher, None, self.held_out, batch=BATCH, progress=progress)["quantized"]
+        found: Row = compare(self._teacher, None, self.held_out, batch=BATCH, progress=progress).quantized.to_dict()
         return found
 
     def _compare(self, student: Student, images: Images, progress: Progress) -> dict[str, Any]:
@@ -139,7 +139,8 @@ class Subject:
 
         names = self.teacher.outputs
         readings = read_outputs(self.teacher.graph, images.batch([0]).to(self.device), names)
-        return compare(network, self._teacher, images, names=names, readings=readings, batch=BATCH, progress=progress)
+        found = compare(network, self._teacher, images, names=names, readings=readings, batch=BATCH, progress=progress)
+        return found.to_dict()
 
     def _teacher(self, x: Tensor) -> list[Tensor]:
         return [o.cpu() for o in self.teacher.graph(x.to(self.device))]

@@ -1,0 +1,332 @@
+"""The whole job: what is done with a quantized network until its folder is complete.
+
+Measured, diagnosed, written with its ONNX file, shown on a page: what costs time only where it is asked for.
+:func:`do` is the job from an empty folder on, :func:`save` that of a network which is there already.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bitwright import report as pages
+from bitwright import words
+from bitwright.errors import BitwrightError, UsageError, one_line, quiet_libraries, step
+from bitwright.export.parity import Parity, export_checked
+from bitwright.given.arguments import a_path
+from bitwright.given.images import Images, load_images
+from bitwright.graph.student import Student
+from bitwright.measure.evaluation import evaluation_of, layer_sqnr, read_outputs_of
+from bitwright.progress import Progress, silent
+from bitwright.report import facts
+from bitwright.report.answers import Answers
+from bitwright.run import folder as run_folder
+from bitwright.run.files import first_existing, remove_empty, write_text
+from bitwright.run.journal import Journal
+from bitwright.run.record import EvaluatedImages, add_evaluation, add_parity, add_plan_outcome
+from bitwright.run.result import peak_memory_bytes
+from bitwright.run.state import leave
+from bitwright.sensitivity import diagnosis
+
+SQNR_IMAGES = 32
+PARITY_IMAGES = 128
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is done with a quantized network besides writing it; each part costs time.
+
+    Attributes:
+        images: to measure on; those it was calibrated on if not given.
+        evaluate: measure accuracy, fidelity and the noise of every layer.
+        diagnosis: find out where most was lost, and the rules that mend it.
+        onnx: write ``model.onnx`` and check it in ONNX Runtime on real images.
+        report: write ``report.html``.
+        pictures: show on the page the few images whose answers differ.
+        plan: file that the bits came from; the page shows the curve beside it.
+        force: keep an ONNX file that fails its check.
+    """
+
+    images: Images | None = None
+    evaluate: bool = False
+    diagnosis: bool = False
+    onnx: bool = False
+    report: bool = False
+    pictures: bool = True
+    plan: Path | None = None
+    force: bool = False
+
+    @property
+    def something(self) -> bool:
+        """Whether there is anything to do but to write the network."""
+        return self.evaluate or self.diagnosis or self.onnx or self.report
+
+    def check(self, model: Student) -> None:
+        """Finds what is missing before anything takes long.
+
+        Raises:
+            UsageError: the model lacks its float network, or there are no images.
+        """
+        if model.teacher is None and (self.diagnosis or self.report):
+            what = "diagnosis" if self.diagnosis else "report"
+            raise UsageError(f"Expected a network that was just quantized for {what}=True, found one without its float "
+                             "network. Use what bitwright.quantize returned.")  # fmt: skip
+        if self.images is None and model.calibration is None and self.something:
+            raise UsageError("Expected images to measure on, found none. Give evaluate=.")
+
+
+class Done(NamedTuple):
+    """What one job left."""
+
+    result: dict[str, Any]
+    """What ``result.json`` holds."""
+    folder: Path
+    failure: BitwrightError | None
+    """What kept ``model.onnx`` out of the folder, if something did."""
+
+
+Make = Callable[[Path], tuple[Student, Wanted]]
+"""Gives the network that is written and what is wanted with it; takes the folder for what a later call goes on from."""
+
+
+def do(folder: Path, make: Make, journal: Journal, *, force: bool = False, resume: bool = False) -> Done:
+    """The job from an empty folder to a complete one; nothing is lost over a file that cannot be exported.
+
+    Args:
+        folder: to write, of which nobody else writes meanwhile.
+        make: quantizes, or returns what is quantized.
+        journal: of what happens.
+        force: replace a run that is there.
+        resume: go on with an unfinished one.
+
+    Raises:
+        UsageError: the folder cannot be written, or holds something.
+        BitwrightError: anything but the ONNX file went wrong; what was done until then is kept.
+    """
+    started = time.perf_counter()
+    with run_folder.writing(folder) as said:
+        if said is not None:
+            journal.say(said)
+        run_folder.check_target(folder, force=force, resume=resume)
+        with _kept(folder, journal):
+            model, wanted = make(folder / run_folder.STATE)
+            wanted.check(model)
+            answers = measure(model, wanted.images, journal) if wanted.evaluate or wanted.report else None
+            if wanted.diagnosis:
+                diagnose(model, journal)
+            failure = _write(model, folder, wanted, journal, started)
+        if answers is not None and wanted.report:
+            _show(model, folder, wanted, answers, journal)
+    return Done(model.result, folder, failure)
+
+
+@step("Saving")
+def save(
+    model: Student,
+    folder: str | Path,
+    *,
+    force: bool = False,
+    evaluate: Any = None,
+    labels: Any = None,
+    diagnosis: bool = False,
+    onnx: bool = False,
+    report: bool = False,
+    pictures: bool = True,
+    progress: Progress = silent,
+) -> Path:
+    """Writes a run folder: the model (frozen first), its plan and its result, and what else is asked for.
+
+    With ``evaluate=``, ``diagnosis=True``, ``onnx=True`` and ``report=True`` it holds all that ``bitwright quantize``
+    leaves.
+
+    Args:
+        model: as :func:`bitwright.quantize` or :func:`bitwright.load` returns it.
+        folder: to write.
+        force: replace a run that is there, and keep an ONNX file that fails its check.
+        evaluate: images to measure accuracy, fidelity and the noise of every layer on; True for those it was
+            calibrated on.
+        labels: of these images, as for :func:`bitwright.evaluate`.
+        diagnosis: find out where most was lost, and the rules that mend it.
+        onnx: write ``model.onnx`` and check it in ONNX Runtime.
+        report: write ``report.html``; measures on the calibration images unless others are given.
+        pictures: show on the page the few images whose answers differ.
+        progress: called as ``progress(what, done, total, detail)``.
+
+    Raises:
+        UsageError: the folder is not empty (unless ``force``) or cannot be written, or something is missing for what
+            is asked for.
+        ParityError: the ONNX file computes something else; the folder is complete without it.
+    """
+    place = a_path("folder", folder)
+    measured = evaluate is not None and evaluate is not False
+    images = load_images(evaluate, model.preprocessing, labels=labels) if measured and evaluate is not True else None
+    wanted = Wanted(images, measured, diagnosis, onnx, report, pictures=pictures, force=force)
+    journal = Journal(progress)
+    journal.warnings += model.result.get("warnings", [])
+    with journal.listening():
+        done = do(place, lambda _: (model, wanted), journal, force=force)
+    if done.failure is not None:
+        raise done.failure
+    return place
+
+
+@step("The export")
+def export(model: Student, path: str | Path, images: Any = None, *, force: bool = False) -> Parity:
+    """Writes an ONNX file once it passed its check; see :func:`bitwright.export.parity.export_checked`."""
+    place = a_path("path", path)
+    parity = export_checked(model, place, images, force=force)
+    run_folder.renew_checksum(place)
+    return parity
+
+
+@contextmanager
+def _kept(folder: Path, journal: Journal) -> Iterator[None]:
+    """After a failure of any kind what was done stays, and a line says how to go on."""
+    until = first_existing(folder)
+    try:
+        yield
+    except BaseException as error:
+        said = run_folder.finish_swap(folder)
+        kept = leave(folder / run_folder.STATE)
+        remove_empty(folder, until)
+        if said is not None:
+            journal.say(said)
+        elif isinstance(error, KeyboardInterrupt):
+            journal.farewell = (
+                "Interrupted. The same command with --resume goes on where it was."
+                if kept
+                else "Interrupted before the first stage was finished: nothing is kept."
+            )
+        elif kept:
+            journal.finish()
+            journal.say(
+                f"What was done is kept in {words.short(folder)}: the run's command with --resume goes on from there."
+            )
+        raise
+
+
+def measure(model: Student, images: Images | None, journal: Journal) -> Answers:
+    """Accuracy, fidelity and the noise of every layer into the result; which answers differ, for the page.
+
+    Args:
+        model: with its float network, or loaded without, and then its fidelity stays unknown.
+        images: to measure on; those it was calibrated on if not given.
+        journal: of what happens.
+    """
+    started = time.perf_counter()
+    given, images = images, images if images is not None else model.calibration
+    assert images is not None
+    readings = read_outputs_of(model, images)
+    answers = Answers(model.outputs, readings)
+    found = evaluation_of(model, images, readings, progress=journal.progress, each=answers.update)
+    noise: dict[str, float | None] = {}
+    if model.teacher is not None:
+        journal.begin("Measuring every layer")
+        noise = layer_sqnr(model, images.batch(range(min(SQNR_IMAGES, len(images)))))
+        journal.finish()
+    add_evaluation(model.result, found, EvaluatedImages.of(images), noise, same_as_calibration=given is None)
+    _took(model, "evaluate", started)
+    return answers
+
+
+def diagnose(model: Student, journal: Journal) -> None:
+    """Where most was lost, and the rules that mend it; a run is not lost over what goes wrong here."""
+    started, result = time.perf_counter(), model.result
+    limit = diagnosis.budget(sum(result["seconds"].values()))
+    where, seed = torch.device(result["device"]), result["seed"]
+    try:
+        result["diagnosis"] = diagnosis.diagnose(
+            model, seconds=limit, device=where, seed=seed, progress=journal.progress
+        )
+    except Exception as error:
+        result["diagnosis"] = None
+        what = f"{type(error).__name__}: {one_line(str(error))}"
+        warnings.warn(f"What was lost where could not be found out: {what}", stacklevel=2)
+    journal.finish()
+    _took(model, "diagnosis", started)
+
+
+def _took(model: Student, what: str, started: float) -> None:
+    model.result.setdefault("seconds", {})[what] = round(time.perf_counter() - started, 3)
+
+
+def _write(model: Student, folder: Path, wanted: Wanted, journal: Journal, started: float) -> BitwrightError | None:
+    """The run folder, complete or not at all; without ``model.onnx`` where that cannot be, and then why."""
+    failure = None
+    model.freeze()
+    with run_folder.staged(folder) as partial:
+        run_folder.write_files(model, partial)
+        if wanted.onnx:
+            failure = _export(model, wanted, partial / run_folder.ONNX, journal)
+        if wanted.something:
+            _conclude(model, failure, journal, started)
+            journal.log("written", folder=str(folder))
+            write_text(partial / run_folder.LOG, journal.lines())
+        run_folder.write_result(model, partial)
+    return failure
+
+
+def _conclude(model: Student, failure: BitwrightError | None, journal: Journal, started: float) -> None:
+    """What the result says of the job as a whole: warnings, time, memory, and what became of the plan."""
+    result = model.result
+    if failure is not None:
+        journal.warnings.append(one_line(str(failure)))
+    for text in add_plan_outcome(result):
+        warnings.warn(text, stacklevel=2)
+    result["warnings"] = list(journal.warnings)
+    seconds = {name: value for name, value in result["seconds"].items() if name != "total"}
+    seconds["total"] = max(time.perf_counter() - started, sum(seconds.values()))
+    result["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
+    result["peak_memory_bytes"] = peak_memory_bytes()
+
+
+def _export(model: Student, wanted: Wanted, path: Path, journal: Journal) -> BitwrightError | None:
+    """Writes and checks the ONNX file; what went wrong is returned, so that hours of work are not thrown away."""
+    started = time.perf_counter()
+    journal.begin("Writing ONNX and checking it in ONNX Runtime")
+    failure: BitwrightError | None = None
+    parity, size = None, None
+    try:
+        with quiet_libraries():
+            parity = export_checked(model, path, wanted.images, force=wanted.force, count=PARITY_IMAGES)
+        size = sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*"))
+    except BitwrightError as error:
+        failure = error
+    except Exception as error:
+        failure = BitwrightError(
+            f"The network could not be written as ONNX: {type(error).__name__}: {one_line(str(error))}"
+        )
+        failure.__cause__ = error
+    if failure is not None:
+        for leftover in path.parent.glob(f"{path.name}*"):
+            leftover.unlink()
+    journal.finish()
+    add_parity(model.result, parity, size)
+    _took(model, "export", started)
+    return failure
+
+
+def _show(model: Student, folder: Path, wanted: Wanted, answers: Answers, journal: Journal) -> None:
+    """``report.html`` of a run that was just written, and what it is made from; no failure here undoes the run."""
+    journal.begin("Writing the report")
+    journal.farewell = f"Interrupted. The run is complete but for its page: bitwright report {folder}"
+    images = wanted.images if wanted.images is not None else model.calibration
+    try:
+        assert images is not None
+        curve = facts.curve_beside(wanted.plan)
+        found = facts.gather(model, images, answers, folder, pictures=wanted.pictures)
+        found |= {} if curve is None else {"curve": curve}
+        write_text(folder / run_folder.FACTS, json.dumps(found, allow_nan=False) + "\n")
+        pages.write(folder)
+    except Exception as error:
+        what = f"{type(error).__name__}: {one_line(str(error))}"
+        warnings.warn(f"The run is complete, but its page could not be written ({what}).", stacklevel=2)
+    journal.finish()
