@@ -134,11 +134,10 @@ def quantize(
         check_wide(scheme)
     plan = _as_plan(plan, scheme)
     method = find_recipe(recipe)
-    run = _as_run(method, seed, device, progress, steps, minutes, precision)
-    network = as_model(model, preprocessing)
-    data = calibration_images(images, network, samples, skip_unreadable)
-
     with heard() as said:
+        run = _as_run(method, seed, device, progress, steps, minutes, precision)
+        network = as_model(model, preprocessing)
+        data = calibration_images(images, network, samples, skip_unreadable)
         with run.timed("capture"):
             teacher = prepare_teacher(network, data, output)
             _check_stages(method, insert_as(teacher, scheme, plan), teacher, data)

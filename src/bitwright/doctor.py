@@ -9,12 +9,9 @@ import platform
 import shutil
 import warnings
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bitwright._version import __version__
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 REQUIRED = (
     "torch",
@@ -146,27 +143,3 @@ def _zoo() -> dict[str, bool]:
 
     home = Path(zoo.__file__).parent
     return {name: (home / f"{name}.safetensors").is_file() for name in zoo.NETWORKS}
-
-
-def views(found: dict[str, Any]) -> list[RenderableType]:
-    """The same as tables, and a last line that says whether all is well."""
-    from bitwright.cli import tables
-
-    about = tables.table("", "", title=f"bitwright {found['bitwright']}")
-    about.add_row("python", found["python"])
-    about.add_row("platform", found["platform"])
-    about.add_row("cores", str(found["cores"]))
-    for device in found["devices"]:
-        about.add_row("device", f"{device['device']}: {device['name']}")
-    about.add_row("ONNX Runtime runs on", ", ".join(found["runtimes"]) or "nothing")
-    missing = [name for name, there in found["zoo"].items() if not there]
-    about.add_row("embedded networks", f"missing: {', '.join(missing)}" if missing else "all there")
-    packages = tables.table("package", "version", "state")
-    remedies: dict[str, list[str]] = {}
-    for row in (*found["required"], *found["optional"]):
-        fine = row["ok"] and not row["remedy"]
-        packages.add_row(row["name"], row["version"] or "none", "fine" if fine else row["note"])
-        if not fine:
-            remedies.setdefault(row["remedy"], []).append(row["name"])
-    verdict = "Everything that is needed is there." if found["ok"] else "Something that is needed is missing."
-    return [about, packages, verdict, *(f"For {', '.join(names)}:  {line}" for line, names in remedies.items())]

@@ -15,6 +15,7 @@ import pytest
 import bitwright as bw
 from bitwright.bits.plan import Plan
 from bitwright.cli import main, plans
+from bitwright.run.record import add_plan_outcome
 from bitwright.stages.calibrate import Calibrate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -234,22 +235,19 @@ def test_interrupted_and_resumed_it_is_the_same(
     assert files[0] == files[1]
 
 
-def test_a_file_that_is_not_as_planned_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    from bitwright.terminal import Terminal
-
+def test_a_file_that_is_not_as_planned_is_said() -> None:
     result: dict[str, Any] = {
         "plan": {"predicted": {"weight_bytes": 1000}, "limits": {"weight_bytes": 1010}, "estimate": {"drop": 0.01}},
         "size": {"packed_bytes": 1030},
         "fidelity": {"agreement": 0.9},
         "data": {"evaluation": {"count": 1000, "same_as_calibration": False}},
     }
-    terminal = Terminal()
-    plans.compare(result, terminal)
+    said = add_plan_outcome(result)
     assert result["plan"]["packed"]["difference"] == pytest.approx(0.03)
-    assert [w.split(",")[0] for w in terminal.warnings] == [
+    assert [line.split(",")[0] for line in said] == [
         "model.safetensors has 1", "model.safetensors has 1", PROMISE,
     ]  # fmt: skip
-    assert "20 more than wanted" in terminal.warnings[1]
+    assert "20 more than wanted" in said[1]
 
 
 def test_a_network_of_one_layer(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,8 +19,8 @@ from chromium import Page
 import bitwright as bw
 from bitwright import report
 from bitwright.cli import main
-from bitwright.cli.plans import curve_beside
 from bitwright.given.models import load_model
+from bitwright.report.facts import curve_beside
 from bitwright.report.shown import read_run as read
 
 NET = """

@@ -18,8 +18,7 @@ import torch
 
 import bitwright as bw
 from bitwright.cli import main
-from bitwright.cli import quantize as command
-from bitwright.run import checkpoint
+from bitwright.run import checkpoint, job
 
 NETWORK = """
 from torch import nn
@@ -65,7 +64,7 @@ def unfinished(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one
         (tmp_path / name).write_bytes((place / name).read_bytes())
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(command, "evaluate", raising(ZeroDivisionError("of the user's own code")))
+        patch.setattr(job, "evaluation_of", raising(ZeroDivisionError("of the user's own code")))
         assert main(GIVEN) == 1
     assert "checkpoint-0.safetensors" in tree()
     return tmp_path
@@ -131,7 +130,8 @@ FAILURES = {
 
 
 @pytest.mark.parametrize(
-    ("where", "failures"), [("evaluate", list(FAILURES)), ("write_text", ["a full disk"]), ("_export", ["no memory"])]
+    ("where", "failures"),
+    [("evaluation_of", list(FAILURES)), ("write_text", ["a full disk"]), ("_export", ["no memory"])],
 )
 def test_every_failure_keeps_what_was_done_and_says_how_to_go_on(
     where: str,
@@ -143,7 +143,7 @@ def test_every_failure_keeps_what_was_done_and_says_how_to_go_on(
     before = {n: d for n, d in tree().items() if n.endswith(".safetensors")}
     for what in failures:
         with monkeypatch.context() as patch:
-            patch.setattr(command, where, raising(FAILURES[what]))
+            patch.setattr(job, where, raising(FAILURES[what]))
             try:
                 status = main([*GIVEN, "--resume"])
             except SystemExit:
@@ -161,7 +161,7 @@ def test_a_run_that_replaces_another_can_be_resumed_and_the_old_one_stays_until_
     assert main([*GIVEN, "--resume"]) == 0
     old = model("run")
     with monkeypatch.context() as patch:
-        patch.setattr(command, "evaluate", raising(ZeroDivisionError()))
+        patch.setattr(job, "evaluation_of", raising(ZeroDivisionError()))
         assert main([*GIVEN, "--weights", "4", "--force"]) == 1
     assert model("run") == old
     assert main([*GIVEN, "--weights", "4", "--resume"]) == 0

@@ -10,6 +10,7 @@ from rich.table import Table
 from bitwright import words
 from bitwright.graph.student import Student
 from bitwright.measure.metrics import OutputFidelity, read_fidelity
+from bitwright.run.record import stages_of
 from bitwright.run.result import LayerRow, describe_layers, describe_unquantized, stored_values, totals
 
 
@@ -110,10 +111,10 @@ def outcome(result: dict[str, Any]) -> Table:
     )
     for row in metric_rows(result):
         made.add_row(*row)
-    if tuned := result.get("reconstruct"):
-        made.add_row("optimisation", "", tuning_text(tuned))
-    if evolved := result.get("evolve"):
-        made.add_row("evolution", "", evolution_text(evolved))
+    for kind, name, text in (("reconstruct", "optimisation", tuning_text), ("evolve", "evolution", evolution_text)):
+        stages = stages_of(result, kind)
+        for i, stage in enumerate(stages, 1):
+            made.add_row(name if len(stages) == 1 else f"{name} {i}", "", text(stage))
     packed = f"{words.size(size['packed_bytes'])} ({size['float_bytes'] / size['packed_bytes']:.1f} x smaller)"
     made.add_row("size", words.size(size["float_bytes"]), packed)
     made.add_row("size of model.onnx", "", words.size(size.get("onnx_bytes")))
@@ -142,14 +143,12 @@ def tuning_text(tuned: dict[str, Any]) -> str:
     """Steps, the loss before and after, and how many roundings differ from rounding to nearest.
 
     Example:
-        >>> loss = {"soft": 2.0, "hard": 2.0, "by_stage": {"reconstruct": 2.0, "calibrate": 9.0, "optq": 4.0}}
-        >>> tuning_text({"steps": 100, "loss": loss, "left_nearest": 0.21})
-        '100 steps, loss 9 to 2, 21 % of weights not at their nearest'
+        >>> tuning_text({"steps": 100, "before": 4.0, "after": 2.0, "loss": {"hard": 2.0}, "left_nearest": 0.21})
+        '100 steps, loss 4 to 2, 21 % of weights not at their nearest'
     """
     if "loss" not in tuned:
         return "none"
-    stages = [v for k, v in tuned["loss"]["by_stage"].items() if k != "reconstruct"]
-    before = f"{max(stages):.3g} to " if stages else ""
+    before = f"{tuned['before']:.3g} to " if tuned.get("before") is not None else ""
     moved = f"{words.percent(tuned['left_nearest'], 0)} of weights not at their nearest"
     return f"{tuned['steps']} steps, loss {before}{tuned['loss']['hard']:.3g}, {moved}"
 

@@ -15,23 +15,26 @@ from bitwright.report.panels import Panel, Series
 from bitwright.report.shown import Shown
 from bitwright.report.tables import page_table
 from bitwright.report.verdict import runtime_name
+from bitwright.run.record import stages_of
 
 # ------------------------------------------------------------------------------------------------- optimisation
 
 
 def training(run: Shown) -> Section | None:
-    """Losses over the steps of what was optimised; nothing where nothing was."""
-    parts = [p for p in (_reconstruction(run), _evolution(run)) if p is not None]
-    return Section("training", "Optimisation", parts) if parts else None
+    """Losses over the steps of what was optimised, stage by stage; nothing where nothing was."""
+    parts = []
+    for kind, name, made in (("reconstruct", "Reconstruction", _reconstruction), ("evolve", "Evolution", _evolution)):
+        rows = stages_of(run.result, kind)
+        parts += [made(row, name if len(rows) == 1 else f"{name} {i}") for i, row in enumerate(rows, 1)]
+    shown = [part for part in parts if part is not None]
+    return Section("training", "Optimisation", shown) if shown else None
 
 
-def _reconstruction(run: Shown) -> Markup | None:
-    tuned = run.result.get("reconstruct")
-    if not tuned or "loss" not in tuned:
+def _reconstruction(tuned: dict[str, Any], name: str) -> Markup | None:
+    if "loss" not in tuned:
         return None
-    loss = tuned["loss"]
-    stages = [[name, words.number(value), "kept" if name == tuned.get("kept") else ""] for name, value in
-              loss["by_stage"].items()]  # fmt: skip
+    losses = (("the stage before it", tuned.get("before")), ("this stage", tuned["loss"]["hard"]))
+    stages = [[what, words.number(value)] for what, value in losses if value is not None]
     said = (
         [f"{words.plural(tuned['steps'], 'step')} of {words.plural(tuned['batch'], 'image')}"]
         if tuned.get("batch")
@@ -45,21 +48,22 @@ def _reconstruction(run: Shown) -> Markup | None:
     )
     stopped = tuned.get("stopped")
     early = f" It stopped at step {stopped['step']}, where {stopped['layer']} was no longer finite." if stopped else ""
+    kept, own = tuned.get("kept"), next(reversed(tuned["loss"].get("by_stage") or {}), None)
+    early += "" if kept in {None, own} else f" It did not lower the loss: what '{kept}' left is kept."
     text = ", ".join(said)
     text = text[:1].upper() + text[1:]
     curve = _curve(tuned.get("curve") or [], "loss of a step's images", "step", "The optimisation's loss")
     return tag(
         "div",
-        tag("h3", "Reconstruction"),
+        tag("h3", name),
         paragraph(f"{text}.{ended}{early}"),
         tag("figure", curve) if curve else None,
-        page_table("Loss on the same calibration images, after each stage", ["after", ">loss", ""], stages),
+        page_table("Loss on the same calibration images", ["after", ">loss"], stages),
     )
 
 
-def _evolution(run: Shown) -> Markup | None:
-    evolved = run.result.get("evolve")
-    if not evolved or "fitness" not in evolved:
+def _evolution(evolved: dict[str, Any], name: str) -> Markup | None:
+    if "fitness" not in evolved:
         return None
     fitness = evolved["fitness"]
     text = (
@@ -71,12 +75,12 @@ def _evolution(run: Shown) -> Markup | None:
     curve = _curve(
         evolved.get("curve") or [], f"fitness ({fitness['measure']})", "children", "Fitness", fitness.get("teacher")
     )
-    rows = [[name, words.number(fitness[k], 5)] for k, name in
+    rows = [[said, words.number(fitness[k], 5)] for k, said in
             (("before", "before"), ("after", "after"), ("teacher", "the float network itself"))
             if fitness.get(k) is not None]  # fmt: skip
     return tag(
         "div",
-        tag("h3", "Evolution"),
+        tag("h3", name),
         paragraph(text),
         tag("figure", curve, key(("mark", "the float network's own fitness"))) if curve else None,
         page_table("Fitness on calibration images, lower is better", ["", ">fitness"], rows),

@@ -1,0 +1,136 @@
+"""The job of a network that is there already, beside the command that quantizes it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cases import dataset, make
+
+import bitwright as bw
+from bitwright.cli import main
+from bitwright.errors import ParityError, UsageError
+from bitwright.given.arguments import as_flags
+from bitwright.run import job
+
+RECIPE, CALIBRATION, TEST = "eptq", "zoo:fashion[:64]", "zoo:fashion-test[:16]"
+OF_THE_MOMENT = {"seconds", "peak_memory_bytes", "command", "seconds_per_step", "step_seconds", "time", "files"}
+"""Keys whose values differ from call to call."""
+
+
+def steady(value: Any) -> Any:
+    """Without what differs from call to call, whose keys are kept."""
+    if isinstance(value, dict):
+        return {
+            k: sorted(v) if k in OF_THE_MOMENT and isinstance(v, dict) else None if k in OF_THE_MOMENT else steady(v)
+            for k, v in value.items()
+        }
+    return [steady(v) for v in value] if isinstance(value, list) else value
+
+
+def result_in(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def model() -> bw.QuantizedModel:
+    return bw.quantize(make("residual"), dataset(8), "rtn")
+
+
+def test_a_saved_network_leaves_what_the_command_leaves(tmp_path: Path) -> None:
+    command, library = tmp_path / "command", tmp_path / "library"
+    given = ["zoo:fashion_cnn", CALIBRATION, "--recipe", RECIPE, "--samples", "2", "--steps", "2", "--evaluate", TEST]
+    assert main(["quantize", *given, "--precision", "float32", "--weights", "4", "--out", str(command)]) == 0
+    made = bw.quantize(
+        "zoo:fashion_cnn", CALIBRATION, RECIPE, weights=4, samples=2, steps=2, precision="float32"
+    )  # fmt: skip
+    assert made.save(library, evaluate=TEST, diagnosis=True, onnx=True, report=True) == library
+
+    assert {p.name for p in library.iterdir()} == {p.name for p in command.iterdir()}
+    ours, theirs = result_in(library), result_in(command)
+    ours["warnings"] = [as_flags(line) for line in ours["warnings"]]
+    assert steady(ours) == steady(theirs)
+    assert (library / "model.safetensors").read_bytes() == (command / "model.safetensors").read_bytes()
+    assert sorted(json.loads((library / "report.json").read_text())) == sorted(
+        json.loads((command / "report.json").read_text())
+    )
+    assert "KL divergence" in (library / "report.html").read_text()
+
+
+def test_what_is_not_asked_for_costs_nothing(
+    model: bw.QuantizedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in ("evaluation_of", "layer_sqnr", "export_checked"):
+        monkeypatch.setattr(job, step, lambda *_, **__: pytest.fail("nobody asked for it"))
+    model.save(tmp_path / "run")
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"model.safetensors", "plan.json", "result.json"}
+    found = result_in(tmp_path / "run")
+    assert found["data"]["evaluation"] is None
+    assert not {"quantized", "diagnosis", "parity"} & set(found)
+    assert "total" not in found["seconds"]
+
+
+def test_true_measures_on_the_calibration_images(tmp_path: Path) -> None:
+    made = bw.quantize(make("residual"), dataset(8), "rtn")
+    told: list[str] = []
+    made.save(tmp_path / "run", evaluate=True, progress=lambda what, *_, **__: told.append(what))
+    found = result_in(tmp_path / "run")
+    evaluation = found["data"]["evaluation"]
+    assert (evaluation["count"], evaluation["same_as_calibration"]) == (8, True)
+    assert found["fidelity"] == made.evaluate(dataset(8))["fidelity"]
+    assert all(row["sqnr_db"] is not None for row in found["layers"] if row["weight_bits"])
+    assert {"Evaluating", "Measuring every layer"} <= set(told)
+    events = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [e["what"] for e in events if e["event"] == "done"] == ["Evaluating", "Measuring every layer"]
+
+
+def test_a_file_that_fails_its_check_costs_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(model: Any, path: Path, *_: Any, **__: Any) -> None:
+        path.write_text("half")
+        raise ParityError("stem is the first to differ")
+
+    made = bw.quantize(make("residual"), dataset(8), "rtn")
+    monkeypatch.setattr(job, "export_checked", refuse)
+    with pytest.raises(ParityError, match="stem is the first"):
+        made.save(tmp_path / "run", onnx=True)
+    found = result_in(tmp_path / "run")
+    assert "model.onnx" not in {p.name for p in (tmp_path / "run").iterdir()}
+    assert (found["parity"], found["size"]["onnx_bytes"]) == (None, None)
+    assert found["warnings"][-1] == "stem is the first to differ"
+    assert bw.load(tmp_path / "run").frozen
+
+
+def test_a_warning_on_the_way_is_in_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("at last")
+
+    made = bw.quantize(make("residual"), dataset(8), "rtn")
+    monkeypatch.setattr(job.diagnosis, "diagnose", fail)
+    with pytest.warns(UserWarning, match="could not be found out"):
+        made.save(tmp_path / "run", diagnosis=True)
+    found = result_in(tmp_path / "run")
+    assert found["diagnosis"] is None
+    assert "ZeroDivisionError: at last" in found["warnings"][-1]
+
+
+def test_a_loaded_network_is_measured_without_its_float_one(model: bw.QuantizedModel, tmp_path: Path) -> None:
+    loaded = bw.load(model.save(tmp_path / "run"))
+    loaded.save(tmp_path / "again", evaluate=dataset(6), labels=[0, 1, 2, 0, 1, 2])
+    found = result_in(tmp_path / "again")
+    assert set(found["quantized"]) == {"top1", "top1_ci", "top5"}
+    assert "fidelity" not in found
+    for wanted, said in (({"report": True}, "report=True"), ({"diagnosis": True}, "diagnosis=True")):
+        with pytest.raises(UsageError, match=said):
+            loaded.save(tmp_path / "third", evaluate=dataset(6), **wanted)
+    with pytest.raises(UsageError, match="evaluate="):
+        loaded.save(tmp_path / "third", onnx=True)
+    assert not (tmp_path / "third").exists()
+
+
+def test_warnings_of_the_quantization_are_in_the_result() -> None:
+    with pytest.warns(UserWarning, match="100 images were asked for"):
+        found = bw.quantize(make("residual"), dataset(8), "rtn", samples=100).result
+    assert any(line.startswith("100 images were asked for") for line in found["warnings"])
