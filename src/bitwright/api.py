@@ -142,9 +142,10 @@ def quantize(
             teacher = prepare_teacher(network, data, output)
             _check_stages(method, insert_as(teacher, scheme, plan), teacher, data)
         teacher, scheme = mend_outliers(teacher, scheme, plan, data, method, run, raise_some=raise_some)
-        facts = None
+        decided = None
         if goal is not None:
-            plan, scheme, facts = plan_within(goal, teacher, scheme, data, method, run, cache=cache, state=state)
+            decided, scheme = plan_within(goal, teacher, scheme, data, method, run, cache=cache, state=state)
+            plan = decided.plan
         student = insert_as(teacher, scheme, plan)
         teacher.graph.to(run.device)
         student.to(run.device)
@@ -160,7 +161,7 @@ def quantize(
     student.to("cpu")
     teacher.graph.to("cpu")
     student.preprocessing, student.calibration = network.preprocessing, data
-    student.result = _record(student, network, method, data, run, said, facts, output).result()
+    student.result = _record(student, network, method, data, run, said, decided, output).result()
     return QuantizedModel.of(student)
 
 
@@ -249,10 +250,10 @@ def preview(
     data = calibration_images(images, network, samples, skip_unreadable)
     teacher = prepare_teacher(network, data, output)
     run = Run(seed=seed, device=find_device(device), progress=progress)
-    plan, scheme, facts = plan_within(goal, teacher, scheme, data, find_recipe(recipe), run, cache=cache)
+    decided, scheme = plan_within(goal, teacher, scheme, data, find_recipe(recipe), run, cache=cache)
     teacher.graph.to("cpu")
-    student = insert_plan(teacher, plan, scheme)
-    student.result["plan"] = facts
+    student = insert_plan(teacher, decided.plan, scheme)
+    student.result["plan"] = decided.to_dict()
     return student
 
 
@@ -304,12 +305,12 @@ def plan_within(
     *,
     cache: str | Path | None = None,
     state: Path | None = None,
-) -> tuple[Plan, Scheme, dict[str, Any]]:
-    """The plan of a goal, the scheme for what it leaves open, and what the result says of it."""
+) -> tuple[planning.Decision, Scheme]:
+    """The plan of a goal, and the scheme for what it leaves open."""
     folder = None if cache is None else planning.usable(Path(cache))
     with run.timed("plan"):
-        plan, facts = planning.decide(teacher, scheme, images, goal, method, run, folder=folder, state=state)
-    return plan, planning.open_scheme(scheme, goal), facts
+        decided = planning.decide(teacher, scheme, images, goal, method, run, folder=folder, state=state)
+    return decided, planning.open_scheme(scheme, goal)
 
 
 def _check_instead(
@@ -402,7 +403,7 @@ def _record(
     images: Images,
     run: Run,
     warned: list[str],
-    plan: dict[str, Any] | None,
+    plan: planning.Decision | None,
     output: str | None,
 ) -> RunRecord:
     """Everything that is known of the run, once its network is frozen."""

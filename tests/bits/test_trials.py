@@ -79,11 +79,11 @@ def agreement_of(plan: Plan) -> float:
 
 def test_the_estimate_is_what_the_network_then_does_on_images_it_has_not_seen() -> None:
     plan, estimate = find(0.1)
-    assert estimate["agreement"] == pytest.approx(agreement_of(plan))
-    assert estimate["agreement"] >= 0.9
-    assert estimate["interval"][0] < estimate["agreement"] <= estimate["interval"][1]
-    assert (estimate["images"], estimate["calibrated_on"]) == (20, 20)
-    assert len(estimate["trials"]) <= len(PLANS)
+    assert estimate.agreement == pytest.approx(agreement_of(plan))
+    assert estimate.agreement >= 0.9
+    assert estimate.interval[0] < estimate.agreement <= estimate.interval[1]
+    assert (estimate.images, estimate.calibrated_on) == (20, 20)
+    assert len(estimate.trials) <= len(PLANS)
 
 
 def test_any_drop_gives_the_smallest_and_no_drop_one_that_changes_nothing() -> None:
@@ -94,7 +94,7 @@ def test_any_drop_gives_the_smallest_and_no_drop_one_that_changes_nothing() -> N
         assert agreement_of(PLANS[-1]) < 1
         assert "the largest plan" in str(error)  # noqa: PT017
     else:
-        assert agreement_of(plan) == estimate["agreement"] == 1
+        assert agreement_of(plan) == estimate.agreement == 1
 
 
 def test_what_even_the_largest_does_not_keep_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +135,7 @@ def _noting(real: Callable[..., float], seen: list[Plan]) -> Callable[..., float
 
 def test_trials_take_no_steps() -> None:
     _, estimate = find(1.0, method="eptq")
-    assert estimate["stages"] == ["calibrate", "optq"]
+    assert estimate.stages == ["calibrate", "optq"]
 
 
 def test_other_outputs_and_too_few_images_are_refused() -> None:

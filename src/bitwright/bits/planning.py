@@ -10,7 +10,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,25 @@ class Measured:
             "measures_reused": self.reused,
             "notes": self.notes,
         }
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The plan of one job, what else there was to choose from, and what is expected of its answers."""
+
+    planning: Planning
+    estimate: trials.Estimate | None = None
+    """Where a drop was limited."""
+
+    @property
+    def plan(self) -> Plan:
+        """Bits layer by layer."""
+        return self.planning.plan
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``result.json`` says of it."""
+        found = {**self.planning.facts(), "curve": self.planning.outline()}
+        return found if self.estimate is None else {**found, "estimate": asdict(self.estimate)}
 
 
 def plan_bits(
@@ -380,8 +399,8 @@ def decide(
     latency: Latency | LatencyOf | None = None,
     folder: Path | None = None,
     state: Path | None = None,
-) -> tuple[Plan, dict[str, Any]]:
-    """The plan for one job, and what ``result.json`` says of it.
+) -> Decision:
+    """The plan for one job.
 
     Args:
         teacher: the float network.
@@ -400,14 +419,14 @@ def decide(
     kept = folder or state
     if goal.max_drop is None:
         found = planned(teacher, scheme, images, goal, method, run, points=SHOWN, latency=latency, folder=kept)
-        return found.plan, {**found.facts(), "curve": found.outline()}
+        return Decision(found)
     trials.check_answers(teacher, images, goal.max_drop)
     fit, _ = trials.halves(images)
     found = planned(teacher, scheme, fit, goal, method, run, latency=latency, folder=kept)
     teacher.graph.to(run.device)
     base = open_scheme(scheme, goal)
     plan, estimate = trials.smallest(teacher, found.curve, base, method, images, goal.max_drop, run, state)
-    return plan, {**replace(found, plan=plan).facts(), "curve": found.outline(), "estimate": estimate}
+    return Decision(replace(found, plan=plan), estimate)
 
 
 def open_scheme(scheme: Scheme, goal: Goal) -> Scheme:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -112,6 +111,41 @@ def check_answers(teacher: Captured, images: Images, drop: float) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Trial:
+    """A plan that was tried: its size, its predicted loss, and the agreement on held-out images with its interval."""
+
+    weight_bytes: float
+    loss: float
+    agreement: float
+    interval: list[float]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What is expected of a plan's answers.
+
+    Attributes:
+        agreement: share of held-out images whose answer stays the float network's.
+        interval: the 95 % interval of it.
+        drop: share of answers that may change.
+        images: how many were held out.
+        calibrated_on: how many were not.
+        stages: of the recipe, that made the trials.
+        monotone: whether larger plans agreed at least as well.
+        trials: every plan that was tried, the smallest first.
+    """
+
+    agreement: float
+    interval: list[float]
+    drop: float
+    images: int
+    calibrated_on: int
+    stages: list[str]
+    monotone: bool
+    trials: list[Trial]
+
+
 def smallest(
     teacher: Captured,
     curve: Sequence[Plan],
@@ -121,7 +155,7 @@ def smallest(
     drop: float,
     run: Run,
     state: Path | None = None,
-) -> tuple[Plan, dict[str, Any]]:
+) -> tuple[Plan, Estimate]:
     """The smallest plan of a curve whose network agrees with the float one on at least ``1 - drop`` of images.
 
     Args:
@@ -133,10 +167,6 @@ def smallest(
         drop: share of answers that may change.
         run: seed, device, progress.
         state: folder where trials are kept, to go on from.
-
-    Returns:
-        The plan, and the estimate: ``agreement``, its 95 % ``interval``, ``images``, ``trials``, whether they were
-        ``monotone``.
 
     Raises:
         UsageError: even the largest plan changes more answers.
@@ -155,21 +185,20 @@ def smallest(
 
     search = first_that_holds(len(curve), agreement, 1 - drop)
     run.progress("Trying plans on held-out images", len(search.tried), len(search.tried))
-    estimate = {
-        "drop": drop,
-        "images": len(held_out),
-        "calibrated_on": len(fit),
-        "stages": [s.kind for s in quick.stages],
-        "monotone": search.monotone,
-        "trials": [
-            {**_size(curve[i]), "agreement": value, "interval": _interval(value, held_out)}
-            for i, value in sorted(search.tried.items())
-        ],
-    }
     if search.index is None:
         raise _out_of_reach(drop, curve[-1], search.tried[len(curve) - 1], held_out)
     found = search.tried[search.index]
-    return curve[search.index], {"agreement": found, "interval": _interval(found, held_out), **estimate}
+    return curve[search.index], Estimate(
+        agreement=found,
+        interval=_interval(found, held_out),
+        drop=drop,
+        images=len(held_out),
+        calibrated_on=len(fit),
+        stages=[s.kind for s in quick.stages],
+        monotone=search.monotone,
+        trials=[Trial(**_size(curve[i]), agreement=v, interval=_interval(v, held_out))
+                for i, v in sorted(search.tried.items())],
+    )  # fmt: skip
 
 
 def _out_of_reach(drop: float, largest: Plan, agreement: float, held_out: Images) -> UsageError:

@@ -11,6 +11,7 @@ from bitwright.cli import quantize, tables
 from bitwright.cli.calls import DemoCall, QuantizeCall
 from bitwright.cli.options import BudgetOptions, DataOptions, NetworkOptions
 from bitwright.errors import BitwrightError
+from bitwright.measure.metrics import Evaluation
 from bitwright.recipes import recipe as find_recipe
 from bitwright.run.folder import STATE, check_target
 from bitwright.run.state import is_unfinished
@@ -96,8 +97,8 @@ def show(results: dict[str, Any], out: Path, terminal: Terminal) -> None:
 def _table(results: dict[str, Any]) -> Any:
     made = tables.table("", *(f">{name}" for name in results))
     rows: dict[str, Callable[[dict[str, Any]], str]] = {
-        "accuracy in float": lambda r: tables.with_interval(r["float"]),
-        "accuracy at 4 bits": lambda r: tables.with_interval(r["quantized"]),
+        "accuracy in float": lambda r: tables.with_interval(Evaluation.read(r).reference),
+        "accuracy at 4 bits": lambda r: tables.with_interval(Evaluation.read(r).quantized),
         "same answer as float": lambda r: words.percent(r["fidelity"]["agreement"]),
         "size in float": lambda r: words.size(r["size"]["float_bytes"]),
         "size at 4 bits": lambda r: words.size(r["size"]["packed_bytes"]),

@@ -24,6 +24,7 @@ from bitwright.graph.axes import read_outputs
 from bitwright.graph.capture import Captured
 from bitwright.graph.readings import Reading
 from bitwright.measure.evaluation import Network, compare
+from bitwright.measure.metrics import Evaluation
 from bitwright.run import folder as run_folder
 from bitwright.run.record import EvaluatedImages
 from bitwright.terminal import Terminal
@@ -48,13 +49,15 @@ class Subject(NamedTuple):
 
 def evaluate(call: EvaluateCall, terminal: Terminal) -> None:
     """Scores a model on images, and shows the scores and why some are missing."""
-    found = {**_scored(call, terminal), "warnings": terminal.warnings}
-    terminal.result(found)
-    terminal.show(_table(found), *tables.fidelity_notes(found))
+    kind, images, found = _scored(call, terminal)
+    about = {"model": {"name": call.model, "kind": kind}, "data": {"evaluation": asdict(images)}}
+    terminal.result({**about, **found.to_dict(), "warnings": terminal.warnings})
+    title = f"{call.model} on {images.count} images"
+    terminal.show(_table(found, kind, title), *tables.fidelity_notes(found.outputs))
 
 
-def _scored(call: EvaluateCall, terminal: Terminal) -> dict[str, Any]:
-    """``model``, ``data`` and, as in ``result.json``, ``float``, ``quantized`` and ``fidelity`` where they exist.
+def _scored(call: EvaluateCall, terminal: Terminal) -> tuple[str, EvaluatedImages, Evaluation]:
+    """The kind of what was evaluated, the images, and what was measured.
 
     Raises:
         UsageError: there is nothing to compare with: no labels and no float network.
@@ -82,10 +85,10 @@ def _scored(call: EvaluateCall, terminal: Terminal) -> dict[str, Any]:
         readings=subject.readings,
         batch=subject.batch,
         progress=terminal.progress,
-    ).to_dict()
+    )
     if subject.kind == "float" and subject.reference is None:
-        found = {"float": found["quantized"]}
-    return {"model": {"name": call.model, "kind": subject.kind}, "data": {"evaluation": asdict(data)}, **found}
+        found = Evaluation(None, found.quantized)
+    return subject.kind, data, found
 
 
 def _images(call: EvaluateCall, network: Model | None) -> Images:
@@ -222,16 +225,15 @@ def _beside(path: Path, shape: list[Any], settings: dict[str, Any]) -> Model | N
     return Model(torch.nn.Identity(), path.stem, how)
 
 
-def _table(found: dict[str, Any]) -> Table:
-    count, kind = found["data"]["evaluation"]["count"], found["model"]["kind"]
-    title = f"{found['model']['name']} on {count} images"
-    if "quantized" not in found:
+def _table(found: Evaluation, kind: str, title: str) -> Table:
+    rows = tables.metric_rows(found)
+    if found.quantized is None:
         made = tables.table("", ">float", title=title)
-        for what, theirs, _ in tables.metric_rows(found):
+        for what, theirs, _ in rows:
             made.add_row(what, theirs)
         return made
     ours = {"run": "quantized", "onnx": "in ONNX Runtime", "float": "this network"}[kind]
     made = tables.table("", ">float", f">{ours}", title=title)
-    for row in tables.metric_rows(found):
+    for row in rows:
         made.add_row(*row)
     return made

@@ -21,6 +21,7 @@ from bitwright.export.gap import measure_gap, read_onnx
 from bitwright.given.images import Images
 from bitwright.given.inputs import prepare_teacher
 from bitwright.graph.student import Student
+from bitwright.measure.metrics import read_fidelity
 from bitwright.run import folder as run_folder
 from bitwright.run.files import write_json
 from bitwright.runtimes import ONNXRUNTIME, absent, chosen
@@ -163,7 +164,7 @@ def _codes(pair: dict[str, int]) -> str:
 def _lines(data: dict[str, Any]) -> list[str]:
     lines = []
     if data["quantization"] is None:
-        recorded = tables.fidelity_rows(data["quantization_recorded"])
+        recorded = tables.fidelity_rows(read_fidelity(data["quantization_recorded"]))
         known = "; ".join(f"{what}: {figure}" for what, figure in recorded)
         said = f" Recorded when the run was made: {known}." if known else ""
         lines.append(f"The loss from quantization was not measured: {data['float_network']}{said}")

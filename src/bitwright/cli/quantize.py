@@ -16,6 +16,7 @@ from bitwright.given.inputs import find_device
 from bitwright.given.models import Model, load_model
 from bitwright.graph.student import Student
 from bitwright.measure.evaluation import check_labels
+from bitwright.measure.metrics import read_fidelity
 from bitwright.recipes import recipe as find_recipe
 from bitwright.run import folder as run_folder
 from bitwright.run import job
@@ -128,7 +129,8 @@ def find_inputs(call: QuantizeCall, terminal: Terminal) -> Inputs:
 
 def show(result: dict[str, Any], folder: Path, terminal: Terminal) -> None:
     """The result as people read it."""
-    terminal.show(tables.outcome(result), *tables.fidelity_notes(result), *plans.sentences(result.get("plan")))
+    outputs = read_fidelity(result.get("fidelity"))
+    terminal.show(tables.outcome(result), *tables.fidelity_notes(outputs), *plans.sentences(result.get("plan")))
     if result["data"]["evaluation"]["same_as_calibration"]:
         terminal.show("Measured on the calibration images; name others with --evaluate.")
     terminal.show(*diagnosis.told(result.get("diagnosis")))

@@ -93,5 +93,5 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 def _metric(r: dict[str, Any], metric: str) -> str:
     if metric == "top1" and r.get("top1_ci"):
-        return tables.with_interval(r)
+        return words.estimate(r["top1"], r["top1_ci"])
     return words.percent(r.get(metric))

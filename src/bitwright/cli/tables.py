@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich import box
@@ -9,7 +10,7 @@ from rich.table import Table
 
 from bitwright import words
 from bitwright.graph.student import Student
-from bitwright.measure.metrics import OutputFidelity, read_fidelity
+from bitwright.measure.metrics import Evaluation, Metrics, OutputFidelity
 from bitwright.run.record import stages_of
 from bitwright.run.result import LayerRow, describe_layers, describe_unquantized, stored_values, totals
 
@@ -30,36 +31,36 @@ def table(*columns: str, title: str | None = None) -> Table:
     return made
 
 
-def with_interval(metrics: dict[str, Any]) -> str:
+def with_interval(metrics: Metrics | None) -> str:
     """Top-1 with its 95 % interval."""
-    return words.estimate(metrics.get("top1"), metrics.get("top1_ci"))
+    return words.NONE if metrics is None else words.estimate(metrics.top1, metrics.top1_ci)
 
 
-def metric_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+def metric_rows(found: Evaluation) -> list[tuple[str, str, str]]:
     """(what, float, quantized) for everything that was measured."""
-    theirs, ours = result.get("float") or {}, result.get("quantized") or {}
+    theirs, ours = found.reference or Metrics(), found.quantized or Metrics()
+    known = theirs.to_dict().keys() | ours.to_dict().keys()
     rows = []
-    if "top1" in {**theirs, **ours}:
+    if "top1" in known:
         rows.append(("top-1 accuracy (95 % interval)", with_interval(theirs), with_interval(ours)))
-        rows.append(("top-5 accuracy", words.percent(theirs.get("top5")), words.percent(ours.get("top5"))))
-    for key, said in (("miou", "mean IoU of classes"), ("pixel_accuracy", "accuracy of pixels")):
-        if key in {**theirs, **ours}:
-            rows.append((said, words.percent(theirs.get(key)), words.percent(ours.get(key))))
-    rows += [(what, "", figure) for what, figure in fidelity_rows(result.get("fidelity"))]
-    return rows
+    for key, said in (
+        ("top5", "top-5 accuracy"), ("miou", "mean IoU of classes"), ("pixel_accuracy", "accuracy of pixels"),
+    ):  # fmt: skip
+        if key in known:
+            rows.append((said, words.percent(getattr(theirs, key)), words.percent(getattr(ours, key))))
+    return rows + [(what, "", figure) for what, figure in fidelity_rows(found.outputs)]
 
 
-def fidelity_rows(fidelity: dict[str, Any] | None) -> list[tuple[str, str]]:
+def fidelity_rows(outputs: Mapping[str, OutputFidelity]) -> list[tuple[str, str]]:
     """How closely the float network is followed: figure by figure, or output by output where there are several.
 
     Example:
-        >>> good = {"agreement": 0.99, "kl": 0.001, "sqnr_db": 31.0}
-        >>> fidelity_rows(good)[0]
+        >>> good = OutputFidelity(agreement=0.99, kl=0.001, sqnr_db=31.0)
+        >>> fidelity_rows({"output": good})[0]
         ('same answer as float', '99.00 %')
-        >>> fidelity_rows({"outputs": {"a": good, "b": {"sqnr_db": 12.0}}})
+        >>> fidelity_rows({"a": good, "b": OutputFidelity(sqnr_db=12.0)})
         [('output a against float', '99.00 % same answer, KL 0.001, 31.0 dB'), ('output b against float', '12.0 dB')]
     """
-    outputs = read_fidelity(fidelity)
     if len(outputs) > 1:
         said = {n: n if n.startswith("output") else f"output {n}" for n in outputs}
         return [(f"{said[n]} against float", ", ".join(_figures(found))) for n, found in outputs.items()]
@@ -84,19 +85,19 @@ def _figures(found: OutputFidelity) -> list[str]:
     return said or [words.NONE]
 
 
-def fidelity_notes(result: dict[str, Any]) -> list[str]:
+def fidelity_notes(outputs: Mapping[str, OutputFidelity]) -> list[str]:
     """Why figures of outputs are missing, a line for each output.
 
     Example:
-        >>> fidelity_notes({"fidelity": {"outputs": {"box": {"sqnr_db": 12.0, "note": "It is empty."}}}})
+        >>> fidelity_notes({"box": OutputFidelity(sqnr_db=12.0, note="It is empty.")})
         ['No answers are compared in box. It is empty. (bitwright evaluate --classes box=AXIS says otherwise)']
     """
-    noted = {name: found for name, found in read_fidelity(result.get("fidelity")).items() if found.note}
     return [
         f"No answers are compared in {name}. {found.note} (bitwright evaluate --classes {name}=AXIS says otherwise)"
         if found.agreement is None
         else f"{name}: {found.note}"
-        for name, found in noted.items()
+        for name, found in outputs.items()
+        if found.note
     ]
 
 
@@ -109,7 +110,7 @@ def outcome(result: dict[str, Any]) -> Table:
         f">{words.notation(**result['bits'])}",
         title=f"{result['model']['name']}, {result['recipe']['name']}",
     )
-    for row in metric_rows(result):
+    for row in metric_rows(Evaluation.read(result)):
         made.add_row(*row)
     for kind, name, text in (("reconstruct", "optimisation", tuning_text), ("evolve", "evolution", evolution_text)):
         stages = stages_of(result, kind)

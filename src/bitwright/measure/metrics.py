@@ -204,6 +204,11 @@ class Metrics:
     miou: float | None = None
     pixel_accuracy: float | None = None
 
+    @classmethod
+    def read(cls, found: Mapping[str, Any]) -> Metrics:
+        """What a ``result.json`` holds; metrics of a newer one are not looked at."""
+        return cls(**{each.name: found.get(each.name) for each in fields(cls)})
+
     def to_dict(self) -> dict[str, float | list[float]]:
         """As in ``result.json``: only what was measured."""
         return {name: value for name, value in vars(self).items() if value is not None}
@@ -214,18 +219,35 @@ class Evaluation:
     """What was measured on images.
 
     Attributes:
-        quantized: what the network scores.
+        quantized: what the network scores; None where the float network was measured alone.
         reference: what the float network scores; None where there is none.
-        fidelity: how closely each output follows the float network's, by its name; None likewise.
+        fidelity: how closely each output follows the float network's, by its name; None where nothing is followed.
+
+    Example:
+        >>> Evaluation.read({"quantized": {"top1": 0.5}, "fidelity": None}).to_dict()
+        {'quantized': {'top1': 0.5}}
     """
 
-    quantized: Metrics
+    quantized: Metrics | None
     reference: Metrics | None = None
     fidelity: Mapping[str, OutputFidelity] | None = None
 
+    @classmethod
+    def read(cls, result: Mapping[str, Any]) -> Evaluation:
+        """What a ``result.json`` tells."""
+        quantized, reference = (
+            None if result.get(k) is None else Metrics.read(result[k]) for k in ("quantized", "float")
+        )
+        return cls(quantized, reference, read_fidelity(result.get("fidelity")) or None)
+
+    @property
+    def outputs(self) -> Mapping[str, OutputFidelity]:
+        """How closely each output follows; empty where nothing is followed."""
+        return self.fidelity or {}
+
     def to_dict(self) -> dict[str, Any]:
         """``quantized`` and, with a float network, ``float`` and ``fidelity``, as in ``result.json``."""
-        found: dict[str, Any] = {"quantized": self.quantized.to_dict()}
+        found: dict[str, Any] = {} if self.quantized is None else {"quantized": self.quantized.to_dict()}
         found |= {} if self.reference is None else {"float": self.reference.to_dict()}
         return found | ({} if self.fidelity is None else {"fidelity": fidelity_keys(self.fidelity)})
 

@@ -18,6 +18,7 @@ from bitwright.quant.scheme import Scheme
 from bitwright.run.result import SCHEMA, LayerRow, environment, peak_memory_bytes
 
 if TYPE_CHECKING:
+    from bitwright.bits.planning import Decision
     from bitwright.export.parity import Parity
     from bitwright.given.images import Images
     from bitwright.given.preprocessing import Preprocessing
@@ -271,7 +272,7 @@ class RunRecord:
     outliers: Outliers
     warnings: list[str]
     origin: Origin | None = None
-    plan: dict[str, Any] | None = None
+    plan: Decision | None = None
 
     def result(self) -> dict[str, Any]:
         """As ``result.json`` has it: ``stages`` has every stage in order, the key of a kind its last stage."""
@@ -306,5 +307,5 @@ class RunRecord:
             **({"raised": asdict(self.outliers.raised)} if self.outliers.raised else {}),
             **latest,
             "stages": [stage.row() for stage in self.stages],
-            **({} if self.plan is None else {"plan": self.plan}),
+            **({} if self.plan is None else {"plan": self.plan.to_dict()}),
         }

@@ -130,7 +130,7 @@ class Subject:
 
     def float_accuracy(self, progress: Progress = silent) -> Row:
         """Of the float network on the held-out images, all of which are decoded for it; empty without labels."""
-        found: Row = compare(self._teacher, None, self.held_out, batch=BATCH, progress=progress).quantized.to_dict()
+        found: Row = compare(self._teacher, None, self.held_out, batch=BATCH, progress=progress).to_dict()["quantized"]
         return found
 
     def _compare(self, student: Student, images: Images, progress: Progress) -> dict[str, Any]:
