@@ -5,7 +5,7 @@ Nothing here imports PyTorch or pydantic before a value is asked for.
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -94,18 +94,12 @@ class QuantizeCall(Call):
         return self.bits.scheme("8" if self.weights is None else self.weights, "8" if self.raise_few else None)
 
     @property
-    def method(self) -> str:
-        """The recipe's name or file."""
-        from bitwright import recipes
-
-        return self.recipe or recipes.DEFAULT
-
-    @property
     def folder_name(self) -> str:
         """The folder of a run that was not given one."""
+        from bitwright.recipes import DEFAULT
         from bitwright.run.folder import folder_name
 
-        return folder_name(self.network.model, self.method, (self.goal or self.scheme).described_bits())
+        return folder_name(self.network.model, self.recipe or DEFAULT, (self.goal or self.scheme).described_bits())
 
     @property
     def raise_few(self) -> bool:
@@ -289,21 +283,9 @@ class CompareCall(Call):
     @cached_property
     def each(self) -> QuantizeCall:
         """What all runs share."""
-        steps = None if self.steps is None else str(self.steps)
-        return QuantizeCall(
-            self.network,
-            weights=self.weights,
-            bits=self.bits,
-            data=self.data,
-            seed=self.seed,
-            device=self.device,
-            output=self.output,
-            reading=self.reading,
-            budget=opt.BudgetOptions(steps, self.minutes, self.precision),
-            resume=self.resume,
-            force=self.force,
-            no_images=self.no_images,
-        )
+        budget = opt.BudgetOptions(None if self.steps is None else str(self.steps), self.minutes, self.precision)
+        own = {field.name for field in fields(self)} - {"recipes", "out", "steps", "minutes", "precision"}
+        return QuantizeCall(budget=budget, **{name: getattr(self, name) for name in own})
 
 
 @dataclass(frozen=True)

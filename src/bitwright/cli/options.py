@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from bitwright.cli.signature import argument, option
 from bitwright.errors import UsageError
+from bitwright.given.arguments import one_of
 
 if TYPE_CHECKING:
     from bitwright.bits.goal import Goal
@@ -242,6 +243,4 @@ class BudgetOptions:
         Raises:
             UsageError: there is none of the name.
         """
-        if self.precision in {"auto", "float32", "bfloat16"}:
-            return cast("Precision", self.precision)
-        raise UsageError(f"Expected --precision auto, float32 or bfloat16, found '{self.precision}'.")
+        return cast("Precision", one_of("precision", self.precision, ("auto", "float32", "bfloat16")))

@@ -17,6 +17,7 @@ from bitwright.given.models import Model, load_model
 from bitwright.graph.student import Student
 from bitwright.measure.evaluation import check_labels
 from bitwright.measure.metrics import read_fidelity
+from bitwright.recipes import DEFAULT
 from bitwright.recipes import recipe as find_recipe
 from bitwright.run import folder as run_folder
 from bitwright.run import job
@@ -56,14 +57,14 @@ def make_run(call: QuantizeCall, terminal: Terminal) -> job.Done:
     folder = (call.out or Path("runs") / call.folder_name).expanduser().absolute()
 
     def make(state: Path) -> tuple[Student, job.Wanted]:
-        terminal.log("start", command=call.network.model, images=call.network.images, recipe=call.method)
+        terminal.log("start", command=call.network.model, images=call.network.images, recipe=call.recipe or DEFAULT)
         inputs = find_inputs(call, terminal)
         begin(state, command_line(), _settings(call), resume=call.resume)
         terminal.begin("Capturing the network")
         model = api.quantize(
             inputs.network,
             inputs.calibration,
-            call.method,
+            call.recipe,
             activations="auto" if call.raise_few else 8,
             goal=call.goal,
             samples=call.data.samples,
@@ -89,7 +90,7 @@ def _shared(call: QuantizeCall, terminal: Terminal) -> dict[str, Any]:
 
 def _settings(call: QuantizeCall) -> dict[str, Any]:
     """What must be the same for a run to go on; the network and the images are compared by what they hold."""
-    method = find_recipe(call.method)
+    method = find_recipe(call.recipe)
     return {
         "recipe": method.name,
         "stages": method.settings()["stages"],
@@ -107,7 +108,7 @@ def _settings(call: QuantizeCall) -> dict[str, Any]:
 
 def find_inputs(call: QuantizeCall, terminal: Terminal) -> Inputs:
     """Loads the model, opens the images, and finds what can be wrong with them before the long work starts."""
-    api.check_budget(call.budget.numbers, call.budget.minutes, find_recipe(call.method))
+    api.check_budget(call.budget.numbers, call.budget.minutes, find_recipe(call.recipe))
     find_device(call.device)
     if call.goal is not None:
         planning.check(call.goal)
@@ -146,7 +147,7 @@ def _dry_run(call: QuantizeCall, terminal: Terminal) -> None:
     terminal.begin("Capturing the network")
     images, skip = inputs.calibration, call.reading.skip_unreadable
     model = api.preview(
-        *(inputs.network, images, call.method),
+        *(inputs.network, images, call.recipe),
         goal=call.goal,
         samples=call.data.samples,
         device=call.device,
