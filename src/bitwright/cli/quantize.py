@@ -75,8 +75,8 @@ def make_run(call: QuantizeCall, terminal: Terminal) -> job.Done:
             state=state,
             **_shared(call, terminal),
         )
-        images, pictures, plan = inputs.evaluation, not call.no_images, call.bits.plan
-        return model, job.Wanted(images, True, True, True, True, pictures=pictures, plan=plan, force=call.force)
+        pictures, plan = not call.no_images, call.bits.plan
+        return model, job.everything(inputs.evaluation, pictures=pictures, plan=plan, force=call.force)
 
     return job.do(folder, make, terminal, force=call.force, resume=call.resume)
 

@@ -83,6 +83,11 @@ class Wanted:
             raise UsageError("Expected images to measure on, found none. Give evaluate=.")
 
 
+def everything(images: Images | None, *, pictures: bool, plan: Path | None, force: bool) -> Wanted:
+    """What the command ``quantize`` leaves; see :class:`Wanted`."""
+    return Wanted(images, True, True, True, True, pictures, plan, force)
+
+
 class Done(NamedTuple):
     """What one job left."""
 
@@ -168,7 +173,7 @@ def save(
     place = a_path("folder", folder)
     measured = evaluate is not None and evaluate is not False
     images = load_images(evaluate, model.preprocessing, labels=labels) if measured and evaluate is not True else None
-    wanted = Wanted(images, measured, diagnosis, onnx, report, pictures=pictures, force=force)
+    wanted = Wanted(images, measured, diagnosis, onnx, report, pictures, force=force)
     journal = Journal(progress)
     journal.warnings += model.result.get("warnings", [])
     with journal.listening():
