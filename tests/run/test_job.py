@@ -62,6 +62,9 @@ def test_a_saved_network_leaves_what_the_command_leaves(tmp_path: Path) -> None:
     ours, theirs = result_in(library), result_in(command)
     ours["warnings"] = [as_flags(line) for line in ours["warnings"]]
     assert steady(ours) == steady(theirs)
+    assert ours["model"]["reference"] == "zoo:fashion_cnn"
+    sources = {name: found["source"] for name, found in ours["data"].items()}
+    assert sources == {"calibration": CALIBRATION, "evaluation": TEST}
     assert (library / "model.safetensors").read_bytes() == (command / "model.safetensors").read_bytes()
     assert sorted(json.loads((library / "report.json").read_text())) == sorted(
         json.loads((command / "report.json").read_text())
