@@ -71,7 +71,7 @@ def run_stages(
 def _record(stage: Stage, student: Student, teacher: Captured, images: Images, run: Run) -> Student:
     """Runs a stage, after which the run has one record more: the stage's own, or a plain one."""
     count, before = len(run.records), run.seconds.get(stage.kind, 0.0)
-    with run.timed(stage.kind), heard() as said:
+    with run.timed(stage.kind), heard(everything=True) as said:
         student = stage.run(student, teacher, images.unlabelled(), run)
     if len(run.records) == count:
         run.records.append(StageRecord(kind=stage.kind))

@@ -32,7 +32,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "steps and minutes": ((*NET, "photos", "--steps", "5", "--minutes", "1"), "found both"),
     "negative steps": ((*NET, "photos", "--steps", "-1"), "at least 0 as --steps, found -1"),
     "no minutes": ((*NET, "photos", "--minutes", "0"), "positive number of minutes"),
-    "unknown precision": ((*NET, "photos", "--precision", "half"), "auto, float32 or bfloat16, found 'half'"),
+    "unknown precision": ((*NET, "photos", "--precision", "half"), "'bfloat16' as --precision, found 'half'"),
     "no samples": ((*NET, "photos", "--samples", "0"), "at least 1 as --samples, found 0"),
     "samples in words": ((*NET, "photos", "--samples", "many"), "'--samples'"),
     "weights of NaN": (("quantize", "models.py:nan_weights", "photos"), "stem.weight has NaN"),

@@ -24,7 +24,7 @@ from bitwright.graph import rewrite
 from bitwright.graph.readings import Reading
 from bitwright.graph.student import Student
 from bitwright.graph.watch import watch
-from bitwright.measure.evaluation import evaluate
+from bitwright.measure.evaluation import evaluation_of, read_outputs_of
 from bitwright.report.answers import Answers, class_names, picture
 from bitwright.report.facts import onnx_parts, packed_parts
 from bitwright.report.histograms import histograms, worst_layers
@@ -67,9 +67,10 @@ def test_answers_are_counted_as_by_hand() -> None:
 
 def test_an_evaluation_shows_its_batches_and_agrees_with_itself(quantized: Student) -> None:
     answers, images = Answers(), dataset(40, seed=9)
-    result = evaluate(quantized, images, batch=7, each=answers.update)
+    readings = read_outputs_of(quantized, images)
+    found = evaluation_of(quantized, images, readings, batch=7, each=answers.update)
     assert answers.count == 40
-    assert 1 - answers.differing / 40 == pytest.approx(result["fidelity"]["agreement"])
+    assert 1 - answers.differing / 40 == pytest.approx(found.outputs["output"].agreement)
     assert answers.facts(images, pictures=True)["labelled"] is None  # type: ignore[index]
 
 

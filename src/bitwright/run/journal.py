@@ -89,20 +89,22 @@ class Journal:
 
 
 @contextmanager
-def heard(tell: Callable[[str], object] = len) -> Iterator[list[str]]:
+def heard(tell: Callable[[str], object] | None = None, *, everything: bool = False) -> Iterator[list[str]]:
     """The texts of warnings to the user while inside, which are shown as ever.
 
     Args:
         tell: is told each of them.
+        everything: hear what other packages say too.
     """
     show, texts = warnings.showwarning, []
 
     def listen(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, *rest: Any, **settings: Any
     ) -> None:
-        if speaks_to_user():
+        if everything or speaks_to_user():
             texts.append(str(message))
-            tell(str(message))
+            if tell is not None:
+                tell(str(message))
         show(message, category, filename, lineno, *rest, **settings)
 
     warnings.showwarning = listen
