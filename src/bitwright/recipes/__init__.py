@@ -131,7 +131,7 @@ def recipe(reference: str | Path | Recipe | None = None) -> Recipe:
 
 def _from_python(path: Path) -> Recipe:
     try:
-        made = runpy.run_path(str(path)).get("RECIPE")
+        made = runpy.run_path(str(path), run_name=f"_bitwright_{path.stem}").get("RECIPE")
     except (Exception, SystemExit) as error:
         raise UsageError(
             f"Expected {path} to run, it raised {type(error).__name__} ({short(error)}). Try it: python {path}"

@@ -115,7 +115,7 @@ def heard(tell: Callable[[str], object] | None = None, *, everything: bool = Fal
 
 
 def speaks_to_user() -> bool:
-    """Whether the warning that is being shown was raised in bitwright or in the user's own model file."""
+    """Whether the warning that is being shown was raised in bitwright or in the user's own model or recipe file."""
     frame = sys._getframe(2)
     while frame.f_back is not None and frame.f_globals.get("__name__") in _BETWEEN:
         frame = frame.f_back
