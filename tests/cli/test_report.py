@@ -100,7 +100,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "another file": (lambda run: (run / "result.json").write_text("{\"a\": 1}"), "found something else"),
     "newer": (lambda run: change(run, schema=2), "Update: pip install --upgrade bitwright"),
     "odd schema": (lambda run: change(run, schema="x"), "newer bitwright"),
-    "layers gone": (lambda run: change(run, layers=[{"op": "conv2d"}]), "damaged: it has no 'weight_bits'"),
+    "layers gone": (lambda run: change(run, layers=[{"op": "conv2d"}]), "damaged: it has no 'name'"),
     "a model without a name": (lambda run: change(run, model={"a": 1}), "'model' is something else"),
     "seconds in a list": (lambda run: change(run, seconds=[1]), "'seconds' is something else"),
     "odd size": (lambda run: change(run, size={"float_bytes": "many", "packed_bytes": 3}), "something else"),

@@ -16,7 +16,7 @@ import torch
 from bitwright._version import __version__
 from bitwright.graph import rewrite
 from bitwright.graph.student import Student
-from bitwright.quant.quantizer import Frozen
+from bitwright.quant.quantizer import BiasQuantizer, Frozen
 
 SCHEMA = 1
 """Of ``result.json``: grows when a key changes its meaning, so that an old reader says so. New keys do not count."""
@@ -112,10 +112,13 @@ def totals(model: Student) -> dict[str, int]:
 def stored_values(model: Student) -> int:
     """Numbers that the float network stores: weights, biases, and parameters of what is not quantized."""
     names = dict.fromkeys(str(n.target) for n in model.graph.graph.nodes if n.op == "get_attr")
-    tensors = [rewrite.get_tensor(model.graph, name) for name in names]
+    count = sum(rewrite.get_tensor(model.graph, name).numel() for name in names)
     used = dict.fromkeys(str(n.target) for n in model.graph.graph.nodes if n.op == "call_module")
     frozen = [m for m in (model.graph.get_submodule(key) for key in used) if isinstance(m, Frozen)]
-    return sum(t.numel() for t in tensors) + sum(m.codes.numel() for m in frozen)
+    # layers that share a weight share its bias, of which each has integers of its own
+    biases = {id(q.weight): m for m in frozen if isinstance(q := m.quantizer, BiasQuantizer)}
+    weights = [m for m in frozen if not isinstance(m.quantizer, BiasQuantizer)]
+    return count + sum(m.codes.numel() for m in (*weights, *biases.values()))
 
 
 def describe_unquantized(model: Student) -> list[dict[str, str]]:
