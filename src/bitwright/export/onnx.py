@@ -7,6 +7,9 @@ import json
 import logging
 import re
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,7 +47,24 @@ TAKEN_FOR_ZERO = 1e-6
 """Magnitude of numbers whose addition goes past the exporter (onnxscript 0.7 takes up to 1e-8 for zero)."""
 
 
-def to_onnx(model: Student, target: Target | None = None) -> ir.Model:
+@dataclass(frozen=True)
+class Form:
+    """How a file writes what the quantizers of a model do.
+
+    Args:
+        activation: puts something in the place of an activation's mark, which has this name, and removes the mark.
+        stored: the same for a stored tensor.
+        rewrite: the graph, once no mark is left.
+        opset: the version of ONNX's operators that the file of a model needs.
+    """
+
+    activation: Callable[[ir.Graph, ir.Node, str, Quantizer], None]
+    stored: Callable[[ir.Graph, ir.Node, str, Frozen], None]
+    rewrite: Callable[[ir.Graph], None]
+    opset: Callable[[Student], int]
+
+
+def to_onnx(model: Student, target: Target | None = None, form: Form | None = None) -> ir.Model:
     """The model in ONNX, in memory, for the runtime that it was quantized for, or for another that reads ONNX.
 
     PyTorch's exporter translates the operators; quantizers pass through it as marks, which are then replaced by
@@ -58,9 +78,12 @@ def to_onnx(model: Student, target: Target | None = None) -> ir.Model:
     """
     marked, modules = _mark(model)
     target = target or model.scheme.target
-    program = _translate(marked, model, opset(model, target))
+    form = form or Form(
+        _replace_activation, partial(replace_stored, target=target), rewrite_forms, lambda m: opset(m, target)
+    )
+    program = _translate(marked, model, form.opset(model))
     _forget_provenance(program)
-    _replace_marks(program, modules, target)
+    _replace_marks(program, modules, form)
     _share_bias_steps(program.graph)
     _rename_outputs(program, model)
     program.producer_name, program.producer_version = "bitwright", __version__
@@ -272,7 +295,7 @@ def _rename_outputs(program: ir.Model, model: Student) -> None:
         value.name = name if name not in taken else f"{name}_out"
 
 
-def _replace_marks(program: ir.Model, modules: dict[str, nn.Module], target: Target) -> None:
+def _replace_marks(program: ir.Model, modules: dict[str, nn.Module], form: Form) -> None:
     graph = program.graph
     for node in list(graph):
         if node.op_type == OFFSET and node.domain == "bitwright":
@@ -282,11 +305,11 @@ def _replace_marks(program: ir.Model, modules: dict[str, nn.Module], target: Tar
         name = node.attributes["name"].as_string()
         module = modules[name]
         if isinstance(module, Frozen):
-            _replace_stored(graph, node, name, module, target)
+            form.stored(graph, node, name, module)
         else:
             assert isinstance(module, Quantizer)
-            _replace_activation(graph, node, name, module)
-    rewrite_forms(graph)
+            form.activation(graph, node, name, module)
+    form.rewrite(graph)
     program.opset_imports.pop("bitwright", None)
     drop_unused(graph)
 
@@ -404,7 +427,7 @@ def _codes(
     return clipped
 
 
-def _replace_stored(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, target: Target) -> None:
+def replace_stored(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, target: Target) -> None:
     """Integers and DequantizeLinear; a transposition of the weight is done in the file already."""
     old = mark.outputs[0]
     if isinstance(frozen.quantizer, BiasQuantizer):

@@ -11,7 +11,7 @@ from bitwright.errors import UsageError
 from bitwright.graph import ops, rewrite
 from bitwright.graph.heads import Heads, find_heads
 from bitwright.graph.layer import Layer
-from bitwright.graph.place import FLOAT_ACTIVATIONS, FLOAT_BY_RULE, Placement, Point, Unquantized, place
+from bitwright.graph.place import FLOAT_ACTIVATIONS, FLOAT_BY_RULE, Placement, Point, Unquantized, consumers, place
 from bitwright.graph.supported import check_supported
 from bitwright.quant.grid import Grid
 from bitwright.quant.quantizer import BiasQuantizer, Quantizer
@@ -46,7 +46,9 @@ def insert(teacher: fx.GraphModule, scheme: Scheme) -> Inserted:
     for node in placement.linears:
         layer = next(x for x in layers if x.node == node.name)
         source = keys.get(placement.source[_first(node)])
-        _insert_weight(student, twin[node], layer, source, scheme, heads.get(node.name), unquantized)
+        head = all(reader.op == "output" for reader in consumers(placement.ends.get(node, node)))
+        bits = scheme.weight_bits(layer.name, head=head)
+        _insert_weight(student, twin[node], layer, bits, source, scheme, heads.get(node.name), unquantized)
     check_supported(student, layers, scheme)
     student.graph.lint()
     student.recompile()
@@ -115,6 +117,7 @@ def _insert_weight(
     student: fx.GraphModule,
     node: fx.Node,
     layer: Layer,
+    bits: int | None,
     source: str | None,
     scheme: Scheme,
     heads: Heads | None,
@@ -123,7 +126,6 @@ def _insert_weight(
     stored, bias = node.args[1], node.args[2]
     assert isinstance(stored, fx.Node)
     assert isinstance(bias, fx.Node)
-    bits = scheme.weight_bits(layer.name)
     if stored.op == "call_module":  # shared with a layer before, which decided
         layer.weight = str(stored.target)
     elif bits is None:
@@ -169,6 +171,8 @@ def _insert_bias(
         return "its layer's weight has scales of heads"
     if weight.blocks not in {1, channels}:
         return "its layer's weight has several scales per output channel"
+    if target.integer_bias_bits is None:
+        return "the runtime adds biases in float"
     if not target.integer_bias(weight.grid.bits + weight.shift, quantizer.grid.bits):
         return "with so few bits the accumulator's step would be too coarse for it"
     layer.bias = module_key("bias", layer.name)

@@ -181,10 +181,16 @@ class Scheme(BaseModel):
         """The runtime's abilities."""
         return target(self.runtime)
 
-    def weight_bits(self, layer: str) -> Bits:
-        """Bits of the layer's weight; the last rule that matches decides, then the plan."""
+    def weight_bits(self, layer: str, *, head: bool = False) -> Bits:
+        """Bits of the layer's weight; the last rule that matches decides, then the plan.
+
+        Args:
+            layer: its name.
+            head: whether it gives an output of the network.
+        """
         planned = self._planned(layer).weights
-        bits = self.weights if planned is None else None if planned == "float" else planned
+        default = None if head and self.target.float_heads else self.weights
+        bits = default if planned is None else None if planned == "float" else planned
         for rule in self.rules:
             if rule.weights is not None and fnmatchcase(layer, rule.pattern):
                 bits = None if rule.weights == "float" else rule.weights

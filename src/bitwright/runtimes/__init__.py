@@ -8,18 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from bitwright.errors import UsageError
+from bitwright.runtimes.executorch import EXECUTORCH
 from bitwright.runtimes.generic import GENERIC, GENERIC_POT
 from bitwright.runtimes.onnxruntime import ONNXRUNTIME
 from bitwright.runtimes.openvino import OPENVINO
 from bitwright.runtimes.record import Runtime
 from bitwright.runtimes.target import FAMILIES, Target
+from bitwright.runtimes.tensorrt import TENSORRT
 
 __all__ = [
-    "GENERIC", "GENERIC_POT", "ONNXRUNTIME", "OPENVINO", "RUNTIMES", "Runtime", "Target", "absent", "chosen", "running",
-    "runtime", "target",
+    "EXECUTORCH", "GENERIC", "GENERIC_POT", "ONNXRUNTIME", "OPENVINO", "RUNTIMES", "TENSORRT", "Runtime", "Target",
+    "absent", "chosen", "running", "runtime", "target",
 ]  # fmt: skip
 
-RUNTIMES = {r.name: r for r in (ONNXRUNTIME, OPENVINO, GENERIC, GENERIC_POT)}
+RUNTIMES = {r.name: r for r in (ONNXRUNTIME, OPENVINO, TENSORRT, EXECUTORCH, GENERIC, GENERIC_POT)}
 
 
 def target(name: str) -> Target:
@@ -93,7 +95,7 @@ def tables() -> str:
             each.title,
             _spans(each.activation_bits),
             _spans(each.integer_inputs),
-            " or ".join(each.activation_grids),
+            " or ".join(each.activation_grids) + ("" if each.unsigned else ", with a sign"),
             "powers of two" if each.power_of_two_scales else "any",
             "any activation, additions" if each.conv_into_add else "activations that clamp",
             "share a scale" if each.concat_shares_scale else "have their own",

@@ -67,16 +67,21 @@ class Target:
     file is loaded, which makes the step of the accumulator, and so of the bias, that much finer."""
     stores: tuple[int, ...] = (4, 8)
     """Bits of the integers that it reads from an ONNX file."""
-    integer_bias_bits: int = FINE
+    integer_bias_bits: int | None = FINE
     """Bits of weight and input together from which a bias is an integer of its accumulator. Below, the step of that
     integer would be coarse against the layer's output; the layer computes in float, or rescales before it adds. Weights
-    of ``read_bits`` make it fine enough beside any input."""
+    of ``read_bits`` make it fine enough beside any input. None: the runtime adds every bias in float."""
     convolutions: Weights = Weights()
     transposed: Weights = Weights()
     linears: Weights = Weights()
     activation_bits: tuple[int, ...] = (*ALL_BITS, 16)
     activation_grids: tuple[str, ...] = (AFFINE, SYMMETRIC)
     """``affine``: with a zero point. ``symmetric``: around zero, or unsigned from zero. The first is the default."""
+    unsigned: bool = True
+    """Whether a symmetric grid may have unsigned codes, for a tensor that is never negative."""
+    float_heads: bool = False
+    """Whether the weights of layers that give an output of the network stay float, unless a rule or a plan gives their
+    bits."""
     integer_inputs: tuple[int, ...] = (8,)
     """Bits of activations that integer kernels read."""
     ragged_groups: bool = True
@@ -100,6 +105,8 @@ class Target:
 
     def integer_bias(self, weight: int, given: int) -> bool:
         """Whether a bias is an integer beside a weight, as kernels read it, and an input of these bits."""
+        if self.integer_bias_bits is None:
+            return False
         enough = self.read_bits is not None and weight >= self.read_bits
         return enough or weight + given >= self.integer_bias_bits
 

@@ -127,7 +127,8 @@ class Calibrate(Stage):
     def _set_activations(self, student: Student, statistics: dict[str, Statistics]) -> None:
         for key, seen in statistics.items():
             quantizer = student.quantizer(key)
-            quantizer.grid = quantizer.grid.fitted(student.scheme.activation_grid, negative=seen.minimum < 0)
+            negative = seen.minimum < 0 or not student.scheme.target.unsigned
+            quantizer.grid = quantizer.grid.fitted(student.scheme.activation_grid, negative=negative)
             low, high = activation_range(
                 seen, quantizer.grid, self.activations, percentile=self.percentile, power=self.activation_power
             )
