@@ -234,7 +234,7 @@ class _Reference(fx.Interpreter):
 
     def _activation(self, node: fx.Node, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Pending:
         """What only clamps is left to the quantizer; anything else ends the integer kernel."""
-        value, clamp = self._float(node, args, kwargs), _clamp(name, args)
+        value, clamp = self._float(node, args, kwargs), clamp_of(name, args)
         if clamp is None or len(node.users) > 1:
             return _Pending(value)
         x: _Pending = args[0]
@@ -311,7 +311,7 @@ def _each(values: Any, function: Callable[[Any], Any]) -> Any:
     return function(values)
 
 
-def _clamp(name: str, args: tuple[Any, ...]) -> Clamp | None:
+def clamp_of(name: str, args: tuple[Any, ...]) -> Clamp | None:
     """Between what an activation clamps; None if it does more."""
     low, high = (args[1] if len(args) > 1 else None), (args[2] if len(args) > 2 else None)
     if any(x is not None and not isinstance(x, int | float) for x in (low, high)):

@@ -70,6 +70,38 @@ def load_graph(data: list[list[Any]], root: nn.Module) -> fx.GraphModule:
     return fx.GraphModule(root, graph).eval()
 
 
+def arguments_of(target: str) -> list[str]:
+    """Names of an operator's arguments in their order; numbers where it has no names.
+
+    Raises:
+        UsageError: there is no such operator.
+
+    Example:
+        >>> arguments_of("aten.linear.default"), arguments_of("operator.getitem")[:2]
+        (['input', 'weight', 'bias'], ['0', '1'])
+    """
+    schema = getattr(_find_target(target), "_schema", None)
+    return [str(i) for i in range(8)] if schema is None else [a.name for a in schema.arguments]
+
+
+def named_call(target: str, given: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments by name as :func:`dump_graph` keeps them: those with a place, and those that only have a name.
+
+    Raises:
+        UsageError: the operator does not exist, or has no such argument.
+    """
+    names, schema = arguments_of(target), getattr(_find_target(target), "_schema", None)
+    unknown = sorted(set(given) - set(names))
+    if unknown:
+        raise UsageError(f"The file names an argument '{unknown[0][:80]}', which {target} does not have.")
+    placed: list[Any] = []
+    for name in names:
+        if name not in given or (schema is not None and schema.arguments[names.index(name)].kwarg_only):
+            break
+        placed.append(given[name])
+    return placed, {name: given[name] for name in names[len(placed) :] if name in given}
+
+
 def _target_name(node: fx.Node) -> str:
     target = node.target
     if isinstance(target, str):
