@@ -108,7 +108,7 @@ def unpack(packed: Tensor, width: int) -> Tensor:
     return torch.stack(parts, 1).reshape(-1)
 
 
-class _Standalone(nn.Module):
+class Standalone(nn.Module):
     """The graph with :class:`Integers`, called as the user's model is."""
 
     def __init__(self, model: Student) -> None:
@@ -127,6 +127,7 @@ class _Standalone(nn.Module):
             self._structure = pytree.tree_structure([0] * len(model.outputs))
 
     def forward(self, images: Tensor) -> Any:
+        """Outputs as the user's model arranges them."""
         return pytree.tree_unflatten(list(self.network(images)), self._structure)
 
 
@@ -141,7 +142,7 @@ def to_pt2(model: Student) -> torch.export.ExportedProgram:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.export.export(
-                _Standalone(model).eval(),
+                Standalone(model).eval(),
                 (example,),
                 dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
                 strict=False,
