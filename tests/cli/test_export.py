@@ -77,3 +77,36 @@ def test_export_asks_for_images_that_are_gone(here: Path, capsys: pytest.Capture
     Path("run/result.json").write_text(json.dumps(result))
     assert main(["export", "run"]) == 2
     assert "Give others with --images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("to", "files"),
+    [("tables", ("tables.json", "tables.npz")), ("encodings", ("model_float.onnx", "model_float.encodings"))],
+)
+def test_formats_of_two_files(here: Path, capsys: pytest.CaptureFixture[str], to: str, files: tuple[str, str]) -> None:
+    assert main(["export", "run", "--to", to, "--json"]) == 0
+    found = result_of(capsys)
+    assert found["parity"]["first_divergence"] is None
+    assert found["bytes"] == sum(Path("run", file).stat().st_size for file in files)
+    assert set(files) <= set(json.loads(Path("run/result.json").read_text())["files"])
+    beside = Path("mine").with_suffix(Path(files[1]).suffix)
+    beside.write_bytes(b"theirs")
+    assert main(["export", "run", "--to", to, "--out", f"mine{Path(files[0]).suffix}"]) == 2
+    assert f"{beside} is there already" in capsys.readouterr().err
+    assert beside.read_bytes() == b"theirs"
+    for force in (["--force"], []):
+        assert main(["export", "run", "--to", to, "--out", f"mine{Path(files[0]).suffix}", *force]) == 0
+    assert beside.stat().st_size > 100
+
+
+def test_a_run_for_another_runtime_is_refused_for_tensorrt(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = files_below(here)
+    assert main(["export", "run", "--to", "tensorrt"]) == 2
+    said = capsys.readouterr().err
+    assert "weights of 4 bits" in said
+    assert "Quantize again with --weights 8 --activations 8 --runtime tensorrt" in said
+    assert files_below(here) == before
+    given = ["--recipe", "rtn", "--runtime", "tensorrt", "--out", "fits"]
+    assert main(["quantize", "models.py:Net", "photos", *given]) == 0
+    assert main(["export", "fits", "--to", "tensorrt", "--images", "photos"]) == 0
+    assert Path("fits/model_tensorrt.onnx").is_file()

@@ -74,7 +74,7 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
         "Expected images of 3x16x16 for run/model.onnx, found 3x20x20",
     ),
     "export of no run": (("export", "photos"), "Expected a run folder"),
-    "export elsewhere": (("export", "run", "--to", "tflite"), "out of onnx, openvino, pt2, found 'tflite'"),
+    "export elsewhere": (("export", "run", "--to", "tflite"), "tables, encodings, found 'tflite'"),
     "export to nowhere": (("export", "run", "--out", "no/model.onnx"), "existing folder"),
     "recipe to print": (("recipes", "rtnn"), "Did you mean 'rtn'?"),
     "demo on a file": (("demo", "--out", "note.txt"), "cannot be written"),

@@ -241,10 +241,12 @@ class ExportCall(Call):
     """
 
     run: str = argument("RUN", "A run folder")
-    to: str = option("onnx, openvino or pt2", "onnx")
+    to: str = option("onnx, openvino, pt2, tensorrt, executorch, tables or encodings", "onnx")
     images: str | None = option("Images for the check  [default: those of the run, if they are still there]")
     samples: int = option("Images to check on", 128)
-    out: Path | None = option("File to write  [default: model.onnx, .xml or .pt2 in the run]")
+    out: Path | None = option(
+        "File to write  [default: model.onnx, .xml, .pt2 or .pte, model_tensorrt.onnx, tables.json, model_float.onnx]"
+    )
     reading: opt.ImageOptions = opt.ImageOptions()
     force: bool = option("Keep a file that fails the check", False)
 

@@ -13,9 +13,8 @@ from bitwright.cli.calls import ExportCall
 from bitwright.cli.options import ImageOptions
 from bitwright.cli.sources import float_network, images_at, load_run
 from bitwright.errors import BitwrightError, ParityError, UsageError, quiet_libraries
-from bitwright.export.openvino import check_openvino, write_openvino
+from bitwright.export.formats import FORMATS
 from bitwright.export.parity import Parity, export_checked
-from bitwright.export.pt2 import write_pt2
 from bitwright.given.images import Images
 from bitwright.given.models import Model
 from bitwright.given.text import read_json
@@ -24,9 +23,8 @@ from bitwright.run import folder as run_folder
 from bitwright.run.files import cannot_write, move, scratch, target_file, write_json
 from bitwright.terminal import Terminal
 
-FORMATS = {"onnx": run_folder.ONNX, "openvino": run_folder.OPENVINO, "pt2": run_folder.PT2}
-"""File in the run folder by format."""
-WHERE = {"onnx": "ONNX Runtime", "openvino": "OpenVINO", "pt2": "PyTorch"}
+OPTIMISED = frozenset({"onnx", "openvino"})
+"""Formats whose check looks at the runtime's optimisations apart."""
 
 
 def export(call: ExportCall, terminal: Terminal) -> None:
@@ -52,16 +50,19 @@ def _exported(run: str, call: ExportCall, terminal: Terminal) -> dict[str, Any]:
         raise UsageError(f"Expected a format out of {', '.join(FORMATS)}, found '{to}'.")
     model = load_run(run)
     folder = Path(run).expanduser() if Path(run).expanduser().is_dir() else Path(run).expanduser().parent
-    path = (call.out or folder / FORMATS[to]).expanduser()
+    made = FORMATS[to]
+    path = (call.out or folder / made.files[0]).expanduser()
     if path.is_dir() or not path.parent.is_dir():
         raise UsageError(f"Expected a file in an existing folder as --out, found {path}.")
     if call.out is not None:
-        path = target_file(path, Path(FORMATS[to]).suffix, force=call.force)
-    if to == "openvino":
-        check_openvino(model)
+        path = target_file(path, made.suffix, force=call.force)
+        for beside in made.files[1:]:
+            target_file(path.with_suffix(Path(beside).suffix), Path(beside).suffix, force=call.force)
+    if made.check is not None:
+        made.check(model)
     terminal.begin("Opening the images")
     images = run_images(model, call.images, call.reading)
-    terminal.begin(f"Writing {to} and checking it in {WHERE[to]}")
+    terminal.begin(f"Writing {to} and checking it in {made.where}")
     try:
         with quiet_libraries():
             parity, files = _write(model, to, path, images, call.force, call.samples)
@@ -79,10 +80,10 @@ def _write(model: Student, to: str, path: Path, images: Images, force: bool, sam
     """Writes into a folder beside the target, and moves what passed; its files, the one that is named first."""
     with scratch(path.parent) as folder:
         partial = folder / path.name
-        if to == "onnx":
+        write = FORMATS[to].write
+        if write is None:
             parity = export_checked(model, partial, images, force=force, count=samples)
         else:
-            write = write_openvino if to == "openvino" else write_pt2
             parity = write(model, partial, images.batch(range(min(samples, len(images)))))
             if not parity.passed and not force:
                 raise ParityError(
@@ -145,7 +146,7 @@ def table(found: dict[str, Any]) -> Table:
             "layer that differs most", f"{worst['name']}: {share:.4f} % of its values" if share else "none differs"
         )
     levels = (("optimisations off", parity), ("optimisations on", whole))
-    for what, figures in levels if found["format"] != "pt2" else (("whole network", parity),):
+    for what, figures in levels if found["format"] in OPTIMISED else (("whole network", parity),):
         spread = figures["mean_abs"] / figures["range"] if figures["range"] else 0.0
         made.add_row(f"mean difference, {what}", f"{100 * spread:.3f} % of the output's range")
         if figures["agreement"] is not None:

@@ -72,7 +72,7 @@ class GridOptions:
     """What the integers of a tensor are spread over, and where they will be computed with."""
 
     runtime: str = bits_option(
-        "Where the result will run: onnxruntime, openvino, generic or generic-pot", "onnxruntime"
+        "Where the result will run: onnxruntime, openvino, tensorrt, executorch, generic or generic-pot", "onnxruntime"
     )
     granularity: str = bits_option(
         "What shares a weight scale: channel, tensor, group, or head (of attention; all other weights by channel)",

@@ -187,7 +187,7 @@ def target_file(path: Path, suffix: str, *, force: bool) -> Path:
 def _is_ours(path: Path) -> bool:
     """Whether a file for a runtime names its maker; ours stands at its beginning, or its end."""
     with path.open("rb") as file:
-        start = file.read(1 << 12)
+        start = file.read(1 << 16)
         file.seek(max(0, path.stat().st_size - (1 << 16)))
         return not start or b"bitwright" in start or b"bitwright" in file.read()
 

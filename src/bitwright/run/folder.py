@@ -35,8 +35,13 @@ MODEL, PLAN, RESULT, ONNX, LOG, STATE = (
 )  # fmt: skip
 PAGE, FACTS, BENCH, PARITY = "report.html", "report.json", "bench.json", "parity.json"
 
-OPENVINO, PT2 = "model.xml", "model.pt2"
-DEPLOYED = (ONNX, f"{ONNX}.data", OPENVINO, "model.bin", PT2)
+OPENVINO, PT2, TENSORRT, EXECUTORCH = "model.xml", "model.pt2", "model_tensorrt.onnx", "model.pte"
+TABLES = ("tables.json", "tables.npz")
+ENCODINGS = ("model_float.onnx", "model_float.encodings")
+DEPLOYED = (
+    ONNX, f"{ONNX}.data", OPENVINO, "model.bin", PT2, TENSORRT, f"{TENSORRT}.data", *TABLES, *ENCODINGS,
+    f"{ENCODINGS[0]}.data", EXECUTORCH,
+)  # fmt: skip
 """Files that `bitwright export` writes."""
 
 OURS = frozenset({MODEL, PLAN, RESULT, LOG, STATE, PAGE, FACTS, BENCH, PARITY, *DEPLOYED})
