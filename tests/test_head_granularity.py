@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import bitwright as bw
-from bitwright.bits import Losses, evaluate, problem_of, variables_of
+from bitwright.bits import Losses, problem_of, solution_of, variables_of
 from bitwright.bits.plan import Plan, insert_plan, plan_of
 from bitwright.cli import main
 from bitwright.export.onnx import to_onnx
@@ -210,7 +210,7 @@ def test_the_file_has_the_bytes_that_a_plan_counts(tmp_path: Path, monkeypatch: 
     made = bw.quantize(wide, cases.dataset(), recipe="rtn", plan=plan_of(student, bits), scheme=scheme)
     write_files(made, tmp_path)
     written = (tmp_path / "model.safetensors").stat().st_size
-    assert written == pytest.approx(evaluate(found, bits).costs["weight_bytes"], rel=0.02)
+    assert written == pytest.approx(solution_of(found, bits).costs["weight_bytes"], rel=0.02)
 
 
 # ------------------------------------------------------------------------------------------------- plans and calls

@@ -100,7 +100,7 @@ def _heard() -> Iterator[list[str]]:
         warnings.showwarning = show
 
 
-def fingerprint(graph: nn.Module) -> str:
+def tensor_digest(graph: nn.Module) -> str:
     """SHA-256 over the names and values of all stored tensors."""
     digest = hashlib.sha256()
     for name, tensor in graph.named_buffers():

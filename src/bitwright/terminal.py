@@ -194,7 +194,7 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def short(path: Path) -> str:
+def short_path(path: Path) -> str:
     """The path, from the current folder if it lies below."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

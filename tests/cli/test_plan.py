@@ -244,7 +244,7 @@ def test_a_file_that_is_not_as_planned_is_said(capsys: pytest.CaptureFixture[str
         "data": {"evaluation": {"count": 1000, "same_as_calibration": False}},
     }
     terminal = Terminal()
-    plans.compare(result, terminal)
+    plans.record_outcome(result, terminal)
     assert result["plan"]["packed"]["difference"] == pytest.approx(0.03)
     assert [w.split(",")[0] for w in terminal.warnings] == [
         "model.safetensors has 1", "model.safetensors has 1", PROMISE,

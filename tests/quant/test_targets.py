@@ -138,7 +138,7 @@ def test_of_two_powers_the_one_of_less_error_is_taken(bits):
     generator = np.random.default_rng(0)
     weight = generator.normal(size=(40, 9)) * np.exp(generator.normal(size=(40, 1)))
     scale = np.abs(weight).max(1) / (2 ** (bits - 1) - 0.5)
-    found = shifts.weight_scale(
+    found = shifts.nearest_power_scale(
         torch.tensor(weight, dtype=torch.float32), torch.tensor(scale).float(), Grid(bits, True), (1, 9)
     ).numpy()
     grid = np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1))

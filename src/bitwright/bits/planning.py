@@ -16,14 +16,14 @@ from typing import Any
 
 from bitwright.bits import trials
 from bitwright.bits.allocate import Losses, plan_for, problem_of
-from bitwright.bits.costs import ACTIVATION_BITS, Latency, Variable, variables_of
+from bitwright.bits.costs import ACTIVATION_CHOICES, Latency, Variable, variables_of
 from bitwright.bits.goal import MEASURE, Goal
 from bitwright.bits.plan import Plan
-from bitwright.bits.solve import Solution, evaluate, pareto, reachable, solve
+from bitwright.bits.solve import Solution, pareto, reachable, solution_of, solve
 from bitwright.bits.tables import Problem
 from bitwright.errors import UsageError
 from bitwright.given import inputs
-from bitwright.given.arguments import alone, whole
+from bitwright.given.arguments import check_alone
 from bitwright.given.images import Images
 from bitwright.graph.capture import Captured
 from bitwright.graph.student import Student, insert_quantizers
@@ -267,20 +267,20 @@ def check_instead(scheme: Scheme | None, bits: dict[str, Any], rules: Sequence[A
     """
     if isinstance(rules, str) or not isinstance(rules, Sequence):
         raise UsageError(f"Expected a sequence such as ('head=w8a8',) as rules=, found {type(rules).__name__}.")
-    alone("scheme", scheme, {**bits, "rules": (tuple(rules), ((),)), "runtime": (runtime, ("onnxruntime",))})
+    check_alone("scheme", scheme, {**bits, "rules": (tuple(rules), ((),)), "runtime": (runtime, ("onnxruntime",))})
 
 
 def _wanted(goal: Goal | None, limits: dict[str, Any], weights: Any, activations: Any, measure: str) -> Goal:
     """The goal that was given, or that of the arguments that were given instead."""
     bits = {"weights": (weights, (None, "auto")), "activations": (activations, (8, "auto"))}
-    alone("goal", goal, {**{name: (value, (None,)) for name, value in limits.items()}, **bits})
-    alone("goal", goal, {"measure": (measure, (MEASURE,))})
+    check_alone("goal", goal, {**{name: (value, (None,)) for name, value in limits.items()}, **bits})
+    check_alone("goal", goal, {"measure": (measure, (MEASURE,))})
     goal = goal or Goal.parse(**limits, weights=weights, activations=activations, measure=measure)
-    check(goal)
+    check_goal(goal)
     return goal
 
 
-def check(goal: Goal) -> None:
+def check_goal(goal: Goal) -> None:
     """Finds what can be wrong with a goal before anything is measured.
 
     Raises:
@@ -363,8 +363,8 @@ def planned(
 
 def _checked(samples: int | None, points: int) -> int | None:
     """The number of images, once both numbers are known to be in range."""
-    samples = None if samples is None else whole("samples", samples, least=1)
-    if whole("points", points, least=0) < 2 and points != 0:
+    samples = None if samples is None else whole_number("samples", samples, least=1)
+    if whole_number("points", points, least=0) < 2 and points != 0:
         raise UsageError(f"Expected at least 2 points of the curve, found {points}.")
     return samples
 
@@ -401,7 +401,7 @@ def decide(
     if goal.max_drop is None:
         found = planned(teacher, scheme, images, goal, method, run, points=SHOWN, latency=latency, folder=kept)
         return found.plan, {**found.facts(), "curve": found.outline()}
-    trials.check_answers(teacher, images, goal.max_drop)
+    trials.check_countable(teacher, images, goal.max_drop)
     fit, _ = trials.halves(images)
     found = planned(teacher, scheme, fit, goal, method, run, latency=latency, folder=kept)
     teacher.graph.to(run.device)
@@ -450,7 +450,7 @@ def _timed(
 ) -> tuple[Latency, dict[str, Any]]:
     from bitwright.bits.latency import measure_latencies
 
-    activations = goal.activations or ACTIVATION_BITS
+    activations = goal.activations or ACTIVATION_CHOICES
     found = measure_latencies(
         student, images, weights=goal.weights, activations=activations, folder=folder, progress=run.progress
     )
@@ -474,7 +474,7 @@ class _Watched(Measure):
 def _open(teacher: Captured, scheme: Scheme, goal: Goal) -> tuple[Student, dict[str, Variable]]:
     """The student with every choice open but what rules fix."""
     student = insert_quantizers(teacher, open_scheme(scheme, goal))
-    variables = variables_of(student, goal.weights, goal.activations or ACTIVATION_BITS)
+    variables = variables_of(student, goal.weights, goal.activations or ACTIVATION_CHOICES)
     if not any(v.kind == "weight" for v in variables.values()):
         raise UsageError("Expected weights whose bits can be planned, found none. `bitwright inspect` says why.")
     return student, variables
@@ -552,7 +552,7 @@ def _problem(student: Student, losses: Losses, goal: Goal, latency: Latency | No
         if explained:
             warnings.filterwarnings("ignore", message="Losses that are not finite")
         return problem_of(
-            student, losses, weights=goal.weights, activations=goal.activations or ACTIVATION_BITS, latency=latency
+            student, losses, weights=goal.weights, activations=goal.activations or ACTIVATION_CHOICES, latency=latency
         )
 
 
@@ -601,7 +601,7 @@ def _uniform(problem: Problem, variables: Mapping[str, Variable], goal: Goal) ->
             key: min(problem.options[key], key=lambda b: (abs(b - (bits if v.kind == "weight" else wanted)), b))
             for key, v in variables.items()
         }
-        found[bits] = evaluate(problem, chosen)
+        found[bits] = solution_of(problem, chosen)
     return found
 
 

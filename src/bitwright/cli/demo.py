@@ -14,7 +14,7 @@ from bitwright.errors import BitwrightError
 from bitwright.recipes import recipe as find_recipe
 from bitwright.run.folder import STATE, check_target
 from bitwright.run.state import is_unfinished
-from bitwright.terminal import Terminal, short
+from bitwright.terminal import Terminal, short_path
 
 CALIBRATION, TEST = "zoo:fashion", "zoo:fashion-test"
 DEMO_STEPS = 200
@@ -76,7 +76,7 @@ def show(results: dict[str, Any], out: Path, terminal: Terminal) -> None:
         "What was written, for each network:",
     )
     for name in results:
-        folder = short((out / name).expanduser().absolute())
+        folder = short_path((out / name).expanduser().absolute())
         terminal.show(f"  {folder}/report.html          to look at first: one page, opens in any browser, offline")
         terminal.show(f"  {folder}/model.onnx           to deploy: onnxruntime.InferenceSession('{folder}/model.onnx')")
         terminal.show(f"  {folder}/model.safetensors    the packed integers: bitwright.load('{folder}')")
@@ -84,7 +84,7 @@ def show(results: dict[str, Any], out: Path, terminal: Terminal) -> None:
             f"  {folder}/result.json          every figure above and one row a layer; plan.json beside it: the bits"
         )
     first = next(iter(results))
-    folder = short((out / first).expanduser().absolute())
+    folder = short_path((out / first).expanduser().absolute())
     terminal.show(
         "",
         f"See every layer:   bitwright inspect {folder}",

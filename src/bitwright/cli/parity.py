@@ -37,7 +37,7 @@ def parity(call: ParityCall, terminal: Terminal) -> None:
     _refuse(found)
 
 
-@run_folder.alone
+@run_folder.exclusive
 def _compared(run: str, call: ParityCall, terminal: Terminal) -> dict[str, Any]:
     """What ``parity.json`` holds.
 

@@ -13,7 +13,7 @@ from bitwright.given.text import read_json
 from bitwright.measure.metrics import wilson_interval
 from bitwright.terminal import Terminal
 
-TOLERANCE = 0.02
+SIZE_TOLERANCE = 0.02
 """Of the file's size against the plan's."""
 CURVE = "pareto.json"
 KEPT = frozenset({"bits", "loss", "weight_bytes", "activation_bytes", "total_bytes", "bit_operations", "latency"})
@@ -53,12 +53,12 @@ def _unchanged(plan: Plan, chosen: dict[str, Any]) -> bool:
     return weights and all((a := layers[n].activation) and a.bits == b for n, b in chosen["activations"].items())
 
 
-def compare(result: dict[str, Any], terminal: Terminal) -> None:
+def record_outcome(result: dict[str, Any], terminal: Terminal) -> None:
     """Writes what became of the plan into the result: the file's bytes and the agreement, beside those expected."""
     plan, packed = result["plan"], result["size"]["packed_bytes"]
     expected, limit = plan["predicted"]["weight_bytes"], plan["limits"].get("weight_bytes")
     plan["packed"] = {"bytes": packed, "difference": packed / expected - 1}
-    if abs(packed / expected - 1) > TOLERANCE:
+    if abs(packed / expected - 1) > SIZE_TOLERANCE:
         _warn(terminal, f"model.safetensors has {packed:,} bytes, planned were {expected:,.0f}.")
     if limit is not None and packed > limit:
         _warn(terminal, f"model.safetensors has {packed:,} bytes, {packed - limit:,.0f} more than wanted.")

@@ -42,7 +42,7 @@ from bitwright.run.result import command_line, peak_memory_bytes
 from bitwright.run.state import begin, leave
 from bitwright.sensitivity import diagnosis
 from bitwright.stages.base import Run
-from bitwright.terminal import Terminal, one_line, quiet_libraries, short
+from bitwright.terminal import Terminal, one_line, quiet_libraries, short_path
 
 SQNR_IMAGES = 32
 PARITY_IMAGES = 128
@@ -130,7 +130,9 @@ def _leave(folder: Path, until: Path, terminal: Terminal, *, interrupted: bool) 
         )
     elif kept:
         terminal.finish()
-        terminal.say(f"What was done is kept in {short(folder)}: the run's command with --resume goes on from there.")
+        terminal.say(
+            f"What was done is kept in {short_path(folder)}: the run's command with --resume goes on from there."
+        )
 
 
 def _settings(call: QuantizeCall) -> dict[str, Any]:
@@ -182,7 +184,7 @@ def find_inputs(call: QuantizeCall, terminal: Terminal) -> Inputs:
     api.check_budget(call.budget.numbers, call.budget.minutes, find_recipe(method_of(call)))
     given.find_device(call.device)
     if call.goal is not None:
-        planning.check(call.goal)
+        planning.check_goal(call.goal)
     if call.data.labels is not None and call.data.evaluate is None:
         raise UsageError("Labels are used for evaluation only. Give the images they belong to with --evaluate.")
     terminal.begin("Loading the network")
@@ -314,7 +316,7 @@ def _write(
         if failure is not None:
             terminal.warnings.append(one_line(str(failure)))
         if "plan" in result:
-            plans.compare(result, terminal)
+            plans.record_outcome(result, terminal)
         result["warnings"] = list(terminal.warnings)
         result["seconds"]["total"] = time.perf_counter() - started
         result["seconds"] = {name: round(seconds, 3) for name, seconds in result["seconds"].items()}
@@ -359,9 +361,9 @@ def show(result: dict[str, Any], folder: Path, terminal: Terminal) -> None:
     terminal.show(tables.outcome(result), *tables.fidelity_notes(result), *plans.sentences(result))
     if result["data"]["evaluation"]["same_as_calibration"]:
         terminal.show("Measured on the calibration images; name others with --evaluate.")
-    terminal.show(*diagnosis.told(result.get("diagnosis")))
+    terminal.show(*diagnosis.diagnosis_lines(result.get("diagnosis")))
     files = ", ".join(sorted(p.name for p in folder.iterdir()))
-    terminal.show(f"Written to {short(folder)}: {files}")
+    terminal.show(f"Written to {short_path(folder)}: {files}")
 
 
 def _dry_run(call: QuantizeCall, terminal: Terminal) -> None:

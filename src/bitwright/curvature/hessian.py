@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 Name = TypeVar("Name", str, int)
 Matrix = Literal["fisher", "squared", "hessian"]
-Loss = Callable[[list[Tensor], Tensor], Tensor]
+LossFunction = Callable[[list[Tensor], Tensor], Tensor]
 """``loss(outputs, targets)``, a scalar, summed over the images."""
 
 
@@ -94,7 +94,7 @@ def weights_of(graph: fx.GraphModule) -> dict[str, fx.Node]:
     return found
 
 
-def groups(graph: fx.GraphModule) -> list[Group]:
+def weight_groups(graph: fx.GraphModule) -> list[Group]:
     """Every layer, every block and the network; a weight that several layers share belongs to the first."""
     readers = weights_of(graph)
     sizes = {path: rewrite.get_tensor(graph, path).numel() for path in readers}
@@ -127,7 +127,7 @@ class Curvature:
     """
 
     def __init__(
-        self, graph: fx.GraphModule, data: Data, matrix: Matrix = "fisher", loss: Loss = cross_entropy
+        self, graph: fx.GraphModule, data: Data, matrix: Matrix = "fisher", loss: LossFunction = cross_entropy
     ) -> None:
         if matrix == "hessian" and data.images.labels is None:
             raise UsageError("Expected labels for the Hessian of a loss, found none. Give labels=, or go without.")

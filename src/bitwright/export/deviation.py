@@ -36,7 +36,7 @@ MOST_ANSWERS = 0.01
 CHANCE = 2.0
 """Standard deviations by which the yardstick's few may be fewer than they would be in other images."""
 
-Run = Callable[[Tensor], Sequence[Tensor]]
+Forward = Callable[[Tensor], Sequence[Tensor]]
 
 
 @dataclass
@@ -67,18 +67,18 @@ class OutputParity:
         return not self.deviation <= 1
 
 
-def worst(outputs: Sequence[OutputParity]) -> OutputParity:
+def worst_output(outputs: Sequence[OutputParity]) -> OutputParity:
     """The output that is furthest from what it may be."""
     return max(outputs, key=lambda x: math.inf if math.isnan(x.deviation) else x.deviation, default=OutputParity())
 
 
-def compare(
+def output_parities(
     names: Sequence[str],
     readings: Sequence[Reading],
     batches: Iterator[Tensor],
-    simulation: Run,
-    shaken: Run,
-    runs: Mapping[str, Run],
+    simulation: Forward,
+    shaken: Forward,
+    runs: Mapping[str, Forward],
 ) -> dict[str, list[OutputParity]]:
     """Every output of every run against the simulation.
 

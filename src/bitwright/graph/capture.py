@@ -261,7 +261,7 @@ def _to_graph(program: torch.export.ExportedProgram) -> tuple[fx.GraphModule, se
         The module, in float32, and the coarser types that parts of the program are in.
     """
     root, graph = flat_graph(program)
-    coarse = rewrite.in_float32(root, graph)
+    coarse = rewrite.compute_in_float32(root, graph)
     rewrite.fill_empties(graph)
     rewrite.spell_shapes(graph)
     rewrite.restore_batch_norms(graph)

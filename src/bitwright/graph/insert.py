@@ -11,7 +11,7 @@ from bitwright.errors import UsageError
 from bitwright.graph import ops, rewrite
 from bitwright.graph.heads import Heads, find_heads
 from bitwright.graph.layer import Layer
-from bitwright.graph.place import FLOAT_ACTIVATIONS, FLOAT_BY_RULE, Placement, Point, Unquantized, place
+from bitwright.graph.place import FLOAT_ACTIVATIONS, FLOAT_BY_RULE, Placement, QuantizerSite, Unquantized, place
 from bitwright.graph.supported import check_supported
 from bitwright.quant.grid import Grid
 from bitwright.quant.quantizer import BiasQuantizer, Quantizer
@@ -96,7 +96,7 @@ def _insert_activations(
     return keys
 
 
-def _activation_quantizer(point: Point, scheme: Scheme) -> Quantizer:
+def _activation_quantizer(point: QuantizerSite, scheme: Scheme) -> Quantizer:
     assert point.bits is not None
     grid = Grid.named(scheme.activation_grid, point.bits)
     return Quantizer(point.name, grid, point.role, power_of_two=scheme.target.power_of_two_scales)

@@ -15,7 +15,7 @@ from bitwright.stages.optq import Optq
 from bitwright.stages.reconstruct import Reconstruct
 from bitwright.stages.schedules import Anneal, Dampen, Gradual, Learn
 
-START = (Calibrate(weights="mse", activations="mse", bias_correction="analytic"), Optq())
+CALIBRATED = (Calibrate(weights="mse", activations="mse", bias_correction="analytic"), Optq())
 NETWORK = Reconstruct(weigh="sla-log", codes=Learn(rate=1e-3), decide=Dampen())
 
 RECIPES = (
@@ -23,13 +23,13 @@ RECIPES = (
         name="eptq",
         summary="Closed-form roundings, then the whole network optimised at once, every sample and layer weighted.",
         paper="arXiv:2309.11531v2",
-        stages=(*START, NETWORK),
+        stages=(*CALIBRATED, NETWORK),
     ),
     Recipe(
         name="eptq-lfh",
         summary="The same with one weight a layer, the log of its label-free Hessian trace.",
         paper="arXiv:2309.11531v1",
-        stages=(*START, NETWORK.model_copy(update={"weigh": "lfh"})),
+        stages=(*CALIBRATED, NETWORK.model_copy(update={"weigh": "lfh"})),
     ),
     Recipe(
         name="eptq-paper",

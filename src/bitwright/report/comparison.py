@@ -9,7 +9,7 @@ from typing import Any
 from bitwright import words
 from bitwright.measure.metrics import read_fidelity
 from bitwright.report.charts import Interval, intervals
-from bitwright.report.frame import Section, bullets, command, definitions, document, paragraph
+from bitwright.report.frame import Section, bullets, definitions, document, paragraph, shell
 from bitwright.report.markup import tag
 from bitwright.report.panels import Panel, Series, single
 from bitwright.report.shown import Shown
@@ -92,10 +92,10 @@ def comparison(entries: Sequence[Entry], title: str = "") -> str:
     sections = [part(entries) for part in (_alike, _table, _outputs, _front, _failures, _repeat)]
     bits = {r.bits for r in runs}
     under = f"comparison of {words.plural(len(entries), 'run')}{f' · {bits.pop()}' if len(bits) == 1 else ''}"
-    return document(f"{name} · comparison · bitwright", name, under, [verdict(entries)], sections)
+    return document(f"{name} · comparison · bitwright", name, under, [comparison_verdict(entries)], sections)
 
 
-def verdict(entries: Sequence[Entry]) -> str:
+def comparison_verdict(entries: Sequence[Entry]) -> str:
     """Which run is best, and which others cannot be told from it."""
     done = [e for e in entries if e.run is not None]
     failed = len(entries) - len(done)
@@ -319,5 +319,5 @@ def _repeat(entries: Sequence[Entry]) -> Section | None:
     for e in entries:
         if e.run is not None:
             found.setdefault(e.run.result.get("command", words.NONE), []).append(e.name)
-    pairs = [(words.listed(names), command(c)) for c, names in found.items()]
+    pairs = [(words.listed(names), shell(c)) for c, names in found.items()]
     return Section("repeat", "To repeat it", definitions(pairs)) if found else None

@@ -6,7 +6,7 @@ from typing import Any
 
 from bitwright import words
 from bitwright.report.charts import lengths
-from bitwright.report.frame import command, paragraph
+from bitwright.report.frame import paragraph, shell
 from bitwright.report.markup import Child, tag
 from bitwright.report.shown import Shown
 from bitwright.report.tables import page_table
@@ -28,7 +28,7 @@ def gap(run: Shown) -> list[Child]:
     if body is None:
         again = f"bitwright parity {run.folder or 'RUN'}; bitwright report {run.folder or 'RUN'}"
         said = "What bits cost and what the runtime adds, side by side and code by code: "
-        return [paragraph(said, command(again), quiet=True)]
+        return [paragraph(said, shell(again), quiet=True)]
     return [tag("h3", TITLE), *body]
 
 

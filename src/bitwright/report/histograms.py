@@ -14,7 +14,7 @@ from bitwright.graph.watch import watch
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
 
 LAYERS = 6
-IMAGES = 16
+HISTOGRAM_IMAGES = 16
 BINS = 96
 ELEMENTS = 1 << 18
 """Values of one tensor that a histogram counts, evenly spread."""

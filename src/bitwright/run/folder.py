@@ -68,8 +68,8 @@ def check_target(folder: Path, *, force: bool = False, resume: bool = False) -> 
     unfinished = run_state.is_unfinished(folder / STATE)
     if unfinished and not force and not resume:
         raise UsageError(
-            f"The folder {folder} is not empty: an unfinished run is in it{run_state.told(folder / STATE)}. Go on with "
-            "--resume, or begin again with force=True."
+            f"The folder {folder} is not empty: an unfinished run is in it{run_state.which_run(folder / STATE)}. "
+            "Go on with --resume, or begin again with force=True."
         )
     if names - {STATE} and not force and not (resume and unfinished):
         if resume and RESULT in names:
@@ -126,7 +126,7 @@ def writing(folder: Path) -> Iterator[str | None]:
         yield finish_swap(folder.expanduser().resolve())
 
 
-def alone(command: Callable[Concatenate[str, P], R]) -> Callable[Concatenate[str, P], R]:
+def exclusive(command: Callable[Concatenate[str, P], R]) -> Callable[Concatenate[str, P], R]:
     """A command on a run, which has the run's folder to itself."""
 
     @wraps(command)

@@ -452,13 +452,14 @@ def _cheapest(after: Mapping[str, float], changes: Mapping[str, Change], close: 
     return min((r for r in after if after[r] <= least + close), key=lambda r: (changes[r].bytes, after[r]))
 
 
-def told(found: dict[str, Any] | None) -> list[str]:
+def diagnosis_lines(found: dict[str, Any] | None) -> list[str]:
     """The diagnosis in two or three lines; none where the loss is negligible, or there is no diagnosis.
 
     Example:
         >>> layers = [{"name": "head", "tensor": "weight", "loss_without": 0.1, "share": 0.5}]
         >>> rules = [{"rule": "head=w8", "loss_after": 0.11, "bytes": 960}]
-        >>> for line in told({"loss": 0.2, "images": 48, "layers": layers, "rules": rules, "together": None}):
+        >>> found = {"loss": 0.2, "images": 48, "layers": layers, "rules": rules, "together": None}
+        >>> for line in diagnosis_lines(found):
         ...     print(line)
         Loss from float on 48 calibration images: 0.2. Of it goes with one tensor alone in float: 50 % head (weights).
         To mend most of it: --rule 'head=w8' (predicted loss 0.11, 0.96 kB more)

@@ -7,7 +7,8 @@ import onnx_ir as ir
 
 from bitwright.errors import UsageError
 from bitwright.export.clips import IN_FLOAT, Clamp, codes_of, noted
-from bitwright.export.edit import Array, drop_unused, initializer, note_constants
+from bitwright.export.edit import drop_unused, initializer, note_constants
+from bitwright.runtimes.session import Array
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 

@@ -103,7 +103,7 @@ class Calibrate(Stage):
                 importance=scores,
             )
             if quantizer.power_of_two and self.weights in {"mse", "hmse"}:
-                scale = shifts.weight_scale(
+                scale = shifts.nearest_power_scale(
                     weight, scale, quantizer.grid, quantizer.block, power=power, importance=scores
                 )
             quantizer.set_range(scale)

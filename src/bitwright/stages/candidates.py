@@ -23,7 +23,7 @@ from bitwright.stages.calibrate import BIAS_REACH
 from bitwright.stages.population import losing
 
 Meaning = Literal["round", "keep"]
-Measure = Literal["infonce", "mse", "cosine", "kl"]
+FitnessMeasure = Literal["infonce", "mse", "cosine", "kl"]
 
 
 class Scales:
@@ -100,7 +100,7 @@ def _format(tensor: Tensor) -> torch.memory_format:
 class Fitness:
     """The distance of a network's outputs to the float network's, image by image; lower is better."""
 
-    measure: Measure = "infonce"
+    measure: FitnessMeasure = "infonce"
     temperature: float = 3.0
 
     def __call__(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
@@ -280,4 +280,4 @@ class Evaluator:
     def _bytes(self, first: dict[str, Any], group: range) -> int:
         """Of all images, from the values of one."""
         names = self._names(group)
-        return segments.size({n: first[n] for n in names}) * self.batches.count
+        return segments.tensor_bytes({n: first[n] for n in names}) * self.batches.count

@@ -27,7 +27,7 @@ from bitwright.graph.student import Student
 from bitwright.run import checkpoint
 from bitwright.run.record import StageRecord
 from bitwright.stages.base import Optimising, Run
-from bitwright.stages.candidates import Batches, Evaluator, Fitness, Meaning, Measure, Scales
+from bitwright.stages.candidates import Batches, Evaluator, Fitness, FitnessMeasure, Meaning, Scales
 from bitwright.stages.population import CYCLES, POPULATION, TOURNAMENT, Member, Mutation, Population
 
 MEMORY = 2 << 30
@@ -48,7 +48,7 @@ RANKED, RANKED_BATCHES = 6, 2
 class FitnessRecord(BaseModel):
     """The mean fitness over images, lower is better."""
 
-    measure: Measure
+    measure: FitnessMeasure
     before: float
     after: float
     teacher: float
@@ -99,7 +99,7 @@ class Evolve(Optimising):
     search: Literal["evolution", "random"] = "evolution"
     """``random`` draws every child around the scales that the stage began with."""
 
-    fitness: Measure = "infonce"
+    fitness: FitnessMeasure = "infonce"
     images: int = Field(default=1000, ge=1)
     """The most that a fitness is measured on."""
     batch: int = Field(default=100, ge=1)

@@ -11,7 +11,7 @@ from pydantic import Field
 from scipy.special import stdtrit
 from torch import Tensor
 
-from bitwright.stages.schedules import Settings
+from bitwright.stages.schedules import FrozenSettings
 
 POPULATION, TOURNAMENT, CYCLES = 15, 10, 3
 """Evol-Q's: members; those drawn, with replacement, of which the fittest is the parent; children for each visit."""
@@ -19,7 +19,7 @@ FEWEST = 16
 """Images before anything is said about a candidate."""
 
 
-class Mutation(Settings):
+class Mutation(FrozenSettings):
     """What a child's scales differ by from its parent's.
 
     Every scale gets a uniform number out of [-size, size]: a part of itself, or added as it is (``absolute``, the

@@ -19,7 +19,7 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
-from bitwright.curvature.label_free import Distribution, Scores, cached_scores, images_at_once, label_free_scores
+from bitwright.curvature.label_free import Distribution, HessianScores, cached_scores, images_at_once, label_free_scores
 from bitwright.given.images import Images
 from bitwright.graph import rewrite
 from bitwright.graph.capture import Captured
@@ -248,7 +248,7 @@ class Reconstruct(Optimising):
         weights = scores.log_weights().expand(count, -1) if self.weigh == "lfh" else scores.log_attention()
         return Objective(weights, self.over, normalise=False), told
 
-    def scores(self, teacher: Captured, samples: Views, points: list[Point], run: Run) -> Scores:
+    def scores(self, teacher: Captured, samples: Views, points: list[Point], run: Run) -> HessianScores:
         """Label-free scores of the samples, kept beside the run."""
         count = len(samples)
         if self.weigh == "lfh" and self.score_images is not None:
@@ -258,7 +258,7 @@ class Reconstruct(Optimising):
             pair = samples.batch([0, 1]).to(run.device)
             size = min(size, images_at_once(teacher.graph, pair, points, pass_budget(run.device)))
 
-        def compute() -> Scores:
+        def compute() -> HessianScores:
             def batches() -> Any:
                 for start in range(0, count, size):
                     run.progress("Scoring layers", start, count)
@@ -488,7 +488,7 @@ class _Checkpoint:
         self.last, self.cost = time.perf_counter(), 0.0
         self.losses: list[float] = []
         """Of every step so far."""
-        self.kept: checkpoint.Kept | None = None
+        self.kept: checkpoint.Checkpoint | None = None
         """What was read, if it was."""
 
     @staticmethod

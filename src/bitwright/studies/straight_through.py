@@ -18,7 +18,7 @@ BACKWARD = 2.0
 """What a backward pass costs, in forward passes."""
 LOOKS = 8
 """How often all images are looked at along the way; each is an evaluation, and the best is the result."""
-METHODS: dict[str, Callable[[list[nn.Parameter], float], torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float], torch.optim.Optimizer]] = {
     "SGD": lambda p, rate: torch.optim.SGD(p, rate, momentum=0.9),
     "Adam": torch.optim.Adam,
     "AdamW": lambda p, rate: torch.optim.AdamW(p, rate, weight_decay=0.01),
@@ -122,7 +122,7 @@ def descend(
         scales: of weights; what is optimised.
         batches: of calibration images.
         fitness: its mean is descended.
-        method: one of :data:`METHODS`.
+        method: one of :data:`OPTIMIZERS`.
         rate: root mean square of the relative change that the first step makes (of Adam, about every step until the
             rate falls); along the run it falls to 0 as half a cosine.
         budget: evaluations, the looks at all images included.
@@ -176,7 +176,7 @@ def _walk(
             parameter.grad = gradient
         if optimizer is None:
             size = float(torch.cat(gradients).square().mean().sqrt())
-            optimizer = METHODS[method](parameters, rate / max(size, 1e-30) if method == "SGD" else rate)
+            optimizer = OPTIMIZERS[method](parameters, rate / max(size, 1e-30) if method == "SGD" else rate)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         optimizer.step()
         schedule.step()
