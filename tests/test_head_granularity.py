@@ -1,4 +1,4 @@
-"""One scale a head of attention, from the plan to the file: against the weights' own slices, and the runtime."""
+"""One scale per head of attention, from the plan to the file: against the weights' own slices, and the runtime."""
 
 from __future__ import annotations
 
@@ -235,7 +235,9 @@ def test_a_plan_takes_heads_from_one_layer() -> None:
 @pytest.mark.parametrize("layer", ["patches", "head"])
 def test_a_plan_cannot_give_heads_to_what_has_none(layer: str) -> None:
     plan = Plan.model_validate({"layers": {layer: {"weight": {"bits": 4, "granularity": "head"}}}})
-    with pytest.raises(bw.UsageError, match=f"a scale a head in the weight of '{layer}', which can only have one a ch"):
+    with pytest.raises(
+        bw.UsageError, match=f"a scale per head in the weight of '{layer}', which can only have one per ch"
+    ):
         bw.api.preview(network("separate"), cases.dataset(), plan=plan)
 
 

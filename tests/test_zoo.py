@@ -118,7 +118,7 @@ def test_file_sizes() -> None:
 def test_unknown_names() -> None:
     with pytest.raises(ModelError, match="Did you mean fashion_cnn"):
         zoo.network("fashion-cnn")
-    with pytest.raises(ModelError, match="choose from fashion_cnn, fashion_vit"):
+    with pytest.raises(ModelError, match="Choose from fashion_cnn, fashion_vit"):
         zoo.preprocessing("zzz")
     with pytest.raises(DataError, match="Did you mean fashion-test"):
         zoo.images("fashion_test")

@@ -89,7 +89,7 @@ def quantize(
             (:func:`bitwright.plan_bits`), and rules are fixed.
         compression: bytes of the float parameters over those of ``model.safetensors``, instead.
         max_bops: limit of multiply-accumulates of one image times bits of both operands; beside others or alone.
-        max_latency: limit of milliseconds for one image, likewise.
+        max_latency: limit of milliseconds per image, which also plans the bits.
         max_drop: share of answers that may differ from the float network's, instead of a size: the smallest network
             that keeps it, as estimated on half of the images.
         measure: of ``bitwright.sensitivity.MEASURES``: what predicts the losses that a plan minimises.
@@ -99,7 +99,7 @@ def quantize(
             recipe with several stages that take steps; one number is for the first of them.
         minutes: what the whole of it may take, instead of ``steps``; the steps that this made are in the result.
         precision: in which networks are optimised: ``float32``, ``bfloat16``, or ``auto``, the faster one.
-        seed: of everything random.
+        seed: of all random choices.
         device: ``auto``, ``cpu`` or ``cuda``.
         preprocessing: of image files; a named model brings its own.
         output: name of the one output to keep, for a model that returns several.
@@ -234,7 +234,7 @@ def preview(
 
     Args:
         model: as for :func:`quantize`.
-        images: likewise; two of them are looked at.
+        images: as for :func:`quantize`; two of them are looked at.
         scheme: bits, rules, runtime; 8 bits everywhere if not given.
         plan: bits layer by layer, which come before the scheme's.
         preprocessing: of image files; a named model brings its own.

@@ -184,7 +184,11 @@ def give(layer, part, **values):
         ("residual", give("conv", "activation", shares_scale_with=["input"]), "'conv' share its scale with input"),
         ("tied_weights", give("second", "weight", bits=4), "shared with 'first', which has 8"),
         ("residual", give("head", "activation", bits=8), "nothing is quantized there"),
-        ("transposed", give("plain", "weight", granularity="group", group_size=2), "which can only have one a channel"),
+        (
+            "transposed",
+            give("plain", "weight", granularity="group", group_size=2),
+            "which can only have one per channel",
+        ),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused_in_one_line(name, change, expected, tmp_path):

@@ -131,7 +131,7 @@ def test_classes_instances_and_halves(script: Path, name: str) -> None:
 
 
 def test_settings_and_dicts_beside_the_callable(script: Path) -> None:
-    with pytest.warns(UserWarning, match="no mean and std"):
+    with pytest.warns(UserWarning, match="No mean and std"):
         assert load_model(f"{script}:build", input_size="8x9").preprocessing == Preprocessing(input_size="8x9")
     given = load_model(f"{script}:build", input_size=8, mean="0.5", std="0.5").preprocessing
     assert given == Preprocessing(input_size=8, mean=0.5, std=0.5)

@@ -73,7 +73,7 @@ def variables_of(
     Args:
         student: with quantizers, not frozen.
         weights: bits offered, as far as the target has them; a layer that a rule decides keeps its bits.
-        activations: likewise.
+        activations: bits offered to activations, as far as the target has them.
 
     Raises:
         UsageError: the target has none of these bits, or the student is frozen.

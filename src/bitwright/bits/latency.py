@@ -82,7 +82,7 @@ def measure_latencies(
         student: with quantizers, not frozen.
         images: one at least; they give the shapes.
         weights: bits offered, as in :func:`bitwright.bits.costs.variables_of`.
-        activations: likewise.
+        activations: bits offered to activations, as there.
         threads: of the runtime.
         batch: images in one call; the seconds are those of the call.
         folder: where measurements are kept, by machine, runtime, threads and piece; None keeps nothing.
@@ -146,7 +146,7 @@ def compare_with_network(
 
     Args:
         student: as for :func:`measure_latencies`.
-        images: likewise.
+        images: one at least; they give the shapes.
         found: the layers, measured at 8 bits among others, with the same number of threads and batch.
         seconds: for both files of the network together.
         measure: times some calls.

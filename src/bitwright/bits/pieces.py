@@ -40,7 +40,7 @@ class Kernel:
     weight: int
     """Bits of the storage: 4, 8, or 32 for float."""
     input: int
-    """Likewise 8, 16, 32; 4 stands for all below 8."""
+    """Bits of the storage of the input: 8, 16, or 32 for float; 4 stands for all below 8."""
     integer_bias: bool
     """Whether the bias is an integer of the accumulator."""
 

@@ -305,7 +305,7 @@ def _check_weight(
     heads = asked.granularity == "head" and got.granularity != "head"
     if asked.bits != "float" and (wide or narrow or groups or heads):
         raise UsageError(
-            f"The plan asks for a scale a {asked.granularity} in the weight of '{name}', which can only have one a "
+            f"The plan asks for a scale per {asked.granularity} in the weight of '{name}', which can only have one per "
             f"{got.granularity}."
         )
 

@@ -23,7 +23,7 @@ from bitwright.bits.solve import Solution, pareto, reachable, solution_of, solve
 from bitwright.bits.tables import Problem
 from bitwright.errors import UsageError
 from bitwright.given import inputs
-from bitwright.given.arguments import check_alone
+from bitwright.given.arguments import check_alone, whole_number
 from bitwright.given.images import Images
 from bitwright.graph.capture import Captured
 from bitwright.graph.student import Student, insert_quantizers
@@ -47,7 +47,8 @@ SHOWN = 17
 UNIFORM = 4
 """Bits of weights: without a limit, a plan is as large as the network with these everywhere."""
 SLACK, SLACK_BYTES = 0.005, 256
-"""Files are up to this share, and so many bytes, larger than planned: their description compresses as it comes."""
+"""Files are larger than planned by up to this share and this number of bytes, since how well their description
+compresses is not known before."""
 WITH_ACTIVATIONS = frozenset({"loss", "distance"})
 """Measures that predict what bits of activations cost; for the others, ``loss`` does."""
 OTHER_SCALE = frozenset({"eigenvalue", "q-bert"})
@@ -204,7 +205,7 @@ def plan_bits(
 
     Args:
         model: as for :func:`bitwright.quantize`.
-        images: likewise; labels in it are not looked at.
+        images: as for :func:`bitwright.quantize`; labels in it are not looked at.
         recipe: that will follow; losses are those of its closed-form roundings.
         goal: all limits, choices and the measure in one object, instead of the next nine.
         target_size: of ``model.safetensors``: ``"3.5MB"``, ``"3MiB"``, or bytes.
@@ -214,7 +215,7 @@ def plan_bits(
         max_activation_size: of the activations that are in memory together.
         max_total_size: of file and activations together.
         weights: bits to choose among, ``"2,4,8"`` or a sequence; 2, 3, 4, 5, 6 and 8 if not given.
-        activations: likewise, or ``"float"``.
+        activations: bits to choose among in the same form, or ``"float"``.
         rules: exceptions such as ``"head=w8a8"``; what they say is fixed.
         runtime: where the result will run.
         scheme: rules, runtime, granularity and more in one object, instead of the two above.
@@ -227,7 +228,7 @@ def plan_bits(
             fewer the larger the network.
         latency: seconds of layers by bits of weight and input, or a function of the student that measures them;
             timed on this machine, if they are needed and not given.
-        seed: of everything random.
+        seed: of all random choices.
         device: ``auto``, ``cpu`` or ``cuda``.
         preprocessing: of image files; a named model brings its own.
         output: name of the one output to keep, for a model that returns several.

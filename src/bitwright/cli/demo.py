@@ -77,11 +77,11 @@ def show(results: dict[str, Any], out: Path, terminal: Terminal) -> None:
     )
     for name in results:
         folder = short_path((out / name).expanduser().absolute())
-        terminal.show(f"  {folder}/report.html          to look at first: one page, opens in any browser, offline")
+        terminal.show(f"  {folder}/report.html          the page to look at first, which opens offline in any browser")
         terminal.show(f"  {folder}/model.onnx           to deploy: onnxruntime.InferenceSession('{folder}/model.onnx')")
         terminal.show(f"  {folder}/model.safetensors    the packed integers: bitwright.load('{folder}')")
         terminal.show(
-            f"  {folder}/result.json          every figure above and one row a layer; plan.json beside it: the bits"
+            f"  {folder}/result.json          every figure above, and one row per layer; plan.json has the bits"
         )
     first = next(iter(results))
     folder = short_path((out / first).expanduser().absolute())

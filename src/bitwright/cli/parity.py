@@ -126,7 +126,7 @@ def views(data: dict[str, Any]) -> list[RenderableType]:
                     whole.add_row(title, str(batch["batch"]), *_gap(row))
     codes = tables.table(
         "operators", "kernel", ">layers", ">codes", ">simulation, reference", ">reference, runtime",
-        ">simulation, runtime", title="Codes that differ (by at most so many steps), each layer fed the same codes",
+        ">simulation, runtime", title="Codes that differ (by how many steps at most), each layer fed the same codes",
     )  # fmt: skip
     for row in data["operators"]:
         pairs = (_codes(row[k]) for k in ("simulation_reference", "reference_runtime", "simulation_runtime"))

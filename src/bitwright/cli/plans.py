@@ -59,7 +59,7 @@ def record_outcome(result: dict[str, Any], terminal: Terminal) -> None:
     expected, limit = plan["predicted"]["weight_bytes"], plan["limits"].get("weight_bytes")
     plan["packed"] = {"bytes": packed, "difference": packed / expected - 1}
     if abs(packed / expected - 1) > SIZE_TOLERANCE:
-        _warn(terminal, f"model.safetensors has {packed:,} bytes, planned were {expected:,.0f}.")
+        _warn(terminal, f"model.safetensors has {packed:,} bytes, {expected:,.0f} were planned.")
     if limit is not None and packed > limit:
         _warn(terminal, f"model.safetensors has {packed:,} bytes, {packed - limit:,.0f} more than wanted.")
     agreement = result["fidelity"]["agreement"]

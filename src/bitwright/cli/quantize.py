@@ -222,7 +222,7 @@ def preview(call: QuantizeCall, terminal: Terminal) -> Student:
 
 
 def _preview_planned(call: QuantizeCall, goal: Goal, inputs: Inputs, terminal: Terminal) -> Student:
-    """Likewise, with the plan that the run would have."""
+    """The same network with the bits of the plan that the run would make."""
     skip = call.reading.skip_unreadable
     data = given.calibration_images(inputs.calibration, inputs.network, call.data.samples, skip)
     teacher = given.prepare_teacher(inputs.network, data, call.output)
@@ -293,7 +293,7 @@ def _diagnose(model: Student, call: QuantizeCall, terminal: Terminal) -> None:
     except Exception as error:
         model.result["diagnosis"] = None
         what = f"{type(error).__name__}: {one_line(str(error))}"
-        warnings.warn(f"What was lost where could not be found out: {what}", stacklevel=2)
+        warnings.warn(f"The layers that lose most could not be found: {what}", stacklevel=2)
     terminal.finish()
     seconds["diagnosis"] = round(time.perf_counter() - started, 3)
 

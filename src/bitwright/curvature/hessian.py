@@ -10,7 +10,8 @@ For N images with losses ``l_n`` of the outputs ``f_n``, weights ``w`` and Jacob
 The first two need no label and are never negative (methods, section 0.7). All are streamed: a pass over the images
 holds one batch's graph, and serves the products of all layers, all blocks and the network together. That, buffers in
 place of parameters, and forward derivatives that ATen lacks (``silu_backward``) are why this is not built on curvlinops
-3.0.1, whose operators take a pass a layer (18 layers of the zoo's ViT: 5.4 s, here 1.9 s) and end at such an operator.
+3.0.1, whose operators take one pass per layer (18 layers of the zoo's ViT: 5.4 s, here 1.9 s) and end at such an
+operator.
 """
 
 from __future__ import annotations

@@ -102,8 +102,8 @@ def label_free_scores(
         graph: the float network.
         batches: images [B, C, H, W] on the graph's device.
         points: where.
-        probes: the most backward passes a batch may take.
-        least: and the fewest.
+        probes: the most backward passes per batch.
+        least: the fewest backward passes per batch.
         tolerance: the relative standard error of the layers' mean traces that ends the probing. A batch is done when
             its own error is small enough for the mean over all images to reach it.
         distribution: of the probes; Rademacher has the smaller variance.
@@ -130,7 +130,7 @@ def label_free_scores(
 
 
 def images_at_once(graph: fx.GraphModule, pair: Tensor, points: list[Point], budget: int) -> int:
-    """How many images :func:`label_free_scores` can take in a batch with so many bytes of memory, at least one.
+    """How many images per batch :func:`label_free_scores` can take within ``budget`` bytes of memory, at least one.
 
     Args:
         graph: the float network.

@@ -47,7 +47,7 @@ class Difference:
         self.max_steps = max(self.max_steps, int(steps.max()) if steps.numel() else 0)
 
     def beyond(self, count: int) -> bool:
-        """Whether that is more, of so many codes, than summation in float32 explains."""
+        """Whether more of the ``count`` codes differ than summation in float32 explains."""
         return beyond(self.differing, self.max_steps, count)
 
     def __add__(self, other: Difference) -> Difference:

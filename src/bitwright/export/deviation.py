@@ -30,7 +30,7 @@ FLOOR = 1e-3
 SUMMATION = 1e-6
 """Deviation that always passes, in units of the output's size: a float32 sum has no more digits."""
 OCTAVES = 3
-"""Channels whose spreads lie within so many powers of two are judged together."""
+"""Channels whose spreads lie within this many powers of two are judged together."""
 MOST_ANSWERS = 0.01
 """Share of answers that may differ beyond the yardstick's; one always may."""
 CHANCE = 2.0

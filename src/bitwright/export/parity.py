@@ -174,7 +174,7 @@ def _written(model: Student, images: Tensor) -> tuple[ir.Model, Parity]:
     own = [o.self_agreement for o in parity.optimized_outputs if o.agreement is not None and o.agreement < FEW]
     if parity.passed and own:
         warnings.warn(
-            f"The answers of this network hang on single roundings: the file gives the same on "
+            f"The answers of this network depend on single roundings: the file gives the same on "
             f"{_share(parity.optimized.agreement)} of the images, and so does the simulation itself on "
             f"{_share(min(x for x in own if x is not None))} where one code in a thousand is rounded the other way.",
             stacklevel=4,

@@ -81,8 +81,8 @@ def load_model(
             ``.pth``, ``.th``, ``.ckpt``, ``.bin`` or ``.tar`` file. Without it weights are random (seed 0),
             with a warning. Whole pickled models are refused, since reading one runs its code.
         input_size: ``224``, ``"224x320"`` (height x width) or (C, H, W).
-        mean: one number or one for each channel, for values in 0..1.
-        std: likewise, above 0.
+        mean: one number, or one per channel, for values in 0..1.
+        std: one number above 0, or one per channel.
         interpolation: ``nearest``, ``bilinear``, ``bicubic`` or ``lanczos``.
         crop_pct: input size over resized size.
 
@@ -372,7 +372,7 @@ def _given_preprocessing(base: Settings, settings: Settings, reference: str) -> 
     preprocessing = _with_settings(base, settings)
     if "mean" not in said and "std" not in said:
         warnings.warn(
-            f"No mean and std are known for {reference}: its images stay in 0..1. Give mean=0 and std=1 if that is meant.",
+            f"No mean and std are known for {reference}, whose images stay in 0..1. Give mean=0 and std=1 if so.",
             UserWarning,
             stacklevel=5,
         )

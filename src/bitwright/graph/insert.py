@@ -32,7 +32,7 @@ def insert(teacher: fx.GraphModule, scheme: Scheme) -> Inserted:
     """A copy of the teacher with quantizers in it. Tensors are shared with the teacher and replaced, never changed.
 
     Raises:
-        UsageError: a rule of the scheme matches no layer, or it asks for a scale a head where there are no heads.
+        UsageError: a rule of the scheme matches no layer, or it asks for a scale per head where there are no heads.
     """
     heads = _heads(teacher, scheme)
     placement = place(teacher.graph, scheme)

@@ -1,6 +1,6 @@
 """EPTQ (arXiv:2309.11531): the whole network optimised at once, guided by a label-free Hessian.
 
-``eptq`` follows version 2 of the paper (a score for each sample and layer), ``eptq-lfh`` version 1 (one a layer).
+``eptq`` follows version 2 of the paper (a score per sample and layer), ``eptq-lfh`` version 1 (one per layer).
 Both start from closed-form roundings instead of rounding to nearest, which is worth more than any number of steps that
 a small budget allows, and dampen their codes, which without it flip between integers, more of them the longer a run is.
 Version 2's scores are put on version 1's log scale across layers: as they are, nearly all weight lies on the last

@@ -152,7 +152,7 @@ SAID = {
 
 
 def _table(entries: Sequence[Entry]) -> Section:
-    """A row a run; what all have in common has no column."""
+    """One row per run; what all runs have in common has no column."""
     rows = [row(e) for e in entries]
     done = [r for r in rows if r["error"] is None]
     metric = next((k for k in METRICS if any(r.get(k) is not None for r in done)), None)

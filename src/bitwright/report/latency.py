@@ -12,7 +12,16 @@ from bitwright.report.shown import Shown
 from bitwright.report.tables import TableCell, page_table
 from bitwright.report.verdict import runtime_name
 
-_HEADS = ["runtime", ">threads", ">batch", ">float", ">quantized", ">quantized / float", ">images a second", "that is"]
+_HEADS = [
+    "runtime",
+    ">threads",
+    ">batch",
+    ">float",
+    ">quantized",
+    ">quantized / float",
+    ">images per second",
+    "that is",
+]
 
 
 def latency(run: Shown) -> Section:

@@ -35,7 +35,7 @@ class Trace(Measure):
     tolerance: float = 0.05
 
     def measure(self, teacher: Captured, images: Images, choices: Choices, run: Run) -> Table:
-        """One backward pass a probe serves all layers."""
+        """One backward pass per probe serves all layers."""
         curvature = _curvature(teacher, images, self.matrix, run)
         layers = _layers(teacher)
         found = traces(

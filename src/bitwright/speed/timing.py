@@ -11,7 +11,7 @@ import numpy as np
 Clock = Callable[[], float]
 Timed = Callable[[], object]
 Timer = Callable[[Sequence[Timed]], list[list[float]]]
-"""Seconds of each call, one a round: row i belongs to call i, column j to round j."""
+"""Seconds of each call, one per round: row i belongs to call i, column j to round j."""
 
 WARM_CALLS = 3
 LEAST_ROUNDS = 5

@@ -107,12 +107,12 @@ class Fitness:
         """[N], the mean over outputs [N, ...].
 
         Raises:
-            UsageError: an output does not hold one row an image, or the measure does not suit it.
+            UsageError: an output does not hold one row per image, or the measure does not suit it.
         """
         for output in student:
             if output.dim() == 0 or len(output) != len(student[0]):
                 raise UsageError(
-                    f"Expected outputs of one row an image, found {list(output.shape)}. Name the one with output=."
+                    f"Expected outputs of one row per image, found {list(output.shape)}. Name the one with output=."
                 )
         return torch.stack([self._single(s, t) for s, t in zip(student, teacher, strict=True)]).mean(0)
 
@@ -201,7 +201,7 @@ class Evaluator:
         self.group, self.kept, self.fixed = range(0), [], []
 
     def losses(self, batches: int | None = None) -> Tensor:
-        """Of the network as it is now, every image: [N]; of the first few batches only, if so many are given."""
+        """Loss of the network as it is now for every image, [N]; only for the first ``batches`` if that is given."""
         found = self.race(None, 0.0, batches)
         assert found is not None
         return found

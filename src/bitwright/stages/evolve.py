@@ -2,7 +2,7 @@
 
 Evol-Q (arXiv:2308.10814). A visit of a block mutates the scales of its layers a few times; what lies before the block
 is computed once, and a child that is seen to lose on part of the images leaves the race. The story of a run is
-:meth:`Evolve.run`; the search as such is in `population`, scales and their fitness are in `candidates`.
+:meth:`Evolve.run`; the search itself is in `population`, scales and their fitness in `candidates`.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Evolve(Optimising):
             if len(part) // max(1, -(-len(part) // self.batch)) < 2:
                 raise UsageError(
                     f"Expected at least two images in a batch of infoNCE, found {len(part)} image(s) in batches of "
-                    f"{self.batch}: there is nothing to tell one from. Give more images, or take fitness mse."
+                    f"{self.batch}: infoNCE tells an image from the others. Give more images, or take fitness mse."
                 )
 
     def searched(self, student: Student, teacher: Captured) -> list[Searched]:

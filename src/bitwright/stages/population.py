@@ -1,4 +1,4 @@
-"""Evolutionary search as such: a population, its tournament, mutation, and a race that losers leave early."""
+"""Evolutionary search itself: a population, its tournament, mutation, and a race that losers leave early."""
 
 from __future__ import annotations
 

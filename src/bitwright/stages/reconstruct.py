@@ -144,7 +144,7 @@ class Reconstruct(Optimising):
     score_images: int | None = Field(default=None, ge=1)
     """Images whose scores ``lfh`` averages; all if not given. ``sla`` needs all."""
     score_probes: int = Field(default=16, ge=1)
-    """The most backward passes a batch takes for its scores."""
+    """The most backward passes per batch for its scores."""
     score_error: float = Field(default=0.05, gt=0)
     """Relative standard error of the layers' scores that is good enough."""
     score_distribution: Distribution = "rademacher"

@@ -86,7 +86,7 @@ class Dampen(FrozenSettings):
     pull: float = Field(default=1.0, gt=0)
 
     def share(self, progress: float, steps: int, rate: float) -> float:
-        """How much of the way, at a point of a run of so many steps and at this learning rate.
+        """How much of the way a code goes at a point of a run, given the run's steps and the learning rate.
 
         Example:
             >>> [Dampen(pull=2.0).share(0.5, steps, rate=0.01) for steps in (150, 300, 1000)]

@@ -90,7 +90,7 @@ def study(
         steps: of each optimisation; the study's default if not given, as with the next four.
         weights: bits, 2 to 8; several as ``(3, 4)`` or ``"3,4"``.
         activations: bits, 2 to 8 or 16, or ``"float"``.
-        seeds: of everything random; means and spreads are over these.
+        seeds: of all random choices; means and spreads are over these.
         samples: images to calibrate on; the most, where their number is studied.
         recipe: by name or file, for a study that can take any.
         evaluate: images to measure on; every fourth of ``images``, which is not calibrated on then, if not given.

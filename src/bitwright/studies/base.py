@@ -33,7 +33,7 @@ class StudySettings:
         steps: of the optimisation; the most, where steps are what is studied.
         weights: bits, one panel each.
         activations: bits, None for float.
-        seeds: of everything random; spreads are over these.
+        seeds: of all random choices; spreads are over these.
         samples: images to calibrate on; the most, where their number is studied.
         recipe: what quantizes, where any recipe can.
     """

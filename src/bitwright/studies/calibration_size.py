@@ -27,7 +27,7 @@ def counts_of_images(most: int) -> list[int]:
 
 
 def cells(subject: Subject, settings: StudySettings) -> Iterator[Cell]:
-    """Recipe ``eptq`` on so many images; each seed draws others, so that spreads include which images they were."""
+    """Recipe ``eptq`` on several numbers of images; each seed draws others, so that spreads include that choice."""
     start, stage = eptq()
     chosen: list[tuple[str, Reconstruct | None]] = [
         (BEFORE, None),

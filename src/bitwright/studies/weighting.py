@@ -1,4 +1,4 @@
-"""What the weights of layers and samples are worth: none, one a layer (EPTQ v1), one a sample and layer (EPTQ v2)."""
+"""What weights of layers and samples are worth: none, one per layer (EPTQ v1), one per sample and layer (EPTQ v2)."""
 
 from __future__ import annotations
 
