@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bitwright.errors import DataError, UsageError
 from bitwright.given.files import Arrays, Files, Source, Store, Tensors
-from bitwright.given.items import items, spread
+from bitwright.given.items import evenly, items
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing, parse_input_size
 from bitwright.given.text import short
 
@@ -147,7 +147,7 @@ class Images:
         if n > total:
             warnings.warn(f"{n} images were asked for, there are {total}; all are used.", UserWarning, stacklevel=2)
             return self
-        return self.take(spread(total, n, seed))
+        return self.take(evenly(total, n, seed))
 
     def check(self) -> None:
         """Open the header of every file, without decoding any.
