@@ -16,7 +16,7 @@ from bitwright.errors import UsageError
 NONE = "–"
 """Where there is no value."""
 FACTORS = (("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0))
-"""Of large numbers, the largest first."""
+"""Factors of large numbers and their letters, the largest first."""
 TIMES = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
 
 

@@ -41,7 +41,7 @@ class Losses:
     weights: Mapping[str, ByBits] = field(default_factory=dict)
     activations: Mapping[str, ByBits] = field(default_factory=dict)
     pairs: Mapping[str, Mapping[tuple[int, int], float]] = field(default_factory=dict)
-    """Of a linear layer, by the bits of its weight and of its input; added to the other two."""
+    """Loss of a linear layer by the bits of its weight and of its input, added to the other two."""
 
 
 def allocate(

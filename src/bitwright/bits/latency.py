@@ -40,9 +40,9 @@ from bitwright.speed.machine import cpu_name
 from bitwright.speed.timing import Spread, Timed, Timer, in_turn
 
 SECONDS = 1.0
-"""For all kernels of one piece."""
+"""Time for all kernels of one piece."""
 VERSION = 1
-"""Of how pieces are made and timed; a higher one lets go of everything kept before."""
+"""Version of how pieces are made and timed; measurements kept under a lower one are not used."""
 
 
 @dataclass(frozen=True)

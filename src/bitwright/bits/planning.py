@@ -81,7 +81,7 @@ class Planning:
     limits: dict[str, float]
     """What was limited, in the units of ``predicted``."""
     float_bytes: int
-    """Of the parameters in float."""
+    """Bytes of the parameters in float."""
     student: Student
     """Quantizers in place, none calibrated."""
     variables: dict[str, Variable]

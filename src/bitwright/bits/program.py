@@ -18,7 +18,7 @@ from bitwright.bits.tables import Form, Numbers, Sum
 from bitwright.errors import BitwrightError
 
 NODES = 20_000
-"""Of the search tree at most; a limit in seconds would make the result depend on the machine."""
+"""Most nodes of the search tree; a limit in seconds would make the result depend on the machine."""
 ROW_SCALE = 1e6
 """Right-hand side of a scaled row: HiGHS's tolerance of 1e-6 is then one part in 1e12."""
 LOSS_SCALE = 1e4
@@ -59,7 +59,7 @@ class Relaxed:
     bound: float
     shares: dict[str, Numbers]
     reduced: dict[str, Numbers]
-    """By how much the bound rises at least if the option is taken."""
+    """Least rise of the bound if the option is taken."""
     unit: float
     """What 1 of the scaled objective is."""
 

@@ -39,7 +39,7 @@ class Solution:
     loss: float
     costs: dict[str, float]
     gap: float = 0.0
-    """By how much of its loss a better solution could at most be better; 0: proven best."""
+    """Largest share of the loss by which another solution could be better; 0 if this one is proven best."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class CostRange:
     least: float
     most: float
     bits: Assignment
-    """Of the least."""
+    """The bits that make the cost least."""
 
 
 def solve(problem: Problem, limits: Mapping[str, float] | None = None) -> Solution:

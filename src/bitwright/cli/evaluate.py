@@ -38,7 +38,7 @@ class Evaluated(NamedTuple):
     reference: Network | None
     images: Images
     names: tuple[str, ...]
-    """Of the outputs."""
+    """Names of the outputs."""
     readings: Sequence[Reading] = ()
     """How each is read, by the reference's graph."""
     batch: int = BATCH

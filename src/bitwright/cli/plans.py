@@ -14,10 +14,10 @@ from bitwright.measure.metrics import wilson_interval
 from bitwright.terminal import Terminal
 
 SIZE_TOLERANCE = 0.02
-"""Of the file's size against the plan's."""
+"""Largest relative difference of the file's size from the plan's that is not worth a warning."""
 CURVE = "pareto.json"
 KEPT = frozenset({"bits", "loss", "weight_bytes", "activation_bytes", "total_bytes", "bit_operations", "latency"})
-"""Of a point of the curve, what a run keeps."""
+"""Entries of a point of the curve that a run keeps."""
 
 
 def scores(cache: Path | None) -> Path:

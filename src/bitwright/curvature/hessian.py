@@ -416,7 +416,7 @@ class _Probing:
 
     @property
     def variance(self) -> Tensor:
-        """Of the mean."""
+        """Variance of the mean."""
         if self.count < 2:
             return torch.full_like(self.values[0], float("inf"))
         return torch.stack(self.values).var(0) / self.count

@@ -30,7 +30,7 @@ class LayerParity:
 
     name: str
     differing_fraction: float
-    """Of the codes; those that lie on a rounding boundary, where both are right, do not count."""
+    """Share of the codes; those that lie on a rounding boundary, where both are right, do not count."""
     max_steps: int
     values: int
     """How many codes were compared."""

@@ -28,10 +28,10 @@ from bitwright.graph.watch import watch
 
 TOLERANCE = 1e-5
 COARSE_TOLERANCE = 0.05
-"""Of a network that computes in float16 or bfloat16 itself, which has three digits."""
+"""Tolerance of a network that computes in float16 or bfloat16 itself, which has three digits."""
 
 APART = 1e-3
-"""Of an output's range, by which an image may come out otherwise when it is alone: kernels add in other orders."""
+"""Share of an output's range by which an image may come out otherwise when it is alone: kernels add in other orders."""
 
 
 @dataclass

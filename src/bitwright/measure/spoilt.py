@@ -16,7 +16,7 @@ USUAL = 0.99
 ABOVE_USUAL, ABOVE_OTHERS = 16.0, 8.0
 """A spoilt image's largest value is that many times as large as usual values, and as the largest of other images."""
 FEW = 0.1
-"""Of the images: where more look spoilt, they are what the network is given, and stay."""
+"""Share of the images: if more look spoilt, they are what the network is given, and stay."""
 SAMPLE = 4096
 
 

@@ -38,22 +38,22 @@ Insert = Callable[["Captured"], "Student"]
 
 IMAGES, BATCH, PROBES = 16, 4, 1
 RANGE_IMAGES = 64
-"""From which the largest magnitude of every channel is read."""
+"""Images from which the largest magnitude of every channel is read."""
 NEGLIGIBLE_LOSS = 2e-3
-"""Of the loss: below this nothing is looked for."""
+"""Loss below which nothing is looked for."""
 OF_SPREAD = 0.1
-"""Of the distance between the float network's answers to two images: a loss above it is looked at, however small."""
+"""Share of the distance between the float network's answers to two images; a loss above it is looked at."""
 SHARE = 0.02
-"""Of the loss: what the rounding of a tensor adds at least, for its channels to be looked at."""
+"""Least share of the loss that the rounding of a tensor adds, for its channels to be looked at."""
 MOST = 16
 """Tensors that are changed in one round."""
 ROUNDS = 3
 BETTER = 0.5
-"""Of a tensor's effect: what is left of it at most, as estimated, if its channels are changed."""
+"""Largest share of a tensor's effect that may be left, as estimated, if its channels are changed."""
 KEPT = 0.9
-"""Of the loss: what is left of it at most, as measured, if a round's changes are kept."""
+"""Largest share of the loss that may be left, as measured, if a round's changes are kept."""
 NOT_WORSE = 1.1
-"""Of the loss of weights alone: how much of it may be there afterwards, where weights are coarse."""
+"""Largest share of the loss of weights alone that may be there afterwards, where weights are coarse."""
 COARSE = 8
 """Bits of weights below which half of the exponents are tried as well, which change weights less."""
 FINEST = -10

@@ -44,14 +44,14 @@ MOST = 8
 OPERATIONS = 0.25
 """Share of multiply-accumulates that may read or make 16-bit tensors, which ONNX Runtime computes in float."""
 LOUD = 0.03
-"""Of the loss (KL in nats, or squared error over the outputs' mean square): from here on a run says what would help."""
+"""Loss (KL in nats, or squared error over the outputs' mean square) from which on a run says what would help."""
 OF_SPREAD = 0.01
 """Of the distance between the float network's answers to two images: a loss that large is loud whatever it is in nats,
 as in a network that is not sure of itself, or whose answers share a large constant part."""
 HELPS = 0.7
-"""Of the loss: what is left of it at most, where rules are worth their name."""
+"""Largest share of the loss that may be left where rules are worth naming."""
 CLOSE = 0.05
-"""Of the loss: a tensor that saves less is left as it is."""
+"""Share of the loss; a tensor that saves less is left as it is."""
 
 
 @dataclass(frozen=True)

@@ -258,7 +258,7 @@ def _unit_of(what: str) -> tuple[float, str]:
 
 
 def _ends(what: str, r: dict[str, Any]) -> tuple[float, float]:
-    """Of the interval, in the unit of charts; the figure itself where there is none."""
+    """Ends of the interval, in the unit of charts; the figure itself where there is no interval."""
     low, high = (_unit_of(what)[0] * v for v in r.get(f"{what}_ci") or [r[what], r[what]])
     return low, high
 
@@ -271,7 +271,7 @@ def _float_level(what: str, rows: Sequence[dict[str, Any]]) -> float | None:
 
 
 def _rows_of_intervals(what: str, rows: list[dict[str, Any]]) -> Section:
-    """For runs of one size: each one's figure with its interval, one below the other."""
+    """A chart for runs of one size: the figure of each with its interval, one below the other."""
     factor, unit = _unit_of(what)
     level = _float_level(what, rows)
     drawn = [

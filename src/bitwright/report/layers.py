@@ -96,7 +96,7 @@ def _tally(rows: list[dict[str, Any]], what: str) -> str:
 
 
 def stored_scores(run: Shown) -> dict[str, float]:
-    """By layer, how strongly the outputs depend on its values; empty for a run that needed no scores."""
+    """How strongly the outputs depend on each layer's values, by layer; empty for a run that needed no scores."""
     scores = (run.result.get("scores") or {}).get("layers")
     return {str(k): float(v) for k, v in scores.items()} if isinstance(scores, dict) else {}
 
@@ -174,7 +174,7 @@ def _layer_cells(
 
 
 def _shares(run: Shown) -> dict[str, float]:
-    """Of the loss that goes when a tensor of the layer is float; of a layer's two tensors the larger."""
+    """Share of the loss that goes when a tensor of the layer is float; the larger share of the layer's two tensors."""
     found: dict[str, float] = {}
     for row in _diagnosis(run).get("layers") or []:
         found[row["name"]] = max(found.get(row["name"], 0.0), float(row["share"]))

@@ -26,7 +26,7 @@ SECTIONS: tuple[Callable[[Shown], Section | None], ...] = (
     making.warnings,
     making.repeat,
 )
-"""In the order of the page; one without anything to say returns None."""
+"""The sections in the order of the page; a section without anything to say returns None."""
 
 
 def run_page(run: Shown) -> str:

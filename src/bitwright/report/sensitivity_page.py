@@ -11,7 +11,7 @@ from bitwright.report.panels import Panel, Series, colour, single
 from bitwright.report.tables import TableCell, page_table
 
 DECADES = 1e8
-"""Of the density below its peak that are shown."""
+"""The density is shown down to its peak over this."""
 
 
 def panels(found: dict[str, Any]) -> dict[str, Panel]:

@@ -14,7 +14,7 @@ METRICS = {
     "top5": "top-5 accuracy",
     "pixel_accuracy": "accuracy of pixels",
 }
-"""Of tasks, the one that is judged by first."""
+"""Metrics of the tasks; the first that a run has is the one it is judged by."""
 
 
 def main_metric(result: dict[str, Any]) -> str | None:
@@ -113,7 +113,7 @@ def _other_outputs(result: dict[str, Any]) -> str:
 
 
 def of(count: int | None) -> str:
-    """Of how many images."""
+    """The number of images as the end of a phrase; empty if it is not known."""
     return "" if count is None else f" of {words.plural(count, 'image')}"
 
 

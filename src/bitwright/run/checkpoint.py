@@ -112,7 +112,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, header: dict[str, str])
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, contiguous, and no two in the same memory, which the format asks for."""
+    """The tensors on the CPU, contiguous, and no two in the same memory, as the format asks for."""
     found, seen = {}, set()
     for name, tensor in tensors.items():
         plain = tensor.detach().cpu().contiguous()

@@ -51,7 +51,7 @@ KINDS |= {"seed": int, "command": str}
 ROWS = ("layers", "unquantized", "unfolded")
 """Keys of a result that hold rows, each with a name."""
 KINDS |= dict.fromkeys((*ROWS, "warnings"), list)
-"""Of values in a result, by key."""
+"""Types of values in a result, by key."""
 CHECKED = (MODEL, *DEPLOYED)
 """Files whose sha256 stands in the result; the plan is there to be edited."""
 
@@ -86,7 +86,7 @@ def check_target(folder: Path, *, force: bool = False, resume: bool = False) -> 
 
 
 def check_writable(folder: Path) -> None:
-    """By trying, because permissions do not tell all (read-only mounts, quotas, administrators)."""
+    """Finds out by trying, because permissions do not tell all (read-only mounts, quotas, administrators)."""
     parent = next(p for p in (folder, *folder.parents) if p.exists())
     for place in {parent, folder.parent if folder.exists() else parent}:
         try:

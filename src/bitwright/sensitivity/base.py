@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 OPEN = {"weights", "activations", "rules", "plan"}
 """What a scheme says of bits, which is what is to be found out here."""
 VERSION = 1
-"""Of what measures compute; a higher one lets go of everything kept before."""
+"""Version of what measures compute; tables kept under a lower one are not used."""
 
 
 @dataclass(frozen=True)

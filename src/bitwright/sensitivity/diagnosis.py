@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 IMAGES = 48
 BATCH = 16
 NEGLIGIBLE = 2e-3
-"""Of KL in nats, or of squared error over the outputs' mean square: below this there is nothing to mend."""
+"""Loss (KL in nats, or squared error over the outputs' mean square) below which there is nothing to mend."""
 SHARE, LEAST = 0.05, 3.0
 SPEED = 7
 """Tensors measured in the time of the first pass; the rules take about twice that time."""
@@ -48,7 +48,7 @@ TREATED = 4
 """Tensors for which rules are tried."""
 TOGETHER = 3
 WORTH = 0.05
-"""Of the loss: a rule that saves less is not named, and of rules this close the one with fewer bytes is better."""
+"""Share of the loss: a rule that saves less is not named; of rules this close the one with fewer bytes is better."""
 WEIGHTS = (4, 6, 8)
 ACTIVATIONS = (8, 16)
 """Bits that rules give; a weight that has the last becomes float."""

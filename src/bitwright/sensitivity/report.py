@@ -33,7 +33,7 @@ CLOSE = 0.05
 LEAST = 5
 """Channels of each layer that are named as the least important."""
 MOST = 0.8
-"""Of the predicted loss: the layers that make up this share are the ones that matter."""
+"""The layers that make up this share of the predicted loss are the ones that matter."""
 MEANINGS = {
     "fisher": "Fisher matrix of the network's own classes: KL from float, no labels",
     "squared": "Gauss-Newton matrix of the squared error of the outputs, no labels",

@@ -51,9 +51,9 @@ class _Files:
     quantized: Path
     float: Path
     name: str
-    """Of the input."""
+    """Name of the input."""
     shape: tuple[int, ...]
-    """Of one image."""
+    """Shape of one image."""
 
 
 def bench(

@@ -75,7 +75,7 @@ def _in_float(graph: ir.Graph) -> Iterator[tuple[str, str]]:
 
 
 def _type(node: ir.Node, types: dict[str | None, ir.DataType | None]) -> ir.DataType | None:
-    """Of what the node gives. ONNX Runtime writes its graph without types; only floats and codes are told apart."""
+    """Type of what the node gives. ONNX Runtime writes no types into its graph; only floats and codes are told apart."""
     if node.op_type == "DequantizeLinear" or node.op_type in {"MatMulIntegerToFloat", "DynamicQuantizeMatMul"}:
         return ir.DataType.FLOAT
     if node.op_type == "QuantizeLinear":
@@ -93,7 +93,7 @@ def _type(node: ir.Node, types: dict[str | None, ir.DataType | None]) -> ir.Data
 
 
 def _codes_type(node: ir.Node) -> ir.DataType | None:
-    """Of the codes at a QuantizeLinear or DequantizeLinear: that of its zero point."""
+    """Type of the codes at a QuantizeLinear or DequantizeLinear: that of its zero point."""
     for index in (2, 0):
         value = node.inputs[index] if len(node.inputs) > index else None
         if value is not None and value.const_value is not None:

@@ -35,7 +35,7 @@ MEMORY = 2 << 30
 CHECKPOINT = "evolve.safetensors"
 CHECKPOINT_SECONDS = 2.0
 CHECKPOINT_SHARE = 0.01
-"""Of the time, at most."""
+"""Largest share of the time that checkpoints may take."""
 WORTH_IT = 1.3
 """How much faster bfloat16 must be to be taken."""
 SHORT = 1.0
@@ -52,9 +52,9 @@ class FitnessRecord(BaseModel):
     before: float
     after: float
     teacher: float
-    """Of the float network's own outputs."""
+    """Fitness of the float network's own outputs."""
     held_out: list[float]
-    """On images that are kept out of the search: at the start and after every pass."""
+    """Fitness on images that are kept out of the search, at the start and after every pass."""
 
 
 class EvolveRecord(StageRecord):
@@ -75,7 +75,7 @@ class EvolveRecord(StageRecord):
     """Share of scales."""
     mean_change: float
     blocks: list[str]
-    """In the order of visits."""
+    """The blocks in the order of visits."""
     seconds_per_child: float
     curve: list[tuple[int, float]]
     """(children, fitness)."""
@@ -196,7 +196,7 @@ class _Search:
     first: Tensor = field(default_factory=lambda: torch.empty(0))
     starts: list[Tensor] = field(default_factory=list)
     teacher_fitness: float = 0.0
-    """Of the float network's own outputs."""
+    """Fitness of the float network's own outputs."""
     best: list[Tensor] = field(default_factory=list)
     """Scales after the pass that is best on held-out images."""
     hidden: list[float] = field(default_factory=list)

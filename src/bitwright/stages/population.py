@@ -29,7 +29,7 @@ class Mutation(FrozenSettings):
     size: float = Field(default=0.1, gt=0)
     absolute: bool = False
     share: float = Field(default=0.1, gt=0, le=1)
-    """Of the scales that change, drawn anew for every child; at least one."""
+    """Share of the scales that change, drawn anew for every child; at least one scale changes."""
 
     def child(self, parent: Tensor, least: Tensor, generator: torch.Generator) -> Tensor:
         """Scales [D] around the parent's [D], none below ``least``."""

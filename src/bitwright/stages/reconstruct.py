@@ -41,7 +41,7 @@ from bitwright.stages.tuning import NotFiniteError, Objective, Targets, Tuner, s
 CHECKPOINT = "reconstruct.safetensors"
 CHECKPOINT_SECONDS = 20.0
 CHECKPOINT_SHARE = 0.01
-"""Of the time that checkpoints may take."""
+"""Share of the time that checkpoints may take."""
 GOOD_EVERY = 25
 """Steps between the states that a run whose loss stops being finite falls back to."""
 CURVE_POINTS = 200
@@ -162,7 +162,7 @@ class Reconstruct(Optimising):
     """Whether activations are quantized at all while the weights are optimised."""
 
     views: int = Field(default=1, ge=1)
-    """Of each image: 1 takes the images as they are, more add random crops and mirrored ones."""
+    """Number of views of each image: 1 takes the images as they are, more add random crops and mirror images."""
     never_worse: bool = True
     """Keep what an earlier stage left where that has the lower calibration loss."""
 

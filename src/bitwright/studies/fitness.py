@@ -93,7 +93,7 @@ def summarise(rows: list[Row]) -> list[Row]:
 
 
 def verdict(result: StudyResult) -> list[str]:
-    """For each network, by which loss's evolution each held-out figure is best, and whether that is more than seeds."""
+    """Says for each network which loss gives each best held-out figure, and whether by more than seeds differ."""
     said = []
     for where in dict.fromkeys(figures.place_of(s) for s in result.summary):
         of = {s["variant"]: s for s in result.summary if figures.place_of(s) == where}

@@ -173,7 +173,7 @@ def roughness(values: Tensor) -> Row:
 
 
 def summarise(rows: list[Row]) -> list[Row]:
-    """For each block, number of bits and loss: figures of the grid, then of lines; means and spreads over seeds."""
+    """Figures of the grid and of the lines for each block, number of bits and loss, as means and spreads over seeds."""
     flat = []
     for r in rows:
         key = {k: r[k] for k in ("network", "block", "kind", "weights", "activations")}
@@ -230,7 +230,7 @@ def _against_noise(result: StudyResult) -> str:
 
 
 def _compared(ours: list[Row], theirs: list[Row]) -> str:
-    """At every number of bits; the paper expects the first to be rougher."""
+    """Compares two losses at every number of bits; the paper expects the first to be rougher."""
     parts, verdicts = [], set()
     for bits in dict.fromkeys(r["weights"] for r in ours):
         a, b = (_mean([r for r in rows if r["weights"] == bits], "grid: bends") for rows in (ours, theirs))

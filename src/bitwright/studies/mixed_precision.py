@@ -62,7 +62,7 @@ COMPARED_MEASURES: dict[str, tuple[Measure, int]] = {
     "eigenvalue": (TopEigenvalue(steps=6, tolerance=0.05), CURVED_ON),
     "q-bert": (QBert(parts=4, steps=4, tolerance=0.05), CURVED_ON),
 }
-"""By name, and on how many images. Eigenvalues from few steps: the study is about order, and they take the longest."""
+"""The measures by name, and the images for each. Eigenvalues take few steps, since only order counts."""
 FIGURES = ("bytes", "kl", "agreement", "top1", "calibration_kl")
 
 
@@ -175,7 +175,7 @@ def _quantized(
 
 
 def _packed_bytes(student: Student) -> int:
-    """Of ``model.safetensors``."""
+    """Bytes of ``model.safetensors``."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         save_packed(student.freeze(), path)
@@ -205,7 +205,7 @@ def summarise(rows: list[Row]) -> list[Row]:
 
 
 def ranks(rows: list[Row]) -> list[Row]:
-    """For each network and measure ``spearman`` and its 95 % interval over the random plans, the best first."""
+    """``spearman`` and its 95 % interval over the random plans for each network and measure, the best first."""
     found = []
     for network in dict.fromkeys(r["network"] for r in rows):
         own = [r for r in rows if r["network"] == network]
@@ -222,7 +222,7 @@ def ranks(rows: list[Row]) -> list[Row]:
 
 
 def _distance(row: Row) -> float:
-    """Of a random plan from float: KL, or what noise there is where outputs are no class scores."""
+    """Distance of a random plan from float: KL, or the noise where outputs are no class scores."""
     return float(row["kl"] if row["kl"] is not None else -row["sqnr_db"])
 
 
@@ -264,7 +264,7 @@ def brief(summary: list[Row]) -> list[Row]:
 
 
 def verdict(result: StudyResult) -> list[str]:
-    """At each size, mixed against uniform precision; then which measures order plans best."""
+    """Compares mixed with uniform precision at each size, then says which measures order plans best."""
     said = []
     for network in dict.fromkeys(s["network"] for s in result.summary):
         own = [s for s in result.summary if s["network"] == network]

@@ -43,7 +43,7 @@ def middle_blocks(subject: Subject) -> list[Block]:
 
 
 def evolved_keys(subject: Subject, student: Student) -> list[str]:
-    """Of the weights whose scales :class:`Evolve` changes."""
+    """Keys of the weights whose scales :class:`Evolve` changes."""
     return [k for one in Evolve().searched(student, subject.teacher) for k in one.scales.keys]
 
 

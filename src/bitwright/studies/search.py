@@ -28,7 +28,7 @@ from bitwright.studies.variants import BEFORE
 
 SEARCHES: dict[str, Literal["evolution", "random"]] = {"evolution": "evolution", "random search": "random"}
 RATES = (1e-4, 1e-3, 1e-2)
-"""Of a gradient method, in relative change a step; each method takes the one that is best on hidden images."""
+"""Rates of a gradient method, in relative change per step; each method takes the one that is best on hidden images."""
 BATCH = 32
 """Images of which infoNCE tells one from the others: the same in every method, and what a gradient is taken of."""
 FITNESS = Fitness("infonce")
@@ -159,7 +159,7 @@ def _descended(bench: Bench, scheme: Scheme, method: str, seed: int, progress: P
 
 
 def _figures(bench: Bench, scheme: Scheme, student: Student, curve: list[Any], seed: int, progress: Progress) -> Row:
-    """Of a student as a search left it; ``closed`` is the share of the way from the start to the float network."""
+    """Figures of a student after a search; ``closed`` is the share of the way from the start to the float network."""
     found = bench.subject.measure(student, bench.seen, progress)
     after, held_out = bench.fitness(student, bench.seen, seed), bench.fitness(student, bench.hidden, 0)
     start, _ = bench.begin(scheme, progress)
@@ -188,7 +188,7 @@ def summarise(rows: list[Row]) -> list[Row]:
 
 
 def verdict(result: StudyResult) -> list[str]:
-    """For each network: how far each method comes, and whether evolution is ahead on images that no search saw."""
+    """Says for each network how far each method comes, and whether evolution is ahead on images that no search saw."""
     said = []
     for where in dict.fromkeys(figures.place_of(s) for s in result.summary):
         of = {s["variant"]: s for s in result.summary if figures.place_of(s) == where}

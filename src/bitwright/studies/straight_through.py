@@ -62,7 +62,7 @@ class Straight(nn.Module):
 
 
 def stand_ins(student: Student, learned: Sequence[str]) -> dict[str, Straight]:
-    """By path: quantizers whose scales are learned, and those of all activations, which gradients pass through."""
+    """Quantizers by path: those whose scales are learned, and those of activations, which gradients pass through."""
     known = {k: m for k, m in student.graph.named_children() if isinstance(m, Quantizer) and m.calibrated}
     return {k: Straight(m, learn=k in learned) for k, m in known.items() if k in learned or m.role != "weight"}
 
@@ -100,7 +100,7 @@ class Descent:
 
 
 def price(batches: Batches) -> float:
-    """Of one step, which takes one of the batches forwards and backwards, in forward passes over all."""
+    """Cost of one step, which takes one of the batches forwards and backwards, in forward passes over all batches."""
     return (1 + BACKWARD) / len(batches.parts)
 
 

@@ -129,7 +129,7 @@ class Subject:
         return {**fidelity, **accuracy, "calibration_kl": own["fidelity"]["kl"]}
 
     def float_accuracy(self, progress: Progress = silent) -> Row:
-        """Of the float network on the held-out images, all of which are decoded for it; empty without labels."""
+        """Metrics of the float network on the held-out images, which are all decoded; empty without labels."""
         found: Row = compare(self._teacher, None, self.held_out, batch=BATCH, progress=progress)["quantized"]
         return found
 

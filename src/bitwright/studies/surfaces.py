@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 HEIGHT = 280
 LIFT = 1.15
-"""Of each line above the one below, in ranges."""
+"""Height of each line above the one below, in ranges."""
 KEPT = "line, integers kept"
 
 BlockKey = tuple[str, str, str]
@@ -60,7 +60,7 @@ def need_plotly() -> None:
 
 
 def figure(result: StudyResult) -> Interactive:
-    """For each block a row of contours and a surface, of one loss at a time; then a row of lines and of bends."""
+    """Draws a row of contours and a surface per block, of one loss at a time, then a row of lines and of bends."""
     parts = list(dict.fromkeys(map(_part, result.rows)))
     bits = list(dict.fromkeys(figures.bits_of(r) for r in result.rows))
     losses = list(result.rows[0]["roughness"])
