@@ -75,7 +75,7 @@ def _in_float(graph: ir.Graph) -> Iterator[tuple[str, str]]:
 
 
 def _type(node: ir.Node, types: dict[str | None, ir.DataType | None]) -> ir.DataType | None:
-    """Type of what the node gives. ONNX Runtime writes no types into its graph; only floats and codes are told apart."""
+    """Type of what the node gives. ONNX Runtime writes no types to its graph: only floats and codes are told apart."""
     if node.op_type == "DequantizeLinear" or node.op_type in {"MatMulIntegerToFloat", "DynamicQuantizeMatMul"}:
         return ir.DataType.FLOAT
     if node.op_type == "QuantizeLinear":
