@@ -104,7 +104,7 @@ def comparison_verdict(entries: Sequence[Entry]) -> str:
         return f"Nothing to compare.{tail}"
     what = quality(entries)
     if what is None:
-        return f"The runs have no figure in common to be compared by.{tail}"
+        return f"The runs have no figure in common to compare.{tail}"
     if len(set(_measured(done))) > 1:
         return f"The runs were not measured on the same images: their figures cannot tell which is better.{tail}"
     rows = [row(e) for e in done]

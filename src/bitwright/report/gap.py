@@ -107,4 +107,5 @@ def _layers(found: dict[str, Any]) -> str:
     if not kernels:
         return f"{said} No layer differs by more than sums of floats in another order explain."
     more = f" and {len(kernels) - NAMED} more" if len(kernels) > NAMED else ""
-    return f"{said} By more than sums of floats in another order explain: {words.listed(kernels[:NAMED])}{more}."
+    named = f"{words.listed(kernels[:NAMED])}{more}"
+    return f"{said} More than sums of floats in another order explain is in {named}."

@@ -98,13 +98,12 @@ def plan_verdict(found: Planning) -> list[str]:
         said.append(
             f"Without a limit, the plan is as large as {bits} bits everywhere: "
             f"{size(predicted['weight_bytes'])}. "
-            "Say --target-size, --compression, --max-bops or --max-latency for another."
+            "Give --target-size, --compression, --max-bops or --max-latency for another."
         )
     for name, limit in found.limits.items():
         if found.goal.asked:
-            said.append(
-                f"{TITLES[name]}: {amount(predicted[name], _UNITS[name])}, allowed were {amount(limit, _UNITS[name])}."
-            )
+            planned, most = amount(predicted[name], _UNITS[name]), amount(limit, _UNITS[name])
+            said.append(f"{TITLES[name]}: {planned}, at most {most} allowed.")
     said += _against_uniform(found)
     widest = found.curve[-1].predicted or {}
     limit = found.limits.get(found.along, 0.0)

@@ -94,7 +94,7 @@ def sensitivity_page(found: dict[str, Any]) -> str:
     name, settings = found["model"]["name"], found["settings"]
     under = f"{settings['meaning']}; {found['data']['count']} images"
     charts = [single(made, tag("b", said)) for said, made in panels(found).items()]
-    lead = paragraph("A bar in grey is negative, its size shown. Point at a bar for its name.")
+    lead = paragraph("A grey bar is negative and shows its size. Point at a bar for its name.")
     rows = [[TableCell(said, v) for said, v in zip(layer_cells(r), _values(r), strict=True)] for r in ranked(found)]
     heads = [h if h == "layer" else f">{h}" for h in HEADINGS]
     sections = [
