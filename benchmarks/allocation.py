@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 
-from bitwright.bits import Cost, Problem, Row, Term, pareto, reachable, solve
+from bitwright.bits import Cost, Problem, Term, TermSum, pareto, reachable, solve
 
 WEIGHTS, ACTIVATIONS = (2, 3, 4, 6, 8), (4, 8, 16)
 
@@ -30,14 +30,14 @@ def network(layers: int, seed: int) -> Problem:
         size.append(Term((f"w{i}",), np.ceil(parameters[i] * w / 8)))
         operations.append(Term((f"w{i}", f"a{i}"), macs[i] * np.multiply.outer(w, a)))
     peaks = [
-        Row(tuple(Term((f"a{j}",), values[j] * a / 8) for j in range(i, min(i + 3, layers)))) for i in range(layers)
+        TermSum(tuple(Term((f"a{j}",), values[j] * a / 8) for j in range(i, min(i + 3, layers)))) for i in range(layers)
     ]
-    stored = Row(tuple(size))
+    stored = TermSum(tuple(size))
     costs = {
         "weight_bytes": Cost(stored),
-        "activation_bytes": Cost(Row(()), tuple(peaks)),
+        "activation_bytes": Cost(TermSum(()), tuple(peaks)),
         "total_bytes": Cost(stored, tuple(peaks)),
-        "bit_operations": Cost(Row(tuple(operations))),
+        "bit_operations": Cost(TermSum(tuple(operations))),
     }
     return Problem(options, tuple(losses), costs)
 

@@ -79,7 +79,7 @@ The smallest network of each of timm's families, torchvision's families and smal
 through the whole way: captured, quantized to W8A8 (`--recipe mse`, 8 images), written as ONNX, checked, and run in
 ONNX Runtime under its default options. Nothing that was tried is left out. `python -m benchmarks.coverage` makes this
 page, and goes on where it stopped: a row keeps the version that made it until it is made again, and networks that were
-not tried yet, or whose file was not, are listed as such.
+not tried yet, or whose file was not, are listed too.
 
 Nothing is downloaded: weights are random and seeded, images are soft shapes. A random network is no trained one, but
 its ranges can be like those of one: batch norms hold the statistics of such images, zeros of the initialisation are

@@ -60,10 +60,10 @@ def _options(command: Any) -> Iterator[str]:
 
 def settings() -> str:
     """Every stage of a recipe with its settings, from the classes that check them."""
-    from bitwright.recipes import builtin
+    from bitwright.recipes import builtin_recipes
     from bitwright.stages.base import Stage
 
-    builtin()  # loads every stage
+    builtin_recipes()  # loads every stage
     parts = [
         "# Settings of recipes",
         "What a stage in a recipe's YAML may say; `bitwright recipes NAME` prints a recipe to start from. "

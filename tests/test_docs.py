@@ -17,7 +17,7 @@ import yaml
 from typer.main import get_command
 
 from bitwright.cli import app
-from bitwright.recipes import builtin
+from bitwright.recipes import builtin_recipes
 from bitwright.stages.base import Stage
 
 ROOT = Path(__file__).parents[1]
@@ -118,7 +118,7 @@ def test_the_reference_names_every_option_and_setting() -> None:
         for parameter in command.params:
             if parameter.param_type_name == "option" and parameter.name != "help" and not parameter.hidden:
                 assert f"`{parameter.opts[0]}`" in section
-    builtin()
+    builtin_recipes()
     text = pages.settings()
     for kind, stage in Stage.registry.items():
         section = text.split(f"## {kind}\n")[1].split("\n## ")[0]

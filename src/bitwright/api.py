@@ -14,7 +14,7 @@ from bitwright.bits import planning
 from bitwright.bits.goal import MEASURE, Goal
 from bitwright.bits.plan import Plan, insert_plan
 from bitwright.errors import UsageError, step
-from bitwright.given.arguments import SEEDS, a_path, a_time, alone, choices, of_kind, one_of, whole
+from bitwright.given.arguments import SEEDS, a_path, a_time, check_alone, choices, of_kind, one_of, whole_number
 from bitwright.given.images import Images, load_images
 from bitwright.given.inputs import as_model, calibration_images, find_device, prepare_teacher
 from bitwright.given.models import Model
@@ -24,7 +24,7 @@ from bitwright.graph.student import Student, insert_quantizers
 from bitwright.measure.health import check_answers
 from bitwright.outliers.balance import balance
 from bitwright.outliers.wider import advise, check_wide, raise_few
-from bitwright.pipeline import fingerprint, run_stages
+from bitwright.pipeline import run_stages, tensor_digest
 from bitwright.progress import Progress, silent
 from bitwright.quant.scheme import Rule, Scheme, parse_activation_bits, parse_weight_bits
 from bitwright.quantized import QuantizedModel
@@ -90,7 +90,7 @@ def quantize(
             (:func:`bitwright.plan_bits`), and rules are fixed.
         compression: bytes of the float parameters over those of ``model.safetensors``, instead.
         max_bops: limit of multiply-accumulates of one image times bits of both operands; beside others or alone.
-        max_latency: limit of milliseconds for one image, likewise.
+        max_latency: limit of milliseconds per image, which also plans the bits.
         max_drop: share of answers that may differ from the float network's, instead of a size: the smallest network
             that keeps it, as estimated on half of the images.
         measure: of ``bitwright.sensitivity.MEASURES``: what predicts the losses that a plan minimises.
@@ -100,7 +100,7 @@ def quantize(
             recipe with several stages that take steps; one number is for the first of them.
         minutes: what the whole of it may take, instead of ``steps``; the steps that this made are in the result.
         precision: in which networks are optimised: ``float32``, ``bfloat16``, or ``auto``, the faster one.
-        seed: of everything random.
+        seed: of all random choices.
         device: ``auto``, ``cpu`` or ``cuda``.
         preprocessing: of image files; a named model brings its own.
         output: name of the one output to keep, for a model that returns several.
@@ -127,7 +127,7 @@ def quantize(
     if raise_some and (plan is not None or goal is not None or any(v is not None for v in limits.values())):
         raise UsageError("Expected activations='auto', or a plan or a limit that decides their bits, found both.")
     state = None if state is None else a_path("state", state)
-    samples = None if samples is None else whole("samples", samples, least=1)
+    samples = None if samples is None else whole_number("samples", samples, least=1)
     goal = goal or as_goal(weights, activations, measure, plan, **limits)
     scheme = scheme or _as_scheme(weights, activations, rules, runtime, planned=goal is not None)
     if raise_some:
@@ -150,7 +150,7 @@ def quantize(
         teacher.graph.to(run.device)
         student.to(run.device)
         budget = (run.steps_each, minutes, precision)
-        identity = f"{student.scheme} {method} {run.seed} {budget} {data.sha256} {fingerprint(teacher.graph)}"
+        identity = f"{student.scheme} {method} {run.seed} {budget} {data.sha256} {tensor_digest(teacher.graph)}"
         student = run_stages(method, student, teacher, data, run, state=state, identity=identity)
         with run.timed("advice"):
             lines = [*check_answers(student, data, run), *advise(student, data, run)]
@@ -269,7 +269,7 @@ def check_budget(steps: int | Sequence[int] | None, minutes: float | None, metho
     if several and not steps:
         raise UsageError("Expected numbers of steps as steps=, found none.")
     given: Sequence[Any] = () if steps is None else steps if several else (steps,)  # type: ignore[assignment]
-    each = tuple(whole("steps", n, least=0) for n in given)
+    each = tuple(whole_number("steps", n, least=0) for n in given)
     if len(each) > max(1, method.counts):
         raise UsageError(
             f"Recipe '{method.name}' has {method.counts} stages that take steps, found {len(each)} numbers."
@@ -291,7 +291,7 @@ def as_goal(weights: Any, activations: Any, measure: str, plan: Any, **limits: A
     if plan is not None:
         raise UsageError(f"Expected plan= or {given[0]}=, found both.")
     goal = Goal.parse(weights=weights, activations=activations, measure=measure, **limits)
-    planning.check(goal)
+    planning.check_goal(goal)
     return goal
 
 
@@ -332,7 +332,7 @@ def _check_instead(
     bits = {"weights": (weights, (None, "auto")), "activations": (activations, (8, "auto"))}
     planning.check_instead(scheme, bits, rules, runtime)
     wanted = {name: (value, (None,)) for name, value in limits.items()}
-    alone("goal", goal, {**wanted, **bits, "measure": (measure, (MEASURE,))})
+    check_alone("goal", goal, {**wanted, **bits, "measure": (measure, (MEASURE,))})
 
 
 def _check_kinds(progress: Any, preprocessing: Any, output: Any, skip_unreadable: Any, cache: Any) -> None:
@@ -355,7 +355,7 @@ def _as_run(
         UsageError: a number is out of range, or there is no such device or precision.
     """
     one_of("precision", precision, choices(Precision))
-    seed = whole("seed", seed, least=0, below=SEEDS)
+    seed = whole_number("seed", seed, least=0, below=SEEDS)
     each = check_budget(steps, minutes, method)
     if (steps is not None or minutes is not None) and not method.optimises:
         warnings.warn(f"Recipe '{method.name}' does not optimise: steps and minutes change nothing.", stacklevel=3)

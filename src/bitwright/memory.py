@@ -17,7 +17,7 @@ _SETTLED_MMAP, _SETTLED_TRIM = 32 << 20, 64 << 20
 """Where glibc's own adjustment ends once large blocks were freed; any call of mallopt switches it off for good."""
 
 PASS_BYTES = 4 << 30
-"""Of activations that a pass on a CPU may hold for its backward pass, where the machine has twice as much."""
+"""Bytes of activations that a pass on a CPU may hold for its backward pass, if the machine has twice as much memory."""
 
 
 def pass_budget(device: torch.device) -> int:

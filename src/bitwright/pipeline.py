@@ -80,7 +80,7 @@ def _record(stage: Stage, student: Student, teacher: Captured, images: Images, r
     return student
 
 
-def fingerprint(graph: nn.Module) -> str:
+def tensor_digest(graph: nn.Module) -> str:
     """SHA-256 over the names and values of all stored tensors."""
     digest = hashlib.sha256()
     for name, tensor in graph.named_buffers():

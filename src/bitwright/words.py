@@ -17,7 +17,7 @@ from bitwright.errors import UsageError
 NONE = "–"
 """Where there is no value."""
 FACTORS = (("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0))
-"""Of large numbers, the largest first."""
+"""Factors of large numbers and their letters, the largest first."""
 TIMES = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
 
 
@@ -409,7 +409,7 @@ def _plain_number(text: str) -> float | None:
         return None
 
 
-def short(path: Path) -> str:
+def short_path(path: Path) -> str:
     """The path, from the current folder if it lies below."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import bitwright as bw
-from bitwright.bits import costs_of, evaluate, problem_of, residual_ties, variables_of
+from bitwright.bits import costs_of, problem_of, residual_ties, solution_of, variables_of
 from bitwright.bits.allocate import Losses
 from bitwright.bits.plan import plan_of
 from bitwright.errors import UsageError
@@ -39,7 +39,7 @@ def costs_at(model, bits):
     found = problem(model)
     names = variables_of(model)
     chosen = {key: bits.get((v.kind, v.name), 8) for key, v in names.items()}
-    return evaluate(found, chosen).costs
+    return solution_of(found, chosen).costs
 
 
 def test_variables_are_tensors_not_layers():
@@ -145,7 +145,7 @@ def test_total_is_the_sum_and_latency_comes_from_its_table():
         latency=table,
     )  # fmt: skip
     chosen = {key: 4 if v.name == "stem" else 8 for key, v in variables.items()}
-    assert evaluate(found, chosen).costs["latency"] == 4 * 8 * 1 + 8 * 8 * 2
+    assert solution_of(found, chosen).costs["latency"] == 4 * 8 * 1 + 8 * 8 * 2
 
 
 def test_operands_of_additions_can_be_tied():
@@ -190,4 +190,4 @@ def test_the_file_has_the_bytes_that_were_counted(runtime, granularity, tmp_path
         made = bw.quantize(network, cases.dataset(), recipe="rtn", plan=plan, scheme=scheme)
         write_files(made, tmp_path)
         written = (tmp_path / "model.safetensors").stat().st_size
-        assert written == pytest.approx(evaluate(found, bits).costs["weight_bytes"], rel=0.02)
+        assert written == pytest.approx(solution_of(found, bits).costs["weight_bytes"], rel=0.02)

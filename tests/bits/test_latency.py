@@ -22,7 +22,7 @@ from bitwright.graph.student import insert_quantizers
 from bitwright.quant.scheme import Rule, Scheme
 from bitwright.run.files import read_checked
 from bitwright.runtimes.onnxruntime import TARGET
-from bitwright.speed.float_twin import dequantized
+from bitwright.speed.float_twin import dequantize_linear
 from bitwright.speed.kernels import kernels
 
 
@@ -194,7 +194,7 @@ def _constant(value):
     node = value.producer()
     arrays = [v.const_value.numpy() for v in node.inputs]
     settings = [a.as_int() for a in node.attributes.values()]
-    return dequantized(*arrays[:2], arrays[2] if len(arrays) > 2 else None, *settings)
+    return dequantize_linear(*arrays[:2], arrays[2] if len(arrays) > 2 else None, *settings)
 
 
 @pytest.mark.parametrize(("weight", "given", "kernel"), [(8, 8, "QLinearConv"), (3, 8, "QLinearConv"), (8, 16, "Conv")])

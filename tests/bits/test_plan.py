@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import bitwright as bw
-from bitwright.bits.plan import Plan, fingerprint, insert_plan, plan_of
+from bitwright.bits.plan import Plan, insert_plan, plan_of, structure_digest
 from bitwright.cli import main
 from bitwright.graph.student import insert_quantizers
 from bitwright.quant.scheme import Rule, Scheme
@@ -155,8 +155,12 @@ def test_the_fingerprint_is_of_names_and_shapes_not_of_weights():
         for p in again.parameters():
             p.add_(0.1)
     same, other = bw.api.preview(again, cases.dataset()), student("called_twice")
-    assert fingerprint(student().graph) == fingerprint(cases.prepared("residual").graph) == fingerprint(same.graph)
-    assert fingerprint(student().graph) != fingerprint(other.graph)
+    assert (
+        structure_digest(student().graph)
+        == structure_digest(cases.prepared("residual").graph)
+        == structure_digest(same.graph)
+    )
+    assert structure_digest(student().graph) != structure_digest(other.graph)
 
 
 def give(layer, part, **values):
@@ -180,7 +184,11 @@ def give(layer, part, **values):
         ("residual", give("conv", "activation", shares_scale_with=["input"]), "'conv' share its scale with input"),
         ("tied_weights", give("second", "weight", bits=4), "shared with 'first', which has 8"),
         ("residual", give("head", "activation", bits=8), "nothing is quantized there"),
-        ("transposed", give("plain", "weight", granularity="group", group_size=2), "which can only have one a channel"),
+        (
+            "transposed",
+            give("plain", "weight", granularity="group", group_size=2),
+            "which can only have one per channel",
+        ),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused_in_one_line(name, change, expected, tmp_path):
@@ -252,6 +260,6 @@ def test_a_run_folder_writes_what_it_reads(tmp_path):
     model = bw.quantize(cases.model("transformer"), cases.dataset(), recipe="rtn", weights=4)
     write_files(model, tmp_path)
     plan = Plan.read(tmp_path)
-    assert plan.network == fingerprint(cases.prepared("transformer").graph)
+    assert plan.network == structure_digest(cases.prepared("transformer").graph)
     again = bw.quantize(cases.model("transformer"), cases.dataset(), recipe="rtn", plan=plan)
     assert torch.equal(again(cases.images()), model(cases.images()))

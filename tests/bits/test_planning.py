@@ -22,7 +22,7 @@ from bitwright.bits.plan import insert_plan
 from bitwright.errors import UsageError
 from bitwright.measure.metrics import Fidelity
 from bitwright.quant.scheme import Scheme
-from bitwright.recipes import builtin
+from bitwright.recipes import builtin_recipes
 from bitwright.sensitivity import Choices, MeasuredLoss, Table
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
@@ -63,7 +63,9 @@ def test_the_plan_is_the_best_of_all_that_fit() -> None:
 def test_losses_are_those_of_the_measure() -> None:
     """KL of one rounded weight, from a network that is calibrated and run here."""
     teacher, data = cases.prepared("residual"), cases.dataset(6)
-    found = planning.planned(teacher, Scheme(), data, Goal.parse(weights="4"), builtin()["mse"], Run(), points=0)
+    found = planning.planned(
+        teacher, Scheme(), data, Goal.parse(weights="4"), builtin_recipes()["mse"], Run(), points=0
+    )
     student = bw.quantized.insert_quantizers(teacher, Scheme(weights=4, activations=None))
     student = Calibrate(bias_correction="none").run(student, teacher, data, Run())
     for module in student.graph.modules():
@@ -78,7 +80,7 @@ def test_losses_are_those_of_the_measure() -> None:
 def test_losses_are_those_of_the_roundings_that_the_recipe_will_make() -> None:
     teacher, data = cases.prepared("residual"), cases.dataset(6)
     plain, rounded = (
-        planning.planned(teacher, Scheme(), data, Goal.parse(weights="3,4"), builtin()[name], Run(), points=0)
+        planning.planned(teacher, Scheme(), data, Goal.parse(weights="3,4"), builtin_recipes()[name], Run(), points=0)
         for name in ("mse", "eptq")
     )
     choices = Choices((3, 4), (), refine=(Optq(),))

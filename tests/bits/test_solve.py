@@ -9,7 +9,7 @@ import os
 import numpy as np
 import pytest
 
-from bitwright.bits import Cost, Problem, Row, Term, evaluate, pareto, reachable, solve
+from bitwright.bits import Cost, Problem, Term, TermSum, pareto, reachable, solution_of, solve
 from bitwright.errors import UsageError
 
 WIDTHS = [2, 3, 4, 5, 6, 8]
@@ -36,16 +36,16 @@ def random_problem(seed):
     losses = [Term((v,), table(v) * (10.0 ** r.uniform(-9, 3) if wide else 1)) for v in names]
     losses += [Term(p, table(*p)) for p in pairs if r.random() < 0.5]
     costs = {
-        "size": Cost(Row(tuple(map(sized, names)), float(r.integers(0, 3)))),
-        "peak": Cost(Row(()), tuple(Row(tuple(sized(v) for v in names if r.random() < 0.6)) for _ in range(3))),
+        "size": Cost(TermSum(tuple(map(sized, names)), float(r.integers(0, 3)))),
+        "peak": Cost(TermSum(()), tuple(TermSum(tuple(sized(v) for v in names if r.random() < 0.6)) for _ in range(3))),
         "operations": Cost(
-            Row(tuple(Term(p, np.multiply.outer(*(options[v] for v in p)) * r.uniform(0.5, 2)) for p in pairs))
+            TermSum(tuple(Term(p, np.multiply.outer(*(options[v] for v in p)) * r.uniform(0.5, 2)) for p in pairs))
         ),
-        "seconds": Cost(Row((*(Term((v,), table(v)) for v in names), *(Term(p, table(*p)) for p in pairs)))),
+        "seconds": Cost(TermSum((*(Term((v,), table(v)) for v in names), *(Term(p, table(*p)) for p in pairs)))),
         "total": Cost(
-            Row(tuple(map(sized, names)), 1.0),
+            TermSum(tuple(map(sized, names)), 1.0),
             tuple(
-                Row(
+                TermSum(
                     (
                         *(Term((v,), table(v, low=-1)) for v in names if r.random() < 0.6),
                         *(Term(p, table(*p)) for p in pairs if r.random() < 0.3),
@@ -107,7 +107,7 @@ def test_it_equals_trying_everything_on_two_hundred_problems(part):
         found = solve(problem, limits)
         assert found.loss == pytest.approx(min(allowed), rel=1e-9, abs=1e-15), seed
         assert all(found.costs[k] <= limits[k] * (1 + 1e-11) for k in limits), seed
-        again = evaluate(problem, found.bits)
+        again = solution_of(problem, found.bits)
         assert (again.loss, again.costs) == (found.loss, found.costs)
         assert all(len({found.bits[v] for v in tie}) == 1 for tie in problem.ties)
     assert 0 < refused < 50
@@ -120,7 +120,7 @@ def test_what_is_reachable_equals_trying_everything():
         for name, reach in reachable(problem).items():
             values = [costs[name] for _, costs in choices]
             assert (reach.least, reach.most) == (pytest.approx(min(values)), pytest.approx(max(values)))
-            assert evaluate(problem, reach.bits).costs[name] == pytest.approx(min(values))
+            assert solution_of(problem, reach.bits).costs[name] == pytest.approx(min(values))
 
 
 def test_a_larger_budget_never_loses_more():
@@ -154,7 +154,7 @@ def large_problem(count, seed):
     bits = (2, 3, 4, 6, 8)
     sizes, weights = np.exp(r.uniform(7, 14, count)).astype(int), np.exp(r.normal(0, 2, count))
     losses = [Term((f"v{i}",), weights[i] * 4.0 ** -np.array(bits)) for i in range(count)]
-    size = Row(tuple(Term((f"v{i}",), sizes[i] * np.array(bits) / 8) for i in range(count)))
+    size = TermSum(tuple(Term((f"v{i}",), sizes[i] * np.array(bits) / 8) for i in range(count)))
     return Problem({f"v{i}": bits for i in range(count)}, tuple(losses), {"size": Cost(size, unit="B")})
 
 
@@ -182,7 +182,7 @@ def dual_bound(problem, limit):
 
 
 def one(losses, sizes, bits=(4, 8)):
-    return Problem({"a": bits}, (Term(("a",), losses),), {"size": Cost(Row((Term(("a",), sizes),)), unit="B")})
+    return Problem({"a": bits}, (Term(("a",), losses),), {"size": Cost(TermSum((Term(("a",), sizes),)), unit="B")})
 
 
 def test_one_variable_alone():
@@ -213,7 +213,7 @@ def test_an_impossible_limit_names_what_is_reachable_and_what_binds():
     problem = Problem(
         {"a": (4, 8), "b": (8,)},
         (Term(("a",), [1.0, 0.0]),),
-        {"size": Cost(Row((Term(("a",), [40_000, 80_000]), Term(("b",), [7_000])), 500.0), unit="B")},
+        {"size": Cost(TermSum((Term(("a",), [40_000, 80_000]), Term(("b",), [7_000])), 500.0), unit="B")},
         labels={"a": "stem (weights)"},
     )
     with pytest.raises(UsageError) as caught:
@@ -226,8 +226,8 @@ def test_an_impossible_limit_names_what_is_reachable_and_what_binds():
 
 def test_limits_that_exclude_each_other_are_named_with_what_each_could_be():
     costs = {
-        "first": Cost(Row((Term(("a",), [1.0, 9.0]),))),
-        "second": Cost(Row((Term(("a",), [9.0, 1.0]),))),
+        "first": Cost(TermSum((Term(("a",), [1.0, 9.0]),))),
+        "second": Cost(TermSum((Term(("a",), [9.0, 1.0]),))),
     }
     problem = Problem({"a": (4, 8)}, (Term(("a",), [1.0, 0.0]),), costs)
     with pytest.raises(UsageError) as caught:
@@ -285,8 +285,8 @@ def hawq_v3():
     """ResNet18 without its first and last layer: average trace x squared change of the weights, at 4 and 8 bits."""
     trace, change4, change8 = (np.array([float(x) for x in text.split()]) for text in (TRACE, CHANGE4, CHANGE8))
     losses = tuple(Term((str(i),), [trace[i] * change4[i], trace[i] * change8[i]]) for i in range(19))
-    size = Row(tuple(Term((str(i),), [PARAMETERS[i] * b / 8 for b in (4, 8)]) for i in range(19)))
-    operations = Row(tuple(Term((str(i),), [MACS[i] * b * b for b in (4, 8)]) for i in range(19)))
+    size = TermSum(tuple(Term((str(i),), [PARAMETERS[i] * b / 8 for b in (4, 8)]) for i in range(19)))
+    operations = TermSum(tuple(Term((str(i),), [MACS[i] * b * b for b in (4, 8)]) for i in range(19)))
     return Problem(
         {str(i): (4, 8) for i in range(19)},
         losses,
@@ -301,7 +301,7 @@ def hawq_v3():
 )
 def test_the_authors_choices_for_resnet18_are_found(cost, four_bits):
     problem = hawq_v3()
-    low, high = (evaluate(problem, dict.fromkeys(problem.options, b)).costs[cost] for b in (4, 8))
+    low, high = (solution_of(problem, dict.fromkeys(problem.options, b)).costs[cost] for b in (4, 8))
     found = solve(problem, {cost: low + 0.5 * (high - low)})
     assert {int(v) for v, b in found.bits.items() if b == 4} == four_bits
     assert round(found.costs["size"] / 2**20, 3) == {"size": 7.266, "operations": 5.990}[cost]

@@ -144,11 +144,11 @@ def test_other_outputs_and_too_few_images_are_refused() -> None:
         UsageError,
         match=r"found none\. Output 'output': It has a single channel",
     ):
-        trials.check_answers(measuring, cases.dataset(4), 0.01)
+        trials.check_countable(measuring, cases.dataset(4), 0.01)
     with pytest.raises(UsageError, match="at least 2 images"):
         trials.halves(cases.dataset(1))
     with pytest.warns(UserWarning, match="one changed answer is 50 %"):
-        trials.check_answers(cases.prepared("transformer"), cases.dataset(4), 0.01)
+        trials.check_countable(cases.prepared("transformer"), cases.dataset(4), 0.01)
 
 
 def test_no_image_is_both_calibrated_on_and_held_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,7 +105,7 @@ def test_what_is_shown(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert f"were there already, in {here / 'scores'}" in shown
     assert "size of model.safetensors: " in shown
-    assert "allowed were 60 kB" in shown
+    assert "at most 60 kB allowed" in shown
     assert "The limit allows more than any plan needs" in shown
 
 

@@ -19,7 +19,7 @@ from bitwright.cli import report as command
 from bitwright.report.comparison import Entry, comparison, quality, row
 from bitwright.report.run_page import run_page as page
 from bitwright.report.shown import Shown
-from bitwright.report.verdict import verdict
+from bitwright.report.verdict import run_verdict
 
 
 @pytest.fixture(scope="module")
@@ -239,14 +239,14 @@ TWO = {
 
 def test_the_verdict_is_that_of_the_worst_output() -> None:
     shown = result("a", 0.7, 500_000, fidelity=TWO, float={}, quantized={})
-    said = verdict(shown.result, {})
+    said = run_verdict(shown.result, {})
     assert "with the same answer as the float network for 31.00 % of 100 images in output colour" in said
     assert "and with output place −1.5 dB above its error" in said
-    judged = verdict(result("a", 0.7, 500_000, fidelity=TWO).result, {})
+    judged = run_verdict(result("a", 0.7, 500_000, fidelity=TWO).result, {})
     assert "70.00 % top-1 accuracy" in judged
     assert "31.00 % in output colour, the worst of 3" in judged
     dense = {**TWO, "outputs": {"map": {**TWO["outputs"]["colour"], "answers": 6400}}}  # type: ignore[dict-item]
-    only = verdict(result("a", 0.7, 500_000, fidelity=dense, float={}, quantized={}).result, {"answers": None})
+    only = run_verdict(result("a", 0.7, 500_000, fidelity=dense, float={}, quantized={}).result, {"answers": None})
     assert "31.00 % of the answers of 100 images." in only
 
 
@@ -289,5 +289,5 @@ def test_the_verdict_tells_loss_from_chance(labelled: dict[str, int], expected: 
         float={"top1": (labelled["both"] + labelled["only_float"]) / count},
         quantized={"top1": (labelled["both"] + labelled["only_quantized"]) / count},
     )
-    assert expected in verdict(shown.result, {"answers": {"labelled": labelled}})
-    assert "8.0 times smaller" in verdict(shown.result, {})
+    assert expected in run_verdict(shown.result, {"answers": {"labelled": labelled}})
+    assert "8.0 times smaller" in run_verdict(shown.result, {})

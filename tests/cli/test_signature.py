@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from bitwright.cli.calls import CALLS, QuantizeCall
 from bitwright.cli.options import BitOptions, BudgetOptions, GridOptions, ImageOptions, NetworkOptions
-from bitwright.cli.signature import Call, argument, gather, option, parameters_of
+from bitwright.cli.signature import Call, argument, make_record, option, parameters_of
 from bitwright.errors import UsageError
 
 
@@ -42,7 +42,7 @@ def test_what_typer_reads_comes_back_as_records() -> None:
     app = typer.Typer()
 
     def verb(**given: Any) -> None:
-        seen.append(gather(PairCall, given))
+        seen.append(make_record(PairCall, given))
 
     verb.__signature__ = inspect.Signature(list(parameters_of(PairCall)))  # type: ignore[attr-defined]
     app.command()(verb)
@@ -68,7 +68,7 @@ def test_no_option_is_declared_twice_in_a_verb() -> None:
 def test_a_call_made_in_code_has_the_defaults_of_the_command_line() -> None:
     call = QuantizeCall(NetworkOptions("zoo:fashion_cnn", "zoo:fashion"))
     defaults = {p.name: p.default for p in parameters_of(QuantizeCall) if p.default is not inspect.Parameter.empty}
-    assert call == gather(QuantizeCall, {"model": "zoo:fashion_cnn", "images": "zoo:fashion", **defaults})
+    assert call == make_record(QuantizeCall, {"model": "zoo:fashion_cnn", "images": "zoo:fashion", **defaults})
 
 
 def test_what_was_said_of_preprocessing_alone() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from bitwright import studies
 from bitwright.cli import main
-from bitwright.studies import find, lfh
+from bitwright.studies import find_study, lfh
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MODELS = """
@@ -139,15 +139,15 @@ def test_a_wrong_call_is_one_line(
 def test_help_and_list_name_every_study(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["study", "--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(re.search(rf"\b{name}: ", shown) for name in studies.builtin())
+    assert all(re.search(rf"\b{name}: ", shown) for name in studies.builtin_studies())
     assert main(["study", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)["studies"]
-    assert {row["name"] for row in listed} == set(studies.builtin())
+    assert {row["name"] for row in listed} == set(studies.builtin_studies())
 
 
 def test_the_documentation_names_every_study() -> None:
     text = (Path(__file__).parents[2] / "docs" / "studies.md").read_text()
-    assert all(f"## `{name}`" in text for name in studies.builtin())
+    assert all(f"## `{name}`" in text for name in studies.builtin_studies())
 
 
 @pytest.mark.slow
@@ -169,7 +169,7 @@ def test_studies_of_scales_say_what_they_found(name: str, here: Path, capsys: py
     assert main([*call, "--weights", "4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["verdict"]
-    assert found["recipe"]["name"] == find(name).recipe
+    assert found["recipe"]["name"] == find_study(name).recipe
     page = (here / "studies" / f"{name}.html").read_text()
     assert "What it says here" in page
     assert main([*call, "--weights", "4", "--force"]) == 0

@@ -13,7 +13,7 @@ from cases import CASES, dataset, images, make, prepared
 from dense import bend, function, matrix_of, part, second, spans
 from torch import Tensor, nn
 
-from bitwright.curvature.hessian import Curvature, Data, Matrix, groups, spectra, traces, weights_of
+from bitwright.curvature.hessian import Curvature, Data, Matrix, spectra, traces, weight_groups, weights_of
 from bitwright.curvature.label_free import label_free_scores
 from bitwright.errors import DataError, ModelError, UsageError
 from bitwright.given.images import Images, load_images
@@ -66,7 +66,7 @@ ALL: list[Matrix] = ["fisher", "squared", "hessian"]
 
 
 def test_groups_are_layers_blocks_and_the_network() -> None:
-    made = groups(prepared("residual").graph)
+    made = weight_groups(prepared("residual").graph)
     assert [(g.kind, g.name) for g in made] == [
         ("layer", "stem"), ("layer", "conv"), ("layer", "head"),
         ("block", "stem"), ("block", "conv"), ("block", "head"), ("network", "network"),
@@ -77,7 +77,7 @@ def test_groups_are_layers_blocks_and_the_network() -> None:
 
 @pytest.mark.parametrize("name", ["tied_weights", "called_twice"])
 def test_a_shared_weight_is_one_layer(name: str) -> None:
-    made = groups(prepared(name).graph)
+    made = weight_groups(prepared(name).graph)
     layers = [g for g in made if g.kind == "layer"]
     assert len({g.weights for g in layers}) == len(layers)
     assert len([n for n in prepared(name).graph.graph.nodes if "conv2d" in n.name]) == len(layers) + 1
@@ -90,7 +90,7 @@ def test_a_shared_weight_is_one_layer(name: str) -> None:
 @pytest.mark.parametrize("matrix", ALL)
 def test_products_with_every_group_equal_the_dense_matrix(matrix: Matrix) -> None:
     made = plain()
-    wanted = groups(made.graph)
+    wanted = weight_groups(made.graph)
     vectors = [torch.randn(g.parameters, generator=torch.Generator().manual_seed(7)) for g in wanted]
     found = curvature(made, matrix).products([g.weights for g in wanted], vectors)
     for group, vector, product in zip(wanted, vectors, found, strict=True):
@@ -102,7 +102,7 @@ def test_products_with_every_group_equal_the_dense_matrix(matrix: Matrix) -> Non
 def test_outputs_behind_a_softmax_and_maps_of_scores(kind: str) -> None:
     """A softmax gives way to its logits; on a map the loss is the mean over positions."""
     made, reference = plain(kind), "logits" if kind == "softmax" else "map"
-    network = groups(made.graph)[-1]
+    network = weight_groups(made.graph)[-1]
     vector = torch.randn(network.parameters, generator=torch.Generator().manual_seed(8))
     (found,) = curvature(made).products([network.weights], [vector])
     torch.testing.assert_close(found, truth("fisher", reference) @ vector, rtol=1e-3, atol=1e-5)
@@ -110,7 +110,7 @@ def test_outputs_behind_a_softmax_and_maps_of_scores(kind: str) -> None:
 
 @pytest.mark.parametrize("matrix", ALL)
 def test_one_batch_or_five_give_the_same_products(matrix: Matrix) -> None:
-    network = groups(plain().graph)[-1]
+    network = weight_groups(plain().graph)[-1]
     vector = torch.randn(network.parameters, generator=torch.Generator().manual_seed(9))
     one, five, uneven = (curvature(plain(), matrix, b).products([network.weights], [vector])[0] for b in (5, 1, 2))
     torch.testing.assert_close(one, five, rtol=1e-4, atol=1e-6)
@@ -154,7 +154,7 @@ def test_products_of_real_operators_equal_finite_differences(name: str, matrix: 
             yield x, labels
 
     data = Doubles(load_images(x.float(), None).labelled(labels.tolist()))
-    network = groups(made.graph)[-1]
+    network = weight_groups(made.graph)[-1]
     (found,) = Curvature(made.graph, data, matrix).products([network.weights], [v])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
@@ -163,7 +163,7 @@ def test_the_network_is_left_as_it_was() -> None:
     made = plain()
     before = {n: t.clone() for n, t in made.graph.named_buffers()}
     code = made.graph.code
-    traces(curvature(made, "hessian"), groups(made.graph), probes=2)
+    traces(curvature(made, "hessian"), weight_groups(made.graph), probes=2)
     for name, tensor in made.graph.named_buffers():
         assert torch.equal(tensor, before[name])
         assert not tensor.requires_grad
@@ -176,7 +176,7 @@ def test_the_network_is_left_as_it_was() -> None:
 @pytest.mark.parametrize("batch", [5, 1])
 @pytest.mark.parametrize("matrix", ALL)
 def test_traces_of_every_group_lie_within_their_errors(matrix: Matrix, batch: int) -> None:
-    wanted = groups(plain().graph)
+    wanted = weight_groups(plain().graph)
     found = traces(curvature(plain(), matrix, batch), wanted, probes=150, tolerance=0)
     expected = torch.tensor([float(part(truth(matrix), plain(), g).trace()) for g in wanted]).double()
     assert found.probes == 150
@@ -193,7 +193,7 @@ def test_traces_of_every_group_lie_within_their_errors(matrix: Matrix, batch: in
 def test_traces_of_channels_are_those_of_the_dense_diagonal(matrix: Matrix) -> None:
     """Within four standard errors of signs; those of ``fisher``, which is a sum of squares, are at most as large."""
     probes = 400
-    found = traces(curvature(plain(), matrix), groups(plain().graph), probes=probes, tolerance=0)
+    found = traces(curvature(plain(), matrix), weight_groups(plain().graph), probes=probes, tolerance=0)
     whole = truth(matrix).double()
     for path, rows in spans(plain()).items():
         shape = plain().graph.get_buffer(path).shape
@@ -218,7 +218,7 @@ def test_channels_of_a_transposed_convolution_are_its_outputs() -> None:
 
 def test_the_reported_error_is_that_of_the_traces() -> None:
     """Over many seeds, deviations divided by the error have the mean square of Student's t: (T - 1) / (T - 3)."""
-    wanted, probes = groups(plain().graph), 25
+    wanted, probes = weight_groups(plain().graph), 25
     for matrix in ("fisher", "hessian"):
         expected = float(truth(matrix).trace())
         squares = []
@@ -229,7 +229,7 @@ def test_the_reported_error_is_that_of_the_traces() -> None:
 
 
 def test_probing_ends_at_the_tolerance_but_not_before_the_least() -> None:
-    wanted = groups(plain().graph)
+    wanted = weight_groups(plain().graph)
     assert traces(curvature(plain()), wanted, tolerance=1e9, least=5).probes == 5
     assert traces(curvature(plain()), wanted, tolerance=1e9, least=1).probes == 2
     found = traces(curvature(plain()), wanted, tolerance=0.1, probes=2000)
@@ -241,7 +241,7 @@ def test_probing_ends_at_the_tolerance_but_not_before_the_least() -> None:
 
 
 def test_the_same_seed_gives_the_same_numbers() -> None:
-    wanted = groups(plain().graph)
+    wanted = weight_groups(plain().graph)
     one, same, other = (traces(curvature(plain()), wanted, probes=5, seed=s).trace for s in (1, 1, 2))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
@@ -269,7 +269,7 @@ def test_cross_entropy_bends_the_outputs_the_same_for_every_label() -> None:
 
 
 def test_label_free_traces_do_not_change_with_labels() -> None:
-    wanted = groups(plain().graph)
+    wanted = weight_groups(plain().graph)
     data = load_images(images(N, 2) * 1.5, None)
     found = [
         traces(curvature(plain(), data=d), wanted, probes=6).trace
@@ -283,7 +283,7 @@ def test_label_free_traces_do_not_change_with_labels() -> None:
 def test_the_trace_without_labels_is_at_most_half_that_of_the_jacobian(name: str) -> None:
     """``Tr(J^T A J) <= 1/2 Tr(J^T J)`` (section 0.7); ``squared`` is ``2/k J^T J`` with k = 4 outputs."""
     made = prepared(name)
-    wanted = groups(made.graph)
+    wanted = weight_groups(made.graph)
     fisher, squared = (
         traces(curvature(made, m, data=dataset(4)), wanted, probes=20, tolerance=0) for m in ("fisher", "squared")
     )
@@ -294,7 +294,7 @@ def test_the_trace_without_labels_is_at_most_half_that_of_the_jacobian(name: str
 
 def test_at_the_last_layer_the_hessian_is_the_fisher_matrix_whatever_the_labels() -> None:
     """Outputs are linear in the last layer's weights, so that the term with their second derivative is zero."""
-    head = groups(plain().graph)[2]
+    head = weight_groups(plain().graph)[2]
     vectors = list(torch.eye(head.parameters))
     free, labelled, others = (
         torch.stack(curvature(plain(), m, data=some().labelled(y)).products([head.weights] * len(vectors), vectors))
@@ -311,7 +311,7 @@ def test_the_squared_trace_of_weights_is_that_of_the_label_free_scores() -> None
     scores = label_free_scores(
         made.graph, [x], linear_points(made.graph, made.example), probes=400, tolerance=0, elements=True
     )
-    wanted = [g for g in groups(made.graph) if g.kind == "layer"]
+    wanted = [g for g in weight_groups(made.graph) if g.kind == "layer"]
     found = traces(curvature(made, "squared"), wanted, probes=400, tolerance=0)
     for group, trace, error in zip(wanted, found.trace, found.error, strict=True):
         expected = 2 / CLASSES * float(scores.elements[group.weights[0]].sum())
@@ -325,7 +325,7 @@ def test_the_squared_trace_of_weights_is_that_of_the_label_free_scores() -> None
 @pytest.mark.parametrize("matrix", ALL)
 def test_top_eigenvalues_of_every_group_equal_the_dense_ones(matrix: Matrix, batch: int) -> None:
     """Each once: with ``squared``, every output has the same eigenvalues at the last layer."""
-    wanted = groups(plain().graph)
+    wanted = weight_groups(plain().graph)
     found = spectra(curvature(plain(), matrix, batch), wanted, count=3, steps=40, tolerance=1e-4)
     for group, spectrum in zip(wanted, found, strict=True):
         true = torch.linalg.eigvalsh(part(truth(matrix), plain(), group).double())
@@ -340,7 +340,7 @@ def test_top_eigenvalues_of_every_group_equal_the_dense_ones(matrix: Matrix, bat
 
 
 def test_the_density_has_the_moments_of_the_dense_spectrum() -> None:
-    network = groups(plain().graph)[-1:]
+    network = weight_groups(plain().graph)[-1:]
     (found,) = spectra(curvature(plain(), "hessian"), network, steps=12, tolerance=0, runs=60)
     true = torch.linalg.eigvalsh(truth("hessian").double())
     for power in (1, 2, 3):
@@ -363,7 +363,7 @@ def test_groups_that_are_known_stop_while_others_go_on(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Curvature, "products", products)
     made = prepared("mixer")
-    wanted = groups(made.graph)
+    wanted = weight_groups(made.graph)
     spectra(curvature(made, data=dataset(3)), wanted, steps=12, tolerance=0.01)
     assert asked[0] == len({g.weights for g in wanted})
     assert asked[-1] < asked[0]
@@ -379,8 +379,10 @@ def test_what_cannot_be_answered_is_said() -> None:
         curvature(plain(), "hessian", data=some(labelled=False))
     look = curvature(prepared("tuple_output"), "hessian", data=dataset(2).labelled([0, 9]))
     with pytest.raises(DataError, match="labels below"):
-        traces(look, groups(prepared("tuple_output").graph), probes=2)
-    assert traces(curvature(prepared("partial_writes"), data=dataset(2)), groups(prepared("partial_writes").graph))
+        traces(look, weight_groups(prepared("tuple_output").graph), probes=2)
+    assert traces(
+        curvature(prepared("partial_writes"), data=dataset(2)), weight_groups(prepared("partial_writes").graph)
+    )
 
 
 class _Cut(nn.Module):
@@ -395,7 +397,7 @@ class _Cut(nn.Module):
 @pytest.mark.parametrize("matrix", ["fisher", "hessian"])
 def test_a_layer_that_outputs_do_not_feel_has_curvature_zero(matrix: Matrix) -> None:
     made = prepare(capture(_Cut().eval(), images(2)))
-    wanted = groups(made.graph)
+    wanted = weight_groups(made.graph)
     found = traces(curvature(made, matrix), wanted, probes=4)
     assert float(found.trace[0]) == 0
     assert float(found.trace[1]) > 0
@@ -418,13 +420,13 @@ class _Root(nn.Module):
 def test_a_curvature_that_is_not_finite_is_blamed_on_its_layer() -> None:
     made = prepare(capture(_Root().eval(), images(2)))
     with pytest.raises(ModelError, match="curvature at conv is not finite"):
-        traces(curvature(made), groups(made.graph), probes=2)
+        traces(curvature(made), weight_groups(made.graph), probes=2)
 
 
 @pytest.mark.parametrize("name", sorted(set(CASES) - {"partial_writes"}))
 def test_every_network_has_traces_and_spectra(name: str) -> None:
     made = prepared(name)
-    look, wanted = curvature(made, batch=2, data=dataset(2)), groups(made.graph)
+    look, wanted = curvature(made, batch=2, data=dataset(2)), weight_groups(made.graph)
     found = traces(look, wanted, probes=2)
     assert bool((found.trace >= 0).all())
     top = spectra(look, wanted, steps=2)

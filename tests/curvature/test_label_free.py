@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from cases import CASES, images, make
 from torch import Tensor, fx, nn
 
-from bitwright.curvature.label_free import Scores, cached_scores, images_at_once, label_free_scores
+from bitwright.curvature.label_free import HessianScores, cached_scores, images_at_once, label_free_scores
 from bitwright.errors import ModelError
 from bitwright.graph.capture import Captured, capture
 from bitwright.graph.points import Point, linear_points
@@ -71,7 +71,7 @@ def plain() -> Captured:
     return teacher(Net())
 
 
-def scores(made: Captured, x: Tensor, *, size: int | None = None, **settings: object) -> Scores:
+def scores(made: Captured, x: Tensor, *, size: int | None = None, **settings: object) -> HessianScores:
     """All probes are taken unless a tolerance is given; one batch unless a size is."""
     settings = {"tolerance": 0.0, **settings}
     return label_free_scores(made.graph, x.split(size or len(x)), linear_points(made.graph, made.example), **settings)
@@ -192,9 +192,9 @@ def test_weights_of_the_layers_do_not_depend_on_the_scale_of_the_outputs() -> No
     torch.testing.assert_close(large.log_weights(), small.log_weights(), rtol=1e-5, atol=1e-5)
 
 
-def by_hand(*rows: list[float]) -> Scores:
+def by_hand(*rows: list[float]) -> HessianScores:
     trace = torch.tensor(rows)
-    return Scores([str(i) for i in range(trace.shape[1])], 3, trace, trace, torch.zeros(trace.shape[1]), 1)
+    return HessianScores([str(i) for i in range(trace.shape[1])], 3, trace, trace, torch.zeros(trace.shape[1]), 1)
 
 
 def test_weights_of_the_layers_are_logarithms_above_the_least() -> None:
@@ -508,7 +508,7 @@ def test_the_cache_gives_back_what_it_was_given(tmp_path: Path) -> None:
     made = scores(plain(), noise(3), probes=5, elements=True)
     calls: list[str] = []
 
-    def compute() -> Scores:
+    def compute() -> HessianScores:
         calls.append("")
         return made
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from bitwright.curvature.label_free import Scores
+from bitwright.curvature.label_free import HessianScores
 
 
-def scores(trace: torch.Tensor, attention: torch.Tensor) -> Scores:
+def scores(trace: torch.Tensor, attention: torch.Tensor) -> HessianScores:
     layers = [str(i) for i in range(trace.shape[1])]
-    return Scores(layers, 10, trace, attention, torch.zeros(trace.shape[1]), 4)
+    return HessianScores(layers, 10, trace, attention, torch.zeros(trace.shape[1]), 4)
 
 
 def test_the_mean_over_images_is_the_layers_log_weight() -> None:

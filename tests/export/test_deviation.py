@@ -9,7 +9,7 @@ from torch import nn
 
 import bitwright as bw
 from bitwright.export import parity
-from bitwright.export.deviation import compare
+from bitwright.export.deviation import output_parities
 from bitwright.export.onnx import to_onnx
 from bitwright.graph.readings import Reading, by_values
 
@@ -64,9 +64,9 @@ def test_an_error_of_one_percent_is_found_and_would_not_be_at_ten_times_the_tole
 def judged(expected, found, shaken=None):
     runs = {"file": lambda _: [found]}
     shaken = expected if shaken is None else shaken
-    (output,) = compare(["y"], [by_values(expected)], iter([IMAGES]), lambda _: [expected], lambda _: [shaken], runs)[
-        "file"
-    ]
+    (output,) = output_parities(
+        ["y"], [by_values(expected)], iter([IMAGES]), lambda _: [expected], lambda _: [shaken], runs
+    )["file"]
     return output
 
 
@@ -127,6 +127,6 @@ def test_a_few_answers_may_change_by_chance(images, others, own, differs):
     run = {"file": lambda _: flipped(others)}
     readings = [Reading("scores", 1)]
     batches = iter([torch.empty(0)])
-    (judged,) = compare(["scores"], readings, batches, lambda _: [ours], lambda _: flipped(own), run)["file"]
+    (judged,) = output_parities(["scores"], readings, batches, lambda _: [ours], lambda _: flipped(own), run)["file"]
     assert judged.agreement == 1 - others / images
     assert judged.diverges == differs

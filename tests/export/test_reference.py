@@ -16,7 +16,7 @@ from bitwright.export.reference import run_reference
 from bitwright.graph.student import insert_quantizers
 from bitwright.quant.quantizer import BiasQuantizer, Frozen
 from bitwright.runtimes import rules
-from bitwright.runtimes.rules import Codes, Grid
+from bitwright.runtimes.rules import Codes, KernelGrid
 
 
 class Branches(nn.Module):
@@ -209,7 +209,7 @@ def test_every_pair_of_codes(operator, rule):
             Codes(torch.from_numpy(x).double(), torch.tensor(s), torch.tensor(float(z)))
             for x, s, z in ((a, step_a, zeros[0]), (b, step_b, zeros[1]))
         )
-        ours = rule(left, right, Grid(torch.tensor(step), torch.tensor(float(zeros[2])), 0, 255))
+        ours = rule(left, right, KernelGrid(torch.tensor(step), torch.tensor(float(zeros[2])), 0, 255))
         assert np.array_equal(ours.numpy(), found)
 
 
@@ -225,7 +225,7 @@ def test_every_product_of_codes_near_ties():
         inputs = [a, scales[0], zeros[0], b, scales[1], zeros[1], scales[2], zeros[2]]
         found = run_onnx("QLinearMatMul", inputs, domain="")
         sums = torch.from_numpy((a.astype(np.float64) - zero_a) * b)
-        grid = Grid(torch.tensor(step), torch.tensor(float(zero)), 0, 255)
+        grid = KernelGrid(torch.tensor(step), torch.tensor(float(zero)), 0, 255)
         assert np.array_equal(rules.requantize(sums, torch.tensor(step_a * step_b), grid).numpy(), found)
 
 
@@ -420,7 +420,7 @@ def test_rounding_half_up_is_seen(monkeypatch):
 
 
 def test_sums_beyond_float32_stay_exact():
-    grid = Grid(torch.tensor(1.0), torch.tensor(0.0), -(2**31), 2**31)
+    grid = KernelGrid(torch.tensor(1.0), torch.tensor(0.0), -(2**31), 2**31)
     sums = torch.tensor([2.0**24 + 1], dtype=torch.float64)
     assert float(rules.quantize_linear(sums, dataclasses.replace(grid))) == 2.0**24 + 1
     assert float(rules.requantize(sums, torch.tensor(1.0), grid)) == 2.0**24  # the kernel's float32 does not hold it

@@ -131,7 +131,7 @@ def test_classes_instances_and_halves(script: Path, name: str) -> None:
 
 
 def test_settings_and_dicts_beside_the_callable(script: Path) -> None:
-    with pytest.warns(UserWarning, match="no mean and std"):
+    with pytest.warns(UserWarning, match="No mean and std"):
         assert load_model(f"{script}:build", input_size="8x9").preprocessing == Preprocessing(input_size="8x9")
     given = load_model(f"{script}:build", input_size=8, mean="0.5", std="0.5").preprocessing
     assert given == Preprocessing(input_size=8, mean=0.5, std=0.5)
@@ -166,7 +166,7 @@ def test_preprocess_function_beside_the_callable(script: Path) -> None:
         ("needs", ["no arguments", "width"]),
         ("number", ["returned int"]),
         ("explodes", ["weights"]),
-        ("VALUE", ["got int"]),
+        ("VALUE", ["found int"]),
         ("broken", ["conv.bias", "NaN", "1 of 4"]),
     ],
 )
@@ -178,7 +178,7 @@ def test_bad_callables(script: Path, name: str, parts: list[str]) -> None:
 def test_bad_scripts(script: Path, tmp_path: Path) -> None:
     with fails("nowhere.py", "does not exist"):
         load_model(f"{tmp_path}/nowhere.py:build")
-    with fails("name one of Net, build", kind=UsageError):
+    with fails("Name one of Net, build", kind=UsageError):
         load_model(str(script))
     for code, part in [("x = = 1", "SyntaxError"), ("import nothere", "nothere"), ("exit(3)", "SystemExit")]:
         script.write_text(code)
@@ -201,7 +201,7 @@ def test_weights_for_a_callable(script: Path, tmp_path: Path) -> None:
     ("reference", "part"),
     [
         ("resnet18", "zoo:NAME, timm:NAME"),
-        ("fashion_cnn", "did you mean zoo:fashion_cnn?"),
+        ("fashion_cnn", "Did you mean zoo:fashion_cnn?"),
         ("net.onnx", "ONNX is not read yet"),
         ("weights.pt", "timm:NAME@weights.pt"),
         ("/tmp", "zoo:NAME"),
@@ -277,7 +277,7 @@ def test_timm_at_another_size_and_with_other_channels() -> None:
 
 def test_unknown_timm_names() -> None:
     timm_or_skip()
-    with fails("'resnet81'", "did you mean", "resnet18"):
+    with fails("'resnet81'", "Did you mean", "resnet18"):
         load_model("timm:resnet81")
     with fails("tag", "resnet18.a1_in1k"):
         load_model("timm:resnet18.a1_in2k")
@@ -351,7 +351,7 @@ def test_torchvision_segmentation_ignores_the_training_head(tmp_path: Path) -> N
 
 def test_unknown_torchvision_names() -> None:
     torchvision_or_skip()
-    with fails("did you mean", "resnet18"):
+    with fails("Did you mean", "resnet18"):
         load_model("torchvision:resnet81")
     with fails("neither", "file.py:callable"):
         load_model("torchvision:fasterrcnn_resnet50_fpn")

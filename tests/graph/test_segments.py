@@ -97,4 +97,4 @@ def test_nothing_changed_reaches_nothing() -> None:
 
 
 def test_size_counts_tensors_and_lists_of_them() -> None:
-    assert segments.size({"a": torch.zeros(3), "b": [torch.zeros(2, dtype=torch.float64)], "c": 7}) == 12 + 16
+    assert segments.tensor_bytes({"a": torch.zeros(3), "b": [torch.zeros(2, dtype=torch.float64)], "c": 7}) == 12 + 16

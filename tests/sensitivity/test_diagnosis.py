@@ -19,7 +19,7 @@ from bitwright.graph.student import Student, insert_quantizers
 from bitwright.quant.scheme import Rule, Scheme
 from bitwright.runtimes.target import Target
 from bitwright.sensitivity import diagnosis
-from bitwright.sensitivity.diagnosis import Suspect, diagnose, rules_for, told
+from bitwright.sensitivity.diagnosis import Suspect, diagnose, diagnosis_lines, rules_for
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
 
@@ -142,8 +142,8 @@ def test_nothing_is_said_where_the_loss_is_negligible() -> None:
     found = diagnose(model)
     assert 0 < found["loss"] < diagnosis.NEGLIGIBLE
     assert (found["layers"], found["rules"], found["together"]) == ([], [], None)
-    assert told(found) == []
-    assert told(None) == []
+    assert diagnosis_lines(found) == []
+    assert diagnosis_lines(None) == []
 
 
 def test_one_name_may_stand_for_several_tensors() -> None:

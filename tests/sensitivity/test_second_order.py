@@ -10,7 +10,7 @@ from cases import dataset, images, make, prepared
 from dense import matrix_of, part, spans
 from torch import Tensor, nn
 
-from bitwright.curvature.hessian import Curvature, Data, Group, Matrix, groups
+from bitwright.curvature.hessian import Curvature, Data, Group, Matrix, weight_groups
 from bitwright.given.images import Images
 from bitwright.graph.capture import Captured, capture
 from bitwright.graph.prepare import prepare
@@ -31,7 +31,7 @@ def some() -> Images:
 
 
 def layers(made: Captured) -> list[Group]:
-    return [g for g in groups(made.graph) if g.kind == "layer"]
+    return [g for g in weight_groups(made.graph) if g.kind == "layer"]
 
 
 @cache

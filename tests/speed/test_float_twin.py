@@ -16,7 +16,7 @@ from bitwright.graph.student import insert_quantizers
 from bitwright.quant.quantizer import Frozen, Quantizer
 from bitwright.quant.scheme import Scheme
 from bitwright.runtimes.session import save_onnx
-from bitwright.speed.float_twin import dequantized, float_twin
+from bitwright.speed.float_twin import dequantize_linear, float_twin
 from bitwright.speed.kernels import kernels, products
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
@@ -113,7 +113,7 @@ def test_dequantization_agrees_with_onnx(axis, block):
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     runtime = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     assert onnx.checker.check_model(model) is None
-    np.testing.assert_array_equal(dequantized(codes, scale, zero, axis, block), runtime.run(None, {})[0])
+    np.testing.assert_array_equal(dequantize_linear(codes, scale, zero, axis, block), runtime.run(None, {})[0])
 
 
 def test_frozen_weights_are_what_the_twin_holds():

@@ -21,7 +21,7 @@ from bitwright.graph.prepare import prepare
 from bitwright.graph.student import Snapshot, Student, insert_quantizers
 from bitwright.pipeline import run_stages
 from bitwright.quant.scheme import Scheme
-from bitwright.recipes import Recipe, builtin
+from bitwright.recipes import Recipe, builtin_recipes
 from bitwright.stages import evolve as module
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate, parameters
@@ -442,7 +442,7 @@ def test_restored_scales_are_what_they_were() -> None:
 
 def test_recipes_share_a_budget_of_minutes() -> None:
     run = Run(minutes=10.0)
-    stages = builtin()["eptq+evolq"].stages
+    stages = builtin_recipes()["eptq+evolq"].stages
     first = run.of(stages, len(stages) - 2)
     last = run.of(stages, len(stages) - 1)
     assert isinstance(stages[-2], Reconstruct)

@@ -14,12 +14,12 @@ from scipy import stats
 
 from bitwright.errors import UsageError
 from bitwright.report.panels import Figure
-from bitwright.studies import Result, find, mixed_precision, study
+from bitwright.studies import StudyResult, find_study, mixed_precision, study
 from bitwright.studies.mixed_precision import MIXED, UNIFORM, predicted_sum, rank_correlation
 
 
 @cache
-def result() -> Result:
+def result() -> StudyResult:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mixed_precision, "COUNT", 6)
         return study(
@@ -52,7 +52,7 @@ def test_the_recipe_and_the_seed_are_the_same_for_both() -> None:
     assert result().facts["recipe"]["name"] == "optq"
     assert {r["seed"] for r in result().rows if r["part"] == "sizes"} == {0}
     with pytest.raises(UsageError, match="no use for recipe="):
-        find("weighting").settle(recipe="mse")
+        find_study("weighting").settle(recipe="mse")
     with pytest.raises(UsageError, match="no recipe 'nonsense'"):
         study("mixed-precision", make("residual"), dataset(16), recipe="nonsense")
 
@@ -95,7 +95,7 @@ def test_measures_are_judged_by_the_plans_they_predict() -> None:
     rows = result().rows
     plans = [r for r in rows if r["part"] == "random plans"]
     ranked = [s for s in result().summary if "spearman" in s]
-    assert {s["variant"] for s in ranked} == set(mixed_precision.MEASURES)
+    assert {s["variant"] for s in ranked} == set(mixed_precision.COMPARED_MEASURES)
     for row in ranked:
         table = next(r["losses"] for r in rows if r.get("measure") == row["variant"])
         predicted = [sum(table[layer][str(b)] for layer, b in p["bits"].items()) for p in plans]

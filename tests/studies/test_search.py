@@ -16,16 +16,16 @@ from bitwright.quant.scheme import Scheme
 from bitwright.recipes import recipe
 from bitwright.stages.base import Run
 from bitwright.stages.candidates import Batches, Fitness, Scales
-from bitwright.studies import Result, fitness, search, straight_through, study
+from bitwright.studies import StudyResult, fitness, search, straight_through, study
 from bitwright.studies.scales import evolved_keys
-from bitwright.studies.straight_through import METHODS, Straight, descend, placed, price, stand_ins
+from bitwright.studies.straight_through import OPTIMIZERS, Straight, descend, placed, price, stand_ins
 from bitwright.studies.subject import Subject
 
 CPU = torch.device("cpu")
 LABELS = [0, 1, 2, 3] * 2
 
 
-def run(name: str, **settings: Any) -> Result:
+def run(name: str, **settings: Any) -> StudyResult:
     given: dict[str, Any] = {"steps": 9, "seeds": (0, 1), "samples": 12, "evaluate": dataset(8, seed=5)}
     return study(name, make("transformer"), dataset(16), **given | settings)
 
@@ -77,7 +77,7 @@ def test_gradients_of_scales_are_lsqs_and_those_of_inputs_pass_inside_the_range(
     assert torch.equal(weight.grad, inside.float())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", OPTIMIZERS)
 def test_an_optimiser_leaves_the_student_alone_and_its_best_is_no_worse(method: str) -> None:
     student, scales, batches = begun()
     before = {k: v.clone() for k, v in student.graph.named_buffers()}
@@ -138,7 +138,7 @@ def test_all_methods_spend_the_same_on_the_same_scales() -> None:
 
 def test_rates_are_chosen_on_calibration_images_kept_apart() -> None:
     found = run("search")
-    for method in METHODS:
+    for method in OPTIMIZERS:
         rows = [r for r in found.rows if r["variant"] == method]
         assert len({r["rate"] for r in rows}) == 1
         tried = {t["rate"]: t["held_out"] for t in rows[0]["rates"]}
@@ -158,14 +158,14 @@ def test_labels_change_nothing_but_what_they_measure(name: str) -> None:
     assert all("top1" in r for r in labelled.rows)
 
 
-def searched(**kl: float) -> Result:
+def searched(**kl: float) -> StudyResult:
     figures = {"agreement": 0.9, "closed_held_out": 0.0}
     rows = [
         {"network": "n", "weights": 3, "activations": 8, "variant": v.replace("_", " "), "seed": s, "kl": k + 0.01 * s,
          **({} if v == "before" else {"closed": 1 - k}), **figures}
         for v, k in kl.items() for s in (0, 1)
     ]  # fmt: skip
-    return Result(search.STUDY, {}, rows)
+    return StudyResult(search.STUDY, {}, rows)
 
 
 def test_the_verdict_says_when_the_paper_is_contradicted() -> None:
@@ -216,7 +216,7 @@ def test_the_verdict_tells_noise_from_a_difference() -> None:
             for v, k in values.items()
             for s in (0, 1)
         ]
-        (text,) = fitness.verdict(Result(fitness.STUDY, {}, rows))
+        (text,) = fitness.verdict(StudyResult(fitness.STUDY, {}, rows))
         return text
 
     assert "infoNCE is ahead, as the paper says" in told(0.2, 0.3)

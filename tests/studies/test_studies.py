@@ -12,14 +12,14 @@ from cases import dataset, images, make
 
 import bitwright
 from bitwright.errors import UsageError
-from bitwright.recipes import builtin as recipes
+from bitwright.recipes import builtin_recipes as recipes
 from bitwright.recipes import recipe
 from bitwright.report.panels import Figure
 from bitwright.run.files import read_checked, write_checked
 from bitwright.stages.calibrate import Calibrate
 from bitwright.stages.reconstruct import Reconstruct
-from bitwright.studies import Result, builtin, find, study
-from bitwright.studies.base import Kept, Study
+from bitwright.studies import StudyResult, builtin_studies, find_study, study
+from bitwright.studies.base import KeptRows, Study
 from bitwright.studies.subject import split
 
 NAMES = {
@@ -29,7 +29,7 @@ NAMES = {
 TINY: dict[str, Any] = {"samples": 6, "seeds": (0, 1)}
 
 
-def run(name: str, **settings: Any) -> Result:
+def run(name: str, **settings: Any) -> StudyResult:
     data = dataset(16)
     return study(name, make("residual"), data, **{**TINY, **settings})
 
@@ -39,8 +39,8 @@ def of(rows: list[dict[str, Any]], **key: Any) -> list[dict[str, Any]]:
 
 
 def test_every_study_is_found() -> None:
-    assert set(builtin()) == NAMES
-    for found in builtin().values():
+    assert set(builtin_studies()) == NAMES
+    for found in builtin_studies().values():
         assert isinstance(found, Study)
         assert re.fullmatch(r"arXiv:\d{4}\.\d{5}(v\d)?", found.paper)
         assert found.reading
@@ -50,7 +50,7 @@ def test_every_study_is_found() -> None:
 
 def test_an_unknown_study_names_the_nearest() -> None:
     with pytest.raises(UsageError, match="Did you mean 'weighting'"):
-        find("wieghting")
+        find_study("wieghting")
 
 
 @pytest.mark.parametrize(
@@ -68,11 +68,11 @@ def test_an_unknown_study_names_the_nearest() -> None:
 )
 def test_settings_without_a_meaning_are_refused(name: str, given: dict[str, Any], expected: str) -> None:
     with pytest.raises(UsageError, match=re.escape(expected)):
-        find(name).settle(**given)
+        find_study(name).settle(**given)
 
 
 def test_settings_are_taken_over() -> None:
-    found = find("gradual").settle(weights="3, 4", activations="float", seeds=[2, 2, 1], samples=5, steps=7)
+    found = find_study("gradual").settle(weights="3, 4", activations="float", seeds=[2, 2, 1], samples=5, steps=7)
     assert (found.weights, found.activations, found.seeds, found.samples, found.steps) == ((3, 4), None, (2, 1), 5, 7)
 
 
@@ -189,12 +189,12 @@ def test_finished_rows_are_not_measured_again(tmp_path: Path, monkeypatch: pytes
 
 def test_kept_rows_survive_a_kill_while_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "rows.json"
-    Kept(path, "me").add({"a": 1}, {"kl": 1.0})
-    rows = Kept(path, "me", resume=True)
+    KeptRows(path, "me").add({"a": 1}, {"kl": 1.0})
+    rows = KeptRows(path, "me", resume=True)
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         rows.add({"a": 2}, {"kl": 2.0})
-    assert Kept(path, "me", resume=True).get({"a": 1}) == {"kl": 1.0}
+    assert KeptRows(path, "me", resume=True).get({"a": 1}) == {"kl": 1.0}
     assert [p.name for p in tmp_path.iterdir()] == ["rows.json"]
 
 

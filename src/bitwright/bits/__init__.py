@@ -6,10 +6,10 @@ network; ``allocate.py`` joins them with measured losses and gives a plan.
 
 from bitwright.bits.allocate import Losses, allocate, allocations, plan_for, problem_of
 from bitwright.bits.costs import Variable, costs_of, residual_ties, variables_of
-from bitwright.bits.solve import Solution, evaluate, pareto, reachable, solve
-from bitwright.bits.tables import Cost, Problem, Row, Term
+from bitwright.bits.solve import Solution, pareto, reachable, solution_of, solve
+from bitwright.bits.tables import Cost, Problem, Term, TermSum
 
 __all__ = [
-    "Cost", "Losses", "Problem", "Row", "Solution", "Term", "Variable", "allocate", "allocations", "costs_of",
-    "evaluate", "pareto", "plan_for", "problem_of", "reachable", "residual_ties", "solve", "variables_of",
+    "Cost", "Losses", "Problem", "Solution", "Term", "TermSum", "Variable", "allocate", "allocations", "costs_of",
+    "pareto", "plan_for", "problem_of", "reachable", "residual_ties", "solution_of", "solve", "variables_of",
 ]  # fmt: skip

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from bitwright.bits.costs import (
-    ACTIVATION_BITS,
-    WEIGHT_BITS,
+    ACTIVATION_CHOICES,
+    WEIGHT_CHOICES,
     Latency,
     Variable,
     costs_of,
@@ -41,7 +41,7 @@ class Losses:
     weights: Mapping[str, ByBits] = field(default_factory=dict)
     activations: Mapping[str, ByBits] = field(default_factory=dict)
     pairs: Mapping[str, Mapping[tuple[int, int], float]] = field(default_factory=dict)
-    """Of a linear layer, by the bits of its weight and of its input; added to the other two."""
+    """Loss of a linear layer by the bits of its weight and of its input, added to the other two."""
 
 
 def allocate(
@@ -49,8 +49,8 @@ def allocate(
     losses: Losses,
     limits: Mapping[str, float],
     *,
-    weights: Sequence[int] = WEIGHT_BITS,
-    activations: Sequence[int] = ACTIVATION_BITS,
+    weights: Sequence[int] = WEIGHT_CHOICES,
+    activations: Sequence[int] = ACTIVATION_CHOICES,
     ties: Sequence[Sequence[str]] = (),
     latency: Latency | None = None,
 ) -> Plan:
@@ -93,8 +93,8 @@ def problem_of(
     student: Student,
     losses: Losses,
     *,
-    weights: Sequence[int] = WEIGHT_BITS,
-    activations: Sequence[int] = ACTIVATION_BITS,
+    weights: Sequence[int] = WEIGHT_CHOICES,
+    activations: Sequence[int] = ACTIVATION_CHOICES,
     ties: Sequence[Sequence[str]] = (),
     latency: Latency | None = None,
 ) -> Problem:

@@ -19,7 +19,7 @@ from torch import fx
 
 from bitwright.bits.liveness import live_sets
 from bitwright.bits.plan import plan_of
-from bitwright.bits.tables import Cost, Numbers, Row, Term
+from bitwright.bits.tables import Cost, Numbers, Term, TermSum
 from bitwright.errors import UsageError
 from bitwright.export.packed import ideal_bytes, save_packed
 from bitwright.graph import ops, rewrite
@@ -28,8 +28,8 @@ from bitwright.graph.place import Placement, place
 from bitwright.graph.student import Student, insert_quantizers
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
 
-WEIGHT_BITS = (2, 3, 4, 5, 6, 8)
-ACTIVATION_BITS = (4, 8, 16)
+WEIGHT_CHOICES = (2, 3, 4, 5, 6, 8)
+ACTIVATION_CHOICES = (4, 8, 16)
 FLOAT_BITS = 32
 Latency = Mapping[str, Mapping[tuple[int, int], float]]
 """Seconds of a layer by the bits of its weight and of its input (32 for float)."""
@@ -63,8 +63,8 @@ class Variable:
 
 def variables_of(
     student: Student,
-    weights: Sequence[int] = WEIGHT_BITS,
-    activations: Sequence[int] = ACTIVATION_BITS,
+    weights: Sequence[int] = WEIGHT_CHOICES,
+    activations: Sequence[int] = ACTIVATION_CHOICES,
 ) -> dict[str, Variable]:
     """The choices there are, by the quantizer's key: weights, then activations, in program order.
 
@@ -73,7 +73,7 @@ def variables_of(
     Args:
         student: with quantizers, not frozen.
         weights: bits offered, as far as the target has them; a layer that a rule decides keeps its bits.
-        activations: likewise.
+        activations: bits offered to activations, as far as the target has them.
 
     Raises:
         UsageError: the target has none of these bits, or the student is frozen.
@@ -152,7 +152,7 @@ def costs_of(student: Student, variables: Mapping[str, Variable], latency: Laten
     peaks = network.activation_rows()
     costs = {
         "weight_bytes": Cost(stored, unit="B"),
-        "activation_bytes": Cost(Row(()), tuple(peaks), "B"),
+        "activation_bytes": Cost(TermSum(()), tuple(peaks), "B"),
         "total_bytes": Cost(stored, tuple(peaks), "B"),
         "bit_operations": Cost(network.operation_row(), unit=" bit operations"),
     }
@@ -182,7 +182,7 @@ class _Network:
         source = self.placement.source.get(node, node)
         return self.layers[source.name].activation if source in self.placement.points else None
 
-    def weight_row(self) -> Row:
+    def weight_row(self) -> TermSum:
         """Codes at each width; the rest of the file does not depend on bits."""
         constant, terms = float(overhead_bytes(self.student)), []
         sizes, rest = _stored(self.student)
@@ -192,9 +192,9 @@ class _Network:
                 terms.append(Term((key,), np.array(codes, dtype=np.float64)))
             else:
                 constant += codes[0]
-        return Row(tuple(terms), constant + rest)
+        return TermSum(tuple(terms), constant + rest)
 
-    def activation_rows(self) -> list[Row]:
+    def activation_rows(self) -> list[TermSum]:
         """One for each step of the network: what lives while it runs."""
         rows = []
         for live in live_sets(self.graph, self.placement.ends):
@@ -208,10 +208,10 @@ class _Network:
                     single[key] = single.get(key, 0.0) + sizes
                 else:
                     constant += float(sizes[0])
-            rows.append(Row(tuple(Term((k,), t) for k, t in single.items()), constant))
+            rows.append(TermSum(tuple(Term((k,), t) for k, t in single.items()), constant))
         return rows
 
-    def operation_row(self) -> Row:
+    def operation_row(self) -> TermSum:
         terms: list[Term] = []
         constant = 0.0
         for node in self.graph.nodes:
@@ -220,9 +220,9 @@ class _Network:
             keys = self._operands(node)
             table = macs(node) * np.multiply.outer(*(np.array(self.bits_of(k), dtype=np.float64) for k in keys))
             constant += self._add(terms, keys, table)
-        return Row(tuple(terms), constant)
+        return TermSum(tuple(terms), constant)
 
-    def latency_row(self, latency: Latency) -> Row:
+    def latency_row(self, latency: Latency) -> TermSum:
         terms: list[Term] = []
         constant = 0.0
         for node in self.placement.linears:
@@ -233,7 +233,7 @@ class _Network:
                 raise UsageError(f"The table of latencies lacks {name} at weights and input of {missing[0]} bits.")
             table = np.array([[latency[name][w, a] for a in inputs] for w in weights], dtype=np.float64)
             constant += self._add(terms, keys, table)
-        return Row(tuple(terms), constant)
+        return TermSum(tuple(terms), constant)
 
     def _operands(self, node: fx.Node) -> list[str | None]:
         """Keys of a product's two operands; the weight first."""

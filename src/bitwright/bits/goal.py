@@ -71,7 +71,7 @@ class Goal:
     activations: tuple[int, ...] = ACTIVATIONS
     """Empty: float."""
     measure: str = MEASURE
-    """Of :data:`bitwright.sensitivity.MEASURES`: what predicts the losses."""
+    """Name out of :data:`bitwright.sensitivity.MEASURES` of what predicts the losses."""
 
     @classmethod
     def parse(

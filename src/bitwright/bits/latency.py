@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 from torch import Tensor
 
 from bitwright._version import __version__
-from bitwright.bits.costs import ACTIVATION_BITS, WEIGHT_BITS, Variable, variables_of
-from bitwright.bits.pieces import FLOAT, FLOAT_BITS, INPUT, Kernel, Part, Piece, give_scale, parts_of, to_files
+from bitwright.bits.costs import ACTIVATION_CHOICES, FLOAT_BITS, WEIGHT_CHOICES, Variable, variables_of
+from bitwright.bits.pieces import FLOAT, INPUT, Kernel, Piece, PlacedPiece, give_scale, parts_of, to_files
 from bitwright.errors import UsageError
 from bitwright.export.onnx import to_onnx
 from bitwright.given.images import Images
@@ -34,17 +33,16 @@ from bitwright.quant.quantizer import Quantizer
 from bitwright.quant.scheme import Scheme
 from bitwright.run.files import DamagedError, read_checked, write_checked
 from bitwright.runtimes.onnxruntime import ONNXRUNTIME
-from bitwright.runtimes.session import save_onnx
+from bitwright.runtimes.session import Array, save_onnx
 from bitwright.runtimes.target import CLAMPING
 from bitwright.speed.float_twin import float_twin
 from bitwright.speed.machine import cpu_name
-from bitwright.speed.timing import Call, Measure, Spread, in_turn
+from bitwright.speed.timing import Spread, Timed, Timer, in_turn
 
 SECONDS = 1.0
-"""For all kernels of one piece."""
+"""Time for all kernels of one piece."""
 VERSION = 1
-"""Of how pieces are made and timed; a higher one lets go of everything kept before."""
-Array = npt.NDArray[Any]
+"""Version of how pieces are made and timed; measurements kept under a lower one are not used."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +62,13 @@ def measure_latencies(
     student: Student,
     images: Images | Tensor,
     *,
-    weights: Sequence[int] = WEIGHT_BITS,
-    activations: Sequence[int] = ACTIVATION_BITS,
+    weights: Sequence[int] = WEIGHT_CHOICES,
+    activations: Sequence[int] = ACTIVATION_CHOICES,
     threads: int = 1,
     batch: int = 1,
     folder: Path | None = None,
     seconds: float = SECONDS,
-    measure: Measure | None = None,
+    measure: Timer | None = None,
     progress: Progress = silent,
 ) -> Latencies:
     """Times every linear layer alone in ONNX Runtime, at every pair of bits of weight and input that it may get.
@@ -84,7 +82,7 @@ def measure_latencies(
         student: with quantizers, not frozen.
         images: one at least; they give the shapes.
         weights: bits offered, as in :func:`bitwright.bits.costs.variables_of`.
-        activations: likewise.
+        activations: bits offered to activations, as there.
         threads: of the runtime.
         batch: images in one call; the seconds are those of the call.
         folder: where measurements are kept, by machine, runtime, threads and piece; None keeps nothing.
@@ -119,7 +117,7 @@ def measure_latencies(
 
 
 def _timed(
-    timer: _Timer, parts: Sequence[Part], pairs: Sequence[Mapping[tuple[int, int], Kernel]], progress: Progress
+    timer: _Timer, parts: Sequence[PlacedPiece], pairs: Sequence[Mapping[tuple[int, int], Kernel]], progress: Progress
 ) -> dict[Piece, dict[Kernel, float]]:
     """Seconds of all kernels of every different piece, each timed at its first layer."""
     wanted: dict[Piece, dict[Kernel, None]] = {}
@@ -140,7 +138,7 @@ def compare_with_network(
     found: Latencies,
     *,
     seconds: float = SECONDS,
-    measure: Measure | None = None,
+    measure: Timer | None = None,
 ) -> dict[str, Any]:
     """What the layers take together beside what the whole network takes, in float and at 8 bits everywhere.
 
@@ -148,7 +146,7 @@ def compare_with_network(
 
     Args:
         student: as for :func:`measure_latencies`.
-        images: likewise.
+        images: one at least; they give the shapes.
         found: the layers, measured at 8 bits among others, with the same number of threads and batch.
         seconds: for both files of the network together.
         measure: times some calls.
@@ -186,7 +184,7 @@ def _batch(images: Images | Tensor, count: int) -> Tensor:
     return images.batch(positions) if isinstance(images, Images) else images[positions]
 
 
-def _pairs(student: Student, variables: dict[str, Variable], part: Part) -> dict[tuple[int, int], Kernel]:
+def _pairs(student: Student, variables: dict[str, Variable], part: PlacedPiece) -> dict[tuple[int, int], Kernel]:
     """The bits of weight and input that a plan may give the layer."""
     layer, target = part.layer, student.scheme.target
     weights, inputs = (_options(student, variables, key) for key in (layer.weight, layer.source))
@@ -202,11 +200,11 @@ def _options(student: Student, variables: dict[str, Variable], key: str | None) 
 class _Timer:
     """Times pieces, and remembers them."""
 
-    def __init__(self, student: Student, threads: int, measure: Measure, store: _Store) -> None:
+    def __init__(self, student: Student, threads: int, measure: Timer, store: _Store) -> None:
         self.student, self.threads, self.measure, self.store = student, threads, measure, store
         self.timed = 0
 
-    def seconds(self, part: Part, kernels: Sequence[Kernel]) -> dict[Kernel, float]:
+    def seconds(self, part: PlacedPiece, kernels: Sequence[Kernel]) -> dict[Kernel, float]:
         """Of the piece at each of these bits, and in float."""
         keys = {kernel: self._key(part.piece, kernel) for kernel in (FLOAT, *kernels)}
         missing = [kernel for kernel in keys if keys[kernel] not in self.store.seconds]
@@ -214,7 +212,7 @@ class _Timer:
             self._time(part, list(dict.fromkeys((FLOAT, *missing))), keys)
         return {kernel: self.store.seconds[key] for kernel, key in keys.items()}
 
-    def _time(self, part: Part, kernels: list[Kernel], keys: dict[Kernel, str]) -> None:
+    def _time(self, part: PlacedPiece, kernels: list[Kernel], keys: dict[Kernel, str]) -> None:
         """Beside the float file, whose earlier time, if there is one, is what the others are put in relation to."""
         with tempfile.TemporaryDirectory() as folder:
             calls = [_load(_empty(), (1,), self.threads, Path(folder) / "empty.onnx")]
@@ -260,7 +258,7 @@ def _digest(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _load(program: ir.Model, shape: tuple[int, ...], threads: int, path: Path) -> Call:
+def _load(program: ir.Model, shape: tuple[int, ...], threads: int, path: Path) -> Timed:
     """A call that runs the program once on made-up input of its kind."""
     save_onnx(program, path)
     (given,) = program.graph.inputs

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from bitwright.bits.costs import FLOAT_BITS
 from bitwright.export.clips import codes_of
 from bitwright.export.onnx import to_onnx
 from bitwright.graph import ops, rewrite
@@ -25,7 +26,6 @@ from bitwright.quant.scheme import Granularity, Scheme
 from bitwright.runtimes.target import CLAMPING, Target
 from bitwright.speed.float_twin import float_twin
 
-FLOAT_BITS = 32
 INPUT, LAYER = "images", "layer"
 
 
@@ -40,7 +40,7 @@ class Kernel:
     weight: int
     """Bits of the storage: 4, 8, or 32 for float."""
     input: int
-    """Likewise 8, 16, 32; 4 stands for all below 8."""
+    """Bits of the storage of the input: 8, 16, or 32 for float; 4 stands for all below 8."""
     integer_bias: bool
     """Whether the bias is an integer of the accumulator."""
 
@@ -79,7 +79,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Part:
+class PlacedPiece:
     """Where a piece lies in a network."""
 
     layer: Layer
@@ -87,7 +87,7 @@ class Part:
     piece: Piece
 
 
-def parts_of(student: Student, images: Tensor) -> list[Part]:
+def parts_of(student: Student, images: Tensor) -> list[PlacedPiece]:
     """Every linear operator of a network, in program order.
 
     Args:
@@ -115,7 +115,7 @@ def _input_shapes(
     return {n: found[a.name] for n, a in inputs.items() if isinstance(a, fx.Node)}
 
 
-def _part(student: Student, placement: Placement, node: fx.Node, layer: Layer, shape: tuple[int, ...]) -> Part:
+def _part(student: Student, placement: Placement, node: fx.Node, layer: Layer, shape: tuple[int, ...]) -> PlacedPiece:
     nodes = _followers(placement, node)
     granularity, group_size = _granularity(None if layer.weight is None else student.quantizer(layer.weight))
     piece = Piece(
@@ -128,7 +128,7 @@ def _part(student: Student, placement: Placement, node: fx.Node, layer: Layer, s
         nodes[-1] in placement.points,
         ops.base_name(nodes[-1]) in CLAMPING,
     )
-    return Part(layer, nodes, piece)
+    return PlacedPiece(layer, nodes, piece)
 
 
 def _granularity(quantizer: Quantizer | None) -> tuple[Granularity, int | None]:
@@ -161,7 +161,7 @@ def _settings(node: fx.Node) -> str:
 # ---------------------------------------------------------------------------------------------------------- files
 
 
-def to_files(part: Part, kernels: Sequence[Kernel], base: Scheme) -> list[ir.Model]:
+def to_files(part: PlacedPiece, kernels: Sequence[Kernel], base: Scheme) -> list[ir.Model]:
     """The piece at each of these bits; its input and output are codes, as between two layers of the network.
 
     What turns codes into floats and back is in the file, and vanishes where the runtime has an integer kernel. The
@@ -181,7 +181,7 @@ def to_files(part: Part, kernels: Sequence[Kernel], base: Scheme) -> list[ir.Mod
     return [written[k] for k in kernels]
 
 
-def _quantized(part: Part, kernel: Kernel, base: Scheme) -> Student:
+def _quantized(part: PlacedPiece, kernel: Kernel, base: Scheme) -> Student:
     weights, inputs = (None if b == FLOAT_BITS else b for b in (kernel.weight, kernel.input))
     scheme = Scheme(
         weights=_bits_with_bias(kernel, base.target) if weights else None,
@@ -203,7 +203,7 @@ def _bits_with_bias(kernel: Kernel, target: Target) -> int:
     return next(w for w in reversed(storage) if Kernel.of(w, kernel.input, target) == kernel)
 
 
-def _alone(part: Part) -> Captured:
+def _alone(part: PlacedPiece) -> Captured:
     """A network of this piece alone, with made-up numbers."""
     piece, generator = part.piece, torch.Generator().manual_seed(0)
     module, graph = nn.Module(), fx.Graph()

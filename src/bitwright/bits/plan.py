@@ -145,7 +145,7 @@ class Plan(BaseModel):
         """
         if self.network is None:
             return
-        found = fingerprint(graph)
+        found = structure_digest(graph)
         if found == self.network:
             return
         names = {str(n.meta.get("layer", n.target)) for n in graph.graph.nodes} | {"input"}
@@ -228,7 +228,7 @@ def plan_of(model: Student, bits: Mapping[str, int] | None = None) -> Plan:
         if left.reason in {FLOAT_ACTIVATIONS, FLOAT_BY_RULE} and left.op != "weight":
             known = layers.get(left.name, LayerPlan())
             layers[left.name] = known.model_copy(update={"activation": ActivationPlan(bits="float")})
-    return Plan(network=fingerprint(model.graph), runtime=model.scheme.runtime, layers=layers)
+    return Plan(network=structure_digest(model.graph), runtime=model.scheme.runtime, layers=layers)
 
 
 def _weight_plan(model: Student, key: str, bits: Mapping[str, int]) -> WeightPlan:
@@ -250,7 +250,7 @@ def _activation_plan(model: Student, key: str, others: tuple[str, ...], bits: Ma
     )
 
 
-def fingerprint(graph: fx.GraphModule) -> str:
+def structure_digest(graph: fx.GraphModule) -> str:
     """16 digits that tell networks apart: names, operators and weight shapes of the layers with weights."""
     from torch import fx
 
@@ -305,7 +305,7 @@ def _check_weight(
     heads = asked.granularity == "head" and got.granularity != "head"
     if asked.bits != "float" and (wide or narrow or groups or heads):
         raise UsageError(
-            f"The plan asks for a scale a {asked.granularity} in the weight of '{name}', which can only have one a "
+            f"The plan asks for a scale per {asked.granularity} in the weight of '{name}', which can only have one per "
             f"{got.granularity}."
         )
 

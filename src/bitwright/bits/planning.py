@@ -16,14 +16,14 @@ from typing import Any
 
 from bitwright.bits import trials
 from bitwright.bits.allocate import Losses, plan_for, problem_of
-from bitwright.bits.costs import ACTIVATION_BITS, Latency, Variable, variables_of
+from bitwright.bits.costs import ACTIVATION_CHOICES, Latency, Variable, variables_of
 from bitwright.bits.goal import MEASURE, Goal
 from bitwright.bits.plan import Plan
-from bitwright.bits.solve import Solution, evaluate, pareto, reachable, solve
+from bitwright.bits.solve import Solution, pareto, reachable, solution_of, solve
 from bitwright.bits.tables import Problem
 from bitwright.errors import UsageError
 from bitwright.given import inputs
-from bitwright.given.arguments import alone, whole
+from bitwright.given.arguments import check_alone, whole_number
 from bitwright.given.images import Images
 from bitwright.graph.capture import Captured
 from bitwright.graph.student import Student, insert_quantizers
@@ -47,7 +47,8 @@ SHOWN = 17
 UNIFORM = 4
 """Bits of weights: without a limit, a plan is as large as the network with these everywhere."""
 SLACK, SLACK_BYTES = 0.005, 256
-"""Files are up to this share, and so many bytes, larger than planned: their description compresses as it comes."""
+"""Files are larger than planned by up to this share and this number of bytes, since how well their description
+compresses is not known before."""
 WITH_ACTIVATIONS = frozenset({"loss", "distance"})
 """Measures that predict what bits of activations cost; for the others, ``loss`` does."""
 OTHER_SCALE = frozenset({"eigenvalue", "q-bert"})
@@ -80,7 +81,7 @@ class Planning:
     limits: dict[str, float]
     """What was limited, in the units of ``predicted``."""
     float_bytes: int
-    """Of the parameters in float."""
+    """Bytes of the parameters in float."""
     student: Student
     """Quantizers in place, none calibrated."""
     variables: dict[str, Variable]
@@ -223,7 +224,7 @@ def plan_bits(
 
     Args:
         model: as for :func:`bitwright.quantize`.
-        images: likewise; labels in it are not looked at.
+        images: as for :func:`bitwright.quantize`; labels in it are not looked at.
         recipe: that will follow; losses are those of its closed-form roundings.
         goal: all limits, choices and the measure in one object, instead of the next nine.
         target_size: of ``model.safetensors``: ``"3.5MB"``, ``"3MiB"``, or bytes.
@@ -233,7 +234,7 @@ def plan_bits(
         max_activation_size: of the activations that are in memory together.
         max_total_size: of file and activations together.
         weights: bits to choose among, ``"2,4,8"`` or a sequence; 2, 3, 4, 5, 6 and 8 if not given.
-        activations: likewise, or ``"float"``.
+        activations: bits to choose among in the same form, or ``"float"``.
         rules: exceptions such as ``"head=w8a8"``; what they say is fixed.
         runtime: where the result will run.
         scheme: rules, runtime, granularity and more in one object, instead of the two above.
@@ -246,7 +247,7 @@ def plan_bits(
             fewer the larger the network.
         latency: seconds of layers by bits of weight and input, or a function of the student that measures them;
             timed on this machine, if they are needed and not given.
-        seed: of everything random.
+        seed: of all random choices.
         device: ``auto``, ``cpu`` or ``cuda``.
         preprocessing: of image files; a named model brings its own.
         output: name of the one output to keep, for a model that returns several.
@@ -286,20 +287,20 @@ def check_instead(scheme: Scheme | None, bits: dict[str, Any], rules: Sequence[A
     """
     if isinstance(rules, str) or not isinstance(rules, Sequence):
         raise UsageError(f"Expected a sequence such as ('head=w8a8',) as rules=, found {type(rules).__name__}.")
-    alone("scheme", scheme, {**bits, "rules": (tuple(rules), ((),)), "runtime": (runtime, ("onnxruntime",))})
+    check_alone("scheme", scheme, {**bits, "rules": (tuple(rules), ((),)), "runtime": (runtime, ("onnxruntime",))})
 
 
 def _wanted(goal: Goal | None, limits: dict[str, Any], weights: Any, activations: Any, measure: str) -> Goal:
     """The goal that was given, or that of the arguments that were given instead."""
     bits = {"weights": (weights, (None, "auto")), "activations": (activations, (8, "auto"))}
-    alone("goal", goal, {**{name: (value, (None,)) for name, value in limits.items()}, **bits})
-    alone("goal", goal, {"measure": (measure, (MEASURE,))})
+    check_alone("goal", goal, {**{name: (value, (None,)) for name, value in limits.items()}, **bits})
+    check_alone("goal", goal, {"measure": (measure, (MEASURE,))})
     goal = goal or Goal.parse(**limits, weights=weights, activations=activations, measure=measure)
-    check(goal)
+    check_goal(goal)
     return goal
 
 
-def check(goal: Goal) -> None:
+def check_goal(goal: Goal) -> None:
     """Finds what can be wrong with a goal before anything is measured.
 
     Raises:
@@ -382,8 +383,8 @@ def planned(
 
 def _checked(samples: int | None, points: int) -> int | None:
     """The number of images, once both numbers are known to be in range."""
-    samples = None if samples is None else whole("samples", samples, least=1)
-    if whole("points", points, least=0) < 2 and points != 0:
+    samples = None if samples is None else whole_number("samples", samples, least=1)
+    if whole_number("points", points, least=0) < 2 and points != 0:
         raise UsageError(f"Expected at least 2 points of the curve, found {points}.")
     return samples
 
@@ -420,7 +421,7 @@ def decide(
     if goal.max_drop is None:
         found = planned(teacher, scheme, images, goal, method, run, points=SHOWN, latency=latency, folder=kept)
         return Decision(found)
-    trials.check_answers(teacher, images, goal.max_drop)
+    trials.check_countable(teacher, images, goal.max_drop)
     fit, _ = trials.halves(images)
     found = planned(teacher, scheme, fit, goal, method, run, latency=latency, folder=kept)
     teacher.graph.to(run.device)
@@ -469,7 +470,7 @@ def _timed(
 ) -> tuple[Latency, dict[str, Any]]:
     from bitwright.bits.latency import measure_latencies
 
-    activations = goal.activations or ACTIVATION_BITS
+    activations = goal.activations or ACTIVATION_CHOICES
     found = measure_latencies(
         student, images, weights=goal.weights, activations=activations, folder=folder, progress=run.progress
     )
@@ -493,7 +494,7 @@ class _Watched(Measure):
 def _open(teacher: Captured, scheme: Scheme, goal: Goal) -> tuple[Student, dict[str, Variable]]:
     """The student with every choice open but what rules fix."""
     student = insert_quantizers(teacher, open_scheme(scheme, goal))
-    variables = variables_of(student, goal.weights, goal.activations or ACTIVATION_BITS)
+    variables = variables_of(student, goal.weights, goal.activations or ACTIVATION_CHOICES)
     if not any(v.kind == "weight" for v in variables.values()):
         raise UsageError("Expected weights whose bits can be planned, found none. `bitwright inspect` says why.")
     return student, variables
@@ -571,7 +572,7 @@ def _problem(student: Student, losses: Losses, goal: Goal, latency: Latency | No
         if explained:
             warnings.filterwarnings("ignore", message="Losses that are not finite")
         return problem_of(
-            student, losses, weights=goal.weights, activations=goal.activations or ACTIVATION_BITS, latency=latency
+            student, losses, weights=goal.weights, activations=goal.activations or ACTIVATION_CHOICES, latency=latency
         )
 
 
@@ -620,7 +621,7 @@ def _uniform(problem: Problem, variables: Mapping[str, Variable], goal: Goal) ->
             key: min(problem.options[key], key=lambda b: (abs(b - (bits if v.kind == "weight" else wanted)), b))
             for key, v in variables.items()
         }
-        found[bits] = evaluate(problem, chosen)
+        found[bits] = solution_of(problem, chosen)
     return found
 
 

@@ -18,7 +18,7 @@ from bitwright.bits.tables import Form, Numbers, Sum
 from bitwright.errors import BitwrightError
 
 NODES = 20_000
-"""Of the search tree at most; a limit in seconds would make the result depend on the machine."""
+"""Most nodes of the search tree; a limit in seconds would make the result depend on the machine."""
 ROW_SCALE = 1e6
 """Right-hand side of a scaled row: HiGHS's tolerance of 1e-6 is then one part in 1e12."""
 LOSS_SCALE = 1e4
@@ -39,7 +39,7 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class Found:
+class Incumbent:
     """A solution, and how good one can be."""
 
     choice: dict[str, int]
@@ -59,7 +59,7 @@ class Relaxed:
     bound: float
     shares: dict[str, Numbers]
     reduced: dict[str, Numbers]
-    """By how much the bound rises at least if the option is taken."""
+    """Least rise of the bound if the option is taken."""
     unit: float
     """What 1 of the scaled objective is."""
 
@@ -210,7 +210,7 @@ class Program:
         bound = found.fun * self.unit + self.constant
         return Relaxed(bound, self._shares(found.x), self._shares(reduced), self.unit)
 
-    def solve(self) -> Found | None:
+    def solve(self) -> Incumbent | None:
         """The best choice; None if there is none, or none was found.
 
         Raises:
@@ -218,7 +218,7 @@ class Program:
         """
         if not self.options:
             choice = dict.fromkeys(self.decided, 0)
-            return Found(choice, self.objective.at(choice)) if all(w.met(choice) for w in self.wanted) else None
+            return Incumbent(choice, self.objective.at(choice)) if all(w.met(choice) for w in self.wanted) else None
         whole = np.zeros(self.count)
         whole[: self.whole] = 1
         right = np.array(self.right)
@@ -231,7 +231,7 @@ class Program:
             choice = dict.fromkeys(self.decided, 0) | {v: int(s.argmax()) for v, s in self._shares(found.x).items()}
             if all(w.met(choice) for w in self.wanted):
                 bound = found.mip_dual_bound if found.mip_dual_bound is not None else found.fun
-                return Found(choice, bound * self.unit + self.constant)
+                return Incumbent(choice, bound * self.unit + self.constant)
             right = right - np.where(right == ROW_SCALE, 1e-5, 0.0)  # within HiGHS's tolerance, yet over the limit
         return None
 

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitwright.bits.program import Limit, Program, forms_of
-from bitwright.bits.tables import Bits, Form, Numbers, Problem, Sum, Tables, Term, cheapest, is_least
+from bitwright.bits.tables import Assignment, Form, Numbers, Problem, Sum, Tables, Term, cheapest, is_least
 from bitwright.errors import UsageError
 from bitwright.words import amount
 
@@ -35,21 +35,21 @@ SHOWN = 3
 class Solution:
     """The bits of every variable, their loss, and what they cost, limited or not."""
 
-    bits: Bits
+    bits: Assignment
     loss: float
     costs: dict[str, float]
     gap: float = 0.0
-    """By how much of its loss a better solution could at most be better; 0: proven best."""
+    """Largest share of the loss by which another solution could be better; 0 if this one is proven best."""
 
 
 @dataclass(frozen=True)
-class Reach:
+class CostRange:
     """What a cost can be."""
 
     least: float
     most: float
-    bits: Bits
-    """Of the least."""
+    bits: Assignment
+    """The bits that make the cost least."""
 
 
 def solve(problem: Problem, limits: Mapping[str, float] | None = None) -> Solution:
@@ -67,7 +67,7 @@ def solve(problem: Problem, limits: Mapping[str, float] | None = None) -> Soluti
     return _Prepared(problem).solve(dict(limits or {}))
 
 
-def evaluate(problem: Problem, bits: Mapping[str, int]) -> Solution:
+def solution_of(problem: Problem, bits: Mapping[str, int]) -> Solution:
     """Loss and costs of given bits."""
     return _Prepared(problem).solution({v: bits[v] for v in problem.options})
 
@@ -106,7 +106,7 @@ def pareto(
     return curve
 
 
-def reachable(problem: Problem) -> dict[str, Reach]:
+def reachable(problem: Problem) -> dict[str, CostRange]:
     """The least and the most that each cost can be, each for itself."""
     prepared = _Prepared(problem)
     return {name: prepared.reach(name) for name in problem.costs}
@@ -137,15 +137,15 @@ class _Prepared:
             raise UsageError(_explain(self, limits))
         return self.solution(found[0], found[1])
 
-    def solution(self, bits: Bits, gap: float = 0.0) -> Solution:
+    def solution(self, bits: Assignment, gap: float = 0.0) -> Solution:
         """Loss and costs of the bits of all variables, or one of each group of tied ones."""
         choice = {v: self.tables.options[v].index(bits[v]) for v in self.tables.options}
         costs = {name: cost.at(choice) for name, cost in self.tables.costs.items()}
         return Solution({v: bits[g] for v, g in self.group.items()}, self.tables.loss.at(choice), costs, gap)
 
-    def reach(self, cost: str) -> Reach:
+    def reach(self, cost: str) -> CostRange:
         bits = least_bits(self.tables, cost)
-        return Reach(self.solution(bits).costs[cost], most_of(self.tables, cost), self.solution(bits).bits)
+        return CostRange(self.solution(bits).costs[cost], most_of(self.tables, cost), self.solution(bits).bits)
 
     def least_beside(self, name: str, others: Mapping[str, float]) -> float:
         """The least of a cost while the limits of others are met; NaN if they cannot be."""
@@ -159,7 +159,7 @@ class _Prepared:
         return cost.at(choice)
 
 
-def least_bits(tables: Tables, cost: str) -> Bits:
+def least_bits(tables: Tables, cost: str) -> Assignment:
     """The bits with which a cost is least."""
     total = tables.costs[cost]
     choice = cheapest(tables.options, total.forms)
@@ -186,7 +186,7 @@ def _most(tables: Tables, forms: Sequence[Form]) -> float:
     return sum(form.at(choice) for form in forms)
 
 
-def _minimise(tables: Tables, limits: Mapping[str, float]) -> tuple[Bits, float] | None:
+def _minimise(tables: Tables, limits: Mapping[str, float]) -> tuple[Assignment, float] | None:
     """Bits of the least loss and the gap of their proof; None if none are within the limits."""
     affordable = _drop_unaffordable(tables, limits)
     if affordable is None:
@@ -217,7 +217,7 @@ def _gap(loss: float, bound: float) -> float:
     return gap if gap > 1e-9 else 0.0
 
 
-def _loss_at(tables: Tables, bits: Bits | None) -> float | None:
+def _loss_at(tables: Tables, bits: Assignment | None) -> float | None:
     if bits is None:
         return None
     return tables.loss.at({v: tables.options[v].index(b) for v, b in bits.items()})
@@ -243,7 +243,7 @@ def _drop_unaffordable(tables: Tables, limits: Mapping[str, float]) -> Tables | 
     return tables.restricted({v: np.flatnonzero(k) for v, k in keep.items()})
 
 
-def _drop_worse(tables: Tables, limits: Mapping[str, float], best: Bits) -> tuple[Tables, Bits]:
+def _drop_worse(tables: Tables, limits: Mapping[str, float], best: Assignment) -> tuple[Tables, Assignment]:
     """Without options that no solution better than ``best`` can take, and a better one if rounding finds it."""
     known = _loss_at(tables, best)
     assert known is not None
@@ -261,7 +261,7 @@ def _drop_worse(tables: Tables, limits: Mapping[str, float], best: Bits) -> tupl
     return _keep(tables, {v: reduced <= room for v, reduced in relaxed.reduced.items()}, best), best
 
 
-def _keep(tables: Tables, wanted: Mapping[str, npt.NDArray[np.bool_]], best: Bits) -> Tables:
+def _keep(tables: Tables, wanted: Mapping[str, npt.NDArray[np.bool_]], best: Assignment) -> Tables:
     """The tables with the options that are wanted, and those of the best solution."""
     keep = {}
     for v, options in tables.options.items():
@@ -371,7 +371,7 @@ def _explain(prepared: _Prepared, limits: Mapping[str, float]) -> str:
     return f"These limits cannot be met together: {'; '.join(parts)}. Raise one of them."
 
 
-def _binding(prepared: _Prepared, cost: str, bits: Bits) -> str:
+def _binding(prepared: _Prepared, cost: str, bits: Assignment) -> str:
     """The variables that most of a cost comes from."""
     problem, total = prepared.problem, prepared.tables.costs[cost]
     choice = {v: o.index(bits[v]) for v, o in prepared.tables.options.items()}

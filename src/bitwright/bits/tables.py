@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 Numbers = npt.NDArray[np.float64]
-Bits = dict[str, int]
+Assignment = dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Row:
+class TermSum:
     """A sum of terms."""
 
     terms: tuple[Term, ...]
@@ -42,8 +42,8 @@ class Cost:
     together have the first as common terms, the second as rows.
     """
 
-    common: Row
-    rows: tuple[Row, ...] = ()
+    common: TermSum
+    rows: tuple[TermSum, ...] = ()
     unit: str = ""
 
 
@@ -56,7 +56,7 @@ class Problem:
     Example:
         >>> from bitwright.bits import solve
         >>> loss = (Term(("a",), [4.0, 1.0]), Term(("b",), [3.0, 0.0]))
-        >>> size = Cost(Row((Term(("a",), [40, 80]), Term(("b",), [10, 20]))), unit="B")
+        >>> size = Cost(TermSum((Term(("a",), [40, 80]), Term(("b",), [10, 20]))), unit="B")
         >>> problem = Problem({"a": (4, 8), "b": (4, 8)}, loss, {"size": size})
         >>> solve(problem, {"size": 60}).bits
         {'a': 4, 'b': 8}
@@ -166,7 +166,7 @@ class Tables:
             name: Sum(form_of(cost.common, order), tuple(form_of(row, order) for row in cost.rows))
             for name, cost in problem.costs.items()
         }
-        return Tables(dict(problem.options), form_of(Row(problem.losses), order), costs)
+        return Tables(dict(problem.options), form_of(TermSum(problem.losses), order), costs)
 
     def restricted(self, keep: Mapping[str, npt.NDArray[np.intp]]) -> Tables:
         """The same with some options only."""
@@ -189,12 +189,12 @@ class Tables:
                 features[v].append(table)
         return self.restricted({v: _undominated(f, len(self.options[v])) for v, f in features.items()})
 
-    def bits(self, choice: Mapping[str, int]) -> Bits:
+    def bits(self, choice: Mapping[str, int]) -> Assignment:
         """The bits of chosen options."""
         return {v: o[choice[v]] for v, o in self.options.items()}
 
 
-def form_of(row: Row, order: Mapping[str, int]) -> Form:
+def form_of(row: TermSum, order: Mapping[str, int]) -> Form:
     """A row's terms, those over the same variables added up."""
     single: dict[str, Numbers] = {}
     pairs: dict[tuple[str, str], Numbers] = {}

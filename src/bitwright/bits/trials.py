@@ -21,7 +21,7 @@ from bitwright.given.images import Images
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.capture import Captured
 from bitwright.measure.metrics import Fidelity, wilson_interval
-from bitwright.pipeline import fingerprint, run_stages
+from bitwright.pipeline import run_stages, tensor_digest
 from bitwright.progress import silent
 from bitwright.quant.scheme import Scheme
 from bitwright.recipes import Recipe
@@ -89,7 +89,7 @@ def halves(images: Images) -> tuple[Images, Images]:
     return images.take(range(0, len(images), 2)), images.take(range(1, len(images), 2))
 
 
-def check_answers(teacher: Captured, images: Images, drop: float) -> None:
+def check_countable(teacher: Captured, images: Images, drop: float) -> None:
     """The network must give answers that can be counted, and there should be enough images to count them on.
 
     Raises:
@@ -174,7 +174,7 @@ def smallest(
     fit, held_out = halves(images)
     quick = method.model_copy(update={"stages": tuple(s for s in method.stages if not isinstance(s, Optimising))})
     identity = f"{[p.model_dump_json() for p in curve]} {scheme} {quick} {run.seed} {images.sha256}"
-    kept = _Kept(state, sha256(f"{identity} {fingerprint(teacher.graph)}".encode()).hexdigest())
+    kept = _Kept(state, sha256(f"{identity} {tensor_digest(teacher.graph)}".encode()).hexdigest())
     most = len(curve).bit_length() + 1
 
     def agreement(index: int) -> float:

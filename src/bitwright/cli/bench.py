@@ -11,7 +11,7 @@ from bitwright import words
 from bitwright.cli import tables
 from bitwright.cli.calls import BenchCall
 from bitwright.errors import UsageError
-from bitwright.run.folder import BENCH, alone
+from bitwright.run.folder import BENCH, exclusive
 from bitwright.runtimes import RUNTIMES
 from bitwright.speed.bench import bench as measured
 from bitwright.terminal import Terminal
@@ -39,7 +39,7 @@ def bench(call: BenchCall, terminal: Terminal) -> None:
     """Times the run; see :func:`bitwright.bench`."""
     batches, threads = counts(call.batch, "--batch"), counts(call.threads, "--threads")
     terminal.begin("Taking the quantizers out for the float file")
-    found = alone(measured)(
+    found = exclusive(measured)(
         call.run,
         runtimes=call.runtime,
         batches=batches,

@@ -75,14 +75,14 @@ def compare(call: CompareCall, terminal: Terminal) -> None:
     folders = {recipe: out / folder_name(recipe) for recipe in recipes}
     entries: list[Entry] = []
     with held(out):
-        check(call, folders.values(), out)
+        check_folders(call, folders.values(), out)
         for recipe, folder in folders.items():
             entries.append(_one(replace(call.each, recipe=recipe, out=folder), folder, terminal))
             record = {"settings": settings(call.each), "runs": [comparison.row(e) for e in entries]}
             write_json(out / RECORD, record)
-        page = pages.save(comparison.comparison(entries), out / PAGE)
+        page = pages.save_page(comparison.comparison(entries), out / PAGE)
     rows = [comparison.row(e) for e in entries]
-    verdict = comparison.verdict(entries)
+    verdict = comparison.comparison_verdict(entries)
     terminal.result({"verdict": verdict, "runs": rows, "out": str(out), "page": str(page)})
     show(rows, verdict, page, terminal)
     failed = [f"{e.name} ({e.error})" for e in entries if e.error is not None]
@@ -90,7 +90,7 @@ def compare(call: CompareCall, terminal: Terminal) -> None:
         raise BitwrightError(f"{len(failed)} of {len(entries)} recipes failed: {'; '.join(failed)}")
 
 
-def check(call: CompareCall, folders: Collection[Path], out: Path) -> None:
+def check_folders(call: CompareCall, folders: Collection[Path], out: Path) -> None:
     """Looks at every folder before the first run begins.
 
     Raises:
@@ -172,7 +172,7 @@ def _finished(folder: Path) -> bool:
 
 def show(rows: Sequence[dict[str, Any]], verdict: str, page: Path, terminal: Terminal) -> None:
     """The table, what it says, and where the page is."""
-    terminal.show(report_command.table(rows), verdict)
+    terminal.show(report_command.runs_table(rows), verdict)
     for row in rows:
         if row["error"] is not None:
             terminal.show(f"{row['run']} failed: {row['error']}")

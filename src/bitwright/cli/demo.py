@@ -16,7 +16,7 @@ from bitwright.recipes import recipe as find_recipe
 from bitwright.run.folder import STATE, check_target
 from bitwright.run.state import is_unfinished
 from bitwright.terminal import Terminal
-from bitwright.words import short
+from bitwright.words import short_path
 
 CALIBRATION, TEST = "zoo:fashion", "zoo:fashion-test"
 DEMO_STEPS = 200
@@ -78,15 +78,15 @@ def show(results: dict[str, Any], out: Path, terminal: Terminal) -> None:
         "What was written, for each network:",
     )
     for name in results:
-        folder = short((out / name).expanduser().absolute())
-        terminal.show(f"  {folder}/report.html          to look at first: one page, opens in any browser, offline")
+        folder = short_path((out / name).expanduser().absolute())
+        terminal.show(f"  {folder}/report.html          the page to look at first, which opens offline in any browser")
         terminal.show(f"  {folder}/model.onnx           to deploy: onnxruntime.InferenceSession('{folder}/model.onnx')")
         terminal.show(f"  {folder}/model.safetensors    the packed integers: bitwright.load('{folder}')")
         terminal.show(
-            f"  {folder}/result.json          every figure above and one row a layer; plan.json beside it: the bits"
+            f"  {folder}/result.json          every figure above, and one row per layer; plan.json has the bits"
         )
     first = next(iter(results))
-    folder = short((out / first).expanduser().absolute())
+    folder = short_path((out / first).expanduser().absolute())
     terminal.show(
         "",
         f"See every layer:   bitwright inspect {folder}",

@@ -32,7 +32,7 @@ from bitwright.terminal import Terminal
 BATCH = 50
 
 
-class Subject(NamedTuple):
+class Evaluated(NamedTuple):
     """What is evaluated."""
 
     kind: str
@@ -41,7 +41,7 @@ class Subject(NamedTuple):
     reference: Network | None
     images: Images
     names: tuple[str, ...]
-    """Of the outputs."""
+    """Names of the outputs."""
     readings: Sequence[Reading] = ()
     """How each is read, by the reference's graph."""
     batch: int = BATCH
@@ -117,7 +117,7 @@ def parse_classes(given: list[str]) -> Axes:
     return found
 
 
-def _run(call: EvaluateCall, axes: Axes) -> Subject:
+def _run(call: EvaluateCall, axes: Axes) -> Evaluated:
     run = load_run(call.model)
     try:
         network = float_network(run, call.float_model, call.reading)
@@ -126,20 +126,20 @@ def _run(call: EvaluateCall, axes: Axes) -> Subject:
             raise
         warnings.warn(f"Fidelity to the float network is not measured: {error}", stacklevel=2)
         images = _images(call, Model(run, call.model, run.preprocessing))
-        return Subject("run", run.flat, None, images, run.outputs)
+        return Evaluated("run", run.flat, None, images, run.outputs)
     images = _images(call, network)
     teacher = prepare_teacher(network, images, run.result.get("model", {}).get("output"), result=run.result)
     run.attach_teacher(teacher)
     reference, readings = _reading(teacher, images, axes)
-    return Subject("run", run.flat, reference, images, run.outputs, readings)
+    return Evaluated("run", run.flat, reference, images, run.outputs, readings)
 
 
-def _float(call: EvaluateCall, axes: Axes) -> Subject:
+def _float(call: EvaluateCall, axes: Axes) -> Evaluated:
     preprocessing = call.reading.preprocessing
     network = load_model(call.model, **preprocessing)
     images = _images(call, network)
     captured = prepare_teacher(network, images, call.output)
-    subject = Subject("float", lambda x: list(captured.graph(x)), None, images, captured.outputs)
+    subject = Evaluated("float", lambda x: list(captured.graph(x)), None, images, captured.outputs)
     if call.float_model is None:
         return subject
     other = prepare_teacher(load_model(call.float_model, **preprocessing), images, call.output)
@@ -153,7 +153,7 @@ def _reading(captured: Captured, images: Images, axes: Axes) -> tuple[Network, S
     return (lambda x: list(captured.graph(x))), readings
 
 
-def _onnx(call: EvaluateCall, axes: Axes) -> Subject:
+def _onnx(call: EvaluateCall, axes: Axes) -> Evaluated:
     preprocessing = call.reading.preprocessing
     path = Path(call.model).expanduser()
     if path.name == run_folder.ONNX and (path.parent / run_folder.RESULT).is_file():
@@ -179,9 +179,9 @@ def _onnx(call: EvaluateCall, axes: Axes) -> Subject:
 
     names = tuple(o.name for o in session.get_outputs())
     if network is None:
-        return Subject("onnx", run, None, images, names, batch=fixed or BATCH)
+        return Evaluated("onnx", run, None, images, names, batch=fixed or BATCH)
     reference, readings = _reading(prepare_teacher(network, images, call.output), images, axes)
-    return Subject("onnx", run, reference, images, names, readings, fixed or BATCH)
+    return Evaluated("onnx", run, reference, images, names, readings, fixed or BATCH)
 
 
 def _session(path: Path) -> Any:

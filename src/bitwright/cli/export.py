@@ -17,7 +17,7 @@ from bitwright.export.formats import FORMATS
 from bitwright.export.parity import Parity, export_checked
 from bitwright.given.images import Images
 from bitwright.given.models import Model
-from bitwright.given.text import read_json
+from bitwright.given.text import read_json, short
 from bitwright.graph.student import Student
 from bitwright.run import folder as run_folder
 from bitwright.run.files import cannot_write, move, scratch, target_file, write_json
@@ -31,10 +31,10 @@ def export(call: ExportCall, terminal: Terminal) -> None:
     """Writes the file and shows what its check found."""
     found = {**_exported(call.run, call, terminal), "warnings": terminal.warnings}
     terminal.result(found)
-    terminal.show(table(found))
+    terminal.show(parity_table(found))
 
 
-@run_folder.alone
+@run_folder.exclusive
 def _exported(run: str, call: ExportCall, terminal: Terminal) -> dict[str, Any]:
     """Writes the file of a format into the run folder (or to ``--out``) after the parity check on real images.
 
@@ -115,7 +115,7 @@ def run_images(model: Student, source: str | None, reading: ImageOptions, how: s
     except BitwrightError as error:
         if source is recorded:
             raise UsageError(
-                f"The images of the run are not where they were ({error}). Give others with {how}."
+                f"The images of the run are not where they were ({short(error)}). Give others with {how}."
             ) from error
         raise
 
@@ -134,7 +134,7 @@ def _record(path: Path, to: str, parity: dict[str, Any], size: int) -> None:
     write_json(path, result)
 
 
-def table(found: dict[str, Any]) -> Table:
+def parity_table(found: dict[str, Any]) -> Table:
     """What the check found, for people."""
     parity, whole = found["parity"], found["parity"]["optimized"]
     made = tables.table("", ">", title=f"{found['file']}, {words.size(found['bytes'])}")

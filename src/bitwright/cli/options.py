@@ -1,4 +1,4 @@
-"""The options of the command line that several verbs have, and those that belong together as one record each.
+"""The options of the command line that several verbs have; options that belong together form one record.
 
 Nothing here imports PyTorch or pydantic before a value is asked for.
 """
@@ -33,30 +33,33 @@ images_argument = partial(
 )
 run_argument = partial(argument, "RUN", "A run folder with a model.onnx in it")
 recipe_option = partial(
-    bits_option, "A name out of `bitwright recipes`, or a .yaml or .py file  [default: the best there is]"
+    bits_option,
+    "Recipe: a name that `bitwright recipes` lists, or a .yaml or .py file  [default: marked there]",
 )
 weights_option = partial(bits_option, "Bits of weights: 2 to 8, or float", "8")
 rule_option = partial(
-    bits_option, "Exception for layers, as in 'head=w8a8' or 'blocks.*=w3'; the last that matches decides"
+    bits_option, "Exception for some layers, such as 'head=w8a8' or 'blocks.*=w3'; the last rule that matches decides"
 )
 measure_option = partial(
-    planning_option, "What predicts losses: loss, trace, distance, quadratic, eigenvalue or q-bert", "loss"
+    planning_option, "Measure that predicts losses: loss, trace, distance, quadratic, eigenvalue or q-bert", "loss"
 )
 cache_option = partial(
     planning_option, "Folder where measured losses are kept  [default: BITWRIGHT_CACHE, or ~/.cache/bitwright]"
 )
 precision_option = partial(
-    budget_option, "Number format of the optimisation: float32, bfloat16, or auto, whichever is faster here", "auto"
+    budget_option,
+    "Number format of the optimisation: float32, bfloat16, or auto for the faster one on this machine",
+    "auto",
 )
-labels_option = partial(option, "CSV of file,class_index; class folders and .npz files bring their own")
+labels_option = partial(option, "CSV file of labels (file,class_index); class folders and .npz files bring their own")
 output_option = partial(option, "Name of the output to keep, if the model returns several")
-input_size_option = partial(reading_option, "224, 224x320 (height x width) or 1x28x28")
+input_size_option = partial(reading_option, "Size of the network's input: 224, 224x320 (height x width) or 1x28x28")
 seed_option = partial(option, "Seed of all random choices", 0)
-device_option = partial(option, "auto, cpu or cuda", "auto")
-runtime_option = partial(option, "onnxruntime or openvino; may be repeated  [default: what is installed]")
-batch_option = partial(option, "Images in one call of the file; several sizes are measured one by one")
-no_images_option = partial(option, "Leave out of the report the few images whose answers differ", False)
-force_files_option = partial(option, "Replace the files that an earlier call left in --out", False)
+device_option = partial(option, "Device to compute on: auto, cpu or cuda", "auto")
+runtime_option = partial(option, "Runtime: onnxruntime or openvino; may be repeated  [default: all that are installed]")
+batch_option = partial(option, "Images per call of the file; several batch sizes are measured one by one")
+no_images_option = partial(option, "Do not show the images whose answers differ in the report", False)
+force_files_option = partial(option, "Replace the files that an earlier call wrote into --out", False)
 
 
 @dataclass(frozen=True)
@@ -69,25 +72,25 @@ class NetworkOptions:
 
 @dataclass(frozen=True)
 class GridOptions:
-    """What the integers of a tensor are spread over, and where they will be computed with."""
+    """Which weights share a scale, and in which runtime the result will run."""
 
     runtime: str = bits_option(
         "Where the result will run: onnxruntime, openvino, tensorrt, executorch, generic or generic-pot", "onnxruntime"
     )
     granularity: str = bits_option(
-        "What shares a weight scale: channel, tensor, group, or head (of attention; all other weights by channel)",
+        "Weights that share one scale: channel, tensor, group, or head (of attention; other weights per channel)",
         "channel",
     )
     group_size: int | None = bits_option(
-        "Input channels of one scale with --granularity group  [default: 64], most channels of a head with head  "
-        "[default: all]"
+        "Input channels per scale with --granularity group  [default: 64]; with head, the most channels per scale  "
+        "[default: the whole head]"
     )
 
     def scheme(self, weights: str, activations: str, rule: list[str] | None) -> Scheme:
         """The scheme of these bits.
 
         Raises:
-            UsageError: a part of it does not exist.
+            UsageError: the granularity, the runtime or the bits do not exist.
         """
         from bitwright.quant.scheme import GRANULARITIES, Rule, Scheme
 
@@ -105,14 +108,14 @@ class GridOptions:
 
 @dataclass(frozen=True)
 class BitOptions:
-    """How many bits everything but the weights gets; those have an option of each verb's own."""
+    """Bits of everything but the weights, for which each verb has an option of its own."""
 
     activations: str = bits_option(
         "Bits of activations: 2 to 8, 16, float, or auto (8, and 16 for the few that need them)", "8"
     )
     rule: list[str] | None = rule_option()
     plan: Path | None = bits_option(
-        "A plan.json, or a run with one: bits layer by layer; --weights and --activations for what it leaves open"
+        "Bits layer by layer, from a plan.json or a run with one; --weights and --activations fill what it leaves open"
     )
     grid: GridOptions = GridOptions()
 
@@ -121,7 +124,7 @@ class BitOptions:
         """The plan, read once.
 
         Raises:
-            UsageError: it cannot be read, or is none.
+            UsageError: the file cannot be read, or holds no plan.
         """
         if self.plan is None:
             return None
@@ -134,7 +137,7 @@ class BitOptions:
 
         Args:
             weights: bits.
-            activations: bits, if they are not what was given.
+            activations: bits instead of those that were given.
         """
         found = self.grid.scheme(weights, self.activations if activations is None else activations, self.rule)
         return found if self.planned is None else self.planned.scheme(found)
@@ -144,16 +147,16 @@ class BitOptions:
 class LimitOptions:
     """Limits within which bits are planned."""
 
-    target_size: str | None = planning_option("Size that model.safetensors may have: 3500000B, 100kB, 3.5MB or 3MiB")
+    target_size: str | None = planning_option("Largest size of model.safetensors: 3500000B, 100kB, 3.5MB or 3MiB")
     compression: str | None = planning_option(
-        "How many times smaller than the float parameters model.safetensors must be, as in 6"
+        "How many times smaller than the float parameters model.safetensors must be, such as 6"
     )
-    max_bops: str | None = planning_option("Multiply-accumulates x bits of both operands, as in 2e9 or 2G")
-    max_latency: str | None = planning_option("Milliseconds for one image", metavar="MS")
+    max_bops: str | None = planning_option("Most bit operations (MACs x bits of both operands), such as 2e9 or 2G")
+    max_latency: str | None = planning_option("Most milliseconds per image", metavar="MS")
 
     @property
     def given(self) -> list[str]:
-        """The names of those that were given."""
+        """Names of the limits that were given."""
         return [name for name, value in asdict(self).items() if value is not None]
 
     def goal(self, weights: str, activations: str, measure: str) -> Goal:
@@ -168,7 +171,7 @@ class RunLimitOptions(LimitOptions):
     """Limits of a run."""
 
     max_drop: str | None = planning_option(
-        "Share of answers that may change, as in 0.01: the smallest network that keeps it, as estimated"
+        "Share of answers that may change, such as 0.01; finds the smallest network that is estimated to keep it"
     )
 
 
@@ -177,17 +180,19 @@ class PlanLimitOptions(LimitOptions):
     """Limits of a plan."""
 
     max_activation_size: str | None = planning_option(
-        "Memory that the activations of one image may take together, as in 64kB"
+        "Most memory of the activations of one image together, such as 64kB"
     )
-    max_total_size: str | None = planning_option("Size of model.safetensors and of the activations together, as in 3MB")
+    max_total_size: str | None = planning_option(
+        "Most bytes of model.safetensors and activations together, such as 3MB"
+    )
 
 
 @dataclass(frozen=True)
 class DataOptions:
     """Images to calibrate and to measure on."""
 
-    samples: int | None = option("Images to calibrate on, evenly spread  [default: 512 at most]")
-    evaluate: str | None = option("Images to measure on; the calibration images if not given")
+    samples: int | None = option("Number of images to calibrate on, spread evenly over IMAGES  [default: at most 512]")
+    evaluate: str | None = option("Images to measure on  [default: the calibration images]")
     labels: str | None = labels_option()
 
 
@@ -196,15 +201,15 @@ class ImageOptions:
     """How image files are read."""
 
     input_size: str | None = input_size_option()
-    mean: str | None = reading_option("One number, or one per channel, for pixel values in 0..1")
-    std: str | None = reading_option("One number, or one per channel, above 0")
-    interpolation: str | None = reading_option("nearest, bilinear, bicubic or lanczos")
-    crop_pct: float | None = reading_option("Input size over resized size, such as 0.875")
+    mean: str | None = reading_option("Mean to subtract from pixel values in 0..1: one number, or one per channel")
+    std: str | None = reading_option("Standard deviation to divide by: one number above 0, or one per channel")
+    interpolation: str | None = reading_option("Method of resizing: nearest, bilinear, bicubic or lanczos")
+    crop_pct: float | None = reading_option("Share of the resized image that the centre crop keeps, such as 0.875")
     skip_unreadable: bool = option("Leave out images that cannot be decoded", False)
 
     @property
     def preprocessing(self) -> dict[str, Any]:
-        """What was said of preprocessing, by name; only what was said."""
+        """The settings of preprocessing that were given, by name."""
         return {k: v for k, v in asdict(self).items() if v is not None and k != "skip_unreadable"}
 
 
@@ -213,16 +218,16 @@ class BudgetOptions:
     """How long an optimisation may take."""
 
     steps: str | None = budget_option(
-        "Steps of the optimisation, instead of the recipe's; 300,500 for a recipe with two such stages", metavar="N[,N]"
+        "Steps of the optimisation instead of the recipe's; 300,500 for a recipe with two such stages", metavar="N[,N]"
     )
     minutes: float | None = budget_option(
-        "Minutes for the whole optimisation, instead of --steps; the result says how many steps that made"
+        "Minutes for the whole optimisation instead of --steps; the result says how many steps they allowed"
     )
     precision: str = precision_option()
 
     @property
     def numbers(self) -> tuple[int, ...] | None:
-        """Steps of each stage that takes some.
+        """Steps of each stage that optimises.
 
         Raises:
             UsageError: the text is no list of whole numbers.
@@ -238,9 +243,9 @@ class BudgetOptions:
 
     @property
     def number_format(self) -> Precision:
-        """Of the optimisation.
+        """Number format of the optimisation.
 
         Raises:
-            UsageError: there is none of the name.
+            UsageError: there is no format of this name.
         """
         return cast("Precision", one_of("precision", self.precision, ("auto", "float32", "bfloat16")))

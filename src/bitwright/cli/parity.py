@@ -38,7 +38,7 @@ def parity(call: ParityCall, terminal: Terminal) -> None:
     _refuse(found)
 
 
-@run_folder.alone
+@run_folder.exclusive
 def _compared(run: str, call: ParityCall, terminal: Terminal) -> dict[str, Any]:
     """What ``parity.json`` holds.
 
@@ -127,7 +127,7 @@ def views(data: dict[str, Any]) -> list[RenderableType]:
                     whole.add_row(title, str(batch["batch"]), *_gap(row))
     codes = tables.table(
         "operators", "kernel", ">layers", ">codes", ">simulation, reference", ">reference, runtime",
-        ">simulation, runtime", title="Codes that differ (by at most so many steps), each layer fed the same codes",
+        ">simulation, runtime", title="Codes that differ (by how many steps at most), each layer fed the same codes",
     )  # fmt: skip
     for row in data["operators"]:
         pairs = (_codes(row[k]) for k in ("simulation_reference", "reference_runtime", "simulation_runtime"))

@@ -11,7 +11,7 @@ from bitwright.bits import planning
 from bitwright.bits.planning import Planning
 from bitwright.cli import plans, tables
 from bitwright.cli.calls import PlanCall
-from bitwright.cli.sources import check_target, empty_removed, load_inputs, sources
+from bitwright.cli.sources import check_output, empty_removed, load_inputs, sources
 from bitwright.errors import UsageError, quiet_libraries
 from bitwright.given.images import Images
 from bitwright.given.inputs import find_device
@@ -20,7 +20,7 @@ from bitwright.report import plan_page
 from bitwright.run.files import write_text
 from bitwright.run.result import environment, peak_memory_bytes
 from bitwright.terminal import Terminal
-from bitwright.words import short
+from bitwright.words import short_path
 
 FILES = ("plan.json", "pareto.json", "plan.html")
 SHOWN = 12
@@ -33,12 +33,12 @@ def plan(call: PlanCall, terminal: Terminal) -> None:
     Raises:
         UsageError: the call is wrong, the limits cannot be met, or something is in the way in ``--out``.
     """
-    planning.check(call.goal)
+    planning.check_goal(call.goal)
     find_device(call.device)
     if call.point is not None and call.goal.asked:
         raise UsageError("Expected --point or limits, found both.")
     folder = (call.out or Path("plan")).expanduser().absolute()
-    check_target(folder, FILES, force=call.force)
+    check_output(folder, FILES, force=call.force)
     network, images = load_inputs(call.network, call.reading, terminal)
     with empty_removed(folder):
         found = _planned(network, images, call, terminal)
@@ -109,20 +109,20 @@ def next_command(call: PlanCall, folder: Path) -> str:
     flags += [] if call.goal.activations else ["--activations", "float"]
     flags += [] if call.recipe is None else ["--recipe", call.recipe]
     flags += ["--skip-unreadable"] if call.reading.skip_unreadable else []
-    chosen = short(folder / FILES[0])
+    chosen = short_path(folder / FILES[0])
     return shlex.join(["bitwright", "quantize", call.network.model, call.network.images, "--plan", chosen, *flags])
 
 
 def show(found: Planning, facts: dict[str, Any], paths: list[Path], terminal: Terminal) -> None:
     """The plan, the curve, what they say, the files, and what to run next."""
-    layers = tables.table(*plan_page.right(plan_page.LAYERS), title=f"{facts['model']['name']}: the plan")
+    layers = tables.table(*plan_page.right(plan_page.LAYER_HEADINGS), title=f"{facts['model']['name']}: the plan")
     for row in plan_page.layer_rows(found):
         layers.add_row(*row)
-    curve = tables.table(*plan_page.right(plan_page.CURVE), title="What other limits give")
+    curve = tables.table(*plan_page.right(plan_page.CURVE_HEADINGS), title="What other limits give")
     points, uniform = plan_page.curve_rows(found, SHOWN)
     for point in sorted([*points, *uniform], key=lambda r: r.cost):
         curve.add_row(*point.cells, style="bold" if point.chosen else None)
     left = f"All {len(found.curve)} points, with their bits, are in pareto.json; --point N plans one of them."
-    written = f"Written: {', '.join(map(short, paths))}"
-    said = [*plan_page.verdict(found), plan_page.source(found, facts["sources"]["scores"]), left, written]
+    written = f"Written: {', '.join(map(short_path, paths))}"
+    said = [*plan_page.plan_verdict(found), plan_page.source(found, facts["sources"]["scores"]), left, written]
     terminal.show(layers, curve, *said, f"Next: {facts['next']}")

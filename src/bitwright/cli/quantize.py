@@ -25,7 +25,7 @@ from bitwright.run.result import command_line
 from bitwright.run.state import begin
 from bitwright.sensitivity import diagnosis
 from bitwright.terminal import Terminal
-from bitwright.words import short
+from bitwright.words import short_path
 
 
 class Inputs(NamedTuple):
@@ -111,7 +111,7 @@ def find_inputs(call: QuantizeCall, terminal: Terminal) -> Inputs:
     api.check_budget(call.budget.numbers, call.budget.minutes, find_recipe(call.recipe))
     find_device(call.device)
     if call.goal is not None:
-        planning.check(call.goal)
+        planning.check_goal(call.goal)
     if call.data.labels is not None and call.data.evaluate is None:
         raise UsageError("Labels are used for evaluation only. Give the images they belong to with --evaluate.")
     terminal.begin("Loading the network")
@@ -134,9 +134,9 @@ def show(result: dict[str, Any], folder: Path, terminal: Terminal) -> None:
     terminal.show(tables.outcome(result), *tables.fidelity_notes(outputs), *plans.sentences(result.get("plan")))
     if result["data"]["evaluation"]["same_as_calibration"]:
         terminal.show("Measured on the calibration images; name others with --evaluate.")
-    terminal.show(*diagnosis.told(result.get("diagnosis")))
+    terminal.show(*diagnosis.diagnosis_lines(result.get("diagnosis")))
     files = ", ".join(sorted(p.name for p in folder.iterdir()))
-    terminal.show(f"Written to {short(folder)}: {files}")
+    terminal.show(f"Written to {short_path(folder)}: {files}")
 
 
 def _dry_run(call: QuantizeCall, terminal: Terminal) -> None:

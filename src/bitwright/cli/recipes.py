@@ -15,7 +15,7 @@ def recipes(call: RecipesCall, terminal: Terminal) -> None:
         terminal.result(found.settings())
         terminal.show(found.to_yaml().rstrip("\n"))
         return
-    all_there = known.builtin().values()
+    all_there = known.builtin_recipes().values()
     rows = [
         {"name": r.name, "summary": r.summary, "paper": r.paper, "default": r.name == known.DEFAULT} for r in all_there
     ]

@@ -16,11 +16,11 @@ from bitwright.errors import UsageError
 from bitwright.report import comparison
 from bitwright.report.comparison import Entry
 from bitwright.report.shown import read_run
-from bitwright.report.verdict import verdict
+from bitwright.report.verdict import run_verdict
 from bitwright.run import folder as run_folder
 from bitwright.terminal import Terminal
 
-DEFAULT = Path("comparison.html")
+COMPARISON_PAGE = Path("comparison.html")
 
 
 def report(call: ReportCall, terminal: Terminal) -> None:
@@ -31,26 +31,26 @@ def report(call: ReportCall, terminal: Terminal) -> None:
     """
     folders = [Path(r).expanduser() for r in call.runs]
     if call.out is not None and call.out.suffix.lower() not in {".html", ".htm"}:
-        raise UsageError(f"Expected an .html file for --out, found {call.out}. Such as --out {DEFAULT}.")
+        raise UsageError(f"Expected an .html file for --out, found {call.out}. Such as --out {COMPARISON_PAGE}.")
     if len({f.resolve() for f in folders}) < len(folders):
         raise UsageError("Expected different runs, found one of them twice. Name each once.")
     found: dict[str, Any]
     if len(folders) == 1:
         shown = read_run(folders[0])
         path = pages.write(folders[0], call.out)
-        found = {"run": str(folders[0]), "verdict": verdict(shown.result, shown.facts)}
+        found = {"run": str(folders[0]), "verdict": run_verdict(shown.result, shown.facts)}
     else:
         entries = [Entry(name, read_run(f)) for name, f in zip(short_names(folders), folders, strict=True)]
-        path = call.out or DEFAULT
+        path = call.out or COMPARISON_PAGE
         rows = []
         for folder, entry in zip(folders, entries, strict=True):
             with run_folder.shown(folder):
                 rows.append(comparison.row(entry))
-        pages.save(comparison.comparison(entries), path)
-        found = {"verdict": comparison.verdict(entries), "runs": rows}
+        pages.save_page(comparison.comparison(entries), path)
+        found = {"verdict": comparison.comparison_verdict(entries), "runs": rows}
     terminal.result({**found, "page": str(path)})
     if "runs" in found:
-        terminal.show(table(found["runs"]))
+        terminal.show(runs_table(found["runs"]))
     terminal.show(found["verdict"], f"Written: {path}")
 
 
@@ -69,7 +69,7 @@ def short_names(folders: Sequence[Path]) -> list[str]:
     return [str(f) for f in folders]
 
 
-def table(rows: Sequence[dict[str, Any]]) -> Table:
+def runs_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Runs for people: a line each, the reason for those that failed."""
     metric = next((k for k in ("top1", "miou") if any(r.get(k) is not None for r in rows)), None)
     heads = [">top-1 (95 % interval)" if metric == "top1" else f">{metric}"] if metric else []

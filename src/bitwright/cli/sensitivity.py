@@ -7,14 +7,14 @@ from typing import Any
 
 from bitwright.cli import tables
 from bitwright.cli.calls import SensitivityCall
-from bitwright.cli.sources import check_target, empty_removed, load_inputs, sources
+from bitwright.cli.sources import check_output, empty_removed, load_inputs, sources
 from bitwright.errors import quiet_libraries
 from bitwright.given.references import absolute_source
 from bitwright.measure.evaluation import check_labels
 from bitwright.report import sensitivity_page
 from bitwright.sensitivity import report
 from bitwright.terminal import Terminal
-from bitwright.words import short
+from bitwright.words import short_path
 
 SHOWN = 12
 """Layers in the table; the files hold all."""
@@ -28,7 +28,7 @@ def sensitivity(call: SensitivityCall, terminal: Terminal) -> None:
     """
     settings = _settings(call)
     folder = (call.out or Path("sensitivity")).expanduser().absolute()
-    check_target(folder, ("sensitivity.json", "sensitivity.html"), force=call.force)
+    check_output(folder, ("sensitivity.json", "sensitivity.html"), force=call.force)
     network, images = load_inputs(call.network, call.reading, terminal, call.labels)
     if settings.matrix == "hessian":
         check_labels(network, images)
@@ -50,16 +50,16 @@ def sensitivity(call: SensitivityCall, terminal: Terminal) -> None:
         }
         found["warnings"] = list(terminal.warnings)
         terminal.begin("Drawing")
-        paths = report.write(found, folder)
+        paths = report.write_sensitivity(found, folder)
     terminal.finish()
     terminal.result({**found, "files": [str(p) for p in paths]})
     show(found, paths, terminal)
 
 
-def _settings(call: SensitivityCall) -> report.Settings:
+def _settings(call: SensitivityCall) -> report.CurvatureSettings:
     matrix: Any = call.matrix or ("fisher" if call.labels is None else "hessian")
     names = ("bits", "eigenvalues", "steps", "spectrum_samples", "probes", "tolerance", "channels")
-    settings = report.Settings(matrix, **{name: getattr(call, name) for name in names})
+    settings = report.CurvatureSettings(matrix, **{name: getattr(call, name) for name in names})
     settings.check()
     return settings
 
@@ -70,9 +70,11 @@ def show(found: dict[str, Any], paths: list[Path], terminal: Terminal) -> None:
     title = f"{found['model']['name']}: {found['settings']['meaning']}"
     made = tables.table(*(h if h == "layer" else f">{h}" for h in sensitivity_page.HEADINGS), title=title)
     for row in rows[:SHOWN]:
-        made.add_row(*sensitivity_page.cells(row))
+        made.add_row(*sensitivity_page.layer_cells(row))
     network = found["network"]
     rest = f"{len(rows) - SHOWN} more layers in the files. " if len(rows) > SHOWN else ""
     top = "".join(f", top eigenvalue {v:.3g}" for v in network["eigenvalues"][:1])
     whole = f"{rest}The network: trace {network['trace']:.3g} ± {network['trace_error']:.1g}{top}."
-    terminal.show(made, whole, *sensitivity_page.verdict(found), f"Written: {', '.join(map(short, paths))}")
+    terminal.show(
+        made, whole, *sensitivity_page.sensitivity_verdict(found), f"Written: {', '.join(map(short_path, paths))}"
+    )

@@ -56,7 +56,7 @@ def command(kind: type[Call]) -> Callable[..., None]:
     """The function of a verb that typer takes: its parameters are the record's options, and ``--json``."""
 
     def run(*, as_json: bool, **given: Any) -> None:
-        call = gather(kind, given)
+        call = make_record(kind, given)
         with Terminal(as_json=as_json) as terminal:
             call.check()
             if call.begins:
@@ -84,7 +84,7 @@ def parameters_of(kind: Any) -> Iterator[inspect.Parameter]:
             yield inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=declared)
 
 
-def gather(kind: type[Record], given: dict[str, Any]) -> Record:
+def make_record(kind: type[Record], given: dict[str, Any]) -> Record:
     """The record, and its groups, with the values that typer read.
 
     Args:
@@ -93,7 +93,7 @@ def gather(kind: type[Record], given: dict[str, Any]) -> Record:
     """
     hints: dict[str, Any] = get_type_hints(kind)
     values = {
-        each.name: gather(hints[each.name], given) if is_dataclass(hints[each.name]) else given[each.name]
+        each.name: make_record(hints[each.name], given) if is_dataclass(hints[each.name]) else given[each.name]
         for each in fields(kind)  # type: ignore[arg-type]
     }
     return kind(**values)

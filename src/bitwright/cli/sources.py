@@ -17,6 +17,7 @@ from bitwright.given.images import Images, load_images
 from bitwright.given.models import Model, example_shape, load_model
 from bitwright.given.preprocessing import Preprocessing
 from bitwright.given.references import absolute_reference, absolute_source
+from bitwright.given.text import short
 from bitwright.graph.student import Student
 from bitwright.run import folder as run_folder
 from bitwright.run.files import first_existing, remove_empty
@@ -107,7 +108,8 @@ def float_network(run: Student, reference: str | None, reading: ImageOptions) ->
     try:
         return load_model(where, **settings)
     except (BitwrightError, TypeError) as error:
-        raise UsageError(f"The network of this run is not where it was ({error}). Give it with --float.") from error
+        said = short(error)
+        raise UsageError(f"The network of this run is not where it was ({said}). Give it with --float.") from error
 
 
 def is_code(reference: str) -> bool:
@@ -156,7 +158,7 @@ def load_inputs(
     return found, images_at(network.images, found, reading, labels=labels)
 
 
-def check_target(folder: Path, names: Iterable[str], *, force: bool) -> None:
+def check_output(folder: Path, names: Iterable[str], *, force: bool) -> None:
     """Looks at the folder that files are written into.
 
     Raises:

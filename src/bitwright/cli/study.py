@@ -10,14 +10,14 @@ from rich.table import Table
 from bitwright import studies
 from bitwright.cli import tables
 from bitwright.cli.calls import StudyCall
-from bitwright.cli.sources import check_target, empty_removed
+from bitwright.cli.sources import check_output, empty_removed
 from bitwright.errors import UsageError
 from bitwright.given.models import load_model
 from bitwright.given.references import absolute_reference, absolute_source
 from bitwright.run.lock import held
 from bitwright.studies import figures
 from bitwright.terminal import Terminal
-from bitwright.words import short
+from bitwright.words import short_path
 
 
 def study(call: StudyCall, terminal: Terminal) -> None:
@@ -29,7 +29,7 @@ def study(call: StudyCall, terminal: Terminal) -> None:
     if call.name is None:
         _list(terminal)
         return
-    name = studies.find(call.name).name
+    name = studies.find_study(call.name).name
     preprocessing = call.reading.preprocessing
     if call.model is None and preprocessing:
         raise UsageError(f"Expected MODEL and IMAGES for --{next(iter(preprocessing)).replace('_', '-')}, found none.")
@@ -40,13 +40,13 @@ def study(call: StudyCall, terminal: Terminal) -> None:
     show(result, paths, terminal)
 
 
-def _written(call: StudyCall, folder: Path, kept: Path, terminal: Terminal) -> tuple[studies.Result, list[Path]]:
+def _written(call: StudyCall, folder: Path, kept: Path, terminal: Terminal) -> tuple[studies.StudyResult, list[Path]]:
     """The study and its two files, while nobody else writes them."""
     if kept.is_file() and not call.resume and not call.force:
         raise UsageError(f"An unfinished study is in {kept}. Go on with --resume, or start again with --force.")
     name = kept.name.removesuffix(".partial.json")
     resumed = call.resume and kept.is_file()
-    check_target(folder, (f"{name}.json", f"{name}.html"), force=call.force or resumed)
+    check_output(folder, (f"{name}.json", f"{name}.html"), force=call.force or resumed)
     try:
         with empty_removed(folder):
             result = _run(name, call, kept, terminal)
@@ -64,7 +64,7 @@ def _written(call: StudyCall, folder: Path, kept: Path, terminal: Terminal) -> t
     return result, list(paths)
 
 
-def _run(name: str, call: StudyCall, kept: Path, terminal: Terminal) -> studies.Result:
+def _run(name: str, call: StudyCall, kept: Path, terminal: Terminal) -> studies.StudyResult:
     model: Any = None
     if call.model is not None:
         terminal.begin("Loading the network")
@@ -113,22 +113,22 @@ def _seeds(text: str | None) -> list[int] | None:
         raise UsageError(f"Expected seeds like '0,1,2', found '{text}'.") from error
 
 
-def show(result: studies.Result, paths: list[Path], terminal: Terminal) -> None:
+def show(result: studies.StudyResult, paths: list[Path], terminal: Terminal) -> None:
     """The summary as a table, how to read it, what it says, and the files."""
     summary = result.summary if result.study.brief is None else result.study.brief(result.summary)
-    heads, lines = figures.table(summary)
+    heads, lines = figures.summary_table(summary)
     texts = {key for row in summary for key, value in row.items() if isinstance(value, str)}
     made: Table = tables.table(*(h if h in texts else f">{h}" for h in heads), title=result.study.name)
     for line in lines:
         made.add_row(*line)
-    terminal.show(made, result.study.reading, *result.verdict, f"Written: {', '.join(map(short, paths))}")
+    terminal.show(made, result.study.reading, *result.verdict, f"Written: {', '.join(map(short_path, paths))}")
 
 
 def _list(terminal: Terminal) -> None:
     """Name, summary, paper and what is reproduced, of every study."""
     keys = ("name", "summary", "paper", "reproduces")
-    terminal.result({"studies": [{key: getattr(s, key) for key in keys} for s in studies.builtin().values()]})
+    terminal.result({"studies": [{key: getattr(s, key) for key in keys} for s in studies.builtin_studies().values()]})
     made = tables.table("study", "what it compares", "paper")
-    for each in studies.builtin().values():
+    for each in studies.builtin_studies().values():
         made.add_row(each.name, each.summary, each.paper)
     terminal.show(made)

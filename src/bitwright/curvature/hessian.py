@@ -10,7 +10,8 @@ For N images with losses ``l_n`` of the outputs ``f_n``, weights ``w`` and Jacob
 The first two need no label and are never negative (methods, section 0.7). All are streamed: a pass over the images
 holds one batch's graph, and serves the products of all layers, all blocks and the network together. That, buffers in
 place of parameters, and forward derivatives that ATen lacks (``silu_backward``) are why this is not built on curvlinops
-3.0.1, whose operators take a pass a layer (18 layers of the zoo's ViT: 5.4 s, here 1.9 s) and end at such an operator.
+3.0.1, whose operators take one pass per layer (18 layers of the zoo's ViT: 5.4 s, here 1.9 s) and end at such an
+operator.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 Name = TypeVar("Name", str, int)
 Matrix = Literal["fisher", "squared", "hessian"]
-Loss = Callable[[list[Tensor], Tensor], Tensor]
+LossFunction = Callable[[list[Tensor], Tensor], Tensor]
 """``loss(outputs, targets)``, a scalar, summed over the images."""
 
 
@@ -94,7 +95,7 @@ def weights_of(graph: fx.GraphModule) -> dict[str, fx.Node]:
     return found
 
 
-def groups(graph: fx.GraphModule) -> list[Group]:
+def weight_groups(graph: fx.GraphModule) -> list[Group]:
     """Every layer, every block and the network; a weight that several layers share belongs to the first."""
     readers = weights_of(graph)
     sizes = {path: rewrite.get_tensor(graph, path).numel() for path in readers}
@@ -127,7 +128,7 @@ class Curvature:
     """
 
     def __init__(
-        self, graph: fx.GraphModule, data: Data, matrix: Matrix = "fisher", loss: Loss = cross_entropy
+        self, graph: fx.GraphModule, data: Data, matrix: Matrix = "fisher", loss: LossFunction = cross_entropy
     ) -> None:
         if matrix == "hessian" and data.images.labels is None:
             raise UsageError("Expected labels for the Hessian of a loss, found none. Give labels=, or go without.")
@@ -415,7 +416,7 @@ class _Probing:
 
     @property
     def variance(self) -> Tensor:
-        """Of the mean."""
+        """Variance of the mean."""
         if self.count < 2:
             return torch.full_like(self.values[0], float("inf"))
         return torch.stack(self.values).var(0) / self.count

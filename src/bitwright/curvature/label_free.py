@@ -34,7 +34,7 @@ Distribution = Literal["rademacher", "gaussian"]
 
 
 @dataclass
-class Scores:
+class HessianScores:
     """What the label-free Hessian says of each interest tensor.
 
     Shapes: N images, L points.
@@ -95,15 +95,15 @@ def label_free_scores(
     elements: bool = False,
     seed: int = 0,
     total: int | None = None,
-) -> Scores:
+) -> HessianScores:
     """Scores of every point for every image.
 
     Args:
         graph: the float network.
         batches: images [B, C, H, W] on the graph's device.
         points: where.
-        probes: the most backward passes a batch may take.
-        least: and the fewest.
+        probes: the most backward passes per batch.
+        least: the fewest backward passes per batch.
         tolerance: the relative standard error of the layers' mean traces that ends the probing. A batch is done when
             its own error is small enough for the mean over all images to reach it.
         distribution: of the probes; Rademacher has the smaller variance.
@@ -130,7 +130,7 @@ def label_free_scores(
 
 
 def images_at_once(graph: fx.GraphModule, pair: Tensor, points: list[Point], budget: int) -> int:
-    """How many images :func:`label_free_scores` can take in a batch with so many bytes of memory, at least one.
+    """How many images per batch :func:`label_free_scores` can take within ``budget`` bytes of memory, at least one.
 
     Args:
         graph: the float network.
@@ -225,7 +225,7 @@ class _Batch:
         return torch.where(mean > 0, variance.sqrt() / mean.clamp_min(1e-300), 0.0)
 
 
-def _join(parts: list[_Batch], points: list[Point], probe: _Probe) -> Scores:
+def _join(parts: list[_Batch], points: list[Point], probe: _Probe) -> HessianScores:
     count = sum(p.count for p in parts)
     factor = 2 / max(probe.outputs, 1)
     trace = torch.cat([p.sum / max(p.probes, 1) for p in parts]) * factor
@@ -247,7 +247,7 @@ def _join(parts: list[_Batch], points: list[Point], probe: _Probe) -> Scores:
     if not bool(torch.isfinite(trace).all()):
         worst = int((~torch.isfinite(trace)).any(0).nonzero()[0])
         raise ModelError(f"The gradient at {points[worst].layer} is not finite for some calibration image.")
-    return Scores(
+    return HessianScores(
         [p.layer for p in points],
         probe.outputs,
         trace.float(),
@@ -318,7 +318,7 @@ def _carries_tensors(node: fx.Node) -> bool:
 # ---------------------------------------------------------------------------------------------- the cache
 
 
-def cached_scores(folder: Path | None, key: str, compute: Callable[[], Scores]) -> Scores:
+def cached_scores(folder: Path | None, key: str, compute: Callable[[], HessianScores]) -> HessianScores:
     """Scores kept beside the run under a key of everything they depend on; computed if they are not there.
 
     Args:
@@ -337,7 +337,7 @@ def cached_scores(folder: Path | None, key: str, compute: Callable[[], Scores]) 
     return found
 
 
-def _save(scores: Scores, path: Path) -> None:
+def _save(scores: HessianScores, path: Path) -> None:
     tensors = {"trace": scores.trace, "attention": scores.attention, "error": scores.error}
     tensors |= {f"elements/{name}": t for name, t in scores.elements.items()}
     header = {
@@ -348,8 +348,8 @@ def _save(scores: Scores, path: Path) -> None:
     checkpoint.write(path, tensors, header)
 
 
-def _scores(header: dict[str, str], tensors: dict[str, Tensor]) -> Scores:
-    return Scores(
+def _scores(header: dict[str, str], tensors: dict[str, Tensor]) -> HessianScores:
+    return HessianScores(
         json.loads(header["layers"]),
         int(header["outputs"]),
         tensors["trace"],

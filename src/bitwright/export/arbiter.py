@@ -19,14 +19,14 @@ from torch import Tensor, fx
 
 from bitwright.export.clips import codes_of
 from bitwright.export.layers import LayerParity, activation_quantizers, beyond, compare_layer, cut_at, simulated
-from bitwright.export.reference import FLOAT, run_reference
+from bitwright.export.reference import FLOAT_KERNEL, run_reference
 from bitwright.graph import ops
 from bitwright.graph.student import Student
 from bitwright.graph.watch import watch
 from bitwright.quant.quantizer import Quantizer
 from bitwright.runtimes.onnxruntime import session
 
-BATCH = 8
+COMPARED_AT_ONCE = 8
 CARRIES = frozenset({"Clip", "Transpose", "Reshape", "Squeeze", "Unsqueeze"})
 """Operators of an optimized file that a kernel's codes may pass through."""
 PRODUCTS = frozenset({"MatMulNBits", "MatMulIntegerToFloat"})
@@ -47,7 +47,7 @@ class Difference:
         self.max_steps = max(self.max_steps, int(steps.max()) if steps.numel() else 0)
 
     def beyond(self, count: int) -> bool:
-        """Whether that is more, of so many codes, than summation in float32 explains."""
+        """Whether more of the ``count`` codes differ than summation in float32 explains."""
         return beyond(self.differing, self.max_steps, count)
 
     def __add__(self, other: Difference) -> Difference:
@@ -56,7 +56,7 @@ class Difference:
 
 
 @dataclass
-class LayerCodes:
+class CodeComparison:
     """The codes of one activation quantizer, or of all that one operator feeds.
 
     Attributes:
@@ -83,7 +83,7 @@ class LayerCodes:
         return asdict(self)
 
 
-def compare_codes(model: Student, program: ir.Model, images: Tensor, runtime: str) -> list[LayerCodes]:
+def compare_codes(model: Student, program: ir.Model, images: Tensor, runtime: str) -> list[CodeComparison]:
     """Simulation, reference and ONNX Runtime (graph optimisations on), layer by layer in program order.
 
     Args:
@@ -92,23 +92,23 @@ def compare_codes(model: Student, program: ir.Model, images: Tensor, runtime: st
         images: [N, C, H, W].
         runtime: whose rules the reference takes.
     """
-    rows: dict[str, LayerCodes] = {}
+    rows: dict[str, CodeComparison] = {}
     nodes = {n.name: n for n in model.graph.graph.nodes}
     with CutRuntime(model, program) as cut:
-        for batch in torch.split(images, BATCH):
+        for batch in torch.split(images, COMPARED_AT_ONCE):
             simulated = simulated_codes(model, batch)
             reference = run_reference(model, batch, runtime, feed=simulated).layers
             for name, found in cut.run(simulated, batch).items():
                 if name not in rows:
                     kernel = reference[name].kernel
-                    rows[name] = LayerCodes(cut.quantizers[name].name, operators(nodes[name]), kernel)
+                    rows[name] = CodeComparison(cut.quantizers[name].name, operators(nodes[name]), kernel)
                 row, ours = rows[name], reference[name].codes
                 row.count += found.numel()
                 row.simulation_reference.update(simulated[name], ours)
                 row.reference_runtime.update(ours, found)
                 row.simulation_runtime.update(simulated[name], found)
         for name, row in rows.items():
-            row.found = cut.kernels.get(name, FLOAT)
+            row.found = cut.kernels.get(name, FLOAT_KERNEL)
     return [rows[name] for name in nodes if name in rows]
 
 
@@ -125,17 +125,17 @@ def compare_kernels(model: Student, program: ir.Model, images: Tensor) -> dict[s
         codes = {name: q.codes(passing[name].before) for name, q in cut.quantizers.items()}
         found = cut.run(codes, images)
         return {
-            name: compare_layer(cut.quantizers[name], passing[name], codes, cut.kernels.get(name, FLOAT))
+            name: compare_layer(cut.quantizers[name], passing[name], codes, cut.kernels.get(name, FLOAT_KERNEL))
             for name, codes in found.items()
         }
 
 
-def by_operator(layers: Iterable[LayerCodes]) -> list[LayerCodes]:
+def by_operator(layers: Iterable[CodeComparison]) -> list[CodeComparison]:
     """The rows of layers with the same operators and kernel as one, in the order in which they appear."""
-    rows: dict[tuple[str, str], LayerCodes] = {}
+    rows: dict[tuple[str, str], CodeComparison] = {}
     for layer in layers:
         key = (layer.operator, layer.found)
-        row = rows.setdefault(key, LayerCodes(layer.name, layer.operator, layer.kernel, layer.found, layers=0))
+        row = rows.setdefault(key, CodeComparison(layer.name, layer.operator, layer.kernel, layer.found, layers=0))
         row.count, row.layers = row.count + layer.count, row.layers + 1
         row.simulation_reference += layer.simulation_reference
         row.reference_runtime += layer.reference_runtime

@@ -30,13 +30,13 @@ FLOOR = 1e-3
 SUMMATION = 1e-6
 """Deviation that always passes, in units of the output's size: a float32 sum has no more digits."""
 OCTAVES = 3
-"""Channels whose spreads lie within so many powers of two are judged together."""
+"""Channels whose spreads lie within this many powers of two are judged together."""
 MOST_ANSWERS = 0.01
 """Share of answers that may differ beyond the yardstick's; one always may."""
 CHANCE = 2.0
 """Standard deviations by which the yardstick's few may be fewer than they would be in other images."""
 
-Run = Callable[[Tensor], Sequence[Tensor]]
+Forward = Callable[[Tensor], Sequence[Tensor]]
 
 
 @dataclass
@@ -67,18 +67,18 @@ class OutputParity:
         return not self.deviation <= 1
 
 
-def worst(outputs: Sequence[OutputParity]) -> OutputParity:
+def worst_output(outputs: Sequence[OutputParity]) -> OutputParity:
     """The output that is furthest from what it may be."""
     return max(outputs, key=lambda x: math.inf if math.isnan(x.deviation) else x.deviation, default=OutputParity())
 
 
-def compare(
+def output_parities(
     names: Sequence[str],
     readings: Sequence[Reading],
     batches: Iterator[Tensor],
-    simulation: Run,
-    shaken: Run,
-    runs: Mapping[str, Run],
+    simulation: Forward,
+    shaken: Forward,
+    runs: Mapping[str, Forward],
 ) -> dict[str, list[OutputParity]]:
     """Every output of every run against the simulation.
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy.typing as npt
 import onnx_ir as ir
 
-Array = npt.NDArray[Any]
+from bitwright.runtimes.session import Array
 
 
 def initializer(graph: ir.Graph, name: str, array: Array) -> ir.Value:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import BitwrightError, UsageError
-from bitwright.export.arbiter import BATCH, LayerCodes, by_operator, compare_codes
-from bitwright.export.deviation import compare, tipped
+from bitwright.export.arbiter import COMPARED_AT_ONCE, CodeComparison, by_operator, compare_codes
+from bitwright.export.deviation import output_parities, tipped
 from bitwright.export.layers import activation_quantizers, compare_layers
 from bitwright.export.parity import LAYER_IMAGES
 from bitwright.export.reference import run_reference
@@ -95,7 +95,7 @@ class Gap:
     quantization: list[OutputGap] | None
     runtimes: list[dict[str, Any]]
     simulating: list[OutputGap]
-    layers: list[LayerCodes]
+    layers: list[CodeComparison]
     diverging: str | None
     """The first layer in which the file is wrong, whatever the kernel: graph optimisations are off."""
     diverging_output: str | None
@@ -111,7 +111,7 @@ class Gap:
         return next((x.name for x in self.layers if x.simulation_runtime.differing), None)
 
     @property
-    def kernels(self) -> list[LayerCodes]:
+    def kernels(self) -> list[CodeComparison]:
         """Layers whose kernel is further from the simulation than summation in float32 explains."""
         return [x for x in self.layers if x.simulation_runtime.beyond(x.count)]
 
@@ -167,15 +167,17 @@ def measure_gap(
     gaps = partial(output_gaps, names, readings=read_outputs(model.graph, whole, names))
     total = 2 + len(runtimes) * len(batches)
     progress("Comparing", 0, total, "integer reference")
-    simulated = outputs("The simulation", model.flat, whole, BATCH)
+    simulated = outputs("The simulation", model.flat, whole, COMPARED_AT_ONCE)
     rules = model.scheme.runtime
-    reference = outputs("The reference", lambda x: run_reference(model, x, rules, keep=False).outputs, whole, BATCH)
+    reference = outputs(
+        "The reference", lambda x: run_reference(model, x, rules, keep=False).outputs, whole, COMPARED_AT_ONCE
+    )
     teacher, quantization = model.teacher, None
     if teacher is not None:
-        expected = outputs("The float network", lambda x: list(teacher.graph(x)), whole, BATCH)
+        expected = outputs("The float network", lambda x: list(teacher.graph(x)), whole, COMPARED_AT_ONCE)
         quantization = gaps(expected, simulated)
     with tipped(activation_quantizers(model)):
-        shaken = outputs("The simulation", model.flat, whole, BATCH)
+        shaken = outputs("The simulation", model.flat, whole, COMPARED_AT_ONCE)
     simulating, measured, done = gaps(reference, simulated), [], 1
     diverging, where, rounding = None, None, None
     for runtime in runtimes:
@@ -206,7 +208,7 @@ def _rounding(path: Path, names: Sequence[str], whole: Tensor, ours: list[Tensor
     kind = openvino().Core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name()
     if kind == "f32":
         return None
-    found = outputs("OpenVINO", _calls(compile_model(path)), whole, BATCH)
+    found = outputs("OpenVINO", _calls(compile_model(path)), whole, COMPARED_AT_ONCE)
     where = _diverging(names, ours, shaken, found)
     if where is None:
         return None
@@ -222,7 +224,7 @@ def _diverging(names: Sequence[str], ours: list[Tensor], shaken: list[Tensor], t
     """The first output that lies further away than the simulation from itself."""
     runs = {"file": lambda _: theirs}
     readings = [by_values(x) for x in ours]
-    judged = compare(names, readings, iter([torch.empty(0)]), lambda _: ours, lambda _: shaken, runs)["file"]
+    judged = output_parities(names, readings, iter([torch.empty(0)]), lambda _: ours, lambda _: shaken, runs)["file"]
     return next(("the output" if len(names) == 1 else f"the output {o.name}" for o in judged if o.diverges), None)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -17,9 +16,7 @@ from bitwright.graph.student import Student
 from bitwright.graph.watch import values_of
 from bitwright.quant.quantizer import Quantizer
 from bitwright.runtimes.onnxruntime import session
-from bitwright.runtimes.session import Opener
-
-Array = npt.NDArray[np.float32]
+from bitwright.runtimes.session import Array, Opener
 
 MOST_STEPS = 1
 BOUNDARY = 16 * float(np.finfo(np.float32).eps)
@@ -33,7 +30,7 @@ class LayerParity:
 
     name: str
     differing_fraction: float
-    """Of the codes; those that lie on a rounding boundary, where both are right, do not count."""
+    """Share of the codes; those that lie on a rounding boundary, where both are right, do not count."""
     max_steps: int
     values: int
     """How many codes were compared."""

@@ -174,7 +174,7 @@ def load_packed(path: Path) -> tuple[Student, dict[str, Any]]:
         raise UsageError(f"{path} was not written by bitwright. Give a run folder.")
     version = metadata[KEY]
     if not version.isascii() or not version.isdecimal() or not 0 < len(version) < 9 or int(version) < 1:
-        raise UsageError(f"{path} has format {version[:40]!r}, which there is none of. It is damaged: quantize again.")
+        raise UsageError(f"{path} has format {version[:40]!r}, which does not exist. It is damaged: quantize again.")
     if int(version) > FORMAT:
         raise UsageError(f"{path} has format {version}, this version reads up to {FORMAT}. Upgrade bitwright.")
     try:

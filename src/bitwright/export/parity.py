@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bitwright.errors import BitwrightError, ParityError, UsageError
 from bitwright.export.arbiter import compare_kernels
-from bitwright.export.deviation import OutputParity, Run, compare, tipped, worst
+from bitwright.export.deviation import Forward, OutputParity, output_parities, tipped, worst_output
 from bitwright.export.forms import keep_in_float
 from bitwright.export.layers import LayerParity, activation_quantizers, compare_layers, worst_layer
 from bitwright.export.onnx import to_onnx, write_onnx
@@ -79,7 +79,7 @@ def parity_of(
     layers: Sequence[LayerParity] = (),
 ) -> Parity:
     """The verdict: the first layer that diverges, else the first output, with optimisations off before on."""
-    first, worst_plain = next((x for x in layers if x.diverges), None), worst(plain)
+    first, worst_plain = next((x for x in layers if x.diverges), None), worst_output(plain)
     divergence = None if first is None else first.name
     if first is not None and first.kernel:
         divergence = f"{first.name} (as ONNX Runtime's {first.kernel})"
@@ -95,7 +95,7 @@ def parity_of(
         agreement=worst_plain.agreement,
         worst_layer=worst_layer(list(layers)),
         first_divergence=divergence,
-        optimized=worst(optimized),
+        optimized=worst_output(optimized),
         batch_sizes=batch_sizes(images),
         outputs=plain,
         optimized_outputs=optimized,
@@ -174,7 +174,7 @@ def _written(model: Student, images: Tensor) -> tuple[ir.Model, Parity]:
     own = [o.self_agreement for o in parity.optimized_outputs if o.agreement is not None and o.agreement < FEW]
     if parity.passed and own:
         warnings.warn(
-            f"The answers of this network hang on single roundings: the file gives the same on "
+            f"The answers of this network depend on single roundings: the file gives the same on "
             f"{_share(parity.optimized.agreement)} of the images, and so does the simulation itself on "
             f"{_share(min(x for x in own if x is not None))} where one code in a thousand is rounded the other way.",
             stacklevel=4,
@@ -263,7 +263,7 @@ def compare_outputs(
 ) -> tuple[list[OutputParity], list[OutputParity]]:
     """Every output in the runtime against the simulation's, with its optimisations off and on, at two batch sizes."""
     with ExitStack() as exits:
-        runs: dict[str, Run] = {}
+        runs: dict[str, Forward] = {}
         for level in (False, True):
             opened = exits.enter_context((opener or session)(program, optimize=level))
             runs["on" if level else "off"] = _runner(opened)
@@ -271,12 +271,12 @@ def compare_outputs(
     return found["off"], found["on"]
 
 
-def _runner(opened: Session) -> Run:
+def _runner(opened: Session) -> Forward:
     name = opened.get_inputs()[0].name
     return lambda x: [torch.from_numpy(np.asarray(o)) for o in opened.run(None, {name: x.numpy()})]
 
 
-def compare_with(model: Student, images: Tensor, runs: dict[str, Run]) -> dict[str, list[OutputParity]]:
+def compare_with(model: Student, images: Tensor, runs: dict[str, Forward]) -> dict[str, list[OutputParity]]:
     """The simulation's outputs against those of whatever yields the same ones, at two batch sizes."""
     quantizers = activation_quantizers(model)
 
@@ -286,7 +286,9 @@ def compare_with(model: Student, images: Tensor, runs: dict[str, Run]) -> dict[s
 
     with torch.no_grad():
         readings = read_outputs(model.graph, images, model.outputs)
-        return compare(model.outputs, readings, _in_batches(images, batch_sizes(images)), model.flat, shaken, runs)
+        return output_parities(
+            model.outputs, readings, _in_batches(images, batch_sizes(images)), model.flat, shaken, runs
+        )
 
 
 def batch_sizes(images: Tensor) -> tuple[int, int]:

@@ -20,9 +20,9 @@ from bitwright.graph import ops
 from bitwright.graph.student import Student
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
 from bitwright.runtimes import RUNTIMES, rules
-from bitwright.runtimes.rules import Codes, Grid, Rules
+from bitwright.runtimes.rules import Codes, KernelGrid, Rules
 
-FLOAT = "float"
+FLOAT_KERNEL = "float"
 """Kernel of a tensor whose codes come from a float value."""
 
 
@@ -40,7 +40,7 @@ class LayerCodes:
 
 
 @dataclass
-class Result:
+class ReferenceResult:
     """Outputs in the order of ``model.outputs``, and the codes of every activation quantizer by node name."""
 
     outputs: list[Tensor]
@@ -54,7 +54,7 @@ def run_reference(
     *,
     feed: Mapping[str, Tensor] | None = None,
     keep: bool = True,
-) -> Result:
+) -> ReferenceResult:
     """Runs the frozen network on integers.
 
     Args:
@@ -76,7 +76,7 @@ def run_reference(
     reference = _Reference(model.graph, known[runtime], feed or {}, keep)
     with torch.no_grad():
         outputs = reference.run(images)
-    return Result(list(outputs), reference.layers)
+    return ReferenceResult(list(outputs), reference.layers)
 
 
 @dataclass
@@ -109,21 +109,21 @@ class _Pending:
 
     value: Tensor
     kernel: str | None = None
-    codes: Callable[[Grid], Tensor] | None = None
+    codes: Callable[[KernelGrid], Tensor] | None = None
     clamp: Clamp = field(default_factory=Clamp)
 
-    def clipped(self, codes: Tensor, grid: Grid) -> Tensor:
+    def clipped(self, codes: Tensor, grid: KernelGrid) -> Tensor:
         """Codes of the accumulator as clamping leaves them: the clamp is one of codes, as in the file."""
         low, high = (rules.quantize_linear(torch.tensor(b, dtype=torch.float32), grid) for _, b in self.clamp.ends())
         return torch.minimum(torch.maximum(codes, low), high)
 
 
-def _grid(quantizer: Quantizer) -> Grid:
+def _grid(quantizer: Quantizer) -> KernelGrid:
     """The quantizer's grid in the integers of the file: unsigned ones, of 8 bits or 16."""
     wide = 8 if quantizer.grid.bits <= 8 else 16
     middle = 1 << (wide - 1) if quantizer.grid.symmetric else 0
     scale, zero = quantizer.expanded()
-    return Grid(scale, zero + middle, quantizer.grid.qmin + middle, quantizer.grid.qmax + middle)
+    return KernelGrid(scale, zero + middle, quantizer.grid.qmin + middle, quantizer.grid.qmax + middle)
 
 
 class _Reference(fx.Interpreter):
@@ -156,7 +156,7 @@ class _Reference(fx.Interpreter):
             return x
         if not quantizer.grid.even:
             return quantizer(self._real(x).to(self.how.precision))
-        grid, kernel = _grid(quantizer), FLOAT
+        grid, kernel = _grid(quantizer), FLOAT_KERNEL
         if self._takes(x, quantizer):
             kernel, codes = x.kernel, x.clipped(x.codes(grid), grid)
         else:

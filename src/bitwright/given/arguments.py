@@ -69,14 +69,14 @@ def as_rules(rules: Iterable[str]) -> str:
     return f"rules={list(rules)!r}"
 
 
-def whole(name: str, value: Any, *, least: int, below: int | None = None) -> int:
+def whole_number(name: str, value: Any, *, least: int, below: int | None = None) -> int:
     """A whole number in range.
 
     Raises:
         UsageError: it is none.
 
     Example:
-        >>> whole("samples", 4, least=1)
+        >>> whole_number("samples", 4, least=1)
         4
     """
     try:
@@ -134,7 +134,7 @@ def a_time(name: str, value: Any) -> float:
     return float(value)
 
 
-def alone(name: str, value: Any, others: Mapping[str, tuple[Any, tuple[Any, ...]]]) -> None:
+def check_alone(name: str, value: Any, others: Mapping[str, tuple[Any, tuple[Any, ...]]]) -> None:
     """An argument that stands instead of others may not be given together with them.
 
     Args:

@@ -125,7 +125,7 @@ def _import(name: str) -> ModuleType:
         if error.name is None or error.name.split(".")[0] not in ("timm", "torchvision"):
             raise _broken(name, error) from error
         raise UsageError(
-            f"expected the package {error.name}, it is not installed: pip install 'bitwright[models]'"
+            f"Expected the package {error.name}, found none. Install it with: pip install 'bitwright[models]'"
         ) from error
     except ImportError as error:
         raise _broken(name, error) from error
@@ -134,8 +134,8 @@ def _import(name: str) -> ModuleType:
 def _broken(name: str, error: Exception) -> UsageError:
     reason = " ".join(str(error).split())[:200]
     return UsageError(
-        f"expected {name} to import, it failed ({reason}): "
-        f"install the {name} built for torch {torch.__version__.split('+')[0]}"
+        f"Expected {name} to import, it failed ({reason}). "
+        f"Install the {name} built for torch {torch.__version__.split('+')[0]}."
     )
 
 

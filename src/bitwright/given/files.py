@@ -61,7 +61,7 @@ class Files:
         """Where one image lies; a pipe or a device, which may never end, is none."""
         path = self.path(index)
         if not path.is_file():
-            raise DataError(f"expected an image, {path} is no file: remove it, or pass skip_unreadable=True")
+            raise DataError(f"Expected an image, {path} is no file. Remove it, or pass skip_unreadable=True.")
         return path
 
     def read(self, index: int) -> Image.Image:
@@ -141,13 +141,13 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _unreadable(path: Path, error: Exception) -> DataError:
     what = "" if isinstance(error, UnidentifiedImageError) else f" ({short(error)})"
-    return DataError(f"expected an image, cannot read {path}{what}: repair or remove it, or pass skip_unreadable=True")
+    return DataError(f"Expected an image, cannot read {path}{what}. Repair or remove it, or pass skip_unreadable=True.")
 
 
 def _bomb(path: Path) -> DataError:
     return DataError(
-        f"expected an image of at most {Image.MAX_IMAGE_PIXELS} pixels, {path} claims more: "
-        "shrink or remove it, or pass skip_unreadable=True"
+        f"Expected an image of at most {Image.MAX_IMAGE_PIXELS} pixels, {path} claims more. "
+        "Shrink or remove it, or pass skip_unreadable=True."
     )
 
 
@@ -206,8 +206,8 @@ class Store:
             if tensor.shape != tensors[0].shape:
                 first, name = self.source.names[indices[0]], self.source.names[i]
                 raise DataError(
-                    f"expected preprocess to give one shape, got {tuple(tensors[0].shape)} for {first} "
-                    f"and {tuple(tensor.shape)} for {name}: resize or crop in it"
+                    f"Expected preprocess to give one shape, found {tuple(tensors[0].shape)} for {first} "
+                    f"and {tuple(tensor.shape)} for {name}. Resize or crop in it."
                 )
         return torch.stack(tensors)
 
@@ -223,8 +223,8 @@ class Store:
             self.probed = True
             if not torch.equal(tensor, _checked_output(function(item.copy()), self.source.names[index])):
                 raise DataError(
-                    f"expected preprocess to give the same tensor twice, got two different ones for "
-                    f"{self.source.names[index]}: take random augmentation out of it"
+                    f"Expected preprocess to give the same tensor twice, found two different ones for "
+                    f"{self.source.names[index]}. Take random augmentation out of it."
                 )
         self.keep(index, tensor)
         return tensor
@@ -267,7 +267,7 @@ def _checked_output(output: Any, name: str) -> Tensor:
         output = torch.from_numpy(output)
     if not isinstance(output, Tensor) or output.ndim != 3 or not output.is_floating_point():
         got = f"{output.dtype} {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-        raise DataError(f"expected preprocess to return a float tensor (C, H, W), got {got} for {name}")
+        raise DataError(f"Expected preprocess to return a float tensor (C, H, W), found {got} for {name}.")
     if not torch.isfinite(output).all():
-        raise DataError(f"expected finite values from preprocess, got NaN or infinity for {name}")
+        raise DataError(f"Expected finite values from preprocess, found NaN or infinity for {name}.")
     return output.detach().to("cpu", torch.float32).contiguous()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bitwright.errors import DataError, UsageError
 from bitwright.given.files import Arrays, Files, Source, Store, Tensors
-from bitwright.given.items import items, spread
+from bitwright.given.items import evenly, items
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing, parse_input_size
 from bitwright.given.references import absolute_source
 from bitwright.given.text import short
@@ -111,7 +111,7 @@ class Images:
             UsageError: when ``size`` is below 1.
         """
         if size < 1:
-            raise UsageError(f"expected a batch size of at least 1, got {size}")
+            raise UsageError(f"Expected a batch size of at least 1, found {size}.")
         starts = range(0, len(self), size)
         return self._store.stream(self._indices[start : start + size] for start in starts)
 
@@ -123,7 +123,7 @@ class Images:
             UsageError: when there is none.
         """
         if len(indices) == 0:
-            raise UsageError("expected at least one image in a batch, got none")
+            raise UsageError("Expected at least one image in a batch, found none.")
         wanted = [self._indices[int(i)] for i in indices]
         if len(wanted) == 1 or self._store.at_hand(wanted):
             return self._store.stack(wanted, [self._store.fetch(i) for i in wanted])
@@ -148,12 +148,12 @@ class Images:
             UsageError: when ``n`` is below 1.
         """
         if n < 1:
-            raise UsageError(f"expected at least 1 sample, got {n}")
+            raise UsageError(f"Expected at least 1 sample, found {n}.")
         total = len(self)
         if n > total:
-            warnings.warn(f"{n} images were asked for, all {total} are used", UserWarning, stacklevel=2)
+            warnings.warn(f"{n} images were asked for, there are {total}; all are used.", UserWarning, stacklevel=2)
             return self
-        return self.take(spread(total, n, seed))
+        return self.take(evenly(total, n, seed))
 
     def check(self) -> None:
         """Open the header of every file, without decoding any.
@@ -177,7 +177,7 @@ class Images:
         message = _counted(failures, len(self))
         if len(failures) == len(self):
             raise DataError(message)
-        warnings.warn(f"skipped {len(failures)} unreadable images: {message}", UserWarning, stacklevel=2)
+        warnings.warn(f"{len(failures)} unreadable images are left out: {message}", UserWarning, stacklevel=2)
         return self.take([k for k, i in enumerate(self._indices) if i not in failures])
 
     @cached_property
@@ -251,7 +251,7 @@ def load_images(
         return source.labelled(labels) if labels is not None else source
     window, left_out, named = None, "", None
     if isinstance(source, str) and not source.strip():
-        raise DataError("expected a folder of images, an .npz file or zoo:NAME, found nothing: name one")
+        raise DataError("Expected a folder of images, an .npz file or zoo:NAME, found nothing. Name one.")
     if isinstance(source, str | os.PathLike):
         named = absolute_source(os.fspath(source))
         place, window = _split_slice(os.fspath(source))
@@ -269,7 +269,7 @@ def load_images(
     if window is not None:
         images = images.take(range(len(images))[window])
         if len(images) == 0:
-            raise DataError(f"expected images, the slice leaves none of the {len(found.names)} in {place}")
+            raise DataError(f"Expected images, the slice leaves none of the {len(found.names)} in {place}.")
     return images.readable() if skip_unreadable else images
 
 
@@ -285,10 +285,10 @@ def _split_slice(text: str) -> tuple[str, slice | None]:
         return text, None
     parts = [part.strip() for part in match[2].split(":")]
     if len(parts) not in (2, 3) or not all(re.fullmatch(r"[+-]?[0-9]{1,18}|", part) for part in parts):
-        raise DataError(f"expected a slice such as [0::2] or [:256] at the end of {text!r}, got [{match[2]}]")
+        raise DataError(f"Expected a slice such as [0::2] or [:256] at the end of {text!r}, found [{match[2]}].")
     window = slice(*(int(part) if part else None for part in parts))
     if window.step == 0:
-        raise DataError(f"expected a slice step other than 0 in {text!r}")
+        raise DataError(f"Expected a slice step other than 0 in {text!r}.")
     return match[1], window
 
 
@@ -301,7 +301,7 @@ def _from_place(text: str) -> tuple[Source, Tensor | None]:
     path = Path(text).expanduser()
     if not _exists(path):
         raise DataError(
-            f"expected a folder of images, an .npz file or zoo:NAME, {text!r} does not exist: check the path"
+            f"Expected a folder of images, an .npz file or zoo:NAME, {text!r} does not exist. Check the path."
         )
     if path.is_dir():
         return _from_folder(path)
@@ -310,8 +310,8 @@ def _from_place(text: str) -> tuple[Source, Tensor | None]:
     if path.suffix.lower() in EXTENSIONS:
         return Files(path.parent, [path.name]), None
     raise DataError(
-        f"expected a folder of images, an .npz file or zoo:NAME, got the file {text}: "
-        f"give the folder, image files end in {', '.join(sorted(EXTENSIONS))}"
+        f"Expected a folder of images, an .npz file or zoo:NAME, found the file {text}. "
+        f"Give a folder; image files end in {', '.join(sorted(EXTENSIONS))}."
     )
 
 
@@ -331,7 +331,9 @@ def _exists(path: Path) -> bool:
 def _from_folder(root: Path) -> tuple[Source, Tensor | None]:
     names = sorted(_image_names(root))
     if not names:
-        raise DataError(f"expected images in {root}, found none: looked for {', '.join(sorted(EXTENSIONS))}")
+        raise DataError(
+            f"Expected images in {root}, found none. Give files that end in {', '.join(sorted(EXTENSIONS))}."
+        )
     return Files(root, names), _folder_labels(root, names)
 
 
@@ -363,7 +365,7 @@ def _folder_labels(root: Path, names: list[str]) -> Tensor | None:
     empty = [name for name in classes if name not in used]
     if empty:
         warnings.warn(
-            f"{len(empty)} class folders of {root} hold no image (first: {empty[0]}) but count as classes",
+            f"{len(empty)} class folders of {root} hold no image (first: {empty[0]}), but count as classes.",
             UserWarning,
             stacklevel=2,
         )
@@ -373,19 +375,19 @@ def _folder_labels(root: Path, names: list[str]) -> Tensor | None:
 
 def _from_npz(path: Path) -> tuple[Source, Tensor | None]:
     if not path.is_file():
-        raise DataError(f"expected a file at {path}, found something else: give an .npz file")
+        raise DataError(f"Expected a file at {path}, found something else. Give an .npz file.")
     try:
         with np.load(path, allow_pickle=False) as file:
             if "images" not in file:
-                raise DataError(f"expected an array 'images' in {path}, found {', '.join(file) or 'nothing'}")
+                raise DataError(f"Expected an array 'images' in {path}, found {', '.join(file) or 'nothing'}.")
             images = file["images"]
             labels = file.get("labels")
     except DataError:
         raise
     except Exception as error:
         raise DataError(
-            f"expected arrays of numbers in {path}, cannot read it ({short(error)}): "
-            "write it with numpy.savez(path, images=..., labels=...)"
+            f"Expected arrays of numbers in {path}, cannot read it ({short(error)}): "
+            "write it with numpy.savez(path, images=..., labels=...)."
         ) from error
     if images.ndim == 0:
         return _from_array(images, str(path)), None  # which says what is wrong
@@ -402,11 +404,11 @@ def _from_array(array: npt.NDArray[Any], where: str) -> Source:
         source = _from_tensor(torch.from_numpy(np.asarray(array, dtype=np.float32)), where)
     else:
         raise DataError(
-            f"expected uint8 (N, H, W, 3 or 1) or float (N, C, H, W) images, or float (N, C, T, H, W) videos, in "
-            f"{where}, got {array.dtype} {shape}"
+            f"Expected uint8 (N, H, W, 3 or 1) or float (N, C, H, W) images, or float (N, C, T, H, W) videos, in "
+            f"{where}, found {array.dtype} {shape}."
         )
     if not source.names:
-        raise DataError(f"expected images in {where}, got {shape}")
+        raise DataError(f"Expected images in {where}, found {shape}.")
     return source
 
 
@@ -414,23 +416,23 @@ def _from_tensor(tensor: Tensor, where: str) -> Source:
     shape = tuple(tensor.shape)
     if not tensor.is_floating_point() or tensor.ndim not in AXES:
         raise DataError(
-            f"expected preprocessed float images (N, C, H, W), or videos (N, C, T, H, W), in {where}, got "
-            f"{tensor.dtype} {shape}"
+            f"Expected preprocessed float images (N, C, H, W), or videos (N, C, T, H, W), in {where}, found "
+            f"{tensor.dtype} {shape}."
         )
     if 0 in shape:
-        raise DataError(f"expected images in {where}, got the empty shape {shape}")
+        raise DataError(f"Expected images in {where}, found the empty shape {shape}.")
     if shape[-1] in (1, 3) and shape[1] not in (1, 3):
         seen, expected = ("videos", "T, H, W") if tensor.ndim > min(AXES) else ("images", "H, W")
         raise DataError(
-            f"expected float {seen} (N, C, {expected}) in {where}, got {shape}, which looks like (N, {expected}, C): "
-            "permute it, channels come second"
+            f"Expected float {seen} (N, C, {expected}) in {where}, found {shape}, which looks like (N, {expected}, C). "
+            "Permute it: channels come second."
         )
     tensor = tensor.detach().to("cpu", torch.float32)
     finite = torch.isfinite(tensor).flatten(1).all(1)
     if not finite.all():
         raise DataError(
-            f"expected finite values in {where}, image {int((~finite).nonzero()[0])} has NaN or infinity: "
-            "preprocess it again"
+            f"Expected finite values in {where}, image {int((~finite).nonzero()[0])} has NaN or infinity. "
+            "Preprocess it again."
         )
     return Tensors(tensor)
 
@@ -441,13 +443,13 @@ def _from_object(source: object, most: int | None) -> tuple[Source, Tensor | Non
     if isinstance(source, Tensor):
         if source.is_meta or source.layout is not torch.strided:
             raise DataError(
-                f"expected images with values in a dense tensor, found {source.device.type} {source.layout}"
+                f"Expected images with values in a dense tensor, found {source.device.type} {source.layout}."
             )
         return _from_tensor(source, where), None, ""
     if isinstance(source, np.ndarray):
         return _from_array(source, where), None, ""
     if isinstance(source, Mapping) or not (isinstance(source, Iterable) or hasattr(source, "__getitem__")):
-        raise DataError(f"expected a path, a tensor or an iterable of tensors as images, got {where}")
+        raise DataError(f"Expected a path, a tensor or an iterable of tensors as images, found {where}.")
     return _from_batches(items([source] if _is_pair(source) else source, most), where, most)
 
 
@@ -474,32 +476,34 @@ def _from_batches(batches: Iterator[Any], where: str, most: int | None) -> tuple
         held += tensors[-1].nbytes
         if held > STREAM_BYTES:
             raise DataError(
-                f"expected at most {STREAM_BYTES >> 30} GiB of images from {where}, got more: take fewer "
-                "(itertools.islice), or give a folder, which is read as needed"
+                f"Expected at most {STREAM_BYTES >> 30} GiB of images from {where}, found more. Take fewer "
+                "(itertools.islice), or give a folder, which is read as needed."
             )
         if most is not None and sum(map(len, tensors)) >= most:
             break
     if not tensors:
-        raise DataError(f"expected tensors from {where}, it gave none: an iterator can be read only once")
+        raise DataError(
+            f"Expected tensors from {where}, found none. Give a list, since an iterator can be read only once."
+        )
     return _from_tensor(torch.cat(tensors), where), *_batch_labels(labels, tensors)
 
 
 def _one_batch(tensor: Any, where: str, before: list[Tensor]) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise DataError(
-            f"expected tensors (B, C, H, W) or (tensor, label) pairs from {where}, got {type(tensor).__name__}"
+            f"Expected tensors (B, C, H, W) or (tensor, label) pairs from {where}, found {type(tensor).__name__}."
         )
     batch = tensor.detach().cpu()
     batch = batch.unsqueeze(0) if batch.ndim == 3 else batch
     if batch.ndim not in AXES or not batch.is_floating_point():
         raise DataError(
-            f"expected float tensors (B, C, H, W) or (B, C, T, H, W) from {where}, got {tensor.dtype} "
-            f"{tuple(tensor.shape)}"
+            f"Expected float tensors (B, C, H, W) or (B, C, T, H, W) from {where}, found {tensor.dtype} "
+            f"{tuple(tensor.shape)}."
         )
     if before and batch.shape[1:] != before[0].shape[1:]:
         raise DataError(
-            f"expected images of one shape from {where}, got {tuple(before[0].shape[1:])}, "
-            f"then {tuple(batch.shape[1:])}: resize or crop them"
+            f"Expected images of one shape from {where}, found {tuple(before[0].shape[1:])}, "
+            f"then {tuple(batch.shape[1:])}. Resize or crop them."
         )
     return batch.to(torch.float32)
 
@@ -522,7 +526,7 @@ def _one_label(label: Any, batch: Tensor) -> Tensor | None:
     if not whole:
         return None
     if isinstance(label, int) and not 0 <= label < MOST_CLASSES:
-        raise DataError(f"expected class indices from 0 to {MOST_CLASSES - 1}, got {str(label)[:40]}")
+        raise DataError(f"Expected class indices from 0 to {MOST_CLASSES - 1}, found {str(label)[:40]}.")
     found = torch.as_tensor(label).detach().cpu()
     if found.numel() == len(batch):
         return found.reshape(-1).to(torch.int64)
@@ -542,15 +546,15 @@ def _check_preprocessing(source: Source, preprocessing: Preprocessing | Preproce
     if not isinstance(source, Tensors):
         if preprocessing is None:
             raise DataError(
-                f"expected a preprocessing for the images in {where}, the model brings none: "
-                "give preprocessing= with mean= and std=, or a function preprocess beside the callable"
+                f"Expected a preprocessing for the images in {where}, the model brings none. "
+                "Give preprocessing= with mean= and std=, or a function preprocess beside the callable."
             )
         return
     shape = tuple(source.data.shape[1:])
     if isinstance(preprocessing, Preprocessing) and shape != preprocessing.input_size:
         raise DataError(
-            f"expected images of {preprocessing.input_size} (C, H, W) for this model, {where} holds {shape}: "
-            "give preprocessing= if the model takes that"
+            f"Expected images of {preprocessing.input_size} (C, H, W) for this model, {where} holds {shape}. "
+            "Give preprocessing= if the model takes that."
         )
 
 
@@ -563,15 +567,15 @@ def _as_labels(labels: Any, count: int, where: str) -> Tensor | None:
     try:
         array = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
     except (ValueError, TypeError, OverflowError) as error:
-        raise DataError(f"expected one whole class index for each image in {where} ({short(error)})") from error
+        raise DataError(f"Expected one whole class index for each image in {where} ({short(error)}).") from error
     if array.ndim != 1 or len(array) != count or not np.issubdtype(array.dtype, np.integer):
         raise DataError(
-            f"expected one whole class index for each of {count} images in {where}, "
-            f"got labels of {array.dtype} {tuple(array.shape)}"
+            f"Expected one whole class index for each of {count} images in {where}, "
+            f"found labels of {array.dtype} {tuple(array.shape)}."
         )
     if array.min() < 0 or array.max() >= MOST_CLASSES:
         wrong = array.min() if array.min() < 0 else array.max()
-        raise DataError(f"expected class indices from 0 to {MOST_CLASSES - 1} in {where}, got {wrong}")
+        raise DataError(f"Expected class indices from 0 to {MOST_CLASSES - 1} in {where}, found {wrong}.")
     return torch.from_numpy(array.astype(np.int64))
 
 
@@ -584,15 +588,15 @@ def _explicit_labels(labels: str | Path | Sequence[int] | Tensor, names: list[st
 def _read_labels(path: Path) -> dict[str, int]:
     if not _is_file(path.expanduser()):
         raise DataError(
-            f"expected labels as a CSV file with lines file,class_index, cannot read {path}: there is no such file"
+            f"Expected labels as a CSV file with lines file,class_index, found no file {path}. Check the path."
         )
     try:
         with path.expanduser().open(newline="", encoding="utf-8-sig") as file:
             rows = [(number, row) for number, row in enumerate(csv.reader(file), 1) if any(row)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(
-            f"expected labels as a CSV file with lines file,class_index, cannot read {path} "
-            f"({short(error)}): give the path of such a file"
+            f"Expected labels as a CSV file with lines file,class_index, cannot read {path} "
+            f"({short(error)}). Give the path of such a file."
         ) from error
     table: dict[str, int] = {}
     for position, (number, row) in enumerate(rows):
@@ -601,28 +605,28 @@ def _read_labels(path: Path) -> dict[str, int]:
             continue
         if table.setdefault(name, index) != index:
             raise DataError(
-                f"expected one class for {name} in {path}, got {table[name]} and {index} (line {number}): "
-                "remove one of the lines"
+                f"Expected one class for {name} in {path}, found {table[name]} and {index} (line {number}). "
+                "Remove one of the lines."
             )
     if not table:
-        raise DataError(f"expected lines file,class_index in {path}, found none")
+        raise DataError(f"Expected lines file,class_index in {path}, found none.")
     return table
 
 
 def _label_row(row: list[str], where: str, *, header: bool) -> tuple[str, int | None]:
     if len(row) != 2:
-        raise DataError(f"expected file,class_index in {where}, got {len(row)} columns: {','.join(row)[:80]!r}")
+        raise DataError(f"Expected file,class_index in {where}, found {len(row)} columns: {','.join(row)[:80]!r}.")
     name = row[0].strip().replace("\\", "/").removeprefix("./")
     text = row[1].strip()
     if re.search(r"[\x00-\x08\x0b-\x1f]", "".join(row)):
-        raise DataError(f"expected file,class_index in {where}, found {','.join(row)[:80]!r}: write it as plain text")
+        raise DataError(f"Expected file,class_index in {where}, found {','.join(row)[:80]!r}. Write it as plain text.")
     if re.fullmatch(r"[0-9]+", text):
         if len(text) > 10 or int(text) >= MOST_CLASSES:
-            raise DataError(f"expected a class index below {MOST_CLASSES} in {where}, found {text[:40]}")
+            raise DataError(f"Expected a class index below {MOST_CLASSES} in {where}, found {text[:40]}.")
         return name, int(text)
     if header and not re.fullmatch(r"[+-]?[\d.]+", text):
         return name, None
-    raise DataError(f"expected a class index (0, 1, ...) in {where}, got {text!r}")
+    raise DataError(f"Expected a class index (0, 1, ...) in {where}, found {text!r}.")
 
 
 def _match_labels(table: dict[str, int], names: list[str], path: Path) -> Tensor:
@@ -637,16 +641,16 @@ def _match_labels(table: dict[str, int], names: list[str], path: Path) -> Tensor
     missing = [name for name, key in matched.items() if key is None]
     if missing:
         raise DataError(
-            f"expected a label for every image in {path}, {len(missing)} of {len(names)} have none "
-            f"(first: {', '.join(missing[:3])}; of {len(table)} lines one is {next(iter(table))}): "
-            "add them or slice the images"
+            f"Expected a label for every image in {path}, {len(missing)} of {len(names)} have none "
+            f"(first: {', '.join(missing[:3])}; of {len(table)} lines one is {next(iter(table))}). "
+            "Add them or slice the images."
         )
     keys = [key for key in matched.values() if key is not None]
     used = set(keys)
     idle = [key for key in table if key not in used]
     if idle:
         warnings.warn(
-            f"{len(idle)} of {len(table)} labels in {path} have no image (first: {idle[0]})",
+            f"{len(idle)} of {len(table)} labels in {path} have no image (first: {idle[0]}).",
             UserWarning,
             stacklevel=2,
         )
@@ -657,8 +661,8 @@ def _by_file_name(name: str, by_file: dict[str, list[str]], shared: set[str], pa
     keys = by_file.get(_file_name(name), [])
     if len(keys) > 1 or (keys and _file_name(name) in shared):
         raise DataError(
-            f"expected one label for {name} in {path}, the file name {_file_name(name)} stands for several "
-            "images or lines: write the path relative to the image folder"
+            f"Expected one label for {name} in {path}, the file name {_file_name(name)} stands for several "
+            "images or lines. Write the path relative to the image folder."
         )
     return keys[0] if keys else None
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bitwright.errors import UsageError
-from bitwright.given.arguments import one_of, whole
+from bitwright.given.arguments import one_of, whole_number
 from bitwright.given.images import Images, load_images
 from bitwright.given.models import Model, load_model
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing
@@ -74,7 +74,7 @@ def calibration_images(source: Any, network: Model, samples: int | None, skip_un
         UsageError: none are asked for, or there are none.
     """
     if samples is not None:
-        samples = whole("samples", samples, least=1)
+        samples = whole_number("samples", samples, least=1)
     images = (
         source
         if isinstance(source, Images)

@@ -9,11 +9,11 @@ from typing import Any
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, Subset
 
 
-def spread(total: int, n: int, seed: int = 0) -> list[int]:
+def evenly(total: int, n: int, seed: int = 0) -> list[int]:
     """One position out of each of ``n`` equal stretches of ``total``, in order; the seed picks within the stretch.
 
     Example:
-        >>> spread(3, 3), len(spread(100, 10))
+        >>> evenly(3, 3), len(evenly(100, 10))
         ([0, 1, 2], 10)
     """
     pick = random.Random(seed)
@@ -34,7 +34,7 @@ def items(source: Any, most: int | None) -> Iterator[Any]:
         return iter(_spread_loader(source, most))
     if hasattr(source, "__getitem__") and hasattr(source, "__len__") and not hasattr(source, "__iter__"):
         total = len(source)
-        return (source[i] for i in (range(total) if most is None or most >= total else spread(total, most)))
+        return (source[i] for i in (range(total) if most is None or most >= total else evenly(total, most)))
     return iter(source)
 
 
@@ -43,7 +43,7 @@ def _spread_loader(loader: DataLoader[Any], most: int | None) -> Iterable[Any]:
     plain = isinstance(loader.sampler, SequentialSampler) and type(loader.batch_sampler) is BatchSampler
     if not plain or most is None or most >= len(loader.dataset):  # type: ignore[arg-type]
         return loader
-    some = Subset(loader.dataset, spread(len(loader.dataset), most))  # type: ignore[arg-type]
+    some = Subset(loader.dataset, evenly(len(loader.dataset), most))  # type: ignore[arg-type]
     return DataLoader(
         some, loader.batch_size, collate_fn=loader.collate_fn, num_workers=loader.num_workers, timeout=loader.timeout
     )

@@ -86,8 +86,8 @@ def load_model(
             ``.pth``, ``.th``, ``.ckpt``, ``.bin`` or ``.tar`` file. Without it weights are random (seed 0),
             with a warning. Whole pickled models are refused, since reading one runs its code.
         input_size: ``224``, ``"224x320"`` (height x width) or (C, H, W).
-        mean: one number or one for each channel, for values in 0..1.
-        std: likewise, above 0.
+        mean: one number, or one per channel, for values in 0..1.
+        std: one number above 0, or one per channel.
         interpolation: ``nearest``, ``bilinear``, ``bicubic`` or ``lanczos``.
         crop_pct: input size over resized size.
 
@@ -107,7 +107,7 @@ def load_model(
         model = _resolve(str(reference), settings)
     except (OSError, ValueError, RecursionError) as error:
         said = f"{str(reference)[:80]}{'...' if len(str(reference)) > 80 else ''}"
-        raise ModelError(f"expected a model as {FORMS}, cannot read {said!r} ({_one_line(error)})") from error
+        raise ModelError(f"Expected a model as {FORMS}, cannot read {said!r} ({_one_line(error)}).") from error
     _check_weights(model)
     return replace(model, reference=absolute_reference(str(reference)), settings=settings)
 
@@ -121,27 +121,27 @@ def _resolve(reference: str, settings: Settings) -> Model:
         return _from_script(Path(script[1]).expanduser(), script[2], script[3], settings)
     path = Path(reference).expanduser()
     if path.suffix == ".py":
-        raise UsageError(f"expected file.py:callable, got {reference}: name one of {_callables(path)}")
+        raise UsageError(f"Expected file.py:callable, found {reference}. Name one of {_callables(path)}.")
     if path.suffix == ".onnx":
-        raise UsageError(f"expected a PyTorch model, ONNX is not read yet, got {reference}: give {FORMS}")
+        raise UsageError(f"Expected a PyTorch model, ONNX is not read yet, found {reference}. Give {FORMS}.")
     if path.suffix == ".pt2":
         return _from_program(path, settings)
     if path.suffix in _CHECKPOINTS:
         raise UsageError(
-            f"expected a network, {reference} holds weights at most: name the network too, as in timm:NAME@{reference}"
+            f"Expected a network, {reference} holds weights at most. Name the network too, as in timm:NAME@{reference}."
         )
-    raise UsageError(f"expected a model as {FORMS}, got {reference!r}{_perhaps_zoo(reference)}")
+    raise UsageError(f"Expected a model as {FORMS}, found {reference!r}.{_perhaps_zoo(reference)}")
 
 
 def _perhaps_zoo(name: str) -> str:
     from bitwright import zoo
 
-    return f": did you mean zoo:{name}?" if name in zoo.NETWORKS else ""
+    return f" Did you mean zoo:{name}?" if name in zoo.NETWORKS else ""
 
 
 def _closest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f"did you mean {', '.join(close)}?" if close else "check the spelling"
+    return f"Did you mean {', '.join(close)}?" if close else "Check the spelling."
 
 
 def _with_settings(base: Settings, settings: Settings) -> Preprocessing:
@@ -168,12 +168,12 @@ def _from_timm(rest: str, settings: Settings) -> Model:
     timm: Any = import_timm()
     name, _, weights = rest.partition("@")
     if not timm.is_model(name):
-        raise ModelError(f"unknown timm model {name!r}: {_closest(name.split('.')[0], timm.list_models())}")
+        raise ModelError(f"There is no timm model {name!r}. {_closest(name.split('.')[0], timm.list_models())}")
     try:
         config = timm.get_pretrained_cfg(name, allow_unregistered=False)
     except RuntimeError as error:
         tags = [tag for tag in timm.list_pretrained() if tag.startswith(name.split(".")[0] + ".")]
-        raise ModelError(f"unknown timm weights tag {name!r}: {_closest(name, tags)}") from error
+        raise ModelError(f"There is no timm weights tag {name!r}. {_closest(name, tags)}") from error
     size = config.input_size
     arguments: Settings = {"pretrained": False}
     if "input_size" in settings:
@@ -200,11 +200,11 @@ def _from_torchvision(rest: str, settings: Settings) -> Model:
     known = [*models.list_models(module=models), *segmentation]
     if name in models.list_models() and name not in known:
         raise ModelError(
-            f"expected a classification or segmentation network, torchvision:{name} is neither: "
-            "wrap it in a file.py:callable that takes and returns one tensor"
+            f"Expected a classification or segmentation network, torchvision:{name} is neither. "
+            "Wrap it in a file.py:callable that takes and returns one tensor."
         )
     if name not in known:
-        raise ModelError(f"unknown torchvision model {name!r}: {_closest(name, known)}")
+        raise ModelError(f"There is no torchvision model {name!r}. {_closest(name, known)}")
     base = _torchvision_settings(models.get_model_weights(name))
     preprocessing = _with_settings(base, settings)
     arguments: Settings = {"weights": None}
@@ -244,8 +244,8 @@ def _with_weights(build: Build, weights: str, reference: str) -> nn.Module:
     module = _seeded(build, reference)
     if not weights:
         warnings.warn(
-            f"{reference} has random weights, for none were given and none are downloaded: "
-            f"name a file as in {reference}@weights.safetensors",
+            f"{reference} has random weights: none were given, and none are downloaded. "
+            f"Name a file, as in {reference}@weights.safetensors",
             UserWarning,
             stacklevel=5,
         )
@@ -264,7 +264,7 @@ def _seeded(build: Callable[[], nn.Module], reference: str) -> nn.Module:
             return with_torchvision(build).eval()
         except (Exception, SystemExit) as error:
             raise ModelError(
-                f"expected {reference} to build, it failed with {type(error).__name__}: {_one_line(error)}"
+                f"Expected {reference} to build, it failed with {type(error).__name__}: {_one_line(error)}."
             ) from error
 
 
@@ -282,7 +282,7 @@ def _same_random_numbers() -> Iterator[None]:
 def _from_script(path: Path, name: str, weights: str | None, settings: Settings) -> Model:
     script = _run_script(path)
     if not hasattr(script, name):
-        raise ModelError(f"expected {name!r} in {path}, it has {_callables(path)}")
+        raise ModelError(f"Expected {name!r} in {path}, it has {_callables(path)}.")
     made = getattr(script, name)
     module = made if isinstance(made, nn.Module) else _seeded(_builder(made, path, name), f"{path}:{name}")
     _check_on_a_device(module.state_dict(), name)
@@ -295,7 +295,7 @@ def _from_script(path: Path, name: str, weights: str | None, settings: Settings)
 
 def _run_script(path: Path) -> ModuleType:
     if not path.is_file():
-        raise ModelError(f"expected a Python file, {path} does not exist: check the path")
+        raise ModelError(f"Expected a Python file, {path} does not exist. Check the path.")
     spec = importlib.util.spec_from_file_location(f"_bitwright_{path.stem}", path.resolve())
     assert spec is not None
     assert spec.loader is not None
@@ -308,7 +308,7 @@ def _run_script(path: Path) -> ModuleType:
     except (Exception, SystemExit) as error:
         del sys.modules[spec.name]
         raise ModelError(
-            f"expected {path} to run, it raised {type(error).__name__} ({_one_line(error)}): try python {path}"
+            f"Expected {path} to run, it raised {type(error).__name__} ({_one_line(error)}). Try: python {path}"
         ) from error
     finally:
         sys.path.remove(str(path.resolve().parent))
@@ -317,12 +317,12 @@ def _run_script(path: Path) -> ModuleType:
 
 def _builder(made: Any, path: Path, name: str) -> Callable[[], nn.Module]:
     if not callable(made):
-        raise ModelError(f"expected a callable {name} in {path}, got {type(made).__name__}")
+        raise ModelError(f"Expected a callable {name} in {path}, found {type(made).__name__}.")
     try:
         inspect.signature(made).bind()
     except TypeError as error:
         raise ModelError(
-            f"expected {name} in {path} to need no arguments ({_one_line(error)}): give them defaults"
+            f"Expected {name} in {path} to need no arguments ({_one_line(error)}). Give them defaults."
         ) from error
     except ValueError:
         pass  # no signature to look at
@@ -340,7 +340,7 @@ def _callables(path: Path) -> str:
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, SyntaxError, ValueError) as error:
-        raise ModelError(f"expected a Python file, cannot read {path}: {_one_line(error)}") from error
+        raise ModelError(f"Expected a Python file, cannot read {path}: {_one_line(error)}.") from error
     names = [
         node.name
         for node in tree.body
@@ -356,8 +356,8 @@ def _script_preprocessing(
     if callable(function):
         if settings:
             raise UsageError(
-                f"expected one preprocessing, got a function preprocess in {path} and {', '.join(settings)}: "
-                "leave one of them out"
+                f"Expected one preprocessing, found a function preprocess in {path} and {', '.join(settings)}. "
+                "Leave one of them out."
             )
         typed: PreprocessFunction = function
         return typed
@@ -365,7 +365,7 @@ def _script_preprocessing(
     if isinstance(base, Mapping) and base and all(isinstance(value, Mapping) for value in base.values()):
         base = base.get(name, {})
     if not isinstance(base, Mapping):
-        raise ModelError(f"expected PREPROCESSING in {path} to be a dict, got {type(base).__name__}")
+        raise ModelError(f"Expected PREPROCESSING in {path} to be a dict, found {type(base).__name__}.")
     return _given_preprocessing(dict(base), settings, f"{path}:{name}")
 
 
@@ -377,7 +377,7 @@ def _given_preprocessing(base: Settings, settings: Settings, reference: str) -> 
     preprocessing = _with_settings(base, settings)
     if "mean" not in said and "std" not in said:
         warnings.warn(
-            f"no mean and std for {reference}: its images stay in 0..1 (say mean=0 and std=1 if so meant)",
+            f"No mean and std are known for {reference}, whose images stay in 0..1. Give mean=0 and std=1 if so.",
             UserWarning,
             stacklevel=5,
         )
@@ -386,7 +386,7 @@ def _given_preprocessing(base: Settings, settings: Settings, reference: str) -> 
 
 def _from_program(path: Path, settings: Settings) -> Model:
     if not path.is_file():
-        raise ModelError(f"expected a saved torch.export program, {path} does not exist: check the path")
+        raise ModelError(f"Expected a saved torch.export program, {path} does not exist. Check the path.")
     program = load_program(path)
     size = _program_input_size(program)
     base = {"input_size": size} if size is not None else {}
@@ -422,20 +422,20 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise ModelError(f"expected a file of weights, {path} does not exist: check the path")
+        raise ModelError(f"Expected a file of weights, {path} does not exist. Check the path.")
     if path.suffix not in _CHECKPOINTS:
-        raise ModelError(f"expected weights in a file {', '.join(_CHECKPOINTS)}, got {path}")
+        raise ModelError(f"Expected weights in a file {', '.join(_CHECKPOINTS)}, found {path}.")
     loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     state = _innermost(loaded, path)
     tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ModelError(
-            f"expected a state dict (names and tensors) in {path}, found {_contents(loaded)}: save model.state_dict()"
+            f"Expected a state dict (names and tensors) in {path}, found {_contents(loaded)}. Save model.state_dict()."
         )
     for name, value in tensors.items():
         kind = _unusual(value)
         if kind:
-            raise ModelError(f"expected dense real numbers in {path}, {name!r} is a {kind} tensor: save it dense")
+            raise ModelError(f"Expected dense real numbers in {path}, {name!r} is a {kind} tensor. Save it dense.")
     return tensors
 
 
@@ -457,7 +457,7 @@ def _read_safetensors(path: Path) -> Any:
         return load_file(str(path))
     except Exception as error:
         raise ModelError(
-            f"expected safetensors, cannot read {path} ({_one_line(error)}): fetch or save it again"
+            f"Expected safetensors, cannot read {path} ({_one_line(error)}). Fetch or save it again."
         ) from error
 
 
@@ -472,15 +472,17 @@ def _read_pickle(path: Path) -> Any:
             raise _unreadable(path, error) from error
         code = f" ({wanted[1]})" if wanted else ""
         raise ModelError(
-            f"expected plain tensors, {path} wants to run code when read{code} and is refused: "
-            "save model.state_dict() where the model was made"
+            f"Expected plain tensors, {path} wants to run code when read{code} and is refused. "
+            "Save model.state_dict() where the model was made."
         ) from error
     except Exception as error:
         raise _unreadable(path, error) from error
 
 
 def _unreadable(path: Path, error: Exception) -> ModelError:
-    return ModelError(f"expected a PyTorch checkpoint, cannot read {path} ({_one_line(error)}): fetch or save it again")
+    return ModelError(
+        f"Expected a PyTorch checkpoint, cannot read {path} ({_one_line(error)}). Fetch or save it again."
+    )
 
 
 def _innermost(loaded: Any, path: Path) -> Mapping[str, Any]:
@@ -493,14 +495,14 @@ def _innermost(loaded: Any, path: Path) -> Mapping[str, Any]:
             return state
         if inner[0] in _AVERAGED and len(inner) > 1:
             warnings.warn(
-                f"{path} holds {', '.join(inner)}: the averaged weights {inner[0]} are used",
+                f"{path} holds {', '.join(inner)}: the averaged weights {inner[0]} are used.",
                 UserWarning,
                 stacklevel=7,
             )
         state = state[inner[0]]
     if not isinstance(state, Mapping):
         raise ModelError(
-            f"expected a state dict (names and tensors) in {path}, found {_contents(loaded)}: save model.state_dict()"
+            f"Expected a state dict (names and tensors) in {path}, found {_contents(loaded)}. Save model.state_dict()."
         )
     return state
 
@@ -538,8 +540,8 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], where: str | Pa
     ]
     if any(problems):
         raise ModelError(
-            f"expected {len(wanted)} tensors of {type(module).__name__} in {where}, found "
-            f"{'; '.join(problem for problem in problems if problem)}: give the weights of this very network"
+            f"Expected {len(wanted)} tensors of {type(module).__name__} in {where}, found "
+            f"{'; '.join(problem for problem in problems if problem)}. Give the weights of this very network."
         )
     module.load_state_dict(found)
 
@@ -592,7 +594,7 @@ def _check_on_a_device(state: Mapping[str, Any], model: str) -> None:
     """Values without memory cannot be moved, nor read."""
     empty = next((name for name, value in state.items() if isinstance(value, Tensor) and value.is_meta), None)
     if empty is not None:
-        raise ModelError(f"expected weights in {model}, {empty} is on the meta device: load them first")
+        raise ModelError(f"Expected weights in {model}, {empty} is on the meta device. Load them first.")
 
 
 def _check_weights(model: Model) -> None:
@@ -605,11 +607,11 @@ def _check_weights(model: Model) -> None:
         if not torch.isfinite(value).all():
             broken = int((~torch.isfinite(value)).sum())
             raise ModelError(
-                f"expected finite weights in {model.name}, {name} has NaN or infinity in {broken} of "
-                f"{value.numel()} values: train or fetch it again"
+                f"Expected finite weights in {model.name}, {name} has NaN or infinity in {broken} of "
+                f"{value.numel()} values. Train or fetch it again."
             )
         if isinstance(module, ExportedProgram) and value.dtype != torch.float32:
-            raise ModelError(f"expected float32 in {model.name}, {name} is {value.dtype}: export it in float32")
+            raise ModelError(f"Expected float32 in {model.name}, {name} is {value.dtype}. Export it in float32.")
 
 
 def _one_line(error: BaseException) -> str:

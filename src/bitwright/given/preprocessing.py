@@ -63,21 +63,21 @@ class Preprocessing(BaseModel):
     @classmethod
     def _parse(cls, settings: Any) -> Any:
         if not isinstance(settings, Mapping):
-            raise UsageError(f"expected preprocessing as a dict of settings, got {type(settings).__name__}")
+            raise UsageError(f"Expected preprocessing as a dict of settings, found {type(settings).__name__}.")
         unknown = sorted(set(settings) - set(cls.model_fields))
         if unknown:
-            raise UsageError(f"unknown preprocessing setting {unknown[0]!r}: use {', '.join(cls.model_fields)}")
+            raise UsageError(f"There is no preprocessing setting {unknown[0]!r}. Use {', '.join(cls.model_fields)}.")
         parsed = dict(settings)
         parsed["input_size"] = size = parse_input_size(settings.get("input_size"))
         parsed["mean"] = _per_channel("mean", settings.get("mean", 0.0), size[0])
         parsed["std"] = _per_channel("std", settings.get("std", 1.0), size[0])
         if min(parsed["std"]) <= 0:
-            raise UsageError(f"expected std= above 0, got {parsed['std']}")
+            raise UsageError(f"Expected std= above 0, found {parsed['std']}.")
         _one_of("interpolation", parsed.get("interpolation", "bicubic"), tuple(_RESAMPLING))
         _one_of("crop_mode", parsed.get("crop_mode", "center"), _CROP_MODES)
         parsed["crop_pct"] = _number("crop_pct", parsed.get("crop_pct", 1.0))
         if not 0.1 <= parsed["crop_pct"] <= 10:
-            raise UsageError(f"expected crop_pct= between 0.1 and 10 (usually 0.875 to 1), got {parsed['crop_pct']}")
+            raise UsageError(f"Expected crop_pct= between 0.1 and 10 (usually 0.875 to 1), found {parsed['crop_pct']}.")
         return parsed
 
     def __call__(self, image: Image.Image | Pixels) -> Tensor:
@@ -123,20 +123,20 @@ def parse_input_size(value: Any) -> tuple[int, int, int]:
     """
     expected = "input_size as 224, 224x320 (height x width) or channels x height x width"
     if value is None:
-        raise UsageError(f"expected {expected}, got none: give input_size=")
+        raise UsageError(f"Expected {expected}, found none. Give input_size=.")
     parts = str(value).lower().split("x") if isinstance(value, str | int) else list(value)
     try:
         size = tuple(int(part) for part in parts)
     except (TypeError, ValueError):
         size = ()
     if len(size) not in (1, 2, 3) or min(size) < 1:
-        raise UsageError(f"expected {expected}, got {value!r}")
+        raise UsageError(f"Expected {expected}, found {value!r}.")
     size = size * 2 if len(size) == 1 else size
     channels, height, width = size if len(size) == 3 else (3, *size)
     if channels not in (1, 3):
         raise UsageError(
-            f"expected an input of 1 or 3 channels, got {channels} in {value!r}: images have no more, "
-            "give a preprocess function or tensors"
+            f"Expected an input of 1 or 3 channels, found {channels} in {value!r}. Images have no more: "
+            "give a preprocess function, or tensors."
         )
     return channels, height, width
 
@@ -149,7 +149,7 @@ def _per_channel(name: str, value: Any, channels: int) -> tuple[float, ...]:
     if len(numbers) == 1:
         numbers *= channels
     if len(numbers) != channels:
-        raise UsageError(f"expected one {name}= or one for each of {channels} channels, got {len(numbers)}")
+        raise UsageError(f"Expected one {name}= or one for each of {channels} channels, found {len(numbers)}.")
     return numbers
 
 
@@ -159,20 +159,20 @@ def _number(name: str, value: Any) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise UsageError(f"expected {name}= as a number, got {value!r}")
+        raise UsageError(f"Expected {name}= as a number, found {value!r}.")
     return number
 
 
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise UsageError(f"expected one of {', '.join(known)} as {name}=, got {value!r}")
+        raise UsageError(f"Expected one of {', '.join(known)} as {name}=, found {value!r}.")
 
 
 def from_pixels(pixels: Pixels) -> Image.Image:
     """Return uint8 pixels (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) as an image."""
     if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4))):
         raise DataError(
-            f"expected uint8 pixels (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), got {pixels.dtype} {pixels.shape}"
+            f"Expected uint8 pixels (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), found {pixels.dtype} {pixels.shape}."
         )
     return Image.fromarray(pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
 
@@ -188,7 +188,7 @@ def to_channels(image: Image.Image, channels: int) -> Image.Image:
     if image.mode.startswith("I"):
         image = _sixteen_to_eight(image)
     elif image.mode == "F":
-        raise DataError("expected 8 or 16 bit pixels, got 32-bit float: save it as 8 bit, or give tensors")
+        raise DataError("Expected 8 or 16 bit pixels, found 32-bit float. Save it as 8 bit, or give tensors.")
     elif image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
         image = image.convert("RGBA")  # the same colours, without Pillow's warning about the lost alpha
     return image.convert(mode)
@@ -199,7 +199,7 @@ def _sixteen_to_eight(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise DataError(
-            f"expected pixels of at most 16 bits, got values from {values.min()} to {values.max()}: save it as 8 bit"
+            f"Expected pixels of at most 16 bits, found values from {values.min()} to {values.max()}. Save it as 8 bit."
         )
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
@@ -217,7 +217,7 @@ def _resize(image: Image.Image, how: Preprocessing) -> Image.Image:
     else:
         size = _scaled(image, min(image.height / height, image.width / width))
     if size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or math.inf):
-        raise DataError(f"the aspect ratio of {image.width}x{image.height} pixels is too extreme to crop a centre")
+        raise DataError(f"The sides of {image.width}x{image.height} pixels differ too much to crop a centre.")
     return image if size == image.size else image.resize(size, _RESAMPLING[how.interpolation])
 
 

@@ -77,7 +77,7 @@ def load_program(path: Path) -> ExportedProgram:
 def _unreadable(path: Path, error: Exception) -> ModelError:
     text = " ".join(str(error).split())[:200] or type(error).__name__
     return ModelError(
-        f"expected a program saved by torch.export.save, cannot read {path} ({text}): save it again, with this torch"
+        f"Expected a program saved by torch.export.save, cannot read {path} ({text}). Save it again, with this torch."
     )
 
 

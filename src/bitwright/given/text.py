@@ -12,9 +12,9 @@ import yaml
 from bitwright.errors import UsageError
 
 BYTES = 1 << 20
-"""Of a YAML file at most."""
+"""Most bytes of a YAML file."""
 VALUES = 10_000
-"""In a YAML file at most, with every alias written out."""
+"""Most values in a YAML file, with every alias written out."""
 
 
 def read_json(path: Path, once: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:

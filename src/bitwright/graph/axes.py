@@ -51,7 +51,7 @@ class _Mark:
 
     Attributes:
         channels: number of the channel, in the value's shape, float64.
-        positions: number of everything but the channel, likewise.
+        positions: number of everything but the channel, in the value's shape, float64.
         layers: paths of the linear operators.
         history: names of the operators that changed values since.
         note: why they are no class scores, if that is known.

@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from bitwright.graph import fold, ops, rewrite
-from bitwright.graph.rewrite import get_tensor
+from bitwright.graph.rewrite import aten, get_tensor
 
-aten = torch.ops.aten
 CONVOLUTIONS = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
 
 
@@ -148,7 +147,7 @@ def _write_sum(module: fx.GraphModule, root: fx.Node, parts: list[tuple[fx.Node,
     total, layer = parts[0][0], str(root.meta["layer"])
     for i, (part, sign) in enumerate(parts[1:], 2):
         name = layer if i == len(parts) else f"{layer}.{i}"
-        total = rewrite.insert(module.graph, root, name, (aten.add if sign > 0 else aten.sub).Tensor, total, part)
+        total = rewrite.add_operator(module.graph, root, name, (aten.add if sign > 0 else aten.sub).Tensor, total, part)
     root.replace_all_uses_with(total)
     module.graph.erase_node(root)
 
@@ -296,7 +295,7 @@ def _written(module: fx.GraphModule, root: fx.Node, branch: Branch) -> fx.Node:
         for position, kind, tensor in ((1, "weight", branch.weight), (2, "bias", branch.bias))
     ]
     settings = (list(branch.stride), list(branch.padding), list(branch.dilation), branch.groups)
-    made = rewrite.insert(module.graph, root, layer, CONVOLUTIONS[rank], branch.source, *stored, *settings)
+    made = rewrite.add_operator(module.graph, root, layer, CONVOLUTIONS[rank], branch.source, *stored, *settings)
     made.meta["nn_module_stack"] = branch.node.meta.get("nn_module_stack")
     return made
 

@@ -28,10 +28,10 @@ from bitwright.graph.watch import watch
 
 TOLERANCE = 1e-5
 COARSE_TOLERANCE = 0.05
-"""Of a network that computes in float16 or bfloat16 itself, which has three digits."""
+"""Tolerance of a network that computes in float16 or bfloat16 itself, which has three digits."""
 
 APART = 1e-3
-"""Of an output's range, by which an image may come out otherwise when it is alone: kernels add in other orders."""
+"""Share of an output's range by which an image may come out otherwise when it is alone: kernels add in other orders."""
 
 
 @dataclass
@@ -261,7 +261,7 @@ def _to_graph(program: torch.export.ExportedProgram) -> tuple[fx.GraphModule, se
         The module, in float32, and the coarser types that parts of the program are in.
     """
     root, graph = flat_graph(program)
-    coarse = rewrite.in_float32(root, graph)
+    coarse = rewrite.compute_in_float32(root, graph)
     rewrite.fill_empties(graph)
     rewrite.spell_shapes(graph)
     rewrite.restore_batch_norms(graph)

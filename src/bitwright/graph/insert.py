@@ -11,7 +11,15 @@ from bitwright.errors import UsageError
 from bitwright.graph import ops, rewrite
 from bitwright.graph.heads import Heads, find_heads
 from bitwright.graph.layer import Layer
-from bitwright.graph.place import FLOAT_ACTIVATIONS, FLOAT_BY_RULE, Placement, Point, Unquantized, consumers, place
+from bitwright.graph.place import (
+    FLOAT_ACTIVATIONS,
+    FLOAT_BY_RULE,
+    Placement,
+    QuantizerSite,
+    Unquantized,
+    consumers,
+    place,
+)
 from bitwright.graph.supported import check_supported
 from bitwright.quant.grid import Grid
 from bitwright.quant.quantizer import BiasQuantizer, Quantizer
@@ -32,7 +40,7 @@ def insert(teacher: fx.GraphModule, scheme: Scheme) -> Inserted:
     """A copy of the teacher with quantizers in it. Tensors are shared with the teacher and replaced, never changed.
 
     Raises:
-        UsageError: a rule of the scheme matches no layer, or it asks for a scale a head where there are no heads.
+        UsageError: a rule of the scheme matches no layer, or it asks for a scale per head where there are no heads.
     """
     heads = _heads(teacher, scheme)
     placement = place(teacher.graph, scheme)
@@ -98,7 +106,7 @@ def _insert_activations(
     return keys
 
 
-def _activation_quantizer(point: Point, scheme: Scheme) -> Quantizer:
+def _activation_quantizer(point: QuantizerSite, scheme: Scheme) -> Quantizer:
     assert point.bits is not None
     grid = Grid.named(scheme.activation_grid, point.bits)
     return Quantizer(point.name, grid, point.role, power_of_two=scheme.target.power_of_two_scales)

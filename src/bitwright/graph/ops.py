@@ -15,7 +15,7 @@ from torch import fx
 RESCALES = "rescales"
 """Mark in a node's ``meta`` of a multiplication by scales of channels (:mod:`bitwright.graph.equalize`): ``before`` or
 ``after`` the quantizer of the tensor that it scales."""
-Kind = Literal[
+OperatorKind = Literal[
     "input", "constant", "linear", "matmul", "activation", "softmax", "add", "mul", "scalar", "norm", "pool",
     "move", "concat", "rescale", "other", "output", "shape",
 ]  # fmt: skip
@@ -204,7 +204,7 @@ def is_scalar_operand(arg: object) -> bool:
     return not isinstance(value(arg), torch.Tensor)
 
 
-def kind(node: fx.Node) -> Kind:  # noqa: PLR0912 - a table in code
+def kind(node: fx.Node) -> OperatorKind:  # noqa: PLR0912 - a table in code
     """What the node is to a quantizer (see the module's sets)."""
     if node.op == "placeholder":
         return "input"

@@ -28,7 +28,7 @@ class Unquantized:
 
 
 @dataclass
-class Point:
+class QuantizerSite:
     """An activation, or a stored operand of one, with a quantizer.
 
     Example: in ``conv -> relu`` the ReLU is the node, and both layers are members.
@@ -51,7 +51,7 @@ class Placement:
     operator, or stands in ``unquantized``.
     """
 
-    points: dict[fx.Node, Point]
+    points: dict[fx.Node, QuantizerSite]
     linears: list[fx.Node]
     unquantized: list[Unquantized]
     source: dict[fx.Node, fx.Node]
@@ -221,7 +221,7 @@ def _place_activation(placement: Placement, node: fx.Node, fused: dict[fx.Node, 
         reason = FLOAT_ACTIVATIONS if scheme.activations is None else FLOAT_BY_RULE
         placement.unquantized.append(Unquantized(name, op, reason))
         return
-    placement.points[node] = Point(name, node, "activation", members, bits=bits)
+    placement.points[node] = QuantizerSite(name, node, "activation", members, bits=bits)
 
 
 def _place_constant(placement: Placement, node: fx.Node, fused: dict[fx.Node, fx.Node], scheme: Scheme) -> None:
@@ -253,7 +253,7 @@ def _place_constant(placement: Placement, node: fx.Node, fused: dict[fx.Node, fx
         placement.unquantized.append(Unquantized(name, "parameter", reason))
         return
     node.meta["layer"] = name
-    placement.points[node] = Point(name, node, "parameter", [name], bits=bits)
+    placement.points[node] = QuantizerSite(name, node, "parameter", [name], bits=bits)
 
 
 def _constant_role(node: fx.Node) -> tuple[str, fx.Node]:
@@ -288,7 +288,7 @@ def _share_concats(placement: Placement, graph: fx.Graph) -> None:
         leader.bits = bits
 
 
-def _leader(placement: Placement, point: Point) -> Point:
+def _leader(placement: Placement, point: QuantizerSite) -> QuantizerSite:
     while point.shares is not None:
         point = placement.points[point.shares]
     return point

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-Kind = Literal["scores", "probabilities", "labels", "whole", "values", "constant"]
+ReadingKind = Literal["scores", "probabilities", "labels", "whole", "values", "constant"]
 
 SMALLEST = 1e-6
 """Probabilities below it count as it, so that a divergence stays finite."""
@@ -34,7 +34,7 @@ class Reading:
         [[0, 1, 1], [1, 1, 1]]
     """
 
-    kind: Kind
+    kind: ReadingKind
     axis: int | None = None
     note: str = ""
 

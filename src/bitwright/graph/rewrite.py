@@ -140,7 +140,7 @@ def norms_of_a_batch(graph: fx.Graph) -> list[fx.Node]:
     return found
 
 
-def in_float32(module: nn.Module, graph: fx.Graph) -> set[torch.dtype]:
+def compute_in_float32(module: nn.Module, graph: fx.Graph) -> set[torch.dtype]:
     """Computes in float32 what the model computes in another floating type; only what it returns may have one.
 
     Returns:
@@ -335,7 +335,7 @@ def _is_neutral(node: fx.Node) -> bool:
     return isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype == after.dtype
 
 
-def insert(graph: fx.Graph, like: fx.Node, layer: str, target: Callable[..., Any], *args: Any) -> fx.Node:
+def add_operator(graph: fx.Graph, like: fx.Node, layer: str, target: Callable[..., Any], *args: Any) -> fx.Node:
     """Adds an operator before ``like`` with its provenance and a layer name of its own."""
     with graph.inserting_before(like):
         node = graph.call_function(target, args)
@@ -354,9 +354,9 @@ def _decompose_attention(module: fx.GraphModule, node: fx.Node) -> None:
         return
     graph, base = module.graph, str(node.meta["layer"]).removesuffix(".scaled_dot_product_attention")
     scale = arguments.get("scale") or 1 / math.sqrt(int(ops.shape(query)[-1]))
-    transposed = insert(graph, node, f"{base}.key", aten.transpose.int, key, -2, -1)
-    scores = insert(graph, node, f"{base}.qk", aten.matmul.default, query, transposed)
-    scores = insert(graph, node, f"{base}.scale", aten.mul.Tensor, scores, scale)
+    transposed = add_operator(graph, node, f"{base}.key", aten.transpose.int, key, -2, -1)
+    scores = add_operator(graph, node, f"{base}.qk", aten.matmul.default, query, transposed)
+    scores = add_operator(graph, node, f"{base}.scale", aten.mul.Tensor, scores, scale)
     mask = arguments.get("attn_mask")
     if arguments.get("is_causal"):
         length, width = int(ops.shape(query)[-2]), int(ops.shape(key)[-2])
@@ -364,10 +364,10 @@ def _decompose_attention(module: fx.GraphModule, node: fx.Node) -> None:
     forbidden = None
     if isinstance(mask, fx.Node):
         scores, forbidden = _masked(module, node, base, scores, mask)
-    weights = insert(graph, node, f"{base}.softmax", aten.softmax.int, scores, -1)
+    weights = add_operator(graph, node, f"{base}.softmax", aten.softmax.int, scores, -1)
     if forbidden is not None:
-        weights = insert(graph, node, f"{base}.allowed", aten.masked_fill.Scalar, weights, forbidden, 0.0)
-    mixed = insert(graph, node, f"{base}.pv", aten.matmul.default, weights, value)
+        weights = add_operator(graph, node, f"{base}.allowed", aten.masked_fill.Scalar, weights, forbidden, 0.0)
+    mixed = add_operator(graph, node, f"{base}.pv", aten.matmul.default, weights, value)
     node.replace_all_uses_with(mixed)
     graph.erase_node(node)
 
@@ -388,16 +388,16 @@ def _masked(
     graph, value = module.graph, ops.value(mask)
     stored = get_tensor(module, str(mask.target)) if mask.op == "get_attr" else None
     if isinstance(value, Tensor) and value.dtype == torch.bool:
-        forbidden = insert(graph, node, f"{base}.mask", aten.logical_not.default, mask)
+        forbidden = add_operator(graph, node, f"{base}.mask", aten.logical_not.default, mask)
         forbidden.meta["val"] = value
-        masked = insert(graph, node, f"{base}.masked", aten.masked_fill.Scalar, scores, forbidden, float("-inf"))
+        masked = add_operator(graph, node, f"{base}.masked", aten.masked_fill.Scalar, scores, forbidden, float("-inf"))
         open_rows = stored is not None and bool(stored.any(-1).all())
         return masked, None if open_rows else forbidden
-    masked = insert(graph, node, f"{base}.mask", aten.add.Tensor, scores, mask)
+    masked = add_operator(graph, node, f"{base}.mask", aten.add.Tensor, scores, mask)
     if stored is not None:
         closed = torch.isneginf(stored)
         return masked, store(module, node, f"{base}.forbidden", closed) if bool(closed.all(-1).any()) else None
-    forbidden = insert(graph, node, f"{base}.forbidden", aten.eq.Scalar, mask, float("-inf"))
+    forbidden = add_operator(graph, node, f"{base}.forbidden", aten.eq.Scalar, mask, float("-inf"))
     forbidden.meta["val"] = value.bool() if isinstance(value, Tensor) else value
     return masked, forbidden
 
@@ -407,16 +407,16 @@ def _decompose_product(module: fx.GraphModule, node: fx.Node) -> None:
     added, first, second = node.args[:3]
     alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)
     layer = str(node.meta["layer"])
-    product = insert(module.graph, node, f"{layer}.product", aten.bmm.default, first, second)
+    product = add_operator(module.graph, node, f"{layer}.product", aten.bmm.default, first, second)
     if alpha != 1:
-        product = insert(module.graph, node, f"{layer}.alpha", aten.mul.Tensor, product, alpha)
+        product = add_operator(module.graph, node, f"{layer}.alpha", aten.mul.Tensor, product, alpha)
     if beta == 0:
         total = product
     else:
         if beta != 1:
             assert isinstance(added, fx.Node)
-            added = insert(module.graph, node, f"{layer}.beta", aten.mul.Tensor, added, beta)
-        total = insert(module.graph, node, layer, aten.add.Tensor, product, added)
+            added = add_operator(module.graph, node, f"{layer}.beta", aten.mul.Tensor, added, beta)
+        total = add_operator(module.graph, node, layer, aten.add.Tensor, product, added)
     node.replace_all_uses_with(total)
     module.graph.erase_node(node)
 
@@ -431,7 +431,7 @@ def _spell_divisor(node: fx.Node) -> None:
         return
     size = math.prod(kernel) ** (int(ops.base_name(node)[-2]) if len(kernel) == 1 else 1)  # type: ignore[arg-type]
     layer = f"{node.meta['layer']}.mean"
-    pooled = insert(node.graph, node, layer, node.target, node.args[0], kernel, stride, padding, False, True)  # type: ignore[arg-type]
+    pooled = add_operator(node.graph, node, layer, node.target, node.args[0], kernel, stride, padding, False, True)  # type: ignore[arg-type]
     node.target, node.args = aten.mul.Tensor, (pooled, size / float(divisor))  # type: ignore[arg-type]
 
 
@@ -444,7 +444,7 @@ def _copy_to_expand(module: fx.GraphModule, node: fx.Node) -> None:
     if len(kinds) > 1:
         return
     if ops.shape(into) != ops.shape(source):
-        source = insert(module.graph, node, str(node.meta["layer"]), aten.expand_as.default, source, into)
+        source = add_operator(module.graph, node, str(node.meta["layer"]), aten.expand_as.default, source, into)
     node.replace_all_uses_with(source)
     module.graph.erase_node(node)
 
@@ -464,9 +464,9 @@ def _assignment_to_fill(module: fx.GraphModule, node: fx.Node) -> None:
     number = float(get_tensor(module, str(written.target)))  # type: ignore[union-attr]
     layer = str(node.meta["layer"])
     for behind in range(len(ops.shape(x)) - axis - value.dim()):
-        mask = insert(module.graph, node, f"{layer}.mask", aten.unsqueeze.default, mask, -1)
+        mask = add_operator(module.graph, node, f"{layer}.mask", aten.unsqueeze.default, mask, -1)
         mask.meta["val"] = value[(..., *[None] * (behind + 1))]
-    filled = insert(module.graph, node, layer, aten.masked_fill.Scalar, x, mask, number)
+    filled = add_operator(module.graph, node, layer, aten.masked_fill.Scalar, x, mask, number)
     node.replace_all_uses_with(filled)
     module.graph.erase_node(node)
 
@@ -483,7 +483,7 @@ def _constant_matmul_to_linear(module: fx.GraphModule, node: fx.Node) -> None:
     if transposed is None:
         transposed = store(module, node, target, get_tensor(module, str(weight.target)).t().contiguous().clone())
     layer = free(str(weight.target).removesuffix(".weight"), {str(n.meta.get("layer")) for n in module.graph.nodes})
-    linear = insert(module.graph, node, layer, aten.linear.default, x, transposed, bias)
+    linear = add_operator(module.graph, node, layer, aten.linear.default, x, transposed, bias)
     node.replace_all_uses_with(linear)
     module.graph.erase_node(node)
     if not weight.users:

@@ -85,7 +85,7 @@ def truncate(graph: fx.GraphModule, names: Iterable[str]) -> fx.GraphModule:
     return fx.GraphModule(graph, made)
 
 
-def size(values: Mapping[str, Any]) -> int:
+def tensor_bytes(values: Mapping[str, Any]) -> int:
     """Bytes of the tensors among them; a list of tensors counts its members."""
     total = 0
     for value in values.values():

@@ -72,8 +72,8 @@ def _weights(student: nn.Module, layers: list[Layer], scheme: Scheme) -> Iterato
             fix = _bits_fix(scheme, [layer.name], "weights", nearest_bits(bits, able.bits))
             yield _Problem(layer.name, f"weights of {_listed(able.bits)} bits", str(bits), fix)
         if kind not in able.granularities:
-            has = f"one weight scale a {_listed(able.granularities)}"
-            yield _Problem(layer.name, has, f"one a {kind}", _granularity_fix(scheme, layer.name))
+            has = f"one weight scale per {_listed(able.granularities)}"
+            yield _Problem(layer.name, has, f"one per {kind}", _granularity_fix(scheme, layer.name))
         elif kind == "group" and not scheme.target.ragged_groups and _ragged(quantizer):
             assert quantizer.block is not None
             has, wide = "groups that divide the input channels", quantizer.shape[1]

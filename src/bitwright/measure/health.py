@@ -19,7 +19,7 @@ IMAGES = 32
 SAYS = 40.0
 """Decibels between the energy of a float output and that of its change from image to image, from which on the output
 says next to nothing about the image in float either."""
-MOVES = 1e-6
+CONSTANT_BELOW = 1e-6
 """An output whose values differ by less, relative to their size, from image to image is taken for constant."""
 
 
@@ -74,7 +74,7 @@ def _moves(output: Tensor) -> bool:
         return False
     if not output.is_floating_point():
         return bool((output != output[:1]).any())
-    return float((output - output[:1]).abs().max()) > MOVES * float(output.abs().max())
+    return float((output - output[:1]).abs().max()) > CONSTANT_BELOW * float(output.abs().max())
 
 
 def _check_finite(student: Student, batch: Tensor, expected: list[Tensor], found: list[Tensor]) -> None:

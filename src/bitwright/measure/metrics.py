@@ -153,7 +153,7 @@ class OutputFidelity:
 
     Example:
         >>> good, bad = OutputFidelity(0.99, 0.01, 30.0), OutputFidelity(None, None, -2.0)
-        >>> worst({"scores": good, "boxes": bad})
+        >>> worst_figures({"scores": good, "boxes": bad})
         OutputFidelity(agreement=0.99, kl=0.01, sqnr_db=-2.0, spread_db=None, exact=False, answers=0, note='')
     """
 
@@ -166,7 +166,7 @@ class OutputFidelity:
     note: str = ""
 
 
-def worst(outputs: Mapping[str, OutputFidelity]) -> OutputFidelity:
+def worst_figures(outputs: Mapping[str, OutputFidelity]) -> OutputFidelity:
     """The worst of each figure over all outputs; one that no output has is None."""
 
     def over(choose: Callable[[list[float]], float], name: str) -> float | None:
@@ -289,7 +289,7 @@ class Fidelity:
     @property
     def worst(self) -> OutputFidelity:
         """The worst of each figure."""
-        return worst(self.outputs)
+        return worst_figures(self.outputs)
 
     def result(self) -> dict[str, Any]:
         """``agreement``, ``kl`` and ``sqnr_db`` of the worst output, and ``outputs`` with those of each."""
@@ -298,7 +298,7 @@ class Fidelity:
 
 def fidelity_keys(outputs: Mapping[str, OutputFidelity]) -> dict[str, Any]:
     """What ``result.json`` says of outputs under ``fidelity``; :func:`read_fidelity` reads it back."""
-    whole = worst(outputs)
+    whole = worst_figures(outputs)
     first = {"agreement": whole.agreement, "kl": whole.kl, "sqnr_db": whole.sqnr_db}
     return {**first, "outputs": {name: asdict(o) for name, o in outputs.items()}}
 

@@ -16,12 +16,12 @@ USUAL = 0.99
 ABOVE_USUAL, ABOVE_OTHERS = 16.0, 8.0
 """A spoilt image's largest value is that many times as large as usual values, and as the largest of other images."""
 FEW = 0.1
-"""Of the images: where more look spoilt, they are what the network is given, and stay."""
+"""Share of the images: if more look spoilt, they are what the network is given, and stay."""
 SAMPLE = 4096
 
 
 @dataclass(frozen=True)
-class Reach:
+class Magnitudes:
     """Magnitudes of each image, [N]: the largest value, and one that is larger than 99 % of its values."""
 
     largest: Tensor
@@ -50,7 +50,7 @@ def without_spoilt(images: Images) -> Images:
     return images if many else images.take([i for i in range(len(images)) if i not in set(spoilt)])
 
 
-def _said(images: Images, reach: Reach, spoilt: list[int], done: str) -> str:
+def _said(images: Images, reach: Magnitudes, spoilt: list[int], done: str) -> str:
     worst = max(spoilt, key=lambda i: float(reach.largest[i]))
     value, usual = float(reach.largest[worst]), float(reach.usual.median())
     more = f", and so do {len(spoilt) - 1} more" if len(spoilt) > 1 else ""
@@ -60,7 +60,7 @@ def _said(images: Images, reach: Reach, spoilt: list[int], done: str) -> str:
     )
 
 
-def measure(images: Images) -> Reach:
+def measure(images: Images) -> Magnitudes:
     """Looks at every image once."""
     largest, usual = [], []
     first, alike = images.batch([0]), len(images) > 1
@@ -71,14 +71,14 @@ def measure(images: Images) -> Reach:
         step = -(-rows.shape[1] // SAMPLE) | 1  # odd, so that it does not run along one column of the image
         some = rows[:, ::step]
         usual.append(some.kthvalue(max(1, int(USUAL * some.shape[1])), dim=1).values)
-    return Reach(torch.cat(largest), torch.cat(usual), alike)
+    return Magnitudes(torch.cat(largest), torch.cat(usual), alike)
 
 
-def find_spoilt(reach: Reach) -> list[int]:
+def find_spoilt(reach: Magnitudes) -> list[int]:
     """Positions of the images that are spoilt.
 
     Example:
-        >>> find_spoilt(Reach(torch.tensor([3.0, 1e4, 2.0]), torch.tensor([2.0, 2.0, 1.5])))
+        >>> find_spoilt(Magnitudes(torch.tensor([3.0, 1e4, 2.0]), torch.tensor([2.0, 2.0, 1.5])))
         [1]
     """
     usual, others = reach.usual.median(), reach.largest.median()

@@ -38,22 +38,22 @@ Insert = Callable[["Captured"], "Student"]
 
 IMAGES, BATCH, PROBES = 16, 4, 1
 RANGE_IMAGES = 64
-"""From which the largest magnitude of every channel is read."""
-NEGLIGIBLE = 2e-3
-"""Of the loss: below this nothing is looked for."""
+"""Images from which the largest magnitude of every channel is read."""
+NEGLIGIBLE_LOSS = 2e-3
+"""Loss below which nothing is looked for."""
 OF_SPREAD = 0.1
-"""Of the distance between the float network's answers to two images: a loss above it is looked at, however small."""
+"""Share of the distance between the float network's answers to two images; a loss above it is looked at."""
 SHARE = 0.02
-"""Of the loss: what the rounding of a tensor adds at least, for its channels to be looked at."""
+"""Least share of the loss that the rounding of a tensor adds, for its channels to be looked at."""
 MOST = 16
 """Tensors that are changed in one round."""
 ROUNDS = 3
 BETTER = 0.5
-"""Of a tensor's effect: what is left of it at most, as estimated, if its channels are changed."""
+"""Largest share of a tensor's effect that may be left, as estimated, if its channels are changed."""
 KEPT = 0.9
-"""Of the loss: what is left of it at most, as measured, if a round's changes are kept."""
+"""Largest share of the loss that may be left, as measured, if a round's changes are kept."""
 NOT_WORSE = 1.1
-"""Of the loss of weights alone: how much of it may be there afterwards, where weights are coarse."""
+"""Largest share of the loss of weights alone that may be there afterwards, where weights are coarse."""
 COARSE = 8
 """Bits of weights below which half of the exponents are tried as well, which change weights less."""
 FINEST = -10
@@ -61,7 +61,7 @@ FINEST = -10
 
 
 @dataclass
-class Suspect:
+class CostlyTensor:
     """A tensor whose rounding costs much.
 
     Attributes:
@@ -115,7 +115,7 @@ def balance(
     trial = _Trial(insert, some, more, plain_ranges(method), run, readings)
     found: list[ChannelScales] = []
     now = trial.of(teacher, [])
-    negligible = min(NEGLIGIBLE, OF_SPREAD * trial.spread(teacher))
+    negligible = min(NEGLIGIBLE_LOSS, OF_SPREAD * trial.spread(teacher))
     for _ in range(ROUNDS):
         if not now.loss >= negligible:
             break
@@ -217,12 +217,12 @@ class _Trial:
         with torch.no_grad():
             return spread_of_outputs(list(teacher.graph(batch)), self.readings)
 
-    def suspects(self, student: Student, teacher: Captured, least: float) -> list[Suspect]:
+    def suspects(self, student: Student, teacher: Captured, least: float) -> list[CostlyTensor]:
         """Tensors whose rounding adds that much and whose channels can be scaled, the worst first."""
         effects = self._effects(student, teacher)
         total = {name: float(each.sum()) for name, each in effects.items()}
         nodes = {n.name: n for n in teacher.graph.graph.nodes}
-        found: list[Suspect] = []
+        found: list[CostlyTensor] = []
         taken: set[str] = set()
         for name in sorted(effects, key=lambda n: -total[n]):
             if total[name] < least or len(found) == MOST:
@@ -231,7 +231,7 @@ class _Trial:
             if scaled is None or scaled & taken:
                 continue
             taken |= scaled
-            found.append(Suspect(name, equalize.channel_axis(nodes[name]), effects[name]))
+            found.append(CostlyTensor(name, equalize.channel_axis(nodes[name]), effects[name]))
         self._read_ranges(teacher, found)
         return found
 
@@ -253,7 +253,7 @@ class _Trial:
         )
         return {name: total / (len(self.images) * PROBES) for name, total in found.items()}
 
-    def _read_ranges(self, teacher: Captured, suspects: Sequence[Suspect]) -> None:
+    def _read_ranges(self, teacher: Captured, suspects: Sequence[CostlyTensor]) -> None:
         by_node = {s.node: s for s in suspects}
 
         def see(node: fx.Node, value: Tensor) -> None:

@@ -21,7 +21,7 @@ from bitwright.graph import ops
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.student import Student, insert_quantizers
 from bitwright.graph.watch import Callback, watch
-from bitwright.outliers.balance import NEGLIGIBLE, own_quantizers, plain_ranges
+from bitwright.outliers.balance import NEGLIGIBLE_LOSS, own_quantizers, plain_ranges
 from bitwright.outliers.effects import see_gradients
 from bitwright.quant.quantizer import Calibration, as_if
 from bitwright.quant.scheme import Rule, Scheme, escaped
@@ -44,18 +44,18 @@ MOST = 8
 OPERATIONS = 0.25
 """Share of multiply-accumulates that may read or make 16-bit tensors, which ONNX Runtime computes in float."""
 LOUD = 0.03
-"""Of the loss (KL in nats, or squared error over the outputs' mean square): from here on a run says what would help."""
+"""Loss (KL in nats, or squared error over the outputs' mean square) from which on a run says what would help."""
 OF_SPREAD = 0.01
 """Of the distance between the float network's answers to two images: a loss that large is loud whatever it is in nats,
 as in a network that is not sure of itself, or whose answers share a large constant part."""
 HELPS = 0.7
-"""Of the loss: what is left of it at most, where rules are worth their name."""
+"""Largest share of the loss that may be left where rules are worth naming."""
 CLOSE = 0.05
-"""Of the loss: a tensor that saves less is left as it is."""
+"""Share of the loss; a tensor that saves less is left as it is."""
 
 
 @dataclass(frozen=True)
-class Found:
+class Widening:
     """Rules that help together.
 
     Attributes:
@@ -113,7 +113,7 @@ def raise_few(teacher: Captured, scheme: Scheme, images: Images, method: Recipe,
     student = insert_quantizers(teacher, scheme)
     student.to(run.device)
     student = plain_ranges(method).run(student, teacher, some, run)
-    found = find(student, teacher, some, run, loud=NEGLIGIBLE, share=OPERATIONS)
+    found = find_wider(student, teacher, some, run, loud=NEGLIGIBLE_LOSS, share=OPERATIONS)
     if found is None:
         return scheme
     run.outliers.raised = Raised(found.loss, found.left, found.suggestions)
@@ -149,14 +149,14 @@ def advise(student: Student, images: Images, run: Run) -> list[str]:
         return []
     some = images.sample(min(IMAGES, len(images)), seed=run.seed).unlabelled()
     weights = scheme.weights is None or scheme.weights >= LEAST
-    found = find(student, teacher, some, run, loud=LOUD, share=1.0, say_all=weights)
+    found = find_wider(student, teacher, some, run, loud=LOUD, share=1.0, say_all=weights)
     if found is None:
         return []
     run.outliers.suggestions = found.suggestions
     return [str(found)]
 
 
-def find(
+def find_wider(
     student: Student,
     teacher: Captured,
     images: Images,
@@ -165,7 +165,7 @@ def find(
     loud: float,
     share: float,
     say_all: bool = False,
-) -> Found | None:
+) -> Widening | None:
     """The few activations that need 16 bits; None where the loss is below ``loud``, or no few tensors mend it.
 
     Args:
@@ -193,7 +193,7 @@ def find(
         Suggestion(f"{escaped(quantizers[n].name)}=a{WIDE}", quantizers[n].name, without[n] - left, trial.cost([n]))
         for n in chosen
     ]
-    return Found(loss, left, trial.cost(chosen), sorted(suggestions, key=lambda s: -s.predicted_gain), spread)
+    return Widening(loss, left, trial.cost(chosen), sorted(suggestions, key=lambda s: -s.predicted_gain), spread)
 
 
 class _Trial:
@@ -238,14 +238,14 @@ class _Trial:
                 found.append(name)
         return found
 
-    def of_all(self, loss: float, spread: float) -> Found:
+    def of_all(self, loss: float, spread: float) -> Widening:
         """What all activations at 16 bits would give."""
         every = list(self.quantizers)
         self.read_ranges(every)
         left = self.loss(every)
         helps = bool(every) and left <= HELPS * loss
         rules = [Suggestion(EVERYTHING, "all activations", loss - left, 1.0)] if helps else []
-        return Found(loss, left, 1.0, rules, spread)
+        return Widening(loss, left, 1.0, rules, spread)
 
     def read_ranges(self, names: Sequence[str]) -> None:
         """Grids of 16 bits that span what the tensors hold."""

@@ -232,7 +232,7 @@ class Scheme(BaseModel):
         return planned.granularity or self.granularity, planned.group_size or self.group_size
 
     def by_heads(self) -> bool:
-        """Whether the weight of any layer is to have a scale a head."""
+        """Whether the weight of any layer is to have a scale per head."""
         return "head" in {self.granularity, *(c.granularity for c in self.plan.values())}
 
     def rules_weights(self, layer: str) -> bool:

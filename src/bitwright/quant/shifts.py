@@ -21,7 +21,7 @@ def neighbours(scale: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(above == scale, above, above / 2), above
 
 
-def weight_scale(
+def nearest_power_scale(
     weight: Tensor,
     scale: Tensor,
     grid: Grid,

@@ -94,7 +94,7 @@ def _read_stage(value: Any) -> Any:
 
 
 @cache
-def builtin() -> dict[str, Recipe]:
+def builtin_recipes() -> dict[str, Recipe]:
     """Every recipe in this folder, by name: each module holds one in ``RECIPE``, or several in ``RECIPES``."""
     found = {}
     for info in pkgutil.iter_modules(__path__):
@@ -122,7 +122,7 @@ def recipe(reference: str | Path | Recipe | None = None) -> Recipe:
         if not path.is_file():
             raise UsageError(f"Expected a recipe file at {path}, found none.")
         return _from_python(path) if path.suffix == ".py" else _from_yaml(path)
-    known = builtin()
+    known = builtin_recipes()
     if str(reference) not in known:
         near = difflib.get_close_matches(str(reference).lower(), known, n=1, cutoff=0.0)
         raise UsageError(f"There is no recipe '{reference}'. Did you mean '{near[0]}'? All: {', '.join(known)}.")
@@ -142,7 +142,7 @@ def _from_python(path: Path) -> Recipe:
 
 
 def _from_yaml(path: Path) -> Recipe:
-    builtin()  # so that all stages are known
+    builtin_recipes()  # so that all stages are known
     data = read_yaml(path)
     try:
         return Recipe.model_validate(data)

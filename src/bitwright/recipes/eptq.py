@@ -1,6 +1,6 @@
 """EPTQ (arXiv:2309.11531): the whole network optimised at once, guided by a label-free Hessian.
 
-``eptq`` follows version 2 of the paper (a score for each sample and layer), ``eptq-lfh`` version 1 (one a layer).
+``eptq`` follows version 2 of the paper (a score per sample and layer), ``eptq-lfh`` version 1 (one per layer).
 Both start from closed-form roundings instead of rounding to nearest, which is worth more than any number of steps that
 a small budget allows, and dampen their codes, which without it flip between integers, more of them the longer a run is.
 Version 2's scores are put on version 1's log scale across layers: as they are, nearly all weight lies on the last
@@ -15,7 +15,7 @@ from bitwright.stages.optq import Optq
 from bitwright.stages.reconstruct import Reconstruct
 from bitwright.stages.schedules import Anneal, Dampen, Gradual, Learn
 
-START = (Calibrate(weights="mse", activations="mse", bias_correction="analytic"), Optq())
+CALIBRATED = (Calibrate(weights="mse", activations="mse", bias_correction="analytic"), Optq())
 NETWORK = Reconstruct(weigh="sla-log", codes=Learn(rate=1e-3), decide=Dampen())
 
 RECIPES = (
@@ -23,13 +23,13 @@ RECIPES = (
         name="eptq",
         summary="Closed-form roundings, then the whole network optimised at once, every sample and layer weighted.",
         paper="arXiv:2309.11531v2",
-        stages=(*START, NETWORK),
+        stages=(*CALIBRATED, NETWORK),
     ),
     Recipe(
         name="eptq-lfh",
         summary="The same with one weight a layer, the log of its label-free Hessian trace.",
         paper="arXiv:2309.11531v1",
-        stages=(*START, NETWORK.model_copy(update={"weigh": "lfh"})),
+        stages=(*CALIBRATED, NETWORK.model_copy(update={"weigh": "lfh"})),
     ),
     Recipe(
         name="eptq-paper",

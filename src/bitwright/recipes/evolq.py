@@ -10,7 +10,7 @@ images: the code keeps the checkpoint that is best on the test set.
 """
 
 from bitwright.recipes import Recipe
-from bitwright.recipes.eptq import NETWORK, START
+from bitwright.recipes.eptq import CALIBRATED, NETWORK
 from bitwright.stages.calibrate import Calibrate
 from bitwright.stages.evolve import Evolve
 from bitwright.stages.population import Mutation
@@ -27,7 +27,7 @@ RECIPES = (
         summary="EPTQ, then its weight scales evolved with the integers kept.",
         paper="arXiv:2309.11531v2, arXiv:2308.10814",
         stages=(
-            *START,
+            *CALIBRATED,
             NETWORK,
             Evolve(meaning="keep", fitness="mse"),
         ),

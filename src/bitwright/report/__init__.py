@@ -1,19 +1,19 @@
 """The page of a run: what was lost, where, and how to repeat it, in one file that opens from disk.
 
-:mod:`bitwright.report.facts` gathers once, while the model and its images are at hand; :func:`write` makes the page
-from what was kept.
+:mod:`bitwright.report.facts` gathers once, while the model and its images are at hand; :func:`write` makes the
+page from what was kept.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from bitwright.report.frame import save
+from bitwright.report.frame import save_page
 from bitwright.report.run_page import run_page
 from bitwright.report.shown import read_run
 from bitwright.run import folder as run_folder
 
-__all__ = ["save", "write"]
+__all__ = ["save_page", "write"]
 
 
 def write(folder: str | Path, path: Path | None = None) -> Path:
@@ -31,4 +31,4 @@ def write(folder: str | Path, path: Path | None = None) -> Path:
     place = folder if folder.is_dir() else folder.parent
     with run_folder.shown(place):
         text = run_page(run)
-    return save(text, path or place / run_folder.PAGE)
+    return save_page(text, path or place / run_folder.PAGE)

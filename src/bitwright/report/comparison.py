@@ -9,7 +9,7 @@ from typing import Any
 from bitwright import words
 from bitwright.measure.metrics import read_fidelity
 from bitwright.report.charts import Interval, intervals
-from bitwright.report.frame import Section, bullets, command, definitions, document, paragraph
+from bitwright.report.frame import Section, bullets, definitions, document, paragraph, shell
 from bitwright.report.markup import tag
 from bitwright.report.panels import Panel, Series, single
 from bitwright.report.shown import Shown
@@ -92,10 +92,10 @@ def comparison(entries: Sequence[Entry], title: str = "") -> str:
     sections = [part(entries) for part in (_alike, _table, _outputs, _front, _failures, _repeat)]
     bits = {r.bits for r in runs}
     under = f"comparison of {words.plural(len(entries), 'run')}{f' · {bits.pop()}' if len(bits) == 1 else ''}"
-    return document(f"{name} · comparison · bitwright", name, under, [verdict(entries)], sections)
+    return document(f"{name} · comparison · bitwright", name, under, [comparison_verdict(entries)], sections)
 
 
-def verdict(entries: Sequence[Entry]) -> str:
+def comparison_verdict(entries: Sequence[Entry]) -> str:
     """Which run is best, and which others cannot be told from it."""
     done = [e for e in entries if e.run is not None]
     failed = len(entries) - len(done)
@@ -104,7 +104,7 @@ def verdict(entries: Sequence[Entry]) -> str:
         return f"Nothing to compare.{tail}"
     what = quality(entries)
     if what is None:
-        return f"The runs have no figure in common to be compared by.{tail}"
+        return f"The runs have no figure in common to compare.{tail}"
     if len(set(_measured(done))) > 1:
         return f"The runs were not measured on the same images: their figures cannot tell which is better.{tail}"
     rows = [row(e) for e in done]
@@ -152,7 +152,7 @@ SAID = {
 
 
 def _table(entries: Sequence[Entry]) -> Section:
-    """A row a run; what all have in common has no column."""
+    """One row per run; what all runs have in common has no column."""
     rows = [row(e) for e in entries]
     done = [r for r in rows if r["error"] is None]
     metric = next((k for k in METRICS if any(r.get(k) is not None for r in done)), None)
@@ -258,7 +258,7 @@ def _unit_of(what: str) -> tuple[float, str]:
 
 
 def _ends(what: str, r: dict[str, Any]) -> tuple[float, float]:
-    """Of the interval, in the unit of charts; the figure itself where there is none."""
+    """Ends of the interval, in the unit of charts; the figure itself where there is no interval."""
     low, high = (_unit_of(what)[0] * v for v in r.get(f"{what}_ci") or [r[what], r[what]])
     return low, high
 
@@ -271,7 +271,7 @@ def _float_level(what: str, rows: Sequence[dict[str, Any]]) -> float | None:
 
 
 def _rows_of_intervals(what: str, rows: list[dict[str, Any]]) -> Section:
-    """For runs of one size: each one's figure with its interval, one below the other."""
+    """A chart for runs of one size: the figure of each with its interval, one below the other."""
     factor, unit = _unit_of(what)
     level = _float_level(what, rows)
     drawn = [
@@ -319,5 +319,5 @@ def _repeat(entries: Sequence[Entry]) -> Section | None:
     for e in entries:
         if e.run is not None:
             found.setdefault(e.run.result.get("command", words.NONE), []).append(e.name)
-    pairs = [(words.listed(names), command(c)) for c, names in found.items()]
+    pairs = [(words.listed(names), shell(c)) for c, names in found.items()]
     return Section("repeat", "To repeat it", definitions(pairs)) if found else None

@@ -14,7 +14,7 @@ from bitwright.given.images import Images
 from bitwright.given.text import read_json
 from bitwright.graph.student import Student
 from bitwright.report.answers import Answers
-from bitwright.report.histograms import IMAGES, histograms, worst_layers
+from bitwright.report.histograms import HISTOGRAM_IMAGES, histograms, worst_layers
 from bitwright.run import folder as run_folder
 
 FACTS_SCHEMA = 1
@@ -35,7 +35,7 @@ def gather(model: Student, images: Images, answers: Answers, folder: Path, *, pi
     """
     worst = worst_layers(model.result["layers"], model.layers)
     calibration = model.calibration or images
-    batch = calibration.batch(range(min(IMAGES, len(calibration))))
+    batch = calibration.batch(range(min(HISTOGRAM_IMAGES, len(calibration))))
     return {
         "schema": FACTS_SCHEMA,
         "histograms": {"images": len(batch), "layers": histograms(model, batch, worst)},

@@ -91,7 +91,7 @@ def _file(name: str) -> str:
     return files("bitwright.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def save(text: str, path: Path) -> Path:
+def save_page(text: str, path: Path) -> Path:
     """Writes a page.
 
     Raises:
@@ -120,7 +120,7 @@ def definitions(pairs: Sequence[tuple[str, Child]]) -> Markup:
     return tag("dl", [[tag("dt", name), tag("dd", said)] for name, said in pairs])
 
 
-def command(said: str) -> Markup:
+def shell(said: str) -> Markup:
     """A command line that breaks between its words."""
     return tag("code", [[tag("span", word, class_="word"), " "] for word in said.split(" ")])
 

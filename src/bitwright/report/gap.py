@@ -6,7 +6,7 @@ from typing import Any
 
 from bitwright import words
 from bitwright.report.charts import lengths
-from bitwright.report.frame import command, paragraph
+from bitwright.report.frame import paragraph, shell
 from bitwright.report.markup import Child, tag
 from bitwright.report.shown import Shown
 from bitwright.report.tables import page_table
@@ -28,7 +28,7 @@ def gap(run: Shown) -> list[Child]:
     if body is None:
         again = f"bitwright parity {run.folder or 'RUN'}; bitwright report {run.folder or 'RUN'}"
         said = "What bits cost and what the runtime adds, side by side and code by code: "
-        return [paragraph(said, command(again), quiet=True)]
+        return [paragraph(said, shell(again), quiet=True)]
     return [tag("h3", TITLE), *body]
 
 
@@ -107,4 +107,5 @@ def _layers(found: dict[str, Any]) -> str:
     if not kernels:
         return f"{said} No layer differs by more than sums of floats in another order explain."
     more = f" and {len(kernels) - NAMED} more" if len(kernels) > NAMED else ""
-    return f"{said} By more than sums of floats in another order explain: {words.listed(kernels[:NAMED])}{more}."
+    named = f"{words.listed(kernels[:NAMED])}{more}"
+    return f"{said} Some layers differ by more: {named}."

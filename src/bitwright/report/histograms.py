@@ -14,7 +14,7 @@ from bitwright.graph.watch import watch
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
 
 LAYERS = 6
-IMAGES = 16
+HISTOGRAM_IMAGES = 16
 BINS = 96
 ELEMENTS = 1 << 18
 """Values of one tensor that a histogram counts, evenly spread."""
@@ -66,7 +66,7 @@ def histograms(model: Student, images: Tensor, layers: list[Layer]) -> list[dict
 
 
 def _weight(model: Student, layer: Layer, node: fx.Node | None) -> dict[str, Any] | None:
-    """In steps of each weight's own scale."""
+    """Histogram in steps of each weight's own scale."""
     if layer.weight is None or node is None or ops.kind(node) != "linear" or not isinstance(node.args[1], fx.Node):
         return None
     assert model.teacher is not None
@@ -92,7 +92,7 @@ def _codes(model: Student, quantizer: Quantizer | BiasQuantizer) -> Tensor | Non
 
 
 def _activation(model: Student, layer: Layer, value: Tensor | None) -> dict[str, Any] | None:
-    """In the tensor's own unit."""
+    """Histogram in the tensor's own unit."""
     if layer.activation is None or value is None:
         return None
     quantizer = model.quantizer(layer.activation)

@@ -6,13 +6,22 @@ from typing import Any
 
 from bitwright import words
 from bitwright.report.charts import key, lengths
-from bitwright.report.frame import Section, command, paragraph
+from bitwright.report.frame import Section, paragraph, shell
 from bitwright.report.markup import tag
 from bitwright.report.shown import Shown
 from bitwright.report.tables import TableCell, page_table
 from bitwright.report.verdict import runtime_name
 
-_HEADS = ["runtime", ">threads", ">batch", ">float", ">quantized", ">quantized / float", ">images a second", "that is"]
+_HEADS = [
+    "runtime",
+    ">threads",
+    ">batch",
+    ">float",
+    ">quantized",
+    ">quantized / float",
+    ">images per second",
+    "that is",
+]
 
 
 def latency(run: Shown) -> Section:
@@ -24,7 +33,7 @@ def latency(run: Shown) -> Section:
     if body is None:
         said = "Not measured. On the machine where it matters: "
         again = f"bitwright bench {run.folder or 'RUN'}; bitwright report {run.folder or 'RUN'}"
-        body = [paragraph(said, command(again), quiet=True)]
+        body = [paragraph(said, shell(again), quiet=True)]
     return Section("latency", "Latency", body)
 
 

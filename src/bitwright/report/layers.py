@@ -8,7 +8,7 @@ from typing import Any
 
 from bitwright import words
 from bitwright.report.charts import Axis, bar, chart, dot, key, linear, vertical
-from bitwright.report.frame import Section, command, paragraph
+from bitwright.report.frame import Section, paragraph, shell
 from bitwright.report.markup import Child, Markup, tag
 from bitwright.report.panels import Panel, Series, single
 from bitwright.report.shown import Shown
@@ -95,14 +95,14 @@ def _tally(rows: list[dict[str, Any]], what: str) -> str:
     return ", ".join(f"{b} in {words.plural(n, 'layer')}" for b, n in counts)
 
 
-def label_free_scores(run: Shown) -> dict[str, float]:
-    """By layer, how strongly the outputs depend on its values; empty for a run that needed no scores."""
+def stored_scores(run: Shown) -> dict[str, float]:
+    """How strongly the outputs depend on each layer's values, by layer; empty for a run that needed no scores."""
     scores = (run.result.get("scores") or {}).get("layers")
     return {str(k): float(v) for k, v in scores.items()} if isinstance(scores, dict) else {}
 
 
 def _sensitivity(run: Shown) -> Markup | None:
-    values, rows = label_free_scores(run), run.layers
+    values, rows = stored_scores(run), run.layers
     places: dict[str, int] = {}
     for i, r in enumerate(rows, 1):
         places.setdefault(r["name"], i)
@@ -128,7 +128,7 @@ def every_layer(run: Shown) -> Section:
     rows = run.layers
     if not rows:
         return Section("layers", "Every layer", paragraph("Nothing is quantized.", quiet=True))
-    scores, shares = label_free_scores(run), _shares(run)
+    scores, shares = stored_scores(run), _shares(run)
     heads = [
         ">#",
         "layer",
@@ -174,7 +174,7 @@ def _layer_cells(
 
 
 def _shares(run: Shown) -> dict[str, float]:
-    """Of the loss that goes when a tensor of the layer is float; of a layer's two tensors the larger."""
+    """Share of the loss that goes when a tensor of the layer is float; the larger share of the layer's two tensors."""
     found: dict[str, float] = {}
     for row in _diagnosis(run).get("layers") or []:
         found[row["name"]] = max(found.get(row["name"], 0.0), float(row["share"]))
@@ -222,15 +222,17 @@ def _rules(found: dict[str, Any]) -> list[Child]:
     if not rules:
         return []
     rows: list[list[TableCell | str]] = [
-        [TableCell(command(f"--rule '{r['rule']}'")), words.number(r["loss_after"]), f"+{words.size(r['bytes'])}"]
+        [
+            TableCell(shell(f"--rule '{r['rule']}'")),
+            words.number(r["loss_after"]),
+            f"+{words.size(r['bytes'])}",
+        ]
         for r in rules
     ]
     together = found.get("together")
     if together:
         said = " ".join(f"--rule '{r}'" for r in together["rules"])
-        rows.append(
-            [TableCell(command(said)), words.number(together["loss_after"]), f"+{words.size(together['bytes'])}"]
-        )
+        rows.append([TableCell(shell(said)), words.number(together["loss_after"]), f"+{words.size(together['bytes'])}"])
     return [page_table("What would give most of it back", ["added to the command", ">loss", ">file"], rows)]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from bitwright import words
 from bitwright.report.charts import key, lengths
-from bitwright.report.frame import Section, bullets, command, definitions, paragraph
+from bitwright.report.frame import Section, bullets, definitions, paragraph, shell
 from bitwright.report.gap import gap
 from bitwright.report.markup import Child, Markup, tag
 from bitwright.report.panels import Panel, Series
@@ -201,7 +201,13 @@ def repeat(run: Shown) -> Section:
             pairs.append((f"{name} images", [said, tag("br"), tag("code", f"sha256 {some['sha256']}", class_="hash")]))
     settings = json.dumps((result.get("recipe") or {}).get("settings") or {}, indent=2, ensure_ascii=False)
     body = [
-        tag("pre", command(result.get("command", words.NONE)), tabindex=0, role="region", aria_label="the command"),
+        tag(
+            "pre",
+            shell(result.get("command", words.NONE)),
+            tabindex=0,
+            role="region",
+            aria_label="the command",
+        ),
         definitions(pairs),
         tag("details", tag("summary", "All settings of the recipe"), tag("pre", settings, tabindex=0)),
     ]

@@ -76,7 +76,7 @@ class Panel:
         x_holds: places that the horizontal axis has room for, whatever is drawn; whole ones are as wide as bars.
         y_holds: values that the vertical axis has room for.
         least: of the vertical axis, whatever the values are; lower ones are drawn there.
-        most: likewise.
+        most: of the vertical axis, whatever the values are; higher ones are drawn there.
         bare: whether the vertical axis has no ticks, where heights only tell apart.
         height: in em.
         summary: what a reader who does not see the chart is told; the ends of every series if not given.

@@ -17,11 +17,11 @@ def disagreements(run: Shown) -> Section | None:
         return None
     title = "Where the answers differ"
     if not found["shown"]:
-        return Section("images", title, paragraph(f"On none of {words.plural(found['count'], 'image')}."))
+        return Section("images", title, paragraph(f"They differ on none of {words.plural(found['count'], 'image')}."))
     lead = (
-        f"On {found['differing']:,} of {words.plural(found['count'], 'image')} "
-        f"({words.percent(found['differing'] / found['count'])}). Below, those on which the float network's class lost "
-        "the most probability."
+        f"They differ on {found['differing']:,} of {words.plural(found['count'], 'image')} "
+        f"({words.percent(found['differing'] / found['count'])}). Below are those on which the float network's class "
+        "lost the most probability."
     )
     kept = (
         "Small copies of these images are embedded in this page and in report.json: mind where you send them. "

@@ -10,7 +10,7 @@ import numpy as np
 from bitwright.bits.goal import TITLES
 from bitwright.bits.plan import Plan
 from bitwright.bits.planning import Planning, nearest_uniform
-from bitwright.report.frame import Section, command, document, paragraph, versions
+from bitwright.report.frame import Section, document, paragraph, shell, versions
 from bitwright.report.markup import Child, tag
 from bitwright.report.panels import Panel, Series, single
 from bitwright.report.plans import curve_figure
@@ -24,9 +24,9 @@ _UNITS = {
     "bit_operations": "",
     "latency": "s",
 }
-LAYERS = ("layer", "operator", "parameters", "weights", "activations", "bytes", "predicted loss")
+LAYER_HEADINGS = ("layer", "operator", "parameters", "weights", "activations", "bytes", "predicted loss")
 _CLOSE = 1.01
-CURVE = ("which", "size", "compression", "bit operations", "predicted loss")
+CURVE_HEADINGS = ("which", "size", "compression", "bit operations", "predicted loss")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class CurveRow:
 
 
 def layer_rows(found: Planning) -> list[tuple[str, ...]]:
-    """Every layer that has bits, in program order, under :data:`LAYERS`."""
+    """Every layer that has bits, in program order, under :data:`LAYER_HEADINGS`."""
     bits, losses = found.bits(found.plan), found.losses_of(found.plan)
     rows: list[tuple[str, ...]] = []
     for layer in found.student.layers:
@@ -68,7 +68,7 @@ def _elements(found: Planning, key: str | None) -> int:
 
 
 def curve_rows(found: Planning, most: int | None = None) -> tuple[list[CurveRow], list[CurveRow]]:
-    """Points of the curve (``most`` of them, evenly spread, and the plan), and uniform ones, under :data:`CURVE`."""
+    """Points of the curve (``most``, evenly spread, and the plan), and uniform ones, under :data:`CURVE_HEADINGS`."""
     count = len(found.curve)
     shown = range(count) if most is None else np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(int))
     points = [_row(found, found.curve[i], f"point {i + 1}", chosen=found.curve[i] == found.plan) for i in shown]
@@ -89,7 +89,7 @@ def _row(found: Planning, plan: Plan, which: str, *, chosen: bool = False) -> Cu
     return CurveRow(predicted[found.along], cells, chosen)
 
 
-def verdict(found: Planning) -> list[str]:
+def plan_verdict(found: Planning) -> list[str]:
     """What the plan is, in sentences."""
     predicted = found.plan.predicted or {}
     said = []
@@ -98,13 +98,12 @@ def verdict(found: Planning) -> list[str]:
         said.append(
             f"Without a limit, the plan is as large as {bits} bits everywhere: "
             f"{size(predicted['weight_bytes'])}. "
-            "Say --target-size, --compression, --max-bops or --max-latency for another."
+            "Give --target-size, --compression, --max-bops or --max-latency for another."
         )
     for name, limit in found.limits.items():
         if found.goal.asked:
-            said.append(
-                f"{TITLES[name]}: {amount(predicted[name], _UNITS[name])}, allowed were {amount(limit, _UNITS[name])}."
-            )
+            planned, most = amount(predicted[name], _UNITS[name]), amount(limit, _UNITS[name])
+            said.append(f"{TITLES[name]}: {planned}, at most {most} allowed.")
     said += _against_uniform(found)
     widest = found.curve[-1].predicted or {}
     limit = found.limits.get(found.along, 0.0)
@@ -165,22 +164,26 @@ def plan_page(found: Planning, facts: dict[str, Any]) -> str:
     points, uniform = curve_rows(found)
     lines = [r.cells for r in sorted([*points, *uniform], key=lambda r: r.cost)]
     sections = [
-        Section("next", "Next", paragraph(command(facts["next"]))),
+        Section("next", "Next", paragraph(shell(facts["next"]))),
         Section(
             "curve", "Predicted loss of the best plan at each limit", curve_figure(facts, facts["chosen"], "the plan")
         ),
         Section(
             "plan",
             "The plan",
-            [*_bits_of_layers(found), page_table("Every layer", right(LAYERS), layer_rows(found), wide=True)],
+            [*_bits_of_layers(found), page_table("Every layer", right(LAYER_HEADINGS), layer_rows(found), wide=True)],
         ),
-        Section("limits", "What other limits give", page_table("Points of the curve", right(CURVE), lines, wide=True)),
+        Section(
+            "limits",
+            "What other limits give",
+            page_table("Points of the curve", right(CURVE_HEADINGS), lines, wide=True),
+        ),
     ]
     foot = (
         "Predicted losses add up over layers, each quantized alone; they order plans well and are no forecast of "
         f"accuracy. {source(found, facts['sources']['scores'])} {versions(facts)}"
     )
-    return document(f"plan of {name} - bitwright", f"Bits for {name}", "", verdict(found), sections, foot=foot)
+    return document(f"plan of {name} - bitwright", f"Bits for {name}", "", plan_verdict(found), sections, foot=foot)
 
 
 def right(headings: tuple[str, ...]) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from bitwright.report import latency, layers, making, pictures, plans, summary
 from bitwright.report.frame import Section, document
 from bitwright.report.shown import Shown
-from bitwright.report.verdict import verdict
+from bitwright.report.verdict import run_verdict
 
 SECTIONS: tuple[Callable[[Shown], Section | None], ...] = (
     summary.float_against_quantized,
@@ -26,7 +26,7 @@ SECTIONS: tuple[Callable[[Shown], Section | None], ...] = (
     making.warnings,
     making.repeat,
 )
-"""In the order of the page; one without anything to say returns None."""
+"""The sections in the order of the page; a section without anything to say returns None."""
 
 
 def run_page(run: Shown) -> str:
@@ -34,5 +34,5 @@ def run_page(run: Shown) -> str:
     result = run.result
     name = result["model"]["name"]
     under = f"{run.bits} · recipe {result['recipe']['name']} · {run.folder}".strip(" ·")
-    said = [verdict(result, run.facts)]
+    said = [run_verdict(result, run.facts)]
     return document(f"{name} · bitwright", name, under, said, [make(run) for make in SECTIONS])

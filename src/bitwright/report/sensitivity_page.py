@@ -11,7 +11,7 @@ from bitwright.report.panels import Panel, Series, colour, single
 from bitwright.report.tables import TableCell, page_table
 
 DECADES = 1e8
-"""Of the density below its peak that are shown."""
+"""The density is shown down to its peak over this."""
 
 
 def panels(found: dict[str, Any]) -> dict[str, Panel]:
@@ -55,7 +55,7 @@ def _bars(layers: Sequence[dict[str, Any]], values: Sequence[float], at: int, er
     return Panel(tuple(drawn), "layer, in order", y_log=True)
 
 
-def verdict(found: dict[str, Any]) -> list[str]:
+def sensitivity_verdict(found: dict[str, Any]) -> list[str]:
     """The layers that matter, in sentences, and what to do about them."""
     shares = {r["name"]: r["share"] for r in found["layers"]}
     matter, bits = found["matter"], found["settings"]["bits"]
@@ -94,8 +94,8 @@ def sensitivity_page(found: dict[str, Any]) -> str:
     name, settings = found["model"]["name"], found["settings"]
     under = f"{settings['meaning']}; {found['data']['count']} images"
     charts = [single(made, tag("b", said)) for said, made in panels(found).items()]
-    lead = paragraph("A bar in grey is negative, its size shown. Point at a bar for its name.")
-    rows = [[TableCell(said, v) for said, v in zip(cells(r), _values(r), strict=True)] for r in ranked(found)]
+    lead = paragraph("A grey bar is negative and shows its size. Point at a bar for its name.")
+    rows = [[TableCell(said, v) for said, v in zip(layer_cells(r), _values(r), strict=True)] for r in ranked(found)]
     heads = [h if h == "layer" else f">{h}" for h in HEADINGS]
     sections = [
         Section("depth", "Along the network", [lead, charts]),
@@ -107,7 +107,7 @@ def sensitivity_page(found: dict[str, Any]) -> str:
         f"Eigenvalues and density: Lanczos with {settings['steps']} steps at most (arXiv:1912.07145). {versions(found)}"
     )
     title = f"sensitivity of {name} - bitwright"
-    return document(title, f"Sensitivity of {name}", under, verdict(found), sections, foot=foot)
+    return document(title, f"Sensitivity of {name}", under, sensitivity_verdict(found), sections, foot=foot)
 
 
 def _values(row: dict[str, Any]) -> list[float | None]:
@@ -140,11 +140,11 @@ def ranked(found: dict[str, Any]) -> list[dict[str, Any]]:
     return sorted(found["layers"], key=lambda r: -r["predicted_loss"])
 
 
-def cells(row: dict[str, Any]) -> list[str]:
+def layer_cells(row: dict[str, Any]) -> list[str]:
     """A layer's row under :data:`HEADINGS`.
 
     Example:
-        >>> cells({"name": "a", "parameters": 9, "trace": 1.5, "trace_error": 0.1, "mean_trace": 1 / 6,
+        >>> layer_cells({"name": "a", "parameters": 9, "trace": 1.5, "trace_error": 0.1, "mean_trace": 1 / 6,
         ...     "eigenvalues": [0.5], "predicted_loss": 0.02, "share": 0.25})
         ['a', '9', '1.5 ± 0.1', '0.167', '0.5', '0.02', '25.0 %']
     """

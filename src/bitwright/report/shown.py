@@ -20,7 +20,7 @@ class Shown:
         result: ``result.json``.
         facts: ``report.json``; empty where there is none.
         bench: ``bench.json``, if there is one.
-        parity: ``parity.json``, likewise.
+        parity: ``parity.json``, if there is one.
         folder: its folder's name.
     """
 

@@ -9,10 +9,10 @@ from bitwright.report.frame import Section, bullets, document, paragraph, versio
 from bitwright.report.tables import page_table
 
 if TYPE_CHECKING:
-    from bitwright.studies.base import Result
+    from bitwright.studies.base import StudyResult
 
 
-def study_page(result: Result, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def study_page(result: StudyResult, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """The page; ``heads`` and ``lines`` are its summary as a table."""
     study, drawn = result.study, result.figure()
     settings = ", ".join(f"{k} {v}" for k, v in result.facts["settings"].items() if k != "study")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bitwright import words
-from bitwright.measure.metrics import OutputFidelity, read_fidelity, worst
+from bitwright.measure.metrics import OutputFidelity, read_fidelity, worst_figures
 from bitwright.report.charts import Interval, intervals, lengths
 from bitwright.report.frame import Section, bullets, paragraph
 from bitwright.report.markup import Child, Markup, tag
@@ -52,7 +52,7 @@ def _metric_rows(result: dict[str, Any]) -> list[list[str]]:
 
 def _fidelity_rows(result: dict[str, Any]) -> list[list[str]]:
     outputs = read_fidelity(result.get("fidelity"))
-    found, of = worst(outputs), ", worst output" if len(outputs) > 1 else ""
+    found, of = worst_figures(outputs), ", worst output" if len(outputs) > 1 else ""
     rows = []
     if found.agreement is not None:
         rows.append([f"same answer as float{of}", "", words.percent(found.agreement), ""])

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from bitwright import words
-from bitwright.measure.metrics import OutputFidelity, read_fidelity, worst
+from bitwright.measure.metrics import OutputFidelity, read_fidelity, worst_figures
 
 METRICS = {
     "top1": "top-1 accuracy",
@@ -14,7 +14,7 @@ METRICS = {
     "top5": "top-5 accuracy",
     "pixel_accuracy": "accuracy of pixels",
 }
-"""Of tasks, the one that is judged by first."""
+"""Metrics of the tasks; the first that a run has is the one it is judged by."""
 
 
 def main_metric(result: dict[str, Any]) -> str | None:
@@ -44,7 +44,7 @@ def paired_difference(counts: dict[str, int]) -> tuple[float, float, float]:
     return difference, middle - half, middle + half
 
 
-def verdict(result: dict[str, Any], facts: dict[str, Any]) -> str:
+def run_verdict(result: dict[str, Any], facts: dict[str, Any]) -> str:
     """What became of the network, in a sentence or two."""
     said = f"{_smaller(result)}, {_answers(result, facts)}."
     file = _file(result)
@@ -74,7 +74,7 @@ def _answers(result: dict[str, Any], facts: dict[str, Any]) -> str:
 
 def _followed(outputs: dict[str, OutputFidelity], facts: dict[str, Any], count: int | None, those: str) -> str:
     """How closely the float network is followed, by the worst output."""
-    found = worst(outputs)
+    found = worst_figures(outputs)
     if not outputs:
         return "not measured yet"
     if found.exact:
@@ -113,7 +113,7 @@ def _other_outputs(result: dict[str, Any]) -> str:
 
 
 def of(count: int | None) -> str:
-    """Of how many images."""
+    """The number of images as the end of a phrase; empty if it is not known."""
     return "" if count is None else f" of {words.plural(count, 'image')}"
 
 

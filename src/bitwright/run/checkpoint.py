@@ -22,7 +22,7 @@ DIGEST = "sha256"
 """Key of the checksum in the header: of all names, types, shapes and values, and of the rest of the header."""
 
 
-class Kept(NamedTuple):
+class Checkpoint(NamedTuple):
     """What a checkpoint holds."""
 
     header: dict[str, str]
@@ -48,7 +48,7 @@ def write(path: Path, tensors: dict[str, Tensor], header: dict[str, str], *, pre
             path.replace(before(path))
 
 
-def read(path: Path, device: torch.device | str = "cpu") -> Kept:
+def read(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
     """What :func:`write` wrote.
 
     Raises:
@@ -60,14 +60,14 @@ def read(path: Path, device: torch.device | str = "cpu") -> Kept:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         expected = header.pop(DIGEST, None)
         if expected is not None and _digest(tensors, header) == expected:
-            return Kept(header, {name: tensor.to(device, copy=True) for name, tensor in tensors.items()})
+            return Checkpoint(header, {name: tensor.to(device, copy=True) for name, tensor in tensors.items()})
         reason = "it has no checksum" if expected is None else "its checksum differs"
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:100] or type(error).__name__
     raise DamagedError(f"{path} is damaged ({reason}).")
 
 
-def read_last(path: Path, device: torch.device | str = "cpu") -> Kept | None:
+def read_last(path: Path, device: torch.device | str = "cpu") -> Checkpoint | None:
     """The last good one of a file and the one before it, None if there is none; a damaged one is left and said."""
     for place in (path, before(path)):
         kept = read_good(place, "What was kept before it is used.", device)
@@ -76,7 +76,7 @@ def read_last(path: Path, device: torch.device | str = "cpu") -> Kept | None:
     return None
 
 
-def read_good(path: Path, instead: str, device: torch.device | str = "cpu") -> Kept | None:
+def read_good(path: Path, instead: str, device: torch.device | str = "cpu") -> Checkpoint | None:
     """What a checkpoint holds; None if there is no file, or a damaged one, which a warning says with ``instead``."""
     if not path.is_file():
         return None
@@ -112,7 +112,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, header: dict[str, str])
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, contiguous, and no two in the same memory, which the format asks for."""
+    """The tensors on the CPU, contiguous, and no two in the same memory, as the format asks for."""
     found, seen = {}, set()
     for name, tensor in tensors.items():
         plain = tensor.detach().cpu().contiguous()

@@ -57,7 +57,7 @@ KINDS |= {"seed": int, "command": str}
 ROWS = ("layers", "unquantized", "unfolded")
 """Keys of a result that hold rows, each with a name."""
 KINDS |= dict.fromkeys((*ROWS, "warnings"), list)
-"""Of values in a result, by key."""
+"""Types of values in a result, by key."""
 CHECKED = (MODEL, *DEPLOYED)
 """Files whose sha256 stands in the result; the plan is there to be edited."""
 
@@ -86,8 +86,8 @@ def check_target(folder: Path, *, force: bool = False, resume: bool = False) -> 
     unfinished = run_state.is_unfinished(folder / STATE)
     if unfinished and not force and not resume:
         raise UsageError(
-            f"The folder {folder} is not empty: an unfinished run is in it{run_state.told(folder / STATE)}. Go on with "
-            "--resume, or begin again with force=True."
+            f"The folder {folder} is not empty: an unfinished run is in it{run_state.which_run(folder / STATE)}. "
+            "Go on with --resume, or begin again with force=True."
         )
     if names - {STATE} and not force and not (resume and unfinished):
         if resume and RESULT in names:
@@ -104,7 +104,7 @@ def check_target(folder: Path, *, force: bool = False, resume: bool = False) -> 
 
 
 def check_writable(folder: Path) -> None:
-    """By trying, because permissions do not tell all (read-only mounts, quotas, administrators)."""
+    """Finds out by trying, because permissions do not tell all (read-only mounts, quotas, administrators)."""
     parent = next(p for p in (folder, *folder.parents) if p.exists())
     for place in {parent, folder.parent if folder.exists() else parent}:
         try:
@@ -144,7 +144,7 @@ def writing(folder: Path) -> Iterator[str | None]:
         yield finish_swap(folder.expanduser().resolve())
 
 
-def alone(command: Callable[Concatenate[str, P], R]) -> Callable[Concatenate[str, P], R]:
+def exclusive(command: Callable[Concatenate[str, P], R]) -> Callable[Concatenate[str, P], R]:
     """A command on a run, which has the run's folder to itself."""
 
     @wraps(command)

@@ -213,7 +213,8 @@ def _kept(folder: Path, journal: Journal) -> Iterator[None]:
         elif kept:
             journal.finish()
             journal.say(
-                f"What was done is kept in {words.short(folder)}: the run's command with --resume goes on from there."
+                f"What was done is kept in {words.short_path(folder)}: the run's command with --resume goes on from "
+                "there."
             )
         raise
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 UNWRITABLE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST})
 """Who writes there is told so in better words."""
 TRIES = 5
-"""Of taking a file that another process has just removed."""
+"""Attempts to take a file that another process has just removed."""
 
 
 class BusyError(UsageError):

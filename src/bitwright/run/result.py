@@ -19,7 +19,7 @@ from bitwright.graph.student import Student
 from bitwright.quant.quantizer import BiasQuantizer, Frozen
 
 SCHEMA = 1
-"""Of ``result.json``: grows when a key changes its meaning, so that an old reader says so. New keys do not count."""
+"""Version of ``result.json``: it grows when a key changes its meaning, so that an old reader says so."""
 
 
 @dataclass(frozen=True)

@@ -63,12 +63,12 @@ def other_settings(state: Path, what: str = "") -> UsageError:
     """The line for a run that cannot go on there."""
     detail = f" ({what})" if what else ""
     return UsageError(
-        f"The unfinished run in this folder had other settings{detail}. Repeat its command{told(state)}, or use "
+        f"The unfinished run in this folder had other settings{detail}. Repeat its command{which_run(state)}, or use "
         "force=True without --resume to begin again."
     )
 
 
-def told(state: Path) -> str:
+def which_run(state: Path) -> str:
     """Which run it is, for a line; empty if that is not known."""
     command = _about(state).get("command")
     return f" ({command})" if isinstance(command, str) else ""

@@ -59,7 +59,7 @@ class Runtime:
 
     @property
     def version(self) -> str:
-        """Of the package that is installed."""
+        """Version of the installed package."""
         return importlib.metadata.version(str(self.package))
 
     @property

@@ -33,7 +33,7 @@ class Codes:
 
 
 @dataclass(frozen=True)
-class Grid:
+class KernelGrid:
     """Where codes go: step, zero point, lowest and highest code."""
 
     scale: Tensor
@@ -42,18 +42,18 @@ class Grid:
     high: int
 
 
-def quantize_linear(x: Tensor, grid: Grid) -> Tensor:
+def quantize_linear(x: Tensor, grid: KernelGrid) -> Tensor:
     """ONNX ``QuantizeLinear``: divide, round half to even, add the zero point, saturate; in the dtype of ``x``.
 
     Example:
-        >>> grid = Grid(torch.tensor(0.5), torch.tensor(1.0), 0, 255)
+        >>> grid = KernelGrid(torch.tensor(0.5), torch.tensor(1.0), 0, 255)
         >>> quantize_linear(torch.tensor([0.25, 0.75, 200.0]), grid)
         tensor([  1.,   3., 255.], dtype=torch.float64)
     """
     return _saturate(torch.round(x / grid.scale.to(x.dtype)).double() + grid.zero_point.double(), grid)
 
 
-def requantize(sums: Tensor, step: Tensor, grid: Grid) -> Tensor:
+def requantize(sums: Tensor, step: Tensor, grid: KernelGrid) -> Tensor:
     """Codes of an accumulator: ``round(float32(sum) * float32(step / scale)) + zero_point``.
 
     Args:
@@ -65,7 +65,7 @@ def requantize(sums: Tensor, step: Tensor, grid: Grid) -> Tensor:
     quantization of a float would divide.
 
     Example:
-        >>> grid = Grid(torch.tensor(0.5), torch.tensor(10.0), 0, 255)
+        >>> grid = KernelGrid(torch.tensor(0.5), torch.tensor(10.0), 0, 255)
         >>> requantize(torch.tensor([3.0, 5.0, -90.0]), torch.tensor(0.25), grid)
         tensor([12., 12.,  0.], dtype=torch.float64)
     """
@@ -73,7 +73,7 @@ def requantize(sums: Tensor, step: Tensor, grid: Grid) -> Tensor:
     return _saturate(torch.round(sums.float() * multiplier).double() + grid.zero_point.double(), grid)
 
 
-def add(a: Codes, b: Codes, grid: Grid) -> Tensor:
+def add(a: Codes, b: Codes, grid: KernelGrid) -> Tensor:
     """QLinearAdd: ``fma(a, s_a/s, fma(b, s_b/s, z - fma(s_a/s, z_a, s_b/s * z_b)))``, then rounding.
 
     ``a`` and ``b`` are raw codes; zero points are in the constant, so that rounding comes after the output's.
@@ -81,7 +81,7 @@ def add(a: Codes, b: Codes, grid: Grid) -> Tensor:
     Example:
         >>> one, zero = torch.tensor(1.0), torch.tensor(0.0)
         >>> a, b = (Codes(torch.tensor([x], dtype=torch.float64), one, zero) for x in (3.0, 4.0))
-        >>> add(a, b, Grid(2 * one, zero, 0, 255))
+        >>> add(a, b, KernelGrid(2 * one, zero, 0, 255))
         tensor([4.], dtype=torch.float64)
     """
     by_a, by_b = a.scale / grid.scale, b.scale / grid.scale
@@ -90,14 +90,14 @@ def add(a: Codes, b: Codes, grid: Grid) -> Tensor:
     return _saturate(torch.round(_fused(a.codes, by_a, inner)).double(), grid)
 
 
-def multiply(a: Codes, b: Codes, grid: Grid) -> Tensor:
+def multiply(a: Codes, b: Codes, grid: KernelGrid) -> Tensor:
     """QLinearMul: ``round((a - z_a) * (b - z_b) * float32(s_a * s_b / s) + z)``: rounding after the zero point."""
     factor = a.scale * b.scale / grid.scale
     product = (a.centred * b.centred).float()
     return _saturate(torch.round(product * factor + grid.zero_point).double(), grid)
 
 
-def average(mean: Tensor, grid: Grid) -> Tensor:
+def average(mean: Tensor, grid: KernelGrid) -> Tensor:
     """QLinearAveragePool: ``round(mean / s + z)`` of a mean in float32: rounding after the zero point."""
     return _saturate(torch.round(mean / grid.scale + grid.zero_point).double(), grid)
 
@@ -107,11 +107,11 @@ def _fused(x: Tensor, factor: Tensor, addend: Tensor) -> Tensor:
     return (x.double() * factor.double() + addend.double()).float()
 
 
-def _saturate(codes: Tensor, grid: Grid) -> Tensor:
+def _saturate(codes: Tensor, grid: KernelGrid) -> Tensor:
     return codes.clamp_(grid.low, grid.high)
 
 
-Pairwise = Callable[[Codes, Codes, Grid], Tensor]
+Pairwise = Callable[[Codes, Codes, KernelGrid], Tensor]
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Rules:
     output_bits: tuple[int, ...]
 
 
-ONNXRUNTIME = Rules(
+ONNXRUNTIME_RULES = Rules(
     "onnxruntime",
     torch.float32,
     sums={"conv": "QLinearConv", "gemm": "QGemm", "matmul": "QLinearMatMul"},
@@ -152,6 +152,8 @@ ONNXRUNTIME = Rules(
     weight_bits=ALL_BITS,
     output_bits=(2, 3, 4, 5, 6, 7, 8),
 )
-GENERIC = Rules("generic", torch.float64, sums={}, to_float={}, pairs={}, pools={}, weight_bits=(), output_bits=())
+GENERIC_RULES = Rules(
+    "generic", torch.float64, sums={}, to_float={}, pairs={}, pools={}, weight_bits=(), output_bits=()
+)
 """Nothing is rounded but codes: accumulators are rescaled by ``s_x s_w / s_y`` in float64."""
-RULES = {each.name: each for each in (ONNXRUNTIME, GENERIC)}
+RULES = {each.name: each for each in (ONNXRUNTIME_RULES, GENERIC_RULES)}

@@ -7,7 +7,7 @@ from bitwright.sensitivity.second_order import QBert, Quadratic, TopEigenvalue, 
 MEASURES: dict[str, type[Measure]] = {
     m.name: m for m in (TopEigenvalue, Trace, QBert, Quadratic, OutputDistance, MeasuredLoss)
 }
-"""By name; each takes its settings as arguments."""
+"""All measures by name; each takes its settings as arguments."""
 
 __all__ = [
     "MEASURES", "Choices", "Measure", "MeasuredLoss", "OutputDistance", "QBert", "Quadratic", "Table", "TopEigenvalue",

@@ -16,7 +16,7 @@ from torch import Tensor
 from bitwright.errors import UsageError
 from bitwright.graph import rewrite
 from bitwright.graph.student import Student, insert_quantizers
-from bitwright.pipeline import fingerprint
+from bitwright.pipeline import tensor_digest
 from bitwright.quant.scheme import ACTIVATION_BITS, WEIGHT_BITS, Scheme
 from bitwright.run.files import DamagedError, read_checked, write_checked
 from bitwright.stages.base import Run, Stage
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 OPEN = {"weights", "activations", "rules", "plan"}
 """What a scheme says of bits, which is what is to be found out here."""
 VERSION = 1
-"""Of what measures compute; a higher one lets go of everything kept before."""
+"""Version of what measures compute; tables kept under a lower one are not used."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _key(measure: Measure, teacher: Captured, images: Images, choices: Choices, 
     parts = {
         "version": VERSION,
         **measure.settings(),
-        "network": fingerprint(teacher.graph),
+        "network": tensor_digest(teacher.graph),
         "code": teacher.graph.code,
         "images": images.sha256,
         "labels": labels,

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 IMAGES = 48
 BATCH = 16
 NEGLIGIBLE = 2e-3
-"""Of KL in nats, or of squared error over the outputs' mean square: below this there is nothing to mend."""
+"""Loss (KL in nats, or squared error over the outputs' mean square) below which there is nothing to mend."""
 SHARE, LEAST = 0.05, 3.0
 SPEED = 7
 """Tensors measured in the time of the first pass; the rules take about twice that time."""
@@ -48,14 +48,14 @@ TREATED = 4
 """Tensors for which rules are tried."""
 TOGETHER = 3
 WORTH = 0.05
-"""Of the loss: a rule that saves less is not named, and of rules this close the one with fewer bytes is better."""
+"""Share of the loss: a rule that saves less is not named; of rules this close the one with fewer bytes is better."""
 WEIGHTS = (4, 6, 8)
 ACTIVATIONS = (8, 16)
 """Bits that rules give; a weight that has the last becomes float."""
 
 
 def budget(seconds: float) -> float:
-    """Seconds for the diagnosis of a run that took so many: :data:`SHARE` of them, :data:`LEAST` at least."""
+    """Seconds for the diagnosis of a run: :data:`SHARE` of the run's own, and at least :data:`LEAST`."""
     return max(LEAST, SHARE * seconds)
 
 
@@ -303,7 +303,7 @@ class _Patient:
         return Change((suspect,), values=self._weight(suspect, None))
 
     def _weight(self, suspect: Suspect, bits: int | None) -> dict[str, Tensor]:
-        """The float network's weight, rounded to so many bits, and the biases that go with it, by node name."""
+        """The float network's weight, rounded to ``bits``, and the biases that go with it, by node name."""
         float_weight, found = self._float_weight(suspect), {}
         value = float_weight
         if bits is not None:
@@ -359,7 +359,7 @@ class _Patient:
         return total
 
     def _at(self, suspect: Suspect, bits: int | None) -> Change:
-        """With so many bits; None for float."""
+        """The tensor with ``bits``; None for float."""
         if suspect.tensor == "activation":
             grid = None if bits is None else self._grid(suspect.key, bits)
             return Change((suspect,), grids={suspect.key: grid})
@@ -452,15 +452,16 @@ def _cheapest(after: Mapping[str, float], changes: Mapping[str, Change], close: 
     return min((r for r in after if after[r] <= least + close), key=lambda r: (changes[r].bytes, after[r]))
 
 
-def told(found: dict[str, Any] | None) -> list[str]:
+def diagnosis_lines(found: dict[str, Any] | None) -> list[str]:
     """The diagnosis in two or three lines; none where the loss is negligible, or there is no diagnosis.
 
     Example:
         >>> layers = [{"name": "head", "tensor": "weight", "loss_without": 0.1, "share": 0.5}]
         >>> rules = [{"rule": "head=w8", "loss_after": 0.11, "bytes": 960}]
-        >>> for line in told({"loss": 0.2, "images": 48, "layers": layers, "rules": rules, "together": None}):
+        >>> found = {"loss": 0.2, "images": 48, "layers": layers, "rules": rules, "together": None}
+        >>> for line in diagnosis_lines(found):
         ...     print(line)
-        Loss from float on 48 calibration images: 0.2. Of it goes with one tensor alone in float: 50 % head (weights).
+        Loss from float on 48 calibration images: 0.2. One tensor alone in float removes: 50 % head (weights).
         To mend most of it: --rule 'head=w8' (predicted loss 0.11, 0.96 kB more)
     """
     if not found or not found["layers"]:
@@ -470,8 +471,10 @@ def told(found: dict[str, Any] | None) -> list[str]:
     )
     start = f"Loss from float on {found['images']} calibration images: {found['loss']:.2g}."
     if not found["rules"]:
-        return [f"{start} No single tensor makes up much of it: more bits everywhere, or a recipe that optimises."]
-    lines = [f"{start} Of it goes with one tensor alone in float: {worst}."]
+        return [
+            f"{start} No single tensor causes much of it. Give more bits everywhere, or take a recipe that optimises."
+        ]
+    lines = [f"{start} One tensor alone in float removes: {worst}."]
     best, together = found["rules"][0], found["together"]
     lines.append(f"To mend most of it: {_advice([best['rule']], best)}")
     if together is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitwright.curvature.hessian import Curvature, groups, traces
+from bitwright.curvature.hessian import Curvature, traces, weight_groups
 from bitwright.errors import UsageError
 from bitwright.progress import Progress, silent
 
@@ -34,7 +34,7 @@ def channel_scores(
         seed: of the probes.
         progress: called as it goes.
     """
-    layers = [g for g in groups(curvature.graph) if g.kind == "layer"]
+    layers = [g for g in weight_groups(curvature.graph) if g.kind == "layer"]
     found = traces(curvature, layers, probes=probes, tolerance=tolerance, seed=seed, progress=progress)
     scores = {}
     for layer in layers:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from bitwright.curvature.hessian import Curvature, Data, Group, Matrix, groups, spectra, traces
+from bitwright.curvature.hessian import Curvature, Data, Group, Matrix, spectra, traces, weight_groups
 from bitwright.curvature.spectrum import Spectrum
 from bitwright.errors import UsageError
 from bitwright.given.images import Images, load_images
@@ -33,7 +33,7 @@ CLOSE = 0.05
 LEAST = 5
 """Channels of each layer that are named as the least important."""
 MOST = 0.8
-"""Of the predicted loss: the layers that make up this share are the ones that matter."""
+"""The layers that make up this share of the predicted loss are the ones that matter."""
 MEANINGS = {
     "fisher": "Fisher matrix of the network's own classes: KL from float, no labels",
     "squared": "Gauss-Newton matrix of the squared error of the outputs, no labels",
@@ -42,7 +42,7 @@ MEANINGS = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class CurvatureSettings:
     """How closely the curvature is looked at.
 
     Attributes:
@@ -92,7 +92,7 @@ def sensitivity(
     images: Any,
     *,
     labels: Any = None,
-    settings: Settings = Settings(),
+    settings: CurvatureSettings = CurvatureSettings(),
     samples: int | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -132,7 +132,7 @@ def sensitivity(
     teacher = prepare_teacher(network, data, output)
     teacher.graph.to(where)
     run = Run(seed=seed, batch=BATCH, device=where, progress=progress)
-    found = examine(teacher, data, settings, run)
+    found = measure_curvature(teacher, data, settings, run)
     labelled = settings.matrix == "hessian"
     return {
         **environment(where, seed),
@@ -146,12 +146,12 @@ def sensitivity(
     }
 
 
-def examine(teacher: Captured, images: Images, settings: Settings, run: Run) -> dict[str, Any]:
+def measure_curvature(teacher: Captured, images: Images, settings: CurvatureSettings, run: Run) -> dict[str, Any]:
     """The part that is measured: ``layers``, ``blocks``, ``network``, ``matter``, ``notes``."""
     if settings.matrix != "hessian":
         images = images.unlabelled()
     curvature = Curvature(teacher.graph, Data(images, run.batch, run.device), settings.matrix)
-    wanted = groups(teacher.graph)
+    wanted = weight_groups(teacher.graph)
     found = traces(
         curvature, wanted, probes=settings.probes, tolerance=settings.tolerance, seed=run.seed, progress=run.progress
     )
@@ -171,7 +171,7 @@ def examine(teacher: Captured, images: Images, settings: Settings, run: Run) -> 
     }
 
 
-def _channels(curvature: Curvature, settings: Settings, ratio: float, run: Run) -> list[dict[str, Any]]:
+def _channels(curvature: Curvature, settings: CurvatureSettings, ratio: float, run: Run) -> list[dict[str, Any]]:
     """HAP's scores of every layer's output channels, and those that go when that share of all does."""
     probing = {"probes": settings.probes, "tolerance": settings.tolerance, "seed": run.seed}
     scores = channel_scores(curvature, **probing, progress=run.progress)  # type: ignore[arg-type]
@@ -189,7 +189,7 @@ def _channels(curvature: Curvature, settings: Settings, ratio: float, run: Run) 
 
 
 def _spectra(
-    teacher: Captured, images: Images, wanted: Sequence[Group], settings: Settings, run: Run
+    teacher: Captured, images: Images, wanted: Sequence[Group], settings: CurvatureSettings, run: Run
 ) -> list[Spectrum | None]:
     """Layers and blocks until their eigenvalues are known; the network takes every step, for its density."""
     some = images.sample(min(settings.spectrum_samples, len(images)), seed=run.seed)
@@ -273,7 +273,7 @@ def _images(source: Any, network: Model, labels: Any, samples: int | None, skip_
     return images.sample(min(samples or SAMPLES, len(images)), seed=0)
 
 
-def write(found: dict[str, Any], folder: Path) -> list[Path]:
+def write_sensitivity(found: dict[str, Any], folder: Path) -> list[Path]:
     """Writes ``sensitivity.json`` and ``sensitivity.html``; each is whole, or what it was before."""
     from bitwright.report.sensitivity_page import sensitivity_page
     from bitwright.run.files import write_json, write_text

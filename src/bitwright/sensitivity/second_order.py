@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from bitwright.curvature.hessian import Curvature, Data, Group, Matrix, groups, spectra, traces
+from bitwright.curvature.hessian import Curvature, Data, Group, Matrix, spectra, traces, weight_groups
 from bitwright.sensitivity.base import Choices, Measure, Table
 from bitwright.stages.base import Run
 
@@ -35,7 +35,7 @@ class Trace(Measure):
     tolerance: float = 0.05
 
     def measure(self, teacher: Captured, images: Images, choices: Choices, run: Run) -> Table:
-        """One backward pass a probe serves all layers."""
+        """One backward pass per probe serves all layers."""
         curvature = _curvature(teacher, images, self.matrix, run)
         layers = _layers(teacher)
         found = traces(
@@ -169,7 +169,7 @@ def _curvature(teacher: Captured, images: Images, matrix: Matrix, run: Run) -> C
 
 
 def _layers(teacher: Captured) -> list[Group]:
-    return [g for g in groups(teacher.graph) if g.kind == "layer"]
+    return [g for g in weight_groups(teacher.graph) if g.kind == "layer"]
 
 
 def _table(

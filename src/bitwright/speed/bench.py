@@ -25,7 +25,7 @@ from bitwright.speed import kernels
 from bitwright.speed.float_operators import float_operators
 from bitwright.speed.machine import cores, cpu_name
 from bitwright.speed.memory import peak_memory
-from bitwright.speed.timing import Measure, Spread, in_turn, ratios
+from bitwright.speed.timing import Spread, Timer, in_turn, ratios
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -51,9 +51,9 @@ class _Files:
     quantized: Path
     float: Path
     name: str
-    """Of the input."""
+    """Name of the input."""
     shape: tuple[int, ...]
-    """Of one image."""
+    """Shape of one image."""
 
 
 def bench(
@@ -63,7 +63,7 @@ def bench(
     batches: Sequence[int] | None = None,
     threads: Sequence[int] | None = None,
     seconds: float = SECONDS,
-    measure: Measure | None = None,
+    measure: Timer | None = None,
     memory: Memory | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def _files(path: Path, scratch: Path) -> _Files:
 # ------------------------------------------------------------------------------------------------ what is measured
 
 
-def _row(files: _Files, where: Runtime, threads: int, batch: int, measure: Measure, memory: Memory) -> dict[str, Any]:
+def _row(files: _Files, where: Runtime, threads: int, batch: int, measure: Timer, memory: Memory) -> dict[str, Any]:
     """One runtime, number of threads and batch."""
     shape = (batch, *files.shape)
     feed = {files.name: np.random.default_rng(0).standard_normal(shape).astype(np.float32)}

@@ -12,7 +12,7 @@ from bitwright.export.clips import IN_FLOAT
 from bitwright.export.onnx import NARROW
 from bitwright.speed.kernels import FLOAT_PRODUCTS, INTEGER_PRODUCTS
 
-MOVES = frozenset(
+ONLY_MOVE = frozenset(
     {
         "Concat", "DepthToSpace", "Expand", "Flatten", "Gather", "Identity", "Pad", "Reshape", "Shape", "Slice",
         "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose", "Unsqueeze",
@@ -75,7 +75,7 @@ def _in_float(graph: ir.Graph) -> Iterator[tuple[str, str]]:
 
 
 def _type(node: ir.Node, types: dict[str | None, ir.DataType | None]) -> ir.DataType | None:
-    """Of what the node gives. ONNX Runtime writes its graph without types; only floats and codes are told apart."""
+    """Type of what the node gives. ONNX Runtime writes no types to its graph: only floats and codes are told apart."""
     if node.op_type == "DequantizeLinear" or node.op_type in {"MatMulIntegerToFloat", "DynamicQuantizeMatMul"}:
         return ir.DataType.FLOAT
     if node.op_type == "QuantizeLinear":
@@ -93,7 +93,7 @@ def _type(node: ir.Node, types: dict[str | None, ir.DataType | None]) -> ir.Data
 
 
 def _codes_type(node: ir.Node) -> ir.DataType | None:
-    """Of the codes at a QuantizeLinear or DequantizeLinear: that of its zero point."""
+    """Type of the codes at a QuantizeLinear or DequantizeLinear: that of its zero point."""
     for index in (2, 0):
         value = node.inputs[index] if len(node.inputs) > index else None
         if value is not None and value.const_value is not None:
@@ -102,7 +102,7 @@ def _codes_type(node: ir.Node) -> ir.DataType | None:
 
 
 def _integer(node: ir.Node) -> bool:
-    return node.op_type in MOVES or node.op_type in INTEGER_PRODUCTS or node.op_type.startswith("QLinear")
+    return node.op_type in ONLY_MOVE or node.op_type in INTEGER_PRODUCTS or node.op_type.startswith("QLinear")
 
 
 def _reason(node: ir.Node) -> str:
@@ -174,7 +174,7 @@ def _between(node: ir.Node) -> str:
 def _source(value: ir.Value | None) -> ir.Node | None:
     """The operator whose values it holds, behind those that move them."""
     node = None if value is None else value.producer()
-    while node is not None and node.op_type in MOVES and node.inputs[0] is not None:
+    while node is not None and node.op_type in ONLY_MOVE and node.inputs[0] is not None:
         node = node.inputs[0].producer()
     return node
 
@@ -184,7 +184,7 @@ def _readers(value: ir.Value) -> Iterator[tuple[ir.Value, ir.Node | None]]:
     if value.is_graph_output():
         yield value, None
     for use in value.uses():
-        if use.node.op_type in MOVES:
+        if use.node.op_type in ONLY_MOVE:
             yield from _readers(use.node.outputs[0])
         else:
             yield value, use.node

@@ -7,7 +7,8 @@ import onnx_ir as ir
 
 from bitwright.errors import UsageError
 from bitwright.export.clips import IN_FLOAT, Clamp, codes_of, noted
-from bitwright.export.edit import Array, drop_unused, initializer, note_constants
+from bitwright.export.edit import drop_unused, initializer, note_constants
+from bitwright.runtimes.session import Array
 
 QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 
@@ -48,22 +49,24 @@ def _floats(graph: ir.Graph, node: ir.Node) -> ir.Value:
     """What stored integers stand for, as an initializer of its own."""
     codes, scale, *zero = [v.const_value.numpy() for v in node.inputs if v is not None and v.const_value is not None]
     settings = {a.name: a.as_int() for a in node.attributes.values()}
-    array = dequantized(codes, scale, zero[0] if zero else None, settings.get("axis", 1), settings.get("block_size", 0))
+    array = dequantize_linear(
+        codes, scale, zero[0] if zero else None, settings.get("axis", 1), settings.get("block_size", 0)
+    )
     return initializer(graph, f"{node.outputs[0].name}/float", array)
 
 
-def dequantized(codes: Array, scale: Array, zero: Array | None, axis: int = 1, block: int = 0) -> Array:
+def dequantize_linear(codes: Array, scale: Array, zero: Array | None, axis: int = 1, block: int = 0) -> Array:
     """``(codes - zero) * scale`` as ONNX defines it.
 
     Args:
         codes: integers, any shape.
-        scale: one number, one an index of ``axis``, or, with ``block``, one for each so many indices of it.
+        scale: one number, one per index of ``axis``, or, with ``block``, one per ``block`` indices of it.
         zero: in the shape of the scale.
         axis: along which scales differ.
         block: how many indices of the axis share a scale.
 
     Example:
-        >>> dequantized(np.array([[1, 2], [3, 4]]), np.array([1.0, 10.0]), None, axis=0).tolist()
+        >>> dequantize_linear(np.array([[1, 2], [3, 4]]), np.array([1.0, 10.0]), None, axis=0).tolist()
         [[1.0, 2.0], [30.0, 40.0]]
     """
 

@@ -46,7 +46,7 @@ def peak_memory(where: Runtime, path: Path, shape: Sequence[int], name: str, thr
 
 
 def _peak() -> int:
-    """Of this process alone; what ``getrusage`` says includes the process that started this one."""
+    """Peak memory of this process alone; what ``getrusage`` says includes the process that started this one."""
     try:
         line = next(x for x in STATUS.read_text().splitlines() if x.startswith("VmHWM"))
         return int(line.split()[1]) * 1024

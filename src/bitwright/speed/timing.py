@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 Clock = Callable[[], float]
-Call = Callable[[], object]
-Measure = Callable[[Sequence[Call]], list[list[float]]]
-"""Seconds of each call, one a round: row i belongs to call i, column j to round j."""
+Timed = Callable[[], object]
+Timer = Callable[[Sequence[Timed]], list[list[float]]]
+"""Seconds of each call, one per round: row i belongs to call i, column j to round j."""
 
 WARM_CALLS = 3
 LEAST_ROUNDS = 5
@@ -41,13 +41,13 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one value."""
+        """The spread of at least one value."""
         low, median, high = (float(q) for q in np.quantile(np.asarray(values, dtype=np.float64), [0.25, 0.5, 0.75]))
         return cls(median, low, high, len(values))
 
 
 def in_turn(
-    calls: Sequence[Call],
+    calls: Sequence[Timed],
     seconds: float,
     *,
     clock: Clock = time.perf_counter,
@@ -82,7 +82,7 @@ def in_turn(
     return samples
 
 
-def _warm(call: Call, clock: Clock) -> float:
+def _warm(call: Timed, clock: Clock) -> float:
     """Runs the call until it is warm; roughly its seconds."""
     once = _sample(call, 1, clock)
     for _ in range(WARM_CALLS if once < LONG_SECONDS else 1):
@@ -95,7 +95,7 @@ def _repeats(once: float) -> int:
     return max(1, min(1000, round(SAMPLE_SECONDS / max(once, 1e-9))))
 
 
-def _sample(call: Call, count: int, clock: Clock) -> float:
+def _sample(call: Timed, count: int, clock: Clock) -> float:
     started = clock()
     for _ in range(count):
         call()

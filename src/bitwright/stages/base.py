@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from bitwright.given.arguments import SEEDS, whole
+from bitwright.given.arguments import SEEDS, whole_number
 from bitwright.progress import Progress, silent
 from bitwright.run.record import Outliers, StageRecord
 
@@ -60,7 +60,7 @@ class Run:
     outliers: Outliers = field(default_factory=Outliers)
 
     def __post_init__(self) -> None:
-        self.seed = whole("seed", self.seed, least=0, below=SEEDS)
+        self.seed = whole_number("seed", self.seed, least=0, below=SEEDS)
 
     def of(self, stages: Sequence[Stage], position: int) -> Run:
         """The part of the budget that is one stage's; everything else is shared with this run.

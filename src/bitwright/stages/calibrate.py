@@ -54,7 +54,7 @@ class Calibrate(Stage):
     score_probes: int = Field(default=8, ge=1)
     """Backward passes for each batch of the images from which ``hmse`` scores the elements of weights."""
     norm_inputs: Literal["tensor", "ptf"] = "tensor"
-    """Scales of what layer norms read: one a tensor, or ``ptf``, for each channel one of four that are powers of two
+    """Scales of what layer norms read: one per tensor, or ``ptf``, for each channel one of four that are powers of two
     apart (FQ-ViT, arXiv:2111.13824), chosen by squared error in a second pass over the images."""
     match_spread: bool = False
     """Stretch every weight and its step by ``std(w) / std(Q(w))``, the codes unchanged, so that quantization keeps the
@@ -103,7 +103,7 @@ class Calibrate(Stage):
                 importance=scores,
             )
             if quantizer.power_of_two and self.weights in {"mse", "hmse"}:
-                scale = shifts.weight_scale(
+                scale = shifts.nearest_power_scale(
                     weight, scale, quantizer.grid, quantizer.block, power=power, importance=scores
                 )
             quantizer.set_range(scale)

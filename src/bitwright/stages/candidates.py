@@ -23,7 +23,7 @@ from bitwright.stages.calibrate import BIAS_REACH
 from bitwright.stages.population import losing
 
 Meaning = Literal["round", "keep"]
-Measure = Literal["infonce", "mse", "cosine", "kl"]
+FitnessMeasure = Literal["infonce", "mse", "cosine", "kl"]
 
 
 class Scales:
@@ -100,19 +100,19 @@ def _format(tensor: Tensor) -> torch.memory_format:
 class Fitness:
     """The distance of a network's outputs to the float network's, image by image; lower is better."""
 
-    measure: Measure = "infonce"
+    measure: FitnessMeasure = "infonce"
     temperature: float = 3.0
 
     def __call__(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         """[N], the mean over outputs [N, ...].
 
         Raises:
-            UsageError: an output does not hold one row an image, or the measure does not suit it.
+            UsageError: an output does not hold one row per image, or the measure does not suit it.
         """
         for output in student:
             if output.dim() == 0 or len(output) != len(student[0]):
                 raise UsageError(
-                    f"Expected outputs of one row an image, found {list(output.shape)}. Name the one with output=."
+                    f"Expected outputs of one row per image, found {list(output.shape)}. Name the one with output=."
                 )
         return torch.stack([self._single(s, t) for s, t in zip(student, teacher, strict=True)]).mean(0)
 
@@ -201,7 +201,7 @@ class Evaluator:
         self.group, self.kept, self.fixed = range(0), [], []
 
     def losses(self, batches: int | None = None) -> Tensor:
-        """Of the network as it is now, every image: [N]; of the first few batches only, if so many are given."""
+        """Loss of the network as it is now for every image, [N]; only for the first ``batches`` if that is given."""
         found = self.race(None, 0.0, batches)
         assert found is not None
         return found
@@ -280,4 +280,4 @@ class Evaluator:
     def _bytes(self, first: dict[str, Any], group: range) -> int:
         """Of all images, from the values of one."""
         names = self._names(group)
-        return segments.size({n: first[n] for n in names}) * self.batches.count
+        return segments.tensor_bytes({n: first[n] for n in names}) * self.batches.count

@@ -2,7 +2,7 @@
 
 Evol-Q (arXiv:2308.10814). A visit of a block mutates the scales of its layers a few times; what lies before the block
 is computed once, and a child that is seen to lose on part of the images leaves the race. The story of a run is
-:meth:`Evolve.run`; the search as such is in `population`, scales and their fitness are in `candidates`.
+:meth:`Evolve.run`; the search itself is in `population`, scales and their fitness in `candidates`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bitwright.graph.student import Student
 from bitwright.run import checkpoint
 from bitwright.run.record import StageRecord
 from bitwright.stages.base import Optimising, Run
-from bitwright.stages.candidates import Batches, Evaluator, Fitness, Meaning, Measure, Scales
+from bitwright.stages.candidates import Batches, Evaluator, Fitness, FitnessMeasure, Meaning, Scales
 from bitwright.stages.population import CYCLES, POPULATION, TOURNAMENT, Member, Mutation, Population
 
 MEMORY = 2 << 30
@@ -35,7 +35,7 @@ MEMORY = 2 << 30
 CHECKPOINT = "evolve.safetensors"
 CHECKPOINT_SECONDS = 2.0
 CHECKPOINT_SHARE = 0.01
-"""Of the time, at most."""
+"""Largest share of the time that checkpoints may take."""
 WORTH_IT = 1.3
 """How much faster bfloat16 must be to be taken."""
 SHORT = 1.0
@@ -48,13 +48,13 @@ RANKED, RANKED_BATCHES = 6, 2
 class FitnessRecord(BaseModel):
     """The mean fitness over images, lower is better."""
 
-    measure: Measure
+    measure: FitnessMeasure
     before: float
     after: float
     teacher: float
-    """Of the float network's own outputs."""
+    """Fitness of the float network's own outputs."""
     held_out: list[float]
-    """On images that are kept out of the search: at the start and after every pass."""
+    """Fitness on images that are kept out of the search, at the start and after every pass."""
 
 
 class EvolveRecord(StageRecord):
@@ -75,7 +75,7 @@ class EvolveRecord(StageRecord):
     """Share of scales."""
     mean_change: float
     blocks: list[str]
-    """In the order of visits."""
+    """The blocks in the order of visits."""
     seconds_per_child: float
     curve: list[tuple[int, float]]
     """(children, fitness)."""
@@ -99,7 +99,7 @@ class Evolve(Optimising):
     search: Literal["evolution", "random"] = "evolution"
     """``random`` draws every child around the scales that the stage began with."""
 
-    fitness: Measure = "infonce"
+    fitness: FitnessMeasure = "infonce"
     images: int = Field(default=1000, ge=1)
     """The most that a fitness is measured on."""
     batch: int = Field(default=100, ge=1)
@@ -142,7 +142,7 @@ class Evolve(Optimising):
             if len(part) // max(1, -(-len(part) // self.batch)) < 2:
                 raise UsageError(
                     f"Expected at least two images in a batch of infoNCE, found {len(part)} image(s) in batches of "
-                    f"{self.batch}: there is nothing to tell one from. Give more images, or take fitness mse."
+                    f"{self.batch}: infoNCE tells an image from the others. Give more images, or take fitness mse."
                 )
 
     def searched(self, student: Student, teacher: Captured) -> list[Searched]:
@@ -196,7 +196,7 @@ class _Search:
     first: Tensor = field(default_factory=lambda: torch.empty(0))
     starts: list[Tensor] = field(default_factory=list)
     teacher_fitness: float = 0.0
-    """Of the float network's own outputs."""
+    """Fitness of the float network's own outputs."""
     best: list[Tensor] = field(default_factory=list)
     """Scales after the pass that is best on held-out images."""
     hidden: list[float] = field(default_factory=list)

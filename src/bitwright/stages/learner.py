@@ -33,7 +33,7 @@ class Learner(nn.Module):
 
     Attributes:
         weights: by the path of the stored tensor.
-        biases: likewise.
+        biases: by the path of the stored tensor.
         activations: by the key of the quantizer.
     """
 

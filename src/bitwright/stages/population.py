@@ -1,4 +1,4 @@
-"""Evolutionary search as such: a population, its tournament, mutation, and a race that losers leave early."""
+"""Evolutionary search itself: a population, its tournament, mutation, and a race that losers leave early."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import Field
 from scipy.special import stdtrit
 from torch import Tensor
 
-from bitwright.stages.schedules import Settings
+from bitwright.stages.schedules import FrozenSettings
 
 POPULATION, TOURNAMENT, CYCLES = 15, 10, 3
 """Evol-Q's: members; those drawn, with replacement, of which the fittest is the parent; children for each visit."""
@@ -19,7 +19,7 @@ FEWEST = 16
 """Images before anything is said about a candidate."""
 
 
-class Mutation(Settings):
+class Mutation(FrozenSettings):
     """What a child's scales differ by from its parent's.
 
     Every scale gets a uniform number out of [-size, size]: a part of itself, or added as it is (``absolute``, the
@@ -29,7 +29,7 @@ class Mutation(Settings):
     size: float = Field(default=0.1, gt=0)
     absolute: bool = False
     share: float = Field(default=0.1, gt=0, le=1)
-    """Of the scales that change, drawn anew for every child; at least one."""
+    """Share of the scales that change, drawn anew for every child; at least one scale changes."""
 
     def child(self, parent: Tensor, least: Tensor, generator: torch.Generator) -> Tensor:
         """Scales [D] around the parent's [D], none below ``least``."""

@@ -19,7 +19,7 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
-from bitwright.curvature.label_free import Distribution, Scores, cached_scores, images_at_once, label_free_scores
+from bitwright.curvature.label_free import Distribution, HessianScores, cached_scores, images_at_once, label_free_scores
 from bitwright.given.images import Images
 from bitwright.graph import rewrite
 from bitwright.graph.capture import Captured
@@ -41,7 +41,7 @@ from bitwright.stages.tuning import NotFiniteError, Objective, Targets, Tuner, s
 CHECKPOINT = "reconstruct.safetensors"
 CHECKPOINT_SECONDS = 20.0
 CHECKPOINT_SHARE = 0.01
-"""Of the time that checkpoints may take."""
+"""Share of the time that checkpoints may take."""
 GOOD_EVERY = 25
 """Steps between the states that a run whose loss stops being finite falls back to."""
 CURVE_POINTS = 200
@@ -144,7 +144,7 @@ class Reconstruct(Optimising):
     score_images: int | None = Field(default=None, ge=1)
     """Images whose scores ``lfh`` averages; all if not given. ``sla`` needs all."""
     score_probes: int = Field(default=16, ge=1)
-    """The most backward passes a batch takes for its scores."""
+    """The most backward passes per batch for its scores."""
     score_error: float = Field(default=0.05, gt=0)
     """Relative standard error of the layers' scores that is good enough."""
     score_distribution: Distribution = "rademacher"
@@ -162,7 +162,7 @@ class Reconstruct(Optimising):
     """Whether activations are quantized at all while the weights are optimised."""
 
     views: int = Field(default=1, ge=1)
-    """Of each image: 1 takes the images as they are, more add random crops and mirrored ones."""
+    """Number of views of each image: 1 takes the images as they are, more add random crops and mirror images."""
     never_worse: bool = True
     """Keep what an earlier stage left where that has the lower calibration loss."""
 
@@ -248,7 +248,7 @@ class Reconstruct(Optimising):
         weights = scores.log_weights().expand(count, -1) if self.weigh == "lfh" else scores.log_attention()
         return Objective(weights, self.over, normalise=False), told
 
-    def scores(self, teacher: Captured, samples: Views, points: list[Point], run: Run) -> Scores:
+    def scores(self, teacher: Captured, samples: Views, points: list[Point], run: Run) -> HessianScores:
         """Label-free scores of the samples, kept beside the run."""
         count = len(samples)
         if self.weigh == "lfh" and self.score_images is not None:
@@ -258,7 +258,7 @@ class Reconstruct(Optimising):
             pair = samples.batch([0, 1]).to(run.device)
             size = min(size, images_at_once(teacher.graph, pair, points, pass_budget(run.device)))
 
-        def compute() -> Scores:
+        def compute() -> HessianScores:
             def batches() -> Any:
                 for start in range(0, count, size):
                     run.progress("Scoring layers", start, count)
@@ -488,7 +488,7 @@ class _Checkpoint:
         self.last, self.cost = time.perf_counter(), 0.0
         self.losses: list[float] = []
         """Of every step so far."""
-        self.kept: checkpoint.Kept | None = None
+        self.kept: checkpoint.Checkpoint | None = None
         """What was read, if it was."""
 
     @staticmethod

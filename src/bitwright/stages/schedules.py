@@ -16,7 +16,7 @@ FULL_FROM = 300
 """Steps that codes need to gather between integers."""
 
 
-class Settings(BaseModel):
+class FrozenSettings(BaseModel):
     """A record of settings that cannot be changed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
@@ -34,7 +34,7 @@ def decay(schedule: Schedule, progress: float) -> float:
     return 1 - progress if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
 
 
-class Learn(Settings):
+class Learn(FrozenSettings):
     """How one kind of variable is optimised."""
 
     optimizer: Literal["adam", "radam", "sgd"] = "adam"
@@ -48,7 +48,7 @@ class Learn(Settings):
         return self.rate * decay(self.schedule, progress)
 
 
-class Anneal(Settings):
+class Anneal(FrozenSettings):
     """Makes soft roundings decide by the regularizer ``weight * sum(1 - |2h - 1|^beta)`` (AdaRound).
 
     ``beta`` stays at 20 during the first fifth of a run and falls linearly to 2.
@@ -74,7 +74,7 @@ class Anneal(Settings):
         return 0.0 if self.quiet and progress < WARMUP else self.weight
 
 
-class Dampen(Settings):
+class Dampen(FrozenSettings):
     """Draws straight-through codes to their integers, so that few sit between two of them and flip at every step.
 
     After every step, each code goes ``pull * progress`` times the learning rate of the way to the integer it rounds to:
@@ -86,7 +86,7 @@ class Dampen(Settings):
     pull: float = Field(default=1.0, gt=0)
 
     def share(self, progress: float, steps: int, rate: float) -> float:
-        """How much of the way, at a point of a run of so many steps and at this learning rate.
+        """How much of the way a code goes at a point of a run, given the run's steps and the learning rate.
 
         Example:
             >>> [Dampen(pull=2.0).share(0.5, steps, rate=0.01) for steps in (150, 300, 1000)]
@@ -95,7 +95,7 @@ class Dampen(Settings):
         return min(self.pull * min(steps / FULL_FROM, 1.0) * progress * rate, 1.0)
 
 
-class Gradual(Settings):
+class Gradual(FrozenSettings):
     """Gradual activation quantization: activations start in float and end on their grids.
 
     ``linear`` and ``cosine`` blend ``p x + (1 - p) Q(x)``; ``drop`` keeps each element float with probability ``p``

@@ -205,7 +205,7 @@ class Tuner:
         return distance
 
     def fit_memory(self, budget: int) -> None:
-        """Splits batches whose activations would take more than so many bytes for the backward pass, evenly.
+        """Splits batches whose activations would take more than ``budget`` bytes for the backward pass into even parts.
 
         The size of the parts follows from the network and the precision alone: two runs take the same.
         """

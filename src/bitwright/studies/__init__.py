@@ -27,16 +27,16 @@ from bitwright.memory import keep_pages
 from bitwright.progress import Progress, silent
 from bitwright.recipes import recipe as find_recipe
 from bitwright.run.result import environment, peak_memory_bytes
-from bitwright.studies.base import Kept, Result, Row, Settings, Study, plain, settings_facts
+from bitwright.studies.base import KeptRows, Row, Study, StudyResult, StudySettings, plain, settings_facts
 from bitwright.studies.subject import Subject, split
 
-__all__ = ["Result", "Settings", "Study", "builtin", "find", "study"]
+__all__ = ["Study", "StudyResult", "StudySettings", "builtin_studies", "find_study", "study"]
 
 ZOO_IMAGES = "zoo:fashion"
 
 
 @cache
-def builtin() -> dict[str, Study]:
+def builtin_studies() -> dict[str, Study]:
     """Every study in this folder, by name: each module holds one in ``STUDY``."""
     found = {}
     for info in pkgutil.iter_modules(__path__):
@@ -46,14 +46,14 @@ def builtin() -> dict[str, Study]:
     return found
 
 
-def find(name: str) -> Study:
+def find_study(name: str) -> Study:
     """A study by name.
 
     Raises:
         UsageError: there is none of that name; the nearest is named.
     """
     of_kind("name", name, str, "the name of a study")
-    known = builtin()
+    known = builtin_studies()
     if name not in known:
         near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.0)
         raise UsageError(f"There is no study '{name}'. Did you mean '{near[0]}'? All: {', '.join(known)}.")
@@ -80,17 +80,17 @@ def study(
     progress: Progress = silent,
     kept: Path | None = None,
     resume: bool = False,
-) -> Result:
+) -> StudyResult:
     """Repeats a paper's analysis on a network, or on the embedded ones.
 
     Args:
-        name: of the study; see :func:`builtin`.
+        name: of the study; see :func:`builtin_studies`.
         model: as for :func:`bitwright.quantize`; the two embedded networks (and one more in ``lfh``) if not given.
         images: to calibrate on, as everywhere; given exactly if ``model`` is.
         steps: of each optimisation; the study's default if not given, as with the next four.
         weights: bits, 2 to 8; several as ``(3, 4)`` or ``"3,4"``.
         activations: bits, 2 to 8 or 16, or ``"float"``.
-        seeds: of everything random; means and spreads are over these.
+        seeds: of all random choices; means and spreads are over these.
         samples: images to calibrate on; the most, where their number is studied.
         recipe: by name or file, for a study that can take any.
         evaluate: images to measure on; every fourth of ``images``, which is not calibrated on then, if not given.
@@ -110,7 +110,7 @@ def study(
         UsageError: an argument, a file, or the model cannot be used; one line says why.
     """
     started = time.perf_counter()
-    chosen = find(name)
+    chosen = find_study(name)
     settings = chosen.settle(
         steps=steps, weights=weights, activations=activations, seeds=seeds, samples=samples, recipe=recipe
     )
@@ -136,12 +136,12 @@ def study(
         "networks": [s.facts() for s in subjects],
     }
     identity = json.dumps([facts[k] for k in ("bitwright", "settings", "recipe", "networks")], sort_keys=True)
-    rows = Kept(kept, identity, resume=resume)
+    rows = KeptRows(kept, identity, resume=resume)
     for subject, about in zip(subjects, facts["networks"], strict=True):
         about["float"] = subject.float_accuracy(progress)
     measured = _measure(chosen, subjects, settings, rows, progress)
     facts["seconds"] = {"total": round(time.perf_counter() - started, 3)}
-    return Result(chosen, {**facts, "peak_memory_bytes": peak_memory_bytes(), "warnings": []}, measured)
+    return StudyResult(chosen, {**facts, "peak_memory_bytes": peak_memory_bytes(), "warnings": []}, measured)
 
 
 def _networks(chosen: Study, progress: Progress) -> list[Model]:
@@ -164,7 +164,9 @@ def _images(source: Any, network: Model, labels: Any, skip_unreadable: bool) -> 
     return images
 
 
-def _measure(chosen: Study, subjects: list[Subject], settings: Settings, kept: Kept, progress: Progress) -> list[Row]:
+def _measure(
+    chosen: Study, subjects: list[Subject], settings: StudySettings, kept: KeptRows, progress: Progress
+) -> list[Row]:
     """All cells of all networks, those that were kept without measuring them again."""
     rows = []
     with keep_pages():

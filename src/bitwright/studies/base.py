@@ -26,14 +26,14 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Settings:
+class StudySettings:
     """What all cells of a study share. None, or nothing, in a study's defaults: the setting has no meaning there.
 
     Attributes:
         steps: of the optimisation; the most, where steps are what is studied.
         weights: bits, one panel each.
         activations: bits, None for float.
-        seeds: of everything random; spreads are over these.
+        seeds: of all random choices; spreads are over these.
         samples: images to calibrate on; the most, where their number is studied.
         recipe: what quantizes, where any recipe can.
     """
@@ -79,12 +79,12 @@ class Study:
     paper: str
     reproduces: str
     reading: str
-    defaults: Settings
-    cells: Callable[[Subject, Settings], Iterable[Cell]]
+    defaults: StudySettings
+    cells: Callable[[Subject, StudySettings], Iterable[Cell]]
     summarise: Callable[[list[Row]], list[Row]]
-    figure: Callable[[Result], Figure | Interactive]
+    figure: Callable[[StudyResult], Figure | Interactive]
     networks: Callable[[Progress], list[Model]] | None = None
-    verdict: Callable[[Result], list[str]] | None = None
+    verdict: Callable[[StudyResult], list[str]] | None = None
     brief: Callable[[list[Row]], list[Row]] | None = None
     recipe: str = "eptq"
 
@@ -97,7 +97,7 @@ class Study:
         seeds: Sequence[int] | None = None,
         samples: int | None = None,
         recipe: str | None = None,
-    ) -> Settings:
+    ) -> StudySettings:
         """The defaults with what was asked for.
 
         Raises:
@@ -156,7 +156,7 @@ def _weight_bits(given: int | str | Sequence[int]) -> tuple[int, ...]:
 
 
 @dataclass
-class Result:
+class StudyResult:
     """A study that was run.
 
     Attributes:
@@ -196,12 +196,12 @@ class Result:
             The two paths.
         """
         from bitwright.report.study_page import study_page
-        from bitwright.studies.figures import table
+        from bitwright.studies.figures import summary_table
 
         folder = Path(folder)
         texts = {
             ".json": json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n",
-            ".html": study_page(self, *table(self.summary)),
+            ".html": study_page(self, *summary_table(self.summary)),
         }
         paths = [folder / f"{self.study.name}{suffix}" for suffix in texts]
         for path, text in zip(paths, texts.values(), strict=True):
@@ -209,7 +209,7 @@ class Result:
         return paths[0], paths[1]
 
 
-class Kept:
+class KeptRows:
     """Rows by their keys, written to a file after each so that an interrupted study need not measure them again.
 
     Args:
@@ -303,7 +303,7 @@ def apart(a: Row, b: Row) -> bool:
     return bool(abs(a["mean"] - b["mean"]) > 2 * math.sqrt(variance))
 
 
-def settings_facts(study: Study, settings: Settings) -> dict[str, Any]:
+def settings_facts(study: Study, settings: StudySettings) -> dict[str, Any]:
     """The settings that mean something to the study, as plain data."""
     found = asdict(settings)
     if settings.steps is None:

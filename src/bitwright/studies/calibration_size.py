@@ -8,7 +8,7 @@ from functools import partial
 from bitwright.report.panels import Figure
 from bitwright.stages.reconstruct import Reconstruct
 from bitwright.studies import figures
-from bitwright.studies.base import Cell, Result, Settings, Study
+from bitwright.studies.base import Cell, Study, StudyResult, StudySettings
 from bitwright.studies.subject import Subject, eptq
 from bitwright.studies.variants import BEFORE, measured, summarise
 
@@ -26,8 +26,8 @@ def counts_of_images(most: int) -> list[int]:
     return [*(s for s in steps if s < most), most]
 
 
-def cells(subject: Subject, settings: Settings) -> Iterator[Cell]:
-    """Recipe ``eptq`` on so many images; each seed draws others, so that spreads include which images they were."""
+def cells(subject: Subject, settings: StudySettings) -> Iterator[Cell]:
+    """Recipe ``eptq`` on several numbers of images; each seed draws others, so that spreads include that choice."""
     start, stage = eptq()
     chosen: list[tuple[str, Reconstruct | None]] = [
         (BEFORE, None),
@@ -43,7 +43,7 @@ def cells(subject: Subject, settings: Settings) -> Iterator[Cell]:
                     yield Cell({**key, "seed": seed}, run)
 
 
-def figure(result: Result) -> Figure:
+def figure(result: StudyResult) -> Figure:
     """KL and agreement (or accuracy) over the number of images, before and after the optimisation."""
     return figures.over(result, "images", ["kl", figures.answers_of(result)], "calibration images", numeric=True)
 
@@ -55,7 +55,7 @@ STUDY = Study(
     reproduces="The result against the number of calibration images, from 16 to 1,024.",
     reading="Where the optimised curve lies above the other one, so few images were learned by heart; where it is "
     "flat, more images no longer help. Every seed draws other images.",
-    defaults=Settings(steps=80, weights=(3,), activations=8, seeds=(0, 1), samples=1024),
+    defaults=StudySettings(steps=80, weights=(3,), activations=8, seeds=(0, 1), samples=1024),
     cells=cells,
     summarise=partial(summarise, by="images"),
     figure=figure,

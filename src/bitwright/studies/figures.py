@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 from bitwright.report.panels import Figure, Panel, Series, colour
 
 if TYPE_CHECKING:
-    from bitwright.studies.base import Result, Row
+    from bitwright.studies.base import Row, StudyResult
 
-AXES = {
+METRIC_AXES = {
     "kl": "KL from float, held-out (nats)",
     "agreement": "same class as float, held-out",
     "top1": "top-1 accuracy",
@@ -48,7 +48,7 @@ Place = tuple[str, str]
 """A network and its bits."""
 
 
-def answers_of(result: Result) -> str:
+def answers_of(result: StudyResult) -> str:
     """The measure of right answers that there is: top-1 with labels, agreement without."""
     return "top1" if any(r.get("top1") is not None for r in result.rows) else "agreement"
 
@@ -68,7 +68,7 @@ def place_of(row: Row) -> Place:
     return row["network"], bits_of(row)
 
 
-def over(result: Result, x: str, metrics: list[str], x_name: str, *, numeric: bool = False) -> Figure:
+def over(result: StudyResult, x: str, metrics: list[str], x_name: str, *, numeric: bool = False) -> Figure:
     """A column of panels for each network and number of bits, a row for each metric.
 
     Args:
@@ -90,7 +90,7 @@ def scale_of(metric: str) -> dict[str, Any]:
     return {"y_log": metric in LOGARITHMIC}
 
 
-def panel(result: Result, where: Place, metric: str, x: str, x_name: str, *, numeric: bool = False) -> Panel:
+def panel(result: StudyResult, where: Place, metric: str, x: str, x_name: str, *, numeric: bool = False) -> Panel:
     """One metric of one network: means with their standard deviation, single seeds, a dashed line at the start."""
     summary = [s for s in result.summary if place_of(s) == where and metric in s]
     start = [s for s in summary if s["variant"] == START and (x == "variant" or x not in s)]
@@ -104,7 +104,7 @@ def panel(result: Result, where: Place, metric: str, x: str, x_name: str, *, num
         seeds = [r for r in rows if (r[x], r["variant"]) in kept]
         drawn += [_means(members, metric, x, name, colour(position), numeric), _seeds(seeds, metric, x, position)]
     level = start[0][metric]["mean"] if start else None
-    return Panel(tuple(drawn), x_name, AXES[metric], x_log=numeric, level=level, **scale_of(metric))
+    return Panel(tuple(drawn), x_name, METRIC_AXES[metric], x_log=numeric, level=level, **scale_of(metric))
 
 
 def _means(members: list[Row], metric: str, x: str, name: str, look: str, numeric: bool) -> Series:
@@ -128,11 +128,11 @@ def _seeds(rows: list[Row], metric: str, x: str, position: int) -> Series:
     return Series([r[x] for r in rows], [r[metric] for r in rows], f"{colour(position)} faint", titles=titles)
 
 
-def table(summary: list[Row]) -> tuple[list[str], list[list[str]]]:
+def summary_table(summary: list[Row]) -> tuple[list[str], list[list[str]]]:
     """Headings and texts of a summary; columns without a value anywhere are left out.
 
     Example:
-        >>> table([{"variant": "sla", "kl": {"mean": 0.01234, "sd": 0.001, "count": 3}}])
+        >>> summary_table([{"variant": "sla", "kl": {"mean": 0.01234, "sd": 0.001, "count": 3}}])
         (['variant', 'KL (nats)'], [['sla', '0.0123 ± 0.001']])
     """
     keys = list(dict.fromkeys(k for s in summary for k in s if s[k] is not None))

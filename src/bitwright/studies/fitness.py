@@ -15,10 +15,10 @@ from bitwright.quant.scheme import Scheme
 from bitwright.recipes import recipe
 from bitwright.report.panels import Figure
 from bitwright.stages.base import Run
-from bitwright.stages.candidates import Fitness, Measure
+from bitwright.stages.candidates import Fitness, FitnessMeasure
 from bitwright.stages.evolve import Evolve
 from bitwright.studies import figures
-from bitwright.studies.base import Cell, Result, Row, Settings, Study, apart, group
+from bitwright.studies.base import Cell, Row, Study, StudyResult, StudySettings, apart, group
 from bitwright.studies.scales import means, measured_batches, suits
 from bitwright.studies.search import evolve
 from bitwright.studies.subject import Subject
@@ -29,12 +29,12 @@ FIGURES = ("infonce", "mse", "cosine", "kl", "agreement", "top1")
 LOSSES = FIGURES[:4]
 
 
-def cells(subject: Subject, settings: Settings) -> Iterator[Cell]:
+def cells(subject: Subject, settings: StudySettings) -> Iterator[Cell]:
     """The start, then evolution with every loss that suits the network's outputs, with every seed."""
     images = subject.calibration(settings.samples, settings.seeds[0])
     with torch.no_grad():
         outputs = list(subject.teacher.graph(images.batch(range(min(2, len(images)))).to(subject.device)))
-    losses = [m for m in get_args(Measure) if suits(m, outputs)]
+    losses = [m for m in get_args(FitnessMeasure) if suits(m, outputs)]
     shown = cache(partial(_held_out, subject))
     for bits in settings.weights:
         scheme = Scheme(weights=bits, activations=settings.activations)
@@ -48,13 +48,13 @@ def cells(subject: Subject, settings: Settings) -> Iterator[Cell]:
 
 def _measure(
     subject: Subject,
-    settings: Settings,
+    settings: StudySettings,
     scheme: Scheme,
     images: Images,
     shown: Any,
     progress: Progress,
     *,
-    fitness: Measure | None = None,
+    fitness: FitnessMeasure | None = None,
     seed: int = 0,
 ) -> Row:
     assert settings.steps is not None
@@ -92,8 +92,8 @@ def summarise(rows: list[Row]) -> list[Row]:
     return group(rows, ("network", "weights", "activations", "variant"), FIGURES)
 
 
-def verdict(result: Result) -> list[str]:
-    """For each network, by which loss's evolution each held-out figure is best, and whether that is more than seeds."""
+def verdict(result: StudyResult) -> list[str]:
+    """Says for each network which loss gives each best held-out figure, and whether by more than seeds differ."""
     said = []
     for where in dict.fromkeys(figures.place_of(s) for s in result.summary):
         of = {s["variant"]: s for s in result.summary if figures.place_of(s) == where}
@@ -125,7 +125,7 @@ def _contrastive(evolved: dict[str, Row], metric: str, order: list[str]) -> str:
     return f"infoNCE is behind {figures.LOSS_NAMES[rival]}, against the paper."
 
 
-def figure(result: Result) -> Figure:
+def figure(result: StudyResult) -> Figure:
     """Every held-out figure of each loss."""
     there = [m for m in LOSSES if any(m in r for r in result.rows)]
     return figures.over(result, "variant", [*there, figures.answers_of(result)], "what evolution minimised")
@@ -139,7 +139,7 @@ STUDY = Study(
     reading="Each column of points is an evolution with as many children and the same seeds; rows show what it did to "
     "every distance on held-out images, lower is better but for the last row. The dashed line is the start. infoNCE is "
     "shown over the float network's own, which quantization can fall below.",
-    defaults=Settings(steps=96, weights=(3,), activations=8, seeds=(0, 1, 2), samples=128),
+    defaults=StudySettings(steps=96, weights=(3,), activations=8, seeds=(0, 1, 2), samples=128),
     cells=cells,
     summarise=summarise,
     figure=figure,

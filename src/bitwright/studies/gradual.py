@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from bitwright.report.panels import Figure
 from bitwright.stages.schedules import Gradual
 from bitwright.studies import figures
-from bitwright.studies.base import Cell, Result, Settings, Study
+from bitwright.studies.base import Cell, Study, StudyResult, StudySettings
 from bitwright.studies.subject import Subject, eptq
 from bitwright.studies.variants import cells_of, summarise
 
@@ -19,14 +19,14 @@ SCHEDULES: dict[str, Gradual | None] = {
 }
 
 
-def cells(subject: Subject, settings: Settings) -> Iterator[Cell]:
+def cells(subject: Subject, settings: StudySettings) -> Iterator[Cell]:
     """Recipe ``eptq`` with nothing but the schedule of the activations exchanged."""
     _, stage = eptq()
     stages = {n: stage.model_copy(update={"gradual": g, "steps": settings.steps}) for n, g in SCHEDULES.items()}
     return cells_of(subject, settings, [({"variant": n}, s) for n, s in stages.items()])
 
 
-def figure(result: Result) -> Figure:
+def figure(result: StudyResult) -> Figure:
     """KL and agreement (or accuracy) of each schedule."""
     return figures.over(result, "variant", ["kl", figures.answers_of(result)], "activations while weights learn")
 
@@ -38,7 +38,7 @@ STUDY = Study(
     reproduces="The choice of gradual activation quantization over the first step on, at 4-bit activations.",
     reading="Lower KL is better. 'on': quantized from the first step; 'linear', 'cosine': the float share falls to 0 "
     "along the run; 'drop': so does the share of elements that stay float. Dashed: before the optimisation.",
-    defaults=Settings(steps=80, weights=(4,), activations=4, seeds=(0, 1), samples=256),
+    defaults=StudySettings(steps=80, weights=(4,), activations=4, seeds=(0, 1), samples=256),
     cells=cells,
     summarise=summarise,
     figure=figure,

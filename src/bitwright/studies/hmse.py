@@ -18,9 +18,9 @@ from bitwright.quant.scheme import Scheme
 from bitwright.report.panels import Figure
 from bitwright.stages.calibrate import Calibrate, parameters
 from bitwright.studies import figures
-from bitwright.studies.base import Cell, Result, Row, Settings, Study, group
+from bitwright.studies.base import Cell, Row, Study, StudyResult, StudySettings, group
 from bitwright.studies.subject import Subject
-from bitwright.studies.variants import FIGURES
+from bitwright.studies.variants import VARIANT_FIGURES
 
 METHODS = {
     "min-max": Calibrate(weights="minmax"),
@@ -31,7 +31,7 @@ METHODS = {
 }
 
 
-def cells(subject: Subject, settings: Settings) -> Iterator[Cell]:
+def cells(subject: Subject, settings: StudySettings) -> Iterator[Cell]:
     """Every method at every number of bits; with several seeds where the seed matters, which is HMSE's scores."""
     images = subject.calibration(settings.samples, settings.seeds[0])
     importance = cache(partial(_importance, subject, images, settings.seeds[0]))
@@ -83,10 +83,10 @@ def objective(student: Student, subject: Subject, importance: dict[str, Tensor])
 
 def summarise(rows: list[Row]) -> list[Row]:
     """Mean and spread over seeds, by network, bits and method."""
-    return group(rows, ("network", "weights", "activations", "variant"), ("objective", *FIGURES))
+    return group(rows, ("network", "weights", "activations", "variant"), ("objective", *VARIANT_FIGURES))
 
 
-def figure(result: Result) -> Figure:
+def figure(result: StudyResult) -> Figure:
     """KL and the Hessian-weighted error of each method."""
     return figures.over(result, "variant", ["kl", "objective"], "weight range")
 
@@ -98,7 +98,7 @@ STUDY = Study(
     reproduces="The choice of the Hessian-weighted squared error (HMSE) for the ranges of weights.",
     reading="Upper row: KL from the float network, lower is better. Lower row: the Hessian-weighted squared error, "
     "which HMSE makes smallest; where both rows agree in order, that error is a good stand-in for the KL.",
-    defaults=Settings(weights=(3, 4), activations=None, seeds=(0, 1, 2), samples=256),
+    defaults=StudySettings(weights=(3, 4), activations=None, seeds=(0, 1, 2), samples=256),
     cells=cells,
     summarise=summarise,
     figure=figure,

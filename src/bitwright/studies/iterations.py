@@ -7,7 +7,7 @@ from functools import partial
 
 from bitwright.report.panels import Figure
 from bitwright.studies import figures
-from bitwright.studies.base import Cell, Result, Settings, Study
+from bitwright.studies.base import Cell, Study, StudyResult, StudySettings
 from bitwright.studies.subject import Subject, eptq
 from bitwright.studies.variants import cells_of, summarise
 
@@ -24,7 +24,7 @@ def ladder(most: int) -> list[int]:
     return sorted({most >> k for k in range(RUNGS)} - {0})
 
 
-def cells(subject: Subject, settings: Settings) -> Iterator[Cell]:
+def cells(subject: Subject, settings: StudySettings) -> Iterator[Cell]:
     """Recipe ``eptq`` with each number of steps, every one a run of its own with schedules stretched over it."""
     _, stage = eptq()
     assert settings.steps is not None
@@ -32,7 +32,7 @@ def cells(subject: Subject, settings: Settings) -> Iterator[Cell]:
     return cells_of(subject, settings, [({"variant": "optimised", "steps": n}, s) for n, s in runs.items()])
 
 
-def figure(result: Result) -> Figure:
+def figure(result: StudyResult) -> Figure:
     """KL and agreement (or accuracy) over the steps."""
     return figures.over(result, "steps", ["kl", figures.answers_of(result)], "steps", numeric=True)
 
@@ -44,7 +44,7 @@ STUDY = Study(
     reproduces="The result against the number of gradient steps; the paper compares 80,000 with 20,000.",
     reading="A curve that still falls at its right end would gain from more steps; the dashed line is the network "
     "before it was optimised. Both axes of the upper row are logarithmic.",
-    defaults=Settings(steps=400, weights=(3,), activations=8, seeds=(0,), samples=256),
+    defaults=StudySettings(steps=400, weights=(3,), activations=8, seeds=(0,), samples=256),
     cells=cells,
     summarise=partial(summarise, by="steps"),
     figure=figure,

@@ -21,7 +21,7 @@ from bitwright.stages.base import Run
 from bitwright.stages.candidates import Batches, Evaluator, Meaning, Scales
 from bitwright.stages.evolve import scale_keys
 from bitwright.studies import surfaces
-from bitwright.studies.base import Cell, Result, Row, Settings, Study, group
+from bitwright.studies.base import Cell, Row, Study, StudyResult, StudySettings, group
 from bitwright.studies.roughness import bends, directions, jumps, noise_bends, offsets, strict_minima
 from bitwright.studies.scales import ANSWERS, Distances, measured_batches, middle_blocks
 from bitwright.studies.subject import Subject
@@ -70,7 +70,7 @@ def absolute_radius(bits: int) -> float:
 # ---------------------------------------------------------------------------------------------- measuring
 
 
-def cells(subject: Subject, settings: Settings) -> Iterator[Cell]:
+def cells(subject: Subject, settings: StudySettings) -> Iterator[Cell]:
     """Every scan of the middle block of every kind, at all numbers of bits."""
     surfaces.need_plotly()
     shown = cache(partial(_images, subject, settings))
@@ -83,7 +83,7 @@ def cells(subject: Subject, settings: Settings) -> Iterator[Cell]:
                     yield Cell(key, partial(_measure, subject, settings, bits, block, name, seed, shown))
 
 
-def _images(subject: Subject, settings: Settings) -> tuple[Batches, Distances]:
+def _images(subject: Subject, settings: StudySettings) -> tuple[Batches, Distances]:
     images = subject.held_out.sample(min(settings.samples, len(subject.held_out)), seed=settings.seeds[0])
     run = Run(seed=settings.seeds[0], device=subject.device)
     return measured_batches(subject, images, BATCH, run)
@@ -91,7 +91,7 @@ def _images(subject: Subject, settings: Settings) -> tuple[Batches, Distances]:
 
 def _measure(
     subject: Subject,
-    settings: Settings,
+    settings: StudySettings,
     bits: int,
     block: Block,
     name: str,
@@ -173,7 +173,7 @@ def roughness(values: Tensor) -> Row:
 
 
 def summarise(rows: list[Row]) -> list[Row]:
-    """For each block, number of bits and loss: figures of the grid, then of lines; means and spreads over seeds."""
+    """Figures of the grid and of the lines for each block, number of bits and loss, as means and spreads over seeds."""
     flat = []
     for r in rows:
         key = {k: r[k] for k in ("network", "block", "kind", "weights", "activations")}
@@ -199,7 +199,7 @@ ALIKE = 0.1
 """Figures that differ by a smaller part of the larger one are called alike."""
 
 
-def verdict(result: Result) -> list[str]:
+def verdict(result: StudyResult) -> list[str]:
     """The paper's four claims, and what makes the jaggedness, each with the figures that decide it."""
     rows = result.summary
     said = [_against_noise(result)]
@@ -218,7 +218,7 @@ def verdict(result: Result) -> list[str]:
     return said
 
 
-def _against_noise(result: Result) -> str:
+def _against_noise(result: StudyResult) -> str:
     """How near the grids are to no order at all."""
     rows = result.summary
     side = next(len(r["at"]) for r in result.rows if r["scan"] == "grid")
@@ -230,7 +230,7 @@ def _against_noise(result: Result) -> str:
 
 
 def _compared(ours: list[Row], theirs: list[Row]) -> str:
-    """At every number of bits; the paper expects the first to be rougher."""
+    """Compares two losses at every number of bits; the paper expects the first to be rougher."""
     parts, verdicts = [], set()
     for bits in dict.fromkeys(r["weights"] for r in ours):
         a, b = (_mean([r for r in rows if r["weights"] == bits], "grid: bends") for rows in (ours, theirs))
@@ -311,7 +311,7 @@ STUDY = Study(
     "middle; a menu chooses the loss. Lower rows: every loss along one direction, each over its own range. "
     "'minima': share of points below all their neighbours. 'bends': mean second difference as a share of the range; "
     "'jumps': in units of the loss. 'integers kept': new scales move the weights and nothing of them is rounded anew.",
-    defaults=Settings(steps=5, weights=(8, 4, 3), activations=8, seeds=(0, 1), samples=128),
+    defaults=StudySettings(steps=5, weights=(8, 4, 3), activations=8, seeds=(0, 1), samples=128),
     cells=cells,
     summarise=summarise,
     figure=surfaces.figure,

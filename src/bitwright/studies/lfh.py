@@ -20,10 +20,10 @@ from bitwright.given.models import Model, load_model
 from bitwright.graph.points import linear_points
 from bitwright.progress import Progress
 from bitwright.report.panels import Figure, Panel, Series, colour
-from bitwright.studies.base import Cell, Result, Row, Settings, Study, group
+from bitwright.studies.base import Cell, Row, Study, StudyResult, StudySettings, group
 from bitwright.studies.subject import Subject
 from bitwright.studies.traces import Loss, hessian_traces, scores_of
-from bitwright.zoo.networks import CLASSES
+from bitwright.zoo.networks import CLASS_COUNT
 
 LABEL_FREE = "label-free Hessian"
 PROBES = 32
@@ -77,7 +77,7 @@ def _softened(scores: Tensor, targets: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------- measuring
 
 
-def cells(subject: Subject, settings: Settings) -> Iterator[Cell]:
+def cells(subject: Subject, settings: StudySettings) -> Iterator[Cell]:
     """The label-free trace, then each loss's, with each seed."""
     images = subject.held_out if subject.held_out.labels is not None else subject.pool
     images = images.sample(min(settings.samples, len(images)), seed=settings.seeds[0])
@@ -172,7 +172,7 @@ class Mixer(nn.Module):
         super().__init__()
         self.patches = nn.Conv2d(1, dim, 7, stride=7)
         self.blocks = nn.ModuleList(_MixerBlock(16, dim) for _ in range(blocks))
-        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, CLASSES)
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, CLASS_COUNT)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, 10] of images [B, 1, 28, 28]."""
@@ -227,7 +227,7 @@ def trained_mixer(teacher: nn.Module, images: Images, progress: Progress, steps:
 # ------------------------------------------------------------------------------------------------- figure
 
 
-def figure(result: Result) -> Figure:
+def figure(result: StudyResult) -> Figure:
     """One row of panels for each network: log traces along the layers, and the correlations."""
     order = list(dict.fromkeys(r["loss"] for r in result.rows))
     looks = {loss: "reference" if loss == LABEL_FREE else colour(i) for i, loss in enumerate(order)}
@@ -239,7 +239,7 @@ def figure(result: Result) -> Figure:
     return Figure([[_traces(result, n, looks), _correlations(result, n, looks)] for n in networks], headings, (2, 1))
 
 
-def _traces(result: Result, network: str, looks: dict[str, str]) -> Panel:
+def _traces(result: StudyResult, network: str, looks: dict[str, str]) -> Panel:
     seed = result.rows[0]["seed"]
     rows = [r for r in result.rows if r["network"] == network and r["seed"] == seed]
     drawn = [
@@ -256,7 +256,7 @@ def _traces(result: Result, network: str, looks: dict[str, str]) -> Panel:
     return Panel(tuple(drawn), "layer, in order", network, height=15.0)
 
 
-def _correlations(result: Result, network: str, looks: dict[str, str]) -> Panel:
+def _correlations(result: StudyResult, network: str, looks: dict[str, str]) -> Panel:
     kinds = {"pearson": "Pearson", "pearson_log": "Pearson of logs", "spearman": "Spearman"}
     rows = [s for s in result.summary if s["network"] == network]
     drawn = [
@@ -282,7 +282,7 @@ STUDY = Study(
     reading="A line that runs along the dashed one means that the label-free score ranks layers as that loss does. It "
     "leaves out a term that vanishes where the network fits the labels: random classes, which it does not fit, show "
     "that limit. The mixer is defined in this study and trained for a few seconds to follow the first network.",
-    defaults=Settings(samples=64),
+    defaults=StudySettings(samples=64),
     cells=cells,
     summarise=summarise,
     figure=figure,

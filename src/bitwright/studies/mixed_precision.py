@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from bitwright.bits import Losses, plan_for, problem_of, solve
-from bitwright.bits import evaluate as evaluate_bits
-from bitwright.bits.costs import WEIGHT_BITS
+from bitwright.bits import Losses, plan_for, problem_of, solution_of, solve
+from bitwright.bits.costs import WEIGHT_CHOICES
 from bitwright.bits.plan import plan_of
 from bitwright.bits.tables import Problem
 from bitwright.export.packed import save_packed
@@ -38,7 +37,7 @@ from bitwright.sensitivity import (
 )
 from bitwright.stages.base import Run, Stage
 from bitwright.studies import figures
-from bitwright.studies.base import Cell, Result, Row, Settings, Study, group
+from bitwright.studies.base import Cell, Row, Study, StudyResult, StudySettings, group
 from bitwright.studies.subject import Subject
 
 UNIFORM, MIXED = "uniform", "mixed"
@@ -55,7 +54,7 @@ SLACK = 0.0075
 """Of a size: files of plans are larger than planned by up to 0.4 % on the embedded networks, those with the same bits
 everywhere smaller by up to 0.25 %, because their description compresses better."""
 RESAMPLES = 2000
-MEASURES: dict[str, tuple[Measure, int]] = {
+COMPARED_MEASURES: dict[str, tuple[Measure, int]] = {
     "loss": (MeasuredLoss(), MEASURED_ON),
     "distance": (OutputDistance(), MEASURED_ON),
     "trace": (Trace(), MEASURED_ON),
@@ -63,16 +62,16 @@ MEASURES: dict[str, tuple[Measure, int]] = {
     "eigenvalue": (TopEigenvalue(steps=6, tolerance=0.05), CURVED_ON),
     "q-bert": (QBert(parts=4, steps=4, tolerance=0.05), CURVED_ON),
 }
-"""By name, and on how many images. Eigenvalues from few steps: the study is about order, and they take the longest."""
+"""The measures by name, and the images for each. Eigenvalues take few steps, since only order counts."""
 FIGURES = ("bytes", "kl", "agreement", "top1", "calibration_kl")
 
 
 class _Planner:
     """What one network's plans are made of."""
 
-    def __init__(self, subject: Subject, settings: Settings, images: Images) -> None:
+    def __init__(self, subject: Subject, settings: StudySettings, images: Images) -> None:
         self.subject, self.settings, self.images = subject, settings, images
-        self.bits = tuple(sorted({*WEIGHT_BITS, *settings.weights}))
+        self.bits = tuple(sorted({*WEIGHT_CHOICES, *settings.weights}))
         self.student = insert_quantizers(
             subject.teacher, Scheme(weights=settings.weights[0], activations=settings.activations)
         )
@@ -86,7 +85,7 @@ class _Planner:
         return self._tables[name]
 
     def _measured(self, name: str, progress: Progress, refine: tuple[Stage, ...] = ()) -> Table:
-        measure, count = MEASURES[name]
+        measure, count = COMPARED_MEASURES[name]
         some = self.images.sample(min(count, len(self.images)), seed=0)
         run = Run(seed=self.settings.seeds[0], batch=16, device=self.subject.device, progress=progress)
         return measure.measure(self.subject.teacher, some, Choices(self.bits, (), refine=refine), run)
@@ -114,7 +113,7 @@ class _Planner:
 
     def _size(self, problem: Problem, bits: int) -> float:
         chosen = {k: bits if len(options) > 1 else options[0] for k, options in problem.options.items()}
-        return evaluate_bits(problem, chosen).costs["weight_bytes"]
+        return solution_of(problem, chosen).costs["weight_bytes"]
 
     def random(self, position: int) -> tuple[Scheme, dict[str, int]]:
         """A plan with random bits out of the study's, and its bits by layer."""
@@ -126,7 +125,7 @@ class _Planner:
         return plan.scheme(self.student.scheme), {names[k]: b for k, b in bits.items()}
 
 
-def cells(subject: Subject, settings: Settings) -> Iterator[Cell]:
+def cells(subject: Subject, settings: StudySettings) -> Iterator[Cell]:
     """Uniform and mixed precision over sizes; every measure's table; random plans."""
     images = subject.calibration(settings.samples, settings.seeds[0])
     planner = _Planner(subject, settings, images)
@@ -139,7 +138,7 @@ def cells(subject: Subject, settings: Settings) -> Iterator[Cell]:
         for seed in settings.seeds:
             scheme = partial(_scheme, planner, variant, low, high)
             yield Cell({**key, "seed": seed}, partial(_measured, subject, settings, images, scheme, seed))
-    for name in MEASURES:
+    for name in COMPARED_MEASURES:
         yield Cell({"part": MEASURE, "measure": name}, partial(_predictions, planner, name))
     for position in range(COUNT):
         yield Cell({"part": PLANS, "plan": position}, partial(_random, planner, position))
@@ -151,7 +150,7 @@ def _scheme(planner: _Planner, variant: str, low: int, high: int, progress: Prog
 
 def _measured(
     subject: Subject,
-    settings: Settings,
+    settings: StudySettings,
     images: Images,
     scheme: Callable[[Progress], Scheme],
     seed: int,
@@ -176,7 +175,7 @@ def _quantized(
 
 
 def _packed_bytes(student: Student) -> int:
-    """Of ``model.safetensors``."""
+    """Bytes of ``model.safetensors``."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
         save_packed(student.freeze(), path)
@@ -206,7 +205,7 @@ def summarise(rows: list[Row]) -> list[Row]:
 
 
 def ranks(rows: list[Row]) -> list[Row]:
-    """For each network and measure ``spearman`` and its 95 % interval over the random plans, the best first."""
+    """``spearman`` and its 95 % interval over the random plans for each network and measure, the best first."""
     found = []
     for network in dict.fromkeys(r["network"] for r in rows):
         own = [r for r in rows if r["network"] == network]
@@ -223,7 +222,7 @@ def ranks(rows: list[Row]) -> list[Row]:
 
 
 def _distance(row: Row) -> float:
-    """Of a random plan from float: KL, or what noise there is where outputs are no class scores."""
+    """Distance of a random plan from float: KL, or the noise where outputs are no class scores."""
     return float(row["kl"] if row["kl"] is not None else -row["sqnr_db"])
 
 
@@ -264,8 +263,8 @@ def brief(summary: list[Row]) -> list[Row]:
     return texts
 
 
-def verdict(result: Result) -> list[str]:
-    """At each size, mixed against uniform precision; then which measures order plans best."""
+def verdict(result: StudyResult) -> list[str]:
+    """Compares mixed with uniform precision at each size, then says which measures order plans best."""
     said = []
     for network in dict.fromkeys(s["network"] for s in result.summary):
         own = [s for s in result.summary if s["network"] == network]
@@ -330,7 +329,7 @@ def _order(network: str, own: list[Row]) -> str | None:
 # ------------------------------------------------------------------------------------------------------- figure
 
 
-def figure(result: Result) -> Figure:
+def figure(result: StudyResult) -> Figure:
     """KL and right answers over the size of the file, each measure's rank correlation, and the random plans."""
     networks = list(dict.fromkeys(r["network"] for r in result.rows))
     own = {n: [s for s in result.summary if s["network"] == n] for n in networks}
@@ -356,7 +355,7 @@ def _over_size(summary: list[Row], metric: str) -> Panel:
                 figures.deviations([s[metric] for s in members]),
             )
         )
-    return Panel(tuple(drawn), "model.safetensors (kB)", figures.AXES[metric], **figures.scale_of(metric))
+    return Panel(tuple(drawn), "model.safetensors (kB)", figures.METRIC_AXES[metric], **figures.scale_of(metric))
 
 
 def _correlations(ranked: list[Row]) -> Panel:
@@ -385,7 +384,7 @@ STUDY = Study(
     "uniform precision at whole numbers of bits, mixed precision at these sizes and halfway between. Below, how well "
     "each measure's sum of losses orders random plans, with the interval that drawing the plans again gives, and the "
     "plans themselves.",
-    defaults=Settings(steps=40, weights=(2, 3, 4, 6, 8), activations=8, seeds=(0,), samples=128, recipe="eptq"),
+    defaults=StudySettings(steps=40, weights=(2, 3, 4, 6, 8), activations=8, seeds=(0,), samples=128, recipe="eptq"),
     cells=cells,
     summarise=summarise,
     figure=figure,

@@ -17,12 +17,12 @@ from bitwright.graph.student import Student
 from bitwright.measure.evaluation import class_scores
 from bitwright.measure.metrics import as_log_probabilities
 from bitwright.stages.base import Run
-from bitwright.stages.candidates import Batches, Fitness, Measure
+from bitwright.stages.candidates import Batches, Fitness, FitnessMeasure
 from bitwright.stages.evolve import Evolve
 from bitwright.studies.base import Row
 from bitwright.studies.subject import Subject
 
-MEASURES: tuple[Measure, ...] = get_args(Measure)
+FITNESS_MEASURES: tuple[FitnessMeasure, ...] = get_args(FitnessMeasure)
 ANSWERS = ("agreement", "top1")
 """Shares of right answers: no losses."""
 REPORTED = ("cross-entropy", *ANSWERS)
@@ -43,7 +43,7 @@ def middle_blocks(subject: Subject) -> list[Block]:
 
 
 def evolved_keys(subject: Subject, student: Student) -> list[str]:
-    """Of the weights whose scales :class:`Evolve` changes."""
+    """Keys of the weights whose scales :class:`Evolve` changes."""
     return [k for one in Evolve().searched(student, subject.teacher) for k in one.scales.keys]
 
 
@@ -58,7 +58,7 @@ class Distances(Fitness):
         names: of the columns: losses, then what :data:`REPORTED` names.
     """
 
-    names: tuple[str, ...] = MEASURES
+    names: tuple[str, ...] = FITNESS_MEASURES
 
     def __call__(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         """[N, number of names]; where labels are needed they follow the teacher's outputs."""
@@ -76,7 +76,7 @@ class Distances(Fitness):
             if name == "top1":
                 return (scores.argmax(1) == labels).double()
             return functional.cross_entropy(scores, labels, reduction="none")
-        measure = next(m for m in MEASURES if m == name)
+        measure = next(m for m in FITNESS_MEASURES if m == name)
         return Fitness(measure, self.temperature)(student, teacher).double()
 
 
@@ -87,7 +87,7 @@ def measured_batches(subject: Subject, images: Images, size: int, run: Run) -> t
     """
     batches = Batches(subject.teacher, images.unlabelled(), size, run, "Teacher's outputs")
     first = batches.targets[0]
-    names: list[str] = [m for m in MEASURES if suits(m, first)]
+    names: list[str] = [m for m in FITNESS_MEASURES if suits(m, first)]
     if images.labels is not None:
         for part, targets in zip(batches.parts, batches.targets, strict=True):
             targets.append(images.labels[part].to(batches.device))
@@ -97,7 +97,7 @@ def measured_batches(subject: Subject, images: Images, size: int, run: Run) -> t
     return batches, Distances(names=tuple(names + (["top1"] if images.labels is not None else [])))
 
 
-def suits(measure: Measure, outputs: Sequence[Tensor]) -> bool:
+def suits(measure: FitnessMeasure, outputs: Sequence[Tensor]) -> bool:
     """Whether a loss means something for outputs [N, ...], N at least 2."""
     try:
         Fitness(measure)(outputs, outputs)

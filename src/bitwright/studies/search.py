@@ -20,15 +20,15 @@ from bitwright.stages.base import Run
 from bitwright.stages.candidates import Batches, Fitness, Scales
 from bitwright.stages.evolve import Evolve, EvolveRecord
 from bitwright.studies import figures
-from bitwright.studies.base import Cell, Result, Row, Settings, Study, apart, group
+from bitwright.studies.base import Cell, Row, Study, StudyResult, StudySettings, apart, group
 from bitwright.studies.scales import evolved_keys
-from bitwright.studies.straight_through import METHODS, Descent, descend
+from bitwright.studies.straight_through import OPTIMIZERS, Descent, descend
 from bitwright.studies.subject import Subject, split
 from bitwright.studies.variants import BEFORE
 
 SEARCHES: dict[str, Literal["evolution", "random"]] = {"evolution": "evolution", "random search": "random"}
 RATES = (1e-4, 1e-3, 1e-2)
-"""Of a gradient method, in relative change a step; each method takes the one that is best on hidden images."""
+"""Rates of a gradient method, in relative change per step; each method takes the one that is best on hidden images."""
 BATCH = 32
 """Images of which infoNCE tells one from the others: the same in every method, and what a gradient is taken of."""
 FITNESS = Fitness("infonce")
@@ -96,7 +96,7 @@ class Bench:
         return made
 
 
-def cells(subject: Subject, settings: Settings) -> Iterator[Cell]:
+def cells(subject: Subject, settings: StudySettings) -> Iterator[Cell]:
     """The start, then every method with every seed."""
     seen, hidden = split(subject.calibration(settings.samples, settings.seeds[0]))
     if len(hidden) < 2:
@@ -112,7 +112,7 @@ def cells(subject: Subject, settings: Settings) -> Iterator[Cell]:
         for method in SEARCHES:
             for seed in settings.seeds:
                 yield Cell({**key, "variant": method, "seed": seed}, partial(_evolved, bench, scheme, method, seed))
-        for method in METHODS:
+        for method in OPTIMIZERS:
             for seed in settings.seeds:
                 yield Cell({**key, "variant": method, "seed": seed}, partial(_descended, bench, scheme, method, seed))
 
@@ -159,7 +159,7 @@ def _descended(bench: Bench, scheme: Scheme, method: str, seed: int, progress: P
 
 
 def _figures(bench: Bench, scheme: Scheme, student: Student, curve: list[Any], seed: int, progress: Progress) -> Row:
-    """Of a student as a search left it; ``closed`` is the share of the way from the start to the float network."""
+    """Figures of a student after a search; ``closed`` is the share of the way from the start to the float network."""
     found = bench.subject.measure(student, bench.seen, progress)
     after, held_out = bench.fitness(student, bench.seen, seed), bench.fitness(student, bench.hidden, 0)
     start, _ = bench.begin(scheme, progress)
@@ -187,8 +187,8 @@ def summarise(rows: list[Row]) -> list[Row]:
 # ------------------------------------------------------------------------------------------------ in words
 
 
-def verdict(result: Result) -> list[str]:
-    """For each network: how far each method comes, and whether evolution is ahead on images that no search saw."""
+def verdict(result: StudyResult) -> list[str]:
+    """Says for each network how far each method comes, and whether evolution is ahead on images that no search saw."""
     said = []
     for where in dict.fromkeys(figures.place_of(s) for s in result.summary):
         of = {s["variant"]: s for s in result.summary if figures.place_of(s) == where}
@@ -212,7 +212,7 @@ def _shares(searched: dict[str, Row], metric: str) -> str:
 def _standing(searched: dict[str, Row], start: Row) -> str:
     """Evolution's place on held-out images, by KL or, where the outputs have none, by its own fitness."""
     metric, sign, name = ("kl", 1, "KL") if "kl" in start else ("closed_held_out", -1, "share of the way")
-    others = {n: s for n, s in searched.items() if n in METHODS}
+    others = {n: s for n, s in searched.items() if n in OPTIMIZERS}
     best = min(others, key=lambda n: sign * others[n][metric]["mean"])
     ours, theirs = searched["evolution"][metric], others[best][metric]
     told = f"{name} {ours['mean']:.3g} against {theirs['mean']:.3g} of {best}"
@@ -232,7 +232,7 @@ def _standing(searched: dict[str, Row], start: Row) -> str:
 # -------------------------------------------------------------------------------------------------- figure
 
 
-def figure(result: Result) -> Figure:
+def figure(result: StudyResult) -> Figure:
     """Curves over evaluations, then KL and agreement (or accuracy) at the end on held-out images."""
     columns = list(dict.fromkeys(map(figures.place_of, result.rows)))
     rows = [[_curves([r for r in result.rows if figures.place_of(r) == place]) for place in columns]]
@@ -266,7 +266,7 @@ STUDY = Study(
     reading="Upper row: how far infoNCE on the images searched on has come from the start (0) to the float network's "
     "own (100 %), which a contrastive loss can pass. A step of a gradient method counts as three forward passes of its "
     "batch. Lower rows: held-out images; the dashed line is the start. Rates were chosen on calibration images apart.",
-    defaults=Settings(steps=64, weights=(3,), activations=8, seeds=(0, 1, 2), samples=128),
+    defaults=StudySettings(steps=64, weights=(3,), activations=8, seeds=(0, 1, 2), samples=128),
     cells=cells,
     summarise=summarise,
     figure=figure,

@@ -18,7 +18,7 @@ BACKWARD = 2.0
 """What a backward pass costs, in forward passes."""
 LOOKS = 8
 """How often all images are looked at along the way; each is an evaluation, and the best is the result."""
-METHODS: dict[str, Callable[[list[nn.Parameter], float], torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter], float], torch.optim.Optimizer]] = {
     "SGD": lambda p, rate: torch.optim.SGD(p, rate, momentum=0.9),
     "Adam": torch.optim.Adam,
     "AdamW": lambda p, rate: torch.optim.AdamW(p, rate, weight_decay=0.01),
@@ -62,7 +62,7 @@ class Straight(nn.Module):
 
 
 def stand_ins(student: Student, learned: Sequence[str]) -> dict[str, Straight]:
-    """By path: quantizers whose scales are learned, and those of all activations, which gradients pass through."""
+    """Quantizers by path: those whose scales are learned, and those of activations, which gradients pass through."""
     known = {k: m for k, m in student.graph.named_children() if isinstance(m, Quantizer) and m.calibrated}
     return {k: Straight(m, learn=k in learned) for k, m in known.items() if k in learned or m.role != "weight"}
 
@@ -100,7 +100,7 @@ class Descent:
 
 
 def price(batches: Batches) -> float:
-    """Of one step, which takes one of the batches forwards and backwards, in forward passes over all."""
+    """Cost of one step, which takes one of the batches forwards and backwards, in forward passes over all batches."""
     return (1 + BACKWARD) / len(batches.parts)
 
 
@@ -122,7 +122,7 @@ def descend(
         scales: of weights; what is optimised.
         batches: of calibration images.
         fitness: its mean is descended.
-        method: one of :data:`METHODS`.
+        method: one of :data:`OPTIMIZERS`.
         rate: root mean square of the relative change that the first step makes (of Adam, about every step until the
             rate falls); along the run it falls to 0 as half a cosine.
         budget: evaluations, the looks at all images included.
@@ -176,7 +176,7 @@ def _walk(
             parameter.grad = gradient
         if optimizer is None:
             size = float(torch.cat(gradients).square().mean().sqrt())
-            optimizer = METHODS[method](parameters, rate / max(size, 1e-30) if method == "SGD" else rate)
+            optimizer = OPTIMIZERS[method](parameters, rate / max(size, 1e-30) if method == "SGD" else rate)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         optimizer.step()
         schedule.step()

@@ -15,7 +15,7 @@ from bitwright.graph.axes import read_outputs
 from bitwright.graph.capture import Captured
 from bitwright.graph.student import Snapshot, Student, insert_quantizers
 from bitwright.measure.evaluation import compare
-from bitwright.pipeline import fingerprint
+from bitwright.pipeline import tensor_digest
 from bitwright.progress import Progress, silent
 from bitwright.quant.scheme import Scheme
 from bitwright.recipes import recipe
@@ -74,7 +74,7 @@ class Subject:
         """What NAME.json says of it."""
         return {
             "name": self.name,
-            "sha256": fingerprint(self.teacher.graph),
+            "sha256": tensor_digest(self.teacher.graph),
             "calibration": {"available": len(self.pool), "sha256": self.pool.sha256},
             "held_out": {
                 "count": len(self.held_out),

@@ -12,14 +12,14 @@ from bitwright.report.panels import Figure, Panel, Series, colour
 from bitwright.studies import figures
 
 if TYPE_CHECKING:
-    from bitwright.studies.base import Result, Row
+    from bitwright.studies.base import Row, StudyResult
 
 HEIGHT = 280
 LIFT = 1.15
-"""Of each line above the one below, in ranges."""
+"""Height of each line above the one below, in ranges."""
 KEPT = "line, integers kept"
 
-Part = tuple[str, str, str]
+BlockKey = tuple[str, str, str]
 """A network, one of its blocks, and the block's kind."""
 
 
@@ -59,8 +59,8 @@ def need_plotly() -> None:
         raise UsageError("Surfaces are drawn by plotly, which is not installed: pip install 'bitwright[studies]'")
 
 
-def figure(result: Result) -> Interactive:
-    """For each block a row of contours and a surface, of one loss at a time; then a row of lines and of bends."""
+def figure(result: StudyResult) -> Interactive:
+    """Draws a row of contours and a surface per block, of one loss at a time, then a row of lines and of bends."""
     parts = list(dict.fromkeys(map(_part, result.rows)))
     bits = list(dict.fromkeys(figures.bits_of(r) for r in result.rows))
     losses = list(result.rows[0]["roughness"])
@@ -77,20 +77,20 @@ def figure(result: Result) -> Interactive:
     return Interactive(made, _below(result, parts, bits, losses))
 
 
-def _part(row: Row) -> Part:
+def _part(row: Row) -> BlockKey:
     return row["network"], row["block"], row["kind"]
 
 
-def _named(part: Part) -> str:
+def _named(part: BlockKey) -> str:
     network, block, kind = part
     return f"{network}, {kind} {block}"
 
 
-def _rows(result: Result, part: Part, bits: str, scan: str) -> list[Row]:
+def _rows(result: StudyResult, part: BlockKey, bits: str, scan: str) -> list[Row]:
     return [r for r in result.rows if _part(r) == part and r["scan"] == scan and figures.bits_of(r) == bits]
 
 
-def _panels(parts: list[Part], bits: list[str]) -> Any:
+def _panels(parts: list[BlockKey], bits: list[str]) -> Any:
     from plotly.subplots import make_subplots
 
     count, columns = len(parts), len(bits) + 1
@@ -151,13 +151,13 @@ def _landscape(
     return drawn
 
 
-def _below(result: Result, parts: list[Part], bits: list[str], losses: list[str]) -> Figure:
+def _below(result: StudyResult, parts: list[BlockKey], bits: list[str], losses: list[str]) -> Figure:
     """Lines through the landscapes and how rough these are, a row for each block."""
     rows = [[*(_lines(result, p, width, losses) for width in bits), _bends(result, p, bits, losses)] for p in parts]
     return Figure(rows, [*bits, "bends of the grid"])
 
 
-def _lines(result: Result, part: Part, bits: str, losses: list[str]) -> Panel:
+def _lines(result: StudyResult, part: BlockKey, bits: str, losses: list[str]) -> Panel:
     """Every loss over its own range, one above the other; under them infoNCE with the integers kept."""
     drawn = []
     for height, (scan, loss) in enumerate([(KEPT, losses[0]), *(("line", loss) for loss in reversed(losses))]):
@@ -171,7 +171,7 @@ def _lines(result: Result, part: Part, bits: str, losses: list[str]) -> Panel:
     return Panel(tuple(drawn), "change of the scales, %", _named(part), bare=True)
 
 
-def _bends(result: Result, part: Part, bits: list[str], losses: list[str]) -> Panel:
+def _bends(result: StudyResult, part: BlockKey, bits: list[str], losses: list[str]) -> Panel:
     drawn = []
     for loss in losses:
         own = [s for s in result.summary if _part(s) == part and s["loss"] == loss and "grid: bends" in s]

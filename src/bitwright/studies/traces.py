@@ -44,7 +44,7 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class Traces:
+class ActivationTraces:
     """Mean over images of the Hessian's trace at each point, [L], and its standard error over the probes, [L]."""
 
     mean: Tensor
@@ -61,7 +61,7 @@ def hessian_traces(
     seed: int = 0,
     device: torch.device | None = None,
     progress: Progress = silent,
-) -> Traces:
+) -> ActivationTraces:
     """``Tr d2L/dz2`` for the tensors at all points, averaged over the images.
 
     Args:
@@ -87,7 +87,7 @@ def hessian_traces(
         mean += found.mean(0)
         variance += found.var(0) / probes
         progress("Second derivatives", where.stop, len(images))
-    return Traces((mean / len(images)).float(), (variance.sqrt() / len(images)).float())
+    return ActivationTraces((mean / len(images)).float(), (variance.sqrt() / len(images)).float())
 
 
 def _probe(

@@ -10,15 +10,15 @@ from bitwright.progress import Progress
 from bitwright.quant.scheme import Scheme
 from bitwright.stages.base import Stage
 from bitwright.stages.reconstruct import Reconstruct
-from bitwright.studies.base import Cell, Row, Settings, group
+from bitwright.studies.base import Cell, Row, StudySettings, group
 from bitwright.studies.subject import Subject, eptq
 
 BEFORE = "before"
 """The variant that is not optimised: ranges and closed-form roundings only."""
-FIGURES = ("kl", "agreement", "top1", "loss", "calibration_kl")
+VARIANT_FIGURES = ("kl", "agreement", "top1", "loss", "calibration_kl")
 
 
-def cells_of(subject: Subject, settings: Settings, variants: Sequence[tuple[Row, Reconstruct]]) -> Iterator[Cell]:
+def cells_of(subject: Subject, settings: StudySettings, variants: Sequence[tuple[Row, Reconstruct]]) -> Iterator[Cell]:
     """For each number of bits: the start, then each variant with each seed.
 
     Args:
@@ -39,7 +39,7 @@ def cells_of(subject: Subject, settings: Settings, variants: Sequence[tuple[Row,
 
 def measured(
     subject: Subject,
-    settings: Settings,
+    settings: StudySettings,
     bits: int,
     start: tuple[Stage, ...],
     images: Images,
@@ -60,4 +60,4 @@ def measured(
 
 def summarise(rows: list[Row], by: str = "variant") -> list[Row]:
     """Mean and spread over seeds, by network, bits and ``by``."""
-    return group(rows, list(dict.fromkeys(("network", "weights", "activations", "variant", by))), FIGURES)
+    return group(rows, list(dict.fromkeys(("network", "weights", "activations", "variant", by))), VARIANT_FIGURES)

@@ -1,4 +1,4 @@
-"""What the weights of layers and samples are worth: none, one a layer (EPTQ v1), one a sample and layer (EPTQ v2)."""
+"""What weights of layers and samples are worth: none, one per layer (EPTQ v1), one per sample and layer (EPTQ v2)."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ from collections.abc import Iterator
 
 from bitwright.report.panels import Figure
 from bitwright.studies import figures
-from bitwright.studies.base import Cell, Result, Settings, Study
+from bitwright.studies.base import Cell, Study, StudyResult, StudySettings
 from bitwright.studies.subject import Subject, eptq
 from bitwright.studies.variants import cells_of, summarise
 
 WEIGHTS = ("ones", "lfh", "sla", "sla-log")
 
 
-def cells(subject: Subject, settings: Settings) -> Iterator[Cell]:
+def cells(subject: Subject, settings: StudySettings) -> Iterator[Cell]:
     """Recipe ``eptq`` with nothing but the weights exchanged."""
     _, stage = eptq()
     stages = {w: stage.model_copy(update={"weigh": w, "steps": settings.steps}) for w in WEIGHTS}
     return cells_of(subject, settings, [({"variant": w}, s) for w, s in stages.items()])
 
 
-def figure(result: Result) -> Figure:
+def figure(result: StudyResult) -> Figure:
     """KL and agreement (or accuracy) of each weighting."""
     return figures.over(result, "variant", ["kl", figures.answers_of(result)], "weights of the distances")
 
@@ -32,7 +32,7 @@ STUDY = Study(
     reproduces="The comparison of Hessian-guided weights with plain averaging, at 3 bits.",
     reading="Lower KL is better; small dots are seeds, bars one standard deviation of them, the dashed line is the "
     "network before it was optimised. The calibration loss in the table is each weighting's own: compare KL instead.",
-    defaults=Settings(steps=80, weights=(3,), activations=8, seeds=(0, 1, 2), samples=256),
+    defaults=StudySettings(steps=80, weights=(3,), activations=8, seeds=(0, 1, 2), samples=256),
     cells=cells,
     summarise=summarise,
     figure=figure,

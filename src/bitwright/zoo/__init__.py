@@ -38,12 +38,12 @@ _IMAGE_FILES = {"fashion": "fashion_calibration.npz", "fashion-test": "fashion_t
 
 def _suggestion(name: str, known: dict[str, str]) -> str:
     nearest = difflib.get_close_matches(name, known, cutoff=0.5)
-    return f"did you mean {' or '.join(nearest)}?" if nearest else f"choose from {', '.join(known)}"
+    return f"Did you mean {' or '.join(nearest)}?" if nearest else f"Choose from {', '.join(known)}."
 
 
 def _check_network(name: str) -> None:
     if name not in NETWORKS:
-        raise ModelError(f"expected a zoo network, found {name!r}: {_suggestion(name, NETWORKS)}")
+        raise ModelError(f"Expected a zoo network, found {name!r}. {_suggestion(name, NETWORKS)}")
 
 
 def network(name: str) -> nn.Module:
@@ -59,7 +59,7 @@ def network(name: str) -> nn.Module:
 
     path = _FOLDER / f"{name}.safetensors"
     if not path.is_file():
-        raise ModelError(f"expected weights in {path}, found none: run python -m bitwright.zoo.train --only {name}")
+        raise ModelError(f"Expected weights in {path}, found none. Run: python -m bitwright.zoo.train --only {name}")
     model = BUILDERS[name]()
     model.load_state_dict(load_file(str(path)))
     return model.eval()
@@ -88,10 +88,10 @@ def images(name: str) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
         DataError: the name is unknown, or the file is missing.
     """
     if name not in IMAGES:
-        raise DataError(f"expected a set of zoo images, found {name!r}: {_suggestion(name, IMAGES)}")
+        raise DataError(f"Expected a set of zoo images, found {name!r}. {_suggestion(name, IMAGES)}")
     path = _FOLDER / _IMAGE_FILES[name]
     if not path.is_file():
-        raise DataError(f"expected images in {path}, found none: run python -m bitwright.zoo.fashion")
+        raise DataError(f"Expected images in {path}, found none. Run: python -m bitwright.zoo.fashion")
     with np.load(path) as archive:
         labels = archive["labels"].astype(np.int64) if "labels" in archive else None
         return archive["images"], labels

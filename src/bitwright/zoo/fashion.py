@@ -30,27 +30,27 @@ Split = Literal["train", "test"]
 def _idx(path: Path, magic: int, header: int) -> NDArray[np.uint8]:
     if not path.is_file():
         raise DataError(
-            f"expected the Fashion-MNIST file {path}, found none: "
-            f"install Debian's package {PACKAGE} or name the folder with --data"
+            f"Expected the Fashion-MNIST file {path}, found none. "
+            f"Install Debian's package {PACKAGE} or name the folder with --data."
         )
     try:
         raw = gzip.decompress(path.read_bytes())
     except (OSError, EOFError) as error:
-        raise DataError(f"expected a gzip file, found {path} ({error}): fetch it again") from error
+        raise DataError(f"Expected a gzip file, found {path} ({error}). Fetch it again.") from error
     found = int.from_bytes(raw[:4], "big")
     if found != magic:
-        raise DataError(f"expected IDX magic number {magic}, found {found} in {path}: fetch the file again")
+        raise DataError(f"Expected IDX magic number {magic}, found {found} in {path}. Fetch the file again.")
     return np.frombuffer(raw, np.uint8, offset=header)
 
 
-def read(folder: Path, split: Split) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def read_split(folder: Path, split: Split) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     """Read a split of Fashion-MNIST: images (N, 28, 28, 1) and labels (N,), both uint8."""
     prefix = _PREFIX[split]
     images = _idx(folder / f"{prefix}-images-idx3-ubyte.gz", _IMAGES_MAGIC, _IMAGES_HEADER)
     labels = _idx(folder / f"{prefix}-labels-idx1-ubyte.gz", _LABELS_MAGIC, _LABELS_HEADER)
     if images.size != labels.size * 28 * 28:
         raise DataError(
-            f"expected {labels.size} images of 28x28, found {images.size} pixels in {folder}: fetch the files again"
+            f"Expected {labels.size} images of 28x28, found {images.size} pixels in {folder}. Fetch the files again."
         )
     return images.reshape(-1, 28, 28, 1), labels
 
@@ -61,10 +61,10 @@ def _distinct(images: NDArray[np.uint8], others: NDArray[np.uint8]) -> NDArray[n
     return np.array([i for i, image in enumerate(images) if image.tobytes() not in seen], np.int64)
 
 
-def pack(source: Path, target: Path) -> list[Path]:
+def pack_images(source: Path, target: Path) -> list[Path]:
     """Write the calibration and the test images as compressed NumPy archives; returns their paths."""
-    train, _ = read(source, "train")
-    test, labels = read(source, "test")
+    train, _ = read_split(source, "train")
+    test, labels = read_split(source, "test")
     usable = _distinct(train, test)
     chosen = np.sort(np.random.default_rng(SEED).choice(usable, CALIBRATION_IMAGES, replace=False))
     contents: dict[str, dict[str, Any]] = {
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=ZOO_DIR, help="folder to write to")
     args = parser.parse_args(argv)
     try:
-        written = pack(args.data, args.out)
+        written = pack_images(args.data, args.out)
     except DataError as error:
         raise SystemExit(f"error: {error}") from None
     for path in written:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CLASSES = 10
+CLASS_COUNT = 10
 
 
 class ConvNorm(nn.Sequential):
@@ -99,7 +99,7 @@ class FashionCNN(nn.Module):
         )
         self.head = ConvNorm(64, 256, act=nn.SiLU)
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(256, CLASSES)
+        self.classifier = nn.Linear(256, CLASS_COUNT)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits, (N, 10), of images (N, 1, 28, 28)."""
@@ -157,7 +157,7 @@ class Mlp(nn.Module):
         return out
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """A pre-norm transformer block."""
 
     def __init__(self, dim: int, heads: int, hidden: int) -> None:
@@ -185,9 +185,9 @@ class FashionViT(nn.Module):
     def __init__(self, dim: int = 96, depth: int = 4, heads: int = 4, mlp_ratio: int = 2) -> None:
         super().__init__()
         self.patch_embed = PatchEmbed(dim, patch=4, size=28)
-        self.blocks = nn.Sequential(*(Block(dim, heads, dim * mlp_ratio) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(TransformerBlock(dim, heads, dim * mlp_ratio) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim)
-        self.head = nn.Linear(dim, CLASSES)
+        self.head = nn.Linear(dim, CLASS_COUNT)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits, (N, 10), of images (N, 1, 28, 28)."""

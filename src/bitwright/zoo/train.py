@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from bitwright.errors import DataError
 from bitwright.zoo import preprocessing
-from bitwright.zoo.fashion import DEFAULT_DIR, ZOO_DIR, read
+from bitwright.zoo.fashion import DEFAULT_DIR, ZOO_DIR, read_split
 from bitwright.zoo.networks import BUILDERS
 
 SHIFT = 1
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Training:
     """How one network is trained."""
 
     epochs: int
@@ -38,9 +38,9 @@ class Recipe:
     channels_last: bool = False
 
 
-RECIPES = {
-    "fashion_cnn": Recipe(epochs=12, peak_lr=6e-3, weight_decay=0.05, channels_last=True),
-    "fashion_vit": Recipe(epochs=15, peak_lr=2e-3, weight_decay=0.05),
+TRAININGS = {
+    "fashion_cnn": Training(epochs=12, peak_lr=6e-3, weight_decay=0.05, channels_last=True),
+    "fashion_vit": Training(epochs=15, peak_lr=2e-3, weight_decay=0.05),
 }
 
 
@@ -69,7 +69,7 @@ def _batches(padded: Tensor, labels: Tensor, batch: int, generator: torch.Genera
         yield _augmented(padded, chosen, generator), labels[chosen]
 
 
-def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+def _optimizer(model: nn.Module, recipe: Training) -> torch.optim.Optimizer:
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
@@ -96,7 +96,7 @@ def _epoch(
 
 def train(name: str, images: NDArray[np.uint8], labels: NDArray[np.uint8], epochs: int, seed: int) -> nn.Module:
     """Train a network from scratch and return it in eval mode, as it is after the last epoch."""
-    recipe = RECIPES[name]
+    recipe = TRAININGS[name]
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = BUILDERS[name]()
@@ -135,7 +135,7 @@ def stored(model: nn.Module) -> dict[str, Tensor]:
     return {key: value.half() if value.ndim > 1 else value for key, value in state.items()}
 
 
-def save(
+def save_network(
     model: nn.Module, path: Path, name: str, test: tuple[Tensor, NDArray[np.uint8]], facts: dict[str, str]
 ) -> float:
     """Round and store the weights, with their measured accuracy and the given facts; returns the accuracy."""
@@ -154,16 +154,16 @@ def save(
 
 
 def _run(args: argparse.Namespace) -> None:
-    images, labels = read(args.data, "train")
-    test_images, test_labels = read(args.data, "test")
-    for name in [args.only] if args.only else list(RECIPES):
+    images, labels = read_split(args.data, "train")
+    test_images, test_labels = read_split(args.data, "test")
+    for name in [args.only] if args.only else list(TRAININGS):
         started = time.monotonic()
-        epochs = args.epochs or RECIPES[name].epochs
+        epochs = args.epochs or TRAININGS[name].epochs
         model = train(name, images, labels, epochs, args.seed)
         test = (normalized(test_images, name), test_labels)
         exact = accuracy(model, *test)
         path = args.out / f"{name}.safetensors"
-        top1 = save(model, path, name, test, {"seed": str(args.seed), "epochs": str(epochs)})
+        top1 = save_network(model, path, name, test, {"seed": str(args.seed), "epochs": str(epochs)})
         minutes = (time.monotonic() - started) / 60
         print(
             f"{name}: test top-1 {exact:.2%} after the last epoch, {top1:.2%} as stored; "
@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bitwright.zoo.train", description=__doc__)
     parser.add_argument("--data", type=Path, default=DEFAULT_DIR, help="folder of the Fashion-MNIST files")
     parser.add_argument("--out", type=Path, default=ZOO_DIR, help="folder to write the weights to")
-    parser.add_argument("--only", choices=list(RECIPES), help="train this network only")
+    parser.add_argument("--only", choices=list(TRAININGS), help="train this network only")
     parser.add_argument("--epochs", type=int, help="epochs instead of the recipe's")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""One scale a head of attention, from the plan to the file: against the weights' own slices, and the runtime."""
+"""One scale per head of attention, from the plan to the file: against the weights' own slices, and the runtime."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import bitwright as bw
-from bitwright.bits import Losses, evaluate, problem_of, variables_of
+from bitwright.bits import Losses, problem_of, solution_of, variables_of
 from bitwright.bits.plan import Plan, insert_plan, plan_of
 from bitwright.cli import main
 from bitwright.export.onnx import to_onnx
@@ -210,7 +210,7 @@ def test_the_file_has_the_bytes_that_a_plan_counts(tmp_path: Path, monkeypatch: 
     made = bw.quantize(wide, cases.dataset(), recipe="rtn", plan=plan_of(student, bits), scheme=scheme)
     write_files(made, tmp_path)
     written = (tmp_path / "model.safetensors").stat().st_size
-    assert written == pytest.approx(evaluate(found, bits).costs["weight_bytes"], rel=0.02)
+    assert written == pytest.approx(solution_of(found, bits).costs["weight_bytes"], rel=0.02)
 
 
 # ------------------------------------------------------------------------------------------------- plans and calls
@@ -235,7 +235,9 @@ def test_a_plan_takes_heads_from_one_layer() -> None:
 @pytest.mark.parametrize("layer", ["patches", "head"])
 def test_a_plan_cannot_give_heads_to_what_has_none(layer: str) -> None:
     plan = Plan.model_validate({"layers": {layer: {"weight": {"bits": 4, "granularity": "head"}}}})
-    with pytest.raises(bw.UsageError, match=f"a scale a head in the weight of '{layer}', which can only have one a ch"):
+    with pytest.raises(
+        bw.UsageError, match=f"a scale per head in the weight of '{layer}', which can only have one per ch"
+    ):
         bw.api.preview(network("separate"), cases.dataset(), plan=plan)
 
 

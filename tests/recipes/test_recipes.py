@@ -11,7 +11,7 @@ from cases import dataset, make
 
 from bitwright.api import quantize
 from bitwright.errors import UsageError
-from bitwright.recipes import Recipe, builtin, recipe
+from bitwright.recipes import Recipe, builtin_recipes, recipe
 from bitwright.stages.calibrate import Calibrate
 
 PYTHON = '''
@@ -73,8 +73,8 @@ def test_a_recipe_is_one_file(tmp_path: Path) -> None:
 
 
 def test_every_builtin_recipe_survives_a_round_trip(tmp_path: Path) -> None:
-    assert {"rtn", "mse"} <= set(builtin())
-    for name, made in builtin().items():
+    assert {"rtn", "mse"} <= set(builtin_recipes())
+    for name, made in builtin_recipes().items():
         assert made.name == name
         path = tmp_path / f"{name}.yaml"
         path.write_text(made.to_yaml())

@@ -13,7 +13,7 @@ from torch import nn
 
 from bitwright import zoo
 from bitwright.errors import DataError, ModelError
-from bitwright.zoo.fashion import read
+from bitwright.zoo.fashion import read_split
 from bitwright.zoo.train import main, normalized, stored
 
 FOLDER = Path(zoo.__file__).parent
@@ -116,25 +116,25 @@ def test_file_sizes() -> None:
 
 
 def test_unknown_names() -> None:
-    with pytest.raises(ModelError, match="did you mean fashion_cnn"):
+    with pytest.raises(ModelError, match="Did you mean fashion_cnn"):
         zoo.network("fashion-cnn")
-    with pytest.raises(ModelError, match="choose from fashion_cnn, fashion_vit"):
+    with pytest.raises(ModelError, match="Choose from fashion_cnn, fashion_vit"):
         zoo.preprocessing("zzz")
-    with pytest.raises(DataError, match="did you mean fashion-test"):
+    with pytest.raises(DataError, match="Did you mean fashion-test"):
         zoo.images("fashion_test")
 
 
 def test_missing_dataset_names_its_package(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="dataset-fashion-mnist"):
-        read(tmp_path, "train")
+        read_split(tmp_path, "train")
     with pytest.raises(SystemExit, match="dataset-fashion-mnist"):
         main(["--data", str(tmp_path), "--out", str(tmp_path)])
 
 
 def test_damaged_dataset_is_named(tmp_path: Path) -> None:
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"not gzip")
-    with pytest.raises(DataError, match="expected a gzip file"):
-        read(tmp_path, "train")
+    with pytest.raises(DataError, match="Expected a gzip file"):
+        read_split(tmp_path, "train")
 
 
 def test_import_does_not_load_torch() -> None:

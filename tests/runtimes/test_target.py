@@ -32,7 +32,11 @@ def student(name="transformer", **settings):
         ({"activations": 2}, "activations of 8 or 16 bits, found 2", "activations=8"),
         ({"rules": (Rule.parse("attention.*=w7"),)}, "found 7 in 'attention.qkv'", "rules=['attention.*=w8']"),
         ({"rules": (Rule.parse("head=w3"), Rule.parse("h*=w5"))}, "found 5 in 'head'", "rules=['h*=w8']"),
-        ({"granularity": "group", "group_size": 2}, "a tensor or channel, found one a group", "granularity='channel'"),
+        (
+            {"granularity": "group", "group_size": 2},
+            "per tensor or channel, found one per group",
+            "granularity='channel'",
+        ),
         (
             {"activation_grid": "affine"},
             "symmetric activations only",
@@ -56,7 +60,7 @@ def test_what_the_error_names_is_then_taken():
 
 
 def test_heads_are_refused_where_there_are_none():
-    with pytest.raises(bw.UsageError, match=r"found one a head in 'attention.qkv'.*granularity='channel'$"):
+    with pytest.raises(bw.UsageError, match=r"found one per head in 'attention.qkv'.*granularity='channel'$"):
         student(runtime="generic-pot", granularity="head")
 
 
@@ -65,7 +69,7 @@ def test_a_plan_that_the_target_lacks_is_refused_with_its_layer():
     layers = dict(made.layers)
     weight = layers["head"].weight.model_copy(update={"granularity": "group", "group_size": 2})
     layers["head"] = layers["head"].model_copy(update={"weight": weight})
-    with pytest.raises(bw.UsageError, match=r"one a group in 'head'.*\"granularity\": \"channel\" for 'head'"):
+    with pytest.raises(bw.UsageError, match=r"one per group in 'head'.*\"granularity\": \"channel\" for 'head'"):
         student(**Plan(runtime="generic-pot", layers=layers).scheme().model_dump())
 
 
@@ -138,7 +142,7 @@ def test_of_two_powers_the_one_of_less_error_is_taken(bits):
     generator = np.random.default_rng(0)
     weight = generator.normal(size=(40, 9)) * np.exp(generator.normal(size=(40, 1)))
     scale = np.abs(weight).max(1) / (2 ** (bits - 1) - 0.5)
-    found = shifts.weight_scale(
+    found = shifts.nearest_power_scale(
         torch.tensor(weight, dtype=torch.float32), torch.tensor(scale).float(), Grid(bits, True), (1, 9)
     ).numpy()
     grid = np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1))
