@@ -31,6 +31,7 @@ SHARED = {
     "cells": "a part of a study",
     "compare": "a command, and what it does with two networks",
     "evaluate": "a command and what it calls",
+    "export": "a command and what it calls",
     "figure": "a part of a study",
     "load": "a run folder as a student, and as its user holds it",
     "main": "where `python -m` begins",

@@ -21,7 +21,7 @@ from bitwright.errors import UsageError
 from bitwright.graph.student import insert_quantizers
 from bitwright.quant.scheme import Rule, Scheme
 from bitwright.run.files import read_checked
-from bitwright.runtimes.onnxruntime import TARGET
+from bitwright.runtimes.onnxruntime import ONNXRUNTIME
 from bitwright.speed.float_twin import dequantize_linear
 from bitwright.speed.kernels import kernels
 
@@ -174,7 +174,7 @@ def test_wrong_calls(twins, stopwatch, monkeypatch):
 
 def piece(model, layer, weight, given):
     part = next(p for p in parts_of(model, cases.images(1)) if p.layer.name == layer)
-    return part, to_files(part, [Kernel.of(weight, given, TARGET)], model.scheme)[0]
+    return part, to_files(part, [Kernel.of(weight, given, ONNXRUNTIME.target)], model.scheme)[0]
 
 
 def run(program, codes, path):
@@ -227,7 +227,7 @@ def test_the_float_file_beside_a_quantized_one_has_the_operators_of_the_float_la
     model = student("residual")
     part = next(p for p in parts_of(model, cases.images(1)) if p.layer.name == "conv")
     (alone,) = to_files(part, [FLOAT], model.scheme)
-    beside, _ = to_files(part, [FLOAT, Kernel.of(8, 8, TARGET)], model.scheme)
+    beside, _ = to_files(part, [FLOAT, Kernel.of(8, 8, ONNXRUNTIME.target)], model.scheme)
     assert [n.op_type for n in beside.graph] == [n.op_type for n in alone.graph]
     assert beside.graph.inputs[0].dtype == alone.graph.inputs[0].dtype == ir.DataType.FLOAT
 

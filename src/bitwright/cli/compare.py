@@ -41,7 +41,7 @@ def parse_recipes(text: str) -> tuple[str, ...]:
     names = tuple(filter(None, (part.strip() for part in text.split(","))))
     if len(names) < 2:
         raise UsageError(f"Expected at least two recipes to compare, found '{text}'. Such as --recipes rtn,mse,eptq.")
-    folders = [folder_name(n) for n in names]
+    folders = [folder_of_recipe(n) for n in names]
     twice = next((n for n, f in zip(names, folders, strict=True) if folders.count(f) > 1), None)
     if twice is not None:
         raise UsageError(f"Expected different recipes, found {twice} twice. Name each once.")
@@ -50,11 +50,11 @@ def parse_recipes(text: str) -> tuple[str, ...]:
     return names
 
 
-def folder_name(recipe: str) -> str:
+def folder_of_recipe(recipe: str) -> str:
     """The folder of a recipe's run.
 
     Example:
-        >>> folder_name("eptq+evolq"), folder_name("mine/my recipe.yaml")
+        >>> folder_of_recipe("eptq+evolq"), folder_of_recipe("mine/my recipe.yaml")
         ('eptq+evolq', 'my_recipe')
     """
     stem = Path(recipe).stem if Path(recipe).suffix in {".yaml", ".yml", ".py"} else recipe
@@ -72,7 +72,7 @@ def compare(call: CompareCall, terminal: Terminal) -> None:
     """
     recipes = parse_recipes(call.recipes)
     out = (call.out or Path("comparison")).expanduser().absolute()
-    folders = {recipe: out / folder_name(recipe) for recipe in recipes}
+    folders = {recipe: out / folder_of_recipe(recipe) for recipe in recipes}
     entries: list[Entry] = []
     with held(out):
         check_folders(call, folders.values(), out)

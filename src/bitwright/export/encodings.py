@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 from torch import Tensor
 
@@ -20,15 +19,14 @@ from bitwright._version import __version__
 from bitwright.errors import UsageError
 from bitwright.export.edit import initializer, insert_node
 from bitwright.export.layers import activation_quantizers
-from bitwright.export.onnx import OPSET, OPSET_OF_GELU, Form, to_onnx
+from bitwright.export.onnx import OPSET, OPSET_OF_GELU, QdqForm, to_onnx
 from bitwright.export.parity import Parity, check_once
 from bitwright.graph import ops
 from bitwright.graph.student import Student
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
 from bitwright.run.files import write_json
-from bitwright.runtimes.session import save_onnx
+from bitwright.runtimes.session import Array, save_onnx
 
-Array = npt.NDArray[Any]
 Encoding = dict[str, Any]
 
 VERSION, SUFFIX = "0.6.1", ".encodings"
@@ -86,7 +84,7 @@ def write_encodings(model: Student, path: Path, images: Tensor) -> Parity:
     """
     check_encodings(model)
     noted = _Noted()
-    program = to_onnx(model, form=Form(noted.activation, noted.stored, lambda _: None, _opset))
+    program = to_onnx(model, form=QdqForm(noted.activation, noted.stored, lambda _: None, _opset))
     save_onnx(program, path)
     write_json(path.with_suffix(SUFFIX), _document(model, noted))
     return check_once(model, simulated_program(path), images)

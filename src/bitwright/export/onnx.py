@@ -48,7 +48,7 @@ TAKEN_FOR_ZERO = 1e-6
 
 
 @dataclass(frozen=True)
-class Form:
+class QdqForm:
     """How a file writes what the quantizers of a model do.
 
     Args:
@@ -64,7 +64,7 @@ class Form:
     opset: Callable[[Student], int]
 
 
-def to_onnx(model: Student, target: Target | None = None, form: Form | None = None) -> ir.Model:
+def to_onnx(model: Student, target: Target | None = None, form: QdqForm | None = None) -> ir.Model:
     """The model in ONNX, in memory, for the runtime that it was quantized for, or for another that reads ONNX.
 
     PyTorch's exporter translates the operators; quantizers pass through it as marks, which are then replaced by
@@ -78,8 +78,8 @@ def to_onnx(model: Student, target: Target | None = None, form: Form | None = No
     """
     marked, modules = _mark(model)
     target = target or model.scheme.target
-    form = form or Form(
-        _replace_activation, partial(replace_stored, target=target), rewrite_forms, lambda m: opset(m, target)
+    form = form or QdqForm(
+        _replace_activation, partial(replace_integers, target=target), rewrite_forms, lambda m: opset(m, target)
     )
     program = _translate(marked, model, form.opset(model))
     _forget_provenance(program)
@@ -295,7 +295,7 @@ def _rename_outputs(program: ir.Model, model: Student) -> None:
         value.name = name if name not in taken else f"{name}_out"
 
 
-def _replace_marks(program: ir.Model, modules: dict[str, nn.Module], form: Form) -> None:
+def _replace_marks(program: ir.Model, modules: dict[str, nn.Module], form: QdqForm) -> None:
     graph = program.graph
     for node in list(graph):
         if node.op_type == OFFSET and node.domain == "bitwright":
@@ -427,7 +427,7 @@ def _codes(
     return clipped
 
 
-def replace_stored(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, target: Target) -> None:
+def replace_integers(graph: ir.Graph, mark: ir.Node, name: str, frozen: Frozen, target: Target) -> None:
     """Integers and DequantizeLinear; a transposition of the weight is done in the file already."""
     old = mark.outputs[0]
     if isinstance(frozen.quantizer, BiasQuantizer):

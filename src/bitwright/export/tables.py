@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
@@ -32,9 +31,10 @@ from bitwright.quant.grid import Grid
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
 from bitwright.quant.scheme import Scheme
 from bitwright.run.files import write_json
+from bitwright.runtimes.session import Array
 
-Entry = dict[str, Any]
-Array = npt.NDArray[Any]
+TableEntry = dict[str, Any]
+
 
 FORMAT = 1
 MAKER = "bitwright"
@@ -96,7 +96,7 @@ def _target(model: Student, name: str) -> str:
     return str(next(n.target for n in model.graph.graph.nodes if n.name == name))
 
 
-def to_tables(model: Student) -> tuple[Entry, dict[str, Array]]:
+def to_tables(model: Student) -> tuple[TableEntry, dict[str, Array]]:
     """The content of both files.
 
     Raises:
@@ -121,9 +121,9 @@ def to_tables(model: Student) -> tuple[Entry, dict[str, Array]]:
 # ------------------------------------------------------------------------------------------------- entries
 
 
-def _entry(model: Student, node: fx.Node, row: list[Any], names: list[str], arrays: dict[str, Array]) -> Entry:
+def _entry(model: Student, node: fx.Node, row: list[Any], names: list[str], arrays: dict[str, Array]) -> TableEntry:
     """What stands in the table for a node of the graph; its numbers are added to the arrays."""
-    entry: Entry = {"name": node.name, "is": "operator", "layer": node.meta.get("layer")}
+    entry: TableEntry = {"name": node.name, "is": "operator", "layer": node.meta.get("layer")}
     if node.op == "placeholder":
         return entry | {"is": "images"}
     if node.op == "output":
@@ -146,7 +146,7 @@ def _kept(arrays: dict[str, Array], name: str, what: str, values: Array) -> str:
     return key
 
 
-def _grid(arrays: dict[str, Array], name: str, quantizer: Quantizer) -> Entry:
+def _grid(arrays: dict[str, Array], name: str, quantizer: Quantizer) -> TableEntry:
     """Of weights and activations: the range of the codes, and their scales."""
     grid = quantizer.grid
     if not grid.even:
@@ -166,7 +166,7 @@ def _grid(arrays: dict[str, Array], name: str, quantizer: Quantizer) -> Entry:
     }
 
 
-def _stored(model: Student, node: fx.Node, frozen: Frozen, arrays: dict[str, Array]) -> Entry:
+def _stored(model: Student, node: fx.Node, frozen: Frozen, arrays: dict[str, Array]) -> TableEntry:
     """A weight, a bias, or a stored operand."""
     quantizer, codes = frozen.quantizer, frozen.codes.contiguous().numpy()
     if isinstance(quantizer, BiasQuantizer):
@@ -191,7 +191,7 @@ def _stored(model: Student, node: fx.Node, frozen: Frozen, arrays: dict[str, Arr
     }
 
 
-def _operator(row: list[Any], names: list[str]) -> Entry:
+def _operator(row: list[Any], names: list[str]) -> TableEntry:
     """Its name, and its arguments by name: those that other entries give, and those that are numbers."""
     _, _, target, positional, keywords, _ = row
     given = dict(zip(arguments_of(target), positional, strict=False)) | keywords["d"]
@@ -203,7 +203,7 @@ def _operator(row: list[Any], names: list[str]) -> Entry:
     }
 
 
-def _multiplier(model: Student, node: fx.Node, arrays: dict[str, Array]) -> Entry:
+def _multiplier(model: Student, node: fx.Node, arrays: dict[str, Array]) -> TableEntry:
     """How the sums of a linear operator become the codes of the entry behind it; nothing where they do not.
 
     The multiplier is the product of the steps of both operands over the step of the result, per output channel.
@@ -316,7 +316,7 @@ def read_tables(path: Path) -> Student:
         raise UsageError(f"Expected tables of bitwright in {path}, found other content ({error}).") from error
 
 
-def _network(table: Entry, arrays: Mapping[str, Array]) -> Student:
+def _network(table: TableEntry, arrays: Mapping[str, Array]) -> Student:
     entries = table["operators"]
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items() if name != MAKER}
     index = {entry["name"]: i for i, entry in enumerate(entries)}
@@ -337,7 +337,7 @@ def _network(table: Entry, arrays: Mapping[str, Array]) -> Student:
     )
 
 
-def _add(root: nn.Module, entry: Entry, tensors: Mapping[str, Tensor]) -> None:
+def _add(root: nn.Module, entry: TableEntry, tensors: Mapping[str, Tensor]) -> None:
     """What an entry holds, under its name."""
     name, kind = entry["name"], entry["is"]
     if kind == "constant":
@@ -363,7 +363,7 @@ def _add(root: nn.Module, entry: Entry, tensors: Mapping[str, Tensor]) -> None:
         root.add_module(name, quantizer if codes is None else Frozen(codes, quantizer))
 
 
-def _row(entry: Entry, index: Mapping[str, int]) -> list[Any]:
+def _row(entry: TableEntry, index: Mapping[str, int]) -> list[Any]:
     """The entry as graphs are kept."""
     name, kind = entry["name"], entry["is"]
     if kind == "images":

@@ -17,12 +17,12 @@ from torch import Tensor
 from bitwright.errors import UsageError
 from bitwright.export.edit import insert_node, shared
 from bitwright.export.layers import activation_quantizers
-from bitwright.export.onnx import Form, opset, replace_stored, to_onnx
+from bitwright.export.onnx import QdqForm, opset, replace_integers, to_onnx
 from bitwright.export.parity import Parity, check_once
 from bitwright.graph.student import Student
 from bitwright.quant.quantizer import Frozen, Quantizer
 from bitwright.runtimes.session import save_onnx
-from bitwright.runtimes.tensorrt import TARGET
+from bitwright.runtimes.tensorrt import TENSORRT
 
 
 def check_tensorrt(model: Student) -> None:
@@ -34,8 +34,8 @@ def check_tensorrt(model: Student) -> None:
     found = sorted(set(_lacking(model)))
     if found:
         raise UsageError(
-            f"Expected weights and activations as {TARGET.name} has them (8 bits, signed, around zero), found "
-            f"{' and '.join(found)}. Quantize again with weights=8 activations=8 runtime='{TARGET.name}'."
+            f"Expected weights and activations as {TENSORRT.target.name} has them (8 bits, signed, around zero), found "
+            f"{' and '.join(found)}. Quantize again with weights=8 activations=8 runtime='{TENSORRT.target.name}'."
         )
 
 
@@ -46,13 +46,13 @@ def _lacking(model: Student) -> Iterator[str]:
         if not isinstance(quantizer, Quantizer):
             continue
         what = "weights" if quantizer.role == "weight" else "activations"
-        if quantizer.grid.bits not in TARGET.activation_bits:
+        if quantizer.grid.bits not in TENSORRT.target.activation_bits:
             yield f"{what} of {quantizer.grid.bits} bits"
         elif not quantizer.grid.even:
             yield f"{what} of {quantizer.grid.description}"
         elif not quantizer.grid.symmetric:
             yield "activations with codes from 0 to 255"
-        if what == "weights" and quantizer.granularity not in TARGET.convolutions.granularities:
+        if what == "weights" and quantizer.granularity not in TENSORRT.target.convolutions.granularities:
             yield f"one weight scale per {quantizer.granularity}"
 
 
@@ -68,7 +68,7 @@ def write_tensorrt(model: Student, path: Path, images: Tensor) -> Parity:
         UsageError: :func:`check_tensorrt` says why, or an operator has no translation.
     """
     check_tensorrt(model)
-    program = to_onnx(model, TARGET, FORM)
+    program = to_onnx(model, TENSORRT.target, FORM)
     save_onnx(program, path)
     return check_once(model, program, images)
 
@@ -101,5 +101,10 @@ def _replace_activation(graph: ir.Graph, mark: ir.Node, name: str, quantizer: Qu
     graph.remove(mark, safe=True)
 
 
-FORM = Form(_replace_activation, partial(replace_stored, target=TARGET), lambda _: None, partial(opset, target=TARGET))
+FORM = QdqForm(
+    _replace_activation,
+    partial(replace_integers, target=TENSORRT.target),
+    lambda _: None,
+    partial(opset, target=TENSORRT.target),
+)
 """Of the file."""

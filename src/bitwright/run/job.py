@@ -124,9 +124,9 @@ def do(folder: Path, make: Make, journal: Journal, *, force: bool = False, resum
         with _kept(folder, journal):
             model, wanted = make(folder / run_folder.STATE)
             wanted.check(model)
-            answers = measure(model, wanted.images, journal) if wanted.evaluate or wanted.report else None
+            answers = add_measurements(model, wanted.images, journal) if wanted.evaluate or wanted.report else None
             if wanted.diagnosis:
-                diagnose(model, journal)
+                add_diagnosis(model, journal)
             failure = _write(model, folder, wanted, journal, started)
         if answers is not None and wanted.report:
             _show(model, folder, wanted, answers, journal)
@@ -219,7 +219,7 @@ def _kept(folder: Path, journal: Journal) -> Iterator[None]:
         raise
 
 
-def measure(model: Student, images: Images | None, journal: Journal) -> Answers:
+def add_measurements(model: Student, images: Images | None, journal: Journal) -> Answers:
     """Accuracy, fidelity and the noise of every layer into the result; which answers differ, for the page.
 
     Args:
@@ -243,7 +243,7 @@ def measure(model: Student, images: Images | None, journal: Journal) -> Answers:
     return answers
 
 
-def diagnose(model: Student, journal: Journal) -> None:
+def add_diagnosis(model: Student, journal: Journal) -> None:
     """Where most was lost, and the rules that mend it; a run is not lost over what goes wrong here."""
     started, result = time.perf_counter(), model.result
     limit = diagnosis.budget(sum(result["seconds"].values()))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bitwright.given.preprocessing import Preprocessing
 
 
-TOLERANCE = 0.02
+SIZE_TOLERANCE = 0.02
 """Share by which the size of a file may differ from the planned one without a warning."""
 
 
@@ -204,7 +204,7 @@ def add_plan_outcome(result: dict[str, Any]) -> list[str]:
     expected, limit = plan["predicted"]["weight_bytes"], plan["limits"].get("weight_bytes")
     plan["packed"] = {"bytes": packed, "difference": packed / expected - 1}
     lines = []
-    if abs(packed / expected - 1) > TOLERANCE:
+    if abs(packed / expected - 1) > SIZE_TOLERANCE:
         lines.append(f"model.safetensors has {packed:,} bytes, planned were {expected:,.0f}.")
     if limit is not None and packed > limit:
         lines.append(f"model.safetensors has {packed:,} bytes, {packed - limit:,.0f} more than wanted.")
