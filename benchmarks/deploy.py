@@ -34,7 +34,7 @@ from bitwright.given.models import Model, load_model
 from bitwright.graph.student import Student
 from bitwright.run import folder as run_folder
 from bitwright.run.result import peak_memory_bytes
-from bitwright.terminal import quiet_libraries
+from bitwright.errors import quiet_libraries
 
 BITS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4)}
 UNIFORM, MIXED = "W4A8", "mixed"

@@ -35,7 +35,6 @@ SHARED = {
     "figure": "a part of a study",
     "load": "a run folder as a student, and as its user holds it",
     "main": "where `python -m` begins",
-    "preview": "a command's --dry-run and what it calls",
     "quantize": "of a network, as a command and a call, and of a tensor",
     "sensitivity": "a command and what it calls",
     "show": "the last step of a command",
