@@ -18,7 +18,7 @@ from bitwright.stages.base import Run
 from bitwright.stages.candidates import Fitness
 from bitwright.stages.evolve import scale_keys
 from bitwright.studies import landscape, study
-from bitwright.studies.base import Row
+from bitwright.studies.base import Row, StudyResult
 from bitwright.studies.landscape import SCANS, Scan, scan, summarise, verdict
 from bitwright.studies.roughness import directions, offsets
 from bitwright.studies.scales import measured_batches, middle_blocks
@@ -139,7 +139,7 @@ def made(network: str, kind: str, bits: int, bends: dict[str, float], jumps: flo
 
 
 def said(rows: list[Row]) -> str:
-    return "\n".join(verdict(landscape.Result(landscape.STUDY, {}, rows)))
+    return "\n".join(verdict(StudyResult(landscape.STUDY, {}, rows)))
 
 
 def test_the_verdict_follows_the_figures() -> None:

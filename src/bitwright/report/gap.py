@@ -108,4 +108,4 @@ def _layers(found: dict[str, Any]) -> str:
         return f"{said} No layer differs by more than sums of floats in another order explain."
     more = f" and {len(kernels) - NAMED} more" if len(kernels) > NAMED else ""
     named = f"{words.listed(kernels[:NAMED])}{more}"
-    return f"{said} Some layers differ by more: {named}."
+    return f"{said} These differ by more than sums of floats in another order explain: {named}."
