@@ -25,7 +25,7 @@ import bitwright as bw
 from benchmarks.written import where
 from bitwright.api import preview
 from bitwright.bits import planning
-from bitwright.errors import BitwrightError
+from bitwright.errors import BitwrightError, quiet_libraries
 from bitwright.export.openvino import write_openvino
 from bitwright.export.packed import ideal_bytes
 from bitwright.export.parity import Parity, export_checked
@@ -34,7 +34,6 @@ from bitwright.given.models import Model, load_model
 from bitwright.graph.student import Student
 from bitwright.run import folder as run_folder
 from bitwright.run.result import peak_memory_bytes
-from bitwright.errors import quiet_libraries
 
 BITS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4)}
 UNIFORM, MIXED = "W4A8", "mixed"
