@@ -29,7 +29,7 @@ from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
 from bitwright.stages.learner import Learner, Variables
 from bitwright.stages.reconstruct import Reconstruct
-from bitwright.stages.tuning import Objective, Targets, Tuner
+from bitwright.stages.tuning import ImageFeed, Objective, Targets, Tuner
 
 
 class PlainActivation(nn.Module):
@@ -102,7 +102,8 @@ def build(model: str, size: int, batch: int, precision: torch.dtype) -> tuple[An
     learner = Learner(student, points, Variables(rounding="straight-through"))
     targets = Targets(expose(teacher.graph, [p.node for p in points]), points, precision)
     weights = Objective(torch.ones(batch, len(points)), "sum", normalise=False)
-    tuner = Tuner(learner, targets, weights, Views(images), settings, 1000, torch.device("cpu"), 0)
+    feed = ImageFeed(Views(images), targets, torch.device("cpu"))
+    tuner = Tuner(learner, feed, weights, settings, 1000, precision, torch.device("cpu"), 0)
     return teacher, points, images, tuner
 
 

@@ -152,7 +152,7 @@ def _content_after(command: list[str], folder: str) -> Any:
 def test_killed_while_optimising_goes_on_to_the_same_bits(here: Path) -> None:
     given = [*NET, "photos", "--weights", "3", "--recipe", "eptq", "--steps", "400", "--precision", "float32"]
     program = (
-        "import sys, torch; torch.set_num_threads(1); from bitwright.stages import reconstruct as r\n"
+        "import sys, torch; torch.set_num_threads(1); from bitwright.stages import resume as r\n"
         "r.CHECKPOINT_SECONDS, r.CHECKPOINT_SHARE = 0.0, 1e9\n"
         "from bitwright.cli import main; sys.exit(main(sys.argv[1:]))"
     )

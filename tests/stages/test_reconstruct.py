@@ -23,7 +23,7 @@ from bitwright.pipeline import run_stages
 from bitwright.quant.scheme import Scheme
 from bitwright.recipes import Recipe, recipe
 from bitwright.stages import reconstruct as module
-from bitwright.stages import schedules
+from bitwright.stages import resume, schedules
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate, parameters
 from bitwright.stages.reconstruct import Reconstruct
@@ -242,8 +242,8 @@ def test_an_interrupted_run_gives_the_same_integers(
 ) -> None:
     stage = Reconstruct(**QUICK, **settings)
     whole, first = optimise(stage)
-    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(module, "CHECKPOINT_SHARE", 1e9)
+    monkeypatch.setattr(resume, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(resume, "CHECKPOINT_SHARE", 1e9)
 
     def interrupt(what: str, done: int, total: int, detail: str = "") -> None:
         if what == "Optimising" and done == 31:

@@ -107,7 +107,7 @@ def block_rows(model: Student) -> Rows:
     rows = []
     for block in find_blocks(graph):
         members = [layers[name] for name in block.nodes]
-        row = {k: v for k, v in asdict(block).items() if k != "nodes"}
+        row = {k: v for k, v in asdict(block).items() if k not in {"nodes", "closing"}}
         rows.append(row | {"parameters": sum(x.parameters for x in members), "macs": sum(x.macs for x in members)})
     return rows
 

@@ -37,6 +37,8 @@ class Block:
     """Names of its convolutions' and linear layers' nodes, in program order."""
     layers: tuple[str, ...]
     """The same as the user knows them."""
+    closing: str | None = None
+    """Name of the addition that ends its residual branch, where it has one."""
 
 
 def find_blocks(graph: fx.GraphModule) -> list[Block]:
@@ -64,7 +66,7 @@ def find_blocks(graph: fx.GraphModule) -> list[Block]:
         region = flow.region(add)
         if add in closed:
             _take(closed[add], owner, filter(flow.is_linear, flow.upstream(closed[add].members, flow.dominator[add])))
-        rest = _Group([], "residual")
+        rest = _Group([], "residual", add)
         _take(rest, owner, region)
         if rest.members:
             found.append(rest)
@@ -75,7 +77,9 @@ def find_blocks(graph: fx.GraphModule) -> list[Block]:
     found.sort(key=lambda g: flow.index[g.members[0]])
     layers = [tuple(str(n.meta["layer"]) for n in g.members) for g in found]
     return [
-        Block(name, group.kind, tuple(n.name for n in group.members), paths)
+        Block(
+            name, group.kind, tuple(n.name for n in group.members), paths, group.closing.name if group.closing else None
+        )
         for name, group, paths in zip(_unique([common_path(p) for p in layers]), found, layers, strict=True)
     ]
 
@@ -117,7 +121,7 @@ class _Group:
     members: list[fx.Node]
     kind: BlockKind
     closing: fx.Node | None = None
-    """For attention: the addition that ends its residual branch."""
+    """The addition that ends its residual branch."""
 
 
 def _take(group: _Group, owner: dict[fx.Node, _Group], nodes: Iterable[fx.Node]) -> None:

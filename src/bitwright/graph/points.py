@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -93,19 +93,30 @@ def linear_points(graph: fx.GraphModule, example: Tensor) -> list[Point]:
         graph: of the teacher.
         example: images [2, C, H, W].
     """
-    nodes = [n for n in graph.graph.nodes if ops.kind(n) == "linear"]
+    return points_at(graph, example, [n for n in graph.graph.nodes if ops.kind(n) == "linear"])
+
+
+def points_at(graph: fx.GraphModule, example: Tensor, nodes: Sequence[fx.Node]) -> list[Point]:
+    """The values of nodes of the teacher's graph as points; each carries one tensor."""
     pairs = _shapes(graph, example, [n.name for n in nodes])
     found: list[Point] = []
     for node in nodes:
         two, three = pairs[node.name]
         axes = [d for d, (a, b) in enumerate(zip(two, three, strict=True)) if a != b]
-        channels = len(two) - 1 if ops.base_name(node) == "linear" else 0 if _unbatched(node, two) else 1
-        found.append(
-            Point(node.name, str(node.meta["layer"]), axes[0] if axes else 0, channels, constant=len(axes) != 1)
-        )
+        layer, constant = str(node.meta.get("layer", node.name)), len(axes) != 1
+        found.append(Point(node.name, layer, axes[0] if axes else 0, _channels(node, two), constant=constant))
     mixed = [p for p in found if not p.constant and pairs[p.node][0][p.samples] > 2]
     rounds = _rounds(graph, example, mixed) if mixed else {}
     return [replace(p, rounds=rounds.get(p.node, 1)) for p in found]
+
+
+def _channels(node: fx.Node, shape: tuple[int, ...]) -> int:
+    """The axis of the channels, which activations and additions leave where a linear operator wrote them."""
+    while ops.kind(node) in {"activation", "add"}:
+        node = ops.tensor_operands(node)[0]
+    if ops.kind(node) != "linear":
+        return 1 if len(shape) in {4, 5} else max(len(shape) - 1, 0)
+    return len(shape) - 1 if ops.base_name(node) == "linear" else 0 if _unbatched(node, shape) else 1
 
 
 def _rounds(graph: fx.GraphModule, example: Tensor, points: list[Point]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 import torch
@@ -27,9 +28,17 @@ class Variables:
 
 
 class Learner(nn.Module):
-    """A copy of the student's graph that returns its outputs and the values at the points.
+    """A copy of the student's graph, or of a part, that returns its outputs and the values at the points.
 
     It shares the student's tensors; the student is unchanged until :meth:`absorb`.
+
+    Args:
+        student: calibrated.
+        points: what is compared.
+        variables: what is learned.
+        part: of the student's graph, which returns ``([], values at the points)``; the whole if not given.
+        layers: outputs of its linear operators; the points if not given.
+        fixed: keys of quantizers that stay as they are.
 
     Attributes:
         weights: by the path of the stored tensor.
@@ -37,10 +46,18 @@ class Learner(nn.Module):
         activations: by the key of the quantizer.
     """
 
-    def __init__(self, student: Student, points: list[Point], variables: Variables) -> None:
+    def __init__(
+        self,
+        student: Student,
+        points: list[Point],
+        variables: Variables,
+        part: fx.GraphModule | None = None,
+        layers: list[Point] | None = None,
+        fixed: Container[str] = (),
+    ) -> None:
         super().__init__()
-        self.points = points
-        self.graph = expose(student.graph, [p.node for p in points])
+        self.points, self.layers, self._fixed = points, points if layers is None else layers, fixed
+        self.graph = expose(student.graph, [p.node for p in points]) if part is None else part
         self.weights: dict[str, LearnedWeight] = {}
         self.biases: dict[str, LearnedBias] = {}
         self.activations: dict[str, LearnedActivation] = {}
@@ -63,7 +80,7 @@ class Learner(nn.Module):
             return
         elif quantizer.role == "weight":
             stored = str(source.target)
-            if any(user.op != "call_module" for user in source.users):
+            if key in self._fixed or any(user.op != "call_module" for user in source.users):
                 return  # another operator reads it in float, so that it must stay as it is
             if stored not in self.weights:
                 tensor = rewrite.get_tensor(self.graph, stored)
@@ -73,7 +90,8 @@ class Learner(nn.Module):
                 self._keys[stored] = key
             setattr(self.graph, key, self.weights[stored])
         elif quantizer.role == "activation":
-            self.activations[key] = LearnedActivation(quantizer, learn=variables.activation_steps)
+            learn = variables.activation_steps and key not in self._fixed
+            self.activations[key] = LearnedActivation(quantizer, learn=learn)
             setattr(self.graph, key, self.activations[key])
 
     def _learn_bias(self, node: fx.Node, stored: str, quantizer: BiasQuantizer, variables: Variables) -> None:
@@ -107,9 +125,9 @@ class Learner(nn.Module):
                 call = self.graph.graph.call_module(key, (bias,))
             node.args = (*node.args[:2], call, *node.args[3:])
 
-    def forward(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Outputs, and values at the points."""
-        outputs, values = self.graph(images)
+    def forward(self, *inputs: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Outputs, and values at the points, for images or for what the part reads."""
+        outputs, values = self.graph(*inputs)
         return list(outputs), list(values)
 
     def set_mix(self, mix: float, drop: float = 0.0) -> None:
@@ -118,10 +136,10 @@ class Learner(nn.Module):
             activation.mix, activation.drop = mix, drop
 
     def of_point(self) -> list[LearnedWeight | None]:
-        """The weight of each point's operator; None where it is float."""
+        """The weight of each linear operator; None where it is float."""
         by_name = {n.name: n for n in self.graph.graph.nodes}
         found = []
-        for point in self.points:
+        for point in self.layers:
             weight = by_name[point.node].args[1]
             assert isinstance(weight, fx.Node)
             stored = str(weight.args[0].target) if weight.op == "call_module" and weight.args else ""  # type: ignore[union-attr]
@@ -129,9 +147,9 @@ class Learner(nn.Module):
         return found
 
     def measure_outputs(self, values: list[Tensor]) -> None:
-        """Tells every bias how large the output is that it is added to, given the float network's values."""
+        """Tells every bias how large the output is that it is added to, given the float network's values of layers."""
         by_name = {n.name: n for n in self.graph.graph.nodes}
-        for point, value in zip(self.points, values, strict=True):
+        for point, value in zip(self.layers, values, strict=True):
             call = by_name[point.node].args[2]
             if isinstance(call, fx.Node) and call.op == "call_module":
                 bias = self.graph.get_submodule(str(call.target))

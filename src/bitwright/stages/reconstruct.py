@@ -7,41 +7,47 @@ changes while it runs is in `schedules`, one step of it in `tuning`, its variabl
 from __future__ import annotations
 
 import itertools
-import json
 import time
 import warnings
-from collections.abc import Container
+from collections.abc import Callable, Container
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, Field, model_validator
-from torch import Tensor
+from torch import Tensor, fx
 
 from bitwright.curvature.label_free import Distribution, HessianScores, cached_scores, images_at_once, label_free_scores
 from bitwright.given.images import Images
 from bitwright.graph import rewrite
 from bitwright.graph.capture import Captured
 from bitwright.graph.points import Point, expose, linear_points
+from bitwright.graph.segments import truncate
 from bitwright.graph.student import Snapshot, Student
+from bitwright.graph.units import UnitKind, part, without_activations
 from bitwright.measure.evaluation import layer_sqnr
 from bitwright.memory import pass_budget
 from bitwright.quant.learned import Rounding
-from bitwright.run import checkpoint
 from bitwright.run.record import StageRecord
 from bitwright.stages.augment import Views
 from bitwright.stages.base import Optimising, Run
 from bitwright.stages.calibrate import parameters, widen_for_biases
+from bitwright.stages.feeds import SCALED_ON, Fisher, Place, UnitFeed, find_places
 from bitwright.stages.learner import Learner, Variables
 from bitwright.stages.losses import weighted_distance
+from bitwright.stages.resume import Checkpoint, Plan
 from bitwright.stages.schedules import Anneal, Dampen, Gradual, Learn
-from bitwright.stages.tuning import NotFiniteError, Objective, Targets, Tuner, seconds_per_step
+from bitwright.stages.tuning import (
+    Feed,
+    ImageFeed,
+    NotFiniteError,
+    Objective,
+    Samples,
+    Targets,
+    Tuner,
+    seconds_per_step,
+)
 
-CHECKPOINT = "reconstruct.safetensors"
-CHECKPOINT_SECONDS = 20.0
-CHECKPOINT_SHARE = 0.01
-"""Share of the time that checkpoints may take."""
 GOOD_EVERY = 25
 """Steps between the states that a run whose loss stops being finite falls back to."""
 CURVE_POINTS = 200
@@ -57,6 +63,7 @@ SHORT = 30.0
 """Seconds of all steps in float32 below which nothing else is tried: two runs of one seed then take the same way."""
 OVERHEAD = 1.15
 """A whole step over its forward and backward pass."""
+NOTHING = "There is nothing to optimise: no convolution or linear layer has weights or inputs to quantize."
 
 
 class ScoresRecord(BaseModel):
@@ -90,6 +97,18 @@ class NoiseRecord(BaseModel):
     after: float | None
 
 
+class UnitRecord(BaseModel):
+    """What became of one unit: its loss before and after, and whether what was found is kept."""
+
+    name: str
+    layers: list[str]
+    before: float
+    after: float
+    kept: bool
+    inputs: Literal["kept", "live"]
+    seconds: float
+
+
 class ReconstructRecord(StageRecord):
     """What an optimisation did, filled in as it goes."""
 
@@ -113,6 +132,8 @@ class ReconstructRecord(StageRecord):
     """Share of weights that are not at their nearest integer."""
     sqnr_db: dict[str, NoiseRecord] | None = None
     scores: ScoresRecord | None = None
+    units: list[UnitRecord] | None = None
+    """In the order in which they were optimised; the losses above are then sums over them."""
 
     def keys(self) -> dict[str, Any]:
         """Scores have a key of their own."""
@@ -128,17 +149,25 @@ class Reconstruct(Optimising):
     activation, is weighted by ``ones``, by ``lfh`` (EPTQ v1: the log of each layer's label-free Hessian trace), by
     ``sla`` (EPTQ v2: a score for each sample and layer) or by ``sla-log`` (the log weights of the layers, spread over
     the samples in proportion to their scores) and summed.
+
+    Units smaller than the network are optimised one after the other, each for so many steps, and compared at their
+    exits alone: by ``ones``, or by ``fisher`` (BRECQ: the squared gradient of the network's loss, element by element).
     """
 
     kind: ClassVar[str] = "reconstruct"
     record: ClassVar[type[StageRecord]] = ReconstructRecord
 
-    unit: Literal["network"] = "network"
-    """What is optimised at once."""
+    unit: Literal["network", "block", "layer"] = "network"
+    """What is optimised at once. A block is a residual branch or attention with its addition, as
+    ``bitwright inspect --blocks`` shows them; what is in none is optimised layer by layer."""
+    float_inputs: float = Field(default=0.0, ge=0, le=1)
+    """Of a unit: share of the elements of its inputs, drawn anew in every step, that are the float network's instead of
+    what the quantized units before it give (AdaRound, BRECQ: 0; QDrop: 0.5)."""
     steps: int = Field(default=500, ge=0)
+    """Of each unit."""
     batch: int = Field(default=32, ge=1)
 
-    weigh: Literal["ones", "lfh", "sla", "sla-log"] = "sla"
+    weigh: Literal["ones", "fisher", "lfh", "sla", "sla-log"] = "sla"
     over: Literal["sum", "mean"] = "sum"
     """What is done over channels; the mean is taken over samples and positions."""
     score_images: int | None = Field(default=None, ge=1)
@@ -172,10 +201,19 @@ class Reconstruct(Optimising):
             raise ValueError("soft rounding needs 'decide' to be Anneal, or it ends between two integers")
         return self
 
+    @model_validator(mode="after")
+    def _weights_that_a_unit_has(self) -> Reconstruct:
+        fitting = {"ones", "fisher"} if self.unit != "network" else {"ones", "lfh", "sla", "sla-log"}
+        if self.weigh not in fitting:
+            raise ValueError(f"expected 'weigh' of unit '{self.unit}' among {sorted(fitting)}, found '{self.weigh}'")
+        if self.float_inputs and self.unit == "network":
+            raise ValueError("the network's only input is the image; 'float_inputs' is for smaller units")
+        return self
+
     @property
     def drops(self) -> bool:
         """Whether a step draws random numbers."""
-        return self.gradual is not None and self.gradual.how == "drop"
+        return (self.gradual is not None and self.gradual.how == "drop") or 0 < self.float_inputs < 1
 
     def mix(self, progress: float) -> tuple[float, float]:
         """(mix, drop) of activations; see :class:`Gradual`."""
@@ -185,31 +223,52 @@ class Reconstruct(Optimising):
 
     def run(self, student: Student, teacher: Captured, images: Images, run: Run) -> Student:
         """Optimises, rounds, measures, and keeps the best that the run has seen."""
+        if self.unit != "network":
+            return self._run_units(student, teacher, images, run)
         points = linear_points(teacher.graph, teacher.example.to(run.device))
         learner = Learner(student, points, self._variables(student))
-        if not points or not any(p.requires_grad for p in learner.parameters()):
-            _warn("There is nothing to optimise: no convolution or linear layer has weights or inputs to quantize.")
+        if not points or not _learns(learner):
+            _warn(NOTHING)
             return student
         samples = Views(images, self.views, run.seed)
         objective, scores = self._objective(teacher, samples, points, run)
         targets = Targets(expose(teacher.graph, [p.node for p in points]), points, torch.float32)
         first = samples.batch(range(min(8, len(images)))).to(run.device)
         learner.measure_outputs(targets(torch.arange(len(first)), first))
-        plan = self._plan(learner, targets, objective, samples, run)
-        tuner = self._tuner(learner, targets, objective, samples, run, plan)
+        feed = ImageFeed(samples, targets, run.device)
+
+        def tuner_of(plan: Plan) -> Tuner:
+            targets.precision = getattr(torch, plan.precision)
+            return self._tuner(learner, feed, objective, run, plan)
+
+        saved = Checkpoint.read(run) or Checkpoint(run, self._plan(lambda plan: _seconds(tuner_of(plan), plan), run))
+        plan = saved.plan
         record = ReconstructRecord(**vars(plan), seed=run.seed, scores=scores)
         before = _sqnr(student, images, run)
+        tuner = tuner_of(plan)
         if plan.steps:
-            self._optimise(tuner, plan, run, record)
+            self._optimise(tuner, saved, run, record)
             learner.absorb(student)
             widen_for_biases(student)
         measure = _Measure(teacher, points, objective, images, run)
         self._choose(student, learner if plan.steps else None, measure, run, record)
+        self._finish(record, student, teacher, images, run, before)
+        return student
+
+    def _finish(
+        self,
+        record: ReconstructRecord,
+        student: Student,
+        teacher: Captured,
+        images: Images,
+        run: Run,
+        before: dict[str, float | None],
+    ) -> None:
+        """Says what became of the layers."""
         after = _sqnr(student, images, run)
         record.sqnr_db = {name: NoiseRecord(before=before.get(name), after=value) for name, value in after.items()}
         record.left_nearest = _left_nearest(student, teacher, run)
         run.records.append(record)
-        return student
 
     def _variables(self, student: Student) -> Variables:
         free = not student.scheme.target.power_of_two_scales
@@ -283,85 +342,188 @@ class Reconstruct(Optimising):
 
     # -------------------------------------------------------------------------------------------- plan
 
-    def _plan(self, learner: Learner, targets: Targets, objective: Objective, samples: Views, run: Run) -> _Plan:
-        """Number of steps and precision: what the unfinished run had, else what was asked for, else measured."""
-        kept = _Checkpoint.read(run)
-        if kept is not None:
-            return kept.plan
+    def _plan(self, seconds_of: Callable[[Plan], float], run: Run, beside: Callable[[], float] = lambda: 0.0) -> Plan:
+        """Number of steps and precision: what was asked for, else measured.
+
+        Args:
+            seconds_of: measures a step, of all units.
+            run: what was asked for.
+            beside: seconds that are not for steps.
+        """
         steps = self.steps if run.steps is None else run.steps
         ways = self._ways(run)
         if (len(ways) == 1 and run.minutes is None) or steps == 0:
-            return _Plan(steps, *ways[0], {})
+            return Plan(steps, *ways[0], {})
         run.progress("Measuring the speed of a step", 0, 0)
         seconds: dict[str, float] = {}
         for way in ways:
-            tuner = self._tuner(learner, targets, objective, samples, run, _Plan(1, *way, {}))
-            seconds[_name(way)] = round(_seconds(tuner, compiled=way[1]), 4)
+            seconds[_name(way)] = round(seconds_of(Plan(1, *way, {})), 4)
             if run.minutes is None and seconds[_name(ways[0])] * steps < SHORT:
-                return _Plan(steps, *ways[0], seconds)
+                return Plan(steps, *ways[0], seconds)
         fastest = min(ways, key=lambda w: seconds[_name(w)] * (1 if w == ways[0] else WORTH_IT))
         if run.minutes is not None:
-            left = run.minutes * 60 - (time.perf_counter() - run.started)
+            left = run.minutes * 60 - (time.perf_counter() - run.started) - beside()
             steps = max(1, int(left / (seconds[_name(fastest)] * OVERHEAD)))
-        return _Plan(steps, *fastest, seconds)
+        return Plan(steps, *fastest, seconds)
 
     def _ways(self, run: Run) -> list[tuple[str, bool]]:
-        """(precision, compiled) to choose from. Compiling takes minutes on a CPU, and anew for every blend."""
+        """(precision, compiled) to choose from. Compiling takes minutes on a CPU, and anew for every blend and unit."""
         precisions = ["float32", "bfloat16"] if run.precision == "auto" else [run.precision]
-        compiles = [False, True] if run.device.type == "cuda" and self.gradual is None else [False]
-        return [(p, c) for p in precisions for c in compiles]
+        worth = run.device.type == "cuda" and self.gradual is None and self.unit == "network"
+        return [(p, c) for p in precisions for c in ([False, True] if worth else [False])]
 
-    def _tuner(
-        self, learner: Learner, targets: Targets, objective: Objective, samples: Views, run: Run, plan: _Plan
-    ) -> Tuner:
-        targets.precision = getattr(torch, plan.precision)
-        tuner = Tuner(learner, targets, objective, samples, self, max(plan.steps, 1), run.device, run.seed)
+    def _tuner(self, learner: Learner, feed: Feed, objective: Objective, run: Run, plan: Plan) -> Tuner:
+        precision = getattr(torch, plan.precision)
+        tuner = Tuner(learner, feed, objective, self, max(plan.steps, 1), precision, run.device, run.seed)
         tuner.fit_memory(pass_budget(run.device))
         if plan.compiled:
             tuner.compile()
         return tuner
 
+    # ------------------------------------------------------------------------------------------- units
+
+    def _run_units(self, student: Student, teacher: Captured, images: Images, run: Run) -> Student:
+        """One unit after the other; each keeps what has the lower loss at its exits."""
+        samples = Views(images, self.views, run.seed)
+        graph = self._graph(student)
+        kind: UnitKind = "block" if self.unit == "block" else "layer"
+        places = find_places(graph, teacher.graph, teacher.example.to(run.device), kind)
+        saved = Checkpoint.read(run) or Checkpoint(run, self._plan_units(student, teacher, places, samples, run))
+        plan, start = saved.plan, dict(student.graph.named_buffers())
+        record = ReconstructRecord(**vars(plan), seed=run.seed, units=[])
+        before = _sqnr(student, images, run)
+        student.restore(Snapshot(saved.done, {}))
+        for position, place in enumerate(places[len(saved.units) :], len(saved.units)):
+            work = self._work(student, teacher, place, samples, run)
+            found = None
+            if plan.steps and _learns(work.learner):
+                shown = (place.unit.name, position * plan.steps, len(places) * plan.steps)
+                found = self._tune_unit(student, work, saved, run, record, shown)
+            saved.units.append(None if found is None else found.model_dump())
+            now = student.graph.named_buffers()
+            saved.done = {name: tensor for name, tensor in now if tensor is not start[name]}
+        record.units = [UnitRecord(**u) for u in saved.units if u is not None]
+        if not record.units:
+            _warn(NOTHING)
+        losses = [sum(u.before for u in record.units), sum(u.after for u in record.units)]
+        given, own = next(reversed(_named(run.history)), None), _free(self.kind, _named(run.history))
+        record.before, record.after, record.kept = losses[0], losses[1], own
+        by_stage = ({} if given is None else {given: losses[0]}) | {own: losses[1]}
+        record.loss = LossRecord(soft=None, hard=losses[1], by_stage=by_stage)
+        self._finish(record, student, teacher, images, run, before)
+        return student
+
+    def _graph(self, student: Student) -> fx.GraphModule:
+        """The student as it is optimised: with activations in float if they are not quantized meanwhile."""
+        return student.graph if self.activations else without_activations(student.graph)
+
+    def _work(self, student: Student, teacher: Captured, place: Place, samples: Samples, run: Run) -> _Work:
+        """A unit's variables, inputs and targets, from the student as it is now."""
+        graph = self._graph(student)
+        learner = Learner(
+            student, place.exits, self._variables(student), part(graph, place.cut), place.layers, place.fixed
+        )
+        first = samples.batch(range(min(SCALED_ON, len(samples)))).to(run.device)
+        learner.measure_outputs(truncate(teacher.graph, place.unit.nodes)(first[:8]))
+        weights = Fisher(place, graph, teacher.graph, first) if self.weigh == "fisher" and _learns(learner) else None
+        if weights is not None and not weights.scale:
+            _warn(f"The network's loss does not depend on {place.unit.name}: all its elements count equally.")
+            weights = None
+        feed = UnitFeed(samples, place, graph, teacher.graph, self.float_inputs, run.device, weights)
+        count = len(place.exits)
+        return _Work(learner, feed, Objective(torch.full((len(samples), count), 1 / count), self.over, normalise=False))
+
+    def _tune_unit(
+        self,
+        student: Student,
+        work: _Work,
+        saved: Checkpoint,
+        run: Run,
+        record: ReconstructRecord,
+        shown: tuple[str, int, int],
+    ) -> UnitRecord:
+        """Optimises a unit and puts the result into the student, unless what was there had the lower loss."""
+        started, place = time.perf_counter(), work.feed.place
+        tuner = self._tuner(work.learner, work.feed, work.objective, run, saved.plan)
+        work.feed.keep(TEACHER_MEMORY, saved.plan.steps * tuner.batch, tuner.batch)
+        given = student.snapshot()
+        before = work.loss(part(self._graph(student), place.cut), run)
+        self._optimise(tuner, saved, run, record, shown)
+        work.learner.absorb(student)
+        widen_for_biases(student)
+        after = work.loss(part(self._graph(student), place.cut), run)
+        kept = after < before or not self.never_worse
+        if not kept:
+            student.restore(given)
+        return UnitRecord(
+            name=place.unit.name,
+            layers=list(place.unit.layers),
+            before=before,
+            after=after if kept else before,
+            kept=kept,
+            inputs="live" if work.feed.kept is None else "kept",
+            seconds=round(time.perf_counter() - started, 3),
+        )
+
+    def _plan_units(self, student: Student, teacher: Captured, places: list[Place], samples: Views, run: Run) -> Plan:
+        """The same plan for all units, so that minutes go to each by what its steps cost."""
+        few = Views(samples.images.sample(min(self.batch, len(samples.images)), seed=run.seed))
+        filling: dict[int, float] = {}
+
+        def seconds_of(plan: Plan) -> float:
+            total = 0.0
+            for position, place in enumerate(places):
+                work = self._work(student, teacher, place, few, run)
+                if _learns(work.learner):
+                    started = time.perf_counter()
+                    work.feed.keep(TEACHER_MEMORY, len(few), self.batch)
+                    filling[position] = time.perf_counter() - started
+                    total += _seconds(self._tuner(work.learner, work.feed, work.objective, run, plan), plan)
+            return total
+
+        return self._plan(seconds_of, run, lambda: sum(filling.values()) * len(samples) / len(few))
+
     # ------------------------------------------------------------------------------------- optimisation
 
-    def _optimise(self, tuner: Tuner, plan: _Plan, run: Run, record: ReconstructRecord) -> None:
-        """Takes the steps."""
-        kept_on_disk = _Checkpoint(run, plan)
-        kept_on_disk.load(tuner)
-        kept = self._keep_targets(tuner) if tuner.step < plan.steps else False
+    def _optimise(
+        self,
+        tuner: Tuner,
+        saved: Checkpoint,
+        run: Run,
+        record: ReconstructRecord,
+        shown: tuple[str, int, int] | None = None,
+    ) -> None:
+        """Takes the steps; ``shown`` has the unit's name, the steps of those before, and those of all."""
+        steps = saved.plan.steps
+        unit, done, total = shown or ("", 0, steps)
+        saved.load(tuner)
+        uses = steps * tuner.batch
+        kept = tuner.step < steps and tuner.feed.keep(TEACHER_MEMORY, uses, tuner.batch)
         record.batch, record.at_once, record.teacher = tuner.batch, tuner.at_once, "kept" if kept else "live"
         good, recent, decided = tuner.state_copy(), 0.0, ""
         started, first = time.perf_counter(), tuner.step
         try:
-            while tuner.step < plan.steps:
+            while tuner.step < steps:
                 if tuner.step % GOOD_EVERY == 0:
                     tuner.check_finite()
                     good = tuner.state_copy()
                     if self.rounding != "straight-through":
                         decided = f", {tuner.learner.share_decided():.0%} decided"
                 loss = tuner.advance()
-                kept_on_disk.losses.append(loss)
+                saved.losses.append(loss)
                 recent = loss if not recent else 0.95 * recent + 0.05 * loss
-                run.progress("Optimising", tuner.step, plan.steps, f"loss {recent:.4g}{decided}")
-                kept_on_disk.write_if_due(tuner)
+                detail = f"{unit}, " * bool(unit) + f"loss {recent:.4g}{decided}"
+                run.progress("Optimising", done + tuner.step, total, detail)
+                saved.write_if_due(tuner)
             tuner.check_finite()
         except NotFiniteError as error:
             tuner.load({n: t.clone() for n, t in good.items()}, tuner.step)
             record.stopped = Stopped(layer=error.layer, step=error.step)
             _warn(f"{error} The optimisation ends there, with its last good state.")
-        record.curve = averaged(kept_on_disk.losses)
+        record.curve = averaged(saved.losses)
         if tuner.step > first:
             record.seconds_per_step = round((time.perf_counter() - started) / (tuner.step - first), 4)
         tuner.finish()
-
-    def _keep_targets(self, tuner: Tuner) -> bool:
-        """Keeps the float network's values where they fit the memory given: taking rows is faster than computing."""
-        sample = tuner.samples.batch([0]).to(tuner.device)
-        size = tuner.targets.bytes_of(sample) * len(tuner.samples)
-        epochs = tuner.steps * tuner.batch / len(tuner.samples)
-        if not 0 < size <= TEACHER_MEMORY or epochs < 2:
-            return False
-        tuner.targets.keep(tuner.samples, tuner.batch, tuner.device)
-        return True
 
     def _choose(
         self,
@@ -407,27 +569,43 @@ def _free(kind: str, taken: Container[str]) -> str:
     return next(n for n in names if n not in taken)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    steps: int
-    precision: str
-    compiled: bool
-    step_seconds: dict[str, float]
-    """Measured, for one step each way."""
-
-
 def _name(way: tuple[str, bool]) -> str:
     return f"{way[0]}, compiled" if way[1] else way[0]
 
 
-def _seconds(tuner: Tuner, *, compiled: bool) -> float:
+def _seconds(tuner: Tuner, plan: Plan) -> float:
     """Of a step; infinite where the compiler gives up."""
     try:
         return seconds_per_step(tuner)
     except RuntimeError:
-        if not compiled:
+        if not plan.compiled:
             raise
         return float("inf")
+
+
+def _learns(learner: Learner) -> bool:
+    return any(p.requires_grad for p in learner.parameters())
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A unit that is about to be optimised."""
+
+    learner: Learner
+    feed: UnitFeed
+    objective: Objective
+
+    def loss(self, network: fx.GraphModule, run: Run) -> float:
+        """Of the unit as it stands, on a fixed part of the calibration images, without regularizer."""
+        count, total = min(MEASURED_IMAGES, len(self.feed)), 0.0
+        with torch.no_grad():
+            for start in range(0, count, run.batch):
+                indices = torch.arange(start, min(start + run.batch, count))
+                batch = self.feed(indices, mixed=False)
+                weights = self.objective.weights[indices].to(run.device)
+                terms = self.objective.distances(network(*batch.inputs)[1], batch, weights, self.learner.points)
+                total += float(torch.stack(terms).sum()) * len(indices)
+        return total / count
 
 
 class _Measure:
@@ -477,65 +655,6 @@ class _Measure:
 def _sqnr(student: Student, images: Images, run: Run) -> dict[str, float | None]:
     """Of every layer in dB, on a few images."""
     return layer_sqnr(student, images.batch(range(min(16, len(images)))).to(run.device))
-
-
-class _Checkpoint:
-    """The state of an optimisation on disk, written so seldom that it costs no time worth speaking of."""
-
-    def __init__(self, run: Run, plan: _Plan) -> None:
-        self.path = None if run.state is None else run.state / CHECKPOINT
-        self.run, self.plan = run, plan
-        self.last, self.cost = time.perf_counter(), 0.0
-        self.losses: list[float] = []
-        """Of every step so far."""
-        self.kept: checkpoint.Checkpoint | None = None
-        """What was read, if it was."""
-
-    @staticmethod
-    def read(run: Run) -> _Checkpoint | None:
-        """The checkpoint of an unfinished run, None if there is none."""
-        kept = None if run.state is None else checkpoint.read_last(run.state / CHECKPOINT)
-        if kept is None or kept.header["identity"] != _identity(run):
-            return None
-        found = _Checkpoint(run, _Plan(**json.loads(kept.header["plan"])))
-        found.kept = kept
-        return found
-
-    def load(self, tuner: Tuner) -> None:
-        """Puts the tuner where the unfinished run was; keeps the plan, if this is the first run."""
-        if self.path is None:
-            return
-        found = _Checkpoint.read(self.run)
-        if found is None or found.kept is None:
-            self.write(tuner, self.path)
-            return
-        header, tensors = found.kept
-        self.losses = json.loads(header["losses"])
-        tuner.load(tensors, int(header["step"]))
-
-    def write_if_due(self, tuner: Tuner) -> None:
-        """Once the time since the last one makes its cost small."""
-        passed = time.perf_counter() - self.last
-        if self.path is None or passed < max(CHECKPOINT_SECONDS, self.cost / CHECKPOINT_SHARE):
-            return
-        start = time.perf_counter()
-        self.write(tuner, self.path)
-        self.last = time.perf_counter()
-        self.cost = self.last - start
-
-    def write(self, tuner: Tuner, path: Path) -> None:
-        """Beside the one before, which is used if this one is damaged."""
-        header = {
-            "identity": _identity(self.run),
-            "step": str(tuner.step),
-            "plan": json.dumps(vars(self.plan)),
-            "losses": json.dumps(self.losses),
-        }
-        checkpoint.write(path, tuner.state(), header, previous=True)
-
-
-def _identity(run: Run) -> str:
-    return f"{run.identity} {len(run.history)}"
 
 
 def averaged(losses: list[float], points: int = CURVE_POINTS) -> list[tuple[int, float]]:

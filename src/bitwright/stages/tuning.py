@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -31,6 +31,38 @@ class Samples(Protocol):
 
     def batch(self, indices: Sequence[int] | Tensor) -> Tensor:
         """[B, C, H, W]."""
+
+
+class Feed(Protocol):
+    """What a network is fed, and what it should give."""
+
+    def __len__(self) -> int: ...
+
+    def __call__(self, indices: Tensor) -> Batch:
+        """For the samples at these positions, on the device."""
+
+    def keep(self, budget: int, uses: int, at_once: int) -> bool:
+        """Computes what it can for all samples, and says whether it did.
+
+        Args:
+            budget: bytes that it may take.
+            uses: how many samples are taken in all.
+            at_once: samples in one pass.
+        """
+
+
+class Batch(NamedTuple):
+    """Samples that pass a network, or a part of one, together.
+
+    Attributes:
+        inputs: images [B, C, H, W], or the tensors that the part reads.
+        targets: the float network's values at the points, times ``roots`` where those are given.
+        roots: what values at the points are multiplied by before they are compared.
+    """
+
+    inputs: list[Tensor]
+    targets: list[Tensor]
+    roots: list[Tensor] | None = None
 
 
 class NotFiniteError(BitwrightError):
@@ -62,7 +94,7 @@ class Targets:
         parts: list[list[Tensor]] = []
         for start in range(0, len(samples), batch):
             images = samples.batch(range(start, min(start + batch, len(samples)))).to(device)
-            values = map(_in_memory_order, self._compute(images))
+            values = map(in_memory_order, self._compute(images))
             parts.append([v.reshape(len(images), -1, *v.shape[1:]) for v in values])
         self.kept = [torch.cat(column) for column in zip(*parts, strict=True)]
 
@@ -71,7 +103,7 @@ class Targets:
         if self.kept is None:
             return self._compute(images)
         chosen = indices.to(images.device)
-        return [_rows(k, chosen) for k in self.kept]
+        return [rows(k, chosen) for k in self.kept]
 
     def bytes_of(self, images: Tensor) -> int:
         """What keeping one sample takes; 0 where values cannot be kept, because an axis mixes samples."""
@@ -84,14 +116,38 @@ class Targets:
             return list(self.graph(images)[1])
 
 
-def _in_memory_order(value: Tensor) -> Tensor:
+class ImageFeed:
+    """Images for the whole network."""
+
+    def __init__(self, samples: Samples, targets: Targets, device: torch.device) -> None:
+        self.samples, self.targets, self.device = samples, targets, device
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __call__(self, indices: Tensor) -> Batch:
+        """Images and the float network's values."""
+        images = channels_last(self.samples.batch(indices).to(self.device))
+        return Batch([images], self.targets(indices, images))
+
+    def keep(self, budget: int, uses: int, at_once: int) -> bool:
+        """Keeps the float network's values where they fit: taking rows is faster than computing."""
+        size = self.targets.bytes_of(self.samples.batch([0]).to(self.device)) * len(self)
+        if not 0 < size <= budget or uses < 2 * len(self):
+            return False
+        self.targets.keep(self.samples, at_once, self.device)
+        return True
+
+
+def in_memory_order(value: Tensor) -> Tensor:
     """[B, H, W, C] for an image, which convolutions leave with channels last."""
     return value.permute(0, 2, 3, 1) if value.dim() == 4 else value
 
 
-def _rows(kept: Tensor, chosen: Tensor) -> Tensor:
-    rows = kept[chosen].flatten(0, 1)
-    return rows.permute(0, 3, 1, 2) if rows.dim() == 4 else rows
+def rows(kept: Tensor, chosen: Tensor) -> Tensor:
+    """Some samples of what was kept of all, [N, k, ...] in memory order."""
+    found = kept[chosen].flatten(0, 1)
+    return found.permute(0, 3, 1, 2) if found.dim() == 4 else found
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
@@ -122,6 +178,22 @@ class Objective:
             return weights / largest, mean / largest
         return weights, mean
 
+    def distances(self, values: list[Tensor], batch: Batch, weights: Tensor, points: list[Point]) -> list[Tensor]:
+        """Between values at the points and a batch's targets, a scalar each.
+
+        Args:
+            values: [B, ...] each.
+            batch: what they should be.
+            weights: [B, L].
+            points: L of them.
+        """
+        if batch.roots is not None:
+            values = [v * r for v, r in zip(values, batch.roots, strict=True)]
+        return [
+            weighted_distance(a, b, weights[:, i], point, over=self.over)
+            for i, (point, a, b) in enumerate(zip(points, values, batch.targets, strict=True))
+        ]
+
 
 class Tuner:
     """Learner, optimizers and schedules."""
@@ -129,32 +201,32 @@ class Tuner:
     def __init__(
         self,
         learner: Learner,
-        targets: Targets,
+        feed: Feed,
         objective: Objective,
-        samples: Samples,
         settings: Reconstruct,
         steps: int,
+        precision: torch.dtype,
         device: torch.device,
         seed: int,
     ) -> None:
-        self.learner, self.targets, self.objective = learner, targets, objective
-        self.samples, self.settings, self.steps, self.device, self.seed = samples, settings, steps, device, seed
+        self.learner, self.feed, self.objective = learner, feed, objective
+        self.settings, self.steps, self.precision, self.device, self.seed = settings, steps, precision, device, seed
         self.step = 0
         self.at_once = self.batch
         """Samples in one forward pass; the rest of a batch follows, and gradients add up."""
-        self.network: Callable[[Tensor], tuple[list[Tensor], list[Tensor]]] = learner
+        self.network: Callable[..., tuple[list[Tensor], list[Tensor]]] = learner
         self.of_point = learner.of_point()
         self.parts = _parts(learner, settings)
 
     @property
     def batch(self) -> int:
         """Samples a step; all of them where there are fewer than asked for."""
-        return min(self.settings.batch, len(self.samples))
+        return min(self.settings.batch, len(self.feed))
 
     def indices(self, step: int) -> Tensor:
         """Which samples a step takes: each once an epoch, in an order that depends on seed and epoch alone."""
-        epoch, position = divmod(step, max(1, len(self.samples) // self.batch))
-        order = torch.randperm(len(self.samples), generator=torch.Generator().manual_seed(self.seed * 7919 + epoch))
+        epoch, position = divmod(step, max(1, len(self.feed) // self.batch))
+        order = torch.randperm(len(self.feed), generator=torch.Generator().manual_seed(self.seed * 7919 + epoch))
         return order[position * self.batch : (position + 1) * self.batch]
 
     def advance(self) -> float:
@@ -190,14 +262,10 @@ class Tuner:
 
     def _distance(self, indices: Tensor, weights: Tensor) -> Tensor:
         """Weighted distances of these samples at all points, a scalar."""
-        images = _channels_last(self.samples.batch(indices).to(self.device))
-        teacher = self.targets(indices, images)
-        with autocast(self.device, self.targets.precision):
-            _, student = self.network(images)
-        terms = [
-            weighted_distance(a, b, weights[:, i], point, over=self.objective.over)
-            for i, (point, a, b) in enumerate(zip(self.learner.points, student, teacher, strict=True))
-        ]
+        batch = self.feed(indices)
+        with autocast(self.device, self.precision):
+            _, student = self.network(*batch.inputs)
+        terms = self.objective.distances(student, batch, weights, self.learner.points)
         distance = torch.stack(terms).sum()
         if not math.isfinite(float(distance.detach())):
             broken = next(i for i, t in enumerate(terms) if not bool(torch.isfinite(t)))
@@ -214,9 +282,9 @@ class Tuner:
         self.at_once = math.ceil(self.batch / math.ceil(self.batch / fitting))
 
     def _saved(self, count: int) -> int:
-        images = _channels_last(self.samples.batch(range(count)).to(self.device))
-        with autocast(self.device, self.targets.precision):
-            return saved_bytes(lambda: self.learner(images))
+        inputs = self.feed(torch.arange(count)).inputs
+        with autocast(self.device, self.precision):
+            return saved_bytes(lambda: self.learner(*inputs))
 
     def _regularizer(self, mean: Tensor, progress: float) -> Tensor | float:
         decide = self.settings.decide
@@ -226,7 +294,7 @@ class Tuner:
         if not strength:
             return 0.0
         beta = decide.beta(progress)
-        scale = mean if self.objective.normalise else torch.ones_like(mean)
+        scale = mean if self.objective.normalise else torch.ones(len(self.of_point))
         terms = [
             rounding_regularizer(w.softness(), beta) * s
             for w, s in zip(self.of_point, scale, strict=True)
@@ -291,7 +359,7 @@ class Tuner:
         self.step = step
 
 
-def _channels_last(images: Tensor) -> Tensor:
+def channels_last(images: Tensor) -> Tensor:
     """In the order in which convolutions are fastest; videos as they are."""
     return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
 

@@ -1,0 +1,102 @@
+"""What an unfinished optimisation goes on from: its plan, and its state on disk."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bitwright.run import checkpoint
+from bitwright.stages.base import Run
+from bitwright.stages.tuning import Tuner
+
+CHECKPOINT = "reconstruct.safetensors"
+CHECKPOINT_SECONDS = 20.0
+CHECKPOINT_SHARE = 0.01
+"""Of the time that checkpoints may take."""
+DONE = "done/"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many steps are taken, of each unit, and how they are computed."""
+
+    steps: int
+    precision: str
+    compiled: bool
+    step_seconds: dict[str, float]
+    """Measured, for one step each way; of all units together."""
+
+
+class Checkpoint:
+    """The state of an optimisation on disk, written so seldom that it costs no time worth speaking of.
+
+    Attributes:
+        losses: of every step so far.
+        units: what is known of the units that are done, as plain data.
+        done: tensors of the student that those changed, by path.
+    """
+
+    def __init__(self, run: Run, plan: Plan) -> None:
+        self.path = None if run.state is None else run.state / CHECKPOINT
+        self.run, self.plan = run, plan
+        self.last, self.cost = 0.0, 0.0
+        self.losses: list[float] = []
+        self.units: list[dict[str, Any] | None] = []
+        self.done: dict[str, Tensor] = {}
+        self._state: tuple[int, dict[str, Tensor]] | None = None
+
+    @staticmethod
+    def read(run: Run) -> Checkpoint | None:
+        """The checkpoint of an unfinished run, None if there is none."""
+        kept = None if run.state is None else checkpoint.read_last(run.state / CHECKPOINT)
+        if kept is None or kept.header["identity"] != _identity(run):
+            return None
+        header, tensors = kept
+        found = Checkpoint(run, Plan(**json.loads(header["plan"])))
+        found.losses, found.units = json.loads(header["losses"]), json.loads(header.get("units", "[]"))
+        found.done = {n.removeprefix(DONE): t.to(run.device) for n, t in tensors.items() if n.startswith(DONE)}
+        found._state = int(header["step"]), {n: t for n, t in tensors.items() if not n.startswith(DONE)}
+        return found
+
+    def load(self, tuner: Tuner) -> None:
+        """Puts the tuner where the unfinished run was; keeps the plan, if this is the first run."""
+        if self._state is not None:
+            step, tensors = self._state
+            tuner.load(tensors, step)
+            self._state, self.last = None, time.perf_counter()
+        elif self.path is not None and not self.last:
+            self.write(tuner, self.path)
+            self.last = time.perf_counter()
+        else:
+            self.write_if_due(tuner)
+
+    def write_if_due(self, tuner: Tuner) -> None:
+        """Once the time since the last one makes its cost small."""
+        passed = time.perf_counter() - self.last
+        if self.path is None or passed < max(CHECKPOINT_SECONDS, self.cost / CHECKPOINT_SHARE):
+            return
+        start = time.perf_counter()
+        self.write(tuner, self.path)
+        self.last = time.perf_counter()
+        self.cost = self.last - start
+
+    def write(self, tuner: Tuner, path: Path) -> None:
+        """Beside the one before, which is used if this one is damaged."""
+        header = {
+            "identity": _identity(self.run),
+            "step": str(tuner.step),
+            "plan": json.dumps(vars(self.plan)),
+            "losses": json.dumps(self.losses),
+            "units": json.dumps(self.units),
+        }
+        tensors = tuner.state() | {DONE + name: tensor for name, tensor in self.done.items()}
+        checkpoint.write(path, tensors, header, previous=True)
+
+
+def _identity(run: Run) -> str:
+    return f"{run.identity} {len(run.history)}"
