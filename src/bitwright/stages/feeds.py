@@ -204,6 +204,8 @@ class Fisher:
         with torch.enable_grad():
             inputs = [*(values[name] for name in self.place.behind.entries), *[images] * len(self.place.behind.sizes)]
             outputs = self.behind(*inputs)[1]
+            if all(map(torch.equal, outputs, expected)):
+                return [torch.zeros_like(e) for e in exits]  # instead of what is left by rounding
             loss = torch.stack([_loss(a, b) for a, b in zip(outputs, expected, strict=True)]).sum()
             slopes = torch.autograd.grad(loss, exits, allow_unused=True, materialize_grads=True)
         return [slope.square() for slope in slopes]
