@@ -2,8 +2,8 @@
 
 Weights move freely: they are rounded in every step and the gradient goes straight through. The paper takes 1,000 steps
 for each layer, at rates of 1e-5 for weights, 1e-3 for biases and weight steps, 1e-1 for activation steps. Here codes are
-learned in units of their step, and activation steps relative to theirs. Its integer program for bits is
-``bitwright plan``. Its tuning of batch norms, which are folded here, and of biases by distillation are missing.
+in units of their step, and activation steps relative to theirs. Its integer program for bits is ``bitwright plan``. Its
+tuning of batch norms, which are folded here, and of biases by distillation are missing.
 """
 
 from bitwright.recipes import Recipe

@@ -17,7 +17,7 @@ from bitwright.stages.tuning import Tuner
 CHECKPOINT = "reconstruct.safetensors"
 CHECKPOINT_SECONDS = 20.0
 CHECKPOINT_SHARE = 0.01
-"""Of the time that checkpoints may take."""
+"""Share of the time that checkpoints may take."""
 DONE = "done/"
 
 
