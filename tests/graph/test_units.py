@@ -15,7 +15,7 @@ from bitwright.graph.capture import Captured, capture
 from bitwright.graph.prepare import prepare
 from bitwright.graph.segments import truncate
 from bitwright.graph.student import Student, insert_quantizers
-from bitwright.graph.units import UnitKind, cuts, find_units, in_float, part, quantized, without_activations
+from bitwright.graph.units import UnitKind, cuts, find_units, float_node, part, quantized, without_activations
 from bitwright.quant.scheme import Scheme
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
@@ -143,7 +143,7 @@ def test_parts_one_after_the_other_compute_what_the_network_computes(name: str, 
     nodes = {n.name: n for n in graph.graph.nodes}
     for unit, cut in zip(units, cuts(graph, [u.exits for u in units]), strict=True):
         assert cut.exits == tuple(quantized(nodes[name]).name for name in unit.exits)
-        assert {in_float(nodes[n]).name for n in cut.entries} <= {n.name for n in prepared(name).graph.graph.nodes}
+        assert {float_node(nodes[n]).name for n in cut.entries} <= {n.name for n in prepared(name).graph.graph.nodes}
         with torch.no_grad():
             inputs = truncate(graph, cut.entries)(x)
             found = part(graph, cut)(*inputs, *[torch.zeros_like(x)] * len(cut.sizes))[1]

@@ -26,10 +26,10 @@ from bitwright.stages import feeds, resume
 from bitwright.stages import reconstruct as module
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
-from bitwright.stages.feeds import Fisher, Place, UnitFeed, find_places
+from bitwright.stages.feeds import Fisher, UnitFeed, UnitPlace, find_places
 from bitwright.stages.reconstruct import Reconstruct
 from bitwright.stages.schedules import Anneal, Gradual, Learn
-from bitwright.stages.tuning import channels_last
+from bitwright.stages.tuning import as_channels_last
 
 CALIBRATE = Calibrate(weights="minmax", activations="minmax")
 NAMES = ["residual", "transformer", "dense", "shifted_window"]
@@ -73,7 +73,7 @@ def calibrated(name: str) -> Student:
     return CALIBRATE.run(student, prepared(name), dataset(16), Run())
 
 
-def places(name: str, student: Student) -> list[Place]:
+def places(name: str, student: Student) -> list[UnitPlace]:
     return find_places(student.graph, prepared(name).graph, prepared(name).example, "block")
 
 
@@ -147,7 +147,7 @@ def test_a_share_of_the_inputs_is_the_float_networks(name: str) -> None:
     student, teacher, samples = calibrated(name), prepared(name), dataset(16)
     nodes = {n.name: n for n in student.graph.graph.nodes}
     place = places(name, student)[-1]
-    x = channels_last(samples.batch(range(16)))
+    x = as_channels_last(samples.batch(range(16)))
     with torch.no_grad():
         ours, theirs = truncate(student.graph, place.cut.entries)(x), truncate(teacher.graph, place.floats)(x)
         exits = truncate(teacher.graph, place.unit.exits)(x)

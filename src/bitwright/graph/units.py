@@ -234,7 +234,7 @@ def quantized(node: fx.Node) -> fx.Node:
     return users[0] if len(users) == 1 and users[0].op == "call_module" else node
 
 
-def in_float(node: fx.Node) -> fx.Node:
+def float_node(node: fx.Node) -> fx.Node:
     """The node behind which a quantizer stands, of the same name in the float network."""
     while node.op == "call_module":
         source = node.args[0]

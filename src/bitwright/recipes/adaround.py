@@ -10,7 +10,7 @@ from bitwright.stages.calibrate import Calibrate
 from bitwright.stages.reconstruct import Reconstruct
 from bitwright.stages.schedules import Anneal, Learn
 
-START = Calibrate(weights="mse", activations="mse")
+LAYERWISE_START = Calibrate(weights="mse", activations="mse")
 ROUNDING = Reconstruct(
     unit="layer",
     steps=500,
@@ -28,5 +28,5 @@ RECIPE = Recipe(
     name="adaround",
     summary="Roundings up or down, learned layer by layer.",
     paper="arXiv:2004.10568",
-    stages=(START, ROUNDING),
+    stages=(LAYERWISE_START, ROUNDING),
 )

@@ -6,7 +6,7 @@ the float network. The paper takes 20,000 and 5,000 steps for each block at rate
 """
 
 from bitwright.recipes import Recipe
-from bitwright.recipes.adaround import ROUNDING, START
+from bitwright.recipes.adaround import LAYERWISE_START, ROUNDING
 from bitwright.stages.reconstruct import Reconstruct
 from bitwright.stages.schedules import Learn
 
@@ -15,7 +15,7 @@ RECIPE = Recipe(
     summary="Roundings learned block by block, then the steps of activations.",
     paper="arXiv:2102.05426",
     stages=(
-        START,
+        LAYERWISE_START,
         ROUNDING.model_copy(update={"unit": "block", "weigh": "fisher"}),
         Reconstruct(
             unit="block",

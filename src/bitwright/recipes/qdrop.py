@@ -6,7 +6,7 @@ rates of 1e-3 and 4e-5.
 """
 
 from bitwright.recipes import Recipe
-from bitwright.recipes.adaround import ROUNDING, START
+from bitwright.recipes.adaround import LAYERWISE_START, ROUNDING
 from bitwright.stages.schedules import Gradual, Learn
 
 RECIPE = Recipe(
@@ -14,7 +14,7 @@ RECIPE = Recipe(
     summary="Roundings and activation steps learned block by block, half of the activations in float at random.",
     paper="arXiv:2203.05740",
     stages=(
-        START,
+        LAYERWISE_START,
         ROUNDING.model_copy(
             update={
                 "unit": "block",

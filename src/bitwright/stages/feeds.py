@@ -10,17 +10,17 @@ from torch import Tensor, fx
 from bitwright.graph import ops
 from bitwright.graph.points import Point, points_at
 from bitwright.graph.segments import truncate
-from bitwright.graph.units import Cut, Unit, UnitKind, cuts, find_units, in_float, part, quantized
+from bitwright.graph.units import Cut, Unit, UnitKind, cuts, find_units, float_node, part, quantized
 from bitwright.measure.metrics import as_log_probabilities
 from bitwright.stages.losses import kl_divergence
-from bitwright.stages.tuning import Batch, Samples, channels_last, in_memory_order, rows
+from bitwright.stages.tuning import Batch, Samples, as_channels_last, in_memory_order, rows
 
 SCALED_ON = 64
 """Images whose mean squared gradient becomes 1."""
 
 
 @dataclass(frozen=True)
-class Place:
+class UnitPlace:
     """Where a unit lies in both networks.
 
     Attributes:
@@ -44,7 +44,7 @@ class Place:
     behind: Cut
 
 
-def find_places(student: fx.GraphModule, teacher: fx.GraphModule, example: Tensor, kind: UnitKind) -> list[Place]:
+def find_places(student: fx.GraphModule, teacher: fx.GraphModule, example: Tensor, kind: UnitKind) -> list[UnitPlace]:
     """All units, in the order in which they are optimised.
 
     Args:
@@ -57,7 +57,7 @@ def find_places(student: fx.GraphModule, teacher: fx.GraphModule, example: Tenso
     inside = {n.name: n for n in student.graph.nodes}
     nodes = {n.name: n for n in teacher.graph.nodes}
     found = cuts(student, [u.exits for u in units])
-    floats = [tuple(in_float(inside[name]).name for name in cut.entries) for cut in found]
+    floats = [tuple(float_node(inside[name]).name for name in cut.entries) for cut in found]
     names = dict.fromkeys(
         n for unit, each in zip(units, floats, strict=True) for n in (*unit.nodes, *unit.exits, *each)
     )
@@ -69,7 +69,7 @@ def find_places(student: fx.GraphModule, teacher: fx.GraphModule, example: Tenso
         by_image = all(point[name].image_after_image for name in (*each, *unit.exits))
         exits, layers = [point[n] for n in unit.exits], [point[n] for n in unit.nodes]
         behind = cuts(teacher, [*before, outputs])[-1]
-        places.append(Place(unit, cut, each, exits, layers, fixed, by_image, behind))
+        places.append(UnitPlace(unit, cut, each, exits, layers, fixed, by_image, behind))
         fixed |= {str(n.target) for n in part(student, cut).graph.nodes if n.op == "call_module"}
     return places
 
@@ -96,7 +96,7 @@ class UnitFeed:
     def __init__(
         self,
         samples: Samples,
-        place: Place,
+        place: UnitPlace,
         student: fx.GraphModule,
         teacher: fx.GraphModule,
         float_inputs: float,
@@ -163,7 +163,7 @@ class UnitFeed:
         return [*inputs, *values[:at], *(v * r for v, r in zip(values[at:], roots, strict=True)), *roots]
 
     def _images(self, indices: Tensor) -> Tensor:
-        return channels_last(self.samples.batch(indices).to(self.device))
+        return as_channels_last(self.samples.batch(indices).to(self.device))
 
     def _empty(self, indices: Tensor) -> Tensor:
         """In the place of images of which only the size is read."""
@@ -184,7 +184,7 @@ class Fisher:
         images: whose mean becomes 1, [N, C, H, W].
     """
 
-    def __init__(self, place: Place, student: fx.GraphModule, teacher: fx.GraphModule, images: Tensor) -> None:
+    def __init__(self, place: UnitPlace, student: fx.GraphModule, teacher: fx.GraphModule, images: Tensor) -> None:
         nodes = {n.name: n for n in student.graph.nodes}
         self.place, self.teacher = place, teacher
         self.names = tuple(dict.fromkeys([*place.behind.entries, *place.unit.exits]))

@@ -32,10 +32,10 @@ from bitwright.run.record import StageRecord
 from bitwright.stages.augment import Views
 from bitwright.stages.base import Optimising, Run
 from bitwright.stages.calibrate import parameters, widen_for_biases
-from bitwright.stages.feeds import SCALED_ON, Fisher, Place, UnitFeed, find_places
+from bitwright.stages.feeds import SCALED_ON, Fisher, UnitFeed, UnitPlace, find_places
 from bitwright.stages.learner import Learner, Variables
 from bitwright.stages.losses import weighted_distance
-from bitwright.stages.resume import Checkpoint, Plan
+from bitwright.stages.resume import KeptState, Pace
 from bitwright.stages.schedules import Anneal, Dampen, Gradual, Learn
 from bitwright.stages.tuning import (
     Feed,
@@ -237,11 +237,11 @@ class Reconstruct(Optimising):
         learner.measure_outputs(targets(torch.arange(len(first)), first))
         feed = ImageFeed(samples, targets, run.device)
 
-        def tuner_of(plan: Plan) -> Tuner:
+        def tuner_of(plan: Pace) -> Tuner:
             targets.precision = getattr(torch, plan.precision)
             return self._tuner(learner, feed, objective, run, plan)
 
-        saved = Checkpoint.read(run) or Checkpoint(run, self._plan(lambda plan: _seconds(tuner_of(plan), plan), run))
+        saved = KeptState.read(run) or KeptState(run, self._plan(lambda plan: _seconds(tuner_of(plan), plan), run))
         plan = saved.plan
         record = ReconstructRecord(**vars(plan), seed=run.seed, scores=scores)
         before = _sqnr(student, images, run)
@@ -342,7 +342,7 @@ class Reconstruct(Optimising):
 
     # -------------------------------------------------------------------------------------------- plan
 
-    def _plan(self, seconds_of: Callable[[Plan], float], run: Run, beside: Callable[[], float] = lambda: 0.0) -> Plan:
+    def _plan(self, seconds_of: Callable[[Pace], float], run: Run, beside: Callable[[], float] = lambda: 0.0) -> Pace:
         """Number of steps and precision: what was asked for, else measured.
 
         Args:
@@ -353,18 +353,18 @@ class Reconstruct(Optimising):
         steps = self.steps if run.steps is None else run.steps
         ways = self._ways(run)
         if (len(ways) == 1 and run.minutes is None) or steps == 0:
-            return Plan(steps, *ways[0], {})
+            return Pace(steps, *ways[0], {})
         run.progress("Measuring the speed of a step", 0, 0)
         seconds: dict[str, float] = {}
         for way in ways:
-            seconds[_name(way)] = round(seconds_of(Plan(1, *way, {})), 4)
+            seconds[_name(way)] = round(seconds_of(Pace(1, *way, {})), 4)
             if run.minutes is None and seconds[_name(ways[0])] * steps < SHORT:
-                return Plan(steps, *ways[0], seconds)
+                return Pace(steps, *ways[0], seconds)
         fastest = min(ways, key=lambda w: seconds[_name(w)] * (1 if w == ways[0] else WORTH_IT))
         if run.minutes is not None:
             left = run.minutes * 60 - (time.perf_counter() - run.started) - beside()
             steps = max(1, int(left / (seconds[_name(fastest)] * OVERHEAD)))
-        return Plan(steps, *fastest, seconds)
+        return Pace(steps, *fastest, seconds)
 
     def _ways(self, run: Run) -> list[tuple[str, bool]]:
         """(precision, compiled) to choose from. Compiling takes minutes on a CPU, and anew for every blend and unit."""
@@ -372,7 +372,7 @@ class Reconstruct(Optimising):
         worth = run.device.type == "cuda" and self.gradual is None and self.unit == "network"
         return [(p, c) for p in precisions for c in ([False, True] if worth else [False])]
 
-    def _tuner(self, learner: Learner, feed: Feed, objective: Objective, run: Run, plan: Plan) -> Tuner:
+    def _tuner(self, learner: Learner, feed: Feed, objective: Objective, run: Run, plan: Pace) -> Tuner:
         precision = getattr(torch, plan.precision)
         tuner = Tuner(learner, feed, objective, self, max(plan.steps, 1), precision, run.device, run.seed)
         tuner.fit_memory(pass_budget(run.device))
@@ -388,7 +388,7 @@ class Reconstruct(Optimising):
         graph = self._graph(student)
         kind: UnitKind = "block" if self.unit == "block" else "layer"
         places = find_places(graph, teacher.graph, teacher.example.to(run.device), kind)
-        saved = Checkpoint.read(run) or Checkpoint(run, self._plan_units(student, teacher, places, samples, run))
+        saved = KeptState.read(run) or KeptState(run, self._plan_units(student, teacher, places, samples, run))
         plan, start = saved.plan, dict(student.graph.named_buffers())
         record = ReconstructRecord(**vars(plan), seed=run.seed, units=[])
         before = _sqnr(student, images, run)
@@ -417,7 +417,7 @@ class Reconstruct(Optimising):
         """The student as it is optimised: with activations in float if they are not quantized meanwhile."""
         return student.graph if self.activations else without_activations(student.graph)
 
-    def _work(self, student: Student, teacher: Captured, place: Place, samples: Samples, run: Run) -> _Work:
+    def _work(self, student: Student, teacher: Captured, place: UnitPlace, samples: Samples, run: Run) -> _Work:
         """A unit's variables, inputs and targets, from the student as it is now."""
         graph = self._graph(student)
         learner = Learner(
@@ -437,7 +437,7 @@ class Reconstruct(Optimising):
         self,
         student: Student,
         work: _Work,
-        saved: Checkpoint,
+        saved: KeptState,
         run: Run,
         record: ReconstructRecord,
         shown: tuple[str, int, int],
@@ -465,12 +465,14 @@ class Reconstruct(Optimising):
             seconds=round(time.perf_counter() - started, 3),
         )
 
-    def _plan_units(self, student: Student, teacher: Captured, places: list[Place], samples: Views, run: Run) -> Plan:
+    def _plan_units(
+        self, student: Student, teacher: Captured, places: list[UnitPlace], samples: Views, run: Run
+    ) -> Pace:
         """The same plan for all units, so that minutes go to each by what its steps cost."""
         few = Views(samples.images.sample(min(self.batch, len(samples.images)), seed=run.seed))
         filling: dict[int, float] = {}
 
-        def seconds_of(plan: Plan) -> float:
+        def seconds_of(plan: Pace) -> float:
             total = 0.0
             for position, place in enumerate(places):
                 work = self._work(student, teacher, place, few, run)
@@ -488,7 +490,7 @@ class Reconstruct(Optimising):
     def _optimise(
         self,
         tuner: Tuner,
-        saved: Checkpoint,
+        saved: KeptState,
         run: Run,
         record: ReconstructRecord,
         shown: tuple[str, int, int] | None = None,
@@ -573,7 +575,7 @@ def _name(way: tuple[str, bool]) -> str:
     return f"{way[0]}, compiled" if way[1] else way[0]
 
 
-def _seconds(tuner: Tuner, plan: Plan) -> float:
+def _seconds(tuner: Tuner, plan: Pace) -> float:
     """Of a step; infinite where the compiler gives up."""
     try:
         return seconds_per_step(tuner)

@@ -22,7 +22,7 @@ DONE = "done/"
 
 
 @dataclass(frozen=True)
-class Plan:
+class Pace:
     """How many steps are taken, of each unit, and how they are computed."""
 
     steps: int
@@ -32,7 +32,7 @@ class Plan:
     """Measured, for one step each way; of all units together."""
 
 
-class Checkpoint:
+class KeptState:
     """The state of an optimisation on disk, written so seldom that it costs no time worth speaking of.
 
     Attributes:
@@ -41,7 +41,7 @@ class Checkpoint:
         done: tensors of the student that those changed, by path.
     """
 
-    def __init__(self, run: Run, plan: Plan) -> None:
+    def __init__(self, run: Run, plan: Pace) -> None:
         self.path = None if run.state is None else run.state / CHECKPOINT
         self.run, self.plan = run, plan
         self.last, self.cost = 0.0, 0.0
@@ -51,13 +51,13 @@ class Checkpoint:
         self._state: tuple[int, dict[str, Tensor]] | None = None
 
     @staticmethod
-    def read(run: Run) -> Checkpoint | None:
+    def read(run: Run) -> KeptState | None:
         """The checkpoint of an unfinished run, None if there is none."""
         kept = None if run.state is None else checkpoint.read_last(run.state / CHECKPOINT)
         if kept is None or kept.header["identity"] != _identity(run):
             return None
         header, tensors = kept
-        found = Checkpoint(run, Plan(**json.loads(header["plan"])))
+        found = KeptState(run, Pace(**json.loads(header["plan"])))
         found.losses, found.units = json.loads(header["losses"]), json.loads(header.get("units", "[]"))
         found.done = {n.removeprefix(DONE): t.to(run.device) for n, t in tensors.items() if n.startswith(DONE)}
         found._state = int(header["step"]), {n: t for n, t in tensors.items() if not n.startswith(DONE)}

@@ -127,7 +127,7 @@ class ImageFeed:
 
     def __call__(self, indices: Tensor) -> Batch:
         """Images and the float network's values."""
-        images = channels_last(self.samples.batch(indices).to(self.device))
+        images = as_channels_last(self.samples.batch(indices).to(self.device))
         return Batch([images], self.targets(indices, images))
 
     def keep(self, budget: int, uses: int, at_once: int) -> bool:
@@ -359,7 +359,7 @@ class Tuner:
         self.step = step
 
 
-def channels_last(images: Tensor) -> Tensor:
+def as_channels_last(images: Tensor) -> Tensor:
     """In the order in which convolutions are fastest; videos as they are."""
     return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
 
