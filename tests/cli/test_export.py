@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -110,3 +111,28 @@ def test_a_run_for_another_runtime_is_refused_for_tensorrt(here: Path, capsys: p
     assert main(["quantize", "models.py:Net", "photos", *given]) == 0
     assert main(["export", "fits", "--to", "tensorrt", "--images", "photos"]) == 0
     assert Path("fits/model_tensorrt.onnx").is_file()
+
+
+def test_the_record_of_a_run_and_the_files_of_another_stay(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree("run", "other")
+    before = files_below(here / "other")
+    for to, name, said in (
+        ("tables", "other/result.json", "record"),
+        ("tables", "run/result.json", "record"),
+        ("onnx", "other/model.onnx", "another run"),
+    ):
+        assert main(["export", "run", "--to", to, "--out", name]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["export", "run", "--to", "tables", "--out", "other/result.json", "--force"]) == 2
+    assert files_below(here / "other") == before
+    assert main(["export", "run", "--out", "other/model.onnx", "--force"]) == 0
+
+
+def test_no_foreign_file_beside_the_one_that_is_named_is_replaced(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("openvino")
+    (here / "mine.bin").write_text("theirs")
+    assert main(["export", "run", "--to", "openvino", "--out", "mine.xml"]) == 2
+    assert "mine.bin is there already" in capsys.readouterr().err
+    assert (here / "mine.bin").read_text() == "theirs"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cases import dataset, make
 
 import bitwright as bw
@@ -146,3 +148,37 @@ def test_warnings_of_the_quantization_are_in_the_result() -> None:
     with pytest.warns(UserWarning, match="100 images were asked for"):
         found = bw.quantize(make("residual"), dataset(8), "rtn", samples=100).result
     assert any(line.startswith("100 images were asked for") for line in found["warnings"])
+
+
+@pytest.mark.parametrize("name", ["force", "diagnosis", "onnx", "report", "pictures"])
+def test_what_is_not_true_or_false_is_refused(model: bw.QuantizedModel, tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=f"Expected True or False as {name}=, found 'no'"):
+        model.save(tmp_path / "run", **{name: "no"})
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("evaluate", [None, True, False])
+def test_labels_are_of_images_that_are_given(model: bw.QuantizedModel, tmp_path: Path, evaluate: bool | None) -> None:
+    with pytest.raises(UsageError, match="Expected images as evaluate= beside labels="):
+        model.save(tmp_path / "run", evaluate=evaluate, labels=[1] * 8)
+
+
+def test_a_result_tells_of_its_own_folder(model: bw.QuantizedModel, tmp_path: Path) -> None:
+    before = json.dumps(model.result, default=str)
+    model.save(tmp_path / "first")
+    model.save(tmp_path / "second", evaluate=True, onnx=True)
+    assert result_in(tmp_path / "second")["parity"]["images"]
+    assert json.dumps(model.result, default=str) == before
+    model.save(tmp_path / "third")
+    first, third = (result_in(tmp_path / name) for name in ("first", "third"))
+    assert set(first) == set(third)
+    assert first["size"] == third["size"]
+    bw.load(tmp_path / "second").save(tmp_path / "again")
+    assert "parity" not in result_in(tmp_path / "again")
+    assert "onnx_bytes" not in result_in(tmp_path / "again")["size"]
+
+
+@pytest.mark.filterwarnings("ignore:.*treespec")
+def test_what_quantize_returns_can_be_copied(model: bw.QuantizedModel) -> None:
+    x = dataset(3).batch(range(3))
+    assert torch.equal(copy.deepcopy(model)(x), model(x))

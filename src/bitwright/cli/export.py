@@ -56,6 +56,7 @@ def _exported(run: str, call: ExportCall, terminal: Terminal) -> dict[str, Any]:
         raise UsageError(f"Expected a file in an existing folder as --out, found {path}.")
     if call.out is not None:
         path = target_file(path, made.suffix, force=call.force)
+        _check_run_of(path, folder, force=call.force)
         for beside in made.files[1:]:
             target_file(path.with_suffix(Path(beside).suffix), Path(beside).suffix, force=call.force)
     if made.check is not None:
@@ -74,6 +75,15 @@ def _exported(run: str, call: ExportCall, terminal: Terminal) -> dict[str, Any]:
         _record(folder / run_folder.RESULT, to, parity.to_dict(), size)
     about = {"file": str(path), "format": to, "bytes": size, "parity": parity.to_dict()}
     return about | {"onnx_bytes": size} if to == "onnx" else about
+
+
+def _check_run_of(path: Path, folder: Path, *, force: bool) -> None:
+    """Keeps what a run says of itself, and unless ``force`` the files of another run."""
+    inside = (path.parent / run_folder.RESULT).is_file()
+    if inside and path.name in run_folder.RECORDS:
+        raise UsageError(f"{path} is a part of the run's record. Choose another name.")
+    if inside and path.is_file() and path.parent != folder.resolve() and not force:
+        raise UsageError(f"{path} belongs to another run. Choose another name, or --force.")
 
 
 def _write(model: Student, to: str, path: Path, images: Images, force: bool, samples: int) -> tuple[Parity, list[Path]]:

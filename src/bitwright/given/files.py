@@ -168,6 +168,10 @@ class Store:
         self.lock = threading.Lock()
         self.probed = False
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Store:
+        """Copies share what is read and decoded."""
+        return self
+
     def fetch(self, index: int) -> Pixels | Tensor | Image.Image:
         """Return what a worker thread may prepare; a user's function is left to the caller's thread."""
         kept = self.cache.get(index)

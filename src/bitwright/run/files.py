@@ -180,7 +180,9 @@ def target_file(path: Path, suffix: str, *, force: bool) -> Path:
     if path.exists() and not path.is_file():
         raise UsageError(f"Expected a file at {path}, found something else. Choose another name.")
     if path.is_file() and not force and not _is_ours(path):
-        raise UsageError(f"{path} is there already, and is no file of ours. Choose another name, or force=True.")
+        raise UsageError(
+            f"{path} is there already, and was not written by bitwright. Choose another name, or force=True."
+        )
     return path
 
 

@@ -35,16 +35,19 @@ MODEL, PLAN, RESULT, ONNX, LOG, STATE = (
 )  # fmt: skip
 PAGE, FACTS, BENCH, PARITY = "report.html", "report.json", "bench.json", "parity.json"
 
-OPENVINO, PT2, TENSORRT, EXECUTORCH = "model.xml", "model.pt2", "model_tensorrt.onnx", "model.pte"
+PT2, TENSORRT, EXECUTORCH = "model.pt2", "model_tensorrt.onnx", "model.pte"
+OPENVINO = ("model.xml", "model.bin")
 TABLES = ("tables.json", "tables.npz")
 ENCODINGS = ("model_float.onnx", "model_float.encodings")
 DEPLOYED = (
-    ONNX, f"{ONNX}.data", OPENVINO, "model.bin", PT2, TENSORRT, f"{TENSORRT}.data", *TABLES, *ENCODINGS,
+    ONNX, f"{ONNX}.data", *OPENVINO, PT2, TENSORRT, f"{TENSORRT}.data", *TABLES, *ENCODINGS,
     f"{ENCODINGS[0]}.data", EXECUTORCH,
 )  # fmt: skip
 """Files that `bitwright export` writes."""
 
-OURS = frozenset({MODEL, PLAN, RESULT, LOG, STATE, PAGE, FACTS, BENCH, PARITY, *DEPLOYED})
+RECORDS = frozenset({PLAN, RESULT, LOG, FACTS, BENCH, PARITY})
+"""What a run says of itself."""
+OURS = frozenset({MODEL, STATE, PAGE, *RECORDS, *DEPLOYED})
 
 PATIENCE = 200
 """Hundredths of a second that a reader waits for the run that is being put in its place."""

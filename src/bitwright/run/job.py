@@ -6,6 +6,7 @@ Measured, diagnosed, written with its ONNX file, shown on a page: what costs tim
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 import warnings
@@ -21,7 +22,7 @@ from bitwright import report as pages
 from bitwright import words
 from bitwright.errors import BitwrightError, UsageError, one_line, quiet_libraries, step
 from bitwright.export.parity import Parity, export_checked
-from bitwright.given.arguments import a_path
+from bitwright.given.arguments import a_path, of_kind
 from bitwright.given.images import Images, load_images
 from bitwright.graph.student import Student
 from bitwright.measure.evaluation import evaluation_of, layer_sqnr, read_outputs_of
@@ -80,7 +81,7 @@ class Wanted:
             raise UsageError(f"Expected a network that was just quantized for {what}=True, found one without its float "
                              "network. Use what bitwright.quantize returned.")  # fmt: skip
         if self.images is None and model.calibration is None and self.something:
-            raise UsageError("Expected images to measure on, found none. Give evaluate=.")
+            raise UsageError("Expected images as evaluate=: a network that was loaded has no calibration images.")
 
 
 def everything(images: Images | None, *, pictures: bool, plan: Path | None, force: bool) -> Wanted:
@@ -171,12 +172,17 @@ def save(
         ParityError: the ONNX file computes something else; the folder is complete without it.
     """
     place = a_path("folder", folder)
+    switches = {"force": force, "diagnosis": diagnosis, "onnx": onnx, "report": report, "pictures": pictures}
+    for name, value in switches.items():
+        of_kind(name, value, bool, "True or False")
     measured = evaluate is not None and evaluate is not False
+    if labels is not None and (evaluate is True or not measured):
+        raise UsageError(f"Expected images as evaluate= beside labels=, found {evaluate!r}.")
     images = load_images(evaluate, model.preprocessing, labels=labels) if measured and evaluate is not True else None
     wanted = Wanted(images, measured, diagnosis, onnx, report, pictures, force=force)
     journal = Journal(progress)
     journal.warnings += model.result.get("warnings", [])
-    with journal.listening():
+    with journal.listening(), _own_result(model):
         done = do(place, lambda _: (model, wanted), journal, force=force)
     if done.failure is not None:
         raise done.failure
@@ -187,9 +193,24 @@ def save(
 def export(model: Student, path: str | Path, images: Any = None, *, force: bool = False) -> Parity:
     """Writes an ONNX file once it passed its check; see :func:`bitwright.export.parity.export_checked`."""
     place = a_path("path", path)
+    of_kind("force", force, bool, "True or False")
     parity = export_checked(model, place, images, force=force)
     run_folder.renew_checksum(place)
     return parity
+
+
+@contextmanager
+def _own_result(model: Student) -> Iterator[None]:
+    """Inside, a result of the folder alone: without what is said of files in others, and gone afterwards."""
+    kept = model.result
+    model.result = copy.deepcopy({key: value for key, value in kept.items() if key not in {"parity", "exports"}})
+    size = model.result.get("size", {})
+    for key in [key for key in size if key not in {"float_bytes", "packed_bytes"}]:
+        del size[key]
+    try:
+        yield
+    finally:
+        model.result = kept
 
 
 @contextmanager
