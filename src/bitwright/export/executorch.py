@@ -35,7 +35,6 @@ def check_executorch(model: Student) -> None:
     Raises:
         UsageError: it is not installed, or lacks bits or a granularity; with the nearest that it has.
     """
-    EXECUTORCH.require()
     check_supported(model.graph, model.layers, model.scheme.model_copy(update={"runtime": EXECUTORCH.name}))
     for module in model.graph.modules():
         if not isinstance(module, Quantizer):
@@ -55,6 +54,7 @@ def check_executorch(model: Student) -> None:
                 f"Expected one scale per activation, which XNNPACK has, found {module.scale.numel()} in "
                 f"'{module.name}'. Quantize again with a recipe without norm_inputs: ptf."
             )
+    EXECUTORCH.require()
 
 
 def write_executorch(model: Student, path: Path, images: Tensor) -> Parity:

@@ -46,7 +46,7 @@ class Format:
 
 FORMATS = {
     "onnx": Format((run_folder.ONNX,), "ONNX Runtime"),
-    "openvino": Format(run_folder.OPENVINO, "OpenVINO", write_openvino, check_openvino),
+    "openvino": Format(run_folder.OPENVINO_FILES, "OpenVINO", write_openvino, check_openvino),
     "pt2": Format((run_folder.PT2,), "PyTorch", write_pt2),
     "tensorrt": Format((run_folder.TENSORRT,), "ONNX Runtime", write_tensorrt, check_tensorrt),
     "executorch": Format((run_folder.EXECUTORCH,), "ExecuTorch", write_executorch, check_executorch),

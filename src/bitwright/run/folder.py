@@ -36,11 +36,11 @@ MODEL, PLAN, RESULT, ONNX, LOG, STATE = (
 PAGE, FACTS, BENCH, PARITY = "report.html", "report.json", "bench.json", "parity.json"
 
 PT2, TENSORRT, EXECUTORCH = "model.pt2", "model_tensorrt.onnx", "model.pte"
-OPENVINO = ("model.xml", "model.bin")
+OPENVINO_FILES = ("model.xml", "model.bin")
 TABLES = ("tables.json", "tables.npz")
 ENCODINGS = ("model_float.onnx", "model_float.encodings")
 DEPLOYED = (
-    ONNX, f"{ONNX}.data", *OPENVINO, PT2, TENSORRT, f"{TENSORRT}.data", *TABLES, *ENCODINGS,
+    ONNX, f"{ONNX}.data", *OPENVINO_FILES, PT2, TENSORRT, f"{TENSORRT}.data", *TABLES, *ENCODINGS,
     f"{ENCODINGS[0]}.data", EXECUTORCH,
 )  # fmt: skip
 """Files that `bitwright export` writes."""

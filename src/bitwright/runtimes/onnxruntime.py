@@ -25,6 +25,7 @@ TARGET = Target(
     conv_into_add=False,
     concat_shares_scale=False,
     stores=(2, 4, 8),
+    fine_weight_bits=7,
     read_bits=7,  # within 64 pairs of products do not saturate in 16 bits, on processors that add them there
     convolutions=Weights(integer=ALL_BITS),
     linears=Weights(integer=ALL_BITS),

@@ -69,8 +69,10 @@ class Target:
     """Bits of the integers that it reads from an ONNX file."""
     integer_bias_bits: int | None = FINE
     """Bits of weight and input together from which a bias is an integer of its accumulator. Below, the step of that
-    integer would be coarse against the layer's output; the layer computes in float, or rescales before it adds. Weights
-    of ``read_bits`` make it fine enough beside any input. None: the runtime adds every bias in float."""
+    integer would be coarse against the layer's output; the layer computes in float, or rescales before it adds. None:
+    the runtime adds every bias in float."""
+    fine_weight_bits: int | None = None
+    """Bits of a weight, as kernels read it, that make this step fine enough beside any input."""
     convolutions: Weights = Weights()
     transposed: Weights = Weights()
     linears: Weights = Weights()
@@ -107,7 +109,7 @@ class Target:
         """Whether a bias is an integer beside a weight, as kernels read it, and an input of these bits."""
         if self.integer_bias_bits is None:
             return False
-        enough = self.read_bits is not None and weight >= self.read_bits
+        enough = self.fine_weight_bits is not None and weight >= self.fine_weight_bits
         return enough or weight + given >= self.integer_bias_bits
 
     @property
