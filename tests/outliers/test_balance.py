@@ -91,6 +91,8 @@ def test_balanced_networks_are_written_loaded_and_checked(tmp_path: Path) -> Non
     model, x = bw.quantize(network, noise(48), "mse", rules=["act_1=w8a16"]), noise(16, seed=2)
     model.save(tmp_path / "run")
     loaded = bw.load(tmp_path / "run")
+    assert model.result["balanced"]
+    assert model.result["model"]["parameters"] == sum(p.numel() for p in network.parameters())  # without the factors
     assert model.export(tmp_path / "model.onnx", x).agreement == 1.0
     with torch.no_grad():
         assert torch.equal(loaded(x), model(x))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bitwright._version import __version__
-from bitwright.graph import rewrite
+from bitwright.graph import ops, rewrite
 from bitwright.graph.student import Student
 from bitwright.quant.quantizer import BiasQuantizer, Frozen
 
@@ -111,7 +111,8 @@ def totals(model: Student) -> dict[str, int]:
 
 def stored_values(model: Student) -> int:
     """Numbers that the float network stores: weights, biases, and parameters of what is not quantized."""
-    names = dict.fromkeys(str(n.target) for n in model.graph.graph.nodes if n.op == "get_attr")
+    read = [n for n in model.graph.graph.nodes if n.op == "get_attr"]
+    names = dict.fromkeys(str(n.target) for n in read if not all(ops.RESCALES in user.meta for user in n.users))
     count = sum(rewrite.get_tensor(model.graph, name).numel() for name in names)
     used = dict.fromkeys(str(n.target) for n in model.graph.graph.nodes if n.op == "call_module")
     frozen = [m for m in (model.graph.get_submodule(key) for key in used) if isinstance(m, Frozen)]
