@@ -164,4 +164,4 @@ def test_foreign_files_are_not_replaced(here: Path, template: Path, capsys: pyte
 
 
 def test_recipes_as_files_have_folders() -> None:
-    assert [command.folder_name(r) for r in ("eptq+evolq", "a/b c.yaml", "x.py")] == ["eptq+evolq", "b_c", "x"]
+    assert [command.folder_of_recipe(r) for r in ("eptq+evolq", "a/b c.yaml", "x.py")] == ["eptq+evolq", "b_c", "x"]
