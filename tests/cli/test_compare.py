@@ -168,7 +168,8 @@ def test_recipes_as_files_have_folders() -> None:
 
 
 def test_no_run_folders_are_named_where_all_fail(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(call(here, "--recipes", "broken.py", "--out", "none")) == 1
+    shutil.copy("broken.py", "other.py")
+    assert main(call(here, "--recipes", "broken.py,other.py", "--out", "none")) == 1
     shown = capsys.readouterr().out
     assert "Written: " in shown
     assert "run folder" not in shown
