@@ -36,6 +36,7 @@ from bitwright.run.result import describe_layers, totals
 from bitwright.sensitivity import MEASURES
 from bitwright.stages.base import Precision, Run
 from bitwright.stages.short_rows import keep_short_rows
+from bitwright.words import plural
 
 
 @step("Quantizing")
@@ -272,7 +273,8 @@ def check_budget(steps: int | Sequence[int] | None, minutes: float | None, metho
     each = tuple(whole_number("steps", n, least=0) for n in given)
     if len(each) > max(1, method.counts):
         raise UsageError(
-            f"Recipe '{method.name}' has {method.counts} stages that take steps, found {len(each)} numbers."
+            f"Recipe '{method.name}' has {plural(method.counts, 'stage that takes', 'stages that take')} steps, "
+            f"found {len(each)} numbers as steps=. Give {'one number' if method.counts < 2 else 'at most as many'}."
         )
     if minutes is not None:
         a_time("minutes", minutes)

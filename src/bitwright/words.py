@@ -313,7 +313,7 @@ _COUNTS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _SECONDS = {"": 1e-3, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
-def parse_size(text: str | float) -> float:
+def parse_size(text: str | float, name: str = "") -> float:
     """Bytes: a number with its unit, or the number of bytes.
 
     Raises:
@@ -324,11 +324,13 @@ def parse_size(text: str | float) -> float:
         (3500000.0, 3145728.0, 100000.0)
     """
     if isinstance(text, str) and _plain_number(text) is not None:
-        raise UsageError(f"Expected a size with its unit, such as 3500000B, 100kB, 3.5MB or 3MiB, found '{text}'.")
-    return _positive(text, _BYTES | {"": 1}, "a size such as 3500000B, 100kB, 3.5MB or 3MiB")
+        raise UsageError(
+            f"Expected a size with its unit, such as 3500000B, 100kB, 3.5MB or 3MiB{_as(name)}, found '{text}'."
+        )
+    return _positive(text, _BYTES | {"": 1}, "a size such as 3500000B, 100kB, 3.5MB or 3MiB", name)
 
 
-def parse_count(text: str | float) -> float:
+def parse_count(text: str | float, name: str = "") -> float:
     """A number of operations.
 
     Raises:
@@ -338,10 +340,10 @@ def parse_count(text: str | float) -> float:
         >>> parse_count("2e9"), parse_count("1.5G")
         (2000000000.0, 1500000000.0)
     """
-    return _positive(text, _COUNTS, "a number such as 2e9 or 2G")
+    return _positive(text, _COUNTS, "a number such as 2e9 or 2G", name)
 
 
-def parse_latency(text: str | float) -> float:
+def parse_latency(text: str | float, name: str = "") -> float:
     """Seconds, from milliseconds or a number with its unit.
 
     Raises:
@@ -351,10 +353,10 @@ def parse_latency(text: str | float) -> float:
         >>> parse_latency("5"), parse_latency("2.5 s")
         (0.005, 2.5)
     """
-    return _positive(text, _SECONDS, "milliseconds such as 5 or 5ms")
+    return _positive(text, _SECONDS, "milliseconds such as 5 or 5ms", name)
 
 
-def parse_ratio(text: str | float) -> float:
+def parse_ratio(text: str | float, name: str = "") -> float:
     """A compression: a number above 0.
 
     Raises:
@@ -364,10 +366,10 @@ def parse_ratio(text: str | float) -> float:
         >>> parse_ratio("6x"), parse_ratio(6)
         (6.0, 6.0)
     """
-    return _positive(text, {"": 1, "x": 1}, "a compression such as 6")
+    return _positive(text, {"": 1, "x": 1}, "a compression such as 6", name)
 
 
-def parse_share(text: str | float) -> float:
+def parse_share(text: str | float, name: str = "") -> float:
     """A fraction between 0 and 1, or percent.
 
     Raises:
@@ -379,14 +381,19 @@ def parse_share(text: str | float) -> float:
     """
     found = _value(text, {"": 1, "%": 0.01})
     if found is None or not 0 <= found <= 1:
-        raise UsageError(f"Expected a share between 0 and 1, such as 0.01 or 1%, found '{text}'.")
+        raise UsageError(f"Expected a share between 0 and 1, such as 0.01 or 1%{_as(name)}, found '{text}'.")
     return found
 
 
-def _positive(text: str | float, units: Mapping[str, float], expected: str) -> float:
+def _as(name: str) -> str:
+    """The argument that a value was given as, in a message; nothing if it has no name."""
+    return f", as {name}=" if name else ""
+
+
+def _positive(text: str | float, units: Mapping[str, float], expected: str, name: str) -> float:
     found = _value(text, units)
     if found is None or not 0 < found < math.inf:
-        raise UsageError(f"Expected {expected}, above 0, found '{text}'.")
+        raise UsageError(f"Expected {expected}, above 0{_as(name)}, found '{text}'.")
     return found
 
 

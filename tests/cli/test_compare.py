@@ -165,3 +165,11 @@ def test_foreign_files_are_not_replaced(here: Path, template: Path, capsys: pyte
 
 def test_recipes_as_files_have_folders() -> None:
     assert [command.folder_of_recipe(r) for r in ("eptq+evolq", "a/b c.yaml", "x.py")] == ["eptq+evolq", "b_c", "x"]
+
+
+def test_no_run_folders_are_named_where_all_fail(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy("broken.py", "other.py")
+    assert main(call(here, "--recipes", "broken.py,other.py", "--out", "none")) == 1
+    shown = capsys.readouterr().out
+    assert "Written: " in shown
+    assert "run folder" not in shown

@@ -18,6 +18,7 @@ from bitwright.cli import app, main
 from bitwright.cli import quantize as quantize_command
 from bitwright.cli.sources import absolute_reference
 
+COMPARE = ("compare", *NET[1:], "photos", "--recipes", "rtn,mse")
 WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "missing folder": ((*NET, "nowhere"), "'nowhere' does not exist"),
     "empty folder": ((*NET, "empty"), "Expected images in empty, found none"),
@@ -39,9 +40,62 @@ WRONG: dict[str, tuple[tuple[str, ...], str]] = {
     "activations of NaN": (("quantize", "models.py:Rare", "white"), "The output of div is not finite"),
     "wrong size": (("quantize", "models.py:Flat", "photos", "--input-size", "20"), "cannot run on images of 3x20x20"),
     "size in words": ((*NET, "photos", "--input-size", "big"), "'big'"),
-    "1 bit": ((*NET, "photos", "--weights", "1"), "Expected 2 to 8 bits for weights (or 'float'), found '1'"),
-    "9 bits": ((*NET, "photos", "--weights", "9"), "found '9'"),
-    "x bits": ((*NET, "photos", "--activations", "x"), "Expected 2 to 8 or 16 bits for activations"),
+    "1 bit": (
+        (*NET, "photos", "--weights", "1"),
+        "Expected 2 to 8 bits for weights (or 'float') as --weights, found '1'",
+    ),
+    "9 bits": ((*NET, "photos", "--weights", "9"), "as --weights, found '9'"),
+    "x bits": (
+        (*NET, "photos", "--activations", "x"),
+        "Expected 2 to 8 or 16 bits for activations (or 'float') as --activations, found 'x'",
+    ),
+    "rule with 9 bits": ((*NET, "photos", "--rule", "head=w9"), "(or 'float') in --rule 'head=w9', found '9'"),
+    "no points": (("plan", "models.py:Net", "photos", "--points", "0"), "at least 2 as --points, found 0."),
+    "one point": (("plan", "models.py:Net", "photos", "--points", "1"), "at least 2 as --points, found 1."),
+    "fewer points": (("plan", "models.py:Net", "photos", "--points", "-1"), "at least 2 as --points, found -1."),
+    "unknown measure without a limit": ((*NET, "photos", "--measure", "foo"), "as --measure, found 'foo'"),
+    "measure without a limit": (
+        (*NET, "photos", "--measure", "trace"),
+        "Expected a limit such as --target-size beside --measure, found none.",
+    ),
+    "cache without a limit": (
+        (*NET, "photos", "--cache", "scores"),
+        "Expected a limit such as --target-size beside --cache, found none.",
+    ),
+    "comparison of no samples": ((*COMPARE, "--samples", "0"), "at least 1 as --samples, found 0."),
+    "comparison of a negative seed": ((*COMPARE, "--seed", "-1"), "as --seed, found -1."),
+    "comparison in no time": ((*COMPARE, "--minutes", "0"), "minutes as --minutes, found 0.0."),
+    "comparison of negative steps": ((*COMPARE, "--steps", "-1"), "at least 0 as --steps, found -1."),
+    "comparison on an unknown device": ((*COMPARE, "--device", "tpu"), "as --device, found 'tpu'"),
+    "comparison with labels of nothing": ((*COMPARE, "--labels", "few.csv"), "--evaluate"),
+    "size of nothing": ((*NET, "photos", "--input-size", "0x3"), "width as --input-size, found '0x3'."),
+    "deviation of 0": ((*NET, "photos", "--std", "0"), "Expected numbers above 0 as --std, found 0."),
+    "groups of nothing": (
+        (*NET, "photos", "--granularity", "group", "--group-size", "0"),
+        "at least 1 as --group-size, found 0.",
+    ),
+    "steps in words": ((*NET, "photos", "--steps", "x"), "300,500, as --steps, found 'x'."),
+    "steps for no stage": (
+        (*NET, "photos", "--recipe", "optq", "--steps", "1,2,3"),
+        "steps, found 3 numbers as --steps. Give one number.",
+    ),
+    "compression to nothing": ((*NET, "photos", "--compression", "0"), "above 0, as --compression, found '0'."),
+    "drop of 2": ((*NET, "photos", "--max-drop", "2"), "or 1%, as --max-drop, found '2'."),
+    "no latency": ((*NET, "photos", "--max-latency", "0"), "above 0, as --max-latency, found '0'."),
+    "operations in X": ((*NET, "photos", "--max-bops", "2X"), "above 0, as --max-bops, found '2X'."),
+    "size without unit": ((*NET, "photos", "--target-size", "5"), "3MiB, as --target-size, found '5'."),
+    "curvature of no samples": (
+        ("sensitivity", "models.py:Net", "photos", "--samples", "0"),
+        "at least 1 as --samples, found 0.",
+    ),
+    "no probes": (("sensitivity", "models.py:Net", "photos", "--probes", "0"), "at least 2 as --probes, found 0."),
+    "check on no samples": (("export", "run", "--samples", "0"), "at least 1 as --samples, found 0."),
+    "parity on no samples": (("parity", "run", "--samples", "0"), "at least 1 as --samples, found 0."),
+    "timing in no time": (("bench", "run", "--seconds", "0"), "number of seconds as --seconds, found 0.0."),
+    "export of an ONNX file": (
+        ("export", "run/model.onnx", "--to", "tables"),
+        "Expected a run folder or its model.safetensors, found the ONNX file run/model.onnx. Give run.",
+    ),
     "rule without a layer": ((*NET, "photos", "--rule", "haed=w8"), "The closest are head"),
     "rule without bits": ((*NET, "photos", "--rule", "head"), "Expected a rule like"),
     "unknown recipe": ((*NET, "photos", "--recipe", "msee"), "Did you mean 'mse'?"),

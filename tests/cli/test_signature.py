@@ -85,12 +85,12 @@ def test_a_scheme_of_options() -> None:
     scheme = bits.scheme("4")
     assert scheme.described_bits() == {"weights": 4, "activations": 16}
     assert (scheme.granularity, scheme.group_size, len(scheme.rules)) == ("group", 32, 1)
-    with pytest.raises(UsageError, match="at least 1 channel"):
+    with pytest.raises(UsageError, match="at least 1 as group_size=, found 0"):
         BitOptions(grid=GridOptions(group_size=0)).scheme("4")
 
 
 def test_steps_that_are_no_numbers() -> None:
-    with pytest.raises(UsageError, match=r"300, or 300,500, found 'many'"):
+    with pytest.raises(UsageError, match=r"300, or 300,500, as steps=, found 'many'"):
         _ = BudgetOptions("many").numbers
 
 

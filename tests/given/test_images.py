@@ -123,7 +123,7 @@ def test_input_size_forms(value: Any, size: tuple[int, int, int]) -> None:
         ({"input_size": (4, 8, 8)}, "1 or 3 channels"),
         ({"input_size": 8, "mean": (0.1, 0.2)}, "found 2"),
         ({"input_size": 8, "mean": "a"}, "mean= as a number"),
-        ({"input_size": 8, "std": 0}, "std= above 0"),
+        ({"input_size": 8, "std": 0}, "above 0 as std=, found 0"),
         ({"input_size": 8, "interpolation": "cubic"}, "nearest, bilinear, bicubic, lanczos"),
         ({"input_size": 8, "crop_pct": 0}, "crop_pct= between"),
         ({"input_size": 8, "crop_mode": "left"}, "center, squash, border"),

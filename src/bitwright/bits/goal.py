@@ -14,7 +14,7 @@ from bitwright.words import parse_count, parse_latency, parse_ratio, parse_share
 WEIGHTS = (2, 3, 4, 5, 6, 8)
 ACTIVATIONS = (8,)
 MEASURE = "loss"
-PARSERS: dict[str, Callable[[Any], float]] = {
+PARSERS: dict[str, Callable[[Any, str], float]] = {
     "target_size": parse_size,
     "compression": parse_ratio,
     "max_bops": parse_count,
@@ -86,7 +86,7 @@ class Goal:
             of_kind(
                 name, None if isinstance(value, bool) else value, (str, int, float), "a number, or one with its unit,"
             )
-        given = {name: PARSERS[name](value) for name, value in limits.items() if value is not None}
+        given = {name: PARSERS[name](value, name) for name, value in limits.items() if value is not None}
         rivals = [name for name in ONE_OF if name in given]
         if len(rivals) > 1:
             raise UsageError(f"Expected one of {' and '.join(f'{name}=' for name in rivals)}, found both.")

@@ -23,7 +23,7 @@ from bitwright.bits.solve import Solution, pareto, reachable, solution_of, solve
 from bitwright.bits.tables import Problem
 from bitwright.errors import UsageError
 from bitwright.given import inputs
-from bitwright.given.arguments import check_alone, whole_number
+from bitwright.given.arguments import check_alone, one_of, whole_number
 from bitwright.given.images import Images
 from bitwright.graph.capture import Captured
 from bitwright.graph.student import Student, insert_quantizers
@@ -306,8 +306,7 @@ def check_goal(goal: Goal) -> None:
     Raises:
         UsageError: there is no such measure.
     """
-    if goal.measure not in MEASURES:
-        raise UsageError(f"Expected a measure out of {', '.join(MEASURES)}, found '{goal.measure}'.")
+    one_of("measure", goal.measure, tuple(MEASURES))
 
 
 def _cost(by: str) -> str:
@@ -384,8 +383,8 @@ def planned(
 def _checked(samples: int | None, points: int) -> int | None:
     """The number of images, once both numbers are known to be in range."""
     samples = None if samples is None else whole_number("samples", samples, least=1)
-    if whole_number("points", points, least=0) < 2 and points != 0:
-        raise UsageError(f"Expected at least 2 points of the curve, found {points}.")
+    if points != 0:
+        whole_number("points", points, least=2)
     return samples
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from bitwright.cli import options as opt
 from bitwright.cli.signature import Call, argument, option
 from bitwright.errors import UsageError
+from bitwright.given.arguments import SEEDS, a_time, whole_number
 
 if TYPE_CHECKING:
     from bitwright.bits.goal import Goal
@@ -64,14 +65,18 @@ class QuantizeCall(Call):
     output: str | None = opt.output_option()
     reading: opt.ImageOptions = opt.ImageOptions()
     budget: opt.BudgetOptions = opt.BudgetOptions()
-    resume: bool = option("Go on with the unfinished run in --out", False)
+    resume: bool = option("Go on with the unfinished run in --out; start anew if there is none", False)
     force: bool = option("Replace a run in --out, finished or not, and keep an ONNX file that fails its check", False)
     no_images: bool = opt.no_images_option()
     dry_run: bool = option("Show what would be quantized, but calibrate nothing and write nothing", False)
 
     def check(self) -> None:
-        """Reads limits, bits, the plan and the budget."""
-        _ = self.goal, self.scheme, self.budget.number_format, self.budget.numbers
+        """Reads limits, bits, the plan, counts and the budget."""
+        if self.data.samples is not None:
+            whole_number("samples", self.data.samples, least=1)
+        whole_number("seed", self.seed, least=0, below=SEEDS)
+        self.budget.check()
+        _ = self.goal, self.scheme
 
     @cached_property
     def goal(self) -> Goal | None:
@@ -84,7 +89,20 @@ class QuantizeCall(Call):
         for name, value in (("--weights", self.weights), ("--activations", self.bits.activations)):
             if "," in (value or ""):
                 raise UsageError(f"Several bits ({name}) are for a plan: give a limit too, such as --compression 8.")
+        self._check_unplanned()
         return None
+
+    def _check_unplanned(self) -> None:
+        """Refuses what says how to plan where nothing is planned."""
+        from bitwright.bits.goal import MEASURE, Goal
+
+        if self.measure != MEASURE:
+            from bitwright.bits.planning import check_goal
+
+            check_goal(Goal(measure=self.measure))
+        for name, given in (("measure", self.measure != MEASURE), ("cache", self.cache is not None)):
+            if given:
+                raise UsageError(f"Expected a limit such as target_size= beside {name}=, found none.")
 
     @cached_property
     def scheme(self) -> Scheme:
@@ -183,6 +201,11 @@ class SensitivityCall(Call):
     reading: opt.ImageOptions = opt.ImageOptions()
     force: bool = opt.force_files_option()
 
+    def check(self) -> None:
+        """Reads the number of images."""
+        if self.samples is not None:
+            whole_number("samples", self.samples, least=1)
+
 
 @dataclass(frozen=True)
 class PlanCall(Call):
@@ -219,7 +242,8 @@ class PlanCall(Call):
     force: bool = opt.force_files_option()
 
     def check(self) -> None:
-        """Reads limits and bits."""
+        """Reads limits, bits and counts."""
+        whole_number("points", self.points, least=2)
         _ = self.goal, self.scheme
 
     @cached_property
@@ -252,6 +276,10 @@ class ExportCall(Call):
     reading: opt.ImageOptions = opt.ImageOptions()
     force: bool = option("Keep a file that fails the check", False)
 
+    def check(self) -> None:
+        """Reads the number of images."""
+        whole_number("samples", self.samples, least=1)
+
 
 @dataclass(frozen=True)
 class CompareCall(Call):
@@ -276,7 +304,9 @@ class CompareCall(Call):
     steps: int | None = opt.budget_option("Steps of the optimisation, for every recipe that optimises")
     minutes: float | None = opt.budget_option("Minutes per recipe instead of --steps")
     precision: str = opt.precision_option()
-    resume: bool = option("Keep the finished runs in --out and go on with the others", False)
+    resume: bool = option(
+        "Keep the finished runs in --out and go on with the others; start anew if there are none", False
+    )
     force: bool = option("Replace the runs in --out", False)
     no_images: bool = opt.no_images_option()
 
@@ -327,6 +357,10 @@ class BenchCall(Call):
     seconds: float = option("Seconds for all timings together, not counting warm-up", 20.0)
     runtime: list[str] | None = opt.runtime_option()
 
+    def check(self) -> None:
+        """Reads the seconds."""
+        a_time("seconds", self.seconds, "seconds")
+
 
 @dataclass(frozen=True)
 class ParityCall(Call):
@@ -347,6 +381,10 @@ class ParityCall(Call):
     samples: int = option("Most images to compare on, spread evenly over IMAGES", 32)
     float_model: str | None = option("The float network; a run knows its own unless it is Python code", flag="--float")
     reading: opt.ImageOptions = opt.ImageOptions()
+
+    def check(self) -> None:
+        """Reads the number of images."""
+        whole_number("samples", self.samples, least=1)
 
 
 @dataclass(frozen=True)
@@ -406,7 +444,7 @@ class StudyCall(Call):
     device: str = opt.device_option()
     output: str | None = opt.output_option()
     reading: opt.ImageOptions = opt.ImageOptions()
-    resume: bool = option("Go on with the interrupted study in --out", False)
+    resume: bool = option("Go on with the interrupted study in --out; start anew if there is none", False)
     force: bool = option("Replace the files of an earlier study in --out", False)
 
 

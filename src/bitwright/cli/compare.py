@@ -71,6 +71,7 @@ def compare(call: CompareCall, terminal: Terminal) -> None:
         BitwrightError: some of the runs failed, all of which it names.
     """
     recipes = parse_recipes(call.recipes)
+    quantize.check_shared(call.each)
     out = (call.out or Path("comparison")).expanduser().absolute()
     folders = {recipe: out / folder_of_recipe(recipe) for recipe in recipes}
     entries: list[Entry] = []
@@ -176,4 +177,6 @@ def show(rows: Sequence[dict[str, Any]], verdict: str, page: Path, terminal: Ter
     for row in rows:
         if row["error"] is not None:
             terminal.show(f"{row['run']} failed: {row['error']}")
-    terminal.show(f"Written: {page}, and a run folder for each recipe beside it")
+    failed = [row["error"] is not None for row in rows]
+    beside = f", and a run folder for each {'other ' if any(failed) else ''}recipe beside it"
+    terminal.show(f"Written: {page}{'' if all(failed) else beside}")

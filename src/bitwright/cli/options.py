@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from bitwright.cli.signature import argument, option
 from bitwright.errors import UsageError
-from bitwright.given.arguments import one_of
+from bitwright.given.arguments import a_time, one_of, whole_number
 
 if TYPE_CHECKING:
     from bitwright.bits.goal import Goal
@@ -96,8 +96,8 @@ class GridOptions:
 
         if self.granularity not in GRANULARITIES:
             raise UsageError(f"Expected a granularity out of {', '.join(GRANULARITIES)}, found '{self.granularity}'.")
-        if self.group_size is not None and self.group_size < 1:
-            raise UsageError(f"Expected a group of at least 1 channel, found {self.group_size}.")
+        if self.group_size is not None:
+            whole_number("group_size", self.group_size, least=1)
         if self.group_size is not None and self.granularity not in {"group", "head"}:
             raise UsageError("Expected --granularity group or head beside --group-size, found neither. Leave it out.")
         rules = tuple(Rule.parse(text) for text in rule or ())
@@ -239,7 +239,23 @@ class BudgetOptions:
         try:
             return None if self.steps is None else tuple(int(part) for part in self.steps.split(","))
         except ValueError:
-            raise UsageError(f"Expected a number of steps such as 300, or 300,500, found '{self.steps}'.") from None
+            raise UsageError(
+                f"Expected a number of steps such as 300, or 300,500, as steps=, found '{self.steps}'."
+            ) from None
+
+    def check(self) -> None:
+        """Reads all of it.
+
+        Raises:
+            UsageError: a number is out of range, both budgets are given, or there is no such format.
+        """
+        for number in self.numbers or ():
+            whole_number("steps", number, least=0)
+        if self.minutes is not None:
+            if self.steps is not None:
+                raise UsageError("Expected steps= or minutes=, found both.")
+            a_time("minutes", self.minutes)
+        _ = self.number_format
 
     @property
     def number_format(self) -> Precision:

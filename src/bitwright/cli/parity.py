@@ -46,8 +46,6 @@ def _compared(run: str, call: ParityCall, terminal: Terminal) -> dict[str, Any]:
         UsageError: the run is unfinished, a file of it is missing or damaged, or a runtime is not installed.
     """
     batches, chosen = counts(call.batch, "--batch") or (), _runtimes(call.runtime)
-    if call.samples < 1:
-        raise UsageError(f"Expected at least 1 image, found --samples {call.samples}.")
     folder = Path(run).expanduser()
     folder = folder.parent if folder.is_file() else folder
     terminal.begin("Loading")

@@ -106,14 +106,23 @@ def _settings(call: QuantizeCall) -> dict[str, Any]:
     }
 
 
+def check_shared(call: QuantizeCall) -> None:
+    """Finds what is wrong with a call whatever its recipe is.
+
+    Raises:
+        UsageError: there is no such device, or there are labels of nothing.
+    """
+    find_device(call.device)
+    if call.data.labels is not None and call.data.evaluate is None:
+        raise UsageError("Labels are used for evaluation only. Give the images they belong to with --evaluate.")
+
+
 def find_inputs(call: QuantizeCall, terminal: Terminal) -> Inputs:
     """Loads the model, opens the images, and finds what can be wrong with them before the long work starts."""
     api.check_budget(call.budget.numbers, call.budget.minutes, find_recipe(call.recipe))
-    find_device(call.device)
+    check_shared(call)
     if call.goal is not None:
         planning.check_goal(call.goal)
-    if call.data.labels is not None and call.data.evaluate is None:
-        raise UsageError("Labels are used for evaluation only. Give the images they belong to with --evaluate.")
     terminal.begin("Loading the network")
     network = load_model(call.network.model, **call.reading.preprocessing)
     terminal.begin("Opening the images")

@@ -73,6 +73,10 @@ def load_run(reference: str) -> Student:
         UsageError: there is none.
     """
     path = Path(reference).expanduser()
+    if path.suffix == ".onnx" and path.is_file():
+        raise UsageError(
+            f"Expected a run folder or its {run_folder.MODEL}, found the ONNX file {path}. Give {path.parent}."
+        )
     run_folder.settle(path)
     if path.is_dir() and not (path / run_folder.MODEL).is_file():
         unfinished = (

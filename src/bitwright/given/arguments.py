@@ -122,7 +122,7 @@ def of_kind(name: str, value: Any, kind: type | tuple[type, ...], what: str) -> 
         raise UsageError(f"Expected {what} as {name}=, found {_said(value)}.")
 
 
-def a_time(name: str, value: Any) -> float:
+def a_time(name: str, value: Any, unit: str = "minutes") -> float:
     """A finite number above 0.
 
     Raises:
@@ -130,7 +130,7 @@ def a_time(name: str, value: Any) -> float:
     """
     number = not isinstance(value, bool | str) and hasattr(value, "__float__")
     if not number or not 0 < float(value) < float("inf"):
-        raise UsageError(f"Expected a positive number of minutes as {name}=, found {_said(value)}.")
+        raise UsageError(f"Expected a positive number of {unit} as {name}=, found {_said(value)}.")
     return float(value)
 
 

@@ -72,7 +72,7 @@ class Preprocessing(BaseModel):
         parsed["mean"] = _per_channel("mean", settings.get("mean", 0.0), size[0])
         parsed["std"] = _per_channel("std", settings.get("std", 1.0), size[0])
         if min(parsed["std"]) <= 0:
-            raise UsageError(f"Expected std= above 0, found {parsed['std']}.")
+            raise UsageError(f"Expected numbers above 0 as std=, found {min(parsed['std']):g}.")
         _one_of("interpolation", parsed.get("interpolation", "bicubic"), tuple(_RESAMPLING))
         _one_of("crop_mode", parsed.get("crop_mode", "center"), _CROP_MODES)
         parsed["crop_pct"] = _number("crop_pct", parsed.get("crop_pct", 1.0))
@@ -121,9 +121,9 @@ def parse_input_size(value: Any) -> tuple[int, int, int]:
         >>> parse_input_size("224x320")
         (3, 224, 320)
     """
-    expected = "input_size as 224, 224x320 (height x width) or channels x height x width"
+    expected = "224, 224x320 (height x width) or channels x height x width as input_size="
     if value is None:
-        raise UsageError(f"Expected {expected}, found none. Give input_size=.")
+        raise UsageError(f"Expected {expected}, found none.")
     parts = str(value).lower().split("x") if isinstance(value, str | int) else list(value)
     try:
         size = tuple(int(part) for part in parts)

@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from bitwright.errors import UsageError
+from bitwright.given.arguments import as_rules
 from bitwright.runtimes import RUNTIMES, target
 from bitwright.runtimes.target import Target
 
@@ -32,8 +33,12 @@ GROUP_SIZE = 64
 """Input channels of a group where nothing is said."""
 
 
-def parse_weight_bits(text: str | int | None) -> Bits:
+def parse_weight_bits(text: str | int | None, where: str = "as weights=") -> Bits:
     """2 to 8, or ``float``.
+
+    Args:
+        text: what is given.
+        where: it is given, for the message.
 
     Raises:
         UsageError: anything else.
@@ -42,19 +47,23 @@ def parse_weight_bits(text: str | int | None) -> Bits:
         >>> parse_weight_bits("4"), parse_weight_bits("float")
         (4, None)
     """
-    return _parse_bits(text, WEIGHT_BITS, "weights", "2 to 8")
+    return _parse_bits(text, WEIGHT_BITS, "2 to 8 bits for weights", where)
 
 
-def parse_activation_bits(text: str | int | None) -> Bits:
+def parse_activation_bits(text: str | int | None, where: str = "as activations=") -> Bits:
     """2 to 8, 16, or ``float``.
+
+    Args:
+        text: what is given.
+        where: it is given, for the message.
 
     Raises:
         UsageError: anything else.
     """
-    return _parse_bits(text, ACTIVATION_BITS, "activations", "2 to 8 or 16")
+    return _parse_bits(text, ACTIVATION_BITS, "2 to 8 or 16 bits for activations", where)
 
 
-def _parse_bits(text: str | int | None, allowed: Iterable[int], what: str, described: str) -> Bits:
+def _parse_bits(text: str | int | None, allowed: Iterable[int], described: str, where: str) -> Bits:
     if text is None or text == "float":
         return None
     try:
@@ -62,7 +71,7 @@ def _parse_bits(text: str | int | None, allowed: Iterable[int], what: str, descr
     except ValueError:
         bits = -1
     if bits not in allowed:
-        raise UsageError(f"Expected {described} bits for {what} (or 'float'), found '{text}'.")
+        raise UsageError(f"Expected {described} (or 'float') {where}, found '{text}'.")
     return bits
 
 
@@ -90,11 +99,11 @@ class Rule(BaseModel):
         match = re.fullmatch(r"(?P<pattern>.+)=(?:w(?P<w>\d+|float))?(?:a(?P<a>\d+|float))?", text.strip())
         if match is None or not (match["w"] or match["a"]):
             raise UsageError(f"Expected a rule like 'blocks.0.*=w8a8', found '{text}'.")
-        weights, activations = match["w"], match["a"]
+        weights, activations, where = match["w"], match["a"], f"in {as_rules([text])}"
         return cls(
             pattern=match["pattern"],
-            weights=None if weights is None else parse_weight_bits(weights) or "float",
-            activations=None if activations is None else parse_activation_bits(activations) or "float",
+            weights=None if weights is None else parse_weight_bits(weights, where) or "float",
+            activations=None if activations is None else parse_activation_bits(activations, where) or "float",
         )
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from bitwright.curvature.hessian import Curvature, Data, Group, Matrix, spectra, traces, weight_groups
 from bitwright.curvature.spectrum import Spectrum
 from bitwright.errors import UsageError
+from bitwright.given.arguments import whole_number
 from bitwright.given.images import Images, load_images
 from bitwright.given.inputs import as_model, find_device, prepare_teacher
 from bitwright.given.models import Model
@@ -74,11 +75,10 @@ class CurvatureSettings:
         """
         if self.matrix not in MEANINGS:
             raise UsageError(f"Expected a matrix out of {', '.join(MEANINGS)}, found '{self.matrix}'.")
-        if parse_weight_bits(self.bits) is None:
+        if parse_weight_bits(self.bits, "as bits=") is None:
             raise UsageError("Expected 2 to 8 bits for weights to rank layers at, found 'float'.")
         for name, least in (("eigenvalues", 0), ("steps", 1), ("spectrum_samples", 1), ("probes", 2)):
-            if getattr(self, name) < least:
-                raise UsageError(f"Expected at least {least} {name.replace('_', ' ')}, found {getattr(self, name)}.")
+            whole_number(name, getattr(self, name), least=least)
         if self.channels is not None and not 0 <= self.channels <= 1:
             raise UsageError(f"Expected a share of channels between 0 and 1, found {self.channels:g}.")
         if self.eigenvalues > self.steps:
@@ -268,8 +268,8 @@ def _images(source: Any, network: Model, labels: Any, samples: int | None, skip_
         images = source
     else:
         images = load_images(source, network.preprocessing, labels=labels, skip_unreadable=skip_unreadable)
-    if samples is not None and samples < 1:
-        raise UsageError(f"Expected at least one sample, found {samples}.")
+    if samples is not None:
+        whole_number("samples", samples, least=1)
     return images.sample(min(samples or SAMPLES, len(images)), seed=0)
 
 

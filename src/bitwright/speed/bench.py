@@ -14,6 +14,7 @@ import numpy as np
 
 from bitwright._version import __version__
 from bitwright.errors import UsageError
+from bitwright.given.arguments import a_time
 from bitwright.given.text import read_json
 from bitwright.progress import Progress, silent
 from bitwright.run.files import write_json
@@ -145,8 +146,7 @@ def _check(batches: Sequence[int], threads: Sequence[int], seconds: float) -> No
     for what, values, most in (("images", batches, MOST_IMAGES), ("threads", threads, MOST_THREADS)):
         if max(values) > most:
             raise UsageError(f"Expected at most {most} {what}, found {max(values)}.")
-    if not 0 < seconds < float("inf"):
-        raise UsageError(f"Expected a positive number of seconds, found {seconds}.")
+    a_time("seconds", seconds, "seconds")
 
 
 def _files(path: Path, scratch: Path) -> _Files:
