@@ -306,3 +306,19 @@ def test_biases_know_how_large_the_output_is_that_they_are_added_to() -> None:
         spread = value.detach().double()
         expected = float((spread - spread.mean()).square().sum() / (spread.numel() - 1)) ** 0.5
         assert learner.biases[f"{point.layer}.bias"].size == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["residual", "transformer", "called_twice"])
+def test_a_bias_of_a_coarse_step_is_learned_as_it_will_be(name: str) -> None:
+    """At 3 and 4 bits, where a bias that is rounded only afterwards moves the outputs."""
+    student = calibrated(name, weights=3, activations=4)
+    learner = learner_of(name, student)
+    with torch.no_grad():
+        for bias in learner.biases.values():
+            bias.bias.add_(0.37 * bias.bias.std() + 0.01)
+    x = images(3, seed=5)
+    outputs = learner(x)[0]
+    outputs[0].sum().backward()
+    assert any(b.bias.grad is not None and b.bias.grad.any() for b in learner.biases.values())
+    learner.absorb(student)
+    assert_same([o.detach() for o in outputs], student.flat(x))

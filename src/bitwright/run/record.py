@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -18,7 +18,6 @@ from bitwright.quant.scheme import Scheme
 from bitwright.run.result import SCHEMA, LayerRow, environment, peak_memory_bytes
 
 if TYPE_CHECKING:
-    from bitwright.bits.planning import Decision
     from bitwright.export.parity import Parity
     from bitwright.given.images import Images
     from bitwright.given.preprocessing import Preprocessing
@@ -26,6 +25,13 @@ if TYPE_CHECKING:
 
 SIZE_TOLERANCE = 0.02
 """Share by which the size of a file may differ from the planned one without a warning."""
+
+
+class PlanRecord(Protocol):
+    """How the bits of a run were chosen: a :class:`bitwright.bits.planning.Decision`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``result.json`` says of it."""
 
 
 class StageRecord(BaseModel):
@@ -272,7 +278,7 @@ class RunRecord:
     outliers: Outliers
     warnings: list[str]
     origin: Origin | None = None
-    plan: Decision | None = None
+    plan: PlanRecord | None = None
 
     def result(self) -> dict[str, Any]:
         """As ``result.json`` has it: ``stages`` has every stage in order, the key of a kind its last stage."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
@@ -62,9 +63,11 @@ class Learner(nn.Module):
         self.biases: dict[str, LearnedBias] = {}
         self.activations: dict[str, LearnedActivation] = {}
         self._keys: dict[str, str] = {}
+        self._coarse: dict[str, BiasQuantizer] = {}
         for node in list(self.graph.graph.nodes):
             if node.op == "call_module":
                 self._replace(node, variables)
+        self._round_biases()
         self._find_biases(variables)
         self.graph.graph.lint()
         self.graph.recompile()
@@ -98,14 +101,16 @@ class Learner(nn.Module):
         if stored not in self.biases:
             self.biases[stored] = LearnedBias(rewrite.get_tensor(self.graph, stored), learn=variables.biases)
             if quantizer.calibrated and quantizer.bits < FINE:
-                self.biases[stored].step = lambda: self._step(quantizer)
+                self._coarse[stored] = quantizer
         setattr(self.graph, str(node.target), self.biases[stored])
 
-    def _step(self, bias: BiasQuantizer) -> Tensor:
-        """Of a bias, from the steps of its input and its weight as they are now."""
-        given = next((a.scale() for a in self.activations.values() if a.name == bias.source.name), bias.source.scale)
-        weight = next((w.scale() for w in self.weights.values() if w.name == bias.weight.name), bias.weight.scale)
-        return given * weight * 2.0**-bias.weight.shift
+    def _round_biases(self) -> None:
+        """Biases whose step is coarse are learned on it, from the steps of input and weight as they are."""
+        inputs = {m.name: m for m in self.activations.values()}
+        weights = {m.name: m for m in self.weights.values()}
+        for stored, bias in self._coarse.items():
+            given, weight = inputs.get(bias.source.name, bias.source), weights.get(bias.weight.name, bias.weight)
+            self.biases[stored].step = partial(_bias_step, given, weight, bias.weight.shift)
 
     def _find_biases(self, variables: Variables) -> None:
         """Biases that stay float are variables as well."""
@@ -182,3 +187,9 @@ class Learner(nn.Module):
         for key, activation in self.activations.items():
             quantizer = student.quantizer(key)
             quantizer.set_range(activation.scale().reshape(quantizer.scale.shape), quantizer.zero_point)
+
+
+def _bias_step(given: LearnedActivation | Quantizer, weight: LearnedWeight | Quantizer, shift: int) -> Tensor:
+    """Of a bias, [C_out] or [1]."""
+    steps = (m.scale if isinstance(m, Quantizer) else m.scale() for m in (given, weight))
+    return next(steps) * next(steps) * 2.0**-shift
