@@ -25,6 +25,7 @@ from bitwright.export import clips
 from bitwright.export.clips import READS_INTEGER_BIAS, Span
 from bitwright.export.edit import drop_unused, initializer, insert_node, shared
 from bitwright.export.forms import rewrite_forms
+from bitwright.export.functions import join_functions
 from bitwright.graph import ops, rewrite
 from bitwright.graph.explain import recorded_line
 from bitwright.graph.student import Student
@@ -78,12 +79,14 @@ def to_onnx(model: Student, target: Target | None = None, form: QdqForm | None =
     """
     marked, modules = _mark(model)
     target = target or model.scheme.target
-    form = form or QdqForm(
+    written = form or QdqForm(
         _replace_activation, partial(replace_integers, target=target), rewrite_forms, lambda m: opset(m, target)
     )
-    program = _translate(marked, model, form.opset(model))
+    program = _translate(marked, model, written.opset(model))
     _forget_provenance(program)
-    _replace_marks(program, modules, form)
+    _replace_marks(program, modules, written)
+    if form is None:
+        join_functions(program, target)
     _share_bias_steps(program.graph)
     _rename_outputs(program, model)
     program.producer_name, program.producer_version = "bitwright", __version__

@@ -30,6 +30,7 @@ TARGET = Target(
     convolutions=Weights(integer=ALL_BITS),
     linears=Weights(integer=ALL_BITS),
     integer_inputs=ALL_BITS,
+    kernels=frozenset({"QuickGelu"}),
 )
 
 

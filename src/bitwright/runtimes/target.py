@@ -88,6 +88,8 @@ class Target:
     """Bits of activations that integer kernels read."""
     ragged_groups: bool = True
     """Whether the last group of input channels may be smaller than the others."""
+    kernels: frozenset[str] = frozenset()
+    """Operators of its own that a file may use, if it defines them for other readers (``export/functions.py``)."""
     power_of_two_scales: bool = False
     """Whether every scale must be a power of two, so that rescaling is a shift."""
 
