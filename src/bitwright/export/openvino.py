@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import onnx_ir as ir
 from torch import Tensor
 
+from bitwright.export.edit import drop_unused, initializer
 from bitwright.export.onnx import to_onnx
 from bitwright.export.parity import Parity, check_parity
 from bitwright.export.recurrent import store_weights
 from bitwright.graph.student import Student
 from bitwright.graph.supported import check_supported
 from bitwright.runtimes.openvino import OPENVINO, openvino, openvino_file, openvino_session, save_openvino
-
-INTEGERS = frozenset({"i4", "u4", "i8", "u8", "i16", "u16", "i32"})
 
 
 def check_openvino(model: Student) -> None:
@@ -41,6 +42,7 @@ def write_openvino(model: Student, path: Path, images: Tensor) -> Parity:
     check_openvino(model)
     program = to_onnx(model, OPENVINO.target)
     store_weights(program)
+    store_biases(program.graph)
     save_openvino(program, path)
     return check_parity(
         model,
@@ -50,3 +52,19 @@ def write_openvino(model: Student, path: Path, images: Tensor) -> Parity:
         opener=openvino_session,
         file=openvino_file(path),
     )
+
+
+def store_biases(graph: ir.Graph) -> None:
+    """Writes biases as the floats that their integers stand for, in half of the bytes.
+
+    OpenVINO adds every bias in float, also to integer products, and would store a step per channel beside the integers.
+    """
+    for node in list(graph):
+        codes, step = (None if v is None else v.const_value for v in (*node.inputs, None, None)[:2])
+        if node.op_type != "DequantizeLinear" or codes is None or step is None or codes.dtype != ir.DataType.INT32:
+            continue
+        (value,) = node.outputs
+        floats = codes.numpy().astype(np.float32) * step.numpy()
+        value.replace_all_uses_with(initializer(graph, f"{value.name}/float", floats))
+        graph.remove(node, safe=True)
+    drop_unused(graph)
