@@ -138,10 +138,11 @@ def quantize(
     with heard() as said:
         run = _as_run(method, seed, device, progress, steps, minutes, precision)
         network = as_model(model, preprocessing)
-        data = calibration_images(images, network, samples, skip_unreadable)
+        given = calibration_images(images, network, samples, skip_unreadable, labelled=method.reads_labels)
+        data = given.unlabelled()
         with run.timed("capture"):
             teacher = prepare_teacher(network, data, output)
-            _check_stages(method, insert_as(teacher, scheme, plan), teacher, data)
+            _check_stages(method, insert_as(teacher, scheme, plan), teacher, given)
         teacher, scheme = mend_outliers(teacher, scheme, plan, data, method, run, raise_some=raise_some)
         decided = None
         if goal is not None:
@@ -151,8 +152,9 @@ def quantize(
         teacher.graph.to(run.device)
         student.to(run.device)
         budget = (run.steps_each, minutes, precision)
-        identity = f"{student.scheme} {method} {run.seed} {budget} {data.sha256} {tensor_digest(teacher.graph)}"
-        student = run_stages(method, student, teacher, data, run, state=state, identity=identity)
+        labels = f" {given.labels_sha256}" if method.reads_labels else ""
+        identity = f"{student.scheme} {method} {run.seed} {budget} {data.sha256} {tensor_digest(teacher.graph)}{labels}"
+        student = run_stages(method, student, teacher, given, run, state=state, identity=identity)
         with run.timed("advice"):
             lines = [*check_answers(student, data, run), *advise(student, data, run)]
         for line in lines:

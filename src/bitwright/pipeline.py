@@ -40,7 +40,7 @@ def run_stages(
         recipe: its stages.
         student: with quantizers that are not calibrated yet.
         teacher: the float network; never changed.
-        images: without labels.
+        images: whose labels reach those stages alone that read them.
         run: seed, device, progress; it gets the record of each stage.
         state: folder for the checkpoint; none is kept without.
         identity: what the run depends on; a checkpoint of another identity is refused.
@@ -72,7 +72,7 @@ def _record(stage: Stage, student: Student, teacher: Captured, images: Images, r
     """Runs a stage, after which the run has one record more: the stage's own, or a plain one."""
     count, before = len(run.records), run.seconds.get(stage.kind, 0.0)
     with run.timed(stage.kind), heard(everything=True) as said:
-        student = stage.run(student, teacher, images.unlabelled(), run)
+        student = stage.run(student, teacher, images if stage.reads_labels else images.unlabelled(), run)
     if len(run.records) == count:
         run.records.append(StageRecord(kind=stage.kind))
     run.records[-1].seconds = round(run.seconds[stage.kind] - before, 3)

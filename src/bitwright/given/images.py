@@ -189,6 +189,11 @@ class Images:
                 digest.update(hashlib.sha256(name.encode()).digest() + content)
         return digest.hexdigest()
 
+    @property
+    def labels_sha256(self) -> str:
+        """Hex digest of the labels; of nothing where there are none."""
+        return hashlib.sha256(b"" if self.labels is None else self.labels.numpy().tobytes()).hexdigest()
+
     def take(self, positions: Sequence[int]) -> Images:
         """The images at these positions, in the order given; a view that shares decoded pixels."""
         labels, masks = (None if x is None else x[list(positions)] for x in (self.labels, self.masks))

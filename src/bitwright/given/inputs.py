@@ -67,8 +67,17 @@ def find_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def calibration_images(source: Any, network: Model, samples: int | None, skip_unreadable: bool) -> Images:
+def calibration_images(
+    source: Any, network: Model, samples: int | None, skip_unreadable: bool, *, labelled: bool = False
+) -> Images:
     """The images that calibration takes: evenly spread, unlabelled, :data:`DEFAULT_SAMPLES` at most if not said.
+
+    Args:
+        source: in any form.
+        network: whose preprocessing they get.
+        samples: how many; all of them if not said and ``labelled``.
+        skip_unreadable: go on when a file cannot be decoded.
+        labelled: for a recipe that trains with labels, which keeps them.
 
     Raises:
         UsageError: none are asked for, or there are none.
@@ -79,10 +88,14 @@ def calibration_images(source: Any, network: Model, samples: int | None, skip_un
         source
         if isinstance(source, Images)
         else load_images(
-            source, network.preprocessing, skip_unreadable=skip_unreadable, most=samples or DEFAULT_SAMPLES
+            source,
+            network.preprocessing,
+            skip_unreadable=skip_unreadable,
+            most=samples or (None if labelled else DEFAULT_SAMPLES),
         )
     )
     if samples is not None and samples > len(images):
         warnings.warn(f"{samples} images were asked for, there are {len(images)}; all are used.", stacklevel=3)
-    count = min(samples or DEFAULT_SAMPLES, len(images))
-    return without_spoilt(images.sample(count, seed=0).unlabelled())
+    count = min(samples or (len(images) if labelled else DEFAULT_SAMPLES), len(images))
+    chosen = images.sample(count, seed=0)
+    return without_spoilt(chosen if labelled else chosen.unlabelled())

@@ -63,6 +63,11 @@ class Recipe(BaseModel):
         return self.counts > 0
 
     @property
+    def reads_labels(self) -> bool:
+        """Whether a stage trains with labels."""
+        return any(stage.reads_labels for stage in self.stages)
+
+    @property
     def counts(self) -> int:
         """How many stages take steps."""
         return sum(isinstance(stage, Optimising) for stage in self.stages)

@@ -106,6 +106,8 @@ class Stage(BaseModel):
     kind: ClassVar[str]
     layerwise: ClassVar[bool] = False
     """Whether it rounds each layer by itself, from the float network's values: other layers' bits do not matter."""
+    reads_labels: ClassVar[bool] = False
+    """Whether it is given the images' labels. Every other stage is given images without."""
     record: ClassVar[type[StageRecord]] = StageRecord
     """The class of what it tells, for a stage that appends a record of its own to ``run.records``."""
     registry: ClassVar[dict[str, type[Stage]]] = {}

@@ -6,13 +6,12 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from bitwright.run import checkpoint
 from bitwright.stages.base import Run
-from bitwright.stages.tuning import Tuner
 
 CHECKPOINT = "reconstruct.safetensors"
 CHECKPOINT_SECONDS = 20.0
@@ -30,6 +29,18 @@ class Pace:
     compiled: bool
     step_seconds: dict[str, float]
     """Measured, for one step each way; of all units together."""
+
+
+class Resumable(Protocol):
+    """An optimisation that can go on from a state."""
+
+    step: int
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next steps depend on."""
+
+    def load(self, state: dict[str, Tensor], step: int) -> None:
+        """Goes on from a state."""
 
 
 class KeptState:
@@ -63,7 +74,7 @@ class KeptState:
         found._state = int(header["step"]), {n: t for n, t in tensors.items() if not n.startswith(DONE)}
         return found
 
-    def load(self, tuner: Tuner) -> None:
+    def load(self, tuner: Resumable) -> None:
         """Puts the tuner where the unfinished run was; keeps the plan, if this is the first run."""
         if self._state is not None:
             step, tensors = self._state
@@ -75,7 +86,7 @@ class KeptState:
         else:
             self.write_if_due(tuner)
 
-    def write_if_due(self, tuner: Tuner) -> None:
+    def write_if_due(self, tuner: Resumable) -> None:
         """Once the time since the last one makes its cost small."""
         passed = time.perf_counter() - self.last
         if self.path is None or passed < max(CHECKPOINT_SECONDS, self.cost / CHECKPOINT_SHARE):
@@ -85,7 +96,7 @@ class KeptState:
         self.last = time.perf_counter()
         self.cost = self.last - start
 
-    def write(self, tuner: Tuner, path: Path) -> None:
+    def write(self, tuner: Resumable, path: Path) -> None:
         """Beside the one before, which is used if this one is damaged."""
         header = {
             "identity": _identity(self.run),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
@@ -18,7 +18,8 @@ from bitwright.memory import saved_bytes
 from bitwright.quant.learned import rounding_regularizer
 from bitwright.stages.learner import Learner
 from bitwright.stages.losses import weighted_distance
-from bitwright.stages.schedules import Anneal, Dampen, Learn
+from bitwright.stages.optimizers import parts_of
+from bitwright.stages.schedules import Anneal, Dampen
 
 if TYPE_CHECKING:
     from bitwright.stages.reconstruct import Reconstruct
@@ -216,7 +217,7 @@ class Tuner:
         """Samples in one forward pass; the rest of a batch follows, and gradients add up."""
         self.network: Callable[..., tuple[list[Tensor], list[Tensor]]] = learner
         self.of_point = learner.of_point()
-        self.parts = _parts(learner, settings)
+        self.parts = parts_of(learner, settings)
 
     @property
     def batch(self) -> int:
@@ -334,9 +335,7 @@ class Tuner:
         """Everything that the next steps depend on."""
         found = {f"variables/{n}": p.detach() for n, p in self.learner.named_parameters()}
         for i, part in enumerate(self.parts):
-            for j, p in enumerate(part.parameters):
-                for key, value in part.optimizer.state.get(p, {}).items():
-                    found[f"optimizer/{i}/{j}/{key}"] = torch.as_tensor(value).detach()
+            found |= {f"optimizer/{i}/{name}": tensor for name, tensor in part.state().items()}
         return found
 
     def state_copy(self) -> dict[str, Tensor]:
@@ -349,68 +348,14 @@ class Tuner:
             for name, p in self.learner.named_parameters():
                 p.copy_(state[f"variables/{name}"])
         for i, part in enumerate(self.parts):
-            for j, p in enumerate(part.parameters):
-                prefix = f"optimizer/{i}/{j}/"
-                kept = {n.removeprefix(prefix): t.clone() for n, t in state.items() if n.startswith(prefix)}
-                if kept:
-                    part.optimizer.state[p] = {
-                        n: t if n == "step" else t.to(p.device).to(memory_format=_format(p)) for n, t in kept.items()
-                    }
+            prefix = f"optimizer/{i}/"
+            part.load({n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)})
         self.step = step
 
 
 def as_channels_last(images: Tensor) -> Tensor:
     """In the order in which convolutions are fastest; videos as they are."""
     return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
-
-
-def _format(p: Tensor) -> torch.memory_format:
-    last = p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format
-
-
-@dataclass
-class _Part:
-    """One kind of variable with its optimizer; rates relative to a parameter's size where that is its scale."""
-
-    optimizer: torch.optim.Optimizer
-    learn: Learn
-    parameters: list[torch.nn.Parameter]
-    sizes: list[float]
-
-    def set_rate(self, progress: float) -> None:
-        rate = self.learn.rate_at(progress)
-        for group, size in zip(self.optimizer.param_groups, self.sizes, strict=True):
-            group["lr"] = rate * size
-
-
-def _parts(learner: Learner, settings: Reconstruct) -> list[_Part]:
-    weights = list(learner.weights.values())
-    activations = learner.activations.values()
-    found = [
-        _part([(w.codes, 1.0) for w in weights], settings.codes),
-        _part([(w.step, float(w.step.detach().mean())) for w in weights], settings.weight_step),
-        _part([(b.bias, b.size) for b in learner.biases.values()], settings.bias),
-        _part([(a.step, float(a.step.detach())) for a in activations], settings.activation_step),
-    ]
-    return [p for p in found if p is not None]
-
-
-def _part(sized: Iterable[tuple[torch.nn.Parameter, float]], learn: Learn | None) -> _Part | None:
-    chosen = [(p, size) for p, size in sized if p.requires_grad]
-    if learn is None or not chosen:
-        return None
-    parameters = [p for p, _ in chosen]
-    groups = [{"params": [p]} for p in parameters] if learn.relative else [{"params": parameters}]
-    sizes = [size for _, size in chosen] if learn.relative else [1.0]
-    optimizer: torch.optim.Optimizer
-    if learn.optimizer == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=learn.rate, momentum=0.9, foreach=True)
-    elif learn.optimizer == "adam":
-        optimizer = torch.optim.Adam(groups, lr=learn.rate, foreach=True)
-    else:
-        optimizer = torch.optim.RAdam(groups, lr=learn.rate, foreach=True)
-    return _Part(optimizer, learn, parameters, sizes)
 
 
 # ----------------------------------------------------------------------------------------- measurements

@@ -1,0 +1,107 @@
+"""The optimizers of an optimisation: one for each kind of variable, with its rate and its state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bitwright.stages.learner import Learner
+from bitwright.stages.schedules import Learn
+
+
+class Rates(Protocol):
+    """How each kind of variable is learned; None for one that is not."""
+
+    @property
+    def codes(self) -> Learn | None:
+        """Of the real numbers that are rounded to codes."""
+
+    @property
+    def weight_step(self) -> Learn | None:
+        """Of the steps of weights."""
+
+    @property
+    def bias(self) -> Learn | None:
+        """Of biases."""
+
+    @property
+    def activation_step(self) -> Learn | None:
+        """Of the steps of activations."""
+
+
+@dataclass
+class Part:
+    """One kind of variable with its optimizer; rates relative to a parameter's size where that is its scale."""
+
+    optimizer: torch.optim.Optimizer
+    learn: Learn
+    parameters: list[nn.Parameter]
+    sizes: list[float]
+
+    @classmethod
+    def of(cls, sized: Iterable[tuple[nn.Parameter, float]], learn: Learn | None) -> Part | None:
+        """An optimizer for those of the parameters that are learned; None where there are none.
+
+        Args:
+            sized: parameters, each with its size.
+            learn: how.
+        """
+        chosen = [(p, size) for p, size in sized if p.requires_grad]
+        if learn is None or not chosen:
+            return None
+        parameters = [p for p, _ in chosen]
+        groups = [{"params": [p]} for p in parameters] if learn.relative else [{"params": parameters}]
+        sizes = [size for _, size in chosen] if learn.relative else [1.0]
+        optimizer: torch.optim.Optimizer
+        if learn.optimizer == "sgd":
+            optimizer = torch.optim.SGD(groups, lr=learn.rate, momentum=0.9, foreach=True)
+        elif learn.optimizer == "adam":
+            optimizer = torch.optim.Adam(groups, lr=learn.rate, foreach=True)
+        else:
+            optimizer = torch.optim.RAdam(groups, lr=learn.rate, foreach=True)
+        return cls(optimizer, learn, parameters, sizes)
+
+    def set_rate(self, progress: float) -> None:
+        """Sets the learning rate of a point of the run, from 0 to 1."""
+        rate = self.learn.rate_at(progress)
+        for group, size in zip(self.optimizer.param_groups, self.sizes, strict=True):
+            group["lr"] = rate * size
+
+    def state(self) -> dict[str, Tensor]:
+        """What the optimizer remembers, by the parameter's position and the name of the value."""
+        return {
+            f"{position}/{key}": torch.as_tensor(value).detach()
+            for position, p in enumerate(self.parameters)
+            for key, value in self.optimizer.state.get(p, {}).items()
+        }
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Puts back what :meth:`state` gave."""
+        for position, p in enumerate(self.parameters):
+            prefix = f"{position}/"
+            kept = {n.removeprefix(prefix): t.clone() for n, t in state.items() if n.startswith(prefix)}
+            if kept:
+                self.optimizer.state[p] = {
+                    n: t if n == "step" else t.to(p.device).to(memory_format=_format(p)) for n, t in kept.items()
+                }
+
+
+def parts_of(learner: Learner, rates: Rates) -> list[Part]:
+    """The optimizers of everything that a student learns."""
+    weights, activations = list(learner.weights.values()), learner.activations.values()
+    found = [
+        Part.of([(w.codes, 1.0) for w in weights], rates.codes),
+        Part.of([(w.step, float(w.step.detach().mean())) for w in weights], rates.weight_step),
+        Part.of([(b.bias, b.size) for b in learner.biases.values()], rates.bias),
+        Part.of([(a.step, float(a.step.detach())) for a in activations], rates.activation_step),
+    ]
+    return [part for part in found if part is not None]
+
+
+def _format(p: Tensor) -> torch.memory_format:
+    last = p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
