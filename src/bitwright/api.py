@@ -75,7 +75,7 @@ def quantize(
 
     Args:
         model: any module of one image tensor, a saved export program, or a name (``timm:resnet18@weights.pt``).
-        images: a path, an array, tensors, a loader; labels in it are not looked at.
+        images: a path, an array, tensors, a loader; labels in it are not looked at, but by ``qkd``.
         recipe: how; see ``bitwright recipes``. :data:`bitwright.recipes.DEFAULT` if not given.
         weights: bits of weights, 2 to 8, or ``"float"``; 8 if not given. With a limit, those to choose among, as in
             ``"2,4,8"`` or ``(2, 4, 8)``; 2, 3, 4, 5, 6 and 8 if not given.
@@ -96,7 +96,7 @@ def quantize(
             that keeps it, as estimated on half of the images.
         measure: of ``bitwright.sensitivity.MEASURES``: what predicts the losses that a plan minimises.
         cache: folder where those are kept, so that the next plan takes seconds.
-        samples: how many images to use, evenly spread; 512 at most if not given.
+        samples: how many images to use, evenly spread; if not given, 512 at most, and for ``qkd`` all.
         steps: of the optimisation, instead of the recipe's; schedules stretch with them. Several numbers are for a
             recipe with several stages that take steps; one number is for the first of them.
         minutes: what the whole of it may take, instead of ``steps``; the steps that this made are in the result.

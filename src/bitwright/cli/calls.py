@@ -40,8 +40,9 @@ class DemoCall(Call):
 class QuantizeCall(Call):
     """Quantizes a network with unlabelled images and writes a run folder: packed integers, ONNX file, measurements.
 
-    Labels are never used to quantize. With `--evaluate` (and `--labels`, if the images bring none) they tell how
-    accurate the result is. The ONNX file is checked in ONNX Runtime on real images before it is kept.
+    Labels are never used to quantize, but by `--recipe qkd`, which trains with them. With `--evaluate` (and `--labels`,
+    if the images bring none) they tell how accurate the result is. The ONNX file is checked in ONNX Runtime on real
+    images before it is kept.
 
     With a limit (`--target-size`, `--compression`, `--max-bops`, `--max-latency`, `--max-drop`) bits are planned layer
     by layer; `bitwright plan` shows which plans there are.

@@ -45,12 +45,8 @@ def compensate(
         tensor([[[0., 1.]]])
     """
     w = weight.detach().float().clone()
-    h = hessian.detach().double().clone()
-    steps = scale.float().expand_as(w)
+    h, steps = _alive(hessian), scale.float().expand_as(w)
     diagonal = h.diagonal(dim1=-2, dim2=-1)
-    dead = diagonal <= 0
-    usual = diagonal.masked_fill(dead, 0.0).sum(-1, keepdim=True) / (~dead).sum(-1, keepdim=True).clamp_min(1)
-    diagonal.copy_(torch.where(dead, torch.where(usual > 0, usual, 1.0), diagonal))  # no share in mean and damping
     order = torch.argsort(diagonal, dim=-1, descending=True, stable=True) if ordered else _identity(diagonal)
     w, steps = _columns(w, order), _columns(steps, order)
     h = torch.gather(h, 1, order.unsqueeze(2).expand_as(h))
@@ -69,6 +65,22 @@ def compensate(
             errors[:, :, j - start] = error
         w[:, :, stop:] -= errors @ upper[:, start:stop, stop:]
     return _columns(out, order.argsort(-1))
+
+
+def damped_inverse(hessian: Tensor, damping: float) -> Tensor:
+    """Inverse of the damped Hessian, [G, K, K], float64."""
+    upper = _inverse_factor(_alive(hessian), damping)
+    return upper.transpose(1, 2) @ upper
+
+
+def _alive(hessian: Tensor) -> Tensor:
+    """A copy in float64 in which inputs that are always zero have the mean diagonal, and no share in it."""
+    h = hessian.detach().double().clone()
+    diagonal = h.diagonal(dim1=-2, dim2=-1)
+    dead = diagonal <= 0
+    usual = diagonal.masked_fill(dead, 0.0).sum(-1, keepdim=True) / (~dead).sum(-1, keepdim=True).clamp_min(1)
+    diagonal.copy_(torch.where(dead, torch.where(usual > 0, usual, 1.0), diagonal))
+    return h
 
 
 def _inverse_factor(h: Tensor, damping: float) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -17,11 +18,13 @@ from bitwright.graph import ops, rewrite
 from bitwright.graph.capture import Captured
 from bitwright.graph.student import Student
 from bitwright.graph.watch import Callback, watch
-from bitwright.quant import optq
+from bitwright.quant import obq, optq
 from bitwright.quant.quantizer import Quantizer
 from bitwright.stages.base import Run, Stage
 from bitwright.stages.calibrate import correct_biases, mean_inputs, widen_for_biases
 
+AFFORDABLE = 5e11
+"""Multiplications of a layer up to which its elements are rounded one by one: about two minutes."""
 COMPENSATED = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
 
 
@@ -43,6 +46,9 @@ class Optq(Stage):
     """Share of the mean diagonal that is added to the diagonal."""
     ordered: bool = True
     """Columns of large inputs first."""
+    exact: bool = False
+    """Round the elements of each row in the order of what they cost (OBQ, arXiv:2208.11580), instead of all rows column
+    by column, in the layers where that takes less than some minutes."""
     bias_correction: bool = True
     """Give every output channel its mean back afterwards, as ``calibrate`` does (analytic)."""
 
@@ -56,6 +62,7 @@ class Optq(Stage):
             callbacks[name] = _both(callbacks.get(name), mean.update)
         for batch in run.batches(some, "Reading layer inputs"):
             watch(teacher.graph, batch, callbacks)
+        self._tell(teacher, list(grams.matrices))
         for position, (node, gram) in enumerate(grams.matrices.items()):
             run.progress("Compensating roundings", position, len(grams.matrices))
             self._round(student, teacher, node, gram)
@@ -69,17 +76,32 @@ class Optq(Stage):
         stored, quantizer = _weight_of(student, node.name)
         weight = rewrite.get_tensor(teacher.graph, stored)
         split = (gram.shape[0], weight.shape[0] // gram.shape[0], -1)
-        found = optq.compensate(
-            weight.reshape(split),
-            gram,
-            quantizer.expanded()[0].expand_as(weight).reshape(split),
-            quantizer.grid.nearest,
-            damping=self.damping,
-            ordered=self.ordered,
-        ).reshape(weight.shape)
+        given = (weight.reshape(split), gram, quantizer.expanded()[0].expand_as(weight).reshape(split))
+        nearest = quantizer.grid.nearest
+        if self.exact and self._affords(weight):
+            found = obq.compensate_each(*given, nearest, damping=self.damping)
+        else:
+            found = optq.compensate(*given, nearest, damping=self.damping, ordered=self.ordered)
+        found = found.reshape(weight.shape)
         if weight.dim() == 4:
             found = found.contiguous(memory_format=torch.channels_last)
         rewrite.set_tensor(student.graph, stored, found)
+
+    def _tell(self, teacher: Captured, nodes: list[fx.Node]) -> None:
+        """Says which layers are too large to be rounded element by element."""
+        weights = {str(n.meta["layer"]): rewrite.get_tensor(teacher.graph, str(n.args[1].target)) for n in nodes}  # type: ignore[union-attr]
+        large = [name for name, weight in weights.items() if not self._affords(weight)]
+        if self.exact and large:
+            more = f" and {len(large) - 1} more" if len(large) > 1 else ""
+            warnings.warn(
+                f"Too large to be rounded element by element, and so rounded column by column: {large[0]}{more}.",
+                stacklevel=3,
+            )
+
+    @staticmethod
+    def _affords(weight: Tensor) -> bool:
+        """Whether rounding element by element takes no more than minutes: the products of all steps of all rows."""
+        return weight.shape[0] * float(weight[0].numel()) ** 3 <= AFFORDABLE
 
 
 def _both(first: Callback | None, second: Callable[[Tensor], None]) -> Callback:
