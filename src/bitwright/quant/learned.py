@@ -279,18 +279,31 @@ class LearnedBias(nn.Module):
     """A bias as a variable, in the place of its quantizer or of nothing.
 
     ``size`` is what a relative learning rate is a share of: the spread of the output it is added to, once known.
-    ``step`` gives the step that it will be rounded to, [C_out] or a scalar, where that is coarse; the gradient passes.
     """
 
     def __init__(self, bias: Tensor, *, learn: bool = True) -> None:
         super().__init__()
         self.bias = nn.Parameter(bias.detach().float().clone(), requires_grad=learn)
         self.size = float(bias.detach().abs().mean())
-        self.step: Callable[[], Tensor] | None = None
 
     def forward(self, stored: Tensor | None = None) -> Tensor:
         """The bias, [C_out]."""
-        if self.step is None:
-            return self.bias
+        return self.bias
+
+
+class RoundedBias(nn.Module):
+    """A learned bias in one of its places, rounded to that layer's step; the gradient passes.
+
+    Args:
+        learned: the variable.
+        step: gives the step as it is, [C_out] or a scalar.
+    """
+
+    def __init__(self, learned: LearnedBias, step: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.learned, self.step = learned, step
+
+    def forward(self, stored: Tensor | None = None) -> Tensor:
+        """The bias, [C_out]."""
         step = self.step().detach()
-        return _apply(_Round, self.bias / step) * step
+        return _apply(_Round, self.learned(stored) / step) * step

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from bitwright.graph import ops, rewrite
 from bitwright.graph.points import Point, expose
 from bitwright.graph.student import Student
-from bitwright.quant.learned import LearnedActivation, LearnedBias, LearnedWeight, Rounding
+from bitwright.quant.learned import LearnedActivation, LearnedBias, LearnedWeight, RoundedBias, Rounding
 from bitwright.quant.quantizer import BiasQuantizer, Quantizer
 from bitwright.runtimes.target import FINE
 
@@ -63,7 +63,7 @@ class Learner(nn.Module):
         self.biases: dict[str, LearnedBias] = {}
         self.activations: dict[str, LearnedActivation] = {}
         self._keys: dict[str, str] = {}
-        self._coarse: dict[str, BiasQuantizer] = {}
+        self._coarse: dict[str, tuple[str, BiasQuantizer]] = {}
         for node in list(self.graph.graph.nodes):
             if node.op == "call_module":
                 self._replace(node, variables)
@@ -100,17 +100,18 @@ class Learner(nn.Module):
     def _learn_bias(self, node: fx.Node, stored: str, quantizer: BiasQuantizer, variables: Variables) -> None:
         if stored not in self.biases:
             self.biases[stored] = LearnedBias(rewrite.get_tensor(self.graph, stored), learn=variables.biases)
-            if quantizer.calibrated and quantizer.bits < FINE:
-                self._coarse[stored] = quantizer
+        if quantizer.calibrated and quantizer.bits < FINE:
+            self._coarse[str(node.target)] = (stored, quantizer)
         setattr(self.graph, str(node.target), self.biases[stored])
 
     def _round_biases(self) -> None:
         """Biases whose step is coarse are learned on it, from the steps of input and weight as they are."""
         inputs = {m.name: m for m in self.activations.values()}
         weights = {m.name: m for m in self.weights.values()}
-        for stored, bias in self._coarse.items():
+        for place, (stored, bias) in self._coarse.items():
             given, weight = inputs.get(bias.source.name, bias.source), weights.get(bias.weight.name, bias.weight)
-            self.biases[stored].step = partial(_bias_step, given, weight, bias.weight.shift)
+            step = partial(_bias_step, given, weight, bias.weight.shift)
+            setattr(self.graph, place, RoundedBias(self.biases[stored], step))
 
     def _find_biases(self, variables: Variables) -> None:
         """Biases that stay float are variables as well."""
@@ -158,6 +159,7 @@ class Learner(nn.Module):
             call = by_name[point.node].args[2]
             if isinstance(call, fx.Node) and call.op == "call_module":
                 bias = self.graph.get_submodule(str(call.target))
+                bias = bias.learned if isinstance(bias, RoundedBias) else bias
                 if isinstance(bias, LearnedBias):
                     bias.size = float(value.float().std())
 
