@@ -30,9 +30,9 @@ from bitwright.quant.scheme import Rule, Scheme, parse_activation_bits, parse_we
 from bitwright.quantized import QuantizedModel
 from bitwright.recipes import Recipe
 from bitwright.recipes import recipe as find_recipe
+from bitwright.run.about import describe_layers, totals
 from bitwright.run.journal import heard
 from bitwright.run.record import Origin, RunRecord
-from bitwright.run.result import describe_layers, totals
 from bitwright.sensitivity import MEASURES
 from bitwright.stages.base import Precision, Run
 from bitwright.stages.short_rows import keep_short_rows

@@ -31,7 +31,8 @@ from bitwright.progress import Progress, silent
 from bitwright.quant.scheme import Rule, Scheme
 from bitwright.recipes import Recipe
 from bitwright.recipes import recipe as find_recipe
-from bitwright.run.result import totals
+from bitwright.run.about import totals
+from bitwright.run.result import Curve
 from bitwright.sensitivity import MEASURES, Choices, Measure, MeasuredLoss, Table, predicted_losses
 from bitwright.stages.base import Run
 from bitwright.words import amount
@@ -128,13 +129,10 @@ class Planning:
         predicted = plan.predicted or {}
         return {**predicted, "compression": self.float_bytes / predicted["weight_bytes"]}
 
-    def outline(self) -> dict[str, Any]:
+    def outline(self) -> Curve:
         """The curve and uniform bits without the bits of layers, as a result keeps them."""
-        return {
-            "along": self.along,
-            "points": [p.predicted for p in self.curve],
-            "uniform": [{"bits": b, **(p.predicted or {})} for b, p in self.uniform.items()],
-        }
+        uniform = [{"bits": b, **(p.predicted or {})} for b, p in self.uniform.items()]
+        return Curve(self.along, [p.predicted or {} for p in self.curve], uniform)
 
     def at(self, point: int) -> Planning:
         """The same with a point of the curve as the plan; the first is 1.
@@ -184,7 +182,8 @@ class Decision:
 
     def to_dict(self) -> dict[str, Any]:
         """What ``result.json`` says of it."""
-        found = {**self.planning.facts(), "curve": self.planning.outline()}
+        curve = {key: value for key, value in asdict(self.planning.outline()).items() if key != "chosen"}
+        found = {**self.planning.facts(), "curve": curve}
         return found if self.estimate is None else {**found, "estimate": asdict(self.estimate)}
 
 

@@ -17,8 +17,8 @@ from bitwright.given.images import Images
 from bitwright.given.inputs import find_device
 from bitwright.given.models import Model
 from bitwright.report import plan_page
+from bitwright.run.about import environment, peak_memory_bytes
 from bitwright.run.files import write_text
-from bitwright.run.result import environment, peak_memory_bytes
 from bitwright.terminal import Terminal
 from bitwright.words import short_path
 

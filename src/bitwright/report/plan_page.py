@@ -166,7 +166,9 @@ def plan_page(found: Planning, facts: dict[str, Any]) -> str:
     sections = [
         Section("next", "Next", paragraph(shell(facts["next"]))),
         Section(
-            "curve", "Predicted loss of the best plan at each limit", curve_figure(facts, facts["chosen"], "the plan")
+            "curve",
+            "Predicted loss of the best plan at each limit",
+            curve_figure(found.outline(), found.plan.predicted, "the plan"),
         ),
         Section(
             "plan",

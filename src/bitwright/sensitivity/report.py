@@ -21,7 +21,7 @@ from bitwright.given.preprocessing import PreprocessFunction, Preprocessing
 from bitwright.graph.capture import Captured
 from bitwright.progress import Progress, silent
 from bitwright.quant.scheme import parse_weight_bits
-from bitwright.run.result import environment, peak_memory_bytes
+from bitwright.run.about import environment, peak_memory_bytes
 from bitwright.sensitivity.base import Choices
 from bitwright.sensitivity.hap import channel_scores, pruning_mask
 from bitwright.sensitivity.second_order import positive, squared

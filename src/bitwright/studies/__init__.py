@@ -26,7 +26,7 @@ from bitwright.given.preprocessing import PreprocessFunction, Preprocessing
 from bitwright.memory import keep_pages
 from bitwright.progress import Progress, silent
 from bitwright.recipes import recipe as find_recipe
-from bitwright.run.result import environment, peak_memory_bytes
+from bitwright.run.about import environment, peak_memory_bytes
 from bitwright.studies.base import KeptRows, Row, Study, StudyResult, StudySettings, plain, settings_facts
 from bitwright.studies.subject import Subject, split
 
