@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -15,13 +15,29 @@ from torch import Tensor, fx
 from bitwright.errors import BitwrightError
 from bitwright.graph.points import Point
 from bitwright.memory import saved_bytes
-from bitwright.quant.learned import rounding_regularizer
+from bitwright.quant.learned import Rounding, rounding_regularizer
 from bitwright.stages.learner import Learner
 from bitwright.stages.losses import weighted_distance
 from bitwright.stages.schedules import Anneal, Dampen, Learn
 
-if TYPE_CHECKING:
-    from bitwright.stages.reconstruct import Reconstruct
+
+class TuningSettings(Protocol):
+    """What the loop reads of a :class:`bitwright.stages.reconstruct.Reconstruct`."""
+
+    batch: int
+    rounding: Rounding
+    codes: Learn | None
+    weight_step: Learn | None
+    bias: Learn | None
+    activation_step: Learn | None
+    decide: Anneal | Dampen | None
+
+    @property
+    def drops(self) -> bool:
+        """Whether a step draws random numbers."""
+
+    def mix(self, progress: float) -> tuple[float, float]:
+        """(mix, drop) of activations."""
 
 
 class Samples(Protocol):
@@ -203,7 +219,7 @@ class Tuner:
         learner: Learner,
         feed: Feed,
         objective: Objective,
-        settings: Reconstruct,
+        settings: TuningSettings,
         steps: int,
         precision: torch.dtype,
         device: torch.device,
@@ -384,7 +400,7 @@ class _Part:
             group["lr"] = rate * size
 
 
-def _parts(learner: Learner, settings: Reconstruct) -> list[_Part]:
+def _parts(learner: Learner, settings: TuningSettings) -> list[_Part]:
     weights = list(learner.weights.values())
     activations = learner.activations.values()
     found = [

@@ -27,7 +27,8 @@ from bitwright.memory import keep_pages
 from bitwright.progress import Progress, silent
 from bitwright.recipes import recipe as find_recipe
 from bitwright.run.about import environment, peak_memory_bytes
-from bitwright.studies.base import KeptRows, Row, Study, StudyResult, StudySettings, plain, settings_facts
+from bitwright.studies.base import KeptRows, Study, StudyResult, StudySettings, settings_facts
+from bitwright.studies.rows import Row, plain
 from bitwright.studies.subject import Subject, split
 
 __all__ = ["Study", "StudyResult", "StudySettings", "builtin_studies", "find_study", "study"]

@@ -20,7 +20,8 @@ from bitwright.given.models import Model, load_model
 from bitwright.graph.points import linear_points
 from bitwright.progress import Progress
 from bitwright.report.panels import Figure, Panel, Series, colour
-from bitwright.studies.base import Cell, Row, Study, StudyResult, StudySettings, group
+from bitwright.studies.base import Cell, Study, StudyResult, StudySettings
+from bitwright.studies.rows import Row, group
 from bitwright.studies.subject import Subject
 from bitwright.studies.traces import Loss, hessian_traces, scores_of
 from bitwright.zoo.networks import CLASS_COUNT

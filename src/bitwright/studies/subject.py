@@ -22,7 +22,7 @@ from bitwright.recipes import recipe
 from bitwright.run.record import StageRecord
 from bitwright.stages.base import Run, Stage
 from bitwright.stages.reconstruct import Reconstruct
-from bitwright.studies.base import Row
+from bitwright.studies.rows import Row
 
 BATCH = 50
 COMPARED = 256
