@@ -353,13 +353,12 @@ def planned(
     timing = None
     if latency is None and (goal.max_latency is not None or along == "latency"):
         latency, timing = _timed(student, some, goal, run, folder)
-    latency = latency(student) if callable(latency) else latency
     run.progress("Planning", 0, 0)
     losses = _losses(measured, variables)
-    problem = _problem(student, losses, goal, latency, explained=bool(measured.notes))
-    float_bytes = 4 * totals(student)["parameters"]
+    table = latency(student) if callable(latency) else latency
+    problem = _problem(student, losses, goal, table, explained=bool(measured.notes))
+    float_bytes, uniform = 4 * totals(student)["parameters"], _uniform(problem, variables, goal)
     limits = goal.limits(float_bytes)
-    uniform = _uniform(problem, variables, goal)
     if not goal.asked:
         limits["weight_bytes"] = uniform[nearest_uniform(goal)].costs["weight_bytes"]
     along = along or ("weight_bytes" if goal.max_drop is not None else next(iter(limits)))

@@ -52,6 +52,7 @@ def _compared(run: str, call: ParityCall, terminal: Terminal) -> ParityRecord:
     files, path = run_folder.read_result(folder).files, folder / run_folder.ONNX
     run_folder.check_file(folder, run_folder.ONNX, files, f"Write it with: bitwright export {folder}")
     read_onnx(path)
+    run_folder.check_file(folder, run_folder.MODEL, files, "Copy the run again, or quantize again.")
     model = run_folder.load(folder)
     recorded = model.result.get("fidelity")
     found = run_images(model, call.images, call.reading, "IMAGES")

@@ -89,14 +89,19 @@ class Gap:
     runtimes: list[RuntimeGaps]
     simulating: list[OutputGap]
     layers: list[CodeComparison]
-    diverging: str | None
+    diverging: str | None = None
     """The first layer in which the file is wrong, whatever the kernel: graph optimisations are off."""
-    diverging_output: str | None
+    diverging_output: str | None = None
     """The first output that is further from the simulation's, in some runtime, than it may be."""
     diverging_in: str | None = None
     """The runtime in which it is, if that is not ONNX Runtime."""
     rounding: str | None = None
     """What OpenVINO loses by bfloat16, as a line; None where it loses nothing."""
+
+    def judge(self, output: str | None, runtime: Runtime) -> None:
+        """Takes an output that is further away than it may be, if there is one, and the runtime in which it is."""
+        self.diverging_output = output
+        self.diverging_in = None if output is None or runtime is ONNXRUNTIME else runtime.title
 
     @property
     def first_divergence(self) -> str | None:
@@ -167,27 +172,26 @@ def measure_gap(
         quantization = gaps(expected, simulated)
     with tipped(activation_quantizers(model)):
         shaken = outputs("The simulation", model.flat, whole, COMPARED_AT_ONCE)
-    simulating, measured, done = gaps(reference, simulated), [], 1
-    diverging, where, rounding = None, None, None
+    gap = Gap(quantization, [], gaps(reference, simulated), [])
     for runtime in runtimes:
-        rows, network = [], open_file(runtime, path)
+        network = open_file(runtime, path)
+        rows: list[BatchGaps] = []
         for batch in batches:
+            done = 1 + len(gap.runtimes) * len(batches) + len(rows)
             progress("Comparing", done, total, f"{runtime.title}, batch {batch}")
             found = outputs(runtime.title, network, whole, batch)
-            if diverging is None:
-                diverging = _diverging(names, simulated, shaken, found)
-                where = None if diverging is None or runtime is ONNXRUNTIME else runtime.title
+            if gap.diverging_output is None:
+                gap.judge(_diverging(names, simulated, shaken, found), runtime)
             rows.append(BatchGaps(batch, gaps(simulated, found), gaps(reference, found)))
-            done += 1
-        if runtime is OPENVINO and where is None:
-            rounding = _rounding(path, names, whole, simulated, shaken)
-        measured.append(RuntimeGaps(f"{runtime.name} {runtime.version}", rows))
-    progress("Comparing", done, total, "layer by layer")
-    layers = compare_codes(model, program, whole, "onnxruntime")
+        if runtime is OPENVINO and gap.diverging_in is None:
+            gap.rounding = _rounding(path, names, whole, simulated, shaken)
+        gap.runtimes.append(RuntimeGaps(f"{runtime.name} {runtime.version}", rows))
+    progress("Comparing", total - 1, total, "layer by layer")
+    gap.layers = compare_codes(model, program, whole, "onnxruntime")
     plain = compare_layers(model, program, whole[:LAYER_IMAGES])
-    wrong = next((x.name for x in plain if x.diverges), None)
+    gap.diverging = next((x.name for x in plain if x.diverges), None)
     progress("Comparing", total, total)
-    return Gap(quantization, measured, simulating, layers, wrong, diverging, where, rounding)
+    return gap
 
 
 def _rounding(path: Path, names: Sequence[str], whole: Tensor, ours: list[Tensor], shaken: list[Tensor]) -> str | None:

@@ -22,7 +22,7 @@ from bitwright.measure.metrics import Evaluation, Metrics, OutputFidelity
 SCHEMA = 1
 """Version of ``result.json``: it grows when a key changes its meaning, so that an old reader says so."""
 T = TypeVar("T")
-Bits: TypeAlias = dict[str, int | str | None]
+RunBits: TypeAlias = dict[str, int | str | None]
 """Bits of ``weights`` and ``activations``; ``mixed`` where there are several, None for float."""
 CurvePoint: TypeAlias = dict[str, int | float]
 """``loss`` and what a plan costs by kind of cost; of uniform bits also ``bits``."""
@@ -330,7 +330,7 @@ class RunResult(BaseModel):
     size: dict[str, int | None] = Field(default_factory=dict)
     """Bytes by what has them."""
     data: RunImages = RunImages()
-    bits: Bits | None = None
+    bits: RunBits | None = None
     reference: Metrics | None = Field(default=None, validation_alias="float")
     quantized: Metrics | None = None
     fidelity: RunFidelity | None = None

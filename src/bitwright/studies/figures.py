@@ -81,6 +81,11 @@ def over(result: Measured, x: str, metrics: list[str], x_name: str, *, numeric: 
     return Figure(rows, [", ".join(c) for c in columns])
 
 
+def of_answers(result: Measured, x: str, x_name: str, *, numeric: bool = False) -> Figure:
+    """KL and agreement (or accuracy); see :func:`over`."""
+    return over(result, x, ["kl", answers_of(result)], x_name, numeric=numeric)
+
+
 def scale_of(metric: str) -> dict[str, Any]:
     """How a panel shows a metric: logarithms of distances; shares in percent, on axes that end at 0 and 1."""
     if metric in FRACTIONS:
