@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -323,7 +323,7 @@ def _check_instead(
     rules: Any,
     runtime: Any,
     measure: Any,
-    limits: dict[str, Any],
+    limits: Mapping[str, str | float | None],
 ) -> None:
     """A scheme stands instead of bits, rules and runtime, a goal instead of limits and of several bits."""
     if not isinstance(runtime, str):

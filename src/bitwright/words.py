@@ -202,7 +202,7 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def bits(settings: dict[str, Any] | None) -> str:
+def bits(settings: Mapping[str, int | str | None] | None) -> str:
     """Bits of weights and activations.
 
     Example:

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bitwright.bits import trials
 from bitwright.bits.allocate import Losses, plan_for, problem_of
@@ -23,7 +23,7 @@ from bitwright.bits.solve import Solution, pareto, reachable, solution_of, solve
 from bitwright.bits.tables import Problem
 from bitwright.errors import UsageError
 from bitwright.given import inputs
-from bitwright.given.arguments import check_alone, one_of, whole_number
+from bitwright.given.arguments import Given, check_alone, one_of, whole_number
 from bitwright.given.images import Images
 from bitwright.graph.capture import Captured
 from bitwright.graph.student import Student, insert_quantizers
@@ -36,6 +36,9 @@ from bitwright.run.result import Curve
 from bitwright.sensitivity import MEASURES, Choices, Measure, MeasuredLoss, Table, predicted_losses
 from bitwright.stages.base import Run
 from bitwright.words import amount
+
+if TYPE_CHECKING:
+    from bitwright.bits.latency import LatencyFacts
 
 SAMPLES = (16, 256)
 """Images to measure on: a plan that chooses among hundreds of losses learns few images by heart, so as many of these
@@ -76,7 +79,7 @@ class Planning:
     """The same bits in all weights that are free, by the bits."""
     along: str
     """What the curve limits, such as ``weight_bytes``."""
-    timing: dict[str, Any] | None
+    timing: LatencyFacts | None
     """How latencies were measured, if they were."""
     goal: Goal
     limits: dict[str, float]
@@ -96,7 +99,7 @@ class Planning:
             "limits": self.limits,
             "predicted": self.plan.predicted,
             **self.measured.to_dict(),
-            **({} if self.timing is None else {"latency": self.timing}),
+            **({} if self.timing is None else {"latency": asdict(self.timing)}),
         }
 
     def bits(self, plan: Plan) -> dict[str, dict[str, int]]:
@@ -274,11 +277,11 @@ def plan_bits(
     run = Run(seed=seed, device=inputs.find_device(device), progress=progress)
     teacher = inputs.prepare_teacher(network, data, output)
     folder = None if cache is None else usable(Path(cache))
-    options: dict[str, Any] = {"samples": samples, "points": points, "latency": latency, "folder": folder}
-    return planned(teacher, scheme, data, goal, find_recipe(recipe), run, along=along, **options)
+    method, how = find_recipe(recipe), {"samples": samples, "points": points, "latency": latency, "folder": folder}
+    return planned(teacher, scheme, data, goal, method, run, along=along, **how)  # type: ignore[arg-type]
 
 
-def check_instead(scheme: Scheme | None, bits: dict[str, Any], rules: Sequence[Any], runtime: str) -> None:
+def check_instead(scheme: Scheme | None, bits: Mapping[str, Given], rules: Sequence[Any], runtime: str) -> None:
     """A scheme stands instead of bits, rules and runtime.
 
     Raises:
@@ -289,7 +292,9 @@ def check_instead(scheme: Scheme | None, bits: dict[str, Any], rules: Sequence[A
     check_alone("scheme", scheme, {**bits, "rules": (tuple(rules), ((),)), "runtime": (runtime, ("onnxruntime",))})
 
 
-def _wanted(goal: Goal | None, limits: dict[str, Any], weights: Any, activations: Any, measure: str) -> Goal:
+def _wanted(
+    goal: Goal | None, limits: Mapping[str, str | float | None], weights: Any, activations: Any, measure: str
+) -> Goal:
     """The goal that was given, or that of the arguments that were given instead."""
     bits = {"weights": (weights, (None, "auto")), "activations": (activations, (8, "auto"))}
     check_alone("goal", goal, {**{name: (value, (None,)) for name, value in limits.items()}, **bits})
@@ -462,9 +467,7 @@ def usable(folder: Path) -> Path | None:
 # --------------------------------------------------------------------------------------------------- measuring
 
 
-def _timed(
-    student: Student, images: Images, goal: Goal, run: Run, folder: Path | None
-) -> tuple[Latency, dict[str, Any]]:
+def _timed(student: Student, images: Images, goal: Goal, run: Run, folder: Path | None) -> tuple[Latency, LatencyFacts]:
     from bitwright.bits.latency import measure_latencies
 
     activations = goal.activations or ACTIVATION_CHOICES

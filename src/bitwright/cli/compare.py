@@ -141,8 +141,7 @@ def settings(shared: QuantizeCall) -> dict[str, Any]:
         "output": shared.output,
         "preprocessing": shared.reading.preprocessing,
     }
-    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
-    return plain
+    return dict(json.loads(json.dumps(found, default=str)))
 
 
 def _one(call: QuantizeCall, folder: Path, terminal: Terminal) -> Entry:

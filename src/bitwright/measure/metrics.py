@@ -278,10 +278,6 @@ class Fidelity:
         """The worst of each figure."""
         return worst_figures(self.outputs)
 
-    def result(self) -> dict[str, Any]:
-        """``agreement``, ``kl`` and ``sqnr_db`` of the worst output, and ``outputs`` with those of each."""
-        return fidelity_keys(self.outputs)
-
 
 def fidelity_keys(outputs: Mapping[str, OutputFidelity]) -> dict[str, Any]:
     """What ``result.json`` says of outputs under ``fidelity``."""

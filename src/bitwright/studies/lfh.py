@@ -106,8 +106,9 @@ def _measure(subject: Subject, images: Images, name: str, seed: int, progress: P
         trace = found.layer_trace
         return {**about, "trace": trace.tolist(), "error": (found.error * trace).tolist()}
     loss = next(x for x in losses(scores, images.labels, seed) if x.name == name)
-    options: dict[str, Any] = {"probes": PROBES, "seed": seed, "device": subject.device, "progress": progress}
-    traces = hessian_traces(graph, images, points, loss, **options)
+    traces = hessian_traces(
+        graph, images, points, loss, probes=PROBES, seed=seed, device=subject.device, progress=progress
+    )
     bound = loss.bound * scores.shape[1] / 2  # in units of the label-free trace, which is 2/k Tr(J^T J)
     return {**about, "trace": traces.mean.tolist(), "error": traces.error.tolist(), "bound": bound}
 
