@@ -13,7 +13,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +207,7 @@ def _verdict(check: Callable[[], Parity]) -> Row:
         parity = check()
     except BitwrightError as error:
         return {"passed": False, "error": " ".join(str(error).split())}
-    return {"passed": parity.passed, **parity.to_dict()}
+    return {"passed": parity.passed, **asdict(parity)}
 
 
 def sizes_in(path: Path) -> dict[str, int]:
