@@ -13,7 +13,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,13 @@ from bitwright.bits import planning
 from bitwright.errors import BitwrightError, quiet_libraries
 from bitwright.export.openvino import write_openvino
 from bitwright.export.packed import ideal_bytes
-from bitwright.export.parity import Parity, export_checked
+from bitwright.export.parity import export_checked
+from bitwright.export.verdict import Parity
 from bitwright.given.images import Images, load_images
 from bitwright.given.models import Model, load_model
 from bitwright.graph.student import Student
 from bitwright.run import folder as run_folder
-from bitwright.run.result import peak_memory_bytes
+from bitwright.run.about import peak_memory_bytes
 
 BITS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4)}
 UNIFORM, MIXED = "W4A8", "mixed"
@@ -206,7 +207,7 @@ def _verdict(check: Callable[[], Parity]) -> Row:
         parity = check()
     except BitwrightError as error:
         return {"passed": False, "error": " ".join(str(error).split())}
-    return {"passed": parity.passed, **parity.to_dict()}
+    return {"passed": parity.passed, **asdict(parity)}
 
 
 def sizes_in(path: Path) -> dict[str, int]:

@@ -441,6 +441,17 @@ class NamedInput(nn.Module):
         return self.output(self.input(x).abs().mean((2, 3)))
 
 
+class Deaf(nn.Module):
+    """Its output does not depend on the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).mean((2, 3)) * 0 + 1
+
+
 class Picks(nn.Module):
     """Operators of several results, and a computed constant whose name a module's method has."""
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 import bitwright as bw
-from bitwright.export.deviation import MOST_DIFFERING
 from bitwright.export.layers import compare_layers
 from bitwright.export.onnx import to_onnx
 from bitwright.export.parity import compare_outputs
+from bitwright.export.verdict import MOST_DIFFERING
 
 pytestmark = [assets.requires_assets, pytest.mark.slow]
 CIFAR = ["cifar_resnet20", "cifar_resnet56", "cifar_vit", "cifar_convstem_vit"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,9 @@ from bitwright.quant.scheme import Rule, Scheme, parse_activation_bits, parse_we
 from bitwright.quantized import QuantizedModel
 from bitwright.recipes import Recipe
 from bitwright.recipes import recipe as find_recipe
+from bitwright.run.about import describe_layers, totals
 from bitwright.run.journal import heard
 from bitwright.run.record import Origin, RunRecord
-from bitwright.run.result import describe_layers, totals
 from bitwright.sensitivity import MEASURES
 from bitwright.stages.base import Precision, Run
 from bitwright.stages.short_rows import keep_short_rows
@@ -325,7 +325,7 @@ def _check_instead(
     rules: Any,
     runtime: Any,
     measure: Any,
-    limits: dict[str, Any],
+    limits: Mapping[str, str | float | None],
 ) -> None:
     """A scheme stands instead of bits, rules and runtime, a goal instead of limits and of several bits."""
     if not isinstance(runtime, str):

@@ -8,8 +8,7 @@ import os
 import platform
 import shutil
 import warnings
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from bitwright._version import __version__
 
@@ -46,8 +45,35 @@ class Finding:
     remedy: str = ""
 
 
-def examine() -> dict[str, Any]:
-    """Everything that ``bitwright doctor`` tells, as plain data; ``ok`` if nothing required is missing or broken."""
+@dataclass
+class ComputeDevice:
+    """A device that this torch can use, and its threads or its memory."""
+
+    device: str
+    name: str
+    threads: int | None = None
+    memory_bytes: int | None = None
+
+
+@dataclass
+class Examination:
+    """Everything that ``bitwright doctor`` tells; ``ok`` if nothing required is missing or broken."""
+
+    ok: bool
+    bitwright: str
+    python: str
+    platform: str
+    cores: int | None
+    disk_free_bytes: int
+    devices: list[ComputeDevice]
+    runtimes: list[str]
+    zoo: dict[str, bool]
+    required: list[Finding]
+    optional: list[Finding]
+
+
+def examine() -> Examination:
+    """Looks at this machine."""
     required = [_package(name, "pip install --upgrade bitwright") for name in REQUIRED]
     optional = [
         _package(name, f"pip install 'bitwright[{EXTRAS.get(name, 'models')}]'", what)
@@ -55,19 +81,19 @@ def examine() -> dict[str, Any]:
     ]
     if required[0].ok:
         optional = [_torchvision_built_for(f) if f.name == "torchvision" else f for f in optional]
-    return {
-        "ok": all(f.ok for f in required),
-        "bitwright": __version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "disk_free_bytes": shutil.disk_usage(".").free,
-        "devices": devices() if required[0].ok else [],
-        "runtimes": _runtimes() if any(f.name == "onnxruntime" and f.ok for f in required) else [],
-        "zoo": _zoo(),
-        "required": [asdict(f) for f in required],
-        "optional": [asdict(f) for f in optional],
-    }
+    return Examination(
+        ok=all(f.ok for f in required),
+        bitwright=__version__,
+        python=platform.python_version(),
+        platform=platform.platform(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        disk_free_bytes=shutil.disk_usage(".").free,
+        devices=devices() if required[0].ok else [],
+        runtimes=_runtimes() if any(f.name == "onnxruntime" and f.ok for f in required) else [],
+        zoo=_zoo(),
+        required=required,
+        optional=optional,
+    )
 
 
 def _package(name: str, remedy: str, what: str = "") -> Finding:
@@ -111,21 +137,15 @@ def _torchvision_built_for(found: Finding) -> Finding:
     )
 
 
-def devices() -> list[dict[str, Any]]:
+def devices() -> list[ComputeDevice]:
     """The CPU and every CUDA device that this torch can use."""
     import torch
 
-    found: list[dict[str, Any]] = [
-        {
-            "device": "cpu",
-            "name": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-        }
-    ]
+    found = [ComputeDevice("cpu", platform.processor() or platform.machine(), threads=torch.get_num_threads())]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             about = torch.cuda.get_device_properties(index)
-            found.append({"device": f"cuda:{index}", "name": about.name, "memory_bytes": about.total_memory})
+            found.append(ComputeDevice(f"cuda:{index}", about.name, memory_bytes=about.total_memory))
     return found
 
 

@@ -83,30 +83,6 @@ def _ends(ends: Sequence[float], digits: int) -> str:
     return signed(" to ".join(f"{100 * end:.{digits}f}" for end in ends))
 
 
-def spread(times: Mapping[str, Any], unit: str = "") -> str:
-    """Milliseconds of measured seconds: the median, and the middle half.
-
-    Example:
-        >>> spread({"median": 0.0125, "low": 0.012, "high": 0.013}, " ms")
-        '12.5 ms (12 to 13)'
-    """
-    middle, low, high = (f"{1000 * times[k]:.3g}" for k in ("median", "low", "high"))
-    return f"{middle}{unit} ({low} to {high})"
-
-
-def faster(ratio: Mapping[str, Any]) -> str:
-    """What the middle half of the ratios of times says; nothing where it holds 1.
-
-    Example:
-        >>> faster({"median": 0.5, "low": 0.4, "high": 0.6}), faster({"median": 1.2, "low": 0.9, "high": 1.3})
-        ('2.00 times as fast', 'no clear difference')
-    """
-    if ratio["low"] <= 1 <= ratio["high"]:
-        return "no clear difference"
-    fast = ratio["median"] < 1
-    return f"{1 / ratio['median'] if fast else ratio['median']:.2f} times as {'fast' if fast else 'slow'}"
-
-
 def size(count: float | None) -> str:
     """Bytes, in powers of 1000.
 
@@ -226,7 +202,7 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def bits(settings: dict[str, Any] | None) -> str:
+def bits(settings: Mapping[str, int | str | None] | None) -> str:
     """Bits of weights and activations.
 
     Example:

@@ -86,8 +86,8 @@ def test_equal_layers_and_bits_of_one_file_are_timed_once(twins, stopwatch):
     assert table["a"] == table["b"]
     assert table["a"][2, 8] == table["a"][3, 8] == table["a"][4, 8] != table["a"][8, 8]
     assert table["a"][5, 16] == table["a"][8, 16] != table["a"][8, 8]
-    assert found.facts["layers"], found.facts["different_layers"] == (4, 3)
-    assert found.facts["files_timed"] == len(stopwatch.files) == len(set(stopwatch.files))
+    assert found.facts.layers, found.facts.different_layers == (4, 3)
+    assert found.facts.files_timed == len(stopwatch.files) == len(set(stopwatch.files))
 
 
 def test_every_pair_that_a_plan_may_choose_is_there(stopwatch):
@@ -103,7 +103,7 @@ def test_every_pair_that_a_plan_may_choose_is_there(stopwatch):
 def test_the_cost_of_calling_is_taken_off(twins, stopwatch):
     found = measured(twins, stopwatch, weights=(8,), activations=(8,))
     assert found.table["head"] == {(8, 8): 20.0 - 1.0}
-    assert found.facts["float_seconds"] == 4 * (10.0 - 1.0)
+    assert found.facts.float_seconds == 4 * (10.0 - 1.0)
 
 
 def test_what_is_kept_is_not_timed_again(twins, stopwatch, tmp_path):

@@ -74,7 +74,7 @@ def test_losses_are_those_of_the_measure() -> None:
     fidelity = Fidelity()
     with torch.no_grad():
         fidelity.update(list(teacher.graph(data.batch(range(6)))), student.flat(data.batch(range(6))))
-    assert found.losses.weights["conv"][4] == pytest.approx(fidelity.result()["kl"], rel=1e-4)
+    assert found.losses.weights["conv"][4] == pytest.approx(fidelity.worst.kl, rel=1e-4)
 
 
 def test_losses_are_those_of_the_roundings_that_the_recipe_will_make() -> None:

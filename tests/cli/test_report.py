@@ -16,10 +16,12 @@ import bitwright as bw
 from bitwright import report
 from bitwright.cli import main
 from bitwright.cli import report as command
-from bitwright.report.comparison import Entry, comparison, quality, row
+from bitwright.report.comparison import Entry, comparison, figures_of, quality
+from bitwright.report.kept import DifferingAnswers, PageFacts
 from bitwright.report.run_page import run_page as page
 from bitwright.report.shown import Shown
 from bitwright.report.verdict import run_verdict
+from bitwright.run.result import RunResult
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +103,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "newer": (lambda run: change(run, schema=2), "Update: pip install --upgrade bitwright"),
     "odd schema": (lambda run: change(run, schema="x"), "newer bitwright"),
     "layers gone": (lambda run: change(run, layers=[{"op": "conv2d"}]), "damaged: it has no 'name'"),
-    "a model without a name": (lambda run: change(run, model={"a": 1}), "'model' is something else"),
+    "a model without a name": (lambda run: change(run, model={"a": 1}), "it has no 'name' in 'model'"),
     "seconds in a list": (lambda run: change(run, seconds=[1]), "'seconds' is something else"),
     "odd size": (lambda run: change(run, size={"float_bytes": "many", "packed_bytes": 3}), "something else"),
 }  # fmt: skip
@@ -170,16 +172,16 @@ def result(name: str, top1: float, size: int, **more: Any) -> Shown:
         "data": {"evaluation": {"count": 100, "sha256": "e"}, "calibration": {"count": 9, "sha256": "c"}},
         "command": f"bitwright quantize net --recipe {name}",
     }
-    return Shown({**base, **more}, folder=name)
+    return Shown(RunResult.read({**base, **more}), folder=name)
 
 
-def entries(*places: tuple[str, float, int]) -> list[Entry]:
-    return [Entry(name, result(name, top1, size)) for name, top1, size in places]
+def entries(*places: tuple[str, float, int], **more: Any) -> list[Entry]:
+    return [Entry(name, result(name, top1, size, **more)) for name, top1, size in places]
 
 
 def test_the_front_is_what_brute_force_finds() -> None:
     some = entries(("a", 0.70, 500_000), ("b", 0.75, 700_000), ("c", 0.72, 900_000), ("d", 0.60, 400_000))
-    rows = [row(e) for e in some]
+    rows = [figures_of(e).to_dict() for e in some]
     best = [
         r["run"]
         for r in rows
@@ -204,23 +206,18 @@ def test_a_failed_run_is_shown_and_hostile_names_are_text() -> None:
 
 
 def test_runs_on_other_images_are_not_ranked() -> None:
-    some = entries(("a", 0.7, 500_000), ("b", 0.8, 600_000))
-    assert some[1].run is not None
-    some[1].run.result["data"] = {"evaluation": {"count": 5, "sha256": "other"}}
+    other = result("b", 0.8, 600_000, data={"evaluation": {"count": 5, "sha256": "other"}})
+    some = [*entries(("a", 0.7, 500_000)), Entry("b", other)]
     text = comparison(some)
     assert "cannot tell which is better" in text
     assert "has the best" not in text
 
 
 def test_without_labels_runs_are_compared_by_fidelity() -> None:
-    some = entries(("a", 0.7, 500_000), ("b", 0.8, 600_000))
-    for e in some:
-        assert e.run is not None
-        e.run.result.update({"float": {}, "quantized": {}})
-    assert quality(some) == "agreement"
-    for e in some:
-        assert e.run is not None
-        e.run.result["fidelity"].update({"agreement": None, "kl": None})
+    places = (("a", 0.7, 500_000), ("b", 0.8, 600_000))
+    assert quality(entries(*places, float={}, quantized={})) == "agreement"
+    values = {"agreement": None, "kl": None, "sqnr_db": 12.0}
+    some = entries(*places, float={}, quantized={}, fidelity=values)
     assert quality(some) == "sqnr_db"
     assert "12.0\u00a0dB" in comparison(some)
 
@@ -239,14 +236,14 @@ TWO = {
 
 def test_the_verdict_is_that_of_the_worst_output() -> None:
     shown = result("a", 0.7, 500_000, fidelity=TWO, float={}, quantized={})
-    said = run_verdict(shown.result, {})
+    said = run_verdict(shown.result, None)
     assert "with the same answer as the float network for 31.00 % of 100 images in output colour" in said
     assert "and with output place −1.5 dB above its error" in said
-    judged = run_verdict(result("a", 0.7, 500_000, fidelity=TWO).result, {})
+    judged = run_verdict(result("a", 0.7, 500_000, fidelity=TWO).result, None)
     assert "70.00 % top-1 accuracy" in judged
     assert "31.00 % in output colour, the worst of 3" in judged
     dense = {**TWO, "outputs": {"map": {**TWO["outputs"]["colour"], "answers": 6400}}}  # type: ignore[dict-item]
-    only = run_verdict(result("a", 0.7, 500_000, fidelity=dense, float={}, quantized={}).result, {"answers": None})
+    only = run_verdict(result("a", 0.7, 500_000, fidelity=dense, float={}, quantized={}).result, PageFacts())
     assert "31.00 % of the answers of 100 images." in only
 
 
@@ -289,5 +286,5 @@ def test_the_verdict_tells_loss_from_chance(labelled: dict[str, int], expected: 
         float={"top1": (labelled["both"] + labelled["only_float"]) / count},
         quantized={"top1": (labelled["both"] + labelled["only_quantized"]) / count},
     )
-    assert expected in run_verdict(shown.result, {"answers": {"labelled": labelled}})
-    assert "8.0 times smaller" in run_verdict(shown.result, {})
+    assert expected in run_verdict(shown.result, PageFacts(answers=DifferingAnswers(labelled=labelled)))
+    assert "8.0 times smaller" in run_verdict(shown.result, None)

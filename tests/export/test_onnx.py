@@ -9,9 +9,10 @@ import torch
 
 import bitwright as bw
 from bitwright.export.arbiter import compare_codes
-from bitwright.export.layers import LayerParity, compare_layers
+from bitwright.export.layers import compare_layers
 from bitwright.export.onnx import to_onnx
 from bitwright.export.parity import check_parity, export_checked
+from bitwright.export.verdict import LayerParity
 from bitwright.quant.quantizer import Quantizer
 from bitwright.runtimes.onnxruntime import session
 from bitwright.runtimes.session import save_onnx

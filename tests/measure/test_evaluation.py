@@ -16,7 +16,7 @@ from bitwright.cli import tables
 from bitwright.cli.evaluate import parse_classes
 from bitwright.errors import DataError, UsageError
 from bitwright.measure.evaluation import compare
-from bitwright.measure.metrics import Evaluation
+from bitwright.run.result import RunResult
 
 pytestmark = pytest.mark.filterwarnings("ignore:Output '.*' of the quantized network")
 
@@ -77,10 +77,10 @@ def test_each_output_has_a_row_and_a_missing_figure_its_reason(
 ) -> None:
     model, _, images = three
     found = model.evaluate(images)
-    rows = {what: ours for what, _, ours in tables.metric_rows(Evaluation.read(found))}
+    rows = {what: ours for what, _, ours in tables.metric_rows(RunResult.read(found).evaluation)}
     assert set(rows) == {f"output {n} against float" for n in ("kind_main", "boxes", "colour")}
     assert "same answer" not in rows["output boxes against float"]
-    assert tables.fidelity_notes(Evaluation.read(found).outputs) == [
+    assert tables.fidelity_notes(RunResult.read(found).evaluation.outputs) == [
         "No answers are compared in boxes. By its name, boxes, it holds no class scores. "
         "(bitwright evaluate --classes boxes=AXIS says otherwise)"
     ]
@@ -169,7 +169,7 @@ def test_masks_are_used(dense: tuple[bw.QuantizedModel, Tensor, Tensor]) -> None
         assert found["quantized"]["pixel_accuracy"] == pytest.approx(right)
         assert found["quantized"]["miou"] == pytest.approx(float(torch.stack(overlaps).mean()))
         assert found["float"] == {"miou": 1.0, "pixel_accuracy": 1.0}
-    assert tables.metric_rows(Evaluation.read(found))[0][:2] == ("mean IoU of classes", "100.00 %")
+    assert tables.metric_rows(RunResult.read(found).evaluation)[0][:2] == ("mean IoU of classes", "100.00 %")
 
 
 def test_masks_of_another_size_or_kind_are_not_left_out_in_silence(
@@ -214,7 +214,7 @@ def test_an_output_without_values() -> None:
     found = bw.quantize(_Empty().eval(), cases.images(8), "rtn").evaluate(cases.images(8))
     empty = found["fidelity"]["outputs"]["output_1"]
     assert (empty["agreement"], empty["sqnr_db"], empty["note"]) == (None, None, "It is empty.")
-    assert [what for what, _, _ in tables.metric_rows(Evaluation.read(found))] == [
+    assert [what for what, _, _ in tables.metric_rows(RunResult.read(found).evaluation)] == [
         "output_0 against float",
         "output_1 against float",
     ]

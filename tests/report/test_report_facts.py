@@ -29,6 +29,7 @@ from bitwright.report.answers import Answers, class_names, picture
 from bitwright.report.facts import onnx_parts, packed_parts
 from bitwright.report.histograms import histograms, worst_layers
 from bitwright.report.verdict import paired_difference
+from bitwright.run.result import LayerRow
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,9 @@ def test_an_evaluation_shows_its_batches_and_agrees_with_itself(quantized: Stude
     found = evaluation_of(quantized, images, readings, batch=7, each=answers.update)
     assert answers.count == 40
     assert 1 - answers.differing / 40 == pytest.approx(found.outputs["output"].agreement)
-    assert answers.facts(images, pictures=True)["labelled"] is None  # type: ignore[index]
+    facts = answers.facts(images, pictures=True)
+    assert facts is not None
+    assert facts.labelled is None
 
 
 def test_of_several_outputs_the_one_that_changed_is_named() -> None:
@@ -83,7 +86,7 @@ def test_of_several_outputs_the_one_that_changed_is_named() -> None:
     assert {d.output for d in found.worst} == {"colour"}
     facts = found.facts(dataset(30), pictures=False)
     assert facts is not None
-    assert {row["output"] for row in facts["shown"]} == {"colour"}
+    assert {row.output for row in facts.shown or []} == {"colour"}
     alone = Answers(("kind", "embedding"), (Reading("scores", 1), Reading("values")))
     alone.update(0, [first, second], [first.roll(1, 1), ruined], torch.zeros(30, dtype=torch.int64))
     assert alone.labelled
@@ -118,21 +121,23 @@ def test_histograms_are_those_of_numpy(quantized: Student) -> None:
         weight = rewrite.get_tensor(graph, str(nodes[layer.node].args[1].target)).numpy()
         quantizer = quantized.quantizer(layer.weight or "")
         steps = weight / quantizer.scale.numpy().reshape(-1, *[1] * (weight.ndim - 1))
-        seen = data["weight"]
-        counts, _ = np.histogram(steps, bins=len(seen["counts"]), range=tuple(seen["range"]))
-        assert np.abs(counts - seen["counts"]).sum() <= 2  # a value on an edge may fall to either side
-        assert sum(seen["counts"]) == weight.size
-        assert seen["levels"] == [-4, 3]
-        assert seen["below"] == pytest.approx((steps < -4.5).mean())
-        assert seen["above"] == pytest.approx((steps > 3.5).mean())
-        assert 1 < seen["used"] <= 8
-        if data["activation"] is None:
+        seen = data.weight
+        assert seen is not None
+        counts, _ = np.histogram(steps, bins=len(seen.counts), range=tuple(seen.range))
+        assert np.abs(counts - seen.counts).sum() <= 2  # a value on an edge may fall to either side
+        assert sum(seen.counts) == weight.size
+        assert seen.levels == [-4, 3]
+        assert seen.below == pytest.approx((steps < -4.5).mean())
+        assert seen.above == pytest.approx((steps > 3.5).mean())
+        assert seen.used is not None
+        assert 1 < seen.used <= 8
+        if data.activation is None:
             continue
         kept: dict[str, Tensor] = {}
         watch(graph, images, {layer.end or layer.node: lambda n, v, kept=kept: kept.update({n.name: v.clone()})})
         (value,) = kept.values()
-        assert data["activation"]["seen"] == pytest.approx([float(value.min()), float(value.max())])
-        assert sum(data["activation"]["counts"]) == value.numel()
+        assert data.activation.seen == pytest.approx([float(value.min()), float(value.max())])
+        assert sum(data.activation.counts) == value.numel()
 
 
 def test_the_worst_layers_are_the_noisiest_each_group_once() -> None:
@@ -140,7 +145,7 @@ def test_the_worst_layers_are_the_noisiest_each_group_once() -> None:
         SimpleNamespace(name=n, node=n, end=e, weight="w", activation="a")
         for n, e in (("a", "a"), ("b", "d"), ("c", None), ("d", "d"))
     ]
-    rows = [{"sqnr_db": v} for v in (20.0, 5.0, None, 4.0)]
+    rows = [LayerRow("layer", sqnr_db=v) for v in (20.0, 5.0, None, 4.0)]
     assert [x.name for x in worst_layers(rows, layers, count=3)] == ["d", "a"]  # type: ignore[arg-type]
 
 

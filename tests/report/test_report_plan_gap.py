@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -119,17 +120,19 @@ def test_the_curve_of_a_plan_file_comes_along(place: Path) -> None:
 def test_an_edited_plan_has_no_place_on_the_curve(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "plan", tmp_path / "plan")
     file = tmp_path / "plan" / "plan.json"
-    assert (curve_beside(file) or {})["chosen"] is not None
-    assert curve_beside(file.parent) == curve_beside(file)
+    curve = curve_beside(file)
+    assert curve is not None
+    assert curve.chosen is not None
+    assert curve_beside(file.parent) == curve
     data = json.loads(file.read_text())
     data["layers"]["body"]["weight"]["bits"] = 8 if data["layers"]["body"]["weight"]["bits"] != 8 else 2
     file.write_text(json.dumps(data))
     curve = curve_beside(file)
     assert curve is not None
-    assert curve["chosen"] is None
+    assert curve.chosen is None
     shutil.copytree(place / "by_file", tmp_path / "run")
     facts = json.loads((tmp_path / "run" / "report.json").read_text())
-    (tmp_path / "run" / "report.json").write_text(json.dumps({**facts, "curve": curve}))
+    (tmp_path / "run" / "report.json").write_text(json.dumps({**facts, "curve": asdict(curve)}))
     said = section(report.write(tmp_path / "run"), "plan")
     assert "changed by hand" in said
     assert "this run" not in said

@@ -69,17 +69,17 @@ def test_loss_without_a_tensor_is_that_of_the_network_changed_by_hand(
     monkeypatch.setattr(diagnosis, "SUSPECTS", (100, 100))
     model, images = student(name, correction=correction), dataset(6)
     found = diagnose(model, images)
-    assert found["images"] == 6
-    assert found["loss"] == pytest.approx(loss_by_hand(model, None, images.batch(range(6))), rel=1e-5)
+    assert found.images == 6
+    assert found.loss == pytest.approx(loss_by_hand(model, None, images.batch(range(6))), rel=1e-5)
     batch = images.batch(range(6))
     quantizers = {k: q for k, q in model.graph.named_children() if getattr(q, "role", None) in {"weight", "activation"}}
     by_hand = {(q.name, q.role): loss_by_hand(model, key, batch) for key, q in quantizers.items()}
-    rows = {(r["name"], r["tensor"]): r for r in found["layers"]}
-    assert set(rows) >= {key for key, loss in by_hand.items() if loss < 0.999 * found["loss"]}
+    rows = {(r.name, r.tensor): r for r in found.layers}
+    assert set(rows) >= {key for key, loss in by_hand.items() if loss < 0.999 * found.loss}
     for key, row in rows.items():
-        assert row["loss_without"] == pytest.approx(by_hand[key], rel=2e-3), row
-        assert row["share"] == pytest.approx((found["loss"] - by_hand[key]) / found["loss"], abs=2e-3)
-    shares = [r["share"] for r in found["layers"]]
+        assert row.loss_without == pytest.approx(by_hand[key], rel=2e-3), row
+        assert row.share == pytest.approx((found.loss - by_hand[key]) / found.loss, abs=2e-3)
+    shares = [r.share for r in found.layers]
     assert shares == sorted(shares, reverse=True)
 
 
@@ -114,34 +114,35 @@ def zoo(rules: tuple[str, ...] = ()) -> Student:
 @pytest.mark.slow
 def test_runs_with_the_rules_lose_and_weigh_what_was_predicted(run: Student, tmp_path: Path) -> None:
     found = diagnose(run)
-    assert found["rules"]
-    assert 2 <= len(found["together"]["rules"]) <= diagnosis.TOGETHER
+    assert found.rules
+    assert found.together is not None
+    assert 2 <= len(found.together.rules) <= diagnosis.TOGETHER
     save_packed(run, tmp_path / "without")
-    rows = [{**found["rules"][0], "rules": [found["rules"][0]["rule"]]}, found["together"]]
-    for row in rows:
-        mended = zoo(tuple(row["rules"]))
-        gain = found["loss"] - row["loss_after"]
-        assert found["loss"] - diagnose(mended)["loss"] == pytest.approx(gain, rel=0.2)
-        assert gain > diagnosis.WORTH * found["loss"]
+    best, together = found.rules[0], found.together
+    for row, rules in ((best, [best.rule]), (together, together.rules)):
+        mended = zoo(tuple(rules))
+        gain = found.loss - row.loss_after
+        assert found.loss - diagnose(mended).loss == pytest.approx(gain, rel=0.2)
+        assert gain > diagnosis.WORTH * found.loss
         save_packed(mended, tmp_path / "with")
         more = (tmp_path / "with").stat().st_size - (tmp_path / "without").stat().st_size
-        assert abs(more - row["bytes"]) < 250  # the description of the network grows too
-    assert rows[1]["loss_after"] < rows[0]["loss_after"]
+        assert abs(more - row.bytes) < 250  # the description of the network grows too
+    assert together.loss_after < best.loss_after
 
 
 @pytest.mark.slow
 def test_the_ranking_puts_what_matters_among_the_first(run: Student) -> None:
-    everything = diagnose(run)["layers"]
-    few = diagnose(run, seconds=0.0)["layers"]
+    everything = diagnose(run).layers
+    few = diagnose(run, seconds=0.0).layers
     assert len(few) <= diagnosis.SUSPECTS[0]
-    assert {r["name"] for r in everything[:2]} <= {r["name"] for r in few}
+    assert {r.name for r in everything[:2]} <= {r.name for r in few}
 
 
 def test_nothing_is_said_where_the_loss_is_negligible() -> None:
     model = bw.quantize("zoo:fashion_cnn", "zoo:fashion", "mse", samples=64)
     found = diagnose(model)
-    assert 0 < found["loss"] < diagnosis.NEGLIGIBLE
-    assert (found["layers"], found["rules"], found["together"]) == ([], [], None)
+    assert 0 < found.loss < diagnosis.NEGLIGIBLE
+    assert (found.layers, found.rules, found.together) == ([], [], None)
     assert diagnosis_lines(found) == []
     assert diagnosis_lines(None) == []
 

@@ -10,12 +10,13 @@ import cases
 import pytest
 
 import bitwright as bw
-from bitwright import cli, runtimes, words
+from bitwright import cli, runtimes
 from bitwright.errors import BitwrightError, UsageError
 from bitwright.runtimes.onnxruntime import ONNXRUNTIME
 from bitwright.runtimes.openvino import OPENVINO
 from bitwright.speed import bench as module
 from bitwright.speed.memory import peak_memory
+from bitwright.speed.timing import Spread
 
 
 @pytest.fixture(scope="module")
@@ -171,8 +172,7 @@ def test_command_refuses_wrong_options(run, given, capsys):
 
 def test_a_speed_is_claimed_only_where_the_spread_allows_it():
     for low, median, high in ((0.9, 0.95, 1.0), (0.5, 1.2, 1.4), (1.0, 1.0, 1.0)):
-        assert words.faster({"low": low, "median": median, "high": high}) == "no clear difference"
+        assert Spread(median, low, high, 5).verdict == "no clear difference"
     for factor in (1.5, 4.0):
-        assert words.faster({"low": factor, "median": factor, "high": factor}) == f"{factor:.2f} times as slow"
-        quick = dict.fromkeys(("low", "median", "high"), 1 / factor)
-        assert words.faster(quick) == f"{factor:.2f} times as fast"
+        assert Spread(factor, factor, factor, 5).verdict == f"{factor:.2f} times as slow"
+        assert Spread(*[1 / factor] * 3, 5).verdict == f"{factor:.2f} times as fast"

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import dataset, images, prepared
+from cases import Deaf, dataset, images, prepared
 from pydantic import ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitwright.graph import ops, rewrite
 from bitwright.graph.capture import capture
@@ -220,17 +220,6 @@ def test_where_nothing_is_quantized_fisher_weights_are_zero() -> None:
     student = insert_quantizers(prepared("residual"), Scheme(weights=3, activations=4))
     for place in places("residual", student):
         assert Fisher(place, student.graph, prepared("residual").graph, dataset(16).batch(range(8))).scale == 0
-
-
-class Deaf(nn.Module):
-    """Its output does not depend on the image."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x).mean((2, 3)) * 0 + 1
 
 
 def test_weights_that_are_zero_are_not_taken() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import dataset, images, prepared
+from cases import Deaf, dataset, images, prepared
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -380,17 +380,6 @@ def test_a_network_without_layers_is_left_as_it_is() -> None:
     with pytest.warns(UserWarning, match="nothing to optimise"):
         student, _ = optimise(Reconstruct(**QUICK), network(Without()))
     assert student.flat(torch.randn(2, 3, 8, 8))[0].shape == (2, 3)
-
-
-class Deaf(nn.Module):
-    """Its output does not depend on the input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x).mean((2, 3)) * 0 + 1
 
 
 class Dead(nn.Module):

@@ -18,9 +18,10 @@ from bitwright.stages.base import Run
 from bitwright.stages.candidates import Fitness
 from bitwright.stages.evolve import scale_keys
 from bitwright.studies import landscape, study
-from bitwright.studies.base import Row, StudyResult
+from bitwright.studies.base import StudyResult
 from bitwright.studies.landscape import SCANS, Scan, scan, summarise, verdict
 from bitwright.studies.roughness import directions, offsets
+from bitwright.studies.rows import Row
 from bitwright.studies.scales import measured_batches, middle_blocks
 from bitwright.studies.subject import Subject
 

@@ -12,7 +12,7 @@ import json
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,16 +46,27 @@ VERSION = 1
 
 
 @dataclass(frozen=True)
-class Latencies:
-    """What was measured.
+class LatencyFacts:
+    """How layers were timed: how many, how many different ones, how many files, and what they take in float."""
 
-    Example: ``Latencies({"stem": {(4, 8): 2.1e-5, (8, 8): 9.3e-6}}, {"threads": 1, "batch": 1})``
-    """
+    cpu: str
+    onnxruntime: str | None
+    threads: int
+    batch: int
+    layers: int
+    different_layers: int
+    files_timed: int
+    float_seconds: float
+
+
+@dataclass(frozen=True)
+class Latencies:
+    """What was measured."""
 
     table: dict[str, dict[tuple[int, int], float]]
-    """Seconds of each linear layer by the bits of its weight and of its input; 32 for float."""
-    facts: dict[str, Any] = field(default_factory=dict)
-    """Machine, runtime, threads, batch; how many layers, how many different ones, how many files were timed."""
+    """Seconds of each linear layer by the bits of its weight and of its input, as in ``{"stem": {(4, 8): 2.1e-5}}``; 32
+    bits are float."""
+    facts: LatencyFacts
 
 
 def measure_latencies(
@@ -105,15 +116,9 @@ def measure_latencies(
         part.layer.name: {bits: found[part.piece][kernel] for bits, kernel in by_bits.items()}
         for part, by_bits in zip(parts, pairs, strict=True)
     }
-    facts = {
-        **timer.store.about,
-        "batch": batch,
-        "layers": len(parts),
-        "different_layers": len(found),
-        "files_timed": timer.timed,
-        "float_seconds": sum(found[part.piece][FLOAT] for part in parts),
-    }
-    return Latencies(table, facts)
+    whole = sum(found[part.piece][FLOAT] for part in parts)
+    about = cpu_name(), ONNXRUNTIME.version, threads
+    return Latencies(table, LatencyFacts(*about, batch, len(parts), len(found), timer.timed, whole))
 
 
 def _timed(
@@ -139,7 +144,7 @@ def compare_with_network(
     *,
     seconds: float = SECONDS,
     measure: Timer | None = None,
-) -> dict[str, Any]:
+) -> dict[str, dict[str, float]]:
     """What the layers take together beside what the whole network takes, in float and at 8 bits everywhere.
 
     The difference is what lies between the layers: attention, norms, additions, and what they save by sharing caches.
@@ -160,7 +165,7 @@ def compare_with_network(
     missing = [name for name, row in found.table.items() if (8, 8) not in row]
     if missing or student.teacher is None:
         raise UsageError(f"Expected latencies of all layers at 8 bits to compare with, found none of {missing[:1]}.")
-    threads, batch = found.facts["threads"], found.facts["batch"]
+    threads, batch = found.facts.threads, found.facts.batch
     made = insert_quantizers(student.teacher, Scheme(runtime=student.scheme.runtime))
     ends = {layer.activation for layer in made.layers if layer.op in CLAMPING}
     for key, quantizer in made.graph.named_modules():
@@ -172,7 +177,7 @@ def compare_with_network(
         files = {"float": float_twin(program), "w8a8": program}
         calls = [_load(file, shape, threads, Path(folder) / f"{name}.onnx") for name, file in files.items()]
         whole = [Spread.of(row).median for row in (measure or partial(in_turn, seconds=seconds))(calls)]
-    layers = [found.facts["float_seconds"], sum(row[8, 8] for row in found.table.values())]
+    layers = [found.facts.float_seconds, sum(row[8, 8] for row in found.table.values())]
     return {n: {"layers": a, "network": b} for n, a, b in zip(files, layers, whole, strict=True)}
 
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bitwright.bits import trials
 from bitwright.bits.allocate import Losses, plan_for, problem_of
@@ -23,7 +23,7 @@ from bitwright.bits.solve import Solution, pareto, reachable, solution_of, solve
 from bitwright.bits.tables import Problem
 from bitwright.errors import UsageError
 from bitwright.given import inputs
-from bitwright.given.arguments import check_alone, one_of, whole_number
+from bitwright.given.arguments import Given, check_alone, one_of, whole_number
 from bitwright.given.images import Images
 from bitwright.graph.capture import Captured
 from bitwright.graph.student import Student, insert_quantizers
@@ -31,10 +31,14 @@ from bitwright.progress import Progress, silent
 from bitwright.quant.scheme import Rule, Scheme
 from bitwright.recipes import Recipe
 from bitwright.recipes import recipe as find_recipe
-from bitwright.run.result import totals
+from bitwright.run.about import totals
+from bitwright.run.result import Curve
 from bitwright.sensitivity import MEASURES, Choices, Measure, MeasuredLoss, Table, predicted_losses
 from bitwright.stages.base import Run
 from bitwright.words import amount
+
+if TYPE_CHECKING:
+    from bitwright.bits.latency import LatencyFacts
 
 SAMPLES = (16, 256)
 """Images to measure on: a plan that chooses among hundreds of losses learns few images by heart, so as many of these
@@ -75,7 +79,7 @@ class Planning:
     """The same bits in all weights that are free, by the bits."""
     along: str
     """What the curve limits, such as ``weight_bytes``."""
-    timing: dict[str, Any] | None
+    timing: LatencyFacts | None
     """How latencies were measured, if they were."""
     goal: Goal
     limits: dict[str, float]
@@ -95,7 +99,7 @@ class Planning:
             "limits": self.limits,
             "predicted": self.plan.predicted,
             **self.measured.to_dict(),
-            **({} if self.timing is None else {"latency": self.timing}),
+            **({} if self.timing is None else {"latency": asdict(self.timing)}),
         }
 
     def bits(self, plan: Plan) -> dict[str, dict[str, int]]:
@@ -128,13 +132,10 @@ class Planning:
         predicted = plan.predicted or {}
         return {**predicted, "compression": self.float_bytes / predicted["weight_bytes"]}
 
-    def outline(self) -> dict[str, Any]:
+    def outline(self) -> Curve:
         """The curve and uniform bits without the bits of layers, as a result keeps them."""
-        return {
-            "along": self.along,
-            "points": [p.predicted for p in self.curve],
-            "uniform": [{"bits": b, **(p.predicted or {})} for b, p in self.uniform.items()],
-        }
+        uniform = [{"bits": b, **(p.predicted or {})} for b, p in self.uniform.items()]
+        return Curve(self.along, [p.predicted or {} for p in self.curve], uniform)
 
     def at(self, point: int) -> Planning:
         """The same with a point of the curve as the plan; the first is 1.
@@ -184,7 +185,8 @@ class Decision:
 
     def to_dict(self) -> dict[str, Any]:
         """What ``result.json`` says of it."""
-        found = {**self.planning.facts(), "curve": self.planning.outline()}
+        curve = {key: value for key, value in asdict(self.planning.outline()).items() if key != "chosen"}
+        found = {**self.planning.facts(), "curve": curve}
         return found if self.estimate is None else {**found, "estimate": asdict(self.estimate)}
 
 
@@ -275,11 +277,11 @@ def plan_bits(
     run = Run(seed=seed, device=inputs.find_device(device), progress=progress)
     teacher = inputs.prepare_teacher(network, data, output)
     folder = None if cache is None else usable(Path(cache))
-    options: dict[str, Any] = {"samples": samples, "points": points, "latency": latency, "folder": folder}
-    return planned(teacher, scheme, data, goal, find_recipe(recipe), run, along=along, **options)
+    method, how = find_recipe(recipe), {"samples": samples, "points": points, "latency": latency, "folder": folder}
+    return planned(teacher, scheme, data, goal, method, run, along=along, **how)  # type: ignore[arg-type]
 
 
-def check_instead(scheme: Scheme | None, bits: dict[str, Any], rules: Sequence[Any], runtime: str) -> None:
+def check_instead(scheme: Scheme | None, bits: Mapping[str, Given], rules: Sequence[Any], runtime: str) -> None:
     """A scheme stands instead of bits, rules and runtime.
 
     Raises:
@@ -290,7 +292,9 @@ def check_instead(scheme: Scheme | None, bits: dict[str, Any], rules: Sequence[A
     check_alone("scheme", scheme, {**bits, "rules": (tuple(rules), ((),)), "runtime": (runtime, ("onnxruntime",))})
 
 
-def _wanted(goal: Goal | None, limits: dict[str, Any], weights: Any, activations: Any, measure: str) -> Goal:
+def _wanted(
+    goal: Goal | None, limits: Mapping[str, str | float | None], weights: Any, activations: Any, measure: str
+) -> Goal:
     """The goal that was given, or that of the arguments that were given instead."""
     bits = {"weights": (weights, (None, "auto")), "activations": (activations, (8, "auto"))}
     check_alone("goal", goal, {**{name: (value, (None,)) for name, value in limits.items()}, **bits})
@@ -354,13 +358,12 @@ def planned(
     timing = None
     if latency is None and (goal.max_latency is not None or along == "latency"):
         latency, timing = _timed(student, some, goal, run, folder)
-    latency = latency(student) if callable(latency) else latency
     run.progress("Planning", 0, 0)
     losses = _losses(measured, variables)
-    problem = _problem(student, losses, goal, latency, explained=bool(measured.notes))
-    float_bytes = 4 * totals(student)["parameters"]
+    table = latency(student) if callable(latency) else latency
+    problem = _problem(student, losses, goal, table, explained=bool(measured.notes))
+    float_bytes, uniform = 4 * totals(student)["parameters"], _uniform(problem, variables, goal)
     limits = goal.limits(float_bytes)
-    uniform = _uniform(problem, variables, goal)
     if not goal.asked:
         limits["weight_bytes"] = uniform[nearest_uniform(goal)].costs["weight_bytes"]
     along = along or ("weight_bytes" if goal.max_drop is not None else next(iter(limits)))
@@ -464,9 +467,7 @@ def usable(folder: Path) -> Path | None:
 # --------------------------------------------------------------------------------------------------- measuring
 
 
-def _timed(
-    student: Student, images: Images, goal: Goal, run: Run, folder: Path | None
-) -> tuple[Latency, dict[str, Any]]:
+def _timed(student: Student, images: Images, goal: Goal, run: Run, folder: Path | None) -> tuple[Latency, LatencyFacts]:
     from bitwright.bits.latency import measure_latencies
 
     activations = goal.activations or ACTIVATION_CHOICES

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from rich.console import RenderableType
 
@@ -12,8 +11,10 @@ from bitwright.cli import tables
 from bitwright.cli.calls import BenchCall
 from bitwright.errors import UsageError
 from bitwright.run.folder import BENCH, exclusive
+from bitwright.run.result import read_as
 from bitwright.runtimes import RUNTIMES
 from bitwright.speed.bench import bench as measured
+from bitwright.speed.record import BenchRecord, FloatOperator
 from bitwright.terminal import Terminal
 
 
@@ -49,53 +50,54 @@ def bench(call: BenchCall, terminal: Terminal) -> None:
     )
     terminal.finish()
     terminal.result(found)
-    terminal.show(*views(found))
+    terminal.show(*views(read_as(BenchRecord, found)))
 
 
-def views(found: dict[str, Any]) -> list[RenderableType]:
+def views(found: BenchRecord) -> list[RenderableType]:
     """The measurements for people, and how to read them."""
     made = tables.table(
         "runtime", ">threads", ">batch", ">float", ">quantized", ">quantized / float", ">memory", "what that says",
-        title=f"{found['run']} on {found['machine']['cpu']}",
+        title=f"{found.run} on {found.machine.cpu}",
     )  # fmt: skip
-    for row in found["rows"]:
-        ratio = row["ratio"]
+    for row in found.rows:
         made.add_row(
-            row["runtime"],
-            str(row["threads"]),
-            str(row["batch"]),
-            words.spread(row["float"]),
-            words.spread(row["quantized"]),
-            f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f})",
-            f"{words.size(row['float']['above_start_bytes'])}, {words.size(row['quantized']['above_start_bytes'])}",
-            words.faster(ratio),
+            row.runtime,
+            str(row.threads),
+            str(row.batch),
+            row.reference.milliseconds(),
+            row.quantized.milliseconds(),
+            row.ratio.factor,
+            f"{words.size(row.reference.above_start_bytes)}, {words.size(row.quantized.above_start_bytes)}",
+            row.ratio.verdict,
         )
     lines: list[RenderableType] = [
         made,
         "Milliseconds of a call: median (first to third quartile). Memory: what the float file and the quantized one "
         "add to the process.",
-        f"Float is {found['float']}.",
+        f"Float is {found.what}.",
     ]
-    for about in found["runtimes"]:
-        if "products" in about:
-            made_of = about["products"]["quantized"]
+    for about in found.runtimes:
+        if about.products is not None:
+            made_of = about.products["quantized"]
             whole = made_of["integer"] + made_of["float"]
             lines.append(
-                f"ONNX Runtime {about['version']} computes {made_of['integer']} of {whole} convolutions and matrix "
+                f"ONNX Runtime {about.version} computes {made_of['integer']} of {whole} convolutions and matrix "
                 "products in integers. In float:"
             )
-            lines.append(float_table(about["float_operators"]))
-    load, cores = found["machine"]["load"], found["machine"]["cores"]
-    if load is not None and load > cores + 0.5:
-        lines.append(f"The machine was busy (load {load:.1f} on {cores} cores): the times are those of a busy machine.")
-    for missing in found["absent"]:
+            lines.append(float_table(about.float_operators or []))
+    if (machine := found.machine).busy:
+        lines.append(
+            f"The machine was busy (load {machine.load:.1f} on {machine.cores} cores): the times are those of a busy "
+            "machine."
+        )
+    for missing in found.absent:
         lines.append(f"{RUNTIMES[missing['runtime']].title} is not installed. To measure in it: {missing['install']}")
-    return [*lines, f"Written: {BENCH} in {found['run']}"]
+    return [*lines, f"Written: {BENCH} in {found.run}"]
 
 
-def float_table(operators: list[dict[str, Any]]) -> RenderableType:
+def float_table(operators: list[FloatOperator]) -> RenderableType:
     """The operators that compute in float, and why."""
     made = tables.table("operator", ">count", "why it computes in float")
     for each in operators:
-        made.add_row(each["operator"], str(each["count"]), each["reason"])
+        made.add_row(each.operator, str(each.count), each.reason)
     return made

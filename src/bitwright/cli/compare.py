@@ -18,7 +18,7 @@ from bitwright.given.references import absolute_reference, absolute_source
 from bitwright.given.text import read_json
 from bitwright.recipes import recipe as find_recipe
 from bitwright.report import comparison
-from bitwright.report.comparison import Entry
+from bitwright.report.comparison import Entry, RunFigures, figures_of
 from bitwright.report.shown import read_run
 from bitwright.run import folder as run_folder
 from bitwright.run.files import write_json
@@ -79,12 +79,12 @@ def compare(call: CompareCall, terminal: Terminal) -> None:
         check_folders(call, folders.values(), out)
         for recipe, folder in folders.items():
             entries.append(_one(replace(call.each, recipe=recipe, out=folder), folder, terminal))
-            record = {"settings": settings(call.each), "runs": [comparison.row(e) for e in entries]}
+            rows = [figures_of(e) for e in entries]
+            record = {"settings": settings(call.each), "runs": [r.to_dict() for r in rows]}
             write_json(out / RECORD, record)
         page = pages.save_page(comparison.comparison(entries), out / PAGE)
-    rows = [comparison.row(e) for e in entries]
     verdict = comparison.comparison_verdict(entries)
-    terminal.result({"verdict": verdict, "runs": rows, "out": str(out), "page": str(page)})
+    terminal.result({"verdict": verdict, "runs": record["runs"], "out": str(out), "page": str(page)})
     show(rows, verdict, page, terminal)
     failed = [f"{e.name} ({e.error})" for e in entries if e.error is not None]
     if failed:
@@ -141,8 +141,7 @@ def settings(shared: QuantizeCall) -> dict[str, Any]:
         "output": shared.output,
         "preprocessing": shared.reading.preprocessing,
     }
-    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
-    return plain
+    return dict(json.loads(json.dumps(found, default=str)))
 
 
 def _one(call: QuantizeCall, folder: Path, terminal: Terminal) -> Entry:
@@ -171,12 +170,12 @@ def _finished(folder: Path) -> bool:
     return (folder / run_folder.RESULT).is_file()
 
 
-def show(rows: Sequence[dict[str, Any]], verdict: str, page: Path, terminal: Terminal) -> None:
+def show(rows: Sequence[RunFigures], verdict: str, page: Path, terminal: Terminal) -> None:
     """The table, what it says, and where the page is."""
     terminal.show(report_command.runs_table(rows), verdict)
     for row in rows:
-        if row["error"] is not None:
-            terminal.show(f"{row['run']} failed: {row['error']}")
-    failed = [row["error"] is not None for row in rows]
+        if row.error is not None:
+            terminal.show(f"{row.run} failed: {row.error}")
+    failed = [row.error is not None for row in rows]
     beside = f", and a run folder for each {'other ' if any(failed) else ''}recipe beside it"
     terminal.show(f"Written: {page}{'' if all(failed) else beside}")

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+
+from rich.table import Table
 
 from bitwright import words, zoo
 from bitwright.cli import quantize, tables
 from bitwright.cli.calls import DemoCall, QuantizeCall
 from bitwright.cli.options import BudgetOptions, DataOptions, NetworkOptions
 from bitwright.errors import BitwrightError
-from bitwright.measure.metrics import Evaluation
 from bitwright.recipes import recipe as find_recipe
 from bitwright.run.folder import STATE, check_target
+from bitwright.run.result import RunResult
 from bitwright.run.state import is_unfinished
 from bitwright.terminal import Terminal
 from bitwright.words import short_path
@@ -42,7 +43,7 @@ def demo(call: DemoCall, terminal: Terminal) -> None:
         if failure is not None:
             raise BitwrightError(f"{name}: {failure}") from failure
     terminal.result({"out": str(call.out), "runs": results})
-    show(results, call.out, terminal)
+    show({name: RunResult.read(result) for name, result in results.items()}, call.out, terminal)
 
 
 def _call(name: str, call: DemoCall) -> QuantizeCall:
@@ -61,15 +62,15 @@ def _call(name: str, call: DemoCall) -> QuantizeCall:
     )
 
 
-def show(results: dict[str, Any], out: Path, terminal: Terminal) -> None:
+def show(results: Mapping[str, RunResult], out: Path, terminal: Terminal) -> None:
     """One table for both, and how to read what was written."""
     some = next(iter(results.values()))
-    counts = some["data"]["calibration"]["count"], some["data"]["evaluation"]["count"]
+    bits = some.bits or {}
     terminal.show(
         "",
-        f"Each network was turned into {some['bits']['weights']}-bit weights and {some['bits']['activations']}-bit "
-        f"activations with recipe '{some['recipe']['name']}', from {counts[0]} images without labels, and scored on "
-        f"{counts[1]} test images that it never saw.",
+        f"Each network was turned into {bits.get('weights')}-bit weights and {bits.get('activations')}-bit "
+        f"activations with recipe '{some.recipe.name}', from {some.calibrated_on.count} images without labels, and "
+        f"scored on {some.evaluated_on.count} test images that it never saw.",
         "",
         _table(results),
         "Accuracy with its 95 % interval. 'same answer' compares the 4-bit network with the float one, image by image;",
@@ -94,17 +95,17 @@ def show(results: dict[str, Any], out: Path, terminal: Terminal) -> None:
     )
 
 
-def _table(results: dict[str, Any]) -> Any:
+def _table(results: Mapping[str, RunResult]) -> Table:
     made = tables.table("", *(f">{name}" for name in results))
-    rows: dict[str, Callable[[dict[str, Any]], str]] = {
-        "accuracy in float": lambda r: tables.with_interval(Evaluation.read(r).reference),
-        "accuracy at 4 bits": lambda r: tables.with_interval(Evaluation.read(r).quantized),
-        "same answer as float": lambda r: words.percent(r["fidelity"]["agreement"]),
-        "size in float": lambda r: words.size(r["size"]["float_bytes"]),
-        "size at 4 bits": lambda r: words.size(r["size"]["packed_bytes"]),
-        "smaller by": lambda r: f"{r['size']['float_bytes'] / r['size']['packed_bytes']:.1f} x",
-        "ONNX Runtime": lambda r: tables.parity_text(r["parity"]),
-        "seconds": lambda r: f"{r['seconds']['total']:.0f}",
+    rows: dict[str, Callable[[RunResult], str]] = {
+        "accuracy in float": lambda r: tables.with_interval(r.reference),
+        "accuracy at 4 bits": lambda r: tables.with_interval(r.quantized),
+        "same answer as float": lambda r: words.percent(None if r.fidelity is None else r.fidelity.agreement),
+        "size in float": lambda r: words.size(r.size.get("float_bytes")),
+        "size at 4 bits": lambda r: words.size(r.size.get("packed_bytes")),
+        "smaller by": lambda r: f"{r.times_smaller or 0.0:.1f} x",
+        "ONNX Runtime": lambda r: tables.parity_text(r.parity),
+        "seconds": lambda r: f"{(r.seconds or {}).get('total') or 0.0:.0f}",
     }
     for what, read in rows.items():
         made.add_row(what, *(read(r) for r in results.values()))

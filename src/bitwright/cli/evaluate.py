@@ -27,6 +27,7 @@ from bitwright.measure.evaluation import Network, compare
 from bitwright.measure.metrics import Evaluation
 from bitwright.run import folder as run_folder
 from bitwright.run.record import EvaluatedImages
+from bitwright.run.result import RunResult
 from bitwright.terminal import Terminal
 
 BATCH = 50
@@ -128,7 +129,7 @@ def _run(call: EvaluateCall, axes: Axes) -> Evaluated:
         images = _images(call, Model(run, call.model, run.preprocessing))
         return Evaluated("run", run.flat, None, images, run.outputs)
     images = _images(call, network)
-    teacher = prepare_teacher(network, images, run.result.get("model", {}).get("output"), result=run.result)
+    teacher = prepare_teacher(network, images, RunResult.read(run.result).model.output, result=run.result)
     run.attach_teacher(teacher)
     reference, readings = _reading(teacher, images, axes)
     return Evaluated("run", run.flat, reference, images, run.outputs, readings)
@@ -157,8 +158,8 @@ def _onnx(call: EvaluateCall, axes: Axes) -> Evaluated:
     preprocessing = call.reading.preprocessing
     path = Path(call.model).expanduser()
     if path.name == run_folder.ONNX and (path.parent / run_folder.RESULT).is_file():
-        recorded = run_folder.read_result(path.parent)
-        run_folder.check_file(path.parent, run_folder.ONNX, recorded, f"Write it with: bitwright export {path.parent}")
+        files = run_folder.read_result(path.parent).files
+        run_folder.check_file(path.parent, run_folder.ONNX, files, f"Write it with: bitwright export {path.parent}")
     session = _session(path)
     (given,) = session.get_inputs() if len(session.get_inputs()) == 1 else (None,)
     if given is None or len(given.shape) != 4:
@@ -211,8 +212,8 @@ def _beside(path: Path, shape: list[Any], settings: dict[str, Any]) -> Model | N
     result = path.parent / run_folder.RESULT
     if result.is_file():
         try:
-            base = dict(run_folder.read_result(result)["model"].get("preprocessing") or {})
-        except (UsageError, AttributeError, TypeError, ValueError):
+            base = dict(run_folder.read_result(result).model.preprocessing or {})
+        except UsageError:
             base = {}
     if not base and not settings:
         return None

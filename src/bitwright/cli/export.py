@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.table import Table
 
@@ -14,13 +15,15 @@ from bitwright.cli.options import ImageOptions
 from bitwright.cli.sources import float_network, images_at, load_run
 from bitwright.errors import BitwrightError, ParityError, UsageError, quiet_libraries
 from bitwright.export.formats import FORMATS
-from bitwright.export.parity import Parity, export_checked
+from bitwright.export.parity import export_checked
+from bitwright.export.verdict import OutputParity, Parity
 from bitwright.given.images import Images
 from bitwright.given.models import Model
 from bitwright.given.text import read_json, short
 from bitwright.graph.student import Student
 from bitwright.run import folder as run_folder
 from bitwright.run.files import cannot_write, move, scratch, target_file, write_json
+from bitwright.run.result import RunResult
 from bitwright.terminal import Terminal
 
 OPTIMISED = frozenset({"onnx", "openvino"})
@@ -29,17 +32,28 @@ OPTIMISED = frozenset({"onnx", "openvino"})
 
 def export(call: ExportCall, terminal: Terminal) -> None:
     """Writes the file and shows what its check found."""
-    found = {**_exported(call.run, call, terminal), "warnings": terminal.warnings}
-    terminal.result(found)
-    terminal.show(parity_table(found))
+    made = _exported(call.run, call, terminal)
+    terminal.result({**made.to_dict(), "warnings": terminal.warnings})
+    terminal.show(parity_table(made))
+
+
+class Exported(NamedTuple):
+    """A file that was written, the bytes of all files of its format together, and what its check found."""
+
+    file: Path
+    format: str
+    bytes: int
+    parity: Parity
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``--json`` prints it."""
+        about = {**self._asdict(), "file": str(self.file), "parity": asdict(self.parity)}
+        return about | {"onnx_bytes": self.bytes} if self.format == "onnx" else about
 
 
 @run_folder.exclusive
-def _exported(run: str, call: ExportCall, terminal: Terminal) -> dict[str, Any]:
+def _exported(run: str, call: ExportCall, terminal: Terminal) -> Exported:
     """Writes the file of a format into the run folder (or to ``--out``) after the parity check on real images.
-
-    Returns:
-        ``file``, ``format``, ``bytes`` (of all files together), ``parity``, and for ONNX ``onnx_bytes``.
 
     Raises:
         UsageError: another format, no images for the check, or what the runtime lacks.
@@ -72,9 +86,8 @@ def _exported(run: str, call: ExportCall, terminal: Terminal) -> dict[str, Any]:
     terminal.finish()
     size = sum(file.stat().st_size for file in files)
     if call.out is None:
-        _record(folder / run_folder.RESULT, to, parity.to_dict(), size)
-    about = {"file": str(path), "format": to, "bytes": size, "parity": parity.to_dict()}
-    return about | {"onnx_bytes": size} if to == "onnx" else about
+        _record(folder / run_folder.RESULT, to, parity, size)
+    return Exported(path, to, size, parity)
 
 
 def _check_run_of(path: Path, folder: Path, *, force: bool) -> None:
@@ -112,8 +125,8 @@ def run_images(model: Student, source: str | None, reading: ImageOptions, how: s
     Raises:
         UsageError: there are none any more; others are given as ``how`` says.
     """
-    data = model.result.get("data", {})
-    recorded = (data.get("evaluation") or {}).get("source") or data.get("calibration", {}).get("source")
+    result = RunResult.read(model.result)
+    recorded = result.evaluated_on.source or result.calibrated_on.source
     source = recorded if source is None else source
     if source is None:
         raise UsageError(f"The check of the exported file needs a few images. Give {how}.")
@@ -130,36 +143,38 @@ def run_images(model: Student, source: str | None, reading: ImageOptions, how: s
         raise
 
 
-def _record(path: Path, to: str, parity: dict[str, Any], size: int) -> None:
+def _record(path: Path, to: str, parity: Parity, size: int) -> None:
     """Into the run's ``result.json``, so that it tells of the file that lies beside it."""
     if not path.is_file():
         return
     result = read_json(path)
     if to == "onnx":
-        result["parity"] = parity
+        result["parity"] = asdict(parity)
     else:
-        result.setdefault("exports", {})[to] = {"parity": parity}
+        result.setdefault("exports", {})[to] = {"parity": asdict(parity)}
     result.setdefault("size", {})[f"{to}_bytes"] = size
     result["files"] = {**result.get("files", {}), **run_folder.checksums(path.parent)}
     write_json(path, result)
 
 
-def parity_table(found: dict[str, Any]) -> Table:
+def parity_table(found: Exported) -> Table:
     """What the check found, for people."""
-    parity, whole = found["parity"], found["parity"]["optimized"]
-    made = tables.table("", ">", title=f"{found['file']}, {words.size(found['bytes'])}")
-    made.add_row("runtime", parity["runtime"])
-    made.add_row("images", str(parity["images"]))
-    if worst := parity["worst_layer"]:
-        share = 100 * worst["differing_fraction"]
+    parity = found.parity
+    made = tables.table("", ">", title=f"{found.file}, {words.size(found.bytes)}")
+    made.add_row("runtime", parity.runtime)
+    made.add_row("images", str(parity.images))
+    if worst := parity.worst_layer:
+        share = 100 * worst.differing_fraction
         made.add_row(
-            "layer that differs most", f"{worst['name']}: {share:.4f} % of its values" if share else "none differs"
+            "layer that differs most", f"{worst.name}: {share:.4f} % of its values" if share else "none differs"
         )
-    levels = (("optimisations off", parity), ("optimisations on", whole))
-    for what, figures in levels if found["format"] in OPTIMISED else (("whole network", parity),):
-        spread = figures["mean_abs"] / figures["range"] if figures["range"] else 0.0
+    levels: list[tuple[str, Parity | OutputParity]] = [("whole network", parity)]
+    if found.format in OPTIMISED:
+        levels = [("optimisations off", parity), ("optimisations on", parity.optimized or OutputParity())]
+    for what, figures in levels:
+        spread = figures.mean_abs / figures.range if figures.range else 0.0
         made.add_row(f"mean difference, {what}", f"{100 * spread:.3f} % of the output's range")
-        if figures["agreement"] is not None:
-            made.add_row(f"same answer, {what}", words.percent(figures["agreement"]))
+        if figures.agreement is not None:
+            made.add_row(f"same answer, {what}", words.percent(figures.agreement))
     made.add_row("verdict", tables.parity_text(parity))
     return made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,11 @@ from bitwright.errors import UsageError, quiet_libraries
 from bitwright.given.models import load_model
 from bitwright.graph import rewrite
 from bitwright.graph.blocks import find_blocks
+from bitwright.graph.fold import Unfolded
 from bitwright.graph.student import Student
-from bitwright.run import folder as run_folder
-from bitwright.run.result import LayerRow, describe_layers, describe_unquantized, totals
+from bitwright.run.about import describe_layers, describe_unquantized, totals
+from bitwright.run.result import LayerRow, RunResult
 from bitwright.terminal import Terminal
-
-Rows = list[dict[str, Any]]
 
 
 def inspect(call: InspectCall, terminal: Terminal) -> None:
@@ -38,10 +37,8 @@ def inspect(call: InspectCall, terminal: Terminal) -> None:
         if call.bits.plan is not None:
             raise UsageError(f"{call.model} is a run, which has its bits already. Give the float network with --plan.")
         run = load_run(call.model)
-        with run_folder.shown(call.model):
-            recorded = run.result.get("layers")
-            rows = None if recorded is None else [LayerRow.read(row) for row in recorded]
-            found, shown = _described(run, call.model, rows, call.blocks)
+        rows = RunResult.read(run.result, call.model).layers if "layers" in run.result else None
+        found, shown = _described(run, call.model, rows, call.blocks)
     else:
         terminal.begin("Capturing the network")
         network = load_model(call.model, **ImageOptions(call.input_size).preprocessing)
@@ -59,8 +56,9 @@ def _described(
 ) -> tuple[dict[str, Any], list[RenderableType]]:
     found, shown = facts(model, name, recorded), views(model, name, recorded)
     if blocks:
-        found["blocks"] = block_rows(model)
-        shown.insert(-1, _block_table(found["blocks"]))
+        rows = block_rows(model)
+        found["blocks"] = [asdict(row) for row in rows]
+        shown.insert(-1, _block_table(rows))
     return found, shown
 
 
@@ -73,15 +71,13 @@ def facts(model: Student, name: str, recorded: list[LayerRow] | None = None) -> 
         "size": model.result.get("size") or size,
         "layers": [asdict(row) for row in (describe_layers(model) if recorded is None else recorded)],
         "unquantized": describe_unquantized(model),
-        "unfolded": unfolded(model),
+        "unfolded": [asdict(u) for u in unfolded(model)],
     }
 
 
-def unfolded(model: Student) -> list[dict[str, Any]]:
+def unfolded(model: Student) -> list[Unfolded]:
     """Batch norms that remain, with the reason."""
-    if model.teacher is not None:
-        return [vars(u) for u in model.teacher.unfolded]
-    return list(model.result.get("unfolded", []))
+    return model.teacher.unfolded if model.teacher is not None else RunResult.read(model.result).unfolded or []
 
 
 def views(model: Student, name: str, recorded: list[LayerRow] | None = None) -> list[RenderableType]:
@@ -91,12 +87,23 @@ def views(model: Student, name: str, recorded: list[LayerRow] | None = None) -> 
     if left:
         made = tables.table("batch norm", "why it is not folded into a layer", title="Not folded")
         for item in left:
-            made.add_row(str(item["name"]), str(item["reason"]))
+            made.add_row(item.name, item.reason)
         shown.append(made)
     return [*shown, tables.summary(model, name)]
 
 
-def block_rows(model: Student) -> Rows:
+@dataclass(frozen=True)
+class BlockRow:
+    """A block of the network: what it is, its layers, and what they store and compute."""
+
+    name: str
+    kind: str
+    layers: tuple[str, ...]
+    parameters: int
+    macs: int
+
+
+def block_rows(model: Student) -> list[BlockRow]:
     """The network's blocks, as the prepared float network or, of a run, the quantized one shows them."""
     if model.teacher is not None:
         graph = model.teacher.graph
@@ -107,14 +114,13 @@ def block_rows(model: Student) -> Rows:
     rows = []
     for block in find_blocks(graph):
         members = [layers[name] for name in block.nodes]
-        row = {k: v for k, v in asdict(block).items() if k not in {"nodes", "closing"}}
-        rows.append(row | {"parameters": sum(x.parameters for x in members), "macs": sum(x.macs for x in members)})
+        stored, computed = sum(x.parameters for x in members), sum(x.macs for x in members)
+        rows.append(BlockRow(block.name, block.kind, block.layers, stored, computed))
     return rows
 
 
-def _block_table(rows: Rows) -> RenderableType:
+def _block_table(rows: list[BlockRow]) -> RenderableType:
     made = tables.table("block", "kind", ">layers", ">parameters", ">MACs", title="Blocks")
     for row in rows:
-        sizes = words.scaled(row["parameters"]), words.scaled(row["macs"])
-        made.add_row(row["name"], row["kind"], str(len(row["layers"])), *sizes)
+        made.add_row(row.name, row.kind, str(len(row.layers)), words.scaled(row.parameters), words.scaled(row.macs))
     return made

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from rich.console import RenderableType
 
 from bitwright import words
-from bitwright._version import __version__
 from bitwright.cli import tables
 from bitwright.cli.bench import counts
 from bitwright.cli.calls import ParityCall
@@ -18,13 +17,14 @@ from bitwright.cli.options import ImageOptions
 from bitwright.cli.sources import float_network
 from bitwright.errors import ParityError, UsageError, one_line, quiet_libraries
 from bitwright.export.gap import measure_gap, read_onnx
+from bitwright.export.verdict import Difference, OutputGap, ParityRecord
 from bitwright.given.images import Images
 from bitwright.given.inputs import prepare_teacher
 from bitwright.graph.student import Student
-from bitwright.measure.metrics import read_fidelity
 from bitwright.run import folder as run_folder
 from bitwright.run.files import write_json
-from bitwright.runtimes import ONNXRUNTIME, absent, chosen
+from bitwright.run.result import RunResult
+from bitwright.runtimes import ONNXRUNTIME, chosen
 from bitwright.runtimes.openvino import OPENVINO
 from bitwright.runtimes.record import Runtime
 from bitwright.terminal import Terminal
@@ -33,13 +33,13 @@ from bitwright.terminal import Terminal
 def parity(call: ParityCall, terminal: Terminal) -> None:
     """Compares, writes ``parity.json``, and fails if the file does not compute what was measured."""
     found = _compared(call.run, call, terminal)
-    terminal.result({**found, "warnings": terminal.warnings})
+    terminal.result({**asdict(found), "warnings": terminal.warnings})
     terminal.show(*views(found))
     _refuse(found)
 
 
 @run_folder.exclusive
-def _compared(run: str, call: ParityCall, terminal: Terminal) -> dict[str, Any]:
+def _compared(run: str, call: ParityCall, terminal: Terminal) -> ParityRecord:
     """What ``parity.json`` holds.
 
     Raises:
@@ -49,12 +49,12 @@ def _compared(run: str, call: ParityCall, terminal: Terminal) -> dict[str, Any]:
     folder = Path(run).expanduser()
     folder = folder.parent if folder.is_file() else folder
     terminal.begin("Loading")
-    result = run_folder.read_result(folder)
-    path = folder / run_folder.ONNX
-    run_folder.check_file(folder, run_folder.ONNX, result, f"Write it with: bitwright export {folder}")
+    files, path = run_folder.read_result(folder).files, folder / run_folder.ONNX
+    run_folder.check_file(folder, run_folder.ONNX, files, f"Write it with: bitwright export {folder}")
     read_onnx(path)
-    run_folder.check_file(folder, run_folder.MODEL, result, "Copy the run again, or quantize again.")
+    run_folder.check_file(folder, run_folder.MODEL, files, "Copy the run again, or quantize again.")
     model = run_folder.load(folder)
+    recorded = model.result.get("fidelity")
     found = run_images(model, call.images, call.reading, "IMAGES")
     found = found.sample(min(call.samples, len(found)), seed=0)
     why = _attach_float(model, call.float_model, found, call.reading)
@@ -63,17 +63,9 @@ def _compared(run: str, call: ParityCall, terminal: Terminal) -> dict[str, Any]:
         gap = measure_gap(model, path, found, chosen, batches=batches, progress=terminal.progress)
     if gap.rounding is not None:
         warnings.warn(gap.rounding, stacklevel=2)
-    data = {
-        "bitwright": __version__,
-        "run": str(folder),
-        "images": {"count": len(found), "sha256": found.sha256},
-        "quantization_recorded": None if gap.quantization is not None else result.get("fidelity"),
-        "float_network": why or "measured",
-        **gap.to_dict(),
-        "absent": absent(),
-    }
-    write_json(folder / run_folder.PARITY, data)
-    return data
+    record = gap.record(str(folder), found, recorded, why or "measured")
+    write_json(folder / run_folder.PARITY, asdict(record))
+    return record
 
 
 def _runtimes(names: list[str] | None) -> list[Runtime]:
@@ -86,9 +78,8 @@ def _attach_float(model: Student, reference: str | None, images: Images, reading
     """Gives the run its float network back; why that cannot be, if it cannot."""
     try:
         network = float_network(model, reference, reading)
-        model.attach_teacher(
-            prepare_teacher(network, images, model.result.get("model", {}).get("output"), result=model.result)
-        )
+        output = RunResult.read(model.result).model.output
+        model.attach_teacher(prepare_teacher(network, images, output, result=model.result))
     except UsageError as error:
         if reference is not None:
             raise
@@ -96,52 +87,51 @@ def _attach_float(model: Student, reference: str | None, images: Images, reading
     return None
 
 
-def _refuse(data: dict[str, Any]) -> None:
-    name = data["first_divergence"]
+def _refuse(found: ParityRecord) -> None:
+    name = found.first_divergence
     if name is None:
         return
-    to = " --to openvino" if data["diverging_in"] == OPENVINO.title else ""
+    to = " --to openvino" if found.diverging_in == OPENVINO.title else ""
     raise ParityError(
-        f"The file in {data['run']} does not compute what was measured: {name} is the first to differ. "
-        f"{'Write one for it' if to else 'Write it again'} with: bitwright export {data['run']}{to}"
+        f"The file in {found.run} does not compute what was measured: {name} is the first to differ. "
+        f"{'Write one for it' if to else 'Write it again'} with: bitwright export {found.run}{to}"
     )
 
 
-def views(data: dict[str, Any]) -> list[RenderableType]:
+def views(found: ParityRecord) -> list[RenderableType]:
     """The two figures, and who errs by how much in which operator."""
     whole = tables.table(
         "", "batch", "output", ">largest", ">mean, of the range", ">cosine", ">same answer",
-        title=f"{data['run']} on {data['images']['count']} images",
+        title=f"{found.run} on {found.images.count} images",
     )  # fmt: skip
-    for row in data["quantization"] or ():
+    for row in found.quantization or ():
         whole.add_row("loss from quantization: float against simulation", "", *_gap(row))
-    for row in data["simulating"]:
+    for row in found.simulating:
         whole.add_row("error of simulating: reference against simulation", "", *_gap(row))
-    for each in data["runtimes"]:
-        for batch in each["batches"]:
-            for key, who in (("outputs", "simulation"), ("from_reference", "reference")):
-                title = f"gap of the runtime: {who} against {each['runtime']}"
-                for row in batch[key]:
-                    whole.add_row(title, str(batch["batch"]), *_gap(row))
+    for each in found.runtimes:
+        for batch in each.batches:
+            for rows, who in ((batch.outputs, "simulation"), (batch.from_reference, "reference")):
+                for row in rows:
+                    whole.add_row(f"gap of the runtime: {who} against {each.runtime}", str(batch.batch), *_gap(row))
     codes = tables.table(
         "operators", "kernel", ">layers", ">codes", ">simulation, reference", ">reference, runtime",
         ">simulation, runtime", title="Codes that differ (by how many steps at most), each layer fed the same codes",
     )  # fmt: skip
-    for row in data["operators"]:
-        pairs = (_codes(row[k]) for k in ("simulation_reference", "reference_runtime", "simulation_runtime"))
-        codes.add_row(row["operator"], row["found"], str(row["layers"]), f"{row['count']:,}", *pairs)
-    return [whole, codes, *_lines(data)]
+    for x in found.operators:
+        pairs = map(_codes, (x.simulation_reference, x.reference_runtime, x.simulation_runtime))
+        codes.add_row(x.operator, x.found, str(x.layers), f"{x.count:,}", *pairs)
+    return [whole, codes, *_lines(found)]
 
 
-def _kernels(data: dict[str, Any]) -> list[str]:
+def _kernels(found: ParityRecord) -> list[str]:
     """Layers whose kernel leaves the simulation by more than summation explains, and what helps."""
-    rows = [x for x in data["layers"] if x["name"] in data["kernels"]]
+    rows = [x for x in found.layers if x.name in found.kernels]
     lines = [
-        f"{x['name']}: ONNX Runtime's kernel ({x['found']}) differs in {x['simulation_runtime']['differing']:,} of "
-        f"{x['count']:,} codes, by at most {x['simulation_runtime']['max_steps']}."
+        f"{x.name}: ONNX Runtime's kernel ({x.found}) differs in {x.simulation_runtime.differing:,} of {x.count:,} "
+        f"codes, by at most {x.simulation_runtime.max_steps}."
         for x in rows
     ]
-    if any(x["found"] == "MatMulNBits" for x in rows):
+    if any(x.found == "MatMulNBits" for x in rows):
         lines.append(
             "MatMulNBits puts activations on 8 bits by itself; the session option "
             "session.qdq_matmulnbits_accuracy_level=1 keeps them as they are."
@@ -149,26 +139,25 @@ def _kernels(data: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _gap(row: dict[str, Any]) -> list[str]:
-    mean = 100 * row["mean_abs"] / row["range"] if row["range"] else 0.0
-    same = words.percent(row["agreement"])
-    return [row["name"], f"{row['max_abs']:.3g}", f"{mean:.3g} %", f"{row['cosine']:.7f}", same]
+def _gap(row: OutputGap) -> list[str]:
+    figures = f"{row.max_abs:.3g}", f"{100 * row.share:.3g} %", f"{row.cosine:.7f}"
+    return [row.name, *figures, words.percent(row.agreement)]
 
 
-def _codes(pair: dict[str, int]) -> str:
-    return f"{pair['differing']:,} ({pair['max_steps']})" if pair["differing"] else "none"
+def _codes(pair: Difference) -> str:
+    return f"{pair.differing:,} ({pair.max_steps})" if pair.differing else "none"
 
 
-def _lines(data: dict[str, Any]) -> list[str]:
+def _lines(found: ParityRecord) -> list[str]:
     lines = []
-    if data["quantization"] is None:
-        recorded = tables.fidelity_rows(read_fidelity(data["quantization_recorded"]))
-        known = "; ".join(f"{what}: {figure}" for what, figure in recorded)
+    if found.quantization is None:
+        recorded = RunResult.read({"fidelity": found.quantization_recorded}).evaluation.outputs
+        known = "; ".join(f"{what}: {figure}" for what, figure in tables.fidelity_rows(recorded))
         said = f" Recorded when the run was made: {known}." if known else ""
-        lines.append(f"The loss from quantization was not measured: {data['float_network']}{said}")
-    first = data["first_difference"]
+        lines.append(f"The loss from quantization was not measured: {found.float_network}{said}")
+    first = found.first_difference
     lines.append("No code differs." if first is None else f"The first layer with a differing code is {first}.")
-    lines += _kernels(data)
-    lines += [f"Not installed: {a['runtime']}. Install it with: {a['install']}" for a in data["absent"]]
-    verdict = "computes what was measured" if data["first_divergence"] is None else "DIFFERS"
+    lines += _kernels(found)
+    lines += [f"Not installed: {a['runtime']}. Install it with: {a['install']}" for a in found.absent]
+    verdict = "computes what was measured" if found.first_divergence is None else "DIFFERS"
     return [*lines, f"The file {verdict}."]

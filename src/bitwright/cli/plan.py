@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import Any
 
 from bitwright.bits import planning
 from bitwright.bits.planning import Planning
@@ -17,8 +16,10 @@ from bitwright.given.images import Images
 from bitwright.given.inputs import find_device
 from bitwright.given.models import Model
 from bitwright.report import plan_page
+from bitwright.report.frame import versions
+from bitwright.report.plan_page import PlannedNetwork
+from bitwright.run.about import environment, peak_memory_bytes
 from bitwright.run.files import write_text
-from bitwright.run.result import environment, peak_memory_bytes
 from bitwright.terminal import Terminal
 from bitwright.words import short_path
 
@@ -42,13 +43,29 @@ def plan(call: PlanCall, terminal: Terminal) -> None:
     network, images = load_inputs(call.network, call.reading, terminal)
     with empty_removed(folder):
         found = _planned(network, images, call, terminal)
-        facts = {**environment(call.device, call.seed), "model": {"name": network.name}, **found.to_dict()}
-        facts |= _about(call, folder, terminal)
+        scores = str(plans.scores(call.cache).expanduser().absolute())
+        about = PlannedNetwork(network.name, scores, next_command(call, folder))
+        facts = {
+            **environment(call.device, call.seed),
+            "model": {"name": network.name},
+            **found.to_dict(),
+            "next": about.next,
+            "sources": {**sources(call.network, call.reading), "scores": scores},
+            "peak_memory_bytes": peak_memory_bytes(),
+            "warnings": list(terminal.warnings),
+        }
         terminal.begin("Drawing")
-        paths = _write(found, facts, folder)
+        texts = (
+            found.plan.model_dump_json(exclude_none=True, indent=2) + "\n",
+            json.dumps(facts, indent=2, allow_nan=False) + "\n",
+            plan_page.plan_page(found, about, versions(facts)),
+        )
+        paths = [folder / name for name in FILES]
+        for path, text in zip(paths, texts, strict=True):  # each is whole, or what it was before
+            write_text(path, text)
     terminal.finish()
     terminal.result({**facts, "files": [str(p) for p in paths]})
-    show(found, facts, paths, terminal)
+    show(found, about, paths, terminal)
 
 
 def _planned(network: Model, images: Images, call: PlanCall, terminal: Terminal) -> Planning:
@@ -71,32 +88,6 @@ def _planned(network: Model, images: Images, call: PlanCall, terminal: Terminal)
     return found if call.point is None else found.at(call.point)
 
 
-def _about(call: PlanCall, folder: Path, terminal: Terminal) -> dict[str, Any]:
-    """What ``pareto.json`` says of the call."""
-    return {
-        "next": next_command(call, folder),
-        "sources": {
-            **sources(call.network, call.reading),
-            "scores": str(plans.scores(call.cache).expanduser().absolute()),
-        },
-        "peak_memory_bytes": peak_memory_bytes(),
-        "warnings": list(terminal.warnings),
-    }
-
-
-def _write(found: Planning, facts: dict[str, Any], folder: Path) -> list[Path]:
-    """The files; each is whole, or what it was before."""
-    paths = [folder / name for name in FILES]
-    texts = (
-        found.plan.model_dump_json(exclude_none=True, indent=2) + "\n",
-        json.dumps(facts, indent=2, allow_nan=False) + "\n",
-        plan_page.plan_page(found, facts),
-    )
-    for path, text in zip(paths, texts, strict=True):
-        write_text(path, text)
-    return paths
-
-
 def next_command(call: PlanCall, folder: Path) -> str:
     """The line that quantizes with the plan in the folder."""
     named = {"output": call.output, **call.reading.preprocessing}
@@ -113,9 +104,9 @@ def next_command(call: PlanCall, folder: Path) -> str:
     return shlex.join(["bitwright", "quantize", call.network.model, call.network.images, "--plan", chosen, *flags])
 
 
-def show(found: Planning, facts: dict[str, Any], paths: list[Path], terminal: Terminal) -> None:
+def show(found: Planning, about: PlannedNetwork, paths: list[Path], terminal: Terminal) -> None:
     """The plan, the curve, what they say, the files, and what to run next."""
-    layers = tables.table(*plan_page.right(plan_page.LAYER_HEADINGS), title=f"{facts['model']['name']}: the plan")
+    layers = tables.table(*plan_page.right(plan_page.LAYER_HEADINGS), title=f"{about.name}: the plan")
     for row in plan_page.layer_rows(found):
         layers.add_row(*row)
     curve = tables.table(*plan_page.right(plan_page.CURVE_HEADINGS), title="What other limits give")
@@ -124,5 +115,5 @@ def show(found: Planning, facts: dict[str, Any], paths: list[Path], terminal: Te
         curve.add_row(*point.cells, style="bold" if point.chosen else None)
     left = f"All {len(found.curve)} points, with their bits, are in pareto.json; --point N plans one of them."
     written = f"Written: {', '.join(map(short_path, paths))}"
-    said = [*plan_page.plan_verdict(found), plan_page.source(found, facts["sources"]["scores"]), left, written]
-    terminal.show(layers, curve, *said, f"Next: {facts['next']}")
+    said = [*plan_page.plan_verdict(found), plan_page.source(found, about.scores), left, written]
+    terminal.show(layers, curve, *said, f"Next: {about.next}")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 from bitwright import words
+from bitwright.run.result import RunPlan, SameAnswers
 
 
 def scores(cache: Path | None) -> Path:
@@ -16,34 +16,30 @@ def scores(cache: Path | None) -> Path:
     return cache or default
 
 
-def sentences(plan: dict[str, Any] | None) -> list[str]:
+def sentences(plan: RunPlan | None) -> list[str]:
     """What was planned, and what became of it; nothing without a plan."""
-    if plan is None:
+    if plan is None or plan.predicted is None:
         return []
-    predicted, packed = plan["predicted"], plan.get("packed")
-    became = (
-        ""
-        if packed is None
-        else f"; the file has {words.size(packed['bytes'])} ({words.percent(packed['difference'])})"
-    )
+    predicted, packed, measure = plan.predicted, plan.packed, plan.measure and plan.measure.measure
+    became = "" if packed is None else f"; the file has {words.size(packed.bytes)} ({words.percent(packed.difference)})"
     said = [
         f"Planned: {words.size(predicted['weight_bytes'])}, "
         f"{words.amount(predicted['bit_operations'], 'bit operations')}, "
-        f"predicted loss {predicted['loss']:.3g} ('{plan['measure']['measure']}'){became}."
+        f"predicted loss {predicted['loss']:.3g} ('{measure}'){became}."
     ]
-    if (estimate := plan.get("estimate")) is not None:
+    if (estimate := plan.estimate) is not None:
         said.append(
-            f"Estimated: {_share(estimate)} held-out images ({'+'.join(estimate['stages'])}, "
-            f"{len(estimate['trials'])} plans tried)."
+            f"Estimated: {_share(estimate)} held-out images ({'+'.join(estimate.stages)}, "
+            f"{len(estimate.trials)} plans tried)."
         )
-    if (measured := plan.get("measured")) is not None:
-        said[-1] += f" Measured: {_share(measured)} images."
+    if plan.measured is not None:
+        said[-1] += f" Measured: {_share(plan.measured)} images."
     return said
 
 
-def _share(found: dict[str, Any]) -> str:
-    low, high = found["interval"]
+def _share(found: SameAnswers) -> str:
+    low, high = found.interval
     return (
-        f"same answer as float on {words.percent(found['agreement'])} (95 %: {100 * low:.1f} to {100 * high:.1f}) of "
-        f"{found['images']}"
+        f"same answer as float on {words.percent(found.agreement)} (95 %: {100 * low:.1f} to {100 * high:.1f}) of "
+        f"{found.images}"
     )

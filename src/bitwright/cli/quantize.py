@@ -16,12 +16,12 @@ from bitwright.given.inputs import find_device
 from bitwright.given.models import Model, load_model
 from bitwright.graph.student import Student
 from bitwright.measure.evaluation import check_labels
-from bitwright.measure.metrics import read_fidelity
 from bitwright.recipes import DEFAULT
 from bitwright.recipes import recipe as find_recipe
 from bitwright.run import folder as run_folder
 from bitwright.run import job
-from bitwright.run.result import command_line
+from bitwright.run.about import command_line
+from bitwright.run.result import RunResult
 from bitwright.run.state import begin
 from bitwright.sensitivity import diagnosis
 from bitwright.terminal import Terminal
@@ -43,7 +43,7 @@ def quantize(call: QuantizeCall, terminal: Terminal) -> None:
         return
     made = make_run(call, terminal)
     terminal.result({**made.result, "run": str(made.folder)})
-    show(made.result, made.folder, terminal)
+    show(RunResult.read(made.result), made.folder, terminal)
     if made.failure is not None:
         raise made.failure
 
@@ -137,13 +137,13 @@ def find_inputs(call: QuantizeCall, terminal: Terminal) -> Inputs:
     return Inputs(network, calibration, evaluation)
 
 
-def show(result: dict[str, Any], folder: Path, terminal: Terminal) -> None:
+def show(result: RunResult, folder: Path, terminal: Terminal) -> None:
     """The result as people read it."""
-    outputs = read_fidelity(result.get("fidelity"))
-    terminal.show(tables.outcome(result), *tables.fidelity_notes(outputs), *plans.sentences(result.get("plan")))
-    if result["data"]["evaluation"]["same_as_calibration"]:
+    notes = tables.fidelity_notes(result.evaluation.outputs)
+    terminal.show(tables.outcome(result), *notes, *plans.sentences(result.plan))
+    if result.evaluated_on.same_as_calibration:
         terminal.show("Measured on the calibration images; name others with --evaluate.")
-    terminal.show(*diagnosis.diagnosis_lines(result.get("diagnosis")))
+    terminal.show(*diagnosis.diagnosis_lines(result.diagnosis))
     files = ", ".join(sorted(p.name for p in folder.iterdir()))
     terminal.show(f"Written to {short_path(folder)}: {files}")
 
@@ -167,5 +167,5 @@ def _dry_run(call: QuantizeCall, terminal: Terminal) -> None:
     name, plan = call.folder_name.rsplit("-", 2)[0], model.result.get("plan")
     planned = {} if plan is None else {"plan": plan}
     terminal.result({**inspect.facts(model, name), **planned, "dry_run": True, "warnings": terminal.warnings})
-    said = [*plans.sentences(plan), "Nothing was calibrated or written (--dry-run)."]
+    said = [*plans.sentences(RunResult.read(planned).plan), "Nothing was calibrated or written (--dry-run)."]
     terminal.show(*inspect.views(model, name), *said)

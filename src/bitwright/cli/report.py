@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
@@ -14,10 +13,9 @@ from bitwright.cli import tables
 from bitwright.cli.calls import ReportCall
 from bitwright.errors import UsageError
 from bitwright.report import comparison
-from bitwright.report.comparison import Entry
+from bitwright.report.comparison import Entry, RunFigures, figures_of
 from bitwright.report.shown import read_run
 from bitwright.report.verdict import run_verdict
-from bitwright.run import folder as run_folder
 from bitwright.terminal import Terminal
 
 COMPARISON_PAGE = Path("comparison.html")
@@ -34,24 +32,17 @@ def report(call: ReportCall, terminal: Terminal) -> None:
         raise UsageError(f"Expected an .html file for --out, found {call.out}. Such as --out {COMPARISON_PAGE}.")
     if len({f.resolve() for f in folders}) < len(folders):
         raise UsageError("Expected different runs, found one of them twice. Name each once.")
-    found: dict[str, Any]
     if len(folders) == 1:
-        shown = read_run(folders[0])
-        path = pages.write(folders[0], call.out)
-        found = {"run": str(folders[0]), "verdict": run_verdict(shown.result, shown.facts)}
+        shown, path = read_run(folders[0]), pages.write(folders[0], call.out)
+        verdict = run_verdict(shown.result, shown.facts)
+        terminal.result({"run": str(folders[0]), "verdict": verdict, "page": str(path)})
     else:
         entries = [Entry(name, read_run(f)) for name, f in zip(short_names(folders), folders, strict=True)]
-        path = call.out or COMPARISON_PAGE
-        rows = []
-        for folder, entry in zip(folders, entries, strict=True):
-            with run_folder.shown(folder):
-                rows.append(comparison.row(entry))
-        pages.save_page(comparison.comparison(entries), path)
-        found = {"verdict": comparison.comparison_verdict(entries), "runs": rows}
-    terminal.result({**found, "page": str(path)})
-    if "runs" in found:
-        terminal.show(runs_table(found["runs"]))
-    terminal.show(found["verdict"], f"Written: {path}")
+        path = pages.save_page(comparison.comparison(entries), call.out or COMPARISON_PAGE)
+        rows, verdict = [figures_of(e) for e in entries], comparison.comparison_verdict(entries)
+        terminal.result({"verdict": verdict, "runs": [r.to_dict() for r in rows], "page": str(path)})
+        terminal.show(runs_table(rows))
+    terminal.show(verdict, f"Written: {path}")
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
@@ -69,29 +60,23 @@ def short_names(folders: Sequence[Path]) -> list[str]:
     return [str(f) for f in folders]
 
 
-def runs_table(rows: Sequence[dict[str, Any]]) -> Table:
+def runs_table(rows: Sequence[RunFigures]) -> Table:
     """Runs for people: a line each, the reason for those that failed."""
-    metric = next((k for k in ("top1", "miou") if any(r.get(k) is not None for r in rows)), None)
+    metric = next((k for k in ("top1", "miou") if any(r.value(k) is not None for r in rows)), None)
     heads = [">top-1 (95 % interval)" if metric == "top1" else f">{metric}"] if metric else []
     made = tables.table("run", *heads, ">same answer", ">KL", ">size", ">model.onnx", ">time")
     for r in rows:
-        if r["error"] is not None:
-            made.add_row(r["run"], "failed")
+        if r.error is not None:
+            made.add_row(r.run, "failed")
             continue
-        scores = [_metric(r, metric)] if metric else []
+        scores = [words.estimate(r.value(metric), r.interval(metric))] if metric else []
         made.add_row(
-            r["run"],
+            r.run,
             *scores,
-            words.percent(r["agreement"]),
-            "-" if r["kl"] is None else f"{r['kl']:.2g}",
-            words.size(r["packed_bytes"]),
-            words.size(r["onnx_bytes"]),
-            "-" if r["seconds"] is None else f"{r['seconds']:.0f} s",
+            words.percent(r.fidelity.agreement),
+            "-" if r.fidelity.kl is None else f"{r.fidelity.kl:.2g}",
+            words.size(r.size("packed_bytes")),
+            words.size(r.size("onnx_bytes")),
+            "-" if r.seconds is None else f"{r.seconds:.0f} s",
         )
     return made
-
-
-def _metric(r: dict[str, Any], metric: str) -> str:
-    if metric == "top1" and r.get("top1_ci"):
-        return words.estimate(r["top1"], r["top1_ci"])
-    return words.percent(r.get(metric))

@@ -50,10 +50,10 @@ def sensitivity(call: SensitivityCall, terminal: Terminal) -> None:
         }
         found["warnings"] = list(terminal.warnings)
         terminal.begin("Drawing")
-        paths = report.write_sensitivity(found, folder)
+        record, paths = sensitivity_page.write_sensitivity(found, folder)
     terminal.finish()
     terminal.result({**found, "files": [str(p) for p in paths]})
-    show(found, paths, terminal)
+    show(record, paths, terminal)
 
 
 def _settings(call: SensitivityCall) -> report.CurvatureSettings:
@@ -64,17 +64,17 @@ def _settings(call: SensitivityCall) -> report.CurvatureSettings:
     return settings
 
 
-def show(found: dict[str, Any], paths: list[Path], terminal: Terminal) -> None:
+def show(found: sensitivity_page.SensitivityRecord, paths: list[Path], terminal: Terminal) -> None:
     """The layers that lose most as a table, what they say, and the files."""
     rows = sensitivity_page.ranked(found)
-    title = f"{found['model']['name']}: {found['settings']['meaning']}"
+    title = f"{found.model.name}: {found.settings.meaning}"
     made = tables.table(*(h if h == "layer" else f">{h}" for h in sensitivity_page.HEADINGS), title=title)
     for row in rows[:SHOWN]:
         made.add_row(*sensitivity_page.layer_cells(row))
-    network = found["network"]
+    network = found.network
     rest = f"{len(rows) - SHOWN} more layers in the files. " if len(rows) > SHOWN else ""
-    top = "".join(f", top eigenvalue {v:.3g}" for v in network["eigenvalues"][:1])
-    whole = f"{rest}The network: trace {network['trace']:.3g} ± {network['trace_error']:.1g}{top}."
+    top = "".join(f", top eigenvalue {v:.3g}" for v in network.eigenvalues[:1])
+    whole = f"{rest}The network: trace {network.trace:.3g} ± {network.trace_error:.1g}{top}."
     terminal.show(
         made, whole, *sensitivity_page.sensitivity_verdict(found), f"Written: {', '.join(map(short_path, paths))}"
     )

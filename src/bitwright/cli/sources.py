@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from bitwright.graph.student import Student
 from bitwright.run import folder as run_folder
 from bitwright.run.files import first_existing, remove_empty
 from bitwright.run.folder import check_writable
+from bitwright.run.result import RunResult
 from bitwright.terminal import Terminal
 
 DECODE_BATCH = 64
@@ -97,12 +98,12 @@ def float_network(run: Student, reference: str | None, reading: ImageOptions) ->
     Raises:
         UsageError: nobody knows where it is, it cannot be loaded any more, or it is code that the user did not name.
     """
-    recorded = run.result.get("model", {})
-    settings = reading.preprocessing or _known(recorded.get("settings"))
+    recorded = RunResult.read(run.result).model
+    settings = reading.preprocessing or _known(recorded.settings)
     if reference is not None:
         return load_model(reference, **settings)
-    where = recorded.get("reference")
-    if not isinstance(where, str) or not where:
+    where = recorded.reference
+    if not where:
         raise UsageError("This run does not say which network it was made from. Give it with --float.")
     if is_code(where):
         raise UsageError(
@@ -126,10 +127,10 @@ def is_code(reference: str) -> bool:
     return not reference.startswith(("zoo:", "timm:", "torchvision:")) and Path(reference).suffix != ".pt2"
 
 
-def _known(recorded: Any) -> dict[str, Any]:
+def _known(recorded: Mapping[str, Any] | None) -> dict[str, Any]:
     """Settings of preprocessing in a result, without what nobody could have said on the command line."""
     known = ("input_size", "mean", "std", "interpolation", "crop_pct")
-    return {k: recorded[k] for k in known if k in recorded} if isinstance(recorded, dict) else {}
+    return {k: recorded[k] for k in known if k in recorded} if recorded else {}
 
 
 def blank_images(network: Model) -> Images:

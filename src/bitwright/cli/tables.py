@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from rich import box
 from rich.table import Table
 
 from bitwright import words
+from bitwright.export.verdict import Parity
 from bitwright.graph.student import Student
 from bitwright.measure.metrics import Evaluation, Metrics, OutputFidelity
-from bitwright.run.record import stages_of
-from bitwright.run.result import LayerRow, describe_layers, describe_unquantized, stored_values, totals
+from bitwright.run.about import describe_layers, describe_unquantized, stored_values, totals
+from bitwright.run.result import LayerRow, RunResult, SearchOutcome, Tuning
 
 
 def table(*columns: str, title: str | None = None) -> Table:
@@ -101,69 +101,66 @@ def fidelity_notes(outputs: Mapping[str, OutputFidelity]) -> list[str]:
     ]
 
 
-def outcome(result: dict[str, Any]) -> Table:
+def outcome(result: RunResult) -> Table:
     """Float against quantized: accuracy, fidelity, size, and what ONNX Runtime makes of the file."""
-    size, parity = result["size"], result.get("parity")
-    made = table(
-        "",
-        ">float",
-        f">{words.notation(**result['bits'])}",
-        title=f"{result['model']['name']}, {result['recipe']['name']}",
-    )
-    for row in metric_rows(Evaluation.read(result)):
+    size, bits = result.size, result.bits or {}
+    title = f"{result.model.name}, {result.recipe.name}"
+    made = table("", ">float", f">{words.notation(bits.get('weights'), bits.get('activations'))}", title=title)
+    for row in metric_rows(result.evaluation):
         made.add_row(*row)
-    for kind, name, text in (("reconstruct", "optimisation", tuning_text), ("evolve", "evolution", evolution_text)):
-        stages = stages_of(result, kind)
-        for i, stage in enumerate(stages, 1):
-            made.add_row(name if len(stages) == 1 else f"{name} {i}", "", text(stage))
-    packed = f"{words.size(size['packed_bytes'])} ({size['float_bytes'] / size['packed_bytes']:.1f} x smaller)"
-    made.add_row("size", words.size(size["float_bytes"]), packed)
+    for name, texts in (
+        ("optimisation", [tuning_text(t) for t in result.tunings]),
+        ("evolution", [evolution_text(s) for s in result.searches]),
+    ):
+        for i, text in enumerate(texts, 1):
+            made.add_row(name if len(texts) == 1 else f"{name} {i}", "", text)
+    packed = f"{words.size(size.get('packed_bytes'))} ({result.times_smaller or 0.0:.1f} x smaller)"
+    made.add_row("size", words.size(size.get("float_bytes")), packed)
     made.add_row("size of model.onnx", "", words.size(size.get("onnx_bytes")))
-    made.add_row("model.onnx in ONNX Runtime", "", parity_text(parity))
-    made.add_row("time", "", words.duration(result["seconds"]["total"]))
+    made.add_row("model.onnx in ONNX Runtime", "", parity_text(result.parity))
+    made.add_row("time", "", words.duration((result.seconds or {}).get("total")))
     return made
 
 
-def evolution_text(evolved: dict[str, Any]) -> str:
+def evolution_text(found: SearchOutcome) -> str:
     """Children, the fitness before and after, and the float network's own.
 
     Example:
-        >>> fitness = {"measure": "infonce", "before": 24.5, "after": 24.25, "teacher": 24.0}
-        >>> evolution_text({"steps": 120, "better": 35, "fitness": fitness})
+        >>> evolution_text(SearchOutcome(120, 35, SearchFitness("infonce", 24.5, 24.25, 24.0)))
         '120 children, 35 of them better; infonce 24.5 to 24.25 (float 24)'
     """
-    fitness = evolved["fitness"]
-    before, after, best = (f"{fitness[k]:.5g}" for k in ("before", "after", "teacher"))
+    fitness = found.fitness
+    assert fitness is not None
+    before, after, best = (f"{value:.5g}" for value in (fitness.before, fitness.after, fitness.teacher))
     return (
-        f"{evolved['steps']} children, {evolved['better']} of them better; "
-        f"{fitness['measure']} {before} to {after} (float {best})"
+        f"{found.steps} children, {found.better} of them better; {fitness.measure} {before} to {after} (float {best})"
     )
 
 
-def tuning_text(tuned: dict[str, Any]) -> str:
+def tuning_text(tuned: Tuning) -> str:
     """Steps, the loss before and after, and how many roundings differ from rounding to nearest.
 
     Example:
-        >>> tuning_text({"steps": 100, "before": 4.0, "after": 2.0, "loss": {"hard": 2.0}, "left_nearest": 0.21})
+        >>> tuning_text(Tuning(steps=100, before=4.0, loss=TuningLoss(2.0), left_nearest=0.21))
         '100 steps, loss 4 to 2, 21 % of weights not at their nearest'
     """
-    if "loss" not in tuned:
+    if tuned.loss is None:
         return "none"
-    before = f"{tuned['before']:.3g} to " if tuned.get("before") is not None else ""
-    moved = f"{words.percent(tuned['left_nearest'], 0)} of weights not at their nearest"
-    return f"{tuned['steps']} steps, loss {before}{tuned['loss']['hard']:.3g}, {moved}"
+    before = "" if tuned.before is None else f"{tuned.before:.3g} to "
+    moved = f"{words.percent(tuned.left_nearest, 0)} of weights not at their nearest"
+    return f"{tuned.steps} steps, loss {before}{tuned.loss.hard:.3g}, {moved}"
 
 
-def parity_text(parity: dict[str, Any] | None) -> str:
+def parity_text(parity: Parity | None) -> str:
     """What the parity check found, in a few words."""
     if parity is None:
         return "not written"
-    if parity["first_divergence"] is not None:
-        return f"DIFFERS, first at {parity['first_divergence']}"
-    agreement = (parity.get("optimized") or {}).get("agreement") or parity["agreement"]
+    if not parity.passed:
+        return f"DIFFERS, first at {parity.first_divergence}"
+    agreement = (parity.optimized and parity.optimized.agreement) or parity.agreement
     if agreement is None:
-        return f"agrees on {parity['images']} images"
-    return f"same answer on {words.percent(agreement)} of {parity['images']} images"
+        return f"agrees on {parity.images} images"
+    return f"same answer on {words.percent(agreement)} of {parity.images} images"
 
 
 def structure(model: Student, recorded: list[LayerRow] | None = None) -> list[Table]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ import torch
 from torch import Tensor, fx
 
 from bitwright.export.clips import codes_of
-from bitwright.export.layers import LayerParity, activation_quantizers, beyond, compare_layer, cut_at, simulated
+from bitwright.export.layers import activation_quantizers, compare_layer, cut_at, simulated
 from bitwright.export.reference import FLOAT_KERNEL, run_reference
+from bitwright.export.verdict import CodeComparison, LayerParity
 from bitwright.graph import ops
 from bitwright.graph.student import Student
 from bitwright.graph.watch import watch
@@ -31,56 +31,6 @@ CARRIES = frozenset({"Clip", "Transpose", "Reshape", "Squeeze", "Unsqueeze"})
 """Operators of an optimized file that a kernel's codes may pass through."""
 PRODUCTS = frozenset({"MatMulNBits", "MatMulIntegerToFloat"})
 """Kernels of an optimized file that end in float, and compute by a rule that is worth naming."""
-
-
-@dataclass
-class Difference:
-    """How many codes differ, and by how many steps at most."""
-
-    differing: int = 0
-    max_steps: int = 0
-
-    def update(self, a: Tensor, b: Tensor) -> None:
-        """Adds a pair of int32 tensors of one shape."""
-        steps = (a - b).abs()
-        self.differing += int(torch.count_nonzero(steps))
-        self.max_steps = max(self.max_steps, int(steps.max()) if steps.numel() else 0)
-
-    def beyond(self, count: int) -> bool:
-        """Whether more of the ``count`` codes differ than summation in float32 explains."""
-        return beyond(self.differing, self.max_steps, count)
-
-    def __add__(self, other: Difference) -> Difference:
-        """Both together."""
-        return Difference(self.differing + other.differing, max(self.max_steps, other.max_steps))
-
-
-@dataclass
-class CodeComparison:
-    """The codes of one activation quantizer, or of all that one operator feeds.
-
-    Attributes:
-        name: of the layer.
-        operator: what is computed between the quantizers before and this one.
-        kernel: that the reference takes the rule of.
-        found: that the runtime used, as its optimized graph says.
-        count: codes compared.
-        layers: how many layers these are.
-    """
-
-    name: str
-    operator: str
-    kernel: str
-    found: str = ""
-    count: int = 0
-    layers: int = 1
-    simulation_reference: Difference = field(default_factory=Difference)
-    reference_runtime: Difference = field(default_factory=Difference)
-    simulation_runtime: Difference = field(default_factory=Difference)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As in ``parity.json``."""
-        return asdict(self)
 
 
 def compare_codes(model: Student, program: ir.Model, images: Tensor, runtime: str) -> list[CodeComparison]:
@@ -128,19 +78,6 @@ def compare_kernels(model: Student, program: ir.Model, images: Tensor) -> dict[s
             name: compare_layer(cut.quantizers[name], passing[name], codes, cut.kernels.get(name, FLOAT_KERNEL))
             for name, codes in found.items()
         }
-
-
-def by_operator(layers: Iterable[CodeComparison]) -> list[CodeComparison]:
-    """The rows of layers with the same operators and kernel as one, in the order in which they appear."""
-    rows: dict[tuple[str, str], CodeComparison] = {}
-    for layer in layers:
-        key = (layer.operator, layer.found)
-        row = rows.setdefault(key, CodeComparison(layer.name, layer.operator, layer.kernel, layer.found, layers=0))
-        row.count, row.layers = row.count + layer.count, row.layers + 1
-        row.simulation_reference += layer.simulation_reference
-        row.reference_runtime += layer.reference_runtime
-        row.simulation_runtime += layer.simulation_runtime
-    return list(rows.values())
 
 
 def operators(node: fx.Node) -> str:

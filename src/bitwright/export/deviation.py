@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitwright.export.verdict import MOST_DIFFERING, OutputParity
 from bitwright.graph.readings import Reading
 from bitwright.quant.quantizer import Quantizer
 
-MOST_DIFFERING = 1e-3
-"""Share of a layer's values that float summation may tip over a rounding boundary."""
 AT_LEAST = 4
 """Codes of a layer that are tipped in the yardstick however few it has."""
 TIMES = 2.0
@@ -37,39 +36,6 @@ CHANCE = 2.0
 """Standard deviations by which the yardstick's few may be fewer than they would be in other images."""
 
 Forward = Callable[[Tensor], Sequence[Tensor]]
-
-
-@dataclass
-class OutputParity:
-    """One output of the whole network. Differences are in units of the output.
-
-    Attributes:
-        name: of the output.
-        max_abs: largest difference.
-        mean_abs: mean difference.
-        range: largest minus smallest value of the simulation.
-        agreement: share of same answers, or of equal values of an output of whole numbers; None without answers.
-        self_agreement: the same of the simulation with itself, a few codes tipped.
-        deviation: of the worst group of channels, as a multiple of what it may be; above 1 the output is another.
-    """
-
-    name: str = "output"
-    max_abs: float = 0.0
-    mean_abs: float = 0.0
-    range: float = 0.0
-    agreement: float | None = None
-    self_agreement: float | None = None
-    deviation: float = 0.0
-
-    @property
-    def diverges(self) -> bool:
-        """Whether the file computes something else."""
-        return not self.deviation <= 1
-
-
-def worst_output(outputs: Sequence[OutputParity]) -> OutputParity:
-    """The output that is furthest from what it may be."""
-    return max(outputs, key=lambda x: math.inf if math.isnan(x.deviation) else x.deviation, default=OutputParity())
 
 
 def output_parities(

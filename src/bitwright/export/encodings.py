@@ -20,7 +20,8 @@ from bitwright.errors import UsageError
 from bitwright.export.edit import initializer, insert_node
 from bitwright.export.layers import activation_quantizers
 from bitwright.export.onnx import OPSET, OPSET_OF_GELU, QdqForm, to_onnx
-from bitwright.export.parity import Parity, check_once
+from bitwright.export.parity import check_once
+from bitwright.export.verdict import Parity
 from bitwright.graph import ops
 from bitwright.graph.student import Student
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer

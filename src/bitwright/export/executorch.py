@@ -17,8 +17,9 @@ from torch import Tensor, fx, nn
 
 from bitwright.errors import UsageError
 from bitwright.export.onnx import described
-from bitwright.export.parity import Parity, compare_with, parity_of
+from bitwright.export.parity import compare_with, parity_of
 from bitwright.export.pt2 import Standalone
+from bitwright.export.verdict import Parity
 from bitwright.graph import ops
 from bitwright.graph.student import Student
 from bitwright.graph.supported import check_supported

@@ -11,10 +11,10 @@ from torch import Tensor
 from bitwright.export.encodings import check_encodings, write_encodings
 from bitwright.export.executorch import check_executorch, write_executorch
 from bitwright.export.openvino import check_openvino, write_openvino
-from bitwright.export.parity import Parity
 from bitwright.export.pt2 import write_pt2
 from bitwright.export.tables import write_tables
 from bitwright.export.tensorrt import check_tensorrt, write_tensorrt
+from bitwright.export.verdict import Parity
 from bitwright.graph.student import Student
 from bitwright.run import folder as run_folder
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,41 +12,34 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from bitwright._version import __version__
 from bitwright.errors import BitwrightError, UsageError
-from bitwright.export.arbiter import COMPARED_AT_ONCE, CodeComparison, by_operator, compare_codes
+from bitwright.export.arbiter import COMPARED_AT_ONCE, compare_codes
 from bitwright.export.deviation import output_parities, tipped
 from bitwright.export.layers import activation_quantizers, compare_layers
 from bitwright.export.parity import LAYER_IMAGES
 from bitwright.export.reference import run_reference
+from bitwright.export.verdict import (
+    BatchGaps,
+    CodeComparison,
+    ComparedImages,
+    OutputGap,
+    ParityRecord,
+    RuntimeGaps,
+    by_operator,
+)
 from bitwright.given.images import Images
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.readings import Reading, by_values
 from bitwright.graph.student import Student
 from bitwright.measure.evaluation import Network
 from bitwright.progress import Progress, silent
+from bitwright.runtimes import absent
 from bitwright.runtimes.onnxruntime import ONNXRUNTIME
 from bitwright.runtimes.openvino import EXACT, OPENVINO, compile_model, openvino
 from bitwright.runtimes.record import Runtime
 
 BATCHES = (1, 8)
-
-
-@dataclass
-class OutputGap:
-    """How far one output of two networks lies apart, in its own units.
-
-    Attributes:
-        range: largest minus smallest value of the first network.
-        cosine: of the two outputs of one image, the mean over images.
-        agreement: share of answers (of images, pixels, tokens) that are the same; None where there are no answers.
-    """
-
-    name: str
-    max_abs: float
-    mean_abs: float
-    range: float
-    cosine: float
-    agreement: float | None
 
 
 def outputs(who: str, network: Network, images: Tensor, batch: int) -> list[Tensor]:
@@ -82,7 +75,7 @@ def _gap(name: str, a: Tensor, b: Tensor, how: Reading) -> OutputGap:
 
 @dataclass
 class Gap:
-    """Everything that ``parity.json`` holds but the run and its images.
+    """How far all of them lie from each other.
 
     Attributes:
         quantization: float network against simulation, by output; None without the float network.
@@ -93,27 +86,22 @@ class Gap:
     """
 
     quantization: list[OutputGap] | None
-    runtimes: list[dict[str, Any]]
+    runtimes: list[RuntimeGaps]
     simulating: list[OutputGap]
     layers: list[CodeComparison]
-    diverging: str | None
+    diverging: str | None = None
     """The first layer in which the file is wrong, whatever the kernel: graph optimisations are off."""
-    diverging_output: str | None
+    diverging_output: str | None = None
     """The first output that is further from the simulation's, in some runtime, than it may be."""
     diverging_in: str | None = None
     """The runtime in which it is, if that is not ONNX Runtime."""
     rounding: str | None = None
     """What OpenVINO loses by bfloat16, as a line; None where it loses nothing."""
 
-    @property
-    def first_difference(self) -> str | None:
-        """The first layer in which any code of simulation and runtime differs."""
-        return next((x.name for x in self.layers if x.simulation_runtime.differing), None)
-
-    @property
-    def kernels(self) -> list[CodeComparison]:
-        """Layers whose kernel is further from the simulation than summation in float32 explains."""
-        return [x for x in self.layers if x.simulation_runtime.beyond(x.count)]
+    def judge(self, output: str | None, runtime: Runtime) -> None:
+        """Takes an output that is further away than it may be, if there is one, and the runtime in which it is."""
+        self.diverging_output = output
+        self.diverging_in = None if output is None or runtime is ONNXRUNTIME else runtime.title
 
     @property
     def first_divergence(self) -> str | None:
@@ -124,19 +112,25 @@ class Gap:
             return f"{self.diverging_output} in {self.diverging_in}"
         return self.diverging_output
 
-    def to_dict(self) -> dict[str, Any]:
-        """As in ``parity.json``."""
-        return {
-            "quantization": None if self.quantization is None else [asdict(o) for o in self.quantization],
-            "runtimes": self.runtimes,
-            "simulating": [asdict(o) for o in self.simulating],
-            "operators": [x.to_dict() for x in by_operator(self.layers)],
-            "layers": [x.to_dict() for x in self.layers],
-            "kernels": [x.name for x in self.kernels],
-            "first_difference": self.first_difference,
-            "first_divergence": self.first_divergence,
-            "diverging_in": None if self.diverging is not None else self.diverging_in,
-        }
+    def record(self, run: str, images: Images, recorded: dict[str, Any] | None, float_network: str) -> ParityRecord:
+        """What ``parity.json`` holds; for the arguments see there."""
+        return ParityRecord(
+            bitwright=__version__,
+            run=run,
+            images=ComparedImages(len(images), images.sha256),
+            quantization_recorded=None if self.quantization is not None else recorded,
+            float_network=float_network,
+            quantization=self.quantization,
+            runtimes=self.runtimes,
+            simulating=self.simulating,
+            operators=by_operator(self.layers),
+            layers=self.layers,
+            kernels=[x.name for x in self.layers if x.simulation_runtime.beyond(x.count)],
+            first_difference=next((x.name for x in self.layers if x.simulation_runtime.differing), None),
+            first_divergence=self.first_divergence,
+            diverging_in=None if self.diverging is not None else self.diverging_in,
+            absent=absent(),
+        )
 
 
 def measure_gap(
@@ -178,29 +172,26 @@ def measure_gap(
         quantization = gaps(expected, simulated)
     with tipped(activation_quantizers(model)):
         shaken = outputs("The simulation", model.flat, whole, COMPARED_AT_ONCE)
-    simulating, measured, done = gaps(reference, simulated), [], 1
-    diverging, where, rounding = None, None, None
+    gap = Gap(quantization, [], gaps(reference, simulated), [])
     for runtime in runtimes:
-        rows, network = [], open_file(runtime, path)
+        network = open_file(runtime, path)
+        rows: list[BatchGaps] = []
         for batch in batches:
+            done = 1 + len(gap.runtimes) * len(batches) + len(rows)
             progress("Comparing", done, total, f"{runtime.title}, batch {batch}")
             found = outputs(runtime.title, network, whole, batch)
-            if diverging is None:
-                diverging = _diverging(names, simulated, shaken, found)
-                where = None if diverging is None or runtime is ONNXRUNTIME else runtime.title
-            pairs = {"outputs": gaps(simulated, found)}
-            pairs["from_reference"] = gaps(reference, found)
-            rows.append({"batch": batch, **{k: [asdict(o) for o in v] for k, v in pairs.items()}})
-            done += 1
-        if runtime is OPENVINO and where is None:
-            rounding = _rounding(path, names, whole, simulated, shaken)
-        measured.append({"runtime": f"{runtime.name} {runtime.version}", "batches": rows})
-    progress("Comparing", done, total, "layer by layer")
-    layers = compare_codes(model, program, whole, "onnxruntime")
+            if gap.diverging_output is None:
+                gap.judge(_diverging(names, simulated, shaken, found), runtime)
+            rows.append(BatchGaps(batch, gaps(simulated, found), gaps(reference, found)))
+        if runtime is OPENVINO and gap.diverging_in is None:
+            gap.rounding = _rounding(path, names, whole, simulated, shaken)
+        gap.runtimes.append(RuntimeGaps(f"{runtime.name} {runtime.version}", rows))
+    progress("Comparing", total - 1, total, "layer by layer")
+    gap.layers = compare_codes(model, program, whole, "onnxruntime")
     plain = compare_layers(model, program, whole[:LAYER_IMAGES])
-    wrong = next((x.name for x in plain if x.diverges), None)
+    gap.diverging = next((x.name for x in plain if x.diverges), None)
     progress("Comparing", total, total)
-    return Gap(quantization, measured, simulating, layers, wrong, diverging, where, rounding)
+    return gap
 
 
 def _rounding(path: Path, names: Sequence[str], whole: Tensor, ours: list[Tensor], shaken: list[Tensor]) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,46 +11,16 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from bitwright.export.deviation import MOST_DIFFERING
+from bitwright.export.verdict import LayerParity
 from bitwright.graph.student import Student
 from bitwright.graph.watch import values_of
 from bitwright.quant.quantizer import Quantizer
 from bitwright.runtimes.onnxruntime import session
 from bitwright.runtimes.session import Array, Opener
 
-MOST_STEPS = 1
 BOUNDARY = 16 * float(np.finfo(np.float32).eps)
 """Relative distance of a value from half a step, within which float summation decides how it is rounded. Pooling of
 codes on one scale meets such values often: the mean of four integers lies there for one value in four."""
-
-
-@dataclass
-class LayerParity:
-    """One layer, fed the simulation's own input."""
-
-    name: str
-    differing_fraction: float
-    """Share of the codes; those that lie on a rounding boundary, where both are right, do not count."""
-    max_steps: int
-    values: int
-    """How many codes were compared."""
-    kernel: str = ""
-    """What the runtime, its optimisations on, put in the operator's place; empty with optimisations off."""
-
-    @property
-    def diverges(self) -> bool:
-        """See :func:`beyond`."""
-        return beyond(round(self.differing_fraction * self.values), self.max_steps, self.values)
-
-
-def beyond(differing: int, max_steps: int, count: int) -> bool:
-    """Whether more codes differ, or by more steps, than summation in float32 explains; a single one always may.
-
-    Example:
-        >>> beyond(1, 1, 50), beyond(2, 1, 50), beyond(1, 2, 5000)
-        (False, True, True)
-    """
-    return max_steps > MOST_STEPS or differing > max(1, MOST_DIFFERING * count)
 
 
 def activation_quantizers(model: Student) -> dict[str, Quantizer]:
@@ -119,12 +89,6 @@ def compare_layer(quantizer: Quantizer, passing: Passing, found: Tensor, kernel:
     steps = torch.where((found.double() - (exact + zero).clamp(low, high)).abs() <= nearest, 0.0, steps)
     most = int(steps.max()) if steps.numel() else 0
     return LayerParity(quantizer.name, float((steps > 0).double().mean()), most, steps.numel(), kernel)
-
-
-def worst_layer(layers: Mapping[str, LayerParity] | list[LayerParity]) -> LayerParity | None:
-    """The one that differs most; None if no activation is quantized."""
-    each = layers.values() if isinstance(layers, Mapping) else layers
-    return max(each, key=lambda x: (x.max_steps > MOST_STEPS, x.differing_fraction), default=None)
 
 
 def _cut(program: ir.Model, names: set[str]) -> tuple[ir.Model, list[str]]:

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from bitwright.export.edit import drop_unused, initializer
 from bitwright.export.onnx import to_onnx
-from bitwright.export.parity import Parity, check_parity
+from bitwright.export.parity import check_parity
 from bitwright.export.recurrent import store_weights
+from bitwright.export.verdict import Parity
 from bitwright.graph.student import Student
 from bitwright.graph.supported import check_supported
 from bitwright.runtimes.openvino import OPENVINO, openvino, openvino_file, openvino_session, save_openvino

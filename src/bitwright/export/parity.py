@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ from torch import Tensor
 
 from bitwright.errors import BitwrightError, ParityError, UsageError
 from bitwright.export.arbiter import compare_kernels
-from bitwright.export.deviation import Forward, OutputParity, output_parities, tipped, worst_output
+from bitwright.export.deviation import Forward, output_parities, tipped
 from bitwright.export.forms import keep_in_float
-from bitwright.export.layers import LayerParity, activation_quantizers, compare_layers, worst_layer
+from bitwright.export.layers import activation_quantizers, compare_layers
 from bitwright.export.onnx import to_onnx, write_onnx
 from bitwright.export.recurrent import store_weights
+from bitwright.export.verdict import LayerParity, OutputParity, Parity, worst_layer, worst_output
 from bitwright.given.images import Images, load_images
 from bitwright.graph import ops
 from bitwright.graph.axes import read_outputs
@@ -35,40 +35,6 @@ LAYER_IMAGES = 4
 CHOICES = frozenset({"topk", "sort", "argsort", "argmax", "argmin"})
 FEW = 0.9
 """Share of same answers below which a file that passed is warned of."""
-
-
-@dataclass
-class Parity:
-    """What the check found; ``passed`` unless a layer, or an output, differs from the simulation.
-
-    The first figures are those of the output that is furthest from what it may be, without graph optimisations;
-    ``optimized`` holds the same with them.
-    """
-
-    runtime: str
-    images: int
-    max_abs: float
-    mean_abs: float
-    range: float
-    agreement: float | None
-    worst_layer: LayerParity | None
-    """None if no activation is quantized."""
-    first_divergence: str | None
-    optimized: OutputParity = field(default_factory=OutputParity)
-    batch_sizes: tuple[int, ...] = ()
-    outputs: list[OutputParity] = field(default_factory=list)
-    """Each one, without graph optimisations."""
-    optimized_outputs: list[OutputParity] = field(default_factory=list)
-    """Each one, with them."""
-
-    @property
-    def passed(self) -> bool:
-        """Whether the file may be shipped."""
-        return self.first_divergence is None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As in ``result.json``."""
-        return asdict(self)
 
 
 def parity_of(
@@ -173,9 +139,10 @@ def _written(model: Student, images: Tensor) -> tuple[ir.Model, Parity]:
         _warn_of_openvino(model, program, images)
     own = [o.self_agreement for o in parity.optimized_outputs if o.agreement is not None and o.agreement < FEW]
     if parity.passed and own:
+        same = worst_output(parity.optimized_outputs).agreement
         warnings.warn(
             f"The answers of this network depend on single roundings: the file gives the same on "
-            f"{_share(parity.optimized.agreement)} of the images, and so does the simulation itself on "
+            f"{_share(same)} of the images, and so does the simulation itself on "
             f"{_share(min(x for x in own if x is not None))} where one code in a thousand is rounded the other way.",
             stacklevel=4,
         )

@@ -20,7 +20,8 @@ from torch.utils import _pytree as pytree
 from bitwright._version import __version__
 from bitwright.errors import UsageError
 from bitwright.export.onnx import described
-from bitwright.export.parity import Parity, compare_with, parity_of
+from bitwright.export.parity import compare_with, parity_of
+from bitwright.export.verdict import Parity
 from bitwright.graph.student import Student
 from bitwright.quant import affine
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer

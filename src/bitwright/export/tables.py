@@ -22,8 +22,9 @@ from bitwright.errors import UsageError
 from bitwright.export.clips import Clamp
 from bitwright.export.layers import compare_layer, simulated
 from bitwright.export.onnx import described
-from bitwright.export.parity import LAYER_IMAGES, Parity, compare_with, parity_of
+from bitwright.export.parity import LAYER_IMAGES, compare_with, parity_of
 from bitwright.export.reference import clamp_of, run_reference
+from bitwright.export.verdict import Parity
 from bitwright.graph import ops, rewrite
 from bitwright.graph.store import arguments_of, dump_graph, load_graph, named_call
 from bitwright.graph.student import Student

@@ -18,7 +18,8 @@ from bitwright.errors import UsageError
 from bitwright.export.edit import insert_node, shared
 from bitwright.export.layers import activation_quantizers
 from bitwright.export.onnx import QdqForm, opset, replace_integers, to_onnx
-from bitwright.export.parity import Parity, check_once
+from bitwright.export.parity import check_once
+from bitwright.export.verdict import Parity
 from bitwright.graph.student import Student
 from bitwright.quant.quantizer import Frozen, Quantizer
 from bitwright.runtimes.session import save_onnx

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeAlias, get_args
 
 from bitwright.errors import UsageError
 
@@ -36,6 +36,8 @@ _NAMED = re.compile(
     rf"(?:(?P<value>{_TEXT}|\d+)|\[(?P<several>(?:{_TEXT})(?:, (?:{_TEXT}))*)\]|True"
     r"|(?=[,;:)?]|\s|\.(?:\s|$)|$))"
 )
+Given: TypeAlias = tuple[Any, tuple[Any, ...]]
+"""The value of an argument, and the values that say nothing."""
 
 
 def as_flags(text: str) -> str:
@@ -134,7 +136,7 @@ def a_time(name: str, value: Any, unit: str = "minutes") -> float:
     return float(value)
 
 
-def check_alone(name: str, value: Any, others: Mapping[str, tuple[Any, tuple[Any, ...]]]) -> None:
+def check_alone(name: str, value: Any, others: Mapping[str, Given]) -> None:
     """An argument that stands instead of others may not be given together with them.
 
     Args:

@@ -15,10 +15,10 @@ from bitwright.given.arguments import one_of, whole_number
 from bitwright.given.images import Images, load_images
 from bitwright.given.models import Model, load_model
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing
+from bitwright.given.spoilt import without_spoilt
 from bitwright.graph.capture import Captured, capture, select_output
 from bitwright.graph.equalize import ChannelScales, equalized
 from bitwright.graph.prepare import prepare
-from bitwright.measure.spoilt import without_spoilt
 
 DEFAULT_SAMPLES = 512
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -204,11 +204,6 @@ class Metrics:
     miou: float | None = None
     pixel_accuracy: float | None = None
 
-    @classmethod
-    def read(cls, found: Mapping[str, Any]) -> Metrics:
-        """What a ``result.json`` holds; metrics of a newer one are not looked at."""
-        return cls(**{each.name: found.get(each.name) for each in fields(cls)})
-
     def to_dict(self) -> dict[str, float | list[float]]:
         """As in ``result.json``: only what was measured."""
         return {name: value for name, value in vars(self).items() if value is not None}
@@ -224,21 +219,13 @@ class Evaluation:
         fidelity: how closely each output follows the float network's, by its name; None where nothing is followed.
 
     Example:
-        >>> Evaluation.read({"quantized": {"top1": 0.5}, "fidelity": None}).to_dict()
+        >>> Evaluation(Metrics(top1=0.5)).to_dict()
         {'quantized': {'top1': 0.5}}
     """
 
     quantized: Metrics | None
     reference: Metrics | None = None
     fidelity: Mapping[str, OutputFidelity] | None = None
-
-    @classmethod
-    def read(cls, result: Mapping[str, Any]) -> Evaluation:
-        """What a ``result.json`` tells."""
-        quantized, reference = (
-            None if result.get(k) is None else Metrics.read(result[k]) for k in ("quantized", "float")
-        )
-        return cls(quantized, reference, read_fidelity(result.get("fidelity")) or None)
 
     @property
     def outputs(self) -> Mapping[str, OutputFidelity]:
@@ -291,34 +278,12 @@ class Fidelity:
         """The worst of each figure."""
         return worst_figures(self.outputs)
 
-    def result(self) -> dict[str, Any]:
-        """``agreement``, ``kl`` and ``sqnr_db`` of the worst output, and ``outputs`` with those of each."""
-        return fidelity_keys(self.outputs)
-
 
 def fidelity_keys(outputs: Mapping[str, OutputFidelity]) -> dict[str, Any]:
-    """What ``result.json`` says of outputs under ``fidelity``; :func:`read_fidelity` reads it back."""
+    """What ``result.json`` says of outputs under ``fidelity``."""
     whole = worst_figures(outputs)
     first = {"agreement": whole.agreement, "kl": whole.kl, "sqnr_db": whole.sqnr_db}
     return {**first, "outputs": {name: asdict(o) for name, o in outputs.items()}}
-
-
-def read_fidelity(found: Mapping[str, Any] | None) -> dict[str, OutputFidelity]:
-    """The outputs of a result's ``fidelity``, by name; of results that tell of no outputs, one.
-
-    Example:
-        >>> read_fidelity({"agreement": 0.9, "kl": 0.1, "sqnr_db": 12.0})["output"].agreement
-        0.9
-        >>> read_fidelity(None)
-        {}
-    """
-    if not found:
-        return {}
-    if "outputs" not in found:
-        agreement, kl, noise = (found.get(k) for k in ("agreement", "kl", "sqnr_db"))
-        return {"output": OutputFidelity(agreement, kl, noise, exact=noise is None)}
-    known = {f.name for f in fields(OutputFidelity)}
-    return {n: OutputFidelity(**{k: v for k, v in o.items() if k in known}) for n, o in found["outputs"].items()}
 
 
 def default_names(count: int) -> tuple[str, ...]:

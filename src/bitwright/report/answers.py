@@ -17,6 +17,7 @@ from bitwright.given.images import Images
 from bitwright.given.preprocessing import Preprocessing
 from bitwright.graph.readings import Reading, by_values
 from bitwright.measure.metrics import default_names
+from bitwright.report.kept import DifferingAnswers, DifferingImage, GivenAnswer
 
 SHOWN = 12
 SIDE = 112
@@ -108,7 +109,7 @@ class Answers:
         self.only_quantized += int((~right & still).sum())
         self.neither += int((~right & ~still).sum())
 
-    def facts(self, images: Images, *, pictures: bool) -> dict[str, Any] | None:
+    def facts(self, images: Images, *, pictures: bool) -> DifferingAnswers | None:
         """What the report keeps; None where the networks give no class scores.
 
         Args:
@@ -119,24 +120,24 @@ class Answers:
             return None
         names = class_names(images)
         kept = ("both", "only_float", "only_quantized", "neither")
-        return {
-            "count": self.count,
-            "differing": self.differing,
-            "labelled": {k: getattr(self, k) for k in kept} if self.labelled else None,
-            "classes": {str(i): names[i] for d in self.worst for i in _classes(d) if i in names},
-            "pictures": pictures,
-            "shown": [
-                {
-                    "name": images.names[d.position],
-                    "label": d.label,
-                    "float": {"class": d.before.number, "probability": round(d.before.probability, 4)},
-                    "quantized": {"class": d.after.number, "probability": round(d.after.probability, 4)},
-                    **({} if d.output is None else {"output": d.output}),
-                    "picture": picture(images[d.position], images.preprocessing) if pictures else None,
-                }
+        return DifferingAnswers(
+            count=self.count,
+            differing=self.differing,
+            labelled={k: getattr(self, k) for k in kept} if self.labelled else None,
+            classes={str(i): names[i] for d in self.worst for i in _classes(d) if i in names},
+            pictures=pictures,
+            shown=[
+                DifferingImage(
+                    name=images.names[d.position],
+                    label=d.label,
+                    reference=GivenAnswer(number=d.before.number, probability=round(d.before.probability, 4)),
+                    quantized=GivenAnswer(number=d.after.number, probability=round(d.after.probability, 4)),
+                    output=d.output,
+                    picture=picture(images[d.position], images.preprocessing) if pictures else None,
+                )
                 for d in self.worst
             ],
-        }
+        )
 
 
 def _classes(found: Disagreement) -> list[int]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from bitwright import words
-from bitwright.measure.metrics import read_fidelity
 from bitwright.report.charts import Interval, intervals
 from bitwright.report.frame import Section, bullets, definitions, document, paragraph, shell
 from bitwright.report.markup import tag
 from bitwright.report.panels import Panel, Series, single
 from bitwright.report.shown import Shown
 from bitwright.report.tables import TableCell, page_table
-from bitwright.report.verdict import METRICS, main_metric
+from bitwright.report.verdict import METRICS, figure_of, interval_of, main_metric
+from bitwright.run.result import RunFidelity, RunResult
 
 SAME_SIZE = 1.02
 """Largest size over smallest up to which runs are compared by their figures alone."""
@@ -30,29 +30,75 @@ class Entry:
     error: str | None = None
 
 
-def row(entry: Entry) -> dict[str, Any]:
-    """The figures of a run that are compared; ``error`` alone where it failed."""
+@dataclass(frozen=True)
+class RunFigures:
+    """The figures of a run that are compared; nothing but its name and the error where it failed.
+
+    Attributes:
+        run: its name.
+        error: what went wrong.
+        result: its result.
+        said_bits: bits of its layers.
+    """
+
+    run: str
+    error: str | None = None
+    result: RunResult = field(default_factory=RunResult)
+    said_bits: str = ""
+
+    @property
+    def fidelity(self) -> RunFidelity:
+        """The worst figures over its outputs."""
+        return self.result.fidelity or RunFidelity()
+
+    @property
+    def seconds(self) -> float | None:
+        """Of the whole run."""
+        return (self.result.seconds or {}).get("total")
+
+    def size(self, what: str) -> int | None:
+        """Bytes in one form, such as ``packed_bytes``."""
+        return self.result.size.get(what)
+
+    def value(self, what: str) -> float | None:
+        """One of :data:`METRICS` or :data:`FIDELITY`."""
+        found: float | None = getattr(self.fidelity, what, None)
+        return figure_of(self.result.quantized, what) if what in METRICS else found
+
+    def interval(self, what: str) -> list[float] | None:
+        """The 95 % interval of a metric that has one."""
+        return interval_of(self.result.quantized, what)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``compare.json`` has it."""
+        if self.error is not None:
+            return {"run": self.run, "error": self.error}
+        result, fidelity = self.result, self.fidelity
+        ours, theirs = result.quantized, result.reference
+        outputs = None if fidelity.outputs is None else {name: asdict(o) for name, o in fidelity.outputs.items()}
+        return {
+            "run": self.run,
+            "error": None,
+            "model": result.model.name,
+            "recipe": result.recipe.name,
+            "bits": result.bits,
+            "said_bits": self.said_bits,
+            **{k: v for k in METRICS if (v := figure_of(ours, k)) is not None},
+            **{f"{k}_ci": ends for k in METRICS if (ends := interval_of(ours, k))},
+            **{f"float_{k}": v for k in METRICS if (v := figure_of(theirs, k)) is not None},
+            **{k: getattr(fidelity, k) for k in ("agreement", "kl", "sqnr_db")},
+            "outputs": outputs,
+            **{k: self.size(k) for k in ("float_bytes", "packed_bytes", "onnx_bytes")},
+            "parity": None if result.parity is None else result.parity.passed,
+            "seconds": self.seconds,
+        }
+
+
+def figures_of(entry: Entry) -> RunFigures:
+    """The figures of a run, or why it has none."""
     if entry.run is None:
-        return {"run": entry.name, "error": entry.error}
-    result = entry.run.result
-    theirs, ours = result.get("float") or {}, result.get("quantized") or {}
-    fidelity, size = result.get("fidelity") or {}, result["size"]
-    parity = result.get("parity") or {}
-    return {
-        "run": entry.name,
-        "error": None,
-        "model": result["model"]["name"],
-        "recipe": result["recipe"]["name"],
-        "bits": result.get("bits"),
-        "said_bits": entry.run.bits,
-        **{k: ours[k] for k in METRICS if ours.get(k) is not None},
-        **{f"{k}_ci": ours[f"{k}_ci"] for k in METRICS if ours.get(f"{k}_ci")},
-        **{f"float_{k}": theirs[k] for k in METRICS if theirs.get(k) is not None},
-        **{k: fidelity.get(k) for k in ("agreement", "kl", "sqnr_db", "outputs")},
-        **{k: size.get(k) for k in ("float_bytes", "packed_bytes", "onnx_bytes")},
-        "parity": None if not parity else parity.get("first_divergence") is None,
-        "seconds": (result.get("seconds") or {}).get("total"),
-    }
+        return RunFigures(entry.name, entry.error or "failed")
+    return RunFigures(entry.name, None, entry.run.result, entry.run.bits)
 
 
 def quality(entries: Sequence[Entry]) -> str | None:
@@ -61,8 +107,8 @@ def quality(entries: Sequence[Entry]) -> str | None:
     metrics = {main_metric(r.result) for r in runs}
     if len(metrics) == 1 and (only := metrics.pop()) is not None:
         return only
-    rows = [row(e) for e in entries if e.run is not None]
-    return next((k for k in FIDELITY if rows and all(r[k] is not None for r in rows)), None)
+    rows = [figures_of(e) for e in entries if e.run is not None]
+    return next((k for k in FIDELITY if rows and all(r.value(k) is not None for r in rows)), None)
 
 
 def front(places: Sequence[tuple[float, float]]) -> list[int]:
@@ -87,7 +133,7 @@ def comparison(entries: Sequence[Entry], title: str = "") -> str:
         title: what they have in common; found out if not given.
     """
     runs = [e.run for e in entries if e.run is not None]
-    models = sorted({r.result["model"]["name"] for r in runs})
+    models = sorted({r.result.model.name for r in runs})
     name = title or words.listed(models) or "Comparison"
     sections = [part(entries) for part in (_alike, _table, _outputs, _front, _failures, _repeat)]
     bits = {r.bits for r in runs}
@@ -107,13 +153,12 @@ def comparison_verdict(entries: Sequence[Entry]) -> str:
         return f"The runs have no figure in common to compare.{tail}"
     if len(set(_measured(done))) > 1:
         return f"The runs were not measured on the same images: their figures cannot tell which is better.{tail}"
-    rows = [row(e) for e in done]
-    best = max(rows, key=lambda r: r[what])
-    said = (
-        f"{best['run']} has the best {_named(what)}, {_shown(what, best[what])}, at {words.size(best['packed_bytes'])}"
-    )
-    ends = best.get(f"{what}_ci")
-    near = [r["run"] for r in rows if r is not best and ends and r.get(f"{what}_ci") and r[f"{what}_ci"][1] >= ends[0]]
+    rows = [figures_of(e) for e in done]
+    best = max(rows, key=lambda r: r.value(what) or 0.0)
+    size = words.size(best.size("packed_bytes"))
+    said = f"{best.run} has the best {_named(what)}, {_shown(what, best.value(what))}, at {size}"
+    ends = best.interval(what)
+    near = [r.run for r in rows if r is not best and ends and (own := r.interval(what)) and own[1] >= ends[0]]
     if near:
         verb = "overlaps" if len(near) == 1 else "overlap"
         kind = "interval" if len(near) == 1 else "intervals"
@@ -133,44 +178,37 @@ def _shown(what: str, value: float | None) -> str:
 
 # ------------------------------------------------------------------------------------------------------ sections
 
-COLUMNS: tuple[tuple[str, str], ...] = (
-    ("agreement", ">same answer"),
-    ("packed_bytes", ">size"),
-    ("onnx_bytes", ">model.onnx"),
-    ("kl", ">KL, nats"),
-    ("sqnr_db", ">signal to error"),
-    ("seconds", ">time"),
-)
-SAID = {
-    "agreement": words.percent,
-    "kl": words.number,
-    "sqnr_db": words.decibel,
-    "packed_bytes": words.size,
-    "onnx_bytes": words.size,
-    "seconds": words.duration,
+COLUMNS: dict[str, tuple[Callable[[RunFigures], float | None], Callable[[float | None], str]]] = {
+    ">same answer": (lambda r: r.fidelity.agreement, words.percent),
+    ">size": (lambda r: r.size("packed_bytes"), words.size),
+    ">model.onnx": (lambda r: r.size("onnx_bytes"), words.size),
+    ">KL, nats": (lambda r: r.fidelity.kl, words.number),
+    ">signal to error": (lambda r: r.fidelity.sqnr_db, words.decibel),
+    ">time": (lambda r: r.seconds, words.duration),
 }
+"""Columns of the table: what is read of a run, and how it is said."""
 
 
 def _table(entries: Sequence[Entry]) -> Section:
     """One row per run; what all runs have in common has no column."""
-    rows = [row(e) for e in entries]
-    done = [r for r in rows if r["error"] is None]
-    metric = next((k for k in METRICS if any(r.get(k) is not None for r in done)), None)
-    named_by: dict[str, Callable[[dict[str, Any]], str]] = {
-        "network": lambda r: r["model"],
-        "recipe": lambda r: r["recipe"],
-        "bits": lambda r: r["said_bits"],
+    rows = [figures_of(e) for e in entries]
+    done = [r for r in rows if r.error is None]
+    metric = next((k for k in METRICS if any(r.value(k) is not None for r in done)), None)
+    named_by: dict[str, Callable[[RunFigures], str]] = {
+        "network": lambda r: r.result.model.name,
+        "recipe": lambda r: r.result.recipe.name,
+        "bits": lambda r: r.said_bits,
     }
     differing = {k: f for k, f in named_by.items() if len(set(map(f, done))) > 1}
-    if all(r["recipe"] == r["run"] for r in done):
+    if all(r.result.recipe.name == r.run for r in done):
         differing.pop("recipe", None)
     heads = [">#", "run", *differing]
     heads += [f">{METRICS[metric]}", ">95 % interval", ">against float"] if metric else []
-    heads += [head for _, head in COLUMNS]
+    heads += list(COLUMNS)
     body: list[list[TableCell | str]] = []
     for i, r in enumerate(rows, 1):
-        cells: list[TableCell | str] = [TableCell(str(i), i), r["run"]]
-        if r["error"] is None:
+        cells: list[TableCell | str] = [TableCell(str(i), i), r.run]
+        if r.error is None:
             cells += [f(r) for f in differing.values()] + _figures(r, metric)
         else:
             cells += ["failed", *([""] * (len(heads) - 3))]
@@ -181,7 +219,7 @@ def _table(entries: Sequence[Entry]) -> Section:
 
 def _outputs(entries: Sequence[Entry]) -> Section | None:
     """Each output of each run, where networks have several."""
-    found = [(e.name, read_fidelity(e.run.result.get("fidelity"))) for e in entries if e.run is not None]
+    found = [(e.name, e.run.result.evaluation.outputs) for e in entries if e.run is not None]
     if all(len(outputs) < 2 for _, outputs in found):
         return None
     rows: list[list[TableCell | str]] = [
@@ -201,30 +239,30 @@ def _outputs(entries: Sequence[Entry]) -> Section | None:
     return Section("outputs", "Output by output", [lead, made])
 
 
-def _figures(r: dict[str, Any], metric: str | None) -> list[TableCell | str]:
+def _figures(r: RunFigures, metric: str | None) -> list[TableCell | str]:
     cells: list[TableCell | str] = []
     if metric is not None:
-        value, before = r.get(metric), r.get(f"float_{metric}")
+        value, before = r.value(metric), figure_of(r.result.reference, metric)
         change = None if value is None or before is None else value - before
-        cells += [TableCell(words.percent(value), value), words.interval(r.get(f"{metric}_ci"))]
+        cells += [TableCell(words.percent(value), value), words.interval(r.interval(metric))]
         cells += [TableCell(words.NONE if change is None else words.points(change), change)]
-    return cells + [TableCell(SAID[k](r.get(k)), r.get(k)) for k, _ in COLUMNS]
+    return cells + [TableCell(said(read(r)), read(r)) for read, said in COLUMNS.values()]
 
 
 def _front(entries: Sequence[Entry]) -> Section | None:
     what = quality(entries)
-    places = [(i, r) for i, r in enumerate(map(row, entries), 1) if r["error"] is None and r["packed_bytes"]]
+    places = [(i, r, size) for i, r in enumerate(map(figures_of, entries), 1) if (size := r.size("packed_bytes"))]
     if what is None or len(places) < 2:
         return None
-    sizes = [r["packed_bytes"] for _, r in places]
+    sizes = [size for *_, size in places]
     if max(sizes) <= SAME_SIZE * min(sizes):
-        return _rows_of_intervals(what, [r for _, r in places])
+        return _rows_of_intervals(what, [r for _, r, _ in places])
     unit, per = words.unit("weight_bytes", max(sizes))
-    points, (factor, of) = [(r["packed_bytes"], r[what]) for _, r in places], _unit_of(what)
+    points, (factor, of) = [(size, r.value(what) or 0.0) for _, r, size in places], _unit_of(what)
     chosen = front(points)
 
     def dots(look: str, name: str, these: Sequence[int]) -> Series:
-        titles = [f"{n}. {r['run']}: {_shown(what, r[what])}, {words.size(r['packed_bytes'])}" for n, r in places]
+        titles = [f"{n}. {r.run}: {_shown(what, r.value(what))}, {words.size(size)}" for n, r, size in places]
         return Series(
             [points[i][0] / per for i in these],
             [factor * points[i][1] for i in these],
@@ -237,9 +275,9 @@ def _front(entries: Sequence[Entry]) -> Section | None:
 
     best, rest = dots("quantized", "not beaten", chosen), [i for i in range(len(points)) if i not in chosen]
     line = Series(best.x, best.y, "quantized thin", ("line",))
-    listed = words.listed([f"{places[i][0]} ({places[i][1]['run']})" for i in chosen])
+    listed = words.listed([f"{places[i][0]} ({places[i][1].run})" for i in chosen])
     said = f"No run is both smaller and better than these, in order of size: {listed}."
-    level = _float_level(what, [r for _, r in places])
+    level = _float_level(what, [r for _, r, _ in places])
     note = " The dashed line is the float network." if level is not None else ""
     panel = Panel(
         (line, best, dots("float", "beaten in both", rest)),
@@ -257,52 +295,54 @@ def _unit_of(what: str) -> tuple[float, str]:
     return (1.0, "dB") if what == "sqnr_db" else (100.0, "%")
 
 
-def _ends(what: str, r: dict[str, Any]) -> tuple[float, float]:
+def _ends(what: str, r: RunFigures) -> tuple[float, float]:
     """Ends of the interval, in the unit of charts; the figure itself where there is no interval."""
-    low, high = (_unit_of(what)[0] * v for v in r.get(f"{what}_ci") or [r[what], r[what]])
+    low, high = (_unit_of(what)[0] * v for v in r.interval(what) or [r.value(what) or 0.0] * 2)
     return low, high
 
 
-def _float_level(what: str, rows: Sequence[dict[str, Any]]) -> float | None:
+def _float_level(what: str, rows: Sequence[RunFigures]) -> float | None:
     """The float network's figure, where all runs have the same."""
-    found = {r.get(f"float_{what}") for r in rows}
+    found = {figure_of(r.result.reference, what) for r in rows}
     only = found.pop()
-    return None if found or only is None else _unit_of(what)[0] * float(only)
+    return None if found or only is None else _unit_of(what)[0] * only
 
 
-def _rows_of_intervals(what: str, rows: list[dict[str, Any]]) -> Section:
+def _rows_of_intervals(what: str, rows: list[RunFigures]) -> Section:
     """A chart for runs of one size: the figure of each with its interval, one below the other."""
     factor, unit = _unit_of(what)
     level = _float_level(what, rows)
     drawn = [
-        Interval(r["run"], factor * r[what], *_ends(what, r), title=f"{r['run']}: {_shown(what, r[what])}")
+        Interval(r.run, factor * value, *_ends(what, r), title=f"{r.run}: {_shown(what, value)}")
         for r in rows
+        if (value := r.value(what)) is not None
     ]
-    said = "; ".join(f"{r['run']} {_shown(what, r[what])}" for r in rows)
+    said = "; ".join(f"{r.run} {_shown(what, r.value(what))}" for r in rows)
+    size = words.size(rows[0].size("packed_bytes"))
     caption = (
-        f"All runs have the same size to {100 * (SAME_SIZE - 1):.0f} %, {words.size(rows[0]['packed_bytes'])}. Lines "
+        f"All runs have the same size to {100 * (SAME_SIZE - 1):.0f} %, {size}. Lines "
         f"are 95 % intervals{', the dashed one is the float network' if level is not None else ''}."
     )
     drawing = intervals(drawn, f"{_named(what)}, {unit}", f"{_named(what)}: {said}.", level)
     return Section("front", "Accuracy at this size", tag("figure", tag("figcaption", caption), drawing))
 
 
-def _measured(entries: Sequence[Entry], on: str = "evaluation") -> list[str | None]:
-    """Digests of the images of each run."""
-    return [((e.run.result.get("data") or {}).get(on) or {}).get("sha256") for e in entries if e.run is not None]
+def _measured(entries: Sequence[Entry]) -> list[str | None]:
+    """Digests of the images that each run was measured on."""
+    return [e.run.result.evaluated_on.sha256 for e in entries if e.run is not None]
 
 
 def _alike(entries: Sequence[Entry]) -> Section | None:
     """What keeps the figures from being compared with each other."""
     runs = [e.run for e in entries if e.run is not None]
     said = []
-    if len({r.result["model"]["name"] for r in runs}) > 1:
+    if len({r.result.model.name for r in runs}) > 1:
         said.append("The runs are of different networks.")
     if len(set(_measured(entries))) > 1:
         said.append("They were not measured on the same images: their figures cannot be compared with each other.")
-    if len(set(_measured(entries, "calibration"))) > 1:
+    if len({r.result.calibrated_on.sha256 for r in runs}) > 1:
         said.append("They were calibrated on different images.")
-    if len({r.result.get("seed") for r in runs}) > 1:
+    if len({r.result.seed for r in runs}) > 1:
         said.append("Their seeds differ.")
     return Section("alike", "What else differs", bullets(said)) if said else None
 
@@ -318,6 +358,6 @@ def _repeat(entries: Sequence[Entry]) -> Section | None:
     found: dict[str, list[str]] = {}
     for e in entries:
         if e.run is not None:
-            found.setdefault(e.run.result.get("command", words.NONE), []).append(e.name)
+            found.setdefault(e.run.result.command or words.NONE, []).append(e.name)
     pairs = [(words.listed(names), shell(c)) for c, names in found.items()]
     return Section("repeat", "To repeat it", definitions(pairs)) if found else None

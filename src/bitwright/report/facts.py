@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import struct
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from bitwright.bits.plan import Plan
 from bitwright.errors import BitwrightError
@@ -15,15 +16,16 @@ from bitwright.given.text import read_json
 from bitwright.graph.student import Student
 from bitwright.report.answers import Answers
 from bitwright.report.histograms import HISTOGRAM_IMAGES, histograms, worst_layers
+from bitwright.report.kept import FileParts, Histograms, PageFacts
 from bitwright.run import folder as run_folder
+from bitwright.run.result import Curve, RunResult, read_as
 
-FACTS_SCHEMA = 1
 CURVE = "pareto.json"
 KEPT = frozenset({"bits", "loss", "weight_bytes", "activation_bytes", "total_bytes", "bit_operations", "latency"})
 """Of a point of the curve, what a run keeps."""
 
 
-def gather(model: Student, images: Images, answers: Answers, folder: Path, *, pictures: bool = True) -> dict[str, Any]:
+def gather(model: Student, images: Images, answers: Answers, folder: Path, *, pictures: bool = True) -> PageFacts:
     """Histograms of the worst layers, images on which answers differ, and what the files are made of.
 
     Args:
@@ -33,15 +35,14 @@ def gather(model: Student, images: Images, answers: Answers, folder: Path, *, pi
         folder: the run's, with its files in it.
         pictures: whether thumbnails are embedded.
     """
-    worst = worst_layers(model.result["layers"], model.layers)
+    worst = worst_layers(RunResult.read(model.result).layers, model.layers)
     calibration = model.calibration or images
     batch = calibration.batch(range(min(HISTOGRAM_IMAGES, len(calibration))))
-    return {
-        "schema": FACTS_SCHEMA,
-        "histograms": {"images": len(batch), "layers": histograms(model, batch, worst)},
-        "answers": answers.facts(images, pictures=pictures),
-        "files": {"packed": packed_parts(folder / run_folder.MODEL), "onnx": onnx_parts(folder / run_folder.ONNX)},
-    }
+    return PageFacts(
+        histograms=Histograms(len(batch), histograms(model, batch, worst)),
+        answers=answers.facts(images, pictures=pictures),
+        files=FileParts(packed_parts(folder / run_folder.MODEL), onnx_parts(folder / run_folder.ONNX)),
+    )
 
 
 def packed_parts(path: Path) -> dict[str, int] | None:
@@ -71,7 +72,7 @@ def onnx_parts(path: Path) -> dict[str, int] | None:
     return {**parts, "graph": whole - sum(parts.values())}
 
 
-def curve_beside(file: Path | None) -> dict[str, Any] | None:
+def curve_beside(file: Path | None) -> Curve | None:
     """The curve in ``pareto.json`` beside a plan, without the bits of layers; None where there is none of this plan.
 
     Args:
@@ -85,13 +86,14 @@ def curve_beside(file: Path | None) -> dict[str, Any] | None:
         chosen = found["chosen"]
         if plan.predicted is None or plan.predicted["loss"] != chosen["loss"]:
             return None
-        bare = {k: [{n: v for n, v in p.items() if n in KEPT} for p in found[k]] for k in ("points", "uniform")}
-        return {"along": found["along"], **bare, "chosen": plan.predicted if _unchanged(plan, chosen) else None}
+        points, uniform = ([{n: v for n, v in p.items() if n in KEPT} for p in found[k]] for k in ("points", "uniform"))
+        same = _unchanged(plan, chosen["weights"], chosen["activations"])
+        return read_as(Curve, asdict(Curve(found["along"], points, uniform, plan.predicted if same else None)))
     except (OSError, BitwrightError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def _unchanged(plan: Plan, chosen: dict[str, Any]) -> bool:
+def _unchanged(plan: Plan, weights: Mapping[str, int], activations: Mapping[str, int]) -> bool:
     layers = plan.layers
-    weights = all((w := layers[n].weight) and w.bits == b for n, b in chosen["weights"].items())
-    return weights and all((a := layers[n].activation) and a.bits == b for n, b in chosen["activations"].items())
+    same = all((w := layers[n].weight) and w.bits == b for n, b in weights.items())
+    return same and all((a := layers[n].activation) and a.bits == b for n, b in activations.items())

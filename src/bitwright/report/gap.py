@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from bitwright import words
+from bitwright.export.verdict import OutputGap, ParityRecord
 from bitwright.report.charts import lengths
 from bitwright.report.frame import paragraph, shell
 from bitwright.report.markup import Child, tag
@@ -20,64 +19,56 @@ NAMED = 3
 
 
 def gap(run: Shown) -> list[Child]:
-    """Both figures, or the command that measures them; a file of another form is passed over."""
-    try:
-        body = None if run.parity is None else _measured(run.parity)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
-        body = None
-    if body is None:
-        again = f"bitwright parity {run.folder or 'RUN'}; bitwright report {run.folder or 'RUN'}"
-        said = "What bits cost and what the runtime adds, side by side and code by code: "
-        return [paragraph(said, shell(again), quiet=True)]
-    return [tag("h3", TITLE), *body]
+    """Both figures, or the command that measures them."""
+    if run.parity is not None:
+        return [tag("h3", TITLE), *_measured(run.parity)]
+    again = f"bitwright parity {run.folder or 'RUN'}; bitwright report {run.folder or 'RUN'}"
+    said = "What bits cost and what the runtime adds, side by side and code by code: "
+    return [paragraph(said, shell(again), quiet=True)]
 
 
-def _measured(found: dict[str, Any]) -> list[Child]:
-    count = words.plural(found["images"]["count"], "image")
+def _measured(found: ParityRecord) -> list[Child]:
+    count = words.plural(found.images.count, "image")
     lead = (
         f"On {count}: what the float network and the simulation differ by, and what the simulation and the file differ "
         "by in each runtime, as the mean difference of the outputs in percent of their range."
     )
     bars = _bars(found)
     summary = "Mean difference of the outputs. " + "; ".join(f"{name}: {said}" for name, _, said, _ in bars) + "."
-    several = len(found["simulating"]) > 1
+    several = len(found.simulating) > 1
     heads = ["", ">batch", *(["output"] if several else []), ">mean difference", ">largest", ">same answer"]
     return [
         paragraph(lead),
         tag("figure", lengths(bars, summary)),
         page_table("Differences of the outputs", heads, _rows(found, several=several), wide=several),
-        None if found["quantization"] else paragraph(_unmeasured(found), quiet=True),
+        None if found.quantization else paragraph(_unmeasured(found), quiet=True),
         paragraph(_layers(found)),
     ]
 
 
-def _bars(found: dict[str, Any]) -> list[tuple[str, float, str, str]]:
+def _bars(found: ParityRecord) -> list[tuple[str, float, str, str]]:
     """One for the bits and one for each runtime, of the output and batch size that is furthest off."""
     bars = []
-    if found["quantization"]:
-        share = max(map(_share, found["quantization"]))
+    if found.quantization:
+        share = max(o.share for o in found.quantization)
         bars.append(("quantization", share, _percent(share), "quantized"))
-    for each in found["runtimes"]:
-        share = max(_share(o) for b in each["batches"] for o in b["outputs"])
-        bars.append((runtime_name(each["runtime"]), share, _percent(share), "other"))
+    for each in found.runtimes:
+        share = max(o.share for b in each.batches for o in b.outputs)
+        bars.append((runtime_name(each.runtime), share, _percent(share), "other"))
     return bars
 
 
-def _rows(found: dict[str, Any], *, several: bool) -> list[list[str]]:
-    measured = [("loss from quantization", "", o) for o in found["quantization"] or ()]
-    for each in found["runtimes"]:
-        name = f"gap of {runtime_name(each['runtime'])}"
-        measured += [(name, str(b["batch"]), o) for b in each["batches"] for o in b["outputs"]]
-    return [[name, batch, *([o["name"]] if several else []), *_cells(o)] for name, batch, o in measured]
+def _rows(found: ParityRecord, *, several: bool) -> list[list[str]]:
+    measured = [("loss from quantization", "", o) for o in found.quantization or ()]
+    for each in found.runtimes:
+        name = f"gap of {runtime_name(each.runtime)}"
+        measured += [(name, str(b.batch), o) for b in each.batches for o in b.outputs]
+    return [[name, batch, *([o.name] if several else []), *_cells(o)] for name, batch, o in measured]
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    same = words.NONE if row["agreement"] is None else words.percent(row["agreement"])
-    return [_percent(_share(row)), words.number(row["max_abs"]), same]
-
-
-def _share(row: dict[str, Any]) -> float:
-    return float(row["mean_abs"] / row["range"]) if row["range"] else 0.0
+def _cells(row: OutputGap) -> list[str]:
+    same = words.NONE if row.agreement is None else words.percent(row.agreement)
+    return [_percent(row.share), words.number(row.max_abs), same]
 
 
 def _percent(share: float) -> str:
@@ -86,24 +77,24 @@ def _percent(share: float) -> str:
     return "none" if share == 0 else f"{words.number(100 * share)} %"
 
 
-def _unmeasured(found: dict[str, Any]) -> str:
-    return f"The loss from quantization was not measured: {found['float_network']}"
+def _unmeasured(found: ParityRecord) -> str:
+    return f"The loss from quantization was not measured: {found.float_network}"
 
 
-def _layers(found: dict[str, Any]) -> str:
+def _layers(found: ParityRecord) -> str:
     """The first layer that differs, by any code, by more than sums explain, and by so much that the file is wrong."""
-    if found["first_divergence"] is not None:
-        return f"The file computes something else than what was measured, first at {found['first_divergence']}."
-    rows = {x["name"]: x for x in found["layers"]}
-    first = found["first_difference"]
+    if found.first_divergence is not None:
+        return f"The file computes something else than what was measured, first at {found.first_divergence}."
+    rows = {x.name: x for x in found.layers}
+    first = found.first_difference
     if first is None:
         return f"Layer by layer, fed the same input, no code of any of {words.plural(len(rows), 'layer')} differs."
-    pair = rows[first]["simulation_runtime"]
+    pair = rows[first].simulation_runtime
     said = (
-        f"Layer by layer, fed the same input, {first} is the first in which any code differs: {pair['differing']:,} of "
-        f"{rows[first]['count']:,}, by at most {words.plural(pair['max_steps'], 'step')}."
+        f"Layer by layer, fed the same input, {first} is the first in which any code differs: {pair.differing:,} of "
+        f"{rows[first].count:,}, by at most {words.plural(pair.max_steps, 'step')}."
     )
-    kernels = [f"{name} ({rows[name]['found']})" for name in found["kernels"]]
+    kernels = [f"{name} ({rows[name].found})" for name in found.kernels]
     if not kernels:
         return f"{said} No layer differs by more than sums of floats in another order explain."
     more = f" and {len(kernels) - NAMED} more" if len(kernels) > NAMED else ""

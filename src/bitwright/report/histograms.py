@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from bitwright.graph.layer import Layer
 from bitwright.graph.student import Student
 from bitwright.graph.watch import watch
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
+from bitwright.report.kept import Counted, LayerHistograms, ValueHistogram, WeightHistogram
+from bitwright.run.result import LayerRow
 
 LAYERS = 6
 HISTOGRAM_IMAGES = 16
@@ -20,15 +23,15 @@ ELEMENTS = 1 << 18
 """Values of one tensor that a histogram counts, evenly spread."""
 
 
-def worst_layers(rows: list[dict[str, Any]], layers: list[Layer], count: int = LAYERS) -> list[Layer]:
+def worst_layers(rows: Sequence[LayerRow], layers: list[Layer], count: int = LAYERS) -> list[Layer]:
     """The layers with the lowest SQNR, the worst first; of layers that end in one quantizer, the first.
 
     Args:
-        rows: ``layers`` of the result, with ``sqnr_db``.
+        rows: of the result, with their noise.
         layers: of the model, in the same order.
         count: how many at most.
     """
-    known = [(r["sqnr_db"], i) for i, r in enumerate(rows) if r.get("sqnr_db") is not None]
+    known = [(r.sqnr_db, i) for i, r in enumerate(rows) if r.sqnr_db is not None]
     found: dict[str, Layer] = {}
     for _, i in sorted(known):
         layer = layers[i]
@@ -37,7 +40,7 @@ def worst_layers(rows: list[dict[str, Any]], layers: list[Layer], count: int = L
     return list(found.values())[:count]
 
 
-def histograms(model: Student, images: Tensor, layers: list[Layer]) -> list[dict[str, Any]]:
+def histograms(model: Student, images: Tensor, layers: list[Layer]) -> list[LayerHistograms]:
     """Histograms of float weights and values, and the grids that they are rounded to.
 
     Args:
@@ -55,17 +58,17 @@ def histograms(model: Student, images: Tensor, layers: list[Layer]) -> list[dict
     watch(model.teacher.graph, images, dict.fromkeys((x.end or x.node for x in layers), keep))
     nodes = {n.name: n for n in model.teacher.graph.graph.nodes}
     return [
-        {
-            "layer": layer.name,
-            "op": layer.op,
-            "weight": _weight(model, layer, nodes.get(layer.node)),
-            "activation": _activation(model, layer, values.get(layer.end or layer.node)),
-        }
+        LayerHistograms(
+            layer=layer.name,
+            op=layer.op,
+            weight=_weight(model, layer, nodes.get(layer.node)),
+            activation=_activation(model, layer, values.get(layer.end or layer.node)),
+        )
         for layer in layers
     ]
 
 
-def _weight(model: Student, layer: Layer, node: fx.Node | None) -> dict[str, Any] | None:
+def _weight(model: Student, layer: Layer, node: fx.Node | None) -> WeightHistogram | None:
     """Histogram in steps of each weight's own scale."""
     if layer.weight is None or node is None or ops.kind(node) != "linear" or not isinstance(node.args[1], fx.Node):
         return None
@@ -77,13 +80,13 @@ def _weight(model: Student, layer: Layer, node: fx.Node | None) -> dict[str, Any
     steps = weight / quantizer.expanded()[0]
     low, high = quantizer.grid.levels
     codes = _codes(model, quantizer)
-    return {
-        **_counted(steps, low - 0.5, high + 0.5),
-        "bits": quantizer.grid.bits,
-        "levels": [low, high],
-        "scales": quantizer.scale.numel(),
-        "used": None if codes is None else len(torch.unique(codes)),
-    }
+    return WeightHistogram(
+        **vars(_counted(steps, low - 0.5, high + 0.5)),
+        bits=quantizer.grid.bits,
+        levels=[low, high],
+        scales=quantizer.scale.numel(),
+        used=None if codes is None else len(torch.unique(codes)),
+    )
 
 
 def _codes(model: Student, quantizer: Quantizer | BiasQuantizer) -> Tensor | None:
@@ -91,7 +94,7 @@ def _codes(model: Student, quantizer: Quantizer | BiasQuantizer) -> Tensor | Non
     return next((m.codes for m in frozen if m.quantizer is quantizer), None)
 
 
-def _activation(model: Student, layer: Layer, value: Tensor | None) -> dict[str, Any] | None:
+def _activation(model: Student, layer: Layer, value: Tensor | None) -> ValueHistogram | None:
     """Histogram in the tensor's own unit."""
     if layer.activation is None or value is None:
         return None
@@ -99,16 +102,16 @@ def _activation(model: Student, layer: Layer, value: Tensor | None) -> dict[str,
     if not quantizer.calibrated:
         return None
     low, high, step = quantizer.span
-    return {
-        **_counted(value, low - step / 2, high + step / 2),
-        "bits": quantizer.grid.bits,
-        "grid": [low, high],
-        "step": step,
-        "scales": quantizer.scale.numel(),
-    }
+    return ValueHistogram(
+        **vars(_counted(value, low - step / 2, high + step / 2)),
+        bits=quantizer.grid.bits,
+        grid=[low, high],
+        step=step,
+        scales=quantizer.scale.numel(),
+    )
 
 
-def _counted(x: Tensor, low: float, high: float) -> dict[str, Any]:
+def _counted(x: Tensor, low: float, high: float) -> Counted:
     """Counts over what is seen and over the grid's range, and the share of values outside of it on each side."""
     flat = x.reshape(-1)
     flat = flat[:: -(-flat.numel() // ELEMENTS) | 1]
@@ -117,10 +120,5 @@ def _counted(x: Tensor, low: float, high: float) -> dict[str, Any]:
         end = start + 1.0
     counts = torch.histc(flat, BINS, start, end)
     below, above = (float(m.double().mean()) for m in (flat < low, flat > high))
-    return {
-        "range": [start, end],
-        "counts": [int(c) for c in counts],
-        "seen": [float(flat.min()), float(flat.max())],
-        "below": below,
-        "above": above,
-    }
+    seen = [float(flat.min()), float(flat.max())]
+    return Counted([start, end], [int(c) for c in counts], seen, below, above)

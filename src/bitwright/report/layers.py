@@ -9,10 +9,12 @@ from typing import Any
 from bitwright import words
 from bitwright.report.charts import Axis, bar, chart, dot, key, linear, vertical
 from bitwright.report.frame import Section, paragraph, shell
+from bitwright.report.kept import Counted, LayerHistograms, ValueHistogram, WeightHistogram
 from bitwright.report.markup import Child, Markup, tag
 from bitwright.report.panels import Panel, Series, single
 from bitwright.report.shown import Shown
 from bitwright.report.tables import TableCell, page_table
+from bitwright.run.result import Diagnosis, LayerRow, Remedies, Remedy
 
 LEAST_DEPTH = 2
 BITS = {"weight_bits": "weights", "activation_bits": "activations"}
@@ -44,7 +46,7 @@ def _along(rows: Sequence[Any], *, named: bool = True) -> Axis:
 
 def _noise(run: Shown) -> Markup | None:
     rows = run.layers
-    known = [(i, r["name"], r["sqnr_db"]) for i, r in enumerate(rows, 1) if r.get("sqnr_db") is not None]
+    known = [(i, r.name, r.sqnr_db) for i, r in enumerate(rows, 1) if r.sqnr_db is not None]
     if len(known) < LEAST_DEPTH:
         return None
     values = [v for _, _, v in known]
@@ -66,30 +68,30 @@ def _noise(run: Shown) -> Markup | None:
 def _bits(run: Shown) -> Markup | None:
     """A chart where bits differ between layers, a sentence where they do not."""
     rows = run.layers
-    kinds = {k: said for k, said in BITS.items() if any(r.get(k) for r in rows)}
+    kinds = {k: said for k, said in BITS.items() if any(getattr(r, k) for r in rows)}
     if not kinds:
         return None
     said = "; ".join(f"{name}: {_tally(rows, k)}" for k, name in kinds.items())
     caption = tag("figcaption", tag("b", "Bits. "), f"{said[:1].upper()}{said[1:]}.")
-    if all(len({r[k] for r in rows if r.get(k)}) == 1 for k in kinds):
+    if all(len({bits for r in rows if (bits := getattr(r, k))}) == 1 for k in kinds):
         return tag("figure", caption)
     x = _along(rows)
-    most = max(r.get(k) or 0 for r in rows for k in kinds)
+    most = max(getattr(r, k) or 0 for r in rows for k in kinds)
     y = Axis(0.0, most * 1.05, tuple((float(b), str(b)) for b in (2, 4, 8, 16) if b <= most), "bits")
     marks = []
     for i, r in enumerate(rows, 1):
-        if bits := r.get("weight_bits"):
-            marks.append(bar(i - 0.4, i + 0.4, 0, bits, x, y, "quantized", f"{i}. {r['name']}: {bits}-bit weights"))
-        if bits := r.get("activation_bits"):
-            marks.append(dot(i, bits, x, y, "other", f"{i}. {r['name']}: {bits}-bit activations"))
+        if bits := r.weight_bits:
+            marks.append(bar(i - 0.4, i + 0.4, 0, bits, x, y, "quantized", f"{i}. {r.name}: {bits}-bit weights"))
+        if bits := r.activation_bits:
+            marks.append(dot(i, bits, x, y, "other", f"{i}. {r.name}: {bits}-bit activations"))
     looks = {"weight_bits": "quantized", "activation_bits": "other round"}
     legend = key(*((looks[k], name) for k, name in kinds.items()))
     return tag("figure", caption, legend, chart(marks, x, y, summary=f"Bits of each layer. {said}.", height=7.0))
 
 
-def _tally(rows: list[dict[str, Any]], what: str) -> str:
-    found = sorted({r[what] for r in rows if r.get(what)})
-    counts = [(b, sum(r.get(what) == b for r in rows)) for b in found]
+def _tally(rows: list[LayerRow], what: str) -> str:
+    found = sorted({bits for r in rows if (bits := getattr(r, what))})
+    counts = [(b, sum(getattr(r, what) == b for r in rows)) for b in found]
     if len(counts) == 1:
         return f"{found[0]} in all {words.plural(counts[0][1], 'layer')} that have some"
     return ", ".join(f"{b} in {words.plural(n, 'layer')}" for b, n in counts)
@@ -97,15 +99,14 @@ def _tally(rows: list[dict[str, Any]], what: str) -> str:
 
 def stored_scores(run: Shown) -> dict[str, float]:
     """How strongly the outputs depend on each layer's values, by layer; empty for a run that needed no scores."""
-    scores = (run.result.get("scores") or {}).get("layers")
-    return {str(k): float(v) for k, v in scores.items()} if isinstance(scores, dict) else {}
+    return {} if run.result.scores is None else run.result.scores.layers
 
 
 def _sensitivity(run: Shown) -> Markup | None:
     values, rows = stored_scores(run), run.layers
     places: dict[str, int] = {}
     for i, r in enumerate(rows, 1):
-        places.setdefault(r["name"], i)
+        places.setdefault(r.name, i)
     known = [(places[n], n, v) for n, v in values.items() if n in places and v > 0]
     if len(known) < LEAST_DEPTH:
         return None
@@ -153,18 +154,13 @@ def every_layer(run: Shown) -> Section:
     return Section("layers", "Every layer", [paragraph(lead + "only moves or joins values.", quiet=True), made])
 
 
-def _layer_cells(
-    i: int, row: dict[str, Any], scores: dict[str, float], shares: dict[str, float]
-) -> list[TableCell | str]:
-    name = row["name"]
-    cells: list[TableCell | str] = [TableCell(str(i), i), name, row["op"]]
-    for what in ("weight_bits", "activation_bits"):
-        bits = row.get(what)
-        cells.append(TableCell(str(bits) if bits else words.NONE, bits))
-    cells.append(row.get("granularity") or "")
-    for what in ("parameters", "macs"):
-        cells.append(TableCell(words.scaled(row[what]) if row.get(what) else words.NONE, row.get(what)))
-    cells.append(TableCell(words.decibel(row.get("sqnr_db")), row.get("sqnr_db")))
+def _layer_cells(i: int, row: LayerRow, scores: dict[str, float], shares: dict[str, float]) -> list[TableCell | str]:
+    name = row.name
+    cells: list[TableCell | str] = [TableCell(str(i), i), name, row.op]
+    cells += [TableCell(str(bits) if bits else words.NONE, bits) for bits in (row.weight_bits, row.activation_bits)]
+    cells.append(row.granularity)
+    cells += [TableCell(words.scaled(n) if n else words.NONE, n) for n in (row.parameters, row.macs)]
+    cells.append(TableCell(words.decibel(row.sqnr_db), row.sqnr_db))
     if scores:
         cells.append(TableCell(words.number(scores.get(name)), scores.get(name)))
     if shares:
@@ -176,14 +172,9 @@ def _layer_cells(
 def _shares(run: Shown) -> dict[str, float]:
     """Share of the loss that goes when a tensor of the layer is float; the larger share of the layer's two tensors."""
     found: dict[str, float] = {}
-    for row in _diagnosis(run).get("layers") or []:
-        found[row["name"]] = max(found.get(row["name"], 0.0), float(row["share"]))
+    for row in () if run.result.diagnosis is None else run.result.diagnosis.layers:
+        found[row.name] = max(found.get(row.name, 0.0), row.share)
     return found
-
-
-def _diagnosis(run: Shown) -> dict[str, Any]:
-    found = run.result.get("diagnosis")
-    return found if isinstance(found, dict) else {}
 
 
 # ---------------------------------------------------------------------------------------------------- diagnosis
@@ -191,21 +182,18 @@ def _diagnosis(run: Shown) -> dict[str, Any]:
 
 def diagnosis(run: Shown) -> Section | None:
     """Which tensors the loss comes from, and the rules that would give it back."""
-    found = _diagnosis(run)
-    if not found:
+    found = run.result.diagnosis
+    if found is None:
         return None
-    if not found.get("layers"):
+    if not found.layers:
         said = "Nothing stands out: no single tensor costs enough to be worth more bits."
         return Section("diagnosis", "Where the loss comes from", paragraph(said))
-    loss = found.get("loss")
-    rows = [
-        [r["name"], r["tensor"], words.number(r["loss_without"]), words.percent(r["share"], 1)] for r in found["layers"]
-    ]
-    scored = (run.result.get("fidelity") or {}).get("kl") is not None
+    rows = [[r.name, r.tensor, words.number(r.loss_without), words.percent(r.share, 1)] for r in found.layers]
+    scored = run.result.fidelity is not None and run.result.fidelity.kl is not None
     unit = "nats of KL divergence from float" if scored else "of the outputs' mean square in squared error"
-    lost = f"{words.number(loss)} {unit}"
+    lost = f"{words.number(found.loss)} {unit}"
     lead = (
-        f"On {words.plural(found['images'], 'calibration image')} the quantized network loses {lost}. "
+        f"On {words.plural(found.images, 'calibration image')} the quantized network loses {lost}. "
         "Each row is measured with that one tensor in float and everything else as it is; shares need not add up to "
         "100 %."
     )
@@ -217,22 +205,19 @@ def diagnosis(run: Shown) -> Section | None:
     return Section("diagnosis", "Where the loss comes from", body)
 
 
-def _rules(found: dict[str, Any]) -> list[Child]:
-    rules = found.get("rules") or []
-    if not rules:
+def _rules(found: Diagnosis) -> list[Child]:
+    if not found.rules:
         return []
+    each: list[tuple[list[str], Remedy | Remedies]] = [([r.rule], r) for r in found.rules]
+    each += [] if found.together is None else [(found.together.rules, found.together)]
     rows: list[list[TableCell | str]] = [
         [
-            TableCell(shell(f"--rule '{r['rule']}'")),
-            words.number(r["loss_after"]),
-            f"+{words.size(r['bytes'])}",
+            TableCell(shell(" ".join(f"--rule '{rule}'" for rule in rules))),
+            words.number(r.loss_after),
+            f"+{words.size(r.bytes)}",
         ]
-        for r in rules
+        for rules, r in each
     ]
-    together = found.get("together")
-    if together:
-        said = " ".join(f"--rule '{r}'" for r in together["rules"])
-        rows.append([TableCell(shell(said)), words.number(together["loss_after"]), f"+{words.size(together['bytes'])}"])
     return [page_table("What would give most of it back", ["added to the command", ">loss", ">file"], rows)]
 
 
@@ -241,62 +226,56 @@ def _rules(found: dict[str, Any]) -> list[Child]:
 
 def noisiest(run: Shown) -> Section | None:
     """Histograms of the noisiest layers with their grids."""
-    found = run.facts.get("histograms") or {}
-    layers = found.get("layers") or []
-    if not layers:
+    found = None if run.facts is None else run.facts.histograms
+    if found is None or not found.layers:
         return None
     lead = paragraph(
         "The layers with the lowest signal to error, the worst first. Bars are the float network's numbers on "
-        f"{words.plural(found.get('images', 0), 'calibration image')}, their height the logarithm of the count so that "
+        f"{words.plural(found.images, 'calibration image')}, their height the logarithm of the count so that "
         "rare ones stay visible. Lines are the values that the grid has, or the ends of its range where there are too "
         "many; beyond the ends, numbers are clipped."
     )
     legend = key(("float", "numbers"), ("other", "clipped"), ("mark", "grid"))
-    noise = {r["name"]: r.get("sqnr_db") for r in reversed(run.layers)}
-    shown = tag("div", (_layer(x, noise) for x in layers), class_="worsts")
+    noise = {r.name: r.sqnr_db for r in reversed(run.layers)}
+    shown = tag("div", (_layer(x, noise) for x in found.layers), class_="worsts")
     return Section("worst", "The noisiest layers", [lead, legend, shown])
 
 
-def _layer(found: dict[str, Any], noise: dict[str, Any]) -> Markup:
-    name = found["layer"]
-    charts = [c for c in (_weights(found), _activations(found)) if c is not None]
-    title = tag("h3", tag("span", name, class_="layer"), " ", tag("small", words.decibel(noise.get(name))))
+def _layer(found: LayerHistograms, noise: dict[str, float | None]) -> Markup:
+    charts = [_weights(found.weight)] if found.weight is not None else []
+    charts += [_activations(found.activation)] if found.activation is not None else []
+    said = words.decibel(noise.get(found.layer))
+    title = tag("h3", tag("span", found.layer, class_="layer"), " ", tag("small", said))
     return tag("div", title, tag("div", charts, class_="pair"), class_="worst two" if len(charts) > 1 else "worst")
 
 
-def _weights(found: dict[str, Any]) -> Markup | None:
-    data = found.get("weight")
-    if not data:
-        return None
-    low, high = data["levels"]
+def _weights(data: WeightHistogram) -> Markup:
+    low, high = data.levels
     levels = high - low + 1
-    used = f", {data['used']} of {levels} levels used" if data.get("used") else ""
-    each = f", {words.plural(data['scales'], 'scale')}" if data.get("scales") else ""
-    said = f"{data['bits']}-bit weights{each}{used}; {_clipped(data)}"
+    used = f", {data.used} of {levels} levels used" if data.used else ""
+    each = f", {words.plural(data.scales, 'scale')}" if data.scales else ""
+    said = f"{data.bits}-bit weights{each}{used}; {_clipped(data)}"
     lines = [float(q) for q in range(low, high + 1)] if levels <= GRID_LINES else [float(low), float(high)]
     return _histogram(data, lines, (low - 0.5, high + 0.5), "weight, in steps of its own scale", said)
 
 
-def _activations(found: dict[str, Any]) -> Markup | None:
-    data = found.get("activation")
-    if not data:
-        return None
-    low, high = data["grid"]
-    half = data["step"] / 2
-    levels = round((high - low) / data["step"]) + 1
-    lines = [low + i * data["step"] for i in range(levels)] if levels <= GRID_LINES else [low, high]
-    said = f"{data['bits']}-bit activations, step {words.number(data['step'])}; {_clipped(data)}"
+def _activations(data: ValueHistogram) -> Markup:
+    low, high = data.grid
+    half = data.step / 2
+    levels = round((high - low) / data.step) + 1
+    lines = [low + i * data.step for i in range(levels)] if levels <= GRID_LINES else [low, high]
+    said = f"{data.bits}-bit activations, step {words.number(data.step)}; {_clipped(data)}"
     return _histogram(data, lines, (low - half, high + half), "value of the output", said)
 
 
-def _clipped(data: dict[str, Any]) -> str:
-    share = data["below"] + data["above"]
+def _clipped(data: Counted) -> str:
+    share = data.below + data.above
     return "none clipped" if share == 0 else f"{words.percent(share)} clipped"
 
 
-def _histogram(data: dict[str, Any], lines: list[float], grid: tuple[float, float], name: str, said: str) -> Markup:
-    start, end = data["range"]
-    counts = data["counts"]
+def _histogram(data: Counted, lines: list[float], grid: tuple[float, float], name: str, said: str) -> Markup:
+    start, end = data.range
+    counts = data.counts
     width = (end - start) / len(counts)
     x = linear(start, end, name, count=4)
     y = Axis(0.0, math.log10(1 + max(counts, default=0)) * 1.05 or 1.0)
@@ -307,7 +286,7 @@ def _histogram(data: dict[str, Any], lines: list[float], grid: tuple[float, floa
         left = start + i * width
         inside = grid[0] <= left + width / 2 <= grid[1]
         drawn.append(bar(left, left + width, 0, math.log10(1 + n), x, y, "float" if inside else "other"))
-    low, high = (0.0 if abs(v) < 1e-4 * (end - start) else v for v in data["seen"])
+    low, high = (0.0 if abs(v) < 1e-4 * (end - start) else v for v in data.seen)
     seen = f"{words.number(low)} to {words.number(high)}"
     made = chart(drawn, x, y, summary=f"Histogram: {said}. Numbers from {seen}.", height=7.0)
     return tag("figure", tag("figcaption", f"{said}. Seen: {seen}."), made)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from collections.abc import Sequence
 
 from bitwright import words
+from bitwright.export.verdict import OutputParity, Parity
+from bitwright.graph.place import Unquantized
 from bitwright.report.charts import key, lengths
 from bitwright.report.frame import Section, bullets, definitions, paragraph, shell
 from bitwright.report.gap import gap
@@ -15,44 +17,43 @@ from bitwright.report.panels import Panel, Series
 from bitwright.report.shown import Shown
 from bitwright.report.tables import page_table
 from bitwright.report.verdict import runtime_name
-from bitwright.run.record import stages_of
+from bitwright.run.result import SearchOutcome, Tuning
 
 # ------------------------------------------------------------------------------------------------- optimisation
 
 
 def training(run: Shown) -> Section | None:
     """Losses over the steps of what was optimised, stage by stage; nothing where nothing was."""
-    parts = []
-    for kind, name, made in (("reconstruct", "Reconstruction", _reconstruction), ("evolve", "Evolution", _evolution)):
-        rows = stages_of(run.result, kind)
-        parts += [made(row, name if len(rows) == 1 else f"{name} {i}") for i, row in enumerate(rows, 1)]
+    tunings, searches = run.result.tunings, run.result.searches
+    parts = [_reconstruction(t, _numbered("Reconstruction", i, tunings)) for i, t in enumerate(tunings, 1)]
+    parts += [_evolution(s, _numbered("Evolution", i, searches)) for i, s in enumerate(searches, 1)]
     shown = [part for part in parts if part is not None]
     return Section("training", "Optimisation", shown) if shown else None
 
 
-def _reconstruction(tuned: dict[str, Any], name: str) -> Markup | None:
-    if "loss" not in tuned:
+def _numbered(name: str, i: int, several: Sequence[object]) -> str:
+    return name if len(several) == 1 else f"{name} {i}"
+
+
+def _reconstruction(tuned: Tuning, name: str) -> Markup | None:
+    loss = tuned.loss
+    if loss is None:
         return None
-    losses = (("the stage before it", tuned.get("before")), ("this stage", tuned["loss"]["hard"]))
+    losses = (("the stage before it", tuned.before), ("this stage", loss.hard))
     stages = [[what, words.number(value)] for what, value in losses if value is not None]
-    said = (
-        [f"{words.plural(tuned['steps'], 'step')} of {words.plural(tuned['batch'], 'image')}"]
-        if tuned.get("batch")
-        else []
-    )
-    said += [f"{words.duration(tuned['seconds_per_step'])} each"] if tuned.get("seconds_per_step") else []
-    said += [f"in {tuned['precision']}"] if tuned.get("precision") else []
-    moved = tuned.get("left_nearest")
+    said = [f"{words.plural(tuned.steps, 'step')} of {words.plural(tuned.batch, 'image')}"] if tuned.batch else []
+    said += [f"{words.duration(tuned.seconds_per_step)} each"] if tuned.seconds_per_step else []
+    said += [f"in {tuned.precision}"] if tuned.precision else []
+    moved, stopped = tuned.left_nearest, tuned.stopped
     ended = (
         "" if moved is None else f" {words.percent(moved, 1)} of the weights ended at another integer than the nearest."
     )
-    stopped = tuned.get("stopped")
-    early = f" It stopped at step {stopped['step']}, where {stopped['layer']} was no longer finite." if stopped else ""
-    kept, own = tuned.get("kept"), next(reversed(tuned["loss"].get("by_stage") or {}), None)
-    early += "" if kept in {None, own} else f" It did not lower the loss: what '{kept}' left is kept."
+    early = f" It stopped at step {stopped.step}, where {stopped.layer} was no longer finite." if stopped else ""
+    if tuned.kept not in {None, next(reversed(loss.by_stage or {}), None)}:
+        early += f" It did not lower the loss: what '{tuned.kept}' left is kept."
     text = ", ".join(said)
     text = text[:1].upper() + text[1:]
-    curve = _curve(tuned.get("curve") or [], "loss of a step's images", "step", "The optimisation's loss")
+    curve = _curve(tuned.curve or [], "loss of a step's images", "step", "The optimisation's loss")
     return tag(
         "div",
         tag("h3", name),
@@ -62,22 +63,19 @@ def _reconstruction(tuned: dict[str, Any], name: str) -> Markup | None:
     )
 
 
-def _evolution(evolved: dict[str, Any], name: str) -> Markup | None:
-    if "fitness" not in evolved:
+def _evolution(evolved: SearchOutcome, name: str) -> Markup | None:
+    fitness = evolved.fitness
+    if fitness is None:
         return None
-    fitness = evolved["fitness"]
     text = (
-        f"{words.plural(evolved['steps'], 'child', 'children')}, {evolved['better']:,} of them better than their "
-        f"parents, judged by {fitness['measure']} on {words.plural(evolved['images'], 'image')}; "
-        f"{words.percent(evolved['moved'], 1)} of {evolved['scales']:,} scales moved, by "
-        f"{words.percent(evolved['mean_change'])} on average."
+        f"{words.plural(evolved.steps, 'child', 'children')}, {evolved.better:,} of them better than their "
+        f"parents, judged by {fitness.measure} on {words.plural(evolved.images, 'image')}; "
+        f"{words.percent(evolved.moved, 1)} of {evolved.scales:,} scales moved, by "
+        f"{words.percent(evolved.mean_change)} on average."
     )
-    curve = _curve(
-        evolved.get("curve") or [], f"fitness ({fitness['measure']})", "children", "Fitness", fitness.get("teacher")
-    )
-    rows = [[said, words.number(fitness[k], 5)] for k, said in
-            (("before", "before"), ("after", "after"), ("teacher", "the float network itself"))
-            if fitness.get(k) is not None]  # fmt: skip
+    curve = _curve(evolved.curve or [], f"fitness ({fitness.measure})", "children", "Fitness", fitness.teacher)
+    values = {"before": fitness.before, "after": fitness.after, "the float network itself": fitness.teacher}
+    rows = [[said, words.number(value, 5)] for said, value in values.items() if value is not None]
     return tag(
         "div",
         tag("h3", name),
@@ -87,7 +85,9 @@ def _evolution(evolved: dict[str, Any], name: str) -> Markup | None:
     )
 
 
-def _curve(points: list[Any], y_name: str, x_name: str, what: str, floor: float | None = None) -> Markup | None:
+def _curve(
+    points: Sequence[tuple[float, float]], y_name: str, x_name: str, what: str, floor: float | None = None
+) -> Markup | None:
     """A line over the steps; on a logarithmic scale where it spans more than a decade."""
     if len(points) < 2:
         return None
@@ -107,30 +107,30 @@ def _curve(points: list[Any], y_name: str, x_name: str, what: str, floor: float 
 
 def exported_file(run: Shown) -> Section:
     """Whether the exported file computes what was measured."""
-    found = run.result.get("parity")
-    if not found:
-        said = "model.onnx was not written; the warnings say why." if "parity" in run.result else "Not exported yet."
+    found = run.result.parity
+    if found is None:
+        tried = "parity" in run.result.model_fields_set
+        said = "model.onnx was not written; the warnings say why." if tried else "Not exported yet."
         return Section("parity", "The exported file", paragraph(said))
-    name = runtime_name(found["runtime"])
-    passed = found.get("first_divergence") is None
+    name = runtime_name(found.runtime)
     lead = (
-        f"model.onnx was run in {name} on {words.plural(found['images'], 'image')} and compared with the network that "
+        f"model.onnx was run in {name} on {words.plural(found.images, 'image')} and compared with the network that "
         "was measured here, layer by layer and as a whole. "
     )
-    lead += "It passed." if passed else f"It differs, first at {found['first_divergence']}."
+    lead += "It passed." if found.passed else f"It differs, first at {found.first_divergence}."
     rows = [["as written", *_outputs(found)]]
-    if found.get("optimized"):
-        rows.append([f"optimised by {name.rpartition(' ')[0] or name}", *_outputs(found["optimized"])])
+    if found.optimized is not None:
+        rows.append([f"optimised by {name.rpartition(' ')[0] or name}", *_outputs(found.optimized)])
     heads = ["graph", ">same answer", ">mean difference", ">largest difference", ">range of outputs"]
-    worst = found.get("worst_layer")
+    worst = found.worst_layer
     layer: str | None = None
-    if worst is not None and worst["max_steps"] == 0:
+    if worst is not None and worst.max_steps == 0:
         layer = "Fed the same input, every layer gives exactly the same integers."
     elif worst is not None:
         layer = (
-            f"Fed the same input, the layer that differs most is {worst['name']}: "
-            f"{words.percent(worst['differing_fraction'])} of its values, by at most "
-            f"{words.plural(worst['max_steps'], 'step')} of its grid. Sums of floats in another order tip a few values "
+            f"Fed the same input, the layer that differs most is {worst.name}: "
+            f"{words.percent(worst.differing_fraction)} of its values, by at most "
+            f"{words.plural(worst.max_steps, 'step')} of its grid. Sums of floats in another order tip a few values "
             "over a rounding boundary."
         )
     checked = page_table("Outputs in the runtime, when the file was written", heads, rows)
@@ -138,11 +138,9 @@ def exported_file(run: Shown) -> Section:
     return Section("parity", "The exported file", body)
 
 
-def _outputs(found: dict[str, Any]) -> list[str]:
-    same = found.get("agreement")
-    return [words.NONE if same is None else words.percent(same)] + [
-        words.number(found.get(k)) for k in ("mean_abs", "max_abs", "range")
-    ]
+def _outputs(found: Parity | OutputParity) -> list[str]:
+    same = words.NONE if found.agreement is None else words.percent(found.agreement)
+    return [same, *map(words.number, (found.mean_abs, found.max_abs, found.range))]
 
 
 # --------------------------------------------------------------------------------------------- time, floats, words
@@ -150,60 +148,59 @@ def _outputs(found: dict[str, Any]) -> list[str]:
 
 def time_and_memory(run: Shown) -> Section | None:
     """Seconds of each step, and memory."""
-    seconds = dict(run.result.get("seconds") or {})
+    seconds = {name: value for name, value in (run.result.seconds or {}).items() if value is not None}
     total = seconds.pop("total", None)
     if not seconds:
         return None
     bars = [(name, value, words.duration(value), "quantized") for name, value in seconds.items()]
-    memory = run.result.get("peak_memory_bytes")
+    memory = run.result.peak_memory_bytes
     said = f"{words.duration(total)} in all" if total else f"{words.duration(sum(seconds.values()))} for these"
     said += f", and at most {words.size(memory)} of memory" if memory else ""
-    said += f", on {run.result.get('device', 'cpu')}."
+    said += f", on {run.result.device or 'cpu'}."
     summary = "Time: " + ", ".join(f"{name} {text}" for name, _, text, _ in bars) + "."
     return Section("time", "Time and memory", [paragraph(said), tag("figure", lengths(bars, summary))])
 
 
 def floats(run: Shown) -> Section:
     """Tensors that were left in float, by reason."""
-    rows = run.result.get("unquantized") or []
+    rows = run.result.unquantized or []
     if not rows:
         return Section("floats", "Left in float", paragraph("Nothing: every tensor is quantized."))
-    names = {r["name"] for r in run.layers}
-    reasons: dict[str, list[dict[str, Any]]] = {}
+    names = {r.name for r in run.layers}
+    reasons: dict[str, list[Unquantized]] = {}
     for row in rows:
-        general = " ".join(re.sub(r"^.*[^,]", "…", w) if w.rstrip(",") in names else w for w in row["reason"].split())
+        general = " ".join(re.sub(r"^.*[^,]", "…", w) if w.rstrip(",") in names else w for w in row.reason.split())
         reasons.setdefault(general, []).append(row)
     body: list[Child] = [paragraph(f"{words.plural(len(rows), 'tensor')}, and why.")]
     for reason, those in sorted(reasons.items(), key=lambda r: -len(r[1])):
-        listed = tag("ul", (tag("li", tag("span", r["name"], class_="layer"), f" ({r['op']})") for r in those))
+        listed = tag("ul", (tag("li", tag("span", r.name, class_="layer"), f" ({r.op})") for r in those))
         body.append(tag("details", tag("summary", f"{reason}: {len(those)}"), listed))
     return Section("floats", "Left in float", body)
 
 
 def warnings(run: Shown) -> Section | None:
     """What the run warned of."""
-    found = run.result.get("warnings") or []
+    found = run.result.warnings or []
     return Section("warnings", "Warnings", bullets(found)) if found else None
 
 
 def repeat(run: Shown) -> Section:
     """Everything that the result depends on."""
     result = run.result
-    data = result.get("data") or {}
-    pairs: list[tuple[str, Child]] = [("seed", str(result.get("seed", words.NONE)))]
-    pairs += [(name, result[k]) for k, name in (("bitwright", "bitwright"), ("torch", "PyTorch"), ("python", "Python"),
-              ("platform", "platform"), ("device", "device")) if result.get(k)]  # fmt: skip
-    for name in ("calibration", "evaluation"):
-        some = data.get(name)
-        if some and some.get("sha256"):
-            where = f" from {some['source']}" if some.get("source") else ""
-            said = f"{words.plural(some['count'], 'image')}{where}"
-            pairs.append((f"{name} images", [said, tag("br"), tag("code", f"sha256 {some['sha256']}", class_="hash")]))
-    settings = json.dumps((result.get("recipe") or {}).get("settings") or {}, indent=2, ensure_ascii=False)
+    pairs: list[tuple[str, Child]] = [("seed", words.NONE if result.seed is None else str(result.seed))]
+    versions = (("bitwright", result.bitwright), ("PyTorch", result.torch), ("Python", result.python))
+    about = (*versions, ("platform", result.platform), ("device", result.device))
+    pairs += [(name, value) for name, value in about if value]
+    for name, some in (("calibration", result.calibrated_on), ("evaluation", result.evaluated_on)):
+        if some.sha256:
+            where = f" from {some.source}" if some.source else ""
+            said = f"{words.plural(some.count or 0, 'image')}{where}"
+            pairs.append((f"{name} images", [said, tag("br"), tag("code", f"sha256 {some.sha256}", class_="hash")]))
+    settings = json.dumps(result.recipe.settings or {}, indent=2, ensure_ascii=False)
     body = [
         tag(
             "pre",
-            shell(result.get("command", words.NONE)),
+            shell(result.command or words.NONE),
             tabindex=0,
             role="region",
             aria_label="the command",

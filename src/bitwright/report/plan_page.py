@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from bitwright.bits.goal import TITLES
 from bitwright.bits.plan import Plan
 from bitwright.bits.planning import Planning, nearest_uniform
-from bitwright.report.frame import Section, document, paragraph, shell, versions
+from bitwright.report.frame import Section, document, paragraph, shell
 from bitwright.report.markup import Child, tag
 from bitwright.report.panels import Panel, Series, single
 from bitwright.report.plans import curve_figure
@@ -153,20 +152,32 @@ def _bars(bits: dict[str, int], losses: dict[str, float | None]) -> Panel:
     return Panel((bars,), "layer, in order", "bits", height=8.0)
 
 
-def plan_page(found: Planning, facts: dict[str, Any]) -> str:
+@dataclass(frozen=True)
+class PlannedNetwork:
+    """What a plan was made for: the network's name, where losses are kept, and the command that comes next."""
+
+    name: str
+    scores: str
+    next: str
+
+
+def plan_page(found: Planning, about: PlannedNetwork, small_print: str) -> str:
     """The page: what the plan is, the curve, its layers.
 
     Args:
         found: the plan and its curve.
-        facts: what ``pareto.json`` holds.
+        about: what it was made for.
+        small_print: the versions that made it.
     """
-    name = facts["model"]["name"]
+    name = about.name
     points, uniform = curve_rows(found)
     lines = [r.cells for r in sorted([*points, *uniform], key=lambda r: r.cost)]
     sections = [
-        Section("next", "Next", paragraph(shell(facts["next"]))),
+        Section("next", "Next", paragraph(shell(about.next))),
         Section(
-            "curve", "Predicted loss of the best plan at each limit", curve_figure(facts, facts["chosen"], "the plan")
+            "curve",
+            "Predicted loss of the best plan at each limit",
+            curve_figure(found.outline(), found.plan.predicted, "the plan"),
         ),
         Section(
             "plan",
@@ -181,7 +192,7 @@ def plan_page(found: Planning, facts: dict[str, Any]) -> str:
     ]
     foot = (
         "Predicted losses add up over layers, each quantized alone; they order plans well and are no forecast of "
-        f"accuracy. {source(found, facts['sources']['scores'])} {versions(facts)}"
+        f"accuracy. {source(found, about.scores)} {small_print}"
     )
     return document(f"plan of {name} - bitwright", f"Bits for {name}", "", plan_verdict(found), sections, foot=foot)
 

@@ -11,71 +11,71 @@ from bitwright.report.markup import Child, Markup
 from bitwright.report.panels import Panel, Series, single
 from bitwright.report.shown import Shown
 from bitwright.report.tables import page_table
-
-CurvePoint = dict[str, Any]
+from bitwright.run.result import Curve, CurvePoint, RunPlan
 
 
 def planned_bits(run: Shown) -> Section | None:
     """The plan of a run that has one; nothing where all layers were given their bits, or a file by itself did."""
-    asked, curve = run.result.get("plan") or {}, curve_of(run)
-    if not asked and not curve:
+    asked, curve = run.result.plan, curve_of(run)
+    if asked is None and curve is None:
         return None
-    chosen = asked.get("predicted") or (curve or {}).get("chosen")
-    body: list[Child] = [paragraph(_lead(asked, chosen)), *_estimate(asked)]
-    if curve:
-        body += [curve_figure(curve, chosen), _table(curve.get("uniform") or [], chosen, curve["along"])]
+    chosen = None if asked is None else asked.predicted
+    chosen = chosen or (None if curve is None else curve.chosen)
+    body: list[Child] = [paragraph(_lead(asked, chosen)), *([] if asked is None else _estimate(asked))]
+    if curve is not None:
+        body += [curve_figure(curve, chosen), _table(curve.uniform, chosen, curve.along)]
     note = (
         "Predicted losses add up over layers, each quantized alone: they order plans and are no forecast of accuracy."
     )
     return Section("plan", "Bits for each layer", [*body, paragraph(note, quiet=True)])
 
 
-def curve_of(run: Shown) -> dict[str, Any] | None:
+def curve_of(run: Shown) -> Curve | None:
     """The curve that the run's own plan came from, or that of the file it was given."""
-    found = (run.result.get("plan") or {}).get("curve") or run.facts.get("curve")
-    return found if isinstance(found, dict) and len(found.get("points") or []) > 1 else None
+    found = None if run.result.plan is None else run.result.plan.curve
+    found = found or (None if run.facts is None else run.facts.curve)
+    return found if found is not None and len(found.points) > 1 else None
 
 
-def _lead(asked: dict[str, Any], chosen: CurvePoint | None) -> str:
+def _lead(asked: RunPlan | None, chosen: CurvePoint | None) -> str:
     limits = [
         f"{TITLES.get(name, name)} at most {words.cost(name, value)}"
-        for name, value in (asked.get("limits") or {}).items()
+        for name, value in ({} if asked is None else asked.limits or {}).items()
     ]
-    if "estimate" in asked:
-        limits.append(f"at most {words.percent(asked['estimate']['drop'])} of answers changed")
+    if asked is not None and asked.estimate is not None:
+        limits.append(f"at most {words.percent(asked.estimate.drop)} of answers changed")
     said = f"Planned within limits: {words.listed(limits)}. " if limits else ""
-    if not asked:
+    if asked is None:
         said = "The bits are those of a plan file. "
     if chosen is None:
         return f"{said}It was changed by hand, so that its place on the curve is not known."
-    measure = (asked.get("measure") or {}).get("measure")
+    measure = asked and asked.measure and asked.measure.measure
     by = f" (measure '{measure}')" if measure else ""
     size = words.size(chosen["weight_bytes"])
     said += f"The plan is predicted to lose {words.number(chosen['loss'])}{by} at {size}"
-    packed = asked.get("packed")
-    return f"{said}; the file has {words.size(packed['bytes'])}." if packed else f"{said}."
+    packed = asked and asked.packed
+    return f"{said}; the file has {words.size(packed.bytes)}." if packed else f"{said}."
 
 
-def _estimate(asked: dict[str, Any]) -> list[Child]:
+def _estimate(asked: RunPlan) -> list[Child]:
     """What was expected of the answers, and what became of them."""
     rows = []
-    for name, said in (("estimate", "estimated on held-out images"), ("measured", "measured")):
-        if (found := asked.get(name)) is not None:
-            share, ends = words.percent(found["agreement"]), words.interval(found["interval"])
-            rows.append([said, share, ends, f"{found['images']:,}"])
+    for said, found in (("estimated on held-out images", asked.estimate), ("measured", asked.measured)):
+        if found is not None:
+            rows.append([said, words.percent(found.agreement), words.interval(found.interval), f"{found.images:,}"])
     heads = ["", ">same answer", ">95 % interval", ">images"]
     return [page_table("Answers that stay the same", heads, rows)] if rows else []
 
 
-def curve_figure(curve: dict[str, Any], chosen: CurvePoint | None, which: str = "this run") -> Markup:
+def curve_figure(curve: Curve, chosen: CurvePoint | None, which: str = "this run") -> Markup:
     """Predicted loss over what was limited, with uniform bits beside it.
 
     Args:
-        curve: ``along``, ``points`` and ``uniform`` as ``pareto.json`` has them.
+        curve: with at least one point.
         chosen: the point that is marked.
         which: what that is called.
     """
-    along, points, uniform = curve["along"], curve["points"], curve.get("uniform") or []
+    along, points, uniform = curve.along, curve.points, curve.uniform
     every = [*points, *uniform, *([chosen] if chosen else [])]
     unit, per = words.unit(along, max(p[along] for p in every))
 

@@ -31,8 +31,7 @@ SECTIONS: tuple[Callable[[Shown], Section | None], ...] = (
 
 def run_page(run: Shown) -> str:
     """The page."""
-    result = run.result
-    name = result["model"]["name"]
-    under = f"{run.bits} · recipe {result['recipe']['name']} · {run.folder}".strip(" ·")
-    said = [run_verdict(result, run.facts)]
+    name = run.result.model.name
+    under = f"{run.bits} · recipe {run.result.recipe.name} · {run.folder}".strip(" ·")
+    said = [run_verdict(run.result, run.facts)]
     return document(f"{name} · bitwright", name, under, said, [make(run) for make in SECTIONS])

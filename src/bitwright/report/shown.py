@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
+
+from pydantic import ValidationError
 
 from bitwright import words
 from bitwright.errors import UsageError
+from bitwright.export.verdict import ParityRecord
 from bitwright.given.text import read_json
+from bitwright.report.kept import PageFacts
 from bitwright.run import folder as run_folder
+from bitwright.run.result import LayerRow, RunResult, read_as
+from bitwright.speed.record import BenchRecord
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -18,32 +26,32 @@ class Shown:
 
     Attributes:
         result: ``result.json``.
-        facts: ``report.json``; empty where there is none.
+        facts: ``report.json``, if there is one.
         bench: ``bench.json``, if there is one.
         parity: ``parity.json``, if there is one.
         folder: its folder's name.
     """
 
-    result: dict[str, Any]
-    facts: dict[str, Any] = field(default_factory=dict)
-    bench: dict[str, Any] | None = None
-    parity: dict[str, Any] | None = None
+    result: RunResult
+    facts: PageFacts | None = None
+    bench: BenchRecord | None = None
+    parity: ParityRecord | None = None
     folder: str = ""
 
     @property
-    def layers(self) -> list[dict[str, Any]]:
+    def layers(self) -> list[LayerRow]:
         """Rows of the layers."""
-        rows: list[dict[str, Any]] = self.result["layers"]
-        return rows
+        return self.result.layers
 
     @property
     def bits(self) -> str:
         """Bits of weights and activations as the layers have them, whatever was asked for."""
-        rows = [r for r in self.layers if r.get("op") != "parameter"]
-        found = {k: {int(r[f"{k}_bits"]) for r in rows if r.get(f"{k}_bits")} for k in ("weight", "activation")}
-        if not any(found.values()):
-            return words.bits(self.result.get("bits"))
-        return ", ".join(f"{words.span(found[k])} {k}s" for k in ("weight", "activation"))
+        rows = [r for r in self.layers if r.op != "parameter"]
+        weights = {r.weight_bits for r in rows if r.weight_bits}
+        activations = {r.activation_bits for r in rows if r.activation_bits}
+        if not weights and not activations:
+            return words.bits(self.result.bits)
+        return f"{words.span(weights)} weights, {words.span(activations)} activations"
 
 
 def read_run(folder: Path) -> Shown:
@@ -56,16 +64,15 @@ def read_run(folder: Path) -> Shown:
     folder = folder if folder.is_dir() else folder.parent
     return Shown(
         result,
-        _beside(folder / run_folder.FACTS) or {},
-        _beside(folder / run_folder.BENCH),
-        _beside(folder / run_folder.PARITY),
+        _beside(folder / run_folder.FACTS, PageFacts),
+        _beside(folder / run_folder.BENCH, BenchRecord),
+        _beside(folder / run_folder.PARITY, ParityRecord),
         folder.expanduser().absolute().name,
     )
 
 
-def _beside(path: Path) -> dict[str, Any] | None:
+def _beside(path: Path, kind: type[T]) -> T | None:
     try:
-        found = read_json(path)
-    except UsageError:
+        return read_as(kind, read_json(path))
+    except (UsageError, ValidationError):
         return None
-    return found if isinstance(found, dict) else None

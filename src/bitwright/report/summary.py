@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 from bitwright import words
-from bitwright.measure.metrics import OutputFidelity, read_fidelity, worst_figures
+from bitwright.measure.metrics import OutputFidelity, worst_figures
 from bitwright.report.charts import Interval, intervals, lengths
 from bitwright.report.frame import Section, bullets, paragraph
+from bitwright.report.kept import FileParts
 from bitwright.report.markup import Child, Markup, tag
 from bitwright.report.shown import Shown
 from bitwright.report.tables import page_table
-from bitwright.report.verdict import METRICS, main_metric, paired_difference
+from bitwright.report.verdict import METRICS, figure_of, interval_of, main_metric, paired_difference
+from bitwright.run.result import RunResult
 
 # ---------------------------------------------------------------------------------------------------- accuracy
 
@@ -25,33 +27,32 @@ def float_against_quantized(run: Shown) -> Section:
         _intervals(result, metric) if metric else None,
         page_table(_on(result), ["", ">float", ">quantized", ">difference"], rows) if rows else None,
         _paired(run),
-        _by_output(read_fidelity(result.get("fidelity"))),
+        _by_output(result.evaluation.outputs),
         paragraph(_measured_on(result), quiet=True),
     ]
     return Section("accuracy", "Float against quantized", body)
 
 
-def _on(result: dict[str, Any]) -> str:
-    count = ((result.get("data") or {}).get("evaluation") or {}).get("count")
+def _on(result: RunResult) -> str:
+    count = result.evaluated_on.count
     return "As measured" if count is None else f"On {words.plural(count, 'image')}"
 
 
-def _metric_rows(result: dict[str, Any]) -> list[list[str]]:
-    theirs, ours = result.get("float") or {}, result.get("quantized") or {}
+def _metric_rows(result: RunResult) -> list[list[str]]:
     rows = []
     for name, said in METRICS.items():
-        a, b = theirs.get(name), ours.get(name)
+        a, b = figure_of(result.reference, name), figure_of(result.quantized, name)
         if a is None or b is None:
             continue
         rows.append([said, words.percent(a), words.percent(b), words.points(b - a)])
-        if theirs.get(f"{name}_ci") and ours.get(f"{name}_ci"):
-            ends = (words.interval(m[f"{name}_ci"]) for m in (theirs, ours))
-            rows.append(["its 95 % interval", *ends, ""])
+        ends = [interval_of(m, name) for m in (result.reference, result.quantized)]
+        if all(ends):
+            rows.append(["its 95 % interval", *map(words.interval, ends), ""])
     return rows
 
 
-def _fidelity_rows(result: dict[str, Any]) -> list[list[str]]:
-    outputs = read_fidelity(result.get("fidelity"))
+def _fidelity_rows(result: RunResult) -> list[list[str]]:
+    outputs = result.evaluation.outputs
     found, of = worst_figures(outputs), ", worst output" if len(outputs) > 1 else ""
     rows = []
     if found.agreement is not None:
@@ -63,7 +64,7 @@ def _fidelity_rows(result: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _by_output(outputs: dict[str, OutputFidelity]) -> Child:
+def _by_output(outputs: Mapping[str, OutputFidelity]) -> Child:
     """How closely each of several outputs is followed, and why figures are missing."""
     notes = bullets([f"{name}: {found.note}" for name, found in outputs.items() if found.note])
     body = [notes if any(o.note for o in outputs.values()) else None]
@@ -83,12 +84,12 @@ def _by_output(outputs: dict[str, OutputFidelity]) -> Child:
     return body
 
 
-def _intervals(result: dict[str, Any], metric: str) -> Markup | None:
+def _intervals(result: RunResult, metric: str) -> Markup | None:
     """Both networks with their intervals, one below the other."""
     rows, said = [], []
-    for name in ("float", "quantized"):
-        ends, value = result[name].get(f"{metric}_ci"), result[name][metric]
-        if not ends:
+    for name, metrics in (("float", result.reference), ("quantized", result.quantized)):
+        ends, value = interval_of(metrics, metric), figure_of(metrics, metric)
+        if not ends or value is None:
             return None
         said.append(f"{name}: {words.percent(value)}, 95 % interval {words.interval(ends)}")
         rows.append(Interval(name, 100 * value, 100 * ends[0], 100 * ends[1], name, said[-1]))
@@ -97,7 +98,7 @@ def _intervals(result: dict[str, Any], metric: str) -> Markup | None:
 
 def _paired(run: Shown) -> Markup | None:
     """What the same images say of both networks, which two separate intervals cannot."""
-    counts = (run.facts.get("answers") or {}).get("labelled")
+    counts = None if run.facts is None or run.facts.answers is None else run.facts.answers.labelled
     if not counts:
         return None
     difference, low, high = paired_difference(counts)
@@ -113,15 +114,14 @@ def _paired(run: Shown) -> Markup | None:
     )
 
 
-def _measured_on(result: dict[str, Any]) -> str:
-    data = result.get("data") or {}
-    seen, used = data.get("evaluation") or {}, data.get("calibration") or {}
-    said = f"Measured on {words.plural(seen['count'], 'image')}" if seen.get("count") else "Measured on nothing yet"
-    said += f" from {seen['source']}" if seen.get("source") else ""
-    if seen.get("same_as_calibration"):
+def _measured_on(result: RunResult) -> str:
+    seen, used = result.evaluated_on, result.calibrated_on
+    said = f"Measured on {words.plural(seen.count, 'image')}" if seen.count else "Measured on nothing yet"
+    said += f" from {seen.source}" if seen.source else ""
+    if seen.same_as_calibration:
         said += ", the ones it was calibrated on; other images would be a fairer test (--evaluate)"
-    elif used.get("count"):
-        said += f"; calibrated on {used['count']:,} others, without labels"
+    elif used.count:
+        said += f"; calibrated on {used.count:,} others, without labels"
     return f"{said}."
 
 
@@ -137,13 +137,12 @@ FILES = {
 
 def sizes_of_files(run: Shown) -> Section:
     """Bytes in every form, and why the files are larger than the ideal."""
-    sizes = run.result["size"]
-    known = {k: v for k, v in FILES.items() if sizes.get(k)}
-    whole = sizes.get("float_bytes") or 0
-    bars = [(name, sizes[k], words.size(sizes[k]), look) for k, (name, _, look) in known.items()]
+    known = [(size, *about) for k, about in FILES.items() if (size := run.result.size.get(k))]
+    whole = run.result.size.get("float_bytes")
+    bars = [(name, size, words.size(size), look) for size, name, _, look in known]
     rows = [
-        [name, words.size(sizes[k]), f"{whole / sizes[k]:.2f} ×" if whole else words.NONE, meaning]
-        for k, (name, meaning, _) in known.items()
+        [name, words.size(size), f"{whole / size:.2f} ×" if whole else words.NONE, meaning]
+        for size, name, meaning, _ in known
     ]
     summary = "Sizes: " + ", ".join(f"{name} {said}" for name, _, said, _ in bars) + "."
     reasons = _reasons(run)
@@ -157,16 +156,16 @@ def sizes_of_files(run: Shown) -> Section:
 
 def _reasons(run: Shown) -> list[str]:
     """Why each file is larger than the ideal."""
-    files, sizes = run.facts.get("files") or {}, run.result["size"]
+    files, sizes = FileParts() if run.facts is None else run.facts.files or FileParts(), run.result.size
     ideal, packed, onnx = (sizes.get(k) for k in ("ideal_bytes", "packed_bytes", "onnx_bytes"))
     found = []
-    if ideal and packed and (parts := files.get("packed")):
+    if ideal and packed and (parts := files.packed):
         described = words.size(parts.get("structure"))
         found.append(
             f"model.safetensors takes {words.size(packed - ideal)} more than the ideal: the description of the graph, "
             f"compressed, has {described}."
         )
-    if ideal and onnx and (parts := files.get("onnx")):
+    if ideal and onnx and (parts := files.onnx):
         graph, numbers = parts.get("graph", 0), sum(v for k, v in parts.items() if k != "graph")
         more = f", and its numbers {words.size(numbers - ideal)} more: {_wider(run)}" if numbers > ideal else ""
         found.append(
@@ -180,7 +179,7 @@ def _reasons(run: Shown) -> list[str]:
 
 def _wider(run: Shown) -> str:
     """What ONNX stores beyond the ideal."""
-    bits = sorted({r["weight_bits"] for r in run.layers if r["weight_bits"]} - {4, 8, 16})
+    bits = sorted({r.weight_bits for r in run.layers if r.weight_bits} - {4, 8, 16})
     narrow = [str(b) for b in bits if b < 4]
     wide = [str(b) for b in bits if b > 4]
     said = [f"weights of {words.listed(narrow)} bits are integers of 4"] if narrow else []

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
 
 from bitwright import words
-from bitwright.measure.metrics import OutputFidelity, read_fidelity, worst_figures
+from bitwright.measure.metrics import Metrics, OutputFidelity, worst_figures
+from bitwright.report.kept import PageFacts
+from bitwright.run.result import RunResult
 
 METRICS = {
     "top1": "top-1 accuracy",
@@ -17,10 +19,30 @@ METRICS = {
 """Metrics of the tasks; the first that a run has is the one it is judged by."""
 
 
-def main_metric(result: dict[str, Any]) -> str | None:
-    """The key of the first metric that both networks have."""
-    theirs, ours = result.get("float") or {}, result.get("quantized") or {}
-    return next((k for k in METRICS if theirs.get(k) is not None and ours.get(k) is not None), None)
+def figure_of(metrics: Metrics | None, name: str) -> float | None:
+    """One of :data:`METRICS`; None where it was not measured."""
+    found: float | None = getattr(metrics, name, None)
+    return found
+
+
+def interval_of(metrics: Metrics | None, name: str) -> list[float] | None:
+    """The 95 % interval of a metric, where it has one."""
+    found: list[float] | None = getattr(metrics, f"{name}_ci", None)
+    return found
+
+
+def main_metric(result: RunResult) -> str | None:
+    """The name of the first metric that both networks have."""
+    pair = (result.reference, result.quantized)
+    return next((k for k in METRICS if all(figure_of(m, k) is not None for m in pair)), None)
+
+
+def both_figures(result: RunResult, metric: str) -> tuple[float, float]:
+    """A metric that both networks have, of the float and of the quantized one."""
+    theirs, ours = figure_of(result.reference, metric), figure_of(result.quantized, metric)
+    assert theirs is not None
+    assert ours is not None
+    return theirs, ours
 
 
 def paired_difference(counts: dict[str, int]) -> tuple[float, float, float]:
@@ -44,35 +66,32 @@ def paired_difference(counts: dict[str, int]) -> tuple[float, float, float]:
     return difference, middle - half, middle + half
 
 
-def run_verdict(result: dict[str, Any], facts: dict[str, Any]) -> str:
+def run_verdict(result: RunResult, facts: PageFacts | None) -> str:
     """What became of the network, in a sentence or two."""
     said = f"{_smaller(result)}, {_answers(result, facts)}."
     file = _file(result)
     return f"{said} {file}" if file else said
 
 
-def _smaller(result: dict[str, Any]) -> str:
-    size = result["size"]
-    if not size.get("packed_bytes") or not size.get("float_bytes"):
-        return words.bits(result.get("bits")).capitalize()
-    ratio = size["float_bytes"] / size["packed_bytes"]
+def _smaller(result: RunResult) -> str:
+    ratio = result.times_smaller
+    if ratio is None:
+        return words.bits(result.bits).capitalize()
     return f"{ratio:.1f} times smaller" if ratio >= 1.05 else "Not smaller than float"
 
 
-def _answers(result: dict[str, Any], facts: dict[str, Any]) -> str:
-    metric = main_metric(result)
-    data = (result.get("data") or {}).get("evaluation") or {}
-    count = data.get("count")
+def _answers(result: RunResult, facts: PageFacts | None) -> str:
+    metric, count = main_metric(result), result.evaluated_on.count
     on = "" if count is None else f" on {words.plural(count, 'image')}"
     if metric is not None:
-        theirs, ours = result["float"][metric], result["quantized"][metric]
+        theirs, ours = both_figures(result, metric)
         figures = f"{words.percent(ours)} {METRICS[metric]} against {words.percent(theirs)} in float{on}"
         return f"{_judged(result, facts, metric)}: {figures}{_other_outputs(result)}"
-    those = " that it was calibrated on" if data.get("same_as_calibration") else ""
-    return _followed(read_fidelity(result.get("fidelity")), facts, count, those)
+    those = " that it was calibrated on" if result.evaluated_on.same_as_calibration else ""
+    return _followed(result.evaluation.outputs, facts, count, those)
 
 
-def _followed(outputs: dict[str, OutputFidelity], facts: dict[str, Any], count: int | None, those: str) -> str:
+def _followed(outputs: Mapping[str, OutputFidelity], facts: PageFacts | None, count: int | None, those: str) -> str:
     """How closely the float network is followed, by the worst output."""
     found = worst_figures(outputs)
     if not outputs:
@@ -96,20 +115,21 @@ def _followed(outputs: dict[str, OutputFidelity], facts: dict[str, Any], count: 
     return ", and ".join(said) or "with outputs that have no figure in common with the float network's"
 
 
-def _each(output: OutputFidelity, count: int | None, facts: dict[str, Any]) -> str:
+def _each(output: OutputFidelity, count: int | None, facts: PageFacts | None) -> str:
     """What the answers are of, where they are not of images; results of old tell by what their reports show."""
-    several = output.answers > count if output.answers and count else facts and facts.get("answers") is None
+    unanswered = facts is not None and facts.answers is None
+    several = output.answers > count if output.answers and count else unanswered
     return " of the answers" if several else ""
 
 
-def _in(name: str, outputs: dict[str, OutputFidelity]) -> str:
+def _in(name: str, outputs: Mapping[str, OutputFidelity]) -> str:
     return f" in output {name}, the worst of {len(outputs)}" if len(outputs) > 1 else ""
 
 
-def _other_outputs(result: dict[str, Any]) -> str:
+def _other_outputs(result: RunResult) -> str:
     """What the accuracy of one output does not tell of the others."""
-    outputs = read_fidelity(result.get("fidelity"))
-    return f"; {_followed(outputs, {}, None, '')}" if len(outputs) > 1 else ""
+    outputs = result.evaluation.outputs
+    return f"; {_followed(outputs, None, None, '')}" if len(outputs) > 1 else ""
 
 
 def of(count: int | None) -> str:
@@ -117,16 +137,16 @@ def of(count: int | None) -> str:
     return "" if count is None else f" of {words.plural(count, 'image')}"
 
 
-def _judged(result: dict[str, Any], facts: dict[str, Any], metric: str) -> str:
-    theirs, ours = result["float"][metric], result["quantized"][metric]
-    labelled = (facts.get("answers") or {}).get("labelled")
+def _judged(result: RunResult, facts: PageFacts | None, metric: str) -> str:
+    theirs, ours = both_figures(result, metric)
+    labelled = None if facts is None or facts.answers is None else facts.answers.labelled
     if metric == "top1" and labelled:
         _, low, high = paired_difference(labelled)
         if low <= 0 <= high:
             return _within_chance(ours - theirs)
         return f"and {words.points(abs(ours - theirs)).lstrip('+')} {'better' if ours > theirs else 'worse'}"
-    ends = [(result[k] or {}).get(f"{metric}_ci") for k in ("float", "quantized")]
-    if ends[0] and ends[1] and ends[0][0] <= ends[1][1] and ends[1][0] <= ends[0][1]:
+    a, b = interval_of(result.reference, metric), interval_of(result.quantized, metric)
+    if a and b and a[0] <= b[1] and b[0] <= a[1]:
         return "and within each other's 95 % intervals"
     if ours == theirs:
         return "and equally good"
@@ -140,13 +160,13 @@ def _within_chance(difference: float) -> str:
     return f"and {said} {'better' if difference > 0 else 'worse'}, which chance alone can do on this many images"
 
 
-def _file(result: dict[str, Any]) -> str:
-    parity = result.get("parity")
+def _file(result: RunResult) -> str:
+    parity = result.parity
     if parity is None:
-        return "model.onnx was not written." if "onnx_bytes" in result["size"] else ""
-    if parity.get("first_divergence") is not None:
-        return f"model.onnx computes something else, first at {parity['first_divergence']}."
-    return f"model.onnx was checked in {runtime_name(parity['runtime'])}."
+        return "model.onnx was not written." if "onnx_bytes" in result.size else ""
+    if parity.first_divergence is not None:
+        return f"model.onnx computes something else, first at {parity.first_divergence}."
+    return f"model.onnx was checked in {runtime_name(parity.runtime)}."
 
 
 def runtime_name(name: str) -> str:

@@ -24,7 +24,7 @@ from bitwright.graph.student import Student
 from bitwright.run import state as run_state
 from bitwright.run.files import cannot_write, is_partial, remove, sweep, temporary, told_of, write_json
 from bitwright.run.lock import BusyError, held
-from bitwright.run.result import SCHEMA
+from bitwright.run.result import SCHEMA, RunResult
 from bitwright.run.swap import interrupted, recover, swap
 
 P = ParamSpec("P")
@@ -52,15 +52,6 @@ OURS = frozenset({MODEL, STATE, PAGE, *RECORDS, *DEPLOYED})
 PATIENCE = 200
 """Hundredths of a second that a reader waits for the run that is being put in its place."""
 
-KINDS: dict[str, type | tuple[type, ...]] = dict.fromkeys(
-    ("model", "recipe", "size", "data", "bits", "scheme", "files"), dict
-)
-KINDS |= dict.fromkeys(("seconds", "quantized", "float", "fidelity", "parity"), (dict, type(None)))
-KINDS |= {"seed": int, "command": str}
-ROWS = ("layers", "unquantized", "unfolded")
-"""Keys of a result that hold rows, each with a name."""
-KINDS |= dict.fromkeys((*ROWS, "warnings"), list)
-"""Types of values in a result, by key."""
 CHECKED = (MODEL, *DEPLOYED)
 """Files whose sha256 stands in the result; the plan is there to be edited."""
 
@@ -228,14 +219,13 @@ def renew_checksum(path: Path) -> None:
         write_json(path.parent / RESULT, recorded)
 
 
-def check_file(folder: Path, name: str, recorded: dict[str, Any], advice: str) -> None:
+def check_file(folder: Path, name: str, files: Mapping[str, str] | None, advice: str) -> None:
     """Compares a file with the sha256 that its run's result gives for it; runs of before have none.
 
     Raises:
         UsageError: it is missing or is not what was written; ``advice`` says what to do.
     """
-    files, path = recorded.get("files"), folder / name
-    expected = files.get(name) if isinstance(files, dict) else None
+    expected, path = (files or {}).get(name), folder / name
     if not path.is_file():
         raise UsageError(f"Expected {name} in {folder}, found none. {advice}")
     if expected is not None and _sha256(path) != expected:
@@ -250,7 +240,7 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_result(folder: str | Path) -> dict[str, Any]:
+def read_result(folder: str | Path) -> RunResult:
     """``result.json`` of a run folder, or the file itself.
 
     Raises:
@@ -274,7 +264,7 @@ def read_result(folder: str | Path) -> dict[str, Any]:
             f"{file} was written by a newer bitwright (schema {schema}, this one reads up to {SCHEMA}). "
             "Update: pip install --upgrade bitwright."
         )
-    return result
+    return RunResult.read(result, file)
 
 
 @step("Loading")
@@ -289,7 +279,7 @@ def load(folder: str | Path) -> Student:
     file = path / MODEL if path.is_dir() else path
     result = _recorded(file.parent) if file.name == MODEL else {}
     if file.is_file() and result:
-        check_file(file.parent, MODEL, result, "Copy the run again, or quantize again.")
+        check_file(file.parent, MODEL, result.get("files"), "Copy the run again, or quantize again.")
     model, extra = load_packed(file)
     settings = extra.get("preprocessing")
     model.preprocessing = None if settings is None else Preprocessing(**settings)
@@ -306,25 +296,15 @@ def _recorded(folder: Path) -> dict[str, Any]:
 
 
 def _parsed(file: Path) -> dict[str, Any]:
-    """What a ``result.json`` holds, its parts of the kinds that a run writes."""
+    """What a ``result.json`` holds."""
     try:
         result = read_json(file)
     except UsageError as error:
         raise UsageError(f"{error} It is damaged: quantize again.") from error
     if not isinstance(result, dict):
         raise UsageError(f"Expected the result of a run in {file}, found something else. Give a run's folder.")
-    wrong = [k for k, kind in KINDS.items() if k in result and not isinstance(result[k], kind)]
-    wrong += [k for k in ("model", "recipe") if k in result and k not in wrong and "name" not in result[k]]
-    rows = [k for k in ROWS if k not in wrong for row in result.get(k, ()) if not _is_row(row)]
-    if wrong or rows:
-        raise UsageError(
-            f"{file} is damaged: '{(wrong + rows)[0]}' is something else than a run writes. Quantize again."
-        )
+    RunResult.read(result, file)
     return result
-
-
-def _is_row(row: Any) -> bool:
-    return isinstance(row, dict) and isinstance(row.get("name", ""), str)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,8 @@ import torch
 from bitwright import report as pages
 from bitwright import words
 from bitwright.errors import BitwrightError, UsageError, one_line, quiet_libraries, step
-from bitwright.export.parity import Parity, export_checked
+from bitwright.export.parity import export_checked
+from bitwright.export.verdict import Parity
 from bitwright.given.arguments import a_path, of_kind
 from bitwright.given.images import Images, load_images
 from bitwright.graph.student import Student
@@ -30,10 +31,10 @@ from bitwright.progress import Progress, silent
 from bitwright.report import facts
 from bitwright.report.answers import Answers
 from bitwright.run import folder as run_folder
+from bitwright.run.about import peak_memory_bytes
 from bitwright.run.files import first_existing, remove_empty, write_text
 from bitwright.run.journal import Journal
 from bitwright.run.record import EvaluatedImages, add_evaluation, add_parity, add_plan_outcome
-from bitwright.run.result import peak_memory_bytes
 from bitwright.run.state import leave
 from bitwright.sensitivity import diagnosis
 
@@ -270,9 +271,8 @@ def add_diagnosis(model: Student, journal: Journal) -> None:
     limit = diagnosis.budget(sum(result["seconds"].values()))
     where, seed = torch.device(result["device"]), result["seed"]
     try:
-        result["diagnosis"] = diagnosis.diagnose(
-            model, seconds=limit, device=where, seed=seed, progress=journal.progress
-        )
+        found = diagnosis.diagnose(model, seconds=limit, device=where, seed=seed, progress=journal.progress)
+        result["diagnosis"] = asdict(found)
     except Exception as error:
         result["diagnosis"] = None
         what = f"{type(error).__name__}: {one_line(str(error))}"
@@ -348,10 +348,9 @@ def _show(model: Student, folder: Path, wanted: Wanted, answers: Answers, journa
     images = wanted.images if wanted.images is not None else model.calibration
     try:
         assert images is not None
-        curve = facts.curve_beside(wanted.plan)
         found = facts.gather(model, images, answers, folder, pictures=wanted.pictures)
-        found |= {} if curve is None else {"curve": curve}
-        write_text(folder / run_folder.FACTS, json.dumps(found, allow_nan=False) + "\n")
+        found = replace(found, curve=facts.curve_beside(wanted.plan))
+        write_text(folder / run_folder.FACTS, json.dumps(found.plain(), allow_nan=False) + "\n")
         pages.write(folder)
     except Exception as error:
         what = f"{type(error).__name__}: {one_line(str(error))}"

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pydantic import BaseModel, ConfigDict, Field
 
 from bitwright import words
+from bitwright.export.verdict import Parity
 from bitwright.graph.equalize import ChannelScales
 from bitwright.graph.fold import Unfolded
 from bitwright.graph.place import Unquantized
 from bitwright.measure.metrics import Evaluation, wilson_interval
 from bitwright.quant.scheme import Scheme
-from bitwright.run.result import SCHEMA, LayerRow, environment, peak_memory_bytes
+from bitwright.run.about import environment, peak_memory_bytes
+from bitwright.run.result import SCHEMA, LayerRow
 
 if TYPE_CHECKING:
-    from bitwright.export.parity import Parity
     from bitwright.given.images import Images
     from bitwright.given.preprocessing import Preprocessing
 
@@ -180,22 +181,8 @@ def add_evaluation(
 
 def add_parity(result: dict[str, Any], parity: Parity | None, size: int | None) -> None:
     """Writes into a result what the check of the ONNX file found, and its bytes; None where it was not written."""
-    result["parity"] = None if parity is None else parity.to_dict()
+    result["parity"] = None if parity is None else asdict(parity)
     result["size"]["onnx_bytes"] = size
-
-
-def stages_of(result: Mapping[str, Any], kind: str) -> list[dict[str, Any]]:
-    """The entries of all stages of a kind in their order; of an older result, which lists none, the one it tells of.
-
-    Example:
-        >>> rows = [{"kind": "shift", "by": 1}, {"kind": "calibrate"}, {"kind": "shift", "by": 2}]
-        >>> [row["by"] for row in stages_of({"stages": rows, "shift": {"by": 2}}, "shift")]
-        [1, 2]
-        >>> stages_of({"shift": {"by": 2}}, "shift"), stages_of({}, "shift")
-        ([{'by': 2}], [])
-    """
-    rows = [row for row in result.get("stages") or [] if row.get("kind") == kind]
-    return rows or ([result[kind]] if result.get(kind) else [])
 
 
 def add_plan_outcome(result: dict[str, Any]) -> list[str]:

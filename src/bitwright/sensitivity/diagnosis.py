@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -27,6 +27,7 @@ from bitwright.progress import Progress, silent
 from bitwright.quant.quantizer import BiasQuantizer, Calibration, Frozen, as_if
 from bitwright.quant.ranges import rounded_to
 from bitwright.quant.scheme import Rule, escaped
+from bitwright.run.result import Diagnosis, Remedies, Remedy, TensorLoss
 from bitwright.sensitivity.base import Choices
 from bitwright.sensitivity.one_at_a_time import distance_of_outputs
 from bitwright.stages.base import Run
@@ -68,7 +69,7 @@ def diagnose(
     device: str | torch.device = "cpu",
     seed: int = 0,
     progress: Progress = silent,
-) -> dict[str, Any]:
+) -> Diagnosis:
     """Where a quantized network loses most, and the rules that give most of it back.
 
     Args:
@@ -81,12 +82,7 @@ def diagnose(
         progress: called as it goes.
 
     Returns:
-        ``loss`` (KL from float in nats, summed over outputs; for outputs that are no class scores the squared error
-        over their mean square) on ``images`` images. ``layers``: ``name``, ``tensor`` (``weight`` or ``activation``),
-        ``loss_without`` (it alone in float), ``share`` (of the loss that goes; shares need not add up to 1), the
-        largest first. ``rules``: ``rule``, ``loss_after``, ``bytes`` (more in ``model.safetensors``), the best first.
-        ``together``: up to three ``rules`` at once, with the same two figures; None where one is enough. The three are
-        empty where the loss is negligible.
+        The loss, the tensors that it comes from, and what mends it; both are empty where the loss is negligible.
 
     Raises:
         UsageError: the model has no float network, or there are no images.
@@ -208,33 +204,24 @@ class _Patient:
 
     # -------------------------------------------------------------------------------------------------- the story
 
-    def examine(self, seconds: float | None) -> dict[str, Any]:
+    def examine(self, seconds: float | None) -> Diagnosis:
         """All of it; see :func:`diagnose`."""
         started = time.perf_counter()
         loss, effects = self.first_order()
-        found: dict[str, Any] = {
-            "loss": loss if math.isfinite(loss) else None,
-            "images": len(self.images),
-            "layers": [],
-            "rules": [],
-            "together": None,
-        }
-        if loss >= NEGLIGIBLE:
-            fewest, most = SUSPECTS
-            each = time.perf_counter() - started
-            number = most if seconds is None else int(SPEED * (seconds / each - 3))
-            worst = sorted(self.suspects, key=lambda s: -effects[s.key])[: max(fewest, min(most, number))]
-            without = self.losses([self.in_float(s) for s in worst], "Measuring suspects")
-            rows = sorted(zip(worst, without, strict=True), key=lambda row: row[1])
-            found["layers"] = [
-                {"name": s.name, "tensor": s.tensor, "loss_without": rest, "share": (loss - rest) / loss}
-                for s, rest in rows
-                if rest < loss
-            ]
-            found |= self.prescribe(loss, [s for s, rest in rows if rest < (1 - WORTH) * loss])
-        return found
+        healthy = Diagnosis(loss if math.isfinite(loss) else None, len(self.images))
+        if not loss >= NEGLIGIBLE:
+            return healthy
+        fewest, most = SUSPECTS
+        each = time.perf_counter() - started
+        number = most if seconds is None else int(SPEED * (seconds / each - 3))
+        worst = sorted(self.suspects, key=lambda s: -effects[s.key])[: max(fewest, min(most, number))]
+        without = self.losses([self.in_float(s) for s in worst], "Measuring suspects")
+        rows = sorted(zip(worst, without, strict=True), key=lambda row: row[1])
+        layers = [TensorLoss(s.name, s.tensor, rest, (loss - rest) / loss) for s, rest in rows if rest < loss]
+        rules, together = self.prescribe(loss, [s for s, rest in rows if rest < (1 - WORTH) * loss])
+        return replace(healthy, layers=layers, rules=rules, together=together)
 
-    def prescribe(self, loss: float, worst: Sequence[Suspect]) -> dict[str, Any]:
+    def prescribe(self, loss: float, worst: Sequence[Suspect]) -> tuple[list[Remedy], Remedies | None]:
         """For each of the worst tensors that are worth it the rule, and the best few together."""
         tried = [(s, r) for s in worst[:TREATED] for r in rules_for(s)]
         changes = {r: self.under(r) for _, r in tried}
@@ -242,10 +229,10 @@ class _Patient:
         close = WORTH * loss
         best = {s.key: _cheapest({r: after[r] for t, r in tried if t is s}, changes, close) for s, _ in tried}
         good = sorted({r for r in best.values() if after[r] < loss - close}, key=after.__getitem__)
-        rules = [{"rule": r, "loss_after": after[r], "bytes": changes[r].bytes} for r in good]
-        return {"rules": rules, "together": self._together(loss, close, {r: changes[r] for r in good})}
+        rules = [Remedy(r, after[r], changes[r].bytes) for r in good]
+        return rules, self._together(loss, close, {r: changes[r] for r in good})
 
-    def _together(self, loss: float, close: float, changes: dict[str, Change]) -> dict[str, Any] | None:
+    def _together(self, loss: float, close: float, changes: dict[str, Change]) -> Remedies | None:
         """One rule after the other, each the best beside those before; None if that ends with one."""
         chosen: list[str] = []
         reached, change, left = loss, Change(()), dict(changes)
@@ -258,7 +245,7 @@ class _Patient:
             reached, change = after[rule], both[rule]
             chosen.append(rule)
             del left[rule]
-        return {"rules": chosen, "loss_after": reached, "bytes": change.bytes} if len(chosen) > 1 else None
+        return Remedies(chosen, reached, change.bytes) if len(chosen) > 1 else None
 
     # ------------------------------------------------------------------------------------------------- first order
 
@@ -452,37 +439,33 @@ def _cheapest(after: Mapping[str, float], changes: Mapping[str, Change], close: 
     return min((r for r in after if after[r] <= least + close), key=lambda r: (changes[r].bytes, after[r]))
 
 
-def diagnosis_lines(found: dict[str, Any] | None) -> list[str]:
+def diagnosis_lines(found: Diagnosis | None) -> list[str]:
     """The diagnosis in two or three lines; none where the loss is negligible, or there is no diagnosis.
 
     Example:
-        >>> layers = [{"name": "head", "tensor": "weight", "loss_without": 0.1, "share": 0.5}]
-        >>> rules = [{"rule": "head=w8", "loss_after": 0.11, "bytes": 960}]
-        >>> found = {"loss": 0.2, "images": 48, "layers": layers, "rules": rules, "together": None}
-        >>> for line in diagnosis_lines(found):
+        >>> layers, rules = [TensorLoss("head", "weight", 0.1, 0.5)], [Remedy("head=w8", 0.11, 960)]
+        >>> for line in diagnosis_lines(Diagnosis(0.2, 48, layers, rules)):
         ...     print(line)
         Loss from float on 48 calibration images: 0.2. One tensor alone in float removes: 50 % head (weights).
         To mend most of it: --rule 'head=w8' (predicted loss 0.11, 0.96 kB more)
     """
-    if not found or not found["layers"]:
+    if found is None or not found.layers:
         return []
-    worst = ", ".join(
-        f"{100 * r['share']:.0f} % {r['name']} ({r['tensor']}s)" for r in found["layers"][:3] if r["share"] >= WORTH
-    )
-    start = f"Loss from float on {found['images']} calibration images: {found['loss']:.2g}."
-    if not found["rules"]:
+    worst = ", ".join(f"{100 * r.share:.0f} % {r.name} ({r.tensor}s)" for r in found.layers[:3] if r.share >= WORTH)
+    start = f"Loss from float on {found.images} calibration images: {found.loss:.2g}."
+    if not found.rules:
         return [
             f"{start} No single tensor causes much of it. Give more bits everywhere, or take a recipe that optimises."
         ]
     lines = [f"{start} One tensor alone in float removes: {worst}."]
-    best, together = found["rules"][0], found["together"]
-    lines.append(f"To mend most of it: {_advice([best['rule']], best)}")
+    best, together = found.rules[0], found.together
+    lines.append(f"To mend most of it: {_advice([best.rule], best)}")
     if together is not None:
-        lines.append(f"                 or: {_advice(together['rules'], together)}")
+        lines.append(f"                 or: {_advice(together.rules, together)}")
     return lines
 
 
-def _advice(rules: Sequence[str], row: Mapping[str, Any]) -> str:
+def _advice(rules: Sequence[str], found: Remedy | Remedies) -> str:
     flags = " ".join(f"--rule '{r}'" for r in rules)
-    more = f"{row['bytes'] / 1000:.3g} kB more" if row["bytes"] else "no bytes more in the file"
-    return f"{flags} (predicted loss {row['loss_after']:.2g}, {more})"
+    more = f"{found.bytes / 1000:.3g} kB more" if found.bytes else "no bytes more in the file"
+    return f"{flags} (predicted loss {found.loss_after:.2g}, {more})"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
@@ -21,7 +20,7 @@ from bitwright.given.preprocessing import PreprocessFunction, Preprocessing
 from bitwright.graph.capture import Captured
 from bitwright.progress import Progress, silent
 from bitwright.quant.scheme import parse_weight_bits
-from bitwright.run.result import environment, peak_memory_bytes
+from bitwright.run.about import environment, peak_memory_bytes
 from bitwright.sensitivity.base import Choices
 from bitwright.sensitivity.hap import channel_scores, pruning_mask
 from bitwright.sensitivity.second_order import positive, squared
@@ -87,6 +86,64 @@ class CurvatureSettings:
             )
 
 
+@dataclass(frozen=True)
+class GroupCurvature:
+    """The curvature of the weights of a layer, a block, or the network.
+
+    Eigenvalues have their errors and come the largest first; the quadrature has the ``nodes`` and ``weights`` that they
+    are from.
+    """
+
+    name: str
+    parameters: int
+    trace: float
+    trace_error: float
+    mean_trace: float
+    eigenvalues: list[float]
+    eigenvalue_errors: list[float]
+    quadrature: dict[str, list[float]] | None
+
+
+@dataclass(frozen=True)
+class LayerCurvature(GroupCurvature):
+    """The same of a layer, with the loss that rounding it alone is predicted to cost (HAWQ-V2), and its share."""
+
+    predicted_loss: float = 0.0
+    share: float = 0.0
+
+
+@dataclass(frozen=True)
+class NetworkCurvature(GroupCurvature):
+    """The same of the network, with the spectral density over eigenvalues."""
+
+    density: dict[str, list[float]] | None = None
+
+
+@dataclass(frozen=True)
+class ChannelRanking:
+    """HAP's scores of a layer's output channels, the least important ones, and those that would be pruned."""
+
+    name: str
+    scores: list[float]
+    least: list[int]
+    pruned: list[int]
+    predicted_loss: float
+
+
+@dataclass(frozen=True)
+class MeasuredCurvature:
+    """All that is measured of a network; ``matter`` names the layers that make up most of the predicted loss."""
+
+    layers: list[LayerCurvature]
+    blocks: list[GroupCurvature]
+    network: NetworkCurvature
+    matter: list[str]
+    probes: int
+    notes: list[str]
+    channels: list[ChannelRanking] | None = None
+    """None where nobody asked."""
+
+
 def sensitivity(
     model: nn.Module | Model | str,
     images: Any,
@@ -139,15 +196,15 @@ def sensitivity(
         "model": {"name": network.name},
         "data": {"count": len(data), "sha256": data.sha256, "labelled": labelled},
         "settings": {**vars(settings), "meaning": MEANINGS[settings.matrix]},
-        **found,
+        **{key: value for key, value in asdict(found).items() if value is not None},
         "seconds": {"total": round(time.perf_counter() - started, 3)},
         "peak_memory_bytes": peak_memory_bytes(),
         "warnings": [],
     }
 
 
-def measure_curvature(teacher: Captured, images: Images, settings: CurvatureSettings, run: Run) -> dict[str, Any]:
-    """The part that is measured: ``layers``, ``blocks``, ``network``, ``matter``, ``notes``."""
+def measure_curvature(teacher: Captured, images: Images, settings: CurvatureSettings, run: Run) -> MeasuredCurvature:
+    """The part that is measured."""
     if settings.matrix != "hessian":
         images = images.unlabelled()
     curvature = Curvature(teacher.graph, Data(images, run.batch, run.device), settings.matrix)
@@ -157,33 +214,32 @@ def measure_curvature(teacher: Captured, images: Images, settings: CurvatureSett
     )
     top = _spectra(teacher, images, wanted, settings, run) if settings.eigenvalues else [None] * len(wanted)
     rows = [_row(g, float(t), float(e), s) for g, t, e, s in zip(wanted, found.trace, found.error, top, strict=True)]
-    layers = [r for r, g in zip(rows, wanted, strict=True) if g.kind == "layer"]
-    notes = predict(layers, teacher, images, settings.bits, run)
-    asked = {} if settings.channels is None else {"channels": _channels(curvature, settings, settings.channels, run)}
-    return {
-        "layers": layers,
-        "blocks": [r for r, g in zip(rows, wanted, strict=True) if g.kind == "block"],
-        "network": {**rows[-1], "density": _density(top[-1])},
-        "matter": that_matter(layers),
-        "probes": found.probes,
-        "notes": notes,
-        **asked,
-    }
+    measured = [r for r, g in zip(rows, wanted, strict=True) if g.kind == "layer"]
+    layers, notes = predict(measured, teacher, images, settings.bits, run)
+    return MeasuredCurvature(
+        layers=layers,
+        blocks=[r for r, g in zip(rows, wanted, strict=True) if g.kind == "block"],
+        network=NetworkCurvature(**vars(rows[-1]), density=_density(top[-1])),
+        matter=that_matter(layers),
+        probes=found.probes,
+        notes=notes,
+        channels=None if settings.channels is None else _channels(curvature, settings, settings.channels, run),
+    )
 
 
-def _channels(curvature: Curvature, settings: CurvatureSettings, ratio: float, run: Run) -> list[dict[str, Any]]:
+def _channels(curvature: Curvature, settings: CurvatureSettings, ratio: float, run: Run) -> list[ChannelRanking]:
     """HAP's scores of every layer's output channels, and those that go when that share of all does."""
     probing = {"probes": settings.probes, "tolerance": settings.tolerance, "seed": run.seed}
     scores = channel_scores(curvature, **probing, progress=run.progress)  # type: ignore[arg-type]
     kept = pruning_mask(scores, ratio)
     return [
-        {
-            "name": name,
-            "scores": row.tolist(),
-            "least": row.argsort()[:LEAST].tolist(),
-            "pruned": (~kept[name]).nonzero().flatten().tolist(),
-            "predicted_loss": float(row[~kept[name]].sum()),
-        }
+        ChannelRanking(
+            name=name,
+            scores=row.tolist(),
+            least=row.argsort()[:LEAST].tolist(),
+            pruned=(~kept[name]).nonzero().flatten().tolist(),
+            predicted_loss=float(row[~kept[name]].sum()),
+        )
         for name, row in scores.items()
     ]
 
@@ -210,21 +266,14 @@ def _spectra(
     return [*(known[g.weights] for g in wanted if g.kind != "network"), *network]
 
 
-def _row(group: Group, trace: float, error: float, spectrum: Spectrum | None) -> dict[str, Any]:
-    row = {
-        "name": group.name,
-        "parameters": group.parameters,
-        "trace": trace,
-        "trace_error": error,
-        "mean_trace": trace / group.parameters,
-        "eigenvalues": [] if spectrum is None else spectrum.eigenvalues,
-        "eigenvalue_errors": [] if spectrum is None else spectrum.errors,
-        "quadrature": None,
-    }
-    if spectrum is not None:
-        nodes, weights = spectrum.quadratures[0]
-        row["quadrature"] = {"nodes": nodes.tolist(), "weights": weights.tolist()}
-    return row
+def _row(group: Group, trace: float, error: float, spectrum: Spectrum | None) -> GroupCurvature:
+    mean = trace / group.parameters
+    if spectrum is None:
+        return GroupCurvature(group.name, group.parameters, trace, error, mean, [], [], None)
+    nodes, weights = spectrum.quadratures[0]
+    quadrature = {"nodes": nodes.tolist(), "weights": weights.tolist()}
+    top = spectrum.eigenvalues, spectrum.errors
+    return GroupCurvature(group.name, group.parameters, trace, error, mean, *top, quadrature)
 
 
 def _density(spectrum: Spectrum | None) -> dict[str, list[float]] | None:
@@ -234,32 +283,29 @@ def _density(spectrum: Spectrum | None) -> dict[str, list[float]] | None:
     return {"eigenvalue": grid.tolist(), "density": density.tolist()}
 
 
-def predict(layers: list[dict[str, Any]], teacher: Captured, images: Images, bits: int, run: Run) -> list[str]:
-    """Writes ``predicted_loss`` (HAWQ-V2, at these bits) and its ``share`` into each row; what was negative."""
-    used, notes = positive({r["name"]: r["mean_trace"] for r in layers}, "trace")
+def predict(
+    rows: Sequence[GroupCurvature], teacher: Captured, images: Images, bits: int, run: Run
+) -> tuple[list[LayerCurvature], list[str]]:
+    """The layers with the loss that each is predicted to cost at these bits, and notes on what was negative."""
+    used, notes = positive({r.name: r.mean_trace for r in rows}, "trace")
     errors = {layer: squared(e) for layer, _, _, e in Choices((bits,), ()).weight_errors(teacher, images, run)}
-    for row in layers:
-        row["predicted_loss"] = used[row["name"]] * errors[row["name"]] / 2
-    total = sum(r["predicted_loss"] for r in layers)
-    for row in layers:
-        row["share"] = row["predicted_loss"] / total if total > 0 else 0.0
-    return notes
+    lost = [used[r.name] * errors[r.name] / 2 for r in rows]
+    total = sum(lost)
+    share = [each / total if total > 0 else 0.0 for each in lost]
+    return [
+        LayerCurvature(**vars(r), predicted_loss=a, share=b) for r, a, b in zip(rows, lost, share, strict=True)
+    ], notes
 
 
-def that_matter(layers: list[dict[str, Any]]) -> list[str]:
-    """The fewest layers that make up :data:`MOST` of the predicted loss, the worst first.
-
-    Example:
-        >>> that_matter([{"name": "a", "share": 0.1}, {"name": "b", "share": 0.7}, {"name": "c", "share": 0.2}])
-        ['b', 'c']
-    """
+def that_matter(layers: Sequence[LayerCurvature]) -> list[str]:
+    """The fewest layers that make up :data:`MOST` of the predicted loss, the worst first."""
     found: list[str] = []
     covered = 0.0
-    for row in sorted(layers, key=lambda r: -r["share"]):
-        if covered >= MOST or row["share"] == 0:
+    for row in sorted(layers, key=lambda r: -r.share):
+        if covered >= MOST or row.share == 0:
             break
-        found.append(row["name"])
-        covered += row["share"]
+        found.append(row.name)
+        covered += row.share
     return found
 
 
@@ -271,14 +317,3 @@ def _images(source: Any, network: Model, labels: Any, samples: int | None, skip_
     if samples is not None:
         whole_number("samples", samples, least=1)
     return images.sample(min(samples or SAMPLES, len(images)), seed=0)
-
-
-def write_sensitivity(found: dict[str, Any], folder: Path) -> list[Path]:
-    """Writes ``sensitivity.json`` and ``sensitivity.html``; each is whole, or what it was before."""
-    from bitwright.report.sensitivity_page import sensitivity_page
-    from bitwright.run.files import write_json, write_text
-
-    paths = [folder / "sensitivity.json", folder / "sensitivity.html"]
-    write_json(paths[0], found)
-    write_text(paths[1], sensitivity_page(found))
-    return paths

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from bitwright.given.text import read_json
 from bitwright.progress import Progress, silent
 from bitwright.run.files import write_json
 from bitwright.run.folder import BENCH, ONNX, RESULT, STATE, check_file
+from bitwright.run.result import RunResult
 from bitwright.runtimes import absent, chosen
 from bitwright.runtimes.onnxruntime import ONNXRUNTIME
 from bitwright.runtimes.record import Runtime
@@ -26,6 +27,7 @@ from bitwright.speed import kernels
 from bitwright.speed.float_operators import float_operators
 from bitwright.speed.machine import cores, cpu_name
 from bitwright.speed.memory import peak_memory
+from bitwright.speed.record import BenchRecord, FileSpeed, Machine, SpeedRow, TimedRuntime
 from bitwright.speed.timing import Spread, Timer, in_turn, ratios
 
 if TYPE_CHECKING:
@@ -105,16 +107,16 @@ def bench(
             progress("Timing", done, len(settings), f"{where.title}, {_threads(count)}, batch {batch}")
             rows.append(_row(files, where, count, batch, timer, memory or peak_memory))
         progress("Timing", len(settings), len(settings))
-        found = {
-            "bitwright": __version__,
-            "run": str(folder),
-            "machine": {"cpu": cpu_name(), "cores": cores(), "load": _load()},
-            "float": WHAT_FLOAT_IS,
-            "bytes": {"quantized": _bytes(files.quantized), "float": _bytes(files.float)},
-            "runtimes": [_about(r, files) for r in places],
-            "absent": absent(),
-            "rows": rows,
-        }
+        found = BenchRecord(
+            bitwright=__version__,
+            run=str(folder),
+            machine=Machine(cpu_name(), cores(), _load()),
+            what=WHAT_FLOAT_IS,
+            bytes={"quantized": _bytes(files.quantized), "float": _bytes(files.float)},
+            runtimes=[_about(r, files) for r in places],
+            absent=absent(),
+            rows=rows,
+        ).plain()
     write_json(folder / BENCH, found)
     return found
 
@@ -132,10 +134,8 @@ def _exported(folder: Path) -> Path:
         raise UsageError(f"Expected a run folder with {RESULT} in it, found none in {folder}.")
     if not (folder / ONNX).is_file():
         raise UsageError(f"There is no {ONNX} in {folder}. Write it with: bitwright export {folder}")
-    recorded = read_json(folder / RESULT)
-    check_file(
-        folder, ONNX, recorded if isinstance(recorded, dict) else {}, f"Write it with: bitwright export {folder}"
-    )
+    files = RunResult.read(read_json(folder / RESULT), folder / RESULT).files
+    check_file(folder, ONNX, files, f"Write it with: bitwright export {folder}")
     return folder / ONNX
 
 
@@ -169,39 +169,37 @@ def _files(path: Path, scratch: Path) -> _Files:
 # ------------------------------------------------------------------------------------------------ what is measured
 
 
-def _row(files: _Files, where: Runtime, threads: int, batch: int, measure: Timer, memory: Memory) -> dict[str, Any]:
+def _row(files: _Files, where: Runtime, threads: int, batch: int, measure: Timer, memory: Memory) -> SpeedRow:
     """One runtime, number of threads and batch."""
     shape = (batch, *files.shape)
     feed = {files.name: np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
     pair = (files.float, files.quantized)
     times = measure([where.loaded(path, threads, feed) for path in pair])
     peaks = [memory(where, path, shape, files.name, threads) for path in pair]
-    scores = [{**_seconds(t, batch), **peak} for t, peak in zip(times, peaks, strict=True)]
-    return {
-        "runtime": where.name,
-        "threads": threads,
-        "batch": batch,
-        "float": scores[0],
-        "quantized": scores[1],
-        "ratio": asdict(Spread.of(ratios(times[1], times[0]))),
-    }
+    reference, quantized = (_speed(t, batch, peak) for t, peak in zip(times, peaks, strict=True))
+    return SpeedRow(
+        runtime=where.name,
+        threads=threads,
+        batch=batch,
+        reference=reference,
+        quantized=quantized,
+        ratio=Spread.of(ratios(times[1], times[0])),
+    )
 
 
-def _seconds(samples: Sequence[float], batch: int) -> dict[str, float]:
+def _speed(samples: Sequence[float], batch: int, peak: Mapping[str, int]) -> FileSpeed:
     spread = Spread.of(samples)
-    return {**asdict(spread), "images_per_second": batch / spread.median if spread.median > 0 else 0.0}
+    return FileSpeed(**vars(spread), images_per_second=batch / spread.median if spread.median > 0 else 0.0, **peak)
 
 
-def _about(where: Runtime, files: _Files) -> dict[str, Any]:
+def _about(where: Runtime, files: _Files) -> TimedRuntime:
     """Name and version; of ONNX Runtime also what it makes of the two files, and what of the quantized one is float."""
-    about: dict[str, Any] = {"name": where.name, "version": where.version}
-    if where is ONNXRUNTIME:
-        quantized = kernels.optimized(files.quantized)
-        found = {"float": kernels.kernels(files.float), "quantized": kernels.counted(quantized)}
-        about["kernels"] = found
-        about["products"] = {name: kernels.products(counts) for name, counts in found.items()}
-        about["float_operators"] = [asdict(each) for each in float_operators(quantized)]
-    return about
+    if where is not ONNXRUNTIME:
+        return TimedRuntime(where.name, where.version)
+    quantized = kernels.optimized(files.quantized)
+    found = {"float": kernels.kernels(files.float), "quantized": kernels.counted(quantized)}
+    products = {name: kernels.products(counts) for name, counts in found.items()}
+    return TimedRuntime(where.name, where.version, found, products, float_operators(quantized))
 
 
 def _bytes(path: Path) -> int:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from bitwright.export.clips import IN_FLOAT
 from bitwright.export.onnx import NARROW
 from bitwright.speed.kernels import FLOAT_PRODUCTS, INTEGER_PRODUCTS
+from bitwright.speed.record import FloatOperator
 
 ONLY_MOVE = frozenset(
     {
@@ -43,15 +43,6 @@ REASONS = {
     "unknown": "the runtime chose so",
 }
 """Why an operator computes in float; ``{}`` is the operator on its other side."""
-
-
-@dataclass(frozen=True)
-class FloatOperator:
-    """Operators of one kind that compute in float for one reason."""
-
-    operator: str
-    count: int
-    reason: str
 
 
 def float_operators(graph: ir.Graph) -> list[FloatOperator]:

@@ -51,7 +51,7 @@ def _peak() -> int:
         line = next(x for x in STATUS.read_text().splitlines() if x.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     except (OSError, StopIteration):
-        from bitwright.run.result import peak_memory_bytes
+        from bitwright.run.about import peak_memory_bytes
 
         return peak_memory_bytes()
 

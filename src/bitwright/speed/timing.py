@@ -45,6 +45,39 @@ class Spread:
         low, median, high = (float(q) for q in np.quantile(np.asarray(values, dtype=np.float64), [0.25, 0.5, 0.75]))
         return cls(median, low, high, len(values))
 
+    def milliseconds(self, unit: str = "") -> str:
+        """Milliseconds of measured seconds: the median, and the middle half.
+
+        Example:
+            >>> Spread(0.0125, 0.012, 0.013, 5).milliseconds(" ms")
+            '12.5 ms (12 to 13)'
+        """
+        middle, low, high = (f"{1000 * value:.3g}" for value in (self.median, self.low, self.high))
+        return f"{middle}{unit} ({low} to {high})"
+
+    @property
+    def factor(self) -> str:
+        """A ratio: the median, and the middle half.
+
+        Example:
+            >>> Spread(0.5, 0.4, 0.625, 5).factor
+            '0.50 (0.40 to 0.62)'
+        """
+        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+    @property
+    def verdict(self) -> str:
+        """What the middle half of ratios of times says; nothing where it holds 1.
+
+        Example:
+            >>> Spread(0.5, 0.4, 0.6, 5).verdict, Spread(1.2, 0.9, 1.3, 5).verdict
+            ('2.00 times as fast', 'no clear difference')
+        """
+        if self.low <= 1 <= self.high:
+            return "no clear difference"
+        fast = self.median < 1
+        return f"{1 / self.median if fast else self.median:.2f} times as {'fast' if fast else 'slow'}"
+
 
 def in_turn(
     calls: Sequence[Timed],

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -15,14 +15,26 @@ from torch import Tensor, fx
 from bitwright.errors import BitwrightError
 from bitwright.graph.points import Point
 from bitwright.memory import saved_bytes
-from bitwright.quant.learned import rounding_regularizer
+from bitwright.quant.learned import Rounding, rounding_regularizer
 from bitwright.stages.learner import Learner
 from bitwright.stages.losses import weighted_distance
-from bitwright.stages.optimizers import parts_of
+from bitwright.stages.optimizers import Rates, parts_of
 from bitwright.stages.schedules import Anneal, Dampen
 
-if TYPE_CHECKING:
-    from bitwright.stages.reconstruct import Reconstruct
+
+class TuningSettings(Rates, Protocol):
+    """What the loop reads of a :class:`bitwright.stages.reconstruct.Reconstruct`."""
+
+    batch: int
+    rounding: Rounding
+    decide: Anneal | Dampen | None
+
+    @property
+    def drops(self) -> bool:
+        """Whether a step draws random numbers."""
+
+    def mix(self, progress: float) -> tuple[float, float]:
+        """(mix, drop) of activations."""
 
 
 class Samples(Protocol):
@@ -204,7 +216,7 @@ class Tuner:
         learner: Learner,
         feed: Feed,
         objective: Objective,
-        settings: Reconstruct,
+        settings: TuningSettings,
         steps: int,
         precision: torch.dtype,
         device: torch.device,

@@ -26,8 +26,9 @@ from bitwright.given.preprocessing import PreprocessFunction, Preprocessing
 from bitwright.memory import keep_pages
 from bitwright.progress import Progress, silent
 from bitwright.recipes import recipe as find_recipe
-from bitwright.run.result import environment, peak_memory_bytes
-from bitwright.studies.base import KeptRows, Row, Study, StudyResult, StudySettings, plain, settings_facts
+from bitwright.run.about import environment, peak_memory_bytes
+from bitwright.studies.base import KeptRows, Study, StudyResult, StudySettings, settings_facts
+from bitwright.studies.rows import Row, plain
 from bitwright.studies.subject import Subject, split
 
 __all__ = ["Study", "StudyResult", "StudySettings", "builtin_studies", "find_study", "study"]
@@ -120,13 +121,10 @@ def study(
     if labels is not None and evaluate is None:
         raise UsageError("Labels are used for evaluation only. Give the images they belong to with evaluate=.")
     where = find_device(device)
-    networks = _networks(chosen, progress) if model is None else [as_model(model, preprocessing)]
     subjects = []
-    for network in networks:
+    for network in _networks(chosen, progress) if model is None else [as_model(model, preprocessing)]:
         progress(f"Capturing {network.name}", 0, 0)
-        calibration = _images(ZOO_IMAGES if images is None else images, network, None, skip_unreadable)
-        held_out = None if evaluate is None else _images(evaluate, network, labels, skip_unreadable)
-        pool, held_out = split(calibration) if held_out is None else (calibration, held_out)
+        pool, held_out = _parts(images, evaluate, labels, network, skip_unreadable)
         subjects.append(Subject(network, pool, held_out, where, output))
     _warn_of_few(samples, subjects)
     facts = {
@@ -142,6 +140,14 @@ def study(
     measured = _measure(chosen, subjects, settings, rows, progress)
     facts["seconds"] = {"total": round(time.perf_counter() - started, 3)}
     return StudyResult(chosen, {**facts, "peak_memory_bytes": peak_memory_bytes(), "warnings": []}, measured)
+
+
+def _parts(images: Any, evaluate: Any, labels: Any, network: Model, skip_unreadable: bool) -> tuple[Images, Images]:
+    """Images to calibrate and to measure on: one part and the other of the same ones where no others are given."""
+    calibration = _images(ZOO_IMAGES if images is None else images, network, None, skip_unreadable)
+    if evaluate is None:
+        return split(calibration)
+    return calibration, _images(evaluate, network, labels, skip_unreadable)
 
 
 def _networks(chosen: Study, progress: Progress) -> list[Model]:

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import json
-import math
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bitwright.errors import UsageError
+from bitwright.given.models import Model
 from bitwright.progress import Progress
 from bitwright.quant.scheme import parse_activation_bits, parse_weight_bits
+from bitwright.report.frame import Section, bullets, document, paragraph, versions
+from bitwright.report.panels import Figure
+from bitwright.report.tables import page_table
 from bitwright.run.files import DamagedError, read_checked, write_checked, write_text
-
-if TYPE_CHECKING:
-    from bitwright.given.models import Model
-    from bitwright.report.panels import Figure
-    from bitwright.studies.subject import Subject
-    from bitwright.studies.surfaces import Interactive
-
-Row = dict[str, Any]
-"""One measurement as plain data: what was measured (the keys of its cell), then the figures."""
+from bitwright.studies.figures import summary_table
+from bitwright.studies.rows import Row, plain, text_of
+from bitwright.studies.subject import Subject
+from bitwright.studies.surfaces import Interactive
 
 
 @dataclass(frozen=True)
@@ -189,20 +186,30 @@ class StudyResult:
         """What is drawn of it: panels, or a figure that moves."""
         return self.study.figure(self)
 
+    def page(self) -> str:
+        """NAME.html: the figure with how to read it, what it says here, the summary as a table, the settings."""
+        study = self.study
+        settings = ", ".join(f"{k} {v}" for k, v in self.facts["settings"].items() if k != "study")
+        foot = f"{study.reproduces} {study.paper}. Settings: {settings}. {versions(self.facts)}"
+        drawn, (heads, lines) = self.figure(), summary_table(self.summary)
+        sections = [
+            Section("says", "What it says here", bullets(self.verdict)) if self.verdict else None,
+            Section("figure", "How to read it", [paragraph(study.reading), drawn.markup()]),
+            Section(
+                "summary", "The figures", page_table("Means over seeds, with their deviation", heads, lines, wide=True)
+            ),
+        ]
+        title = f"{study.name} - bitwright"
+        return document(title, study.name, study.summary, (), sections, foot=foot, scripted=drawn.scripted)
+
     def save(self, folder: str | Path) -> tuple[Path, Path]:
         """Writes NAME.json and NAME.html: each is whole, or what it was before.
 
         Returns:
             The two paths.
         """
-        from bitwright.report.study_page import study_page
-        from bitwright.studies.figures import summary_table
-
         folder = Path(folder)
-        texts = {
-            ".json": json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n",
-            ".html": study_page(self, *summary_table(self.summary)),
-        }
+        texts = {".json": json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n", ".html": self.page()}
         paths = [folder / f"{self.study.name}{suffix}" for suffix in texts]
         for path, text in zip(paths, texts.values(), strict=True):
             write_text(path, text)
@@ -229,11 +236,11 @@ class KeptRows:
 
     def get(self, key: Row) -> Row | None:
         """The row of this key, if it was measured."""
-        return self._rows.get(_text(key))
+        return self._rows.get(text_of(key))
 
     def add(self, key: Row, row: Row) -> None:
         """Keeps a row."""
-        self._rows[_text(key)] = row
+        self._rows[text_of(key)] = row
         if self.path is not None:
             rows = [{"key": json.loads(k), "row": r} for k, r in self._rows.items()]
             write_checked(self.path, {"identity": self.identity, "rows": rows})
@@ -242,65 +249,12 @@ class KeptRows:
 def _read(path: Path, identity: str) -> dict[str, Row]:
     try:
         found = read_checked(path)
-        same, rows = found["identity"] == identity, {_text(r["key"]): r["row"] for r in found["rows"]}
+        same, rows = found["identity"] == identity, {text_of(r["key"]): r["row"] for r in found["rows"]}
     except (DamagedError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} holds no rows of a study. Delete it, or use force=True.") from error
     if not same:
         raise UsageError(f"The unfinished study in {path} had other settings. Repeat its command, or use force=True.")
     return rows
-
-
-def _text(key: Row) -> str:
-    return json.dumps(key, sort_keys=True)
-
-
-def plain(value: Any) -> Any:
-    """The same as data that JSON can hold: numbers that are not finite become None.
-
-    Example:
-        >>> plain({"kl": float("nan"), "ci": (0.5, 1)})
-        {'kl': None, 'ci': [0.5, 1]}
-    """
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def group(rows: Iterable[Row], by: Sequence[str], values: Sequence[str]) -> list[Row]:
-    """Rows that are equal in ``by`` as one, with mean and standard deviation of each value.
-
-    A value that no row has is left out; the deviation of a single one is None.
-
-    Example:
-        >>> group([{"n": "a", "kl": 1.0}, {"n": "a", "kl": 3.0}], ["n"], ["kl", "top1"])
-        [{'n': 'a', 'kl': {'mean': 2.0, 'sd': 1.4142135623730951, 'count': 2}}]
-    """
-    found: dict[str, tuple[Row, list[Row]]] = {}
-    for row in rows:
-        key = {k: row[k] for k in by if k in row}
-        found.setdefault(_text(key), (key, []))[1].append(row)
-    return [key | {v: s for v in values if (s := _spread(members, v))} for key, members in found.values()]
-
-
-def _spread(rows: list[Row], value: str) -> Row | None:
-    numbers = [r[value] for r in rows if r.get(value) is not None]
-    if not numbers:
-        return None
-    deviation = statistics.stdev(numbers) if len(numbers) > 1 else None
-    return {"mean": statistics.fmean(numbers), "sd": deviation, "count": len(numbers)}
-
-
-def apart(a: Row, b: Row) -> bool:
-    """Whether two means of :func:`group` differ by more than two standard errors of their difference.
-
-    Example:
-        >>> apart({"mean": 1.0, "sd": 0.1, "count": 4}, {"mean": 1.1, "sd": 0.1, "count": 4})
-        False
-    """
-    variance = sum((s["sd"] or 0.0) ** 2 / s["count"] for s in (a, b))
-    return bool(abs(a["mean"] - b["mean"]) > 2 * math.sqrt(variance))
 
 
 def settings_facts(study: Study, settings: StudySettings) -> dict[str, Any]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from bitwright.report.panels import Figure
 from bitwright.stages.reconstruct import Reconstruct
 from bitwright.studies import figures
-from bitwright.studies.base import Cell, Study, StudyResult, StudySettings
+from bitwright.studies.base import Cell, Study, StudySettings
 from bitwright.studies.subject import Subject, eptq
 from bitwright.studies.variants import BEFORE, measured, summarise
 
@@ -43,11 +42,6 @@ def cells(subject: Subject, settings: StudySettings) -> Iterator[Cell]:
                     yield Cell({**key, "seed": seed}, run)
 
 
-def figure(result: StudyResult) -> Figure:
-    """KL and agreement (or accuracy) over the number of images, before and after the optimisation."""
-    return figures.over(result, "images", ["kl", figures.answers_of(result)], "calibration images", numeric=True)
-
-
 STUDY = Study(
     name="calibration-size",
     summary="The result against the number of calibration images, before and after the optimisation.",
@@ -58,5 +52,5 @@ STUDY = Study(
     defaults=StudySettings(steps=80, weights=(3,), activations=8, seeds=(0, 1), samples=1024),
     cells=cells,
     summarise=partial(summarise, by="images"),
-    figure=figure,
+    figure=partial(figures.of_answers, x="images", x_name="calibration images", numeric=True),
 )

@@ -18,7 +18,8 @@ from bitwright.stages.base import Run
 from bitwright.stages.candidates import Fitness, FitnessMeasure
 from bitwright.stages.evolve import Evolve
 from bitwright.studies import figures
-from bitwright.studies.base import Cell, Row, Study, StudyResult, StudySettings, apart, group
+from bitwright.studies.base import Cell, Study, StudyResult, StudySettings
+from bitwright.studies.rows import Row, apart, group
 from bitwright.studies.scales import means, measured_batches, suits
 from bitwright.studies.search import evolve
 from bitwright.studies.subject import Subject

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
-from bitwright.report.panels import Figure
 from bitwright.stages.schedules import Gradual
 from bitwright.studies import figures
-from bitwright.studies.base import Cell, Study, StudyResult, StudySettings
+from bitwright.studies.base import Cell, Study, StudySettings
 from bitwright.studies.subject import Subject, eptq
 from bitwright.studies.variants import cells_of, summarise
 
@@ -26,11 +26,6 @@ def cells(subject: Subject, settings: StudySettings) -> Iterator[Cell]:
     return cells_of(subject, settings, [({"variant": n}, s) for n, s in stages.items()])
 
 
-def figure(result: StudyResult) -> Figure:
-    """KL and agreement (or accuracy) of each schedule."""
-    return figures.over(result, "variant", ["kl", figures.answers_of(result)], "activations while weights learn")
-
-
 STUDY = Study(
     name="gradual",
     summary="Activations on their grids from the first step, or blended in (linear, cosine), or element by element.",
@@ -41,5 +36,5 @@ STUDY = Study(
     defaults=StudySettings(steps=80, weights=(4,), activations=4, seeds=(0, 1), samples=256),
     cells=cells,
     summarise=summarise,
-    figure=figure,
+    figure=partial(figures.of_answers, x="variant", x_name="activations while weights learn"),
 )

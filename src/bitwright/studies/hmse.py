@@ -18,7 +18,8 @@ from bitwright.quant.scheme import Scheme
 from bitwright.report.panels import Figure
 from bitwright.stages.calibrate import Calibrate, parameters
 from bitwright.studies import figures
-from bitwright.studies.base import Cell, Row, Study, StudyResult, StudySettings, group
+from bitwright.studies.base import Cell, Study, StudyResult, StudySettings
+from bitwright.studies.rows import Row, group
 from bitwright.studies.subject import Subject
 from bitwright.studies.variants import VARIANT_FIGURES
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from bitwright.report.panels import Figure
 from bitwright.studies import figures
-from bitwright.studies.base import Cell, Study, StudyResult, StudySettings
+from bitwright.studies.base import Cell, Study, StudySettings
 from bitwright.studies.subject import Subject, eptq
 from bitwright.studies.variants import cells_of, summarise
 
@@ -32,11 +31,6 @@ def cells(subject: Subject, settings: StudySettings) -> Iterator[Cell]:
     return cells_of(subject, settings, [({"variant": "optimised", "steps": n}, s) for n, s in runs.items()])
 
 
-def figure(result: StudyResult) -> Figure:
-    """KL and agreement (or accuracy) over the steps."""
-    return figures.over(result, "steps", ["kl", figures.answers_of(result)], "steps", numeric=True)
-
-
 STUDY = Study(
     name="iterations",
     summary="The result against the number of optimisation steps, each run with its schedules stretched over it.",
@@ -47,5 +41,5 @@ STUDY = Study(
     defaults=StudySettings(steps=400, weights=(3,), activations=8, seeds=(0,), samples=256),
     cells=cells,
     summarise=partial(summarise, by="steps"),
-    figure=figure,
+    figure=partial(figures.of_answers, x="steps", x_name="steps", numeric=True),
 )

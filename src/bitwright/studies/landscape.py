@@ -21,8 +21,9 @@ from bitwright.stages.base import Run
 from bitwright.stages.candidates import Batches, Evaluator, Meaning, Scales
 from bitwright.stages.evolve import scale_keys
 from bitwright.studies import surfaces
-from bitwright.studies.base import Cell, Row, Study, StudyResult, StudySettings, group
+from bitwright.studies.base import Cell, Study, StudyResult, StudySettings
 from bitwright.studies.roughness import bends, directions, jumps, noise_bends, offsets, strict_minima
+from bitwright.studies.rows import Row, group
 from bitwright.studies.scales import ANSWERS, Distances, measured_batches, middle_blocks
 from bitwright.studies.subject import Subject
 

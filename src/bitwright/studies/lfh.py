@@ -20,7 +20,8 @@ from bitwright.given.models import Model, load_model
 from bitwright.graph.points import linear_points
 from bitwright.progress import Progress
 from bitwright.report.panels import Figure, Panel, Series, colour
-from bitwright.studies.base import Cell, Row, Study, StudyResult, StudySettings, group
+from bitwright.studies.base import Cell, Study, StudyResult, StudySettings
+from bitwright.studies.rows import Row, group
 from bitwright.studies.subject import Subject
 from bitwright.studies.traces import Loss, hessian_traces, scores_of
 from bitwright.zoo.networks import CLASS_COUNT
@@ -105,8 +106,9 @@ def _measure(subject: Subject, images: Images, name: str, seed: int, progress: P
         trace = found.layer_trace
         return {**about, "trace": trace.tolist(), "error": (found.error * trace).tolist()}
     loss = next(x for x in losses(scores, images.labels, seed) if x.name == name)
-    options: dict[str, Any] = {"probes": PROBES, "seed": seed, "device": subject.device, "progress": progress}
-    traces = hessian_traces(graph, images, points, loss, **options)
+    traces = hessian_traces(
+        graph, images, points, loss, probes=PROBES, seed=seed, device=subject.device, progress=progress
+    )
     bound = loss.bound * scores.shape[1] / 2  # in units of the label-free trace, which is 2/k Tr(J^T J)
     return {**about, "trace": traces.mean.tolist(), "error": traces.error.tolist(), "bound": bound}
 

@@ -37,7 +37,8 @@ from bitwright.sensitivity import (
 )
 from bitwright.stages.base import Run, Stage
 from bitwright.studies import figures
-from bitwright.studies.base import Cell, Row, Study, StudyResult, StudySettings, group
+from bitwright.studies.base import Cell, Study, StudyResult, StudySettings
+from bitwright.studies.rows import Row, group
 from bitwright.studies.subject import Subject
 
 UNIFORM, MIXED = "uniform", "mixed"

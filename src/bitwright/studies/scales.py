@@ -19,7 +19,7 @@ from bitwright.measure.metrics import as_log_probabilities
 from bitwright.stages.base import Run
 from bitwright.stages.candidates import Batches, Fitness, FitnessMeasure
 from bitwright.stages.evolve import Evolve
-from bitwright.studies.base import Row
+from bitwright.studies.rows import Row
 from bitwright.studies.subject import Subject
 
 FITNESS_MEASURES: tuple[FitnessMeasure, ...] = get_args(FitnessMeasure)

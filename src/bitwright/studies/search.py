@@ -20,7 +20,8 @@ from bitwright.stages.base import Run
 from bitwright.stages.candidates import Batches, Fitness, Scales
 from bitwright.stages.evolve import Evolve, EvolveRecord
 from bitwright.studies import figures
-from bitwright.studies.base import Cell, Row, Study, StudyResult, StudySettings, apart, group
+from bitwright.studies.base import Cell, Study, StudyResult, StudySettings
+from bitwright.studies.rows import Row, apart, group
 from bitwright.studies.scales import evolved_keys
 from bitwright.studies.straight_through import OPTIMIZERS, Descent, descend
 from bitwright.studies.subject import Subject, split

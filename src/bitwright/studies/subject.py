@@ -15,6 +15,7 @@ from bitwright.graph.axes import read_outputs
 from bitwright.graph.capture import Captured
 from bitwright.graph.student import Snapshot, Student, insert_quantizers
 from bitwright.measure.evaluation import compare
+from bitwright.measure.metrics import Evaluation, worst_figures
 from bitwright.pipeline import tensor_digest
 from bitwright.progress import Progress, silent
 from bitwright.quant.scheme import Scheme
@@ -22,7 +23,7 @@ from bitwright.recipes import recipe
 from bitwright.run.record import StageRecord
 from bitwright.stages.base import Run, Stage
 from bitwright.stages.reconstruct import Reconstruct
-from bitwright.studies.base import Row
+from bitwright.studies.rows import Row
 
 BATCH = 50
 COMPARED = 256
@@ -123,24 +124,23 @@ class Subject:
         """Fidelity, and accuracy where there are labels, on held-out images; KL on calibration images beside it."""
         found = self._compare(student, self.held_out, progress)
         own = self._compare(student, calibration[:COMPARED], progress)
-        ours = found["quantized"]
-        accuracy = {k: ours[k] for k in ("top1", "top1_ci") if k in ours}
-        fidelity = {k: found["fidelity"][k] for k in ("agreement", "kl", "sqnr_db")}
-        return {**fidelity, **accuracy, "calibration_kl": own["fidelity"]["kl"]}
+        worst, scores = worst_figures(found.outputs), {} if found.quantized is None else found.quantized.to_dict()
+        accuracy: Row = {k: scores[k] for k in ("top1", "top1_ci") if k in scores}
+        fidelity = {"agreement": worst.agreement, "kl": worst.kl, "sqnr_db": worst.sqnr_db}
+        return {**fidelity, **accuracy, "calibration_kl": worst_figures(own.outputs).kl}
 
     def float_accuracy(self, progress: Progress = silent) -> Row:
         """Of the float network on the held-out images, all of which are decoded for it; empty without labels."""
-        found: Row = compare(self._teacher, None, self.held_out, batch=BATCH, progress=progress).to_dict()["quantized"]
-        return found
+        found = compare(self._teacher, None, self.held_out, batch=BATCH, progress=progress).quantized
+        return {} if found is None else found.to_dict()
 
-    def _compare(self, student: Student, images: Images, progress: Progress) -> dict[str, Any]:
+    def _compare(self, student: Student, images: Images, progress: Progress) -> Evaluation:
         def network(x: Tensor) -> list[Tensor]:
             return [o.cpu() for o in student.flat(x.to(self.device))]
 
         names = self.teacher.outputs
         readings = read_outputs(self.teacher.graph, images.batch([0]).to(self.device), names)
-        found = compare(network, self._teacher, images, names=names, readings=readings, batch=BATCH, progress=progress)
-        return found.to_dict()
+        return compare(network, self._teacher, images, names=names, readings=readings, batch=BATCH, progress=progress)
 
     def _teacher(self, x: Tensor) -> list[Tensor]:
         return [o.cpu() for o in self.teacher.graph(x.to(self.device))]

@@ -10,7 +10,8 @@ from bitwright.progress import Progress
 from bitwright.quant.scheme import Scheme
 from bitwright.stages.base import Stage
 from bitwright.stages.reconstruct import Reconstruct
-from bitwright.studies.base import Cell, Row, StudySettings, group
+from bitwright.studies.base import Cell, StudySettings
+from bitwright.studies.rows import Row, group
 from bitwright.studies.subject import Subject, eptq
 
 BEFORE = "before"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
-from bitwright.report.panels import Figure
 from bitwright.studies import figures
-from bitwright.studies.base import Cell, Study, StudyResult, StudySettings
+from bitwright.studies.base import Cell, Study, StudySettings
 from bitwright.studies.subject import Subject, eptq
 from bitwright.studies.variants import cells_of, summarise
 
@@ -20,11 +20,6 @@ def cells(subject: Subject, settings: StudySettings) -> Iterator[Cell]:
     return cells_of(subject, settings, [({"variant": w}, s) for w, s in stages.items()])
 
 
-def figure(result: StudyResult) -> Figure:
-    """KL and agreement (or accuracy) of each weighting."""
-    return figures.over(result, "variant", ["kl", figures.answers_of(result)], "weights of the distances")
-
-
 STUDY = Study(
     name="weighting",
     summary="Distances of all layers weighted equally, by layer (LFH), by sample and layer (SLA), or both.",
@@ -35,5 +30,5 @@ STUDY = Study(
     defaults=StudySettings(steps=80, weights=(3,), activations=8, seeds=(0, 1, 2), samples=256),
     cells=cells,
     summarise=summarise,
-    figure=figure,
+    figure=partial(figures.of_answers, x="variant", x_name="weights of the distances"),
 )

@@ -18,7 +18,7 @@ from bitwright.export.openvino import write_openvino
 from bitwright.export.pt2 import write_pt2
 from bitwright.runtimes import tables
 
-PAGE = Path(__file__).parents[1] / "docs" / "deploy.md"
+PAGE = Path(__file__).parents[2] / "docs" / "deploy.md"
 LINES = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
 CHECK = (
     "\nimport numpy\nnumpy.save('found.npy', numpy.asarray(found.detach() if hasattr(found, 'detach') else found))\n"

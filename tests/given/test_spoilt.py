@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import bitwright as bw
 from bitwright.given.images import load_images
-from bitwright.measure.spoilt import find_spoilt, measure, without_spoilt
+from bitwright.given.spoilt import find_spoilt, measure, without_spoilt
 
 
 def clean(count: int = 32) -> Tensor:

@@ -20,7 +20,7 @@ from bitwright.cli import app
 from bitwright.recipes import builtin_recipes
 from bitwright.stages.base import Stage
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 

@@ -1,0 +1,90 @@
+"""What a result says of the network, of this machine and of the process that works here."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import shlex
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitwright._version import __version__
+from bitwright.graph import ops, rewrite
+from bitwright.graph.student import Student
+from bitwright.quant.quantizer import BiasQuantizer, Frozen
+from bitwright.run.result import LayerRow
+
+
+def describe_layers(model: Student) -> list[LayerRow]:
+    """One row per quantized tensor, without its signal to noise."""
+    rows = []
+    for layer in model.layers:
+        weight = None if layer.weight is None else model.quantizer(layer.weight)
+        activation = None if layer.activation is None else model.quantizer(layer.activation)
+        stored = layer.op == "parameter"
+        described = activation if weight is None else weight
+        holder = activation if stored and activation is not None else weight
+        rows.append(
+            LayerRow(
+                name=layer.name,
+                op=layer.op,
+                weight_bits=None if holder is None else holder.grid.bits,
+                activation_bits=None if stored or activation is None else activation.grid.bits,
+                granularity="tensor" if described is None else described.granularity,
+                parameters=layer.parameters,
+                macs=layer.macs,
+            )
+        )
+    return rows
+
+
+def environment(device: torch.device | str, seed: int) -> dict[str, Any]:
+    """Versions, machine, threads (on whose number the last bits of sums depend), seed and command."""
+    return {
+        "bitwright": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "seed": seed,
+        "command": command_line(),
+    }
+
+
+def command_line() -> str:
+    """What was called, without the folder that the program is in."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this process so far."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def totals(model: Student) -> dict[str, int]:
+    """Parameters and MACs of the whole network, for one image."""
+    return {"parameters": stored_values(model), "macs": sum(x.macs for x in model.layers)}
+
+
+def stored_values(model: Student) -> int:
+    """Numbers that the float network stores: weights, biases, and parameters of what is not quantized."""
+    read = [n for n in model.graph.graph.nodes if n.op == "get_attr"]
+    names = dict.fromkeys(str(n.target) for n in read if not all(ops.RESCALES in user.meta for user in n.users))
+    count = sum(rewrite.get_tensor(model.graph, name).numel() for name in names)
+    used = dict.fromkeys(str(n.target) for n in model.graph.graph.nodes if n.op == "call_module")
+    frozen = [m for m in (model.graph.get_submodule(key) for key in used) if isinstance(m, Frozen)]
+    # layers that share a weight share its bias, of which each has integers of its own
+    biases = {id(q.weight): m for m in frozen if isinstance(q := m.quantizer, BiasQuantizer)}
+    weights = [m for m in frozen if not isinstance(m.quantizer, BiasQuantizer)]
+    return count + sum(m.codes.numel() for m in (*weights, *biases.values()))
+
+
+def describe_unquantized(model: Student) -> list[dict[str, str]]:
+    """Tensors that stay float, with the reason."""
+    return [asdict(u) for u in model.unquantized]
