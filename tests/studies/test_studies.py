@@ -24,7 +24,7 @@ from bitwright.studies.subject import split
 
 NAMES = {
     *("calibration-size", "fitness", "gradual", "hmse", "iterations", "landscape", "lfh", "search", "weighting"),
-    "mixed-precision",
+    *("mixed-precision", "around"),
 }
 TINY: dict[str, Any] = {"samples": 6, "seeds": (0, 1)}
 
@@ -119,6 +119,29 @@ def test_gradual_varies_the_schedule_alone(monkeypatch: pytest.MonkeyPatch) -> N
     assert [None if s.gradual is None else s.gradual.how for s in seen] == [None, "linear", "cosine", "drop"]
     assert len({s.model_copy(update={"gradual": None}) for s in seen}) == 1
     assert {s.steps for s in seen} == {3}
+
+
+def test_around_runs_every_recipe_without_labels_and_draws_it_over_its_time() -> None:
+    result = run("around", steps=1, seeds=(0,))
+    assert {r["variant"] for r in result.rows} == {
+        n for n, r in recipes().items() if not r.reads_labels and not n.endswith("-paper")
+    }
+    assert all(r["cpu_seconds"] > 0 for r in result.rows)
+    assert all(("steps" in r) == recipes()[r["variant"]].optimises for r in result.rows)
+    drawn = builtin_studies()["around"].figure(result)
+    assert {s.name for s in drawn.rows[0][0].series} == {r["variant"] for r in result.rows}
+    at = {s.name: list(s.x) for s in drawn.rows[0][0].series}
+    assert all([r["cpu_seconds"]] == at[r["variant"]] for r in result.rows)
+
+
+def test_around_names_those_that_no_other_beats() -> None:
+    rows = [
+        {"network": "n", "weights": 3, "activations": 4, "variant": name, "seed": 0, "kl": kl, "cpu_seconds": seconds}
+        for name, kl, seconds in (("slow", 0.1, 9.0), ("quick", 0.3, 1.0), ("beaten", 0.4, 2.0))
+    ]
+    study = builtin_studies()["around"]
+    (said,) = StudyResult(study, {}, rows).verdict
+    assert "than quick (1 s), slow (9 s)." in said
 
 
 def test_iterations_take_the_steps_they_say() -> None:

@@ -423,6 +423,8 @@ class StudyCall(Call):
 
     - **fitness**: losses for evolution to minimise: infoNCE, squared error, cosine and KL
 
+    - **around**: every recipe's result against the CPU seconds it took
+
     - **mixed-precision**: the same bits for all layers compared with plans, at each size of the file
 
     Example: `bitwright study weighting --steps 50 --seeds 0`
