@@ -1,6 +1,6 @@
-"""What fewer bits of weights cost in time: each network's files at 4 and 8 bits, in turn in one process.
+"""What fewer bits cost in time: each network's files at W8A8, W4A8 and W4A4, in turn in one process.
 
-Weights are stored in their bits and run in the kernels of 8; the ratio of the two files' times says what that costs.
+Weights are stored in their bits and run in the kernels of 8; the ratio of the files' times says what that costs.
 The recipe is ``rtn``, since speed does not depend on the values.
 
     python -m benchmarks.narrow                        # the embedded networks, and seeded ones of torchvision and timm
@@ -29,7 +29,9 @@ from bitwright.speed.timing import Spread, in_turn, ratios
 
 OUT = Path(__file__).parent / "results"
 SECONDS = 8.0
-BITS = (8, 4)
+BITS = {"W8A8": (8, 8), "W4A8": (4, 8), "W4A4": (4, 4)}
+FIRST = "W8A8"
+"""What the others are compared with."""
 
 
 def seeded(name: str) -> torch.nn.Module:
@@ -65,38 +67,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
 
 
+def told(row: dict[str, Any]) -> str:
+    """A row as a line."""
+    each = ", ".join(
+        f"{bits} {found['median']:.2f} ({found['low']:.2f} to {found['high']:.2f}), "
+        f"{row['integer_products'][bits]['integer']} of {sum(row['integer_products'][bits].values())} in integers"
+        for bits, found in row[f"over {FIRST}"].items()
+        if bits != FIRST
+    )
+    first = 1e3 * row["seconds"][FIRST]["median"]
+    return f"{row['network']}, {row['runtime']}, batch {row['batch']}: {FIRST} {first:.2f} ms; over it {each}"
+
+
 def rows_of(name: str, model: Any, images: Any) -> list[dict[str, Any]]:
     """One row for each runtime and batch."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        files = {bits: Path(folder) / f"w{bits}.onnx" for bits in BITS}
+        files = {bits: Path(folder) / f"{bits}.onnx" for bits in BITS}
         for bits, path in files.items():
-            quantized = bw.quantize(model, images, "rtn", weights=bits)
-            quantized.export(path, quantized.calibration)
+            quantized = bw.quantize(model, images, "rtn", weights=BITS[bits][0], activations=BITS[bits][1])
+            quantized.export(path, quantized.calibration, force=True)
         shape = quantized.input_shape
         counts = {bits: products(kernels(path)) for bits, path in files.items()}
         for runtime in (r for r in running() if r.installed):
             for batch in (1, 16):
                 feed = {"images": np.random.default_rng(0).standard_normal((batch, *shape)).astype(np.float32)}
-                times = in_turn([runtime.loaded(files[b], 1, feed) for b in BITS], SECONDS)
+                timed = in_turn([runtime.loaded(path, 1, feed) for path in files.values()], SECONDS)
+                times = dict(zip(files, timed, strict=True))
                 row = {
                     "network": name,
                     "runtime": f"{runtime.name} {runtime.version}",
                     "batch": batch,
-                    "integer_products": {str(b): counts[b] for b in BITS},
-                    "bytes": {str(b): files[b].stat().st_size for b in BITS},
-                    "seconds": {str(b): asdict(Spread.of(t)) for b, t in zip(BITS, times, strict=True)},
-                    "ratio": asdict(Spread.of(ratios(times[1], times[0]))),
+                    "integer_products": counts,
+                    "bytes": {b: path.stat().st_size for b, path in files.items()},
+                    "seconds": {b: asdict(Spread.of(t)) for b, t in times.items()},
+                    f"over {FIRST}": {b: asdict(Spread.of(ratios(t, times[FIRST]))) for b, t in times.items()},
                 }
                 rows.append(row)
-                ratio = row["ratio"]
-                print(
-                    f"{name}, {runtime.title}, batch {batch}: W8A8 {1e3 * row['seconds']['8']['median']:.2f} ms, "
-                    f"W4A8 / W8A8 {ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}), "
-                    f"in integers {counts[4]['integer']} of {sum(counts[4].values())}, "
-                    f"{files[8].stat().st_size} and {files[4].stat().st_size} bytes",
-                    flush=True,
-                )
+                print(told(row), flush=True)
     return rows
 
 

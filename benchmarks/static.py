@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--evaluate", help="other images, labelled")
     parser.add_argument("--labels", help="a CSV of file,class_index for them")
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
+    parser.add_argument("--weights", nargs="+", type=int, default=(8, 4), help="bits of ours, beside 8-bit activations")
     parser.add_argument("--steps", type=int, help="of a recipe that optimises")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, help="the first is compared with")
     parser.add_argument("--batches", nargs="+", type=int, default=(1, 32))
@@ -129,8 +131,9 @@ def measure(reference: str, given: argparse.Namespace) -> Row:
 def _files(network: Model, images: Images, folder: Path, given: argparse.Namespace) -> dict[str, Entry]:
     """Float, ours by recipe, theirs by calibration method."""
     entries = {"float": _float(network, images, folder / "float.onnx")}
-    for recipe in given.recipes:
-        entries[f"bitwright {recipe}"] = _ours(network, images, recipe, given.steps, folder / f"{recipe}.onnx")
+    for recipe, bits in itertools.product(given.recipes, given.weights):
+        path = folder / f"{recipe}-w{bits}.onnx"
+        entries[f"bitwright {recipe} W{bits}A8"] = _ours(network, images, recipe, bits, given.steps, path)
     for method in given.methods:
         entries[f"quantize_static {method}"] = _theirs(
             entries["float"].path, images, method, folder / f"static_{method}.onnx"
@@ -152,9 +155,9 @@ def _float(network: Model, images: Images, path: Path) -> Entry:
     return Entry(path, time.perf_counter() - started)
 
 
-def _ours(network: Model, images: Images, recipe: str, steps: int | None, path: Path) -> Entry:
+def _ours(network: Model, images: Images, recipe: str, bits: int, steps: int | None, path: Path) -> Entry:
     started = time.perf_counter()
-    model = bw.quantize(network, images, recipe, weights=8, activations=8, steps=steps, device="cpu")
+    model = bw.quantize(network, images, recipe, weights=bits, activations=8, steps=steps, device="cpu")
     seconds = time.perf_counter() - started
     export_checked(model, path, images)
     return Entry(path, seconds)

@@ -13,16 +13,15 @@ from bitwright.cli import tables
 from bitwright.cli.calls import ExportCall
 from bitwright.cli.options import ImageOptions
 from bitwright.cli.sources import float_network, images_at, load_run
-from bitwright.errors import BitwrightError, ParityError, UsageError, quiet_libraries
-from bitwright.export.formats import FORMATS
-from bitwright.export.parity import export_checked
+from bitwright.errors import BitwrightError, UsageError, quiet_libraries
+from bitwright.export.formats import named, write_checked
 from bitwright.export.verdict import OutputParity, Parity
 from bitwright.given.images import Images
 from bitwright.given.models import Model
 from bitwright.given.text import read_json, short
 from bitwright.graph.student import Student
 from bitwright.run import folder as run_folder
-from bitwright.run.files import cannot_write, move, scratch, target_file, write_json
+from bitwright.run.files import cannot_write, target_file, write_json
 from bitwright.run.result import RunResult
 from bitwright.terminal import Terminal
 
@@ -59,12 +58,9 @@ def _exported(run: str, call: ExportCall, terminal: Terminal) -> Exported:
         UsageError: another format, no images for the check, or what the runtime lacks.
         ParityError: the file computes something else than the simulation.
     """
-    to = call.to
-    if to not in FORMATS:
-        raise UsageError(f"Expected a format out of {', '.join(FORMATS)}, found '{to}'.")
+    to, made = call.to, named(call.to)
     model = load_run(run)
     folder = Path(run).expanduser() if Path(run).expanduser().is_dir() else Path(run).expanduser().parent
-    made = FORMATS[to]
     path = (call.out or folder / made.files[0]).expanduser()
     if path.is_dir() or not path.parent.is_dir():
         raise UsageError(f"Expected a file in an existing folder as --out, found {path}.")
@@ -80,7 +76,7 @@ def _exported(run: str, call: ExportCall, terminal: Terminal) -> Exported:
     terminal.begin(f"Writing {to} and checking it in {made.where}")
     try:
         with quiet_libraries():
-            parity, files = _write(model, to, path, images, call.force, call.samples)
+            parity, files = write_checked(model, to, path, images, force=call.force, count=call.samples)
     except OSError as error:
         raise cannot_write(path, error) from error
     terminal.finish()
@@ -97,26 +93,6 @@ def _check_run_of(path: Path, folder: Path, *, force: bool) -> None:
         raise UsageError(f"{path} is a part of the run's record. Choose another name.")
     if inside and path.is_file() and path.parent != folder.resolve() and not force:
         raise UsageError(f"{path} belongs to another run. Choose another name, or --force.")
-
-
-def _write(model: Student, to: str, path: Path, images: Images, force: bool, samples: int) -> tuple[Parity, list[Path]]:
-    """Writes into a folder beside the target, and moves what passed; its files, the one that is named first."""
-    with scratch(path.parent) as folder:
-        partial = folder / path.name
-        write = FORMATS[to].write
-        if write is None:
-            parity = export_checked(model, partial, images, force=force, count=samples)
-        else:
-            parity = write(model, partial, images.batch(range(min(samples, len(images)))))
-            if not parity.passed and not force:
-                raise ParityError(
-                    f"The {to} file does not compute what was measured: {parity.first_divergence} is the first to "
-                    "differ. It was not written; --force keeps it."
-                )
-        written = sorted(folder.iterdir(), key=lambda file: file != partial)
-        for file in reversed(written):  # the one that is named comes last
-            move(file, path.parent / file.name)
-    return parity, [path.parent / file.name for file in written]
 
 
 def run_images(model: Student, source: str | None, reading: ImageOptions, how: str = "--images") -> Images:

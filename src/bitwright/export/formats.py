@@ -8,15 +8,19 @@ from pathlib import Path
 
 from torch import Tensor
 
+from bitwright.errors import ParityError, UsageError
 from bitwright.export.encodings import check_encodings, write_encodings
 from bitwright.export.executorch import check_executorch, write_executorch
 from bitwright.export.openvino import check_openvino, write_openvino
+from bitwright.export.parity import IMAGES, export_checked
 from bitwright.export.pt2 import write_pt2
 from bitwright.export.tables import write_tables
 from bitwright.export.tensorrt import check_tensorrt, write_tensorrt
 from bitwright.export.verdict import Parity
+from bitwright.given.images import Images
 from bitwright.graph.student import Student
 from bitwright.run import folder as run_folder
+from bitwright.run.files import move, scratch
 
 Writer = Callable[[Student, Path, Tensor], Parity]
 
@@ -53,3 +57,51 @@ FORMATS = {
     "tables": Format(run_folder.TABLES, "the integer reference", write_tables),
     "encodings": Format(run_folder.ENCODINGS, "ONNX Runtime", write_encodings, check_encodings),
 }
+
+
+def named(to: str) -> Format:
+    """The format of a name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if to not in FORMATS:
+        raise UsageError(f"Expected a format out of {', '.join(FORMATS)}, found '{to}'.")
+    return FORMATS[to]
+
+
+def write_checked(
+    model: Student, to: str, path: Path, images: Images, *, force: bool = False, count: int = IMAGES
+) -> tuple[Parity, list[Path]]:
+    """Writes into a folder beside the target, and moves what passed.
+
+    Args:
+        model: frozen on the way.
+        to: a name out of :data:`FORMATS`.
+        path: of the file that is named; others lie beside it.
+        images: for the check.
+        force: keep what does not pass it.
+        count: of images to run.
+
+    Returns:
+        What the check found, and all files, the one that is named first.
+
+    Raises:
+        ParityError: what was written computes something else.
+    """
+    with scratch(path.parent) as folder:
+        partial = folder / path.name
+        write = named(to).write
+        if write is None:
+            parity = export_checked(model, partial, images, force=force, count=count)
+        else:
+            parity = write(model, partial, images.batch(range(min(count, len(images)))))
+            if not parity.passed and not force:
+                raise ParityError(
+                    f"The {to} file does not compute what was measured: {parity.first_divergence} is the first to "
+                    "differ. It was not written; force=True keeps it."
+                )
+        written = sorted(folder.iterdir(), key=lambda file: file != partial)
+        for file in reversed(written):  # the one that is named comes last
+            move(file, path.parent / file.name)
+    return parity, [path.parent / file.name for file in written]

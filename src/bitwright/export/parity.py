@@ -85,7 +85,8 @@ def export_checked(
         ParityError: the file computes something else; it is not written, unless ``force``.
     """
     path = target_file(path, ".onnx", force=force)
-    batch = _images(model, images, count)
+    data = images_of(model, images)
+    batch = data.batch(range(min(count, len(data))))
     try:
         program, parity = _written(model, batch)
     except (BitwrightError, OSError):
@@ -170,14 +171,17 @@ def _warn_of_openvino(model: Student, program: ir.Model, images: Tensor) -> None
         )
 
 
-def _images(model: Student, images: Any, count: int) -> Tensor:
+def images_of(model: Student, images: Any) -> Images:
+    """The images to check a file with: those given, else those that the model was calibrated with.
 
+    Raises:
+        UsageError: there are none.
+    """
     if images is None:
         images = model.calibration
     if images is None:
         raise UsageError("The check of the exported file needs a few images. Give images=.")
-    data = images if isinstance(images, Images) else load_images(images, model.preprocessing)
-    return data.batch(range(min(count, len(data))))
+    return images if isinstance(images, Images) else load_images(images, model.preprocessing)
 
 
 def check_parity(

@@ -21,7 +21,8 @@ import torch
 from bitwright import report as pages
 from bitwright import words
 from bitwright.errors import BitwrightError, UsageError, one_line, quiet_libraries, step
-from bitwright.export.parity import export_checked
+from bitwright.export.formats import named, write_checked
+from bitwright.export.parity import export_checked, images_of
 from bitwright.export.verdict import Parity
 from bitwright.given.arguments import a_path, of_kind
 from bitwright.given.images import Images, load_images
@@ -32,7 +33,7 @@ from bitwright.report import facts
 from bitwright.report.answers import Answers
 from bitwright.run import folder as run_folder
 from bitwright.run.about import peak_memory_bytes
-from bitwright.run.files import first_existing, remove_empty, write_text
+from bitwright.run.files import first_existing, remove_empty, target_file, write_text
 from bitwright.run.journal import Journal
 from bitwright.run.record import EvaluatedImages, add_evaluation, add_parity, add_plan_outcome
 from bitwright.run.state import leave
@@ -191,11 +192,30 @@ def save(
 
 
 @step("The export")
-def export(model: Student, path: str | Path, images: Any = None, *, force: bool = False) -> Parity:
-    """Writes an ONNX file once it passed its check; see :func:`bitwright.export.parity.export_checked`."""
+def export(model: Student, path: str | Path, images: Any = None, *, to: str = "onnx", force: bool = False) -> Parity:
+    """Writes a file for a runtime once it passed its check there.
+
+    Args:
+        model: frozen on the way.
+        path: of the file; a format of several files writes the others beside it.
+        images: for the check, as everywhere; the calibration images if not given.
+        to: the format: ``onnx``, ``openvino``, ``pt2``, ``tensorrt``, ``executorch``, ``tables`` or ``encodings``.
+        force: keep a file that fails the check.
+
+    Raises:
+        UsageError: there are no images, no such format, or something that the format lacks.
+        ParityError: the file computes something else; it is not written, unless ``force``.
+    """
     place = a_path("path", path)
     of_kind("force", force, bool, "True or False")
-    parity = export_checked(model, place, images, force=force)
+    made = named(to)
+    if to == "onnx":
+        parity = export_checked(model, place, images, force=force)
+    else:
+        if made.check is not None:
+            made.check(model)
+        place = target_file(place, made.suffix, force=force)
+        parity, _ = write_checked(model, to, place, images_of(model, images), force=force)
     run_folder.renew_checksum(place)
     return parity
 
