@@ -8,7 +8,7 @@ import pytest
 
 from bitwright.bits.plan import Plan
 from bitwright.errors import UsageError
-from bitwright.given.text import read_yaml
+from bitwright.given.text import read_json, read_yaml
 from bitwright.recipes import recipe
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -60,3 +60,8 @@ def test_plan_that_is_none_is_refused_in_a_line(content: bytes, tmp_path: Path) 
     (tmp_path / "plan.json").write_bytes(content)
     with pytest.raises(UsageError, match=r"plan\.json"):
         Plan.read(tmp_path)
+
+
+def test_json_of_an_editor_that_marks_the_order_of_bytes_is_read(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_bytes(b"\xef\xbb\xbf" + b'{"bits": 4}')
+    assert read_json(tmp_path / "plan.json") == {"bits": 4}

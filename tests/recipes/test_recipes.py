@@ -151,6 +151,11 @@ def test_an_unknown_recipe_suggests_the_nearest(asked: str, near: str) -> None:
         recipe(asked)
 
 
+def test_an_unknown_recipe_like_no_other_lists_them_all() -> None:
+    with pytest.raises(UsageError, match=r"no recipe 'zzzz'\. All: .*eptq"):
+        recipe("zzzz")
+
+
 @pytest.mark.parametrize(
     "settings", [{"weights": "best"}, {"percentile": 1.5}, {"power": 0}, {"score_probes": 0}, {"x": 1}]
 )

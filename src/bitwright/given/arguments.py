@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import operator
 import os
 import re
@@ -160,3 +161,14 @@ def choices(literal: Any) -> tuple[str, ...]:
 def _said(value: Any) -> str:
     text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A question for the end of an error about a name that there is not; empty where no name is like it.
+
+    Example:
+        >>> nearest("msee", ["mse", "eptq"]), nearest("zzz", ["mse", "eptq"])
+        (" Did you mean 'mse'?", '')
+    """
+    close = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else ""

@@ -34,7 +34,7 @@ def read_json(path: Path, once: Callable[[list[tuple[str, Any]]], Any] | None = 
     if not path.is_file():
         raise UsageError(f"Expected a file of JSON at {path}, found none.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once, parse_constant=refuse)
+        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=once, parse_constant=refuse)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from error
     except (ValueError, OSError, RecursionError) as error:

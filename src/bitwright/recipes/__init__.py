@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 import runpy
@@ -14,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, SerializeAsAny, ValidationError, field_validator
 
 from bitwright.errors import UsageError
+from bitwright.given.arguments import nearest
 from bitwright.given.text import read_yaml, short
 from bitwright.stages.base import Optimising, Stage
 
@@ -129,8 +129,7 @@ def recipe(reference: str | Path | Recipe | None = None) -> Recipe:
         return _from_python(path) if path.suffix == ".py" else _from_yaml(path)
     known = builtin_recipes()
     if str(reference) not in known:
-        near = difflib.get_close_matches(str(reference).lower(), known, n=1, cutoff=0.0)
-        raise UsageError(f"There is no recipe '{reference}'. Did you mean '{near[0]}'? All: {', '.join(known)}.")
+        raise UsageError(f"There is no recipe '{reference}'.{nearest(str(reference), known)} All: {', '.join(known)}.")
     return known[str(reference)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import json
 import pkgutil
@@ -18,7 +17,7 @@ from torch import nn
 
 from bitwright import zoo
 from bitwright.errors import UsageError
-from bitwright.given.arguments import of_kind
+from bitwright.given.arguments import nearest, of_kind
 from bitwright.given.images import Images, load_images
 from bitwright.given.inputs import as_model, find_device
 from bitwright.given.models import Model, load_model
@@ -56,8 +55,7 @@ def find_study(name: str) -> Study:
     of_kind("name", name, str, "the name of a study")
     known = builtin_studies()
     if name not in known:
-        near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.0)
-        raise UsageError(f"There is no study '{name}'. Did you mean '{near[0]}'? All: {', '.join(known)}.")
+        raise UsageError(f"There is no study '{name}'.{nearest(name, known)} All: {', '.join(known)}.")
     return known[name]
 
 
