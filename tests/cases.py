@@ -191,18 +191,6 @@ class CalledTwice(nn.Module):
         return F.relu(self.conv_1(F.relu(self.bn(self.conv(x))))).mean((2, 3))
 
 
-class SharedBias(nn.Module):
-    """A layer with a bias in two places whose inputs differ in size, so that the bias has two steps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.twice, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, padding=1), nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.twice(F.relu(self.stem(x)))) * 7
-        return self.head(F.relu(self.twice(x)).mean((2, 3)))
-
-
 class TiedWeights(nn.Module):
     """Two modules that hold one parameter; each is followed by a batch norm of its own."""
 
@@ -479,7 +467,6 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     "mixer": Mixer,
     "dense": Dense,
     "called_twice": CalledTwice,
-    "shared_bias": SharedBias,
     "tied_weights": TiedWeights,
     "token_norm": TokenNorm,
     "norm_then_linear": NormThenLinear,
