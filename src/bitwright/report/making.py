@@ -42,7 +42,8 @@ def _reconstruction(tuned: Tuning, name: str) -> Markup | None:
     losses = (("the stage before it", tuned.before), ("this stage", loss.hard))
     stages = [[what, words.number(value)] for what, value in losses if value is not None]
     said = [f"{words.plural(tuned.steps, 'step')} of {words.plural(tuned.batch, 'image')}"] if tuned.batch else []
-    said += [f"{words.duration(tuned.seconds_per_step)} each"] if tuned.seconds_per_step else []
+    each = tuned.seconds_per_step
+    said += [f"{words.duration(each)} each"] if isinstance(each, float) and each else []
     said += [f"in {tuned.precision}"] if tuned.precision else []
     moved, stopped = tuned.left_nearest, tuned.stopped
     ended = (

@@ -148,7 +148,8 @@ class Tuning:
     before: float | None = None
     loss: TuningLoss | None = None
     batch: int | None = None
-    seconds_per_step: float | None = None
+    seconds_per_step: float | dict[str, float] | None = None
+    """In a result of old, of each number format that was tried."""
     precision: str | None = None
     left_nearest: float | None = None
     stopped: TuningStop | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bitwright.report.panels import Figure, Panel, Series, colour
-from bitwright.studies.rows import Measured, Row
+from bitwright.studies.rows import MeasuredRows, Row
 
 METRIC_AXES = {
     "kl": "KL from float, held-out (nats)",
@@ -46,7 +46,7 @@ Place = tuple[str, str]
 """A network and its bits."""
 
 
-def answers_of(result: Measured) -> str:
+def answers_of(result: MeasuredRows) -> str:
     """The measure of right answers that there is: top-1 with labels, agreement without."""
     return "top1" if any(r.get("top1") is not None for r in result.rows) else "agreement"
 
@@ -66,7 +66,7 @@ def place_of(row: Row) -> Place:
     return row["network"], bits_of(row)
 
 
-def over(result: Measured, x: str, metrics: list[str], x_name: str, *, numeric: bool = False) -> Figure:
+def over(result: MeasuredRows, x: str, metrics: list[str], x_name: str, *, numeric: bool = False) -> Figure:
     """A column of panels for each network and number of bits, a row for each metric.
 
     Args:
@@ -81,7 +81,7 @@ def over(result: Measured, x: str, metrics: list[str], x_name: str, *, numeric: 
     return Figure(rows, [", ".join(c) for c in columns])
 
 
-def of_answers(result: Measured, x: str, x_name: str, *, numeric: bool = False) -> Figure:
+def of_answers(result: MeasuredRows, x: str, x_name: str, *, numeric: bool = False) -> Figure:
     """KL and agreement (or accuracy); see :func:`over`."""
     return over(result, x, ["kl", answers_of(result)], x_name, numeric=numeric)
 
@@ -93,7 +93,7 @@ def scale_of(metric: str) -> dict[str, Any]:
     return {"y_log": metric in LOGARITHMIC}
 
 
-def panel(result: Measured, where: Place, metric: str, x: str, x_name: str, *, numeric: bool = False) -> Panel:
+def panel(result: MeasuredRows, where: Place, metric: str, x: str, x_name: str, *, numeric: bool = False) -> Panel:
     """One metric of one network: means with their standard deviation, single seeds, a dashed line at the start."""
     summary = [s for s in result.summary if place_of(s) == where and metric in s]
     start = [s for s in summary if s["variant"] == START and (x == "variant" or x not in s)]

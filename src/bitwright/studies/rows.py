@@ -12,7 +12,7 @@ Row: TypeAlias = dict[str, Any]
 """One measurement as plain data: what was measured (the keys of its cell), then the figures."""
 
 
-class Measured(Protocol):
+class MeasuredRows(Protocol):
     """What is drawn of a study: its rows, and these with seeds taken together."""
 
     @property

@@ -10,7 +10,7 @@ from bitwright.errors import UsageError
 from bitwright.report.markup import Markup
 from bitwright.report.panels import Figure, Panel, Series, colour
 from bitwright.studies import figures
-from bitwright.studies.rows import Measured, Row
+from bitwright.studies.rows import MeasuredRows, Row
 
 HEIGHT = 280
 LIFT = 1.15
@@ -57,7 +57,7 @@ def need_plotly() -> None:
         raise UsageError("Surfaces are drawn by plotly, which is not installed: pip install 'bitwright[studies]'")
 
 
-def figure(result: Measured) -> Interactive:
+def figure(result: MeasuredRows) -> Interactive:
     """Draws a row of contours and a surface per block, of one loss at a time, then a row of lines and of bends."""
     parts = list(dict.fromkeys(map(_part, result.rows)))
     bits = list(dict.fromkeys(figures.bits_of(r) for r in result.rows))
@@ -84,7 +84,7 @@ def _named(part: BlockKey) -> str:
     return f"{network}, {kind} {block}"
 
 
-def _rows(result: Measured, part: BlockKey, bits: str, scan: str) -> list[Row]:
+def _rows(result: MeasuredRows, part: BlockKey, bits: str, scan: str) -> list[Row]:
     return [r for r in result.rows if _part(r) == part and r["scan"] == scan and figures.bits_of(r) == bits]
 
 
@@ -149,13 +149,13 @@ def _landscape(
     return drawn
 
 
-def _below(result: Measured, parts: list[BlockKey], bits: list[str], losses: list[str]) -> Figure:
+def _below(result: MeasuredRows, parts: list[BlockKey], bits: list[str], losses: list[str]) -> Figure:
     """Lines through the landscapes and how rough these are, a row for each block."""
     rows = [[*(_lines(result, p, width, losses) for width in bits), _bends(result, p, bits, losses)] for p in parts]
     return Figure(rows, [*bits, "bends of the grid"])
 
 
-def _lines(result: Measured, part: BlockKey, bits: str, losses: list[str]) -> Panel:
+def _lines(result: MeasuredRows, part: BlockKey, bits: str, losses: list[str]) -> Panel:
     """Every loss over its own range, one above the other; under them infoNCE with the integers kept."""
     drawn = []
     for height, (scan, loss) in enumerate([(KEPT, losses[0]), *(("line", loss) for loss in reversed(losses))]):
@@ -169,7 +169,7 @@ def _lines(result: Measured, part: BlockKey, bits: str, losses: list[str]) -> Pa
     return Panel(tuple(drawn), "change of the scales, %", _named(part), bare=True)
 
 
-def _bends(result: Measured, part: BlockKey, bits: list[str], losses: list[str]) -> Panel:
+def _bends(result: MeasuredRows, part: BlockKey, bits: list[str], losses: list[str]) -> Panel:
     drawn = []
     for loss in losses:
         own = [s for s in result.summary if _part(s) == part and s["loss"] == loss and "grid: bends" in s]
