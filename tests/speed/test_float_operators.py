@@ -61,12 +61,13 @@ class Gated(nn.Module):
         self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.LayerNorm(8)
 
     def forward(self, x):
-        return self.norm(nn.functional.silu(self.conv(x)))
+        return self.norm(nn.functional.glu(nn.functional.silu(self.conv(x)), 1))
 
 
 def test_operators_without_a_kernel_and_between_floats(tmp_path):
     found = rows(Gated().eval(), tmp_path / "m.onnx")
     assert found["LayerNormalization", REASONS["none"]] == 1
+    assert found["QuickGelu", REASONS["none"]] == 1
     assert found["Sigmoid", REASONS["reader"].format("Mul")] == 1
     assert found["Mul", REASONS["input"].format("Sigmoid")] == 1
     assert not reasons_of_products(found)

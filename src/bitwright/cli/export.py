@@ -14,7 +14,7 @@ from bitwright.cli.calls import ExportCall
 from bitwright.cli.options import ImageOptions
 from bitwright.cli.sources import float_network, images_at, load_run
 from bitwright.errors import BitwrightError, UsageError, quiet_libraries
-from bitwright.export.formats import named, write_checked
+from bitwright.export.formats import named, write_format
 from bitwright.export.verdict import OutputParity, Parity
 from bitwright.given.images import Images
 from bitwright.given.models import Model
@@ -76,7 +76,7 @@ def _exported(run: str, call: ExportCall, terminal: Terminal) -> Exported:
     terminal.begin(f"Writing {to} and checking it in {made.where}")
     try:
         with quiet_libraries():
-            parity, files = write_checked(model, to, path, images, force=call.force, count=call.samples)
+            parity, files = write_format(model, to, path, images, force=call.force, count=call.samples)
     except OSError as error:
         raise cannot_write(path, error) from error
     terminal.finish()

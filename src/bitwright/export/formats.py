@@ -12,7 +12,7 @@ from bitwright.errors import ParityError, UsageError
 from bitwright.export.encodings import check_encodings, write_encodings
 from bitwright.export.executorch import check_executorch, write_executorch
 from bitwright.export.openvino import check_openvino, write_openvino
-from bitwright.export.parity import IMAGES, export_checked
+from bitwright.export.parity import CHECKED_IMAGES, export_checked
 from bitwright.export.pt2 import write_pt2
 from bitwright.export.tables import write_tables
 from bitwright.export.tensorrt import check_tensorrt, write_tensorrt
@@ -70,8 +70,8 @@ def named(to: str) -> Format:
     return FORMATS[to]
 
 
-def write_checked(
-    model: Student, to: str, path: Path, images: Images, *, force: bool = False, count: int = IMAGES
+def write_format(
+    model: Student, to: str, path: Path, images: Images, *, force: bool = False, count: int = CHECKED_IMAGES
 ) -> tuple[Parity, list[Path]]:
     """Writes into a folder beside the target, and moves what passed.
 

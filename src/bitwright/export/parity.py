@@ -30,7 +30,7 @@ from bitwright.runtimes.onnxruntime import session
 from bitwright.runtimes.openvino import OPENVINO, openvino_reads
 from bitwright.runtimes.session import Opener, Session
 
-IMAGES = 32
+CHECKED_IMAGES = 32
 LAYER_IMAGES = 4
 CHOICES = frozenset({"topk", "sort", "argsort", "argmax", "argmin"})
 FEW = 0.9
@@ -69,7 +69,7 @@ def parity_of(
 
 
 def export_checked(
-    model: Student, path: Path, images: Any = None, *, force: bool = False, count: int = IMAGES
+    model: Student, path: Path, images: Any = None, *, force: bool = False, count: int = CHECKED_IMAGES
 ) -> Parity:
     """Writes an ONNX file and checks it against the simulation on real images.
 

@@ -21,7 +21,7 @@ import torch
 from bitwright import report as pages
 from bitwright import words
 from bitwright.errors import BitwrightError, UsageError, one_line, quiet_libraries, step
-from bitwright.export.formats import named, write_checked
+from bitwright.export.formats import named, write_format
 from bitwright.export.parity import export_checked, images_of
 from bitwright.export.verdict import Parity
 from bitwright.given.arguments import a_path, of_kind
@@ -215,7 +215,7 @@ def export(model: Student, path: str | Path, images: Any = None, *, to: str = "o
         if made.check is not None:
             made.check(model)
         place = target_file(place, made.suffix, force=force)
-        parity, _ = write_checked(model, to, place, images_of(model, images), force=force)
+        parity, _ = write_format(model, to, place, images_of(model, images), force=force)
     run_folder.renew_checksum(place)
     return parity
 

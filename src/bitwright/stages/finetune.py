@@ -35,7 +35,7 @@ from bitwright.stages.augment import Views
 from bitwright.stages.base import Optimising, Run
 from bitwright.stages.calibrate import widen_for_biases
 from bitwright.stages.learner import Learner, Variables
-from bitwright.stages.optimizers import Part, parts_of
+from bitwright.stages.optimizers import Part, optimizers_of
 from bitwright.stages.resume import KeptState, Pace
 from bitwright.stages.schedules import Learn
 
@@ -188,7 +188,7 @@ class Lesson:
         self.taught: dict[str, Tensor] = {
             name: nn.Parameter(rewrite.get_tensor(teacher.graph, name).detach().clone()) for name in _learned(teacher)
         }
-        self.parts = parts_of(self.learner, settings)
+        self.parts = optimizers_of(self.learner, settings)
         self.teaching = Part.of(
             [(p, 1.0) for p in self.taught.values() if isinstance(p, nn.Parameter)], settings.teacher
         )

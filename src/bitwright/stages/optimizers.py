@@ -90,7 +90,7 @@ class Part:
                 }
 
 
-def parts_of(learner: Learner, rates: Rates) -> list[Part]:
+def optimizers_of(learner: Learner, rates: Rates) -> list[Part]:
     """The optimizers of everything that a student learns."""
     weights, activations = list(learner.weights.values()), learner.activations.values()
     found = [

@@ -18,7 +18,7 @@ from bitwright.memory import saved_bytes
 from bitwright.quant.learned import Rounding, rounding_regularizer
 from bitwright.stages.learner import Learner
 from bitwright.stages.losses import weighted_distance
-from bitwright.stages.optimizers import Rates, parts_of
+from bitwright.stages.optimizers import Rates, optimizers_of
 from bitwright.stages.schedules import Anneal, Dampen
 
 
@@ -229,7 +229,7 @@ class Tuner:
         """Samples in one forward pass; the rest of a batch follows, and gradients add up."""
         self.network: Callable[..., tuple[list[Tensor], list[Tensor]]] = learner
         self.of_point = learner.of_point()
-        self.parts = parts_of(learner, settings)
+        self.parts = optimizers_of(learner, settings)
 
     @property
     def batch(self) -> int:

@@ -24,7 +24,7 @@ SHARES = (16, 4, 1)
 """Budgets of recipes that optimise: the most steps over these."""
 
 
-def recipes() -> dict[str, Recipe]:
+def compared_recipes() -> dict[str, Recipe]:
     """All that need no labels, with our settings: those of the papers take 20,000 steps and more."""
     return {
         name: recipe
@@ -38,15 +38,15 @@ def cells(subject: Subject, settings: StudySettings) -> Iterator[Cell]:
     assert settings.steps is not None
     budgets = sorted({max(1, settings.steps // share) for share in SHARES})
     for bits in settings.weights:
-        for name, recipe in recipes().items():
+        for name, recipe in compared_recipes().items():
             for steps in budgets if recipe.optimises else [None]:
                 for seed in settings.seeds:
                     key = {"weights": bits, "activations": settings.activations, "variant": name, "seed": seed}
                     told = key if steps is None else {**key, "steps": steps}
-                    yield Cell(told, partial(measured, subject, settings, bits, recipe, steps, seed))
+                    yield Cell(told, partial(run_recipe, subject, settings, bits, recipe, steps, seed))
 
 
-def measured(
+def run_recipe(
     subject: Subject,
     settings: StudySettings,
     bits: int,
