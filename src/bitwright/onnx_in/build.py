@@ -1,0 +1,325 @@
+"""From the nodes of a file to a module: what each node computes, with the number of images set free."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from bitwright.errors import ModelError
+from bitwright.onnx_in import operators
+from bitwright.onnx_in.file import CONTROL, STANDARD, label, opset_of
+from bitwright.onnx_in.fold import fold
+from bitwright.onnx_in.network import Interface, Network, Repeated, Source, Stored
+from bitwright.onnx_in.patterns import DOMAIN, Nodes, join
+from bitwright.onnx_in.values import Batch, Call, Known, Node, Operand, Traced, Unsupported, Value, as_tensor
+
+CHANNELS = (1, 3)
+WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Linear", "LSTM", "GRU", "RNN"})
+"""Operators with weights that a quantizer would want; none may lie behind the body."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """The image input of a file.
+
+    Attributes:
+        name: in the file.
+        batch: images that the file takes at once; 1 where it takes any number.
+        shape: of one image, as the file has it.
+        free: whether the file takes any number of images.
+    """
+
+    name: str
+    batch: int
+    shape: tuple[int, ...]
+    free: bool
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether the file takes [N, H, W, C]."""
+        return len(self.shape) == 3 and self.shape[0] not in CHANNELS and self.shape[2] in CHANNELS
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A node that has no counterpart here."""
+
+    node: Any
+    reason: str
+
+    def __str__(self) -> str:
+        domain = f"{self.node.domain}." if self.node.domain not in STANDARD else ""
+        return f"{domain}{self.node.op_type} at '{label(self.node)}' ({self.reason})"
+
+
+def image_of(program: Any, size: tuple[int, int, int] | None, path: Path) -> Image:
+    """The one image input, with its free sizes as given.
+
+    Args:
+        program: of ONNX.
+        size: channels, height and width that the user gave.
+        path: of the file, for errors.
+
+    Raises:
+        ModelError: there is none, there are several, it holds no floats, or its size is not known.
+    """
+    stored = {t.name for t in program.graph.initializer}
+    inputs = [v for v in program.graph.input if v.name not in stored]
+    names = ", ".join(v.name for v in inputs)
+    if len(inputs) != 1:
+        raise ModelError(
+            f"Expected one image input in {path}, found {len(inputs)} inputs ({names or 'none'}). "
+            "Make the others initializers, or export a network that takes the image alone."
+        )
+    (value,) = inputs
+    kind = value.type.tensor_type
+    if kind.elem_type not in {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE}:
+        found = TensorProto.DataType.Name(kind.elem_type).lower() if kind.elem_type else "no tensor"
+        raise ModelError(f"Expected an image input of floats in {path}, '{value.name}' is {found}. "
+                         "Cut the file behind the conversion (onnx.utils.extract_model).")  # fmt: skip
+    sides = [int(d.dim_value) for d in kind.shape.dim]
+    if len(sides) not in {4, 5}:
+        raise ModelError(f"Expected an image input [N, C, H, W] or [N, H, W, C] in {path}, found '{value.name}' of "
+                         f"{'x'.join(str(s or '?') for s in sides) or 'no known shape'}.")  # fmt: skip
+    shape = _sized(tuple(sides[1:]), size, value.name, path)
+    return Image(value.name, max(sides[0], 1), shape, sides[0] <= 0)
+
+
+def _sized(shape: tuple[int, ...], size: tuple[int, int, int] | None, name: str, path: Path) -> tuple[int, ...]:
+    """The shape of one image, its free lengths filled in."""
+    last = len(shape) == 3 and shape[0] not in CHANNELS and shape[2] in CHANNELS
+    found = shape
+    if size is not None and len(shape) == 3:
+        given = (*size[1:], shape[2]) if last else (shape[0] or size[0], *size[1:])
+        found = tuple(s or g for s, g in zip(shape, given, strict=True))
+        if found != given:
+            raise ModelError(
+                f"Expected input_size={'x'.join(map(str, found[:2] if last else found[1:]))}, which {path} fixes, "
+                f"found {size[1]}x{size[2]}. Leave it out, or export the network for that size."
+            )
+    if not all(found):
+        raise ModelError(
+            f"Expected a fixed size of images in {path}, '{name}' is [N, {', '.join(str(s or '?') for s in shape)}]. "
+            "Fix it with input_size=, such as 224x320 (height x width)."
+        )
+    return found
+
+
+@dataclass
+class Reading:
+    """A file while it is read: the values of its tensors so far, and what has become of its nodes."""
+
+    image: Image
+    opset: int
+    mode: FakeTensorMode
+    values: dict[str, Value] = field(default_factory=dict)
+    functions: list[tuple[Callable[..., Any], tuple[Source, ...], tuple[str, ...]]] = field(default_factory=list)
+    stored: dict[str, Tensor] = field(default_factory=dict)
+    missing: list[Missing] = field(default_factory=list)
+    tail: list[Any] = field(default_factory=list)
+    _kept: dict[tuple[Any, ...], str] = field(default_factory=dict)
+
+    def add(self, node: Any) -> None:
+        """Reads one node; what has no counterpart, and what hangs on that, becomes the tail."""
+        behind = [name for name in node.input if name and name not in self.values]
+        if behind:
+            self.tail.append(node)
+            return
+        try:
+            self._read(node)
+        except Unsupported as error:
+            self.missing.append(Missing(node, str(error)))
+            self.tail.append(node)
+
+    def _read(self, node: Any) -> None:
+        inputs = tuple(self.values[name] if name else None for name in node.input)
+        if node.op_type in CONTROL:
+            raise Unsupported("control flow")
+        if node.domain in STANDARD and not any(isinstance(v, Traced) for v in inputs):
+            found = fold(node, [v if isinstance(v, Known) else None for v in inputs], self.opset)
+            self.values |= {name: v for name, v in zip(node.output, found, strict=False) if name}
+            return
+        view = self._view(node, inputs)
+        builder = operators.find(view.kind)
+        if builder is None:
+            raise Unsupported(f"unknown operator of the domain {node.domain or 'ai.onnx'}")
+        made = builder(view)
+        if isinstance(made, Known):
+            self.values[node.output[0]] = made
+        else:
+            self._trace(node, view, made)
+
+    def _view(self, node: Any, inputs: tuple[Value | None, ...]) -> Node:
+        kind = f"{DOMAIN}.{node.op_type}" if node.domain == DOMAIN else node.op_type
+        if node.domain not in {*STANDARD, DOMAIN}:
+            kind = f"{node.domain}.{node.op_type}"
+        settings = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        outputs = max((k + 1 for k, name in enumerate(node.output) if name), default=0)
+        return Node(kind, node.output[0], inputs, settings, self.opset, outputs, self.image.batch)
+
+    def _trace(self, node: Any, view: Node, made: Call) -> None:
+        """Records the call, and what it gives for both sizes of the batch."""
+        sources = tuple(self._source(operand, k, node) for k, operand in enumerate(made.operands))
+        small, large = (self._run(made, large=which) for which in (False, True))
+        names = tuple(name or f"{node.output[0]}.{k}" for k, name in enumerate(node.output))[: len(small)]
+        for name, a, b in zip(names, small, large, strict=False):
+            self.values[name] = Traced(name, a, b, _inner(view, made, a, b))
+        self.functions.append((made.function, sources, names))
+
+    def _run(self, made: Call, *, large: bool) -> tuple[Tensor, ...]:
+        images = self.image.batch * (2 if large else 1)
+        operands = [self._fake(operand, images, large=large) for operand in made.operands]
+        try:
+            with self.mode, torch.no_grad():
+                found = made.function(*operands)
+        except Unsupported:
+            raise
+        except Exception as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+            raise Unsupported(first.rstrip(".")) from error
+        return tuple(found) if isinstance(found, tuple | list) else (found,)
+
+    @staticmethod
+    def _fake(operand: Operand, images: int, *, large: bool) -> Any:
+        if isinstance(operand, Batch):
+            return images
+        if isinstance(operand, Known):
+            return as_tensor(operand.large if large else operand.small)
+        if isinstance(operand, Traced):
+            return operand.large if large else operand.small
+        return operand
+
+    def _source(self, operand: Operand, place: int, node: Any) -> Source:
+        """Where the operand comes from when the module runs."""
+        if isinstance(operand, Traced):
+            return operand.name
+        if not isinstance(operand, Known):
+            return operand
+        like = [name for name in node.input if name and isinstance(self.values[name], Known)]
+        given = next((name for name in like if self.values[name] is operand), None)
+        if given is None and place < len(node.input) and node.input[place] in like:
+            given = node.input[place]
+        name = given or f"{node.output[0]}.constant"
+        if operand.fixed:
+            return Stored(self._keep(name, operand.small))
+        return self._repeated(name, operand)
+
+    def _repeated(self, name: str, operand: Known) -> Repeated:
+        """What is the same for each image of a batch, stored once."""
+        small, large = operand.small, operand.large
+        if small.ndim == large.ndim:
+            grown = [k for k, (a, b) in enumerate(zip(small.shape, large.shape, strict=True)) if a != b]
+            if len(grown) == 1 and np.array_equal(np.concatenate([small, small], grown[0]), large):
+                batch = self.image.batch
+                part = np.split(small, batch, grown[0]) if small.shape[grown[0]] % batch == 0 else [small]
+                same = all(np.array_equal(part[0], p) for p in part)
+                kept = part[0] if same else small
+                return Repeated(self._keep(name, kept), grown[0], 1 if same else batch)
+        raise Unsupported("one of its constants depends on the number of images")
+
+    def _keep(self, name: str, array: Any) -> str:
+        """Stores a tensor under a name of its own, once."""
+        content = np.ascontiguousarray(array)
+        key = (name, content.shape, content.dtype.str, hashlib.sha1(content.tobytes()).digest())
+        if key not in self._kept:
+            free, count = name, 0
+            while free in self.stored:
+                count += 1
+                free = f"{name}_{count}"
+            self.stored[free] = as_tensor(content)
+            self._kept[key] = free
+        return self._kept[key]
+
+
+def _inner(view: Node, made: Call, small: Tensor, large: Tensor) -> int:
+    """How many elements lie before the images along their axis."""
+    if "inner" in view.spare:
+        return int(view.spare["inner"])
+    axis = Traced("", small, large).batch_axis
+    for operand in made.operands:
+        if isinstance(operand, Traced) and axis is not None and operand.batch_axis is not None:
+            same = operand.shape[operand.batch_axis] == small.shape[axis]
+            return operand.inner if same else 1
+    return 1
+
+
+@dataclass(frozen=True)
+class Body:
+    """What of a file is captured, and what is not.
+
+    Attributes:
+        network: from the image to the tensors that the tail reads, or to the outputs.
+        image: the input.
+        nodes: of the file that the network stands for, patterns not joined.
+        tail: nodes behind it that have no counterpart here, in order.
+        missing: why they have none.
+    """
+
+    network: Network
+    image: Image
+    nodes: list[Any]
+    tail: list[Any]
+    missing: list[Missing]
+
+
+def build(program: Any, image: Image, path: Path) -> Body:
+    """The network of a program.
+
+    Raises:
+        ModelError: a node has no counterpart here and weights lie behind it, or no output depends on the images.
+    """
+    joined = join(program.graph)
+    reading = _read_all(program, joined, image)
+    if reading.missing:
+        _check_tail(reading, path)
+    behind = {name for node in reading.tail for name in node.input}
+    outputs = [v.name for v in program.graph.output if isinstance(reading.values.get(v.name), Traced)]
+    outputs += sorted(n for n in behind - set(outputs) if isinstance(reading.values.get(n), Traced) and n != image.name)
+    if not outputs or not reading.functions:
+        raise ModelError(f"Expected outputs that depend on the images in {path}, found none. Export it again.")
+    network = Network(Interface(image.name, tuple(outputs)), image.shape, reading.functions, reading.stored)
+    left = {id(node) for node in reading.tail}
+    tail_outputs = {name for node in reading.tail for name in node.output}
+    whole = [n for n in program.graph.node if not tail_outputs.intersection(n.output) and id(n) not in left]
+    return Body(network.eval(), image, whole, reading.tail, reading.missing)
+
+
+def _read_all(program: Any, joined: Nodes, image: Image) -> Reading:
+    reading = Reading(image, opset_of(program), FakeTensorMode(allow_non_fake_inputs=True))
+    reading.values |= {name: Known.of(array) for name, array in joined.stored.items()}
+    with reading.mode:
+        sizes = [torch.empty(image.batch * k, *image.shape) for k in (1, 2)]
+    reading.values[image.name] = Traced(image.name, *sizes)
+    for node in joined.nodes:
+        if not (node.op_type == "Constant" and node.output[0] in reading.values):
+            reading.add(node)
+    return reading
+
+
+def _check_tail(reading: Reading, path: Path) -> None:
+    """Only what follows the last weight may be left as it is."""
+    stored = {n for n, v in reading.values.items() if isinstance(v, Known)}
+    weighted = [n for n in reading.tail if n.op_type in WEIGHTED and stored.intersection(n.input)]
+    if not weighted and any(_has_weight(made) for made in reading.functions):
+        return
+    first = reading.missing[0]
+    control = first.node.op_type in CONTROL
+    remedy = (
+        "Export it with fixed sizes, or simplify it first (onnxsim)"
+        if control
+        else "Export it in other operators, or cut the file before it (onnx.utils.extract_model)"
+    )
+    raise ModelError(f"Expected operators that can be captured in {path}, found {first}. {remedy}.")
+
+
+def _has_weight(made: tuple[Callable[..., Any], Sequence[Source], Sequence[str]]) -> bool:
+    return any(isinstance(source, Stored) for source in made[1])

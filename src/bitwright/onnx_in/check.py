@@ -1,0 +1,143 @@
+"""Whether a network that was read computes what ONNX Runtime computes on the same file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor
+
+from bitwright.errors import ModelError
+from bitwright.given.text import short
+from bitwright.graph.capture import relative_difference
+from bitwright.onnx_in.build import Body
+from bitwright.onnx_in.file import label
+from bitwright.onnx_in.network import Network, returned
+
+TOLERANCE = 1e-4
+"""Largest difference, in units of an output's range, that kernels may make by summing in other orders."""
+KINDS = {torch.float32: TensorProto.FLOAT, torch.int64: TensorProto.INT64, torch.int32: TensorProto.INT32,
+         torch.bool: TensorProto.BOOL}  # fmt: skip
+
+
+def part_of(program: Any, body: Body, outputs: Sequence[str], kinds: Sequence[int]) -> Any:
+    """The program from its input to these tensors."""
+    graph = onnx.GraphProto()
+    graph.CopyFrom(program.graph)
+    del graph.node[:], graph.output[:]
+    graph.node.extend(body.nodes)
+    graph.output.extend(helper.make_tensor_value_info(n, k, None) for n, k in zip(outputs, kinds, strict=True))
+    part = onnx.ModelProto()
+    part.CopyFrom(program)
+    part.graph.CopyFrom(graph)
+    return part
+
+
+def check(program: Any, body: Body, images: Tensor, path: Any) -> float:
+    """Compares the network with ONNX Runtime.
+
+    Args:
+        program: that it was read from.
+        body: the network.
+        images: [B, ...] as the file takes them.
+        path: of the file, for errors.
+
+    Returns:
+        The largest difference of an output, in units of its range.
+
+    Raises:
+        ModelError: they differ; the first tensor that does is named.
+    """
+    network = body.network
+    if tuple(images.shape[1:]) != network.image:
+        raise ModelError(
+            f"Expected images of {_by(network.image)} for {path}, found {_by(images.shape[1:])}. "
+            "Give preprocessing= with the size and order of axes that the file has."
+        )
+    with torch.no_grad():
+        found = returned(network(images))
+    names = network.interface.outputs
+    theirs = run(program, body, names, found, images, path)
+    worst = max(_difference(a, b) for a, b in zip(theirs, found, strict=True))
+    if worst > TOLERANCE and worst > 10 * _own_error(network, images, found):
+        first = _first(program, body, images, path)
+        raise ModelError(
+            f"The network as read from {path} differs from ONNX Runtime by {worst:.2g} of an output's range{first}. "
+            "Please report it; until then export the network in other operators."
+        )
+    return worst
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def run(
+    program: Any, body: Body, names: Sequence[str], like: Sequence[Tensor], images: Tensor, path: Any
+) -> list[Tensor]:
+    """What ONNX Runtime gives for the tensors of these names, image by image where the file fixes their number."""
+    part = part_of(program, body, names, [KINDS.get(v.dtype, TensorProto.FLOAT) for v in like])
+    session = _session(part, path)
+    batch = len(images) if body.image.free else body.image.batch
+    kind = np.float16 if "float16" in session.get_inputs()[0].type else np.float32
+    rows: list[list[Tensor]] = []
+    for start in range(0, len(images), batch):
+        given = images[start : start + batch]
+        missing = batch - len(given)
+        given = torch.cat([given, given[:1].expand(missing, *given.shape[1:])]) if missing else given
+        answers = session.run(None, {body.image.name: given.numpy().astype(kind)})
+        rows.append([torch.from_numpy(np.asarray(a))[: batch - missing] for a in answers])
+    return [torch.cat(column) if column[0].dim() else column[0] for column in zip(*rows, strict=True)]
+
+
+def _session(part: Any, path: Any) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        content = part.SerializeToString()
+        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ModelError(
+            f"Expected a file that ONNX Runtime runs, it cannot load {path} ({short(error)}). Export it again."
+        ) from error
+
+
+def _difference(theirs: Tensor, ours: Tensor) -> float:
+    if theirs.shape != ours.shape:
+        return float("inf")
+    if not ours.is_floating_point():
+        return float((theirs != ours).float().mean()) / 100 if ours.numel() else 0.0
+    same = (theirs == ours) | (theirs.isnan() & ours.isnan())
+    difference = relative_difference(*(torch.where(same, 0, v.double()) for v in (theirs, ours)))
+    return difference if np.isfinite(difference) else float("inf")
+
+
+def _own_error(network: Network, images: Tensor, found: Sequence[Tensor]) -> float:
+    """How far float32 itself is from float64, which deep networks make more of."""
+    import copy
+
+    with torch.no_grad():
+        exact = returned(copy.deepcopy(network).double()(images.double()))
+    pairs = [(a, b) for a, b in zip(exact, found, strict=True) if b.is_floating_point()]
+    return max((relative_difference(a, b) for a, b in pairs), default=0.0)
+
+
+def _first(program: Any, body: Body, images: Tensor, path: Any) -> str:
+    """The first tensor that differs, as `` first at 'name' (Operator)``."""
+    ours = body.network.watched(images)
+    makers = {name: node for node in body.nodes for name in node.output}
+    shared = [n for n in ours if n in makers and isinstance(ours[n], Tensor)]
+    try:
+        theirs = run(program, body, shared, [ours[n] for n in shared], images, path)
+    except Exception:
+        return ""
+    for name, value in zip(shared, theirs, strict=True):
+        if _difference(value, ours[name]) > TOLERANCE:
+            return f", first at '{name}' ({makers[name].op_type}, node '{label(makers[name])}')"
+    return ""

@@ -1,0 +1,66 @@
+"""Nodes that no image reaches, computed once while the file is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
+
+from bitwright.onnx_in.values import Array, Known, Unsupported
+
+RANDOM = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"})
+
+
+def fold(node: Any, inputs: Sequence[Known | None], opset: int) -> list[Known]:
+    """What the node gives for known arrays, for both sizes of the batch, by ONNX's own reference.
+
+    Raises:
+        Unsupported: it cannot be computed, or is random.
+    """
+    if node.op_type in RANDOM:
+        raise Unsupported("its values are random")
+    if node.op_type == "Constant":
+        return [Known.of(constant(node))]
+    small = _evaluate(node, [None if v is None else v.small for v in inputs], opset)
+    if all(v is None or v.fixed for v in inputs):
+        return [Known.of(v) for v in small]
+    large = _evaluate(node, [None if v is None else v.large for v in inputs], opset)
+    return [Known(a, b) for a, b in zip(small, large, strict=True)]
+
+
+def constant(node: Any) -> Array:
+    """The value of a ``Constant`` node, which is one of several attributes."""
+    (attribute,) = node.attribute
+    value = helper.get_attribute_value(attribute)
+    if attribute.name == "value":
+        return array_of(value)
+    if attribute.name in {"value_float", "value_floats"}:
+        return np.asarray(value, np.float32)
+    if attribute.name in {"value_int", "value_ints"}:
+        return np.asarray(value, np.int64)
+    raise Unsupported(f"its constant is a {attribute.name}")
+
+
+def array_of(tensor: Any) -> Array:
+    """A stored tensor; floats of any width as float32."""
+    found: Array = onnx.numpy_helper.to_array(tensor)
+    return found.astype(np.float32) if tensor.data_type in FLOATS else found
+
+
+FLOATS = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE})
+
+
+def _evaluate(node: Any, arrays: Sequence[Array | None], opset: int) -> list[Array]:
+    feed = {name: a for name, a in zip(node.input, arrays, strict=True) if name and a is not None}
+    ends = [[helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in names if n] for names in (feed, node.output)]
+    graph = helper.make_graph([node], "one", *ends)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+    try:
+        found = ReferenceEvaluator(model).run(None, feed)
+    except Exception as error:
+        raise Unsupported(f"it cannot be computed beforehand ({type(error).__name__})") from error
+    return [np.asarray(v, np.float32) if np.asarray(v).dtype.kind == "f" else np.asarray(v) for v in found]

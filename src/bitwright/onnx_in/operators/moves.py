@@ -1,0 +1,364 @@
+"""Operators that put values into other places: shapes, orders, parts, joints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bitwright.onnx_in.operators import operator
+from bitwright.onnx_in.values import (
+    Batch,
+    Call,
+    Known,
+    Node,
+    Size,
+    Traced,
+    Unsupported,
+    Value,
+    call,
+    positive,
+    scalar,
+    shape_of,
+    sizes_of,
+    spelled,
+)
+
+
+def freed(x: Traced, target: Sequence[int]) -> tuple[int, ...]:
+    """A shape for one batch of the file, with -1 along the axis that holds the images.
+
+    The images lie behind a certain number of elements; the axis of the new shape in which this place falls takes them.
+    Where it falls before the last axis, the axis before that one takes them: the last is that of the channels, whose
+    number a product with a stored matrix fixes.
+    """
+    sizes = [int(t) for t in target]
+    axis = x.batch_axis
+    if axis is None:
+        return tuple(sizes)
+    before, left, place = math.prod(x.shape[:axis]) * x.inner, 1, 0
+    for place, size in enumerate(sizes):  # noqa: B007 - read behind the loop
+        if left == before or left * size > before:
+            break
+        left *= size
+    if left == before and 0 < place == len(sizes) - 1 and sizes[place] > 1:
+        place -= 1
+    sizes[place] = -1
+    return tuple(sizes)
+
+
+def place_of(x: Traced, sizes: Sequence[int], target: Sequence[int]) -> int:
+    """How many elements lie before the images along the axis that holds them in the new shape."""
+    axis = x.batch_axis
+    if axis is None or -1 not in sizes:
+        return 1
+    before = math.prod(x.shape[:axis]) * x.inner
+    return max(1, before // max(1, math.prod(target[: list(sizes).index(-1)])))
+
+
+def target_shape(x: Traced, asked: Sequence[int], *, zeros: bool) -> list[int]:
+    """The shape that a reshape asks for, with 0 and -1 worked out for the file's batch."""
+    shape = x.shape
+    sizes = [shape[k] if s == 0 and not zeros else int(s) for k, s in enumerate(asked)]
+    if -1 in sizes:
+        rest = math.prod(s for s in sizes if s != -1)
+        sizes[sizes.index(-1)] = math.prod(shape) // max(1, rest)
+    if math.prod(sizes) != math.prod(shape):
+        raise Unsupported(f"it reshapes {list(shape)} to {sizes}")
+    return sizes
+
+
+@operator("Reshape")
+def reshape(node: Node) -> Call:
+    """Another shape; the axis of the images is free, whatever the file says."""
+    x = node.traced()
+    asked = node.settings.get("shape")
+    if asked is None:
+        value = node.input(1)
+        if not isinstance(value, Known):
+            raise Unsupported("its shape is computed from the images")
+        asked = value.small.tolist()
+    return _reshape(node, x, target_shape(x, asked, zeros=bool(node.whole("allowzero", 0))))
+
+
+def _reshape(node: Node, x: Traced, target: list[int]) -> Call:
+    sizes = freed(x, target)
+    node.spare["inner"] = place_of(x, sizes, target)
+    return call(torch.reshape, x, shape=sizes)
+
+
+@operator("Flatten")
+def flatten(node: Node) -> Call:
+    """Two axes."""
+    x = node.traced()
+    axis = positive(node.whole("axis", 1), len(x.shape))
+    return _reshape(node, x, [math.prod(x.shape[:axis]), math.prod(x.shape[axis:])])
+
+
+@operator("Squeeze")
+def squeeze(node: Node) -> Call:
+    """Without axes of length 1, that of the images excepted."""
+    x = node.traced()
+    asked = node.ints("axes", 1)
+    axes = range(len(x.shape)) if asked is None else [positive(a, len(x.shape)) for a in asked]
+    gone = [a for a in axes if x.shape[a] == 1 and a != x.batch_axis]
+    if asked is not None and len(gone) < len(asked):
+        raise Unsupported("it drops the axis of the images")
+    return call(torch.squeeze, x, dim=tuple(gone))
+
+
+@operator("Unsqueeze")
+def unsqueeze(node: Node) -> Call:
+    """More axes of length 1."""
+    x = node.traced()
+    axes = node.ints("axes", 1) or ()
+    rank = len(x.shape) + len(axes)
+    return call(_unsqueeze, x, axes=tuple(sorted(positive(a, rank) for a in axes)))
+
+
+def _unsqueeze(x: Tensor, *, axes: tuple[int, ...]) -> Tensor:
+    for axis in axes:
+        x = x.unsqueeze(axis)
+    return x
+
+
+@operator("Transpose")
+def transpose(node: Node) -> Call:
+    """Axes in another order."""
+    rank = len(shape_of(node.input(0)))
+    return call(torch.permute, node.input(0), dims=node.ints("perm") or tuple(reversed(range(rank))))
+
+
+@operator("Concat")
+def concat(node: Node) -> Call:
+    """Joined along an axis; what is stored for one image is repeated for each."""
+    values = [node.input(k) for k in range(len(node.inputs))]
+    rank = len(shape_of(values[0]))
+    axis = positive(node.whole("axis", 1), rank)
+    first = next(v for v in values if isinstance(v, Traced))
+    batch = first.batch_axis
+    if batch == axis:
+        raise Unsupported("it joins images to one batch")
+    parts = [v if batch is None or isinstance(v, Traced) else for_each_image(v, batch, first) for v in values]
+    return call(_cat, *[v for v in parts if 0 not in shape_of(v)], axis=axis)
+
+
+def for_each_image(value: Known, axis: int, like: Traced) -> Known:
+    """What is stored for the file's batch, for as many images as there are."""
+    if not value.fixed or value.small.shape[axis] != like.small.shape[axis]:
+        return value
+    return Known(value.small, np.concatenate([value.small, value.small], axis))
+
+
+def _cat(*tensors: Tensor, axis: int) -> Tensor:
+    return torch.cat(tensors, axis)
+
+
+@operator("Slice")
+def cut(node: Node) -> Call:
+    """Parts along axes, which are attributes before opset 10."""
+    x = node.traced()
+    starts, ends = (_bounds(node, name, k) for name, k in (("starts", 1), ("ends", 2)))
+    axes = node.ints("axes", 3) or tuple(range(len(starts)))
+    steps = node.ints("steps", 4) or (1,) * len(starts)
+    parts: list[tuple[int, int, int, int]] = []
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        axis = positive(axis, len(x.shape))
+        if axis == x.batch_axis:
+            if len(range(*slice(start, end, step).indices(x.shape[axis]))) != x.shape[axis]:
+                raise Unsupported("it takes some images of a batch")
+            continue
+        parts.append((axis, *_ends(start, end, step, x.shape[axis])))
+    return call(_slice, x, parts=tuple(parts))
+
+
+def _bounds(node: Node, name: str, position: int) -> list[int]:
+    if name in node.settings:
+        return list(node.settings[name])
+    value = node.input(position)
+    if not isinstance(value, Known):
+        raise Unsupported(f"its {name} are computed from the images")
+    return [int(v) for v in value.small.reshape(-1)]
+
+
+def _ends(start: int, end: int, step: int, length: int) -> tuple[int, int, int]:
+    """Start, end and step from the front; with a negative step those of the part that is then turned round."""
+    picked = range(*slice(start, end if end >= -length or step > 0 else None, step).indices(length))
+    if step > 0:
+        return picked.start, max(picked.stop, picked.start), step
+    if not picked:
+        return 0, 0, -1
+    return picked[-1], picked[0] + 1, step
+
+
+def _slice(x: Tensor, *, parts: tuple[tuple[int, int, int, int], ...]) -> Tensor:
+    for axis, start, end, step in parts:
+        index = (slice(None),) * axis
+        x = x[(*index, slice(start, end, abs(step)))]
+        x = x.flip(axis) if step < 0 else x
+    return x.clone() if not parts else x
+
+
+@operator("Split")
+def split(node: Node) -> Call:
+    """Parts along an axis: of given lengths, or equal ones."""
+    x = node.traced()
+    axis = positive(node.whole("axis", 0), len(x.shape))
+    sizes = node.ints("split", 1)
+    if axis == x.batch_axis:
+        raise Unsupported("it takes the images of a batch apart")
+    if sizes is None:
+        count = node.whole("num_outputs", node.outputs)
+        each = -(-x.shape[axis] // count)
+        sizes = tuple(min(each, x.shape[axis] - each * k) for k in range(count))
+    return call(_split, x, sizes=list(sizes), axis=axis)
+
+
+def _split(x: Tensor, *, sizes: list[int], axis: int) -> tuple[Tensor, ...]:
+    return torch.split(x, sizes, axis)
+
+
+@operator("Gather")
+def gather(node: Node) -> Call:
+    """Entries along an axis."""
+    x, picks = node.input(0), node.input(1)
+    rank = len(shape_of(x))
+    axis = positive(node.whole("axis", 0), rank)
+    if isinstance(x, Traced) and axis == x.batch_axis:
+        raise Unsupported("it takes some images of a batch")
+    if not isinstance(picks, Known):
+        return call(_pick, x, picks, axis=axis)
+    places = picks.small % shape_of(x)[axis]
+    if places.ndim == 0:
+        return call(_select, x, axis=axis, index=int(places))
+    if places.ndim == 1:
+        first, step = int(places[0]), int(places[1] - places[0]) if places.size > 1 else 1
+        if step > 0 and np.array_equal(places, np.arange(first, first + step * places.size, step)):
+            return call(_slice, x, parts=((axis, first, first + step * (places.size - 1) + 1, step),))
+        return call(_index_select, x, Known.of(places.astype(np.int64)), axis=axis)
+    return call(_pick, x, Known.of(places.astype(np.int64)), axis=axis)
+
+
+def _select(x: Tensor, *, axis: int, index: int) -> Tensor:
+    return x.select(axis, index)
+
+
+def _index_select(x: Tensor, places: Tensor, *, axis: int) -> Tensor:
+    return x.index_select(axis, places)
+
+
+def _pick(x: Tensor, places: Tensor, *, axis: int) -> Tensor:
+    return x[(*(slice(None),) * axis, places.long())]
+
+
+@operator("GatherElements")
+def gather_elements(node: Node) -> Call:
+    """An entry along an axis for each place."""
+    return call(_gather, node.input(0), node.input(1), axis=node.whole("axis", 0))
+
+
+def _gather(x: Tensor, places: Tensor, *, axis: int) -> Tensor:
+    return torch.gather(x, axis, places.long())
+
+
+@operator("Expand")
+def expand(node: Node) -> Call:
+    """Axes of length 1 made longer."""
+    x, shape = node.input(0), node.input(1)
+    if not isinstance(shape, Known):
+        raise Unsupported("its shape is computed from the images")
+    sizes = _broadcast(x, shape, node.batch)
+    return call(_expand, x, Batch(), sizes=sizes)
+
+
+def _broadcast(x: Value, shape: Known, batch: int) -> tuple[Size, ...]:
+    """The shape of the result; -1 where the operand has it already."""
+    small, large = (
+        np.broadcast_shapes(tuple(v.shape), tuple(int(s) for s in asked))
+        for v, asked in ((x.small, shape.small), (x.large, _scaled(x, shape)))
+    )
+    return sizes_of(small, large, batch)
+
+
+def _scaled(x: Value, shape: Known) -> list[int]:
+    """What is asked of twice the batch, where the file asks for its own batch along the axis of the images."""
+    asked = [int(s) for s in shape.large]
+    axis = x.batch_axis if isinstance(x, Traced) else None
+    if axis is not None:
+        k = len(asked) - (len(x.small.shape) - axis)
+        if k >= 0 and asked[k] == x.small.shape[axis]:
+            asked[k] = x.large.shape[axis]
+    return asked
+
+
+def _expand(x: Tensor, images: int, *, sizes: tuple[Size, ...]) -> Tensor:
+    return x.expand(spelled(sizes, images))
+
+
+@operator("Tile")
+def tile(node: Node) -> Call:
+    """Repeated along axes."""
+    repeats = node.input(1)
+    if not isinstance(repeats, Known):
+        raise Unsupported("how often it repeats is computed from the images")
+    counts = sizes_of(repeats.small.tolist(), repeats.large.tolist(), node.batch)
+    return call(_tile, node.input(0), Batch(), counts=counts)
+
+
+def _tile(x: Tensor, images: int, *, counts: tuple[Size, ...]) -> Tensor:
+    return x.repeat(spelled(counts, images))
+
+
+@operator("Pad")
+def pad(node: Node) -> Call:
+    """Values around: zeros, another constant, or those at the edge."""
+    x = node.traced()
+    rank, given = len(x.shape), node.ints("pads", 1)
+    if given is None:
+        raise Unsupported("it has no widths")
+    axes = node.ints("axes", 3) or tuple(range(rank))
+    before, after = [0] * rank, [0] * rank
+    for axis, low, high in zip(axes, given[: len(axes)], given[len(axes) :], strict=True):
+        before[positive(axis, rank)], after[positive(axis, rank)] = low, high
+    mode = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}[
+        node.text("mode", "constant")
+    ]
+    around = [p for pair in zip(reversed(before), reversed(after), strict=True) for p in pair]
+    while len(around) > 2 and around[-2:] == [0, 0]:
+        around = around[:-2]
+    if mode != "constant":
+        around = around + [0] * (2 * (rank - 2) - len(around))
+        return call(F.pad, x, pad=around, mode=mode)
+    value = node.settings.get("value", scalar(node.inputs[2]) if node.has(2) else 0.0)
+    return call(F.pad, x, pad=around, value=float(value or 0.0))
+
+
+@operator("DepthToSpace")
+def depth_to_space(node: Node) -> Call:
+    """Channels into places: ``CRD`` is PyTorch's pixel shuffle, ``DCR`` has the places first among the channels."""
+    size = node.whole("blocksize", 1)
+    if node.text("mode", "DCR") == "CRD":
+        return call(F.pixel_shuffle, node.traced(), upscale_factor=size)
+    return call(_depth_to_space, node.traced(), size=size)
+
+
+def _depth_to_space(x: Tensor, *, size: int) -> Tensor:
+    _, channels, height, width = x.shape
+    parts = x.reshape(-1, size, size, channels // size**2, height, width).permute(0, 3, 4, 1, 5, 2)
+    return parts.reshape(-1, channels // size**2, height * size, width * size)
+
+
+@operator("SpaceToDepth")
+def space_to_depth(node: Node) -> Call:
+    """Places into channels, the places first."""
+    return call(_space_to_depth, node.traced(), size=node.whole("blocksize", 1))
+
+
+def _space_to_depth(x: Tensor, *, size: int) -> Tensor:
+    _, channels, height, width = x.shape
+    parts = x.reshape(-1, channels, height // size, size, width // size, size).permute(0, 3, 5, 1, 2, 4)
+    return parts.reshape(-1, channels * size**2, height // size, width // size)

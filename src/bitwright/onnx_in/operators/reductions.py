@@ -1,0 +1,71 @@
+"""Sums, means and extremes over axes, and where extremes lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitwright.onnx_in.operators import OPERATORS, operator
+from bitwright.onnx_in.values import Call, Node, Traced, Unsupported, call, positive, shape_of
+
+
+def _product(x: Tensor, dim: tuple[int, ...], keepdim: bool) -> Tensor:
+    for axis in sorted(dim, reverse=True):
+        x = torch.prod(x, axis, keepdim)
+    return x
+
+
+REDUCTIONS: dict[str, Callable[..., Tensor]] = {
+    "ReduceMean": torch.mean,
+    "ReduceSum": torch.sum,
+    "ReduceMax": torch.amax,
+    "ReduceMin": torch.amin,
+    "ReduceProd": _product,
+    "ReduceLogSumExp": torch.logsumexp,
+    "ReduceL1": lambda x, dim, keepdim: x.abs().sum(dim, keepdim),
+    "ReduceL2": lambda x, dim, keepdim: torch.linalg.vector_norm(x, 2, dim, keepdim),
+    "ReduceSumSquare": lambda x, dim, keepdim: (x * x).sum(dim, keepdim),
+    "ReduceLogSum": lambda x, dim, keepdim: x.sum(dim, keepdim).log(),
+}
+"""Functions of a tensor, axes, and whether these stay with length 1."""
+
+
+def _reduce(node: Node) -> Call:
+    rank = len(shape_of(node.input(0)))
+    axes = node.ints("axes", 1)
+    if not axes and node.whole("noop_with_empty_axes", 0):
+        return call(torch.clone, node.input(0))
+    found = tuple(positive(a, rank) for a in axes) if axes else tuple(range(rank))
+    _keep_images(node, found)
+    return call(REDUCTIONS[node.kind], node.input(0), dim=found, keepdim=bool(node.whole("keepdims", 1)))
+
+
+OPERATORS.update(dict.fromkeys(REDUCTIONS, _reduce))
+
+
+def _keep_images(node: Node, axes: tuple[int, ...]) -> None:
+    x = node.input(0)
+    if isinstance(x, Traced) and x.batch_axis in axes:
+        raise Unsupported("it reduces over the images of a batch")
+
+
+@operator("ArgMax", "ArgMin")
+def where_extreme(node: Node) -> Call:
+    """Where the largest or smallest lies along an axis; the first of equal ones."""
+    if node.whole("select_last_index", 0):
+        raise Unsupported("it asks for the last of equal values")
+    axis = positive(node.whole("axis", 0), len(shape_of(node.input(0))))
+    _keep_images(node, (axis,))
+    function: Any = torch.argmax if node.kind == "ArgMax" else torch.argmin
+    return call(function, node.input(0), dim=axis, keepdim=bool(node.whole("keepdims", 1)))
+
+
+@operator("CumSum")
+def running_sum(node: Node) -> Call:
+    """Sums of all values up to each."""
+    if node.whole("exclusive", 0) or node.whole("reverse", 0):
+        raise Unsupported("it sums without the value itself, or from behind")
+    return call(torch.cumsum, node.input(0), dim=node.whole("axis", 0, 1))

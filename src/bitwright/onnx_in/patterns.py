@@ -1,0 +1,347 @@
+"""Functions that files spell out in several nodes, joined into the one that PyTorch has: SiLU, GELU, norms, biases."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from onnx import helper
+
+from bitwright.onnx_in.fold import array_of, constant
+from bitwright.onnx_in.values import Array, Unsupported
+
+DOMAIN = "bitwright"
+CLOSE = 1e-4
+"""Relative difference of numbers that exporters round."""
+
+
+class Nodes:
+    """The nodes of a graph, with who makes and how many read each tensor, and the arrays that it stores."""
+
+    def __init__(self, graph: Any) -> None:
+        self.nodes: list[Any] = list(graph.node)
+        self.stored: dict[str, Array] = {t.name: array_of(t) for t in graph.initializer}
+        self.makers: dict[str, Any] = {}
+        for node in self.nodes:
+            self.makers |= {name: node for name in node.output if name}
+            if node.op_type == "Constant":
+                self._keep(node)
+        self.ends = {value.name for value in graph.output}
+        self.readers = Counter(name for node in self.nodes for name in node.input)
+
+    def _keep(self, node: Any) -> None:
+        try:
+            self.stored[node.output[0]] = constant(node)
+        except Unsupported:
+            return
+
+    def maker(self, name: str, kind: str | None = None) -> Any:
+        """The node that makes the tensor, if it is of that kind; None else."""
+        node = self.makers.get(name)
+        return node if node is not None and (kind is None or node.op_type == kind) and not node.domain else None
+
+    def alone(self, name: str) -> bool:
+        """Whether one node reads the tensor, and nobody outside."""
+        return self.readers[name] == 1 and name not in self.ends
+
+    def number(self, name: str) -> float | None:
+        """The one number that the tensor stores; None if it is more, or computed."""
+        array = self.stored.get(name)
+        return float(array.reshape(-1)[0]) if array is not None and array.size == 1 and array.dtype.kind in "fi" else None
+
+    def halves(self, node: Any) -> Iterable[tuple[str, str]]:
+        """Both inputs of a node, in both orders."""
+        a, b = node.input
+        return (a, b), (b, a)
+
+    def scaled(self, name: str) -> tuple[str, float]:
+        """What a tensor is a multiple of, and the factor; the tensor itself and 1 if it is no multiple."""
+        node = self.makers.get(name)
+        if node is None or node.op_type not in {"Mul", "Div"}:
+            return name, 1.0
+        for a, b in self.halves(node) if node.op_type == "Mul" else [tuple(node.input)]:
+            number = self.number(b)
+            if number:
+                return a, number if node.op_type == "Mul" else 1 / number
+        return name, 1.0
+
+
+def join(graph: Any) -> Nodes:
+    """The nodes of a graph with patterns joined, and without those that nothing reads."""
+    nodes = Nodes(graph)
+    for pattern in PATTERNS:
+        found = Nodes.__new__(Nodes)
+        found.__dict__ |= nodes.__dict__
+        nodes = _joined(found, pattern)
+    return _needed(nodes)
+
+
+def _joined(nodes: Nodes, pattern: Callable[[Nodes, Any], list[Any] | None]) -> Nodes:
+    made: list[Any] = []
+    for node in nodes.nodes:
+        new = None if node.domain else pattern(nodes, node)
+        made += [node] if new is None else new
+        if new is not None:
+            nodes.makers |= {name: each for each in new for name in each.output}
+    nodes.nodes = made
+    _needed(nodes)
+    nodes.readers = Counter(name for node in nodes.nodes for name in node.input)
+    return nodes
+
+
+def _needed(nodes: Nodes) -> Nodes:
+    """Leaves out what no output hangs on."""
+    wanted, kept = set(nodes.ends), []
+    for node in reversed(nodes.nodes):
+        if wanted.intersection(node.output):
+            wanted.update(_read(node))
+            kept.append(node)
+    nodes.nodes = kept[::-1]
+    return nodes
+
+
+def _read(node: Any) -> Iterable[str]:
+    """Tensors that a node reads, those that graphs inside it read of this one too."""
+    yield from node.input
+    for attribute in node.attribute:
+        for inside in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+            for each in inside.node:
+                yield from _read(each)
+            yield from (value.name for value in inside.output)
+
+
+def close(a: float | None, b: float) -> bool:
+    """Whether a number is the other, as exporters round it."""
+    return a is not None and abs(a - b) <= CLOSE * abs(b)
+
+
+def _new(kind: str, like: Any, inputs: list[str], **attributes: Any) -> list[Any]:
+    return [helper.make_node(kind, inputs, [like.output[0]], name=like.name, domain=DOMAIN, **attributes)]
+
+
+def silu(nodes: Nodes, node: Any) -> list[Any] | None:
+    """``x * sigmoid(x)``, and with other gates Mish and hard swish."""
+    if node.op_type != "Mul":
+        return None
+    for x, gate in nodes.halves(node):
+        maker = nodes.maker(gate)
+        if maker is None or not nodes.alone(gate):
+            continue
+        if maker.op_type == "Sigmoid" and maker.input[0] == x:
+            return _new("Silu", node, [x])
+        if maker.op_type == "HardSigmoid" and maker.input[0] == x and _is_third(maker):
+            return _new("HardSwish", node, [x])
+        inner = nodes.maker(maker.input[0], "Softplus") if maker.op_type == "Tanh" else None
+        if inner is not None and inner.input[0] == x:
+            return _new("Mish", node, [x])
+    return None
+
+
+def _is_third(node: Any) -> bool:
+    found = {a.name: a.f for a in node.attribute}
+    return close(found.get("alpha", 0.2), 1 / 6) and close(found.get("beta", 0.5), 0.5)
+
+
+def hard_swish(nodes: Nodes, node: Any) -> list[Any] | None:
+    """``x * clip(x + 3, 0, 6) / 6``."""
+    if node.op_type not in {"Mul", "Div"}:
+        return None
+    factors, number = _factors(nodes, node.output[0])
+    if len(factors) != 2 or not close(number, 1 / 6):
+        return None
+    for x, gate in (factors, factors[::-1]):
+        clip = nodes.maker(gate, "Clip")
+        shifted = nodes.maker(clip.input[0], "Add") if clip is not None and _bounds(nodes, clip) == (0, 6) else None
+        if shifted is not None and any(a == x and nodes.number(b) == 3 for a, b in nodes.halves(shifted)):
+            return _new("HardSwish", node, [x])
+    return None
+
+
+def _bounds(nodes: Nodes, clip: Any) -> tuple[float | None, float | None]:
+    found = {a.name: a.f for a in clip.attribute}
+    if found:
+        return found.get("min"), found.get("max")
+    given = [nodes.number(name) if name else None for name in clip.input[1:]]
+    return (*given, None, None)[0], (*given, None, None)[1]
+
+
+def _factors(nodes: Nodes, name: str, *, top: bool = True) -> tuple[list[str], float]:
+    """The tensors whose product, times a number, the tensor is."""
+    number = nodes.number(name)
+    if number is not None:
+        return [], number
+    node = nodes.maker(name)
+    if node is None or node.op_type not in {"Mul", "Div"} or not (top or nodes.alone(name)):
+        return [name], 1.0
+    if node.op_type == "Div":
+        divisor = nodes.number(node.input[1])
+        if not divisor:
+            return [name], 1.0
+        factors, number = _factors(nodes, node.input[0], top=False)
+        return factors, number / divisor
+    (a, p), (b, q) = (_factors(nodes, each, top=False) for each in node.input)
+    return a + b, p * q
+
+
+def gelu(nodes: Nodes, node: Any) -> list[Any] | None:
+    """``x / 2 * (1 + erf(x / sqrt(2)))``, or by tanh."""
+    if node.op_type not in {"Mul", "Div"}:
+        return None
+    factors, number = _factors(nodes, node.output[0])
+    if len(factors) != 2 or not close(number, 0.5):
+        return None
+    for x, gate in (factors, factors[::-1]):
+        one = nodes.maker(gate, "Add")
+        inner = next((a for a, b in nodes.halves(one) if nodes.number(b) == 1), None) if one is not None else None
+        if inner is None:
+            continue
+        error, tanh = nodes.maker(inner, "Erf"), nodes.maker(inner, "Tanh")
+        if error is not None:
+            source, scale = nodes.scaled(error.input[0])
+            if source == x and close(scale, 1 / math.sqrt(2)):
+                return _new("Gelu", node, [x])
+        if tanh is not None and _is_tanh_of_gelu(nodes, x, tanh.input[0]):
+            return _new("Gelu", node, [x], approximate="tanh")
+    return None
+
+
+def _is_tanh_of_gelu(nodes: Nodes, x: str, name: str) -> bool:
+    """``sqrt(2 / pi) * (x + 0.044715 * x ** 3)``."""
+    total, scale = nodes.scaled(name)
+    add = nodes.maker(total, "Add")
+    if add is None or not close(scale, math.sqrt(2 / math.pi)):
+        return False
+    for a, b in nodes.halves(add):
+        cube, factor = nodes.scaled(b)
+        if a == x and close(factor, 0.044715) and _is_power(nodes, x, cube, 3):
+            return True
+    return False
+
+
+def _is_power(nodes: Nodes, x: str, name: str, exponent: int) -> bool:
+    node = nodes.maker(name)
+    if node is None or name == x:
+        return name == x and exponent == 1
+    if node.op_type == "Pow":
+        return bool(node.input[0] == x) and nodes.number(node.input[1]) == exponent
+    if node.op_type == "Mul" and exponent > 1:
+        return any(a == x and _is_power(nodes, x, b, exponent - 1) for a, b in nodes.halves(node))
+    return False
+
+
+def layer_norm(nodes: Nodes, node: Any) -> list[Any] | None:
+    """``(x - mean) / sqrt(variance + eps)`` over the last axes, with what is multiplied and added behind."""
+    found = _affine(nodes, node)
+    if found is None:
+        return None
+    centred, eps, axis, scale, bias = found
+    given = [centred, *([scale or ""] if scale or bias else []), *([bias] if bias else [])]
+    return _new("LayerNorm", node, given, axis=axis, epsilon=eps)
+
+
+def _affine(nodes: Nodes, node: Any) -> tuple[str, float, int, str, str] | None:
+    """The operand, epsilon, axis, scale and bias of the norm that ends in this node."""
+    bias = scale = ""
+    if node.op_type == "Add":
+        found = next(((a, b) for a, b in nodes.halves(node) if b in nodes.stored and nodes.alone(a)), None)
+        product = nodes.maker(found[0], "Mul") if found is not None else None
+        if product is None or found is None:
+            return None
+        bias, node = found[1], product
+    if node.op_type == "Mul" and bias:
+        found = next(((a, b) for a, b in nodes.halves(node) if b in nodes.stored and nodes.alone(a)), None)
+        quotient = nodes.maker(found[0], "Div") if found is not None else None
+        if quotient is None or found is None:
+            return None
+        scale, node = found[1], quotient
+    norm = _normalised(nodes, node)
+    if norm is None or any(nodes.stored[s].ndim > 1 + _extra(nodes.stored[s]) for s in (scale, bias) if s):
+        return None
+    return *norm, scale, bias
+
+
+def _extra(array: Array) -> int:
+    """Leading axes of length 1."""
+    return next((k for k, d in enumerate(array.shape) if d != 1), max(array.ndim - 1, 0))
+
+
+def _normalised(nodes: Nodes, node: Any) -> tuple[str, float, int] | None:
+    """The operand, epsilon and axis of ``(x - mean) / sqrt(variance + eps)``."""
+    if node.op_type != "Div":
+        return None
+    centred, root = (nodes.maker(name) for name in node.input)
+    if centred is None or centred.op_type != "Sub" or root is None or root.op_type != "Sqrt":
+        return None
+    inside = nodes.maker(root.input[0], "Add")
+    if inside is None:
+        return None
+    x, mean = centred.input[0], nodes.maker(centred.input[1], "ReduceMean")
+    for name, number in nodes.halves(inside):
+        variance, eps = nodes.maker(name, "ReduceMean"), nodes.number(number)
+        if variance is None or eps is None or mean is None or mean.input[0] != x:
+            continue
+        axes = [_axes(nodes, each) for each in (mean, variance)]
+        if axes != [[-1], [-1]] or not _is_square(nodes, variance.input[0], centred):
+            continue
+        return str(x), eps, -1
+    return None
+
+
+def _is_square(nodes: Nodes, name: str, centred: Any) -> bool:
+    """Whether a tensor is the square of the centred one, which some exporters compute a second time."""
+    node = nodes.maker(name)
+    if node is None or not node.input:
+        return False
+    base = nodes.maker(node.input[0], "Sub")
+    while base is None and (passed := nodes.maker(node.input[0], "Cast")) is not None:
+        base = nodes.maker(passed.input[0], "Sub")
+        break
+    same = base is not None and list(base.input) == list(centred.input)
+    return same and _is_power(nodes, node.input[0], name, 2)
+
+
+def _axes(nodes: Nodes, node: Any) -> list[int] | None:
+    found = [list(a.ints) for a in node.attribute if a.name == "axes"]
+    if found:
+        return found[0]
+    stored = nodes.stored.get(node.input[1]) if len(node.input) > 1 else None
+    return None if stored is None else [int(v) for v in stored.reshape(-1)]
+
+
+def linear_bias(nodes: Nodes, node: Any) -> list[Any] | None:
+    """A vector that is added to a product with a stored matrix."""
+    if node.op_type != "Add":
+        return None
+    for a, b in nodes.halves(node):
+        product, bias = nodes.maker(a, "MatMul"), nodes.stored.get(b)
+        if product is None or bias is None or not nodes.alone(a) or bias.ndim != 1:
+            continue
+        matrix = nodes.stored.get(product.input[1])
+        if matrix is not None and matrix.ndim == 2 and bias.shape == matrix.shape[1:]:
+            return _new("Linear", node, [*product.input, b])
+    return None
+
+
+def late_scale(nodes: Nodes, node: Any) -> list[Any] | None:
+    """Scores of attention whose two factors are both scaled before, scaled behind instead, as PyTorch's own are."""
+    if node.op_type != "MatMul":
+        return None
+    (q, p), (k, s) = (nodes.scaled(name) for name in node.input)
+    if q == node.input[0] or k == node.input[1] or not all(nodes.alone(name) for name in node.input):
+        return None
+    name = f"{node.output[0]}.scale"
+    nodes.stored[name] = np.asarray(p * s, np.float32)
+    product = f"{node.output[0]}.product"
+    return [
+        helper.make_node("MatMul", [q, k], [product], name=f"{node.name}.product"),
+        helper.make_node("Mul", [product, name], [node.output[0]], name=node.name),
+    ]
+
+
+PATTERNS: tuple[Callable[[Nodes, Any], list[Any] | None], ...] = (
+    silu, hard_swish, gelu, layer_norm, linear_bias, late_scale,
+)  # fmt: skip
+"""In this order: each gives the nodes that stand in the place of one, or None."""
