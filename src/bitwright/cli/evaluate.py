@@ -18,8 +18,8 @@ from bitwright.cli.sources import float_network, images_at, is_run, load_run
 from bitwright.errors import BitwrightError, ModelError, UsageError, one_line
 from bitwright.given.images import Images
 from bitwright.given.inputs import prepare_teacher
-from bitwright.given.models import Model, load_model
-from bitwright.given.preprocessing import Preprocessing
+from bitwright.given.models import Model, load_model, preprocessing_of
+from bitwright.given.preprocessing import channels_last
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.capture import Captured
 from bitwright.graph.readings import Reading
@@ -217,10 +217,13 @@ def _beside(path: Path, shape: list[Any], settings: dict[str, Any]) -> Model | N
             base = {}
     if not base and not settings:
         return None
+    sides = tuple(shape[1:])
+    last = all(isinstance(side, int) for side in sides) and channels_last(sides)
     if "input_size" not in settings and "input_size" not in base:
-        base["input_size"] = "x".join(map(str, shape[1:]))
+        base["input_size"] = "x".join(map(str, (sides[2], *sides[:2]) if last else sides))
+    base |= {"layout": "channels_last"} if last else {}
     try:
-        how = Preprocessing(**{**base, **settings})
+        how = preprocessing_of(base, settings)
     except (BitwrightError, TypeError) as error:
         raise UsageError(f"The preprocessing of {path}: {error}") from error
     return Model(torch.nn.Identity(), path.stem, how)

@@ -26,7 +26,7 @@ reading_option = partial(option, panel="How image files become the network's inp
 budget_option = partial(option, panel="How long the optimisation may take")
 
 model_argument = partial(
-    argument, "MODEL", "zoo:NAME, timm:NAME@weights, torchvision:NAME@weights, path/to/file.py:callable or model.pt2"
+    argument, "MODEL", "zoo:NAME, timm:NAME@weights, torchvision:NAME@weights, path/to/file.py:callable, model.pt2 or model.onnx"
 )
 images_argument = partial(
     argument, "IMAGES", "A folder, an .npz file or zoo:NAME, with an optional slice as in 'photos[0::2]'"
@@ -205,6 +205,13 @@ class ImageOptions:
     std: str | None = reading_option("Standard deviation to divide by: one number above 0, or one per channel")
     interpolation: str | None = reading_option("Method of resizing: nearest, bilinear, bicubic or lanczos")
     crop_pct: float | None = reading_option("Share of the resized image that the centre crop keeps, such as 0.875")
+    crop_mode: str | None = reading_option(
+        "How an image of other sides fits: center (cut), squash (stretched) or border (filled)"
+    )
+    channel_order: str | None = reading_option("Order of the channels that the network takes: rgb or bgr")
+    preprocess: str | None = reading_option(
+        "Function that makes the network's input of an image, instead of all these: file.py:function, which is run"
+    )
     skip_unreadable: bool = option("Leave out images that cannot be decoded", False)
 
     @property

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from bitwright.cli.options import ImageOptions, NetworkOptions
 from bitwright.errors import BitwrightError, UsageError
 from bitwright.given.images import Images, load_images
-from bitwright.given.models import Model, example_shape, load_model
+from bitwright.given.models import Model, example_shape, load_model, preprocessing_of
 from bitwright.given.preprocessing import Preprocessing
 from bitwright.given.references import absolute_reference, absolute_source
 from bitwright.given.text import short
@@ -36,7 +36,7 @@ def images_at(source: str, network: Model | None, reading: ImageOptions, *, labe
     """
     how = None if network is None else network.preprocessing
     if network is None and reading.preprocessing:
-        how = Preprocessing(**reading.preprocessing)
+        how = preprocessing_of({}, reading.preprocessing)
     images = load_images(source, how, labels=labels, skip_unreadable=reading.skip_unreadable)
     if not reading.skip_unreadable:
         images.check()
@@ -124,12 +124,12 @@ def is_code(reference: str) -> bool:
         >>> is_code("net.py:net@weights.pt"), is_code("timm:resnet18@weights.pt")
         (True, False)
     """
-    return not reference.startswith(("zoo:", "timm:", "torchvision:")) and Path(reference).suffix != ".pt2"
+    return not reference.startswith(("zoo:", "timm:", "torchvision:")) and Path(reference).suffix not in {".pt2", ".onnx"}
 
 
 def _known(recorded: Mapping[str, Any] | None) -> dict[str, Any]:
     """Settings of preprocessing in a result, without what nobody could have said on the command line."""
-    known = ("input_size", "mean", "std", "interpolation", "crop_pct")
+    known = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "channel_order")
     return {k: recorded[k] for k in known if k in recorded} if recorded else {}
 
 
@@ -148,9 +148,11 @@ def blank_images(network: Model) -> Images:
 def _image_shape(network: Model) -> tuple[int, ...] | None:
     how = network.preprocessing
     if isinstance(how, Preprocessing):
-        return how.input_size
+        return how.shape
     if how is not None:
         return tuple(torch.as_tensor(how(Image.new("RGB", (256, 256), (128, 128, 128)))).shape)
+    if network.source is not None:
+        return network.source.image
     return example_shape(network.module) if isinstance(network.module, ExportedProgram) else None
 
 

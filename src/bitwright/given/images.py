@@ -426,12 +426,6 @@ def _from_tensor(tensor: Tensor, where: str) -> Source:
         )
     if 0 in shape:
         raise DataError(f"Expected images in {where}, found the empty shape {shape}.")
-    if shape[-1] in (1, 3) and shape[1] not in (1, 3):
-        seen, expected = ("videos", "T, H, W") if tensor.ndim > min(AXES) else ("images", "H, W")
-        raise DataError(
-            f"Expected float {seen} (N, C, {expected}) in {where}, found {shape}, which looks like (N, {expected}, C). "
-            "Permute it: channels come second."
-        )
     tensor = tensor.detach().to("cpu", torch.float32)
     finite = torch.isfinite(tensor).flatten(1).all(1)
     if not finite.all():
@@ -556,9 +550,18 @@ def _check_preprocessing(source: Source, preprocessing: Preprocessing | Preproce
             )
         return
     shape = tuple(source.data.shape[1:])
-    if isinstance(preprocessing, Preprocessing) and shape != preprocessing.input_size:
+    last = isinstance(preprocessing, Preprocessing) and preprocessing.layout == "channels_last"
+    if shape[-1] in (1, 3) and shape[0] not in (1, 3) and not last:
+        seen, expected = ("videos", "T, H, W") if len(shape) >= min(AXES) else ("images", "H, W")
+        found = tuple(source.data.shape)
         raise DataError(
-            f"Expected images of {preprocessing.input_size} (C, H, W) for this model, {where} holds {shape}. "
+            f"Expected float {seen} (N, C, {expected}) in {where}, found {found}, which looks like (N, {expected}, C). "
+            "Permute it: channels come second."
+        )
+    if isinstance(preprocessing, Preprocessing) and shape != preprocessing.shape:
+        raise DataError(
+            f"Expected images of {preprocessing.shape} ({'H, W, C' if last else 'C, H, W'}) for this model, {where} "
+            f"holds {shape}. "
             "Give preprocessing= if the model takes that."
         )
 

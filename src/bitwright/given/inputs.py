@@ -46,7 +46,10 @@ def prepare_teacher(
         output: name of the one to keep.
         result: of a run whose float network this is, for the scales of channels that it has moved.
     """
-    captured = capture(network.module, images.batch(range(min(2, len(images)))))
+    example = images.batch(range(min(2, len(images))))
+    if network.source is not None:
+        network.source.check(example)
+    captured = capture(network.module, example)
     if output is not None and not output:
         raise UsageError("Expected the name of an output as output=, found ''.")
     name = output or network.output

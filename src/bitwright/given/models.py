@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,10 @@ from bitwright.given.saved_program import load_program
 from bitwright.given.text import short
 from bitwright.graph.plain import tell_of_types
 
-FORMS = "zoo:NAME, timm:NAME[@weights], torchvision:NAME[@weights], path/to/file.py:callable or model.pt2"
+if TYPE_CHECKING:
+    from bitwright.onnx_in import OnnxFile
+
+FORMS = "zoo:NAME, timm:NAME[@weights], torchvision:NAME[@weights], path/to/file.py:callable, model.pt2 or model.onnx"
 
 _CHECKPOINTS = (".pt", ".pth", ".th", ".ckpt", ".bin", ".tar", ".safetensors")
 _AVERAGED = ("state_dict_ema", "model_ema", "ema")
@@ -56,6 +59,7 @@ class Model:
         output: which entry of a dict output counts (``"out"`` for torchvision's segmentation); None for all.
         reference: what names it from any folder; None where it was not loaded by name.
         settings: of preprocessing that were given with the name.
+        source: the ONNX file that it was read from, if it was.
     """
 
     module: nn.Module | ExportedProgram
@@ -64,6 +68,7 @@ class Model:
     output: str | None = None
     reference: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    source: OnnxFile | None = None
 
 
 def load_model(
@@ -74,6 +79,9 @@ def load_model(
     std: float | str | Sequence[float] | None = None,
     interpolation: str | None = None,
     crop_pct: float | None = None,
+    crop_mode: str | None = None,
+    channel_order: str | None = None,
+    preprocess: str | None = None,
 ) -> Model:
     """Return the network that ``reference`` names; nothing is ever downloaded.
 
@@ -90,6 +98,9 @@ def load_model(
         std: one number above 0, or one per channel.
         interpolation: ``nearest``, ``bilinear``, ``bicubic`` or ``lanczos``.
         crop_pct: input size over resized size.
+        crop_mode: ``center``, ``squash`` or ``border``.
+        channel_order: ``rgb`` or ``bgr``.
+        preprocess: instead of all these, a function in a Python file, as ``file.py:name``, which is run.
 
     Raises:
         ModelError: the network cannot be found, built or loaded, or its weights do not fit or are not finite.
@@ -101,6 +112,8 @@ def load_model(
         "std": std,
         "interpolation": interpolation,
         "crop_pct": crop_pct,
+        "crop_mode": crop_mode,
+        "channel_order": channel_order,
     }
     settings = {name: value for name, value in given.items() if value is not None}
     try:
@@ -109,6 +122,8 @@ def load_model(
         said = f"{str(reference)[:80]}{'...' if len(str(reference)) > 80 else ''}"
         raise ModelError(f"Expected a model as {FORMS}, cannot read {said!r} ({_one_line(error)}).") from error
     _check_weights(model)
+    if preprocess is not None:
+        model = replace(model, preprocessing=_function(preprocess, settings))
     return replace(model, reference=absolute_reference(str(reference)), settings=settings)
 
 
@@ -123,7 +138,7 @@ def _resolve(reference: str, settings: Settings) -> Model:
     if path.suffix == ".py":
         raise UsageError(f"Expected file.py:callable, found {reference}. Name one of {_callables(path)}.")
     if path.suffix == ".onnx":
-        raise UsageError(f"Expected a PyTorch model, ONNX is not read yet, found {reference}. Give {FORMS}.")
+        return _from_onnx(path, settings)
     if path.suffix == ".pt2":
         return _from_program(path, settings)
     if path.suffix in _CHECKPOINTS:
@@ -349,6 +364,30 @@ def _callables(path: Path) -> str:
     return ", ".join(names) or "no function or class"
 
 
+def preprocessing_of(base: Settings, given: Settings) -> Preprocessing | PreprocessFunction:
+    """What was said of preprocessing: settings, of which the given ones come first, or the function that is named."""
+    settings = {k: v for k, v in given.items() if k != "preprocess"}
+    if "preprocess" in given:
+        return _function(given["preprocess"], settings)
+    return Preprocessing(**{**base, **settings})
+
+
+def _function(reference: str, settings: Settings) -> PreprocessFunction:
+    """The user's own preprocessing, in a file that this very call names."""
+    file, colon, name = reference.rpartition(":")
+    others = [key for key in settings if key != "input_size"]
+    if others:
+        raise UsageError(f"Expected preprocess= or {others[0]}=, found both. Leave one of them out.")
+    if not colon or not file.endswith(".py"):
+        raise UsageError(f"Expected file.py:function as preprocess=, found {reference!r}.")
+    path = Path(file).expanduser()
+    function = getattr(_run_script(path), name, None)
+    if not callable(function):
+        raise UsageError(f"Expected a function {name!r} in {path} as preprocess=, it has {_callables(path)}.")
+    typed: PreprocessFunction = function
+    return typed
+
+
 def _script_preprocessing(
     script: ModuleType, path: Path, name: str, settings: Settings
 ) -> Preprocessing | PreprocessFunction | None:
@@ -391,6 +430,21 @@ def _from_program(path: Path, settings: Settings) -> Model:
     size = _program_input_size(program)
     base = {"input_size": size} if size is not None else {}
     return Model(program, path.stem, _given_preprocessing(base, settings, str(path)))
+
+
+def _from_onnx(path: Path, settings: Settings) -> Model:
+    from bitwright.onnx_in import OnnxFile
+
+    given = settings.get("input_size")
+    file = OnnxFile.read(path, None if given is None else parse_input_size(given))
+    base: Settings = {}
+    shape = file.image
+    if len(shape) == 3 and (file.channels_last or shape[0] in (1, 3)):
+        base["input_size"] = (shape[2], *shape[:2]) if file.channels_last else shape
+        base |= {"layout": "channels_last"} if file.channels_last else {}
+    said = {k: v for k, v in settings.items() if k != "input_size"}
+    preprocessing = _given_preprocessing(base, said, str(path)) if said and base else None
+    return Model(file.network, path.stem, preprocessing, source=file)
 
 
 def example_shape(program: ExportedProgram) -> tuple[int, ...] | None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor
 
 from bitwright.errors import DataError, UsageError
@@ -22,6 +22,10 @@ _RESAMPLING = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 _CROP_MODES = ("center", "squash", "border")
+_ORDERS = ("rgb", "bgr")
+_LAYOUTS = ("channels_first", "channels_last")
+_YOUNGER = {"channel_order": "rgb", "layout": "channels_first"}
+"""Settings that older runs do not have, with what they stood for: left out where they say just that."""
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 
@@ -35,6 +39,9 @@ class Preprocessing(BaseModel):
 
     ``crop_mode``: ``"center"`` as above; ``"squash"`` resizes both sides without keeping the aspect ratio;
     ``"border"`` resizes the longer side and pads with the mean colour.
+
+    ``channel_order`` is that of the network's channels, and of ``mean`` and ``std``. ``layout`` is the order of the
+    tensor's axes: ``"channels_last"`` gives (H, W, C).
 
     Settings may be given as on the command line: ``"224"``, ``"224x320"`` (height x width) or ``"1x28x28"``
     for ``input_size``, ``"0.485,0.456,0.406"`` or one number for ``mean`` and ``std``.
@@ -58,6 +65,19 @@ class Preprocessing(BaseModel):
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
     crop_pct: float = 1.0
     crop_mode: Literal["center", "squash", "border"] = "center"
+    channel_order: Literal["rgb", "bgr"] = "rgb"
+    layout: Literal["channels_first", "channels_last"] = "channels_first"
+
+    @model_serializer(mode="wrap")
+    def _without_younger(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        settings: dict[str, Any] = handler(self)
+        return {k: v for k, v in settings.items() if _YOUNGER.get(k) != v}
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of one image as the network takes it."""
+        channels, height, width = self.input_size
+        return (height, width, channels) if self.layout == "channels_last" else self.input_size
 
     @model_validator(mode="before")
     @classmethod
@@ -75,6 +95,8 @@ class Preprocessing(BaseModel):
             raise UsageError(f"Expected numbers above 0 as std=, found {min(parsed['std']):g}.")
         _one_of("interpolation", parsed.get("interpolation", "bicubic"), tuple(_RESAMPLING))
         _one_of("crop_mode", parsed.get("crop_mode", "center"), _CROP_MODES)
+        _one_of("channel_order", parsed.get("channel_order", "rgb"), _ORDERS)
+        _one_of("layout", parsed.get("layout", "channels_first"), _LAYOUTS)
         parsed["crop_pct"] = _number("crop_pct", parsed.get("crop_pct", 1.0))
         if not 0.1 <= parsed["crop_pct"] <= 10:
             raise UsageError(f"Expected crop_pct= between 0.1 and 10 (usually 0.875 to 1), found {parsed['crop_pct']}.")
@@ -87,7 +109,7 @@ class Preprocessing(BaseModel):
             image: a Pillow image of any mode, or uint8 pixels (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
 
         Returns:
-            float32 (C, H, W).
+            float32 (C, H, W), or (H, W, C) with the channels last.
         """
         return self.normalize(torch.from_numpy(self.pixels(image)).unsqueeze(0))[0]
 
@@ -100,15 +122,27 @@ class Preprocessing(BaseModel):
         return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """Return float32 (B, C, H, W) from uint8 pixels (B, H, W, C)."""
+        """Return float32 (B, C, H, W), or (B, H, W, C) with the channels last, from uint8 pixels (B, H, W, C)."""
         mean = torch.tensor(self.mean, dtype=torch.float32).view(-1, 1, 1)
         std = torch.tensor(self.std, dtype=torch.float32).view(-1, 1, 1)
+        pixels = pixels.flip(-1) if self.channel_order == "bgr" else pixels
         values = pixels.permute(0, 3, 1, 2).contiguous().to(torch.float32)
-        return values.div_(255).sub_(mean).div_(std)
+        values = values.div_(255).sub_(mean).div_(std)
+        return values if self.layout == "channels_first" else values.permute(0, 2, 3, 1).contiguous()
 
 
 PreprocessFunction: TypeAlias = Callable[[Image.Image], Tensor]
 """A user's own preprocessing: takes an upright 8-bit RGB image, returns float (C, H, W)."""
+
+
+def channels_last(shape: Sequence[int]) -> bool:
+    """Whether one image of this shape has its channels last: (H, W, C).
+
+    Example:
+        >>> channels_last((257, 257, 3)), channels_last((3, 224, 224))
+        (True, False)
+    """
+    return len(shape) == 3 and shape[0] not in (1, 3) and shape[2] in (1, 3)
 
 
 def parse_input_size(value: Any) -> tuple[int, int, int]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from bitwright.given.preprocessing import channels_last
 from bitwright.errors import UsageError
 from bitwright.graph import ops
 from bitwright.graph.readings import Reading, with_values
@@ -175,7 +176,7 @@ def _beside_each_other(readings: list[Reading], values: list[Tensor], images: Te
     scored = {_positions(v, r.axis) for v, r in zip(values, readings, strict=True) if _classes(v, r) > 4}
     maps = [v for v, r in zip(values, readings, strict=True) if v.dim() == 4 and r.axis == 1]
     sizes = {tuple(v.shape[2:]) for v in maps}
-    pyramid = len(sizes) > 1 and len({v.shape[1] for v in maps}) == 1 and tuple(images.shape[2:]) not in sizes
+    pyramid = len(sizes) > 1 and len({v.shape[1] for v in maps}) == 1 and _extent(images) not in sizes
     found = []
     for value, reading in zip(values, readings, strict=True):
         note = ""
@@ -185,6 +186,11 @@ def _beside_each_other(readings: list[Reading], values: list[Tensor], images: Te
             note = "It is one of several maps of different sizes, as detectors and feature extractors give."
         found.append(Reading("values", note=note) if note else reading)
     return found
+
+
+def _extent(images: Tensor) -> tuple[int, ...]:
+    """Height and width."""
+    return tuple(images.shape[1:3] if channels_last(images.shape[1:]) else images.shape[2:])
 
 
 def _classes(value: Tensor, reading: Reading) -> int:

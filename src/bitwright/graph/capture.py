@@ -30,6 +30,9 @@ TOLERANCE = 1e-5
 COARSE_TOLERANCE = 0.05
 """Tolerance of a network that computes in float16 or bfloat16 itself, which has three digits."""
 
+WHOLE = "bitwright.onnx_in.network."
+"""Modules of which each is one operator to its user: what is left of one takes its path, whatever it is made of."""
+
 APART = 1e-3
 """Share of an output's range by which an image may come out otherwise when it is alone: kernels add in other orders."""
 
@@ -303,14 +306,22 @@ def _layer_name(node: fx.Node) -> str:
     if ops.kind(node) == "linear":
         weight = node.args[1]
         assert isinstance(weight, fx.Node)
-        if stack and str(stack[-1][1]).startswith(("torch.nn.modules.conv", "torch.nn.modules.linear")):
+        if stack and str(stack[-1][1]).startswith(("torch.nn.modules.conv", "torch.nn.modules.linear", WHOLE)):
             return str(stack[-1][0])
         return str(weight.target).removesuffix(".weight")
     if not stack:
         return operator
     path, kind = stack[-1][0], str(stack[-1][1])
+    if kind.startswith(WHOLE):
+        inside = any(_innermost(user) == path for user in node.users)
+        return f"{path}.{operator}" if inside else path
     standard = kind.startswith("torch.nn.modules") and "container" not in kind
     return path if standard and ops.kind(node) != "move" else f"{path}.{operator}"
+
+
+def _innermost(node: fx.Node) -> str:
+    stack = [entry[0] for entry in (node.meta.get("nn_module_stack") or {}).values()]
+    return str(stack[-1]) if stack else ""
 
 
 def _check_single_input(graph: fx.GraphModule) -> None:

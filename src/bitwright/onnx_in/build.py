@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bitwright.errors import ModelError
+from bitwright.given.preprocessing import channels_last
 from bitwright.onnx_in import operators
 from bitwright.onnx_in.file import CONTROL, STANDARD, label, opset_of
 from bitwright.onnx_in.fold import fold
@@ -22,7 +23,6 @@ from bitwright.onnx_in.network import Interface, Network, Repeated, Source, Stor
 from bitwright.onnx_in.patterns import DOMAIN, Nodes, join
 from bitwright.onnx_in.values import Batch, Call, Known, Node, Operand, Traced, Unsupported, Value, as_tensor
 
-CHANNELS = (1, 3)
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Linear", "LSTM", "GRU", "RNN"})
 """Operators with weights that a quantizer would want; none may lie behind the body."""
 
@@ -46,7 +46,7 @@ class Image:
     @property
     def channels_last(self) -> bool:
         """Whether the file takes [N, H, W, C]."""
-        return len(self.shape) == 3 and self.shape[0] not in CHANNELS and self.shape[2] in CHANNELS
+        return channels_last(self.shape)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def image_of(program: Any, size: tuple[int, int, int] | None, path: Path) -> Ima
 
 def _sized(shape: tuple[int, ...], size: tuple[int, int, int] | None, name: str, path: Path) -> tuple[int, ...]:
     """The shape of one image, its free lengths filled in."""
-    last = len(shape) == 3 and shape[0] not in CHANNELS and shape[2] in CHANNELS
+    last = channels_last(shape)
     found = shape
     if size is not None and len(shape) == 3:
         given = (*size[1:], shape[2]) if last else (shape[0] or size[0], *size[1:])

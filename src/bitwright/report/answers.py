@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from bitwright.given.images import Images
-from bitwright.given.preprocessing import Preprocessing
+from bitwright.given.preprocessing import Preprocessing, channels_last
 from bitwright.graph.readings import Reading, by_values
 from bitwright.measure.metrics import default_names
 from bitwright.report.kept import DifferingAnswers, DifferingImage, GivenAnswer
@@ -186,14 +186,16 @@ def class_names(images: Images) -> dict[int, str]:
 
 
 def picture(image: Tensor, how: Any) -> str:
-    """A preprocessed image [C, H, W] as a small picture: a ``data:`` address, PNG if tiny and JPEG if not.
+    """A preprocessed image [C, H, W] or [H, W, C] as a small picture: a ``data:`` address, PNG if tiny and JPEG if not.
 
     Pixels are those that the network saw. Without a known preprocessing they are stretched from black to white.
     """
     values = image.detach().float()
+    values = values.movedim(-1, 0) if channels_last(values.shape) else values
     if isinstance(how, Preprocessing):
         mean, std = (torch.tensor(v).reshape(-1, 1, 1) for v in (how.mean, how.std))
         values = values * std + mean
+        values = values.flip(0) if how.channel_order == "bgr" else values
     else:
         values = (values - values.min()) / (values.max() - values.min()).clamp_min(1e-12)
     values = values[:3] if len(values) >= 3 else values[:1]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitwright.given.images import Images
+from bitwright.given.preprocessing import channels_last
 
 
 class Views:
@@ -45,6 +46,8 @@ class Views:
             return image
         draw = torch.rand(4, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + index)).tolist()
         side = (self.smallest + (1 - self.smallest) * draw[0]) ** 0.5
+        last = channels_last(image.shape)
+        image = image.movedim(-1, 0) if last else image
         frames = image[None] if image.dim() == 3 else image.movedim(1, 0)  # of a video all alike
         size = frames.shape[2:]
         height, width = (max(1, round(side * d)) for d in size)
@@ -53,4 +56,5 @@ class Views:
         part = frames[:, :, top : top + height, left : left + width]
         view = F.interpolate(part, size=size, mode="bilinear", align_corners=False, antialias=True)
         view = view[0] if image.dim() == 3 else view.movedim(0, 1)
-        return view.flip(-1) if draw[3] < 0.5 else view
+        view = view.flip(-1) if draw[3] < 0.5 else view
+        return view.movedim(0, -1) if last else view
