@@ -164,6 +164,7 @@ def quantize(
     student.to("cpu")
     teacher.graph.to("cpu")
     student.preprocessing, student.calibration = network.preprocessing, data
+    student.interface = None if network.source is None else network.source.network.names
     student.result = _record(student, network, method, data, run, said, decided, output).result()
     return QuantizedModel.of(student)
 
@@ -435,6 +436,7 @@ def _record(
             output=output or network.output,
             preprocessing=how if isinstance(how, Preprocessing) else None,
             source=images.place,
+            sha256=None if network.source is None else network.source.sha256,
         ),
         plan=plan,
     )

@@ -31,7 +31,7 @@ class QuantizedModel(Student):
             teacher=student.teacher,
         )
         model.preprocessing, model.calibration = student.preprocessing, student.calibration
-        model.result = student.result
+        model.interface, model.result = student.interface, student.result
         return model.train(student.training)
 
     def evaluate(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from bitwright.export.clips import codes_of
-from bitwright.export.layers import activation_quantizers, compare_layer, cut_at, simulated
+from bitwright.export.layers import activation_quantizers, compare_layer, cut_at, of_images, simulated
 from bitwright.export.reference import FLOAT_KERNEL, run_reference
 from bitwright.export.verdict import CodeComparison, LayerParity
 from bitwright.graph import ops
@@ -136,7 +136,7 @@ class CutRuntime:
         """Codes of every layer, int32, each fed the given codes of those before it."""
         if not self.names:
             return {}
-        feed: dict[str, Any] = {"images": images.numpy()} if "images" in self.wanted else {}
+        feed: dict[str, Any] = dict.fromkeys(of_images(self.wanted), images.numpy())
         for name, values in codes.items():
             if f"{name}/fed" in self.wanted:
                 quantizer = self.quantizers[name]

@@ -64,13 +64,17 @@ def compare_layers(
     with (opener or session)(cut, optimize=False) as runtime:
         wanted = {i.name for i in runtime.get_inputs()}
         feed = {f"{n}/fed": v.behind.numpy() for n, v in passing.items() if f"{n}/fed" in wanted}
-        if "images" in wanted:
-            feed["images"] = images.numpy()
+        feed |= dict.fromkeys(of_images(wanted), images.numpy())
         outputs = runtime.run([f"{n}/value" for n in names], feed)
     return [
         compare_layer(quantizers[n], passing[n], _codes(quantizers[n], out))
         for n, out in zip(names, outputs, strict=True)
     ]
+
+
+def of_images(inputs: Iterable[str]) -> list[str]:
+    """Those inputs of a cut network that are not fed from the simulation: the images, if a layer still reads them."""
+    return [name for name in inputs if not name.endswith("/fed")]
 
 
 def _codes(quantizer: Quantizer, values: Array) -> Tensor:

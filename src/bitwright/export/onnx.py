@@ -28,6 +28,7 @@ from bitwright.export.forms import rewrite_forms
 from bitwright.export.functions import join_functions
 from bitwright.graph import ops, rewrite
 from bitwright.graph.explain import recorded_line
+from bitwright.graph.outputs import Interface
 from bitwright.graph.student import Student
 from bitwright.quant.grid import Grid
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
@@ -293,9 +294,25 @@ def _operator(name: str, graph: fx.GraphModule) -> str:
 
 
 def _rename_outputs(program: ir.Model, model: Student) -> None:
+    if model.interface is not None:
+        _rename_as_given(program, model.outputs, model.interface)
+        return
     taken = {v.name for node in program.graph for v in node.outputs} | {v.name for v in program.graph.inputs}
     for value, name in zip(program.graph.outputs, model.outputs, strict=True):
         value.name = name if name not in taken else f"{name}_out"
+
+
+def _rename_as_given(program: ir.Model, outputs: tuple[str, ...], names: Interface) -> None:
+    """Gives input and outputs the names of the user's own file; inner tensors make way."""
+    graph = program.graph
+    ends = [*zip(graph.inputs, [names.input], strict=True)]
+    ends += zip(graph.outputs, [names.outputs.get(name, name) for name in outputs], strict=True)
+    wanted, kept = {name for _, name in ends}, {id(value) for value, _ in ends}
+    for value in (v for node in graph for v in node.outputs):
+        if value.name in wanted and id(value) not in kept:
+            value.name = f"{value.name}/inner"
+    for value, name in ends:
+        value.name = name
 
 
 def _replace_marks(program: ir.Model, modules: dict[str, nn.Module], form: QdqForm) -> None:

@@ -66,7 +66,9 @@ NORM = frozenset(
         "norm",
     ]
 )
-POOL = frozenset(
+SAMPLERS = frozenset({"grid_sampler", "grid_sampler_2d"})
+"""They take means of neighbouring values at places that their second operand gives."""
+POOL = SAMPLERS | frozenset(
     [
         "mean",
         "avg_pool1d",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -19,6 +19,34 @@ class Fixed:
     """A part of the output that is no tensor and never changes: nothing, a number, a text."""
 
     value: Any
+
+
+@dataclass(frozen=True)
+class Interface:
+    """Names that the user's own file gives to what enters and leaves the network; files for runtimes keep them.
+
+    Attributes:
+        input: name of the images.
+        outputs: names of outputs, by the names that they have here.
+    """
+
+    input: str
+    outputs: Mapping[str, str]
+
+    @classmethod
+    def of(cls, given: str, outputs: Sequence[str]) -> Interface:
+        """The names of a file with these outputs, of which one alone has no name here."""
+        tensor = torch.zeros(())
+        here = names(tensor if len(outputs) == 1 else dict.fromkeys(outputs, tensor))
+        return cls(given, dict(zip(here, outputs, strict=True)))
+
+    @classmethod
+    def read(cls, stored: Any) -> Interface | None:
+        """What a file tells of them; None if that is something else."""
+        if not isinstance(stored, dict) or set(stored) != {"input", "outputs"} or not isinstance(stored["outputs"], dict):
+            return None
+        texts = [stored["input"], *stored["outputs"].values()]
+        return cls(**stored) if all(isinstance(text, str) and text for text in texts) else None
 
 
 pytree.register_pytree_node(

@@ -262,8 +262,9 @@ def _constant_role(node: fx.Node) -> tuple[str, fx.Node]:
     for user in node.users:
         if ops.kind(user) == "linear" and node in user.args[1:3]:
             return ("weight" if node is user.args[1] else "bias"), user
+        sampled = ops.base_name(reader) in ops.SAMPLERS
         divides = ops.base_name(user) == "div" and node is user.args[1]
-        if divides or (ops.kind(user) in {"norm", "activation"} and node in user.args[1:]):
+        if sampled or divides or (ops.kind(user) in {"norm", "activation"} and node in user.args[1:]):
             return "setting", user
     return ("scalar" if ops.numel(node) == 1 else "operand"), reader
 

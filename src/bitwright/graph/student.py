@@ -12,6 +12,7 @@ from bitwright.graph import rewrite
 from bitwright.graph.capture import Captured
 from bitwright.graph.insert import insert
 from bitwright.graph.layer import Layer
+from bitwright.graph.outputs import Interface
 from bitwright.graph.place import Unquantized
 from bitwright.quant.grid import Grid
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
@@ -57,6 +58,8 @@ class Student(nn.Module):
         self.preprocessing: Preprocessing | PreprocessFunction | None = None
         self.calibration: Images | None = None
         """The images it was made with; None after loading."""
+        self.interface: Interface | None = None
+        """Names in the file that the network was read from, if it was one."""
         self.result: dict[str, Any] = {}
         """What ``result.json`` holds."""
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from bitwright.onnx_in.build import Body, build, image_of
 from bitwright.onnx_in.check import check
 from bitwright.onnx_in.file import digest, read
-from bitwright.onnx_in.network import Interface, Network
+from bitwright.onnx_in.network import Network
 from bitwright.words import plural
 
-__all__ = ["Interface", "Network", "OnnxFile"]
+__all__ = ["Network", "OnnxFile"]
 
 
 @dataclass
@@ -50,7 +50,7 @@ class OnnxFile:
         file = cls(path, digest(path), program, build(program, image_of(program, size, path), path))
         if file.body.tail:
             kinds = ", ".join(sorted({node.op_type for node in file.body.tail}))
-            outputs = ", ".join(file.network.interface.outputs)
+            outputs = ", ".join(file.network.outputs)
             warnings.warn(
                 f"The last {plural(len(file.body.tail), 'operator')} of {path} ({kinds}) stay as they are. The network "
                 f"that is quantized ends before them, in {outputs}.",

@@ -19,7 +19,7 @@ from bitwright.given.preprocessing import channels_last
 from bitwright.onnx_in import operators
 from bitwright.onnx_in.file import CONTROL, STANDARD, label, opset_of
 from bitwright.onnx_in.fold import fold
-from bitwright.onnx_in.network import Interface, Network, Repeated, Source, Stored
+from bitwright.onnx_in.network import Network, Repeated, Source, Stored
 from bitwright.onnx_in.patterns import DOMAIN, Nodes, join
 from bitwright.onnx_in.values import Batch, Call, Known, Node, Operand, Traced, Unsupported, Value, as_tensor
 
@@ -286,7 +286,7 @@ def build(program: Any, image: Image, path: Path) -> Body:
     outputs += sorted(n for n in behind - set(outputs) if isinstance(reading.values.get(n), Traced) and n != image.name)
     if not outputs or not reading.functions:
         raise ModelError(f"Expected outputs that depend on the images in {path}, found none. Export it again.")
-    network = Network(Interface(image.name, tuple(outputs)), image.shape, reading.functions, reading.stored)
+    network = Network(image.name, outputs, image.shape, reading.functions, reading.stored)
     left = {id(node) for node in reading.tail}
     tail_outputs = {name for node in reading.tail for name in node.output}
     whole = [n for n in program.graph.node if not tail_outputs.intersection(n.output) and id(n) not in left]

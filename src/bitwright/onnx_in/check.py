@@ -60,7 +60,7 @@ def check(program: Any, body: Body, images: Tensor, path: Any) -> float:
         )
     with torch.no_grad():
         found = returned(network(images))
-    names = network.interface.outputs
+    names = network.outputs
     theirs = run(program, body, names, found, images, path)
     worst = max(_difference(a, b) for a, b in zip(theirs, found, strict=True))
     if worst > TOLERANCE and worst > 10 * _own_error(network, images, found):

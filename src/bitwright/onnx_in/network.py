@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.graph.names import attributes
+from bitwright.graph.outputs import Interface
 from bitwright.graph.rewrite import get_tensor, set_tensor
 from bitwright.onnx_in.values import Batch
 
@@ -63,19 +64,6 @@ class Line:
     outputs: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Interface:
-    """Names that the file gives to what enters and leaves the network.
-
-    Attributes:
-        input: name of the images.
-        outputs: names of the tensors that the module returns, in their order.
-    """
-
-    input: str
-    outputs: tuple[str, ...]
-
-
 class Network(nn.Module):
     """The float network of an ONNX file; called with images as its input has them, for any number of images.
 
@@ -84,23 +72,24 @@ class Network(nn.Module):
 
     def __init__(
         self,
-        interface: Interface,
+        given: str,
+        outputs: Sequence[str],
         image: tuple[int, ...],
         functions: Sequence[tuple[Callable[..., Any], tuple[Source, ...], tuple[str, ...]]],
         stored: Mapping[str, Tensor],
     ) -> None:
         super().__init__()
-        self.interface, self.image = interface, image
-        names = [outputs[0] for _, _, outputs in functions]
+        self.given, self.outputs, self.image = given, tuple(outputs), image
+        self.names = Interface.of(given, self.outputs)
+        names = [made[0] for _, _, made in functions]
         paths = distinct(names, list(stored))
         for name, tensor in stored.items():
             set_tensor(self, paths[name], tensor)
         self._lines = []
-        for function, sources, outputs in functions:
+        for function, sources, made in functions:
             step = Step(function)
-            place(self, paths[outputs[0]], step)
-            found = tuple(_at(paths, source) for source in sources)
-            self._lines.append(Line(step, found, outputs))
+            place(self, paths[made[0]], step)
+            self._lines.append(Line(step, tuple(_at(paths, source) for source in sources), made))
         self._last = {s: k for k, line in enumerate(self._lines) for s in line.sources if isinstance(s, str)}
 
     def forward(self, images: Tensor) -> Any:
@@ -110,7 +99,7 @@ class Network(nn.Module):
             images: [B, ...] as the file's input has them.
         """
         values = self._run(images, keep=False)
-        outputs = {name: values[name] for name in self.interface.outputs}
+        outputs = {name: values[name] for name in self.outputs}
         return outputs if len(outputs) > 1 else next(iter(outputs.values()))
 
     def watched(self, images: Tensor) -> dict[str, Any]:
@@ -119,12 +108,12 @@ class Network(nn.Module):
             return self._run(images, keep=True)
 
     def _run(self, images: Tensor, *, keep: bool) -> dict[str, Any]:
-        values: dict[str, Any] = {self.interface.input: images}
+        values: dict[str, Any] = {self.given: images}
         for k, line in enumerate(self._lines):
             found = line.step(*(self._operand(source, values, images) for source in line.sources))
             values |= zip(line.outputs, found if isinstance(found, tuple | list) else (found,), strict=False)
             for source in () if keep else line.sources:
-                if isinstance(source, str) and self._last[source] == k and source not in self.interface.outputs:
+                if isinstance(source, str) and self._last[source] == k and source not in self.outputs:
                     values.pop(source, None)
         return values
 

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -20,6 +21,7 @@ from bitwright.export.packed import ideal_bytes, load_packed, save_packed
 from bitwright.given.arguments import a_path
 from bitwright.given.preprocessing import Preprocessing
 from bitwright.given.text import read_json
+from bitwright.graph.outputs import Interface
 from bitwright.graph.student import Student
 from bitwright.run import state as run_state
 from bitwright.run.files import cannot_write, is_partial, remove, sweep, temporary, told_of, write_json
@@ -191,7 +193,9 @@ def finish_swap(folder: Path) -> str | None:
 def write_files(model: Student, folder: Path) -> None:
     """Model, plan and sizes into an existing folder; ``result.json`` is written last by :func:`write_result`."""
     settings = model.preprocessing.model_dump(mode="json") if isinstance(model.preprocessing, Preprocessing) else None
-    save_packed(model, folder / MODEL, {"preprocessing": settings})
+    extra = {"preprocessing": settings}
+    names = {} if model.interface is None else {"interface": asdict(model.interface)}
+    save_packed(model, folder / MODEL, {**extra, **names})
     plan_of(model).write(folder / PLAN)
     model.result["size"] = {
         **model.result.get("size", {}),
@@ -283,6 +287,7 @@ def load(folder: str | Path) -> Student:
     model, extra = load_packed(file)
     settings = extra.get("preprocessing")
     model.preprocessing = None if settings is None else Preprocessing(**settings)
+    model.interface = Interface.read(extra.get("interface"))
     model.result = result or model.result
     return model
 

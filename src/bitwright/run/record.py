@@ -121,6 +121,7 @@ class Origin:
         output: the one output that was kept; None for all.
         preprocessing: of the images; None where nobody said, or where it is a function.
         source: the images' path or name from any folder; None where there is none.
+        sha256: of the file that the network was read from, where that is an ONNX file.
     """
 
     reference: str | None
@@ -128,6 +129,7 @@ class Origin:
     output: str | None
     preprocessing: Preprocessing | None
     source: str | None
+    sha256: str | None = None
 
     def model(self) -> dict[str, Any]:
         """What the result says of the network."""
@@ -137,6 +139,7 @@ class Origin:
             "settings": json.loads(json.dumps(self.settings, default=lambda value: value.tolist())),
             "output": self.output,
             "preprocessing": None if how is None else how.model_dump(mode="json"),
+            **({} if self.sha256 is None else {"sha256": self.sha256}),
         }
 
 

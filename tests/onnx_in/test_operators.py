@@ -1,0 +1,262 @@
+"""Every operator against ONNX Runtime, on a batch of three images, with the batch free and fixed at one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import TensorProto
+from onnx_files import node, same_as_runtime, weights, write
+
+from bitwright.onnx_in import operators
+
+MAP = (3, 8, 10)
+F = np.float32
+
+
+def ints(*values: int) -> Any:
+    return np.asarray(values, np.int64)
+
+
+SIMPLE = [
+    "Relu", "Sigmoid", "Tanh", "HardSwish", "Mish", "Softplus", "Softsign", "Erf", "Exp", "Abs", "Neg", "Floor", "Ceil",
+    "Round", "Sign", "Reciprocal", "Sin", "Cos", "LeakyRelu", "Elu", "Celu", "Selu", "ThresholdedRelu", "HardSigmoid",
+    "Identity", "Dropout", "GlobalAveragePool", "GlobalMaxPool", "Softmax", "LogSoftmax", "LpNormalization", "Flatten",
+]  # fmt: skip
+"""Operators that need nothing but the image."""
+
+CASES: dict[str, tuple[list[Any], dict[str, Any], tuple[int, ...], int]] = {
+    "conv": ([node("Conv", "x w b", pads=[1, 1, 1, 1])], {"w": weights(4, 3, 3, 3), "b": weights(4)}, MAP, 18),
+    "conv stride dilation": (
+        [node("Conv", "x w", strides=[2, 1], dilations=[1, 2], pads=[1, 0, 1, 0])], {"w": weights(4, 3, 3, 3)}, MAP, 11,
+    ),
+    "conv depthwise": ([node("Conv", "x w", group=3, pads=[1, 1, 1, 1])], {"w": weights(6, 1, 3, 3)}, MAP, 9),
+    "conv uneven": ([node("Conv", "x w", pads=[0, 1, 1, 2])], {"w": weights(4, 3, 3, 3)}, MAP, 18),
+    "conv same upper": ([node("Conv", "x w", auto_pad="SAME_UPPER", strides=[2, 2])], {"w": weights(4, 3, 3, 3)}, MAP, 18),
+    "conv same lower": ([node("Conv", "x w", auto_pad="SAME_LOWER", strides=[3, 2])], {"w": weights(4, 3, 4, 3)}, MAP, 18),
+    "conv transposed": (
+        [node("ConvTranspose", "x w b", strides=[2, 2], pads=[1, 1, 1, 1], output_padding=[1, 1])],
+        {"w": weights(3, 4, 3, 3), "b": weights(4)}, MAP, 11,
+    ),
+    "conv transposed uneven": (
+        [node("ConvTranspose", "x w", strides=[2, 2], pads=[0, 1, 1, 0], group=3)], {"w": weights(3, 2, 3, 3)}, MAP, 11,
+    ),
+    "conv transposed shape": (
+        [node("ConvTranspose", "x w", strides=[2, 2], output_shape=[17, 21])], {"w": weights(3, 2, 3, 3)}, MAP, 11,
+    ),
+    "conv transposed same": (
+        [node("ConvTranspose", "x w", strides=[2, 2], auto_pad="SAME_UPPER")], {"w": weights(3, 2, 3, 3)}, MAP, 11,
+    ),
+    "gemm": (
+        [node("Flatten", "x", "f"), node("Gemm", "f w b", transB=1, alpha=0.5, beta=2.0)],
+        {"w": weights(5, 240), "b": weights(5)}, MAP, 13,
+    ),
+    "gemm untransposed, bias row": (
+        [node("Flatten", "x", "f"), node("Gemm", "f w b")], {"w": weights(240, 5), "b": weights(1, 5)}, MAP, 9,
+    ),
+    "matmul": ([node("MatMul", "x w")], {"w": weights(10, 4)}, MAP, 13),
+    "matmul of two": ([node("Transpose", "x", "t", perm=[0, 1, 3, 2]), node("MatMul", "x t")], {}, MAP, 13),
+    "matmul bias": ([node("MatMul", "x w", "m"), node("Add", "b m")], {"w": weights(10, 4), "b": weights(4)}, MAP, 13),
+    "einsum": ([node("Einsum", "x w", equation="nchw,wd->nchd")], {"w": weights(10, 4)}, MAP, 13),
+    "batch norm": (
+        [node("BatchNormalization", "x s b m v", epsilon=1e-3)],
+        {"s": weights(3), "b": weights(3, seed=1), "m": weights(3, seed=2), "v": weights(3, seed=3) ** 2 + 0.5}, MAP, 9,
+    ),
+    "instance norm": ([node("InstanceNormalization", "x s b")], {"s": weights(3), "b": weights(3, seed=1)}, MAP, 9),
+    "layer norm": ([node("LayerNormalization", "x s b")], {"s": weights(10), "b": weights(10, seed=1)}, MAP, 17),
+    "layer norm axis": ([node("LayerNormalization", "x s", axis=2)], {"s": weights(8, 10)}, MAP, 17),
+    "group norm 21": (
+        [node("GroupNormalization", "x s b", num_groups=2)], {"s": weights(4), "b": weights(4, seed=1)}, (4, 6, 6), 21,
+    ),
+    "rms norm": ([node("RMSNormalization", "x s")], {"s": weights(10)}, MAP, 23),
+    "lrn": ([node("LRN", "x", size=3, alpha=0.1, beta=0.5, bias=1.0)], {}, MAP, 13),
+    "max pool": ([node("MaxPool", "x", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])], {}, MAP, 12),
+    "max pool up": ([node("MaxPool", "x", kernel_shape=[3, 2], strides=[2, 3], ceil_mode=1)], {}, MAP, 12),
+    "max pool uneven": ([node("MaxPool", "x", kernel_shape=[3, 3], strides=[2, 2], pads=[0, 0, 1, 1])], {}, MAP, 12),
+    "max pool same": ([node("MaxPool", "x", kernel_shape=[2, 2], auto_pad="SAME_UPPER")], {}, MAP, 9),
+    "average pool": ([node("AveragePool", "x", kernel_shape=[3, 3], pads=[1, 1, 1, 1])], {}, MAP, 11),
+    "average pool counts": (
+        [node("AveragePool", "x", kernel_shape=[3, 3], pads=[1, 1, 1, 1], count_include_pad=1)], {}, MAP, 11,
+    ),
+    "average pool uneven": ([node("AveragePool", "x", kernel_shape=[3, 3], pads=[0, 0, 1, 2])], {}, MAP, 11),
+    "average pool same": ([node("AveragePool", "x", kernel_shape=[2, 2], auto_pad="SAME_LOWER")], {}, MAP, 11),
+    "pad": ([node("Pad", "x p v")], {"p": ints(0, 0, 1, 2, 0, 0, 3, 0), "v": F(0.5)}, MAP, 13),
+    "pad channels": ([node("Pad", "x", pads=[0, 1, 0, 0, 0, 2, 0, 0])], {}, MAP, 9),
+    "pad reflect": ([node("Pad", "x p", mode="reflect")], {"p": ints(0, 0, 1, 2, 0, 0, 3, 1)}, MAP, 13),
+    "pad edge": ([node("Pad", "x p", mode="edge")], {"p": ints(0, 0, 1, 2, 0, 0, 3, 1)}, MAP, 13),
+    "pad axes": ([node("Pad", "x p - a")], {"p": ints(1, 2), "a": ints(-2)}, MAP, 18),
+    "pad negative": ([node("Pad", "x p")], {"p": ints(0, 0, -1, 0, 0, 0, 0, -2)}, MAP, 13),
+    "concat": ([node("Relu", "x", "r"), node("Concat", "x r", axis=1)], {}, MAP, 13),
+    "concat stored": ([node("Concat", "x c", axis=2)], {"c": weights(1, 3, 2, 10)}, MAP, 13),
+    "slice attributes": ([node("Slice", "x", starts=[1, 2], ends=[8, -1], axes=[2, 3])], {}, MAP, 9),
+    "slice steps": (
+        [node("Slice", "x s e a t")],
+        {"s": ints(-1, 0), "e": ints(-(2**62), 2**62), "a": ints(3, 2), "t": ints(-2, 3)}, MAP, 13,
+    ),
+    "split": ([node("Split", "x", "a b", axis=2, split=[3, 5]), node("Concat", "b a", axis=2)], {}, MAP, 11),
+    "split outputs": ([node("Split", "x", "a b", axis=3, num_outputs=2), node("Add", "b a")], {}, MAP, 18),
+    "split input": ([node("Split", "x n", "a b", axis=1), node("Concat", "b a", axis=1)], {"n": ints(1, 2)}, MAP, 13),
+    "gather one": ([node("Gather", "x i", axis=2)], {"i": np.asarray(-2, np.int64)}, MAP, 13),
+    "gather several": ([node("Gather", "x i", axis=3)], {"i": ints(5, 0, 0, 9)}, MAP, 13),
+    "gather evenly": ([node("Gather", "x i", axis=3)], {"i": ints(1, 4, 7)}, MAP, 13),
+    "gather table": ([node("Gather", "x i", axis=2)], {"i": ints(5, 0, 1, 7).reshape(2, 2)}, MAP, 13),
+    "reshape": ([node("Reshape", "x s")], {"s": ints(1, 3, -1)}, MAP, 13),
+    "reshape zeros": ([node("Reshape", "x s")], {"s": ints(0, 0, 80)}, MAP, 9),
+    "reshape to rows": (
+        [node("Reshape", "x s", "r"), node("MatMul", "r w", "m"), node("Reshape", "m t")],
+        {"s": ints(24, 10), "w": weights(10, 4), "t": ints(1, 3, 8, 4)}, MAP, 13,
+    ),
+    "tokens before images": (
+        [
+            node("Reshape", "x a", "t0"), node("Transpose", "t0", "t1", perm=[2, 0, 1]), node("Reshape", "t1 b", "t2"),
+            node("Transpose", "t2", "t3", perm=[1, 0, 2]), node("Softmax", "t3", "t4", axis=-1),
+            node("Transpose", "t4", "t5", perm=[1, 0, 2]), node("Reshape", "t5 c", "t6"), node("MatMul", "t6 w", "t7"),
+            node("Reshape", "t7 d", "t8"), node("Transpose", "t8", "y", perm=[1, 0, 2]),
+        ],
+        {"a": ints(1, 4, 20), "b": ints(20, 2, 2), "c": ints(20, 4), "w": weights(4, 5), "d": ints(20, 1, 5)},
+        (4, 4, 5), 13,
+    ),
+    "squeeze": ([node("ReduceMean", "x", "m", axes=[2]), node("Squeeze", "m", axes=[2])], {}, MAP, 11),
+    "unsqueeze": ([node("Unsqueeze", "x a")], {"a": ints(1, -1)}, MAP, 13),
+    "transpose": ([node("Transpose", "x", perm=[0, 2, 3, 1])], {}, MAP, 13),
+    "expand": ([node("ReduceMax", "x", "m", axes=[1]), node("Expand", "m s")], {"s": ints(1, 5, 8, 10)}, MAP, 11),
+    "tile": ([node("Tile", "x r")], {"r": ints(1, 2, 1, 3)}, MAP, 13),
+    "depth to space": ([node("DepthToSpace", "x", blocksize=2)], {}, (8, 4, 5), 13),
+    "pixel shuffle": ([node("DepthToSpace", "x", blocksize=2, mode="CRD")], {}, (8, 4, 5), 13),
+    "space to depth": ([node("SpaceToDepth", "x", blocksize=2)], {}, (3, 4, 6), 13),
+    "clip attributes": ([node("Clip", "x", min=-0.5, max=0.25)], {}, MAP, 9),
+    "clip relu6": ([node("Clip", "x lo hi")], {"lo": F(0), "hi": F(6)}, MAP, 13),
+    "clip one side": ([node("Clip", "x - hi")], {"hi": F(0.5)}, MAP, 13),
+    "prelu": ([node("PRelu", "x s")], {"s": weights(3, 1, 1)}, MAP, 13),
+    "prelu wide": ([node("PRelu", "x s")], {"s": weights(8, 10)}, MAP, 13),
+    "gelu": ([node("Gelu", "x")], {}, MAP, 20),
+    "gelu tanh": ([node("Gelu", "x", approximate="tanh")], {}, MAP, 20),
+    "hard sigmoid": ([node("HardSigmoid", "x", alpha=1 / 6, beta=0.5)], {}, MAP, 13),
+    "add number": ([node("Add", "c x")], {"c": F(2)}, MAP, 13),
+    "subtract from": ([node("Sub", "c x")], {"c": F(2)}, MAP, 13),
+    "divide by channel": ([node("Div", "x c")], {"c": weights(3, 1, 1) + 2}, MAP, 13),
+    "power": ([node("Abs", "x", "a"), node("Pow", "a c")], {"c": F(1.5)}, MAP, 13),
+    "root of sum": ([node("Mul", "x x", "s"), node("Sqrt", "s", "r"), node("Log", "r", "l"), node("Exp", "l", "y")], {}, MAP, 13),
+    "min max": ([node("Min", "x c", "m"), node("Max", "m x d")], {"c": F(0.2), "d": weights(3, 1, 1)}, MAP, 13),
+    "sum and mean": ([node("Relu", "x", "r"), node("Sum", "x r r", "s"), node("Mean", "s x")], {}, MAP, 13),
+    "where": (
+        [node("Greater", "x c", "g"), node("Not", "g", "n"), node("Where", "n x d")], {"c": F(0.1), "d": F(-1)}, MAP, 13,
+    ),
+    "comparisons": (
+        [
+            node("Less", "c x", "l"), node("GreaterOrEqual", "x d", "g"), node("And", "l g", "a"),
+            node("Cast", "a", "f", to=TensorProto.FLOAT), node("Mul", "x f"),
+        ],
+        {"c": F(0), "d": weights(3, 1, 1)}, MAP, 16,
+    ),
+    "mod": ([node("Mod", "x c", fmod=1)], {"c": F(0.3)}, MAP, 13),
+    "softmax 11": ([node("Softmax", "x", axis=1)], {}, MAP, 11),
+    "softmax channels": ([node("Softmax", "x", axis=1)], {}, MAP, 13),
+    "argmax": ([node("ArgMax", "x", "i", axis=1), node("Cast", "i", to=TensorProto.FLOAT)], {}, MAP, 13),
+    "cumsum": ([node("CumSum", "x a")], {"a": np.asarray(2, np.int64)}, MAP, 14),
+    "attention": ([node("Attention", "x x x", scale=0.5)], {}, (2, 5, 4), 23),
+    "attention heads": (
+        [node("Reshape", "x s", "t"), node("Attention", "t t t m", q_num_heads=2, kv_num_heads=2)],
+        {"s": ints(0, 6, 8), "m": weights(6, 6)}, (3, 4, 4), 23,
+    ),
+    "shape arithmetic": (
+        [
+            node("Shape", "x", "s"), node("Gather", "s zero", "n"), node("Gather", "s one", "c"),
+            node("Unsqueeze", "n axis", "n1"), node("Unsqueeze", "c axis", "c1"), node("Concat", "n1 c1 rest", "t", axis=0),
+            node("Reshape", "x t"),
+        ],
+        {"zero": np.asarray(0), "one": np.asarray(1), "axis": ints(0), "rest": ints(-1)}, MAP, 13,
+    ),
+    "class token": (
+        [
+            node("Reshape", "x to", "t"), node("Transpose", "t", "u", perm=[0, 2, 1]), node("Shape", "u", "s"),
+            node("Slice", "s zero one", "n"), node("Concat", "n rest", "e", axis=0), node("Expand", "c e", "d"),
+            node("Concat", "d u", axis=1),
+        ],
+        {"to": ints(0, 3, 80), "zero": ints(0), "one": ints(1), "rest": ints(1, 3), "c": weights(1, 1, 3)}, MAP, 13,
+    ),
+    "zeros of the batch": (
+        [
+            node("Shape", "x", "s", start=0, end=1), node("Concat", "s rest", "e", axis=0),
+            node("ConstantOfShape", "e", "z"), node("Concat", "z x", axis=2),
+        ],
+        {"rest": ints(3, 2, 10)}, MAP, 15,
+    ),
+}  # fmt: skip
+REDUCTIONS = ["Mean", "Sum", "Max", "Min", "Prod", "L1", "L2", "SumSquare", "LogSumExp"]
+COORDINATES = ["half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel", "half_pixel_symmetric"]
+
+
+def written(folder: Path, name: str, batch: Any) -> Path:
+    nodes, stored, shape, opset = CASES[name]
+    return write(folder / "tiny.onnx", nodes, (batch, *shape), stored, opset=opset)
+
+
+FIXED_ONLY = {"concat stored", "reshape", "reshape to rows", "tokens before images"}
+"""Files that are wrong for any other batch than their own."""
+
+
+@pytest.mark.parametrize("batch", ["N", 1])
+@pytest.mark.parametrize("name", CASES)
+def test_operator_computes_what_the_runtime_does(name: str, batch: Any, tmp_path: Path) -> None:
+    if batch == "N" and name in FIXED_ONLY:
+        pytest.skip("the file says one image")
+    same_as_runtime(written(tmp_path, name, batch))
+
+
+@pytest.mark.parametrize("name", SIMPLE)
+def test_operators_of_the_image_alone(name: str, tmp_path: Path) -> None:
+    opset = 22 if name in {"HardSwish", "Mish"} else 11 if name == "Softmax" else 13
+    same_as_runtime(write(tmp_path / "tiny.onnx", [node(name, "x")], ("N", *MAP), opset=opset))
+
+
+@pytest.mark.parametrize("keep", [0, 1])
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_reductions(name: str, keep: int, tmp_path: Path) -> None:
+    one = write(tmp_path / "a.onnx", [node(f"Reduce{name}", "x", axes=[1, -1], keepdims=keep)], (1, *MAP), opset=11)
+    two = write(tmp_path / "b.onnx", [node(f"Reduce{name}", "x a", keepdims=keep)], ("N", *MAP), {"a": ints(2)})
+    same_as_runtime(one)
+    same_as_runtime(two)
+
+
+@pytest.mark.parametrize("size", [(16, 20), (5, 13), (12, 7)])
+@pytest.mark.parametrize("mode", ["nearest", "linear", "cubic"])
+@pytest.mark.parametrize("placed", COORDINATES)
+def test_resize_places_pixels_as_the_file_says(placed: str, mode: str, size: tuple[int, int], tmp_path: Path) -> None:
+    stored = {"s": ints(1, 3, *size)}
+    made = node("Resize", "x - - s", mode=mode, coordinate_transformation_mode=placed)
+    same_as_runtime(write(tmp_path / "tiny.onnx", [made], (1, *MAP), stored, opset=19))
+
+
+@pytest.mark.parametrize("rounding", ["round_prefer_floor", "round_prefer_ceil", "floor", "ceil"])
+@pytest.mark.parametrize("placed", ["half_pixel", "asymmetric", "align_corners"])
+def test_nearest_pixels(placed: str, rounding: str, tmp_path: Path) -> None:
+    made = node("Resize", "x - f", mode="nearest", coordinate_transformation_mode=placed, nearest_mode=rounding)
+    stored = {"f": np.asarray([1, 1, 2.5, 0.5], F)}
+    same_as_runtime(write(tmp_path / "tiny.onnx", [made], (1, *MAP), stored, opset=13))
+
+
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+@pytest.mark.parametrize("factor", [2.0, 7.3])
+def test_upsample_of_opset_9_with_channels_last(mode: str, factor: float, tmp_path: Path) -> None:
+    stored = {"f": np.asarray([1, factor, factor, 1], F)}
+    made = node("Upsample", "x f", mode=mode)
+    same_as_runtime(write(tmp_path / "tiny.onnx", [made], (1, 5, 6, 3), stored, opset=9))
+
+
+def test_upsample_of_one_pixel_repeats_it(tmp_path: Path) -> None:
+    made = [node("GlobalAveragePool", "x", "m"), node("Upsample", "m f", mode="linear")]
+    same_as_runtime(write(tmp_path / "tiny.onnx", made, (1, *MAP), {"f": np.asarray([1, 1, 8, 10], F)}, opset=9))
+
+
+def test_every_operator_of_the_table_is_tested() -> None:
+    operators.find("")
+    tested = {n.op_type for nodes, *_ in CASES.values() for n in nodes} | set(SIMPLE) | {f"Reduce{n}" for n in REDUCTIONS}
+    tested |= {"Resize", "Upsample"}
+    untested = {n for n in operators.OPERATORS if not n.startswith("bitwright.")} - tested
+    assert untested <= {
+        "Tan", "Atan", "IsNaN", "Or", "Xor", "Equal", "LessOrEqual", "CastLike", "Swish", "ArgMin", "ReduceLogSum",
+        "GatherElements", "GridSample", "Size",
+    }  # fmt: skip
