@@ -14,7 +14,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from bitwright.onnx_in import OnnxFile
+from bitwright.onnx_in.source import OnnxFile
 from bitwright.onnx_in.network import returned
 
 Array = npt.NDArray[Any]

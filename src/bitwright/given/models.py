@@ -33,7 +33,7 @@ from bitwright.given.text import short
 from bitwright.graph.plain import tell_of_types
 
 if TYPE_CHECKING:
-    from bitwright.onnx_in import OnnxFile
+    from bitwright.onnx_in.source import OnnxFile
 
 FORMS = "zoo:NAME, timm:NAME[@weights], torchvision:NAME[@weights], path/to/file.py:callable, model.pt2 or model.onnx"
 
@@ -433,7 +433,7 @@ def _from_program(path: Path, settings: Settings) -> Model:
 
 
 def _from_onnx(path: Path, settings: Settings) -> Model:
-    from bitwright.onnx_in import OnnxFile
+    from bitwright.onnx_in.source import OnnxFile
 
     given = settings.get("input_size")
     file = OnnxFile.read(path, None if given is None else parse_input_size(given))

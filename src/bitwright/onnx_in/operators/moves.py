@@ -229,7 +229,7 @@ def gather(node: Node) -> Call:
     rank = len(shape_of(x))
     axis = positive(node.whole("axis", 0), rank)
     if isinstance(x, Traced) and axis == x.batch_axis:
-        raise Unsupported("it takes some images of a batch")
+        return _gather_of_each(node, x, picks)
     if not isinstance(picks, Known):
         return call(_pick, x, picks, axis=axis)
     places = picks.small % shape_of(x)[axis]
@@ -241,6 +241,24 @@ def gather(node: Node) -> Call:
             return call(_slice, x, parts=((axis, first, first + step * (places.size - 1) + 1, step),))
         return call(_index_select, x, Known.of(places.astype(np.int64)), axis=axis)
     return call(_pick, x, Known.of(places.astype(np.int64)), axis=axis)
+
+
+def _gather_of_each(node: Node, x: Traced, picks: Value) -> Call:
+    """Entries of a flat tensor at the same places of every image, as PyTorch's exporter writes strided views."""
+    width = x.shape[0] // node.batch
+    if len(x.shape) > 1 or x.inner > 1 or node.batch > 1 or not isinstance(picks, Known) or not picks.small.ndim:
+        raise Unsupported("it takes some images of a batch")
+    places, following = picks.small, picks.large[len(picks.small) :]
+    if len(places) != 1 or places.shape != following.shape or not np.array_equal(places + width, following):
+        raise Unsupported("it takes some images of a batch")
+    shape = (-1, *places.shape[1:])
+    if np.array_equal(places.reshape(-1), np.arange(width)):
+        return call(torch.reshape, x, shape=shape)
+    return call(_pick_of_each, x, Known.of(places.reshape(-1).astype(np.int64)), width=width, shape=shape)
+
+
+def _pick_of_each(x: Tensor, places: Tensor, *, width: int, shape: tuple[int, ...]) -> Tensor:
+    return x.reshape(-1, width).index_select(1, places).reshape(shape)
 
 
 def _select(x: Tensor, *, axis: int, index: int) -> Tensor:

@@ -36,6 +36,8 @@ def resize(node: Node) -> Call:
         return call(torch.clone, x)
     if x.batch_axis in resized or len(resized) > 3:
         raise Unsupported("it resizes the axis of the images, or more than three axes")
+    if all(axes[k].before == 1 for k in resized):
+        return call(_spread, x, sizes=tuple(axes[k].after if k in resized else -1 for k in range(len(axes))))
     mode, old = node.text("mode", "nearest"), node.kind == "Upsample" or node.opset < 11
     placed = "asymmetric" if old else node.text("coordinate_transformation_mode", "half_pixel")
     if node.whole("antialias", 0) or node.text("keep_aspect_ratio_policy", "stretch") != "stretch":
@@ -49,6 +51,11 @@ def resize(node: Node) -> Call:
     if placed == "tf_crop_and_resize":
         raise Unsupported("it crops while it resizes")
     return _smooth(x, order, chosen, mode, placed)
+
+
+def _spread(x: Tensor, *, sizes: tuple[int, ...]) -> Tensor:
+    """One pixel is all that there is to take."""
+    return x.expand(sizes)
 
 
 def _axes(node: Node, x: Traced) -> list[Axis]:

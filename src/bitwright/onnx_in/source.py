@@ -1,0 +1,82 @@
+"""A float ONNX file and the network in it: read as data, compared with ONNX Runtime on the first images."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bitwright.onnx_in.build import Body, build, image_of
+from bitwright.onnx_in.check import check
+from bitwright.onnx_in.file import digest, read
+from bitwright.onnx_in.network import Network
+from bitwright.words import plural
+
+
+@dataclass
+class OnnxFile:
+    """A float ONNX file and the network that was read from it.
+
+    Attributes:
+        path: of the file.
+        sha256: of the file.
+        program: what ONNX has of it.
+        body: the network, and what of the file it leaves out.
+    """
+
+    path: Path
+    sha256: str
+    program: Any
+    body: Body
+    _checked: bool = field(default=False)
+
+    @classmethod
+    def read(cls, path: Path, size: tuple[int, int, int] | None = None) -> OnnxFile:
+        """Reads a file, as data.
+
+        Args:
+            path: of the file.
+            size: channels, height and width of its images, where the file leaves them free.
+
+        Raises:
+            ModelError: it cannot be read, or holds what cannot be captured; one line says what.
+        """
+        program = read(path)
+        file = cls(path, digest(path), program, build(program, image_of(program, size, path), path))
+        if file.body.tail:
+            kinds = ", ".join(sorted({node.op_type for node in file.body.tail}))
+            outputs = ", ".join(file.network.outputs)
+            warnings.warn(
+                f"The last {plural(len(file.body.tail), 'operator')} of {path} ({kinds}) stay as they are. The network "
+                f"that is quantized ends before them, in {outputs}.",
+                stacklevel=4,
+            )
+        return file
+
+    @property
+    def network(self) -> Network:
+        """The module."""
+        return self.body.network
+
+    @property
+    def image(self) -> tuple[int, ...]:
+        """Shape of one image as the network takes it."""
+        return self.body.image.shape
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether that is (H, W, C)."""
+        return self.body.image.channels_last
+
+    def check(self, images: Tensor) -> None:
+        """Compares the network with ONNX Runtime on images, the first time that it is asked.
+
+        Raises:
+            ModelError: they differ.
+        """
+        if not self._checked:
+            check(self.program, self.body, images, self.path)
+            self._checked = True
