@@ -14,8 +14,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from bitwright.onnx_in.source import OnnxFile
 from bitwright.onnx_in.network import returned
+from bitwright.onnx_in.source import OnnxFile
 
 Array = npt.NDArray[Any]
 
@@ -24,7 +24,9 @@ def node(kind: str, inputs: str, outputs: str = "y", **attributes: Any) -> Any:
     """A node; names are separated by blanks, and a dash stands for an input that is left out."""
     given = [name if name != "-" else "" for name in inputs.split()]
     domain = attributes.pop("domain", "")
-    return helper.make_node(kind, given, outputs.split(), name=f"{kind}_{outputs.split()[0]}", domain=domain, **attributes)
+    return helper.make_node(
+        kind, given, outputs.split(), name=f"{kind}_{outputs.split(maxsplit=1)[0]}", domain=domain, **attributes
+    )
 
 
 def weights(*shape: int, seed: int = 0) -> Array:
@@ -64,7 +66,9 @@ def images(count: int, shape: Sequence[int], seed: int = 1) -> Tensor:
 
 def in_runtime(path: Path, x: Tensor, *, one_by_one: bool) -> list[Tensor]:
     """Outputs of the file as it is."""
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     rows = [session.run(None, {name: part.numpy()}) for part in (x.split(1) if one_by_one else [x])]
     return [torch.cat([torch.from_numpy(np.asarray(a)) for a in column]) for column in zip(*rows, strict=True)]

@@ -26,7 +26,9 @@ reading_option = partial(option, panel="How image files become the network's inp
 budget_option = partial(option, panel="How long the optimisation may take")
 
 model_argument = partial(
-    argument, "MODEL", "zoo:NAME, timm:NAME@weights, torchvision:NAME@weights, path/to/file.py:callable, model.pt2 or model.onnx"
+    argument,
+    "MODEL",
+    "zoo:NAME, timm:NAME@weights, torchvision:NAME@weights, path/to/file.py:callable, model.pt2 or model.onnx",
 )
 images_argument = partial(
     argument, "IMAGES", "A folder, an .npz file or zoo:NAME, with an optional slice as in 'photos[0::2]'"

@@ -124,7 +124,10 @@ def is_code(reference: str) -> bool:
         >>> is_code("net.py:net@weights.pt"), is_code("timm:resnet18@weights.pt")
         (True, False)
     """
-    return not reference.startswith(("zoo:", "timm:", "torchvision:")) and Path(reference).suffix not in {".pt2", ".onnx"}
+    return not reference.startswith(("zoo:", "timm:", "torchvision:")) and Path(reference).suffix not in {
+        ".pt2",
+        ".onnx",
+    }
 
 
 def _known(recorded: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from bitwright.given.preprocessing import channels_last
 from bitwright.errors import UsageError
+from bitwright.given.preprocessing import channels_last
 from bitwright.graph import ops
 from bitwright.graph.readings import Reading, with_values
 

@@ -43,7 +43,11 @@ class Interface:
     @classmethod
     def read(cls, stored: Any) -> Interface | None:
         """What a file tells of them; None if that is something else."""
-        if not isinstance(stored, dict) or set(stored) != {"input", "outputs"} or not isinstance(stored["outputs"], dict):
+        if (
+            not isinstance(stored, dict)
+            or set(stored) != {"input", "outputs"}
+            or not isinstance(stored["outputs"], dict)
+        ):
             return None
         texts = [stored["input"], *stored["outputs"].values()]
         return cls(**stored) if all(isinstance(text, str) and text for text in texts) else None

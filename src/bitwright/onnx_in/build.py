@@ -297,8 +297,8 @@ def _read_all(program: Any, joined: Nodes, image: Image) -> Reading:
     reading = Reading(image, opset_of(program), FakeTensorMode(allow_non_fake_inputs=True))
     reading.values |= {name: Known.of(array) for name, array in joined.stored.items()}
     with reading.mode:
-        sizes = [torch.empty(image.batch * k, *image.shape) for k in (1, 2)]
-    reading.values[image.name] = Traced(image.name, *sizes)
+        small, large = (torch.empty(image.batch * k, *image.shape) for k in (1, 2))
+    reading.values[image.name] = Traced(image.name, small, large)
     for node in joined.nodes:
         if not (node.op_type == "Constant" and node.output[0] in reading.values):
             reading.add(node)

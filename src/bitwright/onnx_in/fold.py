@@ -12,7 +12,9 @@ from onnx.reference import ReferenceEvaluator
 
 from bitwright.onnx_in.values import Array, Known, Unsupported
 
-RANDOM = frozenset({"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"})
+RANDOM = frozenset(
+    {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
+)
 
 
 def fold(node: Any, inputs: Sequence[Known | None], opset: int) -> list[Known]:
@@ -56,7 +58,9 @@ FLOATS = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBL
 
 def _evaluate(node: Any, arrays: Sequence[Array | None], opset: int) -> list[Array]:
     feed = {name: a for name, a in zip(node.input, arrays, strict=True) if name and a is not None}
-    ends = [[helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in names if n] for names in (feed, node.output)]
+    ends = [
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in names if n] for names in (feed, node.output)
+    ]
     graph = helper.make_graph([node], "one", *ends)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
     try:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-import torch
 from torch import Tensor, nn
 
 from bitwright.graph.names import attributes
@@ -171,5 +170,3 @@ def place(root: nn.Module, path: str, module: nn.Module) -> None:
 def returned(outputs: Any) -> list[Tensor]:
     """The tensors that a network returned."""
     return list(outputs.values()) if isinstance(outputs, dict) else [outputs]
-
-

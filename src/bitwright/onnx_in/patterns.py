@@ -50,7 +50,9 @@ class Nodes:
     def number(self, name: str) -> float | None:
         """The one number that the tensor stores; None if it is more, or computed."""
         array = self.stored.get(name)
-        return float(array.reshape(-1)[0]) if array is not None and array.size == 1 and array.dtype.kind in "fi" else None
+        return (
+            float(array.reshape(-1)[0]) if array is not None and array.size == 1 and array.dtype.kind in "fi" else None
+        )
 
     def halves(self, node: Any) -> Iterable[tuple[str, str]]:
         """Both inputs of a node, in both orders."""
@@ -233,34 +235,38 @@ def _is_power(nodes: Nodes, x: str, name: str, exponent: int) -> bool:
 
 
 def layer_norm(nodes: Nodes, node: Any) -> list[Any] | None:
-    """``(x - mean) / sqrt(variance + eps)`` over the last axes, with what is multiplied and added behind."""
-    found = _affine(nodes, node)
-    if found is None:
-        return None
-    centred, eps, axis, scale, bias = found
-    given = [centred, *([scale or ""] if scale or bias else []), *([bias] if bias else [])]
-    return _new("LayerNorm", node, given, axis=axis, epsilon=eps)
-
-
-def _affine(nodes: Nodes, node: Any) -> tuple[str, float, int, str, str] | None:
-    """The operand, epsilon, axis, scale and bias of the norm that ends in this node."""
-    bias = scale = ""
-    if node.op_type == "Add":
-        found = next(((a, b) for a, b in nodes.halves(node) if b in nodes.stored and nodes.alone(a)), None)
-        product = nodes.maker(found[0], "Mul") if found is not None else None
-        if product is None or found is None:
-            return None
-        bias, node = found[1], product
-    if node.op_type == "Mul" and bias:
-        found = next(((a, b) for a, b in nodes.halves(node) if b in nodes.stored and nodes.alone(a)), None)
-        quotient = nodes.maker(found[0], "Div") if found is not None else None
-        if quotient is None or found is None:
-            return None
-        scale, node = found[1], quotient
+    """``(x - mean) / sqrt(variance + eps)`` over the last axis."""
     norm = _normalised(nodes, node)
-    if norm is None or any(nodes.stored[s].ndim > 1 + _extra(nodes.stored[s]) for s in (scale, bias) if s):
+    return None if norm is None else _new("LayerNorm", node, [norm[0]], axis=-1, epsilon=norm[1])
+
+
+def scaled_norm(nodes: Nodes, node: Any) -> list[Any] | None:
+    """The same, times a stored scale."""
+    product = _with_stored(nodes, node, "Mul")
+    norm = None if product is None else _normalised(nodes, nodes.maker(product[0], "Div"))
+    if product is None or norm is None:
         return None
-    return *norm, scale, bias
+    return _new("LayerNorm", node, [norm[0], product[1]], axis=-1, epsilon=norm[1])
+
+
+def affine_norm(nodes: Nodes, node: Any) -> list[Any] | None:
+    """The same, times a stored scale, plus a stored bias."""
+    total = _with_stored(nodes, node, "Add")
+    product = None if total is None else _with_stored(nodes, nodes.maker(total[0], "Mul"), "Mul")
+    norm = None if product is None else _normalised(nodes, nodes.maker(product[0], "Div"))
+    if total is None or product is None or norm is None:
+        return None
+    return _new("LayerNorm", node, [norm[0], product[1], total[1]], axis=-1, epsilon=norm[1])
+
+
+def _with_stored(nodes: Nodes, node: Any, kind: str) -> tuple[str, str] | None:
+    """The operands of such a node: one that this node alone reads, and one that is stored along the last axis."""
+    if node is None or node.op_type != kind:
+        return None
+    for a, b in nodes.halves(node):
+        if b in nodes.stored and nodes.alone(a) and nodes.stored[b].ndim <= 1 + _extra(nodes.stored[b]):
+            return a, b
+    return None
 
 
 def _extra(array: Array) -> int:
@@ -268,9 +274,9 @@ def _extra(array: Array) -> int:
     return next((k for k, d in enumerate(array.shape) if d != 1), max(array.ndim - 1, 0))
 
 
-def _normalised(nodes: Nodes, node: Any) -> tuple[str, float, int] | None:
-    """The operand, epsilon and axis of ``(x - mean) / sqrt(variance + eps)``."""
-    if node.op_type != "Div":
+def _normalised(nodes: Nodes, node: Any) -> tuple[str, float] | None:
+    """The operand and epsilon of ``(x - mean) / sqrt(variance + eps)``."""
+    if node is None or node.op_type != "Div":
         return None
     centred, root = (nodes.maker(name) for name in node.input)
     if centred is None or centred.op_type != "Sub" or root is None or root.op_type != "Sqrt":
@@ -286,7 +292,7 @@ def _normalised(nodes: Nodes, node: Any) -> tuple[str, float, int] | None:
         axes = [_axes(nodes, each) for each in (mean, variance)]
         if axes != [[-1], [-1]] or not _is_square(nodes, variance.input[0], centred):
             continue
-        return str(x), eps, -1
+        return str(x), eps
     return None
 
 
@@ -296,9 +302,6 @@ def _is_square(nodes: Nodes, name: str, centred: Any) -> bool:
     if node is None or not node.input:
         return False
     base = nodes.maker(node.input[0], "Sub")
-    while base is None and (passed := nodes.maker(node.input[0], "Cast")) is not None:
-        base = nodes.maker(passed.input[0], "Sub")
-        break
     same = base is not None and list(base.input) == list(centred.input)
     return same and _is_power(nodes, node.input[0], name, 2)
 
@@ -342,6 +345,6 @@ def late_scale(nodes: Nodes, node: Any) -> list[Any] | None:
 
 
 PATTERNS: tuple[Callable[[Nodes, Any], list[Any] | None], ...] = (
-    silu, hard_swish, gelu, layer_norm, linear_bias, late_scale,
+    silu, hard_swish, gelu, affine_norm, scaled_norm, layer_norm, linear_bias, late_scale,
 )  # fmt: skip
 """In this order: each gives the nodes that stand in the place of one, or None."""

@@ -66,7 +66,7 @@ class Traced:
         name: in the file.
         small: for the file's batch.
         large: for twice as many images.
-        inner: along the axis that holds the images, how many elements lie before them (they are its leading factor if 1).
+        inner: along the axis that holds the images, how many elements lie before them; 1 if they come first.
     """
 
     name: str

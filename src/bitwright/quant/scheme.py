@@ -91,7 +91,7 @@ class Rule(BaseModel):
 
     @classmethod
     def parse(cls, text: str) -> Rule:
-        """Reads ``PATTERN=w8a8``; either half may be missing.
+        """Reads ``PATTERN=w8a8``; either half may be missing. Layers have ``_`` where names in a file have slashes.
 
         Raises:
             UsageError: the text has another form, or names bits that do not exist.
@@ -101,7 +101,7 @@ class Rule(BaseModel):
             raise UsageError(f"Expected a rule like 'blocks.0.*=w8a8', found '{text}'.")
         weights, activations, where = match["w"], match["a"], f"in {as_rules([text])}"
         return cls(
-            pattern=match["pattern"],
+            pattern=match["pattern"].replace("/", "_"),
             weights=None if weights is None else parse_weight_bits(weights, where) or "float",
             activations=None if activations is None else parse_activation_bits(activations, where) or "float",
         )

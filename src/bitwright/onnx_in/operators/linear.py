@@ -35,11 +35,11 @@ def convolution(node: Node) -> Call:
     return call(_padded_convolution, *operands, window=window, groups=groups)
 
 
-def _padded_convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, window: Window, groups: int) -> Tensor:
+def _padded_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, window: Window, groups: int
+) -> Tensor:
     function = CONVOLUTIONS[len(window.kernel)]
-    return function(
-        padded(x, window, 0.0), weight, bias, stride=window.stride, dilation=window.dilation, groups=groups
-    )
+    return function(padded(x, window, 0.0), weight, bias, stride=window.stride, dilation=window.dilation, groups=groups)
 
 
 def _with_bias(node: Node) -> tuple[Operand, ...]:
@@ -95,7 +95,9 @@ def _cut_convolution(
     missing = [max(e - n, 0) for e, n in zip(ends, whole.shape[2:], strict=True)]
     if any(missing):
         whole = F.pad(whole, [p for m in reversed(missing) for p in (0, m)])
-    return whole[(..., *(slice(a, b) for a, b in zip(starts, ends, strict=True)))]
+    for axis, (start, end) in enumerate(zip(starts, ends, strict=True), 2):
+        whole = whole.narrow(axis, start, end - start)
+    return whole
 
 
 @operator("Gemm")
@@ -182,6 +184,6 @@ def _attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scale: float | None, heads: int, causal: bool
 ) -> Tensor:
     if heads:
-        q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+        q, k, v = (x.reshape(x.shape[0], x.shape[1], heads, -1).transpose(1, 2) for x in (q, k, v))
     found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
     return found.transpose(1, 2).flatten(2) if heads else found

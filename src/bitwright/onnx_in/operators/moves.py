@@ -197,8 +197,7 @@ def _ends(start: int, end: int, step: int, length: int) -> tuple[int, int, int]:
 
 def _slice(x: Tensor, *, parts: tuple[tuple[int, int, int, int], ...]) -> Tensor:
     for axis, start, end, step in parts:
-        index = (slice(None),) * axis
-        x = x[(*index, slice(start, end, abs(step)))]
+        x = torch.ops.aten.slice.Tensor(x, axis, start, end, abs(step))
         x = x.flip(axis) if step < 0 else x
     return x.clone() if not parts else x
 
@@ -270,7 +269,8 @@ def _index_select(x: Tensor, places: Tensor, *, axis: int) -> Tensor:
 
 
 def _pick(x: Tensor, places: Tensor, *, axis: int) -> Tensor:
-    return x[(*(slice(None),) * axis, places.long())]
+    flat = x.index_select(axis, places.long().reshape(-1))
+    return flat.reshape(*x.shape[:axis], *places.shape, *x.shape[axis + 1 :])
 
 
 @operator("GatherElements")

@@ -124,6 +124,6 @@ def softmax(node: Node) -> Call:
 
 
 def _flat_softmax(x: Tensor, *, axis: int, logarithm: bool) -> Tensor:
-    flat, sizes = x.flatten(axis), x.shape[axis:]
+    flat = x.flatten(axis)
     found = torch.log_softmax(flat, axis) if logarithm else torch.softmax(flat, axis)
-    return found.unflatten(axis, sizes)
+    return found.reshape(x.shape)

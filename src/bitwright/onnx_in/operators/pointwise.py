@@ -273,5 +273,3 @@ def identity(node: Node) -> Call:
 def _whole(x: Tensor, *, count: int) -> Any:
     same = x.clone()
     return same if count == 1 else (same, torch.ones_like(x, dtype=torch.bool))
-
-

@@ -96,5 +96,3 @@ def global_pool(node: Node) -> Call:
     axes = tuple(range(2, len(shape_of(node.input(0)))))
     function = torch.mean if node.kind == "GlobalAveragePool" else torch.amax
     return call(function, node.input(0), dim=axes, keepdim=True)
-
-

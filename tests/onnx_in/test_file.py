@@ -1,0 +1,153 @@
+"""What cannot be read is said in one line, before anything takes long."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from onnx_files import images, node, same_as_runtime, weights, write
+
+from bitwright.errors import ModelError
+from bitwright.given.models import load_model
+from bitwright.onnx_in.source import OnnxFile
+
+MAP = (3, 8, 10)
+CONV = {"w": weights(4, 3, 3, 3)}
+
+
+def refused(path: Path, **settings: Any) -> str:
+    with pytest.raises(ModelError) as error:
+        load_model(str(path), **settings)
+    said = str(error.value)
+    assert "\n" not in said
+    assert str(path) in said
+    return said
+
+
+def test_a_missing_and_a_broken_file(tmp_path: Path) -> None:
+    assert "does not exist" in refused(tmp_path / "none.onnx")
+    whole = write(tmp_path / "whole.onnx", [node("Conv", "x w")], (1, *MAP), CONV).read_bytes()
+    for k, content in enumerate((b"", b"hello", whole[: len(whole) // 2], b"\x00" * 100)):
+        path = tmp_path / f"{k}.onnx"
+        path.write_bytes(content)
+        assert "Export it again" in refused(path)
+
+
+@pytest.mark.parametrize("opset", [8, 26])
+def test_versions_that_are_not_read(opset: int, tmp_path: Path) -> None:
+    path = write(tmp_path / "tiny.onnx", [node("Relu", "x")], (1, *MAP), opset=opset)
+    assert f"Expected opset 9 to 25, found {opset}" in refused(path)
+
+
+@pytest.mark.parametrize("opset", range(9, 26))
+def test_versions_that_are_read(opset: int, tmp_path: Path) -> None:
+    nodes = [node("Conv", "x w", "c", pads=[1, 1, 1, 1]), node("Relu", "c", "r"), node("GlobalAveragePool", "r", "g"),
+             node("Flatten", "g")]  # fmt: skip
+    same_as_runtime(write(tmp_path / "tiny.onnx", nodes, (1, *MAP), CONV, opset=opset))
+
+
+def test_a_network_that_is_quantized_already(tmp_path: Path) -> None:
+    stored = {"s": np.float32(0.1), "z": np.uint8(128)}
+    nodes = [node("QuantizeLinear", "x s z", "q"), node("DequantizeLinear", "q s z")]
+    said = refused(write(tmp_path / "tiny.onnx", nodes, (1, *MAP), stored))
+    assert "quantized already (QuantizeLinear at 'QuantizeLinear_q')" in said
+
+
+def test_tensors_beside_the_file_that_are_not_there(tmp_path: Path) -> None:
+    path = write(tmp_path / "tiny.onnx", [node("Conv", "x w")], (1, *MAP), CONV)
+    program = onnx.load(path)
+    onnx.save(program, path, save_as_external_data=True, location="tensors.bin", size_threshold=0)
+    same_as_runtime(path)
+    (tmp_path / "tensors.bin").unlink()
+    assert "tensors.bin beside it, cannot read 'w'" in refused(path)
+
+
+def test_tensors_are_read_from_the_files_own_folder_alone(tmp_path: Path) -> None:
+    (tmp_path / "secret.bin").write_bytes(CONV["w"].tobytes())
+    (tmp_path / "inner").mkdir()
+    path = write(tmp_path / "inner" / "tiny.onnx", [node("Conv", "x w")], (1, *MAP), CONV)
+    program = onnx.load(path)
+    tensor = program.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", "../secret.bin"), ("offset", "0"), ("length", str(CONV["w"].nbytes))):
+        tensor.external_data.add(key=key, value=value)
+    onnx.save(program, path)
+    assert "cannot read 'w'" in refused(path)
+
+
+def test_inputs_that_are_no_single_image(tmp_path: Path) -> None:
+    more = [helper.make_tensor_value_info("z", TensorProto.FLOAT, [1, *MAP])]
+    two = write(tmp_path / "two.onnx", [node("Add", "x z")], (1, *MAP), more_inputs=more)
+    assert "found 2 inputs (x, z)" in refused(two)
+    whole = [node("Cast", "x", to=TensorProto.FLOAT)]
+    assert "'x' is uint8" in refused(write(tmp_path / "b.onnx", whole, (1, *MAP), kind=TensorProto.UINT8))
+    assert "'x' of 1x10" in refused(write(tmp_path / "c.onnx", [node("Relu", "x")], (1, 10)))
+
+
+def test_sizes_that_the_file_leaves_free_are_given(tmp_path: Path) -> None:
+    path = write(tmp_path / "free.onnx", [node("Conv", "x w")], ("N", 3, "H", "W"), CONV)
+    assert "'x' is [N, 3, ?, ?]. Fix it with input_size=" in refused(path)
+    assert load_model(str(path), input_size="8x10").source is not None
+    assert OnnxFile.read(path, (3, 8, 10)).image == MAP
+    fixed = write(tmp_path / "fixed.onnx", [node("Conv", "x w")], ("N", *MAP), CONV)
+    assert "Expected input_size=8x10" in refused(fixed, input_size="9x9")
+
+
+def test_operators_that_nobody_knows(tmp_path: Path) -> None:
+    nodes = [node("Swirl", "x", "s", domain="acme"), node("Conv", "s w")]
+    said = refused(write(tmp_path / "tiny.onnx", nodes, (1, *MAP), CONV, domains=["acme"]))
+    assert "acme.Swirl at 'Swirl_s' (unknown operator of the domain acme)" in said
+
+
+def test_control_flow_before_the_last_weight(tmp_path: Path) -> None:
+    then, other = (
+        helper.make_graph([node(kind, "x", "b")], kind, [], [helper.make_tensor_value_info("b", 1, None)])
+        for kind in ("Relu", "Neg")
+    )
+    nodes = [
+        node("ReduceMax", "x", "m", keepdims=0), node("Greater", "m zero", "g"),
+        node("If", "g", "c", then_branch=then, else_branch=other), node("Conv", "c w"),
+    ]  # fmt: skip
+    path = write(tmp_path / "tiny.onnx", nodes, (1, *MAP), {**CONV, "zero": np.float32(0)}, opset=13)
+    assert "ReduceMax" in refused(path)
+    nodes[0] = node("ReduceMax", "w", "m", keepdims=0)
+    nodes[1] = node("Greater", "m m0", "g")
+    nodes.insert(1, node("ReduceMax", "x", "m0", axes=[1, 2, 3], keepdims=0))
+    assert "If at 'If_c' (control flow)" in refused(write(tmp_path / "if.onnx", nodes, (1, *MAP), CONV, opset=13))
+
+
+def test_what_follows_the_last_weight_stays(tmp_path: Path) -> None:
+    nodes = [
+        node("Conv", "x w", "c"), node("Relu", "c", "r"), node("Swirl", "r", "s", domain="acme"), node("Neg", "s"),
+    ]  # fmt: skip
+    path = write(tmp_path / "tiny.onnx", nodes, (1, *MAP), CONV, domains=["acme"])
+    with pytest.warns(UserWarning, match=r"The last 2 operators .* \(Neg, Swirl\) stay as they are.* in r\."):
+        file = OnnxFile.read(path)
+    file.check(images(2, MAP))
+    assert file.network.names.outputs == {"output": "r"}
+
+
+def test_a_network_that_differs_from_the_runtime_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch import nn
+
+    nodes = [node("Conv", "x w", "c"), node("Relu", "c", "r"), node("Neg", "r")]
+    file = OnnxFile.read(write(tmp_path / "tiny.onnx", nodes, (1, *MAP), CONV))
+    monkeypatch.setattr(file.network.get_submodule("r"), "_function", nn.functional.silu)
+    with pytest.raises(ModelError, match=r"differs from ONNX Runtime by .* first at 'r' \(Relu, node 'Relu_r'\)"):
+        file.check(images(2, MAP))
+
+
+def test_images_of_another_shape(tmp_path: Path) -> None:
+    file = OnnxFile.read(write(tmp_path / "tiny.onnx", [node("Conv", "x w")], (1, *MAP), CONV))
+    with pytest.raises(ModelError, match="Expected images of 3x8x10"):
+        file.check(images(2, (8, 10, 3)))
+
+
+def test_a_large_file_is_told_to_put_its_tensors_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitwright.onnx_in.file.LARGEST", 10)
+    assert "at most 2 GiB" in refused(write(tmp_path / "tiny.onnx", [node("Conv", "x w")], (1, *MAP), CONV))
