@@ -164,7 +164,7 @@ def quantize(
     student.to("cpu")
     teacher.graph.to("cpu")
     student.preprocessing, student.calibration = network.preprocessing, data
-    student.interface = None if network.source is None else network.source.network.names
+    student.interface = None if network.source is None else network.source.names
     student.result = _record(student, network, method, data, run, said, decided, output).result()
     return QuantizedModel.of(student)
 

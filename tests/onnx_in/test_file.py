@@ -129,7 +129,7 @@ def test_what_follows_the_last_weight_stays(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"The last 2 operators .* \(Neg, Swirl\) stay as they are.* in r\."):
         file = OnnxFile.read(path)
     file.check(images(2, MAP))
-    assert file.network.names.outputs == {"output": "r"}
+    assert file.names.outputs == {"output": "r"}
 
 
 def test_a_network_that_differs_from_the_runtime_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

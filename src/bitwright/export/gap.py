@@ -16,6 +16,7 @@ from bitwright._version import __version__
 from bitwright.errors import BitwrightError, UsageError
 from bitwright.export.arbiter import COMPARED_AT_ONCE, compare_codes
 from bitwright.export.deviation import output_parities, tipped
+from bitwright.export.frame import body_of
 from bitwright.export.layers import activation_quantizers, compare_layers
 from bitwright.export.parity import LAYER_IMAGES
 from bitwright.export.reference import run_reference
@@ -157,6 +158,19 @@ def measure_gap(
         BitwrightError: a runtime does not run it.
     """
     program = read_onnx(path)
+    with body_of(path, program, model.interface) as body:
+        return _measured(model, program, body, images, runtimes, batches, progress)
+
+
+def _measured(
+    model: Student,
+    program: ir.Model,
+    path: Path,
+    images: Images,
+    runtimes: Sequence[Runtime],
+    batches: Sequence[int],
+    progress: Progress,
+) -> Gap:
     whole, names = images.batch(range(len(images))), model.outputs
     gaps = partial(output_gaps, names, readings=read_outputs(model.graph, whole, names))
     total = 2 + len(runtimes) * len(batches)

@@ -17,6 +17,7 @@ from bitwright.errors import BitwrightError, ParityError, UsageError
 from bitwright.export.arbiter import compare_kernels
 from bitwright.export.deviation import Forward, output_parities, tipped
 from bitwright.export.forms import keep_in_float
+from bitwright.export.frame import framed
 from bitwright.export.layers import activation_quantizers, compare_layers
 from bitwright.export.onnx import to_onnx, write_onnx
 from bitwright.export.recurrent import store_weights
@@ -95,7 +96,7 @@ def export_checked(
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise BitwrightError(f"This network could not be written as ONNX and checked ({reason}).") from error
     if parity.passed or force:
-        write_onnx(program, path)
+        write_onnx(framed(program, model.interface), path)
     if not parity.passed and not force:
         worst = parity.worst_layer
         detail = f" (worst: {worst.name}, {worst.differing_fraction:.2%} of its values)" if worst else ""

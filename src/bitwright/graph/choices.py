@@ -1,4 +1,4 @@
-"""Values that only choose: which tokens are kept, which class is largest.
+"""Values that only choose: which tokens are kept, which class is largest, where samples are taken.
 
 Rounded, many of them are equal, and which of equal ones is taken is a matter of the runtime. Nothing is computed from
 them, so that they cost nothing in float.
@@ -31,7 +31,7 @@ def note_choices(graph: fx.GraphModule) -> None:
 def _only_chooses(node: fx.Node, user: fx.Node, choosing: set[fx.Node]) -> bool:
     """Whether what a reader makes of the value is no number that others compute with."""
     name = ops.base_name(user)
-    if name in CHOOSING:
+    if name in CHOOSING or (name in ops.SAMPLERS and user.args[0] is not node):
         return True
     if name in ops.PICK:
         return bool(user.users) and all(u.target is operator.getitem and u.args[1] == 1 for u in user.users)

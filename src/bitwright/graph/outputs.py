@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -23,34 +24,42 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Interface:
-    """Names that the user's own file gives to what enters and leaves the network; files for runtimes keep them.
+    """What of the user's own file stays as it is around the network; files for runtimes keep it.
 
     Attributes:
         input: name of the images.
         outputs: names of outputs, by the names that they have here.
+        frame: the file without the network: metadata and what follows, a serialized ONNX program.
+        batch: images that the file takes at once; None for any number.
     """
 
     input: str
     outputs: Mapping[str, str]
+    frame: bytes | None = None
+    batch: int | None = None
 
     @classmethod
-    def of(cls, given: str, outputs: Sequence[str]) -> Interface:
-        """The names of a file with these outputs, of which one alone has no name here."""
+    def of(cls, given: str, outputs: Sequence[str], frame: bytes | None = None, batch: int | None = None) -> Interface:
+        """That of a file with these outputs, of which one alone has no name here."""
         tensor = torch.zeros(())
         here = names(tensor if len(outputs) == 1 else dict.fromkeys(outputs, tensor))
-        return cls(given, dict(zip(here, outputs, strict=True)))
+        return cls(given, dict(zip(here, outputs, strict=True)), frame, batch)
+
+    def stored(self) -> dict[str, Any]:
+        """As JSON has it."""
+        frame = None if self.frame is None else base64.b64encode(self.frame).decode()
+        return {"input": self.input, "outputs": dict(self.outputs), "frame": frame, "batch": self.batch}
 
     @classmethod
     def read(cls, stored: Any) -> Interface | None:
-        """What a file tells of them; None if that is something else."""
-        if (
-            not isinstance(stored, dict)
-            or set(stored) != {"input", "outputs"}
-            or not isinstance(stored["outputs"], dict)
-        ):
+        """What :meth:`stored` gave; None if it is something else."""
+        try:
+            outputs = {str(here): str(there) for here, there in stored["outputs"].items()}
+            frame = None if stored["frame"] is None else base64.b64decode(stored["frame"], validate=True)
+            batch = None if stored["batch"] is None else int(stored["batch"])
+            return cls(str(stored["input"]), outputs, frame, batch)
+        except (TypeError, KeyError, ValueError, AttributeError):
             return None
-        texts = [stored["input"], *stored["outputs"].values()]
-        return cls(**stored) if all(isinstance(text, str) and text for text in texts) else None
 
 
 pytree.register_pytree_node(

@@ -21,6 +21,7 @@ from bitwright.onnx_in.file import CONTROL, STANDARD, label, opset_of
 from bitwright.onnx_in.fold import fold
 from bitwright.onnx_in.network import Network, Repeated, Source, Stored
 from bitwright.onnx_in.patterns import DOMAIN, Nodes, join
+from bitwright.onnx_in.tail import Cut, cut, frame
 from bitwright.onnx_in.values import Batch, Call, Known, Node, Operand, Traced, Unsupported, Value, as_tensor
 
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Linear", "LSTM", "GRU", "RNN"})
@@ -257,18 +258,20 @@ class Body:
     """What of a file is captured, and what is not.
 
     Attributes:
-        network: from the image to the tensors that the tail reads, or to the outputs.
+        network: from the image to the tensors that the tail reads, and to outputs before it.
         image: the input.
         nodes: of the file that the network stands for, patterns not joined.
-        tail: nodes behind it that have no counterpart here, in order.
-        missing: why they have none.
+        behind: what follows.
+        missing: what of that has no counterpart here, and why.
+        frame: the file without its body (:func:`bitwright.onnx_in.tail.frame`).
     """
 
     network: Network
     image: Image
     nodes: list[Any]
-    tail: list[Any]
+    behind: Cut
     missing: list[Missing]
+    frame: bytes
 
 
 def build(program: Any, image: Image, path: Path) -> Body:
@@ -281,16 +284,17 @@ def build(program: Any, image: Image, path: Path) -> Body:
     reading = _read_all(program, joined, image)
     if reading.missing:
         _check_tail(reading, path)
-    behind = {name for node in reading.tail for name in node.input}
-    outputs = [v.name for v in program.graph.output if isinstance(reading.values.get(v.name), Traced)]
-    outputs += sorted(n for n in behind - set(outputs) if isinstance(reading.values.get(n), Traced) and n != image.name)
-    if not outputs or not reading.functions:
+    behind = cut(program.graph, reading.values)
+    ends = {v.name: reading.values.get(v.name) for v in program.graph.output}
+    ends |= {name: reading.values[name] for name in behind.read if name != image.name}
+    made = {name: value.small for name, value in ends.items() if isinstance(value, Traced)}
+    if not made or not reading.functions:
         raise ModelError(f"Expected outputs that depend on the images in {path}, found none. Export it again.")
-    network = Network(image.name, outputs, image.shape, reading.functions, reading.stored)
-    left = {id(node) for node in reading.tail}
-    tail_outputs = {name for node in reading.tail for name in node.output}
-    whole = [n for n in program.graph.node if not tail_outputs.intersection(n.output) and id(n) not in left]
-    return Body(network.eval(), image, whole, reading.tail, reading.missing)
+    network = Network(image.name, tuple(made), image.shape, reading.functions, reading.stored)
+    left = {id(node) for node in behind.nodes}
+    whole = [n for n in program.graph.node if id(n) not in left]
+    found = frame(program, behind, tuple(made.items()))
+    return Body(network.eval(), image, whole, behind, reading.missing, found)
 
 
 def _read_all(program: Any, joined: Nodes, image: Image) -> Reading:

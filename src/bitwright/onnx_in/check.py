@@ -17,11 +17,10 @@ from bitwright.graph.capture import relative_difference
 from bitwright.onnx_in.build import Body
 from bitwright.onnx_in.file import label
 from bitwright.onnx_in.network import Network, returned
+from bitwright.onnx_in.tail import KINDS
 
 TOLERANCE = 1e-4
 """Largest difference, in units of an output's range, that kernels may make by summing in other orders."""
-KINDS = {torch.float32: TensorProto.FLOAT, torch.int64: TensorProto.INT64, torch.int32: TensorProto.INT32,
-         torch.bool: TensorProto.BOOL}  # fmt: skip
 
 
 def part_of(program: Any, body: Body, outputs: Sequence[str], kinds: Sequence[int]) -> Any:

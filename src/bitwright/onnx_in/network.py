@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.graph.names import attributes
-from bitwright.graph.outputs import Interface
 from bitwright.graph.rewrite import get_tensor, set_tensor
 from bitwright.onnx_in.values import Batch
 
@@ -79,7 +78,6 @@ class Network(nn.Module):
     ) -> None:
         super().__init__()
         self.given, self.outputs, self.image = given, tuple(outputs), image
-        self.names = Interface.of(given, self.outputs)
         names = [made[0] for _, _, made in functions]
         paths = distinct(names, list(stored))
         for name, tensor in stored.items():

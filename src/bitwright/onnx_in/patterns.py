@@ -99,19 +99,19 @@ def _needed(nodes: Nodes) -> Nodes:
     wanted, kept = set(nodes.ends), []
     for node in reversed(nodes.nodes):
         if wanted.intersection(node.output):
-            wanted.update(_read(node))
+            wanted.update(reads(node))
             kept.append(node)
     nodes.nodes = kept[::-1]
     return nodes
 
 
-def _read(node: Any) -> Iterable[str]:
+def reads(node: Any) -> Iterable[str]:
     """Tensors that a node reads, those that graphs inside it read of this one too."""
     yield from node.input
     for attribute in node.attribute:
         for inside in [attribute.g] if attribute.HasField("g") else attribute.graphs:
             for each in inside.node:
-                yield from _read(each)
+                yield from reads(each)
             yield from (value.name for value in inside.output)
 
 

@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
+from bitwright.graph.outputs import Interface
 from bitwright.onnx_in.build import Body, build, image_of
 from bitwright.onnx_in.check import check
 from bitwright.onnx_in.file import digest, read
 from bitwright.onnx_in.network import Network
+from bitwright.onnx_in.tail import Tail
 from bitwright.words import plural
 
 
@@ -46,12 +48,13 @@ class OnnxFile:
         """
         program = read(path)
         file = cls(path, digest(path), program, build(program, image_of(program, size, path), path))
-        if file.body.tail:
-            kinds = ", ".join(sorted({node.op_type for node in file.body.tail}))
+        if file.body.behind.nodes:
+            behind = file.body.behind.nodes
+            kinds = ", ".join(sorted({node.op_type for node in behind}))
             outputs = ", ".join(file.network.outputs)
             warnings.warn(
-                f"The last {plural(len(file.body.tail), 'operator')} of {path} ({kinds}) stay as they are. The network "
-                f"that is quantized ends before them, in {outputs}.",
+                f"The last {plural(len(behind), 'operator')} of {path} ({kinds}) stay as they are. "
+                f"The network that is quantized ends before them, in {outputs}.",
                 stacklevel=4,
             )
         return file
@@ -70,6 +73,18 @@ class OnnxFile:
     def channels_last(self) -> bool:
         """Whether that is (H, W, C)."""
         return self.body.image.channels_last
+
+    @property
+    def names(self) -> Interface:
+        """What of the file stays as it is around the quantized network."""
+        batch = None if self.body.image.free else self.body.image.batch
+        return Interface.of(self.body.image.name, self.network.outputs, self.body.frame, batch)
+
+    def tail(self) -> Tail | None:
+        """What follows the network, in ONNX Runtime; None where nothing does."""
+        if not self.body.behind.nodes:
+            return None
+        return Tail(self.body.frame, batch=self.names.batch)
 
     def check(self, images: Tensor) -> None:
         """Compares the network with ONNX Runtime on images, the first time that it is asked.

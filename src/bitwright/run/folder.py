@@ -10,7 +10,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -194,7 +193,7 @@ def write_files(model: Student, folder: Path) -> None:
     """Model, plan and sizes into an existing folder; ``result.json`` is written last by :func:`write_result`."""
     settings = model.preprocessing.model_dump(mode="json") if isinstance(model.preprocessing, Preprocessing) else None
     extra = {"preprocessing": settings}
-    names = {} if model.interface is None else {"interface": asdict(model.interface)}
+    names = {} if model.interface is None else {"interface": model.interface.stored()}
     save_packed(model, folder / MODEL, {**extra, **names})
     plan_of(model).write(folder / PLAN)
     model.result["size"] = {

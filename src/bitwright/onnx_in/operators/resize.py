@@ -163,21 +163,21 @@ def _smooth(x: Traced, order: tuple[int, ...], chosen: list[Axis], mode: str, pl
         return call(_interpolate, x, order=order, size=size, mode=name, corners=placed == "align_corners")
     if len(chosen) != 2:
         raise Unsupported(f"it resizes {len(chosen)} axes with coordinates '{placed}'")
-    grid = _grid([places(a, placed) for a in chosen], chosen)
-    return call(_sampled, x, Known.of(grid), Batch(), order=order, mode={"linear": "bilinear"}.get(mode, "bicubic"))
+    rows, columns = (Known.of(_between_corners(places(a, placed), a)) for a in chosen)
+    sampling = {"linear": "bilinear", "cubic": "bicubic"}[mode]
+    return call(_sampled, x, rows, columns, Batch(), order=order, mode=sampling)
 
 
-def _grid(where: list[Places], chosen: list[Axis]) -> npt.NDArray[np.float32]:
-    """Places of [h, w] as ``grid_sample`` takes them: [h, w, 2], the last axis first, from -1 to 1 between corners."""
-    rows, columns = (
-        2 * w / max(a.before - 1, 1) - 1 for w, a in zip(where, chosen, strict=True)
-    )  # fmt: skip
-    return np.stack(np.broadcast_arrays(columns[None, :], rows[:, None]), -1).astype(np.float32)
+def _between_corners(where: Places, axis: Axis) -> npt.NDArray[np.float32]:
+    """Places as ``grid_sample`` takes them: from -1 to 1 between the corners."""
+    found: npt.NDArray[np.float32] = (2 * where / max(axis.before - 1, 1) - 1).astype(np.float32)
+    return found
 
 
-def _sampled(x: Tensor, grid: Tensor, images: int, *, order: tuple[int, ...], mode: str) -> Tensor:
-    turned = _turned(x, order)
-    spread = grid.expand(images, *grid.shape)
+def _sampled(x: Tensor, rows: Tensor, columns: Tensor, images: int, *, order: tuple[int, ...], mode: str) -> Tensor:
+    """Samples at all pairs of places; the table of pairs is not stored, since it is larger than most weights."""
+    turned, sizes = _turned(x, order), (images, len(rows), len(columns))
+    spread = torch.stack([columns.expand(sizes), rows.unsqueeze(1).expand(sizes)], -1)
     found = F.grid_sample(turned, spread, mode, padding_mode="border", align_corners=True)
     return _turned(found, order, back=True)
 

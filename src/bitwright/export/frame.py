@@ -1,0 +1,107 @@
+"""The user's own ONNX file around the quantized body: its names, its metadata, and what follows the body, unchanged."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+from onnx import version_converter
+
+from bitwright.errors import one_line
+from bitwright.export.edit import drop_unused
+from bitwright.graph.outputs import Interface
+from bitwright.runtimes.session import save_onnx
+
+
+def framed(program: ir.Model, names: Interface | None) -> ir.Model:
+    """The body as the file that it was read from: with the metadata and what follows.
+
+    Args:
+        program: of the body, its outputs named as in that file. Changed.
+        names: of that file; the program stays as it is without.
+    """
+    if names is None or names.frame is None:
+        return program
+    rest = onnx.ModelProto.FromString(names.frame)
+    program.metadata_props.update({p.key: p.value for p in rest.metadata_props if p.key not in program.metadata_props})
+    program.graph.name, program.graph.doc_string = rest.graph.name, rest.graph.doc_string or None
+    if not rest.graph.node:
+        return program
+    try:
+        tail = ir.from_proto(_converted(rest, program.opset_imports[""]))
+    except Exception as error:
+        kinds = ", ".join(sorted({node.op_type for node in rest.graph.node}))
+        warnings.warn(
+            f"model.onnx ends before {kinds}, which cannot be brought to opset {program.opset_imports['']} "
+            f"({one_line(str(error))[:100]}). Run them behind it.",
+            stacklevel=3,
+        )
+        return program
+    _append(program, tail)
+    if names.batch is not None:
+        (image,) = program.graph.inputs
+        assert image.shape is not None
+        image.shape = ir.Shape([names.batch, *image.shape[1:]])
+    return program
+
+
+def _converted(rest: Any, version: int) -> Any:
+    """The tail in the operators of another opset."""
+    own = next((int(each.version) for each in rest.opset_import if each.domain in {"", "ai.onnx"}), version)
+    return rest if own == version else version_converter.convert_version(rest, version)
+
+
+def _append(program: ir.Model, tail: ir.Model) -> None:
+    """Puts the nodes of the tail behind the body; inner tensors of the body make way for its names."""
+    body, rest = program.graph, tail.graph
+    joints = {value.name: value for value in body.outputs}
+    theirs = {v.name for node in rest for v in node.outputs} | set(rest.initializers) | {v.name for v in rest.inputs}
+    ends = {id(value) for value in (*body.inputs, *body.outputs)}
+    for value in (*body.initializers.values(), *(v for node in body for v in node.outputs)):
+        if value.name in theirs and id(value) not in ends:
+            value.name = f"{value.name}/body"
+    for given in rest.inputs:
+        for use in tuple(given.uses()):
+            use.node.replace_input_with(use.idx, joints.get(given.name) or body.inputs[0])
+    outputs = [joints.get(value.name, value) for value in rest.outputs]
+    for name, value in list(rest.initializers.items()):
+        rest.initializers.pop(name)
+        body.register_initializer(value)
+    nodes = list(rest)
+    rest.outputs.clear()
+    rest.remove(nodes)
+    body.extend(nodes)
+    body.outputs.clear()
+    body.outputs.extend(outputs)
+    program.opset_imports.update({d: v for d, v in tail.opset_imports.items() if d not in {"", "ai.onnx"}})
+
+
+@contextmanager
+def body_of(path: Path, program: ir.Model, names: Interface | None) -> Iterator[Path]:
+    """A file of the body alone, whose outputs are those of the simulation; the given one where it has no tail.
+
+    Args:
+        path: of the file.
+        program: in it; without its tail afterwards.
+        names: of the file that it was made from.
+    """
+    if names is None or {v.name for v in program.graph.outputs} <= set(names.outputs.values()):
+        yield path
+        return
+    made = {v.name: v for node in program.graph for v in node.outputs}
+    program.graph.outputs.clear()
+    program.graph.outputs.extend(made[name] for name in names.outputs.values())
+    (image,) = program.graph.inputs
+    assert image.shape is not None
+    image.shape = ir.Shape(["N", *image.shape[1:]])
+    drop_unused(program.graph)
+    with tempfile.TemporaryDirectory() as folder:
+        body = Path(folder) / path.name
+        save_onnx(program, body)
+        yield body

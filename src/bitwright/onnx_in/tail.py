@@ -1,0 +1,122 @@
+"""What follows the captured body of a file, and everything else of it that no quantizer touches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor
+
+from bitwright.onnx_in.patterns import reads
+from bitwright.onnx_in.values import Array, Known, Traced, Value
+
+KINDS = {torch.float32: TensorProto.FLOAT, torch.int64: TensorProto.INT64, torch.int32: TensorProto.INT32,
+         torch.bool: TensorProto.BOOL, torch.float64: TensorProto.DOUBLE}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a graph is cut in two.
+
+    Attributes:
+        nodes: behind the cut, in order.
+        read: tensors that depend on the images, which those read.
+        known: arrays that they read.
+    """
+
+    nodes: list[Any]
+    read: list[str]
+    known: dict[str, Array]
+
+
+def cut(graph: Any, values: dict[str, Value]) -> Cut:
+    """What of a graph is needed for its outputs behind the tensors that have values.
+
+    Raises:
+        KeyError: a tensor is made by nobody.
+    """
+    makers = {name: node for node in graph.node for name in node.output if name}
+    inner = {name for node in graph.node for name in reads(node)} - makers.keys()
+    needed: set[int] = set()
+    read: list[str] = []
+    known: dict[str, Array] = {}
+    waiting = [v.name for v in graph.output if v.name not in values]
+    seen = set(waiting)
+    while waiting:
+        node = makers[waiting.pop()]
+        needed.add(id(node))
+        for name in reads(node):
+            if not name or name in seen or (name in inner and name not in values):
+                continue
+            seen.add(name)
+            value = values.get(name)
+            if isinstance(value, Traced):
+                read.append(name)
+            elif isinstance(value, Known):
+                known[name] = value.small
+            else:
+                waiting.append(name)
+    return Cut([n for n in graph.node if id(n) in needed], sorted(read), known)
+
+
+def frame(program: Any, behind: Cut, ends: Sequence[tuple[str, Tensor]]) -> bytes:
+    """The file without its body, serialized: names, metadata, outputs, and the tail with what it reads as inputs.
+
+    Args:
+        program: the whole.
+        behind: the tail.
+        ends: name and example of every tensor that the body gives, in its order.
+    """
+    graph = onnx.GraphProto(name=program.graph.name, doc_string=program.graph.doc_string)
+    graph.node.extend(behind.nodes)
+    graph.input.extend(
+        helper.make_tensor_value_info(name, KINDS.get(like.dtype, TensorProto.FLOAT), None) for name, like in ends
+    )
+    graph.output.extend(program.graph.output)
+    used = {name for node in behind.nodes for name in reads(node)}
+    graph.initializer.extend(numpy_helper.from_array(np.asarray(a), n) for n, a in behind.known.items() if n in used)
+    found = onnx.ModelProto(
+        ir_version=program.ir_version, producer_name=program.producer_name, producer_version=program.producer_version,
+        domain=program.domain, model_version=program.model_version, doc_string=program.doc_string, graph=graph,
+    )  # fmt: skip
+    found.opset_import.extend(program.opset_import)
+    found.metadata_props.extend(program.metadata_props)
+    return bytes(found.SerializeToString())
+
+
+class Tail:
+    """What follows the body, in ONNX Runtime: from what the body gives to the outputs of the file."""
+
+    def __init__(self, content: bytes, *, batch: int | None) -> None:
+        """Opens it.
+
+        Args:
+            content: of :func:`frame`.
+            batch: images that the file takes at once; None for any number.
+        """
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        self.batch = batch
+        self.names = tuple(o.name for o in self._session.get_outputs())
+
+    def __call__(self, outputs: Sequence[Tensor]) -> list[dict[str, Array]]:
+        """Outputs of the file by name: one dict for each call of it, of ``batch`` images or of all.
+
+        Args:
+            outputs: of the body, each [B, ...], in their order.
+        """
+        size = self.batch or len(outputs[0])
+        inputs = [i.name for i in self._session.get_inputs()]
+        found = []
+        for parts in zip(*(torch.split(o, size) for o in outputs), strict=True):
+            feed = {name: part.numpy() for name, part in zip(inputs, parts, strict=True)}
+            found.append(dict(zip(self.names, self._session.run(None, feed), strict=True)))
+        return found
