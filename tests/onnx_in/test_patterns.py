@@ -74,7 +74,7 @@ PATTERNS: dict[str, tuple[list[Any], dict[str, Any], str]] = {
         {"eps": F(1e-3)}, "layer_norm",
     ),
     "bias": ([node("MatMul", "x w", "m"), node("Add", "m b")], {"w": weights(10, 4), "b": weights(4)}, "linear"),
-    "relu6": ([node("Clip", "x c0 c6")], {"c0": F(0), "c6": F(6)}, "relu6"),
+    "relu6": ([node("Clip", "x c0 c6")], {"c0": F(0), "c6": F(6)}, "hardtanh"),
 }  # fmt: skip
 
 

@@ -556,7 +556,7 @@ def _check_preprocessing(source: Source, preprocessing: Preprocessing | Preproce
         found = tuple(source.data.shape)
         raise DataError(
             f"Expected float {seen} (N, C, {expected}) in {where}, found {found}, which looks like (N, {expected}, C). "
-            "Permute it: channels come second."
+            "Permute it: channels come second, unless the layout of preprocessing= is 'channels_last'."
         )
     if isinstance(preprocessing, Preprocessing) and shape != preprocessing.shape:
         raise DataError(

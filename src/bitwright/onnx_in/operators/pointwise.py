@@ -136,7 +136,7 @@ def clip(node: Node) -> Call:
     """Bounds, which are attributes before opset 11; from 0 to 6 it is ReLU6."""
     low, high = (node.number(name, side, k) for name, side, k in (("min", -math.inf, 1), ("max", math.inf, 2)))
     if (low, high) == (0, 6):
-        return call(F.relu6, node.input(0))
+        return call(F.hardtanh, node.input(0), min_val=0.0, max_val=6.0)  # as torch.nn.ReLU6 is
     if (low, high) == (0, math.inf):
         return call(F.relu, node.input(0))
     bounds = {k: v for k, v in (("min", low), ("max", high)) if math.isfinite(v) and abs(v) < LARGEST}
