@@ -60,6 +60,7 @@ def test_the_command_line_writes_the_same_file_in_integers(classifier: Path, tmp
     assert [v.name for v in program.graph.input] == ["x"]
     assert [v.name for v in program.graph.output] == ["scores:0"]
     assert [d.dim_value for d in program.graph.input[0].type.tensor_type.shape.dim][1:] == [28, 28, 1]
+    assert {"stem/conv:0", "body/conv:0"} <= {n.name for n in program.graph.node if n.op_type == "Conv"}
     assert {p.key: p.value for p in program.metadata_props}["author"] == "somebody"
     result = json.loads((run / "result.json").read_text())
     assert result["model"]["sha256"] == OnnxFile.read(classifier).sha256

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,22 @@ from onnx import version_converter
 from bitwright.errors import one_line
 from bitwright.export.edit import drop_unused
 from bitwright.graph.outputs import Interface
+from bitwright.graph.student import Student
 from bitwright.runtimes.session import save_onnx
 
 
-def framed(program: ir.Model, names: Interface | None) -> ir.Model:
-    """The body as the file that it was read from: with the metadata and what follows.
+def framed(program: ir.Model, model: Student) -> ir.Model:
+    """The body as the file that it was read from: with its names, its metadata and what follows.
 
     Args:
-        program: of the body, its outputs named as in that file. Changed.
-        names: of that file; the program stays as it is without.
+        program: of the body, input and outputs named as in that file. Changed.
+        model: which the program was made from; one that was read from no ONNX file leaves it as it is.
     """
+    names = model.interface
     if names is None or names.frame is None:
         return program
+    layers = {n.name: str(n.meta["layer"]) for n in model.graph.graph.nodes if "layer" in n.meta}
+    _rename(program.graph, {node: names.tensors.get(layer, layer) for node, layer in layers.items()})
     rest = onnx.ModelProto.FromString(names.frame)
     program.metadata_props.update({p.key: p.value for p in rest.metadata_props if p.key not in program.metadata_props})
     program.graph.name, program.graph.doc_string = rest.graph.name, rest.graph.doc_string or None
@@ -49,6 +53,17 @@ def framed(program: ir.Model, names: Interface | None) -> ir.Model:
         assert image.shape is not None
         image.shape = ir.Shape([names.batch, *image.shape[1:]])
     return program
+
+
+def _rename(graph: ir.Graph, names: Mapping[str, str]) -> None:
+    """Gives operators and what they yield the names of the file, as far as these are free."""
+    taken = {v.name for node in graph for v in node.outputs} | {*graph.initializers, *(v.name for v in graph.inputs)}
+    for node in graph:
+        value = node.outputs[0]
+        name = names.get(value.name or "")
+        if name is not None and name not in taken and not value.is_graph_output():
+            value.name = node.name = name
+            taken.add(name)
 
 
 def _converted(rest: Any, version: int) -> Any:

@@ -96,7 +96,7 @@ def export_checked(
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise BitwrightError(f"This network could not be written as ONNX and checked ({reason}).") from error
     if parity.passed or force:
-        write_onnx(framed(program, model.interface), path)
+        write_onnx(framed(program, model), path)
     if not parity.passed and not force:
         worst = parity.worst_layer
         detail = f" (worst: {worst.name}, {worst.differing_fraction:.2%} of its values)" if worst else ""

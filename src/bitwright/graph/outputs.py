@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -31,33 +31,38 @@ class Interface:
         outputs: names of outputs, by the names that they have here.
         frame: the file without the network: metadata and what follows, a serialized ONNX program.
         batch: images that the file takes at once; None for any number.
+        tensors: names of tensors in the file, by layer, where they are others.
     """
 
     input: str
     outputs: Mapping[str, str]
     frame: bytes | None = None
     batch: int | None = None
+    tensors: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, given: str, outputs: Sequence[str], frame: bytes | None = None, batch: int | None = None) -> Interface:
+    def of(cls, given: str, outputs: Sequence[str], **more: Any) -> Interface:
         """That of a file with these outputs, of which one alone has no name here."""
         tensor = torch.zeros(())
         here = names(tensor if len(outputs) == 1 else dict.fromkeys(outputs, tensor))
-        return cls(given, dict(zip(here, outputs, strict=True)), frame, batch)
+        return cls(given, dict(zip(here, outputs, strict=True)), **more)
 
     def stored(self) -> dict[str, Any]:
         """As JSON has it."""
         frame = None if self.frame is None else base64.b64encode(self.frame).decode()
-        return {"input": self.input, "outputs": dict(self.outputs), "frame": frame, "batch": self.batch}
+        maps = {"outputs": dict(self.outputs), "tensors": dict(self.tensors)}
+        return {"input": self.input, "frame": frame, "batch": self.batch, **maps}
 
     @classmethod
     def read(cls, stored: Any) -> Interface | None:
         """What :meth:`stored` gave; None if it is something else."""
         try:
-            outputs = {str(here): str(there) for here, there in stored["outputs"].items()}
+            outputs, tensors = (
+                {str(here): str(there) for here, there in stored[key].items()} for key in ("outputs", "tensors")
+            )
             frame = None if stored["frame"] is None else base64.b64decode(stored["frame"], validate=True)
             batch = None if stored["batch"] is None else int(stored["batch"])
-            return cls(str(stored["input"]), outputs, frame, batch)
+            return cls(str(stored["input"]), outputs, frame, batch, tensors)
         except (TypeError, KeyError, ValueError, AttributeError):
             return None
 

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from bitwright.graph.names import attributes
+from bitwright.graph.names import attributes, legible
 from bitwright.graph.rewrite import get_tensor, set_tensor
 from bitwright.onnx_in.values import Batch
 
@@ -80,6 +80,7 @@ class Network(nn.Module):
         self.given, self.outputs, self.image = given, tuple(outputs), image
         names = [made[0] for _, _, made in functions]
         paths = distinct(names, list(stored))
+        self.tensors = {legible(paths[name]): name for name in names if legible(paths[name]) != name}
         for name, tensor in stored.items():
             set_tensor(self, paths[name], tensor)
         self._lines = []

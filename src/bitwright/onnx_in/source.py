@@ -78,7 +78,8 @@ class OnnxFile:
     def names(self) -> Interface:
         """What of the file stays as it is around the quantized network."""
         batch = None if self.body.image.free else self.body.image.batch
-        return Interface.of(self.body.image.name, self.network.outputs, self.body.frame, batch)
+        about = {"frame": self.body.frame, "batch": batch, "tensors": self.network.tensors}
+        return Interface.of(self.body.image.name, self.network.outputs, **about)
 
     def tail(self) -> Tail | None:
         """What follows the network, in ONNX Runtime; None where nothing does."""
