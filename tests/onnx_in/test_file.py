@@ -121,6 +121,26 @@ def test_control_flow_before_the_last_weight(tmp_path: Path) -> None:
     assert "If at 'If_c' (control flow)" in refused(write(tmp_path / "if.onnx", nodes, (1, *MAP), CONV, opset=13))
 
 
+@pytest.mark.parametrize("always", [True, False])
+def test_a_branch_that_is_always_taken_is_read(always: bool, tmp_path: Path) -> None:
+    end = helper.make_tensor_value_info("b", TensorProto.FLOAT, None)
+    then, other = (helper.make_graph([node(kind, "x", "b")], kind, [], [end]) for kind in ("Relu", "Neg"))
+    other.node[0].output[0] = other.output[0].name = "d"
+    nodes = [node("If", "g", "c", then_branch=then, else_branch=other), node("Conv", "c w")]
+    same_as_runtime(write(tmp_path / "tiny.onnx", nodes, (1, *MAP), {**CONV, "g": np.asarray(always)}, opset=13))
+
+
+def test_a_file_in_float16_becomes_float32(tmp_path: Path) -> None:
+    stored = {"w": CONV["w"].astype(np.float16)}
+    path = write(
+        tmp_path / "half.onnx", [node("Conv", "x w")], (1, *MAP), stored, kind=TensorProto.FLOAT16,
+        kinds=[TensorProto.FLOAT16],
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="computes in float16"):
+        file = OnnxFile.read(path)
+    file.check(images(2, MAP))
+
+
 def test_what_follows_the_last_weight_stays(tmp_path: Path) -> None:
     nodes = [
         node("Conv", "x w", "c"), node("Relu", "c", "r"), node("Swirl", "r", "s", domain="acme"), node("Neg", "s"),

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import TensorProto
 from onnx_files import node, same_as_runtime, weights, write
 
 from bitwright.onnx_in import operators
+from bitwright.onnx_in.operators import moves
+from bitwright.onnx_in.values import Traced
 
 MAP = (3, 8, 10)
 F = np.float32
@@ -270,3 +278,18 @@ def test_every_operator_of_the_table_is_tested() -> None:
         "Tan", "Atan", "IsNaN", "Or", "Xor", "Equal", "LessOrEqual", "CastLike", "Swish", "ArgMin", "ReduceLogSum",
         "GatherElements", "GridSample", "Size",
     }  # fmt: skip
+
+
+shapes = st.lists(st.integers(1, 4), min_size=1, max_size=4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes, st.randoms(use_true_random=False))
+def test_a_shape_that_is_set_free_keeps_images_apart(shape: list[int], random: Random) -> None:
+    factors = [f for size in shape for f in ((2, 2) if size == 4 else (size,))]
+    cuts = sorted(random.choices(range(len(factors) + 1), k=random.randint(0, 3)))
+    target = [math.prod(factors[a:b]) for a, b in pairwise([0, *cuts, len(factors)])]
+    one, two = (torch.empty(n, *shape) for n in (1, 2))
+    sizes = moves.freed(Traced("x", one, two), [1, *target])
+    x = torch.randn(3, *shape)
+    assert x.reshape(sizes).equal(torch.stack([image.reshape(target) for image in x]))

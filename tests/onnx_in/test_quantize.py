@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import cases
 import numpy as np
 import onnx
 import pytest
@@ -110,7 +111,22 @@ def exported(name: str, folder: Path) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [pytest.param("fashion_cnn", marks=pytest.mark.slow), "fashion_vit"])
+@pytest.mark.parametrize("name", ["multi_head", "squeeze_excite"])
+def test_a_tiny_network_that_pytorch_exported_gives_the_same_integers(name: str, tmp_path: Path) -> None:
+    path, x = tmp_path / "tiny.onnx", cases.images(4)
+    batch = ({0: torch.export.Dim.DYNAMIC},)
+    torch.onnx.export(
+        cases.model(name), (x,), path, dynamo=True, opset_version=18, dynamic_shapes=batch, verbose=False
+    )  # fmt: skip
+    there, back = bw.quantize(cases.model(name), x, "rtn"), bw.quantize(str(path), x, "rtn")
+    torch.testing.assert_close(there(x), back(x), atol=0.02, rtol=0.02)
+    rows = [[(r["weight_bits"], r["activation_bits"], r["macs"]) for r in q.result["layers"]] for q in (there, back)]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["fashion_cnn", "fashion_vit"])
 def test_a_network_that_pytorch_exported_comes_back_as_it_was(name: str, tmp_path: Path) -> None:
     path = exported(name, tmp_path)
     x = load_images("zoo:fashion[:16]", load_model(f"zoo:{name}").preprocessing).batch(range(16))

@@ -18,11 +18,11 @@ from bitwright.errors import ModelError
 from bitwright.given.preprocessing import channels_last
 from bitwright.onnx_in import operators
 from bitwright.onnx_in.file import CONTROL, STANDARD, label, opset_of
-from bitwright.onnx_in.fold import fold
+from bitwright.onnx_in.fold import array_of, fold
 from bitwright.onnx_in.network import Network, Repeated, Source, Stored
 from bitwright.onnx_in.patterns import DOMAIN, Nodes, join
 from bitwright.onnx_in.tail import Cut, cut, frame
-from bitwright.onnx_in.values import Batch, Call, Known, Node, Operand, Traced, Unsupported, Value, as_tensor
+from bitwright.onnx_in.values import Batch, Call, Known, Node, Operand, Traced, Unsupported, Value, as_tensor, call
 
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Linear", "LSTM", "GRU", "RNN"})
 """Operators with weights that a quantizer would want; none may lie behind the body."""
@@ -143,6 +143,9 @@ class Reading:
 
     def _read(self, node: Any) -> None:
         inputs = tuple(self.values[name] if name else None for name in node.input)
+        if node.op_type == "If" and isinstance(inputs[0], Known) and inputs[0].fixed:
+            self._branch(node, taken=bool(inputs[0].small.reshape(-1)[0]))
+            return
         if node.op_type in CONTROL:
             raise Unsupported("control flow")
         if node.domain in STANDARD and not any(isinstance(v, Traced) for v in inputs):
@@ -158,6 +161,20 @@ class Reading:
             self.values[node.output[0]] = made
         else:
             self._trace(node, view, made)
+
+    def _branch(self, node: Any, *, taken: bool) -> None:
+        """The branch of an ``If`` that is always taken, in its place."""
+        graph = next(a.g for a in node.attribute if a.name == ("then_branch" if taken else "else_branch"))
+        self.values |= {t.name: Known.of(array_of(t)) for t in graph.initializer}
+        for inner in graph.node:
+            self.add(inner)
+        for given, inside in zip(node.output, graph.output, strict=True):
+            value = self.values.get(inside.name)
+            if isinstance(value, Traced):
+                same = helper.make_node("Identity", [inside.name], [given])
+                self._trace(same, self._view(same, (value,)), call(torch.clone, value))
+            elif value is not None:
+                self.values[given] = value
 
     def _view(self, node: Any, inputs: tuple[Value | None, ...]) -> Node:
         kind = f"{DOMAIN}.{node.op_type}" if node.domain == DOMAIN else node.op_type

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from bitwright.errors import ModelError
 from bitwright.given.text import short
-from bitwright.graph.capture import relative_difference
+from bitwright.graph.capture import COARSE_TOLERANCE, relative_difference
 from bitwright.onnx_in.build import Body
 from bitwright.onnx_in.file import label
 from bitwright.onnx_in.network import Network, returned
 from bitwright.onnx_in.tail import KINDS
+from bitwright.onnx_in.values import as_tensor
 
 TOLERANCE = 1e-4
 """Largest difference, in units of an output's range, that kernels may make by summing in other orders."""
@@ -34,6 +35,13 @@ def part_of(program: Any, body: Body, outputs: Sequence[str], kinds: Sequence[in
     part.CopyFrom(program)
     part.graph.CopyFrom(graph)
     return part
+
+
+def is_coarse(program: Any) -> bool:
+    """Whether a program computes in float16, which has three digits."""
+    coarse = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
+    kinds = {t.data_type for t in program.graph.initializer}
+    return bool(coarse & (kinds | {v.type.tensor_type.elem_type for v in program.graph.input}))
 
 
 def check(program: Any, body: Body, images: Tensor, path: Any) -> float:
@@ -62,7 +70,8 @@ def check(program: Any, body: Body, images: Tensor, path: Any) -> float:
     names = network.outputs
     theirs = run(program, body, names, found, images, path)
     worst = max(_difference(a, b) for a, b in zip(theirs, found, strict=True))
-    if worst > TOLERANCE and worst > 10 * _own_error(network, images, found):
+    tolerance = COARSE_TOLERANCE if is_coarse(program) else TOLERANCE
+    if worst > tolerance and worst > 10 * _own_error(network, images, found):
         first = _first(program, body, images, path)
         raise ModelError(
             f"The network as read from {path} differs from ONNX Runtime by {worst:.2g} of an output's range{first}. "
@@ -79,7 +88,7 @@ def run(
     program: Any, body: Body, names: Sequence[str], like: Sequence[Tensor], images: Tensor, path: Any
 ) -> list[Tensor]:
     """What ONNX Runtime gives for the tensors of these names, image by image where the file fixes their number."""
-    part = part_of(program, body, names, [KINDS.get(v.dtype, TensorProto.FLOAT) for v in like])
+    part = part_of(program, body, names, [_kind(program, n, v) for n, v in zip(names, like, strict=True)])
     session = _session(part, path)
     batch = len(images) if body.image.free else body.image.batch
     kind = np.float16 if "float16" in session.get_inputs()[0].type else np.float32
@@ -89,8 +98,14 @@ def run(
         missing = batch - len(given)
         given = torch.cat([given, given[:1].expand(missing, *given.shape[1:])]) if missing else given
         answers = session.run(None, {body.image.name: given.numpy().astype(kind)})
-        rows.append([torch.from_numpy(np.asarray(a))[: batch - missing] for a in answers])
+        rows.append([as_tensor(np.asarray(a))[: batch - missing] for a in answers])
     return [torch.cat(column) if column[0].dim() else column[0] for column in zip(*rows, strict=True)]
+
+
+def _kind(program: Any, name: str, like: Tensor) -> int:
+    """The type of a tensor in the file, where that says one."""
+    said = [v.type.tensor_type.elem_type for v in (*program.graph.output, *program.graph.value_info) if v.name == name]
+    return int(said[0]) if said and said[0] else KINDS.get(like.dtype, TensorProto.FLOAT)
 
 
 def _session(part: Any, path: Any) -> Any:

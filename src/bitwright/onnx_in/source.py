@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bitwright.graph.outputs import Interface
 from bitwright.onnx_in.build import Body, build, image_of
-from bitwright.onnx_in.check import check
+from bitwright.onnx_in.check import check, is_coarse
 from bitwright.onnx_in.file import digest, read
 from bitwright.onnx_in.network import Network
 from bitwright.onnx_in.tail import Tail
@@ -48,6 +48,8 @@ class OnnxFile:
         """
         program = read(path)
         file = cls(path, digest(path), program, build(program, image_of(program, size, path), path))
+        if is_coarse(program):
+            warnings.warn(f"{path} computes in float16. In float32 it is quantized, and takes images.", stacklevel=4)
         if file.body.behind.nodes:
             behind = file.body.behind.nodes
             kinds = ", ".join(sorted({node.op_type for node in behind}))
