@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from onnx_files import node, weights, write
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -26,13 +27,38 @@ from bitwright.bits.plan import Plan
 from bitwright.errors import BitwrightError
 from bitwright.export.packed import LZMA
 from bitwright.given.images import load_images
+from bitwright.given.models import load_model
 from bitwright.given.saved_program import load_program
 from bitwright.quant.scheme import Rule
 from bitwright.recipes import recipe
 from bitwright.run import folder as run_folder
 
 CASES = int(os.environ.get("BITWRIGHT_FUZZ", "500"))
-SHARES = {"plan": 10, "recipe": 12, "rule": 10, "run": 10, "csv": 15, "npz": 10, "slice": 10, "packed": 15, "pt2": 8}
+SHARES = {
+    "plan": 10,
+    "recipe": 12,
+    "rule": 10,
+    "run": 10,
+    "csv": 15,
+    "npz": 10,
+    "slice": 10,
+    "packed": 15,
+    "pt2": 8,
+    "onnx": 10,
+}
+ONNX: tuple[list[Any], dict[str, Any], tuple[Any, ...], int] = (
+    [
+        node("Conv", "x w", "c", pads=[1, 1, 1, 1]), node("Sigmoid", "c", "s"), node("Mul", "c s", "m"),
+        node("Resize", "m - f", "r", mode="nearest"), node("Shape", "r", "z"), node("Slice", "z a b", "n"),
+        node("Concat", "n l", "t", axis=0), node("Reshape", "r t", "v"), node("ReduceMean", "v", "q", axes=[-1]),
+        node("Expand", "e t2", "p"), node("Add", "q p"),
+    ],
+    {
+        "w": weights(4, 3, 3, 3), "f": np.asarray([1, 1, 2, 2], np.float32), "a": np.asarray([0]), "b": np.asarray([2]),
+        "l": np.asarray([-1]), "e": weights(1, 1, 1), "t2": np.asarray([1, 4, 1]),
+    },
+    ("N", 3, 8, 8), 13,
+)  # fmt: skip
 IMAGES = torch.zeros(4, 3, 8, 8)
 PLAN = {"layers": {"0": {"weight": {"bits": 4}, "activation": {"bits": 8}}}, "predicted": {"loss": 1.0}}
 
@@ -111,6 +137,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         warnings.simplefilter("ignore")
         model = bw.quantize(net, torch.randn(8, 3, 8, 8), "rtn")
     return model.save(tmp_path_factory.mktemp("fuzz") / "run")
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path, (nodes, stored, shape, opset) = tmp_path_factory.mktemp("fuzz") / "net.onnx", ONNX
+    return write(path, nodes, shape, stored, opset=opset)
 
 
 @pytest.fixture(scope="module")
@@ -236,3 +268,11 @@ def test_saved_programs(data: st.DataObject, archive: Path, tmp_path: Path) -> N
                 content = old.read(name)
                 new.writestr(name, as_bytes(data.draw(twisted(json.loads(content)))) if name == changed else content)
     refused_or_read(lambda: load_program(path))
+
+
+@tried("onnx")
+@given(st.data())
+def test_onnx_files(network: Path, tmp_path: Path, data: st.DataObject) -> None:
+    path = tmp_path / "broken.onnx"
+    path.write_bytes(data.draw(damaged(network.read_bytes())))
+    refused_or_read(lambda: load_model(str(path)))

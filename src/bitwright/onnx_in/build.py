@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bitwright.errors import ModelError
 from bitwright.given.preprocessing import channels_last
+from bitwright.given.text import short
 from bitwright.onnx_in import operators
 from bitwright.onnx_in.file import CONTROL, STANDARD, label, opset_of
 from bitwright.onnx_in.fold import array_of, fold
@@ -156,11 +157,14 @@ class Reading:
         builder = operators.find(view.kind)
         if builder is None:
             raise Unsupported(f"unknown operator of the domain {node.domain or 'ai.onnx'}")
-        made = builder(view)
+        try:
+            made = builder(view)
+        except (LookupError, ValueError, TypeError, ArithmeticError, AssertionError) as error:
+            raise Unsupported(f"its settings cannot be read: {short(error)}") from error
         if isinstance(made, Known):
             self.values[node.output[0]] = made
         else:
-            self._trace(node, view, made)
+            self._trace(node, made)
 
     def _branch(self, node: Any, *, taken: bool) -> None:
         """The branch of an ``If`` that is always taken, in its place."""
@@ -172,7 +176,7 @@ class Reading:
             value = self.values.get(inside.name)
             if isinstance(value, Traced):
                 same = helper.make_node("Identity", [inside.name], [given])
-                self._trace(same, self._view(same, (value,)), call(torch.clone, value))
+                self._trace(same, call(torch.clone, value))
             elif value is not None:
                 self.values[given] = value
 
@@ -184,13 +188,13 @@ class Reading:
         outputs = max((k + 1 for k, name in enumerate(node.output) if name), default=0)
         return Node(kind, node.output[0], inputs, settings, self.opset, outputs, self.image.batch)
 
-    def _trace(self, node: Any, view: Node, made: Call) -> None:
+    def _trace(self, node: Any, made: Call) -> None:
         """Records the call, and what it gives for both sizes of the batch."""
-        sources = tuple(self._source(operand, k, node) for k, operand in enumerate(made.operands))
         small, large = (self._run(made, large=which) for which in (False, True))
+        sources = tuple(self._source(operand, k, node) for k, operand in enumerate(made.operands))
         names = tuple(name or f"{node.output[0]}.{k}" for k, name in enumerate(node.output))[: len(small)]
         for name, a, b in zip(names, small, large, strict=False):
-            self.values[name] = Traced(name, a, b, _inner(view, made, a, b))
+            self.values[name] = Traced(name, a, b, _inner(made, a, b))
         self.functions.append((made.function, sources, names))
 
     def _run(self, made: Call, *, large: bool) -> tuple[Tensor, ...]:
@@ -246,7 +250,7 @@ class Reading:
 
     def _keep(self, name: str, array: Any) -> str:
         """Stores a tensor under a name of its own, once."""
-        content = np.ascontiguousarray(array)
+        content = np.asarray(array, order="C")
         key = (name, content.shape, content.dtype.str, hashlib.sha1(content.tobytes()).digest())
         if key not in self._kept:
             free, count = name, 0
@@ -258,10 +262,10 @@ class Reading:
         return self._kept[key]
 
 
-def _inner(view: Node, made: Call, small: Tensor, large: Tensor) -> int:
+def _inner(made: Call, small: Tensor, large: Tensor) -> int:
     """How many elements lie before the images along their axis."""
-    if "inner" in view.spare:
-        return int(view.spare["inner"])
+    if made.inner is not None:
+        return made.inner
     axis = Traced("", small, large).batch_axis
     for operand in made.operands:
         if isinstance(operand, Traced) and axis is not None and operand.batch_axis is not None:

@@ -25,6 +25,8 @@ def fold(node: Any, inputs: Sequence[Known | None], opset: int) -> list[Known]:
     """
     if node.op_type in RANDOM:
         raise Unsupported("its values are random")
+    if _grows(node.op_type, inputs) > MOST:
+        raise Unsupported("it makes an array of more than 400 MB of a few numbers")
     if node.op_type == "Constant":
         return [Known.of(constant(node))]
     small = _evaluate(node, [None if v is None else v.small for v in inputs], opset)
@@ -32,6 +34,22 @@ def fold(node: Any, inputs: Sequence[Known | None], opset: int) -> list[Known]:
         return [Known.of(v) for v in small]
     large = _evaluate(node, [None if v is None else v.large for v in inputs], opset)
     return [Known(a, b) for a, b in zip(small, large, strict=True)]
+
+
+MOST = 100_000_000
+"""Elements of an array that a file may have made of its shape."""
+
+
+def _grows(kind: str, inputs: Sequence[Known | None]) -> float:
+    """How many elements the arrays have that some operators make of a shape."""
+    given = [v.large.astype(np.float64) for v in inputs if v is not None and v.large.dtype.kind in "iuf"]
+    if kind in {"ConstantOfShape", "Expand"} and given:
+        return float(np.prod(np.maximum(given[-1], 1)))
+    if kind == "Tile" and len(given) == 2:
+        return float(np.prod(np.maximum(given[1], 1))) * given[0].size
+    if kind == "Range" and len(given) == 3 and given[2].all():
+        return float(abs(given[1] - given[0]).max() / abs(given[2]).min())
+    return 0.0
 
 
 def constant(node: Any) -> Array:

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from bitwright.errors import ModelError
+from bitwright.given.text import short
 from bitwright.graph.outputs import Interface
 from bitwright.onnx_in.build import Body, build, image_of
 from bitwright.onnx_in.check import check, is_coarse
@@ -47,7 +49,10 @@ class OnnxFile:
             ModelError: it cannot be read, or holds what cannot be captured; one line says what.
         """
         program = read(path)
-        file = cls(path, digest(path), program, build(program, image_of(program, size, path), path))
+        try:
+            file = cls(path, digest(path), program, build(program, image_of(program, size, path), path))
+        except (LookupError, ValueError, TypeError, ArithmeticError, AttributeError) as error:
+            raise ModelError(f"Expected an ONNX file, cannot read {path} ({short(error)}). Export it again.") from error
         if is_coarse(program):
             warnings.warn(f"{path} computes in float16. In float32 it is quantized, and takes images.", stacklevel=4)
         if file.body.behind.nodes:

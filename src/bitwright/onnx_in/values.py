@@ -7,7 +7,7 @@ two depends on the number of images, and nothing else does, so that a size that 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -98,10 +98,17 @@ Operand: TypeAlias = "Known | Traced | Batch | int | float"
 
 @dataclass(frozen=True)
 class Call:
-    """What a node becomes: a function of tensors and numbers, and what it is given."""
+    """What a node becomes: a function of tensors and numbers, and what it is given.
+
+    Attributes:
+        function: of the operands.
+        operands: in order.
+        inner: of what it gives (:class:`Traced`); that of its operand if None.
+    """
 
     function: Callable[..., Any]
     operands: tuple[Operand, ...]
+    inner: int | None = None
 
 
 def call(function: Callable[..., Any], *operands: Operand, **settings: Any) -> Call:
@@ -122,7 +129,6 @@ class Node:
     outputs: int = 1
     batch: int = 1
     """Images in the file's own batch."""
-    spare: dict[str, Any] = field(default_factory=dict)
 
     def has(self, position: int) -> bool:
         """Whether it has this input."""
@@ -232,11 +238,6 @@ def _common(a: int, b: int) -> int:
 def positive(axis: int, rank: int) -> int:
     """The axis counted from the front."""
     return axis + rank if axis < 0 else axis
-
-
-def number_of(tensor: Tensor, axis: int) -> int:
-    """The length of an axis as a plain number, or as a symbol while a graph is captured."""
-    return tensor.shape[axis]
 
 
 def as_tensor(array: Array) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -82,13 +83,12 @@ def reshape(node: Node) -> Call:
         if not isinstance(value, Known):
             raise Unsupported("its shape is computed from the images")
         asked = value.small.tolist()
-    return _reshape(node, x, target_shape(x, asked, zeros=bool(node.whole("allowzero", 0))))
+    return _reshape(x, target_shape(x, asked, zeros=bool(node.whole("allowzero", 0))))
 
 
-def _reshape(node: Node, x: Traced, target: list[int]) -> Call:
+def _reshape(x: Traced, target: list[int]) -> Call:
     sizes = freed(x, target)
-    node.spare["inner"] = place_of(x, sizes, target)
-    return call(torch.reshape, x, shape=sizes)
+    return replace(call(torch.reshape, x, shape=sizes), inner=place_of(x, sizes, target))
 
 
 @operator("Flatten")
@@ -96,7 +96,7 @@ def flatten(node: Node) -> Call:
     """Two axes."""
     x = node.traced()
     axis = positive(node.whole("axis", 1), len(x.shape))
-    return _reshape(node, x, [math.prod(x.shape[:axis]), math.prod(x.shape[axis:])])
+    return _reshape(x, [math.prod(x.shape[:axis]), math.prod(x.shape[axis:])])
 
 
 @operator("Squeeze")
