@@ -202,7 +202,7 @@ def test_weights_for_a_callable(script: Path, tmp_path: Path) -> None:
     [
         ("resnet18", "zoo:NAME, timm:NAME"),
         ("fashion_cnn", "Did you mean zoo:fashion_cnn?"),
-        ("net.onnx", "ONNX is not read yet"),
+        ("net.onnx", "Expected an ONNX file, net.onnx does not exist"),
         ("weights.pt", "timm:NAME@weights.pt"),
         ("/tmp", "zoo:NAME"),
     ],

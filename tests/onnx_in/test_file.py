@@ -102,6 +102,9 @@ def test_operators_that_nobody_knows(tmp_path: Path) -> None:
     nodes = [node("Swirl", "x", "s", domain="acme"), node("Conv", "s w")]
     said = refused(write(tmp_path / "tiny.onnx", nodes, (1, *MAP), CONV, domains=["acme"]))
     assert "acme.Swirl at 'Swirl_s' (unknown operator of the domain acme)" in said
+    between = [node("Conv", "x w", "c"), node("Swirl", "c", "s", domain="acme"), node("Conv", "s v")]
+    path = write(tmp_path / "b.onnx", between, (1, *MAP), {**CONV, "v": weights(2, 4, 1, 1)}, domains=["acme"])
+    assert "acme.Swirl at 'Swirl_s'" in refused(path)
 
 
 def test_control_flow_before_the_last_weight(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from bitwright.errors import BitwrightError, ModelError, UsageError, one_line
 from bitwright.given.images import Images
 from bitwright.given.inputs import prepare_teacher
 from bitwright.given.models import Model, load_model, preprocessing_of
-from bitwright.given.preprocessing import channels_last
+from bitwright.given.preprocessing import has_channels_last
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.capture import Captured
 from bitwright.graph.readings import Reading
@@ -218,7 +218,7 @@ def _beside(path: Path, shape: list[Any], settings: dict[str, Any]) -> Model | N
     if not base and not settings:
         return None
     sides = tuple(shape[1:])
-    last = all(isinstance(side, int) for side in sides) and channels_last(sides)
+    last = all(isinstance(side, int) for side in sides) and has_channels_last(sides)
     if "input_size" not in settings and "input_size" not in base:
         base["input_size"] = "x".join(map(str, (sides[2], *sides[:2]) if last else sides))
     base |= {"layout": "channels_last"} if last else {}

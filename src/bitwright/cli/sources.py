@@ -15,7 +15,7 @@ from bitwright.cli.options import ImageOptions, NetworkOptions
 from bitwright.errors import BitwrightError, UsageError
 from bitwright.given.images import Images, load_images
 from bitwright.given.models import Model, example_shape, load_model, preprocessing_of
-from bitwright.given.preprocessing import Preprocessing, channels_last
+from bitwright.given.preprocessing import Preprocessing, has_channels_last
 from bitwright.given.references import absolute_reference, absolute_source
 from bitwright.given.text import short
 from bitwright.graph.student import Student
@@ -145,7 +145,7 @@ def blank_images(network: Model) -> Images:
     shape = _image_shape(network)
     if shape is None:
         raise UsageError("Expected to know the size of the network's images. Give --input-size.")
-    last = channels_last(shape)
+    last = has_channels_last(shape)
     how = Preprocessing(input_size=(shape[2], shape[0], shape[1]), layout="channels_last") if last else None
     return load_images(torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)), how)
 

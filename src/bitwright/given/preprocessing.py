@@ -135,11 +135,11 @@ PreprocessFunction: TypeAlias = Callable[[Image.Image], Tensor]
 """A user's own preprocessing: takes an upright 8-bit RGB image, returns float (C, H, W)."""
 
 
-def channels_last(shape: Sequence[int]) -> bool:
+def has_channels_last(shape: Sequence[int]) -> bool:
     """Whether one image of this shape has its channels last: (H, W, C).
 
     Example:
-        >>> channels_last((257, 257, 3)), channels_last((3, 224, 224))
+        >>> has_channels_last((257, 257, 3)), has_channels_last((3, 224, 224))
         (True, False)
     """
     return len(shape) == 3 and shape[0] not in (1, 3) and shape[2] in (1, 3)

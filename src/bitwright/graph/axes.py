@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from bitwright.errors import UsageError
-from bitwright.given.preprocessing import channels_last
+from bitwright.given.preprocessing import has_channels_last
 from bitwright.graph import ops
 from bitwright.graph.readings import Reading, with_values
 
@@ -190,7 +190,7 @@ def _beside_each_other(readings: list[Reading], values: list[Tensor], images: Te
 
 def _extent(images: Tensor) -> tuple[int, ...]:
     """Height and width."""
-    return tuple(images.shape[1:3] if channels_last(images.shape[1:]) else images.shape[2:])
+    return tuple(images.shape[1:3] if has_channels_last(images.shape[1:]) else images.shape[2:])
 
 
 def _classes(value: Tensor, reading: Reading) -> int:

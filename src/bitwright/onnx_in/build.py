@@ -15,15 +15,26 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bitwright.errors import ModelError
-from bitwright.given.preprocessing import channels_last
+from bitwright.given.preprocessing import has_channels_last
 from bitwright.given.text import short
 from bitwright.onnx_in import operators
-from bitwright.onnx_in.file import CONTROL, STANDARD, label, opset_of
-from bitwright.onnx_in.fold import array_of, fold
-from bitwright.onnx_in.network import Network, Repeated, Source, Stored
+from bitwright.onnx_in.file import CONTROL, STANDARD, label_of, opset_of
+from bitwright.onnx_in.fold import array_of, computed
+from bitwright.onnx_in.network import Given, OnnxNetwork, Repeated, Stored
 from bitwright.onnx_in.patterns import DOMAIN, Nodes, join
-from bitwright.onnx_in.tail import Cut, cut, frame
-from bitwright.onnx_in.values import Batch, Call, Known, Node, Operand, Traced, Unsupported, Value, as_tensor, call
+from bitwright.onnx_in.tail import Rest, cut_behind, frame
+from bitwright.onnx_in.values import (
+    BatchSize,
+    Known,
+    Node,
+    NodeCall,
+    Operand,
+    Traced,
+    Unsupported,
+    Value,
+    as_tensor,
+    call,
+)
 
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Linear", "LSTM", "GRU", "RNN"})
 """Operators with weights that a quantizer would want; none may lie behind the body."""
@@ -48,7 +59,7 @@ class Image:
     @property
     def channels_last(self) -> bool:
         """Whether the file takes [N, H, W, C]."""
-        return channels_last(self.shape)
+        return has_channels_last(self.shape)
 
 
 @dataclass(frozen=True)
@@ -60,7 +71,7 @@ class Missing:
 
     def __str__(self) -> str:
         domain = f"{self.node.domain}." if self.node.domain not in STANDARD else ""
-        return f"{domain}{self.node.op_type} at '{label(self.node)}' ({self.reason})"
+        return f"{domain}{self.node.op_type} at '{label_of(self.node)}' ({self.reason})"
 
 
 def image_of(program: Any, size: tuple[int, int, int] | None, path: Path) -> Image:
@@ -87,7 +98,7 @@ def image_of(program: Any, size: tuple[int, int, int] | None, path: Path) -> Ima
     if kind.elem_type not in {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE}:
         found = TensorProto.DataType.Name(kind.elem_type).lower() if kind.elem_type else "no tensor"
         raise ModelError(f"Expected an image input of floats in {path}, '{value.name}' is {found}. "
-                         "Cut the file behind the conversion (onnx.utils.extract_model).")  # fmt: skip
+                         "Rest the file behind the conversion (onnx.utils.extract_model).")  # fmt: skip
     sides = [int(d.dim_value) for d in kind.shape.dim]
     if len(sides) not in {4, 5}:
         raise ModelError(f"Expected an image input [N, C, H, W] or [N, H, W, C] in {path}, found '{value.name}' of "
@@ -98,7 +109,7 @@ def image_of(program: Any, size: tuple[int, int, int] | None, path: Path) -> Ima
 
 def _sized(shape: tuple[int, ...], size: tuple[int, int, int] | None, name: str, path: Path) -> tuple[int, ...]:
     """The shape of one image, its free lengths filled in."""
-    last = channels_last(shape)
+    last = has_channels_last(shape)
     found = shape
     if size is not None and len(shape) == 3:
         given = (*size[1:], shape[2]) if last else (shape[0] or size[0], *size[1:])
@@ -117,14 +128,14 @@ def _sized(shape: tuple[int, ...], size: tuple[int, int, int] | None, name: str,
 
 
 @dataclass
-class Reading:
+class NodeReader:
     """A file while it is read: the values of its tensors so far, and what has become of its nodes."""
 
     image: Image
     opset: int
     mode: FakeTensorMode
     values: dict[str, Value] = field(default_factory=dict)
-    functions: list[tuple[Callable[..., Any], tuple[Source, ...], tuple[str, ...]]] = field(default_factory=list)
+    functions: list[tuple[Callable[..., Any], tuple[Given, ...], tuple[str, ...]]] = field(default_factory=list)
     stored: dict[str, Tensor] = field(default_factory=dict)
     missing: list[Missing] = field(default_factory=list)
     tail: list[Any] = field(default_factory=list)
@@ -150,7 +161,7 @@ class Reading:
         if node.op_type in CONTROL:
             raise Unsupported("control flow")
         if node.domain in STANDARD and not any(isinstance(v, Traced) for v in inputs):
-            found = fold(node, [v if isinstance(v, Known) else None for v in inputs], self.opset)
+            found = computed(node, [v if isinstance(v, Known) else None for v in inputs], self.opset)
             self.values |= {name: v for name, v in zip(node.output, found, strict=False) if name}
             return
         view = self._view(node, inputs)
@@ -188,7 +199,7 @@ class Reading:
         outputs = max((k + 1 for k, name in enumerate(node.output) if name), default=0)
         return Node(kind, node.output[0], inputs, settings, self.opset, outputs, self.image.batch)
 
-    def _trace(self, node: Any, made: Call) -> None:
+    def _trace(self, node: Any, made: NodeCall) -> None:
         """Records the call, and what it gives for both sizes of the batch."""
         small, large = (self._run(made, large=which) for which in (False, True))
         sources = tuple(self._source(operand, k, node) for k, operand in enumerate(made.operands))
@@ -197,7 +208,7 @@ class Reading:
             self.values[name] = Traced(name, a, b, _inner(made, a, b))
         self.functions.append((made.function, sources, names))
 
-    def _run(self, made: Call, *, large: bool) -> tuple[Tensor, ...]:
+    def _run(self, made: NodeCall, *, large: bool) -> tuple[Tensor, ...]:
         images = self.image.batch * (2 if large else 1)
         operands = [self._fake(operand, images, large=large) for operand in made.operands]
         try:
@@ -212,7 +223,7 @@ class Reading:
 
     @staticmethod
     def _fake(operand: Operand, images: int, *, large: bool) -> Any:
-        if isinstance(operand, Batch):
+        if isinstance(operand, BatchSize):
             return images
         if isinstance(operand, Known):
             return as_tensor(operand.large if large else operand.small)
@@ -220,7 +231,7 @@ class Reading:
             return operand.large if large else operand.small
         return operand
 
-    def _source(self, operand: Operand, place: int, node: Any) -> Source:
+    def _source(self, operand: Operand, place: int, node: Any) -> Given:
         """Where the operand comes from when the module runs."""
         if isinstance(operand, Traced):
             return operand.name
@@ -262,7 +273,7 @@ class Reading:
         return self._kept[key]
 
 
-def _inner(made: Call, small: Tensor, large: Tensor) -> int:
+def _inner(made: NodeCall, small: Tensor, large: Tensor) -> int:
     """How many elements lie before the images along their axis."""
     if made.inner is not None:
         return made.inner
@@ -287,10 +298,10 @@ class Body:
         frame: the file without its body (:func:`bitwright.onnx_in.tail.frame`).
     """
 
-    network: Network
+    network: OnnxNetwork
     image: Image
     nodes: list[Any]
-    behind: Cut
+    behind: Rest
     missing: list[Missing]
     frame: bytes
 
@@ -305,21 +316,21 @@ def build(program: Any, image: Image, path: Path) -> Body:
     reading = _read_all(program, joined, image)
     if reading.missing:
         _check_tail(reading, path)
-    behind = cut(program.graph, reading.values)
+    behind = cut_behind(program.graph, reading.values)
     ends = {v.name: reading.values.get(v.name) for v in program.graph.output}
     ends |= {name: reading.values[name] for name in behind.read if name != image.name}
     made = {name: value.small for name, value in ends.items() if isinstance(value, Traced)}
     if not made or not reading.functions:
         raise ModelError(f"Expected outputs that depend on the images in {path}, found none. Export it again.")
-    network = Network(image.name, tuple(made), image.shape, reading.functions, reading.stored)
+    network = OnnxNetwork(image.name, tuple(made), image.shape, reading.functions, reading.stored)
     left = {id(node) for node in behind.nodes}
     whole = [n for n in program.graph.node if id(n) not in left]
     found = frame(program, behind, tuple(made.items()))
     return Body(network.eval(), image, whole, behind, reading.missing, found)
 
 
-def _read_all(program: Any, joined: Nodes, image: Image) -> Reading:
-    reading = Reading(image, opset_of(program), FakeTensorMode(allow_non_fake_inputs=True))
+def _read_all(program: Any, joined: Nodes, image: Image) -> NodeReader:
+    reading = NodeReader(image, opset_of(program), FakeTensorMode(allow_non_fake_inputs=True))
     reading.values |= {name: Known.of(array) for name, array in joined.stored.items()}
     with reading.mode:
         small, large = (torch.empty(image.batch * k, *image.shape) for k in (1, 2))
@@ -330,7 +341,7 @@ def _read_all(program: Any, joined: Nodes, image: Image) -> Reading:
     return reading
 
 
-def _check_tail(reading: Reading, path: Path) -> None:
+def _check_tail(reading: NodeReader, path: Path) -> None:
     """Only what follows the last weight may be left as it is."""
     stored = {n for n, v in reading.values.items() if isinstance(v, Known)}
     weighted = [n for n in reading.tail if n.op_type in WEIGHTED and stored.intersection(n.input)]
@@ -346,5 +357,5 @@ def _check_tail(reading: Reading, path: Path) -> None:
     raise ModelError(f"Expected operators that can be captured in {path}, found {first}. {remedy}.")
 
 
-def _has_weight(made: tuple[Callable[..., Any], Sequence[Source], Sequence[str]]) -> bool:
+def _has_weight(made: tuple[Callable[..., Any], Sequence[Given], Sequence[str]]) -> bool:
     return any(isinstance(source, Stored) for source in made[1])

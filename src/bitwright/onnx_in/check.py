@@ -15,12 +15,12 @@ from bitwright.errors import ModelError
 from bitwright.given.text import short
 from bitwright.graph.capture import COARSE_TOLERANCE, relative_difference
 from bitwright.onnx_in.build import Body
-from bitwright.onnx_in.file import label
-from bitwright.onnx_in.network import Network, returned
-from bitwright.onnx_in.tail import KINDS
+from bitwright.onnx_in.file import label_of
+from bitwright.onnx_in.network import OnnxNetwork, returned
+from bitwright.onnx_in.tail import TENSOR_KINDS
 from bitwright.onnx_in.values import as_tensor
 
-TOLERANCE = 1e-4
+RUNTIME_TOLERANCE = 1e-4
 """Largest difference, in units of an output's range, that kernels may make by summing in other orders."""
 
 
@@ -70,7 +70,7 @@ def check(program: Any, body: Body, images: Tensor, path: Any) -> float:
     names = network.outputs
     theirs = run(program, body, names, found, images, path)
     worst = max(_difference(a, b) for a, b in zip(theirs, found, strict=True))
-    tolerance = COARSE_TOLERANCE if is_coarse(program) else TOLERANCE
+    tolerance = COARSE_TOLERANCE if is_coarse(program) else RUNTIME_TOLERANCE
     if worst > tolerance and worst > 10 * _own_error(network, images, found):
         first = _first(program, body, images, path)
         raise ModelError(
@@ -105,7 +105,7 @@ def run(
 def _kind(program: Any, name: str, like: Tensor) -> int:
     """The type of a tensor in the file, where that says one."""
     said = [v.type.tensor_type.elem_type for v in (*program.graph.output, *program.graph.value_info) if v.name == name]
-    return int(said[0]) if said and said[0] else KINDS.get(like.dtype, TensorProto.FLOAT)
+    return int(said[0]) if said and said[0] else TENSOR_KINDS.get(like.dtype, TensorProto.FLOAT)
 
 
 def _session(part: Any, path: Any) -> Any:
@@ -134,7 +134,7 @@ def _difference(theirs: Tensor, ours: Tensor) -> float:
     return difference if np.isfinite(difference) else float("inf")
 
 
-def _own_error(network: Network, images: Tensor, found: Sequence[Tensor]) -> float:
+def _own_error(network: OnnxNetwork, images: Tensor, found: Sequence[Tensor]) -> float:
     """How far float32 itself is from float64, which deep networks make more of."""
     import copy
 
@@ -154,6 +154,6 @@ def _first(program: Any, body: Body, images: Tensor, path: Any) -> str:
     except Exception:
         return ""
     for name, value in zip(shared, theirs, strict=True):
-        if _difference(value, ours[name]) > TOLERANCE:
-            return f", first at '{name}' ({makers[name].op_type}, node '{label(makers[name])}')"
+        if _difference(value, ours[name]) > RUNTIME_TOLERANCE:
+            return f", first at '{name}' ({makers[name].op_type}, node '{label_of(makers[name])}')"
     return ""

@@ -26,7 +26,7 @@ CONTROL = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 STANDARD = frozenset({"", "ai.onnx"})
 
 
-def read(path: Path) -> Any:
+def read_program(path: Path) -> Any:
     """The program in a file, with its functions written out and its tensors in memory.
 
     Raises:
@@ -94,7 +94,7 @@ def _check_float(program: Any, path: Path) -> None:
     for node in nodes_of(program.graph):
         if node.op_type in QUANTIZED:
             raise ModelError(
-                f"Expected a float network, {path} is quantized already ({node.op_type} at '{label(node)}'). "
+                f"Expected a float network, {path} is quantized already ({node.op_type} at '{label_of(node)}'). "
                 "Give the float file that it was made from."
             )
 
@@ -108,6 +108,6 @@ def nodes_of(graph: Any) -> Iterator[Any]:
                 yield from nodes_of(inside)
 
 
-def label(node: Any) -> str:
+def label_of(node: Any) -> str:
     """What the user knows a node by."""
     return str(node.name or next((o for o in node.output if o), node.op_type))

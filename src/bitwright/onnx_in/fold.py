@@ -10,14 +10,15 @@ import onnx
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
-from bitwright.onnx_in.values import Array, Known, Unsupported
+from bitwright.onnx_in.values import Known, Unsupported
+from bitwright.runtimes.session import Array
 
 RANDOM = frozenset(
     {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli"}
 )
 
 
-def fold(node: Any, inputs: Sequence[Known | None], opset: int) -> list[Known]:
+def computed(node: Any, inputs: Sequence[Known | None], opset: int) -> list[Known]:
     """What the node gives for known arrays, for both sizes of the batch, by ONNX's own reference.
 
     Raises:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bitwright.graph.names import attributes, legible
 from bitwright.graph.rewrite import get_tensor, set_tensor
-from bitwright.onnx_in.values import Batch
+from bitwright.onnx_in.values import BatchSize
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Repeated:
         return tensor.repeat([count if k == self.axis else 1 for k in range(tensor.dim())])
 
 
-Source: TypeAlias = "str | Stored | Repeated | Batch | int | float"
+Given: TypeAlias = "str | Stored | Repeated | BatchSize | int | float"
 """What an operand is at run time; a text names a tensor that an earlier node gave."""
 
 
@@ -58,11 +58,11 @@ class Line:
     """A node, what it reads, and the names of what it gives."""
 
     step: Step
-    sources: tuple[Source, ...]
+    sources: tuple[Given, ...]
     outputs: tuple[str, ...]
 
 
-class Network(nn.Module):
+class OnnxNetwork(nn.Module):
     """The float network of an ONNX file; called with images as its input has them, for any number of images.
 
     Invariants: every stored tensor is a buffer under its name in the file, once; every node is a submodule.
@@ -73,7 +73,7 @@ class Network(nn.Module):
         given: str,
         outputs: Sequence[str],
         image: tuple[int, ...],
-        functions: Sequence[tuple[Callable[..., Any], tuple[Source, ...], tuple[str, ...]]],
+        functions: Sequence[tuple[Callable[..., Any], tuple[Given, ...], tuple[str, ...]]],
         stored: Mapping[str, Tensor],
     ) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Network(nn.Module):
         self._lines = []
         for function, sources, made in functions:
             step = Step(function)
-            place(self, paths[made[0]], step)
+            hang(self, paths[made[0]], step)
             self._lines.append(Line(step, tuple(_at(paths, source) for source in sources), made))
         self._last = {s: k for k, line in enumerate(self._lines) for s in line.sources if isinstance(s, str)}
 
@@ -115,17 +115,17 @@ class Network(nn.Module):
                     values.pop(source, None)
         return values
 
-    def _operand(self, source: Source, values: Mapping[str, Any], images: Tensor) -> Any:
+    def _operand(self, source: Given, values: Mapping[str, Any], images: Tensor) -> Any:
         if isinstance(source, str):
             return values[source]
         if isinstance(source, Stored):
             return get_tensor(self, source.path)
         if isinstance(source, Repeated):
             return source.spread(get_tensor(self, source.path), images.shape[0])
-        return images.shape[0] if isinstance(source, Batch) else source
+        return images.shape[0] if isinstance(source, BatchSize) else source
 
 
-def _at(paths: Mapping[str, str], source: Source) -> Source:
+def _at(paths: Mapping[str, str], source: Given) -> Given:
     if isinstance(source, Stored):
         return Stored(paths[source.path])
     return Repeated(paths[source.path], source.axis, source.of) if isinstance(source, Repeated) else source
@@ -148,7 +148,7 @@ def distinct(nodes: Sequence[str], stored: Sequence[str]) -> dict[str, str]:
     return {name: safe[path] for name, path in given.items()}
 
 
-def place(root: nn.Module, path: str, module: nn.Module) -> None:
+def hang(root: nn.Module, path: str, module: nn.Module) -> None:
     """Puts a module at a dotted path; one that is there already keeps what it holds."""
     *parents, leaf = path.split(".")
     for part in parents:

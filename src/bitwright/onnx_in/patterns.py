@@ -11,7 +11,8 @@ import numpy as np
 from onnx import helper
 
 from bitwright.onnx_in.fold import array_of, constant
-from bitwright.onnx_in.values import Array, Unsupported
+from bitwright.onnx_in.values import Unsupported
+from bitwright.runtimes.session import Array
 
 DOMAIN = "bitwright"
 CLOSE = 1e-4
@@ -188,7 +189,7 @@ def _factors(nodes: Nodes, name: str, *, top: bool = True) -> tuple[list[str], f
     return a + b, p * q
 
 
-def gelu(nodes: Nodes, node: Any) -> list[Any] | None:
+def spelled_gelu(nodes: Nodes, node: Any) -> list[Any] | None:
     """``x / 2 * (1 + erf(x / sqrt(2)))``, or by tanh."""
     if node.op_type not in {"Mul", "Div"}:
         return None
@@ -234,7 +235,7 @@ def _is_power(nodes: Nodes, x: str, name: str, exponent: int) -> bool:
     return False
 
 
-def layer_norm(nodes: Nodes, node: Any) -> list[Any] | None:
+def plain_norm(nodes: Nodes, node: Any) -> list[Any] | None:
     """``(x - mean) / sqrt(variance + eps)`` over the last axis."""
     norm = _normalised(nodes, node)
     return None if norm is None else _new("LayerNorm", node, [norm[0]], axis=-1, epsilon=norm[1])
@@ -345,6 +346,6 @@ def late_scale(nodes: Nodes, node: Any) -> list[Any] | None:
 
 
 PATTERNS: tuple[Callable[[Nodes, Any], list[Any] | None], ...] = (
-    silu, hard_swish, gelu, affine_norm, scaled_norm, layer_norm, linear_bias, late_scale,
+    silu, hard_swish, spelled_gelu, affine_norm, scaled_norm, plain_norm, linear_bias, late_scale,
 )  # fmt: skip
 """In this order: each gives the nodes that stand in the place of one, or None."""

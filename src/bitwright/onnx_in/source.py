@@ -14,8 +14,8 @@ from bitwright.given.text import short
 from bitwright.graph.outputs import Interface
 from bitwright.onnx_in.build import Body, build, image_of
 from bitwright.onnx_in.check import check, is_coarse
-from bitwright.onnx_in.file import digest, read
-from bitwright.onnx_in.network import Network
+from bitwright.onnx_in.file import digest, read_program
+from bitwright.onnx_in.network import OnnxNetwork
 from bitwright.onnx_in.tail import Tail
 from bitwright.words import plural
 
@@ -48,7 +48,7 @@ class OnnxFile:
         Raises:
             ModelError: it cannot be read, or holds what cannot be captured; one line says what.
         """
-        program = read(path)
+        program = read_program(path)
         try:
             file = cls(path, digest(path), program, build(program, image_of(program, size, path), path))
         except (LookupError, ValueError, TypeError, ArithmeticError, AttributeError) as error:
@@ -67,7 +67,7 @@ class OnnxFile:
         return file
 
     @property
-    def network(self) -> Network:
+    def network(self) -> OnnxNetwork:
         """The module."""
         return self.body.network
 

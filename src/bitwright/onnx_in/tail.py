@@ -13,14 +13,15 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from bitwright.onnx_in.patterns import reads
-from bitwright.onnx_in.values import Array, Known, Traced, Value
+from bitwright.onnx_in.values import Known, Traced, Value
+from bitwright.runtimes.session import Array
 
-KINDS = {torch.float32: TensorProto.FLOAT, torch.int64: TensorProto.INT64, torch.int32: TensorProto.INT32,
+TENSOR_KINDS = {torch.float32: TensorProto.FLOAT, torch.int64: TensorProto.INT64, torch.int32: TensorProto.INT32,
          torch.bool: TensorProto.BOOL, torch.float64: TensorProto.DOUBLE}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Cut:
+class Rest:
     """Where a graph is cut in two.
 
     Attributes:
@@ -34,7 +35,7 @@ class Cut:
     known: dict[str, Array]
 
 
-def cut(graph: Any, values: dict[str, Value]) -> Cut:
+def cut_behind(graph: Any, values: dict[str, Value]) -> Rest:
     """What of a graph is needed for its outputs behind the tensors that have values.
 
     Raises:
@@ -61,10 +62,10 @@ def cut(graph: Any, values: dict[str, Value]) -> Cut:
                 known[name] = value.small
             else:
                 waiting.append(name)
-    return Cut([n for n in graph.node if id(n) in needed], sorted(read), known)
+    return Rest([n for n in graph.node if id(n) in needed], sorted(read), known)
 
 
-def frame(program: Any, behind: Cut, ends: Sequence[tuple[str, Tensor]]) -> bytes:
+def frame(program: Any, behind: Rest, ends: Sequence[tuple[str, Tensor]]) -> bytes:
     """The file without its body, serialized: names, metadata, outputs, and the tail with what it reads as inputs.
 
     Args:
@@ -75,7 +76,8 @@ def frame(program: Any, behind: Cut, ends: Sequence[tuple[str, Tensor]]) -> byte
     graph = onnx.GraphProto(name=program.graph.name, doc_string=program.graph.doc_string)
     graph.node.extend(behind.nodes)
     graph.input.extend(
-        helper.make_tensor_value_info(name, KINDS.get(like.dtype, TensorProto.FLOAT), None) for name, like in ends
+        helper.make_tensor_value_info(name, TENSOR_KINDS.get(like.dtype, TensorProto.FLOAT), None)
+        for name, like in ends
     )
     graph.output.extend(program.graph.output)
     used = {name for node in behind.nodes for name in reads(node)}

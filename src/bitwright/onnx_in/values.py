@@ -12,11 +12,11 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Array: TypeAlias = npt.NDArray[Any]
+from bitwright.runtimes.session import Array
+
 Size: TypeAlias = "int | Share"
 
 
@@ -33,7 +33,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Batch:
+class BatchSize:
     """The number of images, as an operand."""
 
 
@@ -93,11 +93,11 @@ class Traced:
 
 
 Value: TypeAlias = "Known | Traced"
-Operand: TypeAlias = "Known | Traced | Batch | int | float"
+Operand: TypeAlias = "Known | Traced | BatchSize | int | float"
 
 
 @dataclass(frozen=True)
-class Call:
+class NodeCall:
     """What a node becomes: a function of tensors and numbers, and what it is given.
 
     Attributes:
@@ -111,9 +111,9 @@ class Call:
     inner: int | None = None
 
 
-def call(function: Callable[..., Any], *operands: Operand, **settings: Any) -> Call:
+def call(function: Callable[..., Any], *operands: Operand, **settings: Any) -> NodeCall:
     """A call of the function with these operands and fixed settings."""
-    return Call(partial(function, **settings) if settings else function, operands)
+    return NodeCall(partial(function, **settings) if settings else function, operands)
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ def _common(a: int, b: int) -> int:
     return int(np.gcd(a, b))
 
 
-def positive(axis: int, rank: int) -> int:
+def from_front(axis: int, rank: int) -> int:
     """The axis counted from the front."""
     return axis + rank if axis < 0 else axis
 

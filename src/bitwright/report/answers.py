@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from bitwright.given.images import Images
-from bitwright.given.preprocessing import Preprocessing, channels_last
+from bitwright.given.preprocessing import Preprocessing, has_channels_last
 from bitwright.graph.readings import Reading, by_values
 from bitwright.measure.metrics import default_names
 from bitwright.report.kept import DifferingAnswers, DifferingImage, GivenAnswer
@@ -191,7 +191,7 @@ def picture(image: Tensor, how: Any) -> str:
     Pixels are those that the network saw. Without a known preprocessing they are stretched from black to white.
     """
     values = image.detach().float()
-    values = values.movedim(-1, 0) if channels_last(values.shape) else values
+    values = values.movedim(-1, 0) if has_channels_last(values.shape) else values
     if isinstance(how, Preprocessing):
         mean, std = (torch.tensor(v).reshape(-1, 1, 1) for v in (how.mean, how.std))
         values = values * std + mean

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitwright.given.images import Images
-from bitwright.given.preprocessing import channels_last
+from bitwright.given.preprocessing import has_channels_last
 
 
 class Views:
@@ -46,7 +46,7 @@ class Views:
             return image
         draw = torch.rand(4, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + index)).tolist()
         side = (self.smallest + (1 - self.smallest) * draw[0]) ** 0.5
-        last = channels_last(image.shape)
+        last = has_channels_last(image.shape)
         image = image.movedim(-1, 0) if last else image
         frames = image[None] if image.dim() == 3 else image.movedim(1, 0)  # of a video all alike
         size = frames.shape[2:]

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import TypeAlias
 
-from bitwright.onnx_in.values import Call, Known, Node
+from bitwright.onnx_in.values import Known, Node, NodeCall
 
-Builder: TypeAlias = "Callable[[Node], Call | Known]"
+Builder: TypeAlias = "Callable[[Node], NodeCall | Known]"
 
 OPERATORS: dict[str, Builder] = {}
 """By the name that ONNX gives the operator. Those of :mod:`bitwright.onnx_in.patterns` begin with ``bitwright.``."""

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from bitwright.onnx_in.operators import operator
 from bitwright.onnx_in.operators.windows import Window, padded, window_of
-from bitwright.onnx_in.values import Call, Known, Node, Operand, Unsupported, call, scalar, shape_of
+from bitwright.onnx_in.values import Known, Node, NodeCall, Operand, Unsupported, call, scalar, shape_of
 
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TRANSPOSED: dict[int, Callable[..., Tensor]] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 @operator("Conv", "bitwright.Conv")
-def convolution(node: Node) -> Call:
+def convolution(node: Node) -> NodeCall:
     """``Conv``, with padding on its own where that is uneven."""
     operands = _with_bias(node)
     shape = shape_of(node.input(1))
@@ -47,7 +47,7 @@ def _with_bias(node: Node) -> tuple[Operand, ...]:
 
 
 @operator("ConvTranspose")
-def transposed_convolution(node: Node) -> Call:
+def transposed_convolution(node: Node) -> NodeCall:
     """``ConvTranspose``; what uneven padding takes away is cut off afterwards."""
     operands = _with_bias(node)
     shape, sizes = shape_of(node.input(1)), shape_of(node.input(0))[2:]
@@ -101,7 +101,7 @@ def _cut_convolution(
 
 
 @operator("Gemm")
-def gemm(node: Node) -> Call:
+def gemm(node: Node) -> NodeCall:
     """``alpha * A' B' + beta * C``; a linear layer where B is stored and the rest allows it."""
     x, weight = node.input(0), node.input(1)
     alpha, beta = node.number("alpha", 1.0), node.number("beta", 1.0)
@@ -121,7 +121,7 @@ def _turned_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     return F.linear(x.t(), weight, bias)
 
 
-def _general_gemm(node: Node, alpha: float, beta: float) -> Call:
+def _general_gemm(node: Node, alpha: float, beta: float) -> NodeCall:
     return call(
         _gemm, *_with_bias(node), alpha=alpha, beta=beta, turns=(node.whole("transA", 0), node.whole("transB", 0))
     )
@@ -136,7 +136,7 @@ def _gemm(
 
 
 @operator("MatMul")
-def product(node: Node) -> Call:
+def product(node: Node) -> NodeCall:
     """A linear layer where the second factor is a stored matrix."""
     a, b = node.input(0), node.input(1)
     if isinstance(b, Known) and b.fixed and b.small.ndim == 2 and not isinstance(a, Known):
@@ -145,7 +145,7 @@ def product(node: Node) -> Call:
 
 
 @operator("bitwright.Linear")
-def linear(node: Node) -> Call:
+def biased_product(node: Node) -> NodeCall:
     """A product with a stored matrix, and a stored vector that is added to it."""
     matrix, bias = node.input(1), node.input(2)
     assert isinstance(matrix, Known)
@@ -154,7 +154,7 @@ def linear(node: Node) -> Call:
 
 
 @operator("Einsum")
-def einsum(node: Node) -> Call:
+def einsum(node: Node) -> NodeCall:
     """Sums of products, by the same formula."""
     operands = [node.input(k) for k in range(len(node.inputs))]
     return call(_einsum, *operands, equation=node.text("equation", ""))
@@ -165,7 +165,7 @@ def _einsum(*tensors: Tensor, equation: str) -> Tensor:
 
 
 @operator("Attention", "bitwright.Attention")
-def attention(node: Node) -> Call:
+def attention(node: Node) -> NodeCall:
     """``softmax(q k^T * scale + mask) v``, of heads [N, H, L, E] or of [N, L, H * E] (opset 23)."""
     q, k, v = (node.input(i) for i in range(3))
     if any(node.has(i) for i in (4, 5)) or node.outputs > 1 or node.number("softcap", 0.0):

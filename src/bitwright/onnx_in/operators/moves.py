@@ -13,16 +13,16 @@ from torch import Tensor
 
 from bitwright.onnx_in.operators import operator
 from bitwright.onnx_in.values import (
-    Batch,
-    Call,
+    BatchSize,
     Known,
     Node,
+    NodeCall,
     Size,
     Traced,
     Unsupported,
     Value,
     call,
-    positive,
+    from_front,
     scalar,
     shape_of,
     sizes_of,
@@ -52,7 +52,7 @@ def freed(x: Traced, target: Sequence[int]) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def place_of(x: Traced, sizes: Sequence[int], target: Sequence[int]) -> int:
+def elements_before(x: Traced, sizes: Sequence[int], target: Sequence[int]) -> int:
     """How many elements lie before the images along the axis that holds them in the new shape."""
     axis = x.batch_axis
     if axis is None or -1 not in sizes:
@@ -74,7 +74,7 @@ def target_shape(x: Traced, asked: Sequence[int], *, zeros: bool) -> list[int]:
 
 
 @operator("Reshape")
-def reshape(node: Node) -> Call:
+def reshape(node: Node) -> NodeCall:
     """Another shape; the axis of the images is free, whatever the file says."""
     x = node.traced()
     asked = node.settings.get("shape")
@@ -86,25 +86,25 @@ def reshape(node: Node) -> Call:
     return _reshape(x, target_shape(x, asked, zeros=bool(node.whole("allowzero", 0))))
 
 
-def _reshape(x: Traced, target: list[int]) -> Call:
+def _reshape(x: Traced, target: list[int]) -> NodeCall:
     sizes = freed(x, target)
-    return replace(call(torch.reshape, x, shape=sizes), inner=place_of(x, sizes, target))
+    return replace(call(torch.reshape, x, shape=sizes), inner=elements_before(x, sizes, target))
 
 
 @operator("Flatten")
-def flatten(node: Node) -> Call:
+def flatten(node: Node) -> NodeCall:
     """Two axes."""
     x = node.traced()
-    axis = positive(node.whole("axis", 1), len(x.shape))
+    axis = from_front(node.whole("axis", 1), len(x.shape))
     return _reshape(x, [math.prod(x.shape[:axis]), math.prod(x.shape[axis:])])
 
 
 @operator("Squeeze")
-def squeeze(node: Node) -> Call:
+def squeeze(node: Node) -> NodeCall:
     """Without axes of length 1, that of the images excepted."""
     x = node.traced()
     asked = node.ints("axes", 1)
-    axes = range(len(x.shape)) if asked is None else [positive(a, len(x.shape)) for a in asked]
+    axes = range(len(x.shape)) if asked is None else [from_front(a, len(x.shape)) for a in asked]
     gone = [a for a in axes if x.shape[a] == 1 and a != x.batch_axis]
     if asked is not None and len(gone) < len(asked):
         raise Unsupported("it drops the axis of the images")
@@ -112,12 +112,12 @@ def squeeze(node: Node) -> Call:
 
 
 @operator("Unsqueeze")
-def unsqueeze(node: Node) -> Call:
+def unsqueeze(node: Node) -> NodeCall:
     """More axes of length 1."""
     x = node.traced()
     axes = node.ints("axes", 1) or ()
     rank = len(x.shape) + len(axes)
-    return call(_unsqueeze, x, axes=tuple(sorted(positive(a, rank) for a in axes)))
+    return call(_unsqueeze, x, axes=tuple(sorted(from_front(a, rank) for a in axes)))
 
 
 def _unsqueeze(x: Tensor, *, axes: tuple[int, ...]) -> Tensor:
@@ -127,18 +127,18 @@ def _unsqueeze(x: Tensor, *, axes: tuple[int, ...]) -> Tensor:
 
 
 @operator("Transpose")
-def transpose(node: Node) -> Call:
+def transpose(node: Node) -> NodeCall:
     """Axes in another order."""
     rank = len(shape_of(node.input(0)))
     return call(torch.permute, node.input(0), dims=node.ints("perm") or tuple(reversed(range(rank))))
 
 
 @operator("Concat")
-def concat(node: Node) -> Call:
+def concat(node: Node) -> NodeCall:
     """Joined along an axis; what is stored for one image is repeated for each."""
     values = [node.input(k) for k in range(len(node.inputs))]
     rank = len(shape_of(values[0]))
-    axis = positive(node.whole("axis", 1), rank)
+    axis = from_front(node.whole("axis", 1), rank)
     first = next(v for v in values if isinstance(v, Traced))
     batch = first.batch_axis
     if batch == axis:
@@ -159,7 +159,7 @@ def _cat(*tensors: Tensor, axis: int) -> Tensor:
 
 
 @operator("Slice")
-def cut(node: Node) -> Call:
+def slice_of(node: Node) -> NodeCall:
     """Parts along axes, which are attributes before opset 10."""
     x = node.traced()
     starts, ends = (_bounds(node, name, k) for name, k in (("starts", 1), ("ends", 2)))
@@ -167,7 +167,7 @@ def cut(node: Node) -> Call:
     steps = node.ints("steps", 4) or (1,) * len(starts)
     parts: list[tuple[int, int, int, int]] = []
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
-        axis = positive(axis, len(x.shape))
+        axis = from_front(axis, len(x.shape))
         if axis == x.batch_axis:
             if len(range(*slice(start, end, step).indices(x.shape[axis]))) != x.shape[axis]:
                 raise Unsupported("it takes some images of a batch")
@@ -203,10 +203,10 @@ def _slice(x: Tensor, *, parts: tuple[tuple[int, int, int, int], ...]) -> Tensor
 
 
 @operator("Split")
-def split(node: Node) -> Call:
+def parts_along(node: Node) -> NodeCall:
     """Parts along an axis: of given lengths, or equal ones."""
     x = node.traced()
-    axis = positive(node.whole("axis", 0), len(x.shape))
+    axis = from_front(node.whole("axis", 0), len(x.shape))
     sizes = node.ints("split", 1)
     if axis == x.batch_axis:
         raise Unsupported("it takes the images of a batch apart")
@@ -222,11 +222,11 @@ def _split(x: Tensor, *, sizes: list[int], axis: int) -> tuple[Tensor, ...]:
 
 
 @operator("Gather")
-def gather(node: Node) -> Call:
+def entries(node: Node) -> NodeCall:
     """Entries along an axis."""
     x, picks = node.input(0), node.input(1)
     rank = len(shape_of(x))
-    axis = positive(node.whole("axis", 0), rank)
+    axis = from_front(node.whole("axis", 0), rank)
     if isinstance(x, Traced) and axis == x.batch_axis:
         return _gather_of_each(node, x, picks)
     if not isinstance(picks, Known):
@@ -242,7 +242,7 @@ def gather(node: Node) -> Call:
     return call(_pick, x, Known.of(places.astype(np.int64)), axis=axis)
 
 
-def _gather_of_each(node: Node, x: Traced, picks: Value) -> Call:
+def _gather_of_each(node: Node, x: Traced, picks: Value) -> NodeCall:
     """Entries of a flat tensor at the same places of every image, as PyTorch's exporter writes strided views."""
     width = x.shape[0] // node.batch
     if len(x.shape) > 1 or x.inner > 1 or node.batch > 1 or not isinstance(picks, Known) or not picks.small.ndim:
@@ -274,7 +274,7 @@ def _pick(x: Tensor, places: Tensor, *, axis: int) -> Tensor:
 
 
 @operator("GatherElements")
-def gather_elements(node: Node) -> Call:
+def gather_elements(node: Node) -> NodeCall:
     """An entry along an axis for each place."""
     return call(_gather, node.input(0), node.input(1), axis=node.whole("axis", 0))
 
@@ -284,13 +284,13 @@ def _gather(x: Tensor, places: Tensor, *, axis: int) -> Tensor:
 
 
 @operator("Expand")
-def expand(node: Node) -> Call:
+def expand(node: Node) -> NodeCall:
     """Axes of length 1 made longer."""
     x, shape = node.input(0), node.input(1)
     if not isinstance(shape, Known):
         raise Unsupported("its shape is computed from the images")
     sizes = _broadcast(x, shape, node.batch)
-    return call(_expand, x, Batch(), sizes=sizes)
+    return call(_expand, x, BatchSize(), sizes=sizes)
 
 
 def _broadcast(x: Value, shape: Known, batch: int) -> tuple[Size, ...]:
@@ -318,13 +318,13 @@ def _expand(x: Tensor, images: int, *, sizes: tuple[Size, ...]) -> Tensor:
 
 
 @operator("Tile")
-def tile(node: Node) -> Call:
+def tile(node: Node) -> NodeCall:
     """Repeated along axes."""
     repeats = node.input(1)
     if not isinstance(repeats, Known):
         raise Unsupported("how often it repeats is computed from the images")
     counts = sizes_of(repeats.small.tolist(), repeats.large.tolist(), node.batch)
-    return call(_tile, node.input(0), Batch(), counts=counts)
+    return call(_tile, node.input(0), BatchSize(), counts=counts)
 
 
 def _tile(x: Tensor, images: int, *, counts: tuple[Size, ...]) -> Tensor:
@@ -332,7 +332,7 @@ def _tile(x: Tensor, images: int, *, counts: tuple[Size, ...]) -> Tensor:
 
 
 @operator("Pad")
-def pad(node: Node) -> Call:
+def pad(node: Node) -> NodeCall:
     """Values around: zeros, another constant, or those at the edge."""
     x = node.traced()
     rank, given = len(x.shape), node.ints("pads", 1)
@@ -341,7 +341,7 @@ def pad(node: Node) -> Call:
     axes = node.ints("axes", 3) or tuple(range(rank))
     before, after = [0] * rank, [0] * rank
     for axis, low, high in zip(axes, given[: len(axes)], given[len(axes) :], strict=True):
-        before[positive(axis, rank)], after[positive(axis, rank)] = low, high
+        before[from_front(axis, rank)], after[from_front(axis, rank)] = low, high
     mode = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}[
         node.text("mode", "constant")
     ]
@@ -356,7 +356,7 @@ def pad(node: Node) -> Call:
 
 
 @operator("DepthToSpace")
-def depth_to_space(node: Node) -> Call:
+def depth_to_space(node: Node) -> NodeCall:
     """Channels into places: ``CRD`` is PyTorch's pixel shuffle, ``DCR`` has the places first among the channels."""
     size = node.whole("blocksize", 1)
     if node.text("mode", "DCR") == "CRD":
@@ -371,7 +371,7 @@ def _depth_to_space(x: Tensor, *, size: int) -> Tensor:
 
 
 @operator("SpaceToDepth")
-def space_to_depth(node: Node) -> Call:
+def space_to_depth(node: Node) -> NodeCall:
     """Places into channels, the places first."""
     return call(_space_to_depth, node.traced(), size=node.whole("blocksize", 1))
 

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitwright.onnx_in.operators import operator
-from bitwright.onnx_in.values import Call, Known, Node, Operand, Unsupported, call, positive, shape_of
+from bitwright.onnx_in.values import Known, Node, NodeCall, Operand, Unsupported, call, from_front, shape_of
 
 
 @operator("BatchNormalization")
-def batch_norm(node: Node) -> Call:
+def batch_norm(node: Node) -> NodeCall:
     """By stored statistics."""
     if node.whole("training_mode", 0) or node.outputs > 1:
         raise Unsupported("it takes its statistics from the images, as in training")
@@ -27,7 +27,7 @@ def _batch_norm(x: Tensor, mean: Tensor, variance: Tensor, scale: Tensor, bias: 
 
 
 @operator("InstanceNormalization")
-def instance_norm(node: Node) -> Call:
+def instance_norm(node: Node) -> NodeCall:
     """Each channel of each image by its own statistics."""
     return call(_instance_norm, *(node.input(k) for k in range(3)), eps=node.number("epsilon", 1e-5))
 
@@ -37,12 +37,12 @@ def _instance_norm(x: Tensor, scale: Tensor, bias: Tensor, *, eps: float) -> Ten
 
 
 @operator("LayerNormalization", "bitwright.LayerNorm")
-def layer_norm(node: Node) -> Call:
+def layer_norm(node: Node) -> NodeCall:
     """Over the axes from ``axis`` on."""
     if node.outputs > 1:
         raise Unsupported("its mean and deviation are asked for")
     shape = shape_of(node.input(0))
-    sizes = shape[positive(node.whole("axis", -1), len(shape)) :]
+    sizes = shape[from_front(node.whole("axis", -1), len(shape)) :]
     operands: list[Operand] = [node.input(0)]
     for k in (1, 2):
         if node.has(k):
@@ -60,10 +60,10 @@ def _layer_norm(
 
 
 @operator("RMSNormalization")
-def rms_norm(node: Node) -> Call:
+def rms_norm(node: Node) -> NodeCall:
     """By the root of the mean square over the axes from ``axis`` on."""
     shape = shape_of(node.input(0))
-    sizes = shape[positive(node.whole("axis", -1), len(shape)) :]
+    sizes = shape[from_front(node.whole("axis", -1), len(shape)) :]
     return call(_rms_norm, node.input(0), node.input(1), sizes=sizes, eps=node.number("epsilon", 1e-5))
 
 
@@ -72,7 +72,7 @@ def _rms_norm(x: Tensor, scale: Tensor, *, sizes: tuple[int, ...], eps: float) -
 
 
 @operator("GroupNormalization")
-def group_norm(node: Node) -> Call:
+def group_norm(node: Node) -> NodeCall:
     """Groups of channels; a scale for each group before opset 21, for each channel since."""
     groups, channels = node.whole("num_groups", 1), shape_of(node.input(0))[1]
     stored: list[Operand] = []
@@ -89,7 +89,7 @@ def _group_norm(x: Tensor, scale: Tensor, bias: Tensor, *, groups: int, eps: flo
 
 
 @operator("LpNormalization")
-def lp_norm(node: Node) -> Call:
+def lp_norm(node: Node) -> NodeCall:
     """Divided by its norm along an axis."""
     return call(_normalize, node.input(0), p=node.whole("p", 2), axis=node.whole("axis", -1))
 
@@ -99,7 +99,7 @@ def _normalize(x: Tensor, *, p: int, axis: int) -> Tensor:
 
 
 @operator("LRN")
-def local_response_norm(node: Node) -> Call:
+def local_response_norm(node: Node) -> NodeCall:
     """By the squares of neighbouring channels."""
     size, alpha = node.whole("size", 1), node.number("alpha", 1e-4)
     return call(
@@ -113,11 +113,11 @@ def local_response_norm(node: Node) -> Call:
 
 
 @operator("Softmax", "LogSoftmax")
-def softmax(node: Node) -> Call:
+def softmax(node: Node) -> NodeCall:
     """Along an axis; before opset 13 over that axis and all behind it."""
     shape = shape_of(node.input(0))
     function = torch.softmax if node.kind == "Softmax" else torch.log_softmax
-    axis = positive(node.whole("axis", -1 if node.opset >= 13 else 1), len(shape))
+    axis = from_front(node.whole("axis", -1 if node.opset >= 13 else 1), len(shape))
     if node.opset < 13 and math.prod(shape[axis + 1 :]) > 1:
         return call(_flat_softmax, node.input(0), axis=axis, logarithm=node.kind == "LogSoftmax")
     return call(function, node.input(0), dim=axis)

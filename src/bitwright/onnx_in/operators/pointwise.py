@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitwright.onnx_in.operators import OPERATORS, operator
-from bitwright.onnx_in.values import Call, Known, Node, Operand, Unsupported, call, scalar, shape_of
+from bitwright.onnx_in.values import Known, Node, NodeCall, Operand, Unsupported, call, scalar, shape_of
 
 SIMPLE: dict[str, Callable[[Tensor], Tensor]] = {
     "Relu": F.relu, "Sigmoid": torch.sigmoid, "Tanh": torch.tanh, "HardSwish": F.hardswish, "Mish": F.mish,
@@ -27,7 +27,7 @@ SIMPLE: dict[str, Callable[[Tensor], Tensor]] = {
 """Operators without settings."""
 
 
-def _simple(node: Node) -> Call:
+def _simple(node: Node) -> NodeCall:
     return call(SIMPLE[node.kind], node.input(0))
 
 
@@ -44,18 +44,18 @@ def number_or(node: Node, position: int) -> Operand:
 
 
 @operator("Add")
-def add(node: Node) -> Call:
+def sum_of_two(node: Node) -> NodeCall:
     """A sum."""
     return _commuting(node, torch.add)
 
 
 @operator("Mul")
-def multiply(node: Node) -> Call:
+def product_of_two(node: Node) -> NodeCall:
     """A product."""
     return _commuting(node, torch.mul)
 
 
-def _commuting(node: Node, function: Callable[..., Tensor]) -> Call:
+def _commuting(node: Node, function: Callable[..., Tensor]) -> NodeCall:
     """Tensors before numbers, and what depends on images before what is stored."""
     a, b = number_or(node, 0), number_or(node, 1)
     stored = isinstance(a, Known | int | float)
@@ -63,13 +63,13 @@ def _commuting(node: Node, function: Callable[..., Tensor]) -> Call:
 
 
 @operator("Sub")
-def subtract(node: Node) -> Call:
+def subtract(node: Node) -> NodeCall:
     """A difference."""
     return call(python.sub, number_or(node, 0), number_or(node, 1))
 
 
 @operator("Div")
-def divide(node: Node) -> Call:
+def divide(node: Node) -> NodeCall:
     """A quotient; of whole numbers without its rest."""
     if node.input(0).small.dtype in {torch.int32, torch.int64, np.dtype("int32"), np.dtype("int64")}:
         return call(torch.div, node.input(0), node.input(1), rounding_mode="trunc")
@@ -77,13 +77,13 @@ def divide(node: Node) -> Call:
 
 
 @operator("Pow")
-def power(node: Node) -> Call:
+def power(node: Node) -> NodeCall:
     """A power."""
     return call(torch.pow, number_or(node, 0), number_or(node, 1))
 
 
 @operator("Mod")
-def remainder(node: Node) -> Call:
+def remainder(node: Node) -> NodeCall:
     """A remainder, with the sign of the dividend if ``fmod``."""
     return call(torch.fmod if node.whole("fmod", 0) else torch.remainder, node.input(0), node.input(1))
 
@@ -98,7 +98,7 @@ MIRRORED = {
 }  # fmt: skip
 
 
-def _compare(node: Node) -> Call:
+def _compare(node: Node) -> NodeCall:
     a, b = number_or(node, 0), number_or(node, 1)
     if isinstance(a, int | float):
         return call(COMPARISONS[MIRRORED[node.kind]], b, a)
@@ -111,7 +111,7 @@ VARIADIC: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }  # fmt: skip
 
 
-def _variadic(node: Node) -> Call:
+def _variadic(node: Node) -> NodeCall:
     """Bounds by numbers are clamps; else the function is applied to one operand after the other."""
     count = len(node.inputs)
     numbers = [scalar(v) for v in node.inputs]
@@ -132,7 +132,7 @@ OPERATORS.update(dict.fromkeys(VARIADIC, _variadic))
 
 
 @operator("Clip")
-def clip(node: Node) -> Call:
+def clip(node: Node) -> NodeCall:
     """Bounds, which are attributes before opset 11; from 0 to 6 it is ReLU6."""
     low, high = (node.number(name, side, k) for name, side, k in (("min", -math.inf, 1), ("max", math.inf, 2)))
     if (low, high) == (0, 6):
@@ -148,13 +148,13 @@ LARGEST = float(np.finfo(np.float32).max)
 
 
 @operator("LeakyRelu")
-def leaky_relu(node: Node) -> Call:
+def leaky_relu(node: Node) -> NodeCall:
     """A slope below zero."""
     return call(F.leaky_relu, node.input(0), negative_slope=node.number("alpha", 0.01))
 
 
 @operator("PRelu")
-def prelu(node: Node) -> Call:
+def prelu(node: Node) -> NodeCall:
     """A slope below zero for each channel, or of any shape."""
     x, slope = node.input(0), node.input(1)
     shape, rank = shape_of(slope), len(shape_of(x))
@@ -170,19 +170,19 @@ def _sloped(x: Tensor, slope: Tensor) -> Tensor:
 
 
 @operator("Elu")
-def elu(node: Node) -> Call:
+def elu(node: Node) -> NodeCall:
     """An exponential below zero."""
     return call(F.elu, node.input(0), alpha=node.number("alpha", 1.0))
 
 
 @operator("Celu")
-def celu(node: Node) -> Call:
+def celu(node: Node) -> NodeCall:
     """An exponential below zero, smooth for any ``alpha``."""
     return call(F.celu, node.input(0), alpha=node.number("alpha", 1.0))
 
 
 @operator("Selu")
-def selu(node: Node) -> Call:
+def selu(node: Node) -> NodeCall:
     """A scaled exponential below zero, of the usual constants."""
     alpha, gamma = node.number("alpha", 1.67326319), node.number("gamma", 1.05070102)
     if abs(alpha - 1.67326319) > 1e-5 or abs(gamma - 1.05070102) > 1e-5:
@@ -195,13 +195,13 @@ def _scaled_elu(x: Tensor, *, alpha: float, gamma: float) -> Tensor:
 
 
 @operator("ThresholdedRelu")
-def thresholded_relu(node: Node) -> Call:
+def thresholded_relu(node: Node) -> NodeCall:
     """Zero up to a threshold."""
     return call(F.threshold, node.input(0), threshold=node.number("alpha", 1.0), value=0.0)
 
 
 @operator("HardSigmoid")
-def hard_sigmoid(node: Node) -> Call:
+def hard_sigmoid(node: Node) -> NodeCall:
     """A ramp from 0 to 1, by default of another slope than PyTorch's."""
     alpha, beta = node.number("alpha", 0.2), node.number("beta", 0.5)
     if abs(alpha - 1 / 6) < 1e-6 and beta == 0.5:
@@ -214,13 +214,13 @@ def _ramp(x: Tensor, *, alpha: float, beta: float) -> Tensor:
 
 
 @operator("Gelu", "bitwright.Gelu")
-def gelu(node: Node) -> Call:
+def gelu(node: Node) -> NodeCall:
     """By the error function, or its approximation by tanh."""
     return call(F.gelu, node.input(0), approximate=node.text("approximate", "none"))
 
 
 @operator("Swish")
-def swish(node: Node) -> Call:
+def swish(node: Node) -> NodeCall:
     """``x * sigmoid(alpha * x)``."""
     alpha = node.number("alpha", 1.0)
     return call(F.silu, node.input(0)) if alpha == 1 else call(_swish, node.input(0), alpha=alpha)
@@ -231,7 +231,7 @@ def _swish(x: Tensor, *, alpha: float) -> Tensor:
 
 
 @operator("Where")
-def where(node: Node) -> Call:
+def one_of_two(node: Node) -> NodeCall:
     """One of two values by a condition."""
     return call(torch.where, node.input(0), *(_single(node, k) for k in (1, 2)))
 
@@ -243,7 +243,7 @@ def _single(node: Node, position: int) -> Operand:
 
 
 @operator("Cast", "CastLike")
-def cast(node: Node) -> Call:
+def cast(node: Node) -> NodeCall:
     """Another type of numbers; all floating ones are float32 here."""
     if node.kind == "CastLike":
         raise Unsupported("its type is that of another tensor")
@@ -265,7 +265,7 @@ TYPES = {
 
 
 @operator("Identity", "Dropout")
-def identity(node: Node) -> Call:
+def identity(node: Node) -> NodeCall:
     """The same tensor; a mask, if there is one, is not computed."""
     return call(_whole, node.input(0), count=node.outputs)
 

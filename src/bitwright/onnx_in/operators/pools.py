@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bitwright.onnx_in.operators import operator
 from bitwright.onnx_in.operators.windows import Window, padded, window_of
-from bitwright.onnx_in.values import Call, Known, Node, Unsupported, call, shape_of
+from bitwright.onnx_in.values import Known, Node, NodeCall, Unsupported, call, shape_of
 
 MEANS: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 MAXIMA: dict[int, Callable[..., Tensor]] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
@@ -31,7 +31,7 @@ def _fits(window: Window) -> bool:
 
 
 @operator("MaxPool")
-def max_pool(node: Node) -> Call:
+def max_pool(node: Node) -> NodeCall:
     """The largest of each window."""
     if node.outputs > 1:
         raise Unsupported("where its maxima lie is asked for")
@@ -57,7 +57,7 @@ def _padded_maximum(x: Tensor, *, window: Window, up: bool) -> Tensor:
 
 
 @operator("AveragePool")
-def average_pool(node: Node) -> Call:
+def average_pool(node: Node) -> NodeCall:
     """The mean of each window, with what was added around counted or not."""
     window, up = _window(node), bool(node.whole("ceil_mode", 0))
     counts = bool(node.whole("count_include_pad", 0))
@@ -91,7 +91,7 @@ def _mean_of_part(x: Tensor, factors: Tensor, *, window: Window) -> Tensor:
 
 
 @operator("GlobalAveragePool", "GlobalMaxPool")
-def global_pool(node: Node) -> Call:
+def global_pool(node: Node) -> NodeCall:
     """The mean or the largest of each channel."""
     axes = tuple(range(2, len(shape_of(node.input(0)))))
     function = torch.mean if node.kind == "GlobalAveragePool" else torch.amax

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bitwright.onnx_in.operators import OPERATORS, operator
-from bitwright.onnx_in.values import Call, Node, Traced, Unsupported, call, positive, shape_of
+from bitwright.onnx_in.values import Node, NodeCall, Traced, Unsupported, call, from_front, shape_of
 
 
 def _product(x: Tensor, dim: tuple[int, ...], keepdim: bool) -> Tensor:
@@ -33,12 +33,12 @@ REDUCTIONS: dict[str, Callable[..., Tensor]] = {
 """Functions of a tensor, axes, and whether these stay with length 1."""
 
 
-def _reduce(node: Node) -> Call:
+def _reduce(node: Node) -> NodeCall:
     rank = len(shape_of(node.input(0)))
     axes = node.ints("axes", 1)
     if not axes and node.whole("noop_with_empty_axes", 0):
         return call(torch.clone, node.input(0))
-    found = tuple(positive(a, rank) for a in axes) if axes else tuple(range(rank))
+    found = tuple(from_front(a, rank) for a in axes) if axes else tuple(range(rank))
     _keep_images(node, found)
     return call(REDUCTIONS[node.kind], node.input(0), dim=found, keepdim=bool(node.whole("keepdims", 1)))
 
@@ -53,18 +53,18 @@ def _keep_images(node: Node, axes: tuple[int, ...]) -> None:
 
 
 @operator("ArgMax", "ArgMin")
-def where_extreme(node: Node) -> Call:
+def where_extreme(node: Node) -> NodeCall:
     """Where the largest or smallest lies along an axis; the first of equal ones."""
     if node.whole("select_last_index", 0):
         raise Unsupported("it asks for the last of equal values")
-    axis = positive(node.whole("axis", 0), len(shape_of(node.input(0))))
+    axis = from_front(node.whole("axis", 0), len(shape_of(node.input(0))))
     _keep_images(node, (axis,))
     function: Any = torch.argmax if node.kind == "ArgMax" else torch.argmin
     return call(function, node.input(0), dim=axis, keepdim=bool(node.whole("keepdims", 1)))
 
 
 @operator("CumSum")
-def running_sum(node: Node) -> Call:
+def running_sum(node: Node) -> NodeCall:
     """Sums of all values up to each."""
     if node.whole("exclusive", 0) or node.whole("reverse", 0):
         raise Unsupported("it sums without the value itself, or from behind")

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitwright.onnx_in.operators import operator
-from bitwright.onnx_in.values import Batch, Call, Known, Node, Traced, Unsupported, call
+from bitwright.onnx_in.values import BatchSize, Known, Node, NodeCall, Traced, Unsupported, call
 
 Places = npt.NDArray[np.float64]
 
 
-class Axis(NamedTuple):
+class Resized(NamedTuple):
     """One resized axis: its lengths before and after, and the factor that the file gives."""
 
     before: int
@@ -27,7 +27,7 @@ class Axis(NamedTuple):
 
 
 @operator("Resize", "Upsample")
-def resize(node: Node) -> Call:
+def resize(node: Node) -> NodeCall:
     """``Resize``, and ``Upsample`` as it was until opset 9."""
     x = node.traced()
     axes = _axes(node, x)
@@ -58,7 +58,7 @@ def _spread(x: Tensor, *, sizes: tuple[int, ...]) -> Tensor:
     return x.expand(sizes)
 
 
-def _axes(node: Node, x: Traced) -> list[Axis]:
+def _axes(node: Node, x: Traced) -> list[Resized]:
     """Lengths and factors of all axes; before opset 11 the factors are the second input, or an attribute."""
     rank = len(x.shape)
     place = 2 if node.kind == "Resize" and node.opset >= 11 else 1
@@ -78,10 +78,10 @@ def _axes(node: Node, x: Traced) -> list[Axis]:
         for axis, size in zip(axes, sizes.small.reshape(-1).tolist(), strict=True):
             lengths[axis] = int(size)
             scales[axis] = lengths[axis] / x.shape[axis]
-    return [Axis(*each) for each in zip(x.shape, lengths, scales, strict=True)]
+    return [Resized(*each) for each in zip(x.shape, lengths, scales, strict=True)]
 
 
-def places(axis: Axis, mode: str) -> Places:
+def places(axis: Resized, mode: str) -> Places:
     """Where each new pixel lies among the old ones (ONNX, ``coordinate_transformation_mode``)."""
     k = np.arange(axis.after, dtype=np.float64)
     if mode == "asymmetric":
@@ -101,7 +101,7 @@ def places(axis: Axis, mode: str) -> Places:
     raise Unsupported(f"its coordinates are '{mode}'")
 
 
-def nearest_places(axis: Axis, mode: str, rounding: str) -> npt.NDArray[np.int64]:
+def nearest_places(axis: Resized, mode: str, rounding: str) -> npt.NDArray[np.int64]:
     """The old pixel that each new one takes."""
     found = places(axis, mode)
     rounded = {
@@ -125,7 +125,7 @@ def _turned(x: Tensor, order: tuple[int, ...], *, back: bool = False) -> Tensor:
     return x.permute([order.index(k) for k in range(len(order))] if back else list(order))
 
 
-def _nearest(node: Node, x: Traced, axes: list[int], chosen: list[Axis], placed: str, rounding: str) -> Call:
+def _nearest(node: Node, x: Traced, axes: list[int], chosen: list[Resized], placed: str, rounding: str) -> NodeCall:
     picked = [nearest_places(a, placed, rounding) for a in chosen]
     theirs = [np.minimum(np.arange(a.after) * a.before // a.after, a.before - 1) for a in chosen]
     order = _last(axes, len(x.shape))
@@ -147,7 +147,7 @@ def _interpolate(
     return _turned(F.interpolate(_turned(x, order), size, mode=mode, align_corners=corners), order, back=True)
 
 
-def _smooth(x: Traced, order: tuple[int, ...], chosen: list[Axis], mode: str, placed: str) -> Call:
+def _smooth(x: Traced, order: tuple[int, ...], chosen: list[Resized], mode: str, placed: str) -> NodeCall:
     """Linear or cubic: as PyTorch does where that is the same, else by samples at the places themselves."""
     names = {"linear": {1: "linear", 2: "bilinear", 3: "trilinear"}, "cubic": {2: "bicubic"}}
     if mode not in names:
@@ -165,10 +165,10 @@ def _smooth(x: Traced, order: tuple[int, ...], chosen: list[Axis], mode: str, pl
         raise Unsupported(f"it resizes {len(chosen)} axes with coordinates '{placed}'")
     rows, columns = (Known.of(_between_corners(places(a, placed), a)) for a in chosen)
     sampling = {"linear": "bilinear", "cubic": "bicubic"}[mode]
-    return call(_sampled, x, rows, columns, Batch(), order=order, mode=sampling)
+    return call(_sampled, x, rows, columns, BatchSize(), order=order, mode=sampling)
 
 
-def _between_corners(where: Places, axis: Axis) -> npt.NDArray[np.float32]:
+def _between_corners(where: Places, axis: Resized) -> npt.NDArray[np.float32]:
     """Places as ``grid_sample`` takes them: from -1 to 1 between the corners."""
     found: npt.NDArray[np.float32] = (2 * where / max(axis.before - 1, 1) - 1).astype(np.float32)
     return found
@@ -183,7 +183,7 @@ def _sampled(x: Tensor, rows: Tensor, columns: Tensor, images: int, *, order: tu
 
 
 @operator("GridSample")
-def grid_sample(node: Node) -> Call:
+def grid_sample(node: Node) -> NodeCall:
     """Samples at given places."""
     mode = {"linear": "bilinear", "cubic": "bicubic"}.get(
         node.text("mode", "bilinear"), node.text("mode", "bilinear")

@@ -9,7 +9,7 @@ from bitwright.onnx_in.values import Known, Node
 
 
 @operator("Shape")
-def shape(node: Node) -> Known:
+def lengths_of(node: Node) -> Known:
     """The lengths of the axes from ``start`` to ``end``."""
     part = slice(node.whole("start", 0), node.settings.get("end"))
     x = node.input(0)
@@ -17,7 +17,7 @@ def shape(node: Node) -> Known:
 
 
 @operator("Size")
-def size(node: Node) -> Known:
+def count_of_elements(node: Node) -> Known:
     """The number of elements."""
     x = node.input(0)
     return Known(*(np.asarray(np.prod(tuple(v.shape)), np.int64) for v in (x.small, x.large)))
