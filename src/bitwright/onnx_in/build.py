@@ -20,8 +20,8 @@ from bitwright.given.text import short
 from bitwright.onnx_in import operators
 from bitwright.onnx_in.file import CONTROL, STANDARD, label_of, opset_of
 from bitwright.onnx_in.fold import array_of, computed
-from bitwright.onnx_in.network import Given, OnnxNetwork, Repeated, Stored
-from bitwright.onnx_in.patterns import DOMAIN, Nodes, join
+from bitwright.onnx_in.network import OnnxNetwork, OperandSource, Repeated, Stored
+from bitwright.onnx_in.patterns import OWN_DOMAIN, Nodes, join
 from bitwright.onnx_in.tail import Rest, cut_behind, frame
 from bitwright.onnx_in.values import (
     BatchSize,
@@ -135,7 +135,7 @@ class NodeReader:
     opset: int
     mode: FakeTensorMode
     values: dict[str, Value] = field(default_factory=dict)
-    functions: list[tuple[Callable[..., Any], tuple[Given, ...], tuple[str, ...]]] = field(default_factory=list)
+    functions: list[tuple[Callable[..., Any], tuple[OperandSource, ...], tuple[str, ...]]] = field(default_factory=list)
     stored: dict[str, Tensor] = field(default_factory=dict)
     missing: list[Missing] = field(default_factory=list)
     tail: list[Any] = field(default_factory=list)
@@ -192,8 +192,8 @@ class NodeReader:
                 self.values[given] = value
 
     def _view(self, node: Any, inputs: tuple[Value | None, ...]) -> Node:
-        kind = f"{DOMAIN}.{node.op_type}" if node.domain == DOMAIN else node.op_type
-        if node.domain not in {*STANDARD, DOMAIN}:
+        kind = f"{OWN_DOMAIN}.{node.op_type}" if node.domain == OWN_DOMAIN else node.op_type
+        if node.domain not in {*STANDARD, OWN_DOMAIN}:
             kind = f"{node.domain}.{node.op_type}"
         settings = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         outputs = max((k + 1 for k, name in enumerate(node.output) if name), default=0)
@@ -231,7 +231,7 @@ class NodeReader:
             return operand.large if large else operand.small
         return operand
 
-    def _source(self, operand: Operand, place: int, node: Any) -> Given:
+    def _source(self, operand: Operand, place: int, node: Any) -> OperandSource:
         """Where the operand comes from when the module runs."""
         if isinstance(operand, Traced):
             return operand.name
@@ -357,5 +357,5 @@ def _check_tail(reading: NodeReader, path: Path) -> None:
     raise ModelError(f"Expected operators that can be captured in {path}, found {first}. {remedy}.")
 
 
-def _has_weight(made: tuple[Callable[..., Any], Sequence[Given], Sequence[str]]) -> bool:
+def _has_weight(made: tuple[Callable[..., Any], Sequence[OperandSource], Sequence[str]]) -> bool:
     return any(isinstance(source, Stored) for source in made[1])

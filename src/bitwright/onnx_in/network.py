@@ -37,7 +37,7 @@ class Repeated:
         return tensor.repeat([count if k == self.axis else 1 for k in range(tensor.dim())])
 
 
-Given: TypeAlias = "str | Stored | Repeated | BatchSize | int | float"
+OperandSource: TypeAlias = "str | Stored | Repeated | BatchSize | int | float"
 """What an operand is at run time; a text names a tensor that an earlier node gave."""
 
 
@@ -58,7 +58,7 @@ class Line:
     """A node, what it reads, and the names of what it gives."""
 
     step: Step
-    sources: tuple[Given, ...]
+    sources: tuple[OperandSource, ...]
     outputs: tuple[str, ...]
 
 
@@ -73,7 +73,7 @@ class OnnxNetwork(nn.Module):
         given: str,
         outputs: Sequence[str],
         image: tuple[int, ...],
-        functions: Sequence[tuple[Callable[..., Any], tuple[Given, ...], tuple[str, ...]]],
+        functions: Sequence[tuple[Callable[..., Any], tuple[OperandSource, ...], tuple[str, ...]]],
         stored: Mapping[str, Tensor],
     ) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class OnnxNetwork(nn.Module):
                     values.pop(source, None)
         return values
 
-    def _operand(self, source: Given, values: Mapping[str, Any], images: Tensor) -> Any:
+    def _operand(self, source: OperandSource, values: Mapping[str, Any], images: Tensor) -> Any:
         if isinstance(source, str):
             return values[source]
         if isinstance(source, Stored):
@@ -125,7 +125,7 @@ class OnnxNetwork(nn.Module):
         return images.shape[0] if isinstance(source, BatchSize) else source
 
 
-def _at(paths: Mapping[str, str], source: Given) -> Given:
+def _at(paths: Mapping[str, str], source: OperandSource) -> OperandSource:
     if isinstance(source, Stored):
         return Stored(paths[source.path])
     return Repeated(paths[source.path], source.axis, source.of) if isinstance(source, Repeated) else source

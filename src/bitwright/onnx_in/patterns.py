@@ -14,7 +14,7 @@ from bitwright.onnx_in.fold import array_of, constant
 from bitwright.onnx_in.values import Unsupported
 from bitwright.runtimes.session import Array
 
-DOMAIN = "bitwright"
+OWN_DOMAIN = "bitwright"
 CLOSE = 1e-4
 """Relative difference of numbers that exporters round."""
 
@@ -122,7 +122,7 @@ def close(a: float | None, b: float) -> bool:
 
 
 def _new(kind: str, like: Any, inputs: list[str], **attributes: Any) -> list[Any]:
-    return [helper.make_node(kind, inputs, [like.output[0]], name=like.name, domain=DOMAIN, **attributes)]
+    return [helper.make_node(kind, inputs, [like.output[0]], name=like.name, domain=OWN_DOMAIN, **attributes)]
 
 
 def silu(nodes: Nodes, node: Any) -> list[Any] | None:
