@@ -50,6 +50,7 @@ docs: .venv/.installed
 # Trains the embedded networks again; needs Fashion-MNIST in its original four files.
 zoo: .venv/.installed
 	$(BIN)/python -m bitwright.zoo.train
+	OMP_NUM_THREADS=1 $(BIN)/python -m bitwright.zoo.train_dense
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

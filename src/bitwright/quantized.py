@@ -35,10 +35,10 @@ class QuantizedModel(Student):
         return model.train(student.training)
 
     def evaluate(
-        self, images: Any, labels: Any = None, classes: Mapping[str, int | None] | None = None
+        self, images: Any, labels: Any = None, classes: Mapping[str, int | None] | None = None, **said: Any
     ) -> dict[str, Any]:
-        """Accuracy and fidelity on images; see :func:`bitwright.evaluate`."""
-        return evaluation.evaluate(self, images, labels=labels, classes=classes)
+        """Accuracy and fidelity on images; see :func:`bitwright.evaluate`, which says what else may be given."""
+        return evaluation.evaluate(self, images, labels=labels, classes=classes, **said)
 
     save = job.save
     export = job.export

@@ -168,16 +168,22 @@ def test_masks_are_used(dense: tuple[bw.QuantizedModel, Tensor, Tensor]) -> None
         found = model.evaluate(source)
         assert found["quantized"]["pixel_accuracy"] == pytest.approx(right)
         assert found["quantized"]["miou"] == pytest.approx(float(torch.stack(overlaps).mean()))
-        assert found["float"] == {"miou": 1.0, "pixel_accuracy": 1.0}
-    assert tables.metric_rows(RunResult.read(found).evaluation)[0][:2] == ("mean IoU of classes", "100.00 %")
+        perfect = {"miou": 1.0, "pixel_accuracy": 1.0}
+        assert found["float"] == perfect | {f"{k}_ci": [1.0, 1.0] for k in perfect}
+    assert tables.metric_rows(RunResult.read(found).evaluation)[0][:2] == (
+        "mean IoU of classes (95 % interval)",
+        "100.00 % (100.0 to 100.0)",
+    )
 
 
 def test_masks_of_another_size_or_kind_are_not_left_out_in_silence(
     dense: tuple[bw.QuantizedModel, Tensor, Tensor],
 ) -> None:
     model, images, masks = dense
-    with pytest.warns(UserWarning, match="The masks of 5x5 pixels are not used"):
-        assert model.evaluate((images, masks[:, ::2, ::2]))["quantized"] == {}
+    with pytest.raises(
+        DataError, match="Expected a mask of 10x10 pixels as the image 0, or one in proportion, found 5x9"
+    ):
+        model.evaluate((images, masks[:, :9, ::2]))
     with pytest.warns(UserWarning, match="float32 labels of 24x10x10 that came with the images are not used"):
         assert model.evaluate(zip([images], [masks.float()], strict=True))["quantized"] == {}
     with pytest.raises(DataError, match="Expected masks of classes below 4, or 255"):

@@ -12,7 +12,8 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from bitwright.graph.readings import Reading
-from bitwright.measure.metrics import Accuracy, Fidelity, SignalToNoise, wilson_interval
+from bitwright.measure.classification import Hits, hits
+from bitwright.measure.metrics import Fidelity, SignalToNoise, wilson_interval
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -29,11 +30,10 @@ def test_wilson_interval_equals_scipy(hits: int, count: int) -> None:
 @pytest.mark.parametrize("classes", [3, 10])
 def test_accuracy_by_loops(classes: int) -> None:
     scores, labels = noise(60, classes), torch.arange(60) % classes
-    accuracy = Accuracy()
-    for part, wanted in zip(scores.split([25, 25, 10]), labels.split([25, 25, 10]), strict=True):
-        accuracy.update(part, wanted)
+    parts = zip(scores.split([25, 25, 10]), labels.split([25, 25, 10]), strict=True)
+    counted = Hits(torch.cat([hits(part, wanted) for part, wanted in parts]))
     ranks = [sorted(range(classes), key=lambda k, r=row: -r[k]) for row in scores.tolist()]
-    result = accuracy.result()
+    result = counted.metrics().to_dict()
     assert result["top1"] == sum(r[0] == k for r, k in zip(ranks, labels.tolist(), strict=True)) / 60
     assert result["top5"] == sum(k in r[:5] for r, k in zip(ranks, labels.tolist(), strict=True)) / 60
     assert result["top1_ci"] == list(wilson_interval(round(result["top1"] * 60), 60))

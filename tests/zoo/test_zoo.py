@@ -111,7 +111,7 @@ def test_file_sizes() -> None:
     for name in NAMES:
         assert (FOLDER / f"{name}.safetensors").stat().st_size <= 1_000_000
     shipped = [*FOLDER.glob("*.safetensors"), *FOLDER.glob("*.npz")]
-    assert sum(path.stat().st_size for path in shipped) <= 6_000_000
+    assert sum(path.stat().st_size for path in shipped) <= 6_600_000
     assert "Zalando" in (FOLDER / "LICENSE-fashion-mnist.txt").read_text(encoding="utf-8")
 
 

@@ -25,12 +25,14 @@ class DemoCall(Call):
     """Runs the whole job on two networks and images that ship with bitwright, in a few minutes and without downloads.
 
     Quantizes a small CNN and a small vision transformer to 4-bit weights and 8-bit activations from unlabelled
-    images, scores both on 10,000 test images, writes ONNX files and checks these in ONNX Runtime.
+    images, scores both on 10,000 test images, writes ONNX files and checks these in ONNX Runtime. With `--task` it does
+    the same with a small network that finds garments in scenes, as masks or as boxes.
 
     Example: `bitwright demo --out demo --force`
     """
 
-    out: Path = option("Folder for the two run folders", Path("demo"))
+    task: str = option("What the networks do: classification, segmentation or detection", "classification")
+    out: Path = option("Folder for the run folders", Path("demo"))
     recipe: str | None = opt.recipe_option()
     seed: int = opt.seed_option()
     force: bool = option("Replace the runs of an earlier demo", False)
@@ -137,7 +139,8 @@ class EvaluateCall(Call):
 
     model: str = argument("MODEL", "A run folder, an ONNX file, or a float network as for quantize")
     images: str = opt.images_argument()
-    labels: str | None = opt.labels_option()
+    labels: str | None = opt.truth_option()
+    compared: opt.ScoringOptions = opt.ScoringOptions()
     float_model: str | None = option(
         "The float network to compare with; a run knows its own, unless it is Python code", flag="--float"
     )

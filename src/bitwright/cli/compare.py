@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,7 @@ def settings(shared: QuantizeCall) -> dict[str, Any]:
         "images": absolute_source(shared.network.images),
         "evaluate": None if data.evaluate is None else absolute_source(data.evaluate),
         "labels": data.labels,
+        **asdict(data.compared),
         "scheme": shared.scheme.model_dump(mode="json"),
         "samples": data.samples,
         "steps": shared.budget.numbers,

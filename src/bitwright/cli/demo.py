@@ -12,6 +12,8 @@ from bitwright.cli import quantize, tables
 from bitwright.cli.calls import DemoCall, QuantizeCall
 from bitwright.cli.options import BudgetOptions, DataOptions, NetworkOptions
 from bitwright.errors import BitwrightError
+from bitwright.given.arguments import one_of
+from bitwright.measure.shown import named, shown
 from bitwright.recipes import recipe as find_recipe
 from bitwright.run.folder import STATE, check_target
 from bitwright.run.result import RunResult
@@ -20,17 +22,30 @@ from bitwright.terminal import Terminal
 from bitwright.words import short_path
 
 CALIBRATION, TEST = "zoo:fashion", "zoo:fashion-test"
+SCENES = {
+    "segmentation": ("fashion_segmenter", "zoo:scenes-masks"),
+    "detection": ("fashion_detector", "zoo:scenes-boxes"),
+}
+"""The network and the images with truth of each task that has scenes; the images to calibrate on are ``zoo:scenes``."""
 DEMO_STEPS = 200
-KINDS = {"fashion_cnn": "a convolutional network", "fashion_vit": "a vision transformer"}
+KINDS = {
+    "fashion_cnn": "a convolutional network",
+    "fashion_vit": "a vision transformer",
+    "fashion_segmenter": "a convolutional network that gives each pixel a class",
+    "fashion_detector": "a convolutional network that gives boxes",
+}
 
 
 def demo(call: DemoCall, terminal: Terminal) -> None:
-    """Quantizes the two zoo networks to 4-bit weights and 8-bit activations, without labels, and scores them.
+    """Quantizes the zoo networks of a task to 4-bit weights and 8-bit activations, without labels, and scores them.
 
     Raises:
+        UsageError: there is no such task.
         BitwrightError: a network's ONNX file does not compute what was measured.
     """
-    calls = {name: _call(name, call) for name in zoo.NETWORKS}
+    one_of("task", call.task, ("classification", *SCENES))
+    names = [SCENES[call.task][0]] if call.task in SCENES else list(zoo.NETWORKS)
+    calls = {name: _call(name, call) for name in names}
     for each in calls.values():
         assert each.out is not None
         check_target(each.out, force=call.force, resume=each.resume)
@@ -50,10 +65,10 @@ def _call(name: str, call: DemoCall) -> QuantizeCall:
     """One network's part of the demo; what an interrupted one left goes on."""
     out = (call.out / name).expanduser().absolute()
     return QuantizeCall(
-        NetworkOptions(f"zoo:{name}", CALIBRATION),
+        NetworkOptions(f"zoo:{name}", "zoo:scenes" if call.task in SCENES else CALIBRATION),
         call.recipe,
         weights="4",
-        data=DataOptions(evaluate=TEST),
+        data=DataOptions(evaluate=SCENES[call.task][1] if call.task in SCENES else TEST),
         budget=BudgetOptions(str(DEMO_STEPS) if find_recipe(call.recipe).optimises else None),
         out=out,
         seed=call.seed,
@@ -63,7 +78,7 @@ def _call(name: str, call: DemoCall) -> QuantizeCall:
 
 
 def show(results: Mapping[str, RunResult], out: Path, terminal: Terminal) -> None:
-    """One table for both, and how to read what was written."""
+    """One table for all, and how to read what was written."""
     some = next(iter(results.values()))
     bits = some.bits or {}
     terminal.show(
@@ -73,7 +88,7 @@ def show(results: Mapping[str, RunResult], out: Path, terminal: Terminal) -> Non
         f"scored on {some.evaluated_on.count} test images that it never saw.",
         "",
         _table(results),
-        "Accuracy with its 95 % interval. 'same answer' compares the 4-bit network with the float one, image by image;",
+        f"{_figure(some)} with its 95 % interval. 'same answer' compares the 4-bit network with the float one;",
         "'ONNX Runtime' compares the exported file, run by ONNX Runtime, with what was measured here.",
         "",
         "What was written, for each network:",
@@ -95,11 +110,23 @@ def show(results: Mapping[str, RunResult], out: Path, terminal: Terminal) -> Non
     )
 
 
+def _key(result: RunResult) -> str:
+    """The figure that the networks are judged by."""
+    assert result.reference is not None
+    return next(iter(result.reference.values))
+
+
+def _figure(result: RunResult) -> str:
+    """The same in words."""
+    return "Accuracy" if _key(result) == "top1" else named(_key(result))
+
+
 def _table(results: Mapping[str, RunResult]) -> Table:
-    made = tables.table("", *(f">{name}" for name in results))
+    made, figure = tables.table("", *(f">{name}" for name in results)), _figure(next(iter(results.values())))
+    what = figure.lower() if figure == "Accuracy" else figure
     rows: dict[str, Callable[[RunResult], str]] = {
-        "accuracy in float": lambda r: tables.with_interval(r.reference),
-        "accuracy at 4 bits": lambda r: tables.with_interval(r.quantized),
+        f"{what} in float": lambda r: shown(_key(r), r.reference),
+        f"{what} at 4 bits": lambda r: shown(_key(r), r.quantized),
         "same answer as float": lambda r: words.percent(None if r.fidelity is None else r.fidelity.agreement),
         "size in float": lambda r: words.size(r.size.get("float_bytes")),
         "size at 4 bits": lambda r: words.size(r.size.get("packed_bytes")),
@@ -107,6 +134,6 @@ def _table(results: Mapping[str, RunResult]) -> Table:
         "ONNX Runtime": lambda r: tables.parity_text(r.parity),
         "seconds": lambda r: f"{(r.seconds or {}).get('total') or 0.0:.0f}",
     }
-    for what, read in rows.items():
-        made.add_row(what, *(read(r) for r in results.values()))
+    for row, read in rows.items():
+        made.add_row(row, *(read(r) for r in results.values()))
     return made

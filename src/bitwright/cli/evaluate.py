@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from bitwright import zoo
 from bitwright.cli import tables
 from bitwright.cli.calls import EvaluateCall
 from bitwright.cli.sources import float_network, images_at, is_run, load_run
@@ -23,8 +24,9 @@ from bitwright.given.preprocessing import has_channels_last
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.capture import Captured
 from bitwright.graph.readings import Reading
-from bitwright.measure.evaluation import Network, compare
+from bitwright.measure.evaluation import Network, compare, outputs_of
 from bitwright.measure.metrics import Evaluation
+from bitwright.measure.task import Outputs, Scoring
 from bitwright.run import folder as run_folder
 from bitwright.run.record import EvaluatedImages
 from bitwright.run.result import RunResult
@@ -41,10 +43,9 @@ class Evaluated(NamedTuple):
     network: Network
     reference: Network | None
     images: Images
-    names: tuple[str, ...]
-    """Names of the outputs."""
-    readings: Sequence[Reading] = ()
-    """How each is read, by the reference's graph."""
+    outputs: Outputs
+    """How the outputs are read, by the reference's graph if there is one."""
+    scoring: Scoring
     batch: int = BATCH
 
 
@@ -54,7 +55,7 @@ def evaluate(call: EvaluateCall, terminal: Terminal) -> None:
     about = {"model": {"name": call.model, "kind": kind}, "data": {"evaluation": asdict(images)}}
     terminal.result({**about, **found.to_dict(), "warnings": terminal.warnings})
     title = f"{call.model} on {images.count} images"
-    terminal.show(_table(found, kind, title), *tables.fidelity_notes(found.outputs))
+    terminal.show(_table(found, kind, title), *tables.fidelity_notes(found.outputs), *tables.scoring_notes(found))
 
 
 def _scored(call: EvaluateCall, terminal: Terminal) -> tuple[str, EvaluatedImages, Evaluation]:
@@ -63,7 +64,7 @@ def _scored(call: EvaluateCall, terminal: Terminal) -> tuple[str, EvaluatedImage
     Raises:
         UsageError: there is nothing to compare with: no labels and no float network.
     """
-    axes = parse_classes(call.classes or [])
+    axes, _ = parse_classes(call.classes or []), call.compared.scoring
     terminal.begin("Loading")
     if Path(call.model).suffix == ".onnx":
         subject = _onnx(call, axes)
@@ -82,18 +83,18 @@ def _scored(call: EvaluateCall, terminal: Terminal) -> tuple[str, EvaluatedImage
         subject.network,
         subject.reference,
         subject.images,
-        names=subject.names,
-        readings=subject.readings,
+        outputs=subject.outputs,
+        scoring=subject.scoring,
         batch=subject.batch,
         progress=terminal.progress,
     )
     if subject.kind == "float" and subject.reference is None:
-        found = Evaluation(None, found.quantized)
+        found = found.as_float()
     return subject.kind, data, found
 
 
 def _images(call: EvaluateCall, network: Model | None) -> Images:
-    return images_at(call.images, network, call.reading, labels=call.labels)
+    return images_at(call.images, network, call.reading, labels=call.labels, class_map=call.compared.class_map)
 
 
 Axes = dict[str, int | None]
@@ -127,12 +128,12 @@ def _run(call: EvaluateCall, axes: Axes) -> Evaluated:
             raise
         warnings.warn(f"Fidelity to the float network is not measured: {error}", stacklevel=2)
         images = _images(call, Model(run, call.model, run.preprocessing))
-        return Evaluated("run", run.flat, None, images, run.outputs)
+        return Evaluated("run", run.flat, None, images, outputs_of(run), call.compared.scoring)
     images = _images(call, network)
     teacher = prepare_teacher(network, images, RunResult.read(run.result).model.output, result=run.result)
     run.attach_teacher(teacher)
     reference, readings = _reading(teacher, images, axes)
-    return Evaluated("run", run.flat, reference, images, run.outputs, readings)
+    return Evaluated("run", run.flat, reference, images, outputs_of(run, readings), call.compared.beside(network))
 
 
 def _float(call: EvaluateCall, axes: Axes) -> Evaluated:
@@ -140,12 +141,13 @@ def _float(call: EvaluateCall, axes: Axes) -> Evaluated:
     network = load_model(call.model, **preprocessing)
     images = _images(call, network)
     captured = prepare_teacher(network, images, call.output)
-    subject = Evaluated("float", lambda x: list(captured.graph(x)), None, images, captured.outputs)
+    own, readings = _reading(captured, images, axes)
+    scoring = call.compared.beside(network)
     if call.float_model is None:
-        return subject
+        return Evaluated("float", own, None, images, outputs_of(captured, readings), scoring)
     other = prepare_teacher(load_model(call.float_model, **preprocessing), images, call.output)
     reference, readings = _reading(other, images, axes)
-    return subject._replace(reference=reference, readings=readings)
+    return Evaluated("float", own, reference, images, outputs_of(captured, readings), scoring)
 
 
 def _reading(captured: Captured, images: Images, axes: Axes) -> tuple[Network, Sequence[Reading]]:
@@ -180,9 +182,23 @@ def _onnx(call: EvaluateCall, axes: Axes) -> Evaluated:
 
     names = tuple(o.name for o in session.get_outputs())
     if network is None:
-        return Evaluated("onnx", run, None, images, names, batch=fixed or BATCH)
-    reference, readings = _reading(prepare_teacher(network, images, call.output), images, axes)
-    return Evaluated("onnx", run, reference, images, names, readings, fixed or BATCH)
+        outputs, scoring = _of_run_beside(path, names, call.compared.scoring)
+        return Evaluated("onnx", run, None, images, outputs, scoring, fixed or BATCH)
+    teacher = prepare_teacher(network, images, call.output)
+    reference, readings = _reading(teacher, images, axes)
+    outputs, scoring = outputs_of(teacher, readings), call.compared.beside(network)
+    return Evaluated("onnx", run, reference, images, outputs, scoring, fixed or BATCH)
+
+
+def _of_run_beside(path: Path, names: tuple[str, ...], scoring: Scoring) -> tuple[Outputs, Scoring]:
+    """How outputs are arranged, as the run that the file lies in knows, and what decodes those of a zoo network."""
+    if path.name != run_folder.ONNX or not (path.parent / run_folder.MODEL).is_file():
+        return Outputs(names), scoring
+    run = run_folder.load(path.parent)
+    if run.outputs != names:
+        return Outputs(names), scoring
+    kind, _, name = str(run.result.get("model", {}).get("reference")).partition(":")
+    return outputs_of(run), replace(scoring, beside=zoo.decoder(name) if kind == "zoo" else None)
 
 
 def _session(path: Path) -> Any:

@@ -17,6 +17,8 @@ from bitwright.given.arguments import a_time, one_of, whole_number
 if TYPE_CHECKING:
     from bitwright.bits.goal import Goal
     from bitwright.bits.plan import Plan
+    from bitwright.given.models import Model
+    from bitwright.measure.task import Scoring
     from bitwright.quant.scheme import Scheme
     from bitwright.stages.base import Precision
 
@@ -54,6 +56,12 @@ precision_option = partial(
     "auto",
 )
 labels_option = partial(option, "CSV file of labels (file,class_index); class folders and .npz files bring their own")
+truth_option = partial(
+    option,
+    "CSV file of labels (file,class_index), a folder of masks, YOLO text or VOC XML, or a COCO file; class folders and "
+    ".npz files bring their own",
+)
+scoring_option = partial(option, panel="How outputs are compared with labels")
 output_option = partial(option, "Name of the output to keep, if the model returns several")
 input_size_option = partial(reading_option, "Size of the network's input: 224, 224x320 (height x width) or 1x28x28")
 seed_option = partial(option, "Seed of all random choices", 0)
@@ -190,12 +198,52 @@ class PlanLimitOptions(LimitOptions):
 
 
 @dataclass(frozen=True)
+class ScoringOptions:
+    """How outputs are compared with labels."""
+
+    task: str | None = scoring_option("classification, segmentation or detection  [default: that of the labels]")
+    metric: str | None = scoring_option(
+        "Metric of your own instead of the task's: a function of outputs and truth in file.py:function"
+    )
+    decode: str | None = scoring_option(
+        "Function in file.py:function that turns outputs into boxes, scores and labels, or into maps of classes"
+    )
+    class_map: str | None = scoring_option(
+        "JSON or CSV file of classes by the numbers or names in masks and boxes; ids keeps the numbers of a COCO file  "
+        "[default: classes.json or classes.csv beside the labels]"
+    )
+
+    @cached_property
+    def scoring(self) -> Scoring:
+        """The same with the functions, for which their files are run.
+
+        Raises:
+            UsageError: there is no such task or function.
+        """
+        from bitwright.given.models import load_function
+        from bitwright.measure.task import Scoring
+
+        named = {"metric": self.metric, "decode": self.decode}
+        found = {k: None if text is None else load_function(text, k) for k, text in named.items()}
+        made = Scoring(self.task, found["metric"], found["decode"])
+        made.check()
+        return made
+
+    def beside(self, network: Model | None) -> Scoring:
+        """The same with the decoding function that a network brings."""
+        from dataclasses import replace
+
+        return self.scoring if network is None else replace(self.scoring, beside=network.decode)
+
+
+@dataclass(frozen=True)
 class DataOptions:
     """Images to calibrate and to measure on."""
 
     samples: int | None = option("Number of images to calibrate on, spread evenly over IMAGES  [default: at most 512]")
     evaluate: str | None = option("Images to measure on  [default: the calibration images]")
-    labels: str | None = labels_option()
+    labels: str | None = truth_option()
+    compared: ScoringOptions = ScoringOptions()
 
 
 @dataclass(frozen=True)

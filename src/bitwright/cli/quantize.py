@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from bitwright.given.images import Images
 from bitwright.given.inputs import find_device
 from bitwright.given.models import Model, load_model
 from bitwright.graph.student import Student
-from bitwright.measure.evaluation import check_labels
+from bitwright.measure.evaluation import check_truth
 from bitwright.recipes import DEFAULT
 from bitwright.recipes import recipe as find_recipe
 from bitwright.run import folder as run_folder
@@ -76,7 +77,8 @@ def make_run(call: QuantizeCall, terminal: Terminal) -> job.Done:
             **_shared(call, terminal),
         )
         pictures, plan = not call.no_images, call.bits.plan
-        return model, job.everything(inputs.evaluation, pictures=pictures, plan=plan, force=call.force)
+        scoring = call.data.compared.beside(inputs.network)
+        return model, job.everything(inputs.evaluation, scoring, pictures=pictures, plan=plan, force=call.force)
 
     return job.do(folder, make, terminal, force=call.force, resume=call.resume)
 
@@ -113,14 +115,29 @@ def check_shared(call: QuantizeCall) -> None:
         UsageError: there is no such device, or there are labels of nothing.
     """
     find_device(call.device)
-    if call.data.labels is not None and call.data.evaluate is None:
-        raise UsageError("Labels are used for evaluation only. Give the images they belong to with --evaluate.")
+    given = [k for k, v in (("labels", call.data.labels), *vars(call.data.compared).items()) if isinstance(v, str)]
+    if given and call.data.evaluate is None:
+        raise UsageError(
+            f"{given[0]}= is used for evaluation only. Give the images that it belongs to with --evaluate."
+            if given[0] != "labels"
+            else "Labels are used for evaluation only. Give the images they belong to with --evaluate."
+        )
+
+
+def _say_what_decides(call: QuantizeCall) -> None:
+    """A metric of labels decides about no bits."""
+    if call.limits.max_drop is not None and call.data.compared.metric is not None:
+        warnings.warn(
+            "max_drop= counts answers that change; metric= is measured afterwards and decides about no bits.",
+            stacklevel=2,
+        )
 
 
 def find_inputs(call: QuantizeCall, terminal: Terminal) -> Inputs:
     """Loads the model, opens the images, and finds what can be wrong with them before the long work starts."""
     api.check_budget(call.budget.numbers, call.budget.minutes, find_recipe(call.recipe))
     check_shared(call)
+    _say_what_decides(call)
     if call.goal is not None:
         planning.check_goal(call.goal)
     terminal.begin("Loading the network")
@@ -129,9 +146,12 @@ def find_inputs(call: QuantizeCall, terminal: Terminal) -> Inputs:
     calibration = images_at(call.network.images, network, call.reading)
     evaluation = None
     if call.data.evaluate is not None:
-        evaluation = images_at(call.data.evaluate, network, call.reading, labels=call.data.labels)
+        compared = call.data.compared
+        evaluation = images_at(
+            call.data.evaluate, network, call.reading, labels=call.data.labels, class_map=compared.class_map
+        )
         if call.output is None:
-            check_labels(network, evaluation)
+            check_truth(network, evaluation, compared.beside(network))
         decode(evaluation, terminal)
     terminal.finish()
     return Inputs(network, calibration, evaluation)
@@ -139,7 +159,7 @@ def find_inputs(call: QuantizeCall, terminal: Terminal) -> Inputs:
 
 def show(result: RunResult, folder: Path, terminal: Terminal) -> None:
     """The result as people read it."""
-    notes = tables.fidelity_notes(result.evaluation.outputs)
+    notes = [*tables.fidelity_notes(result.evaluation.outputs), *tables.scoring_notes(result.evaluation)]
     terminal.show(tables.outcome(result), *notes, *plans.sentences(result.plan))
     if result.evaluated_on.same_as_calibration:
         terminal.show("Measured on the calibration images; name others with --evaluate.")

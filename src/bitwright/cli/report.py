@@ -62,7 +62,7 @@ def short_names(folders: Sequence[Path]) -> list[str]:
 
 def runs_table(rows: Sequence[RunFigures]) -> Table:
     """Runs for people: a line each, the reason for those that failed."""
-    metric = next((k for k in ("top1", "miou") if any(r.value(k) is not None for r in rows)), None)
+    metric = next((k for k in ("top1", "miou", "map") if any(r.value(k) is not None for r in rows)), None)
     heads = [">top-1 (95 % interval)" if metric == "top1" else f">{metric}"] if metric else []
     made = tables.table("run", *heads, ">same answer", ">KL", ">size", ">model.onnx", ">time")
     for r in rows:

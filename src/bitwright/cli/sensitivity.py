@@ -10,7 +10,7 @@ from bitwright.cli.calls import SensitivityCall
 from bitwright.cli.sources import check_output, empty_removed, load_inputs, sources
 from bitwright.errors import quiet_libraries
 from bitwright.given.references import absolute_source
-from bitwright.measure.evaluation import check_labels
+from bitwright.measure.evaluation import check_truth
 from bitwright.report import sensitivity_page
 from bitwright.sensitivity import report
 from bitwright.terminal import Terminal
@@ -31,7 +31,7 @@ def sensitivity(call: SensitivityCall, terminal: Terminal) -> None:
     check_output(folder, ("sensitivity.json", "sensitivity.html"), force=call.force)
     network, images = load_inputs(call.network, call.reading, terminal, call.labels)
     if settings.matrix == "hessian":
-        check_labels(network, images)
+        check_truth(network, images)
     with empty_removed(folder):
         with quiet_libraries():
             found = report.sensitivity(

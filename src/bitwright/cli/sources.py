@@ -19,6 +19,7 @@ from bitwright.given.preprocessing import Preprocessing, has_channels_last
 from bitwright.given.references import absolute_reference, absolute_source
 from bitwright.given.text import short
 from bitwright.graph.student import Student
+from bitwright.measure.truth_files import labelled
 from bitwright.run import folder as run_folder
 from bitwright.run.files import first_existing, remove_empty
 from bitwright.run.folder import check_writable
@@ -28,7 +29,14 @@ from bitwright.terminal import Terminal
 DECODE_BATCH = 64
 
 
-def images_at(source: str, network: Model | None, reading: ImageOptions, *, labels: str | None = None) -> Images:
+def images_at(
+    source: str,
+    network: Model | None,
+    reading: ImageOptions,
+    *,
+    labels: str | None = None,
+    class_map: str | None = None,
+) -> Images:
     """The images of a command; every header is looked at now, so that a text file is found before the long work.
 
     Raises:
@@ -37,10 +45,10 @@ def images_at(source: str, network: Model | None, reading: ImageOptions, *, labe
     how = None if network is None else network.preprocessing
     if network is None and reading.preprocessing:
         how = preprocessing_of({}, reading.preprocessing)
-    images = load_images(source, how, labels=labels, skip_unreadable=reading.skip_unreadable)
+    images = load_images(source, how, skip_unreadable=reading.skip_unreadable)
     if not reading.skip_unreadable:
         images.check()
-    return images
+    return labelled(images, labels, class_map)
 
 
 def decode(images: Images, terminal: Terminal) -> None:

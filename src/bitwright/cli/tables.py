@@ -11,6 +11,7 @@ from bitwright import words
 from bitwright.export.verdict import Parity
 from bitwright.graph.student import Student
 from bitwright.measure.metrics import Evaluation, Metrics, OutputFidelity
+from bitwright.measure.shown import named, shown, shown_change
 from bitwright.run.about import describe_layers, describe_unquantized, stored_values, totals
 from bitwright.run.result import LayerRow, RunResult, SearchOutcome, Tuning
 
@@ -31,24 +32,24 @@ def table(*columns: str, title: str | None = None) -> Table:
     return made
 
 
-def with_interval(metrics: Metrics | None) -> str:
-    """Top-1 with its 95 % interval."""
-    return words.NONE if metrics is None else words.estimate(metrics.top1, metrics.top1_ci)
-
-
 def metric_rows(found: Evaluation) -> list[tuple[str, str, str]]:
     """(what, float, quantized) for everything that was measured."""
     theirs, ours = found.reference or Metrics(), found.quantized or Metrics()
-    known = theirs.to_dict().keys() | ours.to_dict().keys()
     rows = []
-    if "top1" in known:
-        rows.append(("top-1 accuracy (95 % interval)", with_interval(theirs), with_interval(ours)))
-    for key, said in (
-        ("top5", "top-5 accuracy"), ("miou", "mean IoU of classes"), ("pixel_accuracy", "accuracy of pixels"),
-    ):  # fmt: skip
-        if key in known:
-            rows.append((said, words.percent(getattr(theirs, key)), words.percent(getattr(ours, key))))
+    for key in dict.fromkeys([*theirs.values, *ours.values]):
+        said = f"{named(key)} (95 % interval)" if {*theirs.intervals, *ours.intervals} & {key} else named(key)
+        rows.append((said, shown(key, theirs), shown(key, ours)))
+    for key, change in (found.loss.difference if found.loss else {}).items():
+        if found.loss and found.loss.task != "classification" and key in ours.intervals:
+            rows.append((f"{named(key)}: change", "", shown_change(key, change)))
     return rows + [(what, "", figure) for what, figure in fidelity_rows(found.outputs)]
+
+
+def scoring_notes(found: Evaluation) -> list[str]:
+    """Which task was measured, and what people should know of its figures."""
+    if found.loss is None or found.loss.task in {None, "classification"}:
+        return list(found.loss.notes) if found.loss else []
+    return [f"Task: {found.loss.task}, by the labels.", *found.loss.notes]
 
 
 def fidelity_rows(outputs: Mapping[str, OutputFidelity]) -> list[tuple[str, str]]:

@@ -31,7 +31,7 @@ from bitwright.curvature.spectrum import Lanczos, Spectrum
 from bitwright.errors import ModelError, UsageError
 from bitwright.graph import ops, rewrite
 from bitwright.graph.blocks import find_blocks
-from bitwright.measure.evaluation import class_scores
+from bitwright.measure.classification import class_scores
 from bitwright.progress import Progress, silent
 from bitwright.quant.affine import to_blocks
 

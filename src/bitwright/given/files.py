@@ -17,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from bitwright.errors import DataError
+from bitwright.given.placement import Placement, placement
 from bitwright.given.preprocessing import Pixels, PreprocessFunction, Preprocessing, from_pixels, to_channels
 from bitwright.given.text import short
 
@@ -45,6 +46,9 @@ class Source(Protocol):
 
     def digest(self, index: int) -> bytes:
         """Return the SHA-256 of what is stored."""
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Return width and height of the upright image."""
 
 
 class Files:
@@ -94,6 +98,16 @@ class Files:
         except OSError as error:
             raise _unreadable(self.path(index), error) from error
 
+    def size(self, index: int) -> tuple[int, int]:
+        """Return width and height of the upright image, from the file's header."""
+        path = self._file(index)
+        try:
+            with Image.open(path) as image:
+                size, turned = image.size, _orientation(image) >= 5
+        except Exception as error:
+            raise _unreadable(path, error) from error
+        return (size[1], size[0]) if turned else size
+
 
 class Arrays:
     """Pixels in one uint8 array (N, H, W, C), named by position."""
@@ -111,6 +125,10 @@ class Arrays:
     def digest(self, index: int) -> bytes:
         """Return the SHA-256 of the array's bytes."""
         return hashlib.sha256(np.ascontiguousarray(self.data[index]).tobytes()).digest()
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Return width and height."""
+        return self.data.shape[2], self.data.shape[1]
 
 
 class Tensors:
@@ -130,12 +148,20 @@ class Tensors:
         """Return the SHA-256 of the tensor's bytes."""
         return hashlib.sha256(self.data[index].contiguous().numpy().tobytes()).digest()
 
+    def size(self, index: int) -> tuple[int, int]:
+        """Return width and height."""
+        return self.data.shape[-1], self.data.shape[-2]
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # broken EXIF data beside good pixels
+        return 1
+
 
 def _upright(image: Image.Image) -> Image.Image:
-    try:
-        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # broken EXIF data beside good pixels
-        turn = None
+    turn = _UPRIGHT.get(_orientation(image))
     return image.copy() if turn is None else image.transpose(turn)
 
 
@@ -165,6 +191,7 @@ class Store:
         self.threads = threads or min(8, os.cpu_count() or 1)
         self.room = cache_bytes
         self.cache: dict[int, Pixels | Tensor] = {}
+        self.placements: dict[tuple[int, int], Placement] = {}
         self.lock = threading.Lock()
         self.probed = False
 
@@ -188,6 +215,14 @@ class Store:
             raise DataError(f"{self.source.names[index]}: {error}") from error
         self.keep(index, pixels)
         return pixels
+
+    def placement(self, index: int) -> Placement:
+        """Return where one image lies in the network's input; images of one size lie alike."""
+        size = self.source.size(index)
+        if size not in self.placements:
+            how = self.preprocessing
+            self.placements[size] = Placement.same(size) if how is None else placement(how, size)
+        return self.placements[size]
 
     def at_hand(self, indices: Sequence[int]) -> bool:
         """Say whether none of these has to be decoded, so that threads would cost more than they bring."""

@@ -22,9 +22,11 @@ from torch import Tensor
 from bitwright.errors import DataError, UsageError
 from bitwright.given.files import Arrays, Files, Source, Store, Tensors
 from bitwright.given.items import evenly, items
+from bitwright.given.placement import Placement
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing, parse_input_size
 from bitwright.given.references import absolute_source
 from bitwright.given.text import short
+from bitwright.given.truth import Truth, masks_of
 
 __all__ = ["Images", "PreprocessFunction", "Preprocessing", "load_images", "parse_input_size"]
 
@@ -54,8 +56,7 @@ class Images:
     Attributes:
         names: path relative to the folder (with ``/``), or the position in the array.
         labels: int64 (N,) class indices, or None.
-        masks: whole numbers (N, H, W), the class of each pixel, or None.
-        left_out: what came with the images and is neither; empty if there was nothing.
+        truth: masks, boxes or whatever else is known of the images, or None.
         preprocessing: what is applied to the pixels; None when the images were given as tensors.
         place: the path or name that they were loaded from, which holds from any folder; None where there is none.
 
@@ -70,12 +71,11 @@ class Images:
         store: Store,
         indices: Sequence[int],
         labels: Tensor | None,
-        masks: Tensor | None = None,
-        left_out: str = "",
+        truth: Truth | None = None,
         place: str | None = None,
     ) -> None:
         self._store, self._indices = store, list(indices)
-        self.labels, self.masks, self.left_out, self.place = labels, masks, left_out, place
+        self.labels, self.truth, self.place = labels, truth, place
         self.names = [store.source.names[i] for i in self._indices]
 
     @property
@@ -136,7 +136,19 @@ class Images:
     def labelled(self, labels: str | Path | Sequence[int] | Tensor) -> Images:
         """Return the same images with these labels; see `load_images` for their forms."""
         found = _explicit_labels(labels, self.names)
-        return Images(self._store, self._indices, found, self.masks, place=self.place)
+        return Images(self._store, self._indices, found, place=self.place)
+
+    def known(self, truth: Truth | None) -> Images:
+        """Return the same images with this truth, of one item for each, instead of labels."""
+        return Images(self._store, self._indices, None, truth, self.place)
+
+    def placement(self, index: int) -> Placement:
+        """Where the image at a position lies in the network's input.
+
+        Raises:
+            DataError: its preprocessing is a function that does more than to resize, crop and pad.
+        """
+        return self._store.placement(self._indices[index])
 
     def sample(self, n: int, seed: int = 0) -> Images:
         """Return ``n`` images, one out of each of ``n`` equal stretches of the list, in order.
@@ -196,11 +208,12 @@ class Images:
 
     def take(self, positions: Sequence[int]) -> Images:
         """The images at these positions, in the order given; a view that shares decoded pixels."""
-        labels, masks = (None if x is None else x[list(positions)] for x in (self.labels, self.masks))
-        return Images(self._store, [self._indices[p] for p in positions], labels, masks, self.left_out, self.place)
+        labels = None if self.labels is None else self.labels[list(positions)]
+        truth = None if self.truth is None else self.truth.take(positions)
+        return Images(self._store, [self._indices[p] for p in positions], labels, truth, self.place)
 
     def __repr__(self) -> str:
-        labelled = self.labels is not None or self.masks is not None
+        labelled = self.labels is not None or self.truth is not None
         return f"Images({len(self)}, {'labelled' if labelled else 'unlabelled'})"
 
 
@@ -237,8 +250,9 @@ def load_images(
             ``images`` (uint8 (N, H, W, 1 or 3), or float (N, C, H, W) taken as preprocessed) and perhaps
             ``labels``; each with an optional slice as in ``photos[0::2]``. Or such an array, a float tensor
             (N, C, H, W), videos (N, C, T, H, W), or any iterable of tensors or (tensor, label) pairs such as a
-            ``DataLoader``, which is read once, or one such pair. A label is a class index for each image, or whole
-            numbers (B, H, W), the class of each pixel. `Images` are returned as they are.
+            ``DataLoader``, which is read once, or one such pair. A label is a class index for each image, whole
+            numbers (B, H, W), the class of each pixel, or what a metric of one's own reads. `Images` are returned as
+            they are.
         preprocessing: applied to everything that is not a float tensor already.
         labels: a CSV ``file,class_index`` (header or not; matched by relative path, then by file name), or
             one class index for each image. Without it a folder in which every image lies directly in one of
@@ -254,23 +268,22 @@ def load_images(
     """
     if isinstance(source, Images):
         return source.labelled(labels) if labels is not None else source
-    window, left_out, named = None, "", None
+    window, named = None, None
     if isinstance(source, str) and not source.strip():
         raise DataError("Expected a folder of images, an .npz file or zoo:NAME, found nothing. Name one.")
     if isinstance(source, str | os.PathLike):
         named = absolute_source(os.fspath(source))
         place, window = _split_slice(os.fspath(source))
-        found, found_labels = _from_place(str(place))
+        found, known = _from_place(str(place))
     else:
         place = f"the {type(source).__name__} given"
-        found, found_labels, left_out = _from_object(source, most)
+        found, known = _from_object(source, most)
     _check_preprocessing(found, preprocessing, str(place))
     store = Store(found, None if isinstance(found, Tensors) else preprocessing, threads, cache_bytes)
-    masks = found_labels if found_labels is not None and found_labels.ndim == 3 else None
-    found_labels = None if masks is not None else found_labels
     if labels is not None:
-        found_labels = _explicit_labels(labels, found.names)
-    images = Images(store, range(len(found.names)), found_labels, masks, left_out, named)
+        known = _explicit_labels(labels, found.names)
+    truth, found_labels = (known, None) if isinstance(known, Truth) else (None, known)
+    images = Images(store, range(len(found.names)), found_labels, truth, named)
     if window is not None:
         images = images.take(range(len(images))[window])
         if len(images) == 0:
@@ -297,12 +310,12 @@ def _split_slice(text: str) -> tuple[str, slice | None]:
     return match[1], window
 
 
-def _from_place(text: str) -> tuple[Source, Tensor | None]:
+def _from_place(text: str) -> tuple[Source, Tensor | Truth | None]:
     if text.startswith("zoo:"):
         from bitwright import zoo
 
         pixels, labels = zoo.images(text.removeprefix("zoo:"))
-        return _from_array(np.asarray(pixels), text), _as_labels(labels, len(pixels), text)
+        return _from_array(np.asarray(pixels), text), _of_zoo(labels, len(pixels), text)
     path = Path(text).expanduser()
     if not _exists(path):
         raise DataError(
@@ -317,6 +330,15 @@ def _from_place(text: str) -> tuple[Source, Tensor | None]:
     raise DataError(
         f"Expected a folder of images, an .npz file or zoo:NAME, found the file {text}. "
         f"Give a folder; image files end in {', '.join(sorted(EXTENSIONS))}."
+    )
+
+
+def _of_zoo(labels: Any, count: int, text: str) -> Tensor | Truth | None:
+    """Classes, masks (N, H, W) or boxes that ship with the images."""
+    if isinstance(labels, list):
+        return Truth("other", labels, f"boxes of {text}")
+    return (
+        _as_masks(labels, count, text) if labels is not None and labels.ndim == 3 else _as_labels(labels, count, text)
     )
 
 
@@ -378,7 +400,7 @@ def _folder_labels(root: Path, names: list[str]) -> Tensor | None:
     return torch.tensor([index[name.split("/")[0]] for name in names], dtype=torch.int64)
 
 
-def _from_npz(path: Path) -> tuple[Source, Tensor | None]:
+def _from_npz(path: Path) -> tuple[Source, Tensor | Truth | None]:
     if not path.is_file():
         raise DataError(f"Expected a file at {path}, found something else. Give an .npz file.")
     try:
@@ -386,7 +408,7 @@ def _from_npz(path: Path) -> tuple[Source, Tensor | None]:
             if "images" not in file:
                 raise DataError(f"Expected an array 'images' in {path}, found {', '.join(file) or 'nothing'}.")
             images = file["images"]
-            labels = file.get("labels")
+            labels, masks = file.get("labels"), file.get("masks")
     except DataError:
         raise
     except Exception as error:
@@ -396,8 +418,9 @@ def _from_npz(path: Path) -> tuple[Source, Tensor | None]:
         ) from error
     if images.ndim == 0:
         return _from_array(images, str(path)), None  # which says what is wrong
-    if labels is not None and labels.ndim == 3 and len(labels) == len(images) and labels.dtype.kind in "biu":
-        return _from_array(images, str(path)), torch.from_numpy(labels.astype(np.int64))
+    masks = labels if masks is None and labels is not None and labels.ndim == 3 else masks
+    if masks is not None:
+        return _from_array(images, str(path)), _as_masks(masks, len(images), str(path))
     return _from_array(images, str(path)), _as_labels(labels, len(images), str(path))
 
 
@@ -436,17 +459,17 @@ def _from_tensor(tensor: Tensor, where: str) -> Source:
     return Tensors(tensor)
 
 
-def _from_object(source: object, most: int | None) -> tuple[Source, Tensor | None, str]:
-    """Images, labels or masks, and what is left out because it is neither."""
+def _from_object(source: object, most: int | None) -> tuple[Source, Tensor | Truth | None]:
+    """Images, and labels or whatever else came with them."""
     where = f"the {type(source).__name__} given"
     if isinstance(source, Tensor):
         if source.is_meta or source.layout is not torch.strided:
             raise DataError(
                 f"Expected images with values in a dense tensor, found {source.device.type} {source.layout}."
             )
-        return _from_tensor(source, where), None, ""
+        return _from_tensor(source, where), None
     if isinstance(source, np.ndarray):
-        return _from_array(source, where), None, ""
+        return _from_array(source, where), None
     if isinstance(source, Mapping) or not (isinstance(source, Iterable) or hasattr(source, "__getitem__")):
         raise DataError(f"Expected a path, a tensor or an iterable of tensors as images, found {where}.")
     return _from_batches(items([source] if _is_pair(source) else source, most), where, most)
@@ -463,7 +486,7 @@ def _is_pair(source: object) -> bool:
     )
 
 
-def _from_batches(batches: Iterator[Any], where: str, most: int | None) -> tuple[Source, Tensor | None, str]:
+def _from_batches(batches: Iterator[Any], where: str, most: int | None) -> tuple[Source, Tensor | Truth | None]:
     tensors: list[Tensor] = []
     labels: list[Any] = []
     held = 0
@@ -484,7 +507,7 @@ def _from_batches(batches: Iterator[Any], where: str, most: int | None) -> tuple
         raise DataError(
             f"Expected tensors from {where}, found none. Give a list, since an iterator can be read only once."
         )
-    return _from_tensor(torch.cat(tensors), where), *_batch_labels(labels, tensors)
+    return _from_tensor(torch.cat(tensors), where), _batch_labels(labels, tensors)
 
 
 def _one_batch(tensor: Any, where: str, before: list[Tensor]) -> Tensor:
@@ -507,16 +530,29 @@ def _one_batch(tensor: Any, where: str, before: list[Tensor]) -> Tensor:
     return batch.to(torch.float32)
 
 
-def _batch_labels(labels: list[Any], tensors: list[Tensor]) -> tuple[Tensor | None, str]:
-    """Class indices (N,) or masks (N, H, W) joined, and what is left out because it is neither (boxes, fractions)."""
+def _batch_labels(labels: list[Any], tensors: list[Tensor]) -> Tensor | Truth | None:
+    """Class indices (N,), masks (N, H, W), or what else came with each image (boxes, fractions)."""
     joined: list[Tensor] = []
     for label, batch in zip(labels, tensors, strict=True):
         found = _one_label(label, batch)
         if found is None or (joined and found.shape[1:] != joined[0].shape[1:]):
-            several = len({str(type(x)) for x in labels}) > 1
-            return None, "" if label is None and not several else _said(label)
+            return None if all(x is None for x in labels) else _other(labels, tensors)
         joined.append(found)
-    return torch.cat(joined), ""
+    whole = torch.cat(joined)
+    return masks_of(whole.numpy(), f"masks of {_by(whole)} pixels") if whole.ndim == 3 else whole
+
+
+def _other(labels: list[Any], tensors: list[Tensor]) -> Truth | None:
+    """What came with the images and is neither classes nor masks; None per image where it cannot be told apart."""
+    odd = next(x for x in labels if x is not None)
+    said = _said(odd)
+    each: list[Any] = []
+    for label, batch in zip(labels, tensors, strict=True):
+        several = isinstance(label, Tensor | list | tuple) and len(label) == len(batch)
+        if not several and len(batch) > 1:
+            return Truth("other", [None] * sum(map(len, tensors)), said)
+        each += list(label) if several else [label]
+    return Truth("other", each, said)
 
 
 def _one_label(label: Any, batch: Tensor) -> Tensor | None:
@@ -539,6 +575,10 @@ def _said(label: Any) -> str:
     if isinstance(label, Tensor):
         return f"{str(label.dtype).removeprefix('torch.')} labels of {'x'.join(map(str, label.shape))}"
     return f"labels of type {type(label).__name__}"
+
+
+def _by(masks: Tensor) -> str:
+    return "x".join(map(str, masks.shape[1:]))
 
 
 def _check_preprocessing(source: Source, preprocessing: Preprocessing | PreprocessFunction | None, where: str) -> None:
@@ -585,6 +625,14 @@ def _as_labels(labels: Any, count: int, where: str) -> Tensor | None:
         wrong = array.min() if array.min() < 0 else array.max()
         raise DataError(f"Expected class indices from 0 to {MOST_CLASSES - 1} in {where}, found {wrong}.")
     return torch.from_numpy(array.astype(np.int64))
+
+
+def _as_masks(masks: npt.NDArray[Any], count: int, where: str) -> Truth:
+    if masks.ndim != 3 or len(masks) != count or masks.dtype.kind not in "biu":
+        raise DataError(
+            f"Expected masks as whole numbers ({count}, H, W) in {where}, found {masks.dtype} {masks.shape}."
+        )
+    return masks_of(masks, f"masks of {where}")
 
 
 def _explicit_labels(labels: str | Path | Sequence[int] | Tensor, names: list[str]) -> Tensor | None:

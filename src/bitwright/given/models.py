@@ -60,6 +60,7 @@ class Model:
         reference: what names it from any folder; None where it was not loaded by name.
         settings: of preprocessing that were given with the name.
         source: the ONNX file that it was read from, if it was.
+        decode: what turns its outputs into boxes, where it is a detector that brings this with it.
     """
 
     module: nn.Module | ExportedProgram
@@ -69,6 +70,7 @@ class Model:
     reference: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     source: OnnxFile | None = None
+    decode: Callable[[Any], Any] | None = None
 
 
 def load_model(
@@ -87,7 +89,8 @@ def load_model(
 
     ``zoo:``, ``timm:`` and ``torchvision:`` networks bring their own preprocessing. Beside the callable in a
     ``.py`` file may stand a function ``preprocess``, or a dict ``PREPROCESSING`` of settings (or of such
-    dicts by the name of the callable). The arguments below replace single settings.
+    dicts by the name of the callable). The arguments below replace single settings. A function ``decode`` beside the
+    callable turns a detector's outputs into boxes when it is evaluated.
 
     Args:
         reference: one of the forms in ``FORMS``; ``@weights`` is a state dict in a ``.safetensors``, ``.pt``,
@@ -176,7 +179,8 @@ def _names_channels(size: Any) -> bool:
 def _from_zoo(name: str, settings: Settings) -> Model:
     from bitwright import zoo
 
-    return Model(zoo.network(name).eval(), name, _with_settings(zoo.preprocessing(name), settings))
+    network, how = zoo.network(name).eval(), _with_settings(zoo.preprocessing(name), settings)
+    return Model(network, name, how, decode=zoo.decoder(name))
 
 
 def _from_timm(rest: str, settings: Settings) -> Model:
@@ -305,7 +309,9 @@ def _from_script(path: Path, name: str, weights: str | None, settings: Settings)
     module = module.eval().cpu().float()
     if weights:
         load_weights(module, read_state_dict(weights), weights)
-    return Model(module, name, _script_preprocessing(script, path, name, settings))
+    decode = getattr(script, "decode", None)
+    how = _script_preprocessing(script, path, name, settings)
+    return Model(module, name, how, decode=decode if callable(decode) else None)
 
 
 def _run_script(path: Path) -> ModuleType:
@@ -328,6 +334,27 @@ def _run_script(path: Path) -> ModuleType:
     finally:
         sys.path.remove(str(path.resolve().parent))
     return module
+
+
+def load_function(reference: str, name: str) -> Callable[..., Any]:
+    """A function, or an object, that the user names as ``file.py:function``; the file is run.
+
+    Args:
+        reference: file and function.
+        name: of the argument, for messages.
+
+    Raises:
+        ModelError: there is no such file or function, or the file raises an error.
+    """
+    script = re.fullmatch(r"(.+\.py):([^:@]+)", reference)
+    if script is None:
+        raise UsageError(f"Expected file.py:function as {name}=, found {reference!r}.")
+    path = Path(script[1]).expanduser()
+    found = getattr(_run_script(path), script[2], None)
+    if found is None:
+        raise ModelError(f"Expected {script[2]!r} in {path} as {name}=, it has {_callables(path)}.")
+    function: Callable[..., Any] = found
+    return function
 
 
 def _builder(made: Any, path: Path, name: str) -> Callable[[], nn.Module]:

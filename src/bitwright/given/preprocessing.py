@@ -238,25 +238,29 @@ def _sixteen_to_eight(image: Image.Image) -> Image.Image:
     return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
 
-def _resize(image: Image.Image, how: Preprocessing) -> Image.Image:
+def resized_size(how: Preprocessing, size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height that an image of a size (width, height) has before the centre is cropped."""
     height, width = (math.floor(side / how.crop_pct) for side in how.input_size[1:])
     if how.crop_mode == "squash":
-        size = (width, height)
-    elif how.crop_mode == "border":
-        size = _scaled(image, max(image.height / height, image.width / width))
-    elif height == width:
-        short, long = sorted(image.size)
+        return width, height
+    if how.crop_mode == "border":
+        return _scaled(size, max(size[1] / height, size[0] / width))
+    if height == width:
+        short, long = sorted(size)
         other = int(height * long / short)
-        size = (height, other) if image.width <= image.height else (other, height)
-    else:
-        size = _scaled(image, min(image.height / height, image.width / width))
+        return (height, other) if size[0] <= size[1] else (other, height)
+    return _scaled(size, min(size[1] / height, size[0] / width))
+
+
+def _resize(image: Image.Image, how: Preprocessing) -> Image.Image:
+    size = resized_size(how, image.size)
     if size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or math.inf):
         raise DataError(f"The sides of {image.width}x{image.height} pixels differ too much to crop a centre.")
     return image if size == image.size else image.resize(size, _RESAMPLING[how.interpolation])
 
 
-def _scaled(image: Image.Image, ratio: float) -> tuple[int, int]:
-    return max(1, round(image.width / ratio)), max(1, round(image.height / ratio))
+def _scaled(size: tuple[int, int], ratio: float) -> tuple[int, int]:
+    return max(1, round(size[0] / ratio)), max(1, round(size[1] / ratio))
 
 
 def _crop(image: Image.Image, how: Preprocessing) -> Image.Image:

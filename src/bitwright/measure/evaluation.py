@@ -10,18 +10,25 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from bitwright.errors import BitwrightError, DataError, UsageError, cause
+from bitwright.errors import BitwrightError, UsageError, cause
 from bitwright.given.arguments import of_kind
 from bitwright.given.images import Images, load_images
 from bitwright.given.models import Model
 from bitwright.graph.axes import read_outputs
+from bitwright.graph.capture import Captured
 from bitwright.graph.explain import cannot_run
-from bitwright.graph.readings import Reading, by_values
+from bitwright.graph.outputs import arrange, names
+from bitwright.graph.readings import Reading
 from bitwright.graph.student import Student
 from bitwright.graph.watch import Callback, watch
-from bitwright.measure.metrics import Accuracy, Evaluation, Fidelity, Metrics, Segmentation, SignalToNoise
+from bitwright.measure.class_maps import Given
+from bitwright.measure.metrics import Evaluation, Fidelity, SignalToNoise
+from bitwright.measure.task import Decode, Judged, Outputs, Scoring, joined, judges
+from bitwright.measure.truth_files import labelled
 from bitwright.progress import Progress, silent
 
+PLAIN = Outputs()
+NOTHING_SAID = Scoring()
 Network = Callable[[Tensor], list[Tensor]]
 Each = Callable[[int, list[Tensor], list[Tensor], Tensor | None], None]
 """Takes the position of a batch's first image, outputs of the reference and of the network, and labels [B] or None."""
@@ -32,6 +39,10 @@ def evaluate(
     source: Any,
     *,
     labels: Any = None,
+    task: str | None = None,
+    metric: Any = None,
+    decode: Decode | None = None,
+    class_map: Given = None,
     batch: int = 50,
     progress: Progress = silent,
     classes: Mapping[str, int | None] | None = None,
@@ -41,18 +52,27 @@ def evaluate(
     Args:
         model: with its float teacher, or loaded without.
         source: images as everywhere (a path, a tensor, a loader, :class:`bitwright.given.images.Images`).
-        labels: a CSV of ``file,class_index``, if the images do not carry their own.
+        labels: class indices, masks or boxes, if the images do not carry their own; see
+            :func:`bitwright.measure.truth_files.labelled`.
+        task: ``classification``, ``segmentation`` or ``detection``; that of the labels if not given.
+        metric: a function of outputs and truth, instead of the task's figures; see :mod:`bitwright.measure.own`.
+        decode: a function that turns outputs into boxes with scores and labels, or into maps of classes.
+        class_map: classes by the numbers or names in masks and boxes.
         batch: images at a time.
         progress: called as it goes.
         classes: axis of the classes of outputs by name, where it is known better; None for one that holds none.
 
     Returns:
-        ``quantized`` and, with a teacher, ``float`` and ``fidelity``, as in ``result.json``.
+        ``quantized``, ``evaluation`` where something is known of the images, and, with a teacher, ``float`` and
+        ``fidelity``, as in ``result.json``.
     """
     of_kind("model", model, Student, "a quantized model")
-    images = source if isinstance(source, Images) else load_images(source, model.preprocessing, labels=labels)
+    scoring = Scoring(task, metric, decode)
+    scoring.check()
+    images = source if isinstance(source, Images) else load_images(source, model.preprocessing)
+    images = labelled(images, labels, class_map)
     readings = read_outputs_of(model, images, classes)
-    return evaluation_of(model, images, readings, batch=batch, progress=progress).to_dict()
+    return evaluation_of(model, images, readings, scoring=scoring, batch=batch, progress=progress).to_dict()
 
 
 def evaluation_of(
@@ -60,6 +80,7 @@ def evaluation_of(
     images: Images,
     readings: Sequence[Reading],
     *,
+    scoring: Scoring = NOTHING_SAID,
     batch: int = 50,
     progress: Progress = silent,
     each: Each | None = None,
@@ -70,6 +91,7 @@ def evaluation_of(
         model: with its float teacher, or loaded without.
         images: with or without labels.
         readings: how each output is read, from :func:`read_outputs_of`.
+        scoring: how outputs are scored.
         batch: images at a time.
         progress: called as it goes.
         each: shown the outputs of every batch, if there is a teacher.
@@ -80,12 +102,17 @@ def evaluation_of(
         model.flat,
         reference,
         images,
-        names=model.outputs,
-        readings=readings,
+        outputs=outputs_of(model, readings),
+        scoring=scoring,
         batch=batch,
         progress=progress,
         each=each,
     )
+
+
+def outputs_of(model: Student | Captured, readings: Sequence[Reading] = ()) -> Outputs:
+    """How a model's outputs are read; a user's own functions get them as the user's model arranges them."""
+    return Outputs(model.outputs, readings, lambda flat: pytree.tree_unflatten(flat, model.structure))
 
 
 def read_outputs_of(model: Student, images: Images, classes: Mapping[str, int | None] | None = None) -> list[Reading]:
@@ -108,8 +135,8 @@ def compare(
     reference: Network | None,
     images: Images,
     *,
-    names: Sequence[str] = (),
-    readings: Sequence[Reading] = (),
+    outputs: Outputs = PLAIN,
+    scoring: Scoring = NOTHING_SAID,
     batch: int = 50,
     progress: Progress = silent,
     each: Each | None = None,
@@ -120,107 +147,39 @@ def compare(
         network: that is measured.
         reference: the float network, if there is one.
         images: with or without labels.
-        names: of the outputs.
-        readings: what each of them holds; told by their first values if not given.
+        outputs: how they are read; told by their first values if nothing is said.
+        scoring: how they are scored.
         batch: images at a time.
         progress: called as it goes.
         each: shown the outputs of every batch, if there is a reference.
     """
-    fidelity, done = Fidelity(names, readings), 0
-    ours, theirs = Scores(), None if reference is None else Scores()
-    pixels: tuple[int, Reading] | None = None
-    _say_what_is_left_out(images)
+    fidelity, done = Fidelity(outputs.names, outputs.readings), 0
+    judged = judges(images, outputs, scoring)
+    _say_what_is_left_out(images, judged)
     for inputs in images.batches(batch):
         with torch.no_grad():
             found = network(inputs)
             expected = None if reference is None else reference(inputs)
-        part = slice(done, done + len(inputs))
-        truth, masks = (None if x is None else x[part] for x in (images.labels, images.masks))
-        if masks is not None and not done:
-            pixels = output_of_masks(found, readings, masks)
-        ours.update(found, truth, masks, pixels)
-        if theirs is not None and expected is not None:
-            theirs.update(expected, truth, masks, pixels)
+        part = range(done, done + len(inputs))
+        for each_judge in judged:
+            each_judge.add(part, found, expected)
+        if expected is not None:
             _check_shapes(expected, found)
             fidelity.update(expected, found)
             if each is not None:
-                each(done, expected, found, truth)
+                each(done, expected, found, None if images.labels is None else images.labels[part.start : part.stop])
         done += len(inputs)
         progress("Evaluating", done, len(images))
-    if theirs is None:
-        return Evaluation(ours.result())
-    return Evaluation(ours.result(), theirs.result(), fidelity.outputs)
+    return joined(judged, None if reference is None else fidelity.outputs)
 
 
-def _say_what_is_left_out(images: Images) -> None:
-    if images.left_out and images.labels is None:
+def _say_what_is_left_out(images: Images, judged: Sequence[Judged]) -> None:
+    if images.truth is not None and not judged:
         warnings.warn(
-            f"The {images.left_out} that came with the images are not used. Labels are class indices [N], or masks "
-            "[N, H, W] of one class for each pixel.",
+            f"The {images.truth.said} that came with the images are not used. Labels are class indices [N], masks "
+            "[N, H, W], or boxes and labels of each image; for others give metric=.",
             stacklevel=3,
         )
-
-
-class Scores:
-    """A network's outputs against labels and masks, as far as there are some."""
-
-    def __init__(self) -> None:
-        self.accuracy, self.segmentation = Accuracy(), Segmentation()
-
-    def update(
-        self, outputs: list[Tensor], labels: Tensor | None, masks: Tensor | None, pixels: tuple[int, Reading] | None
-    ) -> None:
-        """Adds a batch: outputs [B, ...], labels [B], masks [B, H, W].
-
-        Args:
-            outputs: of the network.
-            labels: if there are some.
-            masks: if there are some.
-            pixels: position and reading of the output that gives each pixel of the masks its class, if one does.
-
-        Raises:
-            DataError: labels or masks do not fit the outputs.
-        """
-        if labels is not None:
-            self.accuracy.update(class_scores(outputs, labels), labels)
-        if masks is not None and pixels is not None:
-            position, reading = pixels
-            answers = _classes_of_pixels(outputs[position], reading)
-            assert answers is not None
-            known = None if reading.kind != "scores" or reading.axis is None else outputs[position].shape[reading.axis]
-            self.segmentation.update(answers, masks, known)
-
-    def result(self) -> Metrics:
-        """What was measured."""
-        found: dict[str, Any] = {
-            **(self.accuracy.result() if self.accuracy.count else {}),
-            **self.segmentation.result(),
-        }
-        return Metrics(**found)
-
-
-def output_of_masks(outputs: list[Tensor], readings: Sequence[Reading], masks: Tensor) -> tuple[int, Reading] | None:
-    """The first output that gives each pixel of masks [B, H, W] a class, and its reading; a warning if none does."""
-    readings = readings or [by_values(o) for o in outputs]
-    for i, (output, reading) in enumerate(zip(outputs, readings, strict=True)):
-        answers = _classes_of_pixels(output, reading)
-        if answers is not None and answers.shape == masks.shape:
-            return i, reading
-    warnings.warn(
-        f"The masks of {'x'.join(map(str, masks.shape[1:]))} pixels are not used: no output gives a class to each of "
-        f"these pixels, found outputs of {_shapes(outputs)}.",
-        stacklevel=3,
-    )
-    return None
-
-
-def _classes_of_pixels(output: Tensor, reading: Reading) -> Tensor | None:
-    """One class for each position, [B, ...], of an output that tells one; a single channel tells 0 or 1."""
-    answers = reading.answers(output)
-    if answers is None or answers.shape[-1] > 1:
-        return None
-    answers = answers.squeeze(-1)
-    return answers.squeeze(1) if answers.dim() == 4 and answers.shape[1] == 1 else answers
 
 
 def _check_shapes(expected: list[Tensor], found: list[Tensor]) -> None:
@@ -241,43 +200,30 @@ def _shapes(outputs: list[Tensor]) -> str:
     return ", ".join("x".join(map(str, o.shape[1:])) or "one number" for o in outputs)
 
 
-def class_scores(outputs: list[Tensor], labels: Tensor) -> Tensor:
-    """The output that holds class scores, [B, K].
+def check_truth(network: Model, images: Images, scoring: Scoring = NOTHING_SAID) -> None:
+    """What is known of the images must fit the outputs; tried on two images before the long work.
 
     Raises:
-        DataError: no output is one, several are, or a label is beyond its classes.
-    """
-    scores = [o for o in outputs if o.dim() == 2]
-    if len(scores) != 1:
-        raise DataError(
-            f"Expected one output of class scores to compare with labels, found outputs of {_shapes(outputs)}. "
-            "Name the one to keep with output=, or evaluate without labels."
-        )
-    if len(labels) and int(labels.max()) >= scores[0].shape[1]:
-        raise DataError(
-            f"Expected labels below {scores[0].shape[1]}, the number of classes, found {int(labels.max())}."
-        )
-    return scores[0]
-
-
-def check_labels(network: Model, images: Images) -> None:
-    """Labels must be below the number of classes; tried on one image before the long work.
-
-    Raises:
-        DataError: one is not, or no single output holds class scores.
+        DataError: a label or a mask holds a class that the network does not have, or no output can be compared.
     """
     module: Any = network.module
-    if images.labels is None:
+    if not judges(images, PLAIN, scoring):
         return
     module = module.module() if isinstance(module, torch.export.ExportedProgram) else module
     try:
         with torch.no_grad():
-            outputs = module(images.batch([0, 0]))
+            found = module(images.batch([0, min(1, len(images) - 1)]))
     except Exception:
         return  # capture finds the same and says where
-    if network.output is not None and isinstance(outputs, dict):
-        outputs = outputs.get(network.output, outputs)
-    class_scores(pytree.tree_leaves(outputs), images.labels)
+    if network.output is not None and isinstance(found, dict):
+        found = found.get(network.output, found)
+    arranged = arrange(found)
+    flat, structure = pytree.tree_flatten(arranged)
+    outputs = Outputs(names(arranged), (), lambda x: pytree.tree_unflatten(x, structure))
+    for each in judges(images, outputs, scoring):
+        each.add(range(min(2, len(images))), [o[: len(images)] for o in flat])
+        for position in range(2, len(images)):
+            each.judge.target(range(position, position + 1))
 
 
 def layer_sqnr(model: Student, images: Tensor) -> dict[str, float | None]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bitwright.errors import DataError
 from bitwright.graph.readings import Reading, by_values
 
 
@@ -29,86 +28,25 @@ def wilson_interval(hits: int, count: int, z: float = 1.959964) -> tuple[float, 
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-@dataclass
-class Accuracy:
-    """Top-1 and top-5 of class scores [B, K] against labels [B]."""
+def paired_difference(counts: dict[str, int]) -> tuple[float, float, float]:
+    """How much more often the quantized network is right, on the same images: (difference, low, high), as fractions.
 
-    hits: int = 0
-    hits5: int = 0
-    count: int = 0
+    The 95 % interval is that of Agresti and Min (2005), "Simple improved confidence intervals for comparing matched
+    proportions": half an image more in each of the four cells.
 
-    def update(self, scores: Tensor, labels: Tensor) -> None:
-        """Adds a batch."""
-        top = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels.to(scores.device).unsqueeze(1)
-        self.hits += int(top[:, 0].sum())
-        self.hits5 += int(top.sum())
-        self.count += len(labels)
-
-    def result(self) -> dict[str, float | list[float]]:
-        """``top1``, ``top1_ci`` and ``top5``, as fractions."""
-        count = max(self.count, 1)
-        return {
-            "top1": self.hits / count,
-            "top1_ci": list(wilson_interval(self.hits, self.count)),
-            "top5": self.hits5 / count,
-        }
-
-
-IGNORED = 255
-"""The value of a mask's pixels that belong to no class, as in most data sets for segmentation."""
-
-
-@dataclass
-class Segmentation:
-    """Pixel accuracy and mean intersection over union of the classes of pixels.
-
-    Pixels of :data:`IGNORED` or a negative number in the mask do not count; where that is the number of a class of the
-    network, it is one.
+    Args:
+        counts: ``both``, ``only_float``, ``only_quantized``, ``neither``.
 
     Example:
-        >>> found = Segmentation()
-        >>> found.update(torch.tensor([[[0, 1, 1]]]), torch.tensor([[[0, 1, 255]]]), 3)
-        >>> found.result()
-        {'miou': 1.0, 'pixel_accuracy': 1.0}
+        >>> [round(v, 4) for v in paired_difference({"both": 90, "only_float": 5, "only_quantized": 1, "neither": 4})]
+        [-0.04, -0.0895, 0.0111]
     """
-
-    pairs: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.int64))
-    """Pixels of each class of the mask (rows) that were given each class (columns), [K, K]."""
-
-    def update(self, answers: Tensor, masks: Tensor, classes: int | None = None) -> None:
-        """Adds a batch.
-
-        Args:
-            answers: classes [B, H, W].
-            masks: whole numbers [B, H, W].
-            classes: that the network has, if that is known.
-
-        Raises:
-            DataError: a mask holds a class that the network does not have.
-        """
-        answers, masks = answers.flatten().long().cpu(), masks.flatten().long()
-        counted = (masks >= 0) & ((masks != IGNORED) | ((classes or 0) > IGNORED))
-        answers, masks = answers[counted], masks[counted]
-        if not len(masks):
-            return
-        if classes is not None and int(masks.max()) >= classes:
-            raise DataError(
-                f"Expected masks of classes below {classes}, or {IGNORED} for pixels that do not count, found "
-                f"{int(masks.max())}."
-            )
-        size = max(len(self.pairs), int(masks.max()) + 1, int(answers.max()) + 1)
-        fresh = torch.bincount(masks * size + answers, minlength=size**2).reshape(size, size)
-        fresh[: len(self.pairs), : len(self.pairs)] += self.pairs
-        self.pairs = fresh
-
-    def result(self) -> dict[str, float]:
-        """``miou``, the mean over classes that occur in masks or answers, and ``pixel_accuracy``; as fractions."""
-        if not int(self.pairs.sum()):
-            return {}
-        hits = self.pairs.diagonal()
-        union = self.pairs.sum(0) + self.pairs.sum(1) - hits
-        overlap = (hits[union > 0].double() / union[union > 0]).mean()
-        return {"miou": float(overlap), "pixel_accuracy": int(hits.sum()) / int(self.pairs.sum())}
+    total = sum(counts.values())
+    lost, won, n = counts["only_float"] + 0.5, counts["only_quantized"] + 0.5, total + 2
+    middle = (won - lost) / n
+    half = 1.959964 * math.sqrt(max(won + lost - (won - lost) ** 2 / n, 0.0)) / n
+    difference = (counts["only_quantized"] - counts["only_float"]) / max(total, 1)
+    return difference, middle - half, middle + half
 
 
 @dataclass
@@ -184,29 +122,171 @@ def worst_figures(outputs: Mapping[str, OutputFidelity]) -> OutputFidelity:
 
 @dataclass(frozen=True)
 class Metrics:
-    """What one network scores against labels or masks, as fractions; None where there was nothing to compare with.
+    """What one network scores against truth: figures by key, with the 95 % intervals of those that have one.
 
-    Attributes:
-        top1: share of images whose class is right.
-        top1_ci: the 95 % interval of it.
-        top5: share of images whose class is among the first five.
-        miou: mean intersection over union of the classes of pixels.
-        pixel_accuracy: share of pixels whose class is right.
+    The figures of a task are fractions; what a metric of the user's own returns may be any number.
 
     Example:
-        >>> Metrics(miou=0.5, pixel_accuracy=0.75).to_dict()
-        {'miou': 0.5, 'pixel_accuracy': 0.75}
+        >>> found = Metrics({"miou": 0.5, "pixel_accuracy": 0.75}, {"miou": [0.4, 0.6]})
+        >>> found.to_dict()
+        {'miou': 0.5, 'miou_ci': [0.4, 0.6], 'pixel_accuracy': 0.75}
+        >>> Metrics.read(found.to_dict()) == found
+        True
     """
 
-    top1: float | None = None
-    top1_ci: list[float] | None = None
-    top5: float | None = None
-    miou: float | None = None
-    pixel_accuracy: float | None = None
+    values: Mapping[str, float] = field(default_factory=dict)
+    intervals: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, found: Mapping[str, Any]) -> Metrics:
+        """What a ``result.json`` holds; figures of a newer one are figures too.
+
+        Raises:
+            ValueError: a part is no number, and no interval of one.
+        """
+        ends = {k: v for k, v in found.items() if k.endswith("_ci") and v is not None}
+        values = {k: v for k, v in found.items() if not k.endswith("_ci") and v is not None}
+        if not all(map(_is_number, values.values())) or not all(map(_is_interval, ends.values())):
+            raise ValueError(f"Expected numbers and intervals, found {found}.")
+        return cls(values, {k: list(ends[f"{k}_ci"]) for k in values if f"{k}_ci" in ends})
+
+    @classmethod
+    def joined(cls, parts: Sequence[Metrics | None]) -> Metrics:
+        """The figures of several judges."""
+        found = [p for p in parts if p is not None]
+        return cls(
+            {k: v for p in found for k, v in p.values.items()}, {k: v for p in found for k, v in p.intervals.items()}
+        )
+
+    def get(self, key: str) -> float | None:
+        """A figure; None where it was not measured."""
+        return self.values.get(key)
 
     def to_dict(self) -> dict[str, float | list[float]]:
-        """As in ``result.json``: only what was measured."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        """As in ``result.json``: each figure, and its interval under ``KEY_ci``."""
+        found: dict[str, float | list[float]] = {}
+        for key, value in self.values.items():
+            found[key] = value
+            if key in self.intervals:
+                found[f"{key}_ci"] = list(self.intervals[key])
+        return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_interval(ends: Any) -> bool:
+    return isinstance(ends, list | tuple) and len(ends) == 2 and all(map(_is_number, ends))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much higher a figure of the quantized network is, with a 95 % interval that is paired, image by image."""
+
+    value: float
+    interval: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """The main figure of one class.
+
+    Attributes:
+        number: of the class.
+        name: of the class, where it is known.
+        count: objects or pixels that the truth has of it.
+        value: the figure.
+    """
+
+    number: int
+    name: str | None
+    count: int
+    value: float
+
+
+@dataclass(frozen=True)
+class ClassLoss:
+    """The main figure of one class in both networks; None where a network has none."""
+
+    number: int
+    name: str | None
+    count: int
+    reference: float | None
+    quantized: float | None
+
+    @classmethod
+    def beside(cls, ours: Sequence[Part], theirs: Sequence[Part]) -> list[ClassLoss]:
+        """Classes of both networks in order."""
+        by = [{p.number: p for p in parts} for parts in (theirs, ours)]
+        found = []
+        for number in sorted({**by[0], **by[1]}):
+            before, after = (each.get(number) for each in by)
+            known = before or after
+            assert known is not None
+            figures = (None if p is None else p.value for p in (before, after))
+            found.append(cls(number, known.name, known.count, *figures))
+        return found
+
+
+@dataclass(frozen=True)
+class TaskLoss:
+    """What quantization cost a task.
+
+    Attributes:
+        task: its name; None where a metric of the user's own alone was measured.
+        difference: of each figure, quantized less float.
+        classes: the main figure by class.
+        notes: what people should know of the figures.
+    """
+
+    task: str | None
+    difference: Mapping[str, Difference] = field(default_factory=dict)
+    classes: Sequence[ClassLoss] = ()
+    notes: Sequence[str] = ()
+
+    @classmethod
+    def joined(cls, parts: Sequence[TaskLoss | None]) -> TaskLoss | None:
+        """What several judges found; None where there was none."""
+        found = [p for p in parts if p is not None]
+        if not found:
+            return None
+        differences = {k: v for p in found for k, v in p.difference.items()}
+        notes = list(dict.fromkeys(note for p in found for note in p.notes))
+        return cls(next((p.task for p in found if p.task), None), differences, found[0].classes, notes)
+
+    @classmethod
+    def read(cls, found: Mapping[str, Any]) -> TaskLoss:
+        """What a ``result.json`` holds under ``evaluation``.
+
+        Raises:
+            ValueError: a part of it is something else.
+        """
+        try:
+            told = Metrics.read(found.get("difference") or {})
+            rows = found.get("classes") or []
+            classes = [ClassLoss(c["class"], c["name"], c["count"], c["float"], c["quantized"]) for c in rows]
+            notes = [str(note) for note in found.get("notes") or []]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"Expected what a task lost, found {found}.") from error
+        difference = {k: Difference(v, told.intervals.get(k)) for k, v in told.values.items()}
+        return cls(found.get("task"), difference, classes, notes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in ``result.json``."""
+        told: dict[str, Any] = {}
+        for key, each in self.difference.items():
+            told |= {key: each.value} | ({} if each.interval is None else {f"{key}_ci": list(each.interval)})
+        rows = [
+            {"class": c.number, "name": c.name, "count": c.count, "float": c.reference, "quantized": c.quantized}
+            for c in self.classes
+        ]
+        return {
+            "task": self.task,
+            **({"difference": told} if told else {}),
+            **({"classes": rows} if rows else {}),
+            **({"notes": list(self.notes)} if self.notes else {}),
+        }
 
 
 @dataclass(frozen=True)
@@ -217,26 +297,38 @@ class Evaluation:
         quantized: what the network scores; None where the float network was measured alone.
         reference: what the float network scores; None where there is none.
         fidelity: how closely each output follows the float network's, by its name; None where nothing is followed.
+        loss: which task was measured and what it lost; None where there was no truth.
+        pictured: images on which the networks differ most (:class:`bitwright.measure.task.Pictured`); in no file.
 
     Example:
-        >>> Evaluation(Metrics(top1=0.5)).to_dict()
+        >>> Evaluation(Metrics({"top1": 0.5})).to_dict()
         {'quantized': {'top1': 0.5}}
     """
 
     quantized: Metrics | None
     reference: Metrics | None = None
     fidelity: Mapping[str, OutputFidelity] | None = None
+    loss: TaskLoss | None = None
+    pictured: Sequence[Any] = ()
 
     @property
     def outputs(self) -> Mapping[str, OutputFidelity]:
         """How closely each output follows; empty where nothing is followed."""
         return self.fidelity or {}
 
+    def as_float(self) -> Evaluation:
+        """The same where the network that was measured alone is the float one."""
+        classes = [replace(c, reference=c.quantized, quantized=None) for c in (self.loss.classes if self.loss else ())]
+        return Evaluation(
+            None, self.quantized, None, None if self.loss is None else replace(self.loss, classes=classes)
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """``quantized`` and, with a float network, ``float`` and ``fidelity``, as in ``result.json``."""
         found: dict[str, Any] = {} if self.quantized is None else {"quantized": self.quantized.to_dict()}
         found |= {} if self.reference is None else {"float": self.reference.to_dict()}
-        return found | ({} if self.fidelity is None else {"fidelity": fidelity_keys(self.fidelity)})
+        found |= {} if self.fidelity is None else {"fidelity": fidelity_keys(self.fidelity)}
+        return found | ({} if self.loss is None else {"evaluation": self.loss.to_dict()})
 
 
 @dataclass

@@ -70,6 +70,8 @@ class Answers:
     only_quantized: int = 0
     neither: int = 0
     labelled: bool = False
+    pictured: Sequence[Any] = ()
+    """Images on which masks or boxes differ most (:class:`bitwright.measure.task.Pictured`)."""
     worst: list[Disagreement] = field(default_factory=list)
 
     def update(self, first: int, expected: Sequence[Tensor], found: Sequence[Tensor], labels: Tensor | None) -> None:
@@ -186,7 +188,12 @@ def class_names(images: Images) -> dict[int, str]:
 
 
 def picture(image: Tensor, how: Any) -> str:
-    """A preprocessed image [C, H, W] or [H, W, C] as a small picture: a ``data:`` address, PNG if tiny and JPEG if not.
+    """A preprocessed image [C, H, W] or [H, W, C] as a small picture: a ``data:`` address."""
+    return encoded(seen(image, how))
+
+
+def seen(image: Tensor, how: Any) -> Image.Image:
+    """A preprocessed image [C, H, W] or [H, W, C] for people.
 
     Pixels are those that the network saw. Without a known preprocessing they are stretched from black to white.
     """
@@ -200,11 +207,15 @@ def picture(image: Tensor, how: Any) -> str:
         values = (values - values.min()) / (values.max() - values.min()).clamp_min(1e-12)
     values = values[:3] if len(values) >= 3 else values[:1]
     pixels = (values.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    made = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else np.ascontiguousarray(pixels))
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else np.ascontiguousarray(pixels))
+
+
+def encoded(made: Image.Image, *, lossless: bool = False) -> str:
+    """A picture as a ``data:`` address, made small: PNG if tiny or lossless, otherwise JPEG."""
     if max(made.size) > SIDE:
         made.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
-    lossless = max(made.size) <= SMALL
+    lossless = lossless or max(made.size) <= SMALL
     made.save(stream, "PNG", optimize=True) if lossless else made.save(stream, "JPEG", quality=82, optimize=True)
     kind = "png" if lossless else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"

@@ -17,6 +17,7 @@ from bitwright.graph.student import Student
 from bitwright.report.answers import Answers
 from bitwright.report.histograms import HISTOGRAM_IMAGES, histograms, worst_layers
 from bitwright.report.kept import FileParts, Histograms, PageFacts
+from bitwright.report.overlays import overlays
 from bitwright.run import folder as run_folder
 from bitwright.run.result import Curve, RunResult, read_as
 
@@ -41,6 +42,7 @@ def gather(model: Student, images: Images, answers: Answers, folder: Path, *, pi
     return PageFacts(
         histograms=Histograms(len(batch), histograms(model, batch, worst)),
         answers=answers.facts(images, pictures=pictures),
+        overlays=overlays(answers.pictured, images) if pictures else [],
         files=FileParts(packed_parts(folder / run_folder.MODEL), onnx_parts(folder / run_folder.ONNX)),
     )
 

@@ -115,6 +115,15 @@ class DifferingAnswers:
 
 
 @dataclass(frozen=True)
+class Overlay:
+    """An image on which masks or boxes differ: what differs, and a ``data:`` address of it for each network."""
+
+    name: str
+    said: str = ""
+    pictures: dict[str, str] | None = None
+
+
+@dataclass(frozen=True)
 class FileParts:
     """Bytes of the files by what they hold; None for one that is not there."""
 
@@ -129,6 +138,7 @@ class PageFacts:
     schema: int = FACTS_SCHEMA
     histograms: Histograms | None = None
     answers: DifferingAnswers | None = None
+    overlays: list[Overlay] | None = None
     files: FileParts | None = None
     curve: Curve | None = None
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from bitwright.report import latency, layers, making, pictures, plans, summary
+from bitwright.report import latency, layers, making, overlays, pictures, plans, summary, tasks
 from bitwright.report.frame import Section, document
 from bitwright.report.shown import Shown
 from bitwright.report.verdict import run_verdict
 
 SECTIONS: tuple[Callable[[Shown], Section | None], ...] = (
     summary.float_against_quantized,
+    tasks.loss_of_task,
     summary.sizes_of_files,
     plans.planned_bits,
     latency.latency,
@@ -18,6 +19,7 @@ SECTIONS: tuple[Callable[[Shown], Section | None], ...] = (
     layers.depth,
     layers.noisiest,
     pictures.disagreements,
+    overlays.differing_overlays,
     layers.every_layer,
     making.training,
     making.exported_file,

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from bitwright import words
-from bitwright.measure.metrics import OutputFidelity, worst_figures
+from bitwright.measure.metrics import OutputFidelity, paired_difference, worst_figures
 from bitwright.report.charts import Interval, intervals, lengths
 from bitwright.report.frame import Section, bullets, paragraph
 from bitwright.report.kept import FileParts
 from bitwright.report.markup import Child, Markup, tag
 from bitwright.report.shown import Shown
 from bitwright.report.tables import page_table
-from bitwright.report.verdict import METRICS, figure_of, interval_of, main_metric, paired_difference
+from bitwright.report.verdict import METRICS, figure_of, interval_of, main_metric
 from bitwright.run.result import RunResult
 
 # ---------------------------------------------------------------------------------------------------- accuracy

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from bitwright import words
-from bitwright.measure.metrics import Metrics, OutputFidelity, worst_figures
+from bitwright.measure.metrics import Metrics, OutputFidelity, paired_difference, worst_figures
+from bitwright.measure.task import tasks
 from bitwright.report.kept import PageFacts
 from bitwright.run.result import RunResult
 
-METRICS = {
-    "top1": "top-1 accuracy",
-    "miou": "mean IoU",
-    "top5": "top-5 accuracy",
-    "pixel_accuracy": "accuracy of pixels",
-}
+METRICS = {key: t.figures[key] for first in (True, False) for t in tasks().values() for key in t.keys(first=first)}
 """Metrics of the tasks; the first that a run has is the one it is judged by."""
 
 
 def figure_of(metrics: Metrics | None, name: str) -> float | None:
     """One of :data:`METRICS`; None where it was not measured."""
-    found: float | None = getattr(metrics, name, None)
-    return found
+    return None if metrics is None else metrics.get(name)
 
 
 def interval_of(metrics: Metrics | None, name: str) -> list[float] | None:
     """The 95 % interval of a metric, where it has one."""
-    found: list[float] | None = getattr(metrics, f"{name}_ci", None)
-    return found
+    ends = None if metrics is None else metrics.intervals.get(name)
+    return None if ends is None else list(ends)
 
 
 def main_metric(result: RunResult) -> str | None:
@@ -43,27 +37,6 @@ def both_figures(result: RunResult, metric: str) -> tuple[float, float]:
     assert theirs is not None
     assert ours is not None
     return theirs, ours
-
-
-def paired_difference(counts: dict[str, int]) -> tuple[float, float, float]:
-    """How much more often the quantized network is right, on the same images: (difference, low, high), as fractions.
-
-    The 95 % interval is that of Agresti and Min (2005), "Simple improved confidence intervals for comparing matched
-    proportions": half an image more in each of the four cells.
-
-    Args:
-        counts: ``both``, ``only_float``, ``only_quantized``, ``neither``.
-
-    Example:
-        >>> [round(v, 4) for v in paired_difference({"both": 90, "only_float": 5, "only_quantized": 1, "neither": 4})]
-        [-0.04, -0.0895, 0.0111]
-    """
-    total = sum(counts.values())
-    lost, won, n = counts["only_float"] + 0.5, counts["only_quantized"] + 0.5, total + 2
-    middle = (won - lost) / n
-    half = 1.959964 * math.sqrt(max(won + lost - (won - lost) ** 2 / n, 0.0)) / n
-    difference = (counts["only_quantized"] - counts["only_float"]) / max(total, 1)
-    return difference, middle - half, middle + half
 
 
 def run_verdict(result: RunResult, facts: PageFacts | None) -> str:
@@ -140,8 +113,12 @@ def of(count: int | None) -> str:
 def _judged(result: RunResult, facts: PageFacts | None, metric: str) -> str:
     theirs, ours = both_figures(result, metric)
     labelled = None if facts is None or facts.answers is None else facts.answers.labelled
+    change = None if result.loss is None else result.loss.difference.get(metric)
+    paired = None if change is None else change.interval
     if metric == "top1" and labelled:
-        _, low, high = paired_difference(labelled)
+        paired = paired_difference(labelled)[1:]
+    if paired:
+        low, high = paired
         if low <= 0 <= high:
             return _within_chance(ours - theirs)
         return f"and {words.points(abs(ours - theirs)).lstrip('+')} {'better' if ours > theirs else 'worse'}"

@@ -27,7 +27,10 @@ from bitwright.export.verdict import Parity
 from bitwright.given.arguments import a_path, of_kind
 from bitwright.given.images import Images, load_images
 from bitwright.graph.student import Student
-from bitwright.measure.evaluation import evaluation_of, layer_sqnr, read_outputs_of
+from bitwright.measure.class_maps import Given
+from bitwright.measure.evaluation import NOTHING_SAID, evaluation_of, layer_sqnr, read_outputs_of
+from bitwright.measure.task import Decode, Scoring
+from bitwright.measure.truth_files import labelled
 from bitwright.progress import Progress, silent
 from bitwright.report import facts
 from bitwright.report.answers import Answers
@@ -49,6 +52,7 @@ class Wanted:
 
     Attributes:
         images: to measure on; those it was calibrated on if not given.
+        scoring: how outputs are scored against what is known of the images.
         evaluate: measure accuracy, fidelity and the noise of every layer.
         diagnosis: find out where most was lost, and the rules that mend it.
         onnx: write ``model.onnx`` and check it in ONNX Runtime on real images.
@@ -59,6 +63,7 @@ class Wanted:
     """
 
     images: Images | None = None
+    scoring: Scoring = NOTHING_SAID
     evaluate: bool = False
     diagnosis: bool = False
     onnx: bool = False
@@ -86,9 +91,9 @@ class Wanted:
             raise UsageError("Expected images as evaluate=: a network that was loaded has no calibration images.")
 
 
-def everything(images: Images | None, *, pictures: bool, plan: Path | None, force: bool) -> Wanted:
+def everything(images: Images | None, scoring: Scoring, *, pictures: bool, plan: Path | None, force: bool) -> Wanted:
     """What the command ``quantize`` leaves; see :class:`Wanted`."""
-    return Wanted(images, True, True, True, True, pictures, plan, force)
+    return Wanted(images, scoring, True, True, True, True, pictures, plan, force)
 
 
 class Done(NamedTuple):
@@ -127,7 +132,7 @@ def do(folder: Path, make: Make, journal: Journal, *, force: bool = False, resum
         with _kept(folder, journal):
             model, wanted = make(folder / run_folder.STATE)
             wanted.check(model)
-            answers = add_measurements(model, wanted.images, journal) if wanted.evaluate or wanted.report else None
+            answers = add_measurements(model, wanted, journal) if wanted.evaluate or wanted.report else None
             if wanted.diagnosis:
                 add_diagnosis(model, journal)
             failure = _write(model, folder, wanted, journal, started)
@@ -144,6 +149,10 @@ def save(
     force: bool = False,
     evaluate: Any = None,
     labels: Any = None,
+    task: str | None = None,
+    metric: Any = None,
+    decode: Decode | None = None,
+    class_map: Given = None,
     diagnosis: bool = False,
     onnx: bool = False,
     report: bool = False,
@@ -161,7 +170,11 @@ def save(
         force: replace a run that is there, and keep an ONNX file that fails its check.
         evaluate: images to measure accuracy, fidelity and the noise of every layer on; True for those it was
             calibrated on.
-        labels: of these images, as for :func:`bitwright.evaluate`.
+        labels: of these images, as for :func:`bitwright.evaluate`, like the next four.
+        task: that the labels belong to.
+        metric: of the user's own, instead of the task's figures.
+        decode: turns outputs into boxes or maps.
+        class_map: classes by the numbers or names in masks and boxes.
         diagnosis: find out where most was lost, and the rules that mend it.
         onnx: write ``model.onnx`` and check it in ONNX Runtime.
         report: write ``report.html``; measures on the calibration images unless others are given.
@@ -180,8 +193,12 @@ def save(
     measured = evaluate is not None and evaluate is not False
     if labels is not None and (evaluate is True or not measured):
         raise UsageError(f"Expected images as evaluate= beside labels=, found {evaluate!r}.")
-    images = load_images(evaluate, model.preprocessing, labels=labels) if measured and evaluate is not True else None
-    wanted = Wanted(images, measured, diagnosis, onnx, report, pictures, force=force)
+    images = None
+    if measured and evaluate is not True:
+        images = labelled(load_images(evaluate, model.preprocessing), labels, class_map)
+    scoring = Scoring(task, metric, decode)
+    scoring.check()
+    wanted = Wanted(images, scoring, measured, diagnosis, onnx, report, pictures, force=force)
     journal = Journal(progress)
     journal.warnings += model.result.get("warnings", [])
     with journal.listening(), _own_result(model):
@@ -261,20 +278,23 @@ def _kept(folder: Path, journal: Journal) -> Iterator[None]:
         raise
 
 
-def add_measurements(model: Student, images: Images | None, journal: Journal) -> Answers:
+def add_measurements(model: Student, wanted: Wanted, journal: Journal) -> Answers:
     """Accuracy, fidelity and the noise of every layer into the result; which answers differ, for the page.
 
     Args:
         model: with its float network, or loaded without, and then its fidelity stays unknown.
-        images: to measure on; those it was calibrated on if not given.
+        wanted: the images to measure on, those it was calibrated on if not given, and how they are scored.
         journal: of what happens.
     """
     started = time.perf_counter()
-    given, images = images, images if images is not None else model.calibration
+    given, images = wanted.images, wanted.images if wanted.images is not None else model.calibration
     assert images is not None
     readings = read_outputs_of(model, images)
     answers = Answers(model.outputs, readings)
-    found = evaluation_of(model, images, readings, progress=journal.progress, each=answers.update)
+    found = evaluation_of(
+        model, images, readings, scoring=wanted.scoring, progress=journal.progress, each=answers.update
+    )
+    answers.pictured = found.pictured
     noise: dict[str, float | None] = {}
     if model.teacher is not None:
         journal.begin("Measuring every layer")

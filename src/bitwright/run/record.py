@@ -145,7 +145,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class EvaluatedImages:
-    """The images that a network was measured on: how many, which, and whether labels or masks came with them."""
+    """The images that a network was measured on: how many, which, and whether labels, masks or boxes came with them."""
 
     count: int
     sha256: str
@@ -155,7 +155,7 @@ class EvaluatedImages:
     @classmethod
     def of(cls, images: Images) -> EvaluatedImages:
         """What a result says of these images."""
-        labelled = images.labels is not None or images.masks is not None
+        labelled = images.labels is not None or images.truth is not None
         return cls(len(images), images.sha256, labelled, images.place)
 
 

@@ -6,18 +6,18 @@ A key that a run of an older version lacks is None or empty here; keys that are 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PlainValidator, Tag, TypeAdapter, ValidationError
 
 from bitwright.errors import UsageError
 from bitwright.export.verdict import Parity
 from bitwright.graph.fold import Unfolded
 from bitwright.graph.place import Unquantized
-from bitwright.measure.metrics import Evaluation, Metrics, OutputFidelity
+from bitwright.measure.metrics import Evaluation, Metrics, OutputFidelity, TaskLoss
 
 SCHEMA = 1
 """Version of ``result.json``: it grows when a key changes its meaning, so that an old reader says so."""
@@ -35,6 +35,17 @@ def read_as(kind: type[T], found: object) -> T:
         ValidationError: a part of it is something else.
     """
     return TypeAdapter(kind).validate_json(json.dumps(found), strict=True)
+
+
+def _read_by(read: Callable[[Mapping[str, Any]], object]) -> PlainValidator:
+    """Reads a part whose keys are not known beforehand; None stays None."""
+
+    def part(found: Any) -> object:
+        if found is not None and not isinstance(found, Mapping):
+            raise ValueError("it is no object")
+        return None if found is None else read(found)
+
+    return PlainValidator(part)
 
 
 @dataclass(frozen=True)
@@ -319,7 +330,7 @@ class RunResult(BaseModel):
     Example:
         >>> rows = [{"kind": "evolve", "steps": 3}, {"kind": "calibrate"}, {"kind": "evolve", "steps": 5}]
         >>> found = RunResult.read({"stages": rows, "evolve": rows[2], "float": {"top1": 0.5}})
-        >>> [search.steps for search in found.searches], found.evaluation.reference.top1, found.tunings
+        >>> [search.steps for search in found.searches], found.evaluation.reference.get("top1"), found.tunings
         ([3, 5], 0.5, [])
     """
 
@@ -332,8 +343,10 @@ class RunResult(BaseModel):
     """Bytes by what has them."""
     data: RunImages = RunImages()
     bits: RunBits | None = None
-    reference: Metrics | None = Field(default=None, validation_alias="float")
-    quantized: Metrics | None = None
+    reference: Annotated[Metrics | None, _read_by(Metrics.read)] = Field(default=None, validation_alias="float")
+    quantized: Annotated[Metrics | None, _read_by(Metrics.read)] = None
+    loss: Annotated[TaskLoss | None, _read_by(TaskLoss.read)] = Field(default=None, validation_alias="evaluation")
+    """What the quantized network lost of its task."""
     fidelity: RunFidelity | None = None
     seconds: dict[str, float | None] | None = None
     parity: Parity | None = None
@@ -382,7 +395,7 @@ class RunResult(BaseModel):
             exact = found.sqnr_db is None
             one = {"output": OutputFidelity(found.agreement, found.kl, found.sqnr_db, exact=exact)}
             outputs = one if found.outputs is None else found.outputs
-        return Evaluation(self.quantized, self.reference, outputs or None)
+        return Evaluation(self.quantized, self.reference, outputs or None, self.loss)
 
     @property
     def tunings(self) -> list[Tuning]:

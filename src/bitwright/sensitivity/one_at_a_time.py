@@ -21,7 +21,7 @@ from bitwright.graph.points import Point, expose, linear_points
 from bitwright.graph.readings import Reading, by_values
 from bitwright.graph.student import Student, insert_quantizers
 from bitwright.graph.watch import values_of
-from bitwright.measure.evaluation import class_scores
+from bitwright.measure.classification import class_scores
 from bitwright.quant.quantizer import Calibration, Quantizer, as_if
 from bitwright.sensitivity.base import Choices, Measure, Table
 from bitwright.stages import losses

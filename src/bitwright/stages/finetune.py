@@ -29,7 +29,7 @@ from bitwright.graph import ops, rewrite
 from bitwright.graph.capture import Captured
 from bitwright.graph.points import linear_points
 from bitwright.graph.student import Student
-from bitwright.measure.evaluation import class_scores
+from bitwright.measure.classification import class_scores
 from bitwright.run.record import StageRecord
 from bitwright.stages.augment import Views
 from bitwright.stages.base import Optimising, Run

@@ -14,7 +14,7 @@ from bitwright.errors import UsageError
 from bitwright.given.images import Images
 from bitwright.graph.blocks import Block, BlockKind, find_blocks
 from bitwright.graph.student import Student
-from bitwright.measure.evaluation import class_scores
+from bitwright.measure.classification import class_scores
 from bitwright.measure.metrics import as_log_probabilities
 from bitwright.stages.base import Run
 from bitwright.stages.candidates import Batches, Fitness, FitnessMeasure

@@ -16,6 +16,7 @@ from bitwright.graph.capture import Captured
 from bitwright.graph.student import Snapshot, Student, insert_quantizers
 from bitwright.measure.evaluation import compare
 from bitwright.measure.metrics import Evaluation, worst_figures
+from bitwright.measure.task import Outputs
 from bitwright.pipeline import tensor_digest
 from bitwright.progress import Progress, silent
 from bitwright.quant.scheme import Scheme
@@ -140,7 +141,8 @@ class Subject:
 
         names = self.teacher.outputs
         readings = read_outputs(self.teacher.graph, images.batch([0]).to(self.device), names)
-        return compare(network, self._teacher, images, names=names, readings=readings, batch=BATCH, progress=progress)
+        outputs = Outputs(names, readings)
+        return compare(network, self._teacher, images, outputs=outputs, batch=BATCH, progress=progress)
 
     def _teacher(self, x: Tensor) -> list[Tensor]:
         return [o.cpu() for o in self.teacher.graph(x.to(self.device))]

@@ -10,6 +10,7 @@ Example:
 from __future__ import annotations
 
 import difflib
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,15 +22,25 @@ from bitwright.errors import DataError, ModelError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["IMAGES", "NETWORKS", "images", "network", "preprocessing"]
+    from bitwright.zoo.scenes import Scenes
+
+__all__ = ["DENSE", "IMAGES", "NETWORKS", "images", "network", "preprocessing"]
 
 NETWORKS: dict[str, str] = {
     "fashion_cnn": "inverted residuals with squeeze-excite for Fashion-MNIST, 1x28x28",
     "fashion_vit": "vision transformer for Fashion-MNIST, 1x28x28",
 }
+DENSE: dict[str, str] = {
+    "fashion_segmenter": "gives each pixel of a scene of garments a class, 1x64x64",
+    "fashion_detector": "gives boxes of the garments in a scene, 1x64x64",
+}
+"""Networks whose answers are not classes of whole images."""
 IMAGES: dict[str, str] = {
     "fashion": "1,024 unlabelled images from the training split of Fashion-MNIST, for calibration",
     "fashion-test": "the 10,000 labelled test images of Fashion-MNIST",
+    "scenes": "512 scenes composed of garments from the training split, unlabelled, for calibration",
+    "scenes-masks": "500 scenes composed of test images, with the class of each pixel",
+    "scenes-boxes": "the same 500 scenes, with a box and a class for each garment",
 }
 
 _FOLDER = Path(__file__).parent
@@ -42,8 +53,9 @@ def _suggestion(name: str, known: dict[str, str]) -> str:
 
 
 def _check_network(name: str) -> None:
-    if name not in NETWORKS:
-        raise ModelError(f"Expected a zoo network, found {name!r}. {_suggestion(name, NETWORKS)}")
+    known = {**NETWORKS, **DENSE}
+    if name not in known:
+        raise ModelError(f"Expected a zoo network, found {name!r}. {_suggestion(name, known)}")
 
 
 def network(name: str) -> nn.Module:
@@ -55,14 +67,21 @@ def network(name: str) -> nn.Module:
     _check_network(name)
     from safetensors.torch import load_file
 
-    from bitwright.zoo.networks import BUILDERS
+    from bitwright.zoo import dense, networks
 
-    path = _FOLDER / f"{name}.safetensors"
+    path, script = _FOLDER / f"{name}.safetensors", "train_dense" if name in DENSE else "train"
     if not path.is_file():
-        raise ModelError(f"Expected weights in {path}, found none. Run: python -m bitwright.zoo.train --only {name}")
-    model = BUILDERS[name]()
+        raise ModelError(f"Expected weights in {path}, found none. Run: python -m bitwright.zoo.{script} --only {name}")
+    model = {**networks.BUILDERS, **dense.BUILDERS}[name]()
     model.load_state_dict(load_file(str(path)))
     return model.eval()
+
+
+def decoder(name: str) -> Any:
+    """What turns the outputs of a zoo network into boxes; None where they are none."""
+    from bitwright.zoo.dense import DECODERS
+
+    return DECODERS.get(name)
 
 
 def preprocessing(name: str) -> dict[str, Any]:
@@ -73,7 +92,7 @@ def preprocessing(name: str) -> dict[str, Any]:
     """
     _check_network(name)
     return {
-        "input_size": (1, 28, 28),
+        "input_size": (1, 64, 64) if name in DENSE else (1, 28, 28),
         "mean": (0.2860,),
         "std": (0.3530,),
         "interpolation": "bilinear",
@@ -81,17 +100,37 @@ def preprocessing(name: str) -> dict[str, Any]:
     }
 
 
-def images(name: str) -> tuple[NDArray[np.uint8], NDArray[np.int64] | None]:
-    """Return a shipped set of images, uint8 (N, 28, 28, 1), and its labels, or None where it has none.
+def images(name: str) -> tuple[NDArray[np.uint8], Any]:
+    """Return a shipped set of images, uint8 (N, H, W, 1), and its labels, or None where it has none.
+
+    Labels are classes (N,), masks (N, H, W), or for each image a dict of ``boxes`` and ``labels``.
 
     Raises:
         DataError: the name is unknown, or the file is missing.
     """
     if name not in IMAGES:
         raise DataError(f"Expected a set of zoo images, found {name!r}. {_suggestion(name, IMAGES)}")
+    if name.startswith("scenes"):
+        return _scenes(name)
     path = _FOLDER / _IMAGE_FILES[name]
     if not path.is_file():
         raise DataError(f"Expected images in {path}, found none. Run: python -m bitwright.zoo.fashion")
     with np.load(path) as archive:
         labels = archive["labels"].astype(np.int64) if "labels" in archive else None
         return archive["images"], labels
+
+
+def _scenes(name: str) -> tuple[NDArray[np.uint8], Any]:
+    made = _composed(learned=name == "scenes")
+    return made.images, {"scenes": None, "scenes-masks": made.masks, "scenes-boxes": made.boxes}[name]
+
+
+@cache
+def _composed(*, learned: bool) -> Scenes:
+    """Scenes of garments of the training split, whose classes nobody is told, or of the test split."""
+    from bitwright.zoo.scenes import compose
+
+    garments, labels = images("fashion" if learned else "fashion-test")
+    if learned:
+        return compose(garments, np.zeros(len(garments), np.int64), 512, seed=0)
+    return compose(garments, labels, 500, seed=1)

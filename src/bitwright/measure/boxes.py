@@ -1,0 +1,331 @@
+"""Boxes as users keep them: COCO JSON, YOLO text, VOC XML, dicts as torchvision has them."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+from torch import Tensor
+
+from bitwright.errors import DataError, UsageError
+from bitwright.given.images import Images
+from bitwright.given.text import read_json, short
+from bitwright.given.truth import Array, Boxes, Truth
+from bitwright.measure.class_maps import ClassMap, Given
+from bitwright.words import plural
+
+VOC = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
+    "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+"""The classes of Pascal VOC, in their order."""
+SLACK = 0.01
+"""Share of a side by which a box may reach beyond its image without a word: labels are rounded."""
+
+
+# ------------------------------------------------------------------------------------------------ COCO
+
+
+@dataclass(frozen=True)
+class Coco:
+    """A file in COCO's format.
+
+    Attributes:
+        path: of the file.
+        images: their ``id``, ``file_name``, ``width`` and ``height``.
+        annotations: boxes, or the segments of images in a panoptic file.
+        categories: their ``id`` and ``name``, by ``id``.
+    """
+
+    path: Path
+    images: list[dict[str, Any]]
+    annotations: list[dict[str, Any]]
+    categories: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path) -> Coco:
+        """A file.
+
+        Raises:
+            DataError: it cannot be read, or is something else.
+        """
+        try:
+            found = read_json(path)
+            parts = [found[k] for k in ("images", "annotations", "categories")]
+            parts[2] = sorted(parts[2], key=lambda c: int(c["id"]))
+            _ = [(i["id"], i["file_name"]) for i in parts[0]], [a["image_id"] for a in parts[1]]
+        except UsageError as error:
+            raise DataError(str(error)) from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"Expected COCO's lists of images, annotations and categories in {path}, cannot find them "
+                f"({type(error).__name__}: {short(error)})."
+            ) from error
+        if not parts[1]:
+            raise DataError(f"Expected annotations in {path}, found an empty list. Name the file that has them.")
+        return cls(path, *parts)
+
+    @property
+    def panoptic(self) -> bool:
+        """Whether annotations tell of the segments of images, not of boxes."""
+        return "segments_info" in self.annotations[0]
+
+    def classes(self, given: Given) -> ClassMap:
+        """Classes by category; categories in the order of their ids are classes 0, 1, ... if nothing else is said."""
+        names = {int(c["id"]): str(c.get("name", c["id"])) for c in self.categories}
+        if given is None:
+            return ClassMap({str(i): k for k, i in enumerate(names)}, dict(enumerate(names.values())), identity=False)
+        chosen = ClassMap.read(given)
+        table = {i: chosen.table[n] if n in chosen.table else chosen.of(i, str(self.path)) for i, n in names.items()}
+        known = {c: names[i] for i, c in table.items() if c is not None}
+        return ClassMap({str(i): c for i, c in table.items()}, known, identity=False)
+
+    def boxes(self, there: Sequence[dict[str, Any] | None], images: Images, given: Given) -> tuple[list[Any], Truth]:
+        """The boxes of images; those that the file names without any have none."""
+        classes, by_image = self.classes(given), defaultdict(list)
+        for annotation in self.annotations:
+            by_image[annotation["image_id"]].append(annotation)
+        items: list[Boxes | None] = []
+        for position, image in enumerate(there):
+            if image is None:
+                items.append(None)
+                continue
+            where = f"{images.names[position]} of {self.path}"
+            self._check_size(image, images.placement(position).image, where)
+            items.append(_of_coco(by_image[image["id"]], classes, where))
+        _check(items, images, str(self.path))
+        known = len(self.categories) if given is None else None
+        return items, Truth("detection", [], f"boxes of {self.path}", classes.names, known)
+
+    def _check_size(self, image: dict[str, Any], size: tuple[int, int], where: str) -> None:
+        drawn = (image.get("width"), image.get("height"))
+        if images_differ(drawn, size):
+            raise DataError(
+                f"Expected {where} to have {drawn[0]}x{drawn[1]} pixels, found {size[0]}x{size[1]}. Give the images on "
+                "which the boxes were drawn."
+            )
+
+
+def images_differ(drawn: tuple[Any, Any], size: tuple[int, int]) -> bool:
+    """Whether a file tells of an image of another size; 0 says nothing."""
+    return all(isinstance(side, int) and side > 0 for side in drawn) and drawn != size
+
+
+def _of_coco(found: list[dict[str, Any]], classes: ClassMap, where: str) -> Boxes:
+    try:
+        kept = [(a, classes.of(a["category_id"], where)) for a in found]
+        rows = [(a, c) for a, c in kept if c is not None]
+        sides = np.array([a["bbox"] for a, _ in rows], np.float64).reshape(len(rows), 4)
+        areas = np.array([float(a.get("area", a["bbox"][2] * a["bbox"][3])) for a, _ in rows])
+        crowd = np.array([bool(a.get("iscrowd", 0)) for a, _ in rows], bool)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise DataError(
+            f"Expected bbox [x, y, width, height] and category_id for {where}, found something else ({short(error)})."
+        ) from error
+    corners = np.concatenate([sides[:, :2], sides[:, :2] + sides[:, 2:]], 1)
+    return Boxes(corners, np.array([c for _, c in rows], np.int64), crowd, areas, where)
+
+
+# ------------------------------------------------------------------------------------------------ YOLO text
+
+
+def of_yolo(
+    there: Sequence[Path | None], images: Images, where: Path, classes: ClassMap, named: Path
+) -> tuple[list[Any], Truth]:
+    """Lines of class and centre x, centre y, width, height as shares of the image; an image without a file has none."""
+    items = [
+        Boxes.of(np.zeros((0, 4)), np.zeros(0), where=images.names[i])
+        if file is None
+        else _of_text(file, images.placement(i).image, classes)
+        for i, file in enumerate(there)
+    ]
+    missing = [images.names[i] for i, file in enumerate(there) if file is None]
+    if missing:
+        warnings.warn(
+            f"{plural(len(missing), 'image')} without a file in {where} count as images without objects "
+            f"(first: {missing[0]}).",
+            UserWarning,
+            stacklevel=4,
+        )
+    _check(items, images, str(where))
+    names = dict(enumerate(named.read_text(encoding="utf-8").splitlines())) if named.is_file() else {}
+    return items, Truth("detection", [], f"boxes of {where}", names or classes.names, len(names) or None)
+
+
+def _of_text(file: Path, size: tuple[int, int], classes: ClassMap) -> Boxes:
+    rows, labels = [], []
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"Expected YOLO text, cannot read {file} ({short(error)}).") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"line {number} of {file}"
+        label, row = _yolo_row(line, where)
+        chosen = classes.of(label, where)
+        if chosen is not None:
+            rows.append(row)
+            labels.append(chosen)
+    shares = np.array(rows, np.float64).reshape(len(rows), 4)
+    corners = np.concatenate([shares[:, :2] - shares[:, 2:] / 2, shares[:, :2] + shares[:, 2:] / 2], 1)
+    return Boxes.of(corners * np.tile(size, 2), np.array(labels, np.int64), where=str(file))
+
+
+def _yolo_row(line: str, where: str) -> tuple[int, list[float]]:
+    parts = line.split()
+    try:
+        label, row = int(parts[0]), [float(p) for p in parts[1:]]
+    except ValueError:
+        label, row = -1, []
+    if len(row) != 4 or label < 0 or not np.isfinite(row).all():
+        raise DataError(
+            f"Expected 'class cx cy width height' in {where}, with numbers relative to the image, found {line[:60]!r}."
+        )
+    if max(row) > 2 or min(row) < -1:
+        raise DataError(
+            f"Expected a box relative to the image (0 to 1) in {where}, found {max(row, key=abs):g}. Divide by the "
+            "image's width and height."
+        )
+    return label, row
+
+
+# ------------------------------------------------------------------------------------------------ VOC XML
+
+
+def of_voc(
+    there: Sequence[Path | None], every: Iterable[Path], images: Images, where: Path, classes: ClassMap, *, said: bool
+) -> tuple[list[Any], Truth]:
+    """Objects with a name and a ``bndbox`` of pixels that count from 1; difficult ones do not count.
+
+    Names are numbered as VOC's classes are where all are among them, otherwise in the order of the alphabet, which a
+    warning says.
+    """
+    read = {file: _objects(file) for file in every}
+    if not classes.table:
+        names = sorted({name for _, rows in read.values() for name, _, _ in rows})
+        voc = set(names) <= set(VOC)
+        order = VOC if voc else tuple(names)
+        if said and not voc:
+            listed = ", ".join(f"{k} {n}" for k, n in enumerate(order))
+            warnings.warn(
+                f"Classes of {where} are numbered in the order of their names: {listed[:200]}. "
+                "class_map= says otherwise.",
+                UserWarning,
+                stacklevel=4,
+            )
+        classes = ClassMap({n: k for k, n in enumerate(order)}, dict(enumerate(order)), identity=False)
+    items: list[Boxes | None] = []
+    for position, file in enumerate(there):
+        items.append(None if file is None else _of_xml(file, read[file], images.placement(position).image, classes))
+    _check(items, images, str(where))
+    return items, Truth("detection", [], f"boxes of {where}", classes.names)
+
+
+Row = tuple[str, list[float], bool]
+
+
+def _objects(file: Path) -> tuple[tuple[int, int], list[Row]]:
+    """Width and height (0 if not said), and the name, corners and difficulty of each object."""
+    try:
+        content = file.read_bytes()
+        if b"<!DOCTYPE" in content or b"<!ENTITY" in content:
+            raise ValueError("it declares entities")
+        root = ElementTree.fromstring(content)
+        size = tuple(int(float(root.findtext(f"size/{k}") or 0)) for k in ("width", "height"))
+        rows = [
+            (
+                str(each.findtext("name")).strip(),
+                [float(each.findtext(f"bndbox/{k}") or "none") for k in ("xmin", "ymin", "xmax", "ymax")],
+                (each.findtext("difficult") or "0").strip() == "1",
+            )
+            for each in root.iter("object")
+        ]
+    except (OSError, ValueError, ElementTree.ParseError) as error:
+        raise DataError(
+            f"Expected VOC XML with objects of a name and a bndbox, cannot read {file} ({short(error)})."
+        ) from error
+    return (size[0], size[1]), rows
+
+
+def _of_xml(file: Path, found: tuple[tuple[int, int], list[Row]], size: tuple[int, int], classes: ClassMap) -> Boxes:
+    drawn, rows = found
+    if images_differ(drawn, size):
+        raise DataError(
+            f"Expected an image of {drawn[0]}x{drawn[1]} pixels for {file}, found {size[0]}x{size[1]}. Give the images "
+            "on which the boxes were drawn."
+        )
+    kept = [(c, row, hard) for name, row, hard in rows if (c := classes.of(name, str(file))) is not None]
+    corners = np.array([row for _, row, _ in kept], np.float64).reshape(len(kept), 4)
+    corners[:, :2] -= 1  # the first pixel is 1, and reaches from 0
+    hard = np.array([hard for _, _, hard in kept], bool)
+    return Boxes.of(corners, np.array([c for c, _, _ in kept], np.int64), hard, str(file))
+
+
+# ------------------------------------------------------------------------------------------------ objects, checks
+
+
+def of_items(truth: Truth, class_map: Given = None) -> Truth | None:
+    """Dicts of ``boxes`` (G, 4) of corners and ``labels`` (G,), as torchvision has them; None where items are others.
+
+    Corners are pixels of the images, which are those of the network's input where images are tensors.
+    """
+    if truth.kind != "other" or not all(isinstance(x, dict) and {"boxes", "labels"} <= x.keys() for x in truth.items):
+        return None
+    classes = ClassMap.read(class_map)
+
+    def one(position: int, item: dict[str, Any]) -> Boxes:
+        where = f"the labels of image {position}"
+        corners, labels = (_array(item[k]) for k in ("boxes", "labels"))
+        crowd = _array(item.get("iscrowd", np.zeros(labels.size))).astype(bool).reshape(-1)
+        if corners.size != 4 * labels.size or len(crowd) != labels.size or not np.isfinite(corners).all():
+            raise DataError(
+                f"Expected boxes (G, 4) and labels (G,) in {where}, found {corners.shape} and {labels.shape}."
+            )
+        chosen = [classes.of(int(c), where) for c in labels.reshape(-1)]
+        kept = np.array([c is not None for c in chosen], bool)
+        found = np.array([c for c in chosen if c is not None], np.int64)
+        return Boxes.of(corners.reshape(-1, 4)[kept], found, crowd[kept], where)
+
+    return Truth("detection", [one(i, x) for i, x in enumerate(truth.items)], "boxes given", classes.names)
+
+
+def _array(values: Any) -> Array:
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+
+
+def _check(items: Sequence[Boxes | None], images: Images, where: str) -> None:
+    """There must be boxes, of corners in order, and each must show at least a part of its image.
+
+    Raises:
+        DataError: there is none, or one lies outside.
+    """
+    beyond: list[str] = []
+    for position, found in enumerate(items):
+        if found is None or not len(found):
+            continue
+        size = np.tile(images.placement(position).image, 2).astype(float)
+        low, high = found.corners[:, :2], found.corners[:, 2:]
+        wrong = (high < low).any(1) | (low >= size[:2]).any(1) | (high <= 0).any(1)
+        if wrong.any():
+            said = ", ".join(f"{v:g}" for v in found.corners[wrong][0])
+            raise DataError(
+                f"Expected boxes in an image of {size[0]:g}x{size[1]:g} pixels, found corners {said} in {found.where}. "
+                "Remove the box or give the image that it was drawn on."
+            )
+        outside = (low < -SLACK * size[:2] - 1).any(1) | (high > (1 + SLACK) * size[:2] + 1).any(1)
+        beyond += [found.where] * int(outside.sum())
+    if not any(found is not None and len(found) for found in items):
+        raise DataError(f"Expected boxes of the images in {where}, found none. There is nothing to compare with.")
+    if beyond:
+        warnings.warn(
+            f"{plural(len(beyond), 'box', 'boxes')} in {where} reach beyond the image (first: {beyond[0]}).",
+            UserWarning,
+            stacklevel=5,
+        )

@@ -1,0 +1,108 @@
+"""Classification: which class an image shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitwright.errors import DataError
+from bitwright.given.images import Images
+from bitwright.measure.metrics import Difference, Metrics, paired_difference, wilson_interval
+from bitwright.measure.task import Decode, Draw, Outputs, Pictured, Tally, Task, called
+
+
+class Hits(Tally):
+    """Whether the class of each image is right, and among the first five: bool [N, 2].
+
+    Example:
+        >>> found = Hits(torch.tensor([[True, True], [False, True]]))
+        >>> found.figures()
+        {'top1': 0.5, 'top5': 1.0}
+    """
+
+    def __init__(self, hits: Tensor) -> None:
+        self.hits, self.count = hits, len(hits)
+
+    def figures(self, draw: Draw | None = None) -> dict[str, float]:
+        """Shares of the images."""
+        chosen = self.hits if draw is None else self.hits[torch.from_numpy(draw)]
+        top1, top5 = chosen.sum(0).tolist()
+        return {"top1": top1 / len(chosen), "top5": top5 / len(chosen)}
+
+    def metrics(self) -> Metrics:
+        """The interval is Wilson's, which holds for shares near 0 and 1 too."""
+        return Metrics(self.figures(), {"top1": list(wilson_interval(int(self.hits[:, 0].sum()), self.count))})
+
+    def difference(self, reference: Tally) -> dict[str, Difference]:
+        """With the interval of Agresti and Min for matched proportions."""
+        assert isinstance(reference, Hits)
+        found = {}
+        for position, key in enumerate(("top1", "top5")):
+            now, before = self.hits[:, position], reference.hits[:, position]
+            pairs = {"both": now & before, "only_float": ~now & before, "only_quantized": now & ~before}
+            counts = {k: int(v.sum()) for k, v in pairs.items()}
+            difference, low, high = paired_difference({**counts, "neither": self.count - sum(counts.values())})
+            found[key] = Difference(difference, [low, high])
+        return found
+
+
+def hits(scores: Tensor, labels: Tensor) -> Tensor:
+    """Whether the label [B] is the first, and among the first five, of the scores [B, K]: bool [B, 2]."""
+    top = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels.to(scores.device).unsqueeze(1)
+    return torch.stack([top[:, 0], top.any(1)], 1).cpu()
+
+
+@dataclass(frozen=True)
+class _Judge:
+    images: Images
+    outputs: Outputs
+    decode: Decode | None
+
+    def target(self, positions: range) -> Tensor:
+        assert self.images.labels is not None
+        return self.images.labels[positions.start : positions.stop]
+
+    def add(self, scores: list[Any], outputs: list[Tensor], target: Tensor) -> Sequence[Any]:
+        found = outputs if self.decode is None else [called(self.decode, self.outputs.arranged(outputs))]
+        scores += hits(class_scores(found, target), target)
+        return ()
+
+    def differ(self, position: int, expected: Any, found: Any, truth: Any) -> Pictured:
+        raise NotImplementedError  # the report shows answers itself (bitwright.report.answers)
+
+    def tally(self, scores: list[Any]) -> Tally:
+        return Hits(torch.stack(scores))
+
+
+def class_scores(outputs: list[Tensor], labels: Tensor) -> Tensor:
+    """The output that holds class scores, [B, K].
+
+    Raises:
+        DataError: no output is one, several are, or a label is beyond its classes.
+    """
+    scores = [o for o in outputs if isinstance(o, Tensor) and o.dim() == 2]
+    if len(scores) != 1:
+        shapes = ", ".join("x".join(map(str, o.shape[1:])) or "one number" for o in outputs if isinstance(o, Tensor))
+        raise DataError(
+            f"Expected one output of class scores to compare with labels, found outputs of {shapes}. "
+            "Name the one to keep with output=, or evaluate without labels."
+        )
+    if len(labels) and int(labels.max()) >= scores[0].shape[1]:
+        raise DataError(
+            f"Expected labels below {scores[0].shape[1]}, the number of classes, found {int(labels.max())}."
+        )
+    return scores[0]
+
+
+CLASSIFICATION = Task(
+    name="classification",
+    truth="class indices",
+    figures={"top1": "top-1 accuracy", "top5": "top-5 accuracy"},
+    fits=lambda images: images.labels is not None,
+    judge=_Judge,
+)
+"""The class of an image, by the only output of class scores."""

@@ -1,0 +1,300 @@
+"""Detection: where objects are, and of which class; COCO's average precision, computed by faster-coco-eval.
+
+Boxes that a network finds are corners in pixels of its input. They are taken back to the image through the
+preprocessing, cut at its borders, and compared with the truth in the image's own pixels, as COCO does.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from bitwright.errors import DataError, UsageError
+from bitwright.given.images import Images
+from bitwright.given.truth import Array, Boxes, Truth
+from bitwright.measure.metrics import Part
+from bitwright.measure.task import Decode, Draw, Outputs, Pictured, Tally, Task, called
+from bitwright.words import plural
+
+FORMS = "a list of {'boxes', 'scores', 'labels'} per image, or (N, M, 6) of x1, y1, x2, y2, score, class"
+MOST = 100
+"""Boxes per image and class that count, those of the highest scores, as in COCO."""
+SIZES = ("small", "medium", "large")
+SURE = 0.3
+"""The score above which boxes are drawn."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Boxes that a network found in an image: corners (M, 4) in pixels of the image, scores (M,), classes (M,)."""
+
+    corners: Array
+    scores: Array
+    labels: Array
+
+    def above(self, score: float) -> Found:
+        """Those of a higher score."""
+        kept = self.scores > score
+        return Found(self.corners[kept], self.scores[kept], self.labels[kept])
+
+
+def _alone(some: Found, others: Found) -> int:
+    """How many boxes have none of their class among others that overlaps by a half."""
+    low = np.maximum(some.corners[:, None, :2], others.corners[None, :, :2])
+    high = np.minimum(some.corners[:, None, 2:], others.corners[None, :, 2:])
+    shared = (high - low).clip(0).prod(-1)
+    sizes = [(f.corners[:, 2:] - f.corners[:, :2]).prod(1) for f in (some, others)]
+    near = shared >= 0.5 * (sizes[0][:, None] + sizes[1] - shared)
+    return int((~(near & (some.labels[:, None] == others.labels)).any(1)).sum())
+
+
+class Precision(Tally):
+    """Average precision over IoU 0.50 to 0.95 in steps of 0.05, at 0.50, at 0.75, and by size of the object.
+
+    Sizes are those of COCO: below 32x32 pixels of the image, up to 96x96, and above. The mean runs over the classes
+    that the truth has.
+    """
+
+    resamples = 200
+
+    def __init__(self, truth: Sequence[Boxes], found: Sequence[Found], names: dict[int, str]) -> None:
+        self.count, self.truth, self.found, self.names = len(truth), truth, found, names
+
+    @cached_property
+    def classes(self) -> list[int]:
+        """Those of the truth, in order."""
+        return sorted({int(c) for boxes in self.truth for c in boxes.labels[~boxes.crowd]})
+
+    @cached_property
+    def _evaluated(self) -> Any:
+        """COCO's evaluation, image by image."""
+        from faster_coco_eval import COCO, COCOeval_faster
+
+        wanted, given = COCO(self._coco_truth()), self._coco_found()
+        answers = wanted.loadRes(given) if given else COCO({**self._coco_truth(), "annotations": []})
+        made = COCOeval_faster(wanted, answers, "bbox", separate_eval=True)
+        made.params.maxDets, made.params.catIds = [MOST], self.classes
+        made.evaluate()
+        return made
+
+    def _coco_truth(self) -> dict[str, Any]:
+        annotations: list[dict[str, Any]] = []
+        for image, boxes in enumerate(self.truth):
+            for row in range(len(boxes)):
+                x1, y1, x2, y2 = boxes.corners[row].tolist()
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": image,
+                        "category_id": int(boxes.labels[row]),
+                        "bbox": [x1, y1, x2 - x1, y2 - y1],
+                        "area": float(boxes.areas[row]),
+                        "iscrowd": int(boxes.crowd[row]),
+                    }
+                )
+        images = [{"id": i} for i in range(self.count)]
+        return {"images": images, "annotations": annotations, "categories": [{"id": c} for c in self.classes]}
+
+    def _coco_found(self) -> list[dict[str, Any]]:
+        known = set(self.classes)
+        return [
+            {
+                "image_id": image,
+                "category_id": int(label),
+                "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
+                "score": float(score),
+            }
+            for image, found in enumerate(self.found)
+            for box, score, label in zip(found.corners.tolist(), found.scores, found.labels, strict=True)
+            if int(label) in known
+        ]
+
+    def _precision(self, draw: Draw | None = None, *, sizes: bool = False) -> Any:
+        """Precision [10 thresholds, 101 recalls, K classes, areas], -1 where there is nothing to find."""
+        from faster_coco_eval import faster_eval_api_cpp as core
+
+        images = np.arange(self.count) if draw is None else draw
+        each, areas = self._by_image, slice(None) if sizes else slice(0, 1)
+        params = copy.copy(self._evaluated.params)
+        params.areaRng, params.areaRngLbl = params.areaRng[areas], params.areaRngLbl[areas]
+        found = core.COCOevalAccumulate(params, each[:, areas][:, :, images].ravel().tolist())
+        return np.asarray(found["precision"]).reshape(found["counts"])[..., 0]
+
+    @cached_property
+    def _by_image(self) -> Any:
+        """Evaluations as COCO's library holds them: [K classes, areas, N images]."""
+        made = self._evaluated
+        each = np.empty(len(made._evalImgs_cpp), object)
+        each[:] = made._evalImgs_cpp
+        return each.reshape(len(self.classes), len(made.params.areaRng), self.count)
+
+    def figures(self, draw: Draw | None = None) -> dict[str, float]:
+        """Those of all sizes for a draw; those by size too over all images."""
+        if not self.classes:
+            return {}
+        found = self._precision(draw, sizes=draw is None)
+        wanted = {"map": found[..., 0], "map50": found[0, ..., 0], "map75": found[5, ..., 0]}
+        if draw is None:
+            wanted |= {f"map_{name}": found[..., 1 + i] for i, name in enumerate(SIZES)}
+        return {k: float(v[v > -1].mean()) for k, v in wanted.items() if (v > -1).any()}
+
+    def parts(self) -> list[Part]:
+        """Average precision of each class, with its number of objects."""
+        if not self.classes:
+            return []
+        found = self._precision()
+        counts = np.concatenate([b.labels[~b.crowd] for b in self.truth])
+        return [
+            Part(c, self.names.get(c), int((counts == c).sum()), float(found[:, :, k, 0].mean()))
+            for k, c in enumerate(self.classes)
+        ]
+
+    def notes(self) -> list[str]:
+        """A hint where hardly a box is right: most often classes or coordinates are numbered in another way."""
+        if not any(len(f.labels) for f in self.found):
+            return ["The network found no box in any image."]
+        if self.figures().get("map50", 1.0) >= 0.01:
+            return []
+        first = self.names.get(0, "the first class")
+        return [
+            f"Hardly a box is right. Check that class 0 is {first} for the network too (class_map= says otherwise), "
+            "and that boxes are corners in pixels of the network's input (decode=)."
+        ]
+
+
+class _Judge:
+    def __init__(self, images: Images, outputs: Outputs, decode: Decode | None) -> None:
+        assert images.truth is not None
+        _check_library()
+        self.images, self.outputs, self.decode = images, outputs, decode
+        self.truth: Truth = images.truth
+
+    def target(self, positions: range) -> range:
+        return positions
+
+    def add(self, scores: list[Any], outputs: list[Tensor], target: range) -> Sequence[Any]:
+        found = predictions(outputs, self.outputs, self.decode, len(target))
+        scores += (in_image := [self._in_image(f, i) for f, i in zip(found, target, strict=True)])
+        return in_image
+
+    def differ(self, position: int, expected: Found, found: Found, truth: int) -> Pictured:
+        """By the share of sure boxes that only one of the networks has."""
+        sure = [f.above(SURE) for f in (expected, found)]
+        alone = sum(_alone(a, b) for a, b in (sure, sure[::-1]))
+        count, place = sum(len(f.labels) for f in sure), self.images.placement(position)
+        drawn = {"float": sure[0], "quantized": sure[1], "labels": self.truth.items[position]}
+        marks = {k: Boxes.of(place.to_input(b.corners), b.labels) for k, b in drawn.items()}
+        return Pictured(
+            position, alone / max(count, 1), f"{alone} of {plural(count, 'box', 'boxes')} without a counterpart", marks
+        )
+
+    def _in_image(self, found: Found, position: int) -> Found:
+        known = self.truth.known
+        if known is not None and len(found.labels) and int(found.labels.max()) >= known:
+            raise DataError(
+                f"Expected classes below {known}, as the {self.truth.said} have, found {int(found.labels.max())} from "
+                "the network. class_map='ids' takes the numbers of a COCO file as they are; a dict says any other."
+            )
+        return Found(self.images.placement(position).to_image(found.corners), found.scores, found.labels)
+
+    def tally(self, scores: list[Any]) -> Tally:
+        return Precision(self.truth.items, scores, dict(self.truth.names))
+
+
+def _check_library() -> None:
+    try:
+        import faster_coco_eval  # noqa: F401
+    except ImportError as error:
+        raise UsageError(
+            "Expected faster-coco-eval, which computes average precision, found none. Run: pip install faster-coco-eval"
+        ) from error
+
+
+def predictions(outputs: list[Tensor], how: Outputs, decode: Decode | None, count: int) -> list[Found]:
+    """The boxes of ``count`` images, in pixels of the network's input.
+
+    Raises:
+        DataError: the outputs are no boxes, or what ``decode`` returns is not.
+    """
+    decoded = _boxes_among(outputs, how) if decode is None else called(decode, how.arranged(outputs))
+    if isinstance(decoded, Tensor | np.ndarray):
+        rows = _array(decoded)
+        if rows.ndim != 3 or rows.shape[2] != 6 or len(rows) != count:
+            raise _no_boxes(f"an array {rows.shape}", decode)
+        return [_rows(r) for r in rows]
+    if not isinstance(decoded, list | tuple) or len(decoded) != count:
+        many = f" of {len(decoded)}" if isinstance(decoded, list | tuple) else ""
+        raise _no_boxes(f"{type(decoded).__name__}{many} for {count} images", decode)
+    return [_one(item, decode) for item in decoded]
+
+
+def _boxes_among(outputs: list[Tensor], how: Outputs) -> Any:
+    """Boxes of a network that decodes them itself: one (N, M, 6), or boxes, scores and labels by name."""
+    if len(outputs) == 1 and outputs[0].dim() == 3 and outputs[0].shape[2] == 6:
+        return outputs[0]
+    named = {
+        k: o for k in ("boxes", "scores", "labels") for n, o in zip(how.names, outputs, strict=False) if n.endswith(k)
+    }
+    if len(named) == 3 and named["boxes"].dim() == 3 and named["boxes"].shape[2] == 4:
+        return [dict(zip(named, row, strict=True)) for row in zip(*named.values(), strict=True)]
+    shapes = ", ".join("x".join(map(str, o.shape[1:])) or "one number" for o in outputs)
+    raise DataError(
+        f"Expected boxes from the network to compare with labels, found outputs of {shapes}. Give decode= with a "
+        f"function that returns {FORMS}."
+    )
+
+
+def _one(item: Any, decode: Decode | None) -> Found:
+    if isinstance(item, Tensor | np.ndarray):
+        rows = _array(item)
+        if rows.ndim != 2 or rows.shape[1] != 6:
+            raise _no_boxes(f"an array {rows.shape} for an image", decode)
+        return _rows(rows)
+    if not isinstance(item, dict) or not {"boxes", "scores", "labels"} <= item.keys():
+        raise _no_boxes(f"{type(item).__name__} for an image", decode)
+    corners, scores, labels = (_array(item[k]) for k in ("boxes", "scores", "labels"))
+    if corners.size != 4 * scores.size or labels.size != scores.size:
+        raise _no_boxes(f"boxes {corners.shape}, scores {scores.shape} and labels {labels.shape}", decode)
+    return _kept(corners.reshape(-1, 4), scores.reshape(-1), labels.reshape(-1))
+
+
+def _rows(rows: Array) -> Found:
+    return _kept(rows[:, :4], rows[:, 4], rows[:, 5])
+
+
+def _kept(corners: Array, scores: Array, labels: Array) -> Found:
+    """Without rows that only fill up an array: a score of 0 or less, or a negative class; and without broken ones."""
+    there = (scores > 0) & (labels >= 0) & np.isfinite(corners).all(1) & (corners[:, 2:] > corners[:, :2]).all(1)
+    return Found(corners[there].astype(np.float64), scores[there].astype(np.float64), labels[there].astype(np.int64))
+
+
+def _array(values: Any) -> Array:
+    return values.detach().cpu().double().numpy() if isinstance(values, Tensor) else np.asarray(values, np.float64)
+
+
+def _no_boxes(found: str, decode: Decode | None) -> DataError:
+    who = "the network" if decode is None else "decode"
+    return DataError(f"Expected {FORMS}, found {found} from {who}.")
+
+
+DETECTION = Task(
+    name="detection",
+    truth="boxes",
+    figures={
+        "map": "AP, IoU 0.50 to 0.95",
+        "map50": "AP, IoU 0.50",
+        "map75": "AP, IoU 0.75",
+        "map_small": "AP of small objects",
+        "map_medium": "AP of medium objects",
+        "map_large": "AP of large objects",
+    },
+    fits=lambda images: images.truth is not None and images.truth.kind == "detection",
+    judge=_Judge,
+)
+"""Boxes with classes and scores, from the network or from a function that decodes its outputs."""

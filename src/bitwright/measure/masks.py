@@ -1,0 +1,113 @@
+"""Masks as users keep them: PNG files of class indices or palettes, arrays, COCO panoptic files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from bitwright.errors import DataError
+from bitwright.given.text import short
+from bitwright.given.truth import Array, Mask, Truth
+from bitwright.measure.class_maps import NUMBERS, ClassMap, Given
+
+if TYPE_CHECKING:
+    from bitwright.measure.boxes import Coco
+
+
+def of_files(there: Sequence[Path | None], where: Path, classes: ClassMap) -> tuple[list[Mask | None], Truth]:
+    """Masks in files: whole numbers of one channel, or positions in a palette, as VOC has them."""
+    items = [None if file is None else Mask(partial(_read, file, classes), str(file)) for file in there]
+    return items, Truth("segmentation", [], f"masks of {where}", classes.names)
+
+
+def _read(file: Path, classes: ClassMap) -> Array:
+    return classes.applied(_pixels(file), str(file))
+
+
+def _pixels(file: Path, *, channels: int = 1) -> Array:
+    """Whole numbers (h, w), or (h, w, 3) of colours.
+
+    Raises:
+        DataError: the file is no such image.
+    """
+    try:
+        with Image.open(file) as image:
+            lossy, found = image.format == "JPEG", np.asarray(image if channels == 1 else image.convert("RGB"))
+    except Exception as error:  # decoders raise a dozen kinds for a broken file
+        raise DataError(f"Expected a mask, cannot read {file} ({short(error)}). Repair or remove it.") from error
+    if lossy:
+        raise DataError(f"Expected a PNG as mask, {file} is a JPEG, which changes the numbers. Save it without loss.")
+    if channels == 1 and found.ndim == 3 and (found[..., :3] == found[..., :1]).all():
+        found = found[..., 0]
+    if found.ndim != 1 + min(channels, 2) or found.dtype.kind not in "biu":
+        raise DataError(
+            f"Expected whole numbers or a palette as mask, {file} holds {found.dtype} {found.shape}. Save the class of "
+            "each pixel in one channel."
+        )
+    return found
+
+
+def of_arrays(path: Path, count: int, class_map: Given) -> Truth:
+    """The masks (N, h, w) of an ``.npz`` file, in the order of the images."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = file.get("masks")
+    except Exception as error:
+        raise DataError(f"Expected masks in {path}, cannot read it ({short(error)}).") from error
+    if found is None or found.ndim != 3 or found.dtype.kind not in "biu" or len(found) != count:
+        said = "none" if found is None else f"{found.dtype} {found.shape}"
+        raise DataError(f"Expected an array 'masks' of whole numbers ({count}, H, W) in {path}, found {said}.")
+    return of_masks(found, ClassMap.read(class_map), f"masks of {path}")
+
+
+def of_masks(array: Any, classes: ClassMap, said: str = "masks given") -> Truth:
+    """Masks (N, h, w) or a sequence of them."""
+
+    def one(position: int) -> Array:
+        mask = array[position]
+        values = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
+        return classes.applied(values.astype(np.int64), f"mask {position}")
+
+    return Truth("segmentation", [Mask(partial(one, i), f"mask {i}") for i in range(len(array))], said, classes.names)
+
+
+def of_items(truth: Truth, class_map: Given) -> Truth | None:
+    """Masks (h, w) of different sizes, one for each image; None where the items are something else."""
+
+    def is_mask(item: Any) -> bool:
+        whole = isinstance(item, Tensor | np.ndarray) and item.ndim == 2
+        return whole and (not item.is_floating_point() if isinstance(item, Tensor) else item.dtype.kind in "biu")
+
+    if not all(map(is_mask, truth.items)):
+        return None
+    return of_masks(truth.items, ClassMap.read(class_map))
+
+
+def of_panoptic(coco: Coco, there: Sequence[Any], class_map: Given) -> tuple[list[Mask | None], Truth]:
+    """Masks of a COCO panoptic file, whose PNGs lie in a folder of its name; what has no segment does not count."""
+    folder = coco.path.with_suffix("") if coco.path.with_suffix("").is_dir() else coco.path.parent
+    classes, by_image = coco.classes(class_map), {a["image_id"]: a for a in coco.annotations}
+
+    def read(annotation: dict[str, Any]) -> Array:
+        file = folder / str(annotation["file_name"])
+        colours = _pixels(file, channels=3).astype(np.int64) @ np.array([1, 256, 65536])
+        found = np.full(colours.shape, -1, np.int64)
+        for segment in annotation["segments_info"]:
+            chosen = classes.of(segment["category_id"], str(coco.path))
+            found[colours == segment["id"]] = -1 if chosen is None else chosen
+        return found
+
+    items = [
+        None
+        if image is None or image["id"] not in by_image
+        else Mask(partial(read, by_image[image["id"]]), image["file_name"])
+        for image in there
+    ]
+    known = None if class_map == NUMBERS else len(coco.categories)
+    return items, Truth("segmentation", [], f"masks of {coco.path}", classes.names, known)

@@ -1,0 +1,173 @@
+"""Trains the zoo's segmenter and detector again, on scenes composed from the training split of Fashion-MNIST.
+
+`python -m bitwright.zoo.train_dense`. The scenes of the test split are used once, after the last step, to measure the
+weights as they are stored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+
+from bitwright.errors import DataError
+from bitwright.given.images import load_images
+from bitwright.given.preprocessing import Preprocessing
+from bitwright.measure.evaluation import compare
+from bitwright.measure.task import Outputs, Scoring
+from bitwright.measure.truth_files import labelled
+from bitwright.zoo import preprocessing
+from bitwright.zoo.dense import BUILDERS, DECODERS, corners, middles
+from bitwright.zoo.fashion import DEFAULT_DIR, ZOO_DIR, read_split
+from bitwright.zoo.scenes import SIDE, Scenes, compose
+from bitwright.zoo.train import stored
+
+SCENES, EPOCHS, BATCH, PEAK_LR = 16_000, 5, 32, 4e-3
+TEST_SCENES, TEST_SEED = 1_000, 1
+CENTRE = 0.3
+"""Share of a box, around its middle, in which a place is to find it."""
+
+
+def segmentation_loss(outputs: Tensor, scenes: Scenes, chosen: Any) -> Tensor:
+    """Cross-entropy over pixels."""
+    return F.cross_entropy(outputs, torch.from_numpy(scenes.masks[chosen].astype(np.int64)))
+
+
+def detection_loss(outputs: dict[str, Tensor], scenes: Scenes, chosen: Any) -> Tensor:
+    """Focal loss of the scores (Lin et al. 2017) and GIoU of the boxes (Rezatofighi et al. 2019), per object."""
+    scores, found = outputs["scores"], corners(outputs["sides"])
+    wanted, boxes = (torch.stack(x) for x in zip(*(places(scenes.boxes[i]) for i in chosen), strict=True))
+    p = scores.sigmoid()
+    sure = torch.where(wanted > 0, p, 1 - p)
+    focal = (torch.where(wanted > 0, 0.25, 0.75) * (1 - sure) ** 2) * F.binary_cross_entropy_with_logits(
+        scores, wanted, reduction="none"
+    )
+    there = wanted.amax(1) > 0
+    count = there.sum().clamp_min(1)
+    a, b = found.movedim(1, -1)[there], boxes.movedim(1, -1)[there]
+    return (focal.sum() + 2 * (1 - giou(a, b)).sum()) / count
+
+
+def places(truth: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """What each place is to say: scores (10, 16, 16) and corners (4, 16, 16), of the smallest box that it is in."""
+    side = SIDE // 4
+    middle, scores, boxes = middles((side, side)), torch.zeros(10, side, side), torch.zeros(4, side, side)
+    order = np.argsort(-(truth["boxes"][:, 2:] - truth["boxes"][:, :2]).prod(1))
+    for k in order:
+        box = torch.from_numpy(truth["boxes"][k]).float()
+        centre, extent = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]).clamp_min(8) * CENTRE
+        inside = ((middle - centre[:, None, None]).abs() <= (extent / 2).clamp_min(2.1)[:, None, None]).all(0)
+        scores[:, inside] = 0.0
+        scores[int(truth["labels"][k]), inside] = 1.0
+        boxes[:, inside] = box[:, None]
+    return scores, boxes
+
+
+def giou(a: Tensor, b: Tensor) -> Tensor:
+    """Generalized intersection over union of boxes (M, 4), pair by pair."""
+    low, high = torch.max(a[:, :2], b[:, :2]), torch.min(a[:, 2:], b[:, 2:])
+    shared = (high - low).clamp_min(0).prod(1)
+    union = (a[:, 2:] - a[:, :2]).prod(1) + (b[:, 2:] - b[:, :2]).prod(1) - shared
+    around = (torch.max(a[:, 2:], b[:, 2:]) - torch.min(a[:, :2], b[:, :2])).prod(1)
+    return shared / union - (around - union) / around
+
+
+LOSSES: dict[str, Callable[[Any, Scenes, Any], Tensor]] = {
+    "fashion_segmenter": segmentation_loss,
+    "fashion_detector": detection_loss,
+}
+
+
+def train(name: str, scenes: Scenes, epochs: int, seed: int) -> nn.Module:
+    """Train a network from scratch and return it in eval mode, as it is after the last step."""
+    torch.manual_seed(seed)
+    random, model = np.random.default_rng(seed), BUILDERS[name]()
+    how = Preprocessing(**preprocessing(name))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.02, fused=True)
+    steps = len(scenes.images) // BATCH
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, PEAK_LR, total_steps=epochs * steps, pct_start=0.2, cycle_momentum=False
+    )
+    for epoch in range(epochs):
+        started, losses = time.monotonic(), []
+        for chosen in random.permutation(len(scenes.images))[: steps * BATCH].reshape(steps, BATCH):
+            loss = LOSSES[name](model(how.normalize(torch.from_numpy(scenes.images[chosen]))), scenes, chosen)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+            losses.append(float(loss.detach()))
+        seconds = time.monotonic() - started
+        print(f"{name} epoch {epoch + 1}/{epochs}: loss {np.mean(losses):.4f}, {seconds:.0f} s", flush=True)
+    return model.eval()
+
+
+def measured(name: str, model: nn.Module, scenes: Scenes) -> dict[str, float]:
+    """The figures of the network's task on scenes."""
+    truth: Any = scenes.masks if name == "fashion_segmenter" else scenes.boxes
+    images = labelled(load_images(scenes.images, Preprocessing(**preprocessing(name))), truth)
+
+    def network(x: Tensor) -> list[Tensor]:
+        found = model(x)
+        return list(found.values()) if isinstance(found, dict) else [found]
+
+    outputs = Outputs(arranged=lambda flat: dict(zip(("scores", "sides"), flat, strict=False)) if flat[1:] else flat[0])
+    scoring = Scoring(decode=DECODERS.get(name))
+    found = compare(network, None, images, outputs=outputs, scoring=scoring).quantized
+    assert found is not None
+    return dict(found.values)
+
+
+def _run(args: argparse.Namespace) -> None:
+    scenes = compose(*read_split(args.data, "train"), args.scenes, args.seed)
+    test = compose(*read_split(args.data, "test"), TEST_SCENES, TEST_SEED)
+    for name in [args.only] if args.only else list(BUILDERS):
+        started = time.monotonic()
+        model = train(name, scenes, args.epochs, args.seed)
+        state = stored(model)
+        model.load_state_dict(state)
+        figures = measured(name, model, test)
+        metadata = {
+            "name": name,
+            **{f"test_{k}": f"{v:.4f}" for k, v in figures.items()},
+            "test_images": str(TEST_SCENES),
+            "data": "scenes of Fashion-MNIST, (c) 2017 Zalando SE, MIT licence",
+            "seed": str(args.seed),
+            "epochs": str(args.epochs),
+        }
+        path = args.out / f"{name}.safetensors"
+        path.write_bytes(serialize(state, metadata=metadata))
+        said = ", ".join(f"{k} {v:.4f}" for k, v in figures.items())
+        minutes = (time.monotonic() - started) / 60
+        parameters = sum(p.numel() for p in model.parameters())
+        print(f"{name}: {said}; {parameters:,} parameters, {minutes:.1f} min, {path}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m bitwright.zoo.train_dense", description=__doc__)
+    parser.add_argument("--data", type=Path, default=DEFAULT_DIR, help="folder of the Fashion-MNIST files")
+    parser.add_argument("--out", type=Path, default=ZOO_DIR, help="folder to write the weights to")
+    parser.add_argument("--only", choices=list(BUILDERS), help="train this network only")
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--scenes", type=int, default=SCENES, help="that are learned from")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if args.epochs < 1 or args.scenes < BATCH:
+        parser.error(f"expected an epoch and {BATCH} scenes or more")
+    try:
+        _run(args)
+    except DataError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
