@@ -41,7 +41,8 @@ from bitwright.given.images import Images, load_images
 from bitwright.given.inputs import calibration_images, prepare_teacher
 from bitwright.given.models import Model, load_model
 from bitwright.graph.capture import Captured
-from bitwright.measure.evaluation import class_scores, compare
+from bitwright.measure.classification import class_scores
+from bitwright.measure.evaluation import compare
 from bitwright.report.verdict import paired_difference
 from bitwright.runtimes.onnxruntime import ONNXRUNTIME
 from bitwright.runtimes.session import save_onnx
@@ -224,7 +225,7 @@ def _evaluate(entry: Entry, teacher: Captured, images: Images) -> None:
             hits.append(class_scores(found, truth).argmax(1) == truth)
 
     network = open_file(ONNXRUNTIME, entry.path)
-    result = compare(network, lambda x: list(teacher.graph(x)), images, batch=EVALUATED, each=note)
+    result = compare(network, lambda x: list(teacher.graph(x)), images, batch=EVALUATED, each=note).to_dict()
     entry.facts = {**result["quantized"], **result["fidelity"]}
     entry.hits = torch.cat(hits) if hits else None
 

@@ -207,7 +207,7 @@ def test_control_c_that_somebody_swallows_is_not_forgotten(here: Path, monkeypat
             signal.raise_signal(signal.SIGINT)
 
     before = files_below(here)
-    monkeypatch.setattr(quantize_command, "check_labels", swallow)
+    monkeypatch.setattr(quantize_command, "check_truth", swallow)
     assert main([*NET, "photos", "--evaluate", "classes", "--out", "new"]) == 130
     assert files_below(here) == before
 
