@@ -29,10 +29,11 @@ def test_demo_ends_by_naming_its_files(
 
 
 def test_demo_of_another_task(here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(demo_command.SCENES, "segmentation", ("fashion_segmenter", "zoo:scenes-masks[:12]"))
+    name = "fashion_segmenter"
+    monkeypatch.setitem(demo_command.SCENES, "segmentation", (name, "zoo:scenes[:16]", "zoo:scenes-masks[:12]"))
     assert main(["demo", "--task", "segmentation", "--recipe", "rtn", "--out", "show"]) == 0
     assert "mean IoU of classes at 4 bits" in capsys.readouterr().out
     result = json.loads((here / "show" / "fashion_segmenter" / "result.json").read_text())
-    assert result["float"]["miou"] > result["quantized"]["miou"] > 0.1
+    assert min(result["float"]["miou"], result["quantized"]["miou"]) > 0.4
     assert main(["demo", "--task", "depth"]) == 2
     assert "Expected one of 'classification', 'segmentation', 'detection' as --task" in capsys.readouterr().err

@@ -23,10 +23,10 @@ from bitwright.words import short_path
 
 CALIBRATION, TEST = "zoo:fashion", "zoo:fashion-test"
 SCENES = {
-    "segmentation": ("fashion_segmenter", "zoo:scenes-masks"),
-    "detection": ("fashion_detector", "zoo:scenes-boxes"),
+    "segmentation": ("fashion_segmenter", "zoo:scenes", "zoo:scenes-masks"),
+    "detection": ("fashion_detector", "zoo:scenes", "zoo:scenes-boxes"),
 }
-"""The network and the images with truth of each task that has scenes; the images to calibrate on are ``zoo:scenes``."""
+"""The network of each task that has scenes, the images to calibrate it on, and those with truth."""
 DEMO_STEPS = 200
 KINDS = {
     "fashion_cnn": "a convolutional network",
@@ -64,11 +64,12 @@ def demo(call: DemoCall, terminal: Terminal) -> None:
 def _call(name: str, call: DemoCall) -> QuantizeCall:
     """One network's part of the demo; what an interrupted one left goes on."""
     out = (call.out / name).expanduser().absolute()
+    _, calibration, test = SCENES.get(call.task, (name, CALIBRATION, TEST))
     return QuantizeCall(
-        NetworkOptions(f"zoo:{name}", "zoo:scenes" if call.task in SCENES else CALIBRATION),
+        NetworkOptions(f"zoo:{name}", calibration),
         call.recipe,
         weights="4",
-        data=DataOptions(evaluate=SCENES[call.task][1] if call.task in SCENES else TEST),
+        data=DataOptions(evaluate=test),
         budget=BudgetOptions(str(DEMO_STEPS) if find_recipe(call.recipe).optimises else None),
         out=out,
         seed=call.seed,
