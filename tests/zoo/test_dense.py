@@ -32,6 +32,9 @@ def test_scenes_are_the_same_again_and_boxes_are_tight() -> None:
             assert inside[0].any() and inside[-1].any() and inside[:, 0].any() and inside[:, -1].any()  # noqa: PT018
             count += 1
         assert set(np.unique(mask)) == {0, *(truth["labels"] + 1)}
+        rows, columns = mask.nonzero()
+        around = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        assert [*truth["boxes"][:, :2].min(0), *truth["boxes"][:, 2:].max(0)] == around
     assert count > 20
     assert one.images.shape == (20, SIDE, SIDE, 1)
 
