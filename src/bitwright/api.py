@@ -23,6 +23,7 @@ from bitwright.graph.capture import Captured
 from bitwright.graph.student import Student, insert_quantizers
 from bitwright.measure.health import check_answers
 from bitwright.outliers.balance import balance
+from bitwright.outliers.coarse import ease
 from bitwright.outliers.wider import advise, check_wide, raise_few
 from bitwright.pipeline import run_stages, tensor_digest
 from bitwright.progress import Progress, silent
@@ -193,12 +194,16 @@ def mend_outliers(
     """What is done about tensors whose grid a few rows or channels would take for themselves.
 
     Returns:
-        The float network with its channels balanced where that lowers the loss, which the result then says; and the
-        scheme with more bits for short rows, and with ``raise_some`` for the few activations that need them.
+        The float network with its channels shifted, scaled and balanced where that lowers the loss, which the result
+        then says; and the scheme with more bits for short rows, for softmax outputs where others have few, and with
+        ``raise_some`` for the few activations that need them.
     """
     with run.timed("outliers"):
         scheme = keep_short_rows(teacher, scheme, images, run)
         teacher.graph.to(run.device)
+        teacher, scheme, run.outliers.recentred = ease(
+            teacher, scheme, lambda network, how: insert_as(network, how, plan), images, method, run
+        )
         teacher, scales = balance(teacher, lambda network: insert_as(network, scheme, plan), images, method, run)
         run.outliers.balanced = scales
         if raise_some:

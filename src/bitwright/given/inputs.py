@@ -19,6 +19,7 @@ from bitwright.given.spoilt import without_spoilt
 from bitwright.graph.capture import Captured, capture, select_output
 from bitwright.graph.equalize import ChannelScales, equalized
 from bitwright.graph.prepare import prepare
+from bitwright.graph.recentre import Recentring, recentred
 
 DEFAULT_SAMPLES = 512
 
@@ -54,6 +55,7 @@ def prepare_teacher(
         raise UsageError("Expected the name of an output as output=, found ''.")
     name = output or network.output
     teacher = prepare(captured if name is None else select_output(captured, name))
+    teacher = recentred(teacher, map(Recentring.read, (result or {}).get("recentred", [])))
     moved = (result or {}).get("balanced", [])
     return equalized(teacher, [ChannelScales(each["node"], tuple(each["exponents"])) for each in moved])
 

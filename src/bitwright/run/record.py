@@ -14,6 +14,7 @@ from bitwright.export.verdict import Parity
 from bitwright.graph.equalize import ChannelScales
 from bitwright.graph.fold import Unfolded
 from bitwright.graph.place import Unquantized
+from bitwright.graph.recentre import Recentring
 from bitwright.measure.metrics import Evaluation, wilson_interval
 from bitwright.quant.scheme import Scheme
 from bitwright.run.about import environment, peak_memory_bytes
@@ -106,6 +107,7 @@ class Raised:
 class Outliers:
     """What was done, or is suggested, about tensors whose grid a few rows or channels would take for themselves."""
 
+    recentred: list[Recentring] = field(default_factory=list)
     balanced: list[ChannelScales] = field(default_factory=list)
     raised: Raised | None = None
     suggestions: list[Suggestion] = field(default_factory=list)
@@ -299,6 +301,7 @@ class RunRecord:
             "unfolded": [asdict(u) for u in self.unfolded],
             "warnings": self.warnings,
             "suggestions": [asdict(s) for s in self.outliers.suggestions],
+            **({"recentred": [asdict(r) for r in self.outliers.recentred]} if self.outliers.recentred else {}),
             **({"balanced": [asdict(b) for b in self.outliers.balanced]} if self.outliers.balanced else {}),
             **({"raised": asdict(self.outliers.raised)} if self.outliers.raised else {}),
             **latest,
