@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bitwright.quant.grid import Grid
-from bitwright.quant.optq import compensate
+from bitwright.quant.optq import compensate, descend
 
 QMIN, QMAX = -4, 3
 GRID4 = Grid(4, symmetric=True)
@@ -232,3 +232,42 @@ def test_what_it_is_given_stays() -> None:
     before = weight.clone(), hessian.clone(), scale.clone()
     compensate(weight, hessian, scale, to_nearest)
     assert all(torch.equal(a, b) for a, b in zip((weight, hessian, scale), before, strict=True))
+
+
+def objective(weight: Tensor, values: Tensor, hessian: Tensor) -> Tensor:
+    """Of every row, [G, R]."""
+    error = (weight - values).double()
+    return ((error @ hessian) * error).sum(-1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_descent_never_raises_the_objective_and_ends_where_no_single_code_helps(seed: int) -> None:
+    weight, inputs, scale = problem(seed)
+    hessian = gram(inputs)
+    start = to_nearest(compensate(weight, hessian, scale, to_nearest, damping=0.0), scale)
+    before, seen = objective(weight, start, hessian), start
+    for sweeps in range(1, 9):
+        found = descend(weight, start, hessian, scale, to_nearest, damping=0.0, sweeps=sweeps)
+        assert bool((objective(weight, found, hessian) <= objective(weight, seen, hessian) * (1 + 1e-5)).all())
+        seen = found
+    reached = objective(weight, seen, hessian)
+    assert float(reached.sum()) < 0.97 * float(before.sum())
+    for column, code in itertools.product(range(weight.shape[2]), range(QMIN, QMAX + 1)):
+        other = seen.clone()
+        other[:, :, column] = code * scale[:, :, 0]
+        assert bool((objective(weight, other, hessian) >= reached * (1 - 1e-4)).all())
+
+
+def test_descent_keeps_the_best_of_all_codes() -> None:
+    weight, inputs, scale = problem(0, groups=1, rows=1, columns=3)
+    hessian = gram(inputs)
+    every = [torch.tensor([[codes]]) * scale for codes in itertools.product(range(QMIN, QMAX + 1), repeat=3)]
+    best = min(every, key=lambda values: float(objective(weight, values, hessian)))
+    assert torch.equal(descend(weight, best, hessian, scale, to_nearest, damping=0.0), best)
+
+
+def test_descent_rounds_dead_inputs_to_nearest() -> None:
+    weight, inputs, scale = problem()
+    inputs[:, :, 2] = 0.0
+    found = descend(weight, torch.zeros_like(weight), gram(inputs), scale, to_nearest)
+    assert torch.equal(found[:, :, 2], to_nearest(weight, scale)[:, :, 2])
