@@ -72,6 +72,7 @@ class Site:
         shifts: whether a channel can be shifted, [C].
         scales: whether it can be scaled, [C].
         pairs: numbers of the queries' and keys' channels that meet, [2, P]; what divides one multiplies the other.
+        touched: names of all nodes whose channels change.
     """
 
     sources: list[fx.Node]
@@ -79,6 +80,7 @@ class Site:
     shifts: Tensor
     scales: Tensor
     pairs: Tensor
+    touched: tuple[str, ...]
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -190,7 +192,7 @@ def _norm(node: fx.Node) -> Site | None:
     if not sinks:
         return None
     yes = torch.ones(count, dtype=torch.bool)
-    return Site([node], sinks, yes, yes, torch.zeros(2, 0, dtype=torch.long))
+    return Site([node], sinks, yes, yes, torch.zeros(2, 0, dtype=torch.long), (node.name,))
 
 
 def _attention(softmax: fx.Node) -> Site | None:
@@ -217,7 +219,7 @@ def _attention(softmax: fx.Node) -> Site | None:
     shifted[pairs[1]] = scaled[pairs[0]] = scaled[pairs[1]] = True
     if sinks:
         shifted[value.reshape(-1)] = scaled[value.reshape(-1)] = True
-    return Site(unique, sinks or [], shifted[1:], scaled[1:], pairs)
+    return Site(unique, sinks or [], shifted[1:], scaled[1:], pairs, (*(n.name for n in unique), mixed.name))
 
 
 def _scores(softmax: fx.Node) -> fx.Node | None:

@@ -121,7 +121,7 @@ def balance(
             break
         suspects = [s for s in trial.suspects(now.student, now.teacher, SHARE * now.loss) if s.left() <= BETTER]
         options = []
-        for divisor in (1, 2) if _has_coarse_weights(now.student) else (1,):
+        for divisor in (1, 2) if has_coarse_weights(now.student) else (1,):
             scales = [ChannelScales(s.node, tuple(map(int, s.exponents(divisor)))) for s in suspects]
             with suppress(ModelError):  # the outputs changed: numbers that are far too large, or far too small
                 options += [trial.of(equalize.equalized(now.teacher, scales), scales)] if scales else []
@@ -159,7 +159,7 @@ def in_float(student: Student, roles: Collection[str]) -> AbstractContextManager
     return as_if({m: None for m in student.graph.modules() if isinstance(m, Quantizer) and m.role in roles})
 
 
-def _has_coarse_weights(student: Student) -> bool:
+def has_coarse_weights(student: Student) -> bool:
     """Whether weights have so few bits that columns of different size cost accuracy."""
     return any(x.weight is not None and student.quantizer(x.weight).grid.bits < COARSE for x in student.layers)
 
@@ -187,7 +187,7 @@ class _Trial:
         """All that belongs to a changed network."""
         student = self.student(teacher)
         whole = self.loss(student, teacher)
-        if not _has_coarse_weights(student):
+        if not has_coarse_weights(student):
             return _Outcome(whole, 0.0, whole, teacher, student, scales)
         with in_float(student, {"weight"}):
             loss = self.loss(student, teacher)

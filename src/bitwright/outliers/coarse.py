@@ -1,14 +1,14 @@
-"""What attention needs where activations have few bits: 8 bits for softmax outputs, channels brought to one size.
+"""What transformers need where activations have few bits: 8 bits for some tensors, channels brought to one size.
 
-Each step is taken where the loss of the network with quantized activations falls on calibration images that gave
-neither ranges nor steps. Weights are left in float meanwhile, since the recipe may round them far better than a trial
-could; that they lose no more is looked at by itself. No label is read.
+Each step is judged by the loss that the tensors which it changes cause alone, all others in float, on calibration
+images that gave neither ranges nor steps: beside the other errors of a few bits its gain would be lost in their noise.
+What weights of few bits lose by themselves is added, since they change as well. No label is read.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,9 +20,10 @@ from bitwright.graph import ops, recentre
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.place import consumers
 from bitwright.graph.readings import Reading
-from bitwright.graph.recentre import Recentring, recentred
+from bitwright.graph.recentre import Recentring, Site, recentred
 from bitwright.graph.watch import Callback, watch
-from bitwright.outliers.balance import COARSE, NOT_WORSE, in_float, plain_ranges
+from bitwright.outliers.balance import has_coarse_weights, in_float, plain_ranges
+from bitwright.quant.quantizer import Quantizer, as_if
 from bitwright.quant.scheme import Rule, Scheme, escaped
 from bitwright.sensitivity.one_at_a_time import distance_of_outputs
 from bitwright.stages.calibrate import Calibrate
@@ -38,13 +39,18 @@ Insert = Callable[["Captured", Scheme], "Student"]
 """Puts the quantizers of a scheme into a float network."""
 
 ENOUGH = 8
-"""Bits of activations from which on nothing is looked for, and those that softmax outputs get."""
-IMAGES = 16
+"""Bits of activations from which on nothing is looked for, and those that some tensors get."""
+IMAGES = 32
 """From which ranges are taken, and as many others on which the loss is measured."""
 RANGE_IMAGES = 64
 """From which the reach of every channel is read."""
-KEPT = 0.95
-"""Largest share of the loss that may be left where a step is taken."""
+KEPT = 0.9
+"""Largest share of that loss that may be left where a step is taken."""
+SHARE = 0.1
+"""Of what all activations lose: tensors of one kind that lose less by themselves keep their bits."""
+SOFTMAX, SUMS = "Softmax outputs", "Sums that only norms and other sums read"
+STREAM = frozenset({"norm", "add", "output"})
+"""What reads a residual stream."""
 WHAT = "Looking at attention"
 
 
@@ -62,43 +68,56 @@ def ease(
         run: seed, progress.
 
     Returns:
-        The network with its channels shifted and scaled, the scheme with rules of 8 bits for softmax outputs, and what
-        was changed in the network. A warning says which outputs have 8 bits.
+        The network with its channels shifted and scaled, the scheme with rules of 8 bits for softmax outputs and
+        for sums on a residual stream, and what was changed in the network. Warnings say which tensors have 8 bits.
     """
-    softmaxes = [n for n in teacher.graph.graph.nodes if _is_attention(n)]
+    kinds = _kinds(teacher.graph.graph)
     few = scheme.activations is not None and scheme.activations < ENOUGH
-    if not few or not (softmaxes or recentre.sites(teacher.graph, "norm")):
+    if not few or not (any(kinds.values()) or recentre.sites(teacher.graph, "norm")):
         return teacher, scheme, []
     trial = _Trial(insert, *_apart(images, run), plain_ranges(method), run)
     trial.look(teacher)
-    now = trial.of(teacher, scheme)
-    wide = _with_wide(scheme, [str(n.meta["layer"]) for n in softmaxes])
-    if wide is not None and (found := trial.of(teacher, wide)).betters(now):
-        _say(scheme, wide, now.loss, found.loss)
-        scheme, now = wide, found
+    for title, nodes in kinds.items():
+        scheme = _widened(trial, teacher, scheme, title, nodes)
     more = images.sample(min(RANGE_IMAGES, len(images)), seed=run.seed).unlabelled()
     changes: list[Recentring] = []
     for kind in ("attention", "norm"):
-        step = _changes(now.teacher, kind, more, run)
-        if step and (found := trial.of(recentred(now.teacher, step), scheme)).betters(now):
-            now = found
+        found = recentre.sites(teacher.graph, kind)
+        touched = {name for site in found for name in site.touched}
+        step = _changes(teacher, found, more, run)
+        after = recentred(teacher, step)
+        if step and trial.of(after, scheme, touched).betters(trial.of(teacher, scheme, touched)):
+            teacher = after
             changes += step
-    return now.teacher, scheme, changes
+    return teacher, scheme, changes
 
 
-def _say(before: Scheme, after: Scheme, loss: float, left: float) -> None:
-    names = [r.pattern for r in after.rules[: len(after.rules) - len(before.rules)]]
-    patterns = ["*softmax*"] if all("softmax" in n for n in names) else names
+def _widened(trial: _Trial, teacher: Captured, scheme: Scheme, title: str, nodes: list[fx.Node]) -> Scheme:
+    """With 8 bits for tensors of one kind that lose much of what is lost; a warning says so."""
+    wide = _with_wide(scheme, [str(n.meta["layer"]) for n in nodes])
+    if wide is None:
+        return scheme
+    names = {n.name for n in nodes}
+    alone = trial.of(teacher, scheme, names).loss
+    left = trial.of(teacher, wide, names).loss
+    if left >= KEPT * alone or alone < SHARE * trial.everything(teacher, scheme):
+        return scheme
+    new = [r.pattern for r in wide.rules[: len(wide.rules) - len(scheme.rules)]]
+    patterns = next(([f"*{word}*"] for word in ("softmax", "add") if all(word in n for n in new)), new)
+    back = as_rules(f"{p}=a{scheme.activations}" for p in patterns)
     warnings.warn(
-        f"Softmax outputs get {ENOUGH} bits instead of {before.activations} ({len(names)} of them): the loss of "
-        f"quantized activations falls from {loss:.2g} to {left:.2g} on calibration images. To take that back: "
-        f"{as_rules(f'{p}=a{before.activations}' for p in patterns)}",
+        f"{title} get {ENOUGH} bits instead of {scheme.activations} ({len(new)} of them): alone they lose {left:.2g} "
+        f"instead of {alone:.2g} on calibration images. To take that back: {back}",
         stacklevel=4,
     )
+    return wide
 
 
-def _is_attention(node: fx.Node) -> bool:
-    return ops.kind(node) == "softmax" and any(ops.kind(reader) == "matmul" for reader in consumers(node))
+def _kinds(graph: fx.Graph) -> dict[str, list[fx.Node]]:
+    """Tensors that may get 8 bits, by what they are: few operations read them, or none that multiplies matrices."""
+    softmaxes = [n for n in graph.nodes if ops.kind(n) == "softmax" and "matmul" in map(ops.kind, consumers(n))]
+    sums = [n for n in graph.nodes if ops.kind(n) == "add" and {*map(ops.kind, consumers(n))} <= STREAM]
+    return {SOFTMAX: softmaxes, SUMS: [n for n in sums if "norm" in map(ops.kind, consumers(n))]}
 
 
 def _with_wide(scheme: Scheme, names: list[str]) -> Scheme | None:
@@ -116,9 +135,8 @@ def _apart(images: Images, run: Run) -> tuple[Images, Images]:
     return (some[0::2], some[1::2]) if len(some) > 1 else (some, some)
 
 
-def _changes(teacher: Captured, kind: str, images: Images, run: Run) -> list[Recentring]:
-    """What would bring the channels of all sites to one size, from their least and largest values."""
-    found = recentre.sites(teacher.graph, kind)
+def _changes(teacher: Captured, found: list[Site], images: Images, run: Run) -> list[Recentring]:
+    """What would bring the channels of the sites to one size, from their least and largest values."""
     extremes: dict[str, tuple[Tensor, Tensor]] = {}
 
     def see(node: fx.Node, value: Tensor) -> None:
@@ -134,15 +152,14 @@ def _changes(teacher: Captured, kind: str, images: Images, run: Run) -> list[Rec
 
 @dataclass(frozen=True)
 class _Outcome:
-    """Losses with quantized activations and float weights, and the other way round (0 where weights are fine)."""
+    """Losses of quantized activations with float weights, and the other way round (0 where weights are fine)."""
 
-    teacher: Captured
     loss: float
     weights: float
 
     def betters(self, other: _Outcome) -> bool:
-        """Whether activations lose clearly less, and weights hardly more."""
-        return self.loss <= KEPT * other.loss and self.weights <= NOT_WORSE * other.weights
+        """Whether both together are clearly less."""
+        return self.loss + self.weights < KEPT * (other.loss + other.weights)
 
 
 @dataclass
@@ -157,6 +174,13 @@ class _Trial:
     expected: list[list[Tensor]] = field(default_factory=list)
     """The float network's outputs for each batch of the images on which the loss is measured."""
     readings: list[Reading] = field(default_factory=list)
+    whole: float | None = None
+
+    def everything(self, teacher: Captured, scheme: Scheme) -> float:
+        """What all activations lose, as it was when it was asked first."""
+        if self.whole is None:
+            self.whole = self.of(teacher, scheme).loss
+        return self.whole
 
     def look(self, teacher: Captured) -> None:
         """Remembers what the float network answers."""
@@ -164,17 +188,17 @@ class _Trial:
         with torch.no_grad():
             self.expected = [list(teacher.graph(batch)) for batch in self.run.batches(self.held, WHAT)]
 
-    def of(self, teacher: Captured, scheme: Scheme) -> _Outcome:
-        """All that belongs to a network and a scheme."""
+    def of(self, teacher: Captured, scheme: Scheme, names: Collection[str] | None = None) -> _Outcome:
+        """What a network loses under a scheme, with the activations of the named nodes in few bits, or with all."""
         student = self.insert(teacher, scheme)
         student.to(self.run.device)
         student = self.ranges.run(student, teacher, self.fit, self.run)
-        with in_float(student, {"weight"}):
+        with in_float(student, {"weight"}), as_if(dict.fromkeys(_others(student, names))):
             loss = self._loss(student)
-        if not any(x.weight is not None and student.quantizer(x.weight).grid.bits < COARSE for x in student.layers):
-            return _Outcome(teacher, loss, 0.0)
+        if names is None or not has_coarse_weights(student):
+            return _Outcome(loss, 0.0)
         with in_float(student, {"activation", "parameter"}):
-            return _Outcome(teacher, loss, self._loss(student))
+            return _Outcome(loss, self._loss(student))
 
     def _loss(self, student: Student) -> float:
         total = 0.0
@@ -182,3 +206,16 @@ class _Trial:
             for batch, expected in zip(self.run.batches(self.held, WHAT), self.expected, strict=True):
                 total += float(distance_of_outputs(student.flat(batch), expected, self.readings).sum())
         return total / len(self.held)
+
+
+def _others(student: Student, names: Collection[str] | None) -> list[Quantizer]:
+    """Quantizers of activations and stored operands that do not follow one of these nodes."""
+    graph, found = student.graph, []
+    for node in graph.graph.nodes:
+        quantizer = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(quantizer, Quantizer) and quantizer.role != "weight":
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            if names is not None and source.name not in names:
+                found.append(quantizer)
+    return found
