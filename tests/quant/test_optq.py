@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bitwright.quant.grid import Grid
-from bitwright.quant.optq import compensate, descend
+from bitwright.quant.optq import compensate, sweep_codes
 
 QMIN, QMAX = -4, 3
 GRID4 = Grid(4, symmetric=True)
@@ -247,7 +247,7 @@ def test_descent_never_raises_the_objective_and_ends_where_no_single_code_helps(
     start = to_nearest(compensate(weight, hessian, scale, to_nearest, damping=0.0), scale)
     before, seen = objective(weight, start, hessian), start
     for sweeps in range(1, 9):
-        found = descend(weight, start, hessian, scale, to_nearest, damping=0.0, sweeps=sweeps)
+        found = sweep_codes(weight, start, hessian, scale, to_nearest, damping=0.0, sweeps=sweeps)
         assert bool((objective(weight, found, hessian) <= objective(weight, seen, hessian) * (1 + 1e-5)).all())
         seen = found
     reached = objective(weight, seen, hessian)
@@ -263,11 +263,11 @@ def test_descent_keeps_the_best_of_all_codes() -> None:
     hessian = gram(inputs)
     every = [torch.tensor([[codes]]) * scale for codes in itertools.product(range(QMIN, QMAX + 1), repeat=3)]
     best = min(every, key=lambda values: float(objective(weight, values, hessian)))
-    assert torch.equal(descend(weight, best, hessian, scale, to_nearest, damping=0.0), best)
+    assert torch.equal(sweep_codes(weight, best, hessian, scale, to_nearest, damping=0.0), best)
 
 
 def test_descent_rounds_dead_inputs_to_nearest() -> None:
     weight, inputs, scale = problem()
     inputs[:, :, 2] = 0.0
-    found = descend(weight, torch.zeros_like(weight), gram(inputs), scale, to_nearest)
+    found = sweep_codes(weight, torch.zeros_like(weight), gram(inputs), scale, to_nearest)
     assert torch.equal(found[:, :, 2], to_nearest(weight, scale)[:, :, 2])

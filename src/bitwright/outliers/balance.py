@@ -154,7 +154,7 @@ class _Outcome:
         return less and self.weights <= NOT_WORSE * other.weights and self.whole <= other.whole
 
 
-def in_float(student: Student, roles: Collection[str]) -> AbstractContextManager[None]:
+def let_pass(student: Student, roles: Collection[str]) -> AbstractContextManager[None]:
     """Quantizers of these roles let everything pass, while inside."""
     return as_if({m: None for m in student.graph.modules() if isinstance(m, Quantizer) and m.role in roles})
 
@@ -189,9 +189,9 @@ class _Trial:
         whole = self.loss(student, teacher)
         if not has_coarse_weights(student):
             return _Outcome(whole, 0.0, whole, teacher, student, scales)
-        with in_float(student, {"weight"}):
+        with let_pass(student, {"weight"}):
             loss = self.loss(student, teacher)
-        with in_float(student, {"activation", "parameter"}):
+        with let_pass(student, {"activation", "parameter"}):
             weights = self.loss(student, teacher)
         return _Outcome(loss, weights, whole, teacher, student, scales)
 

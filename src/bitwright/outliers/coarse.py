@@ -22,7 +22,7 @@ from bitwright.graph.place import consumers
 from bitwright.graph.readings import Reading
 from bitwright.graph.recentre import Recentring, Site, recentred
 from bitwright.graph.watch import Callback, watch
-from bitwright.outliers.balance import has_coarse_weights, in_float, plain_ranges
+from bitwright.outliers.balance import has_coarse_weights, let_pass, plain_ranges
 from bitwright.quant.quantizer import Quantizer, as_if
 from bitwright.quant.scheme import Rule, Scheme, escaped
 from bitwright.sensitivity.one_at_a_time import distance_of_outputs
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from bitwright.recipes import Recipe
     from bitwright.stages.base import Run
 
-Insert = Callable[["Captured", Scheme], "Student"]
+InsertScheme = Callable[["Captured", Scheme], "Student"]
 """Puts the quantizers of a scheme into a float network."""
 
 ENOUGH = 8
@@ -55,7 +55,7 @@ WHAT = "Looking at attention"
 
 
 def ease(
-    teacher: Captured, scheme: Scheme, insert: Insert, images: Images, method: Recipe, run: Run
+    teacher: Captured, scheme: Scheme, insert: InsertScheme, images: Images, method: Recipe, run: Run
 ) -> tuple[Captured, Scheme, list[Recentring]]:
     """The network and the scheme with which activations of few bits lose less; both themselves where none do.
 
@@ -166,7 +166,7 @@ class _Outcome:
 class _Trial:
     """Quantizes float networks for a look at their loss."""
 
-    insert: Insert
+    insert: InsertScheme
     fit: Images
     held: Images
     ranges: Calibrate
@@ -193,11 +193,11 @@ class _Trial:
         student = self.insert(teacher, scheme)
         student.to(self.run.device)
         student = self.ranges.run(student, teacher, self.fit, self.run)
-        with in_float(student, {"weight"}), as_if(dict.fromkeys(_others(student, names))):
+        with let_pass(student, {"weight"}), as_if(dict.fromkeys(_others(student, names))):
             loss = self._loss(student)
         if names is None or not has_coarse_weights(student):
             return _Outcome(loss, 0.0)
-        with in_float(student, {"activation", "parameter"}):
+        with let_pass(student, {"activation", "parameter"}):
             return _Outcome(loss, self._loss(student))
 
     def _loss(self, student: Student) -> float:

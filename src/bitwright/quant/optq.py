@@ -67,7 +67,7 @@ def compensate(
     return _columns(out, order.argsort(-1))
 
 
-def descend(
+def sweep_codes(
     weight: Tensor,
     values: Tensor,
     hessian: Tensor,
@@ -99,7 +99,7 @@ def descend(
         >>> h = torch.tensor([[[1.0, 0.9], [0.9, 1.0]]])
         >>> to_integers = lambda column, step: column.round()
         >>> w, q = torch.tensor([[[0.4, 0.4]]]), torch.zeros(1, 1, 2)
-        >>> descend(w, q, h, torch.ones(1, 1, 2), to_integers, damping=0.0) + 0
+        >>> sweep_codes(w, q, h, torch.ones(1, 1, 2), to_integers, damping=0.0) + 0
         tensor([[[1., 0.]]])
     """
     w, q, h = weight.detach().float(), values.float().clone(), hessian.detach().float().clone()

@@ -89,7 +89,7 @@ class Optq(Stage):
         if quantizer.grid.bits <= DESCENDS and self.sweeps and not self.exact:
             rows, _, steps = given
             start = nearest(found, steps)
-            found = optq.descend(rows, start, gram, steps, nearest, damping=self.damping, sweeps=self.sweeps)
+            found = optq.sweep_codes(rows, start, gram, steps, nearest, damping=self.damping, sweeps=self.sweeps)
         found = found.reshape(weight.shape)
         if weight.dim() == 4:
             found = found.contiguous(memory_format=torch.channels_last)
