@@ -78,9 +78,9 @@ class Finetune(Optimising):
     weight_step: Learn | None = Learn(rate=1e-3)
     bias: Learn | None = Learn(rate=1e-3)
     activation_step: Learn | None = Learn(rate=1e-3, relative=True)
-    teacher: Learn = Learn(optimizer="sgd", rate=1e-3)
-    views: int = Field(default=8, ge=1)
-    """Views of each image: itself, and random crops, half of them mirrored."""
+    teacher: Learn = Learn(rate=1e-5)
+    views: int = Field(default=1, ge=1)
+    """Views of each image: 1 takes the images as they are, more add random crops and mirror images."""
 
     def phases(self, steps: int) -> dict[Phase, int]:
         """How many steps each phase takes.
