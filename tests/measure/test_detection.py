@@ -19,7 +19,8 @@ from bitwright.given.images import Images, load_images
 from bitwright.given.preprocessing import Preprocessing
 from bitwright.measure.detection import Found, Precision
 from bitwright.measure.evaluation import compare
-from bitwright.measure.task import Outputs, Scoring
+from bitwright.measure.task import Outputs
+from bitwright.measure.tasks import Scoring
 from bitwright.measure.truth_files import labelled
 
 pytest.importorskip("faster_coco_eval", reason="average precision is computed by faster-coco-eval")

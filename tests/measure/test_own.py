@@ -12,7 +12,7 @@ import bitwright as bw
 from bitwright.errors import DataError, UsageError
 from bitwright.given.images import load_images
 from bitwright.measure.evaluation import compare
-from bitwright.measure.task import Scoring
+from bitwright.measure.tasks import Scoring
 from bitwright.measure.truth_files import labelled
 
 

@@ -16,7 +16,8 @@ from bitwright.errors import DataError
 from bitwright.given.images import Images, load_images
 from bitwright.given.preprocessing import Preprocessing
 from bitwright.measure.evaluation import compare
-from bitwright.measure.task import Outputs, Scoring
+from bitwright.measure.task import Outputs
+from bitwright.measure.tasks import Scoring
 from bitwright.measure.truth_files import labelled
 
 HOW = Preprocessing(input_size=(3, 8, 12), crop_mode="squash", interpolation="nearest")

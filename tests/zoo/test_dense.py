@@ -12,7 +12,7 @@ from bitwright.cli import main
 from bitwright.given.images import load_images
 from bitwright.given.models import load_model
 from bitwright.measure.evaluation import check_truth
-from bitwright.measure.task import Scoring
+from bitwright.measure.tasks import Scoring
 from bitwright.measure.truth_files import labelled
 from bitwright.zoo import dense
 from bitwright.zoo.fashion import ZOO_DIR

@@ -26,7 +26,8 @@ from bitwright.graph.capture import Captured
 from bitwright.graph.readings import Reading
 from bitwright.measure.evaluation import Network, compare, outputs_of
 from bitwright.measure.metrics import Evaluation
-from bitwright.measure.task import Outputs, Scoring
+from bitwright.measure.task import Outputs
+from bitwright.measure.tasks import Scoring
 from bitwright.run import folder as run_folder
 from bitwright.run.record import EvaluatedImages
 from bitwright.run.result import RunResult

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from bitwright.bits.goal import Goal
     from bitwright.bits.plan import Plan
     from bitwright.given.models import Model
-    from bitwright.measure.task import Scoring
+    from bitwright.measure.tasks import Scoring
     from bitwright.quant.scheme import Scheme
     from bitwright.stages.base import Precision
 
@@ -221,7 +221,7 @@ class ScoringOptions:
             UsageError: there is no such task or function.
         """
         from bitwright.given.models import load_function
-        from bitwright.measure.task import Scoring
+        from bitwright.measure.tasks import Scoring
 
         named = {"metric": self.metric, "decode": self.decode}
         found = {k: None if text is None else load_function(text, k) for k, text in named.items()}

@@ -23,7 +23,8 @@ from bitwright.graph.student import Student
 from bitwright.graph.watch import Callback, watch
 from bitwright.measure.class_maps import Given
 from bitwright.measure.metrics import Evaluation, Fidelity, SignalToNoise
-from bitwright.measure.task import Decode, Judged, Outputs, Scoring, joined, judges
+from bitwright.measure.task import Decode, Judged, Outputs, joined
+from bitwright.measure.tasks import Scoring, judges
 from bitwright.measure.truth_files import labelled
 from bitwright.progress import Progress, silent
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bitwright import words
 from bitwright.measure.metrics import Difference, Metrics
-from bitwright.measure.task import tasks
+from bitwright.measure.tasks import TASKS
 
 
 def named(key: str) -> str:
@@ -14,12 +14,12 @@ def named(key: str) -> str:
         >>> named("miou"), named("psnr")
         ('mean IoU of classes', 'psnr')
     """
-    return next((t.figures[key] for t in tasks().values() if key in t.figures), key)
+    return next((t.figures[key] for t in TASKS.values() if key in t.figures), key)
 
 
 def is_share(key: str) -> bool:
     """Whether a figure is a fraction that is shown in percent, as those of all tasks are."""
-    return any(key in t.figures for t in tasks().values())
+    return any(key in t.figures for t in TASKS.values())
 
 
 def shown(key: str, metrics: Metrics | None) -> str:

@@ -1,6 +1,6 @@
 """A task: how truth is read, how outputs become predictions, which figures they give, and with which intervals.
 
-A new task is one record: a file with a :class:`Task`, and its name in :func:`tasks`.
+A new task is one record: a file with a :class:`Task`, and its name in ``measure/tasks.py``.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -16,8 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from bitwright.errors import BitwrightError, DataError, UsageError, cause
-from bitwright.given.arguments import one_of
+from bitwright.errors import BitwrightError, DataError, cause
 from bitwright.given.images import Images
 from bitwright.given.text import short
 from bitwright.graph.readings import Reading
@@ -209,67 +208,6 @@ class Task:
         return every[:1] if first else every[1:]
 
 
-@cache
-def tasks() -> dict[str, Task]:
-    """All tasks by name; imported when first asked for, because each file needs this one."""
-    from bitwright.measure.classification import CLASSIFICATION
-    from bitwright.measure.detection import DETECTION
-    from bitwright.measure.segmentation import SEGMENTATION
-
-    return {t.name: t for t in (CLASSIFICATION, SEGMENTATION, DETECTION)}
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """What a user says of how outputs are scored.
-
-    Attributes:
-        task: name of a task; None for the one that the labels belong to.
-        metric: a function of outputs and truth, instead of the task's figures; see :mod:`bitwright.measure.own`.
-        decode: turns outputs into what the task compares: boxes with scores and labels, or maps of classes.
-        beside: a function of this kind that the network brought with it; for boxes alone, if there is no other.
-    """
-
-    task: str | None = None
-    metric: Any = None
-    decode: Decode | None = None
-    beside: Decode | None = None
-
-    def decoder(self, task: Task | None) -> Decode | None:
-        """The function for a task."""
-        return self.decode or (self.beside if task is not None and task.truth == "boxes" else None)
-
-    def check(self) -> None:
-        """Refuses what is no task or no function.
-
-        Raises:
-            UsageError: it is none.
-        """
-        if self.task is not None:
-            one_of("task", self.task, tuple(tasks()))
-        if self.decode is not None and not callable(self.decode):
-            raise UsageError(f"Expected a function as decode=, found {type(self.decode).__name__}.")
-        if self.metric is not None:
-            from bitwright.measure import own
-
-            own.check(self.metric)
-
-
-def task_of(images: Images, said: str | None = None) -> Task | None:
-    """The task that images and what is known of them belong to; None where nothing is known that a task compares with.
-
-    Raises:
-        DataError: a task was said, and its truth is missing.
-    """
-    if said is None:
-        return next((t for t in tasks().values() if t.fits(images)), None)
-    task = tasks()[one_of("task", said, tuple(tasks()))]
-    if not task.fits(images):
-        found = next((t.truth for t in tasks().values() if t.fits(images)), "none")
-        raise DataError(f"Expected {task.truth} as labels= for task='{said}', found {found}.")
-    return task
-
-
 class Judged:
     """Both networks' scores by one judge, as an evaluation goes."""
 
@@ -304,27 +242,6 @@ class Judged:
         notes = list(dict.fromkeys([*before.notes(), *now.notes()]))
         classes = ClassLoss.beside(now.parts(), before.parts())
         return Evaluation(now.metrics(), before.metrics(), None, TaskLoss(name, now.difference(before), classes, notes))
-
-
-def judges(images: Images, outputs: Outputs, scoring: Scoring) -> list[Judged]:
-    """What compares networks on images: the task's figures, the user's own, or both if a task is said beside a metric.
-
-    Raises:
-        DataError: there is nothing to compare with, where something was asked for.
-    """
-    scoring.check()
-    task = task_of(images, scoring.task)
-    found: list[Judged] = []
-    if task is not None and (scoring.metric is None or scoring.task is not None):
-        found.append(Judged(task.judge(images, outputs, scoring.decoder(task)), task))
-    if scoring.metric is not None:
-        from bitwright.measure.own import OwnJudge
-
-        taken = () if task is None else tuple(task.figures)
-        found.append(Judged(OwnJudge(images, outputs, scoring.metric, scoring.decoder(task), taken), None))
-    if scoring.decode is not None and not found:
-        raise DataError("Expected labels= beside decode=, found none. There is nothing to compare boxes or maps with.")
-    return found
 
 
 def joined(judged: Sequence[Judged], fidelity: Mapping[str, OutputFidelity] | None) -> Evaluation:

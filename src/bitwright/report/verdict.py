@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 from bitwright import words
 from bitwright.measure.metrics import Metrics, OutputFidelity, paired_difference, worst_figures
-from bitwright.measure.task import tasks
+from bitwright.measure.tasks import TASKS
 from bitwright.report.kept import PageFacts
 from bitwright.run.result import RunResult
 
-METRICS = {key: t.figures[key] for first in (True, False) for t in tasks().values() for key in t.keys(first=first)}
+METRICS = {key: t.figures[key] for first in (True, False) for t in TASKS.values() for key in t.keys(first=first)}
 """Metrics of the tasks; the first that a run has is the one it is judged by."""
 
 

@@ -29,7 +29,8 @@ from bitwright.given.images import Images, load_images
 from bitwright.graph.student import Student
 from bitwright.measure.class_maps import Given
 from bitwright.measure.evaluation import NOTHING_SAID, evaluation_of, layer_sqnr, read_outputs_of
-from bitwright.measure.task import Decode, Scoring
+from bitwright.measure.task import Decode
+from bitwright.measure.tasks import Scoring
 from bitwright.measure.truth_files import labelled
 from bitwright.progress import Progress, silent
 from bitwright.report import facts

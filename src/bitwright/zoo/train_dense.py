@@ -22,7 +22,8 @@ from bitwright.errors import DataError
 from bitwright.given.images import load_images
 from bitwright.given.preprocessing import Preprocessing
 from bitwright.measure.evaluation import compare
-from bitwright.measure.task import Outputs, Scoring
+from bitwright.measure.task import Outputs
+from bitwright.measure.tasks import Scoring
 from bitwright.measure.truth_files import labelled
 from bitwright.zoo import preprocessing
 from bitwright.zoo.dense import BUILDERS, DECODERS, corners, middles
