@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from bitwright.errors import DataError
-from bitwright.given.placement import Placement, placement
+from bitwright.given.placement import ImagePlacement, placement
 from bitwright.given.preprocessing import Preprocessing
 
 SIZES = [(64, 48), (41, 97), (30, 30)]
@@ -59,7 +59,7 @@ def test_a_crop_is_seen() -> None:
 
 
 def test_boxes_come_back_and_are_cut() -> None:
-    place = Placement((2.0, 0.5), (3.0, -1.0), (10, 20), (32, 32))
+    place = ImagePlacement((2.0, 0.5), (3.0, -1.0), (10, 20), (32, 32))
     boxes = np.array([[1.0, 2.0, 9.0, 18.0], [-5.0, 2.0, 30.0, 18.0]])
     back = place.to_image(place.to_input(boxes))
     assert back[0] == pytest.approx(boxes[0])

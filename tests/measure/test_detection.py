@@ -17,7 +17,7 @@ from torch import Tensor
 from bitwright.errors import DataError
 from bitwright.given.images import Images, load_images
 from bitwright.given.preprocessing import Preprocessing
-from bitwright.measure.detection import Found, Precision
+from bitwright.measure.detection import AveragePrecision, Found
 from bitwright.measure.evaluation import compare
 from bitwright.measure.task import Outputs
 from bitwright.measure.tasks import Scoring
@@ -139,7 +139,7 @@ def test_the_right_answer_is_one_and_a_draw_of_all_images_is_all_images(
     assert figures["map_ci"] == [1.0, 1.0]
     assert images.truth is not None
     each = [Found(f["boxes"], f["scores"], f["labels"]) for f in scenes[1]]
-    tally = Precision(images.truth.items, each, {})
+    tally = AveragePrecision(images.truth.items, each, {})
     every = tally.figures()
     assert tally.figures(np.arange(12)) == {k: every[k] for k in ("map", "map50", "map75")}
 

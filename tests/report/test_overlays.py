@@ -14,7 +14,7 @@ from bitwright.given.images import load_images
 from bitwright.given.truth import Boxes
 from bitwright.measure.task import Pictured
 from bitwright.report.kept import Overlay, PageFacts
-from bitwright.report.overlays import colour, differing_overlays, overlays
+from bitwright.report.overlays import _colour, differing_overlays, overlays
 from bitwright.report.shown import Shown
 from bitwright.run.result import RunResult
 
@@ -38,12 +38,12 @@ def test_classes_and_boxes_are_drawn_where_they_are() -> None:
     assert drawn.shape == (16, 32, 3)
     grey = drawn[1:, :16]
     assert (grey == grey[..., :1]).all()  # class 0 keeps the image
-    assert (np.abs(drawn[1:, 16:] - 0.6 * np.array(colour(3))).max(-1) <= 0.4 * 255 + 1).all()
+    assert (np.abs(drawn[1:, 16:] - 0.6 * np.array(_colour(3))).max(-1) <= 0.4 * 255 + 1).all()
     edge = pixels((found[0].pictures or {})["labels"])  # three times as large
     scale = edge.shape[0] // 16
-    assert near(edge[8 * scale, 4 * scale], colour(2))
-    assert near(edge[8 * scale, 12 * scale - 1], colour(2))
-    assert not near(edge[8 * scale, 8 * scale], colour(2))
+    assert near(edge[8 * scale, 4 * scale], _colour(2))
+    assert near(edge[8 * scale, 12 * scale - 1], _colour(2))
+    assert not near(edge[8 * scale, 8 * scale], _colour(2))
 
 
 def test_the_section_shows_them_side_by_side() -> None:

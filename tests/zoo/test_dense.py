@@ -16,8 +16,8 @@ from bitwright.measure.tasks import Scoring
 from bitwright.measure.truth_files import labelled
 from bitwright.zoo import dense
 from bitwright.zoo.fashion import ZOO_DIR
-from bitwright.zoo.scenes import SIDE, compose
-from bitwright.zoo.train_dense import giou, measured, places
+from bitwright.zoo.scenes import SCENE_SIDE, compose
+from bitwright.zoo.train_dense import _measured, _places, giou
 
 
 def test_scenes_are_the_same_again_and_boxes_are_tight() -> None:
@@ -36,7 +36,7 @@ def test_scenes_are_the_same_again_and_boxes_are_tight() -> None:
         around = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
         assert [*truth["boxes"][:, :2].min(0), *truth["boxes"][:, 2:].max(0)] == around
     assert count > 20
-    assert one.images.shape == (20, SIDE, SIDE, 1)
+    assert one.images.shape == (20, SCENE_SIDE, SCENE_SIDE, 1)
 
 
 def test_calibration_scenes_bring_no_truth_and_test_scenes_agree() -> None:
@@ -58,7 +58,7 @@ def test_decoding_keeps_the_best_of_those_that_overlap() -> None:
 
 def test_a_place_learns_the_smallest_box_that_it_is_in() -> None:
     truth = {"boxes": np.array([[0.0, 0, 60, 60], [24, 24, 40, 40]]), "labels": np.array([1, 5])}
-    scores, boxes = places(truth)
+    scores, boxes = _places(truth)
     assert scores[:, 7, 7].nonzero().tolist() == [[5]]
     assert boxes[:, 7, 7].tolist() == [24, 24, 40, 40]
     assert scores[:, 7, 6].nonzero().tolist() in ([[1]], [[5]])
@@ -72,7 +72,7 @@ def test_the_weights_score_what_they_say(name: str, key: str) -> None:
     with safe_open(str(path), "pt") as file:
         said = float(file.metadata()[f"test_{key}"])
     garments, labels = zoo.images("fashion-test")
-    found = measured(name, zoo.network(name), compose(garments, labels, 100, seed=1))
+    found = _measured(name, zoo.network(name), compose(garments, labels, 100, seed=1))
     assert found[key] == pytest.approx(said, abs=0.06)
     assert said > 0.4
 

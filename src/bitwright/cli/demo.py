@@ -13,7 +13,7 @@ from bitwright.cli.calls import DemoCall, QuantizeCall
 from bitwright.cli.options import BudgetOptions, DataOptions, NetworkOptions
 from bitwright.errors import BitwrightError
 from bitwright.given.arguments import one_of
-from bitwright.measure.shown import named, shown
+from bitwright.measure.shown import named_figures, shown_figures
 from bitwright.recipes import recipe as find_recipe
 from bitwright.run.folder import STATE, check_target
 from bitwright.run.result import RunResult
@@ -119,15 +119,15 @@ def _key(result: RunResult) -> str:
 
 def _figure(result: RunResult) -> str:
     """The same in words."""
-    return "Accuracy" if _key(result) == "top1" else named(_key(result))
+    return "Accuracy" if _key(result) == "top1" else named_figures(_key(result))
 
 
 def _table(results: Mapping[str, RunResult]) -> Table:
     made, figure = tables.table("", *(f">{name}" for name in results)), _figure(next(iter(results.values())))
     what = figure.lower() if figure == "Accuracy" else figure
     rows: dict[str, Callable[[RunResult], str]] = {
-        f"{what} in float": lambda r: shown(_key(r), r.reference),
-        f"{what} at 4 bits": lambda r: shown(_key(r), r.quantized),
+        f"{what} in float": lambda r: shown_figures(_key(r), r.reference),
+        f"{what} at 4 bits": lambda r: shown_figures(_key(r), r.quantized),
         "same answer as float": lambda r: words.percent(None if r.fidelity is None else r.fidelity.agreement),
         "size in float": lambda r: words.size(r.size.get("float_bytes")),
         "size at 4 bits": lambda r: words.size(r.size.get("packed_bytes")),

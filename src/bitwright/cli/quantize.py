@@ -10,7 +10,7 @@ from bitwright import api
 from bitwright.bits import planning
 from bitwright.cli import inspect, plans, tables
 from bitwright.cli.calls import QuantizeCall
-from bitwright.cli.sources import decode, images_at
+from bitwright.cli.sources import decode_images, images_at
 from bitwright.errors import UsageError
 from bitwright.given.images import Images
 from bitwright.given.inputs import find_device
@@ -152,7 +152,7 @@ def find_inputs(call: QuantizeCall, terminal: Terminal) -> Inputs:
         )
         if call.output is None:
             check_truth(network, evaluation, compared.beside(network))
-        decode(evaluation, terminal)
+        decode_images(evaluation, terminal)
     terminal.finish()
     return Inputs(network, calibration, evaluation)
 

@@ -51,7 +51,7 @@ def images_at(
     return labelled(images, labels, class_map)
 
 
-def decode(images: Images, terminal: Terminal) -> None:
+def decode_images(images: Images, terminal: Terminal) -> None:
     """Decodes every image, so that a corrupt one is found before the long work; what fits in memory is kept."""
     done = 0
     for batch in images.batches(DECODE_BATCH):

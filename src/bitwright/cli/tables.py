@@ -11,7 +11,7 @@ from bitwright import words
 from bitwright.export.verdict import Parity
 from bitwright.graph.student import Student
 from bitwright.measure.metrics import Evaluation, Metrics, OutputFidelity
-from bitwright.measure.shown import named, shown, shown_change
+from bitwright.measure.shown import named_figures, shown_change, shown_figures
 from bitwright.run.about import describe_layers, describe_unquantized, stored_values, totals
 from bitwright.run.result import LayerRow, RunResult, SearchOutcome, Tuning
 
@@ -37,11 +37,15 @@ def metric_rows(found: Evaluation) -> list[tuple[str, str, str]]:
     theirs, ours = found.reference or Metrics(), found.quantized or Metrics()
     rows = []
     for key in dict.fromkeys([*theirs.values, *ours.values]):
-        said = f"{named(key)} (95 % interval)" if {*theirs.intervals, *ours.intervals} & {key} else named(key)
-        rows.append((said, shown(key, theirs), shown(key, ours)))
+        said = (
+            f"{named_figures(key)} (95 % interval)"
+            if {*theirs.intervals, *ours.intervals} & {key}
+            else named_figures(key)
+        )
+        rows.append((said, shown_figures(key, theirs), shown_figures(key, ours)))
     for key, change in (found.loss.difference if found.loss else {}).items():
         if found.loss and found.loss.task != "classification" and key in ours.intervals:
-            rows.append((f"{named(key)}: change", "", shown_change(key, change)))
+            rows.append((f"{named_figures(key)}: change", "", shown_change(key, change)))
     return rows + [(what, "", figure) for what, figure in fidelity_rows(found.outputs)]
 
 
@@ -127,6 +131,7 @@ def evolution_text(found: SearchOutcome) -> str:
     """Children, the fitness before and after, and the float network's own.
 
     Example:
+        >>> from bitwright.run.result import SearchFitness
         >>> evolution_text(SearchOutcome(120, 35, SearchFitness("infonce", 24.5, 24.25, 24.0)))
         '120 children, 35 of them better; infonce 24.5 to 24.25 (float 24)'
     """
@@ -142,6 +147,7 @@ def tuning_text(tuned: Tuning) -> str:
     """Steps, the loss before and after, and how many roundings differ from rounding to nearest.
 
     Example:
+        >>> from bitwright.run.result import TuningLoss
         >>> tuning_text(Tuning(steps=100, before=4.0, loss=TuningLoss(2.0), left_nearest=0.21))
         '100 steps, loss 4 to 2, 21 % of weights not at their nearest'
     """

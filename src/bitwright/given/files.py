@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from bitwright.errors import DataError
-from bitwright.given.placement import Placement, placement
+from bitwright.given.placement import ImagePlacement, placement
 from bitwright.given.preprocessing import Pixels, PreprocessFunction, Preprocessing, from_pixels, to_channels
 from bitwright.given.text import short
 
@@ -191,7 +191,7 @@ class Store:
         self.threads = threads or min(8, os.cpu_count() or 1)
         self.room = cache_bytes
         self.cache: dict[int, Pixels | Tensor] = {}
-        self.placements: dict[tuple[int, int], Placement] = {}
+        self.placements: dict[tuple[int, int], ImagePlacement] = {}
         self.lock = threading.Lock()
         self.probed = False
 
@@ -216,12 +216,12 @@ class Store:
         self.keep(index, pixels)
         return pixels
 
-    def placement(self, index: int) -> Placement:
+    def placement(self, index: int) -> ImagePlacement:
         """Return where one image lies in the network's input; images of one size lie alike."""
         size = self.source.size(index)
         if size not in self.placements:
             how = self.preprocessing
-            self.placements[size] = Placement.same(size) if how is None else placement(how, size)
+            self.placements[size] = ImagePlacement.same(size) if how is None else placement(how, size)
         return self.placements[size]
 
     def at_hand(self, indices: Sequence[int]) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor
 from bitwright.errors import DataError, UsageError
 from bitwright.given.files import Arrays, Files, Source, Store, Tensors
 from bitwright.given.items import evenly, items
-from bitwright.given.placement import Placement
+from bitwright.given.placement import ImagePlacement
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing, parse_input_size
 from bitwright.given.references import absolute_source
 from bitwright.given.text import short
@@ -142,7 +142,7 @@ class Images:
         """Return the same images with this truth, of one item for each, instead of labels."""
         return Images(self._store, self._indices, None, truth, self.place)
 
-    def placement(self, index: int) -> Placement:
+    def placement(self, index: int) -> ImagePlacement:
         """Where the image at a position lies in the network's input.
 
         Raises:

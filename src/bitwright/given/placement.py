@@ -13,9 +13,9 @@ from torch import Tensor
 from bitwright.errors import DataError
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing, resized_size
 
-Size: TypeAlias = tuple[int, int]
+ImageSize: TypeAlias = tuple[int, int]
 """Width and height in pixels."""
-Array: TypeAlias = npt.NDArray[Any]
+PointArray: TypeAlias = npt.NDArray[Any]
 
 EDGE = 0.25
 """Pixels by which an image's edge may be off a whole one and is still taken to lie there, as nearly all edges do."""
@@ -24,7 +24,7 @@ PROBE_ERROR = 0.02
 
 
 @dataclass(frozen=True)
-class Placement:
+class ImagePlacement:
     """How coordinates of an image become coordinates of the network's input: ``x' = x * scale + shift`` on each axis.
 
     Pixels are squares, so that the first reaches from 0 to 1.
@@ -43,25 +43,25 @@ class Placement:
 
     scale: tuple[float, float]
     shift: tuple[float, float]
-    image: Size
-    input: Size
+    image: ImageSize
+    input: ImageSize
 
     @classmethod
-    def same(cls, size: Size) -> Placement:
+    def same(cls, size: ImageSize) -> ImagePlacement:
         """Of images that the network takes as they are."""
         return cls((1.0, 1.0), (0.0, 0.0), size, size)
 
-    def to_input(self, boxes: Array) -> Array:
+    def to_input(self, boxes: PointArray) -> PointArray:
         """Boxes (M, 4) of corners x1, y1, x2, y2 in the image, in the input."""
-        found: Array = boxes * np.tile(self.scale, 2) + np.tile(self.shift, 2)
+        found: PointArray = boxes * np.tile(self.scale, 2) + np.tile(self.shift, 2)
         return found
 
-    def to_image(self, boxes: Array) -> Array:
+    def to_image(self, boxes: PointArray) -> PointArray:
         """Boxes (M, 4) of corners x1, y1, x2, y2 in the input, in the image, cut at its borders."""
-        found: Array = (boxes - np.tile(self.shift, 2)) / np.tile(self.scale, 2)
+        found: PointArray = (boxes - np.tile(self.shift, 2)) / np.tile(self.scale, 2)
         return found.clip(0, np.tile(self.image, 2))
 
-    def mask(self, mask: Array, outside: int) -> Array:
+    def mask(self, mask: PointArray, outside: int) -> PointArray:
         """A mask of the image, as the network's input shows it: each pixel by its nearest.
 
         Args:
@@ -72,18 +72,18 @@ class Placement:
             (H, W) of the input.
         """
         columns, rows = (self._source(axis, mask.shape[1 - axis]) for axis in (0, 1))
-        found: Array = mask[np.ix_(rows.clip(0, mask.shape[0] - 1), columns.clip(0, mask.shape[1] - 1))]
+        found: PointArray = mask[np.ix_(rows.clip(0, mask.shape[0] - 1), columns.clip(0, mask.shape[1] - 1))]
         beyond = ((rows < 0) | (rows >= mask.shape[0]))[:, None] | ((columns < 0) | (columns >= mask.shape[1]))
         return np.where(beyond, outside, found)
 
-    def _source(self, axis: int, extent: int) -> Array:
+    def _source(self, axis: int, extent: int) -> PointArray:
         """For each pixel of the input along an axis, the one of a mask that its centre falls into."""
         centres = (np.arange(self.input[axis]) + 0.5 - self.shift[axis]) / self.scale[axis]
-        found: Array = np.floor(centres * (extent / self.image[axis])).astype(np.int64)
+        found: PointArray = np.floor(centres * (extent / self.image[axis])).astype(np.int64)
         return found
 
 
-def placement(how: Preprocessing | PreprocessFunction, size: Size) -> Placement:
+def placement(how: Preprocessing | PreprocessFunction, size: ImageSize) -> ImagePlacement:
     """Where preprocessing puts an image of a size.
 
     Raises:
@@ -92,7 +92,7 @@ def placement(how: Preprocessing | PreprocessFunction, size: Size) -> Placement:
     return _of_settings(how, size) if isinstance(how, Preprocessing) else _of_function(how, size)
 
 
-def _of_settings(how: Preprocessing, size: Size) -> Placement:
+def _of_settings(how: Preprocessing, size: ImageSize) -> ImagePlacement:
     scaled, wanted = resized_size(how, size), (how.input_size[2], how.input_size[1])
     padded = [max(a, b) for a, b in zip(scaled, wanted, strict=True)]
     shift = [
@@ -100,10 +100,10 @@ def _of_settings(how: Preprocessing, size: Size) -> Placement:
         for side, inner, outer in zip(wanted, scaled, padded, strict=True)
     ]
     scale = (scaled[0] / size[0], scaled[1] / size[1])
-    return Placement(scale, (float(shift[0]), float(shift[1])), size, wanted)
+    return ImagePlacement(scale, (float(shift[0]), float(shift[1])), size, wanted)
 
 
-def _of_function(function: PreprocessFunction, size: Size) -> Placement:
+def _of_function(function: PreprocessFunction, size: ImageSize) -> ImagePlacement:
     """Shows the function ramps along both axes, and reads off where each coordinate went.
 
     A pixel of the input that is the same for a black and for a white image shows none. On the others a ramp lies
@@ -122,22 +122,22 @@ def _of_function(function: PreprocessFunction, size: Size) -> Placement:
         for ramp, axis, side in ((along_x, 2, width), (along_y, 1, height))
     )
     scale = (right - left) / width, (bottom - top) / height
-    return Placement(scale, (left, top), size, (black.shape[2], black.shape[1]))
+    return ImagePlacement(scale, (left, top), size, (black.shape[2], black.shape[1]))
 
 
-def _ramp(extent: int, lines: int) -> Array:
+def _ramp(extent: int, lines: int) -> PointArray:
     """Values 0 to 255 that grow along each line, (lines, extent); lines are rounded in turn up and down."""
     rounding = np.arange(lines) * 0.6180339887 % 1
     return np.floor((np.arange(extent) + 0.5) / extent * 255 + rounding[:, None])
 
 
-def _shown(function: PreprocessFunction, values: Any, size: Size) -> Array:
+def _shown(function: PreprocessFunction, values: Any, size: ImageSize) -> PointArray:
     pixels = np.broadcast_to(np.asarray(values, np.uint8), (size[1], size[0]))
     found = function(Image.fromarray(np.stack([pixels] * 3, -1)))
     return np.asarray(found.detach() if isinstance(found, Tensor) else found, dtype=np.float64)
 
 
-def _edges(shares: Array, seen: Array, axis: int, extent: int) -> tuple[float, float]:
+def _edges(shares: PointArray, seen: PointArray, axis: int, extent: int) -> tuple[float, float]:
     """Where an image begins and ends along an axis of the input (C, H, W), from the share of it at each pixel."""
     places = np.broadcast_to(np.expand_dims(np.arange(shares.shape[axis]) + 0.5, tuple({0, 1, 2} - {axis})), seen.shape)
     inner = seen & (shares > 0.03) & (shares < 0.97)

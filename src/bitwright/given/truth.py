@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 Kind: TypeAlias = Literal["segmentation", "detection", "other"]
-Array: TypeAlias = npt.NDArray[Any]
+TruthArray: TypeAlias = npt.NDArray[Any]
 
 IGNORED = 255
 """The value of a mask's pixels that belong to no class, as in most data sets for segmentation."""
@@ -25,7 +25,7 @@ class Mask:
         where: the file or position that it comes from, for messages.
     """
 
-    read: Callable[[], Array]
+    read: Callable[[], TruthArray]
     where: str
 
 
@@ -46,14 +46,14 @@ class Boxes:
         [8.0]
     """
 
-    corners: Array
-    labels: Array
-    crowd: Array
-    areas: Array
+    corners: TruthArray
+    labels: TruthArray
+    crowd: TruthArray
+    areas: TruthArray
     where: str = ""
 
     @classmethod
-    def of(cls, corners: Array, labels: Array, crowd: Array | None = None, where: str = "") -> Boxes:
+    def of(cls, corners: TruthArray, labels: TruthArray, crowd: TruthArray | None = None, where: str = "") -> Boxes:
         """Boxes whose areas are those of the objects."""
         corners = np.asarray(corners, np.float64).reshape(-1, 4)
         none = np.zeros(len(corners), bool)
@@ -87,7 +87,7 @@ class Truth:
         return replace(self, items=[self.items[p] for p in positions])
 
 
-def masks_of(array: Array, said: str = "masks given") -> Truth:
+def masks_of(array: TruthArray, said: str = "masks given") -> Truth:
     """Masks (N, h, w) in one array, of images in their order."""
 
     def one(position: int) -> Mask:

@@ -16,8 +16,8 @@ from torch import Tensor
 from bitwright.errors import DataError, UsageError
 from bitwright.given.images import Images
 from bitwright.given.text import read_json, short
-from bitwright.given.truth import Array, Boxes, Truth
-from bitwright.measure.class_maps import ClassMap, Given
+from bitwright.given.truth import Boxes, Truth, TruthArray
+from bitwright.measure.class_maps import ClassMap, GivenClassMap
 from bitwright.words import plural
 
 VOC = (
@@ -76,7 +76,7 @@ class Coco:
         """Whether annotations tell of the segments of images, not of boxes."""
         return "segments_info" in self.annotations[0]
 
-    def classes(self, given: Given) -> ClassMap:
+    def classes(self, given: GivenClassMap) -> ClassMap:
         """Classes by category; categories in the order of their ids are classes 0, 1, ... if nothing else is said."""
         names = {int(c["id"]): str(c.get("name", c["id"])) for c in self.categories}
         if given is None:
@@ -86,7 +86,9 @@ class Coco:
         known = {c: names[i] for i, c in table.items() if c is not None}
         return ClassMap({str(i): c for i, c in table.items()}, known, identity=False)
 
-    def boxes(self, there: Sequence[dict[str, Any] | None], images: Images, given: Given) -> tuple[list[Any], Truth]:
+    def boxes(
+        self, there: Sequence[dict[str, Any] | None], images: Images, given: GivenClassMap
+    ) -> tuple[list[Any], Truth]:
         """The boxes of images; those that the file names without any have none."""
         classes, by_image = self.classes(given), defaultdict(list)
         for annotation in self.annotations:
@@ -228,10 +230,10 @@ def of_voc(
     return items, Truth("detection", [], f"boxes of {where}", classes.names)
 
 
-Row = tuple[str, list[float], bool]
+BoxRow = tuple[str, list[float], bool]
 
 
-def _objects(file: Path) -> tuple[tuple[int, int], list[Row]]:
+def _objects(file: Path) -> tuple[tuple[int, int], list[BoxRow]]:
     """Width and height (0 if not said), and the name, corners and difficulty of each object."""
     try:
         content = file.read_bytes()
@@ -254,7 +256,7 @@ def _objects(file: Path) -> tuple[tuple[int, int], list[Row]]:
     return (size[0], size[1]), rows
 
 
-def _of_xml(file: Path, found: tuple[tuple[int, int], list[Row]], size: tuple[int, int], classes: ClassMap) -> Boxes:
+def _of_xml(file: Path, found: tuple[tuple[int, int], list[BoxRow]], size: tuple[int, int], classes: ClassMap) -> Boxes:
     drawn, rows = found
     if images_differ(drawn, size):
         raise DataError(
@@ -271,7 +273,7 @@ def _of_xml(file: Path, found: tuple[tuple[int, int], list[Row]], size: tuple[in
 # ------------------------------------------------------------------------------------------------ objects, checks
 
 
-def of_items(truth: Truth, class_map: Given = None) -> Truth | None:
+def boxes_of_items(truth: Truth, class_map: GivenClassMap = None) -> Truth | None:
     """Dicts of ``boxes`` (G, 4) of corners and ``labels`` (G,), as torchvision has them; None where items are others.
 
     Corners are pixels of the images, which are those of the network's input where images are tensors.
@@ -296,7 +298,7 @@ def of_items(truth: Truth, class_map: Given = None) -> Truth | None:
     return Truth("detection", [one(i, x) for i, x in enumerate(truth.items)], "boxes given", classes.names)
 
 
-def _array(values: Any) -> Array:
+def _array(values: Any) -> TruthArray:
     return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
 
 

@@ -16,10 +16,10 @@ from bitwright.errors import DataError, UsageError
 from bitwright.given.text import read_json, short
 from bitwright.given.truth import IGNORED
 
-Given: TypeAlias = "ClassMap | Mapping[Any, int | None] | str | Path | None"
+GivenClassMap: TypeAlias = "ClassMap | Mapping[Any, int | None] | str | Path | None"
 OTHERS = "*"
 NUMBERS = "ids"
-FILES = ("classes.json", "classes.csv")
+CLASS_MAP_FILES = ("classes.json", "classes.csv")
 """A class map that lies in a folder of masks or boxes is read without being named."""
 _BESIDE = 'such as {"7": 0, "8": 1, "255": null, "*": null}'
 
@@ -46,7 +46,7 @@ class ClassMap:
     identity: bool = True
 
     @classmethod
-    def read(cls, given: Given, folder: Path | None = None) -> ClassMap:
+    def read(cls, given: GivenClassMap, folder: Path | None = None) -> ClassMap:
         """What was given, or lies in a folder; numbers as they are if nothing was.
 
         Raises:
@@ -55,7 +55,9 @@ class ClassMap:
         if isinstance(given, ClassMap):
             return given
         if given is None:
-            beside = None if folder is None else next((folder / n for n in FILES if (folder / n).is_file()), None)
+            beside = (
+                None if folder is None else next((folder / n for n in CLASS_MAP_FILES if (folder / n).is_file()), None)
+            )
             return cls() if beside is None else cls.read(beside)
         if given == NUMBERS:
             return cls()

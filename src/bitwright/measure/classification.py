@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bitwright.errors import DataError
 from bitwright.given.images import Images
-from bitwright.measure.metrics import Difference, Metrics, paired_difference, wilson_interval
+from bitwright.measure.metrics import Metrics, PairedDifference, paired_difference, wilson_interval
 from bitwright.measure.task import Decode, Draw, Outputs, Pictured, Tally, Task, called
 
 
@@ -37,7 +37,7 @@ class Hits(Tally):
         """The interval is Wilson's, which holds for shares near 0 and 1 too."""
         return Metrics(self.figures(), {"top1": list(wilson_interval(int(self.hits[:, 0].sum()), self.count))})
 
-    def difference(self, reference: Tally) -> dict[str, Difference]:
+    def difference(self, reference: Tally) -> dict[str, PairedDifference]:
         """With the interval of Agresti and Min for matched proportions."""
         assert isinstance(reference, Hits)
         found = {}
@@ -46,7 +46,7 @@ class Hits(Tally):
             pairs = {"both": now & before, "only_float": ~now & before, "only_quantized": now & ~before}
             counts = {k: int(v.sum()) for k, v in pairs.items()}
             difference, low, high = paired_difference({**counts, "neither": self.count - sum(counts.values())})
-            found[key] = Difference(difference, [low, high])
+            found[key] = PairedDifference(difference, [low, high])
         return found
 
 

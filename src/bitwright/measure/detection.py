@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bitwright.errors import DataError, UsageError
 from bitwright.given.images import Images
-from bitwright.given.truth import Array, Boxes, Truth
+from bitwright.given.truth import Boxes, Truth, TruthArray
 from bitwright.measure.metrics import Part
 from bitwright.measure.task import Decode, Draw, Outputs, Pictured, Tally, Task, called
 from bitwright.words import plural
@@ -34,9 +34,9 @@ SURE = 0.3
 class Found:
     """Boxes that a network found in an image: corners (M, 4) in pixels of the image, scores (M,), classes (M,)."""
 
-    corners: Array
-    scores: Array
-    labels: Array
+    corners: TruthArray
+    scores: TruthArray
+    labels: TruthArray
 
     def above(self, score: float) -> Found:
         """Those of a higher score."""
@@ -54,7 +54,7 @@ def _alone(some: Found, others: Found) -> int:
     return int((~(near & (some.labels[:, None] == others.labels)).any(1)).sum())
 
 
-class Precision(Tally):
+class AveragePrecision(Tally):
     """Average precision over IoU 0.50 to 0.95 in steps of 0.05, at 0.50, at 0.75, and by size of the object.
 
     Sizes are those of COCO: below 32x32 pixels of the image, up to 96x96, and above. The mean runs over the classes
@@ -204,7 +204,7 @@ class _Judge:
         return Found(self.images.placement(position).to_image(found.corners), found.scores, found.labels)
 
     def tally(self, scores: list[Any]) -> Tally:
-        return Precision(self.truth.items, scores, dict(self.truth.names))
+        return AveragePrecision(self.truth.items, scores, dict(self.truth.names))
 
 
 def _check_library() -> None:
@@ -264,17 +264,17 @@ def _one(item: Any, decode: Decode | None) -> Found:
     return _kept(corners.reshape(-1, 4), scores.reshape(-1), labels.reshape(-1))
 
 
-def _rows(rows: Array) -> Found:
+def _rows(rows: TruthArray) -> Found:
     return _kept(rows[:, :4], rows[:, 4], rows[:, 5])
 
 
-def _kept(corners: Array, scores: Array, labels: Array) -> Found:
+def _kept(corners: TruthArray, scores: TruthArray, labels: TruthArray) -> Found:
     """Without rows that only fill up an array: a score of 0 or less, or a negative class; and without broken ones."""
     there = (scores > 0) & (labels >= 0) & np.isfinite(corners).all(1) & (corners[:, 2:] > corners[:, :2]).all(1)
     return Found(corners[there].astype(np.float64), scores[there].astype(np.float64), labels[there].astype(np.int64))
 
 
-def _array(values: Any) -> Array:
+def _array(values: Any) -> TruthArray:
     return values.detach().cpu().double().numpy() if isinstance(values, Tensor) else np.asarray(values, np.float64)
 
 

@@ -21,7 +21,7 @@ from bitwright.graph.outputs import arrange, names
 from bitwright.graph.readings import Reading
 from bitwright.graph.student import Student
 from bitwright.graph.watch import Callback, watch
-from bitwright.measure.class_maps import Given
+from bitwright.measure.class_maps import GivenClassMap
 from bitwright.measure.metrics import Evaluation, Fidelity, SignalToNoise
 from bitwright.measure.task import Decode, Judged, Outputs, joined
 from bitwright.measure.tasks import Scoring, judges
@@ -43,7 +43,7 @@ def evaluate(
     task: str | None = None,
     metric: Any = None,
     decode: Decode | None = None,
-    class_map: Given = None,
+    class_map: GivenClassMap = None,
     batch: int = 50,
     progress: Progress = silent,
     classes: Mapping[str, int | None] | None = None,

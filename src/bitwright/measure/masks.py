@@ -13,8 +13,8 @@ from torch import Tensor
 
 from bitwright.errors import DataError
 from bitwright.given.text import short
-from bitwright.given.truth import Array, Mask, Truth
-from bitwright.measure.class_maps import NUMBERS, ClassMap, Given
+from bitwright.given.truth import Mask, Truth, TruthArray
+from bitwright.measure.class_maps import NUMBERS, ClassMap, GivenClassMap
 
 if TYPE_CHECKING:
     from bitwright.measure.boxes import Coco
@@ -26,11 +26,11 @@ def of_files(there: Sequence[Path | None], where: Path, classes: ClassMap) -> tu
     return items, Truth("segmentation", [], f"masks of {where}", classes.names)
 
 
-def _read(file: Path, classes: ClassMap) -> Array:
+def _read(file: Path, classes: ClassMap) -> TruthArray:
     return classes.applied(_pixels(file), str(file))
 
 
-def _pixels(file: Path, *, channels: int = 1) -> Array:
+def _pixels(file: Path, *, channels: int = 1) -> TruthArray:
     """Whole numbers (h, w), or (h, w, 3) of colours.
 
     Raises:
@@ -53,7 +53,7 @@ def _pixels(file: Path, *, channels: int = 1) -> Array:
     return found
 
 
-def of_arrays(path: Path, count: int, class_map: Given) -> Truth:
+def of_arrays(path: Path, count: int, class_map: GivenClassMap) -> Truth:
     """The masks (N, h, w) of an ``.npz`` file, in the order of the images."""
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -69,7 +69,7 @@ def of_arrays(path: Path, count: int, class_map: Given) -> Truth:
 def of_masks(array: Any, classes: ClassMap, said: str = "masks given") -> Truth:
     """Masks (N, h, w) or a sequence of them."""
 
-    def one(position: int) -> Array:
+    def one(position: int) -> TruthArray:
         mask = array[position]
         values = mask.detach().cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
         return classes.applied(values.astype(np.int64), f"mask {position}")
@@ -77,7 +77,7 @@ def of_masks(array: Any, classes: ClassMap, said: str = "masks given") -> Truth:
     return Truth("segmentation", [Mask(partial(one, i), f"mask {i}") for i in range(len(array))], said, classes.names)
 
 
-def of_items(truth: Truth, class_map: Given) -> Truth | None:
+def masks_of_items(truth: Truth, class_map: GivenClassMap) -> Truth | None:
     """Masks (h, w) of different sizes, one for each image; None where the items are something else."""
 
     def is_mask(item: Any) -> bool:
@@ -89,12 +89,12 @@ def of_items(truth: Truth, class_map: Given) -> Truth | None:
     return of_masks(truth.items, ClassMap.read(class_map))
 
 
-def of_panoptic(coco: Coco, there: Sequence[Any], class_map: Given) -> tuple[list[Mask | None], Truth]:
+def of_panoptic(coco: Coco, there: Sequence[Any], class_map: GivenClassMap) -> tuple[list[Mask | None], Truth]:
     """Masks of a COCO panoptic file, whose PNGs lie in a folder of its name; what has no segment does not count."""
     folder = coco.path.with_suffix("") if coco.path.with_suffix("").is_dir() else coco.path.parent
     classes, by_image = coco.classes(class_map), {a["image_id"]: a for a in coco.annotations}
 
-    def read(annotation: dict[str, Any]) -> Array:
+    def read(annotation: dict[str, Any]) -> TruthArray:
         file = folder / str(annotation["file_name"])
         colours = _pixels(file, channels=3).astype(np.int64) @ np.array([1, 256, 65536])
         found = np.full(colours.shape, -1, np.int64)

@@ -181,7 +181,7 @@ def _is_interval(ends: Any) -> bool:
 
 
 @dataclass(frozen=True)
-class Difference:
+class PairedDifference:
     """How much higher a figure of the quantized network is, with a 95 % interval that is paired, image by image."""
 
     value: float
@@ -241,7 +241,7 @@ class TaskLoss:
     """
 
     task: str | None
-    difference: Mapping[str, Difference] = field(default_factory=dict)
+    difference: Mapping[str, PairedDifference] = field(default_factory=dict)
     classes: Sequence[ClassLoss] = ()
     notes: Sequence[str] = ()
 
@@ -269,7 +269,7 @@ class TaskLoss:
             notes = [str(note) for note in found.get("notes") or []]
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"Expected what a task lost, found {found}.") from error
-        difference = {k: Difference(v, told.intervals.get(k)) for k, v in told.values.items()}
+        difference = {k: PairedDifference(v, told.intervals.get(k)) for k, v in told.values.items()}
         return cls(found.get("task"), difference, classes, notes)
 
     def to_dict(self) -> dict[str, Any]:

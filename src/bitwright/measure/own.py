@@ -28,7 +28,7 @@ from bitwright.errors import BitwrightError, DataError, UsageError, cause
 from bitwright.given.images import Images
 from bitwright.given.text import short
 from bitwright.given.truth import Boxes
-from bitwright.measure.segmentation import placed
+from bitwright.measure.segmentation import placed_masks
 from bitwright.measure.task import Decode, Draw, Mean, Outputs, Pictured, Tally, called
 
 Metric: TypeAlias = Callable[[Any, Any], Any]
@@ -84,7 +84,7 @@ class OwnJudge:
         truth = self.images.truth
         assert truth is not None
         if truth.kind == "segmentation":
-            masks = [placed(self.images, i, truth.items[i]) for i in positions]
+            masks = [placed_masks(self.images, i, truth.items[i]) for i in positions]
             return torch.from_numpy(np.stack(masks))
         if truth.kind == "detection":
             return [self._in_input(truth.items[i], i) for i in positions]

@@ -24,7 +24,7 @@ from bitwright.measure.metrics import Part
 from bitwright.measure.task import Decode, Draw, Outputs, Pictured, Tally, Task, called
 
 
-class Pixels(NamedTuple):
+class MaskPixels(NamedTuple):
     """Pixels of one image by class: right ones, those of the mask, those of the network; and how many do not count."""
 
     right: Tensor
@@ -42,7 +42,7 @@ class Overlap(Tally):
         {'miou': 0.5, 'pixel_accuracy': 0.667}
     """
 
-    def __init__(self, each: list[Pixels], names: dict[int, str]) -> None:
+    def __init__(self, each: list[MaskPixels], names: dict[int, str]) -> None:
         self.count, self.names = len(each), names
         classes = max((len(p.right) for p in each), default=0)
         kinds = [[F.pad(part, (0, classes - len(part))) for part in p[:3]] for p in each]
@@ -86,7 +86,7 @@ class Overlap(Tally):
         return said
 
 
-def counted(answers: Tensor, mask: Tensor, classes: int = 0) -> Pixels:
+def _counted(answers: Tensor, mask: Tensor, classes: int = 0) -> MaskPixels:
     """Counts the pixels of one image.
 
     Args:
@@ -98,7 +98,7 @@ def counted(answers: Tensor, mask: Tensor, classes: int = 0) -> Pixels:
     found, wanted = answers[counts].long().cpu(), mask[counts].long().cpu()
     size = max([classes, *(int(x.max()) + 1 for x in (found, wanted) if x.numel())])
     right, there, given = (torch.bincount(x, minlength=size) for x in (found[found == wanted], wanted, found))
-    return Pixels(right, there, given, int((~counts).sum()))
+    return MaskPixels(right, there, given, int((~counts).sum()))
 
 
 class _Judge:
@@ -111,14 +111,14 @@ class _Judge:
 
     def target(self, positions: range) -> list[Tensor]:
         """Masks [H, W] as the network's input shows them, with 255 and -1 for what does not count."""
-        masks = (torch.from_numpy(placed(self.images, i, self.truth.items[i])) for i in positions)
+        masks = (torch.from_numpy(placed_masks(self.images, i, self.truth.items[i])) for i in positions)
         return [self._known(mask) for mask in masks]
 
     def add(self, scores: list[Any], outputs: list[Tensor], target: list[Tensor]) -> Sequence[Any]:
         maps = self._maps(outputs, tuple(target[0].shape))
         self.classes = maps.shape[1] if maps.dim() == 4 else 0
         answers = [_resized(one, mask.shape) for one, mask in zip(maps, target, strict=True)]
-        scores += [counted(one, self._known(mask), self.classes) for one, mask in zip(answers, target, strict=True)]
+        scores += [_counted(one, self._known(mask), self.classes) for one, mask in zip(answers, target, strict=True)]
         return answers
 
     def differ(self, position: int, expected: Tensor, found: Tensor, truth: Tensor) -> Pictured:
@@ -158,7 +158,7 @@ class _Judge:
         return Overlap(scores, dict(self.truth.names))
 
 
-def placed(images: Images, position: int, mask: Mask) -> Any:
+def placed_masks(images: Images, position: int, mask: Mask) -> Any:
     """A mask as the network's input shows it: int64 (H, W).
 
     Raises:

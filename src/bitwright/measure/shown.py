@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from bitwright import words
-from bitwright.measure.metrics import Difference, Metrics
+from bitwright.measure.metrics import Metrics, PairedDifference
 from bitwright.measure.tasks import TASKS
 
 
-def named(key: str) -> str:
+def named_figures(key: str) -> str:
     """What a figure is called; a metric of the user's own has the name that it gave.
 
     Example:
@@ -22,7 +22,7 @@ def is_share(key: str) -> bool:
     return any(key in t.figures for t in TASKS.values())
 
 
-def shown(key: str, metrics: Metrics | None) -> str:
+def shown_figures(key: str, metrics: Metrics | None) -> str:
     """A figure with its interval.
 
     Example:
@@ -35,7 +35,7 @@ def shown(key: str, metrics: Metrics | None) -> str:
     return words.number(value) + ("" if ends is None else f" ({words.number(ends[0])} to {words.number(ends[1])})")
 
 
-def shown_change(key: str, change: Difference) -> str:
+def shown_change(key: str, change: PairedDifference) -> str:
     """How much a figure changed, with its paired interval.
 
     Example:

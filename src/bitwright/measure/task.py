@@ -20,7 +20,7 @@ from bitwright.errors import BitwrightError, DataError, cause
 from bitwright.given.images import Images
 from bitwright.given.text import short
 from bitwright.graph.readings import Reading
-from bitwright.measure.metrics import ClassLoss, Difference, Evaluation, Metrics, OutputFidelity, Part, TaskLoss
+from bitwright.measure.metrics import ClassLoss, Evaluation, Metrics, OutputFidelity, PairedDifference, Part, TaskLoss
 
 Draw: TypeAlias = npt.NDArray[np.int64]
 """Positions of images, [N], some of them several times: a sample with replacement."""
@@ -60,18 +60,18 @@ class Tally:
 
     def metrics(self) -> Metrics:
         """The figures with their intervals."""
-        found, ends = self.figures(), interval(self.drawn)
+        found, ends = self.figures(), percentile_interval(self.drawn)
         return Metrics(found, {k: ends[k] for k in found if k in ends})
 
-    def difference(self, reference: Tally) -> dict[str, Difference]:
+    def difference(self, reference: Tally) -> dict[str, PairedDifference]:
         """How much higher each figure is than another network's on the same images, with a paired interval."""
         ours, theirs = self.figures(), reference.figures()
         draws = zip(self.drawn, reference.drawn, strict=False)
-        ends = interval([{k: a[k] - b[k] for k in a if k in b} for a, b in draws])
-        return {k: Difference(ours[k] - theirs[k], ends.get(k)) for k in ours if k in theirs}
+        ends = percentile_interval([{k: a[k] - b[k] for k in a if k in b} for a, b in draws])
+        return {k: PairedDifference(ours[k] - theirs[k], ends.get(k)) for k in ours if k in theirs}
 
 
-def interval(draws: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+def percentile_interval(draws: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
     """95 % intervals of figures by key: the percentiles of Efron (1979) over draws; of those that most draws have.
 
     Example:

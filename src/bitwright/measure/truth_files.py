@@ -17,7 +17,7 @@ from bitwright.errors import DataError
 from bitwright.given.images import EXTENSIONS, Images
 from bitwright.given.truth import Truth
 from bitwright.measure import boxes, masks
-from bitwright.measure.class_maps import FILES, ClassMap, Given
+from bitwright.measure.class_maps import CLASS_MAP_FILES, ClassMap, GivenClassMap
 from bitwright.words import plural
 
 Item = TypeVar("Item")
@@ -26,7 +26,7 @@ NAMES = "classes.txt"
 """A file beside YOLO text that names classes, a line each."""
 
 
-def labelled(images: Images, labels: Any, class_map: Given = None) -> Images:
+def labelled(images: Images, labels: Any, class_map: GivenClassMap = None) -> Images:
     """The images that something is known of, with what is known.
 
     Args:
@@ -42,7 +42,7 @@ def labelled(images: Images, labels: Any, class_map: Given = None) -> Images:
         DataError: the labels cannot be read, or belong to no image.
     """
     if labels is None:
-        found = boxes.of_items(images.truth, class_map) if images.truth is not None else None
+        found = boxes.boxes_of_items(images.truth, class_map) if images.truth is not None else None
         return images if found is None else images.known(found)
     if not isinstance(labels, str | os.PathLike):
         return _given(images, labels, class_map)
@@ -75,10 +75,10 @@ def _kind(path: Path) -> str:
 def files(folder: Path) -> list[Path]:
     """Files below a folder in order, without hidden ones and those that name classes."""
     found = (Path(where, name) for where, _, names in os.walk(folder, followlinks=True) for name in names)
-    return sorted(f for f in found if not f.name.startswith(".") and f.name not in {*FILES, NAMES})
+    return sorted(f for f in found if not f.name.startswith(".") and f.name not in {*CLASS_MAP_FILES, NAMES})
 
 
-def _read(kind: str, path: Path, images: Images, class_map: Given) -> tuple[list[Any], Truth]:
+def _read(kind: str, path: Path, images: Images, class_map: GivenClassMap) -> tuple[list[Any], Truth]:
     """One item per image, None where there is none, and what they are."""
     if kind == "arrays":
         found = masks.of_arrays(path, len(images), class_map)
@@ -96,7 +96,7 @@ def _read(kind: str, path: Path, images: Images, class_map: Given) -> tuple[list
     return boxes.of_voc(there, each, images, path, classes, said=class_map is None)
 
 
-def _from_json(path: Path, images: Images, class_map: Given) -> tuple[list[Any], Truth]:
+def _from_json(path: Path, images: Images, class_map: GivenClassMap) -> tuple[list[Any], Truth]:
     if path.is_dir():
         several = files(path)
         if len(several) > 1:
@@ -176,7 +176,7 @@ def _only_known(images: Images, found: tuple[list[Any], Truth]) -> Images:
     return images.take(there).known(truth)
 
 
-def _given(images: Images, labels: Any, class_map: Given) -> Images:
+def _given(images: Images, labels: Any, class_map: GivenClassMap) -> Images:
     """Images with labels that were given as objects."""
     count = len(images)
     try:
@@ -196,7 +196,7 @@ def _given(images: Images, labels: Any, class_map: Given) -> Images:
     if all(isinstance(x, int | np.integer) and not isinstance(x, bool) for x in labels) or isinstance(labels, Tensor):
         return images.labelled(labels) if _whole(labels) else images.known(_other(labels))
     other = _other(labels)
-    return images.known(boxes.of_items(other, class_map) or masks.of_items(other, class_map) or other)
+    return images.known(boxes.boxes_of_items(other, class_map) or masks.masks_of_items(other, class_map) or other)
 
 
 def _whole(labels: Any) -> bool:

@@ -44,7 +44,7 @@ def is_coarse(program: Any) -> bool:
     return bool(coarse & (kinds | {v.type.tensor_type.elem_type for v in program.graph.input}))
 
 
-def check(program: Any, body: Body, images: Tensor, path: Any) -> float:
+def check_import(program: Any, body: Body, images: Tensor, path: Any) -> float:
     """Compares the network with ONNX Runtime.
 
     Args:

@@ -13,7 +13,7 @@ from bitwright.errors import ModelError
 from bitwright.given.text import short
 from bitwright.graph.outputs import Interface
 from bitwright.onnx_in.build import Body, build, image_of
-from bitwright.onnx_in.check import check, is_coarse
+from bitwright.onnx_in.check import check_import, is_coarse
 from bitwright.onnx_in.file import digest, read_program
 from bitwright.onnx_in.network import OnnxNetwork
 from bitwright.onnx_in.tail import Tail
@@ -101,5 +101,5 @@ class OnnxFile:
             ModelError: they differ.
         """
         if not self._checked:
-            check(self.program, self.body, images, self.path)
+            check_import(self.program, self.body, images, self.path)
             self._checked = True

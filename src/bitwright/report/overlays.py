@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from bitwright.given.images import Images
-from bitwright.given.truth import Array, Boxes
+from bitwright.given.truth import Boxes, TruthArray
 from bitwright.measure.task import Pictured
 from bitwright.report.answers import encoded, seen
 from bitwright.report.frame import Section, paragraph
@@ -18,7 +18,7 @@ from bitwright.report.kept import Overlay
 from bitwright.report.markup import Markup, tag
 from bitwright.report.shown import Shown
 
-SIDE = 112
+TILE = 112
 """Pixels of the longer side that smaller images are enlarged to before they are drawn on."""
 
 
@@ -41,26 +41,26 @@ def _drawn(images: Images, position: int, marks: Any) -> str:
     return encoded(_with_classes(image, marks))
 
 
-def _with_classes(image: Image.Image, classes: Array) -> Image.Image:
+def _with_classes(image: Image.Image, classes: TruthArray) -> Image.Image:
     """The image in grey, in the colour of each pixel's class; as it is where a pixel has none, or class 0."""
     height, width = classes.shape
     grey = np.asarray(image.convert("L").resize((width, height)).convert("RGB"), np.float64)
-    table = np.array([colour(k) for k in range(int(classes.max(initial=0)) + 1)], np.float64)
+    table = np.array([_colour(k) for k in range(int(classes.max(initial=0)) + 1)], np.float64)
     coloured = np.where((classes > 0)[..., None], 0.4 * grey + 0.6 * table[classes.clip(0)], grey)
     return Image.fromarray(coloured.round().astype(np.uint8))
 
 
 def _with_boxes(image: Image.Image, boxes: Boxes) -> Image.Image:
-    scale = max(1, SIDE // max(image.size))
+    scale = max(1, TILE // max(image.size))
     large = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
     pen, width = ImageDraw.Draw(large), max(1, max(large.size) // 80)
     for corners, label in zip(boxes.corners * scale, boxes.labels.tolist(), strict=True):
         x1, y1, x2, y2 = corners.tolist()
-        pen.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour(label + 1), width=width)
+        pen.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=_colour(label + 1), width=width)
     return large
 
 
-def colour(number: int) -> tuple[int, int, int]:
+def _colour(number: int) -> tuple[int, int, int]:
     """A colour for a class: hues far apart for classes that follow each other.
 
     Example:

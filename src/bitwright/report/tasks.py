@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bitwright import words
 from bitwright.measure.metrics import ClassLoss, Evaluation, TaskLoss
-from bitwright.measure.shown import is_share, named, shown, shown_change
+from bitwright.measure.shown import is_share, named_figures, shown_change, shown_figures
 from bitwright.measure.tasks import TASKS
 from bitwright.report.frame import Section, bullets, paragraph
 from bitwright.report.markup import Markup
@@ -32,7 +32,7 @@ def _changes(loss: TaskLoss) -> Markup | None:
     for key, change in known:
         low, high = change.interval or (0.0, 0.0)
         judged = "may be chance" if low <= 0 <= high else "better" if low > 0 else "worse"
-        rows.append([named(key), shown_change(key, change), judged])
+        rows.append([named_figures(key), shown_change(key, change), judged])
     return page_table(
         "Quantized less float, on images drawn with replacement (95 % interval, paired)", ["", ">change", ""], rows
     )
@@ -42,7 +42,7 @@ def _own(found: Evaluation) -> Markup | None:
     """Figures that no task has: a metric of the user's own."""
     theirs, ours = found.reference, found.quantized
     keys = [k for k in (ours.values if ours else ()) if not is_share(k)]
-    rows = [[named(k), shown(k, theirs), shown(k, ours)] for k in keys]
+    rows = [[named_figures(k), shown_figures(k, theirs), shown_figures(k, ours)] for k in keys]
     return page_table("Metrics of your own", ["", ">float", ">quantized"], rows) if rows else None
 
 

@@ -27,7 +27,7 @@ from bitwright.export.verdict import Parity
 from bitwright.given.arguments import a_path, of_kind
 from bitwright.given.images import Images, load_images
 from bitwright.graph.student import Student
-from bitwright.measure.class_maps import Given
+from bitwright.measure.class_maps import GivenClassMap
 from bitwright.measure.evaluation import NOTHING_SAID, evaluation_of, layer_sqnr, read_outputs_of
 from bitwright.measure.task import Decode
 from bitwright.measure.tasks import Scoring
@@ -153,7 +153,7 @@ def save(
     task: str | None = None,
     metric: Any = None,
     decode: Decode | None = None,
-    class_map: Given = None,
+    class_map: GivenClassMap = None,
     diagnosis: bool = False,
     onnx: bool = False,
     report: bool = False,

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 Values = tuple[list[Tensor], list[Tensor]]
 """A network's outputs, and its values at the points."""
-Judge = Callable[[Values, Values, Tensor | None], Tensor]
+LossJudge = Callable[[Values, Values, Tensor | None], Tensor]
 """``judge(quantized, float, labels)``: the loss of each image, [N], in any place of its own for outputs and points."""
 
 
@@ -156,7 +156,7 @@ def spread_of_outputs(outputs: list[Tensor], readings: Sequence[Reading]) -> flo
     )
 
 
-def _distance_of_outputs(readings: Sequence[Reading]) -> Judge:
+def _distance_of_outputs(readings: Sequence[Reading]) -> LossJudge:
     def judge(ours: Values, theirs: Values, _: Tensor | None) -> Tensor:
         return distance_of_outputs(ours[0], theirs[0], readings)
 
@@ -188,7 +188,7 @@ class _OneAtATime:
         found = {key: self.student.graph.get_submodule(key) for key in called}
         return {k: q for k, q in found.items() if isinstance(q, Quantizer) and q.role != "parameter"}
 
-    def table(self, name: str, images: Images, points: list[Point], judge: Judge) -> Table:
+    def table(self, name: str, images: Images, points: list[Point], judge: LossJudge) -> Table:
         """The mean of what the judge says, for every quantizer and number of bits, and its standard error."""
         grids = self._grids(images.unlabelled())
         graph = expose(self.student.graph, [p.node for p in points])

@@ -35,7 +35,7 @@ from bitwright.stages.augment import Views
 from bitwright.stages.base import Optimising, Run
 from bitwright.stages.calibrate import widen_for_biases
 from bitwright.stages.learner import Learner, Variables
-from bitwright.stages.optimizers import Part, optimizers_of
+from bitwright.stages.optimizers import OptimizedPart, optimizers_of
 from bitwright.stages.resume import KeptState, Pace
 from bitwright.stages.schedules import Learn
 
@@ -189,7 +189,7 @@ class Lesson:
             name: nn.Parameter(rewrite.get_tensor(teacher.graph, name).detach().clone()) for name in _learned(teacher)
         }
         self.parts = optimizers_of(self.learner, settings)
-        self.teaching = Part.of(
+        self.teaching = OptimizedPart.of(
             [(p, 1.0) for p in self.taught.values() if isinstance(p, nn.Parameter)], settings.teacher
         )
 
@@ -276,7 +276,7 @@ class Lesson:
             part.load({n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)})
         self.step = step
 
-    def _all_parts(self) -> list[Part]:
+    def _all_parts(self) -> list[OptimizedPart]:
         return [*self.parts, *([self.teaching] if self.teaching else [])]
 
 

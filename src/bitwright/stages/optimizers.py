@@ -34,7 +34,7 @@ class Rates(Protocol):
 
 
 @dataclass
-class Part:
+class OptimizedPart:
     """One kind of variable with its optimizer; rates relative to a parameter's size where that is its scale."""
 
     optimizer: torch.optim.Optimizer
@@ -43,7 +43,7 @@ class Part:
     sizes: list[float]
 
     @classmethod
-    def of(cls, sized: Iterable[tuple[nn.Parameter, float]], learn: Learn | None) -> Part | None:
+    def of(cls, sized: Iterable[tuple[nn.Parameter, float]], learn: Learn | None) -> OptimizedPart | None:
         """An optimizer for those of the parameters that are learned; None where there are none.
 
         Args:
@@ -90,14 +90,14 @@ class Part:
                 }
 
 
-def optimizers_of(learner: Learner, rates: Rates) -> list[Part]:
+def optimizers_of(learner: Learner, rates: Rates) -> list[OptimizedPart]:
     """The optimizers of everything that a student learns."""
     weights, activations = list(learner.weights.values()), learner.activations.values()
     found = [
-        Part.of([(w.codes, 1.0) for w in weights], rates.codes),
-        Part.of([(w.step, float(w.step.detach().mean())) for w in weights], rates.weight_step),
-        Part.of([(b.bias, b.size) for b in learner.biases.values()], rates.bias),
-        Part.of([(a.step, float(a.step.detach())) for a in activations], rates.activation_step),
+        OptimizedPart.of([(w.codes, 1.0) for w in weights], rates.codes),
+        OptimizedPart.of([(w.step, float(w.step.detach().mean())) for w in weights], rates.weight_step),
+        OptimizedPart.of([(b.bias, b.size) for b in learner.biases.values()], rates.bias),
+        OptimizedPart.of([(a.step, float(a.step.detach())) for a in activations], rates.activation_step),
     ]
     return [part for part in found if part is not None]
 

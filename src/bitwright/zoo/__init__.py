@@ -72,7 +72,7 @@ def network(name: str) -> nn.Module:
     path, script = _FOLDER / f"{name}.safetensors", "train_dense" if name in DENSE else "train"
     if not path.is_file():
         raise ModelError(f"Expected weights in {path}, found none. Run: python -m bitwright.zoo.{script} --only {name}")
-    model = {**networks.BUILDERS, **dense.BUILDERS}[name]()
+    model = {**networks.BUILDERS, **dense.DENSE_BUILDERS}[name]()
     model.load_state_dict(load_file(str(path)))
     return model.eval()
 

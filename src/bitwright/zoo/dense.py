@@ -132,7 +132,7 @@ def _best(boxes: Tensor, labels: Tensor) -> Tensor:
     return torch.tensor(kept, dtype=torch.int64)
 
 
-BUILDERS: dict[str, Callable[[], nn.Module]] = {
+DENSE_BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "fashion_segmenter": FashionSegmenter,
     "fashion_detector": FashionDetector,
 }

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-SIDE = 64
+SCENE_SIDE = 64
 """Pixels of a scene's sides."""
 MOST = 4
 """Garments in a scene."""
@@ -49,8 +49,8 @@ def compose(garments: NDArray[np.uint8], labels: NDArray[Any], count: int, seed:
         seed: of all that is drawn.
     """
     random = np.random.default_rng(seed)
-    images = np.empty((count, SIDE, SIDE, 1), np.uint8)
-    masks = np.empty((count, SIDE, SIDE), np.uint8)
+    images = np.empty((count, SCENE_SIDE, SCENE_SIDE, 1), np.uint8)
+    masks = np.empty((count, SCENE_SIDE, SCENE_SIDE), np.uint8)
     boxes = []
     for i in range(count):
         image, owner, classes = _scene(garments, labels, random)
@@ -62,13 +62,13 @@ def compose(garments: NDArray[np.uint8], labels: NDArray[Any], count: int, seed:
 
 def _scene(garments: NDArray[np.uint8], labels: NDArray[Any], random: np.random.Generator) -> Any:
     """The image, which garment each pixel shows (0: none), and the garments' classes."""
-    level = random.uniform(0, 70) + random.uniform(-0.4, 0.4) * np.arange(SIDE)[:, None]
-    image = (level + random.normal(0, random.uniform(2, 10), (SIDE, SIDE))).clip(0, 255)
-    owner, whole = np.zeros((SIDE, SIDE), np.int64), [1]
+    level = random.uniform(0, 70) + random.uniform(-0.4, 0.4) * np.arange(SCENE_SIDE)[:, None]
+    image = (level + random.normal(0, random.uniform(2, 10), (SCENE_SIDE, SCENE_SIDE))).clip(0, 255)
+    owner, whole = np.zeros((SCENE_SIDE, SCENE_SIDE), np.int64), [1]
     classes: list[int] = []
     for _ in range(int(random.integers(1, MOST + 1))):
         chosen, side = int(random.integers(len(garments))), int(random.integers(_SMALL, _LARGE + 1))
-        top, left = random.integers(0, SIDE - side + 1, 2)
+        top, left = random.integers(0, SCENE_SIDE - side + 1, 2)
         small = Image.fromarray(garments[chosen, :, :, 0]).resize((side, side), Image.Resampling.BILINEAR)
         values = np.asarray(small, np.float64)
         placed = owner.copy()

@@ -26,9 +26,9 @@ from bitwright.measure.task import Outputs
 from bitwright.measure.tasks import Scoring
 from bitwright.measure.truth_files import labelled
 from bitwright.zoo import preprocessing
-from bitwright.zoo.dense import BUILDERS, DECODERS, corners, middles
+from bitwright.zoo.dense import DECODERS, DENSE_BUILDERS, corners, middles
 from bitwright.zoo.fashion import DEFAULT_DIR, ZOO_DIR, read_split
-from bitwright.zoo.scenes import SIDE, Scenes, compose
+from bitwright.zoo.scenes import SCENE_SIDE, Scenes, compose
 from bitwright.zoo.train import stored
 
 SCENES, EPOCHS, BATCH, PEAK_LR = 16_000, 5, 32, 4e-3
@@ -45,7 +45,7 @@ def segmentation_loss(outputs: Tensor, scenes: Scenes, chosen: Any) -> Tensor:
 def detection_loss(outputs: dict[str, Tensor], scenes: Scenes, chosen: Any) -> Tensor:
     """Focal loss of the scores (Lin et al. 2017) and GIoU of the boxes (Rezatofighi et al. 2019), per object."""
     scores, found = outputs["scores"], corners(outputs["sides"])
-    wanted, boxes = (torch.stack(x) for x in zip(*(places(scenes.boxes[i]) for i in chosen), strict=True))
+    wanted, boxes = (torch.stack(x) for x in zip(*(_places(scenes.boxes[i]) for i in chosen), strict=True))
     p = scores.sigmoid()
     sure = torch.where(wanted > 0, p, 1 - p)
     focal = (torch.where(wanted > 0, 0.25, 0.75) * (1 - sure) ** 2) * F.binary_cross_entropy_with_logits(
@@ -57,9 +57,9 @@ def detection_loss(outputs: dict[str, Tensor], scenes: Scenes, chosen: Any) -> T
     return (focal.sum() + 2 * (1 - giou(a, b)).sum()) / count
 
 
-def places(truth: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _places(truth: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """What each place is to say: scores (10, 16, 16) and corners (4, 16, 16), of the smallest box that it is in."""
-    side = SIDE // 4
+    side = SCENE_SIDE // 4
     middle, scores, boxes = middles((side, side)), torch.zeros(10, side, side), torch.zeros(4, side, side)
     order = np.argsort(-(truth["boxes"][:, 2:] - truth["boxes"][:, :2]).prod(1))
     for k in order:
@@ -87,10 +87,10 @@ LOSSES: dict[str, Callable[[Any, Scenes, Any], Tensor]] = {
 }
 
 
-def train(name: str, scenes: Scenes, epochs: int, seed: int) -> nn.Module:
+def train_on_scenes(name: str, scenes: Scenes, epochs: int, seed: int) -> nn.Module:
     """Train a network from scratch and return it in eval mode, as it is after the last step."""
     torch.manual_seed(seed)
-    random, model = np.random.default_rng(seed), BUILDERS[name]()
+    random, model = np.random.default_rng(seed), DENSE_BUILDERS[name]()
     how = Preprocessing(**preprocessing(name))
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.02, fused=True)
     steps = len(scenes.images) // BATCH
@@ -111,7 +111,7 @@ def train(name: str, scenes: Scenes, epochs: int, seed: int) -> nn.Module:
     return model.eval()
 
 
-def measured(name: str, model: nn.Module, scenes: Scenes) -> dict[str, float]:
+def _measured(name: str, model: nn.Module, scenes: Scenes) -> dict[str, float]:
     """The figures of the network's task on scenes."""
     truth: Any = scenes.masks if name == "fashion_segmenter" else scenes.boxes
     images = labelled(load_images(scenes.images, Preprocessing(**preprocessing(name))), truth)
@@ -130,12 +130,12 @@ def measured(name: str, model: nn.Module, scenes: Scenes) -> dict[str, float]:
 def _run(args: argparse.Namespace) -> None:
     scenes = compose(*read_split(args.data, "train"), args.scenes, args.seed)
     test = compose(*read_split(args.data, "test"), TEST_SCENES, TEST_SEED)
-    for name in [args.only] if args.only else list(BUILDERS):
+    for name in [args.only] if args.only else list(DENSE_BUILDERS):
         started = time.monotonic()
-        model = train(name, scenes, args.epochs, args.seed)
+        model = train_on_scenes(name, scenes, args.epochs, args.seed)
         state = stored(model)
         model.load_state_dict(state)
-        figures = measured(name, model, test)
+        figures = _measured(name, model, test)
         metadata = {
             "name": name,
             **{f"test_{k}": f"{v:.4f}" for k, v in figures.items()},
@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bitwright.zoo.train_dense", description=__doc__)
     parser.add_argument("--data", type=Path, default=DEFAULT_DIR, help="folder of the Fashion-MNIST files")
     parser.add_argument("--out", type=Path, default=ZOO_DIR, help="folder to write the weights to")
-    parser.add_argument("--only", choices=list(BUILDERS), help="train this network only")
+    parser.add_argument("--only", choices=list(DENSE_BUILDERS), help="train this network only")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--scenes", type=int, default=SCENES, help="that are learned from")
     parser.add_argument("--seed", type=int, default=0)
