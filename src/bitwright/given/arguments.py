@@ -22,13 +22,14 @@ _FLAGS = {
     "path": "out",
 }
 OPTIONS = frozenset([
-    "activations", "batch", "bits", "blocks", "by", "cache", "channel_order", "channels", "class_map", "classes",
-    "compression", "crop_mode", "crop_pct", "decode", "device", "dry_run", "eigenvalues", "evaluate", "float_model", "force", "granularity",
-    "group_size", "images", "interpolation", "labels", "matrix", "max_activation_size", "max_bops", "max_drop",
-    "max_latency", "max_total_size", "mean", "measure", "metric", "minutes", "output", "plan", "point", "points",
-    "precision", "probes", "recipe", "recipes", "resume", "rules", "runtime", "samples", "seconds", "seed", "seeds",
-    "skip_unreadable", "spectrum_samples", "std", "steps", "target_size", "task", "threads", "to", "tolerance",
-    "weights", "input_size", "preprocess", "preprocessing", "folder", "path",
+    "activations", "batch", "bits", "blocks", "by", "cache", "channel_order", "channels", "class_map",
+    "classes", "compression", "crop_mode", "crop_pct", "decode", "device", "dry_run", "eigenvalues", "evaluate",
+    "float_model", "force", "granularity", "group_size", "images", "interpolation", "labels", "matrix",
+    "max_activation_size", "max_bops", "max_drop", "max_latency", "max_total_size", "mean", "measure", "metric",
+    "minutes", "output", "plan", "point", "points", "precision", "probes", "recipe", "recipes", "resume",
+    "rules", "runtime", "samples", "seconds", "seed", "seeds", "skip_unreadable", "spectrum_samples", "std",
+    "steps", "target_size", "task", "threads", "to", "tolerance", "weights", "input_size", "preprocess",
+    "preprocessing", "folder", "path",
 ])  # fmt: skip
 """Arguments that the command line has as options; what else looks like one stays as it is."""
 _TEXT = "'[^']*'|\"[^\"]*\""

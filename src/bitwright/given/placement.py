@@ -36,7 +36,7 @@ class ImagePlacement:
         input: width and height of the network's input.
 
     Example:
-        >>> half = Placement((0.5, 0.5), (0.0, 2.0), (16, 8), (8, 8))
+        >>> half = ImagePlacement((0.5, 0.5), (0.0, 2.0), (16, 8), (8, 8))
         >>> half.to_image(half.to_input(np.array([[2.0, 2.0, 6.0, 4.0]]))).tolist()
         [[2.0, 2.0, 6.0, 4.0]]
     """

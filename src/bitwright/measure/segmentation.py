@@ -37,7 +37,7 @@ class Overlap(Tally):
     """Pixel accuracy and mean intersection over union, the mean over classes that the masks have.
 
     Example:
-        >>> one = counted(torch.tensor([[0, 1], [1, 1]]), torch.tensor([[0, 0], [1, -1]]))
+        >>> one = _counted(torch.tensor([[0, 1], [1, 1]]), torch.tensor([[0, 0], [1, -1]]))
         >>> {k: round(v, 3) for k, v in Overlap([one], {}).figures().items()}
         {'miou': 0.5, 'pixel_accuracy': 0.667}
     """

@@ -11,7 +11,7 @@ def named_figures(key: str) -> str:
     """What a figure is called; a metric of the user's own has the name that it gave.
 
     Example:
-        >>> named("miou"), named("psnr")
+        >>> named_figures("miou"), named_figures("psnr")
         ('mean IoU of classes', 'psnr')
     """
     return next((t.figures[key] for t in TASKS.values() if key in t.figures), key)
@@ -26,7 +26,8 @@ def shown_figures(key: str, metrics: Metrics | None) -> str:
     """A figure with its interval.
 
     Example:
-        >>> shown("miou", Metrics({"miou": 0.5}, {"miou": [0.4, 0.6]})), shown("psnr", Metrics({"psnr": 31.25}))
+        >>> found = Metrics({"miou": 0.5, "psnr": 31.25}, {"miou": [0.4, 0.6]})
+        >>> shown_figures("miou", found), shown_figures("psnr", found)
         ('50.00 % (40.0 to 60.0)', '31.2')
     """
     value, ends = (None, None) if metrics is None else (metrics.get(key), metrics.intervals.get(key))
@@ -39,7 +40,7 @@ def shown_change(key: str, change: PairedDifference) -> str:
     """How much a figure changed, with its paired interval.
 
     Example:
-        >>> shown_change("miou", Difference(-0.012, [-0.02, 0.001]))
+        >>> shown_change("miou", PairedDifference(-0.012, [-0.02, 0.001]))
         '−1.20 points (−2.00 to +0.10 points)'
     """
     say = words.points if is_share(key) else (lambda v: words.signed(f"{v:+.3g}"))

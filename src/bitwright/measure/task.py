@@ -75,7 +75,7 @@ def percentile_interval(draws: Sequence[Mapping[str, float]]) -> dict[str, list[
     """95 % intervals of figures by key: the percentiles of Efron (1979) over draws; of those that most draws have.
 
     Example:
-        >>> interval([{"hit": float(i)} for i in range(101)])
+        >>> percentile_interval([{"hit": float(i)} for i in range(101)])
         {'hit': [2.5, 97.5]}
     """
     keys = dict.fromkeys(k for draw in draws for k in draw)

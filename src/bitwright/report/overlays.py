@@ -64,7 +64,7 @@ def _colour(number: int) -> tuple[int, int, int]:
     """A colour for a class: hues far apart for classes that follow each other.
 
     Example:
-        >>> colour(1) == colour(1), colour(1) == colour(2)
+        >>> _colour(1) == _colour(1), _colour(1) == _colour(2)
         (True, False)
     """
     red, green, blue = colorsys.hsv_to_rgb(number * 0.6180339887 % 1, 0.85, 1.0)
