@@ -59,9 +59,15 @@ class OnnxFile:
             behind = file.body.behind.nodes
             kinds = ", ".join(sorted({node.op_type for node in behind}))
             outputs = ", ".join(file.network.outputs)
+            image = file.body.image
+            fixed = (
+                ""
+                if image.free
+                else f" They were written for {plural(image.batch, 'image')} at once, and so is model.onnx."
+            )
             warnings.warn(
-                f"The last {plural(len(behind), 'operator')} of {path} ({kinds}) stay as they are. "
-                f"The network that is quantized ends before them, in {outputs}.",
+                f"The last operators of {path} ({kinds}) stay as they are. "
+                f"The network that is quantized ends before them, in {outputs}.{fixed}",
                 stacklevel=4,
             )
         return file
