@@ -25,6 +25,7 @@ def quantized(name, scheme=None, recipe="mse", **settings):
     return bw.quantize(cases.model(name), cases.dataset(), recipe=recipe, scheme=scheme)
 
 
+@pytest.mark.filterwarnings("ignore:.* get 8 bits instead of 4")
 @pytest.mark.parametrize("name", cases.CASES)
 @pytest.mark.parametrize(("weights", "activations"), [(8, 8), (3, 4)])
 def test_every_case_runs_in_the_runtime_and_equals_the_simulation(name, weights, activations, tmp_path):

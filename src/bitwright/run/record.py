@@ -107,10 +107,10 @@ class Raised:
 class Outliers:
     """What was done, or is suggested, about tensors whose grid a few rows or channels would take for themselves."""
 
-    recentred: list[Recentring] = field(default_factory=list)
     balanced: list[ChannelScales] = field(default_factory=list)
     raised: Raised | None = None
     suggestions: list[Suggestion] = field(default_factory=list)
+    recentred: list[Recentring] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
