@@ -33,7 +33,9 @@ model_argument = partial(
     "zoo:NAME, timm:NAME@weights, torchvision:NAME@weights, path/to/file.py:callable, model.pt2 or model.onnx",
 )
 images_argument = partial(
-    argument, "IMAGES", "A folder, an .npz file or zoo:NAME, with an optional slice as in 'photos[0::2]'"
+    argument,
+    "IMAGES",
+    "A folder, an .npz, .tar or .parquet file or zoo:NAME, with an optional slice as in 'photos[0::2]'",
 )
 run_argument = partial(argument, "RUN", "A run folder with a model.onnx in it")
 recipe_option = partial(

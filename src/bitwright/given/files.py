@@ -8,8 +8,9 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -51,62 +52,88 @@ class Source(Protocol):
         """Return width and height of the upright image."""
 
 
-class Files:
+class Encoded:
+    """Encoded images of which each is a run of bytes of its own; where the bytes lie is told by subclasses."""
+
+    names: list[str]
+
+    def where(self, index: int) -> str:
+        """Return where one image lies, for errors."""
+        raise NotImplementedError
+
+    def opened(self, index: int) -> BinaryIO:
+        """Return the bytes of one image, from their start.
+
+        Raises:
+            DataError: they cannot be had.
+        """
+        raise NotImplementedError
+
+    def read(self, index: int) -> Image.Image:
+        """Return one decoded image, upright."""
+        with self._image(index) as image:
+            try:
+                image.load()
+                return _upright(image)
+            except Exception as error:  # decoders raise a dozen kinds for a broken file
+                raise self._broken(index, error) from error
+
+    def header(self, index: int) -> None:
+        """Raise `DataError` when the bytes do not begin as an image does."""
+        with self._image(index):
+            pass
+
+    def digest(self, index: int) -> bytes:
+        """Return the SHA-256 of the bytes."""
+        try:
+            with self.opened(index) as file:
+                return hashlib.sha256(file.read()).digest()
+        except OSError as error:
+            raise self._broken(index, error) from error
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Return width and height of the upright image, from its header."""
+        with self._image(index) as image:
+            size, turned = image.size, _orientation(image) >= 5
+        return (size[1], size[0]) if turned else size
+
+    @contextmanager
+    def _image(self, index: int) -> Iterator[Image.Image]:
+        with ExitStack() as open_files:
+            try:
+                image = open_files.enter_context(Image.open(open_files.enter_context(self.opened(index))))
+            except DataError:
+                raise
+            except Exception as error:
+                raise self._broken(index, error) from error
+            yield image
+
+    def _broken(self, index: int, error: Exception) -> DataError:
+        where = self.where(index)
+        if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+            return _bomb(where)
+        what = "" if isinstance(error, UnidentifiedImageError) else f" ({short(error)})"
+        return DataError(
+            f"Expected an image, cannot read {where}{what}. Repair or remove it, or pass skip_unreadable=True."
+        )
+
+
+class Files(Encoded):
     """Image files under one folder, named by their paths relative to it."""
 
     def __init__(self, root: Path, names: list[str]) -> None:
         self.root, self.names = root, names
 
-    def path(self, index: int) -> Path:
-        """Return where one image lies."""
-        return self.root / self.names[index]
+    def where(self, index: int) -> str:
+        """Return the file's path."""
+        return str(self.root / self.names[index])
 
-    def _file(self, index: int) -> Path:
-        """Where one image lies; a pipe or a device, which may never end, is none."""
-        path = self.path(index)
+    def opened(self, index: int) -> BinaryIO:
+        """Return the file; a pipe or a device, which may never end, is none."""
+        path = self.root / self.names[index]
         if not path.is_file():
             raise DataError(f"Expected an image, {path} is no file. Remove it, or pass skip_unreadable=True.")
-        return path
-
-    def read(self, index: int) -> Image.Image:
-        """Return one decoded image, upright."""
-        path = self._file(index)
-        try:
-            with Image.open(path) as image:
-                image.load()
-                return _upright(image)
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise _bomb(path) from error
-        except Exception as error:  # decoders raise a dozen kinds for a broken file
-            raise _unreadable(path, error) from error
-
-    def header(self, index: int) -> None:
-        """Raise `DataError` when the file's header is not an image's."""
-        path = self._file(index)
-        try:
-            with Image.open(path):
-                pass
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise _bomb(path) from error
-        except Exception as error:
-            raise _unreadable(path, error) from error
-
-    def digest(self, index: int) -> bytes:
-        """Return the SHA-256 of the file."""
-        try:
-            return hashlib.sha256(self._file(index).read_bytes()).digest()
-        except OSError as error:
-            raise _unreadable(self.path(index), error) from error
-
-    def size(self, index: int) -> tuple[int, int]:
-        """Return width and height of the upright image, from the file's header."""
-        path = self._file(index)
-        try:
-            with Image.open(path) as image:
-                size, turned = image.size, _orientation(image) >= 5
-        except Exception as error:
-            raise _unreadable(path, error) from error
-        return (size[1], size[0]) if turned else size
+        return path.open("rb")
 
 
 class Arrays:
@@ -165,14 +192,9 @@ def _upright(image: Image.Image) -> Image.Image:
     return image.copy() if turn is None else image.transpose(turn)
 
 
-def _unreadable(path: Path, error: Exception) -> DataError:
-    what = "" if isinstance(error, UnidentifiedImageError) else f" ({short(error)})"
-    return DataError(f"Expected an image, cannot read {path}{what}. Repair or remove it, or pass skip_unreadable=True.")
-
-
-def _bomb(path: Path) -> DataError:
+def _bomb(where: str) -> DataError:
     return DataError(
-        f"Expected an image of at most {Image.MAX_IMAGE_PIXELS} pixels, {path} claims more. "
+        f"Expected an image of at most {Image.MAX_IMAGE_PIXELS} pixels, {where} claims more. "
         "Shrink or remove it, or pass skip_unreadable=True."
     )
 

@@ -25,6 +25,7 @@ from bitwright.given.items import evenly, items
 from bitwright.given.placement import ImagePlacement
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing, parse_input_size
 from bitwright.given.references import absolute_source
+from bitwright.given.shards import SHARDS, open_shards
 from bitwright.given.text import short
 from bitwright.given.truth import Truth, masks_of
 
@@ -246,7 +247,8 @@ def load_images(
     """Return the images that ``source`` names.
 
     Args:
-        source: a folder (recursive, sorted by path), one image file, ``zoo:NAME``, or an ``.npz`` file with
+        source: a folder (recursive, sorted by path), one image file, a ``.tar`` archive (WebDataset) or ``.parquet``
+            table (Hugging Face) or a folder of them, ``zoo:NAME``, or an ``.npz`` file with
             ``images`` (uint8 (N, H, W, 1 or 3), or float (N, C, H, W) taken as preprocessed) and perhaps
             ``labels``; each with an optional slice as in ``photos[0::2]``. Or such an array, a float tensor
             (N, C, H, W), videos (N, C, T, H, W), or any iterable of tensors or (tensor, label) pairs such as a
@@ -325,6 +327,8 @@ def _from_place(text: str) -> tuple[Source, Tensor | Truth | None]:
         return _from_folder(path)
     if path.suffix.lower() == ".npz":
         return _from_npz(path)
+    if path.suffix.lower() in SHARDS and _is_file(path):
+        return open_shards([path], EXTENSIONS)
     if path.suffix.lower() in EXTENSIONS:
         return Files(path.parent, [path.name]), None
     raise DataError(
@@ -357,6 +361,11 @@ def _exists(path: Path) -> bool:
 
 def _from_folder(root: Path) -> tuple[Source, Tensor | None]:
     names = sorted(_image_names(root))
+    shards = (
+        [] if names else sorted(path for path in root.rglob("*") if path.suffix.lower() in SHARDS and _is_file(path))
+    )
+    if shards:
+        return open_shards(shards, EXTENSIONS)
     if not names:
         raise DataError(
             f"Expected images in {root}, found none. Give files that end in {', '.join(sorted(EXTENSIONS))}."
