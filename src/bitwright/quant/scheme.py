@@ -79,8 +79,8 @@ class Rule(BaseModel):
     """An exception for the layers that match a pattern: ``head=w8a8``, ``blocks.*.mlp.*=w3``, ``stem=wfloat``.
 
     Example:
-        >>> Rule.parse("blocks.*=w8a16")
-        Rule(pattern='blocks.*', weights=8, activations=16)
+        >>> Rule.parse("blocks.*=w8a16"), Rule.parse("stem=float") == Rule.parse("stem=wfloatafloat")
+        (Rule(pattern='blocks.*', weights=8, activations=16), True)
     """
 
     model_config = ConfigDict(frozen=True)
@@ -91,14 +91,20 @@ class Rule(BaseModel):
 
     @classmethod
     def parse(cls, text: str) -> Rule:
-        """Reads ``PATTERN=w8a8``; either half may be missing. Layers have ``_`` where names in a file have slashes.
+        """Reads ``PATTERN=w8a8``; either half may be missing, and ``float`` alone is both.
+
+        Layers have ``_`` where names in a file have slashes.
 
         Raises:
             UsageError: the text has another form, or names bits that do not exist.
         """
-        match = re.fullmatch(r"(?P<pattern>.+)=(?:w(?P<w>\d+|float))?(?:a(?P<a>\d+|float))?", text.strip())
+        full = re.sub(r"=float$", "=wfloatafloat", text.strip())
+        match = re.fullmatch(r"(?P<pattern>.+)=(?:w(?P<w>\d+|float))?(?:a(?P<a>\d+|float))?", full)
         if match is None or not (match["w"] or match["a"]):
-            raise UsageError(f"Expected a rule like 'blocks.0.*=w8a8', found '{text}'.")
+            raise UsageError(
+                f"Expected a rule like 'blocks.0.*=w8a8', 'head=a16' or 'stem=float' (w: bits of weights, a: of "
+                f"activations), found '{text}'."
+            )
         weights, activations, where = match["w"], match["a"], f"in {as_rules([text])}"
         return cls(
             pattern=match["pattern"].replace("/", "_"),
