@@ -120,6 +120,7 @@ def test_the_record_of_a_run_and_the_files_of_another_stay(here: Path, capsys: p
         ("tables", "other/result.json", "record"),
         ("tables", "run/result.json", "record"),
         ("onnx", "other/model.onnx", "another run"),
+        ("onnx", "run/model.onnx", "the run itself"),
     ):
         assert main(["export", "run", "--to", to, "--out", name]) == 2
         assert said in capsys.readouterr().err

@@ -353,8 +353,8 @@ def test_unknown_torchvision_names() -> None:
     torchvision_or_skip()
     with fails("Did you mean", "resnet18"):
         load_model("torchvision:resnet81")
-    with fails("neither", "file.py:callable"):
-        load_model("torchvision:fasterrcnn_resnet50_fpn")
+    with fails("network of images", "file.py:callable"):
+        load_model("torchvision:raft_small")
 
 
 def test_densenet_names_of_old_files_are_understood(tmp_path: Path) -> None:

@@ -85,3 +85,8 @@ def test_a_mask_follows_its_image(size: tuple[int, int]) -> None:
 def test_what_boxes_cannot_follow_is_refused(function: Callable[[Image.Image], Tensor], why: str) -> None:
     with pytest.raises(DataError, match=f"Expected preprocess to resize, crop and pad images.*{why}"):
         placement(function, (40, 30))
+
+
+def test_a_function_may_put_the_channels_last() -> None:
+    last = placement(lambda image: letterbox(image).permute(1, 2, 0), (64, 48))
+    assert last == placement(letterbox, (64, 48))

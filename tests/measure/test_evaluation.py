@@ -181,7 +181,7 @@ def test_masks_of_another_size_or_kind_are_not_left_out_in_silence(
 ) -> None:
     model, images, masks = dense
     with pytest.raises(
-        DataError, match="Expected a mask of 10x10 pixels as the image 0, or one in proportion, found 5x9"
+        DataError, match=r"mask of 10x10 pixels \(height x width\) as the image 0, or one in proportion, found 9x5"
     ):
         model.evaluate((images, masks[:, :9, ::2]))
     with pytest.warns(UserWarning, match="float32 labels of 24x10x10 that came with the images are not used"):
@@ -224,3 +224,26 @@ def test_an_output_without_values() -> None:
         "output_0 against float",
         "output_1 against float",
     ]
+
+
+def test_labels_that_give_no_figure_are_no_success(dense: tuple[bw.QuantizedModel, Tensor, Tensor]) -> None:
+    model, images, masks = dense
+    with pytest.raises(DataError, match="No pixel of the masks counts: all are 255, negative, or outside"):
+        model.evaluate((images, masks.fill_(255)))
+    for empty in ({}, {"psnr": float("nan")}):
+        with pytest.raises(DataError, match="Expected figures from the labels, found none"):
+            model.evaluate(images, list(range(24)), metric=lambda outputs, truth, found=empty: found)
+
+
+def test_labels_of_another_kind_than_the_outputs_are_said_to_be(
+    dense: tuple[bw.QuantizedModel, Tensor, Tensor],
+) -> None:
+    model, images, masks = dense
+    with pytest.raises(DataError, match=r"Expected masks or boxes as labels= .* found class indices"):
+        model.evaluate(images, list(range(24)))
+    classifier = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    model = bw.quantize(classifier, images[:4], "rtn")
+    boxes = [{"boxes": torch.tensor([[0, 0, 4, 4.0]]), "labels": torch.tensor([1])}] * 4
+    for labels, kind in ((masks[:4], "masks"), (boxes, "boxes")):
+        with pytest.raises(DataError, match=rf"Expected class indices as labels= .* outputs of 4, found {kind}"):
+            model.evaluate(images[:4], labels)

@@ -216,7 +216,7 @@ def save(array: Any, file: Path) -> None:
     ("spoil", "line"),
     [
         (lambda m: None, "Expected masks of classes below 2, or 255 for pixels that do not count, found 7"),
-        (lambda m: save(np.zeros((16, 20)), m / "1.png"), r"Expected a mask of 24x16 pixels as .*1.jpg.*found 20x16"),
+        (lambda m: save(np.zeros((16, 20)), m / "1.png"), r"Expected a mask of 16x24 pixels .*1.jpg.*found 16x20"),
         (lambda m: save(np.arange(1152).reshape(16, 24, 3), m / "1.png"), "Expected whole numbers or a palette"),
         (lambda m: (m / "1.png").write_text("x"), "Expected a mask, cannot read"),
         (lambda m: (m / "1.txt").write_text("0 0 0 1 1"), r"Expected one kind .*3 of masks and 1 of YOLO text"),
@@ -246,7 +246,7 @@ def test_what_has_no_partner_is_said(photos: Path) -> None:
 
 
 def test_outputs_without_pixels_are_said(photos: Path) -> None:
-    with pytest.raises(DataError, match="Expected an output that gives each pixel of 12x8 a class, found outputs of 5"):
+    with pytest.raises(DataError, match="Expected class indices as labels= of a network with outputs of 5"):
         run(given(photos), torch.zeros(3, 5))
     with pytest.raises(DataError, match="Expected class indices as labels= for task='classification', found masks"):
         run(given(photos), halves(), Scoring("classification"))

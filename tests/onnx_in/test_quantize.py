@@ -19,6 +19,7 @@ from bitwright.cli import main
 from bitwright.errors import DataError, UsageError
 from bitwright.given.images import load_images
 from bitwright.given.models import load_model
+from bitwright.graph.outputs import Interface
 from bitwright.onnx_in.source import OnnxFile
 
 CLASSIFIER = [
@@ -200,3 +201,31 @@ def test_an_unused_kind_of_number_is_no_surprise(tmp_path: Path) -> None:
     path = write(tmp_path / "double.onnx", nodes, ("N", 3, 8, 10), {"w": weights(4, 3, 3, 3)})
     quantized = bw.quantize(str(path), images(4, (3, 8, 10)), "rtn")
     assert quantized(images(4, (3, 8, 10))).dtype == torch.float32
+
+
+def test_a_network_without_weights_and_its_own_name_for_the_batch(tmp_path: Path) -> None:
+    nodes = [node("Relu", "x", "r"), node("GlobalAveragePool", "r", "g"), node("Flatten", "g")]
+    path = write(tmp_path / "bare.onnx", nodes, ("how_many", 3, 8, 10))
+    folder = bw.quantize(str(path), images(8, (3, 8, 10)), "rtn").save(tmp_path / "run", onnx=True)
+    found = onnx.load(folder / "model.onnx").graph
+    sides = [value.type.tensor_type.shape.dim[0].dim_param for value in (*found.input, *found.output)]
+    assert sides == ["how_many", "how_many"]
+    assert Interface.read({**bw.load(folder).interface.stored(), "axis": "n"}).axis == "n"
+
+
+def test_a_run_through_a_function_names_it_and_does_not_run_it(
+    classifier: Path, tmp_path: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pre.py").write_text(
+        "import numpy as np, torch\n"
+        "def shrink(image): return torch.from_numpy(np.asarray(image.convert('L'), np.float32) / 255)[:, :, None]\n"
+    )
+    function = str(tmp_path / "pre.py:shrink")
+    model = load_model(str(classifier), preprocess=function)
+    folder = bw.quantize(model, "zoo:fashion[:4]", "rtn").save(tmp_path / "run", onnx=True)
+    for call in (["evaluate", str(folder / "model.onnx")], ["evaluate", str(folder)]):
+        assert main([*call, "zoo:fashion-test[:4]"]) == 2
+        assert f"Give --preprocess {function} if you trust it" in " ".join(capsys.readouterr().err.split())
+    assert "top-1" in bitwright(
+        capsys, "evaluate", str(folder / "model.onnx"), "zoo:fashion-test[:4]", "--preprocess", function
+    )

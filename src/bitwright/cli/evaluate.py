@@ -12,25 +12,25 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from bitwright import zoo
 from bitwright.cli import tables
 from bitwright.cli.calls import EvaluateCall
-from bitwright.cli.sources import float_network, images_at, is_run, load_run
+from bitwright.cli.options import ImageOptions
+from bitwright.cli.sources import check_preprocess, float_network, images_at, is_run, known_settings, load_run
 from bitwright.errors import BitwrightError, ModelError, UsageError, one_line
 from bitwright.given.images import Images
 from bitwright.given.inputs import prepare_teacher
-from bitwright.given.models import Model, load_model, preprocessing_of
+from bitwright.given.models import Model, decoder_beside, load_model, preprocessing_of
 from bitwright.given.preprocessing import has_channels_last
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.capture import Captured
 from bitwright.graph.readings import Reading
-from bitwright.measure.evaluation import Network, compare, outputs_of
+from bitwright.measure.evaluation import Network, check_figures, compare, outputs_of
 from bitwright.measure.metrics import Evaluation
 from bitwright.measure.task import Outputs
 from bitwright.measure.tasks import Scoring
 from bitwright.run import folder as run_folder
 from bitwright.run.record import EvaluatedImages
-from bitwright.run.result import RunResult
+from bitwright.run.result import RunNetwork, RunResult
 from bitwright.terminal import Terminal
 
 BATCH = 50
@@ -89,6 +89,7 @@ def _scored(call: EvaluateCall, terminal: Terminal) -> tuple[str, EvaluatedImage
         batch=subject.batch,
         progress=terminal.progress,
     )
+    check_figures(found)
     if subject.kind == "float" and subject.reference is None:
         found = found.as_float()
     return subject.kind, data, found
@@ -168,7 +169,7 @@ def _onnx(call: EvaluateCall, axes: Axes) -> Evaluated:
     if given is None or len(given.shape) != 4:
         raise ModelError(f"Expected one image input [N, C, H, W] in {call.model}, found {_inputs(session)}.")
     network = load_model(call.float_model, **preprocessing) if call.float_model is not None else None
-    images = _images(call, network or _beside(Path(call.model), given.shape, preprocessing))
+    images = _images(call, network or _beside(path, given.shape, call.reading))
     shape = tuple(images[0].shape)
     if any(isinstance(side, int) and side != ours for side, ours in zip(given.shape[1:], shape, strict=True)):
         raise UsageError(
@@ -198,8 +199,8 @@ def _of_run_beside(path: Path, names: tuple[str, ...], scoring: Scoring) -> tupl
     run = run_folder.load(path.parent)
     if run.outputs != names:
         return Outputs(names), scoring
-    kind, _, name = str(run.result.get("model", {}).get("reference")).partition(":")
-    return outputs_of(run), replace(scoring, beside=zoo.decoder(name) if kind == "zoo" else None)
+    about = RunResult.read(run.result).model
+    return outputs_of(run), replace(scoring, beside=decoder_beside(about.reference, known_settings(about.settings)))
 
 
 def _session(path: Path) -> Any:
@@ -223,15 +224,18 @@ def _by(shape: Any) -> str:
     return "x".join(map(str, shape))
 
 
-def _beside(path: Path, shape: list[Any], settings: dict[str, Any]) -> Model | None:
+def _beside(path: Path, shape: list[Any], reading: ImageOptions) -> Model | None:
     """The preprocessing of an ONNX file: as given, else as recorded in the run folder it lies in."""
     base: dict[str, Any] = {}
+    settings = reading.preprocessing
     result = path.parent / run_folder.RESULT
     if result.is_file():
         try:
-            base = dict(run_folder.read_result(result).model.preprocessing or {})
+            about = run_folder.read_result(result).model
         except UsageError:
-            base = {}
+            about = RunNetwork("")
+        check_preprocess(about.settings, reading)
+        base = dict(about.preprocessing or {})
     if not base and not settings:
         return None
     sides = tuple(shape[1:])

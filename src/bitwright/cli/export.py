@@ -81,18 +81,19 @@ def _exported(run: str, call: ExportCall, terminal: Terminal) -> Exported:
         raise cannot_write(path, error) from error
     terminal.finish()
     size = sum(file.stat().st_size for file in files)
-    if call.out is None:
+    if path.resolve() == (folder / made.files[0]).resolve():
         _record(folder / run_folder.RESULT, to, parity, size)
     return Exported(path, to, size, parity)
 
 
 def _check_run_of(path: Path, folder: Path, *, force: bool) -> None:
-    """Keeps what a run says of itself, and unless ``force`` the files of another run."""
+    """Keeps what a run says of itself, and unless ``force`` the files of runs."""
     inside = (path.parent / run_folder.RESULT).is_file()
     if inside and path.name in run_folder.RECORDS:
         raise UsageError(f"{path} is a part of the run's record. Choose another name.")
-    if inside and path.is_file() and path.parent != folder.resolve() and not force:
-        raise UsageError(f"{path} belongs to another run. Choose another name, or --force.")
+    if inside and path.is_file() and not force:
+        whose = "the run itself, which --out may not replace" if path.parent == folder.resolve() else "another run"
+        raise UsageError(f"{path} belongs to {whose}. Choose another name, or --force.")
 
 
 def run_images(model: Student, source: str | None, reading: ImageOptions, how: str = "--images") -> Images:

@@ -107,7 +107,8 @@ def float_network(run: Student, reference: str | None, reading: ImageOptions) ->
         UsageError: nobody knows where it is, it cannot be loaded any more, or it is code that the user did not name.
     """
     recorded = RunResult.read(run.result).model
-    settings = reading.preprocessing or _known(recorded.settings)
+    check_preprocess(recorded.settings, reading)
+    settings = reading.preprocessing or known_settings(recorded.settings)
     if reference is not None:
         return load_model(reference, **settings)
     where = recorded.reference
@@ -125,6 +126,20 @@ def float_network(run: Student, reference: str | None, reading: ImageOptions) ->
         raise UsageError(f"The network of this run is not where it was ({said}). Give it with --float.") from error
 
 
+def check_preprocess(recorded: Mapping[str, Any] | None, reading: ImageOptions) -> None:
+    """A function that prepared the images of a run is code, which runs only where the user names it.
+
+    Raises:
+        UsageError: there was one, and nothing is said now.
+    """
+    function = (recorded or {}).get("preprocess")
+    if function is not None and not reading.preprocessing:
+        raise UsageError(
+            f"The images of this run went through {function}, Python code which runs only where you name it. "
+            f"Give --preprocess {function} if you trust it."
+        )
+
+
 def is_code(reference: str) -> bool:
     """Whether loading the network means running a Python file.
 
@@ -138,7 +153,7 @@ def is_code(reference: str) -> bool:
     }
 
 
-def _known(recorded: Mapping[str, Any] | None) -> dict[str, Any]:
+def known_settings(recorded: Mapping[str, Any] | None) -> dict[str, Any]:
     """Settings of preprocessing in a result, without what nobody could have said on the command line."""
     known = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "channel_order")
     return {k: recorded[k] for k in known if k in recorded} if recorded else {}

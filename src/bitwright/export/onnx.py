@@ -313,6 +313,24 @@ def _rename_as_given(program: ir.Model, outputs: tuple[str, ...], names: Interfa
             value.name = f"{value.name}/inner"
     for value, name in ends:
         value.name = name
+    _rename_axis(graph, names.axis)
+
+
+def _rename_axis(graph: ir.Graph, name: str) -> None:
+    """Gives the number of images the name that it has in the user's file, in every shape that tells of it."""
+    images = graph.inputs[0].shape
+    if images is None or not isinstance(images[0], ir.SymbolicDim) or images[0].value is None:
+        return
+    symbol = re.compile(rf"\b{re.escape(images[0].value)}\b")
+    for value in (*graph.inputs, *(v for node in graph for v in node.outputs)):
+        if value.shape is not None:
+            value.shape = ir.Shape([_renamed_side(side, symbol, name) for side in value.shape])
+
+
+def _renamed_side(side: int | ir.SymbolicDim, symbol: re.Pattern[str], name: str) -> int | ir.SymbolicDim:
+    if isinstance(side, int) or side.value is None:
+        return side
+    return ir.SymbolicDim(symbol.sub(lambda _: name, side.value))
 
 
 def _replace_marks(program: ir.Model, modules: dict[str, nn.Module], form: QdqForm) -> None:

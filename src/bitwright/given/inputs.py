@@ -12,6 +12,7 @@ from torch import nn
 
 from bitwright.errors import UsageError
 from bitwright.given.arguments import one_of, whole_number
+from bitwright.given.detectors import DetectorBody, is_detector
 from bitwright.given.images import Images, load_images
 from bitwright.given.models import Model, load_model
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing
@@ -33,7 +34,10 @@ def as_model(
         model = load_model(model)
     if isinstance(model, Model):
         return model if preprocessing is None else replace(model, preprocessing=preprocessing)
-    return Model(model, type(model).__name__, preprocessing, None)
+    name = type(model).__name__
+    if isinstance(model, nn.Module) and is_detector(model):
+        model = DetectorBody(model).eval()
+    return Model(model, name, preprocessing, None)
 
 
 def prepare_teacher(

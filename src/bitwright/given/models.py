@@ -21,10 +21,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from bitwright.errors import BitwrightError, ModelError, UsageError
+from bitwright.given import detectors
 from bitwright.given.compat import import_timm, import_torchvision, with_torchvision
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing, parse_input_size
 from bitwright.given.references import absolute_reference
@@ -127,7 +129,10 @@ def load_model(
     _check_weights(model)
     if preprocess is not None:
         model = replace(model, preprocessing=_function(preprocess, settings))
-    return replace(model, reference=absolute_reference(str(reference)), settings=settings)
+    if detectors.is_detector(model.module):
+        model = _without_decoding(model)
+    named = {} if preprocess is None else {"preprocess": absolute_reference(str(preprocess))}
+    return replace(model, reference=absolute_reference(str(reference)), settings={**settings, **named})
 
 
 def _resolve(reference: str, settings: Settings) -> Model:
@@ -149,6 +154,43 @@ def _resolve(reference: str, settings: Settings) -> Model:
             f"Expected a network, {reference} holds weights at most. Name the network too, as in timm:NAME@{reference}."
         )
     raise UsageError(f"Expected a model as {FORMS}, found {reference!r}.{_perhaps_zoo(reference)}")
+
+
+def _without_decoding(model: Model) -> Model:
+    """The body of a detector, and its own decoding beside it."""
+    detector, how = model.module, model.preprocessing
+    assert isinstance(detector, nn.Module)
+    shape = (
+        how.shape if isinstance(how, Preprocessing) else tuple(how(Image.new("RGB", (256, 256))).shape) if how else ()
+    )
+    decode = model.decode or (detectors.TorchvisionDecode(detector, (shape[1], shape[2])) if shape else None)
+    return replace(model, module=detectors.DetectorBody(detector).eval(), decode=decode)
+
+
+def decoder_beside(reference: str | None, settings: Mapping[str, Any] | None = None) -> Callable[[Any], Any] | None:
+    """What turns outputs of a network into boxes, where its name alone says that: no file of the user's is run.
+
+    Args:
+        reference: of the network.
+        settings: of preprocessing that were given with it.
+    """
+    kind, _, name = (reference or "").partition(":")
+    if kind == "zoo":
+        from bitwright import zoo
+
+        decode: Callable[[Any], Any] | None = zoo.decoder(name)
+        return decode
+    name = name.partition("@")[0]
+    if kind != "torchvision" or name not in _torchvision_detectors():
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its weights are random, and nobody asks for them
+        return load_model(f"torchvision:{name}", **(settings or {})).decode
+
+
+def _torchvision_detectors() -> list[str]:
+    models: Any = import_torchvision().models
+    return list(models.list_models(module=models.detection))
 
 
 def _perhaps_zoo(name: str) -> str:
@@ -216,12 +258,14 @@ def _from_torchvision(rest: str, settings: Settings) -> Model:
     models = torchvision.models
     name, _, weights = rest.partition("@")
     segmentation = models.list_models(module=models.segmentation)
-    known = [*models.list_models(module=models), *segmentation]
+    known = [*models.list_models(module=models), *segmentation, *_torchvision_detectors()]
     if name in models.list_models() and name not in known:
         raise ModelError(
-            f"Expected a classification or segmentation network, torchvision:{name} is neither. "
+            f"Expected a network of images, torchvision:{name} is none. "
             "Wrap it in a file.py:callable that takes and returns one tensor."
         )
+    if name in _torchvision_detectors():
+        return _from_torchvision_detector(name, weights, settings)
     if name not in known:
         raise ModelError(f"There is no torchvision model {name!r}. {_closest(name, known)}")
     base = _torchvision_settings(models.get_model_weights(name))
@@ -242,6 +286,23 @@ def _from_torchvision(rest: str, settings: Settings) -> Model:
     return Model(module, name, preprocessing, "out" if name in segmentation else None)
 
 
+def _from_torchvision_detector(name: str, weights: str, settings: Settings) -> Model:
+    models: Any = import_torchvision().models
+    classes = len(models.get_model_weights(name).DEFAULT.meta["categories"])
+
+    def build(**more: Any) -> nn.Module:
+        module: nn.Module = models.get_model(name, weights=None, weights_backbone=None, **more)
+        return module
+
+    def other(module: nn.Module, state: Mapping[str, Tensor]) -> int | None:
+        wanted = module.state_dict()
+        return detectors.classes_of(_renamed(state, wanted), wanted, classes)
+
+    module = _with_weights(build, weights, f"torchvision:{name}", other)
+    detectors.is_detector(module)
+    return Model(module, name, _with_settings(detectors.input_settings(module), settings))
+
+
 def _torchvision_settings(weights: Any) -> Settings:
     """Read what torchvision's own transform for these weights would do, without fetching them."""
     transform = weights.DEFAULT.transforms()
@@ -259,7 +320,12 @@ def _torchvision_settings(weights: Any) -> Settings:
     }
 
 
-def _with_weights(build: Build, weights: str, reference: str) -> nn.Module:
+def _with_weights(
+    build: Build,
+    weights: str,
+    reference: str,
+    other_classes: Callable[[nn.Module, Mapping[str, Tensor]], int | None] | None = None,
+) -> nn.Module:
     module = _seeded(build, reference)
     if not weights:
         warnings.warn(
@@ -270,7 +336,7 @@ def _with_weights(build: Build, weights: str, reference: str) -> nn.Module:
         )
         return module
     state = read_state_dict(weights)
-    classes = _other_classes(module, state)
+    classes = (other_classes or _other_classes)(module, state)
     if classes is not None:
         module = _seeded(lambda: build(num_classes=classes), reference)
     load_weights(module, state, weights)
@@ -310,7 +376,8 @@ def _from_script(path: Path, name: str, weights: str | None, settings: Settings)
     if weights:
         load_weights(module, read_state_dict(weights), weights)
     decode = getattr(script, "decode", None)
-    how = _script_preprocessing(script, path, name, settings)
+    own = detectors.input_settings(module) if detectors.is_detector(module) else {}
+    how = _script_preprocessing(script, path, name, settings, own)
     return Model(module, name, how, decode=decode if callable(decode) else None)
 
 
@@ -416,8 +483,9 @@ def _function(reference: str, settings: Settings) -> PreprocessFunction:
 
 
 def _script_preprocessing(
-    script: ModuleType, path: Path, name: str, settings: Settings
+    script: ModuleType, path: Path, name: str, settings: Settings, own: Settings
 ) -> Preprocessing | PreprocessFunction | None:
+    """What stands beside the callable; ``own`` is what the network itself says."""
     function = getattr(script, "preprocess", None)
     if callable(function):
         if settings:
@@ -432,7 +500,7 @@ def _script_preprocessing(
         base = base.get(name, {})
     if not isinstance(base, Mapping):
         raise ModelError(f"Expected PREPROCESSING in {path} to be a dict, found {type(base).__name__}.")
-    return _given_preprocessing(dict(base), settings, f"{path}:{name}")
+    return _given_preprocessing({**own, **base}, settings, f"{path}:{name}")
 
 
 def _given_preprocessing(base: Settings, settings: Settings, reference: str) -> Preprocessing | None:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from bitwright.errors import DataError
-from bitwright.given.preprocessing import PreprocessFunction, Preprocessing, resized_size
+from bitwright.given.preprocessing import PreprocessFunction, Preprocessing, has_channels_last, resized_size
 
 ImageSize: TypeAlias = tuple[int, int]
 """Width and height in pixels."""
@@ -134,7 +134,8 @@ def _ramp(extent: int, lines: int) -> PointArray:
 def _shown(function: PreprocessFunction, values: Any, size: ImageSize) -> PointArray:
     pixels = np.broadcast_to(np.asarray(values, np.uint8), (size[1], size[0]))
     found = function(Image.fromarray(np.stack([pixels] * 3, -1)))
-    return np.asarray(found.detach() if isinstance(found, Tensor) else found, dtype=np.float64)
+    array = np.asarray(found.detach() if isinstance(found, Tensor) else found, dtype=np.float64)
+    return np.moveaxis(array, -1, 0) if has_channels_last(array.shape) else array
 
 
 def _edges(shares: PointArray, seen: PointArray, axis: int, extent: int) -> tuple[float, float]:

@@ -101,7 +101,8 @@ def without_boxes(model: nn.Module) -> str:
     maps = "list(model.backbone(x).values())" if _has(model, "backbone") and head.startswith("model.") else ""
     return (
         "A detector is captured without its box decoding: wrap it in a module whose forward returns "
-        f"{head}{f'({maps})' if maps else ''}"
+        f"{head}{f'({maps})' if maps else ''}, and give what makes boxes of them as decode=, or as a function decode "
+        "beside the callable"
     )
 
 

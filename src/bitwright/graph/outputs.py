@@ -31,6 +31,7 @@ class Interface:
         outputs: names of outputs, by the names that they have here.
         frame: the file without the network: metadata and what follows, a serialized ONNX program.
         batch: images that the file takes at once; None for any number.
+        axis: name of the axis of images.
         tensors: names of tensors in the file, by layer, where they are others.
     """
 
@@ -38,6 +39,7 @@ class Interface:
     outputs: Mapping[str, str]
     frame: bytes | None = None
     batch: int | None = None
+    axis: str = "N"
     tensors: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -51,7 +53,7 @@ class Interface:
         """As JSON has it."""
         frame = None if self.frame is None else base64.b64encode(self.frame).decode()
         maps = {"outputs": dict(self.outputs), "tensors": dict(self.tensors)}
-        return {"input": self.input, "frame": frame, "batch": self.batch, **maps}
+        return {"input": self.input, "frame": frame, "batch": self.batch, "axis": self.axis, **maps}
 
     @classmethod
     def read(cls, stored: Any) -> Interface | None:
@@ -62,7 +64,7 @@ class Interface:
             )
             frame = None if stored["frame"] is None else base64.b64decode(stored["frame"], validate=True)
             batch = None if stored["batch"] is None else int(stored["batch"])
-            return cls(str(stored["input"]), outputs, frame, batch, tensors)
+            return cls(str(stored["input"]), outputs, frame, batch, str(stored.get("axis", "N")), tensors)
         except (TypeError, KeyError, ValueError, AttributeError):
             return None
 

@@ -125,10 +125,12 @@ def _only_consumer(node: fx.Node) -> _Consumer | None:
 
 def _fuses_into(node: fx.Node, target: Target) -> fx.Node | None:
     """The operator that continues this one's group, if any."""
-    if not ops.is_float_tensor(node) or ops.kind(node) in {"move", "constant", "input"}:
+    if not ops.is_float_tensor(node) or ops.kind(node) in {"move", "constant"}:
         return None
     consumer = _only_consumer(node)
     if consumer is None or not _can_fuse(node, consumer, target):
+        return None
+    if ops.kind(node) == "input" and ops.base_name(consumer.node) not in CLAMPING:
         return None
     if ops.kind(consumer.node) == "add":
         rivals = [n for n in _operands(consumer.node) if _only_consumer(n) and _can_fuse(n, consumer, target)]

@@ -12,11 +12,13 @@ from torch import Tensor
 from bitwright.errors import DataError
 from bitwright.given.images import Images
 from bitwright.measure.metrics import Metrics, PairedDifference, paired_difference, wilson_interval
-from bitwright.measure.task import Decode, Draw, Outputs, Pictured, Tally, Task, called
+from bitwright.measure.task import Decode, Draw, Outputs, Pictured, Tally, Task, called, check_kind, shapes_of
+
+KEYS = ("top1", "top5")
 
 
 class Hits(Tally):
-    """Whether the class of each image is right, and among the first five: bool [N, 2].
+    """Whether the class of each image is right, and among the first five: bool [N, 2], or [N, 1] without the latter.
 
     Example:
         >>> found = Hits(torch.tensor([[True, True], [False, True]]))
@@ -30,8 +32,7 @@ class Hits(Tally):
     def figures(self, draw: Draw | None = None) -> dict[str, float]:
         """Shares of the images."""
         chosen = self.hits if draw is None else self.hits[torch.from_numpy(draw)]
-        top1, top5 = chosen.sum(0).tolist()
-        return {"top1": top1 / len(chosen), "top5": top5 / len(chosen)}
+        return {k: n / len(chosen) for k, n in zip(KEYS, chosen.sum(0).tolist(), strict=False)}
 
     def metrics(self) -> Metrics:
         """The interval is Wilson's, which holds for shares near 0 and 1 too."""
@@ -41,7 +42,7 @@ class Hits(Tally):
         """With the interval of Agresti and Min for matched proportions."""
         assert isinstance(reference, Hits)
         found = {}
-        for position, key in enumerate(("top1", "top5")):
+        for position, key in enumerate(KEYS[: self.hits.shape[1]]):
             now, before = self.hits[:, position], reference.hits[:, position]
             pairs = {"both": now & before, "only_float": ~now & before, "only_quantized": now & ~before}
             counts = {k: int(v.sum()) for k, v in pairs.items()}
@@ -51,9 +52,12 @@ class Hits(Tally):
 
 
 def hits(scores: Tensor, labels: Tensor) -> Tensor:
-    """Whether the label [B] is the first, and among the first five, of the scores [B, K]: bool [B, 2]."""
+    """Whether the label [B] is the first, and among the first five, of the scores [B, K]: bool [B, 2].
+
+    Of up to five classes every label is among the first five, which says nothing: bool [B, 1] then.
+    """
     top = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels.to(scores.device).unsqueeze(1)
-    return torch.stack([top[:, 0], top.any(1)], 1).cpu()
+    return torch.stack([top[:, 0], top.any(1)], 1)[:, : 2 if scores.shape[1] > 5 else 1].cpu()
 
 
 @dataclass(frozen=True)
@@ -84,11 +88,11 @@ def class_scores(outputs: list[Tensor], labels: Tensor) -> Tensor:
     Raises:
         DataError: no output is one, several are, or a label is beyond its classes.
     """
+    check_kind(CLASSIFICATION.truth, outputs)
     scores = [o for o in outputs if isinstance(o, Tensor) and o.dim() == 2]
     if len(scores) != 1:
-        shapes = ", ".join("x".join(map(str, o.shape[1:])) or "one number" for o in outputs if isinstance(o, Tensor))
         raise DataError(
-            f"Expected one output of class scores to compare with labels, found outputs of {shapes}. "
+            f"Expected one output of class scores to compare with labels, found outputs of {shapes_of(outputs)}. "
             "Name the one to keep with output=, or evaluate without labels."
         )
     if len(labels) and int(labels.max()) >= scores[0].shape[1]:

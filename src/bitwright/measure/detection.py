@@ -19,7 +19,7 @@ from bitwright.errors import DataError, UsageError
 from bitwright.given.images import Images
 from bitwright.given.truth import Boxes, Truth, TruthArray
 from bitwright.measure.metrics import Part
-from bitwright.measure.task import Decode, Draw, Outputs, Pictured, Tally, Task, called
+from bitwright.measure.task import Decode, Draw, Outputs, Pictured, Tally, Task, called, check_kind, shapes_of
 from bitwright.words import plural
 
 FORMS = "a list of {'boxes', 'scores', 'labels'} per image, or (N, M, 6) of x1, y1, x2, y2, score, class"
@@ -243,10 +243,10 @@ def _boxes_among(outputs: list[Tensor], how: Outputs) -> Any:
     }
     if len(named) == 3 and named["boxes"].dim() == 3 and named["boxes"].shape[2] == 4:
         return [dict(zip(named, row, strict=True)) for row in zip(*named.values(), strict=True)]
-    shapes = ", ".join("x".join(map(str, o.shape[1:])) or "one number" for o in outputs)
+    check_kind(DETECTION.truth, outputs)
     raise DataError(
-        f"Expected boxes from the network to compare with labels, found outputs of {shapes}. Give decode= with a "
-        f"function that returns {FORMS}."
+        f"Expected boxes from the network to compare with labels, found outputs of {shapes_of(outputs)}. Give decode= "
+        f"with a function that returns {FORMS}."
     )
 
 

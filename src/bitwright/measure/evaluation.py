@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from bitwright.errors import BitwrightError, UsageError, cause
+from bitwright.errors import BitwrightError, DataError, UsageError, cause
 from bitwright.given.arguments import of_kind
 from bitwright.given.images import Images, load_images
 from bitwright.given.models import Model
@@ -66,6 +67,9 @@ def evaluate(
     Returns:
         ``quantized``, ``evaluation`` where something is known of the images, and, with a teacher, ``float`` and
         ``fidelity``, as in ``result.json``.
+
+    Raises:
+        DataError: the labels do not fit the outputs, or give no figure.
     """
     of_kind("model", model, Student, "a quantized model")
     scoring = Scoring(task, metric, decode)
@@ -73,7 +77,9 @@ def evaluate(
     images = source if isinstance(source, Images) else load_images(source, model.preprocessing)
     images = labelled(images, labels, class_map)
     readings = read_outputs_of(model, images, classes)
-    return evaluation_of(model, images, readings, scoring=scoring, batch=batch, progress=progress).to_dict()
+    found = evaluation_of(model, images, readings, scoring=scoring, batch=batch, progress=progress)
+    check_figures(found)
+    return found.to_dict()
 
 
 def evaluation_of(
@@ -172,6 +178,18 @@ def compare(
         done += len(inputs)
         progress("Evaluating", done, len(images))
     return joined(judged, None if reference is None else fidelity.outputs)
+
+
+def check_figures(found: Evaluation) -> None:
+    """Where there is something to compare with, there must be a figure.
+
+    Raises:
+        DataError: no mask counts a pixel, or a metric returned nothing.
+    """
+    if found.loss is None or found.quantized is None or not all(map(math.isnan, found.quantized.values.values())):
+        return
+    why = " ".join(found.loss.notes) or "The metric returned no number for any image."
+    raise DataError(f"Expected figures from the labels, found none. {why} Check labels= and what reads them.")
 
 
 def _say_what_is_left_out(images: Images, judged: Sequence[Judged]) -> None:

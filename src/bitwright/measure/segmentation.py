@@ -21,7 +21,7 @@ from bitwright.given.images import Images
 from bitwright.given.truth import IGNORED, Mask, Truth
 from bitwright.graph.readings import Reading, by_values
 from bitwright.measure.metrics import Part
-from bitwright.measure.task import Decode, Draw, Outputs, Pictured, Tally, Task, called
+from bitwright.measure.task import Decode, Draw, Outputs, Pictured, Tally, Task, called, check_kind, shapes_of
 
 
 class MaskPixels(NamedTuple):
@@ -80,7 +80,10 @@ class Overlap(Tally):
         if not self._ignored:
             return []
         share = self._ignored / (self._ignored + there.sum())
-        said = [f"{100 * share:.3g} % of the pixels do not count: {IGNORED} in the masks, or nothing in the class map."]
+        said = [
+            f"{100 * share:.3g} % of the pixels do not count: {IGNORED} or a negative number in the masks, null in the "
+            "class map, or outside of the image."
+        ]
         if not there[1:].any():
             said.append(f"Class 0 alone is in the masks. If {IGNORED} is a class too, say so with class_map=.")
         return said
@@ -173,8 +176,8 @@ def placed_masks(images: Images, position: int, mask: Mask) -> Any:
         return found.astype(np.int64)
     (h, w), (width, height) = found.shape, place.image
     raise DataError(
-        f"Expected a mask of {width}x{height} pixels as the image {images.names[position]}, or one in proportion, "
-        f"found {w}x{h} in {mask.where}. Give the mask of this image."
+        f"Expected a mask of {height}x{width} pixels (height x width) as the image {images.names[position]}, or one in "
+        f"proportion, found {h}x{w} in {mask.where}. Give the mask of this image."
     )
 
 
@@ -198,10 +201,11 @@ def pixel_scores(outputs: list[Tensor], readings: Any, size: tuple[int, ...]) ->
         found = _scores(output, reading, size)
         if found is not None:
             return found
-    shapes = ", ".join("x".join(map(str, o.shape[1:])) or "one number" for o in outputs)
+    check_kind(SEGMENTATION.truth, outputs)
     raise DataError(
-        f"Expected an output that gives each pixel of {size[1]}x{size[0]} a class, found outputs of {shapes}. Give "
-        "decode= with a function that returns scores (N, classes, H, W) or classes (N, H, W)."
+        f"Expected an output that gives each pixel of {size[0]}x{size[1]} (height x width) a class, found outputs of "
+        f"{shapes_of(outputs)}. Give decode= with a function that returns scores (N, classes, H, W) or classes "
+        "(N, H, W)."
     )
 
 

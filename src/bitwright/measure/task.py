@@ -146,6 +146,38 @@ def called(decode: Decode, arranged: Any) -> Any:
         raise DataError(f"Expected decode to return predictions, it raised {kind}.") from cause(error)
 
 
+def shapes_of(outputs: Sequence[Any]) -> str:
+    """Shapes of one image's outputs, for messages.
+
+    Example:
+        >>> shapes_of([torch.zeros(2, 3, 8, 8), torch.zeros(2)])
+        '3x8x8, one number'
+    """
+    return ", ".join("x".join(map(str, o.shape[1:])) or "one number" for o in outputs if isinstance(o, Tensor))
+
+
+def check_kind(found: str, outputs: Sequence[Any]) -> None:
+    """Labels must be of the kind that such outputs are compared with.
+
+    Args:
+        found: what the labels are: class indices, masks or boxes.
+        outputs: of a batch, as the network gives them.
+
+    Raises:
+        DataError: maps are to be compared with class indices, or class scores with masks or boxes.
+    """
+    axes = {o.dim() for o in outputs if isinstance(o, Tensor)}
+    classes = found == "class indices"
+    if not axes or (max(axes) <= 2) == classes or (classes and 2 in axes):
+        return
+    wanted = "masks or boxes" if classes else "class indices"
+    folders = " (folders that images lie in are taken for classes)" if classes else ""
+    raise DataError(
+        f"Expected {wanted} as labels= of a network with outputs of {shapes_of(outputs)}, found {found}{folders}. "
+        f"Give {wanted}, or images without labels."
+    )
+
+
 @dataclass(frozen=True)
 class Pictured:
     """An image on which two networks differ, for people to look at.

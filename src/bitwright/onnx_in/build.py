@@ -49,12 +49,14 @@ class Image:
         batch: images that the file takes at once; 1 where it takes any number.
         shape: of one image, as the file has it.
         free: whether the file takes any number of images.
+        axis: name of the axis of images; empty where it has none.
     """
 
     name: str
     batch: int
     shape: tuple[int, ...]
     free: bool
+    axis: str = ""
 
     @property
     def channels_last(self) -> bool:
@@ -104,7 +106,7 @@ def image_of(program: Any, size: tuple[int, int, int] | None, path: Path) -> Ima
         raise ModelError(f"Expected an image input [N, C, H, W] or [N, H, W, C] in {path}, found '{value.name}' of "
                          f"{'x'.join(str(s or '?') for s in sides) or 'no known shape'}.")  # fmt: skip
     shape = _sized(tuple(sides[1:]), size, value.name, path)
-    return Image(value.name, max(sides[0], 1), shape, sides[0] <= 0)
+    return Image(value.name, max(sides[0], 1), shape, sides[0] <= 0, str(kind.shape.dim[0].dim_param))
 
 
 def _sized(shape: tuple[int, ...], size: tuple[int, int, int] | None, name: str, path: Path) -> tuple[int, ...]:

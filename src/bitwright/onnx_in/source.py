@@ -91,7 +91,8 @@ class OnnxFile:
     def names(self) -> Interface:
         """What of the file stays as it is around the quantized network."""
         batch = None if self.body.image.free else self.body.image.batch
-        about = {"frame": self.body.frame, "batch": batch, "tensors": self.network.tensors}
+        axis = self.body.image.axis or "N"
+        about = {"frame": self.body.frame, "batch": batch, "axis": axis, "tensors": self.network.tensors}
         return Interface.of(self.body.image.name, self.network.outputs, **about)
 
     def tail(self) -> Tail | None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bitwright.errors import ModelError
 from bitwright.onnx_in.operators import OPERATORS, operator
 from bitwright.onnx_in.values import Known, Node, NodeCall, Operand, Unsupported, call, scalar, shape_of
 
@@ -264,9 +265,20 @@ TYPES = {
 """By the numbers that ONNX gives to types."""
 
 
-@operator("Identity", "Dropout")
+@operator("Dropout")
+def dropout(node: Node) -> NodeCall:
+    """The same tensor: outside of training nothing is dropped. A mask, if there is one, is not computed."""
+    if node.whole("training_mode", 0, position=2) and node.number("ratio", 0.5, position=1):
+        raise ModelError(
+            f"Expected a network for inference, found a Dropout at '{node.name}' that drops values at random, as in "
+            "training. Call eval() before the export."
+        )
+    return call(_whole, node.input(0), count=node.outputs)
+
+
+@operator("Identity")
 def identity(node: Node) -> NodeCall:
-    """The same tensor; a mask, if there is one, is not computed."""
+    """The same tensor."""
     return call(_whole, node.input(0), count=node.outputs)
 
 
