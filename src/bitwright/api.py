@@ -16,7 +16,7 @@ from bitwright.bits.plan import Plan, insert_plan
 from bitwright.errors import UsageError, step
 from bitwright.given.arguments import SEEDS, a_path, a_time, check_alone, choices, of_kind, one_of, whole_number
 from bitwright.given.images import Images, load_images
-from bitwright.given.inputs import as_model, calibration_images, find_device, prepare_teacher
+from bitwright.given.inputs import as_model, calibration_images, find_device, prepare_teacher, sized_by
 from bitwright.given.models import Model
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing
 from bitwright.graph.capture import Captured
@@ -68,6 +68,7 @@ def quantize(
     device: str = "auto",
     preprocessing: Preprocessing | PreprocessFunction | None = None,
     output: str | None = None,
+    input_key: str | None = None,
     skip_unreadable: bool = False,
     progress: Progress = silent,
     state: Path | None = None,
@@ -76,7 +77,8 @@ def quantize(
 
     Args:
         model: any module of one image tensor, a saved export program, or a name (``timm:resnet18@weights.pt``).
-        images: a path, an array, tensors, a loader; labels in it are not looked at, but by ``qkd``.
+        images: a path, arrays, tensors, a data set, a loader or a generator, which is read until ``samples`` are there;
+            labels in it are not looked at, but by ``qkd``. See :func:`bitwright.load_images`.
         recipe: how; see ``bitwright recipes``. :data:`bitwright.recipes.DEFAULT` if not given.
         weights: bits of weights, 2 to 8, or ``"float"``; 8 if not given. With a limit, those to choose among, as in
             ``"2,4,8"`` or ``(2, 4, 8)``; 2, 3, 4, 5, 6 and 8 if not given.
@@ -104,8 +106,10 @@ def quantize(
         precision: in which networks are optimised: ``float32``, ``bfloat16``, or ``auto``, the faster one.
         seed: of all random choices.
         device: ``auto``, ``cpu`` or ``cuda``.
-        preprocessing: of image files; a named model brings its own.
+        preprocessing: of image files and 8-bit pixels; a named model brings its own.
         output: name of the one output to keep, for a model that returns several.
+        input_key: name of the images in the dicts of a data set or loader; the one entry that can be images if not
+            given.
         skip_unreadable: go on when a file cannot be decoded.
         progress: called as ``progress(what, done, total, detail)``.
         state: folder for checkpoints, to resume from.
@@ -124,7 +128,7 @@ def quantize(
         "max_drop": max_drop,
     }
     _check_instead(scheme, goal, weights, activations, rules, runtime, measure, limits)
-    _check_kinds(progress, preprocessing, output, skip_unreadable, cache)
+    _check_kinds(progress, preprocessing, output, input_key, skip_unreadable, cache)
     raise_some = isinstance(activations, str) and activations == "auto"
     if raise_some and (plan is not None or goal is not None or any(v is not None for v in limits.values())):
         raise UsageError("Expected activations='auto', or a plan or a limit that decides their bits, found both.")
@@ -139,7 +143,10 @@ def quantize(
     with heard() as said:
         run = _as_run(method, seed, device, progress, steps, minutes, precision)
         network = as_model(model, preprocessing)
-        given = calibration_images(images, network, samples, skip_unreadable, labelled=method.reads_labels)
+        given = calibration_images(
+            images, network, samples, skip_unreadable, labelled=method.reads_labels, input_key=input_key
+        )
+        network = sized_by(network, given)
         data = given.unlabelled()
         with run.timed("capture"):
             teacher = prepare_teacher(network, data, output)
@@ -345,12 +352,15 @@ def _check_instead(
     check_alone("goal", goal, {**wanted, **bits, "measure": (measure, (MEASURE,))})
 
 
-def _check_kinds(progress: Any, preprocessing: Any, output: Any, skip_unreadable: Any, cache: Any) -> None:
+def _check_kinds(
+    progress: Any, preprocessing: Any, output: Any, input_key: Any, skip_unreadable: Any, cache: Any
+) -> None:
     if not callable(progress):
         raise UsageError(f"Expected a function as progress=, found {progress!r}.")
     if preprocessing is not None and not callable(preprocessing):
         raise UsageError(f"Expected a Preprocessing or a function as preprocessing=, found {preprocessing!r}.")
     of_kind("output", output, str, "the name of an output")
+    of_kind("input_key", input_key, str, "the name of an entry")
     of_kind("skip_unreadable", skip_unreadable, bool, "True or False")
     if cache is not None:
         a_path("cache", cache)

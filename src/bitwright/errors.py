@@ -90,7 +90,7 @@ def step(what: str) -> Iterator[None]:
     except (BitwrightError, Warning):  # a warning that the user made an error
         raise
     except Exception as error:
-        if debugging() or _is_users(error) or _is_wrong_call(error):
+        if debugging() or raised_by_user(error) or _is_wrong_call(error):
             raise
         text = " ".join(str(error).split())[:200].rstrip(".")
         raise BitwrightError(
@@ -104,7 +104,7 @@ def _is_wrong_call(error: Exception) -> bool:
     return isinstance(error, TypeError) and len(list(traceback.walk_tb(error.__traceback__))) == 2
 
 
-def _is_users(error: Exception) -> bool:
+def raised_by_user(error: Exception) -> bool:
     """Whether code of the user's own raised it: neither this package's nor an installed one's."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     file = frame.f_code.co_filename

@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 from bitwright.errors import DataError, UsageError
-from bitwright.given import images as data
+from bitwright.given import objects
 from bitwright.given.compat import import_timm
 from bitwright.given.files import Files
 from bitwright.given.images import Images, Preprocessing, load_images, parse_input_size
@@ -117,7 +117,6 @@ def test_input_size_forms(value: Any, size: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize(
     ("settings", "part"),
     [
-        ({}, "input_size="),
         ({"input_size": "big"}, "'big'"),
         ({"input_size": 0}, "found 0"),
         ({"input_size": (4, 8, 8)}, "1 or 3 channels"),
@@ -517,8 +516,7 @@ def test_npz_of_floats_is_taken_as_preprocessed(tmp_path: Path) -> None:
     ("arrays", "parts"),
     [
         ({"x": np.zeros(3)}, ["'images'", "found x"]),
-        ({"images": np.zeros((2, 3, 8, 8), np.uint8)}, ["uint8 (N, H, W, 3 or 1)", "(2, 3, 8, 8)"]),
-        ({"images": np.zeros((2, 8, 8, 3), np.float32)}, ["looks like (N, H, W, C)"]),
+        ({"images": np.zeros((2, 5, 8, 8), np.uint8)}, ["1 or 3 channels", "(2, 5, 8, 8)"]),
         ({"images": np.zeros((2, 8, 8, 3), np.int64)}, ["int64"]),
         ({"images": np.zeros((0, 8, 8, 3), np.uint8)}, ["(0, 8, 8, 3)"]),
         ({"images": np.array([None, 1], object)}, ["cannot read"]),
@@ -573,14 +571,15 @@ def test_tensors_and_loaders() -> None:
     ("source", "part"),
     [
         (torch.zeros(3, 8, 8), "(3, 8, 8)"),
-        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "torch.uint8"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "preprocessing=bitwright.Preprocessing(mean=..., std=...)"),
+        (torch.zeros(2, 8, 8, 3), "Give images.permute(0, 3, 1, 2)"),
         (torch.zeros(0, 3, 8, 8), "empty shape"),
         (torch.full((2, 3, 8, 8), torch.inf), "NaN or infinity"),
         ([], "found none. Give a list"),
         ([torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 9, 9)], "(3, 8, 8), then (3, 9, 9)"),
         (["a.png"], "found str"),
         ([torch.zeros(2, 5)], "(2, 5)"),
-        ({"x": torch.zeros(1, 3, 8, 8)}, "dict"),
+        ({"x": 3}, "x (int)"),
     ],
 )
 def test_bad_tensors(source: Any, part: str) -> None:
@@ -589,8 +588,8 @@ def test_bad_tensors(source: Any, part: str) -> None:
 
 
 def test_endless_loader_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "STREAM_BYTES", 10_000)
-    with fails("islice"):
+    monkeypatch.setattr(objects, "STREAM_BYTES", 10_000)
+    with fails("samples="):
         load_images(itertools.repeat(torch.zeros(1, 3, 8, 8)), None)
 
 

@@ -135,8 +135,9 @@ def test_settings_and_dicts_beside_the_callable(script: Path) -> None:
         assert load_model(f"{script}:build", input_size="8x9").preprocessing == Preprocessing(input_size="8x9")
     given = load_model(f"{script}:build", input_size=8, mean="0.5", std="0.5").preprocessing
     assert given == Preprocessing(input_size=8, mean=0.5, std=0.5)
-    with fails("input_size=", kind=UsageError):
-        load_model(f"{script}:build", mean=0.5)
+    unsized = load_model(f"{script}:build", mean=0.5).preprocessing
+    assert unsized == Preprocessing(mean=0.5)
+    assert load_images(np.zeros((1, 8, 9, 3), np.uint8), unsized)[0].shape == (3, 8, 9)
     script.write_text(SCRIPT + "PREPROCESSING = dict(input_size='1x8x8', mean=0.1, std=0.2)")
     found = load_model(f"{script}:build", input_size=16, crop_pct=0.5).preprocessing
     assert found == Preprocessing(input_size="1x16x16", mean=0.1, std=0.2, crop_pct=0.5)

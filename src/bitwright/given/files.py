@@ -158,6 +158,29 @@ class Arrays:
         return self.data.shape[2], self.data.shape[1]
 
 
+class Pictures:
+    """Decoded images of any size, named by position."""
+
+    def __init__(self, images: Sequence[Image.Image]) -> None:
+        self.data, self.names = images, [str(i) for i in range(len(images))]
+
+    def read(self, index: int) -> Image.Image:
+        """Return one image."""
+        return self.data[index]
+
+    def header(self, index: int) -> None:
+        """Accept any image: there is no header."""
+
+    def digest(self, index: int) -> bytes:
+        """Return the SHA-256 of the image's kind, size and bytes."""
+        image = self.data[index]
+        return hashlib.sha256(f"{image.mode} {image.size} ".encode() + image.tobytes()).digest()
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Return width and height."""
+        return self.data[index].size
+
+
 class Tensors:
     """Preprocessed images in one float32 tensor (N, C, H, W), named by position."""
 

@@ -8,7 +8,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +17,14 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
 
 from bitwright.errors import DataError, UsageError
-from bitwright.given.files import Arrays, Files, Source, Store, Tensors
-from bitwright.given.items import evenly, items
+from bitwright.given.entries import MOST_CLASSES
+from bitwright.given.files import Encoded, Files, Source, Store, Tensors
+from bitwright.given.items import evenly
+from bitwright.given.objects import AXES, Asked, of_array, read_object
 from bitwright.given.placement import ImagePlacement
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing, parse_input_size
 from bitwright.given.references import absolute_source
@@ -31,9 +34,6 @@ from bitwright.given.truth import Truth, masks_of
 
 __all__ = ["Images", "PreprocessFunction", "Preprocessing", "load_images", "parse_input_size"]
 
-AXES = (4, 5)
-"""How many a batch of preprocessed tensors has: images (N, C, H, W), or videos (N, C, T, H, W)."""
-
 # fmt: off
 EXTENSIONS = frozenset({
     ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
@@ -41,8 +41,8 @@ EXTENSIONS = frozenset({
 })
 # fmt: on
 CACHE_BYTES = 1 << 30
-STREAM_BYTES = 8 << 30
-MOST_CLASSES = 1 << 31
+GREY = frozenset({"1", "L", "I", "I;16", "F"})
+"""Modes of Pillow images of one channel."""
 
 
 # ---------------------------------------------------------------------------------------------- images
@@ -241,6 +241,8 @@ def load_images(
     labels: str | Path | Sequence[int] | Tensor | None = None,
     skip_unreadable: bool = False,
     most: int | None = None,
+    input_key: str | None = None,
+    read_labels: bool = True,
     threads: int | None = None,
     cache_bytes: int = CACHE_BYTES,
 ) -> Images:
@@ -249,12 +251,12 @@ def load_images(
     Args:
         source: a folder (recursive, sorted by path), one image file, a ``.tar`` archive (WebDataset) or ``.parquet``
             table (Hugging Face) or a folder of them, ``zoo:NAME``, or an ``.npz`` file with
-            ``images`` (uint8 (N, H, W, 1 or 3), or float (N, C, H, W) taken as preprocessed) and perhaps
-            ``labels``; each with an optional slice as in ``photos[0::2]``. Or such an array, a float tensor
-            (N, C, H, W), videos (N, C, T, H, W), or any iterable of tensors or (tensor, label) pairs such as a
-            ``DataLoader``, which is read once, or one such pair. A label is a class index for each image, whole
-            numbers (B, H, W), the class of each pixel, or what a metric of one's own reads. `Images` are returned as
-            they are.
+            ``images`` and perhaps ``labels``; each with an optional slice as in ``photos[0::2]``. Or images in memory:
+            an array, a tensor, or any iterable of them, such as a ``DataLoader``, a data set or a generator, which is
+            read once. Images are 8-bit pixels (N, H, W, C), (N, C, H, W) or (N, H, W), Pillow images, or preprocessed
+            floats (N, C, H, W), videos (N, C, T, H, W). Items may be (images, labels) or dicts of both, batches or
+            single. A label is a class index for each image, whole numbers (B, H, W), the class of each pixel, or what a
+            metric of one's own reads. `Images` are returned as they are.
         preprocessing: applied to everything that is not a float tensor already.
         labels: a CSV ``file,class_index`` (header or not; matched by relative path, then by file name), or
             one class index for each image. Without it a folder in which every image lies directly in one of
@@ -262,6 +264,8 @@ def load_images(
         skip_unreadable: decode everything now, leave out what fails and warn with the count.
         most: images that will be used of an iterable, which is then read no further than the batch that completes them;
             of a data set, and of a loader that takes one in order, they are spread evenly over it.
+        input_key: name of the images where items are dicts; the one entry that can be images if not given.
+        read_labels: whether what comes with the images in memory is looked at.
         threads: that decode; by default one a core, at most 8. The result does not depend on it.
         cache_bytes: for decoded and resized pixels, so that a second epoch does not decode again.
 
@@ -271,17 +275,18 @@ def load_images(
     if isinstance(source, Images):
         return source.labelled(labels) if labels is not None else source
     window, named = None, None
+    asked = Asked(most, input_key, read_labels, _takes_channels_last(preprocessing))
     if isinstance(source, str) and not source.strip():
         raise DataError("Expected a folder of images, an .npz file or zoo:NAME, found nothing. Name one.")
     if isinstance(source, str | os.PathLike):
         named = absolute_source(os.fspath(source))
         place, window = _split_slice(os.fspath(source))
-        found, known = _from_place(str(place))
+        found, known = _from_place(str(place), asked)
     else:
         place = f"the {type(source).__name__} given"
-        found, known = _from_object(source, most)
-    _check_preprocessing(found, preprocessing, str(place))
-    store = Store(found, None if isinstance(found, Tensors) else preprocessing, threads, cache_bytes)
+        found, known = read_object(source, asked)
+    how = _fitted(preprocessing, found, str(place), named is None)
+    store = Store(found, how, threads, cache_bytes)
     if labels is not None:
         known = _explicit_labels(labels, found.names)
     truth, found_labels = (known, None) if isinstance(known, Truth) else (None, known)
@@ -312,12 +317,12 @@ def _split_slice(text: str) -> tuple[str, slice | None]:
     return match[1], window
 
 
-def _from_place(text: str) -> tuple[Source, Tensor | Truth | None]:
+def _from_place(text: str, asked: Asked) -> tuple[Source, Tensor | Truth | None]:
     if text.startswith("zoo:"):
         from bitwright import zoo
 
         pixels, labels = zoo.images(text.removeprefix("zoo:"))
-        return _from_array(np.asarray(pixels), text), _of_zoo(labels, len(pixels), text)
+        return of_array(np.asarray(pixels), text), _of_zoo(labels, len(pixels), text)
     path = Path(text).expanduser()
     if not _exists(path):
         raise DataError(
@@ -326,7 +331,7 @@ def _from_place(text: str) -> tuple[Source, Tensor | Truth | None]:
     if path.is_dir():
         return _from_folder(path)
     if path.suffix.lower() == ".npz":
-        return _from_npz(path)
+        return _from_npz(path, asked)
     if path.suffix.lower() in SHARDS and _is_file(path):
         return open_shards([path], EXTENSIONS)
     if path.suffix.lower() in EXTENSIONS:
@@ -409,7 +414,7 @@ def _folder_labels(root: Path, names: list[str]) -> Tensor | None:
     return torch.tensor([index[name.split("/")[0]] for name in names], dtype=torch.int64)
 
 
-def _from_npz(path: Path) -> tuple[Source, Tensor | Truth | None]:
+def _from_npz(path: Path, asked: Asked) -> tuple[Source, Tensor | Truth | None]:
     if not path.is_file():
         raise DataError(f"Expected a file at {path}, found something else. Give an .npz file.")
     try:
@@ -426,190 +431,63 @@ def _from_npz(path: Path) -> tuple[Source, Tensor | Truth | None]:
             "write it with numpy.savez(path, images=..., labels=...)."
         ) from error
     if images.ndim == 0:
-        return _from_array(images, str(path)), None  # which says what is wrong
+        return of_array(images, str(path), asked), None  # which says what is wrong
     masks = labels if masks is None and labels is not None and labels.ndim == 3 else masks
     if masks is not None:
-        return _from_array(images, str(path)), _as_masks(masks, len(images), str(path))
-    return _from_array(images, str(path)), _as_labels(labels, len(images), str(path))
+        return of_array(images, str(path), asked), _as_masks(masks, len(images), str(path))
+    return of_array(images, str(path), asked), _as_labels(labels, len(images), str(path))
 
 
-def _from_array(array: npt.NDArray[Any], where: str) -> Source:
-    shape = tuple(array.shape)
-    if array.dtype == np.uint8 and array.ndim == 4 and shape[3] in (1, 3):
-        source: Source = Arrays(array)
-    elif np.issubdtype(array.dtype, np.floating) and array.ndim in AXES:
-        source = _from_tensor(torch.from_numpy(np.asarray(array, dtype=np.float32)), where)
-    else:
-        raise DataError(
-            f"Expected uint8 (N, H, W, 3 or 1) or float (N, C, H, W) images, or float (N, C, T, H, W) videos, in "
-            f"{where}, found {array.dtype} {shape}."
-        )
-    if not source.names:
-        raise DataError(f"Expected images in {where}, found {shape}.")
-    return source
+def _takes_channels_last(how: Preprocessing | PreprocessFunction | None) -> bool:
+    return isinstance(how, Preprocessing) and how.layout == "channels_last"
 
 
-def _from_tensor(tensor: Tensor, where: str) -> Source:
-    shape = tuple(tensor.shape)
-    if not tensor.is_floating_point() or tensor.ndim not in AXES:
-        raise DataError(
-            f"Expected preprocessed float images (N, C, H, W), or videos (N, C, T, H, W), in {where}, found "
-            f"{tensor.dtype} {shape}."
-        )
-    if 0 in shape:
-        raise DataError(f"Expected images in {where}, found the empty shape {shape}.")
-    tensor = tensor.detach().to("cpu", torch.float32)
-    finite = torch.isfinite(tensor).flatten(1).all(1)
-    if not finite.all():
-        raise DataError(
-            f"Expected finite values in {where}, image {int((~finite).nonzero()[0])} has NaN or infinity. "
-            "Preprocess it again."
-        )
-    return Tensors(tensor)
+def _fitted(
+    how: Preprocessing | PreprocessFunction | None, source: Source, where: str, in_memory: bool
+) -> Preprocessing | PreprocessFunction | None:
+    """What is applied to the source's images: nothing to floats; settings without a size get that of the images.
 
-
-def _from_object(source: object, most: int | None) -> tuple[Source, Tensor | Truth | None]:
-    """Images, and labels or whatever else came with them."""
-    where = f"the {type(source).__name__} given"
-    if isinstance(source, Tensor):
-        if source.is_meta or source.layout is not torch.strided:
-            raise DataError(
-                f"Expected images with values in a dense tensor, found {source.device.type} {source.layout}."
-            )
-        return _from_tensor(source, where), None
-    if isinstance(source, np.ndarray):
-        return _from_array(source, where), None
-    if isinstance(source, Mapping) or not (isinstance(source, Iterable) or hasattr(source, "__getitem__")):
-        raise DataError(f"Expected a path, a tensor or an iterable of tensors as images, found {where}.")
-    return _from_batches(items([source] if _is_pair(source) else source, most), where, most)
-
-
-def _is_pair(source: object) -> bool:
-    """Whether it is one (images, labels) of tensors, rather than a sequence of images."""
-    return (
-        isinstance(source, tuple | list)
-        and len(source) == 2
-        and all(isinstance(x, Tensor) for x in source)
-        and source[0].is_floating_point()
-        and not source[1].is_floating_point()
-    )
-
-
-def _from_batches(batches: Iterator[Any], where: str, most: int | None) -> tuple[Source, Tensor | Truth | None]:
-    tensors: list[Tensor] = []
-    labels: list[Any] = []
-    held = 0
-    for item in batches:
-        tensor, label = (item[0], item[1]) if isinstance(item, tuple | list) and len(item) > 1 else (item, None)
-        tensor = tensor[0] if isinstance(tensor, tuple | list) and len(tensor) == 1 else tensor
-        tensors.append(_one_batch(tensor, where, tensors))
-        labels.append(label)
-        held += tensors[-1].nbytes
-        if held > STREAM_BYTES:
-            raise DataError(
-                f"Expected at most {STREAM_BYTES >> 30} GiB of images from {where}, found more. Take fewer "
-                "(itertools.islice), or give a folder, which is read as needed."
-            )
-        if most is not None and sum(map(len, tensors)) >= most:
-            break
-    if not tensors:
-        raise DataError(
-            f"Expected tensors from {where}, found none. Give a list, since an iterator can be read only once."
-        )
-    return _from_tensor(torch.cat(tensors), where), _batch_labels(labels, tensors)
-
-
-def _one_batch(tensor: Any, where: str, before: list[Tensor]) -> Tensor:
-    if not isinstance(tensor, Tensor):
-        raise DataError(
-            f"Expected tensors (B, C, H, W) or (tensor, label) pairs from {where}, found {type(tensor).__name__}."
-        )
-    batch = tensor.detach().cpu()
-    batch = batch.unsqueeze(0) if batch.ndim == 3 else batch
-    if batch.ndim not in AXES or not batch.is_floating_point():
-        raise DataError(
-            f"Expected float tensors (B, C, H, W) or (B, C, T, H, W) from {where}, found {tensor.dtype} "
-            f"{tuple(tensor.shape)}."
-        )
-    if before and batch.shape[1:] != before[0].shape[1:]:
-        raise DataError(
-            f"Expected images of one shape from {where}, found {tuple(before[0].shape[1:])}, "
-            f"then {tuple(batch.shape[1:])}. Resize or crop them."
-        )
-    return batch.to(torch.float32)
-
-
-def _batch_labels(labels: list[Any], tensors: list[Tensor]) -> Tensor | Truth | None:
-    """Class indices (N,), masks (N, H, W), or what else came with each image (boxes, fractions)."""
-    joined: list[Tensor] = []
-    for label, batch in zip(labels, tensors, strict=True):
-        found = _one_label(label, batch)
-        if found is None or (joined and found.shape[1:] != joined[0].shape[1:]):
-            return None if all(x is None for x in labels) else _other(labels, tensors)
-        joined.append(found)
-    whole = torch.cat(joined)
-    return masks_of(whole.numpy(), f"masks of {_by(whole)} pixels") if whole.ndim == 3 else whole
-
-
-def _other(labels: list[Any], tensors: list[Tensor]) -> Truth | None:
-    """What came with the images and is neither classes nor masks; None per image where it cannot be told apart."""
-    odd = next(x for x in labels if x is not None)
-    said = _said(odd)
-    each: list[Any] = []
-    for label, batch in zip(labels, tensors, strict=True):
-        several = isinstance(label, Tensor | list | tuple) and len(label) == len(batch)
-        if not several and len(batch) > 1:
-            return Truth("other", [None] * sum(map(len, tensors)), said)
-        each += list(label) if several else [label]
-    return Truth("other", each, said)
-
-
-def _one_label(label: Any, batch: Tensor) -> Tensor | None:
-    """Of one batch [B, C, H, W]: int64 (B,), or whole numbers (B, H, W) of the batch's or another size."""
-    whole = isinstance(label, int) or (isinstance(label, Tensor) and not label.is_floating_point())
-    if not whole:
+    Raises:
+        DataError: nobody said how 8-bit pixels become the network's input, or floats are of another shape.
+    """
+    if isinstance(source, Tensors):
+        _check_floats(source, how, where)
         return None
-    if isinstance(label, int) and not 0 <= label < MOST_CLASSES:
-        raise DataError(f"Expected class indices from 0 to {MOST_CLASSES - 1}, found {str(label)[:40]}.")
-    found = torch.as_tensor(label).detach().cpu()
-    if found.numel() == len(batch):
-        return found.reshape(-1).to(torch.int64)
-    found = found.unsqueeze(0) if found.ndim == 2 and len(batch) == 1 else found
-    found = found.squeeze(1) if found.ndim == 4 and found.shape[1] == 1 else found
-    return found.to(torch.int64) if found.ndim == 3 and len(found) == len(batch) else None
+    if how is None:
+        line = "preprocessing= with mean= and std=" if isinstance(source, Encoded) else "mean= and std="
+        line = "preprocessing=bitwright.Preprocessing(mean=..., std=...)" if in_memory else line
+        raise DataError(
+            f"Expected a preprocessing for the images in {where}, the model brings none. Give {line}, the numbers that "
+            f"it was trained with, or a function{'' if in_memory else ' preprocess beside the callable'}."
+        )
+    if not isinstance(how, Preprocessing) or how.input_size is not None:
+        return how
+    sizes = set() if isinstance(source, Encoded) else {source.size(i) for i in range(len(source.names))}
+    if len(sizes) != 1:
+        found = f"{len(sizes)} sizes" if sizes else "files"
+        raise DataError(
+            f"Expected to know the size of the network's input for the images in {where}, found {found}. "
+            "Give input_size=, such as 224."
+        )
+    width, height = sizes.pop()
+    read = source.read(0)
+    return how.sized((1 if isinstance(read, Image.Image) and read.mode in GREY else 3, height, width))
 
 
-def _said(label: Any) -> str:
-    """What a label is, in words."""
-    if isinstance(label, Tensor):
-        return f"{str(label.dtype).removeprefix('torch.')} labels of {'x'.join(map(str, label.shape))}"
-    return f"labels of type {type(label).__name__}"
-
-
-def _by(masks: Tensor) -> str:
-    return "x".join(map(str, masks.shape[1:]))
-
-
-def _check_preprocessing(source: Source, preprocessing: Preprocessing | PreprocessFunction | None, where: str) -> None:
-    if not isinstance(source, Tensors):
-        if preprocessing is None:
-            raise DataError(
-                f"Expected a preprocessing for the images in {where}, the model brings none. "
-                "Give preprocessing= with mean= and std=, or a function preprocess beside the callable."
-            )
-        return
+def _check_floats(source: Tensors, how: Preprocessing | PreprocessFunction | None, where: str) -> None:
     shape = tuple(source.data.shape[1:])
-    last = isinstance(preprocessing, Preprocessing) and preprocessing.layout == "channels_last"
+    last = _takes_channels_last(how)
     if shape[-1] in (1, 3) and shape[0] not in (1, 3) and not last:
         seen, expected = ("videos", "T, H, W") if len(shape) >= min(AXES) else ("images", "H, W")
-        found = tuple(source.data.shape)
+        axes = (0, len(shape), *range(1, len(shape)))
         raise DataError(
-            f"Expected float {seen} (N, C, {expected}) in {where}, found {found}, which looks like (N, {expected}, C). "
-            "Permute it: channels come second, unless the layout of preprocessing= is 'channels_last'."
+            f"Expected float {seen} (N, C, {expected}) in {where}, found {tuple(source.data.shape)}, which looks like "
+            f"(N, {expected}, C). Give images.permute{axes}: channels come second, unless the layout of "
+            "preprocessing= is 'channels_last'."
         )
-    if isinstance(preprocessing, Preprocessing) and shape != preprocessing.shape:
+    if isinstance(how, Preprocessing) and how.input_size is not None and shape != how.shape:
         raise DataError(
-            f"Expected images of {preprocessing.shape} ({'H, W, C' if last else 'C, H, W'}) for this model, {where} "
+            f"Expected images of {how.shape} ({'H, W, C' if last else 'C, H, W'}) for this model, {where} "
             f"holds {shape}. "
             "Give preprocessing= if the model takes that."
         )

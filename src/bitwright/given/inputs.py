@@ -15,7 +15,7 @@ from bitwright.given.arguments import one_of, whole_number
 from bitwright.given.detectors import DetectorBody, is_detector
 from bitwright.given.images import Images, load_images
 from bitwright.given.models import Model, load_model
-from bitwright.given.preprocessing import PreprocessFunction, Preprocessing
+from bitwright.given.preprocessing import PreprocessFunction, Preprocessing, has_channels_last
 from bitwright.given.spoilt import without_spoilt
 from bitwright.graph.capture import Captured, capture, select_output
 from bitwright.graph.equalize import ChannelScales, equalized
@@ -38,6 +38,19 @@ def as_model(
     if isinstance(model, nn.Module) and is_detector(model):
         model = DetectorBody(model).eval()
     return Model(model, name, preprocessing, None)
+
+
+def sized_by(network: Model, images: Images) -> Model:
+    """The network with the size of these images in its preprocessing, where nobody said another."""
+    how = network.preprocessing
+    if not isinstance(how, Preprocessing) or how.input_size is not None:
+        return network
+    if images.preprocessing is not None:
+        return replace(network, preprocessing=images.preprocessing)
+    shape = tuple(images[0].shape)
+    if len(shape) != 3:
+        return network
+    return replace(network, preprocessing=how.sized((shape[2], *shape[:2]) if has_channels_last(shape) else shape))
 
 
 def prepare_teacher(
@@ -77,7 +90,13 @@ def find_device(name: str) -> torch.device:
 
 
 def calibration_images(
-    source: Any, network: Model, samples: int | None, skip_unreadable: bool, *, labelled: bool = False
+    source: Any,
+    network: Model,
+    samples: int | None,
+    skip_unreadable: bool,
+    *,
+    labelled: bool = False,
+    input_key: str | None = None,
 ) -> Images:
     """The images that calibration takes: evenly spread, unlabelled, :data:`DEFAULT_SAMPLES` at most if not said.
 
@@ -87,6 +106,7 @@ def calibration_images(
         samples: how many; all of them if not said and ``labelled``.
         skip_unreadable: go on when a file cannot be decoded.
         labelled: for a recipe that trains with labels, which keeps them.
+        input_key: name of the images where items are dicts.
 
     Raises:
         UsageError: none are asked for, or there are none.
@@ -101,6 +121,8 @@ def calibration_images(
             network.preprocessing,
             skip_unreadable=skip_unreadable,
             most=samples or (None if labelled else DEFAULT_SAMPLES),
+            input_key=input_key,
+            read_labels=labelled,
         )
     )
     if samples is not None and samples > len(images):

@@ -32,7 +32,7 @@ def items(source: Any, most: int | None) -> Iterator[Any]:
     """
     if isinstance(source, DataLoader):
         return iter(_spread_loader(source, most))
-    if hasattr(source, "__getitem__") and hasattr(source, "__len__") and not hasattr(source, "__iter__"):
+    if hasattr(source, "__getitem__") and hasattr(source, "__len__") and not isinstance(source, list | tuple):
         total = len(source)
         return (source[i] for i in (range(total) if most is None or most >= total else evenly(total, most)))
     return iter(source)

@@ -238,7 +238,7 @@ def _from_timm(rest: str, settings: Settings) -> Model:
     size = config.input_size
     arguments: Settings = {"pretrained": False}
     if "input_size" in settings:
-        wanted = _with_settings({"input_size": size}, {"input_size": settings["input_size"]}).input_size
+        wanted = _with_settings({"input_size": size}, {"input_size": settings["input_size"]}).size
         if wanted[0] != size[0]:
             arguments["in_chans"] = wanted[0]
         if wanted[1:] != tuple(size[1:]) and config.fixed_input_size:
@@ -275,8 +275,8 @@ def _from_torchvision(rest: str, settings: Settings) -> Model:
         arguments["weights_backbone"] = None
     if name in ("googlenet", "inception_v3"):
         arguments["init_weights"] = False  # minutes of truncated normals otherwise
-    if name.startswith("vit_") and preprocessing.input_size[1:] != base["input_size"][1:]:
-        arguments["image_size"] = preprocessing.input_size[1]
+    if name.startswith("vit_") and preprocessing.size[1:] != base["input_size"][1:]:
+        arguments["image_size"] = preprocessing.size[1]
 
     def build(**more: Any) -> nn.Module:
         module: nn.Module = models.get_model(name, **arguments, **more)

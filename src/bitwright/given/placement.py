@@ -93,7 +93,7 @@ def placement(how: Preprocessing | PreprocessFunction, size: ImageSize) -> Image
 
 
 def _of_settings(how: Preprocessing, size: ImageSize) -> ImagePlacement:
-    scaled, wanted = resized_size(how, size), (how.input_size[2], how.input_size[1])
+    scaled, wanted = resized_size(how, size), (how.size[2], how.size[1])
     padded = [max(a, b) for a, b in zip(scaled, wanted, strict=True)]
     shift = [
         max(0, side - inner) // 2 - round((outer - side) / 2)

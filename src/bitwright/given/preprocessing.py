@@ -40,6 +40,8 @@ class Preprocessing(BaseModel):
     ``crop_mode``: ``"center"`` as above; ``"squash"`` resizes both sides without keeping the aspect ratio;
     ``"border"`` resizes the longer side and pads with the mean colour.
 
+    Without ``input_size`` images in memory keep the size that they have.
+
     ``channel_order`` is that of the network's channels, and of ``mean`` and ``std``. ``layout`` is the order of the
     tensor's axes: ``"channels_last"`` gives (H, W, C).
 
@@ -59,7 +61,7 @@ class Preprocessing(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    input_size: tuple[int, int, int]
+    input_size: tuple[int, int, int] | None = None
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
@@ -74,10 +76,32 @@ class Preprocessing(BaseModel):
         return {k: v for k, v in settings.items() if _YOUNGER.get(k) != v}
 
     @property
+    def size(self) -> tuple[int, int, int]:
+        """Channels, height and width of the network's input.
+
+        Raises:
+            UsageError: nobody said it.
+        """
+        if self.input_size is None:
+            raise UsageError("Expected to know the size of the network's images. Give input_size=.")
+        return self.input_size
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """Of one image as the network takes it."""
-        channels, height, width = self.input_size
-        return (height, width, channels) if self.layout == "channels_last" else self.input_size
+        channels, height, width = self.size
+        return (height, width, channels) if self.layout == "channels_last" else self.size
+
+    def sized(self, size: tuple[int, int, int]) -> Preprocessing:
+        """The same for images (C, H, W) of a size; C is that of ``mean`` and ``std`` where they say it.
+
+        Example:
+            >>> Preprocessing(mean="0.4,0.5,0.6").sized((1, 32, 48)).input_size
+            (3, 32, 48)
+        """
+        channels = max(len(self.mean), len(self.std))
+        said = {name: getattr(self, name) for name in self.model_fields_set}
+        return Preprocessing(**{**said, "input_size": (channels if channels > 1 else size[0], *size[1:])})
 
     @model_validator(mode="before")
     @classmethod
@@ -88,9 +112,11 @@ class Preprocessing(BaseModel):
         if unknown:
             raise UsageError(f"There is no preprocessing setting {unknown[0]!r}. Use {', '.join(cls.model_fields)}.")
         parsed = dict(settings)
-        parsed["input_size"] = size = parse_input_size(settings.get("input_size"))
-        parsed["mean"] = _per_channel("mean", settings.get("mean", 0.0), size[0])
-        parsed["std"] = _per_channel("std", settings.get("std", 1.0), size[0])
+        given = settings.get("input_size")
+        size = None if given is None else parse_input_size(given)
+        parsed["input_size"], channels = size, None if size is None else size[0]
+        parsed["mean"] = _per_channel("mean", settings.get("mean", 0.0), channels)
+        parsed["std"] = _per_channel("std", settings.get("std", 1.0), channels)
         if min(parsed["std"]) <= 0:
             raise UsageError(f"Expected numbers above 0 as std=, found {min(parsed['std']):g}.")
         _one_of("interpolation", parsed.get("interpolation", "bicubic"), tuple(_RESAMPLING))
@@ -117,7 +143,7 @@ class Preprocessing(BaseModel):
         """Return the resized and cropped pixels before normalisation: uint8 (H, W, C)."""
         if isinstance(image, np.ndarray):
             image = from_pixels(image)
-        image = _crop(_resize(to_channels(image, self.input_size[0]), self), self)
+        image = _crop(_resize(to_channels(image, self.size[0]), self), self)
         pixels = np.array(image, dtype=np.uint8)
         return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
@@ -175,11 +201,14 @@ def parse_input_size(value: Any) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def _per_channel(name: str, value: Any, channels: int) -> tuple[float, ...]:
+def _per_channel(name: str, value: Any, channels: int | None) -> tuple[float, ...]:
     if isinstance(value, str):
         value = value.split(",")
     parts = list(value) if isinstance(value, Iterable) else [value]
     numbers = tuple(_number(name, part) for part in parts)
+    if channels is None and len(numbers) in (1, 3):
+        return numbers
+    channels = 3 if channels is None else channels
     if len(numbers) == 1:
         numbers *= channels
     if len(numbers) != channels:
@@ -240,7 +269,7 @@ def _sixteen_to_eight(image: Image.Image) -> Image.Image:
 
 def resized_size(how: Preprocessing, size: tuple[int, int]) -> tuple[int, int]:
     """Width and height that an image of a size (width, height) has before the centre is cropped."""
-    height, width = (math.floor(side / how.crop_pct) for side in how.input_size[1:])
+    height, width = (math.floor(side / how.crop_pct) for side in how.size[1:])
     if how.crop_mode == "squash":
         return width, height
     if how.crop_mode == "border":
@@ -264,7 +293,7 @@ def _scaled(size: tuple[int, int], ratio: float) -> tuple[int, int]:
 
 
 def _crop(image: Image.Image, how: Preprocessing) -> Image.Image:
-    _, height, width = how.input_size
+    _, height, width = how.size
     image = _pad(image, how)
     left = round((image.width - width) / 2)
     top = round((image.height - height) / 2)
@@ -272,7 +301,7 @@ def _crop(image: Image.Image, how: Preprocessing) -> Image.Image:
 
 
 def _pad(image: Image.Image, how: Preprocessing) -> Image.Image:
-    _, height, width = how.input_size
+    _, height, width = how.size
     if image.width >= width and image.height >= height:
         return image
     colour = tuple(round(255 * value) if how.crop_mode == "border" else 0 for value in how.mean)

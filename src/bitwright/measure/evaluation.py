@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from bitwright.errors import BitwrightError, DataError, UsageError, cause
-from bitwright.given.arguments import of_kind
+from bitwright.given.arguments import of_kind, whole_number
 from bitwright.given.images import Images, load_images
 from bitwright.given.models import Model
 from bitwright.graph.axes import read_outputs
@@ -45,6 +45,8 @@ def evaluate(
     metric: Any = None,
     decode: Decode | None = None,
     class_map: GivenClassMap = None,
+    samples: int | None = None,
+    input_key: str | None = None,
     batch: int = 50,
     progress: Progress = silent,
     classes: Mapping[str, int | None] | None = None,
@@ -60,6 +62,8 @@ def evaluate(
         metric: a function of outputs and truth, instead of the task's figures; see :mod:`bitwright.measure.own`.
         decode: a function that turns outputs into boxes with scores and labels, or into maps of classes.
         class_map: classes by the numbers or names in masks and boxes.
+        samples: how many images to use, evenly spread where their number is known; all if not given.
+        input_key: name of the images where items are dicts; the one entry that can be images if not given.
         batch: images at a time.
         progress: called as it goes.
         classes: axis of the classes of outputs by name, where it is known better; None for one that holds none.
@@ -74,8 +78,11 @@ def evaluate(
     of_kind("model", model, Student, "a quantized model")
     scoring = Scoring(task, metric, decode)
     scoring.check()
-    images = source if isinstance(source, Images) else load_images(source, model.preprocessing)
+    most = None if samples is None else whole_number("samples", samples, least=1)
+    given = isinstance(source, Images)
+    images = source if given else load_images(source, model.preprocessing, most=most, input_key=input_key)
     images = labelled(images, labels, class_map)
+    images = images if most is None else images.sample(most)
     readings = read_outputs_of(model, images, classes)
     found = evaluation_of(model, images, readings, scoring=scoring, batch=batch, progress=progress)
     check_figures(found)

@@ -1,0 +1,269 @@
+"""Images that a program holds: tensors, arrays, loaders, data sets and generators, with what came with each image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bitwright.errors import BitwrightError, DataError, raised_by_user
+from bitwright.given.entries import (
+    CHANNELS,
+    Came,
+    can_be_images,
+    entry,
+    join_labels,
+    pictures,
+    pixels_last,
+    what_it_is,
+)
+from bitwright.given.files import Arrays, Pictures, Source, Tensors
+from bitwright.given.items import items
+from bitwright.given.text import short
+from bitwright.given.truth import Truth
+from bitwright.words import listed
+
+AXES = (4, 5)
+"""How many a batch of preprocessed tensors has: images (N, C, H, W), or videos (N, C, T, H, W)."""
+STREAM_BYTES = 8 << 30
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is wanted of an object that holds images.
+
+    Attributes:
+        most: images that are used; it is read no further than the batch that completes them. None for all.
+        input_key: name of the images where items are dicts; the one entry that can be images if not given.
+        labels: whether what comes with the images is looked at.
+        channels_last: whether the network takes images (H, W, C), so that arrays stay as they are.
+    """
+
+    most: int | None = None
+    input_key: str | None = None
+    labels: bool = True
+    channels_last: bool = False
+
+
+def read_object(source: object, asked: Asked) -> tuple[Source, Tensor | Truth | None]:
+    """The images of an object, and class indices, masks or whatever else came with them.
+
+    Raises:
+        DataError: it holds no images, or more than fit into memory, or reading it fails.
+    """
+    where = f"the {type(source).__name__} given"
+    if isinstance(source, Tensor | np.ndarray):
+        return of_array(source, where, asked), None
+    pair = _pair(source)
+    if pair is not None:
+        images, labels = pair
+        known = join_labels([Came(labels, len(images), True)]) if asked.labels else None
+        return of_array(images, where, asked), known
+    if isinstance(source, Mapping):
+        _check_no_splits(source)
+    if isinstance(source, Mapping | Image.Image):
+        source = [source]
+    if isinstance(source, str | bytes) or not (isinstance(source, Iterable) or hasattr(source, "__getitem__")):
+        raise DataError(
+            f"Expected a path, arrays, tensors, a data set or a loader as images, found {where}. "
+            "Give for example a DataLoader, or a list of tensors (C, H, W)."
+        )
+    return _read(source, where, asked)
+
+
+def _check_no_splits(source: Mapping[Any, Any]) -> None:
+    sets = [key for key, value in source.items() if hasattr(value, "__getitem__") and hasattr(value, "__len__")]
+    if sets and not any(map(can_be_images, source.values())):
+        raise DataError(
+            f"Expected one data set as images, found a {type(source).__name__} of {listed(list(map(str, sets)))}. "
+            f"Give one of them: data[{sets[0]!r}]."
+        )
+
+
+def _pair(source: object) -> tuple[Any, Any] | None:
+    """Images and labels, where it is one (images, labels) of arrays rather than a sequence of images."""
+    if not isinstance(source, tuple | list) or len(source) != 2:
+        return None
+    images, labels = source
+    if not all(isinstance(x, Tensor | np.ndarray) and x.ndim > 0 for x in source) or not can_be_images(images):
+        return None
+    whole = labels.dtype.kind in "biu" if isinstance(labels, np.ndarray) else not labels.is_floating_point()
+    return (images, labels) if whole and len(images) == len(labels) and labels.ndim < images.ndim else None
+
+
+# ----------------------------------------------------------------------------------------------- arrays
+
+
+def of_array(array: Tensor | npt.NDArray[Any], where: str, asked: Asked = Asked()) -> Source:
+    """Images in one array or tensor: 8-bit pixels, or floats that are preprocessed.
+
+    Raises:
+        DataError: it holds neither, or nobody can say which axis channels are.
+    """
+    if isinstance(array, Tensor) and (array.is_meta or array.layout is not torch.strided):
+        raise DataError(f"Expected images with values in a dense tensor, found {array.device.type} {array.layout}.")
+    if array.dtype in (torch.uint8, np.uint8) and array.ndim in (3, 4) and 0 not in array.shape:
+        pixels = array.cpu().numpy() if isinstance(array, Tensor) else array
+        if array.ndim == 3 and array.shape[-1] in CHANNELS[1:]:
+            raise DataError(f"Expected several images in {where}, found one: uint8 {tuple(array.shape)}. Give [image].")
+        return Arrays(pixels_last(pixels, where, first=isinstance(array, Tensor)))
+    return Tensors(_checked(_floats(array, where, asked), where))
+
+
+def _floats(array: Tensor | npt.NDArray[Any], where: str, asked: Asked) -> Tensor:
+    """Preprocessed images as float32 (N, C, H, W) or (N, C, T, H, W); arrays may have their channels last."""
+    shape = tuple(array.shape)
+    real = array.is_floating_point() if isinstance(array, Tensor) else array.dtype.kind == "f"
+    if not real or len(shape) not in AXES:
+        raise DataError(
+            f"Expected uint8 images (N, H, W, C) or (N, C, H, W), preprocessed float images (N, C, H, W), or float "
+            f"videos (N, C, T, H, W), in {where}, found {what_it_is(array)}.{_as_pixels(array)}"
+        )
+    if isinstance(array, Tensor):
+        return array.detach().to("cpu", torch.float32)
+    found = torch.from_numpy(np.asarray(array, dtype=np.float32))
+    last = shape[-1] in (1, 3) and shape[1] not in (1, 3) and not asked.channels_last
+    return found.movedim(-1, 1) if last else found
+
+
+def _as_pixels(array: Tensor | npt.NDArray[Any]) -> str:
+    """What mends whole numbers of another type than bytes."""
+    tensor = isinstance(array, Tensor)
+    whole = str(array.dtype).removeprefix("torch.") in {"int8", "int16", "int32", "int64", "uint16", "uint32"}
+    if whole and array.ndim in (3, 4) and 0 not in array.shape and 0 <= array.min() <= array.max() <= 255:
+        return f" Give images.{'to(torch.uint8)' if tensor else 'astype(numpy.uint8)'}."
+    return ""
+
+
+def _checked(tensor: Tensor, where: str) -> Tensor:
+    shape = tuple(tensor.shape)
+    if 0 in shape:
+        raise DataError(f"Expected images in {where}, found the empty shape {shape}.")
+    finite = torch.isfinite(tensor).flatten(1).all(1)
+    if not finite.all():
+        raise DataError(
+            f"Expected finite values in {where}, image {int((~finite).nonzero()[0])} has NaN or infinity. "
+            "Preprocess it again."
+        )
+    return tensor
+
+
+# ---------------------------------------------------------------------------------------------- streams
+
+
+def _read(source: Any, where: str, asked: Asked) -> tuple[Source, Tensor | Truth | None]:
+    held, came = _Held(where, asked), []
+    for item in _each(source, where, asked.most):
+        found = entry(item, asked.input_key, where)
+        before = held.count
+        batched = held.add(found.images)
+        came.append(Came(found.label if asked.labels else None, held.count - before, batched))
+        if held.bytes > STREAM_BYTES:
+            raise DataError(
+                f"Expected at most {STREAM_BYTES >> 30} GiB of images from {where}, found more. Say how many with "
+                "samples=, or give a folder, which is read as needed."
+            )
+        if asked.most is not None and held.count >= asked.most:
+            break
+    return held.source(), join_labels(came)
+
+
+def _each(source: Any, where: str, most: int | None) -> Iterator[Any]:
+    """What the source gives; an error that a library raises for it becomes one line.
+
+    Raises:
+        DataError: reading it failed.
+    """
+    try:
+        yield from items(source, most)
+    except (BitwrightError, Warning, GeneratorExit):
+        raise
+    except Exception as error:
+        if raised_by_user(error):
+            raise
+        raise DataError(
+            f"Expected images from {where}, reading it raised {type(error).__name__}: {short(error)}. "
+            "Try next(iter(images))."
+        ) from error
+
+
+class _Held:
+    """Images of a stream as they come: preprocessed ones as tensors, 8-bit pixels as Pillow images."""
+
+    def __init__(self, where: str, asked: Asked) -> None:
+        self.where, self.asked = where, asked
+        self.tensors: list[Tensor] = []
+        self.images: list[Image.Image] = []
+        self.count, self.bytes = 0, 0
+
+    def add(self, found: Any) -> bool:
+        """Takes one image or a batch.
+
+        Returns:
+            Whether it was a batch.
+
+        Raises:
+            DataError: it is no image, or unlike those before it.
+        """
+        if isinstance(found, list | tuple) and found:
+            for each in found:
+                self.add(each)
+            return True
+        if isinstance(found, Image.Image):
+            self._add_images([found])
+            return False
+        if not isinstance(found, Tensor | np.ndarray):
+            raise DataError(
+                f"Expected images from {self.where} (tensors, arrays or Pillow images, or one of these with a label), "
+                f"found {what_it_is(found)}."
+            )
+        found = found.detach().cpu() if isinstance(found, Tensor) else found
+        if found.dtype in (torch.uint8, np.uint8) and found.ndim in (2, 3, 4):
+            images = [Image.fromarray(np.asarray(found))] if found.ndim == 2 else pictures(found, self.where)
+            self._add_images(images)
+            return len(images) > 1 or found.ndim == 4
+        self._add_floats(_floats(found if found.ndim != 3 else found[None], self.where, self.asked))
+        return bool(found.ndim != 3)
+
+    def _add_images(self, images: list[Image.Image]) -> None:
+        self._check_alike(bool(self.tensors))
+        self.images += images
+        self.count += len(images)
+        self.bytes += sum(x.width * x.height * len(x.getbands()) for x in images)
+
+    def _add_floats(self, batch: Tensor) -> None:
+        self._check_alike(bool(self.images))
+        if self.tensors and batch.shape[1:] != self.tensors[0].shape[1:]:
+            raise DataError(
+                f"Expected images of one shape from {self.where}, found {tuple(self.tensors[0].shape[1:])}, "
+                f"then {tuple(batch.shape[1:])}. Resize or crop them."
+            )
+        self.tensors.append(batch)
+        self.count += len(batch)
+        self.bytes += batch.nbytes
+
+    def _check_alike(self, other: bool) -> None:
+        if other:
+            raise DataError(
+                f"Expected images of one kind from {self.where}, found 8-bit pixels and floats. Preprocess all or none."
+            )
+
+    def source(self) -> Source:
+        """All of them.
+
+        Raises:
+            DataError: there are none, or some are not finite.
+        """
+        if not self.count:
+            raise DataError(
+                f"Expected images from {self.where}, found none. Give a list, since an iterator can be read only once."
+            )
+        if self.images:
+            return Pictures(self.images)
+        return Tensors(_checked(torch.cat(self.tensors), self.where))
