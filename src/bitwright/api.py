@@ -22,6 +22,7 @@ from bitwright.given.preprocessing import PreprocessFunction, Preprocessing
 from bitwright.graph.capture import Captured
 from bitwright.graph.student import Student, insert_quantizers
 from bitwright.measure.health import check_answers
+from bitwright.memory import keep_pages
 from bitwright.outliers.balance import balance
 from bitwright.outliers.coarse import ease
 from bitwright.outliers.wider import advise, check_wide, raise_few
@@ -140,7 +141,7 @@ def quantize(
         check_wide(scheme)
     plan = _as_plan(plan, scheme)
     method = find_recipe(recipe)
-    with heard() as said:
+    with heard() as said, keep_pages():
         run = _as_run(method, seed, device, progress, steps, minutes, precision)
         network = as_model(model, preprocessing)
         given = calibration_images(

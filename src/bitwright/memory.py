@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 
 import torch
@@ -15,6 +16,8 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # names of glibc's mal
 _DEFAULT_MMAP_MAX = 65536
 _SETTLED_MMAP, _SETTLED_TRIM = 32 << 20, 64 << 20
 """Where glibc's own adjustment ends once large blocks were freed; any call of mallopt switches it off for good."""
+_KEEPING = threading.Lock()
+"""Taken while pages are kept."""
 
 PASS_BYTES = 4 << 30
 """Bytes of activations that a pass on a CPU may hold for its backward pass, if the machine has twice as much memory."""
@@ -51,10 +54,11 @@ def keep_pages() -> Iterator[None]:
 
     glibc returns every block above 32 MiB to the system at once; a network's activations are such blocks, and faulting
     them in anew costs more than computing them (a fake quantizer 4 times, a forward pass 1.6 times). At the end
-    glibc's usual limits hold again and free memory is returned. Does nothing where the C library is not glibc.
+    glibc's usual limits hold again and free memory is returned. One inside another changes nothing. Does nothing where
+    the C library is not glibc.
     """
     library = _glibc()
-    if library is None:
+    if library is None or not _KEEPING.acquire(blocking=False):
         yield
         return
     library.mallopt(_MMAP_MAX, 0)
@@ -62,6 +66,7 @@ def keep_pages() -> Iterator[None]:
     try:
         yield
     finally:
+        _KEEPING.release()
         library.mallopt(_MMAP_MAX, _DEFAULT_MMAP_MAX)
         library.mallopt(_MMAP_THRESHOLD, _SETTLED_MMAP)
         library.mallopt(_TRIM_THRESHOLD, _SETTLED_TRIM)

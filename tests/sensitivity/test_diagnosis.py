@@ -98,6 +98,7 @@ def test_gradient_times_error_adds_up_to_twice_a_small_loss() -> None:
     """A loss that is least at zero error is 1/2 e^T H e to second order, and its gradient there is H e."""
     model = bw.quantize("zoo:fashion_cnn", "zoo:fashion", "mse", weights=7, activations=16, samples=64)
     patient = diagnosis._Patient(model, model.calibration.sample(32, seed=0), Run(batch=16))
+    patient.read()
     loss, effects = patient.first_order()
     assert sum(effects.values()) == pytest.approx(2 * loss, rel=0.15)
 
@@ -151,7 +152,7 @@ def test_one_name_may_stand_for_several_tensors() -> None:
     """A layer called twice: its rule widens both outputs, and the figure is that of the scheme with the rule."""
     model, images = student("called_twice", weights=8, activations=3), dataset(6)
     patient = diagnosis._Patient(model, images, Run())
-    patient._read_means()
+    patient.read()
     for suspect in patient.suspects:
         if suspect.tensor != "activation":
             continue

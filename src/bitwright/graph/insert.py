@@ -51,16 +51,39 @@ def insert(teacher: fx.GraphModule, scheme: Scheme) -> Inserted:
     keys = _insert_activations(student, placement, twin, scheme)
     layers = _describe(teacher.graph, placement, keys)
     unquantized = list(placement.unquantized)
+    by_node = {layer.node: layer for layer in layers}
     for node in placement.linears:
-        layer = next(x for x in layers if x.node == node.name)
         source = keys.get(placement.source[_first(node)])
-        head = all(reader.op == "output" for reader in consumers(placement.ends.get(node, node)))
-        bits = scheme.weight_bits(layer.name, head=head)
+        layer, bits = by_node[node.name], _weight_bits(node, placement, scheme)
         _insert_weight(student, twin[node], layer, bits, source, scheme, heads.get(node.name), unquantized)
     check_supported(student, layers, scheme)
     student.graph.lint()
     student.recompile()
     return Inserted(student, layers, _with_settings(teacher.graph, unquantized))
+
+
+def bits_by_key(teacher: fx.GraphModule, scheme: Scheme) -> dict[str, int | None]:
+    """Bits of weights and activations as :func:`insert` would give them, by the keys of their quantizers."""
+    placement = place(teacher.graph, scheme)
+    found: dict[str, int | None] = {}
+    for point in placement.points.values():
+        leader = placement.leader(point)
+        found[module_key(leader.role, leader.name)] = leader.bits
+    for node in placement.linears:
+        found.setdefault(_weight_key(node), _weight_bits(node, placement, scheme))
+    return found
+
+
+def _weight_key(node: fx.Node) -> str:
+    stored = node.args[1]
+    assert isinstance(stored, fx.Node)
+    return module_key("weight", str(stored.target).removesuffix(".weight"))
+
+
+def _weight_bits(node: fx.Node, placement: Placement, scheme: Scheme) -> int | None:
+    """Of a linear operator's weight; None for float."""
+    head = all(reader.op == "output" for reader in consumers(placement.ends.get(node, node)))
+    return scheme.weight_bits(str(node.meta["layer"]), head=head)
 
 
 def _heads(teacher: fx.GraphModule, scheme: Scheme) -> dict[str, Heads]:
@@ -96,9 +119,7 @@ def _insert_activations(
 ) -> dict[fx.Node, str]:
     keys: dict[fx.Node, str] = {}
     for node, point in placement.points.items():
-        leader = point
-        while leader.shares is not None:
-            leader = placement.points[leader.shares]
+        leader = placement.leader(point)
         keys[node] = key = module_key(leader.role, leader.name)
         if not hasattr(student, key):
             student.add_module(key, _activation_quantizer(leader, scheme))
@@ -140,7 +161,7 @@ def _insert_weight(
         reason = "weights are float" if scheme.weights is None else FLOAT_BY_RULE
         unquantized.append(Unquantized(str(stored.target), "weight", reason))
     else:
-        layer.weight = module_key("weight", str(stored.target).removesuffix(".weight"))
+        layer.weight = _weight_key(node)
         shape = tuple(int(s) for s in ops.shape(stored))
         kind, size = scheme.weight_granularity(layer.name)
         cut = heads if kind == "head" else None

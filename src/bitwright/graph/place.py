@@ -59,6 +59,12 @@ class Placement:
     ends: dict[fx.Node, fx.Node] = field(default_factory=dict)
     """For every operator inside a group the one that ends it."""
 
+    def leader(self, point: QuantizerSite) -> QuantizerSite:
+        """The site whose quantizer a point uses; itself, if it has one of its own."""
+        while point.shares is not None:
+            point = self.points[point.shares]
+        return point
+
 
 class _Consumer(NamedTuple):
     node: fx.Node
@@ -146,8 +152,7 @@ def _operands(node: fx.Node) -> list[fx.Node]:
         while ops.kind(operand) == "move":
             operand = ops.moved(operand)
         found.append(operand)
-    order = {n: i for i, n in enumerate(node.graph.nodes)}
-    return sorted(found, key=order.__getitem__)
+    return sorted(found) if len(found) > 1 else found
 
 
 def _can_fuse(node: fx.Node, consumer: _Consumer, target: Target) -> bool:
@@ -282,16 +287,10 @@ def _share_concats(placement: Placement, graph: fx.Graph) -> None:
             if s in placement.points
         ]
         joined.append(placement.points[node])
-        leader = _leader(placement, joined[-1])
-        bits = max(_leader(placement, p).bits or 0 for p in joined)
+        leader = placement.leader(joined[-1])
+        bits = max(placement.leader(p).bits or 0 for p in joined)
         for point in joined:
-            mine = _leader(placement, point)
+            mine = placement.leader(point)
             if mine is not leader:
                 mine.shares = leader.node
         leader.bits = bits
-
-
-def _leader(placement: Placement, point: QuantizerSite) -> QuantizerSite:
-    while point.shares is not None:
-        point = placement.points[point.shares]
-    return point

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,82 @@ def truncate(graph: fx.GraphModule, names: Iterable[str]) -> fx.GraphModule:
         copies[node] = made.node_copy(node, copies.__getitem__)
     made.output([copies[n] for n in wanted])
     return fx.GraphModule(graph, made)
+
+
+class Rerun:
+    """A network whose parts run again with some stored values changed; everything else is found once.
+
+    Args:
+        graph: with quantizers; not changed. Its modules are called as they are at that time.
+
+    Attributes:
+        constants: values that do not depend on the images and that something reads which does, by node name.
+        still: all nodes that do not depend on the images.
+    """
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        self.graph = graph
+        nodes = list(graph.graph.nodes)
+        self._moving = _follows(graph.graph, (n for n in nodes if n.op == "placeholder"))
+        self.still = [n for n in nodes if n not in self._moving and n.op != "output"]
+        (self._end,) = (n for n in nodes if n.op == "output")
+        read = [a for n in [*self._moving, self._end] for a in n.all_input_nodes if a not in self._moving]
+        names = [n.name for n in dict.fromkeys(read)]
+        self.constants: dict[str, Any] = dict(zip(names, values(graph, names), strict=True))
+        self._calls: dict[fx.Node, Callable[..., Any]] = {}
+        for node in self._moving:
+            if node.op == "call_module":
+                self._calls[node] = graph.get_submodule(str(node.target))
+            elif callable(node.target):
+                self._calls[node] = node.target
+        self._position = {n: i for i, n in enumerate(nodes)}
+        self._last = {a: n for n in nodes for a in n.all_input_nodes}
+
+    def behind(self, changed: Collection[str]) -> Part:
+        """What runs again where these values change, by names of nodes, and the names of what it reads of images."""
+        seeds = [n for n in self._position if n.name in changed]
+        waiting, found = [u for n in seeds for u in n.users] + [n for n in seeds if n in self._moving], set[fx.Node]()
+        while waiting:
+            node = waiting.pop()
+            if node in self._moving and node not in found and node is not self._end:
+                found.add(node)
+                waiting += node.users
+        again = sorted(found, key=self._position.__getitem__)
+        read = {a for n in [*again, self._end] for a in n.all_input_nodes if a in self._moving and a not in found}
+        return Part(again, frozenset(a.name for a in read))
+
+    def outputs(self, part: Part, known: Mapping[str, Any], changed: Mapping[str, Any]) -> list[Tensor]:
+        """The network's outputs, without gradients.
+
+        Args:
+            part: what runs.
+            known: what it reads that depends on the images, by node name.
+            changed: stored values instead of :attr:`constants`, by node name.
+        """
+        env: dict[fx.Node, Any] = {}
+
+        def value(node: fx.Node) -> Any:
+            if node in env:
+                return env[node]
+            name = node.name
+            return known[name] if name in known else changed[name] if name in changed else self.constants[name]
+
+        with torch.no_grad():
+            for node in part.again:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+                env[node] = self._calls[node](*args, **kwargs)
+                for read in node.all_input_nodes:
+                    if self._last[read] is node:
+                        env.pop(read, None)
+            return list(fx.map_arg(self._end.args[0], value))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Operators that run again, in order, and the names of the values that they read and that depend on the images."""
+
+    again: list[fx.Node]
+    reads: frozenset[str]
 
 
 def tensor_bytes(values: Mapping[str, Any]) -> int:

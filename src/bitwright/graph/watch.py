@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -51,6 +51,53 @@ def values_of(module: fx.GraphModule, images: Tensor, names: Iterable[str]) -> t
 
     outputs = watch(module, images, dict.fromkeys(names, keep))
     return found, outputs
+
+
+def watch_both(
+    reference: fx.GraphModule,
+    other: fx.GraphModule,
+    images: Tensor,
+    pairs: Mapping[str, str],
+    see: Callable[[str, Any, Any], None],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs of two networks for a batch, [B, C, H, W], without gradients, and some of their values side by side.
+
+    Both run at the same time, so that no more is in memory than what they compute with.
+
+    Args:
+        reference: a network.
+        other: made from it, in the same order.
+        images: the batch.
+        pairs: names of nodes of ``other``, and of their twins in ``reference``.
+        see: shown the first name, the reference's value and the other's.
+    """
+    waiting = set(pairs.values())
+    kept: dict[str, Any] = {}
+    with torch.no_grad():
+        theirs = _steps(reference, images)
+        found: Any = None
+        for node, found in _steps(other, images):
+            twin = pairs.get(node.name)
+            while twin in waiting:
+                before, value = next(theirs)
+                if before.name in waiting:
+                    kept[before.name] = value
+                    waiting.remove(before.name)
+            if twin is not None:
+                see(node.name, kept.pop(twin), found)
+        *_, (_, expected) = theirs
+    return list(expected), list(found)
+
+
+def _steps(module: fx.GraphModule, images: Tensor) -> Iterator[tuple[fx.Node, Any]]:
+    """Nodes in order with their values, which are released after their last reader; the last gives the outputs."""
+    runner = fx.Interpreter(module)
+    runner.args_iter = iter([images])
+    for node in module.graph.nodes:
+        runner.env[node] = value = runner.run_node(node)
+        for read in runner.user_to_last_uses.get(node, []):
+            del runner.env[read]
+        yield node, value
 
 
 class Observer(Protocol):

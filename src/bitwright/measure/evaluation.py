@@ -21,7 +21,7 @@ from bitwright.graph.explain import cannot_run
 from bitwright.graph.outputs import arrange, names
 from bitwright.graph.readings import Reading
 from bitwright.graph.student import Student
-from bitwright.graph.watch import Callback, watch
+from bitwright.graph.watch import watch_both
 from bitwright.measure.class_maps import GivenClassMap
 from bitwright.measure.metrics import Evaluation, Fidelity, SignalToNoise
 from bitwright.measure.task import Decode, Judged, Outputs, joined
@@ -29,6 +29,8 @@ from bitwright.measure.tasks import Scoring, judges
 from bitwright.measure.truth_files import labelled
 from bitwright.progress import Progress, silent
 
+AT_ONCE = 8
+"""Images in one pass, where nothing depends on how many they are."""
 PLAIN = Outputs()
 NOTHING_SAID = Scoring()
 Network = Callable[[Tensor], list[Tensor]]
@@ -98,6 +100,7 @@ def evaluation_of(
     batch: int = 50,
     progress: Progress = silent,
     each: Each | None = None,
+    noise: LayerNoise | None = None,
 ) -> Evaluation:
     """What :func:`evaluate` tells, as a record.
 
@@ -109,6 +112,7 @@ def evaluation_of(
         batch: images at a time.
         progress: called as it goes.
         each: shown the outputs of every batch, if there is a teacher.
+        noise: of every layer, measured on the way.
     """
     teacher = model.teacher
     reference = None if teacher is None else (lambda x: list(teacher.graph(x)))
@@ -121,6 +125,7 @@ def evaluation_of(
         batch=batch,
         progress=progress,
         each=each,
+        noise=noise,
     )
 
 
@@ -154,6 +159,7 @@ def compare(
     batch: int = 50,
     progress: Progress = silent,
     each: Each | None = None,
+    noise: LayerNoise | None = None,
 ) -> Evaluation:
     """Runs one or two networks over the images.
 
@@ -166,14 +172,19 @@ def compare(
         batch: images at a time.
         progress: called as it goes.
         each: shown the outputs of every batch, if there is a reference.
+        noise: of every layer, measured on the way; of both networks.
     """
     fidelity, done = Fidelity(outputs.names, outputs.readings), 0
     judged = judges(images, outputs, scoring)
     _say_what_is_left_out(images, judged)
     for inputs in images.batches(batch):
         with torch.no_grad():
-            found = network(inputs)
-            expected = None if reference is None else reference(inputs)
+            expected: list[Tensor] | None = None
+            if noise is not None and done < noise.images:
+                expected, found = noise.run(inputs)
+            else:
+                found = network(inputs)
+                expected = None if reference is None else reference(inputs)
         part = range(done, done + len(inputs))
         for each_judge in judged:
             each_judge.add(part, found, expected)
@@ -252,31 +263,42 @@ def check_truth(network: Model, images: Images, scoring: Scoring = NOTHING_SAID)
             each.judge.target(range(position, position + 1))
 
 
-def layer_sqnr(model: Student, images: Tensor) -> dict[str, float | None]:
-    """Signal to quantization noise of every layer's output, in dB, on a few images [B, C, H, W].
+class LayerNoise:
+    """Signal to quantization noise of every layer's output, while a network and its float twin run beside each other.
 
     Errors accumulate from layer to layer, as they do when the network runs.
+
+    Args:
+        model: with its float network.
+        images: on how many it is measured, about: a batch that begins before that many is measured as a whole.
     """
-    assert model.teacher is not None, "needs the float network"
-    ends = {layer.end or layer.node for layer in model.layers}
-    kept: dict[str, Tensor] = {}
-    ratios: dict[str, SignalToNoise] = {}
 
-    def keep(node: Any, value: Tensor) -> None:
-        kept[node.name] = value
+    def __init__(self, model: Student, images: int) -> None:
+        assert model.teacher is not None, "needs the float network"
+        self.model, self.teacher, self.images = model, model.teacher, images
+        ends = dict.fromkeys(layer.end or layer.node for layer in model.layers)
+        quantized = {n.args[0].name: n.name for n in model.graph.graph.nodes if n.op == "call_module" and n.args}
+        self.pairs = {quantized.get(end, end): end for end in ends}
+        self.ratios: dict[str, SignalToNoise] = {}
 
-    def measure(name: str) -> Callback:
-        def callback(_: Any, value: Tensor) -> None:
-            ratios[name] = SignalToNoise()
-            ratios[name].update(kept[name], value)
+    def run(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Outputs of the float network and of the quantized one, for a batch [B, C, H, W]."""
 
-        return callback
+        def see(name: str, expected: Tensor, found: Tensor) -> None:
+            self.ratios.setdefault(self.pairs[name], SignalToNoise()).update(expected, found)
 
-    watch(model.teacher.graph, images, dict.fromkeys(ends, keep))
-    quantized = {n.args[0].name: n.name for n in model.graph.graph.nodes if n.op == "call_module" and n.args}
-    watch(model.graph, images, {quantized.get(e, e): measure(e) for e in ends})
-    return {
-        layer.name: ratios[layer.end or layer.node].result()
-        for layer in model.layers
-        if (layer.end or layer.node) in ratios
-    }
+        images = images.float() if images.is_floating_point() else images
+        return watch_both(self.teacher.graph, self.model.graph, images, self.pairs, see)
+
+    def decibels(self) -> dict[str, float | None]:
+        """Of every layer, by name; None where nothing differs."""
+        ends = {layer.name: layer.end or layer.node for layer in self.model.layers}
+        return {name: self.ratios[end].result() for name, end in ends.items() if end in self.ratios}
+
+
+def layer_sqnr(model: Student, images: Tensor) -> dict[str, float | None]:
+    """:class:`LayerNoise` of a few images [B, C, H, W] in dB."""
+    noise = LayerNoise(model, len(images))
+    for part in torch.split(images, AT_ONCE):
+        noise.run(part)
+    return noise.decibels()

@@ -28,10 +28,11 @@ from bitwright.given.arguments import a_path, of_kind
 from bitwright.given.images import Images, load_images
 from bitwright.graph.student import Student
 from bitwright.measure.class_maps import GivenClassMap
-from bitwright.measure.evaluation import NOTHING_SAID, evaluation_of, layer_sqnr, read_outputs_of
+from bitwright.measure.evaluation import NOTHING_SAID, LayerNoise, evaluation_of, read_outputs_of
 from bitwright.measure.task import Decode
 from bitwright.measure.tasks import Scoring
 from bitwright.measure.truth_files import labelled
+from bitwright.memory import keep_pages
 from bitwright.progress import Progress, silent
 from bitwright.report import facts
 from bitwright.report.answers import Answers
@@ -43,8 +44,9 @@ from bitwright.run.record import EvaluatedImages, add_evaluation, add_parity, ad
 from bitwright.run.state import leave
 from bitwright.sensitivity import diagnosis
 
+BATCH = 16
+"""Images at a time, of which the activations of most networks stay in the memory that was faulted in."""
 SQNR_IMAGES = 32
-PARITY_IMAGES = 128
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def do(folder: Path, make: Make, journal: Journal, *, force: bool = False, resum
         BitwrightError: anything but the ONNX file went wrong; what was done until then is kept.
     """
     started = time.perf_counter()
-    with run_folder.writing(folder) as said:
+    with run_folder.writing(folder) as said, keep_pages():
         if said is not None:
             journal.say(said)
         run_folder.check_target(folder, force=force, resume=resume)
@@ -292,16 +294,20 @@ def add_measurements(model: Student, wanted: Wanted, journal: Journal) -> Answer
     assert images is not None
     readings = read_outputs_of(model, images)
     answers = Answers(model.outputs, readings)
+    noise = None if model.teacher is None else LayerNoise(model, SQNR_IMAGES)
     found = evaluation_of(
-        model, images, readings, scoring=wanted.scoring, progress=journal.progress, each=answers.update
+        model,
+        images,
+        readings,
+        scoring=wanted.scoring,
+        batch=BATCH,
+        progress=journal.progress,
+        each=answers.update,
+        noise=noise,
     )
     answers.pictured = found.pictured
-    noise: dict[str, float | None] = {}
-    if model.teacher is not None:
-        journal.begin("Measuring every layer")
-        noise = layer_sqnr(model, images.batch(range(min(SQNR_IMAGES, len(images)))))
-        journal.finish()
-    add_evaluation(model.result, found, EvaluatedImages.of(images), noise, same_as_calibration=given is None)
+    decibels = {} if noise is None else noise.decibels()
+    add_evaluation(model.result, found, EvaluatedImages.of(images), decibels, same_as_calibration=given is None)
     _took(model, "evaluate", started)
     return answers
 
@@ -364,7 +370,7 @@ def _export(model: Student, wanted: Wanted, path: Path, journal: Journal) -> Bit
     parity, size = None, None
     try:
         with quiet_libraries():
-            parity = export_checked(model, path, wanted.images, force=wanted.force, count=PARITY_IMAGES)
+            parity = export_checked(model, path, wanted.images, force=wanted.force)
         size = sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*"))
     except BitwrightError as error:
         failure = error

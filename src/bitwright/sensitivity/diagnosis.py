@@ -2,11 +2,13 @@
 
 Measured on calibration images, without labels. One backward pass through the student says to first order what each
 quantization error costs; for the tensors that this puts first, the loss is measured with that tensor alone in float and
-with more bits, everything else as the run left it. Only what lies behind a tensor runs again.
+with more bits, everything else as the run left it. Only what lies behind a tensor runs again. How long the float
+network takes decides how many images there are, so that a diagnosis takes about as long as it may.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,24 +22,35 @@ from torch import Tensor, fx
 from bitwright.errors import UsageError
 from bitwright.graph import ops, rewrite, segments
 from bitwright.graph.axes import read_outputs
-from bitwright.graph.student import Student, insert_quantizers
-from bitwright.graph.watch import updating, values_of, watch
+from bitwright.graph.insert import bits_by_key
+from bitwright.graph.student import Student
+from bitwright.graph.watch import Callback, updating, values_of, watch
 from bitwright.memory import keep_pages
 from bitwright.progress import Progress, silent
+from bitwright.quant.grid import Grid
 from bitwright.quant.quantizer import BiasQuantizer, Calibration, Frozen, as_if
 from bitwright.quant.ranges import rounded_to
 from bitwright.quant.scheme import Rule, escaped
+from bitwright.quant.statistics import Statistics
 from bitwright.run.result import Diagnosis, Remedies, Remedy, TensorLoss
-from bitwright.sensitivity.base import Choices
 from bitwright.sensitivity.one_at_a_time import distance_of_outputs
 from bitwright.stages.base import Run
-from bitwright.stages.calibrate import channel_mean, mean_inputs
+from bitwright.stages.calibrate import Calibrate, channel_mean, mean_inputs
 
 if TYPE_CHECKING:
     from bitwright.given.images import Images
 
-IMAGES = 48
-BATCH = 16
+IMAGES, LEAST_IMAGES = 48, 2
+FORWARDS = 30
+"""What a diagnosis takes for an image, in passes of the float network."""
+OPERATOR = 2e-5
+"""Seconds that an operator takes however few images there are."""
+FIRST_BYTES = 1 << 30
+"""Bytes that one backward pass may take, about."""
+FACTOR = 4
+"""Bytes of a backward pass over those of the float network's values."""
+KEPT_BYTES = 256 << 20
+"""Bytes of images and outputs, and as many of values inside the network, that are kept."""
 NEGLIGIBLE = 2e-3
 """Loss (KL in nats, or squared error over the outputs' mean square) below which there is nothing to mend."""
 SHARE, LEAST = 0.05, 3.0
@@ -75,8 +88,9 @@ def diagnose(
     Args:
         model: as :func:`bitwright.quantize` returns it, or before it is frozen; with its float network.
         images: to measure on; those it was calibrated on if not given. Labels are not looked at.
-        count: how many of them, evenly spread.
-        seconds: to spend, about; decides how many tensors are measured, between :data:`SUSPECTS`.
+        count: how many of them at most, evenly spread.
+        seconds: to spend, about; decides how many images are taken, from :data:`LEAST_IMAGES` on, and how many tensors
+            are measured, between :data:`SUSPECTS`.
         device: where.
         seed: of the calibration of wider activations.
         progress: called as it goes.
@@ -91,7 +105,7 @@ def diagnose(
     if model.teacher is None or images is None:
         raise UsageError("Expected a network with its float network and images to diagnose it with, found none.")
     some = images.sample(min(count, len(images)), seed=0).unlabelled()
-    run = Run(seed=seed, batch=BATCH, device=torch.device(device), progress=progress)
+    run = Run(seed=seed, device=torch.device(device), progress=progress)
     with keep_pages(), _moved_to(model, run.device):
         return _Patient(model, some, run).examine(seconds)
 
@@ -168,11 +182,13 @@ class _Patient:
         for node in self.nodes.values():
             if node.op == "call_module" and str(node.target) in by_target:
                 self.calls[by_target[str(node.target)]].append(node)
-        stored = [n for n in self.nodes.values() if n.name in self._constants()]
-        values = segments.values(self.graph, [n.name for n in stored])
-        self.stored: dict[str, Tensor] = {n.name: v for n, v in zip(stored, values, strict=True)}
+        self.again = segments.Rerun(self.graph)
+        self.stored: dict[str, Tensor] = {name: self.again.constants[name] for name in self._constants()}
         self.means: dict[str, Tensor] = {}
-        self.widened: dict[int, Student] = {}
+        self.widened: dict[tuple[str, int], Calibration] = {}
+        self.parts: list[_Images] = []
+        self.clock = time.thread_time if run.device.type == "cpu" else time.perf_counter
+        """On a CPU without what other processes take, so that a busy machine decides nothing."""
 
     def _suspects(self) -> list[Suspect]:
         """In program order; stored operands of activations, which have bits of their own, are none."""
@@ -194,51 +210,74 @@ class _Patient:
         twin = self.theirs.get(node.name)
         return twin is not None and ops.kind(twin) == "linear"
 
-    def _constants(self) -> set[str]:
+    def _constants(self) -> list[str]:
         """Names of what linear operators read besides the images: weights and biases as they compute with them."""
-        found = set()
+        found: dict[str, None] = {}
         for node in self.nodes.values():
             if self._linear(node):
-                found |= {a.name for a in node.args[1:3] if isinstance(a, fx.Node)}
-        return found
+                found |= dict.fromkeys(a.name for a in node.args[1:3] if isinstance(a, fx.Node))
+        return [name for name in found if name in self.again.constants]
 
     # -------------------------------------------------------------------------------------------------- the story
 
     def examine(self, seconds: float | None) -> Diagnosis:
         """All of it; see :func:`diagnose`."""
-        started = time.perf_counter()
+        started = self.clock()
+        self.read(seconds)
         loss, effects = self.first_order()
-        healthy = Diagnosis(loss if math.isfinite(loss) else None, len(self.images))
+        healthy = Diagnosis(loss if math.isfinite(loss) else None, self.count)
         if not loss >= NEGLIGIBLE:
             return healthy
         fewest, most = SUSPECTS
-        each = time.perf_counter() - started
+        each = self.clock() - started
         number = most if seconds is None else int(SPEED * (seconds / each - 3))
         worst = sorted(self.suspects, key=lambda s: -effects[s.key])[: max(fewest, min(most, number))]
+        before = self.clock()
         without = self.losses([self.in_float(s) for s in worst], "Measuring suspects")
+        now = self.clock()
         rows = sorted(zip(worst, without, strict=True), key=lambda row: row[1])
         layers = [TensorLoss(s.name, s.tensor, rest, (loss - rest) / loss) for s, rest in rows if rest < loss]
-        rules, together = self.prescribe(loss, [s for s, rest in rows if rest < (1 - WORTH) * loss])
+        left = math.inf if seconds is None else (seconds - (now - started)) / max(now - before, 1e-9) * len(worst)
+        good = [s for s, rest in rows if rest < (1 - WORTH) * loss]
+        rules, together = self.prescribe(loss, good, left)
         return replace(healthy, layers=layers, rules=rules, together=together)
 
-    def prescribe(self, loss: float, worst: Sequence[Suspect]) -> tuple[list[Remedy], Remedies | None]:
-        """For each of the worst tensors that are worth it the rule, and the best few together."""
-        tried = [(s, r) for s in worst[:TREATED] for r in rules_for(s)]
+    @property
+    def count(self) -> int:
+        """How many images it is measured on."""
+        return sum(len(part.images) for part in self.parts)
+
+    def prescribe(
+        self, loss: float, worst: Sequence[Suspect], left: float = math.inf
+    ) -> tuple[list[Remedy], Remedies | None]:
+        """For each of the worst tensors that are worth it the rule, and the best few together.
+
+        Args:
+            loss: without any rule.
+            worst: the worst first.
+            left: how many times there is time to measure a loss; for the worst tensor it is taken.
+        """
+        tried: list[tuple[Suspect, str]] = []
+        for suspect in worst[:TREATED]:
+            more = [(suspect, rule) for rule in rules_for(suspect)]
+            if not tried or len(tried) + len(more) <= left:
+                tried += more
         changes = {r: self.under(r) for _, r in tried}
         after = dict(zip(changes, self.losses(list(changes.values()), "Measuring rules"), strict=True))
         close = WORTH * loss
         best = {s.key: _cheapest({r: after[r] for t, r in tried if t is s}, changes, close) for s, _ in tried}
         good = sorted({r for r in best.values() if after[r] < loss - close}, key=after.__getitem__)
         rules = [Remedy(r, after[r], changes[r].bytes) for r in good]
-        return rules, self._together(loss, close, {r: changes[r] for r in good})
+        return rules, self._together(loss, close, {r: changes[r] for r in good}, left - len(tried))
 
-    def _together(self, loss: float, close: float, changes: dict[str, Change]) -> Remedies | None:
+    def _together(self, loss: float, close: float, changes: dict[str, Change], time_left: float) -> Remedies | None:
         """One rule after the other, each the best beside those before; None if that ends with one."""
         chosen: list[str] = []
         reached, change, left = loss, Change(()), dict(changes)
-        while left and len(chosen) < TOGETHER:
+        while left and len(chosen) < TOGETHER and len(left) <= time_left:
             both = {r: change | c for r, c in left.items()}
             after = dict(zip(both, self.losses(list(both.values()), "Measuring rules together"), strict=True))
+            time_left -= len(left)
             rule = _cheapest(after, both, close)
             if after[rule] > reached - close:
                 break
@@ -249,21 +288,55 @@ class _Patient:
 
     # ------------------------------------------------------------------------------------------------- first order
 
+    def read(self, seconds: float | None = None) -> None:
+        """Images, the float network's outputs for them and the mean inputs of its linear operators (:meth:`_shift`)."""
+        order = _spread(len(self.images))
+        count, at_once = self._affordable(order[:LEAST_IMAGES], seconds)
+        means = mean_inputs(self.teacher.graph)
+        callbacks = {name: updating(mean) for name, mean in means.items()}
+        chosen = order[:count]
+        for start in range(0, len(chosen), at_once):
+            self.run.progress("Looking for what was lost", start, len(chosen))
+            images = self.images.batch(chosen[start : start + at_once]).to(self.run.device)
+            self.parts.append(_Images(images, watch(self.teacher.graph, images, callbacks)))
+        self.run.progress("Looking for what was lost", len(chosen), len(chosen))
+        self.means = {name: mean.mean for name, mean in means.items()}
+
+    def _affordable(self, first: list[int], seconds: float | None) -> tuple[int, int]:
+        """How many images can be looked at in that time, and how many of them at once, told by the first few."""
+        held = 0
+
+        def see(_: fx.Node, value: Any) -> None:
+            nonlocal held
+            held += segments.tensor_bytes({"": value})
+
+        images = self.images.batch(first).to(self.run.device)
+        operators = [name for name, node in self.theirs.items() if node.op == "call_function"]
+        started = self.clock()
+        outputs = watch(self.teacher.graph, images, dict.fromkeys(operators, see))
+        took, each = self.clock() - started, OPERATOR * len(operators)
+        kept = max(1, (images.nbytes + segments.tensor_bytes({"": outputs})) // len(first))
+        count = KEPT_BYTES // kept
+        if seconds is not None:
+            image = max(took - each, each / 2) / len(first)
+            count = min(count, int((seconds / FORWARDS - each) / image))
+        at_once = FIRST_BYTES * len(first) // (FACTOR * max(1, held))
+        return max(LEAST_IMAGES, count), max(1, at_once)
+
     def first_order(self) -> tuple[float, dict[str, float]]:
         """The loss, and by key what each error adds to it: the gradient at the error's end times the error."""
-        self._read_means()
-        leaves = {name: v.clone().requires_grad_() for name, v in self.stored.items()}
+        leaves = {name: v.detach().requires_grad_() for name, v in self.stored.items()}
         effects = dict.fromkeys((s.key for s in self.suspects), 0.0)
         activations = {n.name: s.key for s in self.suspects if s.tensor == "activation" for n in self.calls[s.key]}
+        fixed = {n: self.again.constants.get(n.name) for n in self.again.still if n.name not in leaves}
         total = 0.0
-        for batch in self.run.batches(self.images, "Looking for what was lost"):
-            with torch.no_grad():
-                theirs = list(self.teacher.graph(batch))
+        for part in self.parts:
             through = _Through(self.graph, leaves, activations, effects)
             with torch.enable_grad():
-                each = distance_of_outputs(list(through.run(batch)), theirs, self.readings)
+                found = through.run(part.images, initial_env=dict(fixed))
+                each = distance_of_outputs(list(found), part.expected, self.readings)
             if each.requires_grad:
-                (each.sum() / len(self.images)).backward()  # type: ignore[no-untyped-call]
+                (each.sum() / self.count).backward()  # type: ignore[no-untyped-call]
             through.env.clear()  # its values' history holds the hooks, which hold it
             total += float(each.detach().sum())
         for suspect in self.suspects:
@@ -271,15 +344,7 @@ class _Patient:
                 gradient = leaves[name].grad
                 if gradient is not None:
                     effects[suspect.key] += float((gradient * (self.stored[name] - value)).sum())
-        return total / len(self.images), effects
-
-    def _read_means(self) -> None:
-        """Mean inputs of the float network's linear operators, for :meth:`_shift`."""
-        means = mean_inputs(self.teacher.graph)
-        callbacks = {name: updating(mean) for name, mean in means.items()}
-        for batch in self.run.batches(self.images, "Reading mean inputs"):
-            watch(self.teacher.graph, batch, callbacks)
-        self.means = {name: mean.mean for name, mean in means.items()}
+        return total / self.count, effects
 
     # ---------------------------------------------------------------------------------------------------- changes
 
@@ -335,9 +400,7 @@ class _Patient:
     def under(self, rule: str) -> Change:
         """All tensors that the rule changes, as the rule has them: one name may stand for several."""
         scheme = self.model.scheme
-        asked = scheme.model_copy(update={"rules": (*scheme.rules, Rule.parse(rule))})
-        made = insert_quantizers(self.teacher, asked)
-        there = {q: made.quantizer(q).grid.bits for x in made.layers for q in (x.weight, x.activation) if q is not None}
+        there = bits_by_key(self.teacher.graph, scheme.model_copy(update={"rules": (*scheme.rules, Rule.parse(rule))}))
         total = Change(())
         for suspect in self.suspects:
             bits = there.get(suspect.key)
@@ -358,10 +421,17 @@ class _Patient:
 
     def _grid(self, key: str, bits: int) -> Calibration:
         """Of an activation, calibrated on the same images."""
-        if bits not in self.widened:
-            choices = Choices(scheme=self.model.scheme)
-            self.widened[bits] = choices.student(self.teacher, self.images, self.run, activations=bits)
-        return self.widened[bits].quantizer(key).calibration
+        if (key, bits) not in self.widened:
+            quantizer = copy.deepcopy(self.model.quantizer(key))
+            quantizer.grid = Grid.named(self.model.scheme.activation_grid, bits)
+            sources = [n.args[0] for n in self.calls[key]]
+            seen = Statistics(quantizer.name)
+            callbacks: dict[str, Callback] = {n.name: updating(seen) for n in sources if isinstance(n, fx.Node)}
+            for part in self.parts:
+                watch(self.teacher.graph, part.images, callbacks)
+            Calibrate().set_activation(quantizer, seen, self.model.scheme)
+            self.widened[key, bits] = quantizer.calibration
+        return self.widened[key, bits]
 
     # ----------------------------------------------------------------------------------------------------- measured
 
@@ -369,22 +439,54 @@ class _Patient:
         """The mean loss with each of the changes; only what lies behind it runs again."""
         if not changes:
             return []
-        parts = [segments.region(self.graph, [s.called for s in c.suspects]) for c in changes]
-        kept = {name for part in parts for name in part.frontier}
-        still = list(dict.fromkeys(name for part in parts for name in (*part.fixed, *part.moved)))
-        constants = dict(zip(still, segments.values(self.graph, still), strict=True))
-        sums = [0.0] * len(changes)
-        for batch in self.run.batches(self.images, what):
-            known, _ = values_of(self.graph, batch, kept)
-            theirs = list(self.teacher.graph(batch))
+        parts = [self.again.behind(self._changed(c)) for c in changes]
+        needed = frozenset[str]().union(*(part.reads for part in parts))
+        sums, done = [0.0] * len(changes), 0
+        self.run.progress(what, 0, self.count)
+        for images in self.parts:
+            known = self._known(images, needed)
             for position, (change, part) in enumerate(zip(changes, parts, strict=True)):
-                operands = [*(known[n] for n in part.frontier)]
-                operands += [change.values.get(n, constants[n]) for n in (*part.fixed, *part.moved)]
                 grids = {self.model.quantizer(k): new for k, new in change.grids.items()}
-                with as_if(grids), torch.no_grad():
-                    ours = list(part.body(*operands))
-                sums[position] += float(distance_of_outputs(ours, theirs, self.readings).sum())
-        return [s / len(self.images) for s in sums]
+                with as_if(grids):
+                    ours = self.again.outputs(part, known, change.values)
+                sums[position] += float(distance_of_outputs(ours, images.expected, self.readings).sum())
+            done += len(images.images)
+            self.run.progress(what, done, self.count)
+        return [s / self.count for s in sums]
+
+    def _changed(self, change: Change) -> set[str]:
+        """Names of the nodes whose values it changes by itself."""
+        return {*change.values, *(n.name for key in change.grids for n in self.calls[key])}
+
+    def _known(self, images: _Images, needed: frozenset[str]) -> dict[str, Any]:
+        """Values of the quantized network by node name, kept where there is room."""
+        if not needed <= images.known.keys():
+            found, _ = values_of(self.graph, images.images, needed - images.known.keys())
+            whole = {**images.known, **found}
+            room = KEPT_BYTES * len(images.images) // self.count
+            if segments.tensor_bytes(whole) > room:
+                return whole
+            images.known = whole
+        return images.known
+
+
+@dataclass
+class _Images:
+    """Some of the images, the float network's outputs for them, and values of the quantized network by node name."""
+
+    images: Tensor
+    expected: list[Tensor]
+    known: dict[str, Any] = field(default_factory=dict)
+
+
+def _spread(count: int) -> list[int]:
+    """All positions in an order of which every beginning is spread evenly over them.
+
+    Example:
+        >>> _spread(8)
+        [0, 5, 2, 7, 4, 1, 6, 3]
+    """
+    return sorted(range(count), key=lambda i: i * (math.sqrt(5) - 1) / 2 % 1)
 
 
 class _Through(fx.Interpreter):

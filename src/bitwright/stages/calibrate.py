@@ -20,6 +20,7 @@ from bitwright.graph.watch import updating, watch
 from bitwright.quant import shifts
 from bitwright.quant.quantizer import BiasQuantizer, Quantizer
 from bitwright.quant.ranges import RangeMethod, activation_range, spread_ratio, weight_scale
+from bitwright.quant.scheme import Scheme
 from bitwright.quant.statistics import MeanInput, Statistics
 from bitwright.stages.base import Run, Stage
 from bitwright.stages.ptf import set_factors
@@ -126,20 +127,23 @@ class Calibrate(Stage):
 
     def _set_activations(self, student: Student, statistics: dict[str, Statistics]) -> None:
         for key, seen in statistics.items():
-            quantizer = student.quantizer(key)
-            negative = seen.minimum < 0 or not student.scheme.target.unsigned
-            quantizer.grid = quantizer.grid.fitted(student.scheme.activation_grid, negative=negative)
-            low, high = activation_range(
-                seen, quantizer.grid, self.activations, percentile=self.percentile, power=self.activation_power
+            self.set_activation(student.quantizer(key), seen, student.scheme)
+
+    def set_activation(self, quantizer: Quantizer, seen: Statistics, scheme: Scheme) -> None:
+        """Gives a quantizer the range of what was seen of its tensor."""
+        negative = seen.minimum < 0 or not scheme.target.unsigned
+        quantizer.grid = quantizer.grid.fitted(scheme.activation_grid, negative=negative)
+        low, high = activation_range(
+            seen, quantizer.grid, self.activations, percentile=self.percentile, power=self.activation_power
+        )
+        if quantizer.power_of_two:
+            cover = self.activations != "mse"
+            found = shifts.activation_parameters(
+                low, high, seen, quantizer.grid, power=self.activation_power, cover=cover
             )
-            if quantizer.power_of_two:
-                cover = self.activations != "mse"
-                found = shifts.activation_parameters(
-                    low, high, seen, quantizer.grid, power=self.activation_power, cover=cover
-                )
-            else:
-                found = quantizer.grid.spanning(torch.tensor(low), torch.tensor(high))
-            quantizer.set_range(*found)
+        else:
+            found = quantizer.grid.spanning(torch.tensor(low), torch.tensor(high))
+        quantizer.set_range(*found)
 
 
 def parameters(graph: fx.GraphModule, role: str) -> list[tuple[str, Quantizer]]:
