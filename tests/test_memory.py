@@ -81,6 +81,17 @@ def test_limits_are_lifted_inside_and_usual_afterwards(library: _Calls) -> None:
     assert library.trims == 1
 
 
+def test_one_inside_another_changes_nothing(library: _Calls) -> None:
+    with keep_pages():
+        with keep_pages():
+            pass
+        assert library.limits == {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1}
+        assert library.trims == 0
+    assert library.trims == 1
+    with keep_pages():
+        assert library.limits[M_MMAP_MAX] == 0
+
+
 def test_limits_are_usual_again_after_an_error(library: _Calls) -> None:
     with pytest.raises(ValueError, match="inside"), keep_pages():
         raise ValueError("inside")

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from bitwright.errors import UsageError
 from bitwright.graph import ops
 from bitwright.graph.capture import capture
+from bitwright.graph.insert import bits_by_key
 from bitwright.graph.prepare import prepare
 from bitwright.graph.student import Student, insert_quantizers
 from bitwright.graph.watch import Watcher
@@ -389,3 +390,14 @@ class _UsedBothWays(nn.Module):
 def test_a_weight_that_is_an_operand_too_is_not_forgotten() -> None:
     made = insert_quantizers(prepare(capture(_UsedBothWays(), images(2))), Scheme())
     assert floats_without_a_word(made) == []
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("runtime", TARGETS)
+def test_bits_are_told_without_inserting_quantizers(name: str, runtime: str) -> None:
+    scheme = Scheme(weights=4, activations=8, runtime=runtime)
+    made = insert_quantizers(prepared(name), scheme)
+    told = bits_by_key(prepared(name).graph, scheme)
+    for layer in made.layers:
+        for key in (layer.weight, layer.activation):
+            assert key is None or told[key] == made.quantizer(key).grid.bits

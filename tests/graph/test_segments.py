@@ -11,6 +11,8 @@ from torch import Tensor
 
 from bitwright.graph import segments
 from bitwright.graph.student import Student, insert_quantizers
+from bitwright.graph.watch import values_of, watch
+from bitwright.quant.quantizer import Calibration, as_if
 from bitwright.quant.scheme import Scheme
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
@@ -98,3 +100,35 @@ def test_nothing_changed_reaches_nothing() -> None:
 
 def test_size_counts_tensors_and_lists_of_them() -> None:
     assert segments.tensor_bytes({"a": torch.zeros(3), "b": [torch.zeros(2, dtype=torch.float64)], "c": 7}) == 12 + 16
+
+
+@pytest.mark.parametrize("name", ["residual", "transformer", "called_twice", "dense"])
+@pytest.mark.parametrize("role", ["weight", "activation"])
+def test_running_again_gives_what_the_whole_network_gives_with_the_change(name: str, role: str) -> None:
+    student, batch = calibrated(name), images(3, seed=5)
+    again = segments.Rerun(student.graph)
+    for key in keys(student, role)[::2]:
+        nodes = [n.name for n in student.graph.graph.nodes if n.target == key]
+        part = again.behind(nodes)
+        known, _ = values_of(student.graph, batch, part.reads)
+        quantizer = student.quantizer(key)
+        wider = Calibration(quantizer.grid, quantizer.scale * 2, quantizer.zero_point)
+        with as_if({quantizer: wider} if role == "activation" else {}):
+            halved = {n: again.constants[n] / 2 for n in nodes if role == "weight"}
+            found = again.outputs(part, known, halved)
+            callbacks = dict.fromkeys(halved, lambda _, value: value / 2)
+            biases = {n: lambda n, _: again.constants[n.name] for n in again.constants if n not in halved}
+            whole = watch(student.graph, batch, biases | callbacks)
+        assert all(map(torch.equal, found, whole)), key
+        assert len(part.again) < len(student.graph.graph.nodes)
+
+
+def test_what_lies_ahead_of_a_change_does_not_run_again() -> None:
+    student = calibrated("residual")
+    last = [n.name for n in student.graph.graph.nodes if n.target == keys(student, "activation")[-1]]
+    first = [n.name for n in student.graph.graph.nodes if n.target == keys(student, "activation")[0]]
+    again = segments.Rerun(student.graph)
+    late, early = again.behind(last), again.behind(first)
+    assert len(late.again) < len(early.again) / 2
+    assert again.behind([]).again == []
+    assert set(late.again) < set(early.again)

@@ -102,6 +102,31 @@ def test_signal_to_noise() -> None:
     assert half.result() == pytest.approx(20, abs=1e-3)
 
 
+def test_signal_to_noise_does_not_depend_on_memory_order_or_pieces() -> None:
+    a, b = noise(3, 7, 120, 60), noise(3, 7, 120, 60, seed=1)
+    expected = 10 * math.log10(float(a.double().square().sum()) / float((a - b).double().square().sum()))
+    orders = (torch.contiguous_format, torch.channels_last)
+    for one in orders:
+        for other in orders:
+            ratio = SignalToNoise()
+            ratio.update(a.contiguous(memory_format=one), b.contiguous(memory_format=other))
+            assert ratio.result() == pytest.approx(expected, rel=1e-6)
+
+
+def test_infinities_that_both_hold_cost_nothing() -> None:
+    a = noise(70_000)
+    b = a.clone()
+    a[[5, 60_000]] = b[[5, 60_000]] = math.inf
+    b[7] += 1
+    ratio = SignalToNoise()
+    ratio.update(a, b)
+    assert ratio.noise == pytest.approx(1, rel=1e-6)
+    assert math.isfinite(ratio.signal)
+    b[60_000] = 0
+    ratio.update(a, b)
+    assert ratio.result() is None
+
+
 def test_equal_outputs() -> None:
     a = noise(9, 4)
     found = fidelity(a, a)

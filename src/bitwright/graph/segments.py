@@ -114,7 +114,7 @@ class Rerun:
         self._position = {n: i for i, n in enumerate(nodes)}
         self._last = {a: n for n in nodes for a in n.all_input_nodes}
 
-    def behind(self, changed: Collection[str]) -> Part:
+    def behind(self, changed: Collection[str]) -> Behind:
         """What runs again where these values change, by names of nodes, and the names of what it reads of images."""
         seeds = [n for n in self._position if n.name in changed]
         waiting, found = [u for n in seeds for u in n.users] + [n for n in seeds if n in self._moving], set[fx.Node]()
@@ -125,9 +125,9 @@ class Rerun:
                 waiting += node.users
         again = sorted(found, key=self._position.__getitem__)
         read = {a for n in [*again, self._end] for a in n.all_input_nodes if a in self._moving and a not in found}
-        return Part(again, frozenset(a.name for a in read))
+        return Behind(again, frozenset(a.name for a in read))
 
-    def outputs(self, part: Part, known: Mapping[str, Any], changed: Mapping[str, Any]) -> list[Tensor]:
+    def outputs(self, part: Behind, known: Mapping[str, Any], changed: Mapping[str, Any]) -> list[Tensor]:
         """The network's outputs, without gradients.
 
         Args:
@@ -154,7 +154,7 @@ class Rerun:
 
 
 @dataclass(frozen=True)
-class Part:
+class Behind:
     """Operators that run again, in order, and the names of the values that they read and that depend on the images."""
 
     again: list[fx.Node]

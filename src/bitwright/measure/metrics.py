@@ -72,7 +72,7 @@ class SignalToNoise:
             if not math.isfinite(signal + noise):
                 same = (a == b) | (a.isnan() & b.isnan())
                 signal = float(a.square().masked_fill(~a.isfinite(), 0).sum())
-                noise = float(error.square().masked_fill(same, 0).nan_to_num(nan=math.inf).sum())
+                noise = float(error.square().masked_fill(same, 0).nan_to_num(nan=math.inf, posinf=math.inf).sum())
             self.signal, self.noise = self.signal + signal, self.noise + noise
 
     def result(self) -> float | None:
