@@ -107,7 +107,41 @@ class Heads(nn.Module):
         return self.proj(self.through["mixed"](self.through["weights"](scores.softmax(-1)) @ v))
 
 
+NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "times": lambda x: 0.3 * x,
+    "over": lambda x: x / -7.0,
+    "twice": lambda x: (x * 2.0).unsqueeze(1).squeeze(1) / 3.0,
+}
+
+
+@pytest.mark.parametrize("how", NUMBERS)
+@pytest.mark.parametrize("which", ["query", "key"])
+def test_queries_and_keys_may_be_multiplied_by_numbers(which: str, how: str) -> None:
+    """As Swin does before the product."""
+    network = prepare(capture(Heads(**{which: NUMBERS[how]}).eval(), images(2)))
+    (site,) = sites(network.graph, "attention")
+    after, (change,) = changed(network, images(4), "attention")
+    assert any(change.exponents)
+    assert any(change.shifts)
+    assert sum(name.startswith(("mul", "div")) for name in site.touched) == (2 if how == "twice" else 1)
+    torch.testing.assert_close(after.graph(images(4))[0], network.graph(images(4))[0], rtol=1e-4, atol=1e-5)
+
+
+class AlsoAdded(Heads):
+    """Whose queries, times a number, are read a second time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, 0]
+        q, k, v = 0.3 * self.q(x), self.k(x), self.v(x)
+        return self.proj((q @ k.transpose(-2, -1)).softmax(-1) @ v + q)
+
+
+def test_multiplied_queries_that_something_else_reads_stay() -> None:
+    assert not sites(prepare(capture(AlsoAdded().eval(), images(2))).graph, "attention")
+
+
 REFUSED = {
+    "a number over the keys": {"key": lambda k: 3.0 / k},
     "normalised queries": {"query": lambda q: F.normalize(q, dim=-1)},
     "rotated keys": {"key": lambda k: k + 0.1 * k.roll(1, -1)},
     "scores that are clamped": {"scores": lambda s: s.clamp(-1, 1)},

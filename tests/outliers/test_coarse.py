@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import prepared
 from torch import Tensor, nn
 
 import bitwright as bw
@@ -65,10 +66,21 @@ def test_it_is_said_and_can_be_taken_back(
     assert bits == [8] * 4
     (line,) = [text for text in said if text.startswith("Softmax outputs get 8 bits instead of 4 (4 of them)")]
     assert "To take that back: rules=['*softmax*=a4']" in line
+    assert [row["activation_bits"] for row in found.result["layers"] if row["op"] == "gelu"] == [8] * 4
+    (line,) = [text for text in said if text.startswith("Activation functions inside MLPs get 8 bits")]
+    assert "To take that back: rules=['blocks.*.mlp.act=a4']" in line
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         back = bw.quantize(vit, photos[:64], "mse", weights=8, activations=4, rules=["*softmax*=a4", "*add*=a4"])
     assert {r["activation_bits"] for r in back.result["layers"] if r["op"] == "softmax"} == {4}
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("transformer", ["mlp.1"]), ("mixer", ["tokens.1", "channels.1"]), ("squeeze_excite", []), ("conv_bn_relu6", [])],
+)
+def test_activation_functions_that_only_linear_layers_read(name: str, layers: list[str]) -> None:
+    assert [n.meta["layer"] for n in module._hidden(prepared(name).graph.graph)] == layers
 
 
 def test_the_float_network_can_be_made_again_and_the_file_computes_the_same(

@@ -201,9 +201,11 @@ def _attention(softmax: fx.Node) -> Site | None:
     if scores is None or mixed is None:
         return None
     operands = [scores.args[0], scores.args[1], mixed.args[1]]
-    sources = [_projection(n) for n in operands]
+    on_the_way: list[fx.Node] = []
+    sources = [_projection(n, on_the_way) for n in operands[:2]] + [_projection(operands[2])]
     unique = list(dict.fromkeys(n for n in sources if n is not None))
-    if None in sources or any(not set(consumers(n)) <= {scores, mixed} for n in unique):
+    readers = {scores, *on_the_way}
+    if None in sources or not (_read_by(unique, {*readers, mixed}) and _read_by(on_the_way, readers)):
         return None
     unique.sort(key={n: i for i, n in enumerate(softmax.graph.nodes)}.__getitem__)
     first, numbers = 1, {}
@@ -219,7 +221,8 @@ def _attention(softmax: fx.Node) -> Site | None:
     shifted[pairs[1]] = scaled[pairs[0]] = scaled[pairs[1]] = True
     if sinks:
         shifted[value.reshape(-1)] = scaled[value.reshape(-1)] = True
-    return Site(unique, sinks or [], shifted[1:], scaled[1:], pairs, (*(n.name for n in unique), mixed.name))
+    touched = (*(n.name for n in (*unique, *on_the_way)), mixed.name)
+    return Site(unique, sinks or [], shifted[1:], scaled[1:], pairs, touched)
 
 
 def _scores(softmax: fx.Node) -> fx.Node | None:
@@ -257,11 +260,34 @@ def _product_of(softmax: fx.Node) -> fx.Node | None:
     return found[0] if ops.shape(softmax)[-1] == ops.shape(first)[-1] else None
 
 
-def _projection(node: Any) -> fx.Node | None:
-    """The linear operator whose values an operand of a product holds."""
-    while isinstance(node, fx.Node) and ops.kind(node) == "move":
-        node = ops.moved(node)
-    return node if isinstance(node, fx.Node) and _changeable(node) else None
+def _projection(node: Any, multiplied: list[fx.Node] | None = None) -> fx.Node | None:
+    """The linear operator whose values an operand of a product holds.
+
+    Where ``multiplied`` is given, they may be those values times a number: what multiplies them is added to it.
+    """
+    while isinstance(node, fx.Node) and not _changeable(node):
+        if ops.kind(node) == "move":
+            node = ops.moved(node)
+        elif multiplied is not None and _times_number(node) is not None:
+            multiplied.append(node)
+            node = _times_number(node)
+        else:
+            return None
+    return node if isinstance(node, fx.Node) else None
+
+
+def _times_number(node: fx.Node) -> fx.Node | None:
+    """The tensor that an operator multiplies by a number or divides by one, if that is what it does."""
+    if ops.kind(node) != "scalar" or ops.base_name(node) not in ops.MUL:
+        return None
+    factors = [a for a in node.args[:2] if not ops.is_scalar_operand(a)]
+    divides = ops.base_name(node) == "div"
+    return factors[0] if factors and not (divides and factors[0] is node.args[1]) else None  # type: ignore[return-value]
+
+
+def _read_by(nodes: list[fx.Node], readers: set[fx.Node]) -> bool:
+    """Whether nothing else reads them, also behind operators that move them."""
+    return all(set(consumers(n)) <= readers for n in nodes)
 
 
 def _changeable(node: fx.Node) -> bool:
@@ -277,7 +303,11 @@ def _numbered(node: fx.Node, first: int) -> Tensor:
 def _arrived(node: fx.Node, numbers: dict[fx.Node, Tensor]) -> Tensor:
     """The numbers behind operators that move them."""
     if node not in numbers:
-        numbers[node] = _moved(node, ops.moved(node), _arrived(ops.moved(node), numbers))
+        factor = _times_number(node)
+        if factor is None:
+            numbers[node] = _moved(node, ops.moved(node), _arrived(ops.moved(node), numbers))
+        else:
+            numbers[node] = _arrived(factor, numbers)
     return numbers[node]
 
 

@@ -7,6 +7,7 @@ What weights of few bits lose by themselves is added, since they change as well.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from bitwright.graph.watch import Callback, watch
 from bitwright.outliers.balance import has_coarse_weights, let_pass, plain_ranges
 from bitwright.quant.quantizer import Quantizer, as_if
 from bitwright.quant.scheme import Rule, Scheme, escaped
+from bitwright.runtimes.target import CLAMPING
 from bitwright.sensitivity.one_at_a_time import distance_of_outputs
 from bitwright.stages.calibrate import Calibrate
 
@@ -49,6 +51,7 @@ KEPT = 0.9
 SHARE = 0.1
 """Of what all activations lose: tensors of one kind that lose less by themselves keep their bits."""
 SOFTMAX, SUMS = "Softmax outputs", "Sums that only norms and other sums read"
+HIDDEN = "Activation functions inside MLPs"
 STREAM = frozenset({"norm", "add", "output"})
 """What reads a residual stream."""
 WHAT = "Looking at attention"
@@ -68,8 +71,9 @@ def ease(
         run: seed, progress.
 
     Returns:
-        The network with its channels shifted and scaled, the scheme with rules of 8 bits for softmax outputs and
-        for sums on a residual stream, and what was changed in the network. Warnings say which tensors have 8 bits.
+        The network with its channels shifted and scaled, the scheme with rules of 8 bits for softmax outputs, for
+        sums on a residual stream and for activation functions inside MLPs, and what was changed in the network.
+        Warnings say which tensors have 8 bits.
     """
     kinds = _kinds(teacher.graph.graph)
     few = scheme.activations is not None and scheme.activations < ENOUGH
@@ -89,7 +93,8 @@ def ease(
         if step and trial.of(after, scheme, touched).betters(trial.of(teacher, scheme, touched)):
             teacher = after
             changes += step
-    return teacher, scheme, changes
+    trial.whole = None  # of what is left
+    return teacher, _widened(trial, teacher, scheme, HIDDEN, _hidden(teacher.graph.graph)), changes
 
 
 def _widened(trial: _Trial, teacher: Captured, scheme: Scheme, title: str, nodes: list[fx.Node]) -> Scheme:
@@ -103,8 +108,7 @@ def _widened(trial: _Trial, teacher: Captured, scheme: Scheme, title: str, nodes
     if left >= KEPT * alone or alone < SHARE * trial.everything(teacher, scheme):
         return scheme
     new = [r.pattern for r in wide.rules[: len(wide.rules) - len(scheme.rules)]]
-    patterns = next(([f"*{word}*"] for word in ("softmax", "add") if all(word in n for n in new)), new)
-    back = as_rules(f"{p}=a{scheme.activations}" for p in patterns)
+    back = as_rules(f"{p}=a{scheme.activations}" for p in _in_few(new))
     warnings.warn(
         f"{title} get {ENOUGH} bits instead of {scheme.activations} ({len(new)} of them): alone they lose {left:.2g} "
         f"instead of {alone:.2g} on calibration images. To take that back: {back}",
@@ -113,11 +117,28 @@ def _widened(trial: _Trial, teacher: Captured, scheme: Scheme, title: str, nodes
     return wide
 
 
+def _in_few(patterns: list[str]) -> list[str]:
+    """The same in as few as may be, without their numbers.
+
+    Example:
+        >>> _in_few(["softmax", "softmax_1"]), _in_few(["blocks.0.act", "blocks.12.act"])
+        (['*softmax*'], ['blocks.*.act'])
+    """
+    shared = next((word for word in ("softmax", "add") if all(word in p for p in patterns)), None)
+    return sorted({re.sub(r"\d+", "*", p) for p in patterns}) if shared is None else [f"*{shared}*"]
+
+
 def _kinds(graph: fx.Graph) -> dict[str, list[fx.Node]]:
     """Tensors that may get 8 bits, by what they are: few operations read them, or none that multiplies matrices."""
     softmaxes = [n for n in graph.nodes if ops.kind(n) == "softmax" and "matmul" in map(ops.kind, consumers(n))]
     sums = [n for n in graph.nodes if ops.kind(n) == "add" and {*map(ops.kind, consumers(n))} <= STREAM]
     return {SOFTMAX: softmaxes, SUMS: [n for n in sums if "norm" in map(ops.kind, consumers(n))]}
+
+
+def _hidden(graph: fx.Graph) -> list[fx.Node]:
+    """Activation functions that only linear layers read: the largest values lie far from most others."""
+    active = [n for n in graph.nodes if ops.kind(n) == "activation" and ops.base_name(n) not in CLAMPING]
+    return [n for n in active if {*map(ops.base_name, consumers(n))} == {"linear"}]
 
 
 def _with_wide(scheme: Scheme, names: list[str]) -> Scheme | None:
@@ -175,6 +196,8 @@ class _Trial:
     """The float network's outputs for each batch of the images on which the loss is measured."""
     readings: list[Reading] = field(default_factory=list)
     whole: float | None = None
+    made: list[tuple[Captured, Scheme, Student]] = field(default_factory=list)
+    """The last two networks that were quantized: each is asked several times."""
 
     def everything(self, teacher: Captured, scheme: Scheme) -> float:
         """What all activations lose, as it was when it was asked first."""
@@ -190,15 +213,23 @@ class _Trial:
 
     def of(self, teacher: Captured, scheme: Scheme, names: Collection[str] | None = None) -> _Outcome:
         """What a network loses under a scheme, with the activations of the named nodes in few bits, or with all."""
-        student = self.insert(teacher, scheme)
-        student.to(self.run.device)
-        student = self.ranges.run(student, teacher, self.fit, self.run)
+        student = self._student(teacher, scheme)
         with let_pass(student, {"weight"}), as_if(dict.fromkeys(_others(student, names))):
             loss = self._loss(student)
         if names is None or not has_coarse_weights(student):
             return _Outcome(loss, 0.0)
         with let_pass(student, {"activation", "parameter"}):
             return _Outcome(loss, self._loss(student))
+
+    def _student(self, teacher: Captured, scheme: Scheme) -> Student:
+        for network, how, student in self.made:
+            if network is teacher and how == scheme:
+                return student
+        student = self.insert(teacher, scheme)
+        student.to(self.run.device)
+        student = self.ranges.run(student, teacher, self.fit, self.run)
+        self.made = [*self.made[-1:], (teacher, scheme, student)]
+        return student
 
     def _loss(self, student: Student) -> float:
         total = 0.0
