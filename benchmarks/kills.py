@@ -43,7 +43,10 @@ def main() -> int:
     parser.add_argument("--moments", type=int, default=100)
     parser.add_argument("--recipes", default=",".join(RECIPES))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="of every run, instead of its own")
     given = parser.parse_args()
+    if given.steps is not None:
+        RECIPES.update({name: ("--steps", str(given.steps)) for name in RECIPES})
     with tempfile.TemporaryDirectory() as place:
         os.chdir(place)
         found = kills(given.recipes.split(","), given.moments, given.seed)

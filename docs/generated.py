@@ -104,47 +104,26 @@ def _short(value: Any) -> str:
 
 
 def python() -> str:
-    """What ``import bitwright`` offers."""
+    """What ``import bitwright`` offers, as mkdocstrings reads it from the code."""
     import bitwright
 
     parts = ["# Python", "`import bitwright as bw`. The command line is these functions with the same names."]
     for name in bitwright.__all__:
-        thing = getattr(bitwright, name)
-        if callable(thing):
-            parts += [f"## bw.{name}", *_signature(thing), _docstring(thing)]
-    return "\n\n".join(p for p in parts if p) + "\n"
+        if callable(getattr(bitwright, name)):
+            parts.append(f"::: bitwright.{name}")
+        if name == "QuantizedModel":
+            parts += [_method(name, job) for job in ("save", "export")]
+    return "\n\n".join(parts) + "\n"
 
 
-def _signature(thing: Any) -> list[str]:
-    if inspect.isclass(thing):
-        return []
-    found = inspect.signature(thing)
-    arguments = ",\n    ".join(_argument(p) for p in found.parameters.values())
-    return [f"```python\n{thing.__name__}(\n    {arguments},\n)\n```"]
+def _method(owner: str, name: str) -> str:
+    """A method that stands where the rest of its job does."""
+    return f"::: bitwright.run.job.{name}\n    options:\n      heading: {owner}.{name}\n      heading_level: 3"
 
 
-def _argument(parameter: inspect.Parameter) -> str:
-    star = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
-    default = "" if parameter.default is parameter.empty else f" = {_short(parameter.default)}"
-    return f"{star}{parameter.name}{default}"
-
-
-def _docstring(thing: Any) -> str:
-    """Google style, as Markdown."""
-    text = inspect.getdoc(thing) or ""
-    head, *sections = re.split(r"^(Args|Returns|Raises|Example|Examples|Attributes):\n", text, flags=re.MULTILINE)
-    parts = [_prose(head)]
-    for title, body in zip(sections[::2], sections[1::2], strict=True):
-        body = inspect.cleandoc("\n" + body)
-        if ">>>" in body:
-            parts.append(f"```pycon\n{body}\n```")
-        elif title in {"Returns", "Yields"}:
-            parts.append(f"**{title}** {_prose(body)}")
-        else:
-            entries = re.sub(r"\n\s+", " ", body)
-            items = [re.sub(r"^(\w[\w.*, ]*):", r"- `\1`:", line) for line in entries.split("\n") if line.strip()]
-            parts.append(f"**{title}**\n\n{_prose(chr(10).join(items))}")
-    return "\n\n".join(parts)
+def on_page_content(html: str, **_: Any) -> str:
+    """Takes the roles of docstrings (``:func:``) off, whose names stand behind them."""
+    return re.sub(r":\w+:<code>~?(?:[\w.]+\.)?(\w+)</code>", r"<code>\1</code>", html)
 
 
 def _prose(text: str) -> str:

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from typer.main import get_command
 
+from benchmarks import picture
 from bitwright.cli import app
 from bitwright.recipes import builtin_recipes
 from bitwright.stages.base import Stage
@@ -125,7 +126,8 @@ def test_the_reference_names_every_option_and_setting() -> None:
         for field in stage.model_fields:
             assert f"`{field}`" in section
     assert "What is optimised at once." in text  # what stands below a field says what it does
-    assert "## bw.quantize" in pages.python()
+    shown = re.findall(r"^::: bitwright\.([\w.]+)", pages.python(), flags=re.MULTILINE)
+    assert {"quantize", "load", "QuantizedModel", "run.job.save"} <= set(shown)
 
 
 def test_every_page_is_in_the_site_map() -> None:
@@ -136,8 +138,8 @@ def test_every_page_is_in_the_site_map() -> None:
 
 @pytest.mark.slow
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
-    if importlib.util.find_spec("material") is None:
-        pytest.skip("mkdocs-material is not installed: pip install -e '.[docs]'")
+    if not all(importlib.util.find_spec(name) for name in ("material", "mkdocstrings")):
+        pytest.skip("what makes the site is not installed: pip install -e '.[docs]'")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", str(tmp_path / "site")],
         cwd=ROOT,
@@ -148,3 +150,10 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "site" / "reference" / "commands.html").is_file()
     shutil.rmtree(tmp_path / "site")
+
+
+def test_the_picture_of_the_first_page_is_that_of_the_figures() -> None:
+    assert picture.PICTURE.read_text(encoding="utf-8") == picture.svg()
+    shown = {point.words: point.share for point in picture.points()}
+    assert all(0.5 < share < 1 for share in shown.values())
+    assert len(list(picture.points())) == 9

@@ -18,6 +18,7 @@ from bitwright.given.arguments import as_flags
 from bitwright.run import job
 
 RECIPE, CALIBRATION, TEST = "eptq", "zoo:fashion[:64]", "zoo:fashion-test[:16]"
+NETWORK = f"{Path(__file__).parents[2] / 'examples' / 'own_model.py'}:small_net"
 OF_THE_MOMENT = {
     "diagnosis",
     "seconds",
@@ -53,18 +54,16 @@ def model() -> bw.QuantizedModel:
 
 def test_a_saved_network_leaves_what_the_command_leaves(tmp_path: Path) -> None:
     command, library = tmp_path / "command", tmp_path / "library"
-    given = ["zoo:fashion_cnn", CALIBRATION, "--recipe", RECIPE, "--samples", "2", "--steps", "2", "--evaluate", TEST]
+    given = [NETWORK, CALIBRATION, "--recipe", RECIPE, "--samples", "2", "--steps", "2", "--evaluate", TEST]
     assert main(["quantize", *given, "--precision", "float32", "--weights", "4", "--out", str(command)]) == 0
-    made = bw.quantize(
-        "zoo:fashion_cnn", CALIBRATION, RECIPE, weights=4, samples=2, steps=2, precision="float32"
-    )  # fmt: skip
+    made = bw.quantize(NETWORK, CALIBRATION, RECIPE, weights=4, samples=2, steps=2, precision="float32")
     assert made.save(library, evaluate=TEST, diagnosis=True, onnx=True, report=True) == library
 
     assert {p.name for p in library.iterdir()} == {p.name for p in command.iterdir()}
     ours, theirs = result_in(library), result_in(command)
     ours["warnings"] = [as_flags(line) for line in ours["warnings"]]
     assert steady(ours) == steady(theirs)
-    assert ours["model"]["reference"] == "zoo:fashion_cnn"
+    assert ours["model"]["reference"] == NETWORK
     sources = {name: found["source"] for name, found in ours["data"].items()}
     assert sources == {"calibration": CALIBRATION, "evaluation": TEST}
     assert (library / "model.safetensors").read_bytes() == (command / "model.safetensors").read_bytes()

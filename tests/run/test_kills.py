@@ -21,7 +21,7 @@ def kills(*more: str) -> dict:
 
 
 def test_a_few_kills() -> None:
-    found = kills("--moments", "2", "--recipes", "eptq", "--seed", "1")
+    found = kills("--moments", "2", "--recipes", "eptq", "--seed", "1", "--steps", "8")
     assert not found["wrong"]
 
 
