@@ -29,11 +29,10 @@ NETWORK = f"{ROOT / 'examples' / 'own_model.py'}:small_net"
 
 NOT_HERE = {
     "bitwright quantize timm:tf_efficientnet_lite0@weights.pt": "its weights are not in the repository",
-    "bitwright quantize timm:resnet18@weights.pt": "its weights are not in the repository",
     "bitwright study gradual timm:resnet18@weights.pt": "its weights are not in the repository",
     "bitwright quantize MODEL IMAGES --recipe percentile": "the recipe is the page's own example",
-    "bitwright quantize torchvision:retinanet_resnet50_fpn@retinanet.pth": "likewise",
-    "bitwright evaluate retinanet/model.onnx": "likewise",
+    "bitwright quantize torchvision:retinanet_resnet50_fpn@retinanet.pth": "its weights are not in the repository",
+    "bitwright evaluate retinanet/model.onnx": "it is the file of the one above",
     "bitwright evaluate RUN images --float net.py:build": "the network is the page's own example",
 }
 """How commands begin that cannot run here, and why."""
