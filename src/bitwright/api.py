@@ -27,7 +27,7 @@ from bitwright.outliers.balance import balance
 from bitwright.outliers.coarse import ease
 from bitwright.outliers.wider import advise, check_wide, raise_few
 from bitwright.pipeline import run_stages, tensor_digest
-from bitwright.progress import Progress, silent
+from bitwright.progress import Progress, check_progress, silent, watched
 from bitwright.quant.scheme import Rule, Scheme, parse_activation_bits, parse_weight_bits
 from bitwright.quantized import QuantizedModel
 from bitwright.recipes import Recipe
@@ -71,7 +71,7 @@ def quantize(
     output: str | None = None,
     input_key: str | None = None,
     skip_unreadable: bool = False,
-    progress: Progress = silent,
+    progress: Progress | bool = True,
     state: Path | None = None,
 ) -> QuantizedModel:
     """Quantizes a trained network with unlabelled images.
@@ -112,7 +112,8 @@ def quantize(
         input_key: name of the images in the dicts of a data set or loader; the one entry that can be images if not
             given.
         skip_unreadable: go on when a file cannot be decoded.
-        progress: called as ``progress(what, done, total, detail)``.
+        progress: True for a bar where someone looks, in a terminal or a notebook, and silence elsewhere; False for
+            silence; or a function, called as ``progress(what, done, total, detail)``.
         state: folder for checkpoints, to resume from.
 
     Returns:
@@ -141,8 +142,8 @@ def quantize(
         check_wide(scheme)
     plan = _as_plan(plan, scheme)
     method = find_recipe(recipe)
-    with heard() as said, keep_pages():
-        run = _as_run(method, seed, device, progress, steps, minutes, precision)
+    with heard() as said, keep_pages(), watched(progress) as told:
+        run = _as_run(method, seed, device, told, steps, minutes, precision)
         network = as_model(model, preprocessing)
         given = calibration_images(
             images, network, samples, skip_unreadable, labelled=method.reads_labels, input_key=input_key
@@ -206,7 +207,7 @@ def mend_outliers(
         then says; and the scheme with more bits for short rows, for softmax outputs where others have few, and with
         ``raise_some`` for the few activations that need them.
     """
-    with run.timed("outliers"):
+    with run.timed("outliers"), run.under("Looking for outliers"):
         scheme = keep_short_rows(teacher, scheme, images, run)
         teacher.graph.to(run.device)
         teacher, scheme, run.outliers.recentred = ease(
@@ -356,8 +357,7 @@ def _check_instead(
 def _check_kinds(
     progress: Any, preprocessing: Any, output: Any, input_key: Any, skip_unreadable: Any, cache: Any
 ) -> None:
-    if not callable(progress):
-        raise UsageError(f"Expected a function as progress=, found {progress!r}.")
+    check_progress(progress)
     if preprocessing is not None and not callable(preprocessing):
         raise UsageError(f"Expected a Preprocessing or a function as preprocessing=, found {preprocessing!r}.")
     of_kind("output", output, str, "the name of an output")
@@ -455,4 +455,5 @@ def _record(
             sha256=None if network.source is None else network.source.sha256,
         ),
         plan=plan,
+        checked=run.checked,
     )

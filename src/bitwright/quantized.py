@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bitwright.graph.student import Student, insert_quantizers
 from bitwright.measure import evaluation
 from bitwright.run import folder as run_folder
-from bitwright.run import job
+from bitwright.run import glance, job
+from bitwright.run.glance import Figures
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["QuantizedModel", "insert_quantizers", "load"]
 
@@ -32,13 +37,37 @@ class QuantizedModel(Student):
         )
         model.preprocessing, model.calibration = student.preprocessing, student.calibration
         model.interface, model.result = student.interface, student.result
-        return model.train(student.training)
+        return model.eval()
+
+    @property
+    def result(self) -> Figures:
+        """What ``result.json`` holds: a dict, which is printed as a small table."""
+        return self._result
+
+    @result.setter
+    def result(self, found: dict[str, Any]) -> None:
+        self._result = found if isinstance(found, Figures) else Figures(found)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays as it is: a quantized network is integers, which no training changes, and only evaluates."""
+        if mode:
+            warnings.warn("A quantized network is integers and only evaluates: train() changes nothing.", stacklevel=2)
+        return super().train(False)
+
+    def __repr__(self) -> str:
+        return "\n".join(glance.lines(self, type(self).__name__))
+
+    def _repr_html_(self) -> str:
+        return glance.table_of(self, type(self).__name__)
 
     def evaluate(
         self, images: Any, labels: Any = None, classes: Mapping[str, int | None] | None = None, **said: Any
-    ) -> dict[str, Any]:
-        """Accuracy and fidelity on images; see :func:`bitwright.evaluate`, which says what else may be given."""
-        return evaluation.evaluate(self, images, labels=labels, classes=classes, **said)
+    ) -> Figures:
+        """Accuracy and fidelity on images, a dict that is printed as a small table.
+
+        See :func:`bitwright.evaluate`, which says what else may be given.
+        """
+        return Figures(evaluation.evaluate(self, images, labels=labels, classes=classes, **said))
 
     save = job.save
     export = job.export

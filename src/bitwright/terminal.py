@@ -12,21 +12,32 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TextIO
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import TaskID
 from rich.text import Text
 
 from bitwright.errors import debugging, one_line
 from bitwright.given.arguments import as_flags
+from bitwright.progress import drawn_bars
 from bitwright.run.journal import Journal, speaks_to_user
 from bitwright.words import duration
 
-DETAIL_SECONDS = 15.0
-"""Between two lines of figures where there is no terminal to draw on."""
+LINE_SECONDS = 15.0
+"""Between two lines that say how far something is, where there is no terminal to draw on."""
 PIPE_WIDTH = 160
 """Columns of a table that goes into a file or a pipe."""
+
+
+@dataclass
+class Ended:
+    """What was done last, in how many seconds, and its bar: the next step of the same name goes on with it."""
+
+    what: str
+    seconds: float
+    task: TaskID | None
 
 
 class Terminal(Journal):
@@ -44,15 +55,10 @@ class Terminal(Journal):
         self._interrupted = False
         self._stdout = sys.stdout
         self._out, self._err = _console(sys.stdout), _console(sys.stderr)
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-            console=self._err,
-        )
+        self._bars = drawn_bars(self._err)
         self._task: TaskID | None = None
         self._said = 0.0
+        self._ended: Ended | None = None
         self._exits = contextlib.ExitStack()
 
     def __enter__(self) -> Terminal:
@@ -82,12 +88,17 @@ class Terminal(Journal):
                 self._bars.remove_task(self._task)
             self._task, self._what = None, ""
         self.finish()
+        self._say_ended()
         if self._bars.live.is_started:
             self._bars.stop()
 
     def say(self, text: str) -> None:
         """A line on stderr."""
-        self._err.print(Text(text), soft_wrap=True)
+        self._say_ended()
+        self._line(text)
+
+    def _line(self, text: str, style: str = "") -> None:
+        self._err.print(Text(text, style=style), soft_wrap=True)
 
     def show(self, *renderables: RenderableType) -> None:
         """The result for a human on stdout; nothing with ``--json``. Nothing goes on after it."""
@@ -107,20 +118,32 @@ class Terminal(Journal):
         if self._interrupted:  # and something between here and there swallowed it
             raise KeyboardInterrupt
         if what != self._what:
-            self.finish()
-            self._what, self._started = what, time.perf_counter()
-            self._said = self._started
-            if self._err.is_terminal:
-                self._task = self._bars.add_task(what, total=total or None)
+            self._start(what, total)
         if self._task is not None:
             shown = f"{what}  {detail}" if detail else what
             self._bars.update(self._task, completed=done, total=total or None, description=shown)
-        elif detail and time.perf_counter() - self._said > DETAIL_SECONDS:
+        elif done and total and time.perf_counter() - self._said > LINE_SECONDS:
             self._said = time.perf_counter()
-            left = (self._said - self._started) / max(done, 1) * (total - done)
-            self.say(f"{what} {done}/{total}, {detail}, {duration(left)} left")
+            left = (self._said - self._started) / done * (total - done)
+            self._line(f"{what} {done}/{total}{', ' if detail else ''}{detail}, {duration(left)} left")
         if total and done >= total:
             self.finish(total)
+
+    def _start(self, what: str, total: int) -> None:
+        """Something new goes on, or what was done last begins once more."""
+        self.finish()
+        again = self._ended if self._ended is not None and self._ended.what == what else None
+        if again is None:
+            self._say_ended()
+        self._what, self._started = what, time.perf_counter()
+        self._said = self._started
+        if not self._err.is_terminal:
+            return
+        if again is not None and again.task is not None:
+            self._task = again.task
+            self._bars.reset(self._task, total=total or None)
+        else:
+            self._task = self._bars.add_task(what, total=total or None)
 
     def finish(self, total: int | None = None) -> None:
         """Ends what goes on."""
@@ -130,9 +153,14 @@ class Terminal(Journal):
         super().finish(total)
         if self._task is not None:
             self._bars.update(self._task, completed=1 if total is None else total, total=total or 1)
-        else:
-            self.say(f"{what} … {seconds:.1f} s")
-        self._task = None
+        before = self._ended.seconds if self._ended is not None and self._ended.what == what else 0.0
+        self._ended, self._task = Ended(what, before + seconds, self._task), None
+
+    def _say_ended(self) -> None:
+        """A line about what was done last, once it is known not to begin again; where bars are drawn, they say it."""
+        if self._ended is not None and self._ended.task is None:
+            self._line(f"{self._ended.what} … {self._ended.seconds:.1f} s")
+        self._ended = None
 
     def _interrupt(self, *_: object) -> None:
         self._interrupted = True
@@ -149,7 +177,8 @@ class Terminal(Journal):
     ) -> None:
         text = as_flags(one_line(str(message)))
         if speaks_to_user() and self.keep_warning(text):
-            self._err.print(Text(f"warning: {text}", style="yellow"), soft_wrap=True)
+            self._say_ended()
+            self._line(f"warning: {text}", style="yellow")
 
 
 def _console(stream: TextIO) -> Console:

@@ -202,6 +202,20 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
+def smaller(times: float | None) -> str:
+    """How many times smaller something became.
+
+    Example:
+        >>> smaller(7.44), smaller(0.625), smaller(1.0), smaller(None)
+        ('7.4 x smaller', '1.6 x larger', 'the same size', '–')
+    """
+    if not times:
+        return NONE
+    if f"{times:.1f}" == "1.0" or f"{1 / times:.1f}" == "1.0":
+        return "the same size"
+    return f"{times:.1f} x smaller" if times > 1 else f"{1 / times:.1f} x larger"
+
+
 def bits(settings: Mapping[str, int | str | None] | None) -> str:
     """Bits of weights and activations.
 

@@ -27,7 +27,7 @@ from bitwright.given.arguments import Given, check_alone, one_of, whole_number
 from bitwright.given.images import Images
 from bitwright.graph.capture import Captured
 from bitwright.graph.student import Student, insert_quantizers
-from bitwright.progress import Progress, silent
+from bitwright.progress import Progress, watched
 from bitwright.quant.scheme import Rule, Scheme
 from bitwright.recipes import Recipe
 from bitwright.recipes import recipe as find_recipe
@@ -218,7 +218,7 @@ def plan_bits(
     output: str | None = None,
     skip_unreadable: bool = False,
     cache: str | Path | None = None,
-    progress: Progress = silent,
+    progress: Progress | bool = True,
 ) -> Planning:
     """The bits of every layer that are predicted to lose least within limits, and the curve of all sizes.
 
@@ -255,7 +255,7 @@ def plan_bits(
         output: name of the one output to keep, for a model that returns several.
         skip_unreadable: go on when a file cannot be decoded.
         cache: folder where measured losses are kept, so that the next plan takes seconds.
-        progress: called as ``progress(what, done, total, detail)``.
+        progress: as for :func:`bitwright.quantize`.
 
     Raises:
         UsageError: an argument cannot be used, or the limits cannot be met; one line says what can be.
@@ -274,11 +274,12 @@ def plan_bits(
     network = inputs.as_model(model, preprocessing)
     scheme = scheme or Scheme(runtime=runtime, rules=tuple(r if isinstance(r, Rule) else Rule.parse(r) for r in rules))
     data = inputs.calibration_images(images, network, None, skip_unreadable)
-    run = Run(seed=seed, device=inputs.find_device(device), progress=progress)
-    teacher = inputs.prepare_teacher(network, data, output)
-    folder = None if cache is None else usable(Path(cache))
-    method, how = find_recipe(recipe), {"samples": samples, "points": points, "latency": latency, "folder": folder}
-    return planned(teacher, scheme, data, goal, method, run, along=along, **how)  # type: ignore[arg-type]
+    with watched(progress) as told:
+        run = Run(seed=seed, device=inputs.find_device(device), progress=told)
+        teacher = inputs.prepare_teacher(network, data, output)
+        folder = None if cache is None else usable(Path(cache))
+        method, how = find_recipe(recipe), {"samples": samples, "points": points, "latency": latency, "folder": folder}
+        return planned(teacher, scheme, data, goal, method, run, along=along, **how)  # type: ignore[arg-type]
 
 
 def check_instead(scheme: Scheme | None, bits: Mapping[str, Given], rules: Sequence[Any], runtime: str) -> None:

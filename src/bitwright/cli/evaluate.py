@@ -26,6 +26,7 @@ from bitwright.graph.capture import Captured
 from bitwright.graph.readings import Reading
 from bitwright.measure.evaluation import Network, check_figures, compare, outputs_of
 from bitwright.measure.metrics import Evaluation
+from bitwright.measure.shown import metric_rows
 from bitwright.measure.task import Outputs
 from bitwright.measure.tasks import Scoring
 from bitwright.run import folder as run_folder
@@ -251,7 +252,7 @@ def _beside(path: Path, shape: list[Any], reading: ImageOptions) -> Model | None
 
 
 def _table(found: Evaluation, kind: str, title: str) -> Table:
-    rows = tables.metric_rows(found)
+    rows = metric_rows(found)
     if found.quantized is None:
         made = tables.table("", ">float", title=title)
         for what, theirs, _ in rows:

@@ -22,7 +22,7 @@ from bitwright.graph import rewrite
 from bitwright.graph.blocks import find_blocks
 from bitwright.graph.fold import Unfolded
 from bitwright.graph.student import Student
-from bitwright.run.about import describe_layers, describe_unquantized, totals
+from bitwright.run.about import describe_layers, describe_unquantized, sizes, totals
 from bitwright.run.result import LayerRow, RunResult
 from bitwright.terminal import Terminal
 
@@ -64,7 +64,7 @@ def _described(
 
 def facts(model: Student, name: str, recorded: list[LayerRow] | None = None) -> dict[str, Any]:
     """Names as in ``result.json``."""
-    size = tables.sizes(model)
+    size = sizes(model)
     return {
         "model": {"name": name, **totals(model)},
         "bits": model.scheme.described_bits(),

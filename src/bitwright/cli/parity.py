@@ -21,6 +21,7 @@ from bitwright.export.verdict import Difference, OutputGap, ParityRecord
 from bitwright.given.images import Images
 from bitwright.given.inputs import prepare_teacher
 from bitwright.graph.student import Student
+from bitwright.measure.shown import fidelity_rows
 from bitwright.run import folder as run_folder
 from bitwright.run.files import write_json
 from bitwright.run.result import RunResult
@@ -152,7 +153,7 @@ def _lines(found: ParityRecord) -> list[str]:
     lines = []
     if found.quantization is None:
         recorded = RunResult.read({"fidelity": found.quantization_recorded}).evaluation.outputs
-        known = "; ".join(f"{what}: {figure}" for what, figure in tables.fidelity_rows(recorded))
+        known = "; ".join(f"{what}: {figure}" for what, figure in fidelity_rows(recorded))
         said = f" Recorded when the run was made: {known}." if known else ""
         lines.append(f"The loss from quantization was not measured: {found.float_network}{said}")
     first = found.first_difference

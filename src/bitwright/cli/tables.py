@@ -10,9 +10,9 @@ from rich.table import Table
 from bitwright import words
 from bitwright.export.verdict import Parity
 from bitwright.graph.student import Student
-from bitwright.measure.metrics import Evaluation, Metrics, OutputFidelity
-from bitwright.measure.shown import named_figures, shown_change, shown_figures
-from bitwright.run.about import describe_layers, describe_unquantized, stored_values, totals
+from bitwright.measure.metrics import Evaluation, OutputFidelity
+from bitwright.measure.shown import metric_rows
+from bitwright.run.about import describe_layers, describe_unquantized, sizes, stored_values, totals
 from bitwright.run.result import LayerRow, RunResult, SearchOutcome, Tuning
 
 
@@ -32,62 +32,11 @@ def table(*columns: str, title: str | None = None) -> Table:
     return made
 
 
-def metric_rows(found: Evaluation) -> list[tuple[str, str, str]]:
-    """(what, float, quantized) for everything that was measured."""
-    theirs, ours = found.reference or Metrics(), found.quantized or Metrics()
-    rows = []
-    for key in dict.fromkeys([*theirs.values, *ours.values]):
-        said = (
-            f"{named_figures(key)} (95 % interval)"
-            if {*theirs.intervals, *ours.intervals} & {key}
-            else named_figures(key)
-        )
-        rows.append((said, shown_figures(key, theirs), shown_figures(key, ours)))
-    for key, change in (found.loss.difference if found.loss else {}).items():
-        if found.loss and found.loss.task != "classification" and key in ours.intervals:
-            rows.append((f"{named_figures(key)}: change", "", shown_change(key, change)))
-    return rows + [(what, "", figure) for what, figure in fidelity_rows(found.outputs)]
-
-
 def scoring_notes(found: Evaluation) -> list[str]:
     """Which task was measured, and what people should know of its figures."""
     if found.loss is None or found.loss.task in {None, "classification"}:
         return list(found.loss.notes) if found.loss else []
     return [f"Task: {found.loss.task}, by the labels.", *found.loss.notes]
-
-
-def fidelity_rows(outputs: Mapping[str, OutputFidelity]) -> list[tuple[str, str]]:
-    """How closely the float network is followed: figure by figure, or output by output where there are several.
-
-    Example:
-        >>> good = OutputFidelity(agreement=0.99, kl=0.001, sqnr_db=31.0)
-        >>> fidelity_rows({"output": good})[0]
-        ('same answer as float', '99.00 %')
-        >>> fidelity_rows({"a": good, "b": OutputFidelity(sqnr_db=12.0)})
-        [('output a against float', '99.00 % same answer, KL 0.001, 31.0 dB'), ('output b against float', '12.0 dB')]
-    """
-    if len(outputs) > 1:
-        said = {n: n if n.startswith("output") else f"output {n}" for n in outputs}
-        return [(f"{said[n]} against float", ", ".join(_figures(found))) for n, found in outputs.items()]
-    rows = []
-    for found in outputs.values():
-        if found.agreement is not None:
-            rows.append(("same answer as float", words.percent(found.agreement)))
-        if found.kl is not None:
-            rows.append(("KL divergence from float", f"{words.number(found.kl, 2)} nats"))
-        if found.exact or found.sqnr_db is not None:
-            rows.append(("signal to quantization noise", words.signal_to_error(found.sqnr_db, exact=found.exact)))
-    return rows
-
-
-def _figures(found: OutputFidelity) -> list[str]:
-    """What is known of one output among several."""
-    said = [] if found.agreement is None else [f"{words.percent(found.agreement)} same answer"]
-    said += [] if found.kl is None else [f"KL {words.number(found.kl, 2)}"]
-    said += (
-        [words.signal_to_error(found.sqnr_db, exact=found.exact)] if found.exact or found.sqnr_db is not None else []
-    )
-    return said or [words.NONE]
 
 
 def fidelity_notes(outputs: Mapping[str, OutputFidelity]) -> list[str]:
@@ -119,7 +68,7 @@ def outcome(result: RunResult) -> Table:
     ):
         for i, text in enumerate(texts, 1):
             made.add_row(name if len(texts) == 1 else f"{name} {i}", "", text)
-    packed = f"{words.size(size.get('packed_bytes'))} ({result.times_smaller or 0.0:.1f} x smaller)"
+    packed = f"{words.size(size.get('packed_bytes'))} ({words.smaller(result.times_smaller)})"
     made.add_row("size", words.size(size.get("float_bytes")), packed)
     made.add_row("size of model.onnx", "", words.size(size.get("onnx_bytes")))
     made.add_row("model.onnx in ONNX Runtime", "", parity_text(result.parity))
@@ -196,24 +145,6 @@ def structure(model: Student, recorded: list[LayerRow] | None = None) -> list[Ta
 
 def _bits(bits: int | None) -> str:
     return "" if bits is None else f"{bits} bits"
-
-
-def sizes(model: Student) -> dict[str, int]:
-    """Bytes in float, and bytes expected at the bits planned: codes, scales, zero points and what stays float."""
-    quantized = 0
-    for key in dict.fromkeys(layer.weight for layer in model.layers if layer.weight):
-        quantizer = model.quantizer(key)
-        codes, scales = 1, 1
-        for extent, block in zip(quantizer.shape, quantizer.block or quantizer.shape, strict=True):
-            codes, scales = codes * extent, scales * -(-extent // block)
-        quantized += -(-codes * quantizer.grid.bits // 8) + 4 * scales - 4 * codes
-    activations = {layer.activation for layer in model.layers if layer.activation}
-    stored = stored_values(model)
-    for layer in model.layers:
-        if layer.op == "parameter" and layer.activation is not None:
-            bits = model.quantizer(layer.activation).grid.bits
-            quantized += -(-layer.parameters * bits // 8) - 4 * layer.parameters
-    return {"float_bytes": 4 * stored, "expected_bytes": 4 * stored + quantized + 8 * len(activations)}
 
 
 WRITTEN = {

@@ -27,7 +27,7 @@ from bitwright.measure.metrics import Evaluation, Fidelity, SignalToNoise
 from bitwright.measure.task import Decode, Judged, Outputs, joined
 from bitwright.measure.tasks import Scoring, judges
 from bitwright.measure.truth_files import labelled
-from bitwright.progress import Progress, silent
+from bitwright.progress import Progress, silent, watched
 
 AT_ONCE = 8
 """Images in one pass, where nothing depends on how many they are."""
@@ -50,7 +50,7 @@ def evaluate(
     samples: int | None = None,
     input_key: str | None = None,
     batch: int = 50,
-    progress: Progress = silent,
+    progress: Progress | bool = True,
     classes: Mapping[str, int | None] | None = None,
 ) -> dict[str, Any]:
     """Accuracy and fidelity of a quantized model.
@@ -67,7 +67,7 @@ def evaluate(
         samples: how many images to use, evenly spread where their number is known; all if not given.
         input_key: name of the images where items are dicts; the one entry that can be images if not given.
         batch: images at a time.
-        progress: called as it goes.
+        progress: a function that is called as it goes, True for a bar where someone looks, or False.
         classes: axis of the classes of outputs by name, where it is known better; None for one that holds none.
 
     Returns:
@@ -86,7 +86,8 @@ def evaluate(
     images = labelled(images, labels, class_map)
     images = images if most is None else images.sample(most)
     readings = read_outputs_of(model, images, classes)
-    found = evaluation_of(model, images, readings, scoring=scoring, batch=batch, progress=progress)
+    with watched(progress) as told:
+        found = evaluation_of(model, images, readings, scoring=scoring, batch=batch, progress=told)
     check_figures(found)
     return found.to_dict()
 

@@ -13,6 +13,7 @@ from bitwright.graph.student import Student
 from bitwright.graph.watch import Callback, watch
 from bitwright.measure.metrics import Fidelity, OutputFidelity
 from bitwright.quant.quantizer import Quantizer
+from bitwright.run.record import CheckedAnswers
 from bitwright.stages.base import Run
 
 IMAGES = 32
@@ -45,6 +46,7 @@ def check_answers(student: Student, images: Images, run: Run) -> list[str]:
         fidelity.update(expected, found)
         theirs.append(expected)
         ours.append(found)
+    run.checked = CheckedAnswers(len(some), fidelity.outputs)
     lines = []
     for position, (name, measured) in enumerate(fidelity.outputs.items()):
         moving = [_moves(torch.cat([x[position] for x in side])) for side in (theirs, ours)]

@@ -88,3 +88,21 @@ def stored_values(model: Student) -> int:
 def describe_unquantized(model: Student) -> list[dict[str, str]]:
     """Tensors that stay float, with the reason."""
     return [asdict(u) for u in model.unquantized]
+
+
+def sizes(model: Student) -> dict[str, int]:
+    """Bytes in float, and bytes expected at the bits planned: codes, scales, zero points and what stays float."""
+    quantized = 0
+    for key in dict.fromkeys(layer.weight for layer in model.layers if layer.weight):
+        quantizer = model.quantizer(key)
+        codes, scales = 1, 1
+        for extent, block in zip(quantizer.shape, quantizer.block or quantizer.shape, strict=True):
+            codes, scales = codes * extent, scales * -(-extent // block)
+        quantized += -(-codes * quantizer.grid.bits // 8) + 4 * scales - 4 * codes
+    activations = {layer.activation for layer in model.layers if layer.activation}
+    stored = stored_values(model)
+    for layer in model.layers:
+        if layer.op == "parameter" and layer.activation is not None:
+            bits = model.quantizer(layer.activation).grid.bits
+            quantized += -(-layer.parameters * bits // 8) - 4 * layer.parameters
+    return {"float_bytes": 4 * stored, "expected_bytes": 4 * stored + quantized + 8 * len(activations)}

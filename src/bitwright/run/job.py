@@ -33,7 +33,7 @@ from bitwright.measure.task import Decode
 from bitwright.measure.tasks import Scoring
 from bitwright.measure.truth_files import labelled
 from bitwright.memory import keep_pages
-from bitwright.progress import Progress, silent
+from bitwright.progress import Progress, watched
 from bitwright.report import facts
 from bitwright.report.answers import Answers
 from bitwright.run import folder as run_folder
@@ -160,7 +160,7 @@ def save(
     onnx: bool = False,
     report: bool = False,
     pictures: bool = True,
-    progress: Progress = silent,
+    progress: Progress | bool = True,
 ) -> Path:
     """Writes a run folder: the model (frozen first), its plan and its result, and what else is asked for.
 
@@ -182,7 +182,7 @@ def save(
         onnx: write ``model.onnx`` and check it in ONNX Runtime.
         report: write ``report.html``; measures on the calibration images unless others are given.
         pictures: show on the page the few images whose answers differ.
-        progress: called as ``progress(what, done, total, detail)``.
+        progress: as for :func:`bitwright.quantize`.
 
     Raises:
         UsageError: the folder is not empty (unless ``force``) or cannot be written, or something is missing for what
@@ -202,10 +202,11 @@ def save(
     scoring = Scoring(task, metric, decode)
     scoring.check()
     wanted = Wanted(images, scoring, measured, diagnosis, onnx, report, pictures, force=force)
-    journal = Journal(progress)
-    journal.warnings += model.result.get("warnings", [])
-    with journal.listening(), _own_result(model):
-        done = do(place, lambda _: (model, wanted), journal, force=force)
+    with watched(progress) as told:
+        journal = Journal(told)
+        journal.warnings += model.result.get("warnings", [])
+        with journal.listening(), _own_result(model):
+            done = do(place, lambda _: (model, wanted), journal, force=force)
     if done.failure is not None:
         raise done.failure
     return place

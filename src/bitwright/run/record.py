@@ -15,7 +15,7 @@ from bitwright.graph.equalize import ChannelScales
 from bitwright.graph.fold import Unfolded
 from bitwright.graph.place import Unquantized
 from bitwright.graph.recentre import Recentring
-from bitwright.measure.metrics import Evaluation, wilson_interval
+from bitwright.measure.metrics import Evaluation, OutputFidelity, wilson_interval
 from bitwright.quant.scheme import Scheme
 from bitwright.run.about import environment, peak_memory_bytes
 from bitwright.run.result import SCHEMA, LayerRow
@@ -111,6 +111,14 @@ class Outliers:
     raised: Raised | None = None
     suggestions: list[Suggestion] = field(default_factory=list)
     recentred: list[Recentring] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class CheckedAnswers:
+    """How closely outputs follow the float network's on a few calibration images, looked at after the last stage."""
+
+    images: int
+    outputs: Mapping[str, OutputFidelity]
 
 
 @dataclass(frozen=True)
@@ -250,6 +258,7 @@ class RunRecord:
         warnings: one line each.
         origin: where network and images came from, where somebody says so.
         plan: what was planned, where bits were.
+        checked: how closely the outputs follow the float network's, as far as that was looked at.
     """
 
     model: str
@@ -271,6 +280,7 @@ class RunRecord:
     warnings: list[str]
     origin: Origin | None = None
     plan: PlanRecord | None = None
+    checked: CheckedAnswers | None = None
 
     def result(self) -> dict[str, Any]:
         """As ``result.json`` has it: ``stages`` has every stage in order, the key of a kind its last stage."""
@@ -307,4 +317,5 @@ class RunRecord:
             **latest,
             "stages": [stage.row() for stage in self.stages],
             **({} if self.plan is None else {"plan": self.plan.to_dict()}),
+            **({} if self.checked is None else {"checked": asdict(self.checked)}),
         }

@@ -261,6 +261,14 @@ class Diagnosis:
     together: Remedies | None = None
 
 
+@dataclass(frozen=True)
+class CheckedFidelity:
+    """How closely outputs follow the float network's on a few calibration images."""
+
+    images: int
+    outputs: dict[str, OutputFidelity]
+
+
 # ------------------------------------------------------------------------------------------------ planned bits
 
 
@@ -353,6 +361,8 @@ class RunResult(BaseModel):
     diagnosis: Diagnosis | None = None
     plan: RunPlan | None = None
     scores: RunScores | None = None
+    checked: CheckedFidelity | None = None
+    """How closely it follows the float network on a few calibration images, where it was just quantized."""
     stages: list[AnyStage] | None = None
     reconstruct: Tuning | None = None
     evolve: SearchOutcome | None = None

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from bitwright.given.arguments import SEEDS, whole_number
 from bitwright.progress import Progress, silent
-from bitwright.run.record import Outliers, StageRecord
+from bitwright.run.record import CheckedAnswers, Outliers, StageRecord
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,6 +41,7 @@ class Run:
         seconds: spent so far, by what they were spent on.
         records: what each stage tells, in the order of stages.
         outliers: what was done about outliers before the first stage, and what is suggested after the last.
+        checked: how closely the outputs follow the float network's, looked at after the last stage.
     """
 
     seed: int = 0
@@ -58,6 +59,7 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
     records: list[StageRecord] = field(default_factory=list)
     outliers: Outliers = field(default_factory=Outliers)
+    checked: CheckedAnswers | None = None
 
     def __post_init__(self) -> None:
         self.seed = whole_number("seed", self.seed, least=0, below=SEEDS)
@@ -87,6 +89,16 @@ class Run:
             yield
         finally:
             self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
+
+    @contextmanager
+    def under(self, name: str) -> Iterator[None]:
+        """Whatever is done inside is told by one name."""
+        told = self.progress
+        self.progress = lambda what, done, total, detail="": told(name, done, total, detail)
+        try:
+            yield
+        finally:
+            self.progress = told
 
     def batches(self, images: Images, what: str) -> Iterator[torch.Tensor]:
         """The images in batches on the device, [B, C, H, W], with progress."""
