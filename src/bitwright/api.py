@@ -20,6 +20,7 @@ from bitwright.given.inputs import as_model, calibration_images, find_device, pr
 from bitwright.given.models import Model
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing
 from bitwright.graph.capture import Captured
+from bitwright.graph.devices import exact_float32, place_on
 from bitwright.graph.student import Student, insert_quantizers
 from bitwright.measure.health import check_answers
 from bitwright.memory import keep_pages
@@ -41,6 +42,7 @@ from bitwright.stages.short_rows import keep_short_rows
 from bitwright.words import plural
 
 
+@exact_float32()
 @step("Quantizing")
 def quantize(
     model: nn.Module | torch.export.ExportedProgram | Model | str,
@@ -106,7 +108,7 @@ def quantize(
         minutes: what the whole of it may take, instead of ``steps``; the steps that this made are in the result.
         precision: in which networks are optimised: ``float32``, ``bfloat16``, or ``auto``, the faster one.
         seed: of all random choices.
-        device: ``auto``, ``cpu`` or ``cuda``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         preprocessing: of image files and 8-bit pixels; a named model brings its own.
         output: name of the one output to keep, for a model that returns several.
         input_key: name of the images in the dicts of a data set or loader; the one entry that can be images if not
@@ -159,7 +161,7 @@ def quantize(
             decided, scheme = plan_within(goal, teacher, scheme, data, method, run, cache=cache, state=state)
             plan = decided.plan
         student = insert_as(teacher, scheme, plan)
-        teacher.graph.to(run.device)
+        place_on(teacher.graph, run.device)
         student.to(run.device)
         budget = (run.steps_each, minutes, precision)
         labels = f" {given.labels_sha256}" if method.reads_labels else ""
@@ -172,7 +174,7 @@ def quantize(
 
     student.freeze()
     student.to("cpu")
-    teacher.graph.to("cpu")
+    place_on(teacher.graph, "cpu")
     student.preprocessing, student.calibration = network.preprocessing, data
     student.interface = None if network.source is None else network.source.names
     student.result = _record(student, network, method, data, run, said, decided, output).result()
@@ -208,8 +210,8 @@ def mend_outliers(
         ``raise_some`` for the few activations that need them.
     """
     with run.timed("outliers"), run.under("Looking for outliers"):
+        place_on(teacher.graph, run.device)
         scheme = keep_short_rows(teacher, scheme, images, run)
-        teacher.graph.to(run.device)
         teacher, scheme, run.outliers.recentred = ease(
             teacher, scheme, lambda network, how: insert_as(network, how, plan), images, method, run
         )
@@ -269,7 +271,7 @@ def preview(
     teacher = prepare_teacher(network, data, output)
     run = Run(seed=seed, device=find_device(device), progress=progress)
     decided, scheme = plan_within(goal, teacher, scheme, data, find_recipe(recipe), run, cache=cache)
-    teacher.graph.to("cpu")
+    place_on(teacher.graph, "cpu")
     student = insert_plan(teacher, decided.plan, scheme)
     student.result["plan"] = decided.to_dict()
     return student

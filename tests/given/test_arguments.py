@@ -19,6 +19,7 @@ from bitwright.bits.goal import Goal
 from bitwright.cli import app, main
 from bitwright.errors import UsageError
 from bitwright.given.arguments import OPTIONS, as_flags, as_rules
+from bitwright.given.inputs import find_device
 from bitwright.quant.scheme import Scheme
 
 CALLS: dict[str, tuple[dict[str, Any], str]] = {
@@ -179,3 +180,22 @@ WRONG: dict[str, Callable[[], object]] = {
 def test_other_calls_name_their_arguments(name: str) -> None:
     with pytest.raises(UsageError, match=name):
         WRONG[name]()
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_device("cpu") == torch.device("cpu")
+    for name in ("mps", "xpu:0"):
+        with pytest.raises(UsageError, match=f"found '{name}': .* float64"):
+            find_device(name)
+    for name in ("cuda", "cuda:0"):
+        with pytest.raises(UsageError, match="There is no CUDA device here"):
+            find_device(name)
+    for name in ("gpu", "cuda:", "cuda:-1", 0, None):
+        with pytest.raises(UsageError, match="Expected one of 'auto', 'cpu', 'cuda' as device="):
+            find_device(name)  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert find_device("auto").type == find_device("cuda").type == "cuda"
+    assert find_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(UsageError, match="found device='cuda:2'"):
+        find_device("cuda:2")

@@ -26,6 +26,7 @@ from bitwright.given import inputs
 from bitwright.given.arguments import Given, check_alone, one_of, whole_number
 from bitwright.given.images import Images
 from bitwright.graph.capture import Captured
+from bitwright.graph.devices import exact_float32, place_on
 from bitwright.graph.student import Student, insert_quantizers
 from bitwright.progress import Progress, watched
 from bitwright.quant.scheme import Rule, Scheme
@@ -190,6 +191,7 @@ class Decision:
         return found if self.estimate is None else {**found, "estimate": asdict(self.estimate)}
 
 
+@exact_float32()
 def plan_bits(
     model: Any,
     images: Any,
@@ -250,7 +252,7 @@ def plan_bits(
         latency: seconds of layers by bits of weight and input, or a function of the student that measures them;
             timed on this machine, if they are needed and not given.
         seed: of all random choices.
-        device: ``auto``, ``cpu`` or ``cuda``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         preprocessing: of image files; a named model brings its own.
         output: name of the one output to keep, for a model that returns several.
         skip_unreadable: go on when a file cannot be decoded.
@@ -427,7 +429,7 @@ def decide(
     trials.check_countable(teacher, images, goal.max_drop)
     fit, _ = trials.halves(images)
     found = planned(teacher, scheme, fit, goal, method, run, latency=latency, folder=kept)
-    teacher.graph.to(run.device)
+    place_on(teacher.graph, run.device)
     base = open_scheme(scheme, goal)
     plan, estimate = trials.smallest(teacher, found.curve, base, method, images, goal.max_drop, run, state)
     return Decision(replace(found, plan=plan), estimate)
@@ -512,7 +514,7 @@ def _measure(
     folder: Path | None,
 ) -> Measured:
     """Tables of weights and of activations, so that other bits of one let the other be used again."""
-    teacher.graph.to(run.device)
+    place_on(teacher.graph, run.device)
     first: Measure = MEASURES[goal.measure]()
     measures = (first, first if goal.measure in WITH_ACTIVATIONS else MeasuredLoss())
     found, fresh = [], False
@@ -526,7 +528,7 @@ def _measure(
             predicted_losses(watched, teacher, images, choices, run, folder) if bits else Table(goal.measure, {})
         )
         fresh |= watched.asked
-    teacher.graph.to("cpu")
+    place_on(teacher.graph, "cpu")
     notes = [note for table in found for note in table.notes]
     several = any(v.kind == "activation" and len(v.options) > 1 for v in variables.values())
     if goal.measure in OTHER_SCALE and several:

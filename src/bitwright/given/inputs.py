@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,6 +24,11 @@ from bitwright.graph.prepare import prepare
 from bitwright.graph.recentre import Recentring, recentred
 
 DEFAULT_SAMPLES = 512
+UNUSABLE = {
+    "mps": "it has no float64, in which sums are taken",
+    "xpu": "not every one has float64, in which sums are taken, and none was tried",
+}
+"""Devices that PyTorch knows and why they are refused."""
 
 
 def as_model(
@@ -78,15 +84,25 @@ def prepare_teacher(
 
 
 def find_device(name: str) -> torch.device:
-    """``auto`` takes a GPU where there is one.
+    """``auto`` takes a GPU where there is one; ``cuda:1`` the second of several.
 
     Raises:
-        UsageError: a name other than auto, cpu, cuda; or cuda where there is none.
+        UsageError: a name other than auto, cpu, cuda, cuda:N; or a GPU that is not there.
     """
-    one_of("device", name, ("auto", "cpu", "cuda"))
-    if name == "cuda" and not torch.cuda.is_available():
+    if isinstance(name, str) and name.partition(":")[0] in UNUSABLE:
+        raise UsageError(
+            f"Expected 'auto', 'cpu', 'cuda' or 'cuda:N' as device=, found '{name}': "
+            f"{UNUSABLE[name.partition(':')[0]]}. Use device='cpu'."
+        )
+    numbered = isinstance(name, str) and re.fullmatch(r"cuda:\d{1,4}", name)
+    if not numbered:
+        one_of("device", name, ("auto", "cpu", "cuda"))
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name.startswith("cuda") and not count:
         raise UsageError("There is no CUDA device here. Use device='cpu'.")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if numbered and torch.device(name).index >= count:
+        raise UsageError(f"Expected a GPU below cuda:{count}, found device='{name}'. Here are {count}.")
+    return torch.device(("cuda" if count else "cpu") if name == "auto" else name)
 
 
 def calibration_images(

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 from bitwright.graph import fold, ops, rewrite
 from bitwright.graph.capture import TOLERANCE, Captured, assert_outputs_equal
+from bitwright.graph.devices import device_of
 
 COMMUTING = frozenset({"relu", "leaky_relu", "prelu"})
 """Activations for which ``f(s z) = s f(z)``; operators that move or pool are asked one by one."""
@@ -84,19 +85,15 @@ def equalized(captured: Captured, scales: Iterable[ChannelScales]) -> Captured:
         node = next(n for n in graph.graph.nodes if n.name == each.node)
         edits = _plan(graph, node)
         assert edits is not None, f"{each.node} cannot have scales of channels"
-        scales = torch.tensor([1.0, *(2.0**e for e in each.exponents)], device=_device(graph))
+        scales = torch.tensor([1.0, *(2.0**e for e in each.exponents)], device=device_of(graph))
         _apply(graph, edits, scales)
     graph.graph.lint()
     graph.recompile()
-    example = captured.example.to(_device(graph))
+    example = captured.example.to(device_of(graph))
     with torch.no_grad():
         expected, found = captured.graph(example), graph(example)
     assert_outputs_equal(expected, found, captured.outputs, "the balanced graph", TOLERANCE)
     return replace(captured, graph=graph)
-
-
-def _device(graph: fx.GraphModule) -> torch.device:
-    return next((t.device for t in graph.buffers()), torch.device("cpu"))
 
 
 def reach(graph: fx.GraphModule, node: fx.Node) -> frozenset[str] | None:

@@ -20,6 +20,7 @@ from torch import Tensor, fx
 
 from bitwright.graph import fold, ops, rewrite
 from bitwright.graph.capture import TOLERANCE, Captured, assert_outputs_equal
+from bitwright.graph.devices import device_of
 from bitwright.graph.place import consumers
 
 PER_OCTAVE = 4
@@ -153,7 +154,7 @@ def recentred(captured: Captured, changes: Iterable[Recentring]) -> Captured:
     assert not wanted, f"{next(iter(wanted))} cannot be shifted"
     graph.graph.lint()
     graph.recompile()
-    example = captured.example.to(next((t.device for t in graph.buffers()), torch.device("cpu")))
+    example = captured.example.to(device_of(graph))
     with torch.no_grad():
         expected, found = captured.graph(example), graph(example)
     assert_outputs_equal(expected, found, captured.outputs, "the recentred graph", TOLERANCE)
@@ -161,8 +162,7 @@ def recentred(captured: Captured, changes: Iterable[Recentring]) -> Captured:
 
 
 def _apply(graph: fx.GraphModule, site: Site, change: Recentring) -> None:
-    device = next((t.device for t in graph.buffers()), torch.device("cpu"))
-    scales, offsets = change.scales().to(device), change.offsets().to(device)
+    scales, offsets = (x.to(device_of(graph)) for x in (change.scales(), change.offsets()))
     start = 0
     for node in site.sources:
         part = slice(start, start := start + int(ops.shape(node)[-1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from bitwright.graph import rewrite
 from bitwright.graph.capture import Captured
+from bitwright.graph.devices import keep_together
 from bitwright.graph.insert import insert
 from bitwright.graph.layer import Layer
 from bitwright.graph.outputs import Interface
@@ -71,6 +73,12 @@ class Student(nn.Module):
     def attach_teacher(self, teacher: Captured) -> None:
         """Gives a loaded model its float network back, so that fidelity can be measured."""
         self._not_modules[0] = teacher
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Student:
+        """Moves it: what ``to``, ``cuda`` and ``cpu`` call."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        keep_together(self.graph)
+        return self
 
     def forward(self, images: Tensor) -> Any:
         """Outputs as the user's model arranges them, for [B, C, H, W]."""

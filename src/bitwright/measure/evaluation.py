@@ -17,6 +17,7 @@ from bitwright.given.images import Images, load_images
 from bitwright.given.models import Model
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.capture import Captured
+from bitwright.graph.devices import device_of, exact_float32, moved_to
 from bitwright.graph.explain import cannot_run
 from bitwright.graph.outputs import arrange, names
 from bitwright.graph.readings import Reading
@@ -38,6 +39,7 @@ Each = Callable[[int, list[Tensor], list[Tensor], Tensor | None], None]
 """Takes the position of a batch's first image, outputs of the reference and of the network, and labels [B] or None."""
 
 
+@exact_float32()
 def evaluate(
     model: Student,
     source: Any,
@@ -115,19 +117,22 @@ def evaluation_of(
         each: shown the outputs of every batch, if there is a teacher.
         noise: of every layer, measured on the way.
     """
-    teacher = model.teacher
-    reference = None if teacher is None else (lambda x: list(teacher.graph(x)))
-    return compare(
-        model.flat,
-        reference,
-        images,
-        outputs=outputs_of(model, readings),
-        scoring=scoring,
-        batch=batch,
-        progress=progress,
-        each=each,
-        noise=noise,
-    )
+    teacher, device = model.teacher, device_of(model.graph)
+    reference: Network | None = None
+    if teacher is not None:
+        reference = lambda x: [o.cpu() for o in teacher.graph(x.to(device))]  # noqa: E731
+    with moved_to(model, device):  # both networks
+        return compare(
+            lambda x: [o.cpu() for o in model.flat(x.to(device))],
+            reference,
+            images,
+            outputs=outputs_of(model, readings),
+            scoring=scoring,
+            batch=batch,
+            progress=progress,
+            each=each,
+            noise=noise,
+        )
 
 
 def outputs_of(model: Student | Captured, readings: Sequence[Reading] = ()) -> Outputs:
@@ -143,7 +148,7 @@ def read_outputs_of(model: Student, images: Images, classes: Mapping[str, int | 
     """
     graph, few = model.graph if model.teacher is None else model.teacher.graph, images.batch(range(min(2, len(images))))
     try:
-        return read_outputs(graph, few, model.outputs, classes)
+        return read_outputs(graph, few.to(device_of(graph)), model.outputs, classes)
     except BitwrightError:
         raise
     except Exception as error:
@@ -267,7 +272,7 @@ def check_truth(network: Model, images: Images, scoring: Scoring = NOTHING_SAID)
 class LayerNoise:
     """Signal to quantization noise of every layer's output, while a network and its float twin run beside each other.
 
-    Errors accumulate from layer to layer, as they do when the network runs.
+    Errors accumulate from layer to layer, as they do when the network runs. Both are on one device.
 
     Args:
         model: with its float network.
@@ -283,13 +288,14 @@ class LayerNoise:
         self.ratios: dict[str, SignalToNoise] = {}
 
     def run(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Outputs of the float network and of the quantized one, for a batch [B, C, H, W]."""
+        """Outputs of the float network and of the quantized one, on the CPU, for a batch [B, C, H, W]."""
 
         def see(name: str, expected: Tensor, found: Tensor) -> None:
             self.ratios.setdefault(self.pairs[name], SignalToNoise()).update(expected, found)
 
-        images = images.float() if images.is_floating_point() else images
-        return watch_both(self.teacher.graph, self.model.graph, images, self.pairs, see)
+        images = (images.float() if images.is_floating_point() else images).to(device_of(self.model.graph))
+        theirs, ours = watch_both(self.teacher.graph, self.model.graph, images, self.pairs, see)
+        return [o.cpu() for o in theirs], [o.cpu() for o in ours]
 
     def decibels(self) -> dict[str, float | None]:
         """Of every layer, by name; None where nothing differs."""

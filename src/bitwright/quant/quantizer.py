@@ -104,18 +104,20 @@ class Quantizer(nn.Module):
     def set_range(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
         """Takes over scales (and zero points) of any shape with one element per block; without blocks, one zero point.
 
-        With ``power_of_two`` a scale becomes the next power of two that is no smaller.
+        They come to the device of those before. With ``power_of_two`` a scale becomes the next power of two that is no
+        smaller.
 
         Raises:
             UsageError: a scale is not finite and positive, or a zero point is off the grid.
         """
-        scale = scale.detach().reshape(-1).to(torch.float32).clamp_min(TINY)
+        device = self.scale.device
+        scale = scale.detach().reshape(-1).to(device, torch.float32).clamp_min(TINY)
         if self.power_of_two:
             scale = affine.next_power_of_two(scale)
         if zero_point is None:
             zero = torch.zeros_like(scale if self.block is not None else scale[:1])
         else:
-            zero = zero_point.detach().reshape(-1).to(torch.float32)
+            zero = zero_point.detach().reshape(-1).to(device, torch.float32)
         self.scale, self.zero_point = scale, zero
         self.validate()
 
@@ -176,6 +178,11 @@ class Quantizer(nn.Module):
         self.grid, self.scale, self.zero_point = new.grid, new.scale, new.zero_point
 
     @property
+    def uncalibrated(self) -> Calibration:
+        """What lets everything pass."""
+        return Calibration(self.grid, self.scale[:0], self.zero_point[:0])
+
+    @property
     def span(self) -> tuple[float, float, float]:
         """Lowest and highest value of an activation, and the step between values; of the widest of several scales."""
         return self.grid.span(float(self.scale.max()), float(self.zero_point[0]))
@@ -197,7 +204,7 @@ def as_if(calibrations: Mapping[Quantizer, Calibration | None]) -> Iterator[None
     before = {quantizer: quantizer.calibration for quantizer in calibrations}
     try:
         for quantizer, new in calibrations.items():
-            quantizer.calibration = new or Calibration(quantizer.grid, torch.empty(0), torch.empty(0))
+            quantizer.calibration = new or quantizer.uncalibrated
         yield
     finally:
         for quantizer, old in before.items():

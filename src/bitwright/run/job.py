@@ -26,6 +26,8 @@ from bitwright.export.parity import export_checked, images_of
 from bitwright.export.verdict import Parity
 from bitwright.given.arguments import a_path, of_kind
 from bitwright.given.images import Images, load_images
+from bitwright.given.inputs import find_device
+from bitwright.graph.devices import device_of, exact_float32, moved_to
 from bitwright.graph.student import Student
 from bitwright.measure.class_maps import GivenClassMap
 from bitwright.measure.evaluation import NOTHING_SAID, LayerNoise, evaluation_of, read_outputs_of
@@ -113,6 +115,7 @@ Make = Callable[[Path], tuple[Student, Wanted]]
 """Gives the network that is written and what is wanted with it; takes the folder for what a later call goes on from."""
 
 
+@exact_float32()
 def do(folder: Path, make: Make, journal: Journal, *, force: bool = False, resume: bool = False) -> Done:
     """The job from an empty folder to a complete one; nothing is lost over a file that cannot be exported.
 
@@ -230,13 +233,14 @@ def export(model: Student, path: str | Path, images: Any = None, *, to: str = "o
     place = a_path("path", path)
     of_kind("force", force, bool, "True or False")
     made = named(to)
-    if to == "onnx":
-        parity = export_checked(model, place, images, force=force)
-    else:
-        if made.check is not None:
-            made.check(model)
-        place = target_file(place, made.suffix, force=force)
-        parity, _ = write_format(model, to, place, images_of(model, images), force=force)
+    with moved_to(model, "cpu"):
+        if to == "onnx":
+            parity = export_checked(model, place, images, force=force)
+        else:
+            if made.check is not None:
+                made.check(model)
+            place = target_file(place, made.suffix, force=force)
+            parity, _ = write_format(model, to, place, images_of(model, images), force=force)
     run_folder.renew_checksum(place)
     return parity
 
@@ -296,16 +300,17 @@ def add_measurements(model: Student, wanted: Wanted, journal: Journal) -> Answer
     readings = read_outputs_of(model, images)
     answers = Answers(model.outputs, readings)
     noise = None if model.teacher is None else LayerNoise(model, SQNR_IMAGES)
-    found = evaluation_of(
-        model,
-        images,
-        readings,
-        scoring=wanted.scoring,
-        batch=BATCH,
-        progress=journal.progress,
-        each=answers.update,
-        noise=noise,
-    )
+    with moved_to(model, _device(model)):
+        found = evaluation_of(
+            model,
+            images,
+            readings,
+            scoring=wanted.scoring,
+            batch=BATCH,
+            progress=journal.progress,
+            each=answers.update,
+            noise=noise,
+        )
     answers.pictured = found.pictured
     decibels = {} if noise is None else noise.decibels()
     add_evaluation(model.result, found, EvaluatedImages.of(images), decibels, same_as_calibration=given is None)
@@ -313,11 +318,19 @@ def add_measurements(model: Student, wanted: Wanted, journal: Journal) -> Answer
     return answers
 
 
+def _device(model: Student) -> torch.device:
+    """Where it was made, if that is here; else where it is."""
+    try:
+        return find_device(model.result["device"])
+    except (KeyError, UsageError):
+        return device_of(model.graph)
+
+
 def add_diagnosis(model: Student, journal: Journal) -> None:
     """Where most was lost, and the rules that mend it; a run is not lost over what goes wrong here."""
     started, result = time.perf_counter(), model.result
     limit = diagnosis.budget(sum(result["seconds"].values()))
-    where, seed = torch.device(result["device"]), result["seed"]
+    where, seed = _device(model), result["seed"]
     try:
         found = diagnosis.diagnose(model, seconds=limit, device=where, seed=seed, progress=journal.progress)
         result["diagnosis"] = asdict(found)
@@ -337,7 +350,7 @@ def _write(model: Student, folder: Path, wanted: Wanted, journal: Journal, start
     """The run folder, complete or not at all; without ``model.onnx`` where that cannot be, and then why."""
     failure = None
     model.freeze()
-    with run_folder.staged(folder) as partial:
+    with moved_to(model, "cpu"), run_folder.staged(folder) as partial:
         run_folder.write_files(model, partial)
         if wanted.onnx:
             failure = _export(model, wanted, partial / run_folder.ONNX, journal)
@@ -396,7 +409,8 @@ def _show(model: Student, folder: Path, wanted: Wanted, answers: Answers, journa
     images = wanted.images if wanted.images is not None else model.calibration
     try:
         assert images is not None
-        found = facts.gather(model, images, answers, folder, pictures=wanted.pictures)
+        with moved_to(model, "cpu"):
+            found = facts.gather(model, images, answers, folder, pictures=wanted.pictures)
         found = replace(found, curve=facts.curve_beside(wanted.plan))
         write_text(folder / run_folder.FACTS, json.dumps(found.plain(), allow_nan=False) + "\n")
         pages.write(folder)

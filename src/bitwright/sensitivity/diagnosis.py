@@ -11,8 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +21,7 @@ from torch import Tensor, fx
 from bitwright.errors import UsageError
 from bitwright.graph import ops, rewrite, segments
 from bitwright.graph.axes import read_outputs
+from bitwright.graph.devices import moved_to
 from bitwright.graph.insert import bits_by_key
 from bitwright.graph.student import Student
 from bitwright.graph.watch import Callback, updating, values_of, watch
@@ -106,22 +106,8 @@ def diagnose(
         raise UsageError("Expected a network with its float network and images to diagnose it with, found none.")
     some = images.sample(min(count, len(images)), seed=0).unlabelled()
     run = Run(seed=seed, device=torch.device(device), progress=progress)
-    with keep_pages(), _moved_to(model, run.device):
+    with keep_pages(), moved_to(model, run.device):
         return _Patient(model, some, run).examine(seconds)
-
-
-@contextmanager
-def _moved_to(model: Student, device: torch.device) -> Iterator[None]:
-    assert model.teacher is not None
-    before = model.teacher.example.device
-    graphs = (model.graph, model.teacher.graph)
-    for graph in graphs:
-        graph.to(device)
-    try:
-        yield
-    finally:
-        for graph in graphs:
-            graph.to(before)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from bitwright.given.inputs import as_model, find_device, prepare_teacher
 from bitwright.given.models import Model
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing
 from bitwright.graph.capture import Captured
+from bitwright.graph.devices import exact_float32, place_on
 from bitwright.progress import Progress, silent
 from bitwright.quant.scheme import parse_weight_bits
 from bitwright.run.about import environment, peak_memory_bytes
@@ -144,6 +145,7 @@ class MeasuredCurvature:
     """None where nobody asked."""
 
 
+@exact_float32()
 def sensitivity(
     model: nn.Module | Model | str,
     images: Any,
@@ -167,7 +169,7 @@ def sensitivity(
         settings: how closely.
         samples: images to use, evenly spread; 64 at most if not given.
         seed: of probes and starts.
-        device: ``auto``, ``cpu`` or ``cuda``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         preprocessing: of image files; a named model brings its own.
         output: name of the one output to keep, for a model that returns several.
         skip_unreadable: go on when a file cannot be decoded.
@@ -187,7 +189,7 @@ def sensitivity(
     if settings.matrix == "hessian" and data.labels is None:
         raise UsageError("Expected labels for the Hessian of a loss, found none. Give labels=, or leave matrix= out.")
     teacher = prepare_teacher(network, data, output)
-    teacher.graph.to(where)
+    place_on(teacher.graph, where)
     run = Run(seed=seed, batch=BATCH, device=where, progress=progress)
     found = measure_curvature(teacher, data, settings, run)
     labelled = settings.matrix == "hessian"

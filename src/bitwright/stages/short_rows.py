@@ -58,7 +58,7 @@ def keep_short_rows(teacher: Captured, scheme: Scheme, images: Images, run: Run)
         return scheme
     some = images.sample(min(IMAGES, len(images)), seed=run.seed)
     student = _calibrated(teacher, scheme, some, run)
-    rows = _rows(teacher, student, ends, some)
+    rows = _rows(teacher, student, ends, some, run)
     for end in (e for e in ends if rows[e.name].lost > SHARE):
         found = _widened(teacher, scheme, end, _before(student, end)[:TRIED], some, run)
         lost = rows[end.name].lost
@@ -93,6 +93,7 @@ def _ends(graph: fx.Graph) -> list[_End]:
 
 def _calibrated(teacher: Captured, scheme: Scheme, images: Images, run: Run) -> Student:
     student = insert_quantizers(teacher, scheme.model_copy(update={"weights": None}))
+    student.to(run.device)
     return Calibrate(weights="minmax", activations="minmax").run(student, teacher, images, run)
 
 
@@ -118,7 +119,7 @@ class _Rows:
         return self.beyond / max(self.count, 1)
 
 
-def _rows(teacher: Captured, student: Student, ends: list[_End], images: Images) -> dict[str, _Rows]:
+def _rows(teacher: Captured, student: Student, ends: list[_End], images: Images, run: Run) -> dict[str, _Rows]:
     """What becomes of the rows at each end."""
     exact: dict[str, Tensor] = {}
     found, axes = {e.name: _Rows() for e in ends}, {e.name: e.axes for e in ends}
@@ -129,7 +130,7 @@ def _rows(teacher: Captured, student: Student, ends: list[_End], images: Images)
     def compare(node: fx.Node, value: Tensor) -> None:
         found[node.name].update(exact[node.name], value, axes[node.name])
 
-    for batch in images.batches(8):
+    for batch in (b.to(run.device) for b in images.batches(8)):
         watch(teacher.graph, batch, dict.fromkeys(axes, remember))
         watch(student.graph, batch, dict.fromkeys(axes, compare))
     return found
@@ -142,7 +143,7 @@ def _widened(
 
     def rows(rules: tuple[Rule, ...]) -> _Rows:
         tried = _calibrated(teacher, scheme.model_copy(update={"rules": (*scheme.rules, *rules)}), images, run)
-        return _rows(teacher, tried, [end], images)[end.name]
+        return _rows(teacher, tried, [end], images, run)[end.name]
 
     for count in range(1, len(names) + 1):
         in_float = tuple(Rule(pattern=escaped(n), activations="float") for n in names[:count])

@@ -22,6 +22,7 @@ from bitwright.given.images import Images, load_images
 from bitwright.given.inputs import as_model, find_device
 from bitwright.given.models import Model, load_model
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing
+from bitwright.graph.devices import exact_float32
 from bitwright.memory import keep_pages
 from bitwright.progress import Progress, silent
 from bitwright.recipes import recipe as find_recipe
@@ -59,6 +60,7 @@ def find_study(name: str) -> Study:
     return known[name]
 
 
+@exact_float32()
 def study(
     name: str,
     model: nn.Module | torch.export.ExportedProgram | Model | str | None = None,
@@ -94,7 +96,7 @@ def study(
         recipe: by name or file, for a study that can take any.
         evaluate: images to measure on; every fourth of ``images``, which is not calibrated on then, if not given.
         labels: a CSV of ``file,class_index``, if the images to measure on do not carry their own.
-        device: ``auto``, ``cpu`` or ``cuda``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         preprocessing: of image files; a named model brings its own.
         output: name of the one output to keep, for a model that returns several.
         skip_unreadable: go on when a file cannot be decoded.

@@ -13,6 +13,7 @@ from bitwright.given.inputs import prepare_teacher
 from bitwright.given.models import Model
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.capture import Captured
+from bitwright.graph.devices import place_on
 from bitwright.graph.student import Snapshot, Student, insert_quantizers
 from bitwright.measure.evaluation import compare
 from bitwright.measure.metrics import Evaluation, worst_figures
@@ -69,7 +70,7 @@ class Subject:
         self.name, self.device = network.name, device
         self.pool, self.held_out = pool.unlabelled(), held_out
         self.teacher: Captured = prepare_teacher(network, pool, output)
-        self.teacher.graph.to(device)
+        place_on(self.teacher.graph, device)
         self._begun: tuple[Any, Student, Snapshot] | None = None
 
     def facts(self) -> Row:

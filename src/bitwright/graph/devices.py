@@ -1,0 +1,81 @@
+"""One device for a network and all that it makes on the way: moved as a whole, and back where it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+
+if TYPE_CHECKING:
+    from bitwright.graph.student import Student
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Where a network's tensors are; the CPU where it has none.
+
+    Example:
+        >>> device_of(nn.ReLU()), device_of(nn.Linear(1, 1).to("meta"))
+        (device(type='cpu'), device(type='meta'))
+    """
+    tensors = (t for group in (network.buffers(), network.parameters()) for t in group)
+    return next((t.device for t in tensors), torch.device("cpu"))
+
+
+def place_on(graph: fx.GraphModule, device: torch.device | str) -> None:
+    """Moves a graph, with the operators that make tensors of their own (zeros, an arange) as it runs."""
+    graph.to(device)
+    keep_together(graph)
+
+
+def keep_together(graph: fx.GraphModule) -> None:
+    """Lets the operators that make tensors make them where the graph's own tensors are."""
+    device, changed = device_of(graph), False
+
+    def here(argument: Any) -> Any:
+        return device if isinstance(argument, torch.device) else argument
+
+    for node in graph.graph.nodes:
+        args, kwargs = (fx.node.map_aggregate(a, here) for a in (node.args, node.kwargs))
+        if (args, kwargs) != (node.args, node.kwargs):
+            node.args, node.kwargs = args, kwargs
+            changed = True
+    if changed:
+        graph.recompile()
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Products of float32 are float32 on a GPU too, while inside; also a decorator.
+
+    PyTorch's own choice for convolutions is TF32, which keeps 10 bits of each factor. Who chose a precision by
+    ``fp32_precision``, PyTorch's newer switch, keeps it.
+    """
+    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    try:
+        before = [s.allow_tf32 for s in switches] if torch.cuda.is_available() else []
+    except RuntimeError:  # the newer switch was used, and this one cannot say what holds
+        before = []
+    try:
+        for switch, _ in zip(switches, before, strict=False):
+            switch.allow_tf32 = False
+        yield
+    finally:
+        for switch, old in zip(switches, before, strict=False):
+            switch.allow_tf32 = old
+
+
+@contextmanager
+def moved_to(model: Student, device: torch.device | str) -> Iterator[None]:
+    """A quantized network, and its float network if it has one, on a device while inside."""
+    graphs = [model.graph] if model.teacher is None else [model.graph, model.teacher.graph]
+    before = [device_of(graph) for graph in graphs]
+    try:
+        for graph in graphs:
+            place_on(graph, device)
+        yield
+    finally:
+        for graph, old in zip(graphs, before, strict=True):
+            place_on(graph, old)

@@ -1,0 +1,249 @@
+"""Everything that a run does, on a GPU that is pretended; says as JSON what went wrong, by case.
+
+A program of its own, since the stub that autograd needs has to be loaded before torch is. Usage: on_gpu.py STUB [CASES]
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+if __name__ == "__main__":
+    ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
+
+import copy
+import json
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import cases
+import torch
+from pretended import OnGpu, alone, pretended_gpu
+from torch import nn
+
+import bitwright as bw
+from bitwright import api, pipeline
+from bitwright.graph import points
+from bitwright.graph.devices import moved_to, place_on
+from bitwright.graph.student import Student
+from bitwright.measure import evaluation
+from bitwright.recipes import Recipe
+from bitwright.run import job
+from bitwright.sensitivity import MEASURES, Choices, diagnosis
+from bitwright.stages import tuning
+from bitwright.stages.base import Run, Stage
+from bitwright.stages.calibrate import Calibrate
+from bitwright.stages.evolve import Evolve
+from bitwright.stages.optq import Optq
+from bitwright.stages.reconstruct import Reconstruct
+from bitwright.stages.schedules import Anneal, Gradual, Learn
+
+GPU = torch.device("cuda")
+COUNT = 8
+_prepare, _shapes, _export = api.prepare_teacher, points._shapes, job.export_checked
+_finite, _finish = pipeline._check_finite, tuning.Tuner.finish
+
+
+def one_device(what: str, tensors: dict[str, Any]) -> None:
+    """Every tensor must be on the GPU; where there is one."""
+    if not torch.cuda.is_available():
+        return
+    elsewhere = [name for name, t in tensors.items() if isinstance(t, torch.Tensor) and not isinstance(t, OnGpu)]
+    if elsewhere:
+        raise AssertionError(f"{what}: not on the GPU: {elsewhere[:4]}")
+
+
+def _after_a_stage(student: Student, teacher: Any) -> None:
+    for name, graph in (("student", student.graph), ("teacher", teacher.graph)):
+        one_device(name, {**dict(graph.named_buffers()), **dict(graph.named_parameters())})
+    _finite(student, teacher)
+
+
+def _after_steps(tuner: tuning.Tuner) -> None:
+    one_device("variables", {**dict(tuner.learner.named_parameters()), **dict(tuner.learner.named_buffers())})
+    one_device("optimizer", {n: t for n, t in tuner.state().items() if not n.endswith("/step")})
+    _finish(tuner)
+
+
+_known: dict[type, Any] = {}
+
+
+def _captured(network: Any, *rest: Any, **named: Any) -> Any:
+    """Once for each network: on the CPU, since PyTorch's exporter has modes of its own."""
+    kind = type(network.module)
+    if kind not in _known:
+        with alone():
+            _known[kind] = _prepare(network, *rest, **named)
+    return copy.deepcopy(_known[kind])
+
+
+def _shapes_of(graph: Any, example: Any, names: Any) -> Any:
+    twin = copy.deepcopy(graph)
+    place_on(twin, "cpu")
+    with alone():
+        return _shapes(twin, example.cpu(), names)
+
+
+class Squash(nn.Module):
+    """A normalisation that is written out, over rows of which some are far shorter than others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 6, 4, stride=4), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x).flatten(2).transpose(1, 2)
+        x = x * torch.tensor([1e-3, 1e-3, 1e-3, 10.0]).reshape(1, 4, 1)
+        return self.head((x / x.norm(dim=-1, keepdim=True).clamp_min(1e-6)).mean(1))
+
+
+def images(seed: int = 1) -> Any:
+    return cases.dataset(COUNT, seed).labelled([i % 4 for i in range(COUNT)])
+
+
+def quantized(network: nn.Module, method: Any, device: str = "cuda", **said: Any) -> Any:
+    said = {"weights": 4, "activations": 8, "seed": 0, "precision": "float32"} | said
+    return bw.quantize(network, images(), method, device=device, **said)
+
+
+def same_integers(make: Callable[[], nn.Module], method: Any, **said: Any) -> None:
+    """The GPU computes with the CPU's own kernels here: what is rounded in closed form is the same to the last bit."""
+    torch.manual_seed(0)
+    network = make().eval()
+    found = quantized(network, method, **said)
+    with alone():
+        expected = quantized(network, method, device="cpu", **said)
+    ours, theirs = (dict(q.graph.named_buffers()) for q in (found, expected))
+    wrong = [n for n in theirs if not torch.equal(ours[n], theirs[n])]
+    if wrong:
+        raise AssertionError(f"other numbers than on the CPU: {wrong[:4]}")
+
+
+def runs(make: Callable[[], nn.Module], method: Any, **said: Any) -> None:
+    torch.manual_seed(0)
+    found = quantized(make().eval(), method, **said)
+    assert not any(isinstance(t, OnGpu) for t in found.graph.buffers()), "the result is not back on the CPU"
+
+
+def stages(*some: Stage) -> Recipe:
+    return Recipe(name="own", summary="", paper="", stages=(Calibrate(bias_correction="analytic"), *some))
+
+
+def measured(name: str) -> None:
+    """One sensitivity measure, of weights and activations."""
+    with alone():
+        teacher = copy.deepcopy(cases.prepared("residual"))
+    place_on(teacher.graph, GPU)
+    choices = Choices(weights=(3, 8), activations=(8,), refine=(Optq(),))
+    MEASURES[name]().measure(teacher, cases.dataset(COUNT), choices, Run(device=GPU))
+    one_device("teacher", dict(teacher.graph.named_buffers()))
+
+
+def evaluated() -> None:
+    """Evaluation, noise and diagnosis of a network that its user moved; files are written from the CPU."""
+    torch.manual_seed(0)
+    made = quantized(cases.Residual().eval(), "rtn", weights=2)
+    first = made(cases.images(2))
+    made.to(GPU)
+    one_device("student", dict(made.graph.named_buffers()))
+    there = made(cases.images(2).to(GPU))
+    assert torch.equal(there.cpu(), first), "another answer on the GPU"
+    assert made.evaluate(images())["quantized"]["top1"] >= 0
+    with moved_to(made, GPU):
+        evaluation.layer_sqnr(made, cases.images(4))
+    diagnosis.diagnose(made, cases.dataset(COUNT), device=GPU)
+    one_device("student", dict(made.graph.named_buffers()))
+    with tempfile.TemporaryDirectory() as folder:
+        made.save(Path(folder) / "run", evaluate=images(), diagnosis=True)
+        with mock.patch.object(job, "export_checked", _exported):
+            made.export(Path(folder) / "file.onnx", cases.dataset(4))
+        assert bw.load(Path(folder) / "run").result["device"] == "cuda"
+    one_device("student", dict(made.graph.named_buffers()))
+
+
+def _exported(model: Student, *rest: Any, **named: Any) -> Any:
+    assert not any(isinstance(t, OnGpu) for t in model.graph.buffers()), "files are written from the CPU"
+    with alone():
+        return _export(model, *rest, **named)
+
+
+def planned() -> None:
+    """Bits chosen under a limit, from measured losses."""
+    torch.manual_seed(0)
+    quantized(cases.Residual().eval(), "optq", weights=(2, 4, 8), target_size=1850)
+
+
+_EVOLVE = {"passes": 1, "batch": 4}
+_SOFT = {"rounding": "soft", "decide": Anneal(), "codes": Learn(rate=1e-2, optimizer="radam")}
+_WIDE = Calibrate(weights="percentile", activations="percentile", match_spread=True, bias_correction="analytic")
+_SCORED = Calibrate(weights="hmse", activations="mse", bias_correction="sequential", score_probes=2)
+_SEARCH = Evolve(meaning="keep", fitness="mse", held_out=0.25, **_EVOLVE)
+_LFH = Reconstruct(weigh="lfh", over="mean", gradual=Gradual(how="drop"), **_SOFT)
+_VIEWS = Reconstruct(weigh="sla-log", views=2, **_SOFT)
+_SGD = Reconstruct(weigh="ones", codes=Learn(rate=1e-2, optimizer="sgd"))
+CLOSED: dict[str, Any] = {
+    "rtn": partial(same_integers, cases.Residual, "rtn", weights=8),
+    "mse with squeeze and excite": partial(same_integers, cases.SqueezeExcite, "mse"),
+    "optq": partial(same_integers, cases.SqueezeExcite, "optq"),
+    "optq at 2 bits, attention": partial(same_integers, cases.Transformer, "optq", weights=2),
+    "obq": partial(same_integers, cases.Residual, "obq"),
+    "zeros made on the way": partial(same_integers, cases.PartialWrites, "mse"),
+    "few bits of activations": partial(same_integers, cases.Transformer, "mse", activations=4),
+    "activations auto": partial(same_integers, cases.SqueezeExcite, "mse", weights=8, activations="auto"),
+    "short rows": partial(same_integers, Squash, "mse", weights=8),
+    "powers of two": partial(same_integers, cases.Residual, "optq", runtime="generic-pot"),
+    "percentile, spread": partial(same_integers, cases.Residual, stages(_WIDE)),
+    "hmse, sequential": partial(same_integers, cases.Residual, stages(_SCORED)),
+    "ptf": partial(same_integers, cases.Transformer, stages(Calibrate(weights="mse", norm_inputs="ptf"))),
+    "evolq": partial(same_integers, cases.Residual, stages(Evolve(**_EVOLVE))),
+    "evolve, integers kept": partial(same_integers, cases.Transformer, stages(_SEARCH)),
+}
+OPTIMISED: dict[str, Any] = {
+    "eptq": partial(runs, cases.SqueezeExcite, "eptq", steps=3),
+    "eptq of attention, bfloat16": partial(runs, cases.Transformer, "eptq", steps=3, precision="bfloat16"),
+    "eptq, coarse biases": partial(runs, cases.Residual, "eptq", steps=3, activations=4),
+    "soft, lfh, gradual": partial(runs, cases.Residual, stages(_LFH), steps=3),
+    "soft, sla-log, views": partial(runs, cases.Residual, stages(_VIEWS), steps=3),
+    "sgd, ones": partial(runs, cases.Residual, stages(_SGD), steps=3),
+    "adaround": partial(runs, cases.Residual, "adaround", steps=3),
+    "brecq": partial(runs, cases.Transformer, "brecq", steps=[3, 2]),
+    "qdrop": partial(runs, cases.Residual, "qdrop", steps=3),
+    "qkd": partial(runs, cases.Residual, "qkd", steps=5),
+}
+MEASURED: dict[str, Any] = {f"sensitivity {name}": partial(measured, name) for name in MEASURES}
+REST: dict[str, Any] = {"evaluation, diagnosis, export": evaluated, "planned": planned}
+CASES = CLOSED | OPTIMISED | MEASURED | REST
+
+
+def main(wanted: list[str]) -> dict[str, str]:
+    """What went wrong in each case; nothing where all is well."""
+    said: dict[str, str] = {}
+    with (
+        mock.patch.object(api, "prepare_teacher", _captured),
+        mock.patch.object(points, "_shapes", _shapes_of),
+        mock.patch.object(pipeline, "_check_finite", _after_a_stage),
+        mock.patch.object(tuning.Tuner, "finish", _after_steps),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        for name in wanted or CASES:
+            try:
+                with pretended_gpu():
+                    CASES[name]()
+            except Exception as error:
+                frames = [f for f in traceback.extract_tb(error.__traceback__) if "/bitwright/" in f.filename]
+                at = ", ".join(f"{Path(f.filename).name}:{f.lineno}" for f in frames[-3:])
+                said[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:300]} ({at})"
+    return said
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[2:])))
