@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from bitwright import together
 from bitwright.errors import BitwrightError
 from bitwright.given.images import Images
 from bitwright.graph.capture import Captured
@@ -63,6 +64,8 @@ def run_stages(
             _check_finite(student, teacher)
             left = student.snapshot()
             run.history.append((stage.kind, left))
+            if together.is_shared():
+                together.check_same(tensor_digest(student.graph))
             if state is not None:
                 _keep(left, state, position, stage.kind, run, identity)
     return student

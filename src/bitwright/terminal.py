@@ -45,16 +45,17 @@ class Terminal(Journal):
 
     Inside, warnings of bitwright and of the user's own files become single lines and are kept in ``warnings``;
     everything that happens is kept in ``events``. With ``as_json`` stdout carries one JSON object and nothing else,
-    whatever the user's own code prints.
+    whatever the user's own code prints. A ``silent`` one, of a process that helps another, shows nothing.
     """
 
-    def __init__(self, *, as_json: bool = False) -> None:
+    def __init__(self, *, as_json: bool = False, silent: bool = False) -> None:
         super().__init__()
         self.as_json = as_json
         self.farewell = "Interrupted."
         self._interrupted = False
-        self._stdout = sys.stdout
-        self._out, self._err = _console(sys.stdout), _console(sys.stderr)
+        nowhere = open(os.devnull, "w", encoding="utf-8") if silent else None  # noqa: SIM115 - as long as the process
+        self._stdout = nowhere or sys.stdout
+        self._out, self._err = _console(nowhere or sys.stdout), _console(nowhere or sys.stderr)
         self._bars = drawn_bars(self._err)
         self._task: TaskID | None = None
         self._said = 0.0

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitwright import together
 from bitwright.bits import trials
 from bitwright.bits.allocate import Losses, plan_for, problem_of
 from bitwright.bits.costs import ACTIVATION_CHOICES, Latency, Variable, variables_of
@@ -473,6 +474,11 @@ def usable(folder: Path) -> Path | None:
 def _timed(student: Student, images: Images, goal: Goal, run: Run, folder: Path | None) -> tuple[Latency, LatencyFacts]:
     from bitwright.bits.latency import measure_latencies
 
+    if together.processes() > 1:
+        raise UsageError(
+            "Expected one process for a limit of milliseconds, which each would measure otherwise, found "
+            f"{together.processes()}. Plan first (bitwright plan), and give plan=."
+        )
     activations = goal.activations or ACTIVATION_CHOICES
     found = measure_latencies(
         student, images, weights=goal.weights, activations=activations, folder=folder, progress=run.progress

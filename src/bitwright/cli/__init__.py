@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status = app(args=given or ["--help"], prog_name="bitwright", standalone_mode=False)
     except BitwrightError as error:
-        print_error(error)
+        if _speaks(error):
+            print_error(error)
         return error.exit_code
     except KeyboardInterrupt:
         status = 130
@@ -79,6 +80,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         return _other(error, given)
     return status if isinstance(status, int) else 0
+
+
+def _speaks(error: BitwrightError) -> bool:
+    """Whether this process says so: of several that ``torchrun`` started, one does."""
+    if "MASTER_ADDR" not in os.environ or "RANK" not in os.environ:
+        return True
+    from bitwright import together
+
+    return together.speaks(error)
 
 
 def _other(error: Exception, given: list[str]) -> int:

@@ -52,6 +52,8 @@ class QuantizeCall(Call):
     Example: `bitwright quantize zoo:fashion_cnn zoo:fashion --weights 4`
     """
 
+    shared: ClassVar[bool] = True
+
     network: opt.NetworkOptions
     recipe: str | None = opt.recipe_option()
     weights: str | None = opt.bits_option(

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bitwright import api
+from bitwright import api, together
 from bitwright.bits import planning
 from bitwright.cli import inspect, plans, tables
 from bitwright.cli.calls import QuantizeCall
@@ -42,7 +42,10 @@ def quantize(call: QuantizeCall, terminal: Terminal) -> None:
     if call.dry_run:
         _dry_run(call, terminal)
         return
-    made = make_run(call, terminal)
+    with together.shared_job():
+        made, first = make_run(call, terminal), together.is_first()
+    if not first:
+        return
     terminal.result({**made.result, "run": str(made.folder)})
     show(RunResult.read(made.result), made.folder, terminal)
     if made.failure is not None:
@@ -60,7 +63,8 @@ def make_run(call: QuantizeCall, terminal: Terminal) -> job.Done:
     def make(state: Path) -> tuple[Student, job.Wanted]:
         terminal.log("start", command=call.network.model, images=call.network.images, recipe=call.recipe or DEFAULT)
         inputs = find_inputs(call, terminal)
-        begin(state, command_line(), _settings(call), resume=call.resume)
+        if together.is_first():
+            begin(state, command_line(), _settings(call), resume=call.resume)
         terminal.begin("Capturing the network")
         model = api.quantize(
             inputs.network,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Annotated, Any, ClassVar, TypeVar, get_type_hints
@@ -43,6 +44,9 @@ class Call:
     begins: ClassVar[str] = "Loading PyTorch"
     """What the terminal says while that module is imported; nothing if empty."""
 
+    shared: ClassVar[bool] = False
+    """Whether processes that ``torchrun`` started share the work; of others the first one alone does it."""
+
     @classmethod
     def verb(cls) -> str:
         """The verb's name: ``quantize`` of ``QuantizeCall``."""
@@ -57,7 +61,10 @@ def command(kind: type[Call]) -> Callable[..., None]:
 
     def run(*, as_json: bool, **given: Any) -> None:
         call = make_record(kind, given)
-        with Terminal(as_json=as_json) as terminal:
+        other = "MASTER_ADDR" in os.environ and os.environ.get("RANK", "0") != "0"
+        if other and not call.shared:
+            return
+        with Terminal(as_json=as_json, silent=other) as terminal:
             call.check()
             if call.begins:
                 terminal.begin(call.begins)

@@ -24,6 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor, fx
 
+from bitwright import together
 from bitwright.errors import ModelError
 from bitwright.graph import ops, rewrite
 from bitwright.graph.points import Point, expose
@@ -85,7 +86,7 @@ class HessianScores:
 
 def label_free_scores(
     graph: fx.GraphModule,
-    batches: Iterable[Tensor],
+    batches: Iterable[Tensor | None],
     points: list[Point],
     *,
     probes: int = 16,
@@ -100,7 +101,7 @@ def label_free_scores(
 
     Args:
         graph: the float network.
-        batches: images [B, C, H, W] on the graph's device.
+        batches: images [B, C, H, W] on the graph's device; None in the place of those that another process takes.
         points: where.
         probes: the most backward passes per batch.
         least: the fewest backward passes per batch.
@@ -116,8 +117,12 @@ def label_free_scores(
             scores are zero.)
     """
     probe = _Probe(graph, points, elements)
-    parts: list[_Batch] = []
+    parts: dict[int, _Batch] = {}
+    count = 0
     for position, images in enumerate(batches):
+        count += 1
+        if images is None:
+            continue
         generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
         share = 1.0 if total is None else max(1.0, total / len(images))
         part = _Batch(points, len(images))
@@ -125,8 +130,11 @@ def label_free_scores(
             part.add(gradients, weights)
             if part.probes >= least and float(part.relative_error().max()) <= tolerance * share**0.5:
                 break
-        parts.append(part)
-    return _join(parts, points, probe)
+        part.outputs = probe.outputs
+        parts[position] = part
+    if len(parts) < count:
+        return _join(together.collected({k: part.on_cpu() for k, part in parts.items()}, count), points)
+    return _join(list(parts.values()), points)
 
 
 def images_at_once(graph: fx.GraphModule, pair: Tensor, points: list[Point], budget: int) -> int:
@@ -189,12 +197,18 @@ class _Batch:
     """Running sums over the probes of one batch."""
 
     def __init__(self, points: list[Point], count: int) -> None:
-        self.points, self.count, self.probes = points, count, 0
+        self.points, self.count, self.probes, self.outputs = points, count, 0, 0
         self.sum = torch.zeros(count, len(points), dtype=torch.float64)
         self.squares = torch.zeros(len(points), dtype=torch.float64)
         self.totals = torch.zeros(len(points), dtype=torch.float64)
         self.channels: list[Tensor | None] = [None] * len(points)
         self.elements: dict[str, Tensor] = {}
+
+    def on_cpu(self) -> _Batch:
+        """As other processes can take it."""
+        self.channels = [None if c is None else c.cpu() for c in self.channels]
+        self.elements = {name: t.cpu() for name, t in self.elements.items()}
+        return self
 
     def add(self, gradients: list[Tensor | None], weights: dict[str, Tensor]) -> None:
         """Takes the gradients of one probe."""
@@ -225,9 +239,9 @@ class _Batch:
         return torch.where(mean > 0, variance.sqrt() / mean.clamp_min(1e-300), 0.0)
 
 
-def _join(parts: list[_Batch], points: list[Point], probe: _Probe) -> HessianScores:
-    count = sum(p.count for p in parts)
-    factor = 2 / max(probe.outputs, 1)
+def _join(parts: list[_Batch], points: list[Point]) -> HessianScores:
+    count, outputs = sum(p.count for p in parts), max((p.outputs for p in parts), default=0)
+    factor = 2 / max(outputs, 1)
     trace = torch.cat([p.sum / max(p.probes, 1) for p in parts]) * factor
     attention = torch.zeros(count, len(points))
     start = 0
@@ -249,7 +263,7 @@ def _join(parts: list[_Batch], points: list[Point], probe: _Probe) -> HessianSco
         raise ModelError(f"The gradient at {points[worst].layer} is not finite for some calibration image.")
     return HessianScores(
         [p.layer for p in points],
-        probe.outputs,
+        outputs,
         trace.float(),
         attention,
         error.float(),

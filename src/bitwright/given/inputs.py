@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bitwright import together
 from bitwright.errors import UsageError
 from bitwright.given.arguments import one_of, whole_number
 from bitwright.given.detectors import DetectorBody, is_detector
@@ -102,7 +103,8 @@ def find_device(name: str) -> torch.device:
         raise UsageError("There is no CUDA device here. Use device='cpu'.")
     if numbered and torch.device(name).index >= count:
         raise UsageError(f"Expected a GPU below cuda:{count}, found device='{name}'. Here are {count}.")
-    return torch.device(("cuda" if count else "cpu") if name == "auto" else name)
+    name = ("cuda" if count else "cpu") if name == "auto" else name
+    return torch.device("cuda", together.local_gpu()) if name == "cuda" and together.launched() else torch.device(name)
 
 
 def calibration_images(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from bitwright import together
 from bitwright.errors import BitwrightError, DataError, UsageError, cause
 from bitwright.given.arguments import of_kind, whole_number
 from bitwright.given.images import Images, load_images
@@ -183,15 +184,8 @@ def compare(
     fidelity, done = Fidelity(outputs.names, outputs.readings), 0
     judged = judges(images, outputs, scoring)
     _say_what_is_left_out(images, judged)
-    for inputs in images.batches(batch):
-        with torch.no_grad():
-            expected: list[Tensor] | None = None
-            if noise is not None and done < noise.images:
-                expected, found = noise.run(inputs)
-            else:
-                found = network(inputs)
-                expected = None if reference is None else reference(inputs)
-        part = range(done, done + len(inputs))
+    for count, found, expected in _answers(network, reference, images, batch, noise):
+        part = range(done, done + count)
         for each_judge in judged:
             each_judge.add(part, found, expected)
         if expected is not None:
@@ -199,7 +193,7 @@ def compare(
             fidelity.update(expected, found)
             if each is not None:
                 each(done, expected, found, None if images.labels is None else images.labels[part.start : part.stop])
-        done += len(inputs)
+        done += count
         progress("Evaluating", done, len(images))
     return joined(judged, None if reference is None else fidelity.outputs)
 
@@ -214,6 +208,35 @@ def check_figures(found: Evaluation) -> None:
         return
     why = " ".join(found.loss.notes) or "The metric returned no number for any image."
     raise DataError(f"Expected figures from the labels, found none. {why} Check labels= and what reads them.")
+
+
+def _answers(
+    network: Network, reference: Network | None, images: Images, batch: int, noise: LayerNoise | None
+) -> Iterator[tuple[int, list[Tensor], list[Tensor] | None]]:
+    """How many images, and the outputs of both networks, batch after batch; processes take batches in turn."""
+    starts = range(0, len(images), batch)
+    noisy = [] if noise is None else [s for s in starts if s < noise.images]
+
+    def answers(start: int, inputs: Tensor) -> tuple[int, list[Tensor], list[Tensor] | None]:
+        with torch.no_grad():
+            if noise is not None and start in noisy:
+                expected, found = noise.run(inputs)
+                return len(inputs), found, expected
+            return len(inputs), network(inputs), None if reference is None else reference(inputs)
+
+    def part(start: int) -> Tensor:
+        return images.batch(range(start, min(start + batch, len(images))))
+
+    if together.processes() == 1:
+        yield from map(answers, starts, images.batches(batch))
+        return
+    for start in noisy:  # in every process, for the noise in its layers
+        yield answers(start, part(start))
+    left = starts[len(noisy) :]
+    for first in range(0, len(left), together.processes()):
+        turn = left[first : first + together.processes()]
+        mine = {i: answers(s, part(s)) for i, s in enumerate(turn) if together.is_mine(i)}
+        yield from together.collected(mine, len(turn))
 
 
 def _say_what_is_left_out(images: Images, judged: Sequence[Judged]) -> None:

@@ -30,10 +30,14 @@ class Statistics:
     """
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.name, self._each = name, 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Nothing was seen but how large a batch is."""
         self.minimum, self.maximum = 0.0, 0.0
         self.count = 0
-        self._rows = 0
+        self._rows = self._each
         self._counts = torch.zeros(BINS, dtype=torch.float64)
         self._reach = 0.0
         self._two_sided = False
@@ -66,6 +70,7 @@ class Statistics:
     def _sampled(self, rows: Tensor) -> Tensor:
         """At most ``SAMPLE`` elements of each row, [R, K] of [R, N]; where they start differs from row to row."""
         first, self._rows = self._rows, self._rows + len(rows)
+        self._each = self._each or len(rows)
         stride = -(-rows.shape[1] // SAMPLE)
         if stride <= 1:
             return rows
@@ -73,6 +78,21 @@ class Statistics:
         starts = torch.arange(first, first + len(rows), device=rows.device) * SCATTER % stride
         steps = torch.arange(rows.shape[1] // stride, device=rows.device) * stride
         return rows.gather(1, starts[:, None] + steps)
+
+    def skip(self, batches: int) -> None:
+        """Goes past batches that another process sees, as large as the first one."""
+        self._rows += batches * self._each
+
+    def absorb(self, other: Statistics) -> None:
+        """Takes in what another process has seen of the same tensor: all counts are exact."""
+        if not other.count:
+            return
+        self.minimum = min(self.minimum, other.minimum) if self.count else other.minimum
+        self.maximum = max(self.maximum, other.maximum) if self.count else other.maximum
+        self.count += other.count
+        for each, wider in ((self, other), (other, self)):
+            each._grow(wider._reach / 2, wider._two_sided)
+        self._counts += other._counts
 
     def _grow(self, magnitude: float, negative: bool) -> None:
         if negative and not self._two_sided:
@@ -135,14 +155,21 @@ class MeanInput:
 
     def update(self, x: Tensor) -> None:
         """Adds a batch, [B, ...]; windows or tokens folded into the first axis are averaged too."""
+        self.add(*self.summed(x))
+
+    def summed(self, x: Tensor) -> tuple[Tensor, int]:
+        """The sum of a batch, [1, ...], and of how many it is."""
         if self.channels_only:
             x = x.flatten(0, -2)
         x = x.detach()
         ordered = _in_memory_order(x)
-        summed = ordered.reshape(len(x), -1).sum(0).reshape(1, *ordered.shape[1:])
-        summed = summed if ordered is x else summed.permute(0, 3, 1, 2)
-        self.total = summed if self.total is None else self.total + summed
-        self.count += x.shape[0]
+        found = ordered.reshape(len(x), -1).sum(0).reshape(1, *ordered.shape[1:])
+        return found if ordered is x else found.permute(0, 3, 1, 2), len(x)
+
+    def add(self, total: Tensor, count: int) -> None:
+        """Adds what :meth:`summed` gave."""
+        self.total = total if self.total is None else self.total + total
+        self.count += count
 
     @property
     def mean(self) -> Tensor:

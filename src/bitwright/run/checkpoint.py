@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bitwright import together
 from bitwright.run.files import DamagedError, whole
 
 DIGEST = "sha256"
@@ -41,6 +42,8 @@ def write(path: Path, tensors: dict[str, Tensor], header: dict[str, str], *, pre
     Raises:
         BitwrightError: it cannot be written.
     """
+    if not together.is_first():
+        return
     plain = _separate(tensors)
     with whole(path) as fresh:
         save_tensors(plain, fresh, header | {DIGEST: _digest(plain, header)})
@@ -77,14 +80,22 @@ def read_last(path: Path, device: torch.device | str = "cpu") -> Checkpoint | No
 
 
 def read_good(path: Path, instead: str, device: torch.device | str = "cpu") -> Checkpoint | None:
-    """What a checkpoint holds; None if there is no file, or a damaged one, which a warning says with ``instead``."""
-    if not path.is_file():
-        return None
-    try:
-        return read(path, device)
-    except DamagedError as error:
-        warnings.warn(f"{error} {instead}", UserWarning, stacklevel=3)
-        return None
+    """What a checkpoint holds; None if there is no file, or a damaged one, which a warning says with ``instead``.
+
+    Of several processes the first reads it for all.
+    """
+
+    def found() -> Checkpoint | None:
+        if not path.is_file():
+            return None
+        try:
+            return read(path)
+        except DamagedError as error:
+            warnings.warn(f"{error} {instead}", UserWarning, stacklevel=5)
+            return None
+
+    kept = together.from_first(found)
+    return None if kept is None else Checkpoint(kept.header, {n: t.to(device) for n, t in kept.tensors.items()})
 
 
 def before(path: Path) -> Path:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bitwright import report as pages
-from bitwright import words
+from bitwright import together, words
 from bitwright.errors import BitwrightError, UsageError, one_line, quiet_libraries, step
 from bitwright.export.formats import named, write_format
 from bitwright.export.parity import export_checked, images_of
@@ -131,6 +131,8 @@ def do(folder: Path, make: Make, journal: Journal, *, force: bool = False, resum
         BitwrightError: anything but the ONNX file went wrong; what was done until then is kept.
     """
     started = time.perf_counter()
+    if not together.is_first():
+        return _help(folder, make, journal)
     with run_folder.writing(folder) as said, keep_pages():
         if said is not None:
             journal.say(said)
@@ -139,12 +141,21 @@ def do(folder: Path, make: Make, journal: Journal, *, force: bool = False, resum
             model, wanted = make(folder / run_folder.STATE)
             wanted.check(model)
             answers = add_measurements(model, wanted, journal) if wanted.evaluate or wanted.report else None
-            if wanted.diagnosis:
-                add_diagnosis(model, journal)
-            failure = _write(model, folder, wanted, journal, started)
+            with together.by_itself():
+                if wanted.diagnosis:
+                    add_diagnosis(model, journal)
+                failure = _write(model, folder, wanted, journal, started)
         if answers is not None and wanted.report:
             _show(model, folder, wanted, answers, journal)
     return Done(model.result, folder, failure)
+
+
+def _help(folder: Path, make: Make, journal: Journal) -> Done:
+    """The part of the job that other processes take: all that is dealt out; the first one writes and shows it."""
+    model, wanted = make(folder / run_folder.STATE)
+    if wanted.evaluate or wanted.report:
+        add_measurements(model, wanted, journal)
+    return Done(model.result, folder, None)
 
 
 @step("Saving")

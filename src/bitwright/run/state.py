@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bitwright import together
 from bitwright.errors import UsageError
 from bitwright.run.files import is_partial, remove, sweep, write_json, write_text
 
@@ -45,6 +46,8 @@ def claim(state: Path, identity: str) -> None:
     Raises:
         UsageError: they are not; they stay.
     """
+    if not together.is_first():
+        return
     path, digest = state / IDENTITY, hashlib.sha256(identity.encode()).hexdigest()
     if path.is_file() and path.read_text(encoding="utf-8", errors="replace").strip() != digest:
         raise other_settings(state)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, fx
 
+from bitwright import together
 from bitwright.curvature.label_free import label_free_scores
 from bitwright.errors import UsageError
 from bitwright.given.images import Images
@@ -16,13 +18,14 @@ from bitwright.graph import ops, rewrite
 from bitwright.graph.capture import Captured
 from bitwright.graph.points import linear_points
 from bitwright.graph.student import Student
-from bitwright.graph.watch import updating, watch
+from bitwright.graph.watch import Callback, updating, watch
 from bitwright.quant import shifts
 from bitwright.quant.quantizer import BiasQuantizer, Quantizer
 from bitwright.quant.ranges import RangeMethod, activation_range, spread_ratio, weight_scale
 from bitwright.quant.scheme import Scheme
 from bitwright.quant.statistics import MeanInput, Statistics
 from bitwright.stages.base import Run, Stage
+from bitwright.stages.passes import shared_pass
 from bitwright.stages.ptf import set_factors
 
 BIAS_IMAGES = 128
@@ -191,7 +194,7 @@ def _observe(
 ) -> dict[str, Statistics]:
     """Statistics of every tensor with an activation quantizer, by the quantizer's key."""
     statistics: dict[str, Statistics] = {}
-    watched: dict[str, list[Any]] = defaultdict(list)
+    watched: dict[str, list[Statistics]] = defaultdict(list)
     for node in student.graph.graph.nodes:
         if node.op != "call_module" or not _is_activation(student.graph, node):
             continue
@@ -201,12 +204,59 @@ def _observe(
             seen.update(rewrite.get_tensor(student.graph, str(source.target)))
         else:
             watched[source.name].append(seen)
-    for name, mean in means.items():
-        watched[name].append(mean)
-    callbacks = {name: updating(*observers) for name, observers in watched.items()}
-    for batch in run.batches(images, "Calibrating"):
+    callbacks: dict[str, Callback] = {name: updating(*observers) for name, observers in watched.items()}
+    sums = MeanSums(means, callbacks)
+    moving = [seen for observers in watched.values() for seen in observers]
+
+    def see(batch: Tensor) -> list[Tensor]:
         watch(teacher.graph, batch, callbacks)
-    return statistics
+        return sums.taken()
+
+    shared_pass(images, run, "Calibrating", see, sums.add, moving)
+    return _joined(statistics, moving)
+
+
+def _joined(statistics: dict[str, Statistics], moving: list[Statistics]) -> dict[str, Statistics]:
+    """What all processes have seen together; stored operands were seen whole by each."""
+    still = {key for key, seen in statistics.items() if seen not in moving}
+    found, *others = together.collected({together.rank(): statistics}, together.processes())
+    for key in found.keys() - still:
+        for other in others:
+            found[key].absorb(other[key])
+    return found
+
+
+class MeanSums:
+    """Mean inputs, added batch after batch.
+
+    Args:
+        means: by node name.
+        callbacks: of the pass that sees the inputs; the means' own are put beside them.
+    """
+
+    def __init__(self, means: dict[str, MeanInput], callbacks: dict[str, Callback]) -> None:
+        self.means, self._fresh = means, dict[str, tuple[Tensor, int]]()
+        for name in means:
+            callbacks[name] = self._seeing(callbacks.get(name))
+
+    def _seeing(self, first: Callback | None) -> Callback:
+        def callback(node: fx.Node, value: Tensor) -> None:
+            if first is not None:
+                first(node, value)
+            self._fresh[node.name] = self.means[node.name].summed(value)
+
+        return callback
+
+    def taken(self) -> list[Tensor]:
+        """The sums of the last batch, and of how many each is."""
+        fresh, self._fresh = [self._fresh[name] for name in self.means], {}
+        counts = torch.tensor([count for _, count in fresh]).to(fresh[0][0].device) if fresh else None
+        return [] if counts is None else [*(total for total, _ in fresh), counts]
+
+    def add(self, given: Sequence[Tensor]) -> None:
+        """Takes in what :meth:`taken` gave, here or in another process."""
+        for mean, total, count in zip(self.means.values(), given, given[-1].tolist() if given else (), strict=False):
+            mean.add(total, count)
 
 
 def _is_activation(graph: fx.GraphModule, node: fx.Node) -> bool:

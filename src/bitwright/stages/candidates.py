@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from bitwright import together
 from bitwright.errors import UsageError
 from bitwright.given.images import Images
 from bitwright.graph import rewrite, segments
@@ -136,10 +137,11 @@ class Batches:
         self.parts = list(order.tensor_split(max(1, -(-len(images) // size))))
         self.count = len(images)
         self.targets: list[list[Tensor]] = []
+        """Of the batches of this process; nothing for others."""
         with torch.no_grad():
             for i, part in enumerate(self.parts):
                 run.progress(what, i, len(self.parts))
-                self.targets.append(list(teacher.graph(self.load(part))))
+                self.targets.append(list(teacher.graph(self.load(part))) if together.is_mine(i) else [])
         run.progress(what, len(self.parts), len(self.parts))
 
     def load(self, part: Tensor) -> Tensor:
@@ -153,7 +155,15 @@ class Batches:
     def losses(self, network: Callable[[Tensor], Sequence[Tensor]], fitness: Fitness) -> Tensor:
         """The fitness of every image, [N] in the order of the batches."""
         with torch.no_grad():
-            return torch.cat([fitness(network(images), targets) for images, targets in self])
+            return torch.cat(self.each(lambda i: fitness(network(self.load(self.parts[i])), self.targets[i])))
+
+    def each(self, of: Callable[[int], Tensor], start: int = 0, stop: int | None = None) -> list[Tensor]:
+        """``of(position)`` for a stretch of the batches, each computed by the process that it belongs to."""
+        stretch = range(start, len(self.parts) if stop is None else min(stop, len(self.parts)))
+        if not together.is_shared():
+            return [of(i) for i in stretch]
+        mine = {i - start: of(i).cpu() for i in stretch if together.is_mine(i)}
+        return [found.to(self.device) for found in together.collected(mine, len(stretch))]
 
 
 class Evaluator:
@@ -182,7 +192,7 @@ class Evaluator:
     ) -> None:
         self.student, self.regions, self.batches, self.fitness = student, regions, batches, fitness
         self.memory, self.precision = memory, precision
-        self.kept: list[dict[str, Any]] = []
+        self.kept: dict[int, dict[str, Any]] = {}
         self.group = range(0)
         self.at = -1
         self.before = student.graph
@@ -198,7 +208,7 @@ class Evaluator:
 
     def forget(self) -> None:
         """Drops what is kept, since the network has changed elsewhere."""
-        self.group, self.kept, self.fixed = range(0), [], []
+        self.group, self.kept, self.fixed = range(0), {}, []
 
     def losses(self, batches: int | None = None) -> Tensor:
         """Loss of the network as it is now for every image, [N]; only for the first ``batches`` if that is given."""
@@ -218,15 +228,25 @@ class Evaluator:
         moved = segments.values(self.student.graph, region.moved)
         found: list[Tensor] = []
         done, looks = 0, max(1, len(self.batches.parts) - 1)
+
+        def loss(i: int) -> Tensor:
+            before = self._values(i)
+            with self._autocast():
+                outputs = region.body(*(before[n] for n in region.frontier), *self.fixed, *moved)
+            return self.fitness(outputs, self.batches.targets[i])
+
+        count = len(range(len(self.batches.parts))[:batches])
         with torch.no_grad():
-            for i in range(len(self.batches.parts))[:batches]:
-                before = self._values(i)
-                with self._autocast():
-                    outputs = region.body(*(before[n] for n in region.frontier), *self.fixed, *moved)
-                found.append(self.fitness(outputs, self.batches.targets[i]))
-                done += len(found[-1])
-                if rival is not None and error and losing(torch.cat(found) - rival[:done], len(rival), error / looks):
-                    return None
+            for start in range(0, count, together.processes()):  # a batch in every process
+                for each in self.batches.each(loss, start, min(start + together.processes(), count)):
+                    found.append(each)
+                    done += len(each)
+                    if (
+                        rival is not None
+                        and error
+                        and losing(torch.cat(found) - rival[:done], len(rival), error / looks)
+                    ):
+                        return None
         return torch.cat(found)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -236,7 +256,7 @@ class Evaluator:
 
     def _values(self, batch: int) -> dict[str, Any]:
         """What the region reads of a batch."""
-        if batch < len(self.kept):
+        if batch in self.kept:
             return self.kept[batch]
         frontier = self.regions[self.at].frontier
         assert len(self.group) == 1, "only a group of one region is kept in part"
@@ -256,8 +276,9 @@ class Evaluator:
         each = max(1, self._bytes(first, self.group))
         fits = min(len(self.batches.parts), self.memory // max(1, each // len(self.batches.parts)))
         with torch.no_grad():
-            for part in self.batches.parts[:fits]:
-                self.kept.append(dict(zip(names, self.before(self.batches.load(part)), strict=True)))
+            for i in [i for i in range(len(self.batches.parts)) if together.is_mine(i)][:fits]:
+                values = self.before(self.batches.load(self.batches.parts[i]))
+                self.kept[i] = dict(zip(names, values, strict=True))
 
     def _valid_until(self, position: int) -> int:
         """The first region whose frontier a visit from the position on changes."""

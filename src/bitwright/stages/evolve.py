@@ -18,6 +18,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
+from bitwright import together
 from bitwright.errors import UsageError
 from bitwright.given.images import Images
 from bitwright.graph.blocks import Block, BlockKind, find_blocks
@@ -212,7 +213,9 @@ class _Search:
         self.starts = [s.scales.get() for s in self.searched]
         self.best = list(self.starts)
         evaluator = self.evaluator
-        self.teacher_fitness = _mean(torch.cat([evaluator.fitness(t, t) for t in evaluator.batches.targets]))
+        batches = evaluator.batches
+        own = batches.each(lambda i: evaluator.fitness(batches.targets[i], batches.targets[i]))
+        self.teacher_fitness = _mean(torch.cat(own))
         if not self._load():
             self.first = self.losses = self._measure(evaluator.batches)
             if not bool(torch.isfinite(self.losses).all()):
@@ -241,7 +244,8 @@ class _Search:
             for child in children:
                 scales.set(child)
                 found.append(_mean(evaluator.losses(RANKED_BATCHES)))
-            seconds[precision] = time.perf_counter() - began
+            took = time.perf_counter() - began
+            seconds[precision] = together.from_first(lambda: took)  # noqa: B023 - at once
             ranks[precision] = sorted(range(RANKED), key=found.__getitem__)
             if seconds["float32"] < SHORT:
                 break
@@ -351,7 +355,8 @@ class _Search:
         if self.run.steps is not None:
             return self.children >= self.run.steps
         if self.run.minutes is not None:
-            return self.seconds + time.perf_counter() - self.run.started >= self.run.minutes * 60
+            spent, limit = self.seconds + time.perf_counter() - self.run.started, self.run.minutes * 60
+            return together.from_first(lambda: spent >= limit)
         return self.visits >= self.stage.passes * len(self.searched)
 
     def _progress(self, fitness: float) -> None:

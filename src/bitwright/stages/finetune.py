@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
+from bitwright import together
 from bitwright.errors import BitwrightError, UsageError
 from bitwright.given.images import Images
 from bitwright.graph import ops, rewrite
@@ -161,7 +162,7 @@ class Finetune(Optimising):
             lesson.backward(lesson.indices(0), "co-study")
         seconds = (time.perf_counter() - started) / TRIED
         left = run.minutes * 60 - (time.perf_counter() - run.started)
-        return max(1, int(left / seconds))
+        return together.from_first(lambda: max(1, int(left / seconds)))
 
 
 class Lesson:

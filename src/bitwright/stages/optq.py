@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, fx
 
+from bitwright import together
 from bitwright.given.images import Images
 from bitwright.graph import ops, rewrite
 from bitwright.graph.capture import Captured
@@ -21,7 +22,8 @@ from bitwright.graph.watch import Callback, watch
 from bitwright.quant import obq, optq
 from bitwright.quant.quantizer import Quantizer
 from bitwright.stages.base import Run, Stage
-from bitwright.stages.calibrate import correct_biases, mean_inputs, widen_for_biases
+from bitwright.stages.calibrate import MeanSums, correct_biases, mean_inputs, widen_for_biases
+from bitwright.stages.passes import dealt_tensors, shared_pass
 
 AFFORDABLE = 5e11
 """Multiplications of a layer up to which its elements are rounded one by one: about two minutes."""
@@ -62,21 +64,39 @@ class Optq(Stage):
         grams = _Grams(student, teacher.graph, self.positions, run.seed)
         means = mean_inputs(teacher.graph) if self.bias_correction else {}
         callbacks = grams.callbacks()
-        for name, mean in means.items():
-            callbacks[name] = _both(callbacks.get(name), mean.update)
-        for batch in run.batches(some, "Reading layer inputs"):
+        sums = MeanSums(means, callbacks)
+
+        def see(batch: Tensor) -> list[Tensor]:
             watch(teacher.graph, batch, callbacks)
+            return [*grams.taken(), *sums.taken()]
+
+        def add(given: Sequence[Tensor]) -> None:
+            sums.add(grams.add(given))
+
+        shared_pass(some, run, "Reading layer inputs", see, add, [grams])
         self._tell(teacher, list(grams.matrices))
-        for position, (node, gram) in enumerate(grams.matrices.items()):
-            run.progress("Compensating roundings", position, len(grams.matrices))
-            self._round(student, teacher, node, gram)
-        run.progress("Compensating roundings", len(grams.matrices), len(grams.matrices))
+        self._round_all(student, teacher, grams.matrices, run)
         if self.bias_correction:
             correct_biases(student, teacher, {k: v.mean for k, v in means.items()})
             widen_for_biases(student)
         return student
 
-    def _round(self, student: Student, teacher: Captured, node: fx.Node, gram: Tensor) -> None:
+    def _round_all(self, student: Student, teacher: Captured, grams: dict[fx.Node, Tensor], run: Run) -> None:
+        """Each layer by itself, dealt out to the processes there are."""
+        nodes, what = list(grams), "Compensating roundings"
+
+        def make(position: int) -> Tensor:
+            run.progress(what, position, len(nodes))
+            return self._rounded(student, teacher, nodes[position], grams[nodes[position]])
+
+        costs = [float(g.shape[0]) * g.shape[1] ** 3 for g in grams.values()]
+        found = dealt_tensors(len(nodes), costs, make, run.device)
+        for node, weight in zip(nodes, found, strict=True):
+            kept = weight.contiguous(memory_format=torch.channels_last) if weight.dim() == 4 else weight
+            rewrite.set_tensor(student.graph, _weight_of(student, node.name)[0], kept)
+        run.progress(what, len(nodes), len(nodes))
+
+    def _rounded(self, student: Student, teacher: Captured, node: fx.Node, gram: Tensor) -> Tensor:
         stored, quantizer = _weight_of(student, node.name)
         weight = rewrite.get_tensor(teacher.graph, stored)
         split = (gram.shape[0], weight.shape[0] // gram.shape[0], -1)
@@ -90,10 +110,7 @@ class Optq(Stage):
             rows, _, steps = given
             start = nearest(found, steps)
             found = optq.sweep_codes(rows, start, gram, steps, nearest, damping=self.damping, sweeps=self.sweeps)
-        found = found.reshape(weight.shape)
-        if weight.dim() == 4:
-            found = found.contiguous(memory_format=torch.channels_last)
-        rewrite.set_tensor(student.graph, stored, found)
+        return found.reshape(weight.shape)
 
     def _tell(self, teacher: Captured, nodes: list[fx.Node]) -> None:
         """Says which layers are too large to be rounded element by element."""
@@ -110,15 +127,6 @@ class Optq(Stage):
     def _affords(weight: Tensor) -> bool:
         """Whether rounding element by element takes no more than minutes: the products of all steps of all rows."""
         return weight.shape[0] * float(weight[0].numel()) ** 3 <= AFFORDABLE
-
-
-def _both(first: Callback | None, second: Callable[[Tensor], None]) -> Callback:
-    def callback(node: fx.Node, value: Tensor) -> None:
-        if first is not None:
-            first(node, value)
-        second(value)
-
-    return callback
 
 
 def _weight_of(student: Student, name: str) -> tuple[str, Quantizer]:
@@ -138,6 +146,10 @@ class _Grams:
         self.generator = torch.Generator().manual_seed(seed)
         self.matrices: dict[fx.Node, Tensor] = {}
         self.owner: dict[str, fx.Node] = {}
+        self._fresh: list[tuple[fx.Node, Tensor]] = []
+        self._order: list[fx.Node] = []
+        self._drawn: list[int] = []
+        self._draws: list[int] = []
         quantized = {n.name for n in student.graph.graph.nodes if _has_quantized_weight(n)}
         self.nodes = [n for n in teacher.graph.nodes if n.name in quantized and ops.base_name(n) in COMPENSATED]
         for node in self.nodes:
@@ -155,11 +167,43 @@ class _Grams:
             for node in readers:
                 stored = str(node.args[1].target)  # type: ignore[union-attr]
                 weight = rewrite.get_tensor(self.teacher, stored)
-                x = _inputs(node, value, weight, self.positions, self.generator)
+                x = _inputs(node, value, weight, self.positions, self._draw)
                 gram, owner = x.transpose(1, 2) @ x, self.owner[stored]
-                self.matrices[owner] = self.matrices[owner] + gram if owner in self.matrices else gram
+                if together.processes() == 1:
+                    self._take(owner, gram)
+                else:
+                    self._fresh.append((owner, gram))
 
         return collect
+
+    def _take(self, owner: fx.Node, gram: Tensor) -> None:
+        self.matrices[owner] = self.matrices[owner] + gram if owner in self.matrices else gram
+
+    def taken(self) -> list[Tensor]:
+        """What the last batch adds; nothing where a single process has added it already."""
+        fresh, self._fresh = self._fresh, []
+        self._draws, self._drawn = self._drawn, []
+        self._order = [owner for owner, _ in fresh]
+        return [gram for _, gram in fresh]
+
+    def add(self, given: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Takes in what :meth:`taken` gave, and returns what follows it."""
+        for owner, gram in zip(self._order, given, strict=False):
+            self._take(owner, gram)
+        return given[len(self._order) :]
+
+    def _draw(self, count: int) -> Tensor:
+        """All places in random order."""
+        self._drawn.append(count)
+        return torch.randperm(count, generator=self.generator)
+
+    def skip(self, batches: int) -> None:
+        """Draws what a batch as large as the first one would have drawn."""
+        for count in self._draws * batches:
+            torch.randperm(count, generator=self.generator)
+
+    def forget(self) -> None:
+        """Its sums are added in order, whoever saw them."""
 
 
 def _has_quantized_weight(node: fx.Node) -> bool:
@@ -173,19 +217,19 @@ def _has_quantized_weight(node: fx.Node) -> bool:
     return isinstance(stored, fx.Node) and all(reader.op == "call_module" for reader in stored.users)
 
 
-def _inputs(node: fx.Node, value: Tensor, weight: Tensor, positions: int, generator: torch.Generator) -> Tensor:
+def _inputs(node: fx.Node, value: Tensor, weight: Tensor, positions: int, draw: Callable[[int], Tensor]) -> Tensor:
     """Inputs that meet the weight at some output positions, [groups, samples, inputs of a group]."""
     if ops.base_name(node) == "linear":
         rows = value.reshape(-1, value.shape[-1])
         per_image = max(1, rows.shape[0] // max(1, value.shape[0]))
         keep = min(rows.shape[0], positions * max(1, value.shape[0]))
         if per_image > positions:
-            rows = rows[torch.randperm(rows.shape[0], generator=generator)[:keep].to(rows.device)]
+            rows = rows[draw(rows.shape[0])[:keep].to(rows.device)]
         return rows.float().unsqueeze(0)
-    return _patches(node, value, weight, positions, generator)
+    return _patches(node, value, weight, positions, draw)
 
 
-def _patches(node: fx.Node, value: Tensor, weight: Tensor, positions: int, generator: torch.Generator) -> Tensor:
+def _patches(node: fx.Node, value: Tensor, weight: Tensor, positions: int, draw: Callable[[int], Tensor]) -> Tensor:
     kernel = weight.shape[2:]
     stride, dilation = (_each(node, i, len(kernel)) for i in (3, 5))
     pads = _padding(node, kernel, dilation)
@@ -194,7 +238,7 @@ def _patches(node: fx.Node, value: Tensor, weight: Tensor, positions: int, gener
         for size, (before, after), k, s, d in zip(value.shape[2:], pads, kernel, stride, dilation, strict=True)
     ]
     count = min(positions, math.prod(sizes))
-    chosen = torch.randperm(math.prod(sizes), generator=generator)[:count]
+    chosen = draw(math.prod(sizes))[:count]
     starts: list[Tensor] = []
     for size, (before, _), s in reversed(list(zip(sizes, pads, stride, strict=True))):
         starts.insert(0, chosen % size * s - before)

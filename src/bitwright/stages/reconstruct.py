@@ -17,6 +17,7 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, fx
 
+from bitwright import together
 from bitwright.curvature.label_free import Distribution, HessianScores, cached_scores, images_at_once, label_free_scores
 from bitwright.given.images import Images
 from bitwright.graph import rewrite
@@ -319,9 +320,10 @@ class Reconstruct(Optimising):
 
         def compute() -> HessianScores:
             def batches() -> Any:
-                for start in range(0, count, size):
+                for position, start in enumerate(range(0, count, size)):
                     run.progress("Scoring layers", start, count)
-                    yield samples.batch(range(start, min(start + size, count))).to(run.device)
+                    mine = together.is_mine(position)
+                    yield samples.batch(range(start, min(start + size, count))).to(run.device) if mine else None
                 run.progress("Scoring layers", count, count)
 
             return label_free_scores(
@@ -357,13 +359,14 @@ class Reconstruct(Optimising):
         run.progress("Measuring the speed of a step", 0, 0)
         seconds: dict[str, float] = {}
         for way in ways:
-            seconds[_name(way)] = round(seconds_of(Pace(1, *way, {})), 4)
+            measured = seconds_of(Pace(1, *way, {}))
+            seconds[_name(way)] = together.from_first(lambda: round(measured, 4))  # noqa: B023 - at once
             if run.minutes is None and seconds[_name(ways[0])] * steps < SHORT:
                 return Pace(steps, *ways[0], seconds)
         fastest = min(ways, key=lambda w: seconds[_name(w)] * (1 if w == ways[0] else WORTH_IT))
         if run.minutes is not None:
             left = run.minutes * 60 - (time.perf_counter() - run.started) - beside()
-            steps = max(1, int(left / (seconds[_name(fastest)] * OVERHEAD)))
+            steps = together.from_first(lambda: max(1, int(left / (seconds[_name(fastest)] * OVERHEAD))))
         return Pace(steps, *fastest, seconds)
 
     def _ways(self, run: Run) -> list[tuple[str, bool]]:

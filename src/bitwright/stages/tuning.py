@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, fx
 
+from bitwright import together
 from bitwright.errors import BitwrightError
 from bitwright.graph.points import Point
 from bitwright.memory import saved_bytes
@@ -20,6 +21,9 @@ from bitwright.stages.learner import Learner
 from bitwright.stages.losses import weighted_distance
 from bitwright.stages.optimizers import Rates, optimizers_of
 from bitwright.stages.schedules import Anneal, Dampen
+
+PART = 8
+"""Samples whose gradients one process computes together, where several share a batch."""
 
 
 class TuningSettings(Rates, Protocol):
@@ -265,6 +269,8 @@ class Tuner:
         """Gradients of the loss on a batch; the loss without regularizer."""
         weights, mean = (t.to(self.device) for t in self.objective.batch(indices))
         self.learner.set_mix(*self.settings.mix(progress))
+        if together.is_shared():
+            return self._backward_together(indices, weights, mean, progress)
         regularizer, loss = self._regularizer(mean, progress), 0.0
         for start in range(0, len(indices), self.at_once):
             part = slice(start, start + self.at_once)
@@ -273,17 +279,56 @@ class Tuner:
             torch.autograd.backward(distance + (regularizer if start == 0 else 0.0))
         return loss
 
+    def _backward_together(self, indices: Tensor, weights: Tensor, mean: Tensor, progress: float) -> float:
+        """The same in parts of a fixed size, whose gradients are added along one tree, whoever computes them."""
+        learned = [p for part in self.parts for p in part.parameters]
+        sizes = [len(self.learner.points), *(p.numel() for p in learned)]
+        starts = range(0, len(indices), self.at_once)
+
+        def gradient(position: int) -> Tensor:
+            """Terms of the loss, and the gradients of all variables, end to end."""
+            if self.settings.drops:
+                torch.manual_seed((self.seed * 1_000_003 + self.step) * len(starts) + position)
+            for p in learned:
+                p.grad = None
+            part = slice(starts[position], starts[position] + self.at_once)
+            share = len(indices[part]) / len(indices)
+            terms = torch.stack(self._terms(indices[part], weights[part])) * share
+            torch.autograd.backward(terms.sum() + (0.0 if position else self._regularizer(mean, progress)))
+            rows = (torch.zeros_like(p) if p.grad is None else p.grad for p in learned)
+            return torch.cat([terms.detach().float(), *(row.reshape(-1).float() for row in rows)])
+
+        total = together.tree_sum(len(starts), gradient, torch.empty(sum(sizes), device=self.device))
+        terms, *rows = torch.split(total, sizes)
+        self._check(terms)
+        for p, row in zip(learned, rows, strict=True):
+            p.grad = torch.empty_like(p).copy_(row.view(p.shape))
+        return float(terms.sum())
+
     def _distance(self, indices: Tensor, weights: Tensor) -> Tensor:
         """Weighted distances of these samples at all points, a scalar."""
+        terms = self._terms(indices, weights)
+        distance = torch.stack(terms).sum()
+        if not math.isfinite(float(distance.detach())):
+            self._check(torch.stack(terms).detach())
+        return distance
+
+    def _terms(self, indices: Tensor, weights: Tensor) -> list[Tensor]:
+        """The same, point by point."""
         batch = self.feed(indices)
         with autocast(self.device, self.precision):
             _, student = self.network(*batch.inputs)
-        terms = self.objective.distances(student, batch, weights, self.learner.points)
-        distance = torch.stack(terms).sum()
-        if not math.isfinite(float(distance.detach())):
-            broken = next(i for i, t in enumerate(terms) if not bool(torch.isfinite(t)))
-            raise NotFiniteError(self.learner.points[broken].layer, self.step)
-        return distance
+        return self.objective.distances(student, batch, weights, self.learner.points)
+
+    def _check(self, terms: Tensor) -> None:
+        """Raises where a term of the loss, [L], is not finite.
+
+        Raises:
+            NotFiniteError: names its layer.
+        """
+        if not math.isfinite(float(terms.sum())):
+            worst = int(torch.where(torch.isfinite(terms), terms / terms.numel(), torch.inf).argmax())
+            raise NotFiniteError(self.learner.points[worst].layer, self.step)
 
     def fit_memory(self, budget: int) -> None:
         """Splits batches whose activations would take more than ``budget`` bytes for the backward pass into even parts.
@@ -293,6 +338,8 @@ class Tuner:
         few, more = (self._saved(n) for n in (1, 2)) if self.batch > 1 else (0, 1)
         fitting = max(1, min(self.batch, budget // max(1, more - few)))
         self.at_once = math.ceil(self.batch / math.ceil(self.batch / fitting))
+        if together.is_shared():
+            self.at_once = min(self.at_once, PART)
 
     def _saved(self, count: int) -> int:
         inputs = self.feed(torch.arange(count)).inputs
