@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +20,11 @@ import torch
 from torch import distributed, multiprocessing
 
 import bitwright as bw
-from bitwright import together
+from bitwright import api, together
 from bitwright.recipes import Recipe
 from bitwright.stages.calibrate import Calibrate
 from bitwright.stages.evolve import Evolve
+from bitwright.stages.tuning import Tuner
 
 IMAGES = 72
 """Three batches, of which the last is not full."""
@@ -48,43 +55,137 @@ def in_processes(count: int, folder: Path, work: Callable[[], Any]) -> list[Any]
     return [found[rank] for rank in range(count)]
 
 
-def file_of(make: Callable[[], torch.nn.Module], method: Any, **said: Any) -> str:
-    """The sha256 of what a run writes."""
-    torch.manual_seed(0)
-    network = make().eval()
+@pytest.fixture(autouse=True)
+def _captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the fork, since capturing takes longer than all the rest."""
+    prepared = {type(cases.model(name)): cases.prepared(name) for name in ("squeeze_excite", "residual")}
+    monkeypatch.setattr(api, "prepare_teacher", lambda network, *_: copy.deepcopy(prepared[type(network.module)]))
+
+
+def quantized(name: str, method: Any, **said: Any) -> tuple[str, Any]:
+    """The sha256 of all that a run ends with, and what it tells of its optimisation."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = bw.quantize(
-            network, cases.dataset(IMAGES), method, weights=4, device="cpu", precision="float32", **said
+            cases.model(name), cases.dataset(IMAGES), method, weights=4, device="cpu", precision="float32", **said
         )
     digest = hashlib.sha256()
-    for name, tensor in sorted(found.graph.named_buffers()):
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    for key, tensor in sorted(found.graph.named_buffers()):
+        digest.update(key.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest(), found.result.get("reconstruct")
 
 
-EVOLVED = Recipe(
-    name="own", summary="", paper="", stages=(Calibrate(bias_correction="analytic"), Evolve(passes=1, batch=10))
+CALIBRATED = Calibrate(bias_correction="analytic")
+EVOLVED = Recipe(name="own", summary="", paper="", stages=(CALIBRATED, Evolve(passes=1, batch=10)))
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("squeeze_excite", "mse"), ("residual", "optq"), ("residual", EVOLVED)],
+    ids=["mse", "optq", "evolve"],
 )
-CLOSED: dict[str, Any] = {
-    "mse": (cases.SqueezeExcite, "mse"),
-    "optq": (cases.Residual, "optq"),
-    "evolve": (cases.Residual, EVOLVED),
-}
-LEARNED: dict[str, Any] = {"eptq": (cases.SqueezeExcite, "eptq"), "qdrop": (cases.Residual, "qdrop")}
-
-
-@pytest.mark.parametrize("name", CLOSED)
-def test_processes_write_the_file_of_one(name: str, tmp_path: Path) -> None:
-    make, method = CLOSED[name]
-    alone = file_of(make, method)
+def test_processes_write_the_file_of_one(name: str, method: Any, tmp_path: Path) -> None:
+    alone = quantized(name, method)[0]
     for count in (2, 3):
-        assert in_processes(count, tmp_path, lambda: file_of(make, method)) == [alone] * count
+        assert in_processes(count, tmp_path, lambda: quantized(name, method)[0]) == [alone] * count
 
 
-@pytest.mark.parametrize("name", LEARNED)
-def test_gradients_do_not_depend_on_the_number_of_processes(name: str, tmp_path: Path) -> None:
-    make, method = LEARNED[name]
-    files = [in_processes(n, tmp_path, lambda: file_of(make, method, steps=4)) for n in (1, 2, 3)]
+@pytest.mark.parametrize(("name", "method"), [("squeeze_excite", "eptq"), ("residual", "qdrop")])
+def test_gradients_do_not_depend_on_the_number_of_processes(name: str, method: str, tmp_path: Path) -> None:
+    files = [in_processes(n, tmp_path, lambda: quantized(name, method, steps=3)[0]) for n in (1, 2, 3)]
     assert {each for found in files for each in found} == {files[0][0]}
-    assert ":" not in files[0][0], files[0][0]
+    assert len(files[0][0]) == 64, files[0][0]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_parts_are_added_along_one_tree(count: int, tmp_path: Path) -> None:
+    parts = [1e8, 1.0, -1e8, 1.0, 3.0]  # one after the other they are 4; in other pairs 5
+
+    def work() -> float:
+        return float(together.tree_sum(5, lambda i: torch.tensor([parts[i]]), torch.empty(1)))
+
+    assert in_processes(count, tmp_path, work) == [3.0] * count
+
+
+def test_a_process_that_fails_ends_the_others_within_seconds(tmp_path: Path) -> None:
+    def work() -> None:
+        if together.rank() == 1:
+            raise ValueError("this one is broken")
+        together.check_same("the others wait here")
+
+    started = time.monotonic()
+    found = in_processes(3, tmp_path, work)
+    assert found[1] == "ValueError: this one is broken"
+    assert all(found[rank].startswith("LostError: Expected 3 processes until the end") for rank in (0, 2))
+    assert time.monotonic() - started < 20
+
+
+def test_other_numbers_are_found_out(tmp_path: Path) -> None:
+    found = in_processes(2, tmp_path, lambda: together.check_same(f"digest {together.rank()}"))
+    assert all("The processes computed different numbers" in each for each in found)
+
+
+def test_a_loss_that_is_not_finite_in_one_process_stops_all_at_the_same_step(tmp_path: Path) -> None:
+    own = Tuner._terms
+
+    def terms(tuner: Tuner, indices: torch.Tensor, weights: torch.Tensor) -> list[torch.Tensor]:
+        found = own(tuner, indices, weights)
+        return [f * torch.nan for f in found] if together.rank() == 1 and tuner.step == 2 else found
+
+    def work() -> tuple[str, Any]:
+        Tuner._terms = terms  # type: ignore[method-assign]
+        digest, told = quantized("residual", "eptq", steps=4)
+        return digest, told["stopped"]
+
+    first, second = in_processes(2, tmp_path, work)
+    assert first == second
+    assert first[1] == {"layer": "stem", "step": 2}
+
+
+def test_a_group_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    def work() -> int:
+        with together.by_itself():
+            return together.processes()
+
+    assert in_processes(2, tmp_path, work) == [1, 1]
+
+
+# ------------------------------------------------------------------------------------------------------- torchrun
+
+SMALL = ["--samples", "32", "--steps", "20", "--device", "cpu", "--precision", "float32"]
+COMMAND = ["quantize", "zoo:fashion_cnn", "zoo:fashion", "--recipe", "eptq", "--weights", "4", *SMALL]
+
+
+def torchrun(count: int, *more: str) -> list[str]:
+    program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
+    return [*program, "-m", "bitwright", *COMMAND, *more]
+
+
+def _members(parent: int) -> Iterator[tuple[int, int]]:
+    """(rank, process) of those that torchrun started."""
+    for entry in Path("/proc").iterdir():
+        try:
+            if int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                said = dict(line.split("=", 1) for line in (entry / "environ").read_text().split("\0") if "=" in line)
+                yield int(said["RANK"]), int(entry.name)
+        except (OSError, ValueError, KeyError, IndexError):
+            continue
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_a_kill_leaves_a_run_that_any_number_of_processes_goes_on_with(tmp_path: Path) -> None:
+    begun, whole = tmp_path / "begun", tmp_path / "whole"
+    with subprocess.Popen(torchrun(2, "--out", str(begun)), stderr=subprocess.PIPE, text=True) as running:
+        while not (begun / "state" / "reconstruct.safetensors").exists():
+            assert running.poll() is None
+            time.sleep(0.1)
+        os.kill(dict(_members(running.pid))[1], signal.SIGKILL)
+        killed = time.monotonic()
+        _, said = running.communicate(timeout=60)
+    assert time.monotonic() - killed < 20
+    assert len([line for line in said.splitlines() if line.startswith("error: ")]) == 1
+    subprocess.run(torchrun(3, "--out", str(begun), "--resume"), check=True, capture_output=True)
+    subprocess.run(torchrun(1, "--out", str(whole)), check=True, capture_output=True)
+    files = [(folder / "model.safetensors").read_bytes() for folder in (begun, whole)]
+    assert files[0] == files[1]

@@ -140,8 +140,8 @@ def _talking() -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise LostError(
-            f"Expected {processes()} processes until the end, found one gone or silent. Repeat the command with --resume: "
-            "what was done is kept."
+            f"Expected {processes()} processes until the end, found one gone or silent. Repeat the command with "
+            "--resume: what was done is kept."
         ) from error
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from bitwright import together
 from bitwright._version import __version__
 from bitwright.graph import ops, rewrite
 from bitwright.graph.student import Student
@@ -43,7 +44,11 @@ def describe_layers(model: Student) -> list[LayerRow]:
 
 
 def environment(device: torch.device | str, seed: int) -> dict[str, Any]:
-    """Versions, machine, threads (on whose number the last bits of sums depend), seed and command."""
+    """Versions, machine, threads (on whose number the last bits of sums depend), seed and command.
+
+    And how many processes share the work, where ``torchrun`` started some.
+    """
+    shared = {"processes": together.processes()} if together.is_shared() else {}
     return {
         "bitwright": __version__,
         "torch": torch.__version__,
@@ -51,6 +56,7 @@ def environment(device: torch.device | str, seed: int) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": str(device),
         "threads": torch.get_num_threads(),
+        **shared,
         "seed": seed,
         "command": command_line(),
     }
