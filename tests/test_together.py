@@ -24,6 +24,7 @@ from bitwright import api, together
 from bitwright.recipes import Recipe
 from bitwright.stages.calibrate import Calibrate
 from bitwright.stages.evolve import Evolve
+from bitwright.stages.optq import Optq
 from bitwright.stages.tuning import Tuner
 
 IMAGES = 72
@@ -76,12 +77,13 @@ def quantized(name: str, method: Any, **said: Any) -> tuple[str, Any]:
 
 
 CALIBRATED = Calibrate(bias_correction="analytic")
+ROUNDED = Recipe(name="own", summary="", paper="", stages=(CALIBRATED, Optq(positions=7)))
 EVOLVED = Recipe(name="own", summary="", paper="", stages=(CALIBRATED, Evolve(passes=1, batch=10)))
 
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [("squeeze_excite", "mse"), ("residual", "optq"), ("residual", EVOLVED)],
+    [("squeeze_excite", "mse"), ("residual", ROUNDED), ("residual", EVOLVED)],
     ids=["mse", "optq", "evolve"],
 )
 def test_processes_write_the_file_of_one(name: str, method: Any, tmp_path: Path) -> None:

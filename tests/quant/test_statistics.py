@@ -145,3 +145,27 @@ def test_numbers_below_the_smallest_step_are_counted() -> None:
     found = streamed([1e-42 * values(), 1e-42 * values(seed=1)])
     assert float(found.histogram()[1].sum()) == 8000
     assert found.minimum < 0 < found.maximum
+
+
+def test_what_two_saw_in_turn_is_what_one_saw() -> None:
+    """Each skips what the other sees, and what both counted is added up exactly."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(4, 3, 50, 50, generator=generator) * scale - shift for scale, shift in BATCHES]
+    whole, first, second = (Statistics("layer") for _ in range(3))
+    for batch in batches:
+        whole.update(batch)
+    second.update(batches[0])
+    second.forget()
+    for turn, mine, other in zip(range(0, 4, 2), (first, first), (second, second), strict=True):
+        mine.update(batches[turn])
+        mine.skip(1)
+        other.skip(turn and 1)
+        other.update(batches[turn + 1])
+    first.absorb(second)
+    assert (first.minimum, first.maximum, first.count) == (whole.minimum, whole.maximum, whole.count)
+    for ours, theirs in zip(first.histogram(), whole.histogram(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+BATCHES = [(1.0, -20.0), (3.0, 0.0), (0.1, -30.0), (9.0, 2.0)]
+"""Scale and shift: the second widens the range, to both sides of zero."""
