@@ -133,7 +133,7 @@ def test_a_loaded_network_is_measured_without_its_float_one(model: bw.QuantizedM
     loaded = bw.load(model.save(tmp_path / "run"))
     loaded.save(tmp_path / "again", evaluate=dataset(6), labels=[0, 1, 2, 0, 1, 2])
     found = result_in(tmp_path / "again")
-    assert set(found["quantized"]) == {"top1", "top1_ci"}  # top-5 of five classes says nothing
+    assert set(found["quantized"]) == {"top1", "top1_ci"}  # top-5 of few classes says nothing
     assert "fidelity" not in found
     for wanted, said in (({"report": True}, "report=True"), ({"diagnosis": True}, "diagnosis=True")):
         with pytest.raises(UsageError, match=said):
