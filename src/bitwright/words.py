@@ -18,6 +18,14 @@ NONE = "–"
 """Where there is no value."""
 FACTORS = (("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0))
 """Factors of large numbers and their letters, the largest first."""
+TITLES = {
+    "weight_bytes": "size of model.safetensors",
+    "activation_bytes": "activations in memory",
+    "total_bytes": "file and activations in memory",
+    "bit_operations": "bit operations",
+    "latency": "latency",
+}
+"""Costs of a plan by their names, for people."""
 TIMES = (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6))
 
 

@@ -14,7 +14,8 @@ from bitwright.given.images import load_images
 from bitwright.given.truth import Boxes
 from bitwright.measure.task import Pictured
 from bitwright.report.kept import Overlay, PageFacts
-from bitwright.report.overlays import _colour, differing_overlays, overlays
+from bitwright.report.overlays import _colour, overlays
+from bitwright.report.pictures import differing_overlays
 from bitwright.report.shown import Shown
 from bitwright.run.result import RunResult
 

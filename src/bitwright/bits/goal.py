@@ -33,14 +33,6 @@ COSTS = {
     "max_total_size": "total_bytes",
 }
 """Names of limits, as :func:`bitwright.bits.allocate` has them."""
-TITLES = {
-    "weight_bytes": "size of model.safetensors",
-    "activation_bytes": "activations in memory",
-    "total_bytes": "file and activations in memory",
-    "bit_operations": "bit operations",
-    "latency": "latency",
-}
-"""What limits limit, for people."""
 
 
 @dataclass(frozen=True)

@@ -164,6 +164,7 @@ class InspectCall(Call):
     Example: `bitwright inspect zoo:fashion_vit --weights 4`
     """
 
+    begins: ClassVar[str] = ""
     model: str = argument("MODEL", "A run folder, or a float network as for quantize")
     weights: str = opt.weights_option()
     bits: opt.BitOptions = opt.BitOptions()

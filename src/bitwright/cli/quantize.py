@@ -190,6 +190,7 @@ def _dry_run(call: QuantizeCall, terminal: Terminal) -> None:
     terminal.finish()
     name, plan = call.folder_name.rsplit("-", 2)[0], model.result.get("plan")
     planned = {} if plan is None else {"plan": plan}
-    terminal.result({**inspect.facts(model, name), **planned, "dry_run": True, "warnings": terminal.warnings})
+    found = inspect.network_shape(model, name)
+    terminal.result({**inspect.facts(found), **planned, "dry_run": True, "warnings": terminal.warnings})
     said = [*plans.sentences(RunResult.read(planned).plan), "Nothing was calibrated or written (--dry-run)."]
-    terminal.show(*inspect.views(model, name), *said)
+    terminal.show(*inspect.views(found), *said)

@@ -1,26 +1,59 @@
-"""`bitwright recipes`: what there is, and each as text to start one's own from."""
+"""`bitwright recipes`: what there is, and each as text to start one's own from.
+
+The list is read from the files of the recipes, so that PyTorch is imported for the settings of one alone.
+"""
 
 from __future__ import annotations
 
-from bitwright import recipes as known
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
 from bitwright.cli import tables
 from bitwright.cli.calls import RecipesCall
 from bitwright.terminal import Terminal
+
+FOLDER = Path(__file__).parents[1] / "recipes"
+
+
+class ListedRecipe(NamedTuple):
+    """What a recipe's file says of it."""
+
+    name: str
+    summary: str
+    paper: str
+    default: bool
 
 
 def recipes(call: RecipesCall, terminal: Terminal) -> None:
     """Shows all recipes with their papers, or one with all its settings."""
     if call.name is not None:
-        found = known.recipe(call.name)
+        from bitwright.recipes import recipe
+
+        found = recipe(call.name)
         terminal.result(found.settings())
         terminal.show(found.to_yaml().rstrip("\n"))
         return
-    all_there = known.builtin_recipes().values()
-    rows = [
-        {"name": r.name, "summary": r.summary, "paper": r.paper, "default": r.name == known.DEFAULT} for r in all_there
-    ]
-    terminal.result({"recipes": rows})
+    rows = list(listed_recipes())
+    terminal.result({"recipes": [row._asdict() for row in rows]})
     made = tables.table("recipe", "what it does", "paper")
-    for r in all_there:
-        made.add_row(r.name + (" (default)" if r.name == known.DEFAULT else ""), r.summary, r.paper)
+    for row in rows:
+        made.add_row(row.name + (" (default)" if row.default else ""), row.summary, row.paper)
     terminal.show(made)
+
+
+def listed_recipes() -> Iterator[ListedRecipe]:
+    """Every recipe that ships, in the order of their files."""
+    trees = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.py"))}
+    default = next(
+        ast.literal_eval(node.value)
+        for node in trees.pop("__init__").body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "DEFAULT"
+    )
+    for tree in trees.values():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "Recipe":
+                said = {k.arg: ast.literal_eval(k.value) for k in node.keywords if k.arg in ListedRecipe._fields}
+                name = str(said["name"])
+                yield ListedRecipe(name, said.get("summary", ""), said.get("paper", ""), name == default)

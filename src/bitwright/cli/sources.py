@@ -70,9 +70,7 @@ def sources(network: NetworkOptions, reading: ImageOptions) -> dict[str, Any]:
 
 def is_run(reference: str) -> bool:
     """Whether the reference names a run folder, or the quantized model in one."""
-    path = Path(reference).expanduser()
-    run_folder.settle(path)
-    return (path / run_folder.MODEL).is_file() or (path.is_file() and path.suffix == ".safetensors")
+    return run_folder.holds_run(Path(reference).expanduser())
 
 
 def load_run(reference: str) -> Student:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from rich import box
 from rich.table import Table
 
 from bitwright import words
 from bitwright.export.verdict import Parity
-from bitwright.graph.student import Student
+from bitwright.graph.layer import Unfolded, Unquantized
 from bitwright.measure.metrics import Evaluation, OutputFidelity
 from bitwright.measure.shown import metric_rows
-from bitwright.run.about import describe_layers, describe_unquantized, sizes, stored_values, totals
 from bitwright.run.result import LayerRow, RunResult, SearchOutcome, Tuning
 
 
@@ -119,13 +119,37 @@ def parity_text(parity: Parity | None) -> str:
     return f"same answer on {words.percent(agreement)} of {parity.images} images"
 
 
-def structure(model: Student, recorded: list[LayerRow] | None = None) -> list[Table]:
+@dataclass(frozen=True)
+class NetworkShape:
+    """A network layer by layer, as ``inspect`` shows it.
+
+    Attributes:
+        name: of the network or its run.
+        parameters: of the float network.
+        macs: multiply-accumulates for one image.
+        bits: of weights and activations, None for float.
+        size: bytes by what has them: those of a run's files, or those that are expected.
+        layers: one row per quantized tensor.
+        unquantized: tensors that stay float.
+        unfolded: batch norms that remain.
+    """
+
+    name: str
+    parameters: int
+    macs: int
+    bits: Mapping[str, int | str | None]
+    size: Mapping[str, int | None]
+    layers: Sequence[LayerRow]
+    unquantized: Sequence[Unquantized]
+    unfolded: Sequence[Unfolded]
+
+
+def structure(found: NetworkShape) -> list[Table]:
     """Every tensor that is quantized, and every one that is not, with the reason."""
-    rows = describe_layers(model) if recorded is None else recorded
-    with_noise = any(r.sqnr_db is not None for r in rows)
+    with_noise = any(r.sqnr_db is not None for r in found.layers)
     columns = ["layer", "operator", ">weights", ">activations", "scale per", ">parameters", ">MACs"]
     layers = table(*columns, *([">SQNR"] if with_noise else []), title="Quantized")
-    for row in rows:
+    for row in found.layers:
         cells = [
             row.name,
             row.op,
@@ -138,8 +162,8 @@ def structure(model: Student, recorded: list[LayerRow] | None = None) -> list[Ta
         noise_text = "" if row.sqnr_db is None else words.decibel(row.sqnr_db)
         layers.add_row(*cells, *([noise_text] if with_noise else []))
     floats = table("tensor", "operator", "why it is not quantized", title="Not quantized")
-    for item in describe_unquantized(model):
-        floats.add_row(item["name"], item["op"], item["reason"])
+    for item in found.unquantized:
+        floats.add_row(item.name, item.op, item.reason)
     return [layers, floats] if floats.row_count else [layers]
 
 
@@ -157,21 +181,19 @@ WRITTEN = {
 """Sizes in a result, and what each holds besides the one before."""
 
 
-def summary(model: Student, name: str) -> Table:
+def summary(found: NetworkShape) -> Table:
     """Parameters, MACs and sizes of a network."""
-    made = table("", ">", title=name)
-    expected = sizes(model)
-    made.add_row("parameters", words.scaled(stored_values(model)))
-    made.add_row("multiply-accumulates for one image", words.scaled(totals(model)["macs"]))
-    made.add_row("size in float", words.size(expected["float_bytes"]))
-    bits = model.scheme.described_bits()
-    written = model.result.get("size", {})
-    if "packed_bytes" in written:
+    made = table("", ">", title=found.name)
+    made.add_row("parameters", words.scaled(found.parameters))
+    made.add_row("multiply-accumulates for one image", words.scaled(found.macs))
+    made.add_row("size in float", words.size(4 * found.parameters))
+    if "packed_bytes" in found.size:
         for key, what in WRITTEN.items():
-            if key in written:
-                made.add_row(what, words.size(written[key]))
+            if key in found.size:
+                made.add_row(what, words.size(found.size[key]))
     else:
-        made.add_row(f"size at {words.notation(**bits)}, without names", words.size(expected["expected_bytes"]))
-    made.add_row("quantized tensors", str(len(model.layers)))
-    made.add_row("left in float", str(len(model.unquantized)))
+        expected = found.size.get("expected_bytes")
+        made.add_row(f"size at {words.notation(**found.bits)}, without names", words.size(expected))
+    made.add_row("quantized tensors", str(len(found.layers)))
+    made.add_row("left in float", str(len(found.unquantized)))
     return made

@@ -25,9 +25,8 @@ from bitwright.errors import UsageError
 from bitwright.given.names import read_arrangement
 from bitwright.given.text import short
 from bitwright.graph import rewrite
-from bitwright.graph.layer import Layer
+from bitwright.graph.layer import Layer, Unquantized
 from bitwright.graph.outputs import plain_structure
-from bitwright.graph.place import Unquantized
 from bitwright.graph.store import dump_graph, load_graph
 from bitwright.graph.student import Student
 from bitwright.quant.grid import Grid

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MOST_DIFFERING = 1e-3
 """Share of a layer's values that float summation may tip over a rounding boundary."""
@@ -124,7 +124,7 @@ class Difference:
     def update(self, a: Tensor, b: Tensor) -> None:
         """Adds a pair of int32 tensors of one shape."""
         steps = (a - b).abs()
-        self.differing += int(torch.count_nonzero(steps))
+        self.differing += int(steps.count_nonzero())
         self.max_steps = max(self.max_steps, int(steps.max()) if steps.numel() else 0)
 
     def beyond(self, count: int) -> bool:

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from bitwright.errors import ModelError, cause
 from bitwright.given.arguments import of_kind
 from bitwright.graph import explain, ops, rewrite
-from bitwright.graph.fold import Unfolded
+from bitwright.graph.layer import Unfolded
 from bitwright.graph.names import legible
 from bitwright.graph.outputs import arrange, names, tensors
 from bitwright.graph.plain import in_float32, unwrapped

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, fx
 
 from bitwright.graph import ops, rewrite
+from bitwright.graph.layer import Unfolded
 from bitwright.graph.rewrite import get_tensor
 
 KEEPS_LAST_AXIS = frozenset({"flatten", "view", "reshape"})
-
-
-@dataclass(frozen=True)
-class Unfolded:
-    """A normalisation that stays an operator of its own."""
-
-    name: str
-    op: str
-    reason: str
 
 
 def fold(module: fx.GraphModule) -> list[Unfolded]:

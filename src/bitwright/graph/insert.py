@@ -10,13 +10,12 @@ from torch import fx, nn
 from bitwright.errors import UsageError
 from bitwright.graph import ops, rewrite
 from bitwright.graph.heads import Heads, find_heads
-from bitwright.graph.layer import Layer
+from bitwright.graph.layer import Layer, Unquantized
 from bitwright.graph.place import (
     FLOAT_ACTIVATIONS,
     FLOAT_BY_RULE,
     Placement,
     QuantizerSite,
-    Unquantized,
     consumers,
     place,
 )

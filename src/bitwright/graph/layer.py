@@ -25,3 +25,21 @@ class Layer:
     """Key of the quantizer that ends the layer's group."""
     end: str | None = None
     """Name of the node that this quantizer follows."""
+
+
+@dataclass(frozen=True)
+class Unquantized:
+    """A tensor that stays float."""
+
+    name: str
+    op: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Unfolded:
+    """A normalisation that stays an operator of its own."""
+
+    name: str
+    op: str
+    reason: str

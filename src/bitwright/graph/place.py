@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import fx
 
 from bitwright.graph import ops
+from bitwright.graph.layer import Unquantized
 from bitwright.quant.quantizer import Role
 from bitwright.quant.scheme import Scheme
 from bitwright.runtimes.target import CLAMPING, Target
@@ -16,15 +17,6 @@ FLOAT_ACTIVATIONS, FLOAT_BY_RULE = "activations are float", "float by rule"
 """Reasons of tensors that stay float because the scheme says so."""
 REFILLS = frozenset({"masked_fill", "where", "nan_to_num"})
 """Behind a softmax they give the rows in which nothing is allowed a value; before them such rows are not numbers."""
-
-
-@dataclass(frozen=True)
-class Unquantized:
-    """A tensor that stays float."""
-
-    name: str
-    op: str
-    reason: str
 
 
 @dataclass

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-from torch.nn import functional
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ReadingKind = Literal["scores", "probabilities", "labels", "whole", "values", "constant"]
 
@@ -28,6 +27,7 @@ class Reading:
         note: why there are no answers, for people.
 
     Example:
+        >>> import torch
         >>> Reading("scores", 1).answers(torch.tensor([[0.1, 0.9], [3.0, -1.0]])).tolist()
         [[1], [0]]
         >>> Reading("labels", 1).answers(torch.tensor([[0.1, 0.9], [0.6, 0.8]])).tolist()
@@ -52,7 +52,11 @@ class Reading:
         if self.kind == "labels":
             values = self._last(output)
             above = (values > 0.5).long()
-            return above if above.shape[-1] == 1 else torch.cat([above, values.argmax(-1, keepdim=True)], -1)
+            if above.shape[-1] == 1:
+                return above
+            import torch
+
+            return torch.cat([above, values.argmax(-1, keepdim=True)], -1)
         return self._last(output).argmax(-1, keepdim=True)
 
     def same(self, reference: Tensor, other: Tensor) -> Tensor | None:
@@ -84,10 +88,12 @@ class Reading:
             return None
         values = self._last(output).double()
         if self.kind == "scores":
-            return functional.log_softmax(values, -1).clamp_min(-1e4).unsqueeze(-2)
+            return values.log_softmax(-1).clamp_min(-1e4).unsqueeze(-2)
         if self.kind == "probabilities":
             shares = values.clamp_min(SMALLEST)
             return (shares / shares.sum(-1, keepdim=True)).log().unsqueeze(-2)
+        import torch
+
         present = values.clamp(SMALLEST, 1 - SMALLEST)
         return torch.stack([1 - present, present], -1).log()
 

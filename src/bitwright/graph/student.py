@@ -13,9 +13,8 @@ from bitwright.graph import rewrite
 from bitwright.graph.capture import Captured
 from bitwright.graph.devices import keep_together
 from bitwright.graph.insert import insert
-from bitwright.graph.layer import Layer
+from bitwright.graph.layer import Layer, Unquantized
 from bitwright.graph.outputs import Interface
-from bitwright.graph.place import Unquantized
 from bitwright.quant.grid import Grid
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
 from bitwright.quant.scheme import Scheme

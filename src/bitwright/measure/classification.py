@@ -12,6 +12,7 @@ from torch import Tensor
 from bitwright.errors import DataError
 from bitwright.given.images import Images
 from bitwright.measure.metrics import Metrics, PairedDifference, paired_difference, wilson_interval
+from bitwright.measure.named import TASK_FIGURES
 from bitwright.measure.task import Decode, Draw, Outputs, Pictured, Tally, Task, called, check_kind, shapes_of
 
 KEYS = ("top1", "top5")
@@ -105,7 +106,7 @@ def class_scores(outputs: list[Tensor], labels: Tensor) -> Tensor:
 CLASSIFICATION = Task(
     name="classification",
     truth="class indices",
-    figures={"top1": "top-1 accuracy", "top5": "top-5 accuracy"},
+    figures=TASK_FIGURES["classification"],
     fits=lambda images: images.labels is not None,
     judge=_Judge,
 )

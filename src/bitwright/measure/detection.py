@@ -19,6 +19,7 @@ from bitwright.errors import DataError, UsageError
 from bitwright.given.images import Images
 from bitwright.given.truth import Boxes, Truth, TruthArray
 from bitwright.measure.metrics import Part
+from bitwright.measure.named import TASK_FIGURES
 from bitwright.measure.task import Decode, Draw, Outputs, Pictured, Tally, Task, called, check_kind, shapes_of
 from bitwright.words import plural
 
@@ -286,14 +287,7 @@ def _no_boxes(found: str, decode: Decode | None) -> DataError:
 DETECTION = Task(
     name="detection",
     truth="boxes",
-    figures={
-        "map": "AP, IoU 0.50 to 0.95",
-        "map50": "AP, IoU 0.50",
-        "map75": "AP, IoU 0.75",
-        "map_small": "AP of small objects",
-        "map_medium": "AP of medium objects",
-        "map_large": "AP of large objects",
-    },
+    figures=TASK_FIGURES["detection"],
     fits=lambda images: images.truth is not None and images.truth.kind == "detection",
     judge=_Judge,
 )

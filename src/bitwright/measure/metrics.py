@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from bitwright.graph.readings import Reading, by_values
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PIECE = 1 << 15
 """Elements that are compared at once."""
@@ -68,7 +68,7 @@ class SignalToNoise:
         for a, b in _pieces(reference, other):
             a, b = a.double(), b.double()
             error = a - b
-            signal, noise = float(torch.dot(a, a)), float(torch.dot(error, error))
+            signal, noise = float(a.dot(a)), float(error.dot(error))
             if not math.isfinite(signal + noise):
                 same = (a == b) | (a.isnan() & b.isnan())
                 signal = float(a.square().masked_fill(~a.isfinite(), 0).sum())
@@ -87,6 +87,8 @@ def _pieces(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     if a.dim() == 4 and not (a.is_contiguous() and b.is_contiguous()):
         a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)  # in the order in which convolutions leave them
     size = PIECE if a.device.type == "cpu" else max(1, a.numel())
+    import torch
+
     return zip(torch.split(a.reshape(-1), size), torch.split(b.reshape(-1), size), strict=True)
 
 
@@ -356,6 +358,7 @@ class Fidelity:
         readings: what each output holds (:mod:`bitwright.graph.readings`); told by the first values if not given.
 
     Example:
+        >>> import torch
         >>> fidelity = Fidelity(("a", "b"))
         >>> x = torch.eye(4)
         >>> fidelity.update([x, x], [x, 1 - x])
@@ -405,7 +408,8 @@ class _OutputMeasure:
     def __init__(self, reading: Reading) -> None:
         self.reading = reading
         self.same, self.divergence, self.count, self.images = 0.0, 0.0, 0, 0
-        self.ratio, self.total = SignalToNoise(), torch.zeros(())
+        self.ratio = SignalToNoise()
+        self.total: Tensor | float = 0.0
 
     def update(self, a: Tensor, b: Tensor) -> None:
         if self.reading.kind == "whole" or not a.numel():
@@ -439,7 +443,7 @@ class _OutputMeasure:
         )
 
     def _around_mean(self) -> float | None:
-        offset = float(self.total.square().sum()) / self.images
+        offset = float((self.total**2).sum()) / self.images if not isinstance(self.total, float) else 0.0
         spread = self.ratio.signal - offset
         if self.images < 2 or not math.isfinite(offset) or spread <= 1e-12 * self.ratio.signal:
             return None
@@ -454,5 +458,7 @@ def as_log_probabilities(output: Tensor) -> Tensor | None:
         return output.double().log_softmax(1) if output.dim() in {2, 4} else None
     if float(output.min()) < 0 or float(output.max()) > 1:
         return None
+    import torch
+
     p = output.double().clamp(1e-6, 1 - 1e-6)
     return torch.cat([(1 - p).log(), p.log()], dim=1)

@@ -21,6 +21,7 @@ from bitwright.given.images import Images
 from bitwright.given.truth import IGNORED, Mask, Truth
 from bitwright.graph.readings import Reading, by_values
 from bitwright.measure.metrics import Part
+from bitwright.measure.named import TASK_FIGURES
 from bitwright.measure.task import Decode, Draw, Outputs, Pictured, Tally, Task, called, check_kind, shapes_of
 
 
@@ -237,7 +238,7 @@ def _resized(one: Tensor, size: Any) -> Tensor:
 SEGMENTATION = Task(
     name="segmentation",
     truth="masks",
-    figures={"miou": "mean IoU of classes", "pixel_accuracy": "accuracy of pixels"},
+    figures=TASK_FIGURES["segmentation"],
     fits=lambda images: images.truth is not None and images.truth.kind == "segmentation",
     judge=_Judge,
 )

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from bitwright import words
 from bitwright.measure.metrics import Evaluation, Metrics, OutputFidelity, PairedDifference
-from bitwright.measure.tasks import TASKS
+from bitwright.measure.named import TASK_FIGURES
 
 
 def named_figures(key: str) -> str:
@@ -16,12 +16,12 @@ def named_figures(key: str) -> str:
         >>> named_figures("miou"), named_figures("psnr")
         ('mean IoU of classes', 'psnr')
     """
-    return next((t.figures[key] for t in TASKS.values() if key in t.figures), key)
+    return next((names[key] for names in TASK_FIGURES.values() if key in names), key)
 
 
 def is_share(key: str) -> bool:
     """Whether a figure is a fraction that is shown in percent, as those of all tasks are."""
-    return any(key in t.figures for t in TASKS.values())
+    return any(key in names for names in TASK_FIGURES.values())
 
 
 def shown_figures(key: str, metrics: Metrics | None) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from bitwright import words
 from bitwright.export.verdict import OutputParity, Parity
-from bitwright.graph.place import Unquantized
+from bitwright.graph.layer import Unquantized
 from bitwright.report.charts import key, lengths
 from bitwright.report.frame import Section, bullets, definitions, paragraph, shell
 from bitwright.report.gap import gap

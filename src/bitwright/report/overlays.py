@@ -13,10 +13,7 @@ from bitwright.given.images import Images
 from bitwright.given.truth import Boxes, TruthArray
 from bitwright.measure.task import Pictured
 from bitwright.report.answers import encoded, seen
-from bitwright.report.frame import Section, paragraph
 from bitwright.report.kept import Overlay
-from bitwright.report.markup import Markup, tag
-from bitwright.report.shown import Shown
 
 TILE = 112
 """Pixels of the longer side that smaller images are enlarged to before they are drawn on."""
@@ -69,25 +66,3 @@ def _colour(number: int) -> tuple[int, int, int]:
     """
     red, green, blue = colorsys.hsv_to_rgb(number * 0.6180339887 % 1, 0.85, 1.0)
     return round(255 * red), round(255 * green), round(255 * blue)
-
-
-def differing_overlays(run: Shown) -> Section | None:
-    """The section; nothing where there are no masks or boxes, or no picture was kept."""
-    found = (None if run.facts is None else run.facts.overlays) or []
-    if not found:
-        return None
-    lead = paragraph(
-        "The images on which the networks differ most, as the network sees them, with the labels beside them. A colour "
-        "is a class; boxes are those with a score above 0.3. Small copies are embedded in this page and in "
-        "report.json: mind where you send them. --no-images leaves them out."
-    )
-    return Section("overlays", "Where masks or boxes differ most", [lead, *(_one(each) for each in found)])
-
-
-def _one(each: Overlay) -> Markup:
-    pictures = [
-        tag("li", tag("img", src=picture, alt=f"{each.name}: {who}", width=112, height=112), tag("p", who))
-        for who, picture in (each.pictures or {}).items()
-        if picture.startswith("data:image/")
-    ]
-    return tag("div", paragraph(f"{each.name}: {each.said}."), tag("ul", pictures, class_="pictures"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bitwright import words
 from bitwright.report.frame import Section, paragraph
-from bitwright.report.kept import DifferingImage, GivenAnswer
+from bitwright.report.kept import DifferingImage, GivenAnswer, Overlay
 from bitwright.report.markup import Markup, tag
 from bitwright.report.shown import Shown
 
@@ -65,3 +65,25 @@ def name_of(number: int, classes: dict[str, str]) -> str:
         ('dress', 'class 4')
     """
     return classes.get(str(number), f"class {number}")
+
+
+def differing_overlays(run: Shown) -> Section | None:
+    """The section; nothing where there are no masks or boxes, or no picture was kept."""
+    found = (None if run.facts is None else run.facts.overlays) or []
+    if not found:
+        return None
+    lead = paragraph(
+        "The images on which the networks differ most, as the network sees them, with the labels beside them. A colour "
+        "is a class; boxes are those with a score above 0.3. Small copies are embedded in this page and in "
+        "report.json: mind where you send them. --no-images leaves them out."
+    )
+    return Section("overlays", "Where masks or boxes differ most", [lead, *(_overlay(each) for each in found)])
+
+
+def _overlay(each: Overlay) -> Markup:
+    pictures = [
+        tag("li", tag("img", src=picture, alt=f"{each.name}: {who}", width=112, height=112), tag("p", who))
+        for who, picture in (each.pictures or {}).items()
+        if picture.startswith("data:image/")
+    ]
+    return tag("div", paragraph(f"{each.name}: {each.said}."), tag("ul", pictures, class_="pictures"))

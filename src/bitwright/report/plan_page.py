@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bitwright.bits.goal import TITLES
 from bitwright.bits.plan import Plan
 from bitwright.bits.planning import Planning, nearest_uniform
 from bitwright.report.frame import Section, document, paragraph, shell
@@ -14,7 +13,7 @@ from bitwright.report.markup import Child, tag
 from bitwright.report.panels import Panel, Series, single
 from bitwright.report.plans import curve_figure
 from bitwright.report.tables import page_table
-from bitwright.words import amount, scaled, size
+from bitwright.words import TITLES, amount, scaled, size
 
 _UNITS = {
     "weight_bytes": "B",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from bitwright import words
-from bitwright.bits.goal import TITLES
 from bitwright.report.frame import Section, paragraph
 from bitwright.report.markup import Child, Markup
 from bitwright.report.panels import Panel, Series, single
@@ -39,7 +38,7 @@ def curve_of(run: Shown) -> Curve | None:
 
 def _lead(asked: RunPlan | None, chosen: CurvePoint | None) -> str:
     limits = [
-        f"{TITLES.get(name, name)} at most {words.cost(name, value)}"
+        f"{words.TITLES.get(name, name)} at most {words.cost(name, value)}"
         for name, value in ({} if asked is None else asked.limits or {}).items()
     ]
     if asked is not None and asked.estimate is not None:
@@ -101,7 +100,7 @@ def curve_figure(curve: Curve, chosen: CurvePoint | None, which: str = "this run
     )
     if chosen:
         said += f" {which[:1].upper()}{which[1:]}: {words.cost(along, chosen[along])}, {words.number(chosen['loss'])}."
-    x_name = f"{TITLES.get(along, along)}, {unit}".rstrip(", ")
+    x_name = f"{words.TITLES.get(along, along)}, {unit}".rstrip(", ")
     return single(
         Panel(tuple(drawn), x_name, "predicted loss", y_log=True, height=15.0, summary=said),
         "What other limits would have given: for each, the plan that is predicted to lose least.",
@@ -119,7 +118,7 @@ def _table(uniform: list[CurvePoint], chosen: CurvePoint | None, along: str) -> 
     ]  # fmt: skip
     heads = [
         "",
-        *([] if along == "weight_bytes" else [f">{TITLES.get(along, along)}"]),
+        *([] if along == "weight_bytes" else [f">{words.TITLES.get(along, along)}"]),
         ">size",
         ">bit operations",
     ]

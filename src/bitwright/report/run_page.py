@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from bitwright.report import latency, layers, making, overlays, pictures, plans, summary, tasks
+from bitwright.report import latency, layers, making, pictures, plans, summary, tasks
 from bitwright.report.frame import Section, document
 from bitwright.report.shown import Shown
 from bitwright.report.verdict import run_verdict
@@ -19,7 +19,7 @@ SECTIONS: tuple[Callable[[Shown], Section | None], ...] = (
     layers.depth,
     layers.noisiest,
     pictures.disagreements,
-    overlays.differing_overlays,
+    pictures.differing_overlays,
     layers.every_layer,
     making.training,
     making.exported_file,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from bitwright import words
 from bitwright.measure.metrics import ClassLoss, Evaluation, TaskLoss
+from bitwright.measure.named import TASK_FIGURES
 from bitwright.measure.shown import is_share, named_figures, shown_change, shown_figures
-from bitwright.measure.tasks import TASKS
 from bitwright.report.frame import Section, bullets, paragraph
 from bitwright.report.markup import Markup
 from bitwright.report.shown import Shown
@@ -50,7 +50,7 @@ def _classes(loss: TaskLoss) -> list[Markup] | None:
     """The main figure of each class, those that lost most first."""
     if not loss.classes or loss.task is None:
         return None
-    figure = next(iter(TASKS[loss.task].figures.values()))
+    figure = next(iter(TASK_FIGURES[loss.task].values()))
     of = {"segmentation": "pixels", "detection": "objects"}.get(loss.task, "count")
     rows = [_class_row(c) for c in sorted(loss.classes, key=_lost, reverse=True)]
     said = f"{figure} of each class; those that lost most come first. Classes of few {of} say little."

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 
 from bitwright import words
 from bitwright.measure.metrics import Metrics, OutputFidelity, paired_difference, worst_figures
-from bitwright.measure.tasks import TASKS
+from bitwright.measure.named import TASK_FIGURES
 from bitwright.report.kept import PageFacts
 from bitwright.run.result import RunResult
 
-METRICS = {key: t.figures[key] for first in (True, False) for t in TASKS.values() for key in t.keys(first=first)}
+METRICS = {
+    k: names[k] for part in (slice(1), slice(1, None)) for names in TASK_FIGURES.values() for k in list(names)[part]
+}
 """Metrics of the tasks; the first that a run has is the one it is judged by."""
 
 

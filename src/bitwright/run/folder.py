@@ -1,4 +1,7 @@
-"""The folder that a run leaves behind: written as a whole or not at all."""
+"""The folder that a run leaves behind: written as a whole or not at all.
+
+Nothing here imports PyTorch before a network is written or read.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +15,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
-from bitwright.bits.plan import plan_of
 from bitwright.errors import UsageError, step
-from bitwright.export.packed import ideal_bytes, load_packed, save_packed
 from bitwright.given.arguments import a_path
-from bitwright.given.preprocessing import Preprocessing
 from bitwright.given.text import read_json
-from bitwright.graph.outputs import Interface
-from bitwright.graph.student import Student
 from bitwright.run import state as run_state
 from bitwright.run.files import cannot_write, is_partial, remove, sweep, temporary, told_of, write_json
 from bitwright.run.lock import BusyError, held
 from bitwright.run.result import SCHEMA, RunResult
 from bitwright.run.swap import interrupted, recover, swap
+
+if TYPE_CHECKING:
+    from bitwright.graph.student import Student
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -177,6 +178,12 @@ def settle(folder: Path) -> None:
             time.sleep(0.01)
 
 
+def holds_run(path: Path) -> bool:
+    """Whether it is a run folder, or the quantized network in one."""
+    settle(path)
+    return (path / MODEL).is_file() or (path.is_file() and path.suffix == ".safetensors")
+
+
 def finish_swap(folder: Path) -> str | None:
     """Finishes or undoes an interrupted replacement, and removes what dead processes left; a line that says so."""
     try:
@@ -191,6 +198,10 @@ def finish_swap(folder: Path) -> str | None:
 
 def write_files(model: Student, folder: Path) -> None:
     """Model, plan and sizes into an existing folder; ``result.json`` is written last by :func:`write_result`."""
+    from bitwright.bits.plan import plan_of
+    from bitwright.export.packed import ideal_bytes, save_packed
+    from bitwright.given.preprocessing import Preprocessing
+
     settings = model.preprocessing.model_dump(mode="json") if isinstance(model.preprocessing, Preprocessing) else None
     extra = {"preprocessing": settings}
     names = {} if model.interface is None else {"interface": model.interface.stored()}
@@ -277,6 +288,10 @@ def load(folder: str | Path) -> Student:
     Raises:
         UsageError: there is none, or it is damaged.
     """
+    from bitwright.export.packed import load_packed
+    from bitwright.given.preprocessing import Preprocessing
+    from bitwright.graph.outputs import Interface
+
     path = a_path("folder", folder)
     settle(path.parent if path.is_file() else path)
     file = path / MODEL if path.is_dir() else path

@@ -12,8 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from bitwright import words
 from bitwright.export.verdict import Parity
 from bitwright.graph.equalize import ChannelScales
-from bitwright.graph.fold import Unfolded
-from bitwright.graph.place import Unquantized
+from bitwright.graph.layer import Unfolded, Unquantized
 from bitwright.graph.recentre import Recentring
 from bitwright.measure.metrics import Evaluation, OutputFidelity, wilson_interval
 from bitwright.quant.scheme import Scheme

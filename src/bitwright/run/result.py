@@ -15,8 +15,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, PlainValidator
 
 from bitwright.errors import UsageError
 from bitwright.export.verdict import Parity
-from bitwright.graph.fold import Unfolded
-from bitwright.graph.place import Unquantized
+from bitwright.graph.layer import Unfolded, Unquantized
 from bitwright.measure.metrics import Evaluation, Metrics, OutputFidelity, TaskLoss
 
 SCHEMA = 1
@@ -82,6 +81,8 @@ class RunNetwork:
     settings: dict[str, Any] | None = None
     output: str | None = None
     preprocessing: dict[str, Any] | None = None
+    parameters: int | None = None
+    macs: int | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bitwright import together
 from bitwright.errors import UsageError
 from bitwright.run.files import is_partial, remove, sweep, write_json, write_text
 
@@ -46,6 +45,8 @@ def claim(state: Path, identity: str) -> None:
     Raises:
         UsageError: they are not; they stay.
     """
+    from bitwright import together
+
     if not together.is_first():
         return
     path, digest = state / IDENTITY, hashlib.sha256(identity.encode()).hexdigest()

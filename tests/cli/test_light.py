@@ -1,0 +1,72 @@
+"""Commands that read files alone answer at once: they do not import PyTorch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bitwright.cli import main
+from bitwright.cli.recipes import ListedRecipe, listed_recipes
+from bitwright.recipes import DEFAULT, builtin_recipes
+
+RUN = """
+import sys
+from bitwright.cli import main
+status = main(sys.argv[1:])
+heavy = {"torch", "scipy", "onnx", "onnxruntime", "PIL"} & set(sys.modules)
+sys.exit(f"imported {sorted(heavy)}" if heavy else status)
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("light") / "run"
+    assert main(["quantize", "zoo:fashion_cnn", "zoo:fashion[:8]", "--recipe", "rtn", "--out", str(folder)]) == 0
+    return folder
+
+
+def called(*given: str) -> str:
+    done = subprocess.run([sys.executable, "-c", RUN, *given], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_reading_a_run_or_the_recipes_imports_no_library_of_networks(run: Path) -> None:
+    shown = json.loads(called("inspect", str(run), "--json"))
+    result = json.loads((run / "result.json").read_text())
+    assert shown["layers"] == result["layers"]
+    assert shown["size"] == result["size"]
+    (run / "report.html").unlink()
+    called("report", str(run))
+    assert (run / "report.html").is_file()
+    assert "eptq (default)" in called("recipes")
+
+
+def test_a_run_is_shown_alike_from_its_result_and_from_its_network(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(run)]) == 0
+    light = capsys.readouterr().out
+    assert main(["inspect", str(run), "--blocks"]) == 0
+    whole = capsys.readouterr().out
+    start, end = whole.index("Blocks"), whole.rindex(str(run))
+    assert whole[:start] + whole[end:] == light
+
+
+def test_a_damaged_network_is_found_without_reading_it(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = (run / "model.safetensors").read_bytes()
+    (run / "model.safetensors").write_bytes(kept[:-1] + b"\x00\x01")
+    try:
+        assert main(["inspect", str(run)]) == 2
+        assert "damaged or was changed" in capsys.readouterr().err
+    finally:
+        (run / "model.safetensors").write_bytes(kept)
+
+
+def test_the_list_is_that_of_the_recipes() -> None:
+    there = builtin_recipes().values()
+    assert list(listed_recipes()) == [ListedRecipe(r.name, r.summary, r.paper, r.name == DEFAULT) for r in there]
