@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -271,6 +272,19 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page: str, place: Path) ->
     for number, block in enumerate(blocks()[page], 1):
         exec(compile(block, f"{page}, block {number}", "exec"), names)
     assert set(names) > {"bw", "model"}
+
+
+@pytest.mark.parametrize("network", [NETWORK, pytest.param("zoo:fashion_cnn", marks=pytest.mark.slow)])
+def test_the_notebook_runs_from_top_to_bottom(network: str, place: Path) -> None:
+    notebook = json.loads((ROOT / "examples" / "first_hour.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell.get("outputs") for cell in notebook["cells"]), "figures of one machine stay out"
+    names: dict[str, Any] = {}
+    for number, cell in enumerate(cells, 1):
+        cell = cell.replace("zoo:fashion_cnn", network).replace("[:256]", "[:32]").replace("[:1000]", "[:64]")
+        exec(compile(cell, f"cell {number}", "exec"), names)
+    assert names["scores"].shape == (4, 10)
+    assert Path("run/report.html").is_file()
 
 
 def test_pages_with_python_are_seen() -> None:
