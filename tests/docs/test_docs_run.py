@@ -117,7 +117,7 @@ def calls() -> list[Call]:
                 if line.startswith("bitwright "):
                     error = below.removeprefix("error: ") if below.startswith("error: ") else ""
                     found.setdefault(line, Call(page.name, line, error))
-        for line in re.findall(r"`(bitwright \w[^`]*\b(?:MODEL|RUN|zoo:|examples/)[^`]*)`", text):
+        for line in re.findall(r"`(bitwright \w[^`]*\b(?:MODEL|RUN|zoo:|examples/|runs/)[^`]*)`", text):
             if "…" not in line:
                 found.setdefault(line, Call(page.name, line))
     return list(found.values())
