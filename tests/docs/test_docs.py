@@ -17,6 +17,7 @@ import yaml
 from typer.main import get_command
 
 from benchmarks import picture
+from bitwright import __version__
 from bitwright.cli import app
 from bitwright.recipes import builtin_recipes
 from bitwright.stages.base import Stage
@@ -157,3 +158,10 @@ def test_the_picture_of_the_first_page_is_that_of_the_figures() -> None:
     shown = {point.words: point.share for point in picture.points()}
     assert all(0.5 < share < 1 for share in shown.values())
     assert len(list(picture.points())) == 9
+
+
+def test_what_is_cited_and_what_changed_is_this_version() -> None:
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= set(cited)
+    assert cited["version"] == __version__
+    assert re.search(rf"^## {re.escape(__version__)}\b", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
