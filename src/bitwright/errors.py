@@ -92,6 +92,10 @@ def step(what: str) -> Iterator[None]:
     except Exception as error:
         if debugging() or raised_by_user(error) or _is_wrong_call(error):
             raise
+        if type(error).__name__ == "OutOfMemoryError":
+            raise BitwrightError(
+                "There is not enough memory on the GPU for this. Take fewer or smaller images, or device='cpu'."
+            ) from None
         text = " ".join(str(error).split())[:200].rstrip(".")
         raise BitwrightError(
             f"{what} failed with an unexpected {type(error).__name__}: {text}. Please report what you called; "

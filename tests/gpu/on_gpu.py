@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import cases
 import torch
-from pretended import OnGpu, alone, pretended_gpu
+from pretended import OnGpu, alone, pretended_gpu, waits
 from torch import nn
 
 import bitwright as bw
@@ -174,6 +174,21 @@ def _exported(model: Student, *rest: Any, **named: Any) -> Any:
         return _export(model, *rest, **named)
 
 
+def patient(method: str, **said: Any) -> None:
+    """No step waits for the device: its loss, and whether that is finite, are looked at later."""
+    own, seen = tuning.Tuner.advance, []
+
+    def advance(tuner: tuning.Tuner) -> None:
+        before = waits.copy()
+        assert own(tuner) is None
+        seen.append(waits - before)
+
+    with mock.patch.object(tuning.Tuner, "advance", advance):
+        runs(cases.SqueezeExcite, method, **said)
+    assert len(seen) == said["steps"], len(seen)
+    assert not any(seen), f"steps wait: {seen}"
+
+
 def planned() -> None:
     """Bits chosen under a limit, from measured losses."""
     torch.manual_seed(0)
@@ -218,7 +233,12 @@ OPTIMISED: dict[str, Any] = {
     "qkd": partial(runs, cases.Residual, "qkd", steps=5),
 }
 MEASURED: dict[str, Any] = {f"sensitivity {name}": partial(measured, name) for name in MEASURES}
-REST: dict[str, Any] = {"evaluation, diagnosis, export": evaluated, "planned": planned}
+REST: dict[str, Any] = {
+    "a step waits for nothing": partial(patient, "eptq", steps=3),
+    "a step of soft roundings waits for nothing": partial(patient, "eptq-paper", steps=3),
+    "evaluation, diagnosis, export": evaluated,
+    "planned": planned,
+}
 CASES = CLOSED | OPTIMISED | MEASURED | REST
 
 

@@ -28,7 +28,7 @@ from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate, parameters
 from bitwright.stages.reconstruct import Reconstruct
 from bitwright.stages.schedules import Anneal, Dampen, Gradual, Learn
-from bitwright.stages.tuning import Tuner
+from bitwright.stages.tuning import NotFiniteError, Tuner
 
 CALIBRATE = Calibrate(weights="minmax", activations="minmax", bias_correction="analytic")
 QUICK: dict[str, Any] = {"batch": 8, "steps": 60, "score_probes": 4, "never_worse": False}
@@ -531,3 +531,42 @@ def test_parts_are_as_large_as_the_memory_allows(monkeypatch: pytest.MonkeyPatch
     assert keys(run)["reconstruct"]["at_once"] == 1
     losses = keys(run)["reconstruct"]["loss"]["by_stage"]
     assert losses["reconstruct"] < losses["calibrate"]
+
+
+def test_half_the_samples_are_tried_where_memory_does_not_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuner = tuner_of(Reconstruct(**QUICK, weigh="ones"), monkeypatch)
+    expected = tuner.backward(tuner.indices(0), 0.5)
+    own, sizes = tuner._terms, []
+
+    def terms(indices: Tensor, weights: Tensor) -> list[Tensor]:
+        sizes.append(len(indices))
+        if len(indices) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return own(indices, weights)
+
+    monkeypatch.setattr(tuner, "_terms", terms)
+    assert tuner.backward(tuner.indices(0), 0.5) == pytest.approx(expected, rel=1e-5)
+    assert tuner.at_once == 2
+    assert sizes[:3] == [8, 4, 2]
+    monkeypatch.setattr(tuner, "_terms", lambda indices, weights: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    with pytest.raises(torch.OutOfMemoryError):
+        tuner.backward(tuner.indices(0), 0.5)
+
+
+def test_losses_that_are_looked_at_later_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Reconstruct(**QUICK, weigh="ones")
+    eager, patient = (tuner_of(stage, monkeypatch) for _ in range(2))
+    patient.patient = True
+    losses = [eager.advance() for _ in range(6)]
+    assert [patient.advance() for _ in range(6)] == [None] * 6
+    assert patient.look() == pytest.approx(losses, rel=1e-6)
+    assert patient.look() == []
+    for name, tensor in eager.state().items():
+        assert torch.equal(tensor, patient.state()[name]), name
+    with torch.no_grad():
+        next(iter(patient.learner.biases.values())).bias.fill_(torch.nan)
+    patient.advance()
+    patient.advance()
+    with pytest.raises(NotFiniteError) as stopped:
+        patient.look()
+    assert stopped.value.step == 6

@@ -213,6 +213,7 @@ class _Batch:
     def add(self, gradients: list[Tensor | None], weights: dict[str, Tensor]) -> None:
         """Takes the gradients of one probe."""
         self.probes += 1
+        found: dict[int, Tensor] = {}
         for i, (point, gradient) in enumerate(zip(self.points, gradients, strict=True)):
             if gradient is None:
                 continue
@@ -220,9 +221,11 @@ class _Batch:
             if point.constant:  # one gradient, of all images together: each is given its share
                 squares = squares / self.count
             means = point.channel_means(squares, self.count)
-            norms = (means.double().sum(1) * point.positions(gradient, self.count)).cpu()
+            found[i] = means.double().sum(1) * point.positions(gradient, self.count)
             before = self.channels[i]
             self.channels[i] = means if before is None else before + means
+        rows = torch.stack(list(found.values())).cpu() if found else ()  # one wait for a GPU
+        for i, norms in zip(found, rows, strict=True):
             self.sum[:, i] += norms
             self.totals[i] += norms.mean()
             self.squares[i] += norms.mean() ** 2

@@ -171,10 +171,9 @@ class Learner(nn.Module):
     def not_finite(self) -> str | None:
         """The layer (of a bias, the stored tensor) of a variable that is not finite; None where all are."""
         named = [(w.name, w) for w in self.weights.values()] + [(a.name, a) for a in self.activations.values()]
-        for name, module in [*named, *self.biases.items()]:
-            if not all(bool(torch.isfinite(p).all()) for p in module.parameters()):
-                return name
-        return None
+        each = [(name, p) for name, module in [*named, *self.biases.items()] for p in module.parameters()]
+        finite = torch.stack([torch.isfinite(p).all() for _, p in each]).tolist() if each else []  # one wait for a GPU
+        return next((name for (name, _), fine in zip(each, finite, strict=True) if not fine), None)
 
     def absorb(self, student: Student) -> None:
         """Writes integers times steps, biases and steps into the student."""

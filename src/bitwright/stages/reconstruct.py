@@ -46,6 +46,7 @@ from bitwright.stages.tuning import (
     Samples,
     Targets,
     Tuner,
+    placed,
     seconds_per_step,
 )
 
@@ -236,7 +237,7 @@ class Reconstruct(Optimising):
         targets = Targets(expose(teacher.graph, [p.node for p in points]), points, torch.float32)
         first = samples.batch(range(min(8, len(images)))).to(run.device)
         learner.measure_outputs(targets(torch.arange(len(first)), first))
-        feed = ImageFeed(samples, targets, run.device)
+        feed = ImageFeed(placed(samples, run.device, pass_budget(run.device) // 8), targets, run.device)
 
         def tuner_of(plan: Pace) -> Tuner:
             targets.precision = getattr(torch, plan.precision)
@@ -510,21 +511,25 @@ class Reconstruct(Optimising):
         try:
             while tuner.step < steps:
                 if tuner.step % GOOD_EVERY == 0:
+                    recent = _noted(saved, tuner.look(), recent)
                     tuner.check_finite()
                     good = tuner.state_copy()
                     if self.rounding != "straight-through":
                         decided = f", {tuner.learner.share_decided():.0%} decided"
                 loss = tuner.advance()
-                saved.losses.append(loss)
-                recent = loss if not recent else 0.95 * recent + 0.05 * loss
+                recent = _noted(saved, [] if loss is None else [loss], recent)
                 detail = f"{unit}, " * bool(unit) + f"loss {recent:.4g}{decided}"
                 run.progress("Optimising", done + tuner.step, total, detail)
-                saved.write_if_due(tuner)
+                if not tuner.pending:
+                    saved.write_if_due(tuner)
+            recent = _noted(saved, tuner.look(), recent)
             tuner.check_finite()
         except NotFiniteError as error:
             tuner.load({n: t.clone() for n, t in good.items()}, tuner.step)
+            tuner.pending.clear()
             record.stopped = Stopped(layer=error.layer, step=error.step)
             _warn(f"{error} The optimisation ends there, with its last good state.")
+        record.at_once = tuner.at_once
         record.curve = averaged(saved.losses)
         if tuner.step > first:
             record.seconds_per_step = round((time.perf_counter() - started) / (tuner.step - first), 4)
@@ -555,6 +560,14 @@ class Reconstruct(Optimising):
             )
 
 
+def _noted(saved: KeptState, losses: list[float], recent: float) -> float:
+    """Keeps the losses of steps; their running mean."""
+    saved.losses += losses
+    for loss in losses:
+        recent = loss if not recent else 0.95 * recent + 0.05 * loss
+    return recent
+
+
 def _named(history: list[tuple[str, Snapshot]]) -> dict[str, Snapshot]:
     """What stages left, by their kind."""
     found: dict[str, Snapshot] = {}
@@ -582,7 +595,7 @@ def _seconds(tuner: Tuner, plan: Pace) -> float:
     """Of a step; infinite where the compiler gives up."""
     try:
         return seconds_per_step(tuner)
-    except RuntimeError:
+    except Exception:
         if not plan.compiled:
             raise
         return float("inf")

@@ -22,6 +22,8 @@ from bitwright.stages.losses import weighted_distance
 from bitwright.stages.optimizers import Rates, optimizers_of
 from bitwright.stages.schedules import Anneal, Dampen
 
+PLACED = 64
+"""Samples that are copied to a GPU together."""
 PART = 8
 """Samples whose gradients one process computes together, where several share a batch."""
 
@@ -133,6 +135,30 @@ class Targets:
             return list(self.graph(images)[1])
 
 
+class OnDevice:
+    """Samples that lie where they are computed with, [N, C, H, W]."""
+
+    def __init__(self, whole: Tensor) -> None:
+        self.whole = whole
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def batch(self, indices: Sequence[int] | Tensor) -> Tensor:
+        """Some of them."""
+        return self.whole[torch.as_tensor(list(indices)).to(self.whole.device)]
+
+
+def placed(samples: Samples, device: torch.device, budget: int) -> Samples:
+    """The samples on a GPU, if all of them fit into a budget of bytes; else as they are, copied batch by batch."""
+    one = samples.batch([0])
+    if device.type == "cpu" or one.nbytes * len(samples) > budget:
+        return samples
+    starts = range(0, len(samples), PLACED)
+    parts = (samples.batch(range(s, min(s + PLACED, len(samples)))).to(device) for s in starts)
+    return OnDevice(torch.cat([as_channels_last(part) for part in parts]))
+
+
 class ImageFeed:
     """Images for the whole network."""
 
@@ -232,6 +258,9 @@ class Tuner:
         self.at_once = self.batch
         """Samples in one forward pass; the rest of a batch follows, and gradients add up."""
         self.network: Callable[..., tuple[list[Tensor], list[Tensor]]] = learner
+        self.patient = device.type != "cpu"
+        """Whether losses stay on the device until :meth:`look`, so that no step waits for it."""
+        self.pending: list[Tensor] = []
         self.of_point = learner.of_point()
         self.parts = optimizers_of(learner, settings)
 
@@ -246,8 +275,8 @@ class Tuner:
         order = torch.randperm(len(self.feed), generator=torch.Generator().manual_seed(self.seed * 7919 + epoch))
         return order[position * self.batch : (position + 1) * self.batch]
 
-    def advance(self) -> float:
-        """One step; the loss without regularizer.
+    def advance(self) -> float | None:
+        """One step; the loss without regularizer, None where it was not looked at yet.
 
         Raises:
             NotFiniteError: the loss is not; nothing was changed.
@@ -265,21 +294,59 @@ class Tuner:
         self.step += 1
         return loss
 
-    def backward(self, indices: Tensor, progress: float) -> float:
-        """Gradients of the loss on a batch; the loss without regularizer."""
+    def backward(self, indices: Tensor, progress: float) -> float | None:
+        """Gradients of the loss on a batch; the loss without regularizer, None where it was not looked at yet.
+
+        Where memory does not suffice, parts of half the size are tried from then on.
+        """
         weights, mean = (t.to(self.device) for t in self.objective.batch(indices))
         self.learner.set_mix(*self.settings.mix(progress))
         if together.is_shared():
             return self._backward_together(indices, weights, mean, progress)
-        regularizer, loss = self._regularizer(mean, progress), 0.0
+        while True:
+            try:
+                return self._backward_alone(indices, weights, mean, progress)
+            except torch.OutOfMemoryError:
+                if self.at_once == 1:
+                    raise
+            self.at_once = math.ceil(self.at_once / 2)  # behind the clause, which holds the tensors of what failed
+            for part in self.parts:
+                part.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            if self.settings.drops:
+                torch.manual_seed(self.seed * 1_000_003 + self.step)
+
+    def _backward_alone(self, indices: Tensor, weights: Tensor, mean: Tensor, progress: float) -> float | None:
+        """The same, in as few parts as memory allows."""
+        regularizer, loss, terms = self._regularizer(mean, progress), 0.0, list[Tensor]()
         for start in range(0, len(indices), self.at_once):
             part = slice(start, start + self.at_once)
-            distance = self._distance(indices[part], weights[part]) * (len(indices[part]) / len(indices))
-            loss += float(distance.detach())
-            torch.autograd.backward(distance + (regularizer if start == 0 else 0.0))
-        return loss
+            each = torch.stack(self._terms(indices[part], weights[part]))
+            distance, share = each.sum(), len(indices[part]) / len(indices)
+            if self.patient:
+                terms.append(each.detach() * share)
+            else:
+                self._check(each.detach(), self.step)
+                loss += float(distance.detach() * share)
+            torch.autograd.backward(distance * share + (regularizer if start == 0 else 0.0))
+        if not self.patient:
+            return loss
+        self.pending.append(torch.stack(terms).sum(0))
+        return None
 
-    def _backward_together(self, indices: Tensor, weights: Tensor, mean: Tensor, progress: float) -> float:
+    def look(self) -> list[float]:
+        """The losses of the steps since it was called last: one wait for the device.
+
+        Raises:
+            NotFiniteError: of the first step whose loss is not.
+        """
+        pending, self.pending = self.pending, []
+        rows = torch.stack(pending).cpu() if pending else torch.empty(0, 0)
+        for position, terms in enumerate(rows):
+            self._check(terms, self.step - len(pending) + position)
+        return [float(terms.sum()) for terms in rows]
+
+    def _backward_together(self, indices: Tensor, weights: Tensor, mean: Tensor, progress: float) -> float | None:
         """The same in parts of a fixed size, whose gradients are added along one tree, whoever computes them."""
         learned = [p for part in self.parts for p in part.parameters]
         sizes = [len(self.learner.points), *(p.numel() for p in learned)]
@@ -300,35 +367,31 @@ class Tuner:
 
         total = together.tree_sum(len(starts), gradient, torch.empty(sum(sizes), device=self.device))
         terms, *rows = torch.split(total, sizes)
-        self._check(terms)
+        if not self.patient:
+            self._check(terms, self.step)
         for p, row in zip(learned, rows, strict=True):
             p.grad = torch.empty_like(p).copy_(row.view(p.shape))
-        return float(terms.sum())
-
-    def _distance(self, indices: Tensor, weights: Tensor) -> Tensor:
-        """Weighted distances of these samples at all points, a scalar."""
-        terms = self._terms(indices, weights)
-        distance = torch.stack(terms).sum()
-        if not math.isfinite(float(distance.detach())):
-            self._check(torch.stack(terms).detach())
-        return distance
+        if not self.patient:
+            return float(terms.sum())
+        self.pending.append(terms)
+        return None
 
     def _terms(self, indices: Tensor, weights: Tensor) -> list[Tensor]:
-        """The same, point by point."""
+        """Weighted distances of these samples, point by point."""
         batch = self.feed(indices)
         with autocast(self.device, self.precision):
             _, student = self.network(*batch.inputs)
         return self.objective.distances(student, batch, weights, self.learner.points)
 
-    def _check(self, terms: Tensor) -> None:
-        """Raises where a term of the loss, [L], is not finite.
+    def _check(self, terms: Tensor, step: int) -> None:
+        """Raises where the terms of a step's loss, [L], do not have a finite sum.
 
         Raises:
             NotFiniteError: names its layer.
         """
         if not math.isfinite(float(terms.sum())):
             worst = int(torch.where(torch.isfinite(terms), terms / terms.numel(), torch.inf).argmax())
-            raise NotFiniteError(self.learner.points[worst].layer, self.step)
+            raise NotFiniteError(self.learner.points[worst].layer, step)
 
     def fit_memory(self, budget: int) -> None:
         """Splits batches whose activations would take more than ``budget`` bytes for the backward pass into even parts.
@@ -427,8 +490,9 @@ def seconds_per_step(tuner: Tuner, repeats: int = 3) -> float:
         start = time.perf_counter()
         tuner.backward(tuner.indices(0), 0.5)
         if tuner.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(tuner.device)
         times.append(time.perf_counter() - start)
+    tuner.pending.clear()
     for part in tuner.parts:
         part.optimizer.zero_grad(set_to_none=True)
     return statistics.median(times[1:])
