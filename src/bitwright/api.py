@@ -18,6 +18,7 @@ from bitwright.given.arguments import SEEDS, a_path, a_time, check_alone, choice
 from bitwright.given.images import Images, load_images
 from bitwright.given.inputs import as_model, calibration_images, find_device, prepare_teacher, sized_by
 from bitwright.given.models import Model
+from bitwright.given.several import input_names
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing
 from bitwright.graph.capture import Captured
 from bitwright.graph.devices import exact_float32, place_on
@@ -79,7 +80,8 @@ def quantize(
     """Quantizes a trained network with unlabelled images.
 
     Args:
-        model: any module of one image tensor, a saved export program, or a name (``timm:resnet18@weights.pt``).
+        model: any module of one image tensor, or of several inputs by name; a saved export program; or a name
+            (``timm:resnet18@weights.pt``).
         images: a path, arrays, tensors, a data set, a loader or a generator, which is read until ``samples`` are there;
             labels in it are not looked at, but by ``qkd``. See :func:`bitwright.load_images`.
         recipe: how; see ``bitwright recipes``. :data:`bitwright.recipes.DEFAULT` if not given.
@@ -176,6 +178,7 @@ def quantize(
     student.to("cpu")
     place_on(teacher.graph, "cpu")
     student.preprocessing, student.calibration = network.preprocessing, data
+    student.has_parts(data.parts)
     student.interface = None if network.source is None else network.source.names
     student.result = _record(student, network, method, data, run, said, decided, output).result()
     return QuantizedModel.of(student)
@@ -265,7 +268,9 @@ def preview(
     """
     network, scheme = as_model(model, preprocessing), scheme or Scheme()
     if goal is None:
-        data = images if isinstance(images, Images) else load_images(images, network.preprocessing, most=2)
+        data = images if isinstance(images, Images) else load_images(
+            images, network.preprocessing, inputs=input_names(network.module), most=2
+        )
         return insert_as(prepare_teacher(network, data, output), scheme, _as_plan(plan, scheme))
     data = calibration_images(images, network, samples, skip_unreadable)
     teacher = prepare_teacher(network, data, output)

@@ -36,7 +36,7 @@ class QuantizedModel(Student):
             teacher=student.teacher,
         )
         model.preprocessing, model.calibration = student.preprocessing, student.calibration
-        model.interface, model.result = student.interface, student.result
+        model.interface, model.result, model.parts = student.interface, student.result, student.parts
         return model.eval()
 
     @property

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -166,8 +167,10 @@ def _onnx(call: EvaluateCall, axes: Axes) -> Evaluated:
         files = run_folder.read_result(path.parent).files
         run_folder.check_file(path.parent, run_folder.ONNX, files, f"Write it with: bitwright export {path.parent}")
     session = _session(path)
-    (given,) = session.get_inputs() if len(session.get_inputs()) == 1 else (None,)
-    if given is None or len(given.shape) != 4:
+    if len(session.get_inputs()) > 1:
+        return _several(call, session, axes)
+    (given,) = session.get_inputs()
+    if len(given.shape) != 4:
         raise ModelError(f"Expected one image input [N, C, H, W] in {call.model}, found {_inputs(session)}.")
     network = load_model(call.float_model, **preprocessing) if call.float_model is not None else None
     images = _images(call, network or _beside(path, given.shape, call.reading))
@@ -183,14 +186,39 @@ def _onnx(call: EvaluateCall, axes: Axes) -> Evaluated:
         padded = torch.cat([x, x[:1].expand(missing, *x.shape[1:])]) if missing else x
         return [torch.from_numpy(o)[: len(x)] for o in session.run(None, {given.name: padded.numpy()})]
 
+    return _in_runtime(call, axes, session, run, images, network, fixed or BATCH)
+
+
+def _several(call: EvaluateCall, session: Any, axes: Axes) -> Evaluated:
+    """A file of several inputs, which the images hold by name."""
+    network = None if call.float_model is None else load_model(call.float_model)
+    stand_in: Any = SimpleNamespace(input_names=[i.name for i in session.get_inputs()])
+    images = _images(call, network or Model(stand_in, "", None))
+    wanted, found = {i.name for i in session.get_inputs()}, {part.name for part in images.parts}
+    if wanted != found:
+        raise UsageError(
+            f"Expected inputs {_inputs(session)}, found {', '.join(sorted(found)) or 'images alone'} in {call.images}. "
+            "Give an .npz file with an array for each."
+        )
+
+    def run(x: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(o) for o in session.run(None, {p.name: p.of(x).numpy() for p in images.parts})]
+
+    return _in_runtime(call, axes, session, run, images, network, BATCH)
+
+
+def _in_runtime(
+    call: EvaluateCall, axes: Axes, session: Any, run: Network, images: Images, network: Model | None, batch: int
+) -> Evaluated:
+    """A file, beside the float network if there is one."""
     names = tuple(o.name for o in session.get_outputs())
     if network is None:
-        outputs, scoring = _of_run_beside(path, names, call.compared.scoring)
-        return Evaluated("onnx", run, None, images, outputs, scoring, fixed or BATCH)
+        outputs, scoring = _of_run_beside(Path(call.model).expanduser(), names, call.compared.scoring)
+        return Evaluated("onnx", run, None, images, outputs, scoring, batch)
     teacher = prepare_teacher(network, images, call.output)
     reference, readings = _reading(teacher, images, axes)
     outputs, scoring = outputs_of(teacher, readings), call.compared.beside(network)
-    return Evaluated("onnx", run, reference, images, outputs, scoring, fixed or BATCH)
+    return Evaluated("onnx", run, reference, images, outputs, scoring, batch)
 
 
 def _of_run_beside(path: Path, names: tuple[str, ...], scoring: Scoring) -> tuple[Outputs, Scoring]:

@@ -18,6 +18,7 @@ from bitwright.given.models import Model, example_shape, load_model, preprocessi
 from bitwright.given.preprocessing import Preprocessing, has_channels_last
 from bitwright.given.references import absolute_reference, absolute_source
 from bitwright.given.text import short
+from bitwright.given.several import input_names
 from bitwright.graph.student import Student
 from bitwright.measure.truth_files import labelled
 from bitwright.run import folder as run_folder
@@ -45,7 +46,8 @@ def images_at(
     how = None if network is None else network.preprocessing
     if network is None and reading.preprocessing:
         how = preprocessing_of({}, reading.preprocessing)
-    images = load_images(source, how, skip_unreadable=reading.skip_unreadable)
+    inputs = () if network is None else input_names(network.module)
+    images = load_images(source, how, inputs=inputs, skip_unreadable=reading.skip_unreadable)
     if not reading.skip_unreadable:
         images.check()
     return labelled(images, labels, class_map)
@@ -163,6 +165,10 @@ def blank_images(network: Model) -> Images:
     Raises:
         UsageError: nobody said the size.
     """
+    inputs = () if network.source is None else network.source.inputs
+    if len(inputs) > 1:
+        made = {image.name: torch.randn(2, *image.shape) for image in inputs}
+        return load_images(made, None, inputs=list(made))
     shape = _image_shape(network)
     if shape is None:
         raise UsageError("Expected to know the size of the network's images. Give --input-size.")

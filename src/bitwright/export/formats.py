@@ -89,9 +89,12 @@ def write_format(
     Raises:
         ParityError: what was written computes something else.
     """
+    write = named(to).write
+    if write is not None and model.parts:
+        names = ", ".join(part.name for part in model.parts.values())
+        raise UsageError(f"Expected a network of one input for to={to!r}, found {names}. to='onnx' takes several.")
     with scratch(path.parent) as folder:
         partial = folder / path.name
-        write = named(to).write
         if write is None:
             parity = export_checked(model, partial, images, force=force, count=count)
         else:

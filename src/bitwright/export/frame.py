@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx import version_converter
 
 from bitwright.errors import one_line
-from bitwright.export.edit import drop_unused
-from bitwright.graph.outputs import Interface
+from bitwright.export.edit import drop_unused, initializer, insert_node
+from bitwright.given.several import InputPart
 from bitwright.graph.student import Student
 from bitwright.runtimes.session import save_onnx
 
@@ -28,6 +29,7 @@ def framed(program: ir.Model, model: Student) -> ir.Model:
         model: which the program was made from; one that was read from no ONNX file leaves it as it is.
     """
     names = model.interface
+    take_apart(program.graph, list(model.parts.values()))
     if names is None or names.frame is None:
         return program
     layers = {n.name: str(n.meta["layer"]) for n in model.graph.graph.nodes if "layer" in n.meta}
@@ -48,11 +50,65 @@ def framed(program: ir.Model, model: Student) -> ir.Model:
         )
         return program
     _append(program, tail)
-    if names.batch is not None:
-        (image,) = program.graph.inputs
+    for image in program.graph.inputs if names.batch is not None else ():
         assert image.shape is not None
         image.shape = ir.Shape([names.batch, *image.shape[1:]])
     return program
+
+
+def take_apart(graph: ir.Graph, parts: Sequence[InputPart]) -> None:
+    """Gives a network of several inputs these in the place of the one tensor that holds them side by side.
+
+    Args:
+        graph: changed.
+        parts: all of them.
+    """
+    if not parts:
+        return
+    (packed,) = graph.inputs
+    values = {v.name: v for node in graph for v in node.outputs}
+    assert packed.shape is not None
+    for part in parts:
+        _make_way(graph, part.name)
+        given = ir.Value(name=part.name, shape=ir.Shape([packed.shape[0], *part.shape]), type=packed.type)
+        values[f"{part.name}/part"].replace_all_uses_with(given)
+        graph.inputs.append(given)
+    drop_unused(graph)
+    graph.inputs.remove(packed)
+
+
+def _make_way(graph: ir.Graph, name: str) -> None:
+    """Renames an inner value that has the name of an input."""
+    for value in (*(v for node in graph for v in node.outputs), *graph.initializers.values()):
+        if value.name == name and not value.is_graph_output():
+            value.name = f"{name}/inner"
+
+
+def put_together(graph: ir.Graph, parts: Sequence[InputPart]) -> None:
+    """What :func:`take_apart` did, undone: one input that holds all of them."""
+    if not parts:
+        return
+    flat = parts[0].flat
+    width = parts[-1].stop
+    given = {v.name: v for v in graph.inputs}
+    shape = ir.Shape(["N", 1, 1, width] if flat else ["N", width, *parts[0].shape[1:]])
+    packed = ir.Value(name="images/packed", shape=shape, type=given[parts[0].name].type)
+    first = next(iter(graph))
+    for part in parts:
+        value = given[part.name]
+        ends = [_numbers(graph, f"{part.name}/{what}", [n]) for what, n in (("from", part.start), ("to", part.stop))]
+        axis = _numbers(graph, f"{part.name}/axis", [3 if flat else 1])
+        cut = insert_node(graph, first, "Slice", [packed, *ends, axis], f"{part.name}/cut")
+        if flat:
+            sides = _numbers(graph, f"{part.name}/sides", [0, *part.shape])
+            cut = insert_node(graph, first, "Reshape", [cut, sides], f"{part.name}/part")
+        value.replace_all_uses_with(cut)
+    graph.inputs.clear()
+    graph.inputs.append(packed)
+
+
+def _numbers(graph: ir.Graph, name: str, values: Sequence[int]) -> ir.Value:
+    return initializer(graph, name, np.asarray(values, np.int64))
 
 
 def _rename(graph: ir.Graph, names: Mapping[str, str]) -> None:
@@ -75,7 +131,7 @@ def _converted(rest: Any, version: int) -> Any:
 def _append(program: ir.Model, tail: ir.Model) -> None:
     """Puts the nodes of the tail behind the body; inner tensors of the body make way for its names."""
     body, rest = program.graph, tail.graph
-    joints = {value.name: value for value in body.outputs}
+    joints, images = ({value.name: value for value in ends} for ends in (body.outputs, body.inputs))
     theirs = {v.name for node in rest for v in node.outputs} | set(rest.initializers) | {v.name for v in rest.inputs}
     ends = {id(value) for value in (*body.inputs, *body.outputs)}
     for value in (*body.initializers.values(), *(v for node in body for v in node.outputs)):
@@ -83,7 +139,7 @@ def _append(program: ir.Model, tail: ir.Model) -> None:
             value.name = f"{value.name}/body"
     for given in rest.inputs:
         for use in tuple(given.uses()):
-            use.node.replace_input_with(use.idx, joints.get(given.name) or body.inputs[0])
+            use.node.replace_input_with(use.idx, joints.get(given.name) or images.get(given.name) or body.inputs[0])
     outputs = [joints.get(value.name, value) for value in rest.outputs]
     for name, value in list(rest.initializers.items()):
         rest.initializers.pop(name)
@@ -98,14 +154,22 @@ def _append(program: ir.Model, tail: ir.Model) -> None:
 
 
 @contextmanager
-def body_of(path: Path, program: ir.Model, names: Interface | None) -> Iterator[Path]:
-    """A file of the body alone, whose outputs are those of the simulation; the given one where it has no tail.
+def body_of(path: Path, program: ir.Model, model: Student) -> Iterator[Path]:
+    """A file of the body alone, whose input and outputs are those of the simulation; the given one where it is that.
 
     Args:
         path: of the file.
         program: in it; without its tail afterwards.
-        names: of the file that it was made from.
+        model: which it was made from.
     """
+    names, parts = model.interface, list(model.parts.values())
+    if parts:
+        put_together(program.graph, parts)
+        with tempfile.TemporaryDirectory() as folder:
+            whole = Path(folder) / path.name
+            save_onnx(program, whole)
+            yield whole
+        return
     if names is None or {v.name for v in program.graph.outputs} <= set(names.outputs.values()):
         yield path
         return

@@ -158,7 +158,7 @@ def measure_gap(
         BitwrightError: a runtime does not run it.
     """
     program = read_onnx(path)
-    with body_of(path, program, model.interface) as body:
+    with body_of(path, program, model) as body:
         return _measured(model, program, body, images, runtimes, batches, progress)
 
 

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from bitwright.export.clips import READS_INTEGER_BIAS, Span
 from bitwright.export.edit import drop_unused, initializer, insert_node, shared
 from bitwright.export.forms import rewrite_forms
 from bitwright.export.functions import join_functions
+from bitwright.given.several import InputPart
 from bitwright.graph import ops, rewrite
 from bitwright.graph.explain import recorded_line
 from bitwright.graph.outputs import Interface
@@ -44,7 +45,7 @@ IR_VERSIONS = {OPSET: 8, OPSET_OF_GELU: 9, OPSET_OF_INT4: 10, OPSET_OF_INT2: 13}
 """Of the file format: the one that came with each."""
 NEEDS_ZERO_POINT = frozenset({"Gemm"})
 """Operators whose integer kernels ONNX Runtime 1.31 does not take without a stored zero point of the weight."""
-MARK, OFFSET = "Mark", "Offset"
+MARK, OFFSET, PART = "Mark", "Offset", "Part"
 TAKEN_FOR_ZERO = 1e-6
 """Magnitude of numbers whose addition goes past the exporter (onnxscript 0.7 takes up to 1e-8 for zero)."""
 
@@ -150,6 +151,22 @@ def _offset(x: Tensor, number: float) -> Tensor:
     return result
 
 
+def _part(x: Tensor, name: str) -> Tensor:
+    """Stands for an input out of the tensor that holds several, which the exporter's optimizer would hide."""
+    result: Tensor = torch.onnx.ops.symbolic(
+        f"bitwright::{PART}", (x,), {"name": name}, dtype=x.dtype, shape=x.shape, version=1
+    )
+    return result
+
+
+def _keep_parts(graph: fx.Graph, parts: Mapping[str, InputPart]) -> None:
+    for node in [n for n in graph.nodes if n.name in parts]:
+        with graph.inserting_after(node):
+            kept = graph.call_function(_part, (node, parts[node.name].name))
+        kept.meta = dict(node.meta)
+        node.replace_all_uses_with(kept, lambda user, kept=kept: user is not kept)
+
+
 def _keep_offsets(graph: fx.Graph) -> None:
     """Takes the additions of tiny numbers, which keep divisors away from zero, past the exporter's optimizer."""
     for node in list(graph.nodes):
@@ -190,6 +207,7 @@ def _mark(model: Student) -> tuple[fx.GraphModule, dict[str, nn.Module]]:
         mark.meta = dict(node.meta)
         node.replace_all_uses_with(mark)
         marked.graph.erase_node(node)
+    _keep_parts(marked.graph, model.parts)
     _split_batches(marked.graph)
     _keep_offsets(marked.graph)
     marked.recompile()
@@ -336,6 +354,8 @@ def _renamed_side(side: int | ir.SymbolicDim, symbol: re.Pattern[str], name: str
 def _replace_marks(program: ir.Model, modules: dict[str, nn.Module], form: QdqForm) -> None:
     graph = program.graph
     for node in list(graph):
+        if node.op_type == PART and node.domain == "bitwright":
+            _replace_part(graph, node)
         if node.op_type == OFFSET and node.domain == "bitwright":
             _replace_offset(graph, node)
         if node.op_type != MARK or node.domain != "bitwright":
@@ -350,6 +370,15 @@ def _replace_marks(program: ir.Model, modules: dict[str, nn.Module], form: QdqFo
     form.rewrite(graph)
     program.opset_imports.pop("bitwright", None)
     drop_unused(graph)
+
+
+def _replace_part(graph: ir.Graph, node: ir.Node) -> None:
+    """A value that is named as the part, until the file has it as an input (:mod:`bitwright.export.frame`)."""
+    name = node.attributes["name"].as_string()
+    value = insert_node(graph, node, "Identity", [node.inputs[0]], f"{name}/part")
+    value.shape, value.type = node.outputs[0].shape, node.outputs[0].type
+    node.outputs[0].replace_all_uses_with(value)
+    graph.remove(node, safe=True)
 
 
 def _replace_offset(graph: ir.Graph, mark: ir.Node) -> None:

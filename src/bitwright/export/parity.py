@@ -182,7 +182,7 @@ def images_of(model: Student, images: Any) -> Images:
         images = model.calibration
     if images is None:
         raise UsageError("The check of the exported file needs a few images. Give images=.")
-    return images if isinstance(images, Images) else load_images(images, model.preprocessing)
+    return images if isinstance(images, Images) else load_images(images, model.preprocessing, inputs=model.input_names)
 
 
 def check_parity(

@@ -20,6 +20,7 @@ from torch import Tensor
 from bitwright.errors import DataError
 from bitwright.given.placement import ImagePlacement, placement
 from bitwright.given.preprocessing import Pixels, PreprocessFunction, Preprocessing, from_pixels, to_channels
+from bitwright.given.several import InputPart
 from bitwright.given.text import short
 
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -184,8 +185,8 @@ class Pictures:
 class Tensors:
     """Preprocessed images in one float32 tensor (N, C, H, W), named by position."""
 
-    def __init__(self, data: Tensor) -> None:
-        self.data, self.names = data, [str(i) for i in range(len(data))]
+    def __init__(self, data: Tensor, parts: tuple[InputPart, ...] = ()) -> None:
+        self.data, self.parts, self.names = data, parts, [str(i) for i in range(len(data))]
 
     def read(self, index: int) -> Tensor:
         """Return one tensor."""
@@ -234,6 +235,7 @@ class Store:
     ) -> None:
         self.source, self.preprocessing = source, preprocessing
         self.threads = threads or min(8, os.cpu_count() or 1)
+        self.parts = source.parts if isinstance(source, Tensors) else ()
         self.room = cache_bytes
         self.cache: dict[int, Pixels | Tensor] = {}
         self.placements: dict[tuple[int, int], ImagePlacement] = {}

@@ -28,6 +28,7 @@ from bitwright.given.objects import AXES, Asked, of_array, read_object
 from bitwright.given.placement import ImagePlacement
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing, parse_input_size
 from bitwright.given.references import absolute_source
+from bitwright.given.several import InputPart
 from bitwright.given.shards import SHARDS, open_shards
 from bitwright.given.text import short
 from bitwright.given.truth import Truth, masks_of
@@ -78,6 +79,11 @@ class Images:
         self._store, self._indices = store, list(indices)
         self.labels, self.truth, self.place = labels, truth, place
         self.names = [store.source.names[i] for i in self._indices]
+
+    @property
+    def parts(self) -> tuple[InputPart, ...]:
+        """The inputs of a network of several that each image holds; none where it is one tensor without a name."""
+        return self._store.parts
 
     @property
     def preprocessing(self) -> Preprocessing | PreprocessFunction | None:
@@ -242,6 +248,7 @@ def load_images(
     skip_unreadable: bool = False,
     most: int | None = None,
     input_key: str | None = None,
+    inputs: Sequence[str] = (),
     read_labels: bool = True,
     threads: int | None = None,
     cache_bytes: int = CACHE_BYTES,
@@ -265,6 +272,8 @@ def load_images(
         most: images that will be used of an iterable, which is then read no further than the batch that completes them;
             of a data set, and of a loader that takes one in order, they are spread evenly over it.
         input_key: name of the images where items are dicts; the one entry that can be images if not given.
+        inputs: names of the network's inputs: entries of dicts, and arrays of an ``.npz``, that have one of them are
+            inputs, and tuples in the place of the tensor go by their order.
         read_labels: whether what comes with the images in memory is looked at.
         threads: that decode; by default one a core, at most 8. The result does not depend on it.
         cache_bytes: for decoded and resized pixels, so that a second epoch does not decode again.
@@ -275,7 +284,7 @@ def load_images(
     if isinstance(source, Images):
         return source.labelled(labels) if labels is not None else source
     window, named = None, None
-    asked = Asked(most, input_key, read_labels, _takes_channels_last(preprocessing))
+    asked = Asked(most, input_key, read_labels, _takes_channels_last(preprocessing), tuple(inputs))
     if isinstance(source, str) and not source.strip():
         raise DataError("Expected a folder of images, an .npz file or zoo:NAME, found nothing. Name one.")
     if isinstance(source, str | os.PathLike):
@@ -419,9 +428,11 @@ def _from_npz(path: Path, asked: Asked) -> tuple[Source, Tensor | Truth | None]:
         raise DataError(f"Expected a file at {path}, found something else. Give an .npz file.")
     try:
         with np.load(path, allow_pickle=False) as file:
-            if "images" not in file:
-                raise DataError(f"Expected an array 'images' in {path}, found {', '.join(file) or 'nothing'}.")
-            images = file["images"]
+            named = {name: file[name] for name in asked.inputs if name in file}
+            if "images" not in file and not named:
+                wanted = f", or inputs {', '.join(asked.inputs)}," if asked.inputs else ""
+                raise DataError(f"Expected an array 'images'{wanted} in {path}, found {', '.join(file) or 'nothing'}.")
+            images = np.zeros(1) if "images" not in file else file["images"]
             labels, masks = file.get("labels"), file.get("masks")
     except DataError:
         raise
@@ -432,10 +443,11 @@ def _from_npz(path: Path, asked: Asked) -> tuple[Source, Tensor | Truth | None]:
         ) from error
     if images.ndim == 0:
         return of_array(images, str(path), asked), None  # which says what is wrong
+    source = read_object(named, asked)[0] if named else of_array(images, str(path), asked)
     masks = labels if masks is None and labels is not None and labels.ndim == 3 else masks
     if masks is not None:
-        return of_array(images, str(path), asked), _as_masks(masks, len(images), str(path))
-    return of_array(images, str(path), asked), _as_labels(labels, len(images), str(path))
+        return source, _as_masks(masks, len(source.names), str(path))
+    return source, _as_labels(labels, len(source.names), str(path))
 
 
 def _takes_channels_last(how: Preprocessing | PreprocessFunction | None) -> bool:
@@ -475,6 +487,8 @@ def _fitted(
 
 
 def _check_floats(source: Tensors, how: Preprocessing | PreprocessFunction | None, where: str) -> None:
+    if len(source.parts) > 1:
+        return
     shape = tuple(source.data.shape[1:])
     last = _takes_channels_last(how)
     if shape[-1] in (1, 3) and shape[0] not in (1, 3) and not last:

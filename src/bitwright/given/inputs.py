@@ -18,6 +18,7 @@ from bitwright.given.detectors import DetectorBody, is_detector
 from bitwright.given.images import Images, load_images
 from bitwright.given.models import Model, load_model
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing, has_channels_last
+from bitwright.given.several import input_names, taking
 from bitwright.given.spoilt import without_spoilt
 from bitwright.graph.capture import Captured, capture, select_output
 from bitwright.graph.equalize import ChannelScales, equalized
@@ -73,8 +74,9 @@ def prepare_teacher(
     """
     example = images.batch(range(min(2, len(images))))
     if network.source is not None:
-        network.source.check(example)
-    captured = capture(network.module, example)
+        network.source.check(example, images.parts)
+    module = network.module
+    captured = capture(taking(module, images.parts) if isinstance(module, nn.Module) else module, example)
     if output is not None and not output:
         raise UsageError("Expected the name of an output as output=, found ''.")
     name = output or network.output
@@ -137,6 +139,7 @@ def calibration_images(
         else load_images(
             source,
             network.preprocessing,
+            inputs=input_names(network.module),
             skip_unreadable=skip_unreadable,
             most=samples or (None if labelled else DEFAULT_SAMPLES),
             input_key=input_key,

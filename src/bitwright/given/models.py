@@ -534,7 +534,7 @@ def _from_onnx(path: Path, settings: Settings) -> Model:
     file = OnnxFile.read(path, None if given is None else parse_input_size(given))
     base: Settings = {}
     shape = file.image
-    if len(shape) == 3 and (file.channels_last or shape[0] in (1, 3)):
+    if len(file.inputs) == 1 and len(shape) == 3 and (file.channels_last or shape[0] in (1, 3)):
         base["input_size"] = (shape[2], *shape[:2]) if file.channels_last else shape
         base |= {"layout": "channels_last"} if file.channels_last else {}
     said = {k: v for k, v in settings.items() if k != "input_size"}

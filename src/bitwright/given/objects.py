@@ -15,7 +15,9 @@ from torch import Tensor
 from bitwright.errors import BitwrightError, DataError, raised_by_user
 from bitwright.given.entries import (
     CHANNELS,
+    LABELS,
     Came,
+    ImagesAndLabel,
     can_be_images,
     entry,
     join_labels,
@@ -25,6 +27,7 @@ from bitwright.given.entries import (
 )
 from bitwright.given.files import Arrays, Pictures, Source, Tensors
 from bitwright.given.items import items
+from bitwright.given.several import InputPart, side_by_side
 from bitwright.given.text import short
 from bitwright.given.truth import Truth
 from bitwright.words import listed
@@ -43,12 +46,14 @@ class Asked:
         input_key: name of the images where items are dicts; the one entry that can be images if not given.
         labels: whether what comes with the images is looked at.
         channels_last: whether the network takes images (H, W, C), so that arrays stay as they are.
+        inputs: names of the network's inputs.
     """
 
     most: int | None = None
     input_key: str | None = None
     labels: bool = True
     channels_last: bool = False
+    inputs: tuple[str, ...] = ()
 
 
 def read_object(source: object, asked: Asked) -> tuple[Source, Tensor | Truth | None]:
@@ -160,9 +165,14 @@ def _checked(tensor: Tensor, where: str) -> Tensor:
 def _read(source: Any, where: str, asked: Asked) -> tuple[Source, Tensor | Truth | None]:
     held, came = _Held(where, asked), []
     for item in _each(source, where, asked.most):
-        found = entry(item, asked.input_key, where)
         before = held.count
-        batched = held.add(found.images)
+        several = _several(item, asked)
+        if several is None:
+            found = entry(item, asked.input_key, where)
+            batched = held.add(found.images)
+        else:
+            found = several
+            batched = held.add_inputs(several.images)
         came.append(Came(found.label if asked.labels else None, held.count - before, batched))
         if held.bytes > STREAM_BYTES:
             raise DataError(
@@ -172,6 +182,34 @@ def _read(source: Any, where: str, asked: Asked) -> tuple[Source, Tensor | Truth
         if asked.most is not None and held.count >= asked.most:
             break
     return held.source(), join_labels(came)
+
+
+def _several(item: Any, asked: Asked) -> ImagesAndLabel | None:
+    """The inputs of an item by name, and what came with them; None where it holds none of the network's."""
+    given, label = item, None
+    if isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], Mapping | tuple | list):
+        given, label = item
+    if isinstance(given, tuple | list) and given is not item and len(given) <= len(asked.inputs):
+        given = dict(zip(asked.inputs, given, strict=False)) if all(map(_is_input, given)) else given
+    if not isinstance(given, Mapping) or asked.input_key is not None:
+        return None
+    found = {name: _as_input(given[name]) for name in asked.inputs if name in given and _is_input(given[name])}
+    found = {name: value for name, value in found.items() if name not in LABELS}
+    if not found or (len(found) == 1 and next(iter(found.values())).ndim not in AXES):
+        return None
+    if label is None:
+        label = next((given[key] for key in LABELS if key in given), None)
+    return ImagesAndLabel(found, label)
+
+
+def _is_input(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.is_floating_point() and value.ndim > 0
+    return isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.ndim > 0
+
+
+def _as_input(value: Any) -> Tensor:
+    return torch.as_tensor(value).detach().to("cpu", torch.float32)
 
 
 def _each(source: Any, where: str, most: int | None) -> Iterator[Any]:
@@ -201,6 +239,7 @@ class _Held:
         self.tensors: list[Tensor] = []
         self.images: list[Image.Image] = []
         self.count, self.bytes = 0, 0
+        self.parts: tuple[InputPart, ...] = ()
 
     def add(self, found: Any) -> bool:
         """Takes one image or a batch.
@@ -230,6 +269,20 @@ class _Held:
             return len(images) > 1 or found.ndim == 4
         self._add_floats(_floats(found if found.ndim != 3 else found[None], self.where, self.asked))
         return bool(found.ndim != 3)
+
+    def add_inputs(self, inputs: Mapping[str, Tensor]) -> bool:
+        """Takes the inputs of one image or of a batch, by name; says whether it was a batch.
+
+        Raises:
+            DataError: they are not of as many images, or others than before.
+        """
+        batched = max(x.ndim for x in inputs.values()) != min(AXES) - 1
+        packed, parts = side_by_side(inputs if batched else {name: x[None] for name, x in inputs.items()})
+        if self.parts not in ((), parts):
+            raise DataError(f"Expected the same inputs each time from {self.where}, found others.")
+        self.parts = parts
+        self._add_floats(packed)
+        return batched
 
     def _add_images(self, images: list[Image.Image]) -> None:
         self._check_alike(bool(self.tensors))
@@ -266,4 +319,4 @@ class _Held:
             )
         if self.images:
             return Pictures(self.images)
-        return Tensors(_checked(torch.cat(self.tensors), self.where))
+        return Tensors(_checked(torch.cat(self.tensors), self.where), self.parts)

@@ -30,6 +30,8 @@ TOLERANCE = 1e-5
 COARSE_TOLERANCE = 0.05
 """Tolerance of a network that computes in float16 or bfloat16 itself, which has three digits."""
 
+PART = "bitwright.given.several.Part"
+"""Modules that take one input out of a tensor that holds several."""
 WHOLE = "bitwright.onnx_in.network."
 """Modules of which each is one operator to its user: what is left of one takes its path, whatever it is made of."""
 
@@ -283,6 +285,7 @@ def _name_layers(graph: fx.Graph) -> None:
     An operator that is all of a standard layer takes the layer's path; others take the path of the innermost
     module and the operator's name; repeated names are numbered, past the names that others have.
     """
+    _mark_parts(graph)
     found = {n: legible(_layer_name(n)) for n in graph.nodes if n.op == "call_function" and ops.is_float_tensor(n)}
     own, counts, taken = set(found.values()), {"input": 0}, {"input"}
     for node in graph.nodes:
@@ -300,7 +303,19 @@ def _name_layers(graph: fx.Graph) -> None:
         node.meta["layer"] = name
 
 
+def _mark_parts(graph: fx.Graph) -> None:
+    """Every input of a network of several is a source of values, where the tensor that holds all of them ends."""
+    for node in graph.nodes:
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        if not stack or str(stack[-1][1]) != PART or node.op != "call_function":
+            continue
+        if not any(_innermost(user) == stack[-1][0] for user in node.users):
+            node.meta[ops.PART] = str(stack[-1][0]).removeprefix("input_")
+
+
 def _layer_name(node: fx.Node) -> str:
+    if ops.PART in node.meta:
+        return str(node.meta[ops.PART])
     operator = ops.base_name(node).rstrip("_")
     stack = [entry for entry in (node.meta.get("nn_module_stack") or {}).values() if entry[0]]
     if ops.kind(node) == "linear":

@@ -240,7 +240,7 @@ def _describe(graph: fx.Graph, placement: Placement, keys: dict[fx.Node, str]) -
                 op="parameter"
                 if node.op == "get_attr"
                 else "input"
-                if node.op == "placeholder"
+                if ops.kind(node) == "input"
                 else ops.base_name(_first(node) if ops.kind(node) == "rescale" else node),
                 node=node.name,
                 parameters=_parameters(node),

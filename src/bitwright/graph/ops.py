@@ -206,9 +206,13 @@ def is_scalar_operand(arg: object) -> bool:
     return not isinstance(value(arg), torch.Tensor)
 
 
+PART = "part"
+"""Key in ``meta`` of a node that gives one input out of a tensor that holds several, with the input's name."""
+
+
 def kind(node: fx.Node) -> OperatorKind:  # noqa: PLR0912 - a table in code
     """What the node is to a quantizer (see the module's sets)."""
-    if node.op == "placeholder":
+    if node.op == "placeholder" or PART in node.meta:
         return "input"
     if node.op == "output":
         return "output"

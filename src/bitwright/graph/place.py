@@ -15,6 +15,7 @@ from bitwright.runtimes.target import CLAMPING, Target
 
 FLOAT_ACTIVATIONS, FLOAT_BY_RULE = "activations are float", "float by rule"
 """Reasons of tensors that stay float because the scheme says so."""
+SIDE_BY_SIDE = "inputs side by side, of which each is quantized by itself"
 REFILLS = frozenset({"masked_fill", "where", "nan_to_num"})
 """Behind a softmax they give the rows in which nothing is allowed a value; before them such rows are not numbers."""
 
@@ -206,6 +207,9 @@ def _place_activation(placement: Placement, node: fx.Node, fused: dict[fx.Node, 
         if end == name:  # the node before a multiplication by scales of channels, which bears its name
             return
         placement.unquantized.append(Unquantized(name, op, f"inside the group that is quantized after {end}"))
+        return
+    if node.op == "placeholder" and any(ops.PART in n.meta for n in node.graph.nodes):
+        placement.unquantized.append(Unquantized(name, op, SIDE_BY_SIDE))
         return
     if stays_float(node):
         placement.unquantized.append(Unquantized(name, op, str(node.meta["float"])))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from bitwright.graph import rewrite
+from bitwright.given.several import InputPart, pack_as
+from bitwright.graph import ops, rewrite
 from bitwright.graph.capture import Captured
 from bitwright.graph.devices import keep_together
 from bitwright.graph.insert import insert
@@ -61,6 +62,8 @@ class Student(nn.Module):
         """The images it was made with; None after loading."""
         self.interface: Interface | None = None
         """Names in the file that the network was read from, if it was one."""
+        self.parts: dict[str, InputPart] = {}
+        """Inputs of a network of several, by the node that takes each out of the tensor that holds all."""
         self.result: dict[str, Any] = {}
         """What ``result.json`` holds."""
 
@@ -68,6 +71,11 @@ class Student(nn.Module):
     def teacher(self) -> Captured | None:
         """The float network it was made from; None after loading, until :meth:`attach_teacher`."""
         return self._not_modules[0]
+
+    def has_parts(self, parts: Sequence[InputPart]) -> None:
+        """Finds the nodes that take the inputs of a network of several out of the tensor that holds all."""
+        found = {str(n.meta[ops.PART]): n.name for n in self.graph.graph.nodes if ops.PART in n.meta}
+        self.parts = {found[part.name]: part for part in parts if part.name in found}
 
     def attach_teacher(self, teacher: Captured) -> None:
         """Gives a loaded model its float network back, so that fidelity can be measured."""
@@ -79,8 +87,15 @@ class Student(nn.Module):
         keep_together(self.graph)
         return self
 
-    def forward(self, images: Tensor) -> Any:
-        """Outputs as the user's model arranges them, for [B, C, H, W]."""
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of the inputs of a network of several; none of one."""
+        return tuple(part.name for part in self.parts.values())
+
+    def forward(self, images: Tensor | Mapping[str, Tensor]) -> Any:
+        """Outputs as the user's model arranges them, for [B, C, H, W]; several inputs by name."""
+        if isinstance(images, Mapping):
+            images = pack_as(list(self.parts.values()), images)
         return pytree.tree_unflatten(self.flat(images), self.structure)
 
     def flat(self, images: Tensor) -> list[Tensor]:

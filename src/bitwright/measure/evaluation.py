@@ -16,6 +16,7 @@ from bitwright.errors import BitwrightError, DataError, UsageError, cause
 from bitwright.given.arguments import of_kind, whole_number
 from bitwright.given.images import Images, load_images
 from bitwright.given.models import Model
+from bitwright.given.several import taking
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.capture import Captured
 from bitwright.graph.devices import device_of, exact_float32, moved_to
@@ -85,7 +86,9 @@ def evaluate(
     scoring.check()
     most = None if samples is None else whole_number("samples", samples, least=1)
     given = isinstance(source, Images)
-    images = source if given else load_images(source, model.preprocessing, most=most, input_key=input_key)
+    images = source if given else load_images(
+        source, model.preprocessing, most=most, input_key=input_key, inputs=model.input_names
+    )
     images = labelled(images, labels, class_map)
     images = images if most is None else images.sample(most)
     readings = read_outputs_of(model, images, classes)
@@ -275,7 +278,7 @@ def check_truth(network: Model, images: Images, scoring: Scoring = NOTHING_SAID)
     module: Any = network.module
     if not judges(images, PLAIN, scoring):
         return
-    module = module.module() if isinstance(module, torch.export.ExportedProgram) else module
+    module = module.module() if isinstance(module, torch.export.ExportedProgram) else taking(module, images.parts)
     try:
         with torch.no_grad():
             found = module(images.batch([0, min(1, len(images) - 1)]))

@@ -76,8 +76,8 @@ class Missing:
         return f"{domain}{self.node.op_type} at '{label_of(self.node)}' ({self.reason})"
 
 
-def image_of(program: Any, size: tuple[int, int, int] | None, path: Path) -> Image:
-    """The one image input, with its free sizes as given.
+def images_of(program: Any, size: tuple[int, int, int] | None, path: Path) -> tuple[Image, ...]:
+    """The image inputs, with their free sizes as given.
 
     Args:
         program: of ONNX.
@@ -85,24 +85,27 @@ def image_of(program: Any, size: tuple[int, int, int] | None, path: Path) -> Ima
         path: of the file, for errors.
 
     Raises:
-        ModelError: there is none, there are several, it holds no floats, or its size is not known.
+        ModelError: there is none, one holds no floats or is of no known size, or they are of different batches.
     """
     stored = {t.name for t in program.graph.initializer}
     inputs = [v for v in program.graph.input if v.name not in stored]
-    names = ", ".join(v.name for v in inputs)
-    if len(inputs) != 1:
-        raise ModelError(
-            f"Expected one image input in {path}, found {len(inputs)} inputs ({names or 'none'}). "
-            "Make the others initializers, or export a network that takes the image alone."
-        )
-    (value,) = inputs
+    if not inputs:
+        raise ModelError(f"Expected an image input in {path}, found none. Export a network that takes images.")
+    found = tuple(_image(value, size, path, alone=len(inputs) == 1) for value in inputs)
+    if len({(image.batch, image.free) for image in found}) > 1:
+        said = ", ".join(f"{i.name} {'any number' if i.free else i.batch}" for i in found)
+        raise ModelError(f"Expected inputs of as many images each in {path}, found {said}. Export it with one batch.")
+    return found
+
+
+def _image(value: Any, size: tuple[int, int, int] | None, path: Path, *, alone: bool) -> Image:
     kind = value.type.tensor_type
     if kind.elem_type not in {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE}:
         found = TensorProto.DataType.Name(kind.elem_type).lower() if kind.elem_type else "no tensor"
         raise ModelError(f"Expected an image input of floats in {path}, '{value.name}' is {found}. "
                          "Rest the file behind the conversion (onnx.utils.extract_model).")  # fmt: skip
     sides = [int(d.dim_value) for d in kind.shape.dim]
-    if len(sides) not in {4, 5}:
+    if len(sides) < 2 or (alone and len(sides) not in {4, 5}):
         raise ModelError(f"Expected an image input [N, C, H, W] or [N, H, W, C] in {path}, found '{value.name}' of "
                          f"{'x'.join(str(s or '?') for s in sides) or 'no known shape'}.")  # fmt: skip
     shape = _sized(tuple(sides[1:]), size, value.name, path)
@@ -133,7 +136,7 @@ def _sized(shape: tuple[int, ...], size: tuple[int, int, int] | None, name: str,
 class NodeReader:
     """A file while it is read: the values of its tensors so far, and what has become of its nodes."""
 
-    image: Image
+    images: tuple[Image, ...]
     opset: int
     mode: FakeTensorMode
     values: dict[str, Value] = field(default_factory=dict)
@@ -142,6 +145,11 @@ class NodeReader:
     missing: list[Missing] = field(default_factory=list)
     tail: list[Any] = field(default_factory=list)
     _kept: dict[tuple[Any, ...], str] = field(default_factory=dict)
+
+    @property
+    def image(self) -> Image:
+        """One of the inputs, which are all of one batch."""
+        return self.images[0]
 
     def add(self, node: Any) -> None:
         """Reads one node; what has no counterpart, and what hangs on that, becomes the tail."""
@@ -292,8 +300,8 @@ class Body:
     """What of a file is captured, and what is not.
 
     Attributes:
-        network: from the image to the tensors that the tail reads, and to outputs before it.
-        image: the input.
+        network: from the images to the tensors that the tail reads, and to outputs before it.
+        images: the inputs.
         nodes: of the file that the network stands for, patterns not joined.
         behind: what follows.
         missing: what of that has no counterpart here, and why.
@@ -301,42 +309,48 @@ class Body:
     """
 
     network: OnnxNetwork
-    image: Image
+    images: tuple[Image, ...]
     nodes: list[Any]
     behind: Rest
     missing: list[Missing]
     frame: bytes
 
+    @property
+    def image(self) -> Image:
+        """The first input; others are of the same batch."""
+        return self.images[0]
 
-def build(program: Any, image: Image, path: Path) -> Body:
+
+def build(program: Any, images: tuple[Image, ...], path: Path) -> Body:
     """The network of a program.
 
     Raises:
         ModelError: a node has no counterpart here and weights lie behind it, or no output depends on the images.
     """
     joined = join(program.graph)
-    reading = _read_all(program, joined, image)
+    reading, given = _read_all(program, joined, images), [image.name for image in images]
     if reading.missing:
         _check_tail(reading, path)
     behind = cut_behind(program.graph, reading.values)
     ends = {v.name: reading.values.get(v.name) for v in program.graph.output}
-    ends |= {name: reading.values[name] for name in behind.read if name != image.name}
+    ends |= {name: reading.values[name] for name in behind.read if name not in given}
     made = {name: value.small for name, value in ends.items() if isinstance(value, Traced)}
     if not made or not reading.functions:
         raise ModelError(f"Expected outputs that depend on the images in {path}, found none. Export it again.")
-    network = OnnxNetwork(image.name, tuple(made), image.shape, reading.functions, reading.stored)
+    network = OnnxNetwork(given, tuple(made), reading.functions, reading.stored)
     left = {id(node) for node in behind.nodes}
     whole = [n for n in program.graph.node if id(n) not in left]
     found = frame(program, behind, tuple(made.items()))
-    return Body(network.eval(), image, whole, behind, reading.missing, found)
+    return Body(network.eval(), images, whole, behind, reading.missing, found)
 
 
-def _read_all(program: Any, joined: Nodes, image: Image) -> NodeReader:
-    reading = NodeReader(image, opset_of(program), FakeTensorMode(allow_non_fake_inputs=True))
+def _read_all(program: Any, joined: Nodes, images: tuple[Image, ...]) -> NodeReader:
+    reading = NodeReader(images, opset_of(program), FakeTensorMode(allow_non_fake_inputs=True))
     reading.values |= {name: Known.of(array) for name, array in joined.stored.items()}
-    with reading.mode:
-        small, large = (torch.empty(image.batch * k, *image.shape) for k in (1, 2))
-    reading.values[image.name] = Traced(image.name, small, large)
+    for image in images:
+        with reading.mode:
+            small, large = (torch.empty(image.batch * k, *image.shape) for k in (1, 2))
+        reading.values[image.name] = Traced(image.name, small, large)
     for node in joined.nodes:
         if not (node.op_type == "Constant" and node.output[0] in reading.values):
             reading.add(node)

@@ -44,13 +44,13 @@ def is_coarse(program: Any) -> bool:
     return bool(coarse & (kinds | {v.type.tensor_type.elem_type for v in program.graph.input}))
 
 
-def check_import(program: Any, body: Body, images: Tensor, path: Any) -> float:
+def check_import(program: Any, body: Body, images: Sequence[Tensor], path: Any) -> float:
     """Compares the network with ONNX Runtime.
 
     Args:
         program: that it was read from.
         body: the network.
-        images: [B, ...] as the file takes them.
+        images: [B, ...] as each input of the file takes them.
         path: of the file, for errors.
 
     Returns:
@@ -60,13 +60,14 @@ def check_import(program: Any, body: Body, images: Tensor, path: Any) -> float:
         ModelError: they differ; the first tensor that does is named.
     """
     network = body.network
-    if tuple(images.shape[1:]) != network.image:
-        raise ModelError(
-            f"Expected images of {_by(network.image)} for {path}, found {_by(images.shape[1:])}. "
-            "Give preprocessing= with the size and order of axes that the file has."
-        )
+    for image, given in zip(body.images, images, strict=True):
+        if tuple(given.shape[1:]) != image.shape:
+            raise ModelError(
+                f"Expected images of {_by(image.shape)} for {path}, found {_by(given.shape[1:])}. "
+                "Give preprocessing= with the size and order of axes that the file has."
+            )
     with torch.no_grad():
-        found = returned(network(images))
+        found = returned(network(*images))
     names = network.outputs
     theirs = run(program, body, names, found, images, path)
     worst = max(_difference(a, b) for a, b in zip(theirs, found, strict=True))
@@ -85,19 +86,24 @@ def _by(shape: Sequence[int]) -> str:
 
 
 def run(
-    program: Any, body: Body, names: Sequence[str], like: Sequence[Tensor], images: Tensor, path: Any
+    program: Any, body: Body, names: Sequence[str], like: Sequence[Tensor], images: Sequence[Tensor], path: Any
 ) -> list[Tensor]:
     """What ONNX Runtime gives for the tensors of these names, image by image where the file fixes their number."""
     part = part_of(program, body, names, [_kind(program, n, v) for n, v in zip(names, like, strict=True)])
     session = _session(part, path)
-    batch = len(images) if body.image.free else body.image.batch
-    kind = np.float16 if "float16" in session.get_inputs()[0].type else np.float32
+    count = len(images[0])
+    batch = count if body.image.free else body.image.batch
+    kinds = {i.name: np.float16 if "float16" in i.type else np.float32 for i in session.get_inputs()}
     rows: list[list[Tensor]] = []
-    for start in range(0, len(images), batch):
-        given = images[start : start + batch]
-        missing = batch - len(given)
-        given = torch.cat([given, given[:1].expand(missing, *given.shape[1:])]) if missing else given
-        answers = session.run(None, {body.image.name: given.numpy().astype(kind)})
+    for start in range(0, count, batch):
+        missing = max(0, start + batch - count)
+        feed = {}
+        for image, x in zip(body.images, images, strict=True):
+            given = x[start : start + batch]
+            given = torch.cat([given, given[:1].expand(missing, *given.shape[1:])]) if missing else given
+            if image.name in kinds:
+                feed[image.name] = given.numpy().astype(kinds[image.name])
+        answers = session.run(None, feed)
         rows.append([as_tensor(np.asarray(a))[: batch - missing] for a in answers])
     return [torch.cat(column) if column[0].dim() else column[0] for column in zip(*rows, strict=True)]
 
@@ -134,17 +140,17 @@ def _difference(theirs: Tensor, ours: Tensor) -> float:
     return difference if np.isfinite(difference) else float("inf")
 
 
-def _own_error(network: OnnxNetwork, images: Tensor, found: Sequence[Tensor]) -> float:
+def _own_error(network: OnnxNetwork, images: Sequence[Tensor], found: Sequence[Tensor]) -> float:
     """How far float32 itself is from float64, which deep networks make more of."""
     import copy
 
     with torch.no_grad():
-        exact = returned(copy.deepcopy(network).double()(images.double()))
+        exact = returned(copy.deepcopy(network).double()(*(x.double() for x in images)))
     pairs = [(a, b) for a, b in zip(exact, found, strict=True) if b.is_floating_point()]
     return max((relative_difference(a, b) for a, b in pairs), default=0.0)
 
 
-def _first(program: Any, body: Body, images: Tensor, path: Any) -> str:
+def _first(program: Any, body: Body, images: Sequence[Tensor], path: Any) -> str:
     """The first tensor that differs, as `` first at 'name' (Operator)``."""
     ours = body.network.watched(images)
     makers = {name: node for node in body.nodes for name in node.output}

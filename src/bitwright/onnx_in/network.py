@@ -63,21 +63,20 @@ class Line:
 
 
 class OnnxNetwork(nn.Module):
-    """The float network of an ONNX file; called with images as its input has them, for any number of images.
+    """The float network of an ONNX file; called with images as its inputs have them, for any number of images.
 
     Invariants: every stored tensor is a buffer under its name in the file, once; every node is a submodule.
     """
 
     def __init__(
         self,
-        given: str,
+        given: Sequence[str],
         outputs: Sequence[str],
-        image: tuple[int, ...],
         functions: Sequence[tuple[Callable[..., Any], tuple[OperandSource, ...], tuple[str, ...]]],
         stored: Mapping[str, Tensor],
     ) -> None:
         super().__init__()
-        self.given, self.outputs, self.image = given, tuple(outputs), image
+        self.input_names, self.outputs = tuple(given), tuple(outputs)
         names = [made[0] for _, _, made in functions]
         paths = distinct(names, list(stored))
         self.tensors = {legible(paths[name]): name for name in names if legible(paths[name]) != name}
@@ -90,25 +89,25 @@ class OnnxNetwork(nn.Module):
             self._lines.append(Line(step, tuple(_at(paths, source) for source in sources), made))
         self._last = {s: k for k, line in enumerate(self._lines) for s in line.sources if isinstance(s, str)}
 
-    def forward(self, images: Tensor) -> Any:
+    def forward(self, *images: Tensor) -> Any:
         """Outputs by name; the tensor itself where there is one.
 
         Args:
-            images: [B, ...] as the file's input has them.
+            images: [B, ...] as each input of the file has them.
         """
         values = self._run(images, keep=False)
         outputs = {name: values[name] for name in self.outputs}
         return outputs if len(outputs) > 1 else next(iter(outputs.values()))
 
-    def watched(self, images: Tensor) -> dict[str, Any]:
+    def watched(self, images: Sequence[Tensor]) -> dict[str, Any]:
         """Every tensor on the way, by its name in the file."""
         with torch.no_grad():
             return self._run(images, keep=True)
 
-    def _run(self, images: Tensor, *, keep: bool) -> dict[str, Any]:
-        values: dict[str, Any] = {self.given: images}
+    def _run(self, images: Sequence[Tensor], *, keep: bool) -> dict[str, Any]:
+        values: dict[str, Any] = dict(zip(self.input_names, images, strict=True))
         for k, line in enumerate(self._lines):
-            found = line.step(*(self._operand(source, values, images) for source in line.sources))
+            found = line.step(*(self._operand(source, values, images[0]) for source in line.sources))
             values |= zip(line.outputs, found if isinstance(found, tuple | list) else (found,), strict=False)
             for source in () if keep else line.sources:
                 if isinstance(source, str) and self._last[source] == k and source not in self.outputs:

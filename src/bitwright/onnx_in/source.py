@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,18 @@ from typing import Any
 from torch import Tensor
 
 from bitwright.errors import ModelError
+from bitwright.given.several import InputPart
 from bitwright.given.text import short
 from bitwright.graph.outputs import Interface
-from bitwright.onnx_in.build import Body, build, image_of
+from bitwright.onnx_in.build import Body, Image, build, images_of
 from bitwright.onnx_in.check import check_import, is_coarse
 from bitwright.onnx_in.file import digest, read_program
 from bitwright.onnx_in.network import OnnxNetwork
 from bitwright.onnx_in.tail import Tail
 from bitwright.words import plural
+
+SEVERAL = "inputs"
+"""What stands for several inputs while they are one tensor."""
 
 
 @dataclass
@@ -50,7 +55,7 @@ class OnnxFile:
         """
         program = read_program(path)
         try:
-            file = cls(path, digest(path), program, build(program, image_of(program, size, path), path))
+            file = cls(path, digest(path), program, build(program, images_of(program, size, path), path))
         except (LookupError, ValueError, TypeError, ArithmeticError, AttributeError) as error:
             raise ModelError(f"Expected an ONNX file, cannot read {path} ({short(error)}). Export it again.") from error
         if is_coarse(program):
@@ -78,8 +83,13 @@ class OnnxFile:
         return self.body.network
 
     @property
+    def inputs(self) -> tuple[Image, ...]:
+        """The image inputs."""
+        return self.body.images
+
+    @property
     def image(self) -> tuple[int, ...]:
-        """Shape of one image as the network takes it."""
+        """Shape of one image as the network takes it, by its first input."""
         return self.body.image.shape
 
     @property
@@ -93,7 +103,8 @@ class OnnxFile:
         batch = None if self.body.image.free else self.body.image.batch
         axis = self.body.image.axis or "N"
         about = {"frame": self.body.frame, "batch": batch, "axis": axis, "tensors": self.network.tensors}
-        return Interface.of(self.body.image.name, self.network.outputs, **about)
+        name = self.body.image.name if len(self.inputs) == 1 else SEVERAL
+        return Interface.of(name, self.network.outputs, **about)
 
     def tail(self) -> Tail | None:
         """What follows the network, in ONNX Runtime; None where nothing does."""
@@ -101,12 +112,23 @@ class OnnxFile:
             return None
         return Tail(self.body.frame, batch=self.names.batch)
 
-    def check(self, images: Tensor) -> None:
+    def check(self, images: Tensor, parts: Sequence[InputPart] = ()) -> None:
         """Compares the network with ONNX Runtime on images, the first time that it is asked.
 
+        Args:
+            images: [B, ...].
+            parts: the inputs that they hold, for a file of several.
+
         Raises:
-            ModelError: they differ.
+            ModelError: they differ, or inputs are missing.
         """
+        names, given = [i.name for i in self.inputs], {part.name: part.of(images) for part in parts}
+        if len(names) > 1 and given.keys() != set(names):
+            raise ModelError(
+                f"Expected inputs {', '.join(names)}, which {self.path} takes, found "
+                f"{', '.join(given) or 'images alone'}. Give an .npz file, or a dict, with an array for each."
+            )
         if not self._checked:
-            check_import(self.program, self.body, images, self.path)
+            each = [images] if len(names) == 1 else [given[name] for name in names]
+            check_import(self.program, self.body, each, self.path)
             self._checked = True

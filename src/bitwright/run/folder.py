@@ -27,6 +27,7 @@ from bitwright.run.result import SCHEMA, RunResult
 from bitwright.run.swap import interrupted, recover, swap
 
 if TYPE_CHECKING:
+    from bitwright.given.several import InputPart
     from bitwright.graph.student import Student
 
 P = ParamSpec("P")
@@ -205,6 +206,7 @@ def write_files(model: Student, folder: Path) -> None:
     settings = model.preprocessing.model_dump(mode="json") if isinstance(model.preprocessing, Preprocessing) else None
     extra = {"preprocessing": settings}
     names = {} if model.interface is None else {"interface": model.interface.stored()}
+    names |= {"parts": {node: part.stored() for node, part in model.parts.items()}} if model.parts else {}
     save_packed(model, folder / MODEL, {**extra, **names})
     plan_of(model).write(folder / PLAN)
     model.result["size"] = {
@@ -302,8 +304,19 @@ def load(folder: str | Path) -> Student:
     settings = extra.get("preprocessing")
     model.preprocessing = None if settings is None else Preprocessing(**settings)
     model.interface = Interface.read(extra.get("interface"))
+    model.parts = _parts(extra.get("parts"))
     model.result = result or model.result
     return model
+
+
+def _parts(stored: Any) -> dict[str, InputPart]:
+    """Inputs of a network of several; none if something else is stored."""
+    from bitwright.given.several import InputPart
+
+    try:
+        return {str(node): InputPart.read(part) for node, part in (stored or {}).items()}
+    except (TypeError, KeyError, ValueError, AttributeError):
+        return {}
 
 
 def _recorded(folder: Path) -> dict[str, Any]:

@@ -212,7 +212,7 @@ def save(
         raise UsageError(f"Expected images as evaluate= beside labels=, found {evaluate!r}.")
     images = None
     if measured and evaluate is not True:
-        images = labelled(load_images(evaluate, model.preprocessing), labels, class_map)
+        images = labelled(load_images(evaluate, model.preprocessing, inputs=model.input_names), labels, class_map)
     scoring = Scoring(task, metric, decode)
     scoring.check()
     wanted = Wanted(images, scoring, measured, diagnosis, onnx, report, pictures, force=force)

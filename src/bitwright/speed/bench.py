@@ -157,9 +157,14 @@ def _files(path: Path, scratch: Path) -> _Files:
 
     try:
         program: ir.Model = onnx_ir.load(path)
+        if len(program.graph.inputs) > 1:
+            names = ", ".join(str(value.name) for value in program.graph.inputs)
+            raise UsageError(f"Expected a file of one input to time, found {names} in {path}.")
         (given,) = program.graph.inputs
         assert given.shape is not None
         shape = tuple(int(side) for side in list(given.shape)[1:])
+    except UsageError:
+        raise
     except Exception as error:
         raise UsageError(f"{path} is not a file that bitwright exported. Export the run again.") from error
     save_onnx(float_twin(program), scratch / FLOAT_FILE)

@@ -29,10 +29,13 @@ class Views:
         return len(self.images) * self.draws
 
     def batch(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """[B, C, H, W]; index ``i`` is view ``i // len(images)`` of image ``i % len(images)``."""
+        """[B, C, H, W]; index ``i`` is view ``i // len(images)`` of image ``i % len(images)``.
+
+        Inputs of different shapes, which lie one after another, have no views: each would be cut otherwise.
+        """
         chosen = [int(i) for i in indices]
         batch = self.images.batch([i % len(self.images) for i in chosen])
-        if all(i < len(self.images) for i in chosen):
+        if all(i < len(self.images) for i in chosen) or any(part.flat for part in self.images.parts):
             return batch
         return torch.stack([self._view(x, i) for x, i in zip(batch, chosen, strict=True)])
 
