@@ -19,7 +19,7 @@ import bitwright as bw
 from bitwright.cli import main
 from bitwright.errors import DataError, ModelError, UsageError
 from bitwright.given.images import load_images
-from bitwright.given.several import pack
+from bitwright.given.several import side_by_side
 from bitwright.stages.augment import Views
 
 MAP = (3, 8, 8)
@@ -145,7 +145,7 @@ def test_wrong_inputs_are_said_in_one_line() -> None:
     with pytest.raises(ModelError, match="Expected inputs left, right, which the network takes, found a, b"):
         bw.quantize(Siamese().eval(), dict(zip("ab", pair().values(), strict=True)), "rtn")
     with pytest.raises(DataError, match="as many images each"):
-        pack({"left": torch.zeros(2, 3), "right": torch.zeros(3, 3)})
+        side_by_side({"left": torch.zeros(2, 3), "right": torch.zeros(3, 3)})
     with pytest.raises(DataError, match="a float tensor 'pixels'"):
         load_images(pair(), None, input_key="pixels")
 

@@ -30,7 +30,7 @@ TOLERANCE = 1e-5
 COARSE_TOLERANCE = 0.05
 """Tolerance of a network that computes in float16 or bfloat16 itself, which has three digits."""
 
-PART = "bitwright.given.several.Part"
+PART = "bitwright.given.several.TakeInput"
 """Modules that take one input out of a tensor that holds several."""
 WHOLE = "bitwright.onnx_in.network."
 """Modules of which each is one operator to its user: what is left of one takes its path, whatever it is made of."""

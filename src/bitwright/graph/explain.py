@@ -26,8 +26,8 @@ def cannot_run(error: BaseException, images: torch.Tensor) -> ModelError:
     said, place, text = first_line(error), where(error), str(error)
     if isinstance(error, TypeError) and "argument" in text and not place:
         return ModelError(
-            f"Expected a model of one image tensor ({said}). Give several inputs by name, in a dict or an .npz file, or "
-            "wrap it in a module that takes one."
+            f"Expected a model of one image tensor ({said}). Give several inputs by name, in a dict or an .npz file, "
+            "or wrap it in a module that takes one."
         )
     shape = "x".join(str(d) for d in images.shape[1:])
     remedy = next((remedy for words, remedy in REMEDIES if any(word in text for word in words)), None)

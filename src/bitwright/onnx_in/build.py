@@ -76,7 +76,7 @@ class Missing:
         return f"{domain}{self.node.op_type} at '{label_of(self.node)}' ({self.reason})"
 
 
-def images_of(program: Any, size: tuple[int, int, int] | None, path: Path) -> tuple[Image, ...]:
+def onnx_images(program: Any, size: tuple[int, int, int] | None, path: Path) -> tuple[Image, ...]:
     """The image inputs, with their free sizes as given.
 
     Args:

@@ -14,7 +14,7 @@ from bitwright.errors import ModelError
 from bitwright.given.several import InputPart
 from bitwright.given.text import short
 from bitwright.graph.outputs import Interface
-from bitwright.onnx_in.build import Body, Image, build, images_of
+from bitwright.onnx_in.build import Body, Image, build, onnx_images
 from bitwright.onnx_in.check import check_import, is_coarse
 from bitwright.onnx_in.file import digest, read_program
 from bitwright.onnx_in.network import OnnxNetwork
@@ -55,7 +55,7 @@ class OnnxFile:
         """
         program = read_program(path)
         try:
-            file = cls(path, digest(path), program, build(program, images_of(program, size, path), path))
+            file = cls(path, digest(path), program, build(program, onnx_images(program, size, path), path))
         except (LookupError, ValueError, TypeError, ArithmeticError, AttributeError) as error:
             raise ModelError(f"Expected an ONNX file, cannot read {path} ({short(error)}). Export it again.") from error
         if is_coarse(program):
