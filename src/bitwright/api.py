@@ -18,8 +18,8 @@ from bitwright.given.arguments import SEEDS, a_path, a_time, check_alone, choice
 from bitwright.given.images import Images, load_images
 from bitwright.given.inputs import as_model, calibration_images, find_device, prepare_teacher, sized_by
 from bitwright.given.models import Model
-from bitwright.given.several import input_names
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing
+from bitwright.given.several import input_names
 from bitwright.graph.capture import Captured
 from bitwright.graph.devices import exact_float32, place_on
 from bitwright.graph.student import Student, insert_quantizers
@@ -268,8 +268,10 @@ def preview(
     """
     network, scheme = as_model(model, preprocessing), scheme or Scheme()
     if goal is None:
-        data = images if isinstance(images, Images) else load_images(
-            images, network.preprocessing, inputs=input_names(network.module), most=2
+        data = (
+            images
+            if isinstance(images, Images)
+            else load_images(images, network.preprocessing, inputs=input_names(network.module), most=2)
         )
         return insert_as(prepare_teacher(network, data, output), scheme, _as_plan(plan, scheme))
     data = calibration_images(images, network, samples, skip_unreadable)

@@ -118,7 +118,7 @@ def test_inputs_of_other_shapes_come_in_a_loader_of_dicts(tmp_path: Path) -> Non
     assert "top1" in model.evaluate(batches)["quantized"]
     model.export(tmp_path / "model.onnx")
     torch.testing.assert_close(in_runtime(tmp_path / "model.onnx", x), model(x)["scores"], atol=1e-5, rtol=1e-5)
-    views = Views(load_images(x, None), draws=2)
+    views = Views(load_images(x, None, inputs=list(x)), draws=2)
     assert torch.equal(views.batch([9]), views.batch([1]))  # cut as an image, both inputs would be lost
 
 
@@ -130,24 +130,27 @@ def test_a_transformer_takes_its_pixels_by_name() -> None:
     assert model.outputs == ("logits",)
     torch.testing.assert_close(model(x)["logits"], net(pixel_values=x).logits, atol=0.03, rtol=0.03)
     assert model.evaluate(batches)["quantized"].keys() == {"top1", "top1_ci"}
-    both = load_images([{"pixel_values": x, "depth": x[:, :1]}], None, input_key="pixel_values")
-    assert [p.name for p in both.parts] == ["pixel_values"]
 
 
 def test_inputs_without_names_go_by_their_order() -> None:
     x = pair(4)
     net = Siamese().eval()
     model = bw.quantize(net, [((x["left"], x["right"]), torch.arange(4))], "rtn")
-    torch.testing.assert_close(model(dict(zip("01", x.values(), strict=True))), net(**x), atol=0.03, rtol=0.03)
+    torch.testing.assert_close(model(x), net(**x), atol=0.03, rtol=0.03)
 
 
-def test_wrong_inputs_are_said_in_one_line() -> None:
-    with pytest.raises(ModelError, match="Expected inputs left, right, which the network takes, found a, b"):
-        bw.quantize(Siamese().eval(), dict(zip("ab", pair().values(), strict=True)), "rtn")
+def test_wrong_inputs_are_said_in_one_line(tmp_path: Path) -> None:
+    x = pair()
+    with pytest.raises(DataError, match=r"Expected one entry of images in each dict .* left .* other"):
+        bw.quantize(nn.Conv2d(3, 4, 1).eval(), {"left": x["left"], "other": x["right"]}, "rtn")
+    np.savez(tmp_path / "x.npz", a=x["left"].numpy())
+    with pytest.raises(DataError, match=r"Expected an array 'images', or inputs left, right, in .* found a"):
+        bw.quantize(Siamese().eval(), str(tmp_path / "x.npz"), "rtn")
+    others = load_images(x, None, inputs=list(x))
+    with pytest.raises(ModelError, match="Expected inputs image, numbers, which the network takes, found left, right"):
+        bw.quantize(WithNumbers().eval(), others, "rtn")
     with pytest.raises(DataError, match="as many images each"):
         side_by_side({"left": torch.zeros(2, 3), "right": torch.zeros(3, 3)})
-    with pytest.raises(DataError, match="a float tensor 'pixels'"):
-        load_images(pair(), None, input_key="pixels")
 
 
 @pytest.fixture

@@ -107,7 +107,7 @@ def run_images(model: Student, source: str | None, reading: ImageOptions, how: s
     source = recorded if source is None else source
     if source is None:
         raise UsageError(f"The check of the exported file needs a few images. Give {how}.")
-    network: Model | None = Model(model, "", model.preprocessing) if model.preprocessing is not None else None
+    network = Model(model, "", model.preprocessing) if model.preprocessing is not None or model.parts else None
     if network is None and not reading.preprocessing and not source.endswith(".npz"):
         network = float_network(model, None, reading)
     try:

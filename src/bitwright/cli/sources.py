@@ -17,8 +17,8 @@ from bitwright.given.images import Images, load_images
 from bitwright.given.models import Model, example_shape, load_model, preprocessing_of
 from bitwright.given.preprocessing import Preprocessing, has_channels_last
 from bitwright.given.references import absolute_reference, absolute_source
-from bitwright.given.text import short
 from bitwright.given.several import input_names
+from bitwright.given.text import short
 from bitwright.graph.student import Student
 from bitwright.measure.truth_files import labelled
 from bitwright.run import folder as run_folder

@@ -14,10 +14,10 @@ from bitwright.curvature.spectrum import Spectrum
 from bitwright.errors import UsageError
 from bitwright.given.arguments import whole_number
 from bitwright.given.images import Images, load_images
-from bitwright.given.several import input_names
 from bitwright.given.inputs import as_model, find_device, prepare_teacher
 from bitwright.given.models import Model
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing
+from bitwright.given.several import input_names
 from bitwright.graph.capture import Captured
 from bitwright.graph.devices import exact_float32, place_on
 from bitwright.progress import Progress, silent
@@ -317,7 +317,11 @@ def _images(source: Any, network: Model, labels: Any, samples: int | None, skip_
         images = source
     else:
         images = load_images(
-            source, network.preprocessing, labels=labels, inputs=input_names(network.module), skip_unreadable=skip_unreadable
+            source,
+            network.preprocessing,
+            labels=labels,
+            inputs=input_names(network.module),
+            skip_unreadable=skip_unreadable,
         )
     if samples is not None:
         whole_number("samples", samples, least=1)
