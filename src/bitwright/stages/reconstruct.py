@@ -46,7 +46,7 @@ from bitwright.stages.tuning import (
     Samples,
     Targets,
     Tuner,
-    placed,
+    held_on,
     seconds_per_step,
 )
 
@@ -237,7 +237,7 @@ class Reconstruct(Optimising):
         targets = Targets(expose(teacher.graph, [p.node for p in points]), points, torch.float32)
         first = samples.batch(range(min(8, len(images)))).to(run.device)
         learner.measure_outputs(targets(torch.arange(len(first)), first))
-        feed = ImageFeed(placed(samples, run.device, pass_budget(run.device) // 8), targets, run.device)
+        feed = ImageFeed(held_on(samples, run.device, pass_budget(run.device) // 8), targets, run.device)
 
         def tuner_of(plan: Pace) -> Tuner:
             targets.precision = getattr(torch, plan.precision)

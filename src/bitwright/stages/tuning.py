@@ -149,7 +149,7 @@ class OnDevice:
         return self.whole[torch.as_tensor(list(indices)).to(self.whole.device)]
 
 
-def placed(samples: Samples, device: torch.device, budget: int) -> Samples:
+def held_on(samples: Samples, device: torch.device, budget: int) -> Samples:
     """The samples on a GPU, if all of them fit into a budget of bytes; else as they are, copied batch by batch."""
     one = samples.batch([0])
     if device.type == "cpu" or one.nbytes * len(samples) > budget:
