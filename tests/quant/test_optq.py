@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bitwright.quant.grid import Grid
-from bitwright.quant.optq import compensate, sweep_codes
+from bitwright.quant.optq import compensate, least_squares_steps, sweep_codes, towards_float
 
 QMIN, QMAX = -4, 3
 GRID4 = Grid(4, symmetric=True)
@@ -271,3 +271,48 @@ def test_descent_rounds_dead_inputs_to_nearest() -> None:
     inputs[:, :, 2] = 0.0
     found = sweep_codes(weight, torch.zeros_like(weight), gram(inputs), scale, to_nearest)
     assert torch.equal(found[:, :, 2], to_nearest(weight, scale)[:, :, 2])
+
+
+def two_inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """A weight [1, 5, 9], what it reads in float and what quantized layers give instead, [1, 200, 9] in float64."""
+    weight, inputs, _ = problem(seed, groups=1, samples=200)
+    noise = torch.randn(inputs.shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+    return weight, inputs.double(), inputs.double() + 0.5 * noise
+
+
+def test_outputs_for_float_inputs_are_a_target_of_their_own() -> None:
+    """``||Q X' - W X||^2`` less ``tr((Q - T) H (Q - T)^T)`` does not depend on Q."""
+    weight, x, seen = two_inputs()
+    own, cross = seen.mT @ seen, x.mT @ seen
+    target = towards_float(weight, own, cross, share=1.0, damping=0.0).double()
+    left = []
+    for seed in range(4):
+        q = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        left.append(float((seen @ q.mT - x @ weight.double().mT).square().sum() - objective(q, target, own).sum()))
+    assert left == pytest.approx([left[0]] * 4, rel=1e-4)
+
+
+def test_the_way_to_the_target() -> None:
+    weight, x, seen = two_inputs()
+    own, cross = seen.mT @ seen, x.mT @ seen
+    assert torch.equal(towards_float(weight, own, cross, share=0.0, damping=0.1), weight)
+    torch.testing.assert_close(towards_float(weight, own, own, share=1.0, damping=0.1), weight)
+    half, whole = (towards_float(weight, own, cross, share=s, damping=0.1) for s in (0.5, 1.0))
+    torch.testing.assert_close(half, (weight + whole) / 2)
+    assert float((whole - weight).abs().max()) > 0.05
+
+
+def test_steps_of_least_squares() -> None:
+    weight, x, seen = two_inputs()
+    values = to_nearest(weight, torch.full((1, 5, 1), 0.7)).double()
+    found = least_squares_steps(weight, values, seen.mT @ seen, x.mT @ seen)
+    for row in range(5):
+        ours, theirs = seen[0] @ values[0, row], x[0] @ weight[0, row].double()
+        best = torch.linalg.lstsq(ours.unsqueeze(1), theirs.unsqueeze(1)).solution
+        assert float(found[0, row]) == pytest.approx(float(best), rel=1e-6)
+
+
+def test_a_row_that_gives_nothing_keeps_its_step() -> None:
+    weight, x, _ = two_inputs()
+    hessian = x.mT @ x
+    assert least_squares_steps(weight, torch.zeros_like(weight), hessian, hessian).tolist() == [[1.0] * 5]

@@ -1,0 +1,132 @@
+"""Layers of few bits rounded one after the other, from what quantized layers give."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import CASES, dataset, prepared
+from torch import Tensor
+
+import bitwright as bw
+from bitwright import zoo
+from bitwright.api import prepare_teacher
+from bitwright.given.images import Images
+from bitwright.given.models import load_model
+from bitwright.graph.capture import Captured
+from bitwright.graph.student import Student, insert_quantizers
+from bitwright.graph.watch import values_of
+from bitwright.quant.scheme import Rule, Scheme
+from bitwright.stages import cascade as module
+from bitwright.stages.base import Run
+from bitwright.stages.calibrate import Calibrate
+from bitwright.stages.cascade import Cascade
+from bitwright.stages.losses import kl_divergence
+from bitwright.stages.optq import Optq
+
+
+def start(teacher: Captured, data: Images, **scheme: object) -> Student:
+    student = insert_quantizers(teacher, Scheme(**{"weights": 2, **scheme}))
+    student = Calibrate(weights="mse", activations="mse").run(student, teacher, data, Run())
+    return Optq(positions=16).run(student, teacher, data, Run())
+
+
+def after(teacher: Captured, data: Images, scheme: dict | None = None, **stage: object) -> Student:
+    return Cascade(**stage).run(start(teacher, data, **(scheme or {})), teacher, data, Run())
+
+
+def tensors(student: Student) -> dict[str, Tensor]:
+    return dict(student.graph.named_buffers())
+
+
+def test_images_that_nothing_saw_lose_less() -> None:
+    network = load_model("zoo:fashion_cnn")
+    pictures = bw.load_images(zoo.images("fashion")[0], network.preprocessing)
+    teacher, fit, x = prepare_teacher(network, pictures[:2]), pictures[:24], pictures[512:544].batch(range(32))
+    student = start(teacher, fit)
+    losses = []
+    for _ in range(2):
+        with torch.no_grad():
+            losses.append(float(kl_divergence(student.flat(x)[0], teacher.graph(x)[0]).mean()))
+        student = Cascade().run(student, teacher, fit, Run())
+    assert losses[1] < 0.4 * losses[0]
+
+
+@pytest.mark.parametrize("weights", [4, 8, None])
+def test_a_network_without_few_bits_is_left_as_it_is(weights: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "Walk", None)
+    teacher, data = prepared("residual"), dataset(4)
+    before = start(teacher, data, weights=weights)
+    kept = tensors(before)
+    assert all(torch.equal(t, kept[k]) for k, t in tensors(Cascade().run(before, teacher, data, Run())).items())
+
+
+def test_layers_of_more_bits_keep_their_codes() -> None:
+    teacher, data = prepared("residual"), dataset(8)
+    scheme = {"rules": (Rule.parse("conv=w4"),)}
+    one, two = tensors(start(teacher, data, **scheme)), tensors(after(teacher, data, scheme))
+    assert {k for k in ("stem.weight", "conv.weight", "head.weight") if torch.equal(one[k], two[k])} == {"conv.weight"}
+
+
+@pytest.mark.parametrize("name", ["conv_bn_relu6", "transformer"])
+def test_every_layer_keeps_the_float_networks_mean(name: str) -> None:
+    """Of all positions, for the inputs that it has now; biases before they become integers."""
+    teacher, data = prepared(name), dataset(12)
+    student = after(teacher, data, positions=1000)
+    x = data.batch(range(12))
+    for layer in student.layers:
+        if layer.weight is None:
+            continue
+        (a,), (b,) = (values_of(m.graph, x, [layer.node])[0].values() for m in (student, teacher))
+        axes = [0, 2, 3] if a.dim() == 4 else list(range(a.dim() - 1))
+        spread = float(b.std())
+        torch.testing.assert_close(a.mean(axes), b.mean(axes), rtol=0, atol=0.05 * spread)
+
+
+def test_the_share_is_chosen_on_images_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where held-out images say nothing else, what is best for those that were seen would be the whole way."""
+    asked: list[float] = []
+    solve = Cascade._solve
+
+    def spy(self: Cascade, layer: object, moments: object, share: float) -> tuple[Tensor, Tensor]:
+        asked.append(share)
+        return solve(self, layer, moments, share)
+
+    monkeypatch.setattr(Cascade, "_solve", spy)
+    after(prepared("residual"), dataset(12))
+    assert [asked[i : i + 3] for i in range(0, 12, 4)] == [[0.0, 0.5, 1.0]] * 3
+    assert asked[3] == 0.0  # the first layer reads the images, which are the same in both networks but for their grid
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_it_runs_on_everything_and_leaves_the_teacher_alone(name: str) -> None:
+    teacher, data = prepared(name), dataset(4)
+    before = {k: v.clone() for k, v in teacher.graph.named_buffers()}
+    student = after(teacher, data, positions=3)
+    assert all(torch.equal(before[k], v) for k, v in teacher.graph.named_buffers())
+    x = data.batch(range(4))
+    found = student.flat(x)
+    assert all(bool(torch.isfinite(t).all()) for t in found)
+    assert all(torch.equal(a, b) for a, b in zip(found, student.freeze().flat(x), strict=True))
+
+
+@pytest.mark.parametrize("scheme", [{"granularity": "group", "group_size": 2}, {"granularity": "tensor"}])
+def test_other_granularities(scheme: dict[str, object]) -> None:
+    """Steps of groups grow together; a single step for all channels has none of its own, so the codes stay."""
+    teacher, data = prepared("transformer"), dataset(8)
+    before, student = tensors(start(teacher, data, **scheme)), after(teacher, data, scheme)
+    same = torch.equal(before["mlp.0.weight"], tensors(student)["mlp.0.weight"])
+    assert same == (scheme["granularity"] == "tensor")
+
+
+def test_few_images_for_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    class Spy(module.Walk):
+        def __init__(self, graph: object, batches: list[Tensor]) -> None:
+            seen.append(sum(map(len, batches)))
+            super().__init__(graph, batches)
+
+    monkeypatch.setattr(module, "Walk", Spy)
+    monkeypatch.setattr(module, "MEMORY", 1)
+    after(prepared("residual"), dataset(12))
+    assert seen == [module.FEWEST] * 2
