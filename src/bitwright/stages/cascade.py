@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -89,7 +91,7 @@ class Cascade(Stage):
         stored, quantizer = _weight_of(student, node.name)
         weight = rewrite.get_tensor(teacher.graph, stored)
         parts = [
-            _Moments.of(*(_inputs(node, x, weight, self.positions, _generator(run, i)) for x in pair))
+            _Moments.of(*(_inputs(node, x, weight, self.positions, _draw(run, i)) for x in pair))
             for i, pair in enumerate(zip(ours, theirs, strict=True))
         ]
         seen = [p for i, p in enumerate(parts) if i % 4 != 3] or parts
@@ -184,9 +186,9 @@ class _Moments:
         return missing.squeeze(2)
 
 
-def _generator(run: Run, batch: int) -> torch.Generator:
-    """So that the same positions are drawn from both networks."""
-    return torch.Generator().manual_seed(run.seed * 7919 + batch)
+def _draw(run: Run, batch: int) -> Callable[[int], Tensor]:
+    """Draws the same positions for both networks."""
+    return partial(torch.randperm, generator=torch.Generator().manual_seed(run.seed * 7919 + batch))
 
 
 def _readers(node: fx.Node) -> int:
