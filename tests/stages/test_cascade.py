@@ -39,7 +39,7 @@ def tensors(student: Student) -> dict[str, Tensor]:
 
 
 def test_images_that_nothing_saw_lose_less() -> None:
-    network = load_model("zoo:fashion_cnn")
+    network = load_model("zoo:fashion_vit")
     pictures = bw.load_images(zoo.images("fashion")[0], network.preprocessing)
     teacher, fit, x = prepare_teacher(network, pictures[:2]), pictures[:24], pictures[512:544].batch(range(32))
     student = start(teacher, fit)
@@ -48,7 +48,7 @@ def test_images_that_nothing_saw_lose_less() -> None:
         with torch.no_grad():
             losses.append(float(kl_divergence(student.flat(x)[0], teacher.graph(x)[0]).mean()))
         student = Cascade().run(student, teacher, fit, Run())
-    assert losses[1] < 0.4 * losses[0]
+    assert losses[1] < 0.6 * losses[0]
 
 
 @pytest.mark.parametrize("weights", [4, 8, None])
