@@ -181,6 +181,53 @@ def test_what_follows_the_body_is_in_the_file_that_comes_out(detector: Path, tmp
     bitwright(capsys, "parity", str(folder), str(tmp_path / "x.npz"), "--runtime", "onnxruntime")
 
 
+BOXES = """
+import torch
+
+def before(outputs):  # of the network that is quantized
+    best, sides = outputs["best"], outputs["boxes"]
+    scores, places = best.topk(3, dim=1)
+    return _boxes(scores, sides.gather(2, places[:, None].expand(-1, 2, -1)))
+
+def behind(outputs):  # of the file
+    return _boxes(*outputs)
+
+def _boxes(scores, sides):
+    low = sides.movedim(1, 2).sigmoid() * 4
+    corners = [torch.cat([a, a + 4], 1) for a in low]
+    return [{"boxes": c, "scores": s.sigmoid(), "labels": torch.zeros(3)} for c, s in zip(corners, scores)]
+"""
+
+
+@pytest.mark.filterwarnings("ignore:The last")
+def test_a_detector_is_evaluated_with_what_follows_its_body_and_without(
+    detector: Path, tmp_path: Path, capsys: Said
+) -> None:
+    pytest.importorskip("faster_coco_eval", reason="average precision is computed by faster-coco-eval")
+    (tmp_path / "boxes.py").write_text(BOXES)
+    space: dict[str, Any] = {}
+    exec(BOXES, space)
+    x = images(6, (3, 8, 10))
+    truth = space["behind"](in_runtime(detector, x, one_by_one=True))
+    found = bw.quantize(str(detector), x, "rtn")
+    before = found.evaluate(x, [{k: t[k] for k in ("boxes", "labels")} for t in truth], decode=space["before"])
+    assert before["float"]["map50"] > 0.95
+    folder = found.save(tmp_path / "run", onnx=True)
+    (tmp_path / "labels").mkdir()
+    rows = [
+        "\n".join(f"0 {(a + c) / 20} {(b + d) / 16} {(c - a) / 10} {(d - b) / 8}" for a, b, c, d in t["boxes"].tolist())
+        for t in truth
+    ]
+    for k, row in enumerate(rows):
+        (tmp_path / "labels" / f"{k}.txt").write_text(row)
+    np.savez(tmp_path / "x.npz", images=x.numpy())
+    given = [str(tmp_path / "x.npz"), "--labels", str(tmp_path / "labels"), "--json"]
+    for file, least in ((detector, 0.95), (folder / "model.onnx", 0.3)):
+        said = bitwright(capsys, "evaluate", str(file), *given, "--decode", f"{tmp_path}/boxes.py:behind")
+        assert json.loads(said)["quantized"]["map50"] >= least
+    assert json.loads(said)["quantized"]["map50"] == pytest.approx(before["quantized"]["map50"], abs=0.05)
+
+
 def test_a_function_named_in_the_call_preprocesses(classifier: Path, tmp_path: Path) -> None:
     (tmp_path / "pre.py").write_text(
         "import numpy as np, torch\n"
