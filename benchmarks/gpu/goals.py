@@ -1,0 +1,113 @@
+"""Seconds of four jobs on a GPU, against their goals: ``python -m benchmarks.gpu.goals JOB [--out FILE]``.
+
+None of them was ever run on a GPU here; ``--device cpu --tiny`` proves that the scripts work, with a network of a few
+thousand parameters and a few steps. Networks have random weights and images are noise, which cost the same time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import bitwright as bw
+from bitwright import zoo
+from bitwright.given.inputs import find_device
+
+
+@dataclass(frozen=True)
+class Job:
+    """A network of torchvision or timm, a recipe, and the seconds that are the goal."""
+
+    network: str
+    recipe: str
+    activations: int
+    goal: float
+    steps: int | None = None
+    whole: bool = False
+    """From loading to the checked file, and not the quantizing alone."""
+
+
+JOBS = {
+    "steps": Job("torchvision:resnet18", "eptq-paper", 8, 120.0, steps=20_000),
+    "default": Job("torchvision:resnet18", "eptq", 8, 15.0, whole=True),
+    "attention": Job("timm:vit_small_patch16_224", "eptq", 4, 300.0),
+    "search": Job("timm:vit_base_patch16_224", "evolq-paper", 8, 300.0),
+}
+
+
+def network_of(name: str) -> nn.Module:
+    """With random weights."""
+    torch.manual_seed(0)
+    where, _, kind = name.partition(":")
+    if where == "torchvision":
+        import torchvision
+
+        return torchvision.models.get_model(kind, weights=None).eval()
+    import timm
+
+    return timm.create_model(kind, pretrained=False).eval()
+
+
+def measured(job: Job, device: str, *, tiny: bool) -> dict[str, Any]:
+    """One run of it."""
+    where = find_device(device)
+    network: Any = (
+        zoo.network("fashion_vit" if "vit" in job.network else "fashion_cnn") if tiny else network_of(job.network)
+    )
+    images = torch.randn(16, 1, 28, 28) if tiny else torch.randn(512, 3, 224, 224)
+    steps = None if job.steps is None and not tiny else 4 if tiny else job.steps
+    started = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = bw.quantize(
+            network, images, job.recipe, weights=4, activations=job.activations, steps=steps, device=device
+        )
+        if job.whole:
+            with tempfile.TemporaryDirectory() as folder:
+                made.save(Path(folder) / "run", onnx=True)
+    seconds = time.perf_counter() - started
+    told = made.result.get("reconstruct") or made.result.get("evolve") or {}
+    return {
+        "network": "tiny" if tiny else job.network,
+        "recipe": job.recipe,
+        "seconds": round(seconds, 2),
+        "goal_seconds": None if tiny else job.goal,
+        "stages": made.result["seconds"],
+        "precision": told.get("precision"),
+        "compiled": told.get("compiled"),
+        "seconds_per_step": told.get("seconds_per_step"),
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated(where) if where.type == "cuda" else None,
+        "hardware": torch.cuda.get_device_name(where) if where.type == "cuda" else platform.processor() or "CPU",
+        "torch": torch.__version__,
+        "date": date.today().isoformat(),
+    }
+
+
+def main() -> None:
+    """Prints what was found, and writes it where it is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("job", choices=tuple(JOBS))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="a network of a few thousand parameters, a few steps")
+    parser.add_argument("--out", type=Path, help="file for the figures")
+    given = parser.parse_args()
+    found = {"job": given.job, **measured(JOBS[given.job], given.device, tiny=given.tiny)}
+    text = json.dumps(found, indent=2)
+    print(text)
+    if given.out is not None:
+        given.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
