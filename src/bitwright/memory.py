@@ -19,8 +19,8 @@ _SETTLED_MMAP, _SETTLED_TRIM = 32 << 20, 64 << 20
 _KEEPING = threading.Lock()
 """Taken while pages are kept."""
 
-PASS_BYTES = 4 << 30
-"""Bytes of activations that a pass on a CPU may hold for its backward pass, if the machine has twice as much memory."""
+PASS_BYTES = 3 << 27
+"""Bytes that a pass on a CPU may hold for its backward pass, if the machine has twice as much memory."""
 
 
 def pass_budget(device: torch.device) -> int:

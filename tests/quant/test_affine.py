@@ -128,3 +128,24 @@ def test_per_channel_equals_a_loop_over_channels() -> None:
     found = affine.fake_quantize(weight, affine.expand_blocks(steps, tuple(weight.shape), block), zero, -8, 7)
     for channel, step in zip(range(5), steps, strict=True):
         assert torch.equal(found[channel], affine.fake_quantize(weight[channel], step, zero, -8, 7))
+
+
+@pytest.mark.parametrize("order", ["contiguous", "channels_last", "strided", "flat"])
+def test_large_tensors_are_rounded_in_pieces_to_the_same_bits(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = 3 * torch.randn(3, 5, 40, 30, generator=torch.Generator().manual_seed(0))
+    x = {
+        "contiguous": x,
+        "channels_last": x.contiguous(memory_format=torch.channels_last),
+        "strided": x[:, :, ::2],
+        "flat": x.reshape(-1),
+    }[order]
+    scale, zero = torch.tensor(0.37), torch.tensor(3.0)
+    whole = affine.fake_quantize(x, scale, zero, 0, 15), affine.nearest_multiple(x, scale, -7, 8)
+    monkeypatch.setattr(affine, "LARGE", 1)
+    monkeypatch.setattr(affine, "PIECE", 1000)
+    assert affine._is_large(x, scale) is (order != "strided")
+    parts = affine.fake_quantize(x, scale, zero, 0, 15), affine.nearest_multiple(x, scale, -7, 8)
+    for a, b in zip(parts, whole, strict=True):
+        assert torch.equal(a, b)
+        assert a.stride() == b.stride()
+    assert not affine._is_large(x.clone().requires_grad_(), scale)

@@ -184,7 +184,7 @@ def test_what_does_not_fit_is_kept_in_half_the_bytes_or_computed_anew(monkeypatc
     settings = {**QUICK, "steps": 20}
     whole, run = optimise(Reconstruct(unit="block", **settings))
     assert {u["inputs"] for u in units(run)} == {"kept"}
-    monkeypatch.setattr(module, "TEACHER_MEMORY", 0)
+    monkeypatch.setattr(module, "UNIT_MEMORY", 0)
     live, run = optimise(Reconstruct(unit="block", **settings))
     assert {u["inputs"] for u in units(run)} == {"live"}
     for a, b in zip(live.flat(images(4)), whole.flat(images(4)), strict=True):

@@ -522,8 +522,8 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole(weigh: Any, monkeypatch
 def test_parts_are_as_large_as_the_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     tuner = tuner_of(Reconstruct(**QUICK), monkeypatch)
     three, one = (saved_bytes(lambda n=n: tuner.learner(images(n))) for n in (3, 1))  # type: ignore[misc]
-    each = (three - one) // 2
-    for budget, expected in ((1, 1), (3 * each, 3), (3 * each - 1, 2), (7 * each, 4), (100 * each, 8)):
+    each = (three - one) // 2 + 2 * sum(t.nbytes for t in tuner.feed(torch.arange(1)).targets)
+    for budget, expected in ((1, 1), (each, 3), (each - 1, 2), (2 * each, 4), (7 * each, 4), (8 * each, 8)):
         tuner.fit_memory(budget)
         assert tuner.at_once == expected
     monkeypatch.setattr(module, "pass_budget", lambda device: 1)

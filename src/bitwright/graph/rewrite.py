@@ -492,13 +492,15 @@ def _constant_matmul_to_linear(module: fx.GraphModule, node: fx.Node) -> None:
 
 def _give_biases(module: fx.GraphModule) -> None:
     """A zero bias for every convolution and linear operator without one, so that errors can be corrected there."""
+    taken = {name for name, _ in module.named_buffers()}
     for node in list(module.graph.nodes):
         if ops.kind(node) != "linear" or (len(node.args) > 2 and node.args[2] is not None):
             continue
-        weight, taken = node.args[1], {name for name, _ in module.named_buffers()}
+        weight = node.args[1]
         assert isinstance(weight, fx.Node)
         layer = str(node.meta["layer"])
         target = free(f"{layer}_bias" if layer in taken else f"{layer}.bias", taken)
+        taken.add(target)
         stored = store(module, node, target, torch.zeros(out_channels(node)))
         node.args = (*node.args[:2], stored, *node.args[3:])
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+LARGE, PIECE = 1 << 20, 1 << 16
+"""Elements from which on a tensor is rounded in pieces, and those of a piece for each thread: it stays in the cache."""
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | float, qmin: int, qmax: int) -> Tensor:
@@ -38,8 +43,49 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | float, qmin: in
         >>> fake_quantize(torch.tensor([0.3, 2.2]), torch.tensor(0.5), torch.tensor(0.0), 0, 3)
         tensor([0.5000, 1.5000])
     """
-    codes = (x / scale).round_().add_(zero_point).clamp_(qmin, qmax)  # bounds that are tensors are slow
-    return codes.sub_(zero_point).mul_(scale)
+    found = torch.empty_like(x) if _is_large(x, scale) else None
+    if found is None:
+        codes = (x / scale).round_().add_(zero_point).clamp_(qmin, qmax)  # bounds that are tensors are slow
+        return codes.sub_(zero_point).mul_(scale)
+    for part, out in _pieces(x, found):
+        torch.div(part, scale, out=out).round_().add_(zero_point).clamp_(qmin, qmax).sub_(zero_point).mul_(scale)
+    return found
+
+
+def nearest_multiple(x: Tensor, step: Tensor, low: float, high: float) -> Tensor:
+    """``clamp(round(x / step), low, high) * step`` without a gradient, for one step.
+
+    Example:
+        >>> nearest_multiple(torch.tensor([0.3, 9.0]), torch.tensor(0.5), -4, 3)
+        tensor([0.5000, 1.5000])
+    """
+    found = torch.empty_like(x) if _is_large(x, step) else None
+    if found is None:
+        return torch.round(x / step).clamp_(low, high).mul_(step)
+    for part, out in _pieces(x, found):
+        torch.div(part, step, out=out).round_().clamp_(low, high).mul_(step)
+    return found
+
+
+def _is_large(x: Tensor, scale: Tensor) -> bool:
+    """Whether to compute in pieces: on a processor, without gradients, of dense tensors beyond its caches."""
+    return (
+        type(x) is Tensor
+        and x.device.type == "cpu"
+        and x.numel() >= LARGE
+        and scale.dim() == 0
+        and not torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad))
+        and (x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)))
+    )
+
+
+def _pieces(x: Tensor, found: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of two tensors of one memory order, piece by piece."""
+    order = (0, 1, 2, 3) if x.is_contiguous() or x.dim() != 4 else (0, 2, 3, 1)
+    flat = [t.permute(order).view(-1) if t.dim() == 4 else t.view(-1) for t in (x, found)]
+    size = PIECE * torch.get_num_threads()
+    return zip(*(torch.split(t, size) for t in flat), strict=True)
 
 
 def next_power_of_two(scale: Tensor) -> Tensor:

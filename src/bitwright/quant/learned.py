@@ -191,7 +191,7 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, low: float, high: float, factor: float, mix: float) -> Tensor:
-        y = torch.round(x / step).clamp_(low, high).mul_(step)
+        y = affine.nearest_multiple(x, step, low, high)
         ctx.save_for_backward(x, y, step)
         ctx.bounds = (low, high, factor, mix)
         return torch.lerp(y, x, mix) if mix else y

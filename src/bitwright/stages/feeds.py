@@ -13,7 +13,7 @@ from bitwright.graph.segments import truncate
 from bitwright.graph.units import Cut, Unit, UnitKind, cuts, find_units, float_node, part, quantized
 from bitwright.measure.metrics import as_log_probabilities
 from bitwright.stages.losses import kl_divergence
-from bitwright.stages.tuning import Batch, Samples, as_channels_last, in_memory_order, rows
+from bitwright.stages.tuning import Batch, Samples, as_channels_last, kept_rows, rows
 
 SCALED_ON = 64
 """Images whose mean squared gradient becomes 1."""
@@ -143,12 +143,7 @@ class UnitFeed:
         if size > 2 * budget:
             return False
         dtype = torch.float32 if size <= budget else torch.bfloat16
-        parts: list[list[Tensor]] = []
-        for start in range(0, len(self), at_once):
-            images = self._images(torch.arange(start, min(start + at_once, len(self))))
-            values = map(in_memory_order, self._compute(images))
-            parts.append([v.reshape(len(images), -1, *v.shape[1:]).to(dtype) for v in values])
-        self.kept = [torch.cat(column) for column in zip(*parts, strict=True)]
+        self.kept = kept_rows(len(self), at_once, lambda part: self._compute(self._images(torch.tensor(part))), dtype)
         return True
 
     def _compute(self, images: Tensor) -> list[Tensor]:

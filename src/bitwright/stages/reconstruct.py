@@ -57,8 +57,9 @@ CURVE_POINTS = 200
 MEASURED_IMAGES = 256
 SCORED_AT_ONCE = 16
 """Images in one backward pass for scores, which holds the gradients at all points."""
-TEACHER_MEMORY = 1 << 30
-"""Bytes that the float network's values may take; they are computed anew for every batch where it is not enough."""
+TEACHER_MEMORY, UNIT_MEMORY = 1 << 28, 1 << 30
+"""Bytes that the float network's values may take, and what a unit reads and gives; they are computed anew for every
+batch where it is not enough, which costs a unit all that lies ahead of it."""
 WORTH_IT = 1.3
 """How much faster another precision, or a compiled network, must be to be taken."""
 SHORT = 30.0
@@ -252,7 +253,7 @@ class Reconstruct(Optimising):
             self._optimise(tuner, saved, run, record)
             learner.absorb(student)
             widen_for_biases(student)
-        measure = _Measure(teacher, points, objective, images, run)
+        measure = _Measure(teacher, points, objective, images, run, tuner.at_once)
         self._choose(student, learner if plan.steps else None, measure, run, record)
         self._finish(record, student, teacher, images, run, before)
         return student
@@ -449,7 +450,7 @@ class Reconstruct(Optimising):
         """Optimises a unit and puts the result into the student, unless what was there had the lower loss."""
         started, place = time.perf_counter(), work.feed.place
         tuner = self._tuner(work.learner, work.feed, work.objective, run, saved.plan)
-        work.feed.keep(TEACHER_MEMORY, saved.plan.steps * tuner.batch, tuner.batch)
+        work.feed.keep(UNIT_MEMORY, saved.plan.steps * tuner.batch, tuner.batch)
         given = student.snapshot()
         before = work.loss(part(self._graph(student), place.cut), run)
         self._optimise(tuner, saved, run, record, shown)
@@ -482,7 +483,7 @@ class Reconstruct(Optimising):
                 work = self._work(student, teacher, place, few, run)
                 if _learns(work.learner):
                     started = time.perf_counter()
-                    work.feed.keep(TEACHER_MEMORY, len(few), self.batch)
+                    work.feed.keep(UNIT_MEMORY, len(few), self.batch)
                     filling[position] = time.perf_counter() - started
                     total += _seconds(self._tuner(work.learner, work.feed, work.objective, run, plan), plan)
             return total
@@ -503,8 +504,8 @@ class Reconstruct(Optimising):
         steps = saved.plan.steps
         unit, done, total = shown or ("", 0, steps)
         saved.load(tuner)
-        uses = steps * tuner.batch
-        kept = tuner.step < steps and tuner.feed.keep(TEACHER_MEMORY, uses, tuner.batch)
+        uses, budget = steps * tuner.batch, TEACHER_MEMORY if self.unit == "network" else UNIT_MEMORY
+        kept = tuner.step < steps and tuner.feed.keep(budget, uses, tuner.at_once)
         record.batch, record.at_once, record.teacher = tuner.batch, tuner.at_once, "kept" if kept else "live"
         good, recent, decided = tuner.state_copy(), 0.0, ""
         started, first = time.perf_counter(), tuner.step
@@ -629,8 +630,10 @@ class _Work:
 class _Measure:
     """The loss of networks on a fixed part of the calibration images, without regularizer."""
 
-    def __init__(self, teacher: Captured, points: list[Point], objective: Objective, images: Images, run: Run) -> None:
-        self.points, self.objective, self.run = points, objective, run
+    def __init__(
+        self, teacher: Captured, points: list[Point], objective: Objective, images: Images, run: Run, at_once: int
+    ) -> None:
+        self.points, self.objective, self.run, self.at_once = points, objective, run, at_once
         self.teacher = expose(teacher.graph, [p.node for p in points])
         self.count = min(MEASURED_IMAGES, len(images))
         self.images = images
@@ -648,10 +651,9 @@ class _Measure:
         weights = self.objective.weights[: self.count]
         if self.objective.normalise:
             weights = weights / weights.mean(0).max().clamp_min(1e-30)
-        size = min(self.run.batch, self.count)
         with torch.no_grad():
-            for start in range(0, self.count, size):
-                indices = torch.arange(start, min(start + size, self.count))
+            for start in range(0, self.count, self.at_once):
+                indices = torch.arange(start, min(start + self.at_once, self.count))
                 images = self.images.batch(indices).to(self.run.device)
                 chosen = weights[indices].to(self.run.device)
                 _, expected = self.teacher(images)

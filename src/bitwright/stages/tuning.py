@@ -26,6 +26,8 @@ PLACED = 64
 """Samples that are copied to a GPU together."""
 PART = 8
 """Samples whose gradients one process computes together, where several share a batch."""
+FEW = 4
+"""Samples in a pass from which on more make it little faster."""
 
 
 class TuningSettings(Rates, Protocol):
@@ -108,14 +110,9 @@ class Targets:
         self.graph, self.points, self.precision = graph, points, precision
         self.kept: list[Tensor] | None = None
 
-    def keep(self, samples: Samples, batch: int, device: torch.device) -> None:
-        """Computes them for all samples."""
-        parts: list[list[Tensor]] = []
-        for start in range(0, len(samples), batch):
-            images = samples.batch(range(start, min(start + batch, len(samples)))).to(device)
-            values = map(in_memory_order, self._compute(images))
-            parts.append([v.reshape(len(images), -1, *v.shape[1:]) for v in values])
-        self.kept = [torch.cat(column) for column in zip(*parts, strict=True)]
+    def keep(self, samples: Samples, at_once: int, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Computes them for all samples, and keeps them in that type if one is given."""
+        self.kept = kept_rows(len(samples), at_once, lambda part: self._compute(samples.batch(part).to(device)), dtype)
 
     def __call__(self, indices: Tensor, images: Tensor) -> list[Tensor]:
         """Values for the samples at these positions, [N ...] each."""
@@ -124,11 +121,12 @@ class Targets:
         chosen = indices.to(images.device)
         return [rows(k, chosen) for k in self.kept]
 
-    def bytes_of(self, images: Tensor) -> int:
+    def bytes_of(self, images: Tensor, dtype: torch.dtype | None = None) -> int:
         """What keeping one sample takes; 0 where values cannot be kept, because an axis mixes samples."""
         if not all(p.image_after_image for p in self.points):
             return 0
-        return sum(v.nbytes for v in self._compute(images)) // len(images)
+        values = self._compute(images)
+        return sum(v.numel() * (dtype or v.dtype).itemsize for v in values) // len(images)
 
     def _compute(self, images: Tensor) -> list[Tensor]:
         with torch.no_grad(), autocast(images.device, self.precision):
@@ -174,12 +172,35 @@ class ImageFeed:
         return Batch([images], self.targets(indices, images))
 
     def keep(self, budget: int, uses: int, at_once: int) -> bool:
-        """Keeps the float network's values where they fit: taking rows is faster than computing."""
-        size = self.targets.bytes_of(self.samples.batch([0]).to(self.device)) * len(self)
-        if not 0 < size <= budget or uses < 2 * len(self):
-            return False
-        self.targets.keep(self.samples, at_once, self.device)
-        return True
+        """Keeps the float network's values where they fit, in bfloat16 if need be: taking rows is faster."""
+        one = self.samples.batch([0]).to(self.device)
+        for dtype in (None, torch.bfloat16):
+            if 0 < self.targets.bytes_of(one, dtype) * len(self) <= budget and uses >= 2 * len(self):
+                self.targets.keep(self.samples, at_once, self.device, dtype)
+                return True
+        return False
+
+
+def kept_rows(
+    count: int, at_once: int, compute: Callable[[range], list[Tensor]], dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """Values of all samples, [N, k, ...] each in memory order, written where they stay; for :func:`rows`.
+
+    Args:
+        count: N.
+        at_once: samples in one pass.
+        compute: gives the values of some samples, by their positions.
+        dtype: to keep them in; their own if not given.
+    """
+    kept: list[Tensor] = []
+    for start in range(0, count, at_once):
+        part = range(start, min(start + at_once, count))
+        values = [in_memory_order(v) for v in compute(part)]
+        values = [v.reshape(len(part), -1, *v.shape[1:]) for v in values]
+        kept = kept or [v.new_empty((count, *v.shape[1:]), dtype=dtype) for v in values]
+        for whole, value in zip(kept, values, strict=True):
+            whole[start : part.stop] = value
+    return kept
 
 
 def in_memory_order(value: Tensor) -> Tensor:
@@ -394,20 +415,23 @@ class Tuner:
             raise NotFiniteError(self.learner.points[worst].layer, step)
 
     def fit_memory(self, budget: int) -> None:
-        """Splits batches whose activations would take more than ``budget`` bytes for the backward pass into even parts.
+        """Splits batches that would take more than ``budget`` bytes at the start of the backward pass into even parts.
 
+        Parts of less than :data:`FEW` samples are slow: for those there may be three times as many bytes.
         The size of the parts follows from the network and the precision alone: two runs take the same.
         """
-        few, more = (self._saved(n) for n in (1, 2)) if self.batch > 1 else (0, 1)
-        fitting = max(1, min(self.batch, budget // max(1, more - few)))
+        few, more = (self._held(n) for n in (1, 2)) if self.batch > 1 else (0, 1)
+        each = max(1, more - few)
+        fitting = max(1, min(self.batch, max(budget // each, min(FEW, 3 * budget // each))))
         self.at_once = math.ceil(self.batch / math.ceil(self.batch / fitting))
         if together.is_shared():
             self.at_once = min(self.at_once, PART)
 
-    def _saved(self, count: int) -> int:
-        inputs = self.feed(torch.arange(count)).inputs
+    def _held(self, count: int) -> int:
+        """Bytes of activations, and at each point of a target and of a difference, or a gradient, from it."""
+        batch = self.feed(torch.arange(count))
         with autocast(self.device, self.precision):
-            return saved_bytes(lambda: self.learner(*inputs))
+            return saved_bytes(lambda: self.learner(*batch.inputs)) + 2 * sum(t.nbytes for t in batch.targets)
 
     def _regularizer(self, mean: Tensor, progress: float) -> Tensor | float:
         decide = self.settings.decide
