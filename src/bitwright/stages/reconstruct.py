@@ -58,8 +58,8 @@ MEASURED_IMAGES = 256
 SCORED_AT_ONCE = 16
 """Images in one backward pass for scores, which holds the gradients at all points."""
 TEACHER_MEMORY, UNIT_MEMORY = 1 << 28, 1 << 30
-"""Bytes that the float network's values may take, and what a unit reads and gives; they are computed anew for every
-batch where it is not enough, which costs a unit all that lies ahead of it."""
+"""Bytes that the float network's values may take on a CPU, and elsewhere, or what a unit reads and gives; they are
+computed anew for every batch where it is not enough, which costs a unit all that lies ahead of it."""
 WORTH_IT = 1.3
 """How much faster another precision, or a compiled network, must be to be taken."""
 SHORT = 30.0
@@ -504,7 +504,9 @@ class Reconstruct(Optimising):
         steps = saved.plan.steps
         unit, done, total = shown or ("", 0, steps)
         saved.load(tuner)
-        uses, budget = steps * tuner.batch, TEACHER_MEMORY if self.unit == "network" else UNIT_MEMORY
+        uses, budget = steps * tuner.batch, UNIT_MEMORY
+        if self.unit == "network" and run.device.type == "cpu":
+            budget = TEACHER_MEMORY
         kept = tuner.step < steps and tuner.feed.keep(budget, uses, tuner.at_once)
         record.batch, record.at_once, record.teacher = tuner.batch, tuner.at_once, "kept" if kept else "live"
         good, recent, decided = tuner.state_copy(), 0.0, ""
