@@ -30,6 +30,7 @@ lint: .venv/.installed
 bench: .venv/.installed
 	$(BIN)/python -m pytest -m slow
 	$(BIN)/python -m benchmarks.calibration
+	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.reconstruct
 	$(BIN)/python -m benchmarks.scores
 	$(BIN)/python -m benchmarks.evolve
