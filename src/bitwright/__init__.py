@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from bitwright import _moved
+from bitwright import _mended, _moved
 from bitwright._version import __version__
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ __all__ = [
 
 
 _moved.install()
+_mended.install_watch()
 
 
 def __getattr__(name: str) -> Any:

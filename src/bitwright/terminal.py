@@ -123,7 +123,7 @@ class Terminal(Journal):
         if self._task is not None:
             shown = f"{what}  {detail}" if detail else what
             self._bars.update(self._task, completed=done, total=total or None, description=shown)
-        elif done and total and time.perf_counter() - self._said > LINE_SECONDS:
+        elif 0 < done < total and time.perf_counter() - self._said > LINE_SECONDS:
             self._said = time.perf_counter()
             left = (self._said - self._started) / done * (total - done)
             self._line(f"{what} {done}/{total}{', ' if detail else ''}{detail}, {duration(left)} left")

@@ -70,3 +70,20 @@ def test_a_damaged_network_is_found_without_reading_it(run: Path, capsys: pytest
 def test_the_list_is_that_of_the_recipes() -> None:
     there = builtin_recipes().values()
     assert list(listed_recipes()) == [ListedRecipe(r.name, r.summary, r.paper, r.name == DEFAULT) for r in there]
+
+
+def test_what_a_run_leaves_out_is_what_was_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "short"
+    call = ["quantize", "zoo:fashion_cnn", "zoo:fashion[:8]", "--recipe", "rtn", "--out", str(folder)]
+    assert main([*call, "--check", "some"]) == 2
+    assert "'full', 'fast' as --check, found 'some'" in capsys.readouterr().err
+    assert main([*call, "--no-report", "--no-diagnosis", "--check", "fast"]) == 0
+    shown = capsys.readouterr()
+    assert {p.name for p in folder.iterdir()} >= {"model.onnx", "result.json"}
+    assert not {"report.html", "report.json"} & {p.name for p in folder.iterdir()}
+    result = json.loads((folder / "result.json").read_text())
+    assert result["parity"]["images"] == 3
+    assert "diagnosis" not in {*result, *result["seconds"]}
+    assert "Looking for what was lost" not in shown.err
+    longest = max((v, k) for k, v in result["seconds"].items() if k != "total")[1]
+    assert f"{longest} " in shown.out.split(" time ")[1]

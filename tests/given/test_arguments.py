@@ -139,7 +139,12 @@ def test_other_texts_stay(text: str) -> None:
 def test_the_options_are_those_of_the_command_line() -> None:
     verbs = typer.main.get_command(app).commands.values()  # type: ignore[attr-defined]
     known = {flag for verb in verbs for each in verb.params for flag in each.opts if flag.startswith("--")}
-    assert known - {as_flags(f"{name}=") for name in OPTIONS} == {"--json", "--no-images"}
+    assert known - {as_flags(f"{name}=") for name in OPTIONS} == {
+        "--json",
+        "--no-images",
+        "--no-report",
+        "--no-diagnosis",
+    }
     assert {as_flags(f"{name}=") for name in OPTIONS} <= known
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import builtins
+import importlib
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -120,3 +122,35 @@ def test_missing_operators_are_declared_and_imported_again(monkeypatch: pytest.M
     assert "torchvision.half" not in sys.modules
     assert hasattr(torch.ops.torchvision, "nms")
     assert hasattr(torch.ops.torchvision, "qnms")
+
+
+FAKE = """
+import sys
+import bitwright.given.compat as compat
+from torchvision import ops
+tried = sys.modules.setdefault("tried_torchvision", [])
+tried.append(ops)
+if len(tried) == 1:
+    raise RuntimeError("operator torchvision::nms does not exist")
+"""
+
+
+def test_a_session_that_imports_torchvision_after_bitwright(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    package = tmp_path / "torchvision"
+    (package / "ops").mkdir(parents=True)
+    (package / "__init__.py").write_text(FAKE)
+    (package / "ops" / "__init__.py").write_text("from torchvision.ops import boxes\n")
+    (package / "ops" / "boxes.py").write_text("")
+    for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(sys.modules, "tried_torchvision", raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "tried_torchvision", tried := [])  # type: ignore[arg-type]
+    try:
+        made: Any = importlib.import_module("torchvision")
+        assert made.__file__ == str(package / "__init__.py")
+        assert len(tried) == 2
+        assert tried[0] is not tried[1]
+        assert made.ops.boxes._assert_has_ops() is None
+    finally:
+        compat.forget("torchvision.")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from bitwright.cli import options as opt
 from bitwright.cli.signature import Call, argument, option
 from bitwright.errors import UsageError
-from bitwright.given.arguments import SEEDS, a_time, whole_number
+from bitwright.given.arguments import SEEDS, a_time, one_of, whole_number
 
 if TYPE_CHECKING:
     from bitwright.bits.goal import Goal
@@ -73,6 +73,9 @@ class QuantizeCall(Call):
     resume: bool = option("Go on with the unfinished run in --out; start anew if there is none", False)
     force: bool = option("Replace a run in --out, finished or not, and keep an ONNX file that fails its check", False)
     no_images: bool = opt.no_images_option()
+    no_report: bool = option("Do not write the page report.html", False)
+    no_diagnosis: bool = option("Do not look for the layers that lose most and the rules that mend it", False)
+    file_check: str = option("Check of the ONNX file: full, or fast, on three images", "full", flag="--check")
     dry_run: bool = option("Show what would be quantized, but calibrate nothing and write nothing", False)
 
     def check(self) -> None:
@@ -81,6 +84,7 @@ class QuantizeCall(Call):
             whole_number("samples", self.data.samples, least=1)
         whole_number("seed", self.seed, least=0, below=SEEDS)
         self.budget.check()
+        one_of("check", self.file_check, ("full", "fast"))
         _ = self.goal, self.scheme
 
     @cached_property

@@ -256,7 +256,9 @@ class ImageOptions:
     mean: str | None = reading_option("Mean to subtract from pixel values in 0..1: one number, or one per channel")
     std: str | None = reading_option("Standard deviation to divide by: one number above 0, or one per channel")
     interpolation: str | None = reading_option("Method of resizing: nearest, bilinear, bicubic or lanczos")
-    crop_pct: float | None = reading_option("Share of the resized image that the centre crop keeps, such as 0.875")
+    crop_pct: float | None = reading_option(
+        "Share of the resized image that the centre crop keeps, such as 0.875; above 1, it is padded"
+    )
     crop_mode: str | None = reading_option(
         "How an image of other sides fits: center (cut), squash (stretched) or border (filled)"
     )

@@ -82,7 +82,18 @@ def make_run(call: QuantizeCall, terminal: Terminal) -> job.Done:
         )
         pictures, plan = not call.no_images, call.bits.plan
         scoring = call.data.compared.beside(inputs.network)
-        return model, job.everything(inputs.evaluation, scoring, pictures=pictures, plan=plan, force=call.force)
+        return model, job.Wanted(
+            inputs.evaluation,
+            scoring,
+            evaluate=True,
+            diagnosis=not call.no_diagnosis,
+            onnx=True,
+            report=not call.no_report,
+            pictures=pictures,
+            plan=plan,
+            force=call.force,
+            checked=call.file_check,
+        )
 
     return job.do(folder, make, terminal, force=call.force, resume=call.resume)
 

@@ -22,7 +22,7 @@ _FLAGS = {
     "path": "out",
 }
 OPTIONS = frozenset([
-    "activations", "batch", "bits", "blocks", "by", "cache", "channel_order", "channels", "class_map",
+    "activations", "batch", "bits", "blocks", "by", "cache", "channel_order", "channels", "check", "class_map",
     "classes", "compression", "crop_mode", "crop_pct", "decode", "device", "dry_run", "eigenvalues", "evaluate",
     "float_model", "force", "granularity", "group_size", "images", "interpolation", "labels", "matrix",
     "max_activation_size", "max_bops", "max_drop", "max_latency", "max_total_size", "mean", "measure", "metric",

@@ -40,13 +40,13 @@ def import_torchvision() -> ModuleType:
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise _broken("torchvision", error) from error
-    _forget("torchvision")
+    forget("torchvision.")
     declare_operators()
     try:
         torchvision = _import("torchvision")
     except RuntimeError as error:
         raise _broken("torchvision", error) from error
-    _allow_nms(torchvision)
+    allow_nms(torchvision)
     return torchvision
 
 
@@ -139,11 +139,13 @@ def _broken(name: str, error: Exception) -> UsageError:
     )
 
 
-def _forget(package: str) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+def forget(start: str) -> None:
+    """Takes modules whose names begin so out of those that are imported."""
+    for name in [name for name in sys.modules if f"{name}.".startswith(start)]:
         del sys.modules[name]
 
 
-def _allow_nms(torchvision: ModuleType) -> None:
+def allow_nms(torchvision: ModuleType) -> None:
+    """Lets ``torchvision.ops.nms`` run where nothing compiled was loaded."""
     # torchvision.ops.nms refuses when nothing compiled was loaded; it is the one operator that works without.
     torchvision.ops.boxes._assert_has_ops = lambda: None

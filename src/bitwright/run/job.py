@@ -22,9 +22,9 @@ from bitwright import report as pages
 from bitwright import together, words
 from bitwright.errors import BitwrightError, UsageError, one_line, quiet_libraries, step
 from bitwright.export.formats import named, write_format
-from bitwright.export.parity import export_checked, images_of
+from bitwright.export.parity import CHECKED_IMAGES, export_checked, images_of
 from bitwright.export.verdict import Parity
-from bitwright.given.arguments import a_path, of_kind
+from bitwright.given.arguments import a_path, of_kind, one_of
 from bitwright.given.images import Images, load_images
 from bitwright.given.inputs import find_device
 from bitwright.graph.devices import device_of, exact_float32, moved_to
@@ -51,6 +51,10 @@ BATCH = 16
 SQNR_IMAGES = 32
 
 
+CHECKS = {"full": CHECKED_IMAGES, "fast": 3}
+"""Images on which an exported file is compared, by the thoroughness of the check."""
+
+
 @dataclass(frozen=True)
 class Wanted:
     """What is done with a quantized network besides writing it; each part costs time.
@@ -65,6 +69,7 @@ class Wanted:
         pictures: show on the page the few images whose answers differ.
         plan: file that the bits came from; the page shows the curve beside it.
         force: keep an ONNX file that fails its check.
+        checked: how thoroughly the ONNX file is compared: ``full``, or ``fast``, on a few images.
     """
 
     images: Images | None = None
@@ -76,6 +81,7 @@ class Wanted:
     pictures: bool = True
     plan: Path | None = None
     force: bool = False
+    checked: str = "full"
 
     @property
     def something(self) -> bool:
@@ -94,11 +100,6 @@ class Wanted:
                              "network. Use what bitwright.quantize returned.")  # fmt: skip
         if self.images is None and model.calibration is None and self.something:
             raise UsageError("Expected images as evaluate=: a network that was loaded has no calibration images.")
-
-
-def everything(images: Images | None, scoring: Scoring, *, pictures: bool, plan: Path | None, force: bool) -> Wanted:
-    """What the command ``quantize`` leaves; see :class:`Wanted`."""
-    return Wanted(images, scoring, True, True, True, True, pictures, plan, force)
 
 
 class Done(NamedTuple):
@@ -174,6 +175,7 @@ def save(
     onnx: bool = False,
     report: bool = False,
     pictures: bool = True,
+    check: str = "full",
     progress: Progress | bool = True,
 ) -> Path:
     """Writes a run folder: the model (frozen first), its plan and its result, and what else is asked for.
@@ -196,6 +198,7 @@ def save(
         onnx: write ``model.onnx`` and check it in ONNX Runtime.
         report: write ``report.html``; measures on the calibration images unless others are given.
         pictures: show on the page the few images whose answers differ.
+        check: ``full``, or ``fast``: the ONNX file is compared on three images instead of 32.
         progress: as for :func:`bitwright.quantize`.
 
     Raises:
@@ -215,7 +218,8 @@ def save(
         images = labelled(load_images(evaluate, model.preprocessing, inputs=model.input_names), labels, class_map)
     scoring = Scoring(task, metric, decode)
     scoring.check()
-    wanted = Wanted(images, scoring, measured, diagnosis, onnx, report, pictures, force=force)
+    one_of("check", check, tuple(CHECKS))
+    wanted = Wanted(images, scoring, measured, diagnosis, onnx, report, pictures, force=force, checked=check)
     with watched(progress) as told:
         journal = Journal(told)
         journal.warnings += model.result.get("warnings", [])
@@ -227,7 +231,15 @@ def save(
 
 
 @step("The export")
-def export(model: Student, path: str | Path, images: Any = None, *, to: str = "onnx", force: bool = False) -> Parity:
+def export(
+    model: Student,
+    path: str | Path,
+    images: Any = None,
+    *,
+    to: str = "onnx",
+    force: bool = False,
+    check: str = "full",
+) -> Parity:
     """Writes a file for a runtime once it passed its check there.
 
     Args:
@@ -236,6 +248,7 @@ def export(model: Student, path: str | Path, images: Any = None, *, to: str = "o
         images: for the check, as everywhere; the calibration images if not given.
         to: the format: ``onnx``, ``openvino``, ``pt2``, ``tensorrt``, ``executorch``, ``tables`` or ``encodings``.
         force: keep a file that fails the check.
+        check: ``full``, or ``fast``, on three images, of an ONNX file.
 
     Raises:
         UsageError: there are no images, no such format, or something that the format lacks.
@@ -243,10 +256,11 @@ def export(model: Student, path: str | Path, images: Any = None, *, to: str = "o
     """
     place = a_path("path", path)
     of_kind("force", force, bool, "True or False")
+    count = CHECKS[one_of("check", check, tuple(CHECKS))]
     made = named(to)
     with moved_to(model, "cpu"):
         if to == "onnx":
-            parity = export_checked(model, place, images, force=force)
+            parity = export_checked(model, place, images, force=force, count=count)
         else:
             if made.check is not None:
                 made.check(model)
@@ -395,7 +409,8 @@ def _export(model: Student, wanted: Wanted, path: Path, journal: Journal) -> Bit
     parity, size = None, None
     try:
         with quiet_libraries():
-            parity = export_checked(model, path, wanted.images, force=wanted.force)
+            count = CHECKS[wanted.checked]
+            parity = export_checked(model, path, wanted.images, force=wanted.force, count=count)
         size = sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*"))
     except BitwrightError as error:
         failure = error
