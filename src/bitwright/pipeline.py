@@ -22,7 +22,7 @@ from bitwright.run import checkpoint
 from bitwright.run.journal import heard
 from bitwright.run.record import StageRecord
 from bitwright.run.state import claim, other_settings
-from bitwright.stages.base import Run, Stage
+from bitwright.stages.base import Optimising, Run, Stage
 
 
 def run_stages(
@@ -63,12 +63,18 @@ def run_stages(
             student = _record(stage, student, teacher, images, run.of(recipe.stages, position))
             _check_finite(student, teacher)
             left = student.snapshot()
-            run.history.append((stage.kind, left))
+            _remember(run, stage.kind, left)
             if together.is_shared():
                 together.check_same(tensor_digest(student.graph))
             if state is not None:
                 _keep(left, state, position, stage.kind, run, identity)
     return student
+
+
+def _remember(run: Run, kind: str, left: Snapshot) -> None:
+    """Adds what a stage left to the run's history; nothing where it takes no steps and has changed nothing."""
+    if issubclass(Stage.registry[kind], Optimising) or not run.history or not left.same(run.history[-1][1]):
+        run.history.append((kind, left))
 
 
 def _record(stage: Stage, student: Student, teacher: Captured, images: Images, run: Run) -> Student:
@@ -124,7 +130,7 @@ def _restore(student: Student, state: Path, position: int, run: Run, identity: s
             tensors[name] = tensor.contiguous(memory_format=torch.channels_last)
     snapshot = Snapshot(tensors, {key: Grid.read(plain) for key, plain in json.loads(header["grids"]).items()})
     student.restore(snapshot)
-    run.history.append((header["kind"], snapshot))
+    _remember(run, header["kind"], snapshot)
     records = json.loads(header["records"])
     run.records[:] = [Stage.registry[each["kind"]].record.model_validate(each) for each in records]
     run.seconds = json.loads(header["seconds"])

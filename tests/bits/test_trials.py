@@ -135,7 +135,7 @@ def _noting(real: Callable[..., float], seen: list[Plan]) -> Callable[..., float
 
 def test_trials_take_no_steps() -> None:
     _, estimate = find(1.0, method="eptq")
-    assert estimate.stages == ["calibrate", "optq"]
+    assert estimate.stages == ["calibrate", "optq", "cascade"]
 
 
 def test_other_outputs_and_too_few_images_are_refused() -> None:

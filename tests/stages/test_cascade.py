@@ -15,7 +15,9 @@ from bitwright.given.models import load_model
 from bitwright.graph.capture import Captured
 from bitwright.graph.student import Student, insert_quantizers
 from bitwright.graph.watch import values_of
+from bitwright.pipeline import run_stages
 from bitwright.quant.scheme import Rule, Scheme
+from bitwright.recipes import recipe
 from bitwright.stages import cascade as module
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
@@ -130,3 +132,13 @@ def test_few_images_for_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MEMORY", 1)
     after(prepared("residual"), dataset(12))
     assert seen == [module.FEWEST] * 2
+
+
+@pytest.mark.filterwarnings("ignore:The optimisation did not lower")
+def test_a_stage_that_changed_nothing_is_no_state_to_choose_from() -> None:
+    kinds = []
+    for weights in (4, 3):
+        run, teacher, data = Run(steps=1), prepared("residual"), dataset(8)
+        run_stages(recipe("eptq"), insert_quantizers(teacher, Scheme(weights=weights)), teacher, data, run)
+        kinds.append([kind for kind, _ in run.history])
+    assert kinds == [["calibrate", "optq", "reconstruct"], ["calibrate", "optq", "cascade", "reconstruct"]]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -31,6 +32,11 @@ class Snapshot:
 
     tensors: dict[str, Tensor]
     grids: dict[str, Grid]
+
+    def same(self, other: Snapshot) -> bool:
+        """Whether all are equal."""
+        alike = self.grids == other.grids and self.tensors.keys() == other.tensors.keys()
+        return alike and all(t is other.tensors[k] or torch.equal(t, other.tensors[k]) for k, t in self.tensors.items())
 
 
 class Student(nn.Module):

@@ -11,11 +11,12 @@ of the paper's code, where distances are sums over channels too, leaves many rou
 
 from bitwright.recipes import Recipe
 from bitwright.stages.calibrate import Calibrate
+from bitwright.stages.cascade import Cascade
 from bitwright.stages.optq import Optq
 from bitwright.stages.reconstruct import Reconstruct
 from bitwright.stages.schedules import Anneal, Dampen, Gradual, Learn
 
-CALIBRATED = (Calibrate(weights="mse", activations="mse", bias_correction="analytic"), Optq())
+CALIBRATED = (Calibrate(weights="mse", activations="mse", bias_correction="analytic"), Optq(), Cascade())
 NETWORK = Reconstruct(weigh="sla-log", codes=Learn(rate=1e-3), decide=Dampen())
 
 RECIPES = (
