@@ -172,6 +172,22 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"bitwright {bitwright.__version__}\n"
 
 
+def test_a_shell_completes_verbs_and_options(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--show-completion", "bash"]) == 0
+    assert "complete -o default -F _bitwright_completion bitwright" in capsys.readouterr().out
+    monkeypatch.setenv("_BITWRIGHT_COMPLETE", "complete_bash")
+    for words, position, expected in (
+        ("bitwright quan", "1", "quantize"),
+        ("bitwright plan --targ", "2", "--target-size"),
+    ):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", position)
+        assert main([]) == 0
+        assert capsys.readouterr().out.split() == [expected]
+
+
 def test_it_runs_as_a_module() -> None:
     ran = subprocess.run([sys.executable, "-m", "bitwright", "--version"], capture_output=True, text=True, check=True)
     assert bitwright.__version__ in ran.stdout

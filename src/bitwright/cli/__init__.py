@@ -21,7 +21,6 @@ from bitwright.terminal import print_error
 
 app = typer.Typer(
     name="bitwright",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -72,7 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         status = 130
-    except SystemExit as left:  # a pipe that was closed, or a Python file of the user's
+    except SystemExit as left:  # completion has answered, a pipe was closed, or a Python file of the user's ended it
+        if "_BITWRIGHT_COMPLETE" in os.environ or {"--install-completion", "--show-completion"} & set(given[:1]):
+            return int(left.code or 0)
         if isinstance(left.__context__, OSError) and left.__context__.errno == errno.EPIPE:
             return 1
         print_error(f"A Python file ended the command (sys.exit({left.code!r})). Take that out of it.")
