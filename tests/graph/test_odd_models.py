@@ -75,7 +75,7 @@ class DetectorOfMaps(Detector):
 
 
 def test_a_detector_is_told_what_to_return_instead() -> None:
-    for build, advice in ((Detector, "returns model.head."), (DetectorOfMaps, "model.head(list(model.backbone(x)")):
+    for build, advice in ((Detector, "returns model.head, and"), (DetectorOfMaps, "model.head(list(model.backbone(x)")):
         with pytest.raises(ModelError, match="without its box decoding") as caught:
             bw.quantize(build().eval(), dataset(), "rtn")
         assert advice in str(caught.value)
