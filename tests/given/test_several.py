@@ -178,3 +178,26 @@ def test_an_onnx_file_of_two_inputs_on_the_command_line(two: Path, capsys: pytes
     assert "No code differs" in capsys.readouterr().out
     with pytest.raises(ModelError, match=r"Expected inputs x, depth, which .* takes, found images alone"):
         bw.quantize(str(two), images(4, MAP), "rtn")
+
+
+class Echo(nn.Module):
+    """Outputs with the names of inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, 4, 3), nn.Linear(5, 4)
+
+    def forward(self, image: Tensor, meta: Tensor) -> dict[str, Tensor]:
+        seen = self.conv(image).mean((2, 3))
+        return {"sum": seen + self.linear(meta), "meta": meta * 2, "image": seen}
+
+
+def test_outputs_named_as_inputs_get_names_of_their_own_in_the_file(tmp_path: Path) -> None:
+    given = {"image": torch.randn(6, 3, 8, 8), "meta": torch.randn(6, 5)}
+    made = bw.quantize(Echo().eval(), given, "rtn")
+    made.export(tmp_path / "model.onnx", made.calibration)
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    assert [value.name for value in session.get_outputs()] == ["sum", "meta_out", "image_out"]
+    found = session.run(None, {name: value.numpy() for name, value in given.items()})
+    for value, expected in zip(found, made(given).values(), strict=True):
+        torch.testing.assert_close(torch.from_numpy(value), expected, rtol=1e-4, atol=1e-4)

@@ -62,21 +62,31 @@ def test_archives_give_the_images_of_a_folder_in_their_order(tmp_path: Path) -> 
     assert found.sha256 == load_images(shards, SMALL).sha256
 
 
-def test_without_a_class_for_every_image_an_archive_has_none(tmp_path: Path) -> None:
-    members = web(range(3)) | {"x.png": png(9)}
-    assert load_images(tar(tmp_path / "a.tar", members), SMALL).labels is None
+@pytest.mark.parametrize("more", [{"x.png": png(9)}, {"x.png": png(9), "x.cls": b"cat"}])
+def test_without_a_class_for_every_image_an_archive_has_none_and_says_so(
+    more: dict[str, bytes], tmp_path: Path
+) -> None:
+    with pytest.warns(UserWarning, match="1 of 4 images in .* have no class index"):
+        assert load_images(tar(tmp_path / "a.tar", web(range(3)) | more), SMALL).labels is None
 
 
-@pytest.mark.parametrize(
-    ("members", "said"),
-    [
-        ({"a.txt": b"no image"}, "Expected images in"),
-        ({"a.png": png(0), "a.cls": b"cat"}, "Expected a class index in"),
-    ],
-)
-def test_what_an_archive_lacks_is_said(members: dict[str, bytes], said: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=said):
-        load_images(tar(tmp_path / "a.tar", members), SMALL)
+def test_words_for_classes_are_no_labels_and_no_fault(tmp_path: Path) -> None:
+    assert load_images(tar(tmp_path / "a.tar", {"a.png": png(0), "a.cls": b"cat"}), SMALL).labels is None
+
+
+def test_an_archive_without_images_is_said(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="Expected images in"):
+        load_images(tar(tmp_path / "a.tar", {"a.txt": b"no image"}), SMALL)
+
+
+@pytest.mark.parametrize("mask", ["jpg", "seg.png"])
+def test_a_sample_is_one_image(mask: str, tmp_path: Path) -> None:
+    members = {f"{k}.{end}": png(k + shift) for k in range(2) for end, shift in (("png", 0), (mask, 7))}
+    path = tar(tmp_path / "a.tar", members)
+    with pytest.raises(DataError, match=rf"one image in each sample of .*found 0\.png and 0\.{mask}.*input_key"):
+        load_images(path, SMALL)
+    found = load_images(path, SMALL, input_key="png")
+    assert found.names == ["a.tar/0.png", "a.tar/1.png"]
 
 
 def test_a_compressed_archive_is_refused_in_a_line(tmp_path: Path) -> None:
@@ -116,11 +126,23 @@ def test_a_column_of_bytes_without_labels_is_read_too(tmp_path: Path) -> None:
     assert found.labels is None
 
 
+def test_a_named_column_is_the_one_that_is_read(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": [png(0)], "other": [png(1)]}), path)
+    first, other = (load_images(path, SMALL, input_key=key)[0] for key in ("image", "other"))
+    assert torch.equal(load_images(path, SMALL)[0], first)
+    assert not torch.equal(first, other)
+    with pytest.raises(DataError, match=r"Expected a column 'nonsense' .*found image, other"):
+        load_images(path, SMALL, input_key="nonsense")
+
+
 def test_what_a_table_lacks_is_said(tmp_path: Path) -> None:
     pa = pytest.importorskip("pyarrow")
     pq = pytest.importorskip("pyarrow.parquet")
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"Expected a column of encoded images in .*found text"):
+    with pytest.raises(DataError, match=r"Expected a column 'image' of encoded images in .*found text"):
         load_images(tmp_path / "a.parquet", SMALL)
     (tmp_path / "b.parquet").write_bytes(b"PAR1")
     with pytest.raises(DataError, match="Expected a Parquet table at"):

@@ -132,7 +132,7 @@ def label_free_scores(
                 break
         part.outputs = probe.outputs
         parts[position] = part
-    if len(parts) < count:
+    if together.processes() > 1:  # also where one process has taken every batch: the others wait for it
         return _join(together.collected({k: part.on_cpu() for k, part in parts.items()}, count), points)
     return _join(list(parts.values()), points)
 

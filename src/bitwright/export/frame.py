@@ -78,10 +78,10 @@ def take_apart(graph: ir.Graph, parts: Sequence[InputPart]) -> None:
 
 
 def _make_way(graph: ir.Graph, name: str) -> None:
-    """Renames an inner value that has the name of an input."""
+    """Renames a value that has the name of an input; as with one input, an output gets ``_out``."""
     for value in (*(v for node in graph for v in node.outputs), *graph.initializers.values()):
-        if value.name == name and not value.is_graph_output():
-            value.name = f"{name}/inner"
+        if value.name == name:
+            value.name = f"{name}_out" if value.is_graph_output() else f"{name}/inner"
 
 
 def put_together(graph: ir.Graph, parts: Sequence[InputPart]) -> None:

@@ -338,11 +338,11 @@ def _from_place(text: str, asked: Asked) -> tuple[Source, Tensor | Truth | None]
             f"Expected a folder of images, an .npz file or zoo:NAME, {text!r} does not exist. Check the path."
         )
     if path.is_dir():
-        return _from_folder(path)
+        return _from_folder(path, asked)
     if path.suffix.lower() == ".npz":
         return _from_npz(path, asked)
     if path.suffix.lower() in SHARDS and _is_file(path):
-        return open_shards([path], EXTENSIONS)
+        return open_shards([path], EXTENSIONS, asked.input_key, labels=asked.labels)
     if path.suffix.lower() in EXTENSIONS:
         return Files(path.parent, [path.name]), None
     raise DataError(
@@ -373,13 +373,13 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _from_folder(root: Path) -> tuple[Source, Tensor | None]:
+def _from_folder(root: Path, asked: Asked) -> tuple[Source, Tensor | None]:
     names = sorted(_image_names(root))
     shards = (
         [] if names else sorted(path for path in root.rglob("*") if path.suffix.lower() in SHARDS and _is_file(path))
     )
     if shards:
-        return open_shards(shards, EXTENSIONS)
+        return open_shards(shards, EXTENSIONS, asked.input_key, labels=asked.labels)
     if not names:
         raise DataError(
             f"Expected images in {root}, found none. Give files that end in {', '.join(sorted(EXTENSIONS))}."

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import tarfile
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,13 +31,17 @@ GROUPS_KEPT = 2
 """Row groups of Parquet files that are held once read, so that images beside each other are read once."""
 
 
-def open_shards(paths: Sequence[Path], extensions: frozenset[str]) -> tuple[Encoded, Tensor | None]:
+def open_shards(
+    paths: Sequence[Path], extensions: frozenset[str], input_key: str | None = None, *, labels: bool = True
+) -> tuple[Encoded, Tensor | None]:
     """The images in archives or tables, in the order they lie in, and their classes where all have one.
 
     Args:
         paths: all ``.tar`` or all ``.parquet``.
         extensions: of the members of a tar archive that are images. Their class is the number in the member of the same
-            name that ends in ``.cls``.
+            sample, its name up to the first dot, that ends in ``.cls``.
+        input_key: the column of a table, or the ending of the members, where several hold images.
+        labels: whether classes are looked at.
 
     Raises:
         DataError: a file cannot be read or holds no image, or Parquet is asked for without pyarrow.
@@ -44,7 +49,9 @@ def open_shards(paths: Sequence[Path], extensions: frozenset[str]) -> tuple[Enco
     kinds = {path.suffix.lower() for path in paths}
     if len(kinds) > 1:
         raise DataError(f"Expected files of one kind, found {' and '.join(sorted(kinds))} in {paths[0].parent}.")
-    return _open_tables(paths) if kinds == {".parquet"} else _open_tars(paths, extensions)
+    tables = kinds == {".parquet"}
+    images, classes = _open_tables(paths, input_key) if tables else _open_tars(paths, extensions, input_key)
+    return images, _all_known(classes, paths[0]) if labels else None
 
 
 # ---------------------------------------------------------------------------------------------------- tar
@@ -74,23 +81,45 @@ class TarMembers(Encoded):
             return io.BytesIO(file.read(size))
 
 
-def _open_tars(paths: Sequence[Path], extensions: frozenset[str]) -> tuple[TarMembers, Tensor | None]:
-    names, members, labels = [], [], []
+def _open_tars(
+    paths: Sequence[Path], extensions: frozenset[str], ending: str | None
+) -> tuple[TarMembers, list[int | None]]:
+    names, members = [], []
+    labels: list[int | None] = []
     for k, path in enumerate(paths):
-        classes: dict[str, int] = {}
-        keys = []
+        classes: dict[str, int | None] = {}
+        samples: dict[str, str] = {}
         for member, text in _members(path):
-            key, suffix = member.name.rpartition(".")[0], f".{member.name.rpartition('.')[2].lower()}"
-            if suffix in extensions:
+            sample, kind = _sample(member.name)
+            if kind == ending or (ending is None and f".{kind.rpartition('.')[2]}" in extensions):
+                if sample in samples:
+                    raise DataError(
+                        f"Expected one image in each sample of {path}, found {samples[sample]} and {member.name}. Pack "
+                        f"pictures alone, or name their ending, as in input_key='{kind}'."
+                    )
+                samples[sample] = member.name
                 names.append(f"{path.name}/{member.name}")
                 members.append(_Member(k, member.offset_data, member.size))
-                keys.append(key)
             elif text is not None:
-                classes[key] = _class(text, f"{path}/{member.name}")
-        labels += [classes.get(key) for key in keys]
+                classes[sample] = _class(text)
+        labels += [classes.get(sample) for sample in samples]
     if not names:
-        raise DataError(f"Expected images in {paths[0]}, found none. Members end in {', '.join(sorted(extensions))}.")
-    return TarMembers(paths, names, members), _all_known(labels)
+        raise DataError(
+            f"Expected images in {paths[0]}, found none. Members end in {ending or ', '.join(sorted(extensions))}."
+        )
+    return TarMembers(paths, names, members), labels
+
+
+def _sample(name: str) -> tuple[str, str]:
+    """The sample that a member belongs to, and the ending that says what it is of it.
+
+    Example:
+        >>> _sample("train/0001.seg.PNG")
+        ('train/0001', 'seg.png')
+    """
+    folder, slash, file = name.rpartition("/")
+    sample, _, kind = file.partition(".")
+    return f"{folder}{slash}{sample}", kind.lower()
 
 
 def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
@@ -110,15 +139,21 @@ def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
         ) from error
 
 
-def _class(text: bytes, where: str) -> int:
+def _class(text: bytes) -> int | None:
     digits = text.strip()
-    if not digits.isdigit() or len(digits) > MOST_DIGITS:
-        raise DataError(f"Expected a class index in {where}, found {digits[:20].decode(errors='replace')!r}.")
-    return int(digits)
+    return int(digits) if digits.isdigit() and len(digits) <= MOST_DIGITS else None
 
 
-def _all_known(labels: Sequence[int | None]) -> Tensor | None:
+def _all_known(labels: Sequence[int | None], path: Path) -> Tensor | None:
+    """The classes, where every image has one; that some have none is said."""
     known = [label for label in labels if label is not None]
+    if known and len(known) < len(labels):
+        warnings.warn(
+            f"{len(labels) - len(known)} of {len(labels)} images in {path.parent} have no class index, so that none is "
+            "used. Give labels=.",
+            UserWarning,
+            stacklevel=2,
+        )
     return torch.tensor(known, dtype=torch.int64) if len(known) == len(labels) else None
 
 
@@ -180,14 +215,14 @@ class _Found(NamedTuple):
     labels: list[int | None]
 
 
-def _open_tables(paths: Sequence[Path]) -> tuple[ParquetRows, Tensor | None]:
+def _open_tables(paths: Sequence[Path], column: str | None) -> tuple[ParquetRows, list[int | None]]:
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError as error:
         raise DataError(
             f"Expected pyarrow to read {paths[0]}, found none. Install it with: pip install 'bitwright[parquet]'"
         ) from error
-    found = [_look_into(path) for path in paths]
+    found = [_look_into(path, column) for path in paths]
     names, rows = [], []
     for k, (path, table) in enumerate(zip(paths, found, strict=True)):
         places = [_Row(k, group, row) for group, size in enumerate(table.sizes) for row in range(size)]
@@ -195,17 +230,17 @@ def _open_tables(paths: Sequence[Path]) -> tuple[ParquetRows, Tensor | None]:
         names += [f"{path.name}/{i}" for i in range(len(places))]
     if not rows:
         raise DataError(f"Expected images in {paths[0]}, found no row.")
-    return ParquetRows(paths, [t.column for t in found], names, rows), _all_known([x for t in found for x in t.labels])
+    return ParquetRows(paths, [t.column for t in found], names, rows), [x for t in found for x in t.labels]
 
 
-def _look_into(path: Path) -> _Found:
+def _look_into(path: Path, asked: str | None) -> _Found:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
             fields = {field.name: field.type for field in file.schema_arrow}
-            column = _column(IMAGE_COLUMNS, fields, _holds_images)
+            column = _column(IMAGE_COLUMNS if asked is None else (asked,), fields, _holds_images)
             label = _column(LABEL_COLUMNS, fields, pa.types.is_integer)
             sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             known = file.read(columns=[label]).column(0).to_pylist() if label else [None] * sum(sizes)
@@ -213,8 +248,8 @@ def _look_into(path: Path) -> _Found:
         raise DataError(f"Expected a Parquet table at {path}, cannot read it ({short(error)}).") from error
     if not column:
         raise DataError(
-            f"Expected a column of encoded images in {path}, found {', '.join(fields) or 'no column'}. "
-            f"Name it {IMAGE_COLUMNS[0]!r}."
+            f"Expected a column {asked or IMAGE_COLUMNS[0]!r} of encoded images in {path}, found "
+            f"{', '.join(fields) or 'no column'}. Name the one that holds them, as input_key= or in the file."
         )
     return _Found(column, sizes, [value if value is not None and value >= 0 else None for value in known])
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -146,6 +147,7 @@ def do(folder: Path, make: Make, journal: Journal, *, force: bool = False, resum
                 if wanted.diagnosis:
                     add_diagnosis(model, journal)
                 failure = _write(model, folder, wanted, journal, started)
+            journal.farewell = _complete_but_for_its_page(folder)
         if answers is not None and wanted.report:
             _show(model, folder, wanted, answers, journal)
     return Done(model.result, folder, failure)
@@ -428,10 +430,13 @@ def _export(model: Student, wanted: Wanted, path: Path, journal: Journal) -> Bit
     return failure
 
 
+def _complete_but_for_its_page(folder: Path) -> str:
+    return f"Interrupted. The run is complete but for its page: bitwright report {shlex.quote(str(folder))}"
+
+
 def _show(model: Student, folder: Path, wanted: Wanted, answers: Answers, journal: Journal) -> None:
     """``report.html`` of a run that was just written, and what it is made from; no failure here undoes the run."""
     journal.begin("Writing the report")
-    journal.farewell = f"Interrupted. The run is complete but for its page: bitwright report {folder}"
     images = wanted.images if wanted.images is not None else model.calibration
     try:
         assert images is not None
