@@ -63,12 +63,12 @@ def _captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "prepare_teacher", lambda network, *_: copy.deepcopy(prepared[type(network.module)]))
 
 
-def quantized(name: str, method: Any, **said: Any) -> tuple[str, Any]:
+def quantized(name: str, method: Any, images: int = IMAGES, **said: Any) -> tuple[str, Any]:
     """The sha256 of all that a run ends with, and what it tells of its optimisation."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = bw.quantize(
-            cases.model(name), cases.dataset(IMAGES), method, weights=4, device="cpu", precision="float32", **said
+            cases.model(name), cases.dataset(images), method, weights=4, device="cpu", precision="float32", **said
         )
     digest = hashlib.sha256()
     for key, tensor in sorted(found.graph.named_buffers()):
@@ -97,6 +97,12 @@ def test_gradients_do_not_depend_on_the_number_of_processes(name: str, method: s
     files = [in_processes(n, tmp_path, lambda: quantized(name, method, steps=3)[0]) for n in (1, 2, 3)]
     assert {each for found in files for each in found} == {files[0][0]}
     assert len(files[0][0]) == 64, files[0][0]
+
+
+def test_processes_without_a_batch_wait_for_the_one_that_has_it(tmp_path: Path) -> None:
+    found = in_processes(2, tmp_path, lambda: quantized("squeeze_excite", "eptq", images=12, steps=2)[0])
+    assert found[0] == found[1]
+    assert len(found[0]) == 64, found[0]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
