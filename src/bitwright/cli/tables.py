@@ -84,10 +84,13 @@ def phases_text(seconds: Mapping[str, float | None]) -> str:
     Example:
         >>> phases_text({"capture": 2.0, "calibrate": 15.25, "advice": 0.01, "total": 17.26})
         'calibrate 15.2 s, capture 2.0 s'
+        >>> phases_text({"a": 4.0, "b": 3.0, "c": 2.0}).splitlines()
+        ['a 4.0 s, b 3.0 s,', 'c 2.0 s']
     """
     total = seconds.get("total") or 0.0
     parts = sorted(((v, k) for k, v in seconds.items() if k != "total" and v and v > 0.02 * total), reverse=True)
-    return ", ".join(f"{name} {words.duration(value)}" for value, name in parts)
+    said = [f"{name} {words.duration(value)}" for value, name in parts]
+    return ",\n".join(", ".join(said[k : k + 2]) for k in range(0, len(said), 2))  # no wider than the other rows
 
 
 def evolution_text(found: SearchOutcome) -> str:
