@@ -32,8 +32,8 @@ from torch import nn
 import bitwright as bw
 from bitwright import api, pipeline
 from bitwright.graph import points
-from bitwright.graph.devices import moved_to, place_on
-from bitwright.graph.student import Student
+from bitwright.graph.devices import place_on
+from bitwright.graph.student import Student, moved_to
 from bitwright.measure import evaluation
 from bitwright.recipes import Recipe
 from bitwright.run import job

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import onnx_ir as ir
 
 from bitwright.runtimes.session import Array
@@ -39,6 +41,18 @@ def note_constants(graph: ir.Graph) -> None:
 def shared(graph: ir.Graph, name: str, array: Array) -> ir.Value:
     """The constant of this name, made where there is none yet."""
     return graph.initializers.get(name) or initializer(graph, name, array)
+
+
+def free_name(name: str, taken: Container[str | None]) -> str:
+    """A name for an output that may not have its own: with ``_out``, as often as it takes.
+
+    Example:
+        >>> free_name("mask", {"mask", "mask_out"}), free_name("mask", ())
+        ('mask_out_out', 'mask')
+    """
+    while name in taken:
+        name += "_out"
+    return name
 
 
 def insert_node(

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnx import version_converter
 
 from bitwright.errors import one_line
-from bitwright.export.edit import drop_unused, initializer, insert_node
+from bitwright.export.edit import drop_unused, free_name, initializer, insert_node
 from bitwright.given.several import InputPart
 from bitwright.graph.student import Student
 from bitwright.runtimes.session import save_onnx
@@ -79,9 +79,11 @@ def take_apart(graph: ir.Graph, parts: Sequence[InputPart]) -> None:
 
 def _make_way(graph: ir.Graph, name: str) -> None:
     """Renames a value that has the name of an input; as with one input, an output gets ``_out``."""
-    for value in (*(v for node in graph for v in node.outputs), *graph.initializers.values()):
+    values = [*(v for node in graph for v in node.outputs), *graph.initializers.values()]
+    for value in values:
         if value.name == name:
-            value.name = f"{name}_out" if value.is_graph_output() else f"{name}/inner"
+            taken = {v.name for v in (*values, *graph.inputs)}
+            value.name = free_name(name, taken) if value.is_graph_output() else f"{name}/inner"
 
 
 def put_together(graph: ir.Graph, parts: Sequence[InputPart]) -> None:

@@ -23,7 +23,7 @@ from bitwright._version import __version__
 from bitwright.errors import UsageError
 from bitwright.export import clips
 from bitwright.export.clips import READS_INTEGER_BIAS, Span
-from bitwright.export.edit import drop_unused, initializer, insert_node, shared
+from bitwright.export.edit import drop_unused, free_name, initializer, insert_node, shared
 from bitwright.export.forms import rewrite_forms
 from bitwright.export.functions import join_functions
 from bitwright.given.several import InputPart
@@ -317,7 +317,8 @@ def _rename_outputs(program: ir.Model, model: Student) -> None:
         return
     taken = {v.name for node in program.graph for v in node.outputs} | {v.name for v in program.graph.inputs}
     for value, name in zip(program.graph.outputs, model.outputs, strict=True):
-        value.name = name if name not in taken else f"{name}_out"
+        value.name = free_name(name, taken)
+        taken.add(value.name)
 
 
 def _rename_as_given(program: ir.Model, outputs: tuple[str, ...], names: Interface) -> None:

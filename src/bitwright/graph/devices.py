@@ -1,16 +1,13 @@
-"""One device for a network and all that it makes on the way: moved as a whole, and back where it was."""
+"""One device for a network and all that it makes on the way."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx, nn
-
-if TYPE_CHECKING:
-    from bitwright.graph.student import Student
 
 
 def device_of(network: nn.Module) -> torch.device:
@@ -65,17 +62,3 @@ def exact_float32() -> Iterator[None]:
     finally:
         for switch, old in zip(switches, before, strict=False):
             switch.allow_tf32 = old
-
-
-@contextmanager
-def moved_to(model: Student, device: torch.device | str) -> Iterator[None]:
-    """A quantized network, and its float network if it has one, on a device while inside."""
-    graphs = [model.graph] if model.teacher is None else [model.graph, model.teacher.graph]
-    before = [device_of(graph) for graph in graphs]
-    try:
-        for graph in graphs:
-            place_on(graph, device)
-        yield
-    finally:
-        for graph, old in zip(graphs, before, strict=True):
-            place_on(graph, old)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from torch.utils import _pytree as pytree
 from bitwright.given.several import InputPart, pack_as
 from bitwright.graph import ops, rewrite
 from bitwright.graph.capture import Captured
-from bitwright.graph.devices import keep_together
+from bitwright.graph.devices import device_of, keep_together, place_on
 from bitwright.graph.insert import insert
 from bitwright.graph.layer import Layer, Unquantized
 from bitwright.graph.outputs import Interface
@@ -187,3 +188,17 @@ def insert_quantizers(teacher: Captured, scheme: Scheme) -> Student:
         input_shape=tuple(teacher.example.shape[1:]),
         teacher=teacher,
     )
+
+
+@contextmanager
+def moved_to(model: Student, device: torch.device | str) -> Iterator[None]:
+    """A quantized network, and its float network if it has one, on a device while inside."""
+    graphs = [model.graph] if model.teacher is None else [model.graph, model.teacher.graph]
+    before = [device_of(graph) for graph in graphs]
+    try:
+        for graph in graphs:
+            place_on(graph, device)
+        yield
+    finally:
+        for graph, old in zip(graphs, before, strict=True):
+            place_on(graph, old)

@@ -19,11 +19,11 @@ from bitwright.given.models import Model
 from bitwright.given.several import taking
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.capture import Captured
-from bitwright.graph.devices import device_of, exact_float32, moved_to
+from bitwright.graph.devices import device_of, exact_float32
 from bitwright.graph.explain import cannot_run
 from bitwright.graph.outputs import arrange, names
 from bitwright.graph.readings import Reading
-from bitwright.graph.student import Student
+from bitwright.graph.student import Student, moved_to
 from bitwright.graph.watch import watch_both
 from bitwright.measure.class_maps import GivenClassMap
 from bitwright.measure.metrics import Evaluation, Fidelity, SignalToNoise

@@ -28,8 +28,8 @@ from bitwright.export.verdict import Parity
 from bitwright.given.arguments import a_path, of_kind, one_of
 from bitwright.given.images import Images, load_images
 from bitwright.given.inputs import find_device
-from bitwright.graph.devices import device_of, exact_float32, moved_to
-from bitwright.graph.student import Student
+from bitwright.graph.devices import device_of, exact_float32
+from bitwright.graph.student import Student, moved_to
 from bitwright.measure.class_maps import GivenClassMap
 from bitwright.measure.evaluation import NOTHING_SAID, LayerNoise, evaluation_of, read_outputs_of
 from bitwright.measure.task import Decode
@@ -147,7 +147,10 @@ def do(folder: Path, make: Make, journal: Journal, *, force: bool = False, resum
                 if wanted.diagnosis:
                     add_diagnosis(model, journal)
                 failure = _write(model, folder, wanted, journal, started)
-            journal.farewell = _complete_but_for_its_page(folder)
+            if wanted.report:
+                journal.farewell = (
+                    f"Interrupted. The run is complete but for its page: bitwright report {shlex.quote(str(folder))}"
+                )
         if answers is not None and wanted.report:
             _show(model, folder, wanted, answers, journal)
     return Done(model.result, folder, failure)
@@ -428,10 +431,6 @@ def _export(model: Student, wanted: Wanted, path: Path, journal: Journal) -> Bit
     add_parity(model.result, parity, size)
     _took(model, "export", started)
     return failure
-
-
-def _complete_but_for_its_page(folder: Path) -> str:
-    return f"Interrupted. The run is complete but for its page: bitwright report {shlex.quote(str(folder))}"
 
 
 def _show(model: Student, folder: Path, wanted: Wanted, answers: Answers, journal: Journal) -> None:

@@ -21,9 +21,8 @@ from torch import Tensor, fx
 from bitwright.errors import UsageError
 from bitwright.graph import ops, rewrite, segments
 from bitwright.graph.axes import read_outputs
-from bitwright.graph.devices import moved_to
 from bitwright.graph.insert import bits_by_key
-from bitwright.graph.student import Student
+from bitwright.graph.student import Student, moved_to
 from bitwright.graph.watch import Callback, updating, values_of, watch
 from bitwright.memory import keep_pages
 from bitwright.progress import Progress, silent
