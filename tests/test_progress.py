@@ -44,9 +44,26 @@ def test_nobody_is_shown_anything_where_nobody_looks(monkeypatch: pytest.MonkeyP
     for said in (True, False):
         with watched(said) as told:
             assert told is silent
-    with watched(print) as told:
-        assert told is print
     with pytest.raises(bw.UsageError, match="progress=, found 3"), watched(3):  # type: ignore[arg-type]
+        pass
+
+
+def test_a_function_is_called_with_all_four_arguments_or_refused() -> None:
+    seen: list[Any] = []
+
+    def four(what: str, done: int, total: int, detail: str) -> None:
+        seen.append((what, done, total, detail))
+
+    def three(what: str, done: int, total: int) -> None:
+        """Not enough."""
+
+    with watched(four) as told:
+        told("Reading", 1, 2)
+    assert seen == [("Reading", 1, 2, "")]
+    with (
+        pytest.raises(bw.UsageError, match=r"of what, done, total and detail as progress=, found three\(what: str, "),
+        watched(three),  # type: ignore[arg-type]
+    ):
         pass
 
 

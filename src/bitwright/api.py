@@ -461,6 +461,7 @@ def _record(
             output=output or network.output,
             preprocessing=how if isinstance(how, Preprocessing) else None,
             source=images.place,
+            input_key=images.input_key,
             sha256=None if network.source is None else network.source.sha256,
         ),
         plan=plan,

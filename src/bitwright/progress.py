@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import importlib
+import inspect
 import sys
 import time
 from collections.abc import Iterator
@@ -32,13 +33,27 @@ def silent(what: str, done: int, total: int, detail: str = "") -> None:
 
 
 def check_progress(progress: Any) -> None:
-    """Refuses what is neither a function nor True or False.
+    """Refuses what is neither a function of four arguments nor True or False.
 
     Raises:
         UsageError: it is something else.
     """
-    if not callable(progress) and not isinstance(progress, bool):
+    if isinstance(progress, bool):
+        return
+    if not callable(progress):
         raise UsageError(f"Expected a function, True or False as progress=, found {progress!r}.")
+    try:
+        taken = inspect.signature(progress)
+    except ValueError:  # of a function in C nobody knows
+        return
+    try:
+        taken.bind("", 0, 0, "")
+    except TypeError:
+        name = getattr(progress, "__name__", type(progress).__name__)
+        raise UsageError(
+            f"Expected a function of what, done, total and detail as progress=, found {name}{taken}. "
+            "Give it these four arguments."
+        ) from None
 
 
 @contextmanager
@@ -52,12 +67,17 @@ def watched(progress: Progress | bool) -> Iterator[Progress]:
     check_progress(progress)
     drawn = None if progress is not True else Notebook.here() or Bars.here()
     if drawn is None:
-        yield silent if isinstance(progress, bool) else progress
+        yield silent if isinstance(progress, bool) else _with_detail(progress)
         return
     try:
         yield drawn
     finally:
         drawn.close()
+
+
+def _with_detail(progress: Progress) -> Progress:
+    """The user's function, called with all four arguments each time."""
+    return lambda what, done, total, detail="": progress(what, done, total, detail)
 
 
 def drawn_bars(console: Console) -> RichProgress:

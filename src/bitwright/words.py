@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -412,6 +413,27 @@ def _plain_number(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
+
+
+def typed(*parts: object) -> str:
+    """A command as a shell takes it, whatever its words hold.
+
+    Example:
+        >>> typed("bitwright", "export", Path("my runs/first"), "--to", "openvino")
+        "bitwright export 'my runs/first' --to openvino"
+    """
+    return shlex.join(map(str, parts))
+
+
+def as_options(given: Mapping[str, object]) -> list[str]:
+    """Settings as options of a command; what is None is left out.
+
+    Example:
+        >>> as_options({"input_size": "28x28", "mean": 0.5, "std": None})
+        ['--input-size', '28x28', '--mean', '0.5']
+    """
+    pairs = ((f"--{name.replace('_', '-')}", str(value)) for name, value in given.items() if value is not None)
+    return [word for pair in pairs for word in pair]
 
 
 def short_path(path: Path) -> str:

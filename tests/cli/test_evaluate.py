@@ -45,6 +45,17 @@ def test_evaluate_an_onnx_file(given: list[str], here: Path, capsys: pytest.Capt
     assert ("fidelity" in found) == bool(given)
 
 
+def test_a_float_network_gets_what_the_run_recorded(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("bare.py").write_text("from models import Named\n")  # without the preprocessing
+    said = ["--input-size", "16", "--mean", "0.5", "--std", "0.25", "--output", "scores"]
+    made = ["--recipe", "rtn", "--no-report", "--no-diagnosis", "--out", "bare", "--json"]
+    assert main(["quantize", "bare.py:Named", "photos", *said, *made]) == 0
+    agreement = result_of(capsys)["fidelity"]["agreement"]
+    for model in ("bare", "bare/model.onnx"):
+        assert main(["evaluate", model, "photos", "--float", "bare.py:Named", "--json"]) == 0
+        assert result_of(capsys)["fidelity"]["agreement"] == agreement
+
+
 def test_evaluate_a_float_network(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "models.py:Net", "classes", "--json"]) == 0
     found = result_of(capsys)

@@ -203,6 +203,15 @@ def test_a_pipe_that_is_closed_is_no_fault(here: Path) -> None:
         assert "Python file" not in process.stderr.read()
 
 
+def test_closed_standard_output_is_no_fault(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    assert main(["inspect", "run"]) == 0
+    assert main(["inspect", "nowhere"]) == 2
+    for stream in (sys.stdout, sys.stderr):
+        stream.close()
+
+
 def test_control_c_in_a_process(here: Path) -> None:
     command = [sys.executable, "-m", "bitwright.cli", *NET, "photos", "--out", "new"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:

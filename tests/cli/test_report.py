@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -48,15 +50,41 @@ def error(capsys: pytest.CaptureFixture[str]) -> str:
     return str(line)
 
 
-def test_the_page_is_made_again_without_model_or_images(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = (run / "report.html").read_bytes()
+def test_the_page_is_made_again_without_model_or_images(
+    made: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (run / "report.html").read_text().replace(str(made), str(run))  # in the commands that it shows
     for name in ("model.safetensors", "model.onnx", "report.html", "plan.json", "log.jsonl"):
         (run / name).unlink()
     assert main(["report", str(run), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (run / "report.html").read_bytes() == before
+    assert (run / "report.html").read_text() == before
     assert found["page"] == str(run / "report.html")
-    assert found["verdict"] in re.sub(r"<[^>]+>", "", before.decode()).replace("\u00a0", " ")
+    assert found["verdict"] in re.sub(r"<[^>]+>", "", before).replace("\u00a0", " ")
+
+
+def test_commands_of_the_page_run_as_pasted(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spaced = run.rename(run.parent / "my run")
+    monkeypatch.chdir(run.parent)
+    assert main(["report", "my run"]) == 0
+    text = html.unescape(re.sub(r"<[^>]+>", "", (spaced / "report.html").read_text()))
+    for verb in ("bench", "parity"):
+        assert f"bitwright {verb} 'my run'; bitwright report 'my run'" in text
+    quoted = shlex.split(text[text.index("bitwright bench") :].partition(";")[0])
+    assert quoted == ["bitwright", "bench", "my run"]
+
+
+def test_values_inside_fused_layers_are_no_floats(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = json.loads((run / "result.json").read_text())["unquantized"]
+    inside = sum("inside the group" in row["reason"] for row in rows)
+    assert 0 < inside < len(rows)
+    text = re.sub(r"<[^>]+>", "", (run / "report.html").read_text())
+    assert f"{len(rows) - inside} tensors, and why." in text
+    assert f"Not counted: {inside} values inside fused layers." in text
+    assert main(["inspect", str(run)]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(rf"left in float +{len(rows) - inside}\n", shown)
+    assert re.search(rf"inside fused layers +{inside}\n", shown)
 
 
 def test_figures_on_the_page_are_those_of_the_result(run: Path) -> None:
@@ -271,13 +299,13 @@ def test_several_runs_on_one_page(run: Path, tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("labelled", "expected"),
     [
-        ({"both": 800, "only_float": 4, "only_quantized": 4, "neither": 192}, "no loss of accuracy that this many"),
-        ({"both": 800, "only_float": 4, "only_quantized": 5, "neither": 191}, "0.10 points better, which chance alone"),
-        ({"both": 800, "only_float": 12, "only_quantized": 5, "neither": 183}, "0.70 points worse, which chance alone"),
+        ({"both": 800, "only_float": 4, "only_quantized": 4, "neither": 192}, "with no measurable difference: 80.40 %"),
+        ({"both": 800, "only_float": 4, "only_quantized": 5, "neither": 191}, "with no measurable difference: 80.50 %"),
+        ({"both": 800, "only_float": 12, "only_quantized": 5, "neither": 183}, "with no measurable difference: "),
         ({"both": 700, "only_float": 100, "only_quantized": 10, "neither": 190}, "9.00 points worse"),
     ],
 )
-def test_the_verdict_tells_loss_from_chance(labelled: dict[str, int], expected: str) -> None:
+def test_the_verdict_tells_a_loss_from_what_these_images_cannot_show(labelled: dict[str, int], expected: str) -> None:
     count = sum(labelled.values())
     shown = result(
         "a",

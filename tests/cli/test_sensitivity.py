@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,9 @@ def test_it_names_the_layers_that_matter_and_what_to_paste(here: Path, capsys: p
     out = capsys.readouterr().out
     found = json.loads((here / "look/sensitivity.json").read_text())
     assert f"At 3 bits, {len(found['matter'])} of 3 layers make up" in out
-    assert f"--weights 3 --rule '{found['matter'][0]}=w8'" in out
+    command = next(shlex.split(line.partition(": ")[2]) for line in out.splitlines() if "bitwright quantize" in line)
+    assert f"{found['matter'][0]}=w8" in command
+    assert main([*command[1:], "--dry-run"]) == 0
     assert "look/sensitivity.html" in out
 
 

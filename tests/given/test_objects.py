@@ -77,6 +77,31 @@ def test_pixels_of_any_form_are_preprocessed_at_the_size_they_have(source: Any) 
     assert torch.equal(images.batch(range(6)), images.preprocessing.normalize(torch.from_numpy(PIXELS)))
 
 
+def test_rows_of_undecoded_files_are_pictures(tmp_path: Path) -> None:
+    image = Image.fromarray(PIXELS[0])
+    image.save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    rows = [
+        {"image": {"bytes": content, "path": None}, "label": 3},
+        {"image": {"bytes": None, "path": str(tmp_path / "a.png")}, "label": 4},
+    ]
+    found = load_images(rows, HOW)
+    expected = load_images([image], HOW)[0]
+    assert all(torch.equal(found[i], expected) for i in range(2))
+    assert found.labels is not None
+    assert found.labels.tolist() == [3, 4]
+    with pytest.raises(DataError, match="cannot read image 1 of the list given"):
+        load_images([rows[0], {"image": {"bytes": content[:50], "path": None}}], HOW)
+
+
+def test_what_has_no_end_is_refused_where_nobody_says_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitwright.given.objects.STREAM_IMAGES", 20)
+    assert len(load_images([torch.rand(3, 8, 8)] * 30, None)) == 30
+    for endless in (itertools.repeat(torch.rand(3, 8, 8)), DataLoader(Endless(), batch_size=4)):
+        with pytest.raises(DataError, match=r"Expected images that end, read 2\d from .*samples="):
+            load_images(endless, None)
+
+
 def test_floats_in_either_layout() -> None:
     values = np.random.default_rng(1).normal(size=(2, 8, 9, 3))
     expected = torch.from_numpy(values).float().permute(0, 3, 1, 2)

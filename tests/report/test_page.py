@@ -24,6 +24,16 @@ SMALLEST = """Math.min(...[...document.querySelectorAll('p, td, th, dd, .chart s
 SECTIONS = """[...document.querySelectorAll('section')]
     .map(s => [s.id, s.innerText.split('\\n').slice(1).join(' ').trim()])"""
 LAYER_ROWS = "[...document.querySelectorAll('#layer-table tbody tr')]"
+BROKEN = """(() => { const found = [];
+    const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (texts.nextNode()) { const node = texts.currentNode;
+        if (node.parentElement.closest('code, pre, .hash, .layer, .label, script, style')) continue;
+        for (const m of node.data.matchAll(/[−+]?\\d[\\d.,]*(?:\\u00a0[^ \\n\\u00a0]+)*/g)) {
+            const range = document.createRange();
+            range.setStart(node, m.index); range.setEnd(node, m.index + m[0].length);
+            const lines = new Set([...range.getClientRects()].filter(r => r.width).map(r => Math.round(r.top)));
+            if (lines.size > 1) found.push([m[0], node.parentElement.outerHTML.slice(0, 90)]); } }
+    return found })()"""
 HIDDEN = "[...document.querySelectorAll('nav, .control')].every(e => e.getBoundingClientRect().height === 0)"
 CONTRAST = """(() => {
     const linear = x => x <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4;
@@ -63,6 +73,8 @@ def test_it_asks_for_nothing_and_nothing_sticks_out(run: Path, page: Page, dark:
     assert page.value(WIDTH) <= width
     assert page.value(OUTSIDE) == []
     assert page.value(SMALLEST) >= 11.5
+    page.value("document.querySelectorAll('details').forEach(d => { d.open = true })")
+    assert page.value(BROKEN) == []  # no number falls into two lines
 
 
 def test_every_section_has_content_and_is_in_the_contents(run: Path, page: Page) -> None:

@@ -46,6 +46,14 @@ def test_result_has_the_contracts_keys(model, tmp_path):
     assert result["model"]["parameters"] == parameters
 
 
+def test_loading_an_unfinished_run_says_what_to_do(tmp_path):
+    (tmp_path / "run" / "state").mkdir(parents=True)
+    with pytest.raises(bw.UsageError, match=r"found none in .*It is unfinished: repeat its command with --resume\."):
+        bw.load(tmp_path / "run")
+    with pytest.raises(bw.UsageError, match=r"Give a run's folder\."):
+        bw.load(tmp_path)
+
+
 def test_a_filled_folder_is_refused_and_left_alone(model, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("keep")

@@ -26,13 +26,14 @@ def model() -> bw.QuantizedModel:
 def test_a_network_says_its_bits_size_and_loss_in_three_lines(model: bw.QuantizedModel, tmp_path: Path) -> None:
     first, second, third = repr(model).splitlines()
     assert first == "QuantizedModel Sequential by rtn, for onnxruntime"
-    assert second.startswith("4-bit weights, 8-bit activations: about ")
+    assert second.startswith("4-bit weights, 8-bit activations: ")
     agreement = model.result["checked"]["outputs"]["output"]["agreement"]
     assert third.startswith(f"loss from float on 8 calibration images: {100 * agreement:.2f} % same answer, KL ")
     written = model.save(tmp_path / "run", evaluate=IMAGES[:5])
     loaded = repr(bw.load(written)).splitlines()
     size = (written / "model.safetensors").stat().st_size
     assert f": {size / 1000:.2f} kB instead of " in loaded[1]
+    assert second == loaded[1]  # known before there was a file
     assert "on 5 images: " in loaded[2]
     assert "checked" in json.loads((written / "result.json").read_text())
 

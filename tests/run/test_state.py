@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,15 @@ def test_other_settings_are_named_with_the_command_and_nothing_is_lost(state: Pa
     with pytest.raises(UsageError, match=rf"{said}\)\. Repeat its command \(bitwright quantize net photos\)"):
         begin(state, "another", SETTINGS | changed, resume=True)
     assert (state / "checkpoint-0.safetensors").read_text() == "kept"
+
+
+@pytest.mark.parametrize(("version", "said"), [("0.0.1", "bitwright 0.0.1"), (None, "an older bitwright")])
+def test_a_state_of_another_version_says_so(state: Path, version: str | None, said: str) -> None:
+    about = json.loads((state / "run.json").read_text())
+    (state / "run.json").write_text(json.dumps({**about, "bitwright": version}))
+    with pytest.raises(UsageError, match=rf"was begun by {said}, and this is .*force=True without --resume"):
+        begin(state, "another", {**SETTINGS, "unheard_of": 1}, resume=True)
+    assert leave(state)
 
 
 def test_begun_again_nothing_of_before_is_used(state: Path) -> None:

@@ -139,7 +139,7 @@ def test_wrong_folders(run, tmp_path):
     with pytest.raises(UsageError, match=r"unfinished\. Repeat its command with --resume"):
         quick(tmp_path)
     (tmp_path / "result.json").write_text("{}")
-    with pytest.raises(UsageError, match=r"There is no model\.onnx in .* bitwright export"):
+    with pytest.raises(UsageError, match=r"Expected model\.onnx in .* bitwright export"):
         quick(tmp_path)
     (tmp_path / "model.onnx").write_bytes(b"no model")
     with pytest.raises(UsageError, match="not a file that bitwright exported"):

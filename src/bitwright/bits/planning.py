@@ -219,6 +219,7 @@ def plan_bits(
     device: str = "auto",
     preprocessing: Any = None,
     output: str | None = None,
+    input_key: str | None = None,
     skip_unreadable: bool = False,
     cache: str | Path | None = None,
     progress: Progress | bool = True,
@@ -256,6 +257,7 @@ def plan_bits(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         preprocessing: of image files; a named model brings its own.
         output: name of the one output to keep, for a model that returns several.
+        input_key: which of several entries the images are; see :func:`bitwright.load_images`.
         skip_unreadable: go on when a file cannot be decoded.
         cache: folder where measured losses are kept, so that the next plan takes seconds.
         progress: as for :func:`bitwright.quantize`.
@@ -276,7 +278,7 @@ def plan_bits(
     along = None if by is None else _cost(by)
     network = inputs.as_model(model, preprocessing)
     scheme = scheme or Scheme(runtime=runtime, rules=tuple(r if isinstance(r, Rule) else Rule.parse(r) for r in rules))
-    data = inputs.calibration_images(images, network, None, skip_unreadable)
+    data = inputs.calibration_images(images, network, None, skip_unreadable, input_key=input_key)
     with watched(progress) as told:
         run = Run(seed=seed, device=inputs.find_device(device), progress=told)
         teacher = inputs.prepare_teacher(network, data, output)

@@ -57,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0 done, 1 the job failed, 2 the call was wrong, 130 interrupted.
     """
+    _open_closed_streams()
     given = list(sys.argv[1:] if arguments is None else arguments)
     # Threads that sleep while they wait; spinning ones make everything many times slower on a machine with other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -81,6 +82,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         return _other(error, given)
     return status if isinstance(status, int) else 0
+
+
+def _open_closed_streams() -> None:
+    """Where a shell closed standard output or error (``>&-``), nothing is shown, and no file gets their number."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process
 
 
 def _speaks(error: BitwrightError) -> bool:

@@ -140,7 +140,7 @@ def settings(shared: QuantizeCall) -> dict[str, Any]:
         "seed": shared.seed,
         "device": shared.device,
         "output": shared.output,
-        "preprocessing": shared.reading.preprocessing,
+        "preprocessing": shared.reading.named,
     }
     return dict(json.loads(json.dumps(found, default=str)))
 

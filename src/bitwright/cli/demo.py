@@ -106,7 +106,7 @@ def show(results: Mapping[str, RunResult], out: Path, terminal: Terminal) -> Non
     folder = short_path((out / first).expanduser().absolute())
     terminal.show(
         "",
-        f"See every layer:   bitwright inspect {folder}",
+        f"See every layer:   {words.typed('bitwright', 'inspect', folder)}",
         "Your own network:  bitwright quantize timm:NAME@weights.pt photos/ --weights 4 --activations 8",
     )
 

@@ -13,10 +13,19 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from bitwright import words
 from bitwright.cli import tables
 from bitwright.cli.calls import EvaluateCall
 from bitwright.cli.options import ImageOptions
-from bitwright.cli.sources import check_preprocess, float_network, images_at, is_run, known_settings, load_run
+from bitwright.cli.sources import (
+    check_preprocess,
+    float_network,
+    images_at,
+    is_run,
+    known_settings,
+    load_run,
+    prepared_alike,
+)
 from bitwright.errors import BitwrightError, ModelError, UsageError, one_line
 from bitwright.given.images import Images
 from bitwright.given.inputs import prepare_teacher
@@ -161,19 +170,20 @@ def _reading(captured: Captured, images: Images, axes: Axes) -> tuple[Network, S
 
 
 def _onnx(call: EvaluateCall, axes: Axes) -> Evaluated:
-    preprocessing = call.reading.preprocessing
     path = Path(call.model).expanduser()
     if path.name == run_folder.ONNX and (path.parent / run_folder.RESULT).is_file():
         files = run_folder.read_result(path.parent).files
-        run_folder.check_file(path.parent, run_folder.ONNX, files, f"Write it with: bitwright export {path.parent}")
-    session = _session(path)
+        advice = f"Write it with: {words.typed('bitwright', 'export', path.parent)}"
+        run_folder.check_file(path.parent, run_folder.ONNX, files, advice)
+    session, about = _session(path), _network_beside(path)
+    check_preprocess(about.settings, call.reading)
+    network = _named_float(call, about)
     if len(session.get_inputs()) > 1:
-        return _several(call, session, axes)
+        return _several(call, session, axes, about, network)
     (given,) = session.get_inputs()
     if len(given.shape) != 4:
         raise ModelError(f"Expected one image input [N, C, H, W] in {call.model}, found {_inputs(session)}.")
-    network = load_model(call.float_model, **preprocessing) if call.float_model is not None else None
-    images = _images(call, network or _beside(path, given.shape, call.reading))
+    images = _images(call, network or _file_alone(path, about, given.shape, call.reading))
     shape = tuple(images[0].shape)
     if any(isinstance(side, int) and side != ours for side, ours in zip(given.shape[1:], shape, strict=True)):
         raise UsageError(
@@ -186,12 +196,11 @@ def _onnx(call: EvaluateCall, axes: Axes) -> Evaluated:
         padded = torch.cat([x, x[:1].expand(missing, *x.shape[1:])]) if missing else x
         return [torch.from_numpy(o)[: len(x)] for o in session.run(None, {given.name: padded.numpy()})]
 
-    return _in_runtime(call, axes, session, run, images, network, fixed or BATCH)
+    return _in_runtime(call, axes, session, run, images, network, about, fixed or BATCH)
 
 
-def _several(call: EvaluateCall, session: Any, axes: Axes) -> Evaluated:
+def _several(call: EvaluateCall, session: Any, axes: Axes, about: RunNetwork, network: Model | None) -> Evaluated:
     """A file of several inputs, which the images hold by name."""
-    network = None if call.float_model is None else load_model(call.float_model)
     stand_in: Any = SimpleNamespace(input_names=[i.name for i in session.get_inputs()])
     images = _images(call, network or Model(stand_in, "", None))
     wanted, found = {i.name for i in session.get_inputs()}, {part.name for part in images.parts}
@@ -204,18 +213,25 @@ def _several(call: EvaluateCall, session: Any, axes: Axes) -> Evaluated:
     def run(x: Tensor) -> list[Tensor]:
         return [torch.from_numpy(o) for o in session.run(None, {p.name: p.of(x).numpy() for p in images.parts})]
 
-    return _in_runtime(call, axes, session, run, images, network, BATCH)
+    return _in_runtime(call, axes, session, run, images, network, about, BATCH)
 
 
 def _in_runtime(
-    call: EvaluateCall, axes: Axes, session: Any, run: Network, images: Images, network: Model | None, batch: int
+    call: EvaluateCall,
+    axes: Axes,
+    session: Any,
+    run: Network,
+    images: Images,
+    network: Model | None,
+    about: RunNetwork,
+    batch: int,
 ) -> Evaluated:
     """A file, beside the float network if there is one."""
     names = tuple(o.name for o in session.get_outputs())
     if network is None:
         outputs, scoring = _of_run_beside(Path(call.model).expanduser(), names, call.compared.scoring)
         return Evaluated("onnx", run, None, images, outputs, scoring, batch)
-    teacher = prepare_teacher(network, images, call.output)
+    teacher = prepare_teacher(network, images, call.output or about.output)
     reference, readings = _reading(teacher, images, axes)
     outputs, scoring = outputs_of(teacher, readings), call.compared.beside(network)
     return Evaluated("onnx", run, reference, images, outputs, scoring, batch)
@@ -253,18 +269,28 @@ def _by(shape: Any) -> str:
     return "x".join(map(str, shape))
 
 
-def _beside(path: Path, shape: list[Any], reading: ImageOptions) -> Model | None:
-    """The preprocessing of an ONNX file: as given, else as recorded in the run folder it lies in."""
-    base: dict[str, Any] = {}
-    settings = reading.preprocessing
+def _network_beside(path: Path) -> RunNetwork:
+    """What the run folder that an ONNX file lies in says of the network; nothing where it lies in none."""
     result = path.parent / run_folder.RESULT
-    if result.is_file():
-        try:
-            about = run_folder.read_result(result).model
-        except UsageError:
-            about = RunNetwork("")
-        check_preprocess(about.settings, reading)
-        base = dict(about.preprocessing or {})
+    try:
+        return run_folder.read_result(result).model if result.is_file() else RunNetwork("")
+    except UsageError:
+        return RunNetwork("")
+
+
+def _named_float(call: EvaluateCall, about: RunNetwork) -> Model | None:
+    """The float network of ``--float``, with the preprocessing of the run unless another is said."""
+    if call.float_model is None:
+        return None
+    settings = call.reading.preprocessing
+    network = load_model(call.float_model, **(settings or known_settings(about.settings)))
+    how = None if about.preprocessing is None else preprocessing_of(about.preprocessing, {})
+    return prepared_alike(network, how, call.reading)
+
+
+def _file_alone(path: Path, about: RunNetwork, shape: list[Any], reading: ImageOptions) -> Model | None:
+    """An ONNX file as a network: with the preprocessing given, else the one recorded in its run folder."""
+    base, settings = dict(about.preprocessing or {}), reading.preprocessing
     if not base and not settings:
         return None
     sides = tuple(shape[1:])

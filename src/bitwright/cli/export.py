@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,8 +103,10 @@ def run_images(model: Student, source: str | None, reading: ImageOptions, how: s
         UsageError: there are none any more; others are given as ``how`` says.
     """
     result = RunResult.read(model.result)
-    recorded = result.evaluated_on.source or result.calibrated_on.source
-    source = recorded if source is None else source
+    used = result.evaluated_on if result.evaluated_on.source else result.calibrated_on
+    recorded = used.source
+    if source is None:
+        source, reading = recorded, replace(reading, input_key=reading.input_key or used.input_key)
     if source is None:
         raise UsageError(f"The check of the exported file needs a few images. Give {how}.")
     network = Model(model, "", model.preprocessing) if model.preprocessing is not None or model.parts else None

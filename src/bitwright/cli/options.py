@@ -266,12 +266,21 @@ class ImageOptions:
     preprocess: str | None = reading_option(
         "Function that makes the network's input of an image, instead of all these: file.py:function, which is run"
     )
+    input_key: str | None = option(
+        "Where several entries could be the image, its name: a column of a .parquet file, an ending of a .tar file's "
+        "members, or an array of an .npz file"
+    )
     skip_unreadable: bool = option("Leave out images that cannot be decoded", False)
 
     @property
     def preprocessing(self) -> dict[str, Any]:
         """The settings of preprocessing that were given, by name."""
-        return {k: v for k, v in asdict(self).items() if v is not None and k != "skip_unreadable"}
+        return {k: v for k, v in asdict(self).items() if v is not None and k not in {"input_key", "skip_unreadable"}}
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """These settings, and the name of the images where it was given."""
+        return self.preprocessing | ({} if self.input_key is None else {"input_key": self.input_key})
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,9 @@ def _compared(run: str, call: ParityCall, terminal: Terminal) -> ParityRecord:
     folder = folder.parent if folder.is_file() else folder
     terminal.begin("Loading")
     files, path = run_folder.read_result(folder).files, folder / run_folder.ONNX
-    run_folder.check_file(folder, run_folder.ONNX, files, f"Write it with: bitwright export {folder}")
+    run_folder.check_file(
+        folder, run_folder.ONNX, files, f"Write it with: {words.typed('bitwright', 'export', folder)}"
+    )
     read_onnx(path)
     run_folder.check_file(folder, run_folder.MODEL, files, "Copy the run again, or quantize again.")
     model = run_folder.load(folder)
@@ -92,10 +94,10 @@ def _refuse(found: ParityRecord) -> None:
     name = found.first_divergence
     if name is None:
         return
-    to = " --to openvino" if found.diverging_in == OPENVINO.title else ""
+    to = ["--to", "openvino"] if found.diverging_in == OPENVINO.title else []
     raise ParityError(
         f"The file in {found.run} does not compute what was measured: {name} is the first to differ. "
-        f"{'Write one for it' if to else 'Write it again'} with: bitwright export {found.run}{to}"
+        f"{'Write one for it' if to else 'Write it again'} with: {words.typed('bitwright', 'export', found.run, *to)}"
     )
 
 

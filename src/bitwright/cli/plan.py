@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 
 from bitwright.bits import planning
@@ -21,7 +20,7 @@ from bitwright.report.plan_page import PlannedNetwork
 from bitwright.run.about import environment, peak_memory_bytes
 from bitwright.run.files import write_text
 from bitwright.terminal import Terminal
-from bitwright.words import short_path
+from bitwright.words import as_options, short_path, typed
 
 FILES = ("plan.json", "pareto.json", "plan.html")
 SHOWN = 12
@@ -90,18 +89,12 @@ def _planned(network: Model, images: Images, call: PlanCall, terminal: Terminal)
 
 def next_command(call: PlanCall, folder: Path) -> str:
     """The line that quantizes with the plan in the folder."""
-    named = {"output": call.output, **call.reading.preprocessing}
-    flags = [
-        part
-        for name, value in named.items()
-        if value is not None
-        for part in (f"--{name.replace('_', '-')}", str(value))
-    ]
+    flags = as_options({"output": call.output, **call.reading.named})
     flags += [] if call.goal.activations else ["--activations", "float"]
     flags += [] if call.recipe is None else ["--recipe", call.recipe]
     flags += ["--skip-unreadable"] if call.reading.skip_unreadable else []
     chosen = short_path(folder / FILES[0])
-    return shlex.join(["bitwright", "quantize", call.network.model, call.network.images, "--plan", chosen, *flags])
+    return typed("bitwright", "quantize", call.network.model, call.network.images, "--plan", chosen, *flags)
 
 
 def show(found: Planning, about: PlannedNetwork, paths: list[Path], terminal: Terminal) -> None:

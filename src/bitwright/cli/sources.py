@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from bitwright.cli.options import ImageOptions, NetworkOptions
 from bitwright.errors import BitwrightError, UsageError
 from bitwright.given.images import Images, load_images
 from bitwright.given.models import Model, example_shape, load_model, preprocessing_of
-from bitwright.given.preprocessing import Preprocessing, has_channels_last
+from bitwright.given.preprocessing import PreprocessFunction, Preprocessing, has_channels_last
 from bitwright.given.references import absolute_reference, absolute_source
 from bitwright.given.several import input_names
 from bitwright.given.text import short
@@ -26,6 +27,7 @@ from bitwright.run.files import first_existing, remove_empty
 from bitwright.run.folder import check_writable
 from bitwright.run.result import RunResult
 from bitwright.terminal import Terminal
+from bitwright.words import typed
 
 DECODE_BATCH = 64
 
@@ -47,7 +49,9 @@ def images_at(
     if network is None and reading.preprocessing:
         how = preprocessing_of({}, reading.preprocessing)
     inputs = () if network is None else input_names(network.module)
-    images = load_images(source, how, inputs=inputs, skip_unreadable=reading.skip_unreadable)
+    images = load_images(
+        source, how, inputs=inputs, skip_unreadable=reading.skip_unreadable, input_key=reading.input_key
+    )
     if not reading.skip_unreadable:
         images.check()
     return labelled(images, labels, class_map)
@@ -67,6 +71,7 @@ def sources(network: NetworkOptions, reading: ImageOptions) -> dict[str, Any]:
         "model": absolute_reference(network.model),
         "images": absolute_source(network.images),
         "preprocessing": reading.preprocessing,
+        **({} if reading.input_key is None else {"input_key": reading.input_key}),
     }
 
 
@@ -86,12 +91,6 @@ def load_run(reference: str) -> Student:
         raise UsageError(
             f"Expected a run folder or its {run_folder.MODEL}, found the ONNX file {path}. Give {path.parent}."
         )
-    run_folder.settle(path)
-    if path.is_dir() and not (path / run_folder.MODEL).is_file():
-        unfinished = (
-            " It is unfinished: repeat its command with --resume." if (path / run_folder.STATE).is_dir() else ""
-        )
-        raise UsageError(f"Expected a run folder with {run_folder.MODEL} in it, found none in {path}.{unfinished}")
     return run_folder.load(path)
 
 
@@ -110,7 +109,7 @@ def float_network(run: Student, reference: str | None, reading: ImageOptions) ->
     check_preprocess(recorded.settings, reading)
     settings = reading.preprocessing or known_settings(recorded.settings)
     if reference is not None:
-        return load_model(reference, **settings)
+        return prepared_alike(load_model(reference, **settings), run.preprocessing, reading)
     where = recorded.reference
     if not where:
         raise UsageError("This run does not say which network it was made from. Give it with --float.")
@@ -126,6 +125,13 @@ def float_network(run: Student, reference: str | None, reading: ImageOptions) ->
         raise UsageError(f"The network of this run is not where it was ({said}). Give it with --float.") from error
 
 
+def prepared_alike(
+    network: Model, preprocessing: Preprocessing | PreprocessFunction | None, reading: ImageOptions
+) -> Model:
+    """A float network with the preprocessing of the run that was made from it, unless another is said now."""
+    return network if preprocessing is None or reading.preprocessing else replace(network, preprocessing=preprocessing)
+
+
 def check_preprocess(recorded: Mapping[str, Any] | None, reading: ImageOptions) -> None:
     """A function that prepared the images of a run is code, which runs only where the user names it.
 
@@ -136,7 +142,7 @@ def check_preprocess(recorded: Mapping[str, Any] | None, reading: ImageOptions) 
     if function is not None and not reading.preprocessing:
         raise UsageError(
             f"The images of this run went through {function}, Python code which runs only where you name it. "
-            f"Give --preprocess {function} if you trust it."
+            f"Give {typed('--preprocess', function)} if you trust it."
         )
 
 

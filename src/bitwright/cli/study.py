@@ -30,9 +30,9 @@ def study(call: StudyCall, terminal: Terminal) -> None:
         _list(terminal)
         return
     name = studies.find_study(call.name).name
-    preprocessing = call.reading.preprocessing
-    if call.model is None and preprocessing:
-        raise UsageError(f"Expected MODEL and IMAGES for --{next(iter(preprocessing)).replace('_', '-')}, found none.")
+    reading = call.reading.named
+    if call.model is None and reading:
+        raise UsageError(f"Expected MODEL and IMAGES for --{next(iter(reading)).replace('_', '-')}, found none.")
     folder = (call.out or Path("studies")).expanduser().absolute()
     with held(folder / name):
         result, paths = _written(call, folder, folder / f"{name}.partial.json", terminal)
@@ -83,6 +83,7 @@ def _run(name: str, call: StudyCall, kept: Path, terminal: Terminal) -> studies.
         labels=call.labels,
         device=call.device,
         output=call.output,
+        input_key=call.reading.input_key,
         skip_unreadable=call.reading.skip_unreadable,
         progress=terminal.progress,
         kept=kept,
@@ -94,6 +95,7 @@ def _run(name: str, call: StudyCall, kept: Path, terminal: Terminal) -> studies.
         "calibration": absolute_source(call.images or studies.ZOO_IMAGES),
         "held_out": None if call.evaluate is None else absolute_source(call.evaluate),
         "preprocessing": call.reading.preprocessing,
+        **({} if call.reading.input_key is None else {"input_key": call.reading.input_key}),
     }
     return result
 

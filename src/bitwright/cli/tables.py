@@ -46,13 +46,14 @@ def fidelity_notes(outputs: Mapping[str, OutputFidelity]) -> list[str]:
         >>> fidelity_notes({"box": OutputFidelity(sqnr_db=12.0, note="It is empty.")})
         ['No answers are compared in box. It is empty. (bitwright evaluate --classes box=AXIS says otherwise)']
     """
-    return [
-        f"No answers are compared in {name}. {found.note} (bitwright evaluate --classes {name}=AXIS says otherwise)"
-        if found.agreement is None
-        else f"{name}: {found.note}"
-        for name, found in outputs.items()
-        if found.note
-    ]
+    return [_note(name, found) for name, found in outputs.items() if found.note]
+
+
+def _note(name: str, found: OutputFidelity) -> str:
+    if found.agreement is not None:
+        return f"{name}: {found.note}"
+    option = words.typed("--classes", f"{name}=AXIS")
+    return f"No answers are compared in {name}. {found.note} (bitwright evaluate {option} says otherwise)"
 
 
 def outcome(result: RunResult) -> Table:
@@ -178,10 +179,11 @@ def structure(found: NetworkShape) -> list[Table]:
         ]
         noise_text = "" if row.sqnr_db is None else words.decibel(row.sqnr_db)
         layers.add_row(*cells, *([noise_text] if with_noise else []))
-    floats = table("tensor", "operator", "why it is not quantized", title="Not quantized")
+    floats = table("tensor", "operator", "why it is not quantized", title="Left in float")
+    inside = table("value", "operator", "which one", title="Inside fused layers, whose last value alone is rounded")
     for item in found.unquantized:
-        floats.add_row(item.name, item.op, item.reason)
-    return [layers, floats] if floats.row_count else [layers]
+        (inside if item.inside else floats).add_row(item.name, item.op, item.reason)
+    return [layers, *(made for made in (floats, inside) if made.row_count)]
 
 
 def _bits(bits: int | None) -> str:
@@ -212,5 +214,7 @@ def summary(found: NetworkShape) -> Table:
         expected = found.size.get("expected_bytes")
         made.add_row(f"size at {words.notation(**found.bits)}, without names", words.size(expected))
     made.add_row("quantized tensors", str(len(found.layers)))
-    made.add_row("left in float", str(len(found.unquantized)))
+    inside = sum(item.inside for item in found.unquantized)
+    made.add_row("left in float", str(len(found.unquantized) - inside))
+    made.add_row("inside fused layers", str(inside))
     return made

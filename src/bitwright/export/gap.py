@@ -39,6 +39,7 @@ from bitwright.runtimes import absent
 from bitwright.runtimes.onnxruntime import ONNXRUNTIME
 from bitwright.runtimes.openvino import EXACT, OPENVINO, compile_model, openvino
 from bitwright.runtimes.record import Runtime
+from bitwright.words import typed
 
 BATCHES = (1, 8)
 
@@ -239,7 +240,7 @@ def read_onnx(path: Path) -> ir.Model:
     Raises:
         UsageError: it is damaged, or another tool wrote it, so that its tensors cannot be told apart.
     """
-    advice = f"Export it again: bitwright export {path.parent}"
+    advice = f"Export it again: {typed('bitwright', 'export', path.parent)}"
     try:
         program = ir.load(path)
         for value in program.graph.initializers.values():

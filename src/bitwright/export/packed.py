@@ -162,7 +162,7 @@ def load_packed(path: Path) -> tuple[Student, dict[str, Any]]:
         UsageError: the file is missing, damaged, of another kind, or of a newer format.
     """
     if not path.is_file():
-        raise UsageError(f"Expected a quantized model at {path}, found none.")
+        raise UsageError(f"Expected a quantized model at {path}, found none. Check the path.")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

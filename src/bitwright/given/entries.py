@@ -88,14 +88,26 @@ def _from_dict(item: Mapping[Any, Any], input_key: str | None, where: str) -> Im
 
 
 def can_be_images(value: Any) -> bool:
-    """Whether it is a Pillow image, floats or 8-bit pixels of at least three axes, or a list of these."""
+    """Whether it is a Pillow image, a file of one, floats or pixels of at least three axes, or a list of these."""
     if isinstance(value, list | tuple):
         return bool(value) and all(map(can_be_images, value))
-    if isinstance(value, Image.Image):
+    if isinstance(value, Image.Image) or is_encoded(value):
         return True
     if isinstance(value, Tensor):
         return value.ndim >= 3 and (value.is_floating_point() or value.dtype == torch.uint8)
     return isinstance(value, np.ndarray) and value.ndim >= 3 and (value.dtype.kind == "f" or value.dtype == np.uint8)
+
+
+def is_encoded(value: Any) -> bool:
+    """Whether it is an image file as Hugging Face's data sets hold it: a dict of its ``bytes``, its ``path``, or both.
+
+    Example:
+        >>> is_encoded({"bytes": b"...", "path": None}), is_encoded({"bytes": b"...", "label": 3})
+        (True, False)
+    """
+    if not isinstance(value, Mapping) or not value or not set(value) <= {"bytes", "path"}:
+        return False
+    return isinstance(value.get("bytes"), bytes) or isinstance(value.get("path"), str)
 
 
 def what_it_is(value: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import threading
 from collections import deque
@@ -137,6 +138,32 @@ class Files(Encoded):
         return path.open("rb")
 
 
+class _Alone(Encoded):
+    """One image file, of which the bytes are here or lie at a path."""
+
+    def __init__(self, content: bytes | None, path: str | None, where: str) -> None:
+        self.content, self.path, self.names = content, path, [where]
+
+    def where(self, index: int) -> str:
+        """Return what an error calls it."""
+        return self.names[index]
+
+    def opened(self, index: int) -> BinaryIO:
+        """Return the bytes."""
+        if self.content is not None:
+            return io.BytesIO(self.content)
+        return Files(Path(), [str(self.path)]).opened(0)
+
+
+def decoded(content: bytes | None, path: str | None, where: str) -> Image.Image:
+    """One image, upright, out of the bytes of its file, or out of the file at a path where there are none.
+
+    Raises:
+        DataError: they cannot be decoded; it names ``where``.
+    """
+    return _Alone(content, path, where).read(0)
+
+
 class Arrays:
     """Pixels in one uint8 array (N, H, W, C), named by position."""
 
@@ -232,8 +259,9 @@ class Store:
         preprocessing: Preprocessing | PreprocessFunction | None,
         threads: int | None,
         cache_bytes: int,
+        input_key: str | None = None,
     ) -> None:
-        self.source, self.preprocessing = source, preprocessing
+        self.source, self.preprocessing, self.input_key = source, preprocessing, input_key
         self.threads = threads or min(8, os.cpu_count() or 1)
         self.parts = source.parts if isinstance(source, Tensors) else ()
         self.room = cache_bytes

@@ -90,6 +90,11 @@ class Images:
         """What is applied to the pixels of each image."""
         return self._store.preprocessing
 
+    @property
+    def input_key(self) -> str | None:
+        """Which of several entries the images were, where somebody said so."""
+        return self._store.input_key
+
     def __len__(self) -> int:
         return len(self._indices)
 
@@ -271,7 +276,8 @@ def load_images(
         skip_unreadable: decode everything now, leave out what fails and warn with the count.
         most: images that will be used of an iterable, which is then read no further than the batch that completes them;
             of a data set, and of a loader that takes one in order, they are spread evenly over it.
-        input_key: name of the images where items are dicts; the one entry that can be images if not given.
+        input_key: name of the images where items are dicts, the one entry that can be images if not given; of the
+            column in a table, the array in an ``.npz``, or the ending of members in an archive.
         inputs: names of the network's inputs: entries of dicts, and arrays of an ``.npz``, that have one of them are
             inputs, and tuples in the place of the tensor go by their order.
         read_labels: whether what comes with the images in memory is looked at.
@@ -295,7 +301,7 @@ def load_images(
         place = f"the {type(source).__name__} given"
         found, known = read_object(source, asked)
     how = _fitted(preprocessing, found, str(place), named is None)
-    store = Store(found, how, threads, cache_bytes)
+    store = Store(found, how, threads, cache_bytes, input_key)
     if labels is not None:
         known = _explicit_labels(labels, found.names)
     truth, found_labels = (known, None) if isinstance(known, Truth) else (None, known)
@@ -303,7 +309,10 @@ def load_images(
     if window is not None:
         images = images.take(range(len(images))[window])
         if len(images) == 0:
-            raise DataError(f"Expected images, the slice leaves none of the {len(found.names)} in {place}.")
+            raise DataError(
+                f"Expected images, the slice leaves none of the {len(found.names)} in {place}. Give one that leaves "
+                "some, such as [:256] or [0::2]."
+            )
     return images.readable() if skip_unreadable else images
 
 
@@ -330,6 +339,7 @@ def _from_place(text: str, asked: Asked) -> tuple[Source, Tensor | Truth | None]
     if text.startswith("zoo:"):
         from bitwright import zoo
 
+        _check_no_key(asked, text)
         pixels, labels = zoo.images(text.removeprefix("zoo:"))
         return of_array(np.asarray(pixels), text), _of_zoo(labels, len(pixels), text)
     path = Path(text).expanduser()
@@ -344,6 +354,7 @@ def _from_place(text: str, asked: Asked) -> tuple[Source, Tensor | Truth | None]
     if path.suffix.lower() in SHARDS and _is_file(path):
         return open_shards([path], EXTENSIONS, asked.input_key, labels=asked.labels)
     if path.suffix.lower() in EXTENSIONS:
+        _check_no_key(asked, text)
         return Files(path.parent, [path.name]), None
     raise DataError(
         f"Expected a folder of images, an .npz file or zoo:NAME, found the file {text}. "
@@ -384,7 +395,18 @@ def _from_folder(root: Path, asked: Asked) -> tuple[Source, Tensor | None]:
         raise DataError(
             f"Expected images in {root}, found none. Give files that end in {', '.join(sorted(EXTENSIONS))}."
         )
+    _check_no_key(asked, str(root))
     return Files(root, names), _folder_labels(root, names)
+
+
+def _check_no_key(asked: Asked, where: str) -> None:
+    """A name of one entry is of no use where each file is one image."""
+    if asked.input_key is not None:
+        warnings.warn(
+            f"input_key='{asked.input_key}' is not used for {where}, where each image stands alone.",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 def _image_names(root: Path) -> Iterator[str]:
@@ -426,13 +448,17 @@ def _folder_labels(root: Path, names: list[str]) -> Tensor | None:
 def _from_npz(path: Path, asked: Asked) -> tuple[Source, Tensor | Truth | None]:
     if not path.is_file():
         raise DataError(f"Expected a file at {path}, found something else. Give an .npz file.")
+    key = asked.input_key or "images"
     try:
         with np.load(path, allow_pickle=False) as file:
-            named = {name: file[name] for name in asked.inputs if name in file}
-            if "images" not in file and not named:
+            named = {name: file[name] for name in asked.inputs if name in file and asked.input_key is None}
+            if key not in file and not named:
                 wanted = f", or inputs {', '.join(asked.inputs)}," if asked.inputs else ""
-                raise DataError(f"Expected an array 'images'{wanted} in {path}, found {', '.join(file) or 'nothing'}.")
-            images = np.zeros(1) if "images" not in file else file["images"]
+                raise DataError(
+                    f"Expected an array '{key}'{wanted} in {path}, found {', '.join(file) or 'nothing'}. "
+                    "Name the one that holds the images as input_key=."
+                )
+            images = np.zeros(1) if key not in file else file[key]
             labels, masks = file.get("labels"), file.get("masks")
     except DataError:
         raise

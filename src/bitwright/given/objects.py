@@ -20,12 +20,13 @@ from bitwright.given.entries import (
     ImagesAndLabel,
     can_be_images,
     entry,
+    is_encoded,
     join_labels,
     pictures,
     pixels_last,
     what_it_is,
 )
-from bitwright.given.files import Arrays, Pictures, Source, Tensors
+from bitwright.given.files import Arrays, Pictures, Source, Tensors, decoded
 from bitwright.given.items import items
 from bitwright.given.several import InputPart, side_by_side
 from bitwright.given.text import short
@@ -35,6 +36,8 @@ from bitwright.words import listed
 AXES = (4, 5)
 """How many a batch of preprocessed tensors has: images (N, C, H, W), or videos (N, C, T, H, W)."""
 STREAM_BYTES = 8 << 30
+STREAM_IMAGES = 1 << 16
+"""Read of what does not tell its length, which may have no end."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,19 @@ def _read(source: Any, where: str, asked: Asked) -> tuple[Source, Tensor | Truth
             )
         if asked.most is not None and held.count >= asked.most:
             break
+        if held.count > STREAM_IMAGES and not _has_length(source):
+            raise DataError(
+                f"Expected images that end, read {held.count} from {where} and found more. Say how many with samples=, "
+                "or give a list or a data set."
+            )
     return held.source(), join_labels(came)
+
+
+def _has_length(source: Any) -> bool:
+    try:
+        return len(source) >= 0
+    except TypeError:  # a generator, or a loader over one
+        return False
 
 
 def _several(item: Any, asked: Asked) -> ImagesAndLabel | None:
@@ -254,6 +269,8 @@ class _Held:
             for each in found:
                 self.add(each)
             return True
+        if is_encoded(found):
+            found = decoded(found.get("bytes"), found.get("path"), f"image {self.count} of {self.where}")
         if isinstance(found, Image.Image):
             self._add_images([found])
             return False

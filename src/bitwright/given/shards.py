@@ -229,7 +229,7 @@ def _open_tables(paths: Sequence[Path], column: str | None) -> tuple[ParquetRows
         rows += places
         names += [f"{path.name}/{i}" for i in range(len(places))]
     if not rows:
-        raise DataError(f"Expected images in {paths[0]}, found no row.")
+        raise DataError(f"Expected images in {paths[0]}, found no row. Write it again, or give another table.")
     return ParquetRows(paths, [t.column for t in found], names, rows), [x for t in found for x in t.labels]
 
 
@@ -245,7 +245,9 @@ def _look_into(path: Path, asked: str | None) -> _Found:
             sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             known = file.read(columns=[label]).column(0).to_pylist() if label else [None] * sum(sizes)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"Expected a Parquet table at {path}, cannot read it ({short(error)}).") from error
+        raise DataError(
+            f"Expected a Parquet table at {path}, cannot read it ({short(error)}). Write or copy it again."
+        ) from error
     if not column:
         raise DataError(
             f"Expected a column {asked or IMAGE_COLUMNS[0]!r} of encoded images in {path}, found "

@@ -27,13 +27,27 @@ class Layer:
     """Name of the node that this quantizer follows."""
 
 
+INSIDE = "inside the group that is quantized after"
+"""How the reason of a value begins that a fused layer computes on its way, and that nobody stores or rounds."""
+
+
 @dataclass(frozen=True)
 class Unquantized:
-    """A tensor that stays float."""
+    """A tensor that has no grid: it stays in float, or lies inside a fused layer."""
 
     name: str
     op: str
     reason: str
+
+    @property
+    def inside(self) -> bool:
+        """Whether it lies inside a fused layer.
+
+        Example:
+            >>> Unquantized("conv", "conv2d", f"{INSIDE} relu").inside, Unquantized("t", "mul", "a number").inside
+            (True, False)
+        """
+        return INSIDE in self.reason
 
 
 @dataclass(frozen=True)

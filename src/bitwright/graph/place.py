@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import fx
 
 from bitwright.graph import ops
-from bitwright.graph.layer import Unquantized
+from bitwright.graph.layer import INSIDE, Unquantized
 from bitwright.quant.quantizer import Role
 from bitwright.quant.scheme import Scheme
 from bitwright.runtimes.target import CLAMPING, Target
@@ -206,7 +206,7 @@ def _place_activation(placement: Placement, node: fx.Node, fused: dict[fx.Node, 
         end = _end(node, fused).meta["layer"]
         if end == name:  # the node before a multiplication by scales of channels, which bears its name
             return
-        placement.unquantized.append(Unquantized(name, op, f"inside the group that is quantized after {end}"))
+        placement.unquantized.append(Unquantized(name, op, f"{INSIDE} {end}"))
         return
     if node.op == "placeholder" and any(ops.PART in n.meta for n in node.graph.nodes):
         placement.unquantized.append(Unquantized(name, op, SIDE_BY_SIDE))
@@ -248,7 +248,7 @@ def _place_constant(placement: Placement, node: fx.Node, fused: dict[fx.Node, fx
     elif all(stays_float(r) for r in consumers(node)):
         reason = f"read by {reader.meta.get('layer')}, which stays in float"
     elif all(r in fused for r in consumers(node)):
-        reason = f"constant inside the group that is quantized after {_end(reader, fused).meta['layer']}"
+        reason = f"constant {INSIDE} {_end(reader, fused).meta['layer']}"
     bits = scheme.stored_bits(name)
     if reason is None and bits is None:
         reason = FLOAT_ACTIVATIONS if scheme.activations is None else FLOAT_BY_RULE

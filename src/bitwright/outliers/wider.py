@@ -90,8 +90,9 @@ class Widening:
         if self.suggestions[0].rule == EVERYTHING:
             return f"{lost}, from many activations together. With {rules} it would be {self.left:.2g}."
         names = ", ".join(s.tensor for s in self.suggestions)
+        part = "most of it" if self.left < self.loss / 2 else f"{_percent(1 - self.left / self.loss)} of it"
         return (
-            f"{lost}, most of it from activations that 8 bits do not hold: {names}. With {rules} it would be "
+            f"{lost}, {part} from activations that 8 bits do not hold: {names}. With {rules} it would be "
             f"{self.left:.2g}, and {100 * self.cost:.0f} % of the operations would read or make 16 bits"
             f"{self._shorter()}."
         )

@@ -22,7 +22,7 @@ def gap(run: Shown) -> list[Child]:
     """Both figures, or the command that measures them."""
     if run.parity is not None:
         return [tag("h3", TITLE), *_measured(run.parity)]
-    again = f"bitwright parity {run.folder or 'RUN'}; bitwright report {run.folder or 'RUN'}"
+    again = f"{words.typed('bitwright', 'parity', run.path)}; {words.typed('bitwright', 'report', run.path)}"
     said = "What bits cost and what the runtime adds, side by side and code by code: "
     return [paragraph(said, shell(again), quiet=True)]
 

@@ -28,7 +28,7 @@ def latency(run: Shown) -> Section:
     if run.bench is not None:
         return Section("latency", "Latency", _measured(run.bench))
     said = "Not measured. On the machine where it matters: "
-    again = f"bitwright bench {run.folder or 'RUN'}; bitwright report {run.folder or 'RUN'}"
+    again = f"{words.typed('bitwright', 'bench', run.path)}; {words.typed('bitwright', 'report', run.path)}"
     return Section("latency", "Latency", [paragraph(said, shell(again), quiet=True)])
 
 

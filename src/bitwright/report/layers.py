@@ -218,7 +218,9 @@ def _rules(found: Diagnosis) -> list[Child]:
         ]
         for rules, r in each
     ]
-    return [page_table("What would give most of it back", ["added to the command", ">loss", ">file"], rows)]
+    most = min(r.loss_after for _, r in each) < found.loss / 2
+    title = f"What would give {'most' if most else 'some'} of it back"
+    return [page_table(title, ["added to the command", ">loss", ">file"], rows)]
 
 
 # ------------------------------------------------------------------------------------------------- worst layers

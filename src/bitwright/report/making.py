@@ -163,20 +163,33 @@ def time_and_memory(run: Shown) -> Section | None:
 
 
 def floats(run: Shown) -> Section:
-    """Tensors that were left in float, by reason."""
-    rows = run.result.unquantized or []
-    if not rows:
-        return Section("floats", "Left in float", paragraph("Nothing: every tensor is quantized."))
-    names = {r.name for r in run.layers}
+    """Tensors that were left in float, by reason; apart from them the values inside fused layers."""
+    rows, names = run.result.unquantized or [], {r.name for r in run.layers}
+    left, inside = [r for r in rows if not r.inside], [r for r in rows if r.inside]
+    said = f"{words.plural(len(left), 'tensor')}, and why." if left else "Nothing."
+    body: list[Child] = [paragraph(said), _by_reason(left, names)]
+    if inside:
+        body += [
+            paragraph(
+                f"Not counted: {words.plural(len(inside), 'value')} inside fused layers. A runtime computes the "
+                "operators of such a layer at once, and only their last value is rounded and stored."
+            ),
+            _by_reason(inside, names),
+        ]
+    return Section("floats", "Left in float", body)
+
+
+def _by_reason(rows: Sequence[Unquantized], names: set[str]) -> list[Markup]:
+    """Their names below each reason, the most frequent one first; layers that a reason names are left out of it."""
     reasons: dict[str, list[Unquantized]] = {}
     for row in rows:
         general = " ".join(re.sub(r"^.*[^,]", "…", w) if w.rstrip(",") in names else w for w in row.reason.split())
         reasons.setdefault(general, []).append(row)
-    body: list[Child] = [paragraph(f"{words.plural(len(rows), 'tensor')}, and why.")]
+    found = []
     for reason, those in sorted(reasons.items(), key=lambda r: -len(r[1])):
         listed = tag("ul", (tag("li", tag("span", r.name, class_="layer"), f" ({r.op})") for r in those))
-        body.append(tag("details", tag("summary", f"{reason}: {len(those)}"), listed))
-    return Section("floats", "Left in float", body)
+        found.append(tag("details", tag("summary", f"{reason}: {len(those)}"), listed))
+    return found
 
 
 def warnings(run: Shown) -> Section | None:

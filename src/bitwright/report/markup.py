@@ -17,7 +17,9 @@ Child = str | int | None | Iterable["Child"]
 
 VOID = frozenset({"br", "col", "hr", "img", "input", "meta"})
 """Elements of HTML without an end; those of SVG have one."""
-_BEFORE_UNIT = re.compile(r"(?<=[\d⁰¹²³⁴⁵⁶⁷⁸⁹]) (?=(?:%|[kMG]?B|dB|[mµ]?s|min|h|nats|[kMGT]|×)(?!\w))")
+_WITHIN_NUMBER = re.compile(
+    r"(?<=[\d⁰¹²³⁴⁵⁶⁷⁸⁹]) (?=(?:%|[kMG]?B|dB|[mµ]?s|min|h|nats|points|bits|[kMGT]|×|x)(?!\w))|(?<=\d ×) (?=\d)"
+)
 
 
 def text(child: Child) -> Markup:
@@ -32,7 +34,7 @@ def text(child: Child) -> Markup:
     if isinstance(child, Markup):
         return child
     if isinstance(child, str | int):
-        return Markup(_BEFORE_UNIT.sub("\u00a0", html.escape(str(child), quote=True)))
+        return Markup(_WITHIN_NUMBER.sub("\u00a0", html.escape(str(child), quote=True)))
     return Markup("".join(text(c) for c in child))
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bitwright import words
+from bitwright.quant.scheme import escaped
 from bitwright.report.frame import Section, document, paragraph, versions
 from bitwright.report.markup import Child, tag
 from bitwright.report.panels import Panel, Series, colour, single
@@ -37,6 +39,8 @@ class SensitivityRecord(MeasuredCurvature):
     settings: PageSettings
     bitwright: str
     torch: str
+    sources: dict[str, Any] | None = None
+    """Where network and images are, and how these are read; None where nobody says so."""
 
 
 def write_sensitivity(found: Mapping[str, Any], folder: Path) -> tuple[SensitivityRecord, list[Path]]:
@@ -102,9 +106,17 @@ def sensitivity_verdict(found: SensitivityRecord) -> list[str]:
         f"{listed}{more}.",
     ]
     if bits < 8:
-        rules = " ".join(f"--rule '{name}=w8'" for name in matter[:3])
-        said.append(f"To give the worst of them more bits: bitwright quantize … --weights {bits} {rules}")
+        said.append(f"To give the worst of them more bits: {_with_more_bits(found)}")
     return [*said, *_pruned(found), *found.notes]
+
+
+def _with_more_bits(found: SensitivityRecord) -> str:
+    """The command that quantizes with 8 bits in the layers that matter most."""
+    rules = [word for name in found.matter[:3] for word in ("--rule", f"{escaped(name)}=w8")]
+    about = found.sources or {}
+    given = {**(about.get("preprocessing") or {}), "input_key": about.get("input_key"), "weights": found.settings.bits}
+    network = [str(about.get("model", "MODEL")), str(about.get("images", "IMAGES"))]
+    return words.typed("bitwright", "quantize", *network, *words.as_options(given), *rules)
 
 
 def _pruned(found: SensitivityRecord) -> list[str]:

@@ -30,6 +30,7 @@ class Shown:
         bench: ``bench.json``, if there is one.
         parity: ``parity.json``, if there is one.
         folder: its folder's name.
+        path: of the folder, for commands: from where the page is made, if it lies below.
     """
 
     result: RunResult
@@ -37,6 +38,7 @@ class Shown:
     bench: BenchRecord | None = None
     parity: ParityRecord | None = None
     folder: str = ""
+    path: str = "RUN"
 
     @property
     def layers(self) -> list[LayerRow]:
@@ -61,13 +63,14 @@ def read_run(folder: Path) -> Shown:
         UsageError: there is no result, or it cannot be read.
     """
     result = run_folder.read_result(folder)
-    folder = folder if folder.is_dir() else folder.parent
+    folder = (folder if folder.is_dir() else folder.parent).expanduser().absolute()
     return Shown(
         result,
         _beside(folder / run_folder.FACTS, PageFacts),
         _beside(folder / run_folder.BENCH, BenchRecord),
         _beside(folder / run_folder.PARITY, ParityRecord),
-        folder.expanduser().absolute().name,
+        folder.name,
+        words.short_path(folder),
     )
 
 

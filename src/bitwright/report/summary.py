@@ -103,9 +103,9 @@ def _paired(run: Shown) -> Markup | None:
         return None
     difference, low, high = paired_difference(counts)
     judged = (
-        "zero is inside, so that chance alone can explain it"
+        "zero is inside, so that no difference is measurable on this many images"
         if low <= 0 <= high
-        else "zero is outside, so that chance alone does not explain it"
+        else "zero is outside, so that the difference is measurable"
     )
     return paragraph(
         f"Image by image, {counts['both']:,} are right in both networks, {counts['only_float']:,} only in float, "

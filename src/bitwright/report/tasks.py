@@ -24,14 +24,14 @@ def loss_of_task(run: Shown) -> Section | None:
 
 
 def _changes(loss: TaskLoss) -> Markup | None:
-    """Each figure's change, and whether chance alone can explain it."""
+    """Each figure's change, and whether it is more than these images can show."""
     known = [(k, d) for k, d in loss.difference.items() if d.interval is not None]
     if not known:
         return None
     rows = []
     for key, change in known:
         low, high = change.interval or (0.0, 0.0)
-        judged = "may be chance" if low <= 0 <= high else "better" if low > 0 else "worse"
+        judged = "no measurable difference" if low <= 0 <= high else "better" if low > 0 else "worse"
         rows.append([named_figures(key), shown_change(key, change), judged])
     return page_table(
         "Quantized less float, on images drawn with replacement (95 % interval, paired)", ["", ">change", ""], rows

@@ -122,7 +122,7 @@ def _judged(result: RunResult, facts: PageFacts | None, metric: str) -> str:
     if paired:
         low, high = paired
         if low <= 0 <= high:
-            return _within_chance(ours - theirs)
+            return "with no measurable difference"
         return f"and {words.points(abs(ours - theirs)).lstrip('+')} {'better' if ours > theirs else 'worse'}"
     a, b = interval_of(result.reference, metric), interval_of(result.quantized, metric)
     if a and b and a[0] <= b[1] and b[0] <= a[1]:
@@ -130,13 +130,6 @@ def _judged(result: RunResult, facts: PageFacts | None, metric: str) -> str:
     if ours == theirs:
         return "and equally good"
     return f"and {words.points(abs(ours - theirs)).lstrip('+')} {'better' if ours > theirs else 'worse'}"
-
-
-def _within_chance(difference: float) -> str:
-    if difference == 0:
-        return "and no loss of accuracy that this many images can show"
-    said = words.points(abs(difference)).lstrip("+")
-    return f"and {said} {'better' if difference > 0 else 'worse'}, which chance alone can do on this many images"
 
 
 def _file(result: RunResult) -> str:

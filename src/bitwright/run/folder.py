@@ -200,7 +200,24 @@ def finish_swap(folder: Path) -> str | None:
 def write_files(model: Student, folder: Path) -> None:
     """Model, plan and sizes into an existing folder; ``result.json`` is written last by :func:`write_result`."""
     from bitwright.bits.plan import plan_of
-    from bitwright.export.packed import ideal_bytes, save_packed
+    from bitwright.export.packed import ideal_bytes
+
+    packed = write_model(model, folder)
+    plan_of(model).write(folder / PLAN)
+    model.result["size"] = {
+        **model.result.get("size", {}),
+        "ideal_bytes": ideal_bytes(model),
+        "packed_bytes": packed,
+    }
+
+
+def write_model(model: Student, folder: Path) -> int:
+    """``model.safetensors`` of a frozen network into an existing folder.
+
+    Returns:
+        Its bytes.
+    """
+    from bitwright.export.packed import save_packed
     from bitwright.given.preprocessing import Preprocessing
 
     settings = model.preprocessing.model_dump(mode="json") if isinstance(model.preprocessing, Preprocessing) else None
@@ -208,12 +225,7 @@ def write_files(model: Student, folder: Path) -> None:
     names = {} if model.interface is None else {"interface": model.interface.stored()}
     names |= {"parts": {node: part.stored() for node, part in model.parts.items()}} if model.parts else {}
     save_packed(model, folder / MODEL, {**extra, **names})
-    plan_of(model).write(folder / PLAN)
-    model.result["size"] = {
-        **model.result.get("size", {}),
-        "ideal_bytes": ideal_bytes(model),
-        "packed_bytes": (folder / MODEL).stat().st_size,
-    }
+    return (folder / MODEL).stat().st_size
 
 
 def write_result(model: Student, folder: Path) -> None:
@@ -296,6 +308,8 @@ def load(folder: str | Path) -> Student:
 
     path = a_path("folder", folder)
     settle(path.parent if path.is_file() else path)
+    if path.is_dir() and not (path / MODEL).is_file():
+        raise _no_model(path)
     file = path / MODEL if path.is_dir() else path
     result = _recorded(file.parent) if file.name == MODEL else {}
     if file.is_file() and result:
@@ -307,6 +321,12 @@ def load(folder: str | Path) -> Student:
     model.parts = _parts(extra.get("parts"))
     model.result = result or model.result
     return model
+
+
+def _no_model(folder: Path) -> UsageError:
+    unfinished = (folder / STATE).is_dir()
+    advice = "It is unfinished: repeat its command with --resume." if unfinished else "Give a run's folder."
+    return UsageError(f"Expected a run folder with {MODEL} in it, found none in {folder}. {advice}")
 
 
 def _parts(stored: Any) -> dict[str, InputPart]:

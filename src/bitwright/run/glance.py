@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import html
+import tempfile
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from bitwright import words
-from bitwright.errors import UsageError
+from bitwright.errors import BitwrightError, UsageError
 from bitwright.graph.student import Student
 from bitwright.measure.shown import in_short, metric_rows
-from bitwright.run.about import sizes
+from bitwright.run import folder as run_folder
+from bitwright.run.about import sizes, stored_values
 from bitwright.run.result import RunResult
 
 Cells: TypeAlias = tuple[str, str, str]
+MOST_PACKED = 1 << 22
+"""Numbers of a network that is packed, in a fraction of a second, to say how large its file will be."""
 
 
 class Figures(dict[str, Any]):
@@ -82,10 +87,21 @@ def lines(model: Student, kind: str) -> list[str]:
 
 def _size(model: Student, read: RunResult) -> str:
     expected = sizes(model)
-    written, about = read.size.get("packed_bytes"), "" if read.size.get("packed_bytes") else "about "
-    quantized = written or expected["expected_bytes"]
+    known = read.size.get("packed_bytes") or _packed_bytes(model)
+    about, quantized = ("", known) if known else ("about ", expected["expected_bytes"])
     times = words.smaller(expected["float_bytes"] / quantized if quantized else None)
     return f"{about}{words.size(quantized)} instead of {words.size(expected['float_bytes'])} ({times})"
+
+
+def _packed_bytes(model: Student) -> int | None:
+    """What the file of a small network will have, whose description weighs as much as its numbers."""
+    if not model.frozen or stored_values(model) > MOST_PACKED:
+        return None
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            return run_folder.write_model(model, Path(scratch))
+    except (BitwrightError, OSError):  # a network is shown on a full disk too
+        return None
 
 
 def _lost(read: RunResult) -> str:

@@ -176,6 +176,7 @@ def save(
     metric: Any = None,
     decode: Decode | None = None,
     class_map: GivenClassMap = None,
+    input_key: str | None = None,
     diagnosis: bool = False,
     onnx: bool = False,
     report: bool = False,
@@ -199,6 +200,7 @@ def save(
         metric: of the user's own, instead of the task's figures.
         decode: turns outputs into boxes or maps.
         class_map: classes by the numbers or names in masks and boxes.
+        input_key: which of several entries the images are; see :func:`bitwright.load_images`.
         diagnosis: find out where most was lost, and the rules that mend it.
         onnx: write ``model.onnx`` and check it in ONNX Runtime.
         report: write ``report.html``; measures on the calibration images unless others are given.
@@ -220,7 +222,8 @@ def save(
         raise UsageError(f"Expected images as evaluate= beside labels=, found {evaluate!r}.")
     images = None
     if measured and evaluate is not True:
-        images = labelled(load_images(evaluate, model.preprocessing, inputs=model.input_names), labels, class_map)
+        given = load_images(evaluate, model.preprocessing, inputs=model.input_names, input_key=input_key)
+        images = labelled(given, labels, class_map)
     scoring = Scoring(task, metric, decode)
     scoring.check()
     one_of("check", check, tuple(CHECKS))

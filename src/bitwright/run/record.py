@@ -130,6 +130,7 @@ class Origin:
         output: the one output that was kept; None for all.
         preprocessing: of the images; None where nobody said, or where it is a function.
         source: the images' path or name from any folder; None where there is none.
+        input_key: which of several entries the images were, where somebody said so.
         sha256: of the file that the network was read from, where that is an ONNX file.
     """
 
@@ -138,7 +139,12 @@ class Origin:
     output: str | None
     preprocessing: Preprocessing | None
     source: str | None
+    input_key: str | None = None
     sha256: str | None = None
+
+    def images(self) -> dict[str, Any]:
+        """What the result says of where the images are."""
+        return {"source": self.source, **({} if self.input_key is None else {"input_key": self.input_key})}
 
     def model(self) -> dict[str, Any]:
         """What the result says of the network."""
@@ -160,12 +166,13 @@ class EvaluatedImages:
     sha256: str
     labelled: bool
     source: str | None
+    input_key: str | None = None
 
     @classmethod
     def of(cls, images: Images) -> EvaluatedImages:
         """What a result says of these images."""
         labelled = images.labels is not None or images.truth is not None
-        return cls(len(images), images.sha256, labelled, images.place)
+        return cls(len(images), images.sha256, labelled, images.place, images.input_key)
 
 
 def add_evaluation(
@@ -295,7 +302,7 @@ class RunRecord:
             "data": {
                 "calibration": {
                     **{"count": self.images, "sha256": self.sha256},
-                    **({} if origin is None else {"source": origin.source}),
+                    **({} if origin is None else origin.images()),
                 },
                 "evaluation": None,
             },

@@ -100,6 +100,7 @@ class UsedImages:
     count: int | None = None
     sha256: str | None = None
     source: str | None = None
+    input_key: str | None = None
     same_as_calibration: bool | None = None
 
 

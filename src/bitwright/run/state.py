@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bitwright._version import __version__
 from bitwright.errors import UsageError
 from bitwright.run.files import is_partial, remove, sweep, write_json, write_text
 
@@ -36,7 +37,7 @@ def begin(state: Path, command: str, settings: dict[str, Any], *, resume: bool) 
         sweep(state)
         return
     remove(state)
-    write_json(state / ABOUT, {"command": command, "settings": settings})
+    write_json(state / ABOUT, {"command": command, "settings": settings, "bitwright": __version__})
 
 
 def claim(state: Path, identity: str) -> None:
@@ -65,11 +66,23 @@ def leave(state: Path) -> bool:
 
 def other_settings(state: Path, what: str = "") -> UsageError:
     """The line for a run that cannot go on there."""
+    about = _about(state)
+    if about and about.get("bitwright") != __version__:
+        return UsageError(
+            f"The unfinished run in this folder was begun by {_version(about)}, and this is {__version__}, which "
+            f"cannot go on with it. Finish it with that version{which_run(state)}, or use force=True without --resume "
+            "to begin again."
+        )
     detail = f" ({what})" if what else ""
     return UsageError(
         f"The unfinished run in this folder had other settings{detail}. Repeat its command{which_run(state)}, or use "
         "force=True without --resume to begin again."
     )
+
+
+def _version(about: dict[str, Any]) -> str:
+    known = about.get("bitwright")
+    return f"bitwright {known}" if isinstance(known, str) else "an older bitwright"
 
 
 def which_run(state: Path) -> str:

@@ -20,7 +20,7 @@ from bitwright.given.preprocessing import PreprocessFunction, Preprocessing
 from bitwright.given.several import input_names
 from bitwright.graph.capture import Captured
 from bitwright.graph.devices import exact_float32, place_on
-from bitwright.progress import Progress, silent
+from bitwright.progress import Progress, watched
 from bitwright.quant.scheme import parse_weight_bits
 from bitwright.run.about import environment, peak_memory_bytes
 from bitwright.sensitivity.base import Choices
@@ -158,8 +158,9 @@ def sensitivity(
     device: str = "auto",
     preprocessing: Preprocessing | PreprocessFunction | None = None,
     output: str | None = None,
+    input_key: str | None = None,
     skip_unreadable: bool = False,
-    progress: Progress = silent,
+    progress: Progress | bool = True,
 ) -> dict[str, Any]:
     """Traces, eigenvalues and spectral density of a network's curvature, and the layers that matter.
 
@@ -173,8 +174,9 @@ def sensitivity(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         preprocessing: of image files; a named model brings its own.
         output: name of the one output to keep, for a model that returns several.
+        input_key: which of several entries the images are; see :func:`bitwright.load_images`.
         skip_unreadable: go on when a file cannot be decoded.
-        progress: called as ``progress(what, done, total, detail)``.
+        progress: as for :func:`bitwright.quantize`.
 
     Returns:
         What ``sensitivity.json`` holds: ``layers``, ``blocks``, ``network``, ``matter``, settings and versions.
@@ -186,13 +188,13 @@ def sensitivity(
     settings.check()
     where = find_device(device)
     network = as_model(model, preprocessing)
-    data = _images(images, network, labels, samples, skip_unreadable)
+    data = _images(images, network, labels, samples, skip_unreadable, input_key)
     if settings.matrix == "hessian" and data.labels is None:
         raise UsageError("Expected labels for the Hessian of a loss, found none. Give labels=, or leave matrix= out.")
     teacher = prepare_teacher(network, data, output)
     place_on(teacher.graph, where)
-    run = Run(seed=seed, batch=BATCH, device=where, progress=progress)
-    found = measure_curvature(teacher, data, settings, run)
+    with watched(progress) as told:
+        found = measure_curvature(teacher, data, settings, Run(seed=seed, batch=BATCH, device=where, progress=told))
     labelled = settings.matrix == "hessian"
     return {
         **environment(where, seed),
@@ -312,7 +314,9 @@ def that_matter(layers: Sequence[LayerCurvature]) -> list[str]:
     return found
 
 
-def _images(source: Any, network: Model, labels: Any, samples: int | None, skip_unreadable: bool) -> Images:
+def _images(
+    source: Any, network: Model, labels: Any, samples: int | None, skip_unreadable: bool, input_key: str | None
+) -> Images:
     if isinstance(source, Images):
         images = source
     else:
@@ -322,6 +326,7 @@ def _images(source: Any, network: Model, labels: Any, samples: int | None, skip_
             labels=labels,
             inputs=input_names(network.module),
             skip_unreadable=skip_unreadable,
+            input_key=input_key,
         )
     if samples is not None:
         whole_number("samples", samples, least=1)

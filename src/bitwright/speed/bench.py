@@ -16,7 +16,7 @@ from bitwright._version import __version__
 from bitwright.errors import UsageError
 from bitwright.given.arguments import a_time
 from bitwright.given.text import read_json
-from bitwright.progress import Progress, silent
+from bitwright.progress import Progress, watched
 from bitwright.run.files import write_json
 from bitwright.run.folder import BENCH, ONNX, RESULT, STATE, check_file
 from bitwright.run.result import RunResult
@@ -29,6 +29,7 @@ from bitwright.speed.machine import cores, cpu_name
 from bitwright.speed.memory import peak_memory
 from bitwright.speed.record import BenchRecord, FileSpeed, Machine, SpeedRow, TimedRuntime
 from bitwright.speed.timing import Spread, Timer, in_turn, ratios
+from bitwright.words import typed
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -68,7 +69,7 @@ def bench(
     seconds: float = SECONDS,
     measure: Timer | None = None,
     memory: Memory | None = None,
-    progress: Progress = silent,
+    progress: Progress | bool = True,
 ) -> dict[str, Any]:
     """Times a run's ``model.onnx`` and the float network in turn, and writes ``bench.json`` into the run folder.
 
@@ -80,7 +81,7 @@ def bench(
         seconds: for all timings together, warming up left out. Five rounds are run even where that takes longer.
         measure: times some calls; :func:`bitwright.speed.timing.in_turn` if not given.
         memory: measures the peak memory of a file; in a process of its own if not given.
-        progress: told of every timing.
+        progress: as for :func:`bitwright.quantize`.
 
     Returns:
         What ``bench.json`` holds: the machine, ``runtimes``, ``absent`` ones with the line that installs them, and
@@ -100,13 +101,13 @@ def bench(
     _check(batches, threads, seconds)
     settings = [(r, t, b) for r in places for t in threads for b in batches]
     timer = measure or partial(in_turn, seconds=seconds / len(settings))
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, watched(progress) as told:
         files = _files(path, Path(scratch))
         rows = []
         for done, (where, count, batch) in enumerate(settings):
-            progress("Timing", done, len(settings), f"{where.title}, {_threads(count)}, batch {batch}")
+            told("Timing", done, len(settings), f"{where.title}, {_threads(count)}, batch {batch}")
             rows.append(_row(files, where, count, batch, timer, memory or peak_memory))
-        progress("Timing", len(settings), len(settings))
+        told("Timing", len(settings), len(settings))
         found = BenchRecord(
             bitwright=__version__,
             run=str(folder),
@@ -132,10 +133,11 @@ def _exported(folder: Path) -> Path:
         raise UsageError(f"The run in {folder} is unfinished. Repeat its command with --resume.")
     if not (folder / RESULT).is_file():
         raise UsageError(f"Expected a run folder with {RESULT} in it, found none in {folder}.")
+    advice = f"Write it with: {typed('bitwright', 'export', folder)}"
     if not (folder / ONNX).is_file():
-        raise UsageError(f"There is no {ONNX} in {folder}. Write it with: bitwright export {folder}")
+        raise UsageError(f"Expected {ONNX} in {folder}, found none. {advice}")
     files = RunResult.read(read_json(folder / RESULT), folder / RESULT).files
-    check_file(folder, ONNX, files, f"Write it with: bitwright export {folder}")
+    check_file(folder, ONNX, files, advice)
     return folder / ONNX
 
 

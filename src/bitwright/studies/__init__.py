@@ -7,7 +7,7 @@ import json
 import pkgutil
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from bitwright.given.images import Images, load_images
 from bitwright.given.inputs import as_model, find_device
 from bitwright.given.models import Model, load_model
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing
+from bitwright.given.several import input_names
 from bitwright.graph.devices import exact_float32
 from bitwright.memory import keep_pages
-from bitwright.progress import Progress, silent
+from bitwright.progress import Progress, watched
 from bitwright.recipes import recipe as find_recipe
 from bitwright.run.about import environment, peak_memory_bytes
 from bitwright.studies.base import KeptRows, Study, StudyResult, StudySettings, settings_facts
@@ -77,8 +78,9 @@ def study(
     device: str = "auto",
     preprocessing: Preprocessing | PreprocessFunction | None = None,
     output: str | None = None,
+    input_key: str | None = None,
     skip_unreadable: bool = False,
-    progress: Progress = silent,
+    progress: Progress | bool = True,
     kept: Path | None = None,
     resume: bool = False,
 ) -> StudyResult:
@@ -99,8 +101,9 @@ def study(
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
         preprocessing: of image files; a named model brings its own.
         output: name of the one output to keep, for a model that returns several.
+        input_key: which of several entries the images are; see :func:`bitwright.load_images`.
         skip_unreadable: go on when a file cannot be decoded.
-        progress: called as ``progress(what, done, total, detail)``.
+        progress: as for :func:`bitwright.quantize`.
         kept: file for the rows of an unfinished study.
         resume: take the rows over that it holds.
 
@@ -122,32 +125,36 @@ def study(
         raise UsageError("Labels are used for evaluation only. Give the images they belong to with evaluate=.")
     where = find_device(device)
     subjects = []
-    for network in _networks(chosen, progress) if model is None else [as_model(model, preprocessing)]:
-        progress(f"Capturing {network.name}", 0, 0)
-        pool, held_out = _parts(images, evaluate, labels, network, skip_unreadable)
-        subjects.append(Subject(network, pool, held_out, where, output))
-    _warn_of_few(samples, subjects)
-    facts = {
-        **environment(where, settings.seeds[0]),
-        "settings": settings_facts(chosen, settings),
-        "recipe": None if settings.steps is None else method.settings(),
-        "networks": [s.facts() for s in subjects],
-    }
-    identity = json.dumps([facts[k] for k in ("bitwright", "settings", "recipe", "networks")], sort_keys=True)
-    rows = KeptRows(kept, identity, resume=resume)
-    for subject, about in zip(subjects, facts["networks"], strict=True):
-        about["float"] = subject.float_accuracy(progress)
-    measured = _measure(chosen, subjects, settings, rows, progress)
+    with watched(progress) as told:
+        for network in _networks(chosen, told) if model is None else [as_model(model, preprocessing)]:
+            told(f"Capturing {network.name}", 0, 0)
+            reading = {"inputs": input_names(network.module), "input_key": input_key}
+            pool, held_out = _parts(images, evaluate, labels, network, {**reading, "skip_unreadable": skip_unreadable})
+            subjects.append(Subject(network, pool, held_out, where, output))
+        _warn_of_few(samples, subjects)
+        facts = {
+            **environment(where, settings.seeds[0]),
+            "settings": settings_facts(chosen, settings),
+            "recipe": None if settings.steps is None else method.settings(),
+            "networks": [s.facts() for s in subjects],
+        }
+        identity = json.dumps([facts[k] for k in ("bitwright", "settings", "recipe", "networks")], sort_keys=True)
+        rows = KeptRows(kept, identity, resume=resume)
+        for subject, about in zip(subjects, facts["networks"], strict=True):
+            about["float"] = subject.float_accuracy(told)
+        measured = _measure(chosen, subjects, settings, rows, told)
     facts["seconds"] = {"total": round(time.perf_counter() - started, 3)}
     return StudyResult(chosen, {**facts, "peak_memory_bytes": peak_memory_bytes(), "warnings": []}, measured)
 
 
-def _parts(images: Any, evaluate: Any, labels: Any, network: Model, skip_unreadable: bool) -> tuple[Images, Images]:
+def _parts(
+    images: Any, evaluate: Any, labels: Any, network: Model, reading: Mapping[str, Any]
+) -> tuple[Images, Images]:
     """Images to calibrate and to measure on: one part and the other of the same ones where no others are given."""
-    calibration = _images(ZOO_IMAGES if images is None else images, network, None, skip_unreadable)
+    calibration = _images(ZOO_IMAGES if images is None else images, network, None, reading)
     if evaluate is None:
         return split(calibration)
-    return calibration, _images(evaluate, network, labels, skip_unreadable)
+    return calibration, _images(evaluate, network, labels, reading)
 
 
 def _networks(chosen: Study, progress: Progress) -> list[Model]:
@@ -163,9 +170,9 @@ def _warn_of_few(samples: int | None, subjects: list[Subject]) -> None:
         warnings.warn(text, UserWarning, stacklevel=3)
 
 
-def _images(source: Any, network: Model, labels: Any, skip_unreadable: bool) -> Images:
-    images = load_images(source, network.preprocessing, labels=labels, skip_unreadable=skip_unreadable)
-    if isinstance(source, str | Path) and not skip_unreadable:
+def _images(source: Any, network: Model, labels: Any, reading: Mapping[str, Any]) -> Images:
+    images = load_images(source, network.preprocessing, labels=labels, **reading)
+    if isinstance(source, str | Path) and not reading["skip_unreadable"]:
         images.check()
     return images
 
