@@ -49,9 +49,9 @@ def check_progress(progress: Any) -> None:
     try:
         taken.bind("", 0, 0, "")
     except TypeError:
-        name = getattr(progress, "__name__", type(progress).__name__)
+        found = f"{getattr(progress, '__name__', type(progress).__name__)}({', '.join(taken.parameters)})"
         raise UsageError(
-            f"Expected a function of what, done, total and detail as progress=, found {name}{taken}. "
+            f"Expected a function of what, done, total and detail as progress=, found {found}. "
             "Give it these four arguments."
         ) from None
 

@@ -15,6 +15,9 @@ from PIL import Image
 from typer.main import get_command
 
 from bitwright.cli import app, main
+from bitwright.cli.export import run_images
+from bitwright.cli.options import ImageOptions
+from bitwright.cli.sources import load_run
 from bitwright.given.images import Preprocessing, load_images
 
 SMALL = Preprocessing(input_size=16)
@@ -48,7 +51,7 @@ def test_every_verb_that_reads_images_takes_the_name_of_the_image() -> None:
 def test_the_named_picture_of_a_sample_is_taken_and_found_again(
     pairs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    quick = ["--recipe", "rtn", "--no-report", "--no-diagnosis", "--out", "paired", "--json"]
+    quick = ["--recipe", "rtn", "--no-report", "--no-diagnosis", "--check", "fast", "--out", "paired", "--json"]
     assert main(["quantize", "models.py:Net", str(pairs), *quick]) == 2
     assert "as in --input-key right.png" in capsys.readouterr().err
     assert main(["quantize", "models.py:Net", str(pairs), "--input-key", "right.png", *quick]) == 0
@@ -56,7 +59,8 @@ def test_the_named_picture_of_a_sample_is_taken_and_found_again(
     assert used["input_key"] == "right.png"
     how = Preprocessing(input_size=16, mean=0.5, std=0.25)
     assert used["sha256"] == load_images(pairs, how, input_key="right.png").sha256
-    assert main(["export", "paired", "--json"]) == 0
+    found = run_images(load_run("paired"), None, ImageOptions())
+    assert found.sha256 == used["sha256"]
     assert main(["evaluate", "models.py:Net", str(pairs), "--float", "models.py:Net", "--input-key", "left.png"]) == 0
 
 

@@ -77,7 +77,7 @@ def test_what_was_said_of_preprocessing_alone() -> None:
         "crop_pct": 0.9,
     }
     assert ImageOptions().preprocessing == {}
-    assert len(asdict(ImageOptions())) == 9
+    assert len(asdict(ImageOptions())) == 10
 
 
 def test_a_scheme_of_options() -> None:

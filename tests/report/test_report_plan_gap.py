@@ -231,7 +231,10 @@ def test_the_first_layer_that_differs_is_named(place: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"images": {"count": 3}}', '{"runtimes": 5}'])
-def test_without_parity_the_page_says_how_to_measure(text: str | None, place: Path, tmp_path: Path) -> None:
+def test_without_parity_the_page_says_how_to_measure(
+    text: str | None, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     shutil.copytree(place / "limited", tmp_path / "run")
     (tmp_path / "run" / "parity.json").unlink()
     if text is not None:

@@ -218,7 +218,7 @@ def _rules(found: Diagnosis) -> list[Child]:
         ]
         for rules, r in each
     ]
-    most = min(r.loss_after for _, r in each) < found.loss / 2
+    most = min(r.loss_after for _, r in each) < (found.loss or 0.0) / 2
     title = f"What would give {'most' if most else 'some'} of it back"
     return [page_table(title, ["added to the command", ">loss", ">file"], rows)]
 

@@ -18,7 +18,7 @@ Child = str | int | None | Iterable["Child"]
 VOID = frozenset({"br", "col", "hr", "img", "input", "meta"})
 """Elements of HTML without an end; those of SVG have one."""
 _WITHIN_NUMBER = re.compile(
-    r"(?<=[\d⁰¹²³⁴⁵⁶⁷⁸⁹]) (?=(?:%|[kMG]?B|dB|[mµ]?s|min|h|nats|points|bits|[kMGT]|×|x)(?!\w))|(?<=\d ×) (?=\d)"
+    r"(?<=[\d⁰¹²³⁴⁵⁶⁷⁸⁹]) (?=(?:%|[kMG]?B|dB|[mµ]?s|min|h|nats|[kMGT]|×|x)(?!\w))|(?<=\d ×) (?=\d)"
 )
 
 
