@@ -14,13 +14,14 @@ from torch import Tensor, fx, nn
 from bitwright.given.images import Images, load_images
 from bitwright.graph import ops, rewrite
 from bitwright.graph.capture import Captured, capture
+from bitwright.graph.patches import layer_inputs
 from bitwright.graph.prepare import prepare
 from bitwright.graph.student import Student, insert_quantizers
 from bitwright.graph.watch import watch
 from bitwright.quant.scheme import Rule, Scheme
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
-from bitwright.stages.optq import Optq, _inputs
+from bitwright.stages.optq import Optq
 
 ALL = 10**6
 """More positions than any image has."""
@@ -121,7 +122,7 @@ def test_gram_of_a_convolution_is_that_of_all_its_patches(name: str) -> None:
     teacher, x = prepare(capture(NETWORKS[name].eval(), images(2))), images(3, seed=2)
     node = linears(teacher.graph)[-1]
     value, weight = read_by(teacher.graph, node, x), weight_of(teacher.graph, node)
-    found = _inputs(node, value, weight, ALL, torch.randperm)
+    found = layer_inputs(node, value, weight, ALL, torch.randperm)
     expected = patches(node, value, weight)
     assert found.shape == expected.shape
     torch.testing.assert_close(gram(found), gram(expected), rtol=1e-4, atol=1e-4)
@@ -138,7 +139,7 @@ def test_gram_of_a_linear_layer_is_that_of_all_its_rows(name: str) -> None:
     for node in (n for n in linears(prepared(name).graph) if ops.base_name(n) == "linear"):
         value, weight = read_by(prepared(name).graph, node, x), weight_of(prepared(name).graph, node)
         rows = value.reshape(-1, weight.shape[1])
-        found = _inputs(node, value, weight, ALL, torch.randperm)
+        found = layer_inputs(node, value, weight, ALL, torch.randperm)
         torch.testing.assert_close(gram(found)[0], sum(torch.outer(r, r) for r in rows), rtol=1e-4, atol=1e-4)
 
 
@@ -151,7 +152,7 @@ def test_positions_are_drawn_from_the_patches_of_every_image_without_preference(
     mean, count = 0.0, 600
     draw = partial(torch.randperm, generator=torch.Generator().manual_seed(0))
     for _ in range(count):
-        some = _inputs(node, value, weight, 4, draw)
+        some = layer_inputs(node, value, weight, 4, draw)
         assert some.shape == (len(every), 3 * 4, every.shape[2])
         mean = mean + gram(some) / count
     distances = torch.cdist(some, every, compute_mode="donot_use_mm_for_euclid_dist").min(2)
@@ -167,8 +168,8 @@ def test_rows_of_a_linear_layer_are_drawn_without_preference() -> None:
     node = next(n for n in linears(graph) if n.meta["layer"] == "mlp.0")  # five tokens an image
     value, weight = read_by(graph, node, x), weight_of(graph, node)
     draw = partial(torch.randperm, generator=torch.Generator().manual_seed(0))
-    grams = [gram(_inputs(node, value, weight, 2, draw))[0] for _ in range(400)]
-    assert _inputs(node, value, weight, 2, draw).shape == (1, 2 * 3, 8)
+    grams = [gram(layer_inputs(node, value, weight, 2, draw))[0] for _ in range(400)]
+    assert layer_inputs(node, value, weight, 2, draw).shape == (1, 2 * 3, 8)
     full = gram(value.reshape(-1, 8)) * 6 / 15
     assert float((sum(grams) / 400 - full).norm() / full.norm()) < 0.05
 
@@ -381,7 +382,7 @@ def test_patches_times_the_weight_are_the_convolution(axes: int, padding: Any, g
     packet = getattr(torch.ops.aten, f"conv{axes}d")
     settings = [[stride] * axes, padding if isinstance(padding, str) else [padding] * axes, [1] * axes, groups]
     node = graph.call_function(packet.padding if isinstance(padding, str) else packet.default, (x, w, None, *settings))
-    found = _inputs(node, value, weight, 10_000, torch.randperm)
+    found = layer_inputs(node, value, weight, 10_000, torch.randperm)
     ours = torch.einsum("gsi,goi->gso", found, weight.reshape(groups, 6 // groups, -1).float())
     expected = packet(value, weight, None, *settings)
     assert ours.numel() == expected.numel()

@@ -190,6 +190,27 @@ def insert_quantizers(teacher: Captured, scheme: Scheme) -> Student:
     )
 
 
+def has_quantized_weight(node: fx.Node) -> bool:
+    """Whether a linear operator has one, in the student; not if another reads the stored weight in float, as it is."""
+    if node.op != "call_function" or ops.base_name(node) not in ops.LINEAR:
+        return False
+    weight = node.args[1]
+    if not isinstance(weight, fx.Node) or weight.op != "call_module":
+        return False
+    stored = weight.args[0]
+    return isinstance(stored, fx.Node) and all(reader.op == "call_module" for reader in stored.users)
+
+
+def weight_of(student: Student, name: str) -> tuple[str, Quantizer]:
+    """The path of a linear operator's stored weight, and its quantizer, by the name of the operator's node."""
+    node = next(n for n in student.graph.graph.nodes if n.name == name)
+    call = node.args[1]
+    assert isinstance(call, fx.Node)
+    stored = call.args[0]
+    assert isinstance(stored, fx.Node)
+    return str(stored.target), student.quantizer(str(call.target))
+
+
 @contextmanager
 def moved_to(model: Student, device: torch.device | str) -> Iterator[None]:
     """A quantized network, and its float network if it has one, on a device while inside."""

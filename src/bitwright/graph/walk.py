@@ -36,6 +36,18 @@ class Walk:
                 self._compute(self._nodes[self._at])
                 self._at += 1
 
+    def through(self, node: fx.Node) -> list[Any]:
+        """Computes everything up to a node, and returns its values, one for each batch."""
+        with torch.no_grad():
+            while node not in self._values:
+                self._compute(self._nodes[self._at])
+                self._at += 1
+        return [self._value(node, i) for i in range(len(self.batches))]
+
+    def knows(self, node: fx.Node) -> bool:
+        """Whether a node's values are held: computed, and still to be read."""
+        return node in self._values
+
     def read(self, node: fx.Node) -> list[Tensor]:
         """What a node reads first, for each batch."""
         source = node.args[0]

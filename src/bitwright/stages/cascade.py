@@ -14,13 +14,14 @@ from torch import Tensor, fx
 from bitwright.given.images import Images
 from bitwright.graph import ops, rewrite
 from bitwright.graph.capture import Captured
-from bitwright.graph.student import Student
+from bitwright.graph.patches import layer_inputs
+from bitwright.graph.student import Student, has_quantized_weight, weight_of
 from bitwright.graph.walk import Walk, peak_bytes
 from bitwright.quant import optq
 from bitwright.quant.quantizer import Quantizer
 from bitwright.stages.base import Run, Stage
 from bitwright.stages.calibrate import widen_for_biases
-from bitwright.stages.optq import COMPENSATED, DESCENDS, _has_quantized_weight, _inputs, _weight_of
+from bitwright.stages.optq import COMPENSATED, DESCENDS
 
 MEMORY = 2 << 30
 """Bytes that the values of both networks may take for all images."""
@@ -78,9 +79,9 @@ class Cascade(Stage):
 
     def _takes(self, student: Student, node: fx.Node) -> bool:
         """Whether a layer has few bits, a weight and a bias of its own, and steps for each output channel."""
-        if not _has_quantized_weight(node) or ops.base_name(node) not in COMPENSATED or "unbiased" in node.meta:
+        if not has_quantized_weight(node) or ops.base_name(node) not in COMPENSATED or "unbiased" in node.meta:
             return False
-        _, quantizer = _weight_of(student, node.name)
+        _, quantizer = weight_of(student, node.name)
         own = all(isinstance(a, fx.Node) and _readers(a) == 1 for a in node.args[1:3])
         by_row = quantizer.block is not None and quantizer.block[0] == 1 and quantizer.head_axis is None
         return own and by_row and not quantizer.power_of_two and quantizer.grid.bits <= self.bits
@@ -88,10 +89,10 @@ class Cascade(Stage):
     def _round(
         self, student: Student, teacher: Captured, node: fx.Node, ours: list[Tensor], theirs: list[Tensor], run: Run
     ) -> None:
-        stored, quantizer = _weight_of(student, node.name)
+        stored, quantizer = weight_of(student, node.name)
         weight = rewrite.get_tensor(teacher.graph, stored)
         parts = [
-            _Moments.of(*(_inputs(node, x, weight, self.positions, _draw(run, i)) for x in pair))
+            _Moments.of(*(layer_inputs(node, x, weight, self.positions, _draw(run, i)) for x in pair))
             for i, pair in enumerate(zip(ours, theirs, strict=True))
         ]
         seen = [p for i, p in enumerate(parts) if i % 4 != 3] or parts

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -17,10 +15,10 @@ from bitwright import together
 from bitwright.given.images import Images
 from bitwright.graph import ops, rewrite
 from bitwright.graph.capture import Captured
-from bitwright.graph.student import Student
+from bitwright.graph.patches import layer_inputs
+from bitwright.graph.student import Student, has_quantized_weight, weight_of
 from bitwright.graph.watch import Callback, watch
 from bitwright.quant import obq, optq
-from bitwright.quant.quantizer import Quantizer
 from bitwright.stages.base import Run, Stage
 from bitwright.stages.calibrate import MeanSums, correct_biases, mean_inputs, widen_for_biases
 from bitwright.stages.passes import dealt_tensors, shared_pass
@@ -93,11 +91,11 @@ class Optq(Stage):
         found = dealt_tensors(len(nodes), costs, make, run.device)
         for node, weight in zip(nodes, found, strict=True):
             kept = weight.contiguous(memory_format=torch.channels_last) if weight.dim() == 4 else weight
-            rewrite.set_tensor(student.graph, _weight_of(student, node.name)[0], kept)
+            rewrite.set_tensor(student.graph, weight_of(student, node.name)[0], kept)
         run.progress(what, len(nodes), len(nodes))
 
     def _rounded(self, student: Student, teacher: Captured, node: fx.Node, gram: Tensor) -> Tensor:
-        stored, quantizer = _weight_of(student, node.name)
+        stored, quantizer = weight_of(student, node.name)
         weight = rewrite.get_tensor(teacher.graph, stored)
         split = (gram.shape[0], weight.shape[0] // gram.shape[0], -1)
         given = (weight.reshape(split), gram, quantizer.expanded()[0].expand_as(weight).reshape(split))
@@ -129,15 +127,6 @@ class Optq(Stage):
         return weight.shape[0] * float(weight[0].numel()) ** 3 <= AFFORDABLE
 
 
-def _weight_of(student: Student, name: str) -> tuple[str, Quantizer]:
-    node = next(n for n in student.graph.graph.nodes if n.name == name)
-    call = node.args[1]
-    assert isinstance(call, fx.Node)
-    stored = call.args[0]
-    assert isinstance(stored, fx.Node)
-    return str(stored.target), student.quantizer(str(call.target))
-
-
 class _Grams:
     """``X X^T`` of every layer with a quantized weight, [groups, inputs, inputs], by the first of its nodes."""
 
@@ -150,7 +139,7 @@ class _Grams:
         self._order: list[fx.Node] = []
         self._drawn: list[int] = []
         self._draws: list[int] = []
-        quantized = {n.name for n in student.graph.graph.nodes if _has_quantized_weight(n)}
+        quantized = {n.name for n in student.graph.graph.nodes if has_quantized_weight(n)}
         self.nodes = [n for n in teacher.graph.nodes if n.name in quantized and ops.base_name(n) in COMPENSATED]
         for node in self.nodes:
             self.owner.setdefault(str(node.args[1].target), node)
@@ -167,7 +156,7 @@ class _Grams:
             for node in readers:
                 stored = str(node.args[1].target)  # type: ignore[union-attr]
                 weight = rewrite.get_tensor(self.teacher, stored)
-                x = _inputs(node, value, weight, self.positions, self._draw)
+                x = layer_inputs(node, value, weight, self.positions, self._draw)
                 gram, owner = x.transpose(1, 2) @ x, self.owner[stored]
                 if together.processes() == 1:
                     self._take(owner, gram)
@@ -204,81 +193,3 @@ class _Grams:
 
     def forget(self) -> None:
         """Its sums are added in order, whoever saw them."""
-
-
-def _has_quantized_weight(node: fx.Node) -> bool:
-    """Whether it does, in the student; not if another operator reads the stored weight in float, which must stay."""
-    if node.op != "call_function" or ops.base_name(node) not in ops.LINEAR:
-        return False
-    weight = node.args[1]
-    if not isinstance(weight, fx.Node) or weight.op != "call_module":
-        return False
-    stored = weight.args[0]
-    return isinstance(stored, fx.Node) and all(reader.op == "call_module" for reader in stored.users)
-
-
-def _inputs(node: fx.Node, value: Tensor, weight: Tensor, positions: int, draw: Callable[[int], Tensor]) -> Tensor:
-    """Inputs that meet the weight at some output positions, [groups, samples, inputs of a group]."""
-    if ops.base_name(node) == "linear":
-        rows = value.reshape(-1, value.shape[-1])
-        per_image = max(1, rows.shape[0] // max(1, value.shape[0]))
-        keep = min(rows.shape[0], positions * max(1, value.shape[0]))
-        if per_image > positions:
-            rows = rows[draw(rows.shape[0])[:keep].to(rows.device)]
-        return rows.float().unsqueeze(0)
-    return _patches(node, value, weight, positions, draw)
-
-
-def _patches(node: fx.Node, value: Tensor, weight: Tensor, positions: int, draw: Callable[[int], Tensor]) -> Tensor:
-    kernel = weight.shape[2:]
-    stride, dilation = (_each(node, i, len(kernel)) for i in (3, 5))
-    pads = _padding(node, kernel, dilation)
-    sizes = [
-        (size + before + after - d * (k - 1) - 1) // s + 1
-        for size, (before, after), k, s, d in zip(value.shape[2:], pads, kernel, stride, dilation, strict=True)
-    ]
-    count = min(positions, math.prod(sizes))
-    chosen = draw(math.prod(sizes))[:count]
-    starts: list[Tensor] = []
-    for size, (before, _), s in reversed(list(zip(sizes, pads, stride, strict=True))):
-        starts.insert(0, chosen % size * s - before)
-        chosen = chosen // size
-    offsets = itertools.product(*(range(0, k * d, d) for k, d in zip(kernel, dilation, strict=True)))
-    parts = [_pixels(value, [s + o for s, o in zip(starts, offset, strict=True)]) for offset in offsets]
-    taken = torch.stack(parts, dim=3)  # [B, P, C, kh kw]
-    groups = rewrite.groups(node)
-    taken = taken.reshape(taken.shape[0] * count, groups, -1)
-    return taken.transpose(0, 1).float()
-
-
-def _pixels(value: Tensor, at: list[Tensor]) -> Tensor:
-    """The channels of pixels, [B, P, C]; zeros outside the image, so that it need not be copied to be padded.
-
-    Args:
-        value: [B, C, ...].
-        at: for each axis from the third on, the pixels' places, [P].
-    """
-    inside, places = torch.ones(len(at[0]), dtype=torch.bool), torch.zeros(len(at[0]), dtype=torch.int64)
-    for size, each in zip(value.shape[2:], at, strict=True):
-        inside &= (each >= 0) & (each < size)
-        places = places * size + each.clamp(0, size - 1)
-    taken = value.movedim(1, -1).flatten(1, -2).index_select(1, places.to(value.device))
-    return taken if bool(inside.all()) else taken * inside.to(value).unsqueeze(1)
-
-
-def _each(node: fx.Node, index: int, axes: int, default: int = 1) -> list[int]:
-    """An argument of a convolution for each of its axes."""
-    value: Any = node.args[index] if len(node.args) > index else default
-    each: list[int] = list(value) if isinstance(value, list | tuple) else [value]
-    return each * axes if len(each) == 1 else each
-
-
-def _padding(node: fx.Node, kernel: Sequence[int], dilation: Sequence[int]) -> list[tuple[int, int]]:
-    """Zeros before and behind each axis."""
-    padding = node.args[4] if len(node.args) > 4 else 0
-    if padding == "valid":
-        return [(0, 0)] * len(kernel)
-    if padding == "same":
-        totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-        return [(total // 2, total - total // 2) for total in totals]
-    return [(each, each) for each in _each(node, 4, len(kernel), 0)]
