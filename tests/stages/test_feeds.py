@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,14 @@ from cases import Deaf, dataset, images, prepared
 from pydantic import ValidationError
 from torch import Tensor
 
+from bitwright.errors import UsageError
 from bitwright.graph import ops, rewrite
 from bitwright.graph.capture import capture
 from bitwright.graph.points import linear_points
 from bitwright.graph.prepare import prepare
 from bitwright.graph.segments import truncate
 from bitwright.graph.student import Student, insert_quantizers
-from bitwright.graph.units import Unit, find_units, quantized
+from bitwright.graph.units import Unit, find_units, part, quantized
 from bitwright.pipeline import run_stages
 from bitwright.quant.scheme import Scheme
 from bitwright.recipes import Recipe, recipe
@@ -29,7 +32,7 @@ from bitwright.stages.calibrate import Calibrate
 from bitwright.stages.feeds import Fisher, UnitFeed, UnitPlace, find_places
 from bitwright.stages.reconstruct import Reconstruct
 from bitwright.stages.schedules import Anneal, Gradual, Learn
-from bitwright.stages.tuning import as_channels_last
+from bitwright.stages.tuning import Objective, as_channels_last
 
 CALIBRATE = Calibrate(weights="minmax", activations="minmax")
 NAMES = ["residual", "transformer", "dense", "shifted_window"]
@@ -134,9 +137,61 @@ def test_one_unit_of_everything_is_the_network_compared_at_its_outputs(monkeypat
     names, paths = tuple(n.name for n in layers), tuple(str(n.meta["layer"]) for n in layers)
     monkeypatch.setattr(feeds, "find_units", lambda *_: [Unit("all", paths, names, names[-1:])])
     one, _ = optimise(Reconstruct(unit="block", **settings))
+    assert_same(one, optimise(Reconstruct(unit="block", order="reverse", **settings))[0])
     monkeypatch.setattr(module, "linear_points", lambda *args: linear_points(*args)[-1:])
     assert_same(one, optimise(Reconstruct(unit="network", **settings))[0])
     assert differ(one, calibrated("residual"))
+
+
+# ------------------------------------------------------------------------------------------- sizes and their order
+
+
+@pytest.mark.parametrize("size", ["layer", "block", "network"])
+def test_growing_through_one_size_is_that_size(size: Any) -> None:
+    grown, run = optimise(Reconstruct(unit=(size,), **QUICK))
+    assert_same(grown, optimise(Reconstruct(unit=size, **QUICK))[0])
+    assert len(run.records) == 2
+
+
+def test_units_that_grow_are_a_stage_for_each_size() -> None:
+    growing = Reconstruct(unit=("layer", "block", "network"), weigh="fisher", float_inputs=0.5, steps=3, share=3.0)
+    parts = Recipe(name="test", stages=(growing,)).stages
+    assert [(p.unit, p.weigh, p.float_inputs) for p in parts] == [
+        ("layer", "fisher", 0.5),
+        ("block", "fisher", 0.5),
+        ("network", "ones", 0.0),
+    ]
+    assert sum(p.share for p in parts) == pytest.approx(3.0)
+    given = {"name": "test", "stages": [{"reconstruct": {"unit": ["layer", "block", "network"], "weigh": "sla"}}]}
+    assert [p.weigh for p in Recipe.model_validate(given).stages] == ["ones", "ones", "sla"]
+    with pytest.raises(UsageError, match="Run the parts"):
+        growing.run(calibrated("residual"), prepared("residual"), dataset(4), Run())
+
+
+def test_growing_goes_on_from_what_smaller_units_left() -> None:
+    """Each size ends with a loss at the network's layers that is no higher than what it was given."""
+    stage = Reconstruct(unit=("block", "network"), **{**QUICK, "codes": Learn(rate=1e-3)})
+    _, run = optimise(stage, "transformer")
+    first, second = run.history[1][1], run.history[2][1]
+    assert any(not torch.equal(second.tensors[k], v) for k, v in first.tensors.items())
+    losses = run.records[-1].keys()["reconstruct"]["loss"]["by_stage"]
+    assert list(losses) == ["calibrate", "reconstruct", "reconstruct 2"]
+    assert losses["reconstruct 2"] < losses["reconstruct"] < losses["calibrate"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_reverse_the_last_unit_comes_first(name: str) -> None:
+    student = calibrated(name)
+    graphs = student.graph, prepared(name).graph, prepared(name).example
+    forward, back = (find_places(*graphs, "block", reverse=r) for r in (False, True))
+    assert [p.unit for p in back] == [p.unit for p in forward][::-1]
+    assert not forward[0].fixed
+    assert not back[0].fixed
+    assert all(a.fixed <= b.fixed for places in (forward, back) for a, b in itertools.pairwise(places))
+    _, run = optimise(Reconstruct(unit="block", order="reverse", **QUICK), name)
+    assert [u["name"] for u in units(run)] == [p.unit.name for p in back]
+    assert all(u["after"] <= u["before"] for u in units(run))
+    assert sum(u["after"] < u["before"] for u in units(run)) > len(back) / 2
 
 
 # ----------------------------------------------------------------------------------------------------- its inputs
@@ -231,9 +286,34 @@ def test_weights_that_are_zero_are_not_taken() -> None:
     assert units(run)[0]["after"] < units(run)[0]["before"]
 
 
+def test_the_low_rank_part_is_the_squared_product_of_error_and_gradient() -> None:
+    """Of each image, in the middle of the network, and both parts count alike at the start."""
+    student, teacher, x = calibrated("residual"), prepared("residual"), as_channels_last(dataset(16).batch(range(8)))
+    place = places("residual", student)[0]
+    fisher = Fisher(place, student.graph, teacher.graph, x, signed=True)
+    feed = UnitFeed(dataset(16), place, student.graph, teacher.graph, 0.0, torch.device("cpu"), fisher)
+    batch = feed(torch.arange(8))
+    with torch.no_grad():
+        values = part(student.graph, place.cut)(*batch.inputs)[1]
+        (target,) = truncate(teacher.graph, place.unit.exits)(x)
+    (slope,), error = fisher.slopes(x), (values[0] - target).double()
+    along = (error * slope.double()).flatten(1).sum(1).square() / fisher.scale
+    plain = Objective(torch.ones(16, 1), "sum", normalise=False)
+    diagonal, both = (
+        float(o.distances(values, batch, torch.ones(8, 1), place.exits)[0]) for o in (plain, replace(plain, along=0.5))
+    )
+    assert diagonal == pytest.approx(
+        float((error * slope).square().flatten(1).sum(1).mean()) / fisher.scale / 64, rel=1e-4
+    )
+    assert both - diagonal == pytest.approx(0.5 * float(along.mean()), rel=1e-3)
+    even = plain.with_rank_one(values, batch, place.exits, 8)
+    assert float(even.distances(values, batch, torch.ones(8, 1), place.exits)[0]) == pytest.approx(2 * diagonal)
+
+
+@pytest.mark.parametrize("weigh", ["fisher", "low-rank"])
 @pytest.mark.parametrize("name", NAMES)
-def test_fisher_weights_on_any_network(name: str) -> None:
-    student, run = optimise(Reconstruct(unit="block", **{**QUICK, "weigh": "fisher"}), name)
+def test_weights_from_gradients_on_any_network(name: str, weigh: str) -> None:
+    student, run = optimise(Reconstruct(unit="block", **{**QUICK, "weigh": weigh}), name)
     assert all(u["after"] <= u["before"] for u in units(run))
     assert all(bool(torch.isfinite(b).all()) for n, b in student.graph.named_buffers() if "scale" in n)
 
@@ -303,9 +383,18 @@ def test_no_steps_leave_the_start() -> None:
     assert_same(student, calibrated("residual"))
 
 
-@pytest.mark.parametrize("settings", [{"unit": "block"}, {"weigh": "fisher"}, {"weigh": "ones", "float_inputs": 0.5}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"unit": "block"},
+        {"unit": ("layer", "block")},
+        {"unit": (), "weigh": "ones"},
+        {"weigh": "fisher"},
+        {"weigh": "ones", "float_inputs": 0.5},
+    ],
+)
 def test_settings_that_a_unit_does_not_have_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError, match=r"weigh|float_inputs"):
+    with pytest.raises(ValidationError, match=r"weigh|float_inputs|at least one size"):
         Reconstruct(**settings)
 
 
@@ -313,7 +402,7 @@ def test_settings_that_a_unit_does_not_have_are_refused(settings: dict[str, Any]
 
 
 @pytest.mark.parametrize("case", ["residual", "transformer", "tuple_output", "shifted_window", "called_twice"])
-@pytest.mark.parametrize("name", ["adaround", "adaquant", "brecq", "qdrop"])
+@pytest.mark.parametrize("name", ["adaround", "adaquant", "autoround", "brecq", "fima", "qdrop"])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_recipes_run_and_no_unit_is_worse(name: str, case: str) -> None:
     run = Run(steps=4, precision="float32")

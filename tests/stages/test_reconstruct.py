@@ -26,6 +26,7 @@ from bitwright.stages import reconstruct as module
 from bitwright.stages import resume, schedules
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate, parameters
+from bitwright.stages.optimizers import OptimizedPart
 from bitwright.stages.reconstruct import Reconstruct
 from bitwright.stages.schedules import Anneal, Dampen, Gradual, Learn
 from bitwright.stages.tuning import NotFiniteError, Tuner
@@ -189,6 +190,18 @@ def test_straight_through_may_move_further_than_one_step() -> None:
         nearest = quantizer.codes(rewrite.get_tensor(prepared("residual").graph, stored))
         far += int(((codes - nearest).abs() > 1).sum())
     assert far > 0
+
+
+def test_signs_of_gradients_move_no_code_further_than_half_a_step() -> None:
+    """AutoRound's rate falls from one over the steps to zero, and its sum is a half."""
+    parameter = torch.nn.Parameter(torch.tensor([0.2, -3.0, 0.0]))
+    part = OptimizedPart.of([(parameter, 1.0)], Learn(optimizer="sign", rate=1 / 200, schedule="linear"))
+    assert part is not None
+    for step in range(200):
+        parameter.grad = torch.tensor([1e-9, -40.0, 0.0])
+        part.set_rate(step / 200)
+        part.optimizer.step()
+    torch.testing.assert_close(parameter.detach(), torch.tensor([-0.3, -2.5, 0.0]), rtol=0, atol=3e-3)
 
 
 def test_each_variable_can_be_left_alone() -> None:

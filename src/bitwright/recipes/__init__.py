@@ -55,7 +55,7 @@ class Recipe(BaseModel):
     def _read_stages(cls, value: Any) -> Any:
         if not isinstance(value, list | tuple):
             raise ValueError(f"expected a list of stages, found {value!r}")
-        return tuple(_read_stage(v) for v in value)
+        return tuple(part for v in value for part in _read_stage(v).parts())
 
     @property
     def optimises(self) -> bool:
@@ -83,7 +83,7 @@ class Recipe(BaseModel):
         return str(yaml.safe_dump(self.settings(), sort_keys=False))
 
 
-def _read_stage(value: Any) -> Any:
+def _read_stage(value: Any) -> Stage:
     if isinstance(value, Stage):
         return value
     if isinstance(value, str):

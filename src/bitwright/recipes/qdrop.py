@@ -9,20 +9,19 @@ from bitwright.recipes import Recipe
 from bitwright.recipes.adaround import LAYERWISE_START, ROUNDING
 from bitwright.stages.schedules import Gradual, Learn
 
+DROPPING = ROUNDING.model_copy(
+    update={
+        "unit": "block",
+        "float_inputs": 0.5,
+        "activations": True,
+        "activation_step": Learn(rate=4e-5),
+        "gradual": Gradual(how="drop", start=0.5, hold=True),
+    }
+)
+
 RECIPE = Recipe(
     name="qdrop",
     summary="Roundings and activation steps learned block by block, half of the activations in float at random.",
     paper="arXiv:2203.05740",
-    stages=(
-        LAYERWISE_START,
-        ROUNDING.model_copy(
-            update={
-                "unit": "block",
-                "float_inputs": 0.5,
-                "activations": True,
-                "activation_step": Learn(rate=4e-5),
-                "gradual": Gradual(how="drop", start=0.5, hold=True),
-            }
-        ),
-    ),
+    stages=(LAYERWISE_START, DROPPING),
 )

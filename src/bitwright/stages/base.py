@@ -136,6 +136,10 @@ class Stage(BaseModel):
             UsageError: this network, or these images, are not what the stage needs.
         """
 
+    def parts(self) -> tuple[Stage, ...]:
+        """The stages that stand for it in a recipe; itself for all but those that do one thing several times."""
+        return (self,)
+
     def run(self, student: Student, teacher: Captured, images: Images, run: Run) -> Student:
         """Improves the student; the teacher is never changed, and the images carry no labels."""
         raise NotImplementedError

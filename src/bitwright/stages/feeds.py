@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
@@ -29,7 +29,7 @@ class UnitPlace:
         floats: what it reads in the float network.
         exits: its exits, as they are compared.
         layers: outputs of its convolutions and linear layers.
-        fixed: keys of quantizers of earlier units.
+        fixed: keys of quantizers of units that are optimised before.
         by_image: whether each image's part of all that it reads and gives is one block of the first axis.
         behind: the rest of the float network.
     """
@@ -44,7 +44,9 @@ class UnitPlace:
     behind: Cut
 
 
-def find_places(student: fx.GraphModule, teacher: fx.GraphModule, example: Tensor, kind: UnitKind) -> list[UnitPlace]:
+def find_places(
+    student: fx.GraphModule, teacher: fx.GraphModule, example: Tensor, kind: UnitKind, *, reverse: bool = False
+) -> list[UnitPlace]:
     """All units, in the order in which they are optimised.
 
     Args:
@@ -52,6 +54,7 @@ def find_places(student: fx.GraphModule, teacher: fx.GraphModule, example: Tenso
         teacher: the float network.
         example: images [2, C, H, W].
         kind: how large a unit is.
+        reverse: whether the last one comes first.
     """
     units = find_units(teacher, kind)
     inside = {n.name: n for n in student.graph.nodes}
@@ -63,15 +66,23 @@ def find_places(student: fx.GraphModule, teacher: fx.GraphModule, example: Tenso
     )
     point = {p.node: p for p in points_at(teacher, example, [nodes[name] for name in names])}
     outputs = _outputs(teacher)
-    places, fixed = [], frozenset[str]()
+    places = []
     for position, (unit, cut, each) in enumerate(zip(units, found, floats, strict=True)):
         before = [u.exits for u in units[: position + 1]]
         by_image = all(point[name].image_after_image for name in (*each, *unit.exits))
         exits, layers = [point[n] for n in unit.exits], [point[n] for n in unit.nodes]
         behind = cuts(teacher, [*before, outputs])[-1]
-        places.append(UnitPlace(unit, cut, each, exits, layers, fixed, by_image, behind))
-        fixed |= {str(n.target) for n in part(student, cut).graph.nodes if n.op == "call_module"}
-    return places
+        places.append(UnitPlace(unit, cut, each, exits, layers, frozenset(), by_image, behind))
+    return _in_order(places[::-1] if reverse else places, student)
+
+
+def _in_order(places: list[UnitPlace], student: fx.GraphModule) -> list[UnitPlace]:
+    """The same places, each of which leaves the quantizers of those before it as they are."""
+    found, fixed = [], frozenset[str]()
+    for place in places:
+        found.append(replace(place, fixed=fixed))
+        fixed |= {str(n.target) for n in part(student, place.cut).graph.nodes if n.op == "call_module"}
+    return found
 
 
 def _outputs(graph: fx.GraphModule) -> tuple[str, ...]:
@@ -177,11 +188,20 @@ class Fisher:
         student: its graph as it is now.
         teacher: the float network's.
         images: whose mean becomes 1, [N, C, H, W].
+        signed: whether :meth:`roots` have the signs of the gradient, which squares lose and sums do not.
     """
 
-    def __init__(self, place: UnitPlace, student: fx.GraphModule, teacher: fx.GraphModule, images: Tensor) -> None:
+    def __init__(
+        self,
+        place: UnitPlace,
+        student: fx.GraphModule,
+        teacher: fx.GraphModule,
+        images: Tensor,
+        *,
+        signed: bool = False,
+    ) -> None:
         nodes = {n.name: n for n in student.graph.nodes}
-        self.place, self.teacher = place, teacher
+        self.place, self.teacher, self.signed = place, teacher, signed
         self.names = tuple(dict.fromkeys([*place.behind.entries, *place.unit.exits]))
         self.before = truncate(student, [quantized(nodes[name]).name for name in self.names])
         self.behind = part(teacher, place.behind)
@@ -192,6 +212,10 @@ class Fisher:
 
     def squares(self, images: Tensor) -> list[Tensor]:
         """At each exit, in its shape."""
+        return [slope.square() for slope in self.slopes(images)]
+
+    def slopes(self, images: Tensor) -> list[Tensor]:
+        """The gradient itself, at each exit."""
         with torch.no_grad():
             values = dict(zip(self.names, self.before(images), strict=True))
             expected = self.expected(images)
@@ -202,12 +226,13 @@ class Fisher:
             if all(map(torch.equal, outputs, expected)):
                 return [torch.zeros_like(e) for e in exits]  # instead of what is left by rounding
             loss = torch.stack([_loss(a, b) for a, b in zip(outputs, expected, strict=True)]).sum()
-            slopes = torch.autograd.grad(loss, exits, allow_unused=True, materialize_grads=True)
-        return [slope.square() for slope in slopes]
+            return list(torch.autograd.grad(loss, exits, allow_unused=True, materialize_grads=True))
 
     def roots(self, images: Tensor) -> list[Tensor]:
         """What differences at the exits are multiplied by."""
-        return [(f / self.scale).sqrt() for f in self.squares(images)]
+        slopes = self.slopes(images)
+        roots = [(s.square() / self.scale).sqrt() for s in slopes]
+        return [r.copysign(s) for r, s in zip(roots, slopes, strict=True)] if self.signed else roots
 
 
 def _loss(output: Tensor, expected: Tensor) -> Tensor:

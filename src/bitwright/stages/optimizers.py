@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 from bitwright.stages.learner import Learner
 from bitwright.stages.schedules import Learn
@@ -31,6 +32,26 @@ class Rates(Protocol):
     @property
     def activation_step(self) -> Learn | None:
         """Of the steps of activations."""
+
+
+class SignDescent(torch.optim.Optimizer):
+    """Every number goes by the rate against the sign of its gradient (AutoRound, arXiv:2309.05516, algorithm 1).
+
+    Args:
+        params: as of any optimizer.
+        lr: the rate.
+    """
+
+    def __init__(self, params: ParamsT, lr: float) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step, from the gradients there are."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.add_(p.grad.sign(), alpha=-group["lr"])
 
 
 @dataclass
@@ -57,7 +78,9 @@ class OptimizedPart:
         groups = [{"params": [p]} for p in parameters] if learn.relative else [{"params": parameters}]
         sizes = [size for _, size in chosen] if learn.relative else [1.0]
         optimizer: torch.optim.Optimizer
-        if learn.optimizer == "sgd":
+        if learn.optimizer == "sign":
+            optimizer = SignDescent(groups, lr=learn.rate)
+        elif learn.optimizer == "sgd":
             optimizer = torch.optim.SGD(groups, lr=learn.rate, momentum=0.9, foreach=True)
         elif learn.optimizer == "adam":
             optimizer = torch.optim.Adam(groups, lr=learn.rate, foreach=True)

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 from bitwright import together
 from bitwright.curvature.label_free import Distribution, HessianScores, cached_scores, images_at_once, label_free_scores
+from bitwright.errors import UsageError
 from bitwright.given.images import Images
 from bitwright.graph import rewrite
 from bitwright.graph.capture import Captured
@@ -67,6 +68,16 @@ SHORT = 30.0
 OVERHEAD = 1.15
 """A whole step over its forward and backward pass."""
 NOTHING = "There is nothing to optimise: no convolution or linear layer has weights or inputs to quantize."
+
+
+UnitSize = Literal["network", "block", "layer"]
+Weigh = Literal["ones", "fisher", "low-rank", "lfh", "sla", "sla-log"]
+WEIGHTS: dict[UnitSize, frozenset[Weigh]] = {
+    "network": frozenset({"ones", "lfh", "sla", "sla-log"}),
+    "block": frozenset({"ones", "fisher", "low-rank"}),
+    "layer": frozenset({"ones", "fisher", "low-rank"}),
+}
+"""What weighs the distances in units of each size."""
 
 
 class ScoresRecord(BaseModel):
@@ -154,15 +165,21 @@ class Reconstruct(Optimising):
     the samples in proportion to their scores) and summed.
 
     Units smaller than the network are optimised one after the other, each for so many steps, and compared at their
-    exits alone: by ``ones``, or by ``fisher`` (BRECQ: the squared gradient of the network's loss, element by element).
+    exits alone: by ``ones``, by ``fisher`` (BRECQ: the squared gradient of the network's loss, element by element), or
+    by ``low-rank`` (FIMA-Q: to that comes, in equal parts, the squared product of each image's error and gradient).
     """
 
     kind: ClassVar[str] = "reconstruct"
     record: ClassVar[type[StageRecord]] = ReconstructRecord
 
-    unit: Literal["network", "block", "layer"] = "network"
+    unit: UnitSize | tuple[UnitSize, ...] = "network"
     """What is optimised at once. A block is a residual branch or attention with its addition, as
-    ``bitwright inspect --blocks`` shows them; what is in none is optimised layer by layer."""
+    ``bitwright inspect --blocks`` shows them; what is in none is optimised layer by layer. Several sizes, such as
+    ``[layer, block, network]``, follow one another, each with all steps, as stages of their own: a unit that grows.
+    What a size does not have is left out there: its weights are then ``ones``, its inputs not mixed."""
+    order: Literal["forward", "reverse"] = "forward"
+    """Whether the first unit of the network is optimised first, or the last one. Units behind one that is optimised are
+    then as the stage found them, or as it left them."""
     float_inputs: float = Field(default=0.0, ge=0, le=1)
     """Of a unit: share of the elements of its inputs, drawn anew in every step, that are the float network's instead of
     what the quantized units before it give (AdaRound, BRECQ: 0; QDrop: 0.5)."""
@@ -170,7 +187,7 @@ class Reconstruct(Optimising):
     """Of each unit."""
     batch: int = Field(default=32, ge=1)
 
-    weigh: Literal["ones", "fisher", "lfh", "sla", "sla-log"] = "sla"
+    weigh: Weigh = "sla"
     over: Literal["sum", "mean"] = "sum"
     """What is done over channels; the mean is taken over samples and positions."""
     score_images: int | None = Field(default=None, ge=1)
@@ -206,12 +223,32 @@ class Reconstruct(Optimising):
 
     @model_validator(mode="after")
     def _weights_that_a_unit_has(self) -> Reconstruct:
-        fitting = {"ones", "fisher"} if self.unit != "network" else {"ones", "lfh", "sla", "sla-log"}
+        if not self.sizes:
+            raise ValueError("expected at least one size as 'unit', found none")
+        fitting = sorted(set().union(*(WEIGHTS[size] for size in self.sizes)))
         if self.weigh not in fitting:
-            raise ValueError(f"expected 'weigh' of unit '{self.unit}' among {sorted(fitting)}, found '{self.weigh}'")
-        if self.float_inputs and self.unit == "network":
+            unit = ", ".join(self.sizes)
+            raise ValueError(f"expected 'weigh' of unit '{unit}' among {fitting}, found '{self.weigh}'")
+        if self.float_inputs and set(self.sizes) == {"network"}:
             raise ValueError("the network's only input is the image; 'float_inputs' is for smaller units")
         return self
+
+    @property
+    def sizes(self) -> tuple[UnitSize, ...]:
+        """Of the units, in the order in which they are optimised."""
+        return self.unit if isinstance(self.unit, tuple) else (self.unit,)
+
+    def parts(self) -> tuple[Reconstruct, ...]:
+        """One stage for each size."""
+        if not isinstance(self.unit, tuple):
+            return (self,)
+        shared = {"share": self.share / len(self.unit)}
+        return tuple(self.model_copy(update=shared | self._of(size)) for size in self.unit)
+
+    def _of(self, size: UnitSize) -> dict[str, Any]:
+        """The settings that are another size's own."""
+        weigh = self.weigh if self.weigh in WEIGHTS[size] else "ones"
+        return {"unit": size, "weigh": weigh, "float_inputs": 0.0 if size == "network" else self.float_inputs}
 
     @property
     def drops(self) -> bool:
@@ -225,7 +262,15 @@ class Reconstruct(Optimising):
         return (0.0, 0.0) if self.gradual is None else self.gradual.at(progress)
 
     def run(self, student: Student, teacher: Captured, images: Images, run: Run) -> Student:
-        """Optimises, rounds, measures, and keeps the best that the run has seen."""
+        """Optimises, rounds, measures, and keeps the best that the run has seen.
+
+        Raises:
+            UsageError: there are several sizes of units, which a recipe takes apart.
+        """
+        if isinstance(self.unit, tuple):
+            raise UsageError(
+                f"Expected a single size as unit=, got {', '.join(self.unit)}. Run the parts() of the stage."
+            )
         if self.unit != "network":
             return self._run_units(student, teacher, images, run)
         points = linear_points(teacher.graph, teacher.example.to(run.device))
@@ -392,7 +437,8 @@ class Reconstruct(Optimising):
         samples = Views(images, self.views, run.seed)
         graph = self._graph(student)
         kind: UnitKind = "block" if self.unit == "block" else "layer"
-        places = find_places(graph, teacher.graph, teacher.example.to(run.device), kind)
+        reverse = self.order == "reverse"
+        places = find_places(graph, teacher.graph, teacher.example.to(run.device), kind, reverse=reverse)
         saved = KeptState.read(run) or KeptState(run, self._plan_units(student, teacher, places, samples, run))
         plan, start = saved.plan, dict(student.graph.named_buffers())
         record = ReconstructRecord(**vars(plan), seed=run.seed, units=[])
@@ -430,13 +476,22 @@ class Reconstruct(Optimising):
         )
         first = samples.batch(range(min(SCALED_ON, len(samples)))).to(run.device)
         learner.measure_outputs(truncate(teacher.graph, place.unit.nodes)(first[:8]))
-        weights = Fisher(place, graph, teacher.graph, first) if self.weigh == "fisher" and _learns(learner) else None
+        weights = None
+        if self.weigh in {"fisher", "low-rank"} and _learns(learner):
+            weights = Fisher(place, graph, teacher.graph, first, signed=self.weigh == "low-rank")
         if weights is not None and not weights.scale:
             _warn(f"The network's loss does not depend on {place.unit.name}: all its elements count equally.")
             weights = None
         feed = UnitFeed(samples, place, graph, teacher.graph, self.float_inputs, run.device, weights)
         count = len(place.exits)
-        return _Work(learner, feed, Objective(torch.full((len(samples), count), 1 / count), self.over, normalise=False))
+        objective = Objective(torch.full((len(samples), count), 1 / count), self.over, normalise=False)
+        if weights is not None and weights.signed:
+            batch = feed(torch.arange(len(first)), mixed=False)
+            with torch.no_grad():
+                objective = objective.with_rank_one(
+                    part(graph, place.cut)(*batch.inputs)[1], batch, place.exits, len(first)
+                )
+        return _Work(learner, feed, objective)
 
     def _tune_unit(
         self,

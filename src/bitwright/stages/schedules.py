@@ -37,7 +37,8 @@ def decay(schedule: Schedule, progress: float) -> float:
 class Learn(FrozenSettings):
     """How one kind of variable is optimised."""
 
-    optimizer: Literal["adam", "radam", "sgd"] = "adam"
+    optimizer: Literal["adam", "radam", "sgd", "sign"] = "adam"
+    """``sign`` goes by the rate along the sign of each gradient, whatever its size."""
     rate: float = Field(gt=0)
     schedule: Schedule = "cosine"
     relative: bool = False

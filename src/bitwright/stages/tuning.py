@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -226,12 +226,15 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
 class Objective:
     """Weights of the distances: for each sample and point, and the number that the whole is divided by.
 
-    ``weights`` [N, L]; ``normalise``: divide by the largest mean over the batch of any point (EPTQ v2).
+    ``weights`` [N, L]; ``normalise``: divide by the largest mean over the batch of any point (EPTQ v2). ``along``: the
+    weight of a second term, the square of each image's sum over the differences that roots have weighted, which is a
+    matrix of rank one for each image beside the diagonal one (FIMA-Q, arXiv:2506.11543).
     """
 
     weights: Tensor
     over: Literal["sum", "mean"]
     normalise: bool
+    along: float = 0.0
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """For the samples at these positions: weights [B, L] and the mean weight of each point [L], normalised."""
@@ -253,10 +256,24 @@ class Objective:
         """
         if batch.roots is not None:
             values = [v * r for v, r in zip(values, batch.roots, strict=True)]
-        return [
+        found = [
             weighted_distance(a, b, weights[:, i], point, over=self.over)
             for i, (point, a, b) in enumerate(zip(points, values, batch.targets, strict=True))
         ]
+        if self.along and batch.roots is not None:
+            triples = zip(points, values, batch.targets, strict=True)
+            sums = [point.per_sample((a - b).float(), len(weights)) for point, a, b in triples]
+            found = [f + self.along * (w * s.square()).mean() for f, w, s in zip(found, weights.T, sums, strict=True)]
+        return found
+
+    def with_rank_one(self, values: list[Tensor], batch: Batch, points: list[Point], count: int) -> Objective:
+        """The same, whose second term counts for these samples as much as the first; itself where it is nothing."""
+        weights = self.weights[:count].to(values[0].device)
+        first, both = (
+            float(torch.stack(made.distances(values, batch, weights, points)).sum())
+            for made in (self, replace(self, along=1.0))
+        )
+        return replace(self, along=first / (both - first)) if both > first else self
 
 
 class Tuner:
