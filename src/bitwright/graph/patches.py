@@ -21,7 +21,7 @@ def layer_inputs(node: fx.Node, value: Tensor, weight: Tensor, positions: int, d
 
 
 def layer_outputs(node: fx.Node, value: Tensor, groups: int, positions: int, draw: Callable[[int], Tensor]) -> Tensor:
-    """Outputs at the positions of :func:`layer_inputs`, where both draw alike, [groups, samples, outputs of a group]."""
+    """Outputs where :func:`layer_inputs` takes inputs, if both draw alike, [groups, samples, outputs of a group]."""
     if ops.base_name(node) == "linear":
         return _rows(value, positions, draw).unsqueeze(0)
     flat = value.flatten(2)
