@@ -20,6 +20,7 @@ from bitwright.cli import main
 from bitwright.errors import DataError, ModelError, UsageError
 from bitwright.given.images import load_images
 from bitwright.given.several import side_by_side
+from bitwright.runtimes.openvino import OpenvinoSession, openvino
 from bitwright.stages.augment import Views
 
 MAP = (3, 8, 8)
@@ -75,7 +76,7 @@ def pair(count: int = 8) -> dict[str, Tensor]:
 
 def in_runtime(path: Path, inputs: dict[str, Tensor]) -> Tensor:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    assert {i.name: i.shape[1:] for i in session.get_inputs()} == {k: list(v.shape[1:]) for k, v in inputs.items()}
+    assert {i.name: i.shape for i in session.get_inputs()} == {k: ["batch", *v.shape[1:]] for k, v in inputs.items()}
     return torch.from_numpy(session.run(None, {k: v.numpy() for k, v in inputs.items()})[0])
 
 
@@ -106,8 +107,43 @@ def test_a_run_and_its_file_have_the_inputs(siamese: tuple[nn.Module, bw.Quantiz
     folder = model.save(tmp_path / "run", onnx=True)
     assert torch.equal(bw.load(folder)(x), model(x))
     torch.testing.assert_close(in_runtime(folder / "model.onnx", x), model(x), atol=1e-5, rtol=1e-5)
-    with pytest.raises(UsageError, match="Expected a network of one input for to='openvino', found left, right"):
-        model.export(tmp_path / "model.xml", to="openvino")
+    with pytest.raises(UsageError, match="Expected a network of one input for to='tables', found left, right"):
+        model.export(tmp_path / "model.json", to="tables")
+    found = bw.bench(folder, runtimes=["onnxruntime"], batches=(2,), threads=(1,), seconds=0.01)
+    assert found["rows"][0]["quantized"]["count"] >= 5
+
+
+def test_other_formats_take_several_inputs_too(siamese: tuple[nn.Module, bw.QuantizedModel], tmp_path: Path) -> None:
+    _, model = siamese
+    x, mixed = pair(5), {"image": images(5, MAP), "numbers": images(5, (5,), seed=3)}
+    model.export(tmp_path / "model.pt2", to="pt2")
+    written = torch.export.load(tmp_path / "model.pt2").module()
+    assert torch.equal(written(**x), model(x))
+    flat = bw.quantize(WithNumbers().eval(), mixed, "rtn")
+    flat.export(tmp_path / "flat.pt2", to="pt2")
+    written = torch.export.load(tmp_path / "flat.pt2").module()
+    assert torch.equal(written(**mixed)["scores"], flat(mixed)["scores"])
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    model.export(tmp_path / "model.xml", to="openvino")
+    session = OpenvinoSession(openvino().Core().read_model(str(tmp_path / "model.xml")))
+    (found,) = session.run(None, {name: value.numpy() for name, value in x.items()})
+    torch.testing.assert_close(torch.from_numpy(found), model(x), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("network", [Siamese(), WithNumbers()])
+def test_a_saved_program_takes_several_inputs(network: nn.Module, tmp_path: Path) -> None:
+    x = pair() if isinstance(network, Siamese) else {"image": images(8, MAP), "numbers": images(8, (5,), seed=3)}
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(network.eval(), (), x, dynamic_shapes={name: {0: batch} for name in x})
+    torch.export.save(program, tmp_path / "net.pt2")
+    np.savez(tmp_path / "x.npz", **{name: value.numpy() for name, value in x.items()})
+    there = bw.quantize(network, x, "rtn")
+    here = bw.quantize(str(tmp_path / "net.pt2"), str(tmp_path / "x.npz"), "rtn")
+    assert [(r.name, r.op) for r in here.layers] == [(r.name, r.op) for r in there.layers]
+    for found, expected in zip(here.flat(side_by_side(x)[0]), there.flat(side_by_side(x)[0]), strict=True):
+        assert torch.equal(found, expected)
+    with pytest.raises(ModelError, match=r"Expected inputs .*, which the network takes, found a, b"):
+        bw.quantize(str(tmp_path / "net.pt2"), load_images({"a": x[min(x)], "b": x[max(x)]}, None, inputs=["a", "b"]))
 
 
 def test_inputs_of_other_shapes_come_in_a_loader_of_dicts(tmp_path: Path) -> None:

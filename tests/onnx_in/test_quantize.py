@@ -62,7 +62,10 @@ def test_the_command_line_writes_the_same_file_in_integers(classifier: Path, tmp
     assert [v.name for v in program.graph.input] == ["x"]
     assert [v.name for v in program.graph.output] == ["scores:0"]
     assert [d.dim_value for d in program.graph.input[0].type.tensor_type.shape.dim][1:] == [28, 28, 1]
-    assert {"stem/conv:0", "body/conv:0"} <= {n.name for n in program.graph.node if n.op_type == "Conv"}
+    made = {n.name: n.output[0] for n in program.graph.node if n.op_type == "Conv"}
+    assert made == {"Conv_stem/conv:0": "stem/conv:0", "Conv_body/conv:0": "body/conv:0"}
+    assert {"w/integers", "w/scale", "v/integers", "g/integers"} <= {t.name for t in program.graph.initializer}
+    assert "None" not in {name for n in program.graph.node for name in (n.name, *n.output)}
     assert {p.key: p.value for p in program.metadata_props}["author"] == "somebody"
     result = json.loads((run / "result.json").read_text())
     assert result["model"]["sha256"] == OnnxFile.read(classifier).sha256
@@ -248,6 +251,15 @@ def test_an_unused_kind_of_number_is_no_surprise(tmp_path: Path) -> None:
     path = write(tmp_path / "double.onnx", nodes, ("N", 3, 8, 10), {"w": weights(4, 3, 3, 3)})
     quantized = bw.quantize(str(path), images(4, (3, 8, 10)), "rtn")
     assert quantized(images(4, (3, 8, 10))).dtype == torch.float32
+
+
+def test_tensors_may_have_any_name(tmp_path: Path) -> None:
+    nodes = [node("Conv", "x w", "outputs"), node("Relu", "outputs", "tensors"), node("Conv", "tensors v", "forward")]
+    stored = {"w": weights(4, 3, 3, 3), "v": weights(4, 4, 1, 1)}
+    path = write(tmp_path / "names.onnx", nodes, ("N", 3, 8, 10), stored, outputs="forward")
+    folder = bw.quantize(str(path), images(4, (3, 8, 10)), "rtn").save(tmp_path / "run", onnx=True)
+    found = [n.output[0] for n in onnx.load(folder / "model.onnx").graph.node if n.op_type == "Conv"]
+    assert found == ["outputs", "forward"]
 
 
 def test_a_network_without_weights_and_its_own_name_for_the_batch(tmp_path: Path) -> None:

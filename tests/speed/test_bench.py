@@ -86,7 +86,7 @@ def test_a_file_runs_at_every_batch_in_the_real_runtime(run):
 def test_memory_is_that_of_the_file_alone(run):
     ballast = bytearray(300_000_000)
     ballast[::4096] = b"x" * len(ballast[::4096])
-    found = peak_memory(ONNXRUNTIME, run / "model.onnx", (1, 3, 8, 8), "images", 1)
+    found = peak_memory(ONNXRUNTIME, run / "model.onnx", {"images": (1, 3, 8, 8)}, 1)
     assert found["peak_bytes"] < 300_000_000
     del ballast
 
@@ -94,9 +94,18 @@ def test_memory_is_that_of_the_file_alone(run):
 def test_a_file_that_does_not_load_is_named(tmp_path):
     (tmp_path / "broken.onnx").write_bytes(b"no model")
     with pytest.raises(BitwrightError, match=r"broken\.onnx"):
-        peak_memory(ONNXRUNTIME, tmp_path / "broken.onnx", (1, 3, 8, 8), "images", 1)
+        peak_memory(ONNXRUNTIME, tmp_path / "broken.onnx", {"images": (1, 3, 8, 8)}, 1)
     with pytest.raises(BitwrightError, match=r"does not run broken\.onnx"):
         ONNXRUNTIME.loaded(tmp_path / "broken.onnx", 1, {})
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(run, monkeypatch):
+    def refuse(**_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    with pytest.raises(UsageError, match=r"tiny cannot be written \(Permission denied\)\. Copy the run"):
+        bw.bench(run, runtimes=["onnxruntime"], measure=lambda _: pytest.fail("measured"))
 
 
 ABSENT = replace(OPENVINO, package="no_such_package_anywhere")

@@ -55,6 +55,7 @@ def _compared(run: str, call: ParityCall, terminal: Terminal) -> ParityRecord:
         folder, run_folder.ONNX, files, f"Write it with: {words.typed('bitwright', 'export', folder)}"
     )
     read_onnx(path)
+    run_folder.check_takes_files(folder)
     run_folder.check_file(folder, run_folder.MODEL, files, "Copy the run again, or quantize again.")
     model = run_folder.load(folder)
     recorded = model.result.get("fidelity")

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from bitwright.cli.options import ImageOptions, NetworkOptions
 from bitwright.errors import BitwrightError, UsageError
 from bitwright.given.images import Images, load_images
-from bitwright.given.models import Model, example_shape, load_model, preprocessing_of
+from bitwright.given.models import Model, example_shapes, load_model, preprocessing_of
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing, has_channels_last
 from bitwright.given.references import absolute_reference, absolute_source
 from bitwright.given.several import input_names
@@ -171,9 +171,9 @@ def blank_images(network: Model) -> Images:
     Raises:
         UsageError: nobody said the size.
     """
-    inputs = () if network.source is None else network.source.inputs
-    if len(inputs) > 1:
-        made = {image.name: torch.randn(2, *image.shape) for image in inputs}
+    shapes = _input_shapes(network)
+    if len(shapes) > 1:
+        made = {name: torch.randn(2, *shape) for name, shape in shapes.items()}
         return load_images(made, None, inputs=list(made))
     shape = _image_shape(network)
     if shape is None:
@@ -189,9 +189,14 @@ def _image_shape(network: Model) -> tuple[int, ...] | None:
         return how.shape
     if how is not None:
         return tuple(torch.as_tensor(how(Image.new("RGB", (256, 256), (128, 128, 128)))).shape)
+    return next(iter(_input_shapes(network).values()), None)
+
+
+def _input_shapes(network: Model) -> dict[str, tuple[int, ...]]:
+    """Of one image, of each input that a file names."""
     if network.source is not None:
-        return network.source.image
-    return example_shape(network.module) if isinstance(network.module, ExportedProgram) else None
+        return {image.name: image.shape for image in network.source.inputs}
+    return example_shapes(network.module) if isinstance(network.module, ExportedProgram) else {}
 
 
 def load_inputs(

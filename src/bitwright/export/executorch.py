@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from bitwright.errors import UsageError
 from bitwright.export.onnx import described
 from bitwright.export.parity import compare_with, parity_of
-from bitwright.export.pt2 import Standalone
+from bitwright.export.pt2 import Standalone, inputs_in, standalone
 from bitwright.export.verdict import Parity
 from bitwright.graph import ops
 from bitwright.graph.student import Student
@@ -76,7 +76,8 @@ def write_executorch(model: Student, path: Path, images: Tensor) -> Parity:
     method = importlib.import_module("executorch.runtime").Runtime.get().load_program(path).load_method("forward")
 
     def run(batch: Tensor) -> list[Tensor]:
-        each = [method.execute([image.unsqueeze(0).contiguous()]) for image in batch]
+        given = [inputs_in(model, image.unsqueeze(0)).values() for image in batch]
+        each = [method.execute([x.contiguous() for x in inputs]) for inputs in given]
         return [torch.cat(outputs) for outputs in zip(*each, strict=True)]
 
     found = compare_with(model, images, {"file": run})["file"]
@@ -88,11 +89,11 @@ def _program(model: Student) -> bytes:
     lowering = importlib.import_module("executorch.exir")
     importlib.import_module("executorch.kernels.quantized")  # kernels of pairs that XNNPACK leaves alone
     xnnpack = importlib.import_module("executorch.backends.xnnpack.partition.xnnpack_partitioner")
-    example = torch.zeros(1, *model.input_shape)
+    example = inputs_in(model, torch.zeros(1, *model.input_shape))
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            exported = torch.export.export(_paired(model), (example,), strict=False)
+            exported = _paired(model).program(example)
             edge = lowering.to_edge_transform_and_lower(
                 exported,
                 partitioner=[xnnpack.XnnpackPartitioner()],
@@ -148,10 +149,10 @@ class _Constant(nn.Module):
         return self.value
 
 
-def _paired(model: Student) -> nn.Module:
+def _paired(model: Student) -> Standalone:
     """The network with a pair before every reader of an activation, and weights in signed integers."""
     importlib.import_module("torch.ao.quantization.fx._decomposed")  # the operators of the pairs
-    network = Standalone(model).eval()
+    network = standalone(model).eval()
     graph = network.network
     pairs: dict[fx.Node, Pair] = {}
     for node in list(graph.graph.nodes):

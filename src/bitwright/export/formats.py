@@ -35,12 +35,14 @@ class Format:
         write: into a path, with images [N, C, H, W] for the check. None for ONNX, whose check also changes the file
             (:func:`bitwright.export.parity.export_checked`).
         check: refuses what the format lacks, before the long work.
+        several: whether networks of several inputs can be written.
     """
 
     files: tuple[str, ...]
     where: str
     write: Writer | None = None
     check: Callable[[Student], None] | None = None
+    several: bool = True
 
     @property
     def suffix(self) -> str:
@@ -54,8 +56,8 @@ FORMATS = {
     "pt2": Format((run_folder.PT2,), "PyTorch", write_pt2),
     "tensorrt": Format((run_folder.TENSORRT,), "ONNX Runtime", write_tensorrt, check_tensorrt),
     "executorch": Format((run_folder.EXECUTORCH,), "ExecuTorch", write_executorch, check_executorch),
-    "tables": Format(run_folder.TABLES, "the integer reference", write_tables),
-    "encodings": Format(run_folder.ENCODINGS, "ONNX Runtime", write_encodings, check_encodings),
+    "tables": Format(run_folder.TABLES, "the integer reference", write_tables, several=False),
+    "encodings": Format(run_folder.ENCODINGS, "ONNX Runtime", write_encodings, check_encodings, several=False),
 }
 
 
@@ -90,9 +92,12 @@ def write_format(
         ParityError: what was written computes something else.
     """
     write = named(to).write
-    if write is not None and model.parts:
-        names = ", ".join(part.name for part in model.parts.values())
-        raise UsageError(f"Expected a network of one input for to={to!r}, found {names}. to='onnx' takes several.")
+    if model.parts and not named(to).several:
+        others = ", ".join(name for name, each in FORMATS.items() if each.several)
+        raise UsageError(
+            f"Expected a network of one input for to={to!r}, found {', '.join(model.input_names)}. These take "
+            f"several: {others}."
+        )
     with scratch(path.parent) as folder:
         partial = folder / path.name
         if write is None:

@@ -6,19 +6,22 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+import torch
 from onnx import version_converter
 
 from bitwright.errors import one_line
 from bitwright.export.edit import drop_unused, free_name, initializer, insert_node
 from bitwright.given.several import InputPart
+from bitwright.graph.outputs import Interface
 from bitwright.graph.student import Student
-from bitwright.runtimes.session import save_onnx
+from bitwright.runtimes.session import Array, Named, Opener, Session, save_onnx
 
 
 def framed(program: ir.Model, model: Student) -> ir.Model:
@@ -32,8 +35,9 @@ def framed(program: ir.Model, model: Student) -> ir.Model:
     take_apart(program.graph, list(model.parts.values()))
     if names is None or names.frame is None:
         return program
-    layers = {n.name: str(n.meta["layer"]) for n in model.graph.graph.nodes if "layer" in n.meta}
-    _rename(program.graph, {node: names.tensors.get(layer, layer) for node, layer in layers.items()})
+    layers = {n.name: str(n.meta["layer"]) for n in model.graph.graph.nodes if n.meta.get("layer")}
+    _rename(program.graph, {node: names.tensors.get(layer, layer) for node, layer in layers.items()}, names.nodes)
+    _rename_stored(program.graph, model, names)
     rest = onnx.ModelProto.FromString(names.frame)
     program.metadata_props.update({p.key: p.value for p in rest.metadata_props if p.key not in program.metadata_props})
     program.graph.name, program.graph.doc_string = rest.graph.name, rest.graph.doc_string or None
@@ -77,6 +81,50 @@ def take_apart(graph: ir.Graph, parts: Sequence[InputPart]) -> None:
     graph.inputs.remove(packed)
 
 
+def with_inputs_apart(program: ir.Model, model: Student) -> ir.Model:
+    """The program as its users call it: a copy that takes the inputs of a network of several; itself for one."""
+    if not model.parts:
+        return program
+    copied = program.clone()
+    take_apart(copied.graph, list(model.parts.values()))
+    return copied
+
+
+def side_by_side_in(opener: Opener, model: Student) -> Opener:
+    """Opens files of several inputs as programs of the one tensor that holds them; those of one as they are."""
+    parts = list(model.parts.values())
+
+    @contextmanager
+    def opened(program: ir.Model, *, optimize: bool) -> Iterator[Session]:
+        with opener(program, optimize=optimize) as session:
+            yield _SideBySide(session, parts) if parts else session
+
+    return opened
+
+
+class _Packed(NamedTuple):
+    """What stands for several inputs."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _SideBySide:
+    """A session whose inputs lie side by side in one tensor."""
+
+    session: Session
+    parts: Sequence[InputPart]
+
+    def get_inputs(self) -> Sequence[Named]:
+        """The tensor that holds all."""
+        return [_Packed("images/packed")]
+
+    def run(self, names: Sequence[str] | None, feed: Mapping[str, Array]) -> list[Any]:
+        """As of the session."""
+        (packed,) = map(torch.from_numpy, feed.values())
+        return self.session.run(names, {part.name: part.of(packed).numpy() for part in self.parts})
+
+
 def _make_way(graph: ir.Graph, name: str) -> None:
     """Renames a value that has the name of an input; as with one input, an output gets ``_out``."""
     values = [*(v for node in graph for v in node.outputs), *graph.initializers.values()]
@@ -113,15 +161,39 @@ def _numbers(graph: ir.Graph, name: str, values: Sequence[int]) -> ir.Value:
     return initializer(graph, name, np.asarray(values, np.int64))
 
 
-def _rename(graph: ir.Graph, names: Mapping[str, str]) -> None:
-    """Gives operators and what they yield the names of the file, as far as these are free."""
+def _rename(graph: ir.Graph, tensors: Mapping[str, str], nodes: Mapping[str, str]) -> None:
+    """Gives operators and what they yield the names of the file, as far as these are free.
+
+    Args:
+        graph: changed.
+        tensors: names by those that values have here.
+        nodes: names of operators by the tensor that each gives.
+    """
     taken = {v.name for node in graph for v in node.outputs} | {*graph.initializers, *(v.name for v in graph.inputs)}
     for node in graph:
         value = node.outputs[0]
-        name = names.get(value.name or "")
+        name = tensors.get(value.name or "")
         if name is not None and name not in taken and not value.is_graph_output():
-            value.name = node.name = name
+            value.name = name
             taken.add(name)
+        if value.name == name or value.is_graph_output():
+            node.name = nodes.get(str(value.name), value.name)
+
+
+def _rename_stored(graph: ir.Graph, model: Student, names: Interface) -> None:
+    """Gives integers, scales and zero points of weights and biases the names of what they stand for in the file."""
+    theirs = {}
+    for node in model.graph.graph.nodes:
+        role, _, key = str(node.target).removeprefix("frozen_").partition("_")
+        if node.op == "call_module" and role == "weight":
+            theirs[node.name] = names.weights.get(key, key)
+        elif node.op == "call_module" and role == "bias":
+            layer = key.replace("/", ".")
+            theirs[node.name] = f"{names.tensors.get(layer, layer)}/bias"
+    for value in list(graph.initializers.values()):
+        key, slash, what = str(value.name).partition("/")
+        if key in theirs and f"{theirs[key]}{slash}{what}" not in graph.initializers:
+            value.name = f"{theirs[key]}{slash}{what}"
 
 
 def _converted(rest: Any, version: int) -> Any:

@@ -46,6 +46,8 @@ IR_VERSIONS = {OPSET: 8, OPSET_OF_GELU: 9, OPSET_OF_INT4: 10, OPSET_OF_INT2: 13}
 NEEDS_ZERO_POINT = frozenset({"Gemm"})
 """Operators whose integer kernels ONNX Runtime 1.31 does not take without a stored zero point of the weight."""
 MARK, OFFSET, PART = "Mark", "Offset", "Part"
+BATCH_AXIS = "batch"
+"""Name of the axis of images where the network was read from no file that has one."""
 TAKEN_FOR_ZERO = 1e-6
 """Magnitude of numbers whose addition goes past the exporter (onnxscript 0.7 takes up to 1e-8 for zero)."""
 
@@ -319,6 +321,7 @@ def _rename_outputs(program: ir.Model, model: Student) -> None:
     for value, name in zip(program.graph.outputs, model.outputs, strict=True):
         value.name = free_name(name, taken)
         taken.add(value.name)
+    _rename_axis(program.graph, BATCH_AXIS)
 
 
 def _rename_as_given(program: ir.Model, outputs: tuple[str, ...], names: Interface) -> None:

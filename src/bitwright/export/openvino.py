@@ -9,6 +9,7 @@ import onnx_ir as ir
 from torch import Tensor
 
 from bitwright.export.edit import drop_unused, initializer
+from bitwright.export.frame import side_by_side_in, with_inputs_apart
 from bitwright.export.onnx import to_onnx
 from bitwright.export.parity import check_parity
 from bitwright.export.recurrent import store_weights
@@ -44,14 +45,14 @@ def write_openvino(model: Student, path: Path, images: Tensor) -> Parity:
     program = to_onnx(model, OPENVINO.target)
     store_weights(program)
     store_biases(program.graph)
-    save_openvino(program, path)
+    save_openvino(with_inputs_apart(program, model), path)
     return check_parity(
         model,
         program,
         images,
         name=f"{OPENVINO.name} {OPENVINO.version}",
         opener=openvino_session,
-        file=openvino_file(path),
+        file=side_by_side_in(openvino_file(path), model),
     )
 
 

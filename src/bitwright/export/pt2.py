@@ -6,10 +6,13 @@ What loads it needs PyTorch and nothing of ours.
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import json
+import re
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from bitwright.errors import UsageError
 from bitwright.export.onnx import described
 from bitwright.export.parity import compare_with, parity_of
 from bitwright.export.verdict import Parity
+from bitwright.given.several import packed_inputs
 from bitwright.graph.student import Student
 from bitwright.quant import affine
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
@@ -112,6 +116,8 @@ def unpack(packed: Tensor, width: int) -> Tensor:
 class Standalone(nn.Module):
     """The graph with :class:`Integers`, called as the user's model is."""
 
+    by_name = False
+
     def __init__(self, model: Student) -> None:
         super().__init__()
         self.network = copy.deepcopy(model.freeze().graph)
@@ -131,6 +137,57 @@ class Standalone(nn.Module):
         """Outputs as the user's model arranges them."""
         return pytree.tree_unflatten(list(self.network(images)), self._structure)
 
+    def program(self, inputs: Mapping[str, Tensor], batch: Any = None) -> torch.export.ExportedProgram:
+        """The exported program.
+
+        Args:
+            inputs: of the network by name, as an example.
+            batch: what the number of images is; fixed if not given.
+        """
+        shapes = None if batch is None else {name: {0: batch} for name in inputs}
+        args, named = ((), dict(inputs)) if self.by_name else (tuple(inputs.values()), {})
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            return torch.export.export(self.eval(), args, named, dynamic_shapes=shapes, strict=False)
+
+
+class SeveralInputs(Standalone):
+    """The same for a network of several inputs, which it takes by name."""
+
+    by_name = True
+
+    def __init__(self, model: Student) -> None:
+        super().__init__(model)
+        names, flat = list(map(identifier, model.input_names)), next(iter(model.parts.values())).flat
+
+        def forward(**inputs: Tensor) -> Any:
+            return Standalone.forward(self, packed_inputs([inputs[name] for name in names], flat=flat))
+
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        named = inspect.Signature([inspect.Parameter(name, kind) for name in names])
+        forward.__signature__ = named  # type: ignore[attr-defined]
+        self.forward = forward  # type: ignore[assignment]
+
+
+def standalone(model: Student) -> Standalone:
+    """The network, called as the user's model is."""
+    return SeveralInputs(model) if model.parts else Standalone(model)
+
+
+def inputs_in(model: Student, images: Tensor) -> dict[str, Tensor]:
+    """The inputs of a network by name, out of the tensor that holds them."""
+    return {identifier(part.name): part.of(images) for part in model.parts.values()} or {"images": images}
+
+
+def identifier(name: str) -> str:
+    """A name that an argument may have.
+
+    Example:
+        >>> identifier("images:0"), identifier("0")
+        ('images_0', '_0')
+    """
+    return re.sub(r"\W|^(?=\d)", "_", name)
+
 
 def to_pt2(model: Student) -> torch.export.ExportedProgram:
     """The model as an exported program, in memory.
@@ -138,16 +195,9 @@ def to_pt2(model: Student) -> torch.export.ExportedProgram:
     Raises:
         UsageError: PyTorch cannot export it.
     """
-    example = torch.zeros(2, *model.input_shape)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            program = torch.export.export(
-                Standalone(model).eval(),
-                (example,),
-                dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
-                strict=False,
-            )
+        example = inputs_in(model, torch.zeros(2, *model.input_shape))
+        program = standalone(model).program(example, torch.export.Dim.DYNAMIC)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UsageError(f"This network cannot be written as a torch.export program: {reason}.") from error
@@ -188,5 +238,9 @@ def write_pt2(model: Student, path: Path, images: Tensor) -> Parity:
     _compress(archive, path)
     with path.open("rb") as file:
         written = torch.export.load(file).module()
-    found = compare_with(model, images, {"file": lambda x: pytree.tree_leaves(written(x))})["file"]
+
+    def run(x: Tensor) -> list[Tensor]:
+        return pytree.tree_leaves(written(**inputs_in(model, x)) if model.parts else written(x))
+
+    found = compare_with(model, images, {"file": run})["file"]
     return parity_of(f"torch {torch.__version__}", images, found, found)

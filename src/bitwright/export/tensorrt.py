@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bitwright.errors import UsageError
 from bitwright.export.edit import insert_node, shared
+from bitwright.export.frame import with_inputs_apart
 from bitwright.export.layers import activation_quantizers
 from bitwright.export.onnx import QdqForm, opset, replace_integers, to_onnx
 from bitwright.export.parity import check_once
@@ -70,7 +71,7 @@ def write_tensorrt(model: Student, path: Path, images: Tensor) -> Parity:
     """
     check_tensorrt(model)
     program = to_onnx(model, TENSORRT.target, FORM)
-    save_onnx(program, path)
+    save_onnx(with_inputs_apart(program, model), path)
     return check_once(model, program, images)
 
 

@@ -72,10 +72,11 @@ def _from_dict(item: Mapping[Any, Any], input_key: str | None, where: str) -> Im
     if len(found) != 1:
         said = listed([f"{key} ({what_it_is(value)})" for key, value in item.items()]) or "nothing"
         some = f"{listed(found)} can be images" if found else "none of them can be images"
-        raise DataError(
-            f"Expected one entry of images in each dict from {where}, found {said}; {some}. "
-            f"Name it: input_key={str((found or ['image'])[0])!r}."
-        )
+        inner = [key for key, value in item.items() if isinstance(value, Mapping)]
+        remedy = f"Name it: input_key={str((found or ['image'])[0])!r}."
+        if inner and not found:
+            remedy = f"Give what is in {str(inner[0])!r} in the place of the dict around it."
+        raise DataError(f"Expected one entry of images in each dict from {where}, found {said}; {some}. {remedy}")
     if found[0] not in item:
         raise DataError(
             f"Expected an entry {found[0]!r} in each dict from {where}, found {listed([str(k) for k in item])}. "

@@ -76,7 +76,10 @@ def prepare_teacher(
     if network.source is not None:
         network.source.check(example, images.parts)
     module = network.module
-    captured = capture(taking(module, images.parts) if isinstance(module, nn.Module) else module, example)
+    if isinstance(module, nn.Module):
+        captured = capture(taking(module, images.parts), example)
+    else:
+        captured = capture(module, example, images.parts)
     if output is not None and not output:
         raise UsageError("Expected the name of an output as output=, found ''.")
     name = output or network.output

@@ -33,6 +33,7 @@ from bitwright.given.references import absolute_reference
 from bitwright.given.saved_program import load_program
 from bitwright.given.text import short
 from bitwright.graph.plain import tell_of_types
+from bitwright.graph.program import input_shapes
 
 if TYPE_CHECKING:
     from bitwright.onnx_in.source import OnnxFile
@@ -542,19 +543,16 @@ def _from_onnx(path: Path, settings: Settings) -> Model:
     return Model(file.network, path.stem, preprocessing, source=file)
 
 
-def example_shape(program: ExportedProgram) -> tuple[int, ...] | None:
-    """Of the one image tensor that a saved program was made with, without its batch; None if that is not known."""
-    names = program.graph_signature.user_inputs
-    values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
-    if len(values) != 1 or not isinstance(values[0], Tensor):
-        return None
-    shape = tuple(values[0].shape[1:])
-    return shape if all(isinstance(side, int) for side in shape) else None
+def example_shapes(program: ExportedProgram) -> dict[str, tuple[int, ...]]:
+    """Of one image, of each tensor that a saved program takes; those are left out of which a side is free."""
+    shapes = {name: shape[1:] for name, shape in input_shapes(program).items()}
+    return {name: shape for name, shape in shapes.items() if all(isinstance(side, int) for side in shape)}
 
 
 def _program_input_size(program: ExportedProgram) -> tuple[int, int, int] | None:
-    shape = example_shape(program)
-    return shape if shape is not None and len(shape) == 3 and shape[0] in (1, 3) else None
+    shapes = list(example_shapes(program).values())
+    alone = len(program.graph_signature.user_inputs) == len(shapes) == 1 and len(shapes[0]) == 3
+    return (shapes[0][0], shapes[0][1], shapes[0][2]) if alone and shapes[0][0] in (1, 3) else None
 
 
 # ---------------------------------------------------------------------------------------------- weights

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from bitwright.errors import DataError, ModelError
 
@@ -77,9 +78,14 @@ def side_by_side(inputs: Mapping[str, Tensor]) -> tuple[Tensor, tuple[InputPart,
         InputPart(name, shape, sum(sizes[:k]), sum(sizes[: k + 1]), flat)
         for k, (name, shape) in enumerate(zip(inputs, shapes, strict=True))
     )
+    return packed_inputs(list(inputs.values()), flat=flat), parts
+
+
+def packed_inputs(inputs: Sequence[Tensor], *, flat: bool) -> Tensor:
+    """Inputs [N, ...] along the channels [N, C, H, W], or one after another [N, 1, 1, values]."""
     if not flat:
-        return torch.cat(list(inputs.values()), 1), parts
-    return torch.cat([x.flatten(1) for x in inputs.values()], 1)[:, None, None], parts
+        return torch.cat(list(inputs), 1)
+    return torch.cat([x.flatten(1) for x in inputs], 1)[:, None, None]
 
 
 def pack_as(parts: Sequence[InputPart], inputs: Mapping[str, Tensor]) -> Tensor:
@@ -145,7 +151,13 @@ def taking(module: nn.Module, parts: Sequence[InputPart]) -> nn.Module:
 
 
 def input_names(module: object) -> tuple[str, ...]:
-    """What a network calls its inputs: those of an ONNX file or of a quantized network, or of ``forward``."""
+    """What a network calls its inputs: those of an ONNX file or of a quantized network, or of ``forward``.
+
+    A saved program of a single input has no name for it.
+    """
+    if isinstance(module, ExportedProgram):
+        names = tuple(map(str, module.graph_signature.user_inputs))
+        return names if len(names) > 1 else ()
     own = getattr(module, "input_names", None)
     if own is not None:
         return tuple(own)
@@ -163,7 +175,12 @@ def _order(module: nn.Module, parts: Sequence[InputPart]) -> tuple[list[InputPar
         return [by_name[name] for name in names if name in by_name], not own
     if len(parts) == 1:
         return list(parts), False
-    raise ModelError(
-        f"Expected inputs {', '.join(names)}, which the network takes, found {', '.join(by_name)} in the images. "
+    raise other_names(names, list(by_name))
+
+
+def other_names(wanted: Sequence[str], found: Sequence[str]) -> ModelError:
+    """The images hold inputs that the network does not have."""
+    return ModelError(
+        f"Expected inputs {', '.join(wanted)}, which the network takes, found {', '.join(found)} in the images. "
         "Name them as the network does."
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import builtins
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,13 +16,15 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from bitwright.errors import ModelError, cause
+from bitwright.given import several
 from bitwright.given.arguments import of_kind
+from bitwright.given.several import InputPart
 from bitwright.graph import explain, ops, rewrite
 from bitwright.graph.layer import Unfolded
 from bitwright.graph.names import legible
 from bitwright.graph.outputs import arrange, names, tensors
 from bitwright.graph.plain import in_float32, unwrapped
-from bitwright.graph.program import flat_graph
+from bitwright.graph.program import flat_graph, input_shapes, join_inputs
 from bitwright.graph.quiet import quiet
 from bitwright.graph.watch import watch
 
@@ -30,8 +32,6 @@ TOLERANCE = 1e-5
 COARSE_TOLERANCE = 0.05
 """Tolerance of a network that computes in float16 or bfloat16 itself, which has three digits."""
 
-PART = "bitwright.given.several.TakeInput"
-"""Modules that take one input out of a tensor that holds several."""
 WHOLE = "bitwright.onnx_in.network."
 """Modules of which each is one operator to its user: what is left of one takes its path, whatever it is made of."""
 
@@ -59,12 +59,15 @@ class Captured:
     """Batch norms that could not be folded, with the reason."""
 
 
-def capture(model: nn.Module | torch.export.ExportedProgram, example: Tensor) -> Captured:
+def capture(
+    model: nn.Module | torch.export.ExportedProgram, example: Tensor, parts: Sequence[InputPart] = ()
+) -> Captured:
     """Captures the model in evaluation mode and checks that the graph computes what the model computes.
 
     Args:
         model: any module of one image tensor, or a saved export program with a dynamic batch. Not changed.
         example: a few real images, [N >= 1, C, H, W].
+        parts: inputs of a saved program of several, which the images hold side by side.
 
     Raises:
         ModelError: the model cannot run on the images, cannot be captured, or the graph disagrees with it.
@@ -74,8 +77,8 @@ def capture(model: nn.Module | torch.export.ExportedProgram, example: Tensor) ->
     images = torch.cat([example, example])[:2] if len(example) < 2 else example[:2]
     images = images.contiguous().float() if images.is_floating_point() else images.contiguous()
     if isinstance(model, torch.export.ExportedProgram):
-        _check_program(model)
-        program, reference = model, _run_program(model, images)
+        _check_program(model, parts)
+        program, reference = model, _run_program(model, images, parts)
     else:
         model = unwrapped(model)
         with _evaluation_mode(model), in_float32(model), _without_autocast():
@@ -85,9 +88,9 @@ def capture(model: nn.Module | torch.export.ExportedProgram, example: Tensor) ->
             _check_constants(program, model, images)
     if _writes(program):
         with suppress(ModelError):  # in-place activations, as most networks have them
-            return _checked(program, images, reference)
+            return _checked(program, images, reference, parts)
         program = _without_writes(program)  # writes into parts of tensors
-    return _checked(program, images, reference)
+    return _checked(program, images, reference, parts)
 
 
 def _tensors_alone(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
@@ -98,8 +101,10 @@ def _tensors_alone(program: torch.export.ExportedProgram) -> torch.export.Export
     return _without_writes(program) if functorch else program
 
 
-def _checked(program: torch.export.ExportedProgram, images: Tensor, reference: Any) -> Captured:
-    graph, coarse = _to_graph(program)
+def _checked(
+    program: torch.export.ExportedProgram, images: Tensor, reference: Any, parts: Sequence[InputPart]
+) -> Captured:
+    graph, coarse = _to_graph(program, parts)
     captured = Captured(graph, images, names(reference), pytree.tree_structure(reference))
     _check_single_input(graph)
     _check_norms(graph.graph)
@@ -179,12 +184,15 @@ def _arranged(model: nn.Module, returned: Any) -> Any:
     return arrange(returned)
 
 
-def _run_program(program: torch.export.ExportedProgram, images: Tensor) -> Any:
+def _run_program(program: torch.export.ExportedProgram, images: Tensor, parts: Sequence[InputPart]) -> Any:
     """What the saved program returns, arranged as its user's model did."""
-    graph = fx.GraphModule(*flat_graph(program)).eval()
+    graph, given = fx.GraphModule(*flat_graph(program)).eval(), [images.clone()]
+    if parts:
+        by_name = {part.name: part.of(images).clone() for part in parts}
+        given = [by_name[name] for name in program.graph_signature.user_inputs]
     try:
         with torch.no_grad(), quiet():
-            found = iter(graph(images.clone()))
+            found = iter(graph(*given))
     except Exception as error:
         raise explain.cannot_run(error, images) from cause(error)
     specs = program.graph_signature.output_specs
@@ -249,23 +257,33 @@ def _batch_is_dynamic(program: torch.export.ExportedProgram) -> bool:
     return False
 
 
-def _check_program(program: torch.export.ExportedProgram) -> None:
-    inputs = program.graph_signature.user_inputs
-    if len(inputs) != 1:
-        raise explain.several_inputs(list(map(str, inputs)))
+def _check_program(program: torch.export.ExportedProgram, parts: Sequence[InputPart]) -> None:
+    inputs = list(map(str, program.graph_signature.user_inputs))
+    if len(inputs) != max(1, len(parts)):
+        raise explain.several_inputs(inputs)
+    if parts and {part.name for part in parts} != set(inputs):
+        raise several.other_names(inputs, [part.name for part in parts])
+    if len({str(shape[:1]) for shape in input_shapes(program).values()}) > 1:
+        raise ModelError(
+            f"Expected inputs of one number of images, found several in {', '.join(inputs)}. Export it with one "
+            "torch.export.Dim for all."
+        )
     if not _batch_is_dynamic(program):
         raise ModelError(
             "The saved program has a fixed batch size. Export it with dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)."
         )
 
 
-def _to_graph(program: torch.export.ExportedProgram) -> tuple[fx.GraphModule, set[torch.dtype]]:
+def _to_graph(
+    program: torch.export.ExportedProgram, parts: Sequence[InputPart]
+) -> tuple[fx.GraphModule, set[torch.dtype]]:
     """The program as a graph module with its own copies of the parameters and a flat list as output.
 
     Returns:
         The module, in float32, and the coarser types that parts of the program are in.
     """
     root, graph = flat_graph(program)
+    join_inputs(graph, parts)
     coarse = rewrite.compute_in_float32(root, graph)
     rewrite.fill_empties(graph)
     rewrite.spell_shapes(graph)
@@ -307,7 +325,7 @@ def _mark_parts(graph: fx.Graph) -> None:
     """Every input of a network of several is a source of values, where the tensor that holds all of them ends."""
     for node in graph.nodes:
         stack = list((node.meta.get("nn_module_stack") or {}).values())
-        if not stack or str(stack[-1][1]) != PART or node.op != "call_function":
+        if not stack or str(stack[-1][1]) != ops.PART_MODULE or node.op != "call_function":
             continue
         if not any(_innermost(user) == stack[-1][0] for user in node.users):
             node.meta[ops.PART] = str(stack[-1][0]).removeprefix("input_")

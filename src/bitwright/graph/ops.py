@@ -208,6 +208,8 @@ def is_scalar_operand(arg: object) -> bool:
 
 PART = "part"
 """Key in ``meta`` of a node that gives one input out of a tensor that holds several, with the input's name."""
+PART_MODULE = "bitwright.given.several.TakeInput"
+"""Modules that take one input out of a tensor that holds several."""
 
 
 def kind(node: fx.Node) -> OperatorKind:  # noqa: PLR0912 - a table in code

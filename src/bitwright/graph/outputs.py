@@ -22,6 +22,10 @@ class Fixed:
     value: Any
 
 
+_MAPS = ("tensors", "nodes", "weights")
+"""Of an interface, all of which older runs lack but the first."""
+
+
 @dataclass(frozen=True)
 class Interface:
     """What of the user's own file stays as it is around the network; files for runtimes keep it.
@@ -33,6 +37,8 @@ class Interface:
         batch: images that the file takes at once; None for any number.
         axis: name of the axis of images.
         tensors: names of tensors in the file, by layer, where they are others.
+        nodes: names of nodes in the file, by the tensor that each gives, where they are others.
+        weights: names of stored tensors in the file, by those of their quantizers.
     """
 
     input: str
@@ -41,6 +47,8 @@ class Interface:
     batch: int | None = None
     axis: str = "N"
     tensors: Mapping[str, str] = field(default_factory=dict)
+    nodes: Mapping[str, str] = field(default_factory=dict)
+    weights: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, given: str, outputs: Sequence[str], **more: Any) -> Interface:
@@ -52,19 +60,20 @@ class Interface:
     def stored(self) -> dict[str, Any]:
         """As JSON has it."""
         frame = None if self.frame is None else base64.b64encode(self.frame).decode()
-        maps = {"outputs": dict(self.outputs), "tensors": dict(self.tensors)}
+        maps = {key: dict(getattr(self, key)) for key in ("outputs", *_MAPS)}
         return {"input": self.input, "frame": frame, "batch": self.batch, "axis": self.axis, **maps}
 
     @classmethod
     def read(cls, stored: Any) -> Interface | None:
         """What :meth:`stored` gave; None if it is something else."""
         try:
-            outputs, tensors = (
-                {str(here): str(there) for here, there in stored[key].items()} for key in ("outputs", "tensors")
+            outputs, *maps = (
+                {str(here): str(there) for here, there in found.items()}
+                for found in (stored["outputs"], *(stored.get(key, {}) for key in _MAPS))
             )
             frame = None if stored["frame"] is None else base64.b64decode(stored["frame"], validate=True)
             batch = None if stored["batch"] is None else int(stored["batch"])
-            return cls(str(stored["input"]), outputs, frame, batch, str(stored.get("axis", "N")), tensors)
+            return cls(str(stored["input"]), outputs, frame, batch, str(stored.get("axis", "N")), *maps)
         except (TypeError, KeyError, ValueError, AttributeError):
             return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch._ops import HigherOrderOperator
 from torch.export.graph_signature import InputKind, OutputKind
 
 from bitwright.errors import ModelError
-from bitwright.graph import rewrite
+from bitwright.given.several import InputPart
+from bitwright.graph import ops, rewrite
 from bitwright.graph.explain import recorded_line
 from bitwright.graph.names import attributes
 
@@ -43,6 +44,50 @@ def flat_graph(program: torch.export.ExportedProgram) -> tuple[nn.Module, fx.Gra
     returned = _paste(graph, program.graph_module, values, stored)
     graph.output(_user_outputs(program, returned))
     return root, graph
+
+
+def input_shapes(program: torch.export.ExportedProgram) -> dict[str, tuple[Any, ...]]:
+    """Shape of each tensor that the program takes, by its name; its batch is a symbol where it is free."""
+    names = program.graph_signature.user_inputs
+    found = {n.name: n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder" and n.name in names}
+    return {name: tuple(value.shape) for name, value in found.items() if isinstance(value, Tensor)}
+
+
+def join_inputs(graph: fx.Graph, parts: Sequence[InputPart]) -> None:
+    """Puts one input, which holds all of them side by side, in the place of several.
+
+    Args:
+        graph: changed.
+        parts: one for each input, by its name; none leave the graph as it is.
+    """
+    given = {str(n.target): n for n in graph.nodes if n.op == "placeholder"}
+    if not parts:
+        return
+    like = given[parts[0].name].meta["val"]
+    sides = (1, 1) if parts[0].flat else parts[0].shape[1:]
+    sides, places = ((*sides, parts[-1].stop), 3) if parts[0].flat else ((parts[-1].stop, *sides), 1)
+    with graph.inserting_before(next(iter(graph.nodes))):
+        whole = graph.placeholder("images")
+    with like.fake_mode:
+        whole.meta["val"] = torch.empty((like.shape[0], *sides))
+    last = whole
+    for part in parts:
+        with graph.inserting_after(last):
+            last = taken = _call(graph, part, torch.ops.aten.slice.Tensor, whole, places, part.start, part.stop)
+        if part.flat:
+            with graph.inserting_after(taken):
+                last = _call(graph, part, torch.ops.aten.reshape.default, taken, [-1, *part.shape])
+        given[part.name].replace_all_uses_with(last)
+        graph.erase_node(given[part.name])
+
+
+def _call(graph: fx.Graph, part: InputPart, operator: Any, source: fx.Node, *settings: Any) -> fx.Node:
+    """An operator of the module that takes an input out of the tensor that holds all."""
+    node, place = graph.call_function(operator, (source, *settings)), f"input_{part.name}"
+    node.meta["nn_module_stack"] = {place: (place, ops.PART_MODULE)}
+    with source.meta["val"].fake_mode:
+        node.meta["val"] = operator(source.meta["val"], *settings)
+    return node
 
 
 class _Stored:

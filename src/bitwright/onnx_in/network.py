@@ -13,6 +13,9 @@ from bitwright.graph.names import attributes, legible
 from bitwright.graph.rewrite import get_tensor, set_tensor
 from bitwright.onnx_in.values import BatchSize
 
+OWN = frozenset({"input_names", "outputs", "tensors", "stored_paths", "watched", "_lines", "_last", "_run", "_operand"})
+"""What a network has beside its nodes, which are named otherwise where the file has such a name."""
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -65,6 +68,10 @@ class Line:
 class OnnxNetwork(nn.Module):
     """The float network of an ONNX file; called with images as its inputs have them, for any number of images.
 
+    Attributes:
+        tensors: names that tensors have in the file, by the node's path, where they are others.
+        stored_paths: of the tensors that the file stores, by their names in it.
+
     Invariants: every stored tensor is a buffer under its name in the file, once; every node is a submodule.
     """
 
@@ -80,6 +87,7 @@ class OnnxNetwork(nn.Module):
         names = [made[0] for _, _, made in functions]
         paths = distinct(names, list(stored))
         self.tensors = {legible(paths[name]): name for name in names if legible(paths[name]) != name}
+        self.stored_paths = {name: paths[name] for name in stored}
         for name, tensor in stored.items():
             set_tensor(self, paths[name], tensor)
         self._lines = []
@@ -130,6 +138,11 @@ def _at(paths: Mapping[str, str], source: OperandSource) -> OperandSource:
     return Repeated(paths[source.path], source.axis, source.of) if isinstance(source, Repeated) else source
 
 
+def _split(path: str) -> tuple[str, str]:
+    first, dot, rest = path.partition(".")
+    return first, dot + rest
+
+
 def distinct(nodes: Sequence[str], stored: Sequence[str]) -> dict[str, str]:
     """A path in the module for each name: no tensor where another path leads through.
 
@@ -138,6 +151,7 @@ def distinct(nodes: Sequence[str], stored: Sequence[str]) -> dict[str, str]:
         {'a.b': 'a.b', 'a': 'a_', 'c.weight': 'c.weight'}
     """
     given = {name: ".".join(part or "_" for part in name.split(".")) for name in [*nodes, *stored]}
+    given |= {name: f"{first}_{rest}" for name, path in given.items() for first, rest in [_split(path)] if first in OWN}
     taken = set(given.values())
     for name in stored:
         while any(other.startswith(f"{given[name]}.") for other in taken) or given[name] in {given[n] for n in nodes}:

@@ -102,7 +102,14 @@ class OnnxFile:
         """What of the file stays as it is around the quantized network."""
         batch = None if self.body.image.free else self.body.image.batch
         axis = self.body.image.axis or "N"
-        about = {"frame": self.body.frame, "batch": batch, "axis": axis, "tensors": self.network.tensors}
+        about = {
+            "frame": self.body.frame,
+            "batch": batch,
+            "axis": axis,
+            "tensors": self.network.tensors,
+            "nodes": {n.output[0]: n.name for n in self.body.nodes if n.name not in {"", n.output[0]}},
+            "weights": {_key(path): name for name, path in self.network.stored_paths.items()},
+        }
         name = self.body.image.name if len(self.inputs) == 1 else SEVERAL
         return Interface.of(name, self.network.outputs, **about)
 
@@ -132,3 +139,8 @@ class OnnxFile:
             each = [images] if len(names) == 1 else [given[name] for name in names]
             check_import(self.program, self.body, each, self.path)
             self._checked = True
+
+
+def _key(path: str) -> str:
+    """What a weight's quantizer is called (:func:`bitwright.graph.insert.module_key`)."""
+    return path.removesuffix(".weight").replace(".", "/")

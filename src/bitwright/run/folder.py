@@ -101,14 +101,32 @@ def check_target(folder: Path, *, force: bool = False, resume: bool = False) -> 
 
 
 def check_writable(folder: Path) -> None:
-    """Finds out by trying, because permissions do not tell all (read-only mounts, quotas, administrators)."""
+    """Makes sure that a folder can be written, and put in the place of what is there.
+
+    Raises:
+        UsageError: it cannot.
+    """
     parent = next(p for p in (folder, *folder.parents) if p.exists())
     for place in {parent, folder.parent if folder.exists() else parent}:
-        try:
-            os.rmdir(tempfile.mkdtemp(prefix=".bitwright", dir=place))
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise UsageError(f"The folder {folder} cannot be written ({reason}). Choose another folder=.") from error
+        _try_to_write(place, folder, "Choose another folder=.")
+
+
+def check_takes_files(folder: Path) -> None:
+    """Makes sure that a file can be put into a run, before what it will hold is measured.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    _try_to_write(folder, folder, "Copy the run to a folder that can.")
+
+
+def _try_to_write(place: Path, folder: Path, remedy: str) -> None:
+    """Finds out by trying, because permissions do not tell all (read-only mounts, quotas, administrators)."""
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".bitwright", dir=place))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UsageError(f"The folder {folder} cannot be written ({reason}). {remedy}") from error
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from bitwright.given.arguments import a_time
 from bitwright.given.text import read_json
 from bitwright.progress import Progress, watched
 from bitwright.run.files import write_json
-from bitwright.run.folder import BENCH, ONNX, RESULT, STATE, check_file
+from bitwright.run.folder import BENCH, ONNX, RESULT, STATE, check_file, check_takes_files
 from bitwright.run.result import RunResult
 from bitwright.runtimes import absent, chosen
 from bitwright.runtimes.onnxruntime import ONNXRUNTIME
@@ -26,7 +26,7 @@ from bitwright.runtimes.record import Runtime
 from bitwright.speed import kernels
 from bitwright.speed.float_operators import float_operators
 from bitwright.speed.machine import cores, cpu_name
-from bitwright.speed.memory import peak_memory
+from bitwright.speed.memory import Shapes, peak_memory
 from bitwright.speed.record import BenchRecord, FileSpeed, Machine, SpeedRow, TimedRuntime
 from bitwright.speed.timing import Spread, Timer, in_turn, ratios
 from bitwright.words import typed
@@ -41,7 +41,7 @@ WHAT_FLOAT_IS = (
     "the same file without its quantizers: the same operators on the same shapes, batch norms folded, computed in "
     "float with the rounded weights, on whose values speed does not depend"
 )
-Memory = Callable[[Runtime, Path, Sequence[int], str, int], dict[str, int]]
+Memory = Callable[[Runtime, Path, Shapes, int], dict[str, int]]
 
 
 MOST_THREADS = 1024
@@ -54,10 +54,12 @@ class _Files:
 
     quantized: Path
     float: Path
-    name: str
-    """Name of the input."""
-    shape: tuple[int, ...]
-    """Shape of one image."""
+    inputs: Shapes
+    """Shape of one image's, of each input by name."""
+
+    def of(self, batch: int) -> Shapes:
+        """The same for so many images."""
+        return {name: (batch, *shape) for name, shape in self.inputs.items()}
 
 
 def bench(
@@ -89,8 +91,8 @@ def bench(
         second and memory of both files, and the ratio of their times, quantized over float.
 
     Raises:
-        UsageError: there is no finished run or no ``model.onnx`` in it, an argument is out of range, or a runtime
-            that was asked for is not installed.
+        UsageError: there is no finished run or no ``model.onnx`` in it, its folder cannot be written, an argument is
+            out of range, or a runtime that was asked for is not installed.
         BitwrightError: a runtime does not run the file.
     """
     folder = Path(run).expanduser()
@@ -99,6 +101,7 @@ def bench(
     threads = tuple(dict.fromkeys((1, cores()) if threads is None else threads))
     batches = tuple(dict.fromkeys(BATCHES if batches is None else batches))
     _check(batches, threads, seconds)
+    check_takes_files(folder)
     settings = [(r, t, b) for r in places for t in threads for b in batches]
     timer = measure or partial(in_turn, seconds=seconds / len(settings))
     with tempfile.TemporaryDirectory() as scratch, watched(progress) as told:
@@ -159,18 +162,11 @@ def _files(path: Path, scratch: Path) -> _Files:
 
     try:
         program: ir.Model = onnx_ir.load(path)
-        if len(program.graph.inputs) > 1:
-            names = ", ".join(str(value.name) for value in program.graph.inputs)
-            raise UsageError(f"Expected a file of one input to time, found {names} in {path}.")
-        (given,) = program.graph.inputs
-        assert given.shape is not None
-        shape = tuple(int(side) for side in list(given.shape)[1:])
-    except UsageError:
-        raise
+        inputs = {str(v.name): tuple(int(side) for side in list(v.shape or ())[1:]) for v in program.graph.inputs}
     except Exception as error:
         raise UsageError(f"{path} is not a file that bitwright exported. Export the run again.") from error
     save_onnx(float_twin(program), scratch / FLOAT_FILE)
-    return _Files(path, scratch / FLOAT_FILE, given.name or "", shape)
+    return _Files(path, scratch / FLOAT_FILE, inputs)
 
 
 # ------------------------------------------------------------------------------------------------ what is measured
@@ -178,11 +174,11 @@ def _files(path: Path, scratch: Path) -> _Files:
 
 def _row(files: _Files, where: Runtime, threads: int, batch: int, measure: Timer, memory: Memory) -> SpeedRow:
     """One runtime, number of threads and batch."""
-    shape = (batch, *files.shape)
-    feed = {files.name: np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
+    shapes, numbers = files.of(batch), np.random.default_rng(0)
+    feed = {name: numbers.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     pair = (files.float, files.quantized)
     times = measure([where.loaded(path, threads, feed) for path in pair])
-    peaks = [memory(where, path, shape, files.name, threads) for path in pair]
+    peaks = [memory(where, path, shapes, threads) for path in pair]
     reference, quantized = (_speed(t, batch, peak) for t, peak in zip(times, peaks, strict=True))
     return SpeedRow(
         runtime=where.name,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -16,16 +17,16 @@ from bitwright.runtimes.record import Runtime
 
 STATUS = Path("/proc/self/status")
 RUNS = 3
+Shapes: TypeAlias = Mapping[str, Sequence[int]]
 
 
-def peak_memory(where: Runtime, path: Path, shape: Sequence[int], name: str, threads: int) -> dict[str, int]:
+def peak_memory(where: Runtime, path: Path, shapes: Shapes, threads: int) -> dict[str, int]:
     """Largest resident size of a process that loads the file and runs it a few times.
 
     Args:
         where: the runtime.
         path: of the file.
-        shape: of the input, the batch first.
-        name: of the input.
+        shapes: of the inputs by name, the batch first.
         threads: of the runtime.
 
     Returns:
@@ -34,7 +35,7 @@ def peak_memory(where: Runtime, path: Path, shape: Sequence[int], name: str, thr
     Raises:
         BitwrightError: the process failed.
     """
-    arguments = [where.name, str(path), name, str(threads), *map(str, shape)]
+    arguments = [where.name, str(path), str(threads), json.dumps({name: list(s) for name, s in shapes.items()})]
     done = subprocess.run(
         [sys.executable, "-m", "bitwright.speed.memory", *arguments], capture_output=True, text=True, check=False
     )
@@ -57,10 +58,10 @@ def _peak() -> int:
 
 
 def _main(arguments: Sequence[str]) -> None:
-    kind, path, name, threads, *shape = arguments
+    kind, path, threads, shapes = arguments
     where = runtime(kind)
     __import__(str(where.package))
-    feed = {name: np.zeros(tuple(map(int, shape)), dtype=np.float32)}
+    feed = {name: np.zeros(shape, dtype=np.float32) for name, shape in json.loads(shapes).items()}
     start = _peak()
     call = where.loaded(Path(path), int(threads), feed)
     for _ in range(RUNS):
