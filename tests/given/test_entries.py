@@ -48,6 +48,8 @@ def test_two_entries_of_images_need_a_name() -> None:
         entry(item, "img", "the list given")
     with pytest.raises(DataError, match=r"none of them can be images"):
         entry({"text": "a"}, None, "the list given")
+    with pytest.raises(DataError, match=r"Give what is in 'inputs' in the place of the dict around it"):
+        entry({"inputs": {"image": PICTURE}, "label": 4}, None, "the list given")
     with pytest.raises(DataError, match=r"found float32 \(2, 3, 6, 8\)\. Leave input_key= out"):
         entry(TENSOR, "image", "the list given")
 

@@ -212,6 +212,13 @@ def test_an_onnx_file_of_two_inputs_on_the_command_line(two: Path, capsys: pytes
     assert "same answer as float" in capsys.readouterr().out
     assert main(["parity", run, data, "--runtime", "onnxruntime"]) == 0
     assert "No code differs" in capsys.readouterr().out
+    np.savez(two.with_name("odd.npz"), x=np.zeros((2, 3, 6, 8), np.float32), depth=np.zeros((2, 1, 8, 8), np.float32))
+    np.savez(two.with_name("pixels.npz"), x=np.zeros((2, 3, 8, 8), np.uint8), depth=np.zeros((2, 1, 8, 8), np.float32))
+    for name, said in (("odd", "found x [3x6x8], depth [1x8x8] in"), ("pixels", "found depth [1x8x8] in")):
+        assert main(["evaluate", f"{run}/model.onnx", str(two.with_name(f"{name}.npz")), "--input-size", "8"]) == 2
+        shown = " ".join(capsys.readouterr().err.split())
+        assert said in shown
+        assert "an array of floats for each" in shown
     with pytest.raises(ModelError, match=r"Expected inputs x, depth, which .* takes, found images alone"):
         bw.quantize(str(two), images(4, MAP), "rtn")
 

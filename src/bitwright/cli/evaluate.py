@@ -185,7 +185,7 @@ def _onnx(call: EvaluateCall, axes: Axes) -> Evaluated:
         raise ModelError(f"Expected one image input [N, C, H, W] in {call.model}, found {_inputs(session)}.")
     images = _images(call, network or _file_alone(path, about, given.shape, call.reading))
     shape = tuple(images[0].shape)
-    if any(isinstance(side, int) and side != ours for side, ours in zip(given.shape[1:], shape, strict=True)):
+    if not _fits(shape, given.shape[1:]):
         raise UsageError(
             f"Expected images of {_by(given.shape[1:])} for {call.model}, found {_by(shape)}. Give --input-size."
         )
@@ -203,11 +203,13 @@ def _several(call: EvaluateCall, session: Any, axes: Axes, about: RunNetwork, ne
     """A file of several inputs, which the images hold by name."""
     stand_in: Any = SimpleNamespace(input_names=[i.name for i in session.get_inputs()])
     images = _images(call, network or Model(stand_in, "", None))
-    wanted, found = {i.name for i in session.get_inputs()}, {part.name for part in images.parts}
-    if wanted != found:
+    wanted = {i.name: tuple(i.shape[1:]) for i in session.get_inputs()}
+    found = {part.name: part.shape for part in images.parts}
+    if wanted.keys() != found.keys() or not all(_fits(found[name], shape) for name, shape in wanted.items()):
+        said = ", ".join(f"{name} [{_by(shape)}]" for name, shape in found.items()) or "images alone"
         raise UsageError(
-            f"Expected inputs {_inputs(session)}, found {', '.join(sorted(found)) or 'images alone'} in {call.images}. "
-            "Give an .npz file with an array for each."
+            f"Expected inputs {_inputs(session)}, found {said} in {call.images}. Give an .npz file with an array of "
+            "floats for each."
         )
 
     def run(x: Tensor) -> list[Tensor]:
@@ -263,6 +265,12 @@ def _session(path: Path) -> Any:
 
 def _inputs(session: Any) -> str:
     return ", ".join(f"{i.name} [{_by(i.shape)}]" for i in session.get_inputs())
+
+
+def _fits(shape: Sequence[int], wanted: Sequence[int | str | None]) -> bool:
+    """Whether sides are those that a file fixes."""
+    pairs = zip(shape, wanted, strict=True) if len(shape) == len(wanted) else [(0, 1)]
+    return all(not isinstance(side, int) or side == ours for ours, side in pairs)
 
 
 def _by(shape: Any) -> str:

@@ -62,9 +62,11 @@ def check_import(program: Any, body: Body, images: Sequence[Tensor], path: Any) 
     network = body.network
     for image, given in zip(body.images, images, strict=True):
         if tuple(given.shape[1:]) != image.shape:
+            alone = len(images) == 1
+            what = "images" if alone else f"the input '{image.name}'"
+            remedy = "preprocessing= with the size and order of axes that the file has" if alone else "it in that shape"
             raise ModelError(
-                f"Expected images of {_by(image.shape)} for {path}, found {_by(given.shape[1:])}. "
-                "Give preprocessing= with the size and order of axes that the file has."
+                f"Expected {what} of {_by(image.shape)} for {path}, found {_by(given.shape[1:])}. Give {remedy}."
             )
     with torch.no_grad():
         found = returned(network(*images))

@@ -133,7 +133,7 @@ class OnnxFile:
         if len(names) > 1 and given.keys() != set(names):
             raise ModelError(
                 f"Expected inputs {', '.join(names)}, which {self.path} takes, found "
-                f"{', '.join(given) or 'images alone'}. Give an .npz file, or a dict, with an array for each."
+                f"{', '.join(given) or 'images alone'}. Give an .npz file, or a dict, with an array of floats for each."
             )
         if not self._checked:
             each = [images] if len(names) == 1 else [given[name] for name in names]
