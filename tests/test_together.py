@@ -22,6 +22,9 @@ from torch import distributed, multiprocessing
 import bitwright as bw
 from bitwright import api, together
 from bitwright.recipes import Recipe
+from bitwright.sensitivity import Choices, MeasuredLoss, predicted_losses
+from bitwright.sensitivity.report import CurvatureSettings, measure_curvature
+from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
 from bitwright.stages.evolve import Evolve
 from bitwright.stages.optq import Optq
@@ -70,10 +73,14 @@ def quantized(name: str, method: Any, images: int = IMAGES, **said: Any) -> tupl
         found = bw.quantize(
             cases.model(name), cases.dataset(images), method, weights=4, device="cpu", precision="float32", **said
         )
+    return digest_of(found.graph), found.result.get("reconstruct")
+
+
+def digest_of(graph: torch.nn.Module) -> str:
     digest = hashlib.sha256()
-    for key, tensor in sorted(found.graph.named_buffers()):
+    for key, tensor in sorted(graph.named_buffers()):
         digest.update(key.encode() + tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest(), found.result.get("reconstruct")
+    return digest.hexdigest()
 
 
 CALIBRATED = Calibrate(bias_correction="analytic")
@@ -97,6 +104,43 @@ def test_gradients_do_not_depend_on_the_number_of_processes(name: str, method: s
     files = [in_processes(n, tmp_path, lambda: quantized(name, method, steps=3)[0]) for n in (1, 2, 3)]
     assert {each for found in files for each in found} == {files[0][0]}
     assert len(files[0][0]) == 64, files[0][0]
+
+
+def test_training_with_labels_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+    images = cases.dataset(20).labelled([i % 4 for i in range(20)])
+
+    def work() -> str:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = bw.quantize(cases.model("residual"), images, "qkd", weights=4, device="cpu", steps=5)
+        return digest_of(found.graph)
+
+    files = [in_processes(n, tmp_path, work) for n in (1, 2, 3)]
+    assert {each for found in files for each in found} == {files[0][0]}
+    assert len(files[0][0]) == 64, files[0][0]
+
+
+def test_measured_losses_are_those_of_one_process(tmp_path: Path) -> None:
+    def work(folder: Path) -> list[dict[str, Any]]:
+        teacher, choices = copy.deepcopy(cases.prepared("residual")), Choices(weights=(2, 4), activations=(4,))
+        asked = teacher, cases.dataset(40), choices, Run(batch=16)
+        return [predicted_losses(MeasuredLoss(), *asked, kept).to_dict() for kept in (None, folder, folder)]
+
+    alone = work(tmp_path / "1")
+    for count in (2, 3):
+        assert in_processes(count, tmp_path, lambda: work(tmp_path / str(count))) == [alone] * count  # noqa: B023
+        assert len(list((tmp_path / str(count)).iterdir())) == 1
+
+
+def test_curvature_is_that_of_one_process(tmp_path: Path) -> None:
+    def work() -> str:
+        teacher = copy.deepcopy(cases.prepared("residual"))
+        settings = CurvatureSettings(steps=4, spectrum_samples=8, probes=4)
+        return repr(measure_curvature(teacher, cases.dataset(20), settings, Run(batch=8)))
+
+    alone = work()
+    for count in (2, 3):
+        assert in_processes(count, tmp_path, work) == [alone] * count
 
 
 def test_processes_without_a_batch_wait_for_the_one_that_has_it(tmp_path: Path) -> None:
@@ -181,14 +225,15 @@ def _members(parent: int) -> Iterator[tuple[int, int]]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-def test_a_kill_leaves_a_run_that_any_number_of_processes_goes_on_with(tmp_path: Path) -> None:
+def test_a_kill_leaves_a_run_that_any_number_of_processes_goes_on_with(rank: int, tmp_path: Path) -> None:
     begun, whole = tmp_path / "begun", tmp_path / "whole"
     with subprocess.Popen(torchrun(2, "--out", str(begun)), stderr=subprocess.PIPE, text=True) as running:
         while not (begun / "state" / "reconstruct.safetensors").exists():
             assert running.poll() is None
             time.sleep(0.1)
-        os.kill(dict(_members(running.pid))[1], signal.SIGKILL)
+        os.kill(dict(_members(running.pid))[rank], signal.SIGKILL)
         killed = time.monotonic()
         _, said = running.communicate(timeout=60)
     assert time.monotonic() - killed < 20

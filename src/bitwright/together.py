@@ -118,12 +118,12 @@ def _begin() -> None:
 
 
 def speaks(error: BaseException) -> bool:
-    """Whether this process says what went wrong: the first that fails; of one that vanished, process 0."""
+    """Whether this process says what went wrong: the first that fails; of one that vanished, the first to notice."""
     if not _stores or not isinstance(error, LostError):
         return not _stores or _failed == [1]
-    with contextlib.suppress(RuntimeError):  # the store is gone with the process that held it
-        return os.environ["RANK"] == "0" and int(_stores[-1].add(SAID, 0)) == 0
-    return False
+    with contextlib.suppress(RuntimeError):
+        return int(_stores[-1].add(SAID, 1)) == 1
+    return os.environ["RANK"] == "1"  # the store is gone with process 0, which held it
 
 
 def local_gpu() -> int:
@@ -174,6 +174,11 @@ def collected(found: Mapping[int, T], count: int) -> list[T]:
         group.all_gather_object(parts, dict(found))
     every = {position: value for part in parts for position, value in part.items()}
     return [every[i] for i in range(count)]
+
+
+def dealt(count: int, make: Callable[[int], T]) -> list[T]:
+    """``make(0), make(1), ...``, in all processes, each made by the one that it belongs to; as in :func:`collected`."""
+    return collected({i: make(i) for i in range(count) if is_mine(i)}, count)
 
 
 def check_same(what: str) -> None:
@@ -237,6 +242,31 @@ def tree_sum(parts: int, of: Callable[[int], Tensor], like: Tensor) -> Tensor:
     for held, found in zip(branches, exchanged(rows), strict=True):
         known |= dict(zip(held, found, strict=False))
     return _branch_sum(_root(parts), parts, of, known)
+
+
+def tree_gradients(learned: Sequence[Tensor], parts: int, of: Callable[[int], Tensor], told: int) -> Tensor:
+    """Gradients of variables, and numbers beside them, summed over parts along one tree; gives the numbers, [K].
+
+    Args:
+        learned: the variables, whose gradients are replaced.
+        parts: as for :func:`tree_sum`.
+        of: runs the backward pass of a part and gives K numbers.
+        told: K.
+    """
+    sizes = [told, *(p.numel() for p in learned)]
+
+    def gradient(position: int) -> Tensor:
+        for p in learned:
+            p.grad = None
+        numbers = of(position).detach().float()
+        rows = (torch.zeros_like(p) if p.grad is None else p.grad for p in learned)
+        return torch.cat([numbers, *(row.reshape(-1).float() for row in rows)])
+
+    total = tree_sum(parts, gradient, torch.empty(sum(sizes), device=learned[0].device))
+    numbers, *rows = torch.split(total, sizes)
+    for p, row in zip(learned, rows, strict=True):
+        p.grad = torch.empty_like(p).copy_(row.view(p.shape))
+    return numbers
 
 
 def _root(parts: int) -> range:

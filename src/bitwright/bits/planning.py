@@ -479,7 +479,7 @@ def _timed(student: Student, images: Images, goal: Goal, run: Run, folder: Path 
     if together.processes() > 1:
         raise UsageError(
             "Expected one process for a limit of milliseconds, which each would measure otherwise, found "
-            f"{together.processes()}. Plan first (bitwright plan), and give plan=."
+            f"{together.processes()}. Plan first, in one (bitwright plan), and give plan=."
         )
     activations = goal.activations or ACTIVATION_CHOICES
     found = measure_latencies(

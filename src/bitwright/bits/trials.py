@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from bitwright import together
 from bitwright.bits.plan import Plan, insert_plan
 from bitwright.errors import UsageError
 from bitwright.given.images import Images
@@ -251,7 +252,7 @@ class _Kept:
 
     def add(self, index: int, value: float) -> None:
         self.found[index] = value
-        if self.path is None:
+        if self.path is None or not together.is_first():
             return
         write_checked(self.path, {"identity": self.identity, "found": self.found})
 

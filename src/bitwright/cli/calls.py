@@ -191,6 +191,8 @@ class SensitivityCall(Call):
     Example: `bitwright sensitivity zoo:fashion_cnn zoo:fashion --samples 32`
     """
 
+    shared: ClassVar[bool] = True
+
     network: opt.NetworkOptions
     bits: int = option("Bits of weights at which layers are ranked: 2 to 8", 4)
     matrix: str | None = option(
@@ -229,6 +231,8 @@ class PlanCall(Call):
 
     Example: `bitwright plan zoo:fashion_cnn zoo:fashion --target-size 100kB --out plan-100kB`
     """
+
+    shared: ClassVar[bool] = True
 
     network: opt.NetworkOptions
     limits: opt.PlanLimitOptions = opt.PlanLimitOptions()
@@ -451,6 +455,9 @@ class StudyCall(Call):
     seeds: str | None = option("Seeds to repeat the study with, such as 0,1,2; the spread is over these")
     samples: int | None = option("Number of images to calibrate on; in calibration-size the largest number")
     recipe: str | None = option("Recipe that quantizes, in mixed-precision only  [default: eptq]")
+    as_published: bool = option(
+        "In search only: Evol-Q's own start and search, and what choosing on test images adds to its gain", False
+    )
     evaluate: str | None = option("Images to measure on  [default: every fourth of IMAGES]")
     labels: str | None = opt.labels_option()
     out: Path | None = option("Folder for NAME.json and NAME.html  [default: studies]")

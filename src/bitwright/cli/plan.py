@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from bitwright import together
 from bitwright.bits import planning
 from bitwright.bits.planning import Planning
 from bitwright.cli import plans, tables
@@ -28,20 +29,28 @@ SHOWN = 12
 
 
 def plan(call: PlanCall, terminal: Terminal) -> None:
-    """Measures, plans, writes the three files, and shows what they say.
+    """Measures, plans, writes the three files, and shows what they say; processes share the measuring.
 
     Raises:
         UsageError: the call is wrong, the limits cannot be met, or something is in the way in ``--out``.
     """
+    with together.shared_job():
+        _plan(call, terminal)
+
+
+def _plan(call: PlanCall, terminal: Terminal) -> None:
     planning.check_goal(call.goal)
     find_device(call.device)
     if call.point is not None and call.goal.asked:
         raise UsageError("Expected --point or limits, found both.")
     folder = (call.out or Path("plan")).expanduser().absolute()
-    check_output(folder, FILES, force=call.force)
+    if together.is_first():
+        check_output(folder, FILES, force=call.force)
     network, images = load_inputs(call.network, call.reading, terminal)
     with empty_removed(folder):
         found = _planned(network, images, call, terminal)
+        if not together.is_first():
+            return
         scores = str(plans.scores(call.cache).expanduser().absolute())
         about = PlannedNetwork(network.name, scores, next_command(call, folder))
         facts = {

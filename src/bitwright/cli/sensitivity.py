@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from bitwright import together
 from bitwright.cli import tables
 from bitwright.cli.calls import SensitivityCall
 from bitwright.cli.sources import check_output, empty_removed, load_inputs, sources
@@ -21,14 +22,20 @@ SHOWN = 12
 
 
 def sensitivity(call: SensitivityCall, terminal: Terminal) -> None:
-    """Measures, writes sensitivity.json and sensitivity.html, and shows what they say.
+    """Measures, writes sensitivity.json and sensitivity.html, and shows what they say; processes share the measuring.
 
     Raises:
         UsageError: the call is wrong, or something is in the way in ``--out``.
     """
+    with together.shared_job():
+        _measure(call, terminal)
+
+
+def _measure(call: SensitivityCall, terminal: Terminal) -> None:
     settings = _settings(call)
     folder = (call.out or Path("sensitivity")).expanduser().absolute()
-    check_output(folder, ("sensitivity.json", "sensitivity.html"), force=call.force)
+    if together.is_first():
+        check_output(folder, ("sensitivity.json", "sensitivity.html"), force=call.force)
     network, images = load_inputs(call.network, call.reading, terminal, call.labels)
     if settings.matrix == "hessian":
         check_truth(network, images)
@@ -44,6 +51,8 @@ def sensitivity(call: SensitivityCall, terminal: Terminal) -> None:
                 output=call.output,
                 progress=terminal.progress,
             )
+        if not together.is_first():
+            return
         found["sources"] = {
             **sources(call.network, call.reading),
             "labels": None if call.labels is None else absolute_source(call.labels),

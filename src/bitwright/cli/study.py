@@ -29,7 +29,7 @@ def study(call: StudyCall, terminal: Terminal) -> None:
     if call.name is None:
         _list(terminal)
         return
-    name = studies.find_study(call.name).name
+    name = studies.find_study(call.name, as_published=call.as_published).name
     reading = call.reading.named
     if call.model is None and reading:
         raise UsageError(f"Expected MODEL and IMAGES for --{next(iter(reading)).replace('_', '-')}, found none.")
@@ -49,7 +49,7 @@ def _written(call: StudyCall, folder: Path, kept: Path, terminal: Terminal) -> t
     check_output(folder, (f"{name}.json", f"{name}.html"), force=call.force or resumed)
     try:
         with empty_removed(folder):
-            result = _run(name, call, kept, terminal)
+            result = _run(call, kept, terminal)
             terminal.begin("Drawing")
             paths = result.save(folder)
     except KeyboardInterrupt:
@@ -64,13 +64,14 @@ def _written(call: StudyCall, folder: Path, kept: Path, terminal: Terminal) -> t
     return result, list(paths)
 
 
-def _run(name: str, call: StudyCall, kept: Path, terminal: Terminal) -> studies.StudyResult:
+def _run(call: StudyCall, kept: Path, terminal: Terminal) -> studies.StudyResult:
+    assert call.name is not None
     model: Any = None
     if call.model is not None:
         terminal.begin("Loading the network")
         model = load_model(call.model, **call.reading.preprocessing)
     result = studies.study(
-        name,
+        call.name,
         model,
         call.images,
         steps=call.steps,
@@ -79,6 +80,7 @@ def _run(name: str, call: StudyCall, kept: Path, terminal: Terminal) -> studies.
         seeds=_seeds(call.seeds),
         samples=call.samples,
         recipe=call.recipe,
+        as_published=call.as_published,
         evaluate=call.evaluate,
         labels=call.labels,
         device=call.device,

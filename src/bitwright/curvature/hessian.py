@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from bitwright import together
 from bitwright.curvature.label_free import differentiable, draw
 from bitwright.curvature.spectrum import Lanczos, Spectrum
 from bitwright.errors import ModelError, UsageError
@@ -60,12 +61,19 @@ class Data:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def parts(self) -> int:
+        """How many batches there are."""
+        return math.ceil(len(self.images) / self.batch)
+
+    def part(self, position: int) -> tuple[Tensor, Tensor | None]:
+        """A batch, with its labels."""
+        some = range(position * self.batch, min((position + 1) * self.batch, len(self.images)))
+        labels = None if self.images.labels is None else self.images.labels[some.start : some.stop].to(self.device)
+        return self.images.batch(some).to(self.device), labels
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        start = 0
-        for batch in self.images.batches(self.batch):
-            labels = None if self.images.labels is None else self.images.labels[start : start + len(batch)]
-            yield batch.to(self.device), None if labels is None else labels.to(self.device)
-            start += len(batch)
+        return map(self.part, range(self.parts))
 
 
 # ------------------------------------------------------------------------------------------------ weights
@@ -142,7 +150,7 @@ class Curvature:
             self.weights[path] = leaf
 
     def products(self, blocks: Sequence[Sequence[str]], vectors: Sequence[Tensor]) -> list[Tensor]:
-        """``H_bb v`` for each block b of weights and its vector, in one pass over the images.
+        """``H_bb v`` for each block b of weights and its vector, in one pass; processes take blocks in turn.
 
         Args:
             blocks: paths of weights; the matrix's part of these rows and columns is multiplied.
@@ -151,10 +159,12 @@ class Curvature:
         Returns:
             For each block, [n].
         """
-        totals = [torch.zeros_like(v) for v in vectors]
-        for images, labels in self.data:
-            self._add_products(images, labels, blocks, vectors, totals)
-        return [t / len(self.data) for t in totals]
+        totals = {i: torch.zeros_like(v) for i, v in enumerate(vectors) if together.is_mine(i)}
+        mine = [blocks[i] for i in totals], [vectors[i] for i in totals], list(totals.values())
+        for images, labels in self.data if totals else ():
+            self._add_products(images, labels, *mine)
+        found = together.collected({i: (t / len(self.data)).cpu() for i, t in totals.items()}, len(vectors))
+        return [f.to(v.device) for f, v in zip(found, vectors, strict=True)]
 
     def _add_products(
         self,
@@ -357,7 +367,7 @@ def traces(
         tolerance: the relative standard error of every group's trace that ends the probing. A batch is done when its
             own error is small enough for the mean over all images to reach it.
         seed: of the probes.
-        progress: called after each batch.
+        progress: called after each probe.
 
     Raises:
         ModelError: a gradient is not finite.
@@ -365,28 +375,42 @@ def traces(
     membership = torch.tensor([[float(p in g.weights) for p in curvature.weights] for g in wanted]).double()
     mean, variance = (torch.zeros(len(wanted), dtype=torch.float64) for _ in range(2))
     channels: dict[str, Tensor] = {}
-    done, most = 0, 0
-    progress("Traces", 0, len(curvature.data))
-    for position, (images, labels) in enumerate(curvature.data):
+    data = curvature.data
+
+    def probed(position: int) -> _Probed:
+        images, labels = data.part(position)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
-        allowed = tolerance * (len(curvature.data) / len(images)) ** 0.5
+        allowed = tolerance * (len(data) / len(images)) ** 0.5
         part = _Probing(curvature, membership)
         local = curvature.at(images, labels)
         while part.count < probes and not (part.count >= max(least, 2) and part.relative_error() <= allowed):
             part.add(local.sample(generator))
-            progress("Traces", done, len(curvature.data), f"probe {part.count}")
-        del local
-        mean += part.mean
-        variance += part.variance
-        for path, total in part.channels.items():
-            share = total / part.count / len(curvature.data)
+            progress("Traces", position * data.batch, len(data), f"probe {part.count}")
+        shares = {path: total / part.count / len(data) for path, total in part.channels.items()}
+        return _Probed(part.mean, part.variance, shares, part.count)
+
+    progress("Traces", 0, len(data))
+    every = together.dealt(data.parts, probed)
+    progress("Traces", len(data), len(data))
+    for each in every:
+        mean += each.mean
+        variance += each.variance
+        for path, share in each.channels.items():
             channels[path] = channels[path] + share if path in channels else share
-        done, most = done + len(images), max(most, part.count)
-        progress("Traces", done, len(curvature.data))
     if not bool(torch.isfinite(mean).all()):
         worst = int((~torch.isfinite(mean)).nonzero()[0])
         raise ModelError(f"The curvature at {wanted[worst].name} is not finite for some image.")
-    return Traces(mean / len(curvature.data), variance.sqrt() / len(curvature.data), channels, most)
+    return Traces(mean / len(data), variance.sqrt() / len(data), channels, max(each.probes for each in every))
+
+
+@dataclass(frozen=True)
+class _Probed:
+    """What the probes of one batch give: traces of groups [G] with their variance, and shares of channels by weight."""
+
+    mean: Tensor
+    variance: Tensor
+    channels: dict[str, Tensor]
+    probes: int
 
 
 class _Probing:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from bitwright import together
 from bitwright.errors import UsageError
 from bitwright.graph import rewrite
 from bitwright.graph.student import Student, insert_quantizers
@@ -155,14 +156,22 @@ def predicted_losses(
     if folder is None:
         return measure.measure(teacher, images, choices, run)
     path = folder / f"sensitivity-{_key(measure, teacher, images, choices, run)}.json"
+    kept = together.from_first(lambda: _kept(path))
+    if kept is not None:
+        return kept
+    found = measure.measure(teacher, images, choices, run)
+    if together.is_first():
+        write_checked(path, found.to_dict())
+    return found
+
+
+def _kept(path: Path) -> Table | None:
     if path.is_file():
         try:
             return Table.from_dict(read_checked(path))
         except DamagedError as error:
-            warnings.warn(f"{error} The losses are measured again.", UserWarning, stacklevel=2)
-    found = measure.measure(teacher, images, choices, run)
-    write_checked(path, found.to_dict())
-    return found
+            warnings.warn(f"{error} The losses are measured again.", UserWarning, stacklevel=4)
+    return None
 
 
 def _key(measure: Measure, teacher: Captured, images: Images, choices: Choices, run: Run) -> str:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from bitwright import together
 from bitwright.curvature.label_free import label_free_scores
 from bitwright.errors import UsageError
 from bitwright.graph import ops, rewrite, segments
@@ -189,12 +190,17 @@ class _OneAtATime:
         return {k: q for k, q in found.items() if isinstance(q, Quantizer) and q.role != "parameter"}
 
     def table(self, name: str, images: Images, points: list[Point], judge: LossJudge) -> Table:
-        """The mean of what the judge says, for every quantizer and number of bits, and its standard error."""
+        """The mean of what the judge says, for every quantizer and number of bits, and its standard error.
+
+        Processes take them in turn; each sees all images, so that sums are those of one process.
+        """
         grids = self._grids(images.unlabelled())
         graph = expose(self.student.graph, [p.node for p in points])
-        regions = {key: segments.region(graph, [key]) for key in self.quantizers}
+        every = [(key, bits) for key, row in grids.items() for bits in row]
+        mine = {item: i for i, item in enumerate(every) if together.is_mine(i)}
+        regions = {key: segments.region(graph, [key]) for key, _ in mine}
         kept = {name for r in regions.values() for name in r.frontier}
-        sums = {(key, bits): torch.zeros(2, dtype=torch.float64) for key, row in grids.items() for bits in row}
+        sums = {item: torch.zeros(2, dtype=torch.float64) for item in mine}
         done = 0
         for batch in self.run.batches(images, "Quantizing one tensor at a time"):
             labels = None if images.labels is None else images.labels[done : done + len(batch)].to(batch.device)
@@ -205,7 +211,8 @@ class _OneAtATime:
                 each = judge(ours, theirs, labels)
                 total += torch.stack([each.sum(), each.square().sum()])
             done += len(batch)
-        return self._as_table(name, sums, len(images))
+        found = together.collected({mine[item]: total for item, total in sums.items()}, len(every))
+        return self._as_table(name, dict(zip(every, found, strict=True)), len(images))
 
     def _as_table(self, name: str, sums: dict[tuple[str, int], Tensor], count: int) -> Table:
         found = Table(name, {}, {}, facts={"error": {"weights": {}, "activations": {}}})

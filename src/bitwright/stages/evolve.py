@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -113,6 +114,12 @@ class Evolve(Optimising):
 
     def run(self, student: Student, teacher: Captured, images: Images, run: Run) -> Student:
         """Passes over the blocks until the budget is used up; the result is never worse on what it is selected by."""
+        for _ in self.visits(student, teacher, images, run):
+            pass
+        return student
+
+    def visits(self, student: Student, teacher: Captured, images: Images, run: Run) -> Iterator[int]:
+        """:meth:`run` block by block: the children so far after each visit, with the student as it is then."""
         some = images.sample(min(self.images, len(images)), seed=run.seed)
         hidden, seen = _split(some, self.held_out)
         searched = self.searched(student, teacher)
@@ -124,9 +131,8 @@ class Evolve(Optimising):
         evaluator = Evaluator(student, regions, batches, Fitness(self.fitness), MEMORY)
         search = _Search(self, student, searched, evaluator, judge, run)
         search.start()
-        search.go()
+        yield from search.go()
         run.records.append(search.finish())
-        return student
 
     def check(self, student: Student, teacher: Captured, images: Images) -> None:
         """Scales are free to move, blocks exist, and infoNCE has images to tell from each other."""
@@ -254,8 +260,8 @@ class _Search:
         faster = seconds.get("bfloat16", math.inf) * WORTH_IT < seconds["float32"]
         return "bfloat16" if faster and ranks["bfloat16"] == ranks["float32"] else "float32"
 
-    def go(self) -> None:
-        """Visits blocks until the budget is used up."""
+    def go(self) -> Iterator[int]:
+        """Visits blocks until the budget is used up; gives the children so far."""
         while not self._over():
             position = self.visits % len(self.searched)
             if position == 0:
@@ -266,6 +272,7 @@ class _Search:
             if position + 1 == len(self.searched) or self._over():
                 self._judge()
             self._save_if_due()
+            yield self.children
 
     def finish(self) -> EvolveRecord:
         """Takes the best pass; what was found."""

@@ -39,6 +39,7 @@ from bitwright.stages.learner import Learner, Variables
 from bitwright.stages.optimizers import OptimizedPart, optimizers_of
 from bitwright.stages.resume import KeptState, Pace
 from bitwright.stages.schedules import Learn
+from bitwright.stages.tuning import PART
 
 Phase = Literal["self-study", "co-study", "tutoring"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -233,22 +234,38 @@ class Lesson:
         return loss
 
     def backward(self, indices: Tensor, phase: Phase) -> float:
-        """Gradients of both losses on a batch; the student's loss."""
+        """Gradients of both losses on a batch; the student's loss.
+
+        Where processes share the work it is in parts of a fixed size, whose gradients are added along one tree.
+        """
+        if not together.is_shared():
+            return self._part(indices, phase, 1.0)
+        used = [*self.parts, *([self.teaching] if self.teaching and phase == "co-study" else [])]
+        parts = torch.split(indices, PART)
+
+        def loss(position: int) -> Tensor:
+            part = parts[position]
+            return torch.tensor([self._part(part, phase, len(part) / len(indices))], device=self.run.device)
+
+        return float(together.tree_gradients([p for u in used for p in u.parameters], len(parts), loss, 1))
+
+    def _part(self, indices: Tensor, phase: Phase, share: float) -> float:
+        """Both losses of some images, times their share of the batch."""
         images = self.views.batch(indices).to(self.run.device)
         labels = self.labels[indices % len(self.labels)].to(self.run.device)
         student = class_scores(self.learner(images)[0], labels)
         loss = functional.cross_entropy(student, labels)
         if phase == "self-study":
-            torch.autograd.backward(loss)
-            return float(loss.detach())
+            torch.autograd.backward(loss * share)
+            return float(loss.detach() * share)
         with torch.set_grad_enabled(phase == "co-study"):
             teacher = class_scores(list(functional_call(self.graph, self.taught, (images,))), labels)
         loss = loss + self.settings.distil * self._distance(student, teacher.detach())
-        torch.autograd.backward(loss)
+        torch.autograd.backward(loss * share)
         if phase == "co-study":
             own = functional.cross_entropy(teacher, labels)
-            torch.autograd.backward(own + self.settings.distil * self._distance(teacher, student.detach()))
-        return float(loss.detach())
+            torch.autograd.backward((own + self.settings.distil * self._distance(teacher, student.detach())) * share)
+        return float(loss.detach() * share)
 
     def _distance(self, learns: Tensor, given: Tensor) -> Tensor:
         """``T^2 KL(given || learns)`` at the temperature, a scalar."""
@@ -296,13 +313,17 @@ def _tensors(teacher: Captured) -> Iterator[Tensor]:
 
 def _answers(student: Student, images: Images, run: Run) -> tuple[float, float]:
     """Mean cross-entropy and top-1 of the rounded student on the images as they are."""
-    assert images.labels is not None
-    total, hits, done = 0.0, 0, 0
+    known, parts = images.labels, torch.split(torch.arange(len(images)), run.batch)
+    assert known is not None
+
+    def answers(position: int) -> tuple[float, int]:
+        run.progress("Training images", position, len(parts))
+        part = parts[position]
+        labels = known[part].to(run.device)
+        scores = class_scores(student.flat(images.batch(part).to(run.device)), labels)
+        total = functional.cross_entropy(scores, labels, reduction="sum")
+        return float(total), int((scores.argmax(1) == labels).sum())
+
     with torch.no_grad():
-        for batch in run.batches(images, "Training images"):
-            labels = images.labels[done : done + len(batch)].to(run.device)
-            scores = class_scores(student.flat(batch), labels)
-            total += float(functional.cross_entropy(scores, labels, reduction="sum"))
-            hits += int((scores.argmax(1) == labels).sum())
-            done += len(batch)
-    return total / done, hits / done
+        losses, hits = zip(*together.dealt(len(parts), answers), strict=True)
+    return sum(losses) / len(images), sum(hits) / len(images)

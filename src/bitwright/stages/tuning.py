@@ -387,29 +387,20 @@ class Tuner:
     def _backward_together(self, indices: Tensor, weights: Tensor, mean: Tensor, progress: float) -> float | None:
         """The same in parts of a fixed size, whose gradients are added along one tree, whoever computes them."""
         learned = [p for part in self.parts for p in part.parameters]
-        sizes = [len(self.learner.points), *(p.numel() for p in learned)]
         starts = range(0, len(indices), self.at_once)
 
-        def gradient(position: int) -> Tensor:
-            """Terms of the loss, and the gradients of all variables, end to end."""
+        def terms_of(position: int) -> Tensor:
             if self.settings.drops:
                 torch.manual_seed((self.seed * 1_000_003 + self.step) * len(starts) + position)
-            for p in learned:
-                p.grad = None
             part = slice(starts[position], starts[position] + self.at_once)
             share = len(indices[part]) / len(indices)
             terms = torch.stack(self._terms(indices[part], weights[part])) * share
             torch.autograd.backward(terms.sum() + (0.0 if position else self._regularizer(mean, progress)))
-            rows = (torch.zeros_like(p) if p.grad is None else p.grad for p in learned)
-            return torch.cat([terms.detach().float(), *(row.reshape(-1).float() for row in rows)])
+            return terms
 
-        total = together.tree_sum(len(starts), gradient, torch.empty(sum(sizes), device=self.device))
-        terms, *rows = torch.split(total, sizes)
+        terms = together.tree_gradients(learned, len(starts), terms_of, len(self.learner.points))
         if not self.patient:
             self._check(terms, self.step)
-        for p, row in zip(learned, rows, strict=True):
-            p.grad = torch.empty_like(p).copy_(row.view(p.shape))
-        if not self.patient:
             return float(terms.sum())
         self.pending.append(terms)
         return None

@@ -48,17 +48,25 @@ def builtin_studies() -> dict[str, Study]:
     return found
 
 
-def find_study(name: str) -> Study:
+def find_study(name: str, *, as_published: bool = False) -> Study:
     """A study by name.
 
+    Args:
+        name: of the study.
+        as_published: the one that repeats the paper's own start and settings instead.
+
     Raises:
-        UsageError: there is none of that name; the nearest is named.
+        UsageError: there is none of that name, and the nearest is named; or it has no such form.
     """
     of_kind("name", name, str, "the name of a study")
     known = builtin_studies()
     if name not in known:
         raise UsageError(f"There is no study '{name}'.{nearest(name, known)} All: {', '.join(known)}.")
-    return known[name]
+    found = known[name].published if as_published else known[name]
+    if found is None:
+        there = ", ".join(each.name for each in known.values() if each.published)
+        raise UsageError(f"Study '{name}' has no use for as_published=; {there} has. Leave it out.")
+    return found
 
 
 @exact_float32()
@@ -73,6 +81,7 @@ def study(
     seeds: Sequence[int] | None = None,
     samples: int | None = None,
     recipe: str | None = None,
+    as_published: bool = False,
     evaluate: Any = None,
     labels: Any = None,
     device: str = "auto",
@@ -96,6 +105,7 @@ def study(
         seeds: of all random choices; means and spreads are over these.
         samples: images to calibrate on; the most, where their number is studied.
         recipe: by name or file, for a study that can take any.
+        as_published: the paper's own start and settings, in ``search``.
         evaluate: images to measure on; every fourth of ``images``, which is not calibrated on then, if not given.
         labels: a CSV of ``file,class_index``, if the images to measure on do not carry their own.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:1``.
@@ -114,7 +124,7 @@ def study(
         UsageError: an argument, a file, or the model cannot be used; one line says why.
     """
     started = time.perf_counter()
-    chosen = find_study(name)
+    chosen = find_study(name, as_published=as_published)
     settings = chosen.settle(
         steps=steps, weights=weights, activations=activations, seeds=seeds, samples=samples, recipe=recipe
     )

@@ -69,6 +69,7 @@ class Study:
         verdict: what the figures of a result say, in sentences.
         brief: of a summary, what fits a terminal; all of it if not given.
         recipe: whose stages it runs; kept in NAME.json where the study takes steps.
+        published: the study with the paper's own start and settings in place of ours.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Study:
     verdict: Callable[[StudyResult], list[str]] | None = None
     brief: Callable[[list[Row]], list[Row]] | None = None
     recipe: str = "eptq"
+    published: Study | None = None
 
     def settle(
         self,

@@ -16,6 +16,7 @@ METRIC_AXES = {
     "mse": "relative squared error, held-out",
     "cosine": "cosine distance, held-out",
     "closed": "way to the float fitness",
+    "gain": "gain over the start, test images",
 }
 """Names of axes."""
 HEADS = {
@@ -88,6 +89,8 @@ def of_answers(result: MeasuredRows, x: str, x_name: str, *, numeric: bool = Fal
 
 def scale_of(metric: str) -> dict[str, Any]:
     """How a panel shows a metric: logarithms of distances; shares in percent, on axes that end at 0 and 1."""
+    if metric == "gain":
+        return {"shares": True}
     if metric in FRACTIONS:
         return {"shares": True, "least": 0.0, "most": 1.01}
     return {"y_log": metric in LOGARITHMIC}
@@ -147,6 +150,6 @@ def _text(key: str, value: Any) -> str:
     if not isinstance(value, dict):
         return "" if value is None else str(value)
     mean, deviation = value["mean"], value["sd"]
-    if key in FRACTIONS or key.endswith("minima"):
+    if key in FRACTIONS or key == "gain" or key.endswith("minima"):
         return f"{100 * mean:.1f} %" + (f" ± {100 * deviation:.1f}" if deviation else "")
     return f"{mean:.3g}" + (f" ± {deviation:.2g}" if deviation else "")

@@ -13,9 +13,11 @@ from torch.nn import functional
 from bitwright.errors import UsageError
 from bitwright.given.images import Images
 from bitwright.graph.blocks import Block, BlockKind, find_blocks
+from bitwright.graph.readings import Reading
 from bitwright.graph.student import Student
 from bitwright.measure.classification import class_scores
 from bitwright.measure.metrics import as_log_probabilities
+from bitwright.sensitivity.one_at_a_time import distance_of_outputs
 from bitwright.stages.base import Run
 from bitwright.stages.candidates import Batches, Fitness, FitnessMeasure
 from bitwright.stages.evolve import Evolve
@@ -78,6 +80,34 @@ class Distances(Fitness):
             return functional.cross_entropy(scores, labels, reduction="none")
         measure = next(m for m in FITNESS_MEASURES if m == name)
         return Fitness(measure, self.temperature)(student, teacher).double()
+
+
+@dataclass(frozen=True)
+class RightAndFar(Fitness):
+    """Right answers and KL from the float network of every image, [N, 2], whatever the outputs are.
+
+    Right is what the labels say where they follow the teacher's outputs, else what the float network says, as a share
+    of an image's answers.
+    """
+
+    readings: tuple[Reading, ...] = ()
+
+    def __call__(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+        """[N, 2], float64 on the CPU."""
+        outputs = list(teacher[: len(student)])
+        divergence = distance_of_outputs(list(student), outputs, self.readings)
+        if len(teacher) > len(student):
+            right = class_scores(list(student), teacher[-1]).argmax(1) == teacher[-1]
+        else:
+            right = self._same(student, outputs)
+        return torch.stack([right.double().cpu(), divergence], 1)
+
+    def _same(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+        found = [how.same(a, b) for how, a, b in zip(self.readings, teacher, student, strict=True)]
+        told = [s.double().reshape(len(s), -1).mean(1) for s in found if s is not None]
+        if not told:
+            raise UsageError("Expected outputs that say something, such as class scores, found none to compare.")
+        return torch.stack(told).mean(0)
 
 
 def measured_batches(subject: Subject, images: Images, size: int, run: Run) -> tuple[Batches, Distances]:

@@ -19,7 +19,7 @@ from bitwright.report.panels import Figure, Panel, Series, colour
 from bitwright.stages.base import Run
 from bitwright.stages.candidates import Batches, Fitness, Scales
 from bitwright.stages.evolve import Evolve, EvolveRecord
-from bitwright.studies import figures
+from bitwright.studies import figures, published
 from bitwright.studies.base import Cell, Study, StudyResult, StudySettings
 from bitwright.studies.rows import Row, apart, group
 from bitwright.studies.scales import evolved_keys
@@ -273,4 +273,5 @@ STUDY = Study(
     figure=figure,
     verdict=verdict,
     recipe="evolq",
+    published=published.PUBLISHED,
 )
