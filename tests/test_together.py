@@ -122,7 +122,7 @@ def test_training_with_labels_does_not_depend_on_the_number_of_processes(tmp_pat
 
 def test_measured_losses_are_those_of_one_process(tmp_path: Path) -> None:
     def work(folder: Path) -> list[dict[str, Any]]:
-        teacher, choices = copy.deepcopy(cases.prepared("residual")), Choices(weights=(2, 4), activations=(4,))
+        teacher, choices = cases.prepared("residual"), Choices(weights=(2, 4), activations=(4,))
         asked = teacher, cases.dataset(40), choices, Run(batch=16)
         return [predicted_losses(MeasuredLoss(), *asked, kept).to_dict() for kept in (None, folder, folder)]
 
@@ -134,7 +134,7 @@ def test_measured_losses_are_those_of_one_process(tmp_path: Path) -> None:
 
 def test_curvature_is_that_of_one_process(tmp_path: Path) -> None:
     def work() -> str:
-        teacher = copy.deepcopy(cases.prepared("residual"))
+        teacher = cases.prepared("residual")
         settings = CurvatureSettings(steps=4, spectrum_samples=8, probes=4)
         return repr(measure_curvature(teacher, cases.dataset(20), settings, Run(batch=8)))
 

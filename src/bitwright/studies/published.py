@@ -45,8 +45,8 @@ WAYS = ((SEARCHED, ON_TEST), (SEARCHED, ON_OTHERS), (SEARCHED, LABEL_FREE), (DRA
 """What made the checkpoints, and what chose one."""
 SHOWN = ("gain", "top1", "agreement", "kl")
 LOUD = (
-    "Test images choose here, as in the code of the paper, to show what that is worth: what is chosen on test images is "
-    "no accuracy."
+    "Test images choose here, as in the code of the paper, to show what that is worth: what is chosen on test images "
+    "is no accuracy."
 )
 
 
