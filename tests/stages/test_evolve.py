@@ -460,3 +460,37 @@ def test_scales_of_dead_biases_have_a_floor() -> None:
     scales.set(torch.full_like(scales.get(), 1e-30))
     least = Scales(student, [str(layer.weight)], "round").least()
     assert float(least.max()) <= 1e-30 * 1.001
+
+
+def test_of_a_brood_the_child_that_is_best_on_a_few_images_is_measured() -> None:
+    student, teacher, data = start()
+    settings = QUICK | {"passes": 1, "batch": 4}  # six batches, of which one is looked at
+    asked: list[int | None] = []
+    measure = Evaluator.race
+
+    def noted(self: Evaluator, rival: Tensor | None, error: float, batches: int | None = None) -> Tensor | None:
+        asked.append(batches)
+        return measure(self, rival, error, batches)
+
+    run = Run(seed=1, precision="float32", steps=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Evaluator, "race", noted)
+        Evolve(**settings, brood=3).run(student, teacher, data, run)
+    notes = run.records[-1].told()
+    assert asked == [1, 1, 1, None] * 2
+    assert (notes["steps"], notes["looked"]) == (2, 6)
+    assert notes["fitness"]["after"] <= notes["fitness"]["before"]
+
+
+def test_a_brood_of_many_finds_better_scales_in_as_many_generations() -> None:
+    ends = []
+    for brood in (1, 12):
+        fitness = [evolve(Evolve(**QUICK | {"batch": 4}, brood=brood), seed=seed)[2]["fitness"] for seed in range(3)]
+        ends.append(sum(f["after"] for f in fitness))
+    assert ends[1] < ends[0]
+
+
+@pytest.mark.parametrize("settings", [{"race": 0.0, "batch": 4}, {"batch": 8}])
+def test_without_a_race_or_with_few_batches_every_child_is_measured(settings: dict[str, Any]) -> None:
+    _, _, notes = evolve(Evolve(**QUICK | settings), steps=4)
+    assert notes["looked"] == notes["steps"] == 4
