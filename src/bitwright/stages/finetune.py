@@ -39,7 +39,7 @@ from bitwright.stages.learner import Learner, Variables
 from bitwright.stages.optimizers import OptimizedPart, optimizers_of
 from bitwright.stages.resume import KeptState, Pace
 from bitwright.stages.schedules import Learn
-from bitwright.stages.tuning import PART
+from bitwright.stages.tuning import SHARED_PART
 
 Phase = Literal["self-study", "co-study", "tutoring"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -241,7 +241,7 @@ class Lesson:
         if not together.is_shared():
             return self._part(indices, phase, 1.0)
         used = [*self.parts, *([self.teaching] if self.teaching and phase == "co-study" else [])]
-        parts = torch.split(indices, PART)
+        parts = torch.split(indices, SHARED_PART)
 
         def loss(position: int) -> Tensor:
             part = parts[position]

@@ -24,7 +24,7 @@ from bitwright.stages.schedules import Anneal, Dampen
 
 PLACED = 64
 """Samples that are copied to a GPU together."""
-PART = 8
+SHARED_PART = 8
 """Samples whose gradients one process computes together, where several share a batch."""
 FEW = 4
 """Samples in a pass from which on more make it little faster."""
@@ -433,7 +433,7 @@ class Tuner:
         fitting = max(1, min(self.batch, max(budget // each, min(FEW, 3 * budget // each))))
         self.at_once = math.ceil(self.batch / math.ceil(self.batch / fitting))
         if together.is_shared():
-            self.at_once = min(self.at_once, PART)
+            self.at_once = min(self.at_once, SHARED_PART)
 
     def _held(self, count: int) -> int:
         """Bytes of activations, and at each point of a target and of a difference, or a gradient, from it."""

@@ -36,13 +36,15 @@ from bitwright.studies.fqvit import SOFTMAX_GRIDS, SoftmaxGrid, fq_vit
 from bitwright.studies.landscape import absolute_radius
 from bitwright.studies.rows import Row, group
 from bitwright.studies.scales import RightAndFar
-from bitwright.studies.subject import BATCH, Subject
+from bitwright.studies.subject import Subject
 from bitwright.studies.variants import BEFORE
 
 SEARCHED, DRAWN = "evolution", "random scales"
 ON_TEST, ON_OTHERS, LABEL_FREE = "chosen on test images", "chosen on other test images", "label-free"
 WAYS = ((SEARCHED, ON_TEST), (SEARCHED, ON_OTHERS), (SEARCHED, LABEL_FREE), (DRAWN, ON_TEST), (DRAWN, ON_OTHERS))
 """What made the checkpoints, and what chose one."""
+TOGETHER = 50
+"""Test images that pass the network at once."""
 SHOWN = ("gain", "top1", "agreement", "kl")
 LOUD = (
     "Test images choose here, as in the code of the paper, to show what that is worth: what is chosen on test images "
@@ -69,7 +71,7 @@ class _Bench:
         """Test images, and what is told of them."""
         subject, held_out = self.subject, self.subject.held_out
         run = Run(seed=0, device=subject.device)
-        batches = Batches(subject.teacher, held_out.unlabelled(), BATCH, run, "Teacher's outputs")
+        batches = Batches(subject.teacher, held_out.unlabelled(), TOGETHER, run, "Teacher's outputs")
         first = held_out.batch([0]).to(subject.device)
         answers = RightAndFar(readings=tuple(read_outputs(subject.teacher.graph, first, subject.teacher.outputs)))
         if held_out.labels is not None:
