@@ -172,6 +172,25 @@ def test_a_process_that_fails_ends_the_others_within_seconds(tmp_path: Path) -> 
     assert time.monotonic() - started < 20
 
 
+def test_the_signal_of_torchrun_is_told_as_a_process_that_has_gone() -> None:
+    def killed() -> None:
+        with together._told_to_end():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(together.LostError, match="found one gone"):
+            killed()
+        os.kill(os.getpid(), signal.SIGTERM)  # while it says so
+        signal.signal(signal.SIGTERM, before)
+        with together._told_to_end():
+            pass
+        assert signal.getsignal(signal.SIGTERM) is before
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_other_numbers_are_found_out(tmp_path: Path) -> None:
     found = in_processes(2, tmp_path, lambda: together.check_same(f"digest {together.rank()}"))
     assert all("The processes computed different numbers" in each for each in found)

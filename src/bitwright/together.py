@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -83,7 +85,8 @@ def shared_job() -> Iterator[None]:
         _begin()
     _inside.append(True)
     try:
-        yield
+        with _told_to_end() if own else contextlib.nullcontext():
+            yield
     except LostError:
         raise
     except BaseException:  # before the others find out that this one has gone
@@ -95,6 +98,29 @@ def shared_job() -> Iterator[None]:
         if own:
             with contextlib.suppress(RuntimeError):
                 group.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _told_to_end() -> Iterator[None]:
+    """Inside, the signal by which ``torchrun`` ends those that are left is an error like any other.
+
+    After an error the signal is ignored, so that the process comes to say why it ends.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ended(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise _lost()
+
+    before = signal.signal(signal.SIGTERM, ended)
+    try:
+        yield
+    except BaseException:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise
+    signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -139,10 +165,14 @@ def _talking() -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise LostError(
-            f"Expected {processes()} processes until the end, found one gone or silent. Repeat the command with "
-            "--resume: what was done is kept."
-        ) from error
+        raise _lost() from error
+
+
+def _lost() -> LostError:
+    return LostError(
+        f"Expected {processes()} processes until the end, found one gone or silent. Repeat the command with "
+        "--resume: what was done is kept."
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- exchange
