@@ -462,35 +462,28 @@ def test_scales_of_dead_biases_have_a_floor() -> None:
     assert float(least.max()) <= 1e-30 * 1.001
 
 
-def test_of_a_brood_the_child_that_is_best_on_a_few_images_is_measured() -> None:
+def test_a_child_that_is_not_better_on_the_first_images_leaves_after_them() -> None:
     student, teacher, data = start()
-    settings = QUICK | {"passes": 1, "batch": 4}  # six batches, of which one is looked at
-    asked: list[int | None] = []
-    measure = Evaluator.race
+    settings = QUICK | {"passes": 2, "batch": 4}  # six batches, of which one is looked at
+    run = Run(seed=1, precision="float32")
+    measured: list[int] = []
+    measure = Fitness.__call__
 
-    def noted(self: Evaluator, rival: Tensor | None, error: float, batches: int | None = None) -> Tensor | None:
-        asked.append(batches)
-        return measure(self, rival, error, batches)
+    def noted(self: Fitness, *given: Any) -> Tensor:
+        measured.append(1)
+        return measure(self, *given)
 
-    run = Run(seed=1, precision="float32", steps=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Evaluator, "race", noted)
-        Evolve(**settings, brood=3).run(student, teacher, data, run)
+        patch.setattr(Fitness, "__call__", noted)
+        Evolve(**settings).run(student, teacher, data, run)
     notes = run.records[-1].told()
-    assert asked == [1, 1, 1, None] * 2
-    assert (notes["steps"], notes["looked"]) == (2, 6)
+    assert 0 < notes["left_early"] < notes["steps"]
+    before = 2 * 6  # the float network's own, and the start's
+    assert len(measured) == before + notes["left_early"] + 6 * (notes["steps"] - notes["left_early"])
     assert notes["fitness"]["after"] <= notes["fitness"]["before"]
 
 
-def test_a_brood_of_many_finds_better_scales_in_as_many_generations() -> None:
-    ends = []
-    for brood in (1, 12):
-        fitness = [evolve(Evolve(**QUICK | {"batch": 4}, brood=brood), seed=seed)[2]["fitness"] for seed in range(3)]
-        ends.append(sum(f["after"] for f in fitness))
-    assert ends[1] < ends[0]
-
-
-@pytest.mark.parametrize("settings", [{"race": 0.0, "batch": 4}, {"batch": 8}])
-def test_without_a_race_or_with_few_batches_every_child_is_measured(settings: dict[str, Any]) -> None:
-    _, _, notes = evolve(Evolve(**QUICK | settings), steps=4)
-    assert notes["looked"] == notes["steps"] == 4
+@pytest.mark.parametrize("settings", [{"race": 0.0, "batch": 4}, {"look": 0.0, "batch": 4}, {"batch": 8}])
+def test_nobody_leaves_at_first_sight_without_a_look(settings: dict[str, Any]) -> None:
+    _, _, notes = evolve(Evolve(**QUICK | settings))
+    assert notes["left_early"] == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,6 +26,9 @@ from bitwright.stages.population import losing
 
 Meaning = Literal["round", "keep"]
 FitnessMeasure = Literal["infonce", "mse", "cosine", "kl"]
+
+FEWEST_BATCHES = 5
+"""With fewer, one batch is too large a part for a first look."""
 
 
 class Scales:
@@ -216,18 +220,21 @@ class Evaluator:
         assert found is not None
         return found
 
-    def race(self, rival: Tensor | None, error: float, batches: int | None = None) -> Tensor | None:
+    def race(self, rival: Tensor | None, error: float, batches: int | None = None, look: float = 0.0) -> Tensor | None:
         """The losses [N] of the network as it is now; None once it is seen to lose against the rival's [N].
 
         Args:
             rival: None does not race.
             error: probability of leaving a race that would have been won.
             batches: how many are run; all if not given.
+            look: share of the images after which it must be better than the rival; not asked if 0, or in a race
+                without error or of fewer than :data:`FEWEST_BATCHES`.
         """
         region = self.regions[self.at]
         moved = segments.values(self.student.graph, region.moved)
         found: list[Tensor] = []
         done, looks = 0, max(1, len(self.batches.parts) - 1)
+        asked = math.ceil(look * len(self.batches.parts)) if len(self.batches.parts) >= FEWEST_BATCHES else 0
 
         def loss(i: int) -> Tensor:
             before = self._values(i)
@@ -241,11 +248,12 @@ class Evaluator:
                 for each in self.batches.each(loss, start, min(start + together.processes(), count)):
                     found.append(each)
                     done += len(each)
-                    if (
-                        rival is not None
-                        and error
-                        and losing(torch.cat(found) - rival[:done], len(rival), error / looks)
-                    ):
+                    if rival is None or not error:
+                        continue
+                    differences = torch.cat(found) - rival[:done]
+                    if len(found) == asked and float(differences.mean()) >= 0:
+                        return None
+                    if losing(differences, len(rival), error / looks):
                         return None
         return torch.cat(found)
 

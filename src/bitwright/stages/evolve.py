@@ -1,9 +1,8 @@
 """Searches scales by evolution, block by block, where the loss is too jagged for gradients.
 
 Evol-Q (arXiv:2308.10814). A visit of a block mutates the scales of its layers a few times; what lies before the block
-is computed once, of several children only the one that is best on a few images is measured on all, and it leaves the
-race once it is seen to lose. The story of a run is
-:meth:`Evolve.run`; the search itself is in `population`, scales and their fitness in `candidates`.
+is computed once, and a child that is not better on the first images, or is seen to lose later, leaves the race. The
+story of a run is :meth:`Evolve.run`; the search itself is in `population`, scales and their fitness in `candidates`.
 """
 
 from __future__ import annotations
@@ -44,10 +43,6 @@ WORTH_IT = 1.3
 SHORT = 1.0
 """Seconds of that measurement in float32 below which nothing else is tried: two runs of one seed then do the same."""
 NOTHING = "There is nothing to evolve: no block has a quantized scale of the kind asked for."
-LOOK = 0.1
-"""Share of the images on which the children of a brood are compared, at least a batch of them."""
-FEWEST_BATCHES = 5
-"""With fewer a batch is too large a part for comparing a brood on it."""
 RANKED, RANKED_BATCHES = 6, 2
 """Children, and batches of images, by which bfloat16 must rank as float32 does."""
 
@@ -69,9 +64,7 @@ class EvolveRecord(StageRecord):
 
     kind: str = "evolve"
     steps: int
-    """Children that were measured."""
-    looked: int = 0
-    """Children altogether, of which the best of each brood was measured."""
+    """Children."""
     passes: float
     fitness: FitnessRecord
     images: int
@@ -94,7 +87,7 @@ class Evolve(Optimising):
     """Evolution of quantization scales.
 
     ``blocks`` are kinds that ``bitwright inspect --blocks`` shows; ``auto`` takes attention where there is any and all
-    blocks elsewhere. A budget of steps counts children that are measured, and passes go on until it is used up.
+    blocks elsewhere. A budget of steps counts children, and passes go on until it is used up.
     """
 
     kind: ClassVar[str] = "evolve"
@@ -117,9 +110,9 @@ class Evolve(Optimising):
     """Share of the images that are kept out of the search; the pass that is best on them is the result."""
     race: float = Field(default=1e-3, ge=0, lt=1)
     """Probability that a child which would have been taken leaves early; 0 measures every child on all images."""
-    brood: int = Field(default=4, ge=1)
-    """Children that are compared on a tenth of the images, of which the best is measured. 1 measures every child, as
-    does ``race`` 0, and a search with fewer than five batches."""
+    look: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the images after which a child leaves that is not better than the member it has to beat; 0 leaves the
+    look out, as do ``race`` 0 and a search with fewer than five batches."""
     share: float = Field(default=0.3, gt=0)
 
     def run(self, student: Student, teacher: Captured, images: Images, run: Run) -> Student:
@@ -204,7 +197,6 @@ class _Search:
     run: Run
     visits: int = 0
     children: int = 0
-    looked: int = 0
     dropped: int = 0
     better: int = 0
     seconds: float = 0.0
@@ -311,7 +303,6 @@ class _Search:
             before=before,
             after=end,
             steps=self.children,
-            looked=self.looked,
             passes=self.visits / len(self.searched),
             fitness=fitness,
             images=len(self.losses),
@@ -322,7 +313,7 @@ class _Search:
             moved=float((moved != 1).double().mean()),
             mean_change=float((moved - 1).abs().mean()),
             blocks=[s.block.name for s in self.searched],
-            seconds_per_child=round(seconds / max(1, self.looked), 5),
+            seconds_per_child=round(seconds / max(1, self.children), 5),
             curve=self.curve,
         )
 
@@ -341,9 +332,11 @@ class _Search:
         for cycle in range(CYCLES):
             if self._over():
                 break
-            child = self._best_of_brood(position, population, least, generator)
+            parent = population.parent(TOURNAMENT, generator)
+            origin = parent.scales if stage.search == "evolution" else self.starts[position]
+            child = stage.mutation.child(origin, least, generator)
             searched.scales.set(child)
-            found = evaluator.race(population.worst.losses, stage.race)
+            found = evaluator.race(population.worst.losses, stage.race, None, stage.look)
             self.children += 1
             if found is None:
                 self.dropped += 1
@@ -352,26 +345,6 @@ class _Search:
             self._progress(population.best.fitness)
         searched.scales.set(population.best.scales)
         self.losses = population.best.losses
-
-    def _best_of_brood(
-        self, position: int, population: Population, least: Tensor, generator: torch.Generator
-    ) -> Tensor:
-        """Scales of a new child, [D]: of several the one that is best on a few images."""
-        stage, evaluator, scales = self.stage, self.evaluator, self.searched[position].scales
-        batches = len(evaluator.batches.parts)
-        children = []
-        for _ in range(stage.brood if stage.race and batches >= FEWEST_BATCHES else 1):
-            parent = population.parent(TOURNAMENT, generator)
-            origin = parent.scales if stage.search == "evolution" else self.starts[position]
-            children.append(stage.mutation.child(origin, least, generator))
-        self.looked += len(children)
-        if len(children) == 1:
-            return children[0]
-        found = []
-        for child in children:
-            scales.set(child)
-            found.append(_mean(evaluator.losses(math.ceil(LOOK * batches))))
-        return children[min(range(len(found)), key=lambda i: (not math.isfinite(found[i]), found[i]))]
 
     def _judge(self) -> None:
         """Measures held-out images after a pass, and keeps its scales if it is the best so far."""
@@ -425,7 +398,7 @@ class _Search:
                 searched.scales.set(kept[f"scales.{i}"])
             self.best[i] = kept[f"best.{i}"]
         self.losses, self.first = kept["losses"], kept["first"]
-        for name in ("visits", "children", "looked", "dropped", "better", "seconds", "hidden", "precision"):
+        for name in ("visits", "children", "dropped", "better", "seconds", "hidden", "precision"):
             setattr(self, name, state[name])
         self.curve = [(int(n), float(f)) for n, f in state["curve"]]
         return True
@@ -443,7 +416,7 @@ class _Search:
         tensors = {"losses": self.losses, "first": self.first}
         for i, searched in enumerate(self.searched):
             tensors |= {f"scales.{i}": searched.scales.get(), f"best.{i}": self.best[i]}
-        names = ("visits", "children", "looked", "dropped", "better", "hidden", "curve", "precision")
+        names = ("visits", "children", "dropped", "better", "hidden", "curve", "precision")
         state = {n: getattr(self, n) for n in names}
         state["seconds"] = self._elapsed()
         header = {"identity": self._identity, "state": json.dumps(state)}
