@@ -101,7 +101,8 @@ def quantize(
         max_bops: limit of multiply-accumulates of one image times bits of both operands; beside others or alone.
         max_latency: limit of milliseconds per image, which also plans the bits.
         max_drop: share of answers that may differ from the float network's, instead of a size: the smallest network
-            that keeps it, as estimated on half of the images.
+            that keeps it, as estimated on half of the images. A goal of :meth:`Goal.parse` with ``task=`` or
+            ``metric=`` limits how much a figure drops.
         measure: of ``bitwright.sensitivity.MEASURES``: what predicts the losses that a plan minimises.
         cache: folder where those are kept, so that the next plan takes seconds.
         samples: how many images to use, evenly spread; if not given, 512 at most, and for ``qkd`` all.
@@ -153,6 +154,7 @@ def quantize(
             images, network, samples, skip_unreadable, labelled=method.reads_labels, input_key=input_key
         )
         network = sized_by(network, given)
+        goal = goal and goal.beside(network.decode)
         data = given.unlabelled()
         with run.timed("capture"):
             teacher = prepare_teacher(network, data, output)
@@ -273,8 +275,10 @@ def preview(
             if isinstance(images, Images)
             else load_images(images, network.preprocessing, inputs=input_names(network.module), most=2)
         )
+        data = network.completed(data)
         return insert_as(prepare_teacher(network, data, output), scheme, _as_plan(plan, scheme))
     data = calibration_images(images, network, samples, skip_unreadable)
+    goal = goal.beside(network.decode)
     teacher = prepare_teacher(network, data, output)
     run = Run(seed=seed, device=find_device(device), progress=progress)
     decided, scheme = plan_within(goal, teacher, scheme, data, find_recipe(recipe), run, cache=cache)

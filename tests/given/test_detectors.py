@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import bitwright as bw
-from bitwright.errors import DataError, ModelError, UsageError
+from bitwright.errors import DataError, UsageError
 from bitwright.given.compat import import_torchvision
 from bitwright.given.detectors import DetectorBody, TorchvisionDecode, classes_of, is_detector
 from bitwright.given.models import decoder_beside, load_model
@@ -114,11 +114,6 @@ def by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny detectors under torchvision's names, with its default number of classes."""
 
     def get_model(name: str, num_classes: int = 91, **_: Any) -> nn.Module:
-        if name.startswith("fasterrcnn"):
-            parts = {part: nn.Identity() for part in ("transform", "backbone", "rpn", "roi_heads")}
-            made = nn.Module()
-            made.__dict__["_modules"].update(parts)
-            return made
         return detector(name.split("_", maxsplit=1)[0].removesuffix("300").removesuffix("lite320"), num_classes)
 
     monkeypatch.setattr(torchvision.models, "get_model", get_model)
@@ -152,12 +147,6 @@ def test_sizes_and_shapes_of_a_detectors_own_transform(by_name: None) -> None:
     assert isinstance(free, Preprocessing)
     assert (fixed.input_size, fixed.crop_mode, fixed.interpolation) == ((3, 32, 64), "squash", "bilinear")
     assert (free.input_size, free.crop_mode) == ((3, 32, 32), "border")
-
-
-@pytest.mark.filterwarnings("ignore:.*random weights")
-def test_two_stages_are_refused_in_one_line(by_name: None) -> None:
-    with pytest.raises(ModelError, match=r"one stage, found Module, whose box head reads regions .* rpn and roi_heads"):
-        load_model("torchvision:fasterrcnn_resnet50_fpn")
 
 
 def test_what_is_no_detector() -> None:

@@ -342,6 +342,53 @@ def test_each_tensor_has_its_own_quantizer_without_shared_concats(name: str) -> 
     assert len({str(n.target) for n in nodes}) == len(nodes)
 
 
+class JoinedHeads(nn.Module):
+    """Boxes and scores of two levels in one tensor, as YOLO files have it; decoded there if asked for."""
+
+    def __init__(self, *, decodes: bool, reads: bool = False) -> None:
+        super().__init__()
+        self.near, self.far = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, stride=2, padding=1)
+        self.boxes, self.scores = (nn.ModuleList(nn.Conv2d(8, n, 1) for _ in range(2)) for n in (4, 5))
+        self.last = nn.Linear(9, 2) if reads else nn.Identity()
+        self.decodes = decodes
+
+    def forward(self, x: Tensor) -> Tensor:
+        near = self.near(x).relu()
+        levels = zip(self.boxes, self.scores, (near, self.far(near).relu()), strict=True)
+        each = [torch.cat([box(f), score(f).sigmoid()], 1).flatten(2) for box, score, f in levels]
+        found: Tensor = torch.cat(each, 2).permute(0, 2, 1)
+        if self.decodes:
+            found = torch.cat([found[..., :2] * 8, found[..., 2:4].exp() * 8, found[..., 4:]], -1)
+        return self.last(found)
+
+
+def heads(runtime: str, scheme: Scheme | None = None, *, decodes: bool = False, reads: bool = False) -> Student:
+    network = JoinedHeads(decodes=decodes, reads=reads).eval()
+    return insert_quantizers(prepare(capture(network, images(2))), scheme or Scheme(runtime=runtime))
+
+
+@pytest.mark.parametrize("decodes", [False, True])
+@pytest.mark.parametrize("runtime", TARGETS)
+def test_boxes_and_scores_that_are_joined_share_no_grid(runtime: str, decodes: bool) -> None:
+    made = heads(runtime, decodes=decodes)
+    ends = ("boxes.0", "sigmoid", "boxes.1", "sigmoid_1")
+    assert len({quantizer_after(made, name) for name in ends} - {None}) == 4
+    listed = {u.name: u.reason for u in made.unquantized}
+    assert "share no grid" in listed["cat"]
+    assert "share no grid" in listed["cat_1"]
+    assert {"mul", "exp", "mul_1"} <= listed.keys() or not decodes
+    assert "output of the network" in listed["cat_3" if decodes else "cat_2"]
+
+
+def test_what_a_layer_reads_or_a_rule_names_has_a_grid_all_the_same() -> None:
+    assert quantizer_after(heads("generic", reads=True), "cat") == quantizer_after(
+        heads("generic", reads=True), "sigmoid"
+    )
+    named = heads("generic", Scheme(rules=(Rule.parse("cat=a16"),)))
+    assert named.quantizer(str(quantizer_after(named, "cat"))).grid.bits == 16
+    assert quantizer_after(named, "cat_1") is None
+
+
 def test_outputs_stay_float_unless_asked() -> None:
     network = Outputs(tuple).eval()
     teacher = prepare(capture(network, images(2)))

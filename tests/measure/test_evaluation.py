@@ -15,6 +15,7 @@ import bitwright as bw
 from bitwright.cli import tables
 from bitwright.cli.evaluate import parse_classes
 from bitwright.errors import DataError, UsageError
+from bitwright.given.images import load_images
 from bitwright.measure.evaluation import compare
 from bitwright.run.result import RunResult
 
@@ -188,6 +189,29 @@ def test_masks_of_another_size_or_kind_are_not_left_out_in_silence(
         assert model.evaluate(zip([images], [masks.float()], strict=True))["quantized"] == {}
     with pytest.raises(DataError, match="Expected masks of classes below 4, or 255"):
         model.evaluate((images, masks.clamp_max(9)))
+
+
+@pytest.mark.parametrize(
+    ("labels", "why"), [([0, 1, -1, 2], "1 of 4 is below 0"), ([0, None, None, 2], "2 of 4 are None")]
+)
+def test_labels_that_are_missing_in_part_are_said_to_be(labels: list[Any], why: str) -> None:
+    images = torch.zeros(4, 3, 2, 2)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).eval()
+    model = bw.quantize(net, torch.randn(4, 3, 2, 2), "rtn")
+    given = ((image, label) for image, label in zip(images, labels, strict=True))
+    with pytest.warns(UserWarning, match=rf"\({why}\) that came with the images are not used"):
+        model.evaluate(given)
+    with pytest.raises(DataError, match=r"below 3, the number of the network's classes, found 7\. Number them from 0"):
+        model.evaluate(images, [0, 1, 7, 2])
+
+
+def test_what_a_file_of_chosen_boxes_gives_is_no_score_of_classes() -> None:
+    images = load_images(torch.zeros(4, 3, 2, 2), None).labelled([0, 1, 2, 0])
+    for output in (torch.zeros(9, 7), torch.zeros(4, 3, dtype=torch.int64)):
+        with pytest.raises(
+            DataError, match=r"Expected scores of classes for each image .* what suppresses boxes gives"
+        ):
+            compare(lambda _, o=output: [o], None, images)
 
 
 def test_calibration_says_nothing_of_masks(dense: tuple[bw.QuantizedModel, Tensor, Tensor]) -> None:

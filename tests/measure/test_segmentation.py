@@ -252,9 +252,26 @@ def test_outputs_without_pixels_are_said(photos: Path) -> None:
         run(given(photos), halves(), Scoring("classification"))
 
 
-def test_a_mask_of_0_and_255_is_doubted() -> None:
-    found = run(images_of([[[0, 255], [0, 255]]]), scores([[[0, 1], [0, 1]]], 2))
-    assert "Class 0 alone is in the masks" in found["evaluation"]["notes"][1]
+def test_in_masks_of_0_and_255_alone_255_is_the_foreground(photos: Path) -> None:
+    masks, answers = [[[0, 255], [0, 255]]], scores([[[0, 1], [0, 0]]], 2)
+    with pytest.warns(UserWarning, match="masks given hold 0 and 255 alone: 255 is taken for class 1"):
+        found = run(images_of(masks), answers)
+    assert found["quantized"]["miou"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+    plain = load_images(torch.zeros(1, 3, 2, 2), None)
+    said = run(labelled(plain, torch.as_tensor(masks), {0: 0, 255: None}), answers)
+    assert said["quantized"]["miou"] == 1
+    for i in range(3):
+        save((np.arange(24) < 12) * np.full((16, 1), 255), photos / "masks" / f"{i}.png")
+    with pytest.warns(UserWarning, match="/masks hold 0 and 255 alone"):
+        assert run(given(photos, class_map=None), halves())["quantized"]["miou"] == 1
+
+
+def test_255_beside_other_classes_or_alone_does_not_count() -> None:
+    assert run(images_of([[[1, 255], [0, 255]]]), scores([[[1, 1], [0, 0]]], 2))["quantized"]["miou"] == 1
+    assert (
+        "No pixel"
+        in run(images_of([[[255, 255], [255, 255]]]), scores([[[1, 1], [0, 0]]], 2))["evaluation"]["notes"][0]
+    )
 
 
 def test_the_reading_of_the_graph_decides() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
 
 from bitwright.errors import UsageError
 from bitwright.given.arguments import of_kind
 from bitwright.quant.scheme import Bits, parse_activation_bits, parse_weight_bits
 from bitwright.words import parse_count, parse_latency, parse_ratio, parse_share, parse_size
+
+if TYPE_CHECKING:
+    from bitwright.measure.tasks import Scoring
 
 WEIGHTS = (2, 3, 4, 5, 6, 8)
 ACTIVATIONS = (8,)
@@ -58,18 +61,38 @@ class Goal:
     max_total_size: float | None = None
     """Bytes of file and activations together."""
     max_drop: float | None = None
-    """Share of answers that may change; the smallest network that keeps it is looked for."""
+    """Share of answers that may change, or of a task's figure that may be lost; the smallest network that keeps it is
+    looked for."""
     weights: tuple[int, ...] = WEIGHTS
     activations: tuple[int, ...] = ACTIVATIONS
     """Empty: float."""
     measure: str = MEASURE
     """Name out of :data:`bitwright.sensitivity.MEASURES` of what predicts the losses."""
+    scored: Scoring | None = field(default=None, repr=False)
+    """The task or metric whose figure may drop by ``max_drop``; answers are counted without one."""
 
     @classmethod
     def parse(
-        cls, *, weights: Any = "auto", activations: Any = ACTIVATIONS, measure: str = MEASURE, **limits: Any
+        cls,
+        *,
+        weights: Any = "auto",
+        activations: Any = ACTIVATIONS,
+        measure: str = MEASURE,
+        task: Any = None,
+        metric: Any = None,
+        decode: Any = None,
+        **limits: Any,
     ) -> Goal:
         """From what a user says: sizes and numbers with their units, bits as text, numbers or sequences.
+
+        Args:
+            weights: bits to choose among.
+            activations: the same of activations.
+            measure: what predicts losses.
+            task: whose figure may drop by ``max_drop=``, with the float network's own answers as truth.
+            metric: the same for a function of outputs and these answers; it must grow with likeness.
+            decode: turns outputs into boxes or maps for either.
+            limits: by their names.
 
         Raises:
             UsageError: a limit cannot be read, two of them contradict each other, or bits do not exist.
@@ -87,7 +110,12 @@ class Goal:
             weights=WEIGHTS if weights == "auto" else several(weights, parse_weight_bits, "weights", floats=False),
             activations=several(activations, parse_activation_bits, "activations"),
             measure=measure,
+            scored=_scored(task, metric, decode, "max_drop" in given),
         )
+
+    def beside(self, decode: Any) -> Goal:
+        """The same with the decoding function that a network brings."""
+        return self if self.scored is None else replace(self, scored=replace(self.scored, beside=decode))
 
     @property
     def asked(self) -> dict[str, float]:
@@ -112,7 +140,21 @@ class Goal:
 
     def to_dict(self) -> dict[str, Any]:
         """As a result keeps it."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "scored"}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in named.items() if v is not None}
+
+
+def _scored(task: str | None, metric: Any, decode: Any, drop: bool) -> Scoring | None:
+    """What a figure is measured with, where one is wanted."""
+    if task is None and metric is None:
+        return None
+    from bitwright.measure.tasks import Scoring
+
+    if not drop:
+        raise UsageError("Expected max_drop= beside task= or metric= of a goal, found none.")
+    made = Scoring(task, metric, decode)
+    made.check()
+    return made
 
 
 def several(given: Any, parse: Callable[[Any], Bits], what: str, *, floats: bool = True) -> tuple[int, ...]:

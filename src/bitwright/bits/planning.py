@@ -429,12 +429,14 @@ def decide(
     if goal.max_drop is None:
         found = planned(teacher, scheme, images, goal, method, run, points=SHOWN, latency=latency, folder=kept)
         return Decision(found)
-    trials.check_countable(teacher, images, goal.max_drop)
+    if goal.scored is None:
+        trials.check_countable(teacher, images, goal.max_drop)
     fit, _ = trials.halves(images)
     found = planned(teacher, scheme, fit, goal, method, run, latency=latency, folder=kept)
     place_on(teacher.graph, run.device)
     base = open_scheme(scheme, goal)
-    plan, estimate = trials.smallest(teacher, found.curve, base, method, images, goal.max_drop, run, state)
+    limit, scored = goal.max_drop, goal.scored
+    plan, estimate = trials.smallest(teacher, found.curve, base, method, images, limit, run, state, scored)
     return Decision(replace(found, plan=plan), estimate)
 
 

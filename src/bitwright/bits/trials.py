@@ -21,7 +21,11 @@ from bitwright.errors import UsageError
 from bitwright.given.images import Images
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.capture import Captured
+from bitwright.graph.student import Student
+from bitwright.measure.following import Follower
 from bitwright.measure.metrics import Fidelity, wilson_interval
+from bitwright.measure.shown import named_figures
+from bitwright.measure.tasks import Scoring
 from bitwright.pipeline import run_stages, tensor_digest
 from bitwright.progress import silent
 from bitwright.quant.scheme import Scheme
@@ -127,7 +131,8 @@ class Estimate:
     """What is expected of a plan's answers.
 
     Attributes:
-        agreement: share of held-out images whose answer stays the float network's.
+        agreement: share of held-out images whose answer stays the float network's; or share of a task's figure that
+            is kept, where the float network's answers stand for the truth.
         interval: the 95 % interval of it.
         drop: share of answers that may change.
         images: how many were held out.
@@ -135,6 +140,7 @@ class Estimate:
         stages: of the recipe, that made the trials.
         monotone: whether larger plans agreed at least as well.
         trials: every plan that was tried, the smallest first.
+        figure: key of the task's figure; None where answers were counted.
     """
 
     agreement: float
@@ -145,6 +151,7 @@ class Estimate:
     stages: list[str]
     monotone: bool
     trials: list[Trial]
+    figure: str | None = None
 
 
 def smallest(
@@ -156,6 +163,7 @@ def smallest(
     drop: float,
     run: Run,
     state: Path | None = None,
+    scored: Scoring | None = None,
 ) -> tuple[Plan, Estimate]:
     """The smallest plan of a curve whose network agrees with the float one on at least ``1 - drop`` of images.
 
@@ -168,58 +176,80 @@ def smallest(
         drop: share of answers that may change.
         run: seed, device, progress.
         state: folder where trials are kept, to go on from.
+        scored: the task or metric whose figure may drop, instead of answers.
 
     Raises:
         UsageError: even the largest plan changes more answers.
     """
     fit, held_out = halves(images)
     quick = method.model_copy(update={"stages": tuple(s for s in method.stages if not isinstance(s, Optimising))})
-    identity = f"{[p.model_dump_json() for p in curve]} {scheme} {quick} {run.seed} {images.sha256}"
+    identity = f"2 {[p.model_dump_json() for p in curve]} {scheme} {quick} {run.seed} {images.sha256}"
+    follower = None if scored is None else Follower.of(teacher, held_out, scored)
+    identity += "" if follower is None else f" {follower.key} {follower.best}"
     kept = _Kept(state, sha256(f"{identity} {tensor_digest(teacher.graph)}".encode()).hexdigest())
     most = len(curve).bit_length() + 1
 
     def agreement(index: int) -> float:
         if index not in kept.found:
             run.progress("Trying plans on held-out images", len(kept.found), max(most, len(kept.found) + 1))
-            kept.add(index, _agreement(teacher, curve[index], scheme, quick, fit, held_out, run))
+            given = (teacher, curve[index], scheme, quick, fit)
+            if follower is None:
+                found = _agreement(*given, held_out, run)
+                kept.add(index, found, _interval(found, held_out))
+            else:
+                kept.add(index, *follower.share(_tried(*given, run)[0]))
         return kept.found[index]
 
     search = first_that_holds(len(curve), agreement, 1 - drop)
     run.progress("Trying plans on held-out images", len(search.tried), len(search.tried))
     if search.index is None:
-        raise _out_of_reach(drop, curve[-1], search.tried[len(curve) - 1], held_out)
-    found = search.tried[search.index]
+        last, named = len(curve) - 1, None if follower is None else named_figures(follower.key)
+        raise _out_of_reach(drop, curve[-1], search.tried[last], kept.intervals[last], held_out, named)
     return curve[search.index], Estimate(
-        agreement=found,
-        interval=_interval(found, held_out),
+        agreement=search.tried[search.index],
+        interval=kept.intervals[search.index],
         drop=drop,
         images=len(held_out),
         calibrated_on=len(fit),
         stages=[s.kind for s in quick.stages],
         monotone=search.monotone,
-        trials=[Trial(**_size(curve[i]), agreement=v, interval=_interval(v, held_out))
+        trials=[Trial(**_size(curve[i]), agreement=v, interval=kept.intervals[i])
                 for i, v in sorted(search.tried.items())],
+        figure=None if follower is None else follower.key,
     )  # fmt: skip
 
 
-def _out_of_reach(drop: float, largest: Plan, agreement: float, held_out: Images) -> UsageError:
-    low, high = _interval(agreement, held_out)
+def _out_of_reach(
+    drop: float, largest: Plan, agreement: float, interval: list[float], held_out: Images, figure: str | None
+) -> UsageError:
+    (low, high), size = interval, amount(_size(largest)["weight_bytes"], "B")
+    lost = f"{100 * (1 - agreement):.2f} %"
+    held = f"{len(held_out)} held-out images (95 %: {100 * (1 - high):.2f} to {100 * (1 - low):.2f})"
+    remedy = "Allow a larger max_drop=, or more bits (weights=, activations=)."
+    if figure is None:
+        return UsageError(
+            f"Expected at most {100 * drop:g} % of answers to change; the largest plan ({size}) changes {lost} of "
+            f"{held}. {remedy}"
+        )
     return UsageError(
-        f"Expected at most {100 * drop:g} % of answers to change; the largest plan "
-        f"({amount(_size(largest)['weight_bytes'], 'B')}) changes {100 * (1 - agreement):.2f} % of {len(held_out)} "
-        f"held-out images (95 %: {100 * (1 - high):.2f} to {100 * (1 - low):.2f}). Allow a larger max_drop=, or "
-        "more bits (weights=, activations=)."
+        f"Expected at most {100 * drop:g} % of {figure} to be lost; the largest plan ({size}) loses {lost} on {held}. "
+        f"{remedy}"
     )
+
+
+def _tried(teacher: Captured, plan: Plan, scheme: Scheme, quick: Recipe, fit: Images, run: Run) -> tuple[Student, Run]:
+    """A plan's network after the quick stages, and what they shared."""
+    student = insert_plan(teacher, plan, scheme)
+    student.to(run.device)
+    own = Run(seed=run.seed, device=run.device, progress=silent)
+    return run_stages(quick, student, teacher, fit, own), own
 
 
 def _agreement(
     teacher: Captured, plan: Plan, scheme: Scheme, quick: Recipe, fit: Images, held_out: Images, run: Run
 ) -> float:
     """Share of held-out images with the float network's answer, of the worst output, after the quick stages."""
-    student = insert_plan(teacher, plan, scheme)
-    student.to(run.device)
-    own = Run(seed=run.seed, device=run.device, progress=silent)
-    student = run_stages(quick, student, teacher, fit, own)
+    student, own = _tried(teacher, plan, scheme, quick, fit, run)
     readings = read_outputs(teacher.graph, held_out.batch([0]).to(run.device), teacher.outputs)
     fidelity = Fidelity(teacher.outputs, readings)
     for batch in own.batches(held_out, ""):
@@ -247,22 +277,23 @@ class _Kept:
         self.path = None if folder is None else folder / FILE
         self.identity = identity
         self.found: dict[int, float] = {}
+        self.intervals: dict[int, list[float]] = {}
         if self.path is not None and self.path.is_file():
-            self.found = _read(self.path, identity)
+            self.found, self.intervals = _read(self.path, identity)
 
-    def add(self, index: int, value: float) -> None:
-        self.found[index] = value
+    def add(self, index: int, value: float, interval: list[float]) -> None:
+        self.found[index], self.intervals[index] = value, interval
         if self.path is None or not together.is_first():
             return
-        write_checked(self.path, {"identity": self.identity, "found": self.found})
+        write_checked(self.path, {"identity": self.identity, "found": self.found, "intervals": self.intervals})
 
 
-def _read(path: Path, identity: str) -> dict[int, float]:
+def _read(path: Path, identity: str) -> tuple[dict[int, float], dict[int, list[float]]]:
     try:
         data = read_checked(path)
     except DamagedError as error:
         warnings.warn(f"{error} The trials are made again.", UserWarning, stacklevel=4)
-        return {}
+        return {}, {}
     if data["identity"] != identity:
         raise other_settings(path.parent)
-    return {int(i): value for i, value in data["found"].items()}
+    return {int(i): v for i, v in data["found"].items()}, {int(i): v for i, v in data["intervals"].items()}

@@ -94,7 +94,7 @@ class QuantizeCall(Call):
             if self.bits.plan is not None:
                 raise UsageError(f"Expected --plan or --{self.limits.given[0].replace('_', '-')}, found both.")
             weights = "auto" if self.weights is None else self.weights
-            return self.limits.goal(weights, self.bits.activations, self.measure)
+            return self.limits.goal(weights, self.bits.activations, self.measure, self.data.compared)
         for name, value in (("--weights", self.weights), ("--activations", self.bits.activations)):
             if "," in (value or ""):
                 raise UsageError(f"Several bits ({name}) are for a plan: give a limit too, such as --compression 8.")

@@ -19,22 +19,25 @@ from bitwright.cli.calls import EvaluateCall
 from bitwright.cli.options import ImageOptions
 from bitwright.cli.sources import (
     check_preprocess,
+    decoder_of,
     float_network,
     images_at,
     is_run,
-    known_settings,
     load_run,
     prepared_alike,
+    with_regions,
 )
 from bitwright.errors import BitwrightError, ModelError, UsageError, one_line
 from bitwright.given.images import Images
 from bitwright.given.inputs import prepare_teacher
-from bitwright.given.models import Model, decoder_beside, load_model, preprocessing_of
+from bitwright.given.models import Model, load_model, preprocessing_of
 from bitwright.given.preprocessing import has_channels_last
+from bitwright.given.two_stages import IMAGE_INPUT, REGION_INPUT, TwoStages
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.capture import Captured
 from bitwright.graph.readings import Reading
-from bitwright.measure.evaluation import Network, check_figures, compare, outputs_of
+from bitwright.graph.student import Student
+from bitwright.measure.evaluation import Network, Seconds, check_figures, compare, outputs_of, seconds_of
 from bitwright.measure.metrics import Evaluation
 from bitwright.measure.shown import metric_rows
 from bitwright.measure.task import Outputs
@@ -59,6 +62,8 @@ class Evaluated(NamedTuple):
     """How the outputs are read, by the reference's graph if there is one."""
     scoring: Scoring
     batch: int = BATCH
+    seconds: Seconds | None = None
+    """Of a detector of two stages."""
 
 
 def evaluate(call: EvaluateCall, terminal: Terminal) -> None:
@@ -99,6 +104,7 @@ def _scored(call: EvaluateCall, terminal: Terminal) -> tuple[str, EvaluatedImage
         scoring=subject.scoring,
         batch=subject.batch,
         progress=terminal.progress,
+        seconds=subject.seconds,
     )
     check_figures(found)
     if subject.kind == "float" and subject.reference is None:
@@ -107,7 +113,8 @@ def _scored(call: EvaluateCall, terminal: Terminal) -> tuple[str, EvaluatedImage
 
 
 def _images(call: EvaluateCall, network: Model | None) -> Images:
-    return images_at(call.images, network, call.reading, labels=call.labels, class_map=call.compared.class_map)
+    images = images_at(call.images, network, call.reading, labels=call.labels, class_map=call.compared.class_map)
+    return images if network is None else network.completed(images)
 
 
 Axes = dict[str, int | None]
@@ -140,13 +147,15 @@ def _run(call: EvaluateCall, axes: Axes) -> Evaluated:
         if call.float_model is not None or run.preprocessing is None:
             raise
         warnings.warn(f"Fidelity to the float network is not measured: {error}", stacklevel=2)
-        images = _images(call, Model(run, call.model, run.preprocessing))
-        return Evaluated("run", run.flat, None, images, outputs_of(run), call.compared.scoring)
+        scoring = _decoded(run, call.compared.scoring)
+        images = with_regions(run, _images(call, Model(run, call.model, run.preprocessing)))
+        return Evaluated("run", run.flat, None, images, outputs_of(run), scoring, seconds=seconds_of(run, None))
     images = _images(call, network)
     teacher = prepare_teacher(network, images, RunResult.read(run.result).model.output, result=run.result)
     run.attach_teacher(teacher)
     reference, readings = _reading(teacher, images, axes)
-    return Evaluated("run", run.flat, reference, images, outputs_of(run, readings), call.compared.beside(network))
+    outputs, scoring, seconds = outputs_of(run, readings), call.compared.beside(network), seconds_of(run, teacher)
+    return Evaluated("run", run.flat, reference, images, outputs, scoring, seconds=seconds)
 
 
 def _float(call: EvaluateCall, axes: Axes) -> Evaluated:
@@ -157,10 +166,12 @@ def _float(call: EvaluateCall, axes: Axes) -> Evaluated:
     own, readings = _reading(captured, images, axes)
     scoring = call.compared.beside(network)
     if call.float_model is None:
-        return Evaluated("float", own, None, images, outputs_of(captured, readings), scoring)
+        outputs, seconds = outputs_of(captured, readings), seconds_of(captured, None)
+        return Evaluated("float", own, None, images, outputs, scoring, seconds=seconds)
     other = prepare_teacher(load_model(call.float_model, **preprocessing), images, call.output)
     reference, readings = _reading(other, images, axes)
-    return Evaluated("float", own, reference, images, outputs_of(captured, readings), scoring)
+    outputs, seconds = outputs_of(captured, readings), seconds_of(captured, other)
+    return Evaluated("float", own, reference, images, outputs, scoring, seconds=seconds)
 
 
 def _reading(captured: Captured, images: Images, axes: Axes) -> tuple[Network, Sequence[Reading]]:
@@ -178,6 +189,8 @@ def _onnx(call: EvaluateCall, axes: Axes) -> Evaluated:
     session, about = _session(path), _network_beside(path)
     check_preprocess(about.settings, call.reading)
     network = _named_float(call, about)
+    if {i.name for i in session.get_inputs()} == {IMAGE_INPUT, REGION_INPUT}:
+        return _two_stages(call, session, axes, about, network)
     if len(session.get_inputs()) > 1:
         return _several(call, session, axes, about, network)
     (given,) = session.get_inputs()
@@ -212,10 +225,42 @@ def _several(call: EvaluateCall, session: Any, axes: Axes, about: RunNetwork, ne
             "floats for each."
         )
 
-    def run(x: Tensor) -> list[Tensor]:
-        return [torch.from_numpy(o) for o in session.run(None, {p.name: p.of(x).numpy() for p in images.parts})]
+    return _in_runtime(call, axes, session, _by_name(session, images), images, network, about, BATCH)
 
-    return _in_runtime(call, axes, session, run, images, network, about, BATCH)
+
+def _by_name(session: Any, images: Images) -> Network:
+    """A file of several inputs, called with the tensor that holds them."""
+    return lambda x: [torch.from_numpy(o) for o in session.run(None, {p.name: p.of(x).numpy() for p in images.parts})]
+
+
+def _two_stages(call: EvaluateCall, session: Any, axes: Axes, about: RunNetwork, network: Model | None) -> Evaluated:
+    """A detector of two stages, whose file holds both networks side by side."""
+    path = Path(call.model).expanduser()
+    given, names = {i.name: i for i in session.get_inputs()}, [o.name for o in session.get_outputs()]
+    images = _images(call, network or _file_alone(path, about, given[IMAGE_INPUT].shape, call.reading))
+    first, second = (_part_of(path, *ends) for ends in ((IMAGE_INPUT, names[:-2]), (REGION_INPUT, names[-2:])))
+    between = _of_run_beside(path, tuple(names), call.compared.scoring)[1].beside
+    if isinstance(between, TwoStages):
+        images = between.completed(images, lambda x: dict(zip(names, first(x), strict=False)))
+    if not images.parts:
+        raise UsageError(
+            f"Expected to know what runs between the two networks of {call.model}, found no run of a detector by name "
+            "beside it. Give the detector with --float."
+        )
+    found = _in_runtime(call, axes, session, _by_name(session, images), images, network, about, BATCH)
+    reference = None if network is None else seconds_of(prepare_teacher(network, images, call.output), None)
+    return found._replace(seconds=(second, None if reference is None else reference[0]))
+
+
+def _part_of(path: Path, given: str, outputs: list[str]) -> Network:
+    """What a file computes of one of its inputs."""
+    import onnx
+    import onnxruntime
+    from onnx.utils import Extractor
+
+    part = Extractor(onnx.load(path)).extract_model([given], outputs).SerializeToString()
+    session = onnxruntime.InferenceSession(part, providers=["CPUExecutionProvider"])
+    return lambda x: [torch.from_numpy(o) for o in session.run(None, {given: x.numpy()})]
 
 
 def _in_runtime(
@@ -246,8 +291,12 @@ def _of_run_beside(path: Path, names: tuple[str, ...], scoring: Scoring) -> tupl
     run = run_folder.load(path.parent)
     if run.outputs != names:
         return Outputs(names), scoring
-    about = RunResult.read(run.result).model
-    return outputs_of(run), replace(scoring, beside=decoder_beside(about.reference, known_settings(about.settings)))
+    return outputs_of(run), _decoded(run, scoring)
+
+
+def _decoded(run: Student, scoring: Scoring) -> Scoring:
+    """What decodes the outputs of a run whose float network is not asked for."""
+    return replace(scoring, beside=decoder_of(run))
 
 
 def _session(path: Path) -> Any:

@@ -12,7 +12,7 @@ from bitwright import words
 from bitwright.cli import tables
 from bitwright.cli.calls import ExportCall
 from bitwright.cli.options import ImageOptions
-from bitwright.cli.sources import float_network, images_at, load_run
+from bitwright.cli.sources import float_network, images_at, load_run, with_regions
 from bitwright.errors import BitwrightError, UsageError, quiet_libraries
 from bitwright.export.formats import named, write_format
 from bitwright.export.verdict import OutputParity, Parity
@@ -113,7 +113,7 @@ def run_images(model: Student, source: str | None, reading: ImageOptions, how: s
     if network is None and not reading.preprocessing and not source.endswith(".npz"):
         network = float_network(model, None, reading)
     try:
-        return images_at(source, network, reading)
+        return with_regions(model, images_at(source, network, reading))
     except BitwrightError as error:
         if source is recorded:
             raise UsageError(

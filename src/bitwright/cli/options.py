@@ -183,8 +183,17 @@ class RunLimitOptions(LimitOptions):
     """Limits of a run."""
 
     max_drop: str | None = planning_option(
-        "Share of answers that may change, such as 0.01; finds the smallest network that is estimated to keep it"
+        "Share of answers that may change, such as 0.01; finds the smallest network that is estimated to keep it. With "
+        "--task or --metric the share of its figure that may be lost, the float network's answers being the truth"
     )
+
+    def goal(self, weights: str, activations: str, measure: str, compared: ScoringOptions | None = None) -> Goal:
+        """The same; with a drop, in the figure of a task or metric that was named."""
+        from bitwright.bits.goal import Goal
+
+        scored = compared.scoring if self.max_drop is not None and compared is not None and compared.named else None
+        said = {} if scored is None else {"task": scored.task, "metric": scored.metric, "decode": scored.decode}
+        return Goal.parse(weights=weights, activations=activations, measure=measure, **said, **asdict(self))
 
 
 @dataclass(frozen=True)
@@ -214,6 +223,11 @@ class ScoringOptions:
         "JSON or CSV file of classes by the numbers or names in masks and boxes; ids keeps the numbers of a COCO file  "
         "[default: classes.json or classes.csv beside the labels]"
     )
+
+    @property
+    def named(self) -> bool:
+        """Whether a task or a metric was named."""
+        return self.task is not None or self.metric is not None
 
     @cached_property
     def scoring(self) -> Scoring:

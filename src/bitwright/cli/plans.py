@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from bitwright import words
+from bitwright.measure.shown import named_figures
 from bitwright.run.result import RunPlan, SameAnswers
 
 
@@ -38,8 +39,8 @@ def sentences(plan: RunPlan | None) -> list[str]:
 
 
 def _share(found: SameAnswers) -> str:
-    low, high = found.interval
-    return (
-        f"same answer as float on {words.percent(found.agreement)} (95 %: {100 * low:.1f} to {100 * high:.1f}) of "
-        f"{found.images}"
-    )
+    (low, high), share = found.interval, words.percent(found.agreement)
+    between = f"{share} (95 %: {100 * low:.1f} to {100 * high:.1f})"
+    if found.figure is None:
+        return f"same answer as float on {between} of {found.images}"
+    return f"{between} of {named_figures(found.figure)} kept, against float's own answers on {found.images}"

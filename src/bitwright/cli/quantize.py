@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -107,13 +106,15 @@ def _shared(call: QuantizeCall, terminal: Terminal) -> dict[str, Any]:
 
 def _settings(call: QuantizeCall) -> dict[str, Any]:
     """What must be the same for a run to go on; the network and the images are compared by what they hold."""
-    method = find_recipe(call.recipe)
+    method, compared = find_recipe(call.recipe), call.data.compared
+    scored = call.goal is not None and call.goal.scored is not None
     return {
         "recipe": method.name,
         "stages": method.settings()["stages"],
         "scheme": call.scheme.model_dump(mode="json"),
         "plan": None if call.bits.planned is None else call.bits.planned.model_dump(mode="json"),
         "goal": None if call.goal is None else str(call.goal),
+        **({"task": compared.task, "metric": compared.metric, "decode": compared.decode} if scored else {}),
         "samples": call.data.samples,
         "steps": call.budget.numbers,
         "minutes": call.budget.minutes,
@@ -131,6 +132,8 @@ def check_shared(call: QuantizeCall) -> None:
     """
     find_device(call.device)
     given = [k for k, v in (("labels", call.data.labels), *vars(call.data.compared).items()) if isinstance(v, str)]
+    if call.limits.max_drop is not None and call.data.compared.named:
+        given = [k for k in given if k not in {"task", "metric", "decode"}]
     if given and call.data.evaluate is None:
         raise UsageError(
             f"{given[0]}= is used for evaluation only. Give the images that it belongs to with --evaluate."
@@ -139,20 +142,10 @@ def check_shared(call: QuantizeCall) -> None:
         )
 
 
-def _say_what_decides(call: QuantizeCall) -> None:
-    """A metric of labels decides about no bits."""
-    if call.limits.max_drop is not None and call.data.compared.metric is not None:
-        warnings.warn(
-            "max_drop= counts answers that change; metric= is measured afterwards and decides about no bits.",
-            stacklevel=2,
-        )
-
-
 def find_inputs(call: QuantizeCall, terminal: Terminal) -> Inputs:
     """Loads the model, opens the images, and finds what can be wrong with them before the long work starts."""
     api.check_budget(call.budget.numbers, call.budget.minutes, find_recipe(call.recipe))
     check_shared(call)
-    _say_what_decides(call)
     if call.goal is not None:
         planning.check_goal(call.goal)
     terminal.begin("Loading the network")
@@ -166,8 +159,9 @@ def find_inputs(call: QuantizeCall, terminal: Terminal) -> Inputs:
             call.data.evaluate, network, call.reading, labels=call.data.labels, class_map=compared.class_map
         )
         if call.output is None:
-            check_truth(network, evaluation, compared.beside(network))
+            check_truth(network, network.completed(evaluation), compared.beside(network))
         decode_images(evaluation, terminal)
+        evaluation = network.completed(evaluation)
     terminal.finish()
     return Inputs(network, calibration, evaluation)
 

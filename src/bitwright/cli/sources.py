@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,11 +15,12 @@ from torch.export import ExportedProgram
 from bitwright.cli.options import ImageOptions, NetworkOptions
 from bitwright.errors import BitwrightError, UsageError
 from bitwright.given.images import Images, load_images
-from bitwright.given.models import Model, example_shapes, load_model, preprocessing_of
+from bitwright.given.models import Model, decoder_beside, example_shapes, load_model, preprocessing_of
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing, has_channels_last
 from bitwright.given.references import absolute_reference, absolute_source
 from bitwright.given.several import input_names
 from bitwright.given.text import short
+from bitwright.given.two_stages import TwoStages, two_networks
 from bitwright.graph.student import Student
 from bitwright.measure.truth_files import labelled
 from bitwright.run import folder as run_folder
@@ -132,6 +133,19 @@ def prepared_alike(
     return network if preprocessing is None or reading.preprocessing else replace(network, preprocessing=preprocessing)
 
 
+def decoder_of(run: Student) -> Callable[[Any], Any] | None:
+    """What turns outputs of a run into boxes, where the name of its float network alone says that."""
+    about = RunResult.read(run.result).model
+    return decoder_beside(about.reference, known_settings(about.settings))
+
+
+def with_regions(run: Student, images: Images) -> Images:
+    """Images with the regions that the run itself proposes, where it is a detector of two stages."""
+    own = two_networks(run.graph, run.outputs, run.parts)
+    between = None if own is None else decoder_of(run)
+    return between.completed(images, own[0]) if own is not None and isinstance(between, TwoStages) else images
+
+
 def check_preprocess(recorded: Mapping[str, Any] | None, reading: ImageOptions) -> None:
     """A function that prepared the images of a run is code, which runs only where the user names it.
 
@@ -180,7 +194,8 @@ def blank_images(network: Model) -> Images:
         raise UsageError("Expected to know the size of the network's images. Give --input-size.")
     last = has_channels_last(shape)
     how = Preprocessing(input_size=(shape[2], shape[0], shape[1]), layout="channels_last") if last else None
-    return load_images(torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)), how)
+    noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    return network.completed(load_images(noise, how))
 
 
 def _image_shape(network: Model) -> tuple[int, ...] | None:

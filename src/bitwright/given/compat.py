@@ -8,6 +8,7 @@ looks for is the cure.
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 import warnings
 from collections.abc import Callable
@@ -146,6 +147,9 @@ def forget(start: str) -> None:
 
 
 def allow_nms(torchvision: ModuleType) -> None:
-    """Lets ``torchvision.ops.nms`` run where nothing compiled was loaded."""
+    """Lets ``torchvision.ops.nms`` and ``roi_align`` run where nothing compiled was loaded."""
     # torchvision.ops.nms refuses when nothing compiled was loaded; it is the one operator that works without.
     torchvision.ops.boxes._assert_has_ops = lambda: None
+    # roi_align has Python of its own for that case, which it would compile at its first call, for minutes.
+    module: Any = sys.modules["torchvision.ops.roi_align"]
+    module._roi_align = inspect.unwrap(module._roi_align)

@@ -15,28 +15,28 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bitwright.errors import DataError, ModelError
+from bitwright.errors import DataError
 
 PARTS = ("transform", "backbone", "head", "anchor_generator", "postprocess_detections")
 """What a detector of one stage has: its boxes follow from the outputs of its heads by arithmetic and suppression."""
 TWO_STAGES = ("transform", "backbone", "rpn", "roi_heads")
+"""What one of two stages has: the second looks at regions that the first one proposes."""
 DetectedBoxes: TypeAlias = list[dict[str, Tensor]]
 """For each image ``boxes`` (M, 4), ``scores`` and ``labels`` (M,)."""
 
 
 def is_detector(module: object) -> bool:
-    """Whether a module is a detector of one stage.
+    """Whether a module is a detector of one stage or of two."""
+    return any(_has(module, parts) for parts in (PARTS, TWO_STAGES))
 
-    Raises:
-        ModelError: it is one of two stages, which crops regions between two networks.
-    """
-    if isinstance(module, nn.Module) and all(hasattr(module, part) for part in TWO_STAGES):
-        raise ModelError(
-            f"Expected a detector of one stage, found {type(module).__name__}, whose box head reads regions that are "
-            "chosen by value. Wrap its backbone and rpn.head in a file.py:callable, and run rpn and roi_heads in "
-            "decode= (see 'Quantize a detector')."
-        )
-    return isinstance(module, nn.Module) and all(hasattr(module, part) for part in PARTS)
+
+def has_two_stages(module: object) -> bool:
+    """Whether a module is a detector whose second network reads regions that its first one proposes."""
+    return _has(module, TWO_STAGES)
+
+
+def _has(module: object, parts: tuple[str, ...]) -> bool:
+    return isinstance(module, nn.Module) and all(hasattr(module, part) for part in parts)
 
 
 class DetectorBody(nn.Module):
@@ -52,14 +52,15 @@ class DetectorBody(nn.Module):
     def forward(self, images: Tensor) -> Any:
         """The raw outputs for normalised images [B, C, H, W]."""
         head: Any = self.head
-        return head(_levels(self.backbone(images)))
+        return head(list(named_levels(self.backbone(images)).values()))
 
 
-def _levels(features: Any) -> list[Tensor]:
-    return [features] if isinstance(features, Tensor) else list(features.values())
+def named_levels(features: Any) -> dict[str, Tensor]:
+    """What a backbone gives, by the name of its level, as torchvision calls the only one ``0``."""
+    return {"0": features} if isinstance(features, Tensor) else dict(features)
 
 
-class _Given(nn.Module):
+class KnownPart(nn.Module):
     """Stands for a part of a detector, and gives what is known already."""
 
     def __init__(self, known: Any) -> None:
@@ -67,6 +68,7 @@ class _Given(nn.Module):
         self.known = known
 
     def forward(self, *_: Any) -> Any:
+        """The same for whatever it is given."""
         return self.known
 
 
@@ -106,8 +108,8 @@ class TorchvisionDecode:
         stand_in = copy.copy(self.detector)
         stand_in._modules = dict(self.detector._modules)
         levels = [torch.zeros(1).expand(count, *shape) for shape in self._levels()]
-        stand_in.backbone = _Given({str(k): level for k, level in enumerate(levels)})
-        stand_in.head, stand_in.transform = _Given(raw), _AsTheyAre()
+        stand_in.backbone = KnownPart({str(k): level for k, level in enumerate(levels)})
+        stand_in.head, stand_in.transform = KnownPart(raw), _AsTheyAre()
         try:
             with torch.no_grad():
                 return stand_in(torch.zeros(1).expand(count, 3, *self.size))  # type: ignore[no-any-return]
@@ -123,7 +125,7 @@ class TorchvisionDecode:
         if not self._shapes:
             with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
                 features = self.detector.get_submodule("backbone")(torch.empty(1, 3, *self.size))
-            self._shapes += [tuple(level.shape[1:]) for level in _levels(features)]
+            self._shapes += [tuple(level.shape[1:]) for level in named_levels(features).values()]
         return self._shapes
 
 

@@ -206,7 +206,21 @@ def join_labels(came: Sequence[Came]) -> Tensor | Truth | None:
     if len(masks) == sum(each.count for each in came):
         return _masks(masks)
     odd = next(each.label for each in came if each.label is not None)
-    return Truth("other", [x for each in came for x in one_by_one(each)], _said(odd))
+    items = [x for each in came for x in one_by_one(each)]
+    return Truth("other", items, _said(odd) + why_not(items))
+
+
+def why_not(items: Sequence[Any]) -> str:
+    """What keeps labels of images from being classes, where it is one in some of them; a part of a sentence.
+
+    Example:
+        >>> why_not([0, 2, -1, None]), why_not([0, torch.tensor(-1)]), why_not(["cat"])
+        (' (1 of 4 is None)', ' (1 of 2 is below 0)', '')
+    """
+    numbers = [x for x in items if isinstance(x, int | np.integer) or (isinstance(x, Tensor) and x.ndim == 0)]
+    counts = {"None": sum(x is None for x in items), "below 0": sum(bool(x < 0) for x in numbers)}
+    said = next(((kind, count) for kind, count in counts.items() if count), None)
+    return "" if said is None else f" ({said[1]} of {len(items)} {'is' if said[1] == 1 else 'are'} {said[0]})"
 
 
 def _masks(masks: list[Tensor]) -> Truth:

@@ -7,7 +7,7 @@ import io
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor
 from bitwright.errors import DataError
 from bitwright.given.placement import ImagePlacement, placement
 from bitwright.given.preprocessing import Pixels, PreprocessFunction, Preprocessing, from_pixels, to_channels
-from bitwright.given.several import InputPart
+from bitwright.given.several import InputPart, side_by_side
 from bitwright.given.text import short
 
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -263,10 +263,12 @@ class Store:
     ) -> None:
         self.source, self.preprocessing, self.input_key = source, preprocessing, input_key
         self.threads = threads or min(8, os.cpu_count() or 1)
-        self.parts = source.parts if isinstance(source, Tensors) else ()
+        self.parts: tuple[InputPart, ...] = source.parts if isinstance(source, Tensors) else ()
         self.room = cache_bytes
         self.cache: dict[int, Pixels | Tensor] = {}
         self.placements: dict[tuple[int, int], ImagePlacement] = {}
+        self.placed: ImagePlacement | None = None
+        """Where all images lie, whatever their sizes."""
         self.lock = threading.Lock()
         self.probed = False
 
@@ -293,6 +295,8 @@ class Store:
 
     def placement(self, index: int) -> ImagePlacement:
         """Return where one image lies in the network's input; images of one size lie alike."""
+        if self.placed is not None:
+            return self.placed
         size = self.source.size(index)
         if size not in self.placements:
             how = self.preprocessing
@@ -374,6 +378,43 @@ class Store:
         with ThreadPoolExecutor(self.threads) as pool:
             found = zip(indices, pool.map(attempt, indices), strict=True)
             return {index: error for index, error in found if error is not None}
+
+
+class Joined(Store):
+    """Images with other inputs of a network beside each, which are computed when they are first asked for."""
+
+    def __init__(self, images: Store, name: str, beside: Callable[[Tensor], Mapping[str, Tensor]], like: int) -> None:
+        """Computes the inputs of one image, for their shapes.
+
+        Args:
+            images: the images alone.
+            name: that they have as an input.
+            beside: gives the other inputs [B, ...] by name, for images [B, C, H, W].
+            like: index of an image.
+        """
+        super().__init__(images.source, images.preprocessing, images.threads, images.room)
+        self.cache, self.lock = images.cache, images.lock
+        self.name, self.beside = name, beside
+        self.made: dict[int, dict[str, Tensor]] = {}
+        self.parts = side_by_side(self._inputs([like], [self.fetch(like)]))[1]
+
+    def stack(self, indices: Sequence[int], fetched: list[Pixels | Tensor | Image.Image]) -> Tensor:
+        """Return all inputs side by side, float32."""
+        return side_by_side(self._inputs(indices, fetched))[0]
+
+    def _inputs(self, indices: Sequence[int], fetched: list[Pixels | Tensor | Image.Image]) -> dict[str, Tensor]:
+        images = super().stack(indices, fetched)
+        rows = [self.made.get(i) or self._kept(i, self.beside(images[k : k + 1])) for k, i in enumerate(indices)]
+        return {self.name: images, **{key: torch.cat([row[key] for row in rows]) for key in rows[0]}}
+
+    def _kept(self, index: int, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Remembers the inputs of one image while there is room."""
+        size = sum(value.nbytes for value in made.values())
+        with self.lock:
+            if size <= self.room:
+                self.made[index] = dict(made)
+                self.room -= size
+        return dict(made)
 
 
 def _checked_output(output: Any, name: str) -> Tensor:

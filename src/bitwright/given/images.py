@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import hashlib
 import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from bitwright.errors import DataError, UsageError
 from bitwright.given.entries import MOST_CLASSES
-from bitwright.given.files import Encoded, Files, Source, Store, Tensors
+from bitwright.given.files import Encoded, Files, Joined, Source, Store, Tensors
 from bitwright.given.items import evenly
 from bitwright.given.objects import AXES, Asked, of_array, read_object
 from bitwright.given.placement import ImagePlacement
@@ -153,6 +154,29 @@ class Images:
     def known(self, truth: Truth | None) -> Images:
         """Return the same images with this truth, of one item for each, instead of labels."""
         return Images(self._store, self._indices, None, truth, self.place)
+
+    def joined(self, name: str, beside: Callable[[Tensor], Mapping[str, Tensor]]) -> Images:
+        """Return the same images with other inputs of a network beside each.
+
+        Args:
+            name: of the images as an input.
+            beside: gives the other inputs [B, ...] by name, for images [B, C, H, W].
+        """
+        store = Joined(self._store, name, beside, self._indices[0])
+        return Images(store, self._indices, self.labels, self.truth, self.place)
+
+    def seen(self, index: int) -> Tensor:
+        """What people see of the inputs at a position: the first that is an image [C, H, W]."""
+        inputs = self.batch([index])
+        part = next((p for p in self.parts if len(p.shape) == 3), None)
+        return (inputs if part is None else part.of(inputs))[0]
+
+    def as_seen(self) -> Images:
+        """Return the same images, whose masks and boxes are those of the network's input, wherever images lie in it."""
+        store = copy.copy(self._store)
+        height, width = self.seen(0).shape[-2:]
+        store.placed = ImagePlacement.same((width, height))
+        return Images(store, self._indices, self.labels, self.truth, self.place)
 
     def placement(self, index: int) -> ImagePlacement:
         """Where the image at a position lies in the network's input.
@@ -452,6 +476,7 @@ def _from_npz(path: Path, asked: Asked) -> tuple[Source, Tensor | Truth | None]:
     try:
         with np.load(path, allow_pickle=False) as file:
             named = {name: file[name] for name in asked.inputs if name in file and asked.input_key is None}
+            named = {} if len(asked.inputs) > 1 and named.keys() == {"images"} else named
             if key not in file and not named:
                 wanted = f", or inputs {', '.join(asked.inputs)}," if asked.inputs else ""
                 raise DataError(

@@ -14,12 +14,13 @@ from torch import nn
 from bitwright import together
 from bitwright.errors import UsageError
 from bitwright.given.arguments import one_of, whole_number
-from bitwright.given.detectors import DetectorBody, is_detector
+from bitwright.given.detectors import DetectorBody, has_two_stages, is_detector
 from bitwright.given.images import Images, load_images
 from bitwright.given.models import Model, load_model
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing, has_channels_last
 from bitwright.given.several import input_names, taking
 from bitwright.given.spoilt import without_spoilt
+from bitwright.given.two_stages import TwoStageBody, TwoStages
 from bitwright.graph.capture import Captured, capture, select_output
 from bitwright.graph.equalize import ChannelScales, equalized
 from bitwright.graph.prepare import prepare
@@ -42,10 +43,12 @@ def as_model(
         model = load_model(model)
     if isinstance(model, Model):
         return model if preprocessing is None else replace(model, preprocessing=preprocessing)
-    name = type(model).__name__
-    if isinstance(model, nn.Module) and is_detector(model):
+    name, decode = type(model).__name__, None
+    if isinstance(model, nn.Module) and has_two_stages(model):
+        model, decode = TwoStageBody(model).eval(), TwoStages(model)
+    elif isinstance(model, nn.Module) and is_detector(model):
         model = DetectorBody(model).eval()
-    return Model(model, name, preprocessing, None)
+    return Model(model, name, preprocessing, None, decode=decode)
 
 
 def sized_by(network: Model, images: Images) -> Model:
@@ -55,7 +58,7 @@ def sized_by(network: Model, images: Images) -> Model:
         return network
     if images.preprocessing is not None:
         return replace(network, preprocessing=images.preprocessing)
-    shape = tuple(images[0].shape)
+    shape = tuple(images.seen(0).shape)
     if len(shape) != 3:
         return network
     return replace(network, preprocessing=how.sized((shape[2], *shape[:2]) if has_channels_last(shape) else shape))
@@ -153,4 +156,4 @@ def calibration_images(
         warnings.warn(f"{samples} images were asked for, there are {len(images)}; all are used.", stacklevel=3)
     count = min(samples or (len(images) if labelled else DEFAULT_SAMPLES), len(images))
     chosen = images.sample(count, seed=0)
-    return without_spoilt(chosen if labelled else chosen.unlabelled())
+    return network.completed(without_spoilt(chosen if labelled else chosen.unlabelled()))

@@ -32,10 +32,12 @@ from bitwright.given.preprocessing import PreprocessFunction, Preprocessing, par
 from bitwright.given.references import absolute_reference
 from bitwright.given.saved_program import load_program
 from bitwright.given.text import short
+from bitwright.given.two_stages import TwoStageBody, TwoStages
 from bitwright.graph.plain import tell_of_types
 from bitwright.graph.program import input_shapes
 
 if TYPE_CHECKING:
+    from bitwright.given.images import Images
     from bitwright.onnx_in.source import OnnxFile
 
 FORMS = "zoo:NAME, timm:NAME[@weights], torchvision:NAME[@weights], path/to/file.py:callable, model.pt2 or model.onnx"
@@ -74,6 +76,10 @@ class Model:
     settings: Mapping[str, Any] = field(default_factory=dict)
     source: OnnxFile | None = None
     decode: Callable[[Any], Any] | None = None
+
+    def completed(self, images: Images) -> Images:
+        """The images with all that the network takes beside them: regions, for a detector of two stages."""
+        return self.decode.completed(images) if isinstance(self.decode, TwoStages) else images
 
 
 def load_model(
@@ -164,6 +170,8 @@ def _without_decoding(model: Model) -> Model:
     shape = (
         how.shape if isinstance(how, Preprocessing) else tuple(how(Image.new("RGB", (256, 256))).shape) if how else ()
     )
+    if detectors.has_two_stages(detector):
+        return replace(model, module=TwoStageBody(detector).eval(), decode=TwoStages(detector))
     decode = model.decode or (detectors.TorchvisionDecode(detector, (shape[1], shape[2])) if shape else None)
     return replace(model, module=detectors.DetectorBody(detector).eval(), decode=decode)
 
@@ -300,7 +308,6 @@ def _from_torchvision_detector(name: str, weights: str, settings: Settings) -> M
         return detectors.classes_of(_renamed(state, wanted), wanted, classes)
 
     module = _with_weights(build, weights, f"torchvision:{name}", other)
-    detectors.is_detector(module)
     return Model(module, name, _with_settings(detectors.input_settings(module), settings))
 
 

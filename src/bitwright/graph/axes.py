@@ -41,7 +41,7 @@ NO_CLASSES = frozenset({
 """Words in an output's name, or in the path of the layer that makes it, which say that it holds no class scores."""
 NO_CLASSES_BY_NAME = NO_CLASSES | {
     "depth", "distance", "embed", "embeds", "feat", "feats", "feature", "features", "flow", "hidden", "latent", "pose",
-    "pooled", "pooler",
+    "pooled", "pooler", "proposals",
 }  # fmt: skip
 """Words that say so in an output's name alone: many classifiers have a layer ``features``."""
 

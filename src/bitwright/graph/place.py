@@ -36,6 +36,9 @@ class QuantizerSite:
     bits: int | None = None
 
 
+DECODED = "behind the last layers, where boxes and scores are joined: they share no grid, and stay in float"
+
+
 @dataclass
 class Placement:
     """Where quantizers go.
@@ -74,6 +77,7 @@ def place(graph: fx.Graph, scheme: Scheme) -> Placement:
     fused = {n: c for n in graph.nodes if (c := _fuses_into(n, scheme.target)) is not None}
     fused = {n: c for n, c in fused.items() if not stays_float(_end(n, fused))}
     placement = Placement({}, [], [], source, {n: _end(n, fused) for n in fused})
+    decoded = set() if scheme.outputs else _only_decoded(graph)
     for node in graph.nodes:
         kind = ops.kind(node)
         if kind == "linear":
@@ -82,6 +86,8 @@ def place(graph: fx.Graph, scheme: Scheme) -> Placement:
             continue
         if kind == "constant":
             _place_constant(placement, node, fused, scheme)
+        elif node in decoded and not scheme.names_activation(name := str(node.meta["layer"])):
+            placement.unquantized.append(Unquantized(name, ops.base_name(node), DECODED))
         else:
             _place_activation(placement, node, fused, scheme)
     if scheme.target.concat_shares_scale:
@@ -92,6 +98,23 @@ def place(graph: fx.Graph, scheme: Scheme) -> Placement:
 def stays_float(node: fx.Node) -> bool:
     """Whether the network itself says that rounding the tensor would change its meaning; ``meta["float"]`` says why."""
     return "float" in node.meta
+
+
+def _only_decoded(graph: fx.Graph) -> set[fx.Node]:
+    """Concatenations from which no layer is computed, and what is: detectors join their heads' outputs so.
+
+    A grid for them would be one for boxes and scores, whose ranges have nothing in common.
+    """
+    read: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if any(user in read or ops.kind(user) in {"linear", "matmul"} for user in node.users):
+            read.add(node)
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        joins = ops.kind(node) == "concat" and node not in read
+        if joins or any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return {n for n in found if not all(r.op == "output" for r in consumers(n))}
 
 
 def consumers(node: fx.Node) -> list[fx.Node]:

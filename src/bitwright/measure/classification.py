@@ -91,6 +91,13 @@ def class_scores(outputs: list[Tensor], labels: Tensor) -> Tensor:
     """
     check_kind(CLASSIFICATION.truth, outputs)
     scores = [o for o in outputs if isinstance(o, Tensor) and o.dim() == 2]
+    if len(scores) == 1 and not (scores[0].is_floating_point() and len(scores[0]) == (len(labels) or len(scores[0]))):
+        kind = "" if scores[0].is_floating_point() else " whole numbers"
+        raise DataError(
+            f"Expected scores of classes for each image to compare with labels, found "
+            f"{'x'.join(map(str, scores[0].shape))}{kind} from the network, as what suppresses boxes gives. "
+            "Give decode= and boxes, or no labels."
+        )
     if len(scores) != 1:
         raise DataError(
             f"Expected one output of class scores to compare with labels, found outputs of {shapes_of(outputs)}. "
@@ -98,9 +105,16 @@ def class_scores(outputs: list[Tensor], labels: Tensor) -> Tensor:
         )
     if len(labels) and int(labels.max()) >= scores[0].shape[1]:
         raise DataError(
-            f"Expected labels below {scores[0].shape[1]}, the number of classes, found {int(labels.max())}."
+            f"Expected labels below {scores[0].shape[1]}, the number of the network's classes, found "
+            f"{int(labels.max())}. Number them from 0 in the network's order, or give images of its classes alone."
         )
     return scores[0]
+
+
+def _answers(outputs: list[Tensor], how: Outputs, decode: Decode | None, size: tuple[int, int]) -> list[int]:
+    found = outputs if decode is None else [called(decode, how.arranged(outputs))]
+    classes: list[int] = class_scores(found, torch.zeros(0)).argmax(1).tolist()
+    return classes
 
 
 CLASSIFICATION = Task(
@@ -109,5 +123,6 @@ CLASSIFICATION = Task(
     figures=TASK_FIGURES["classification"],
     fits=lambda images: images.labels is not None,
     judge=_Judge,
+    answers=_answers,
 )
 """The class of an image, by the only output of class scores."""

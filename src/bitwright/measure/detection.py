@@ -6,7 +6,6 @@ preprocessing, cut at its borders, and compared with the truth in the image's ow
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,6 +26,8 @@ FORMS = "a list of {'boxes', 'scores', 'labels'} per image, or (N, M, 6) of x1, 
 MOST = 100
 """Boxes per image and class that count, those of the highest scores, as in COCO."""
 SIZES = ("small", "medium", "large")
+MANY = 20_000
+"""Images times classes, above which fewer samples are drawn: a sample takes a second there."""
 SURE = 0.3
 """The score above which boxes are drawn."""
 
@@ -62,10 +63,9 @@ class AveragePrecision(Tally):
     that the truth has.
     """
 
-    resamples = 200
-
     def __init__(self, truth: Sequence[Boxes], found: Sequence[Found], names: dict[int, str]) -> None:
         self.count, self.truth, self.found, self.names = len(truth), truth, found, names
+        self.resamples = 200 if self.count * len(self.classes) <= MANY else 100
 
     @cached_property
     def classes(self) -> list[int]:
@@ -116,15 +116,12 @@ class AveragePrecision(Tally):
             if int(label) in known
         ]
 
-    def _precision(self, draw: Draw | None = None, *, sizes: bool = False) -> Any:
-        """Precision [10 thresholds, 101 recalls, K classes, areas], -1 where there is nothing to find."""
+    def _precision(self, draw: Draw | None = None) -> Any:
+        """Precision [10 thresholds, 101 recalls, K classes, 4 areas], -1 where there is nothing to find."""
         from faster_coco_eval import faster_eval_api_cpp as core
 
         images = np.arange(self.count) if draw is None else draw
-        each, areas = self._by_image, slice(None) if sizes else slice(0, 1)
-        params = copy.copy(self._evaluated.params)
-        params.areaRng, params.areaRngLbl = params.areaRng[areas], params.areaRngLbl[areas]
-        found = core.COCOevalAccumulate(params, each[:, areas][:, :, images].ravel().tolist())
+        found = core.COCOevalAccumulate(self._evaluated.params, self._by_image[:, :, images].ravel().tolist())
         return np.asarray(found["precision"]).reshape(found["counts"])[..., 0]
 
     @cached_property
@@ -136,13 +133,12 @@ class AveragePrecision(Tally):
         return each.reshape(len(self.classes), len(made.params.areaRng), self.count)
 
     def figures(self, draw: Draw | None = None) -> dict[str, float]:
-        """Those of all sizes for a draw; those by size too over all images."""
+        """Those of all objects, and by their size."""
         if not self.classes:
             return {}
-        found = self._precision(draw, sizes=draw is None)
+        found = self._precision(draw)
         wanted = {"map": found[..., 0], "map50": found[0, ..., 0], "map75": found[5, ..., 0]}
-        if draw is None:
-            wanted |= {f"map_{name}": found[..., 1 + i] for i, name in enumerate(SIZES)}
+        wanted |= {f"map_{name}": found[..., 1 + i] for i, name in enumerate(SIZES)}
         return {k: float(v[v > -1].mean()) for k, v in wanted.items() if (v > -1).any()}
 
     def parts(self) -> list[Part]:
@@ -284,11 +280,19 @@ def _no_boxes(found: str, decode: Decode | None) -> DataError:
     return DataError(f"Expected {FORMS}, found {found} from {who}.")
 
 
+def _answers(outputs: list[Tensor], how: Outputs, decode: Decode | None, size: tuple[int, int]) -> list[Boxes]:
+    """Boxes that the network is sure of, cut at the borders of its input."""
+    sure = [each.above(SURE) for each in predictions(outputs, how, decode, len(outputs[0]))]
+    inside = [each.corners.clip(0, (*size[::-1], *size[::-1])) for each in sure]
+    return [Boxes.of(corners, each.labels) for corners, each in zip(inside, sure, strict=True)]
+
+
 DETECTION = Task(
     name="detection",
     truth="boxes",
     figures=TASK_FIGURES["detection"],
     fits=lambda images: images.truth is not None and images.truth.kind == "detection",
     judge=_Judge,
+    answers=_answers,
 )
 """Boxes with classes and scores, from the network or from a function that decodes its outputs."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from bitwright.given.arguments import of_kind, whole_number
 from bitwright.given.images import Images, load_images
 from bitwright.given.models import Model
 from bitwright.given.several import taking
+from bitwright.given.two_stages import Second, TwoStageBody, TwoStages, two_networks, unfilled
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.capture import Captured
 from bitwright.graph.devices import device_of, exact_float32
@@ -28,7 +31,7 @@ from bitwright.graph.watch import watch_both
 from bitwright.measure.class_maps import GivenClassMap
 from bitwright.measure.metrics import Evaluation, Fidelity, SignalToNoise
 from bitwright.measure.task import Decode, Judged, Outputs, joined
-from bitwright.measure.tasks import Scoring, judges
+from bitwright.measure.tasks import Scoring, judges, task_of
 from bitwright.measure.truth_files import labelled
 from bitwright.progress import Progress, silent, watched
 
@@ -37,6 +40,9 @@ AT_ONCE = 8
 PLAIN = Outputs()
 NOTHING_SAID = Scoring()
 Network = Callable[[Tensor], list[Tensor]]
+Boxed = Callable[[list[Tensor]], list[Tensor]]
+Seconds = tuple[Second, Second | None]
+"""The second networks of a detector of two stages: of the one that is measured, and of the reference."""
 Each = Callable[[int, list[Tensor], list[Tensor], Tensor | None], None]
 """Takes the position of a batch's first image, outputs of the reference and of the network, and labels [B] or None."""
 
@@ -93,6 +99,7 @@ def evaluate(
     )
     images = labelled(images, labels, class_map)
     images = images if most is None else images.sample(most)
+    images = decode.completed(images) if isinstance(decode, TwoStages) else images
     readings = read_outputs_of(model, images, classes)
     with watched(progress) as told:
         found = evaluation_of(model, images, readings, scoring=scoring, batch=batch, progress=told)
@@ -138,7 +145,15 @@ def evaluation_of(
             progress=progress,
             each=each,
             noise=noise,
+            seconds=seconds_of(model, teacher),
         )
+
+
+def seconds_of(network: Student | Captured, reference: Captured | None) -> Seconds | None:
+    """The second networks of detectors of two stages; None where these are something else."""
+    ours = two_networks(network.graph, network.outputs, network.parts if isinstance(network, Student) else None)
+    theirs = None if reference is None else two_networks(reference.graph, reference.outputs)
+    return None if ours is None else (ours[1], None if theirs is None else theirs[1])
 
 
 def outputs_of(model: Student | Captured, readings: Sequence[Reading] = ()) -> Outputs:
@@ -172,6 +187,7 @@ def compare(
     progress: Progress = silent,
     each: Each | None = None,
     noise: LayerNoise | None = None,
+    seconds: Seconds | None = None,
 ) -> Evaluation:
     """Runs one or two networks over the images.
 
@@ -185,14 +201,18 @@ def compare(
         progress: called as it goes.
         each: shown the outputs of every batch, if there is a reference.
         noise: of every layer, measured on the way; of both networks.
+        seconds: of a detector of two stages, whose boxes are scored.
     """
     fidelity, done = Fidelity(outputs.names, outputs.readings), 0
+    behind: Sequence[Boxed] = (_as_it_is, _as_it_is)
+    if seconds is not None and scoring.two_stages(task_of(images, scoring.task)) is not None:
+        behind, outputs, scoring = _boxed(images, seconds, outputs, scoring)
     judged = judges(images, outputs, scoring)
     _say_what_is_left_out(images, judged)
     for count, found, expected in _answers(network, reference, images, batch, noise):
         part = range(done, done + count)
         for each_judge in judged:
-            each_judge.add(part, found, expected)
+            each_judge.add(part, behind[0](found), None if expected is None else behind[1](expected))
         if expected is not None:
             _check_shapes(expected, found)
             fidelity.update(expected, found)
@@ -201,6 +221,25 @@ def compare(
         done += count
         progress("Evaluating", done, len(images))
     return joined(judged, None if reference is None else fidelity.outputs)
+
+
+def _as_it_is(flat: list[Tensor]) -> list[Tensor]:
+    return flat
+
+
+def _boxed(
+    images: Images, seconds: Seconds, outputs: Outputs, scoring: Scoring
+) -> tuple[Sequence[Boxed], Outputs, Scoring]:
+    """What puts each network's boxes behind its outputs, and how these are scored then."""
+    two = scoring.two_stages(task_of(images, scoring.task))
+    assert two is not None
+    height, width = images.seen(0).shape[-2:]
+    behind: list[Boxed] = [
+        partial(two.behind, second=each, names=outputs.names, size=(height, width))
+        for each in seconds
+        if each is not None
+    ]
+    return [*behind, _as_it_is][:2], replace(outputs, arranged=_as_it_is), replace(scoring, decode=unfilled)
 
 
 def check_figures(found: Evaluation) -> None:
@@ -291,6 +330,9 @@ def check_truth(network: Model, images: Images, scoring: Scoring = NOTHING_SAID)
     arranged = arrange(found)
     flat, structure = pytree.tree_flatten(arranged)
     outputs = Outputs(names(arranged), (), lambda x: pytree.tree_unflatten(x, structure))
+    if isinstance(network.module, TwoStageBody) and scoring.two_stages(task_of(images, scoring.task)) is not None:
+        (behind, _), outputs, scoring = _boxed(images, (network.module.second, None), outputs, scoring)
+        flat = behind(flat)
     for each in judges(images, outputs, scoring):
         each.add(range(min(2, len(images))), [o[: len(images)] for o in flat])
         for position in range(2, len(images)):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from bitwright.errors import DataError
 from bitwright.given.text import short
-from bitwright.given.truth import Mask, Truth, TruthArray
+from bitwright.given.truth import IGNORED, Mask, Truth, TruthArray
 from bitwright.measure.class_maps import NUMBERS, ClassMap, GivenClassMap
 
 if TYPE_CHECKING:
@@ -22,8 +24,36 @@ if TYPE_CHECKING:
 
 def of_files(there: Sequence[Path | None], where: Path, classes: ClassMap) -> tuple[list[Mask | None], Truth]:
     """Masks in files: whole numbers of one channel, or positions in a palette, as VOC has them."""
-    items = [None if file is None else Mask(partial(_read, file, classes), str(file)) for file in there]
-    return items, Truth("segmentation", [], f"masks of {where}", classes.names)
+    found = Truth(
+        "segmentation",
+        [Mask(partial(_read, f, classes), str(f)) for f in there if f is not None],
+        f"masks of {where}",
+        classes.names,
+    )
+    items = iter((found if classes.table else with_foreground(found)).items)
+    return [None if file is None else next(items) for file in there], replace(found, items=[])
+
+
+def with_foreground(truth: Truth) -> Truth:
+    """Masks of 0 and 255 alone, as binary masks are saved, with 1 for 255; a warning says so. Others as they are."""
+    seen: set[int] = set()
+    for mask in truth.items:
+        seen |= set(np.unique(mask.read()).tolist())
+        if seen - {0, IGNORED}:
+            return truth
+    if seen != {0, IGNORED}:
+        return truth
+    warnings.warn(
+        f"The {truth.said} hold 0 and {IGNORED} alone: {IGNORED} is taken for class 1. If it does not count, say so "
+        'with class_map=, such as {"0": 0, "255": null}.',
+        UserWarning,
+        stacklevel=4,
+    )
+    return replace(truth, items=[Mask(partial(_foreground, m), m.where) for m in truth.items])
+
+
+def _foreground(mask: Mask) -> TruthArray:
+    return np.asarray(mask.read() == IGNORED, np.int64)
 
 
 def _read(file: Path, classes: ClassMap) -> TruthArray:

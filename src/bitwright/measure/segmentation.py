@@ -8,6 +8,7 @@ torchvision's reference training does. Images that are tensors keep their masks 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -119,7 +120,7 @@ class _Judge:
         return [self._known(mask) for mask in masks]
 
     def add(self, scores: list[Any], outputs: list[Tensor], target: list[Tensor]) -> Sequence[Any]:
-        maps = self._maps(outputs, tuple(target[0].shape))
+        maps = _maps(outputs, self.outputs, self.decode, tuple(target[0].shape))
         self.classes = maps.shape[1] if maps.dim() == 4 else 0
         answers = [_resized(one, mask.shape) for one, mask in zip(maps, target, strict=True)]
         scores += [_counted(one, self._known(mask), self.classes) for one, mask in zip(answers, target, strict=True)]
@@ -131,14 +132,6 @@ class _Judge:
         marks = {"float": expected, "quantized": found, "labels": self._known(truth)}
         said = f"{words.percent(share)} of the pixels differ"
         return Pictured(position, share, said, {k: v.cpu().numpy() for k, v in marks.items()})
-
-    def _maps(self, outputs: list[Tensor], size: tuple[int, ...]) -> Tensor:
-        """Scores [B, K, h, w], or classes [B, h, w]."""
-        flat, readings = outputs, self.outputs.readings
-        if self.decode is not None:
-            decoded = called(self.decode, self.outputs.arranged(outputs))
-            flat, readings = [torch.as_tensor(decoded)], ()
-        return pixel_scores(flat, readings, size)
 
     def _known(self, mask: Tensor) -> Tensor:
         """The mask with -1 for all that does not count, once it is known how many classes the network has.
@@ -160,6 +153,18 @@ class _Judge:
 
     def tally(self, scores: list[Any]) -> Tally:
         return Overlap(scores, dict(self.truth.names))
+
+
+def _maps(outputs: list[Tensor], how: Outputs, decode: Decode | None, size: tuple[int, ...]) -> Tensor:
+    """Scores [B, K, h, w], or classes [B, h, w]."""
+    if decode is None:
+        return pixel_scores(outputs, how.readings, size)
+    return pixel_scores([torch.as_tensor(called(decode, how.arranged(outputs)))], (), size)
+
+
+def _answers(outputs: list[Tensor], how: Outputs, decode: Decode | None, size: tuple[int, int]) -> list[Mask]:
+    found = [_resized(one, size).cpu().numpy().astype(np.int32) for one in _maps(outputs, how, decode, size)]
+    return [Mask(partial(np.asarray, each), "the float network's answer") for each in found]
 
 
 def placed_masks(images: Images, position: int, mask: Mask) -> Any:
@@ -241,5 +246,6 @@ SEGMENTATION = Task(
     figures=TASK_FIGURES["segmentation"],
     fits=lambda images: images.truth is not None and images.truth.kind == "segmentation",
     judge=_Judge,
+    answers=_answers,
 )
 """The class of each pixel, by the first output that gives one."""

@@ -226,6 +226,8 @@ class Task:
         figures: what they are called for people, by their keys in ``result.json``; the first is the one to judge by.
         fits: whether these images bring what the task compares with.
         judge: compares. Takes the images, how outputs are read, and the user's decoding function if there is one.
+        answers: what a network's outputs for a batch would be as truth, an item for each image. Takes outputs, how they
+            are read, the decoding function, and height and width of the images.
     """
 
     name: str
@@ -233,6 +235,7 @@ class Task:
     figures: Mapping[str, str]
     fits: Callable[[Images], bool]
     judge: Callable[[Images, Outputs, Decode | None], Judge]
+    answers: Callable[[list[Tensor], Outputs, Decode | None, tuple[int, int]], Sequence[Any]]
 
     def keys(self, *, first: bool) -> list[str]:
         """The key of the figure to judge by, or those of the others."""

@@ -8,6 +8,7 @@ from typing import Any
 from bitwright.errors import DataError, UsageError
 from bitwright.given.arguments import one_of
 from bitwright.given.images import Images
+from bitwright.given.two_stages import TwoStages
 from bitwright.measure import own
 from bitwright.measure.classification import CLASSIFICATION
 from bitwright.measure.detection import DETECTION
@@ -37,6 +38,11 @@ class Scoring:
     def decoder(self, task: Task | None) -> Decode | None:
         """The function for a task."""
         return self.decode or (self.beside if task is not None and task.truth == "boxes" else None)
+
+    def two_stages(self, task: Task | None) -> TwoStages | None:
+        """What runs between the networks of a detector of two stages, where that is what is scored."""
+        found = self.decoder(task)
+        return found if isinstance(found, TwoStages) else None
 
     def check(self) -> None:
         """Refuses what is no task or no function.

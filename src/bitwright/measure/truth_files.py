@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import DataError
+from bitwright.given.entries import why_not
 from bitwright.given.images import EXTENSIONS, Images
 from bitwright.given.truth import Truth
 from bitwright.measure import boxes, masks
@@ -42,6 +43,8 @@ def labelled(images: Images, labels: Any, class_map: GivenClassMap = None) -> Im
         DataError: the labels cannot be read, or belong to no image.
     """
     if labels is None:
+        if images.truth is not None and images.truth.kind == "segmentation":
+            return images.known(masks.with_foreground(images.truth)) if class_map is None else images
         found = boxes.boxes_of_items(images.truth, class_map) if images.truth is not None else None
         return images if found is None else images.known(found)
     if not isinstance(labels, str | os.PathLike):
@@ -82,6 +85,7 @@ def _read(kind: str, path: Path, images: Images, class_map: GivenClassMap) -> tu
     """One item per image, None where there is none, and what they are."""
     if kind == "arrays":
         found = masks.of_arrays(path, len(images), class_map)
+        found = found if class_map is not None else masks.with_foreground(found)
         return list(found.items), found
     if kind == "JSON":
         return _from_json(path, images, class_map)
@@ -190,8 +194,10 @@ def _given(images: Images, labels: Any, class_map: GivenClassMap) -> Images:
         array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else labels
         if array.ndim in {3, 4} and array.dtype.kind in "biu":
             array = array.squeeze(1) if array.ndim == 4 and array.shape[1] == 1 else array
-            classes = ClassMap.read(class_map)
-            return images.known(masks.of_masks(array, classes)) if array.ndim == 3 else images.known(_other(labels))
+            if array.ndim != 3:
+                return images.known(_other(labels))
+            found = masks.of_masks(array, ClassMap.read(class_map))
+            return images.known(found if class_map is not None else masks.with_foreground(found))
         return images.known(_other(labels))
     if all(isinstance(x, int | np.integer) and not isinstance(x, bool) for x in labels) or isinstance(labels, Tensor):
         return images.labelled(labels) if _whole(labels) else images.known(_other(labels))
@@ -204,4 +210,5 @@ def _whole(labels: Any) -> bool:
 
 
 def _other(labels: Any) -> Truth:
-    return Truth("other", labels, f"labels of type {type(labels).__name__}")
+    odd = why_not(labels) if isinstance(labels, list | tuple) else ""
+    return Truth("other", labels, f"labels of type {type(labels).__name__}{odd}")

@@ -259,6 +259,11 @@ class Scheme(BaseModel):
         names = list(layers)
         return any(r.activations is not None and any(fnmatchcase(n, r.pattern) for n in names) for r in self.rules)
 
+    def names_activation(self, layer: str) -> bool:
+        """Whether the plan, or a rule that says more than "all layers", gives the bits of what the layer yields."""
+        rules = [r for r in self.rules if r.activations is not None and r.pattern.strip("*")]
+        return self._planned(layer).activations is not None or any(fnmatchcase(layer, r.pattern) for r in rules)
+
     def described_bits(self) -> dict[str, int | str | None]:
         """Bits of weights and activations as a result names them: ``mixed`` where a plan gives several.
 

@@ -135,7 +135,7 @@ class Answers:
                     reference=GivenAnswer(number=d.before.number, probability=round(d.before.probability, 4)),
                     quantized=GivenAnswer(number=d.after.number, probability=round(d.after.probability, 4)),
                     output=d.output,
-                    picture=picture(images[d.position], images.preprocessing) if pictures else None,
+                    picture=picture(images.seen(d.position), images.preprocessing) if pictures else None,
                 )
                 for d in self.worst
             ],

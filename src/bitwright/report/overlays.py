@@ -32,7 +32,7 @@ def overlays(found: Sequence[Pictured], images: Images) -> list[Overlay]:
 
 
 def _drawn(images: Images, position: int, marks: Any) -> str:
-    image = seen(images[position], images.preprocessing).convert("RGB")
+    image = seen(images.seen(position), images.preprocessing).convert("RGB")
     if isinstance(marks, Boxes):
         return encoded(_with_boxes(image, marks), lossless=True)
     return encoded(_with_classes(image, marks))

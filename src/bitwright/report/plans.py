@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bitwright import words
+from bitwright.measure.shown import named_figures
 from bitwright.report.frame import Section, paragraph
 from bitwright.report.markup import Child, Markup
 from bitwright.report.panels import Panel, Series, single
@@ -42,7 +43,9 @@ def _lead(asked: RunPlan | None, chosen: CurvePoint | None) -> str:
         for name, value in ({} if asked is None else asked.limits or {}).items()
     ]
     if asked is not None and asked.estimate is not None:
-        limits.append(f"at most {words.percent(asked.estimate.drop)} of answers changed")
+        figure = asked.estimate.figure
+        lost = "answers changed" if figure is None else f"{named_figures(figure)} lost"
+        limits.append(f"at most {words.percent(asked.estimate.drop)} of {lost}")
     said = f"Planned within limits: {words.listed(limits)}. " if limits else ""
     if asked is None:
         said = "The bits are those of a plan file. "
@@ -62,8 +65,11 @@ def _estimate(asked: RunPlan) -> list[Child]:
     for said, found in (("estimated on held-out images", asked.estimate), ("measured", asked.measured)):
         if found is not None:
             rows.append([said, words.percent(found.agreement), words.interval(found.interval), f"{found.images:,}"])
-    heads = ["", ">same answer", ">95 % interval", ">images"]
-    return [page_table("Answers that stay the same", heads, rows)] if rows else []
+    figure = None if asked.estimate is None else asked.estimate.figure
+    kept, title = "same answer", "Answers that stay the same"
+    if figure is not None:
+        kept, title = "kept", f"{named_figures(figure)} kept, where the float network's answers are the truth"
+    return [page_table(title, ["", f">{kept}", ">95 % interval", ">images"], rows)] if rows else []
 
 
 def curve_figure(curve: Curve, chosen: CurvePoint | None, which: str = "this run") -> Markup:

@@ -28,6 +28,7 @@ from bitwright.export.verdict import Parity
 from bitwright.given.arguments import a_path, of_kind, one_of
 from bitwright.given.images import Images, load_images
 from bitwright.given.inputs import find_device
+from bitwright.given.two_stages import TwoStages
 from bitwright.graph.devices import device_of, exact_float32
 from bitwright.graph.student import Student, moved_to
 from bitwright.measure.class_maps import GivenClassMap
@@ -224,6 +225,7 @@ def save(
     if measured and evaluate is not True:
         given = load_images(evaluate, model.preprocessing, inputs=model.input_names, input_key=input_key)
         images = labelled(given, labels, class_map)
+    images = decode.completed(images) if images is not None and isinstance(decode, TwoStages) else images
     scoring = Scoring(task, metric, decode)
     scoring.check()
     one_of("check", check, tuple(CHECKS))

@@ -221,7 +221,7 @@ def add_plan_outcome(result: dict[str, Any]) -> list[str]:
     if limit is not None and packed > limit:
         lines.append(f"model.safetensors has {packed:,} bytes, {packed - limit:,.0f} more than wanted.")
     agreement = result.get("fidelity", {}).get("agreement")
-    if "estimate" not in plan or agreement is None:
+    if "estimate" not in plan or agreement is None or plan["estimate"].get("figure") is not None:
         return lines
     evaluated = result["data"]["evaluation"]
     low, high = wilson_interval(round(agreement * evaluated["count"]), evaluated["count"])

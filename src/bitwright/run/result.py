@@ -276,7 +276,10 @@ class CheckedFidelity:
 
 @dataclass(frozen=True)
 class SameAnswers:
-    """The share of answers that stay the float network's, with its 95 % interval: estimated, or measured."""
+    """The share of answers that stay the float network's, with its 95 % interval: estimated, or measured.
+
+    With ``figure``, the key of a task's figure, the share of that which is kept.
+    """
 
     agreement: float | None = None
     interval: list[float] = field(default_factory=list)
@@ -284,6 +287,7 @@ class SameAnswers:
     drop: float | None = None
     stages: list[str] = field(default_factory=list)
     trials: list[Any] = field(default_factory=list)
+    figure: str | None = None
 
 
 @dataclass(frozen=True)

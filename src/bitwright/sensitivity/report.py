@@ -330,4 +330,4 @@ def _images(
         )
     if samples is not None:
         whole_number("samples", samples, least=1)
-    return images.sample(min(samples or SAMPLES, len(images)), seed=0)
+    return network.completed(images.sample(min(samples or SAMPLES, len(images)), seed=0))
