@@ -23,6 +23,7 @@ from bitwright.cli.sources import (
     float_network,
     images_at,
     is_run,
+    known_settings,
     load_run,
     prepared_alike,
     with_regions,
