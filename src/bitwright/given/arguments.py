@@ -24,7 +24,8 @@ _FLAGS = {
 OPTIONS = frozenset([
     "activations", "as_published", "batch", "bits", "blocks", "by", "cache", "channel_order", "channels", "check",
     "class_map", "classes", "compression", "crop_mode", "crop_pct", "decode", "device", "dry_run", "eigenvalues",
-    "evaluate", "float_model", "force", "granularity", "group_size", "images", "input_key", "interpolation", "labels", "matrix",
+    "evaluate", "float_model", "force", "granularity", "group_size", "images", "input_key", "interpolation", "labels",
+    "matrix",
     "max_activation_size", "max_bops", "max_drop", "max_latency", "max_total_size", "mean", "measure", "metric",
     "minutes", "output", "plan", "point", "points", "precision", "probes", "recipe", "recipes", "resume",
     "rules", "runtime", "samples", "seconds", "seed", "seeds", "skip_unreadable", "spectrum_samples", "std",
