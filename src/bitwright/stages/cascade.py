@@ -1,4 +1,4 @@
-"""Rounds layers of few bits one after the other, from what the quantized layers before them give."""
+"""Rounds layers one after the other, where bits are few, from what the quantized layers before them give."""
 
 from __future__ import annotations
 
@@ -30,19 +30,28 @@ FEWEST, PARTS = 8, 8
 REACH = 2.0
 """By how much a row's step may grow or shrink."""
 
+MOST = 8
+"""Bits of weights."""
+INSIDE = 0.49
+"""Of a step: how far a stored weight may lie from what it is rounded to."""
+
 
 class Cascade(Stage):
-    """OPTQ from layer to layer, for weights of few bits; a network without any is left as it is.
+    """OPTQ from layer to layer, where weights or activations have few bits; other networks are left as they are.
 
     Each layer's weight moves towards the one that gives, for the inputs of the quantized network, what the float
     network gives for its own (GPTAQ, Qronos). How far is chosen on images held out, since the whole way learns few
     images by heart. Codes follow in closed form; then each output channel gets the step and the bias of least squares.
+    The stored weights are what was rounded to these codes: a stage to come sees which of them were close.
     """
 
     kind: ClassVar[str] = "cascade"
 
     bits: int = Field(default=3, ge=2, le=8)
     """Of weights up to which a layer is rounded again."""
+    activations: int = Field(default=4, ge=0, le=16)
+    """Bits of activations: where one has at most so many, all layers are rounded again, because what was lost before a
+    layer reaches it whatever its own bits."""
     images: int = Field(default=256, ge=1)
     """How many images pass at most; fewer where their values would take more than 2 GiB."""
     positions: int = Field(default=64, ge=1)
@@ -56,7 +65,8 @@ class Cascade(Stage):
 
     def run(self, student: Student, teacher: Captured, images: Images, run: Run) -> Student:
         """One pass of both networks, node by node."""
-        layers = [n for n in student.graph.graph.nodes if self._takes(student, n)]
+        bits = MOST if self._has_few(student) else self.bits
+        layers = [n for n in student.graph.graph.nodes if _takes(student, n, bits)]
         if not layers:
             return student
         each = peak_bytes(student.graph.graph) + peak_bytes(teacher.graph.graph)
@@ -77,14 +87,10 @@ class Cascade(Stage):
         widen_for_biases(student)
         return student
 
-    def _takes(self, student: Student, node: fx.Node) -> bool:
-        """Whether a layer has few bits, a weight and a bias of its own, and steps for each output channel."""
-        if not has_quantized_weight(node) or ops.base_name(node) not in COMPENSATED or "unbiased" in node.meta:
-            return False
-        _, quantizer = weight_of(student, node.name)
-        own = all(isinstance(a, fx.Node) and _readers(a) == 1 for a in node.args[1:3])
-        by_row = quantizer.block is not None and quantizer.block[0] == 1 and quantizer.head_axis is None
-        return own and by_row and not quantizer.power_of_two and quantizer.grid.bits <= self.bits
+    def _has_few(self, student: Student) -> bool:
+        """Whether an activation has few bits."""
+        found = (m for m in student.graph.children() if isinstance(m, Quantizer) and m.role == "activation")
+        return any(m.grid.bits <= self.activations for m in found)
 
     def _round(
         self, student: Student, teacher: Captured, node: fx.Node, ours: list[Tensor], theirs: list[Tensor], run: Run
@@ -98,11 +104,11 @@ class Cascade(Stage):
         seen = [p for i, p in enumerate(parts) if i % 4 != 3] or parts
         held, all_of_them = _Moments.sum(parts[3::4] or parts), _Moments.sum(parts)
         layer = _Rows.of(weight, quantizer, len(held.own))
-        best = min(self.shares, key=lambda s: layer.error(*self._solve(layer, _Moments.sum(seen), s), held))
-        values, factors = self._solve(layer, all_of_them, best)
+        best = min(self.shares, key=lambda s: layer.error(*self._solve(layer, _Moments.sum(seen), s)[::2], held))
+        values, between, factors = self._solve(layer, all_of_them, best)
         factors = factors.clamp(1 / REACH, REACH)
         quantizer.set_range(quantizer.scale * _by_block(factors.flatten().float(), quantizer))
-        found = (values * factors.unsqueeze(2)).float().reshape(weight.shape)
+        found = (between * factors.unsqueeze(2)).float().reshape(weight.shape)
         if weight.dim() == 4:
             found = found.contiguous(memory_format=torch.channels_last)
         rewrite.set_tensor(student.graph, stored, found)
@@ -110,15 +116,26 @@ class Cascade(Stage):
         bias = _stored(node.args[2])
         rewrite.set_tensor(student.graph, bias, rewrite.get_tensor(teacher.graph, bias) + shift.flatten().float())
 
-    def _solve(self, layer: _Rows, moments: _Moments, share: float) -> tuple[Tensor, Tensor]:
-        """Values on the grid, [G, R, K], and what their steps are multiplied by, [G, R]."""
+    def _solve(self, layer: _Rows, moments: _Moments, share: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Values on the grid and what was rounded to them, [G, R, K], and what their steps are multiplied by, [G, R]."""
         own, cross = moments.centred()
         target = optq.towards_float(layer.weight, own, cross, share=share, damping=self.damping)
         given = (own.float(), layer.steps, layer.nearest)
-        found = layer.nearest(optq.compensate(target, *given, damping=self.damping), layer.steps)
+        real = optq.compensate(target, *given, damping=self.damping)
+        found = layer.nearest(real, layer.steps)
         if layer.bits <= DESCENDS and self.sweeps:
             found = optq.sweep_codes(target, found, *given, damping=self.damping, sweeps=self.sweeps)
-        return found.double(), optq.least_squares_steps(layer.weight, found, own, cross)
+        return found.double(), layer.near(real, found).double(), optq.least_squares_steps(layer.weight, found, own, cross)
+
+
+def _takes(student: Student, node: fx.Node, bits: int) -> bool:
+    """Whether a layer has at most so many bits, a weight and a bias of its own, and steps for each output channel."""
+    if not has_quantized_weight(node) or ops.base_name(node) not in COMPENSATED or "unbiased" in node.meta:
+        return False
+    _, quantizer = weight_of(student, node.name)
+    own = all(isinstance(a, fx.Node) and _readers(a) == 1 for a in node.args[1:3])
+    by_row = quantizer.block is not None and quantizer.block[0] == 1 and quantizer.head_axis is None
+    return own and by_row and not quantizer.power_of_two and quantizer.grid.bits <= bits
 
 
 @dataclass(frozen=True)
@@ -142,6 +159,11 @@ class _Rows:
 
     def nearest(self, column: Tensor, step: Tensor) -> Tensor:
         return self.quantizer.grid.nearest(column, step)
+
+    def near(self, real: Tensor, found: Tensor) -> Tensor:
+        """The values nearest to real ones that are still rounded to ``found``, and within the grid."""
+        within = real.clamp(self.quantizer.grid.qmin * self.steps, self.quantizer.grid.qmax * self.steps)
+        return torch.maximum(torch.minimum(within, found + INSIDE * self.steps), found - INSIDE * self.steps)
 
     def error(self, values: Tensor, factors: Tensor, held: _Moments) -> float:
         """Squared distance of the outputs from the float ones, but for a constant."""
