@@ -32,7 +32,7 @@ REACH = 2.0
 
 MOST = 8
 """Bits of weights."""
-INSIDE = 0.49
+ROUNDS_BACK = 0.49
 """Of a step: how far a stored weight may lie from what it is rounded to."""
 
 
@@ -117,7 +117,7 @@ class Cascade(Stage):
         rewrite.set_tensor(student.graph, bias, rewrite.get_tensor(teacher.graph, bias) + shift.flatten().float())
 
     def _solve(self, layer: _Rows, moments: _Moments, share: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Values on the grid and what was rounded to them, [G, R, K], and what their steps are multiplied by, [G, R]."""
+        """Values on the grid, what was rounded to them, both [G, R, K], and factors on their steps, [G, R]."""
         own, cross = moments.centred()
         target = optq.towards_float(layer.weight, own, cross, share=share, damping=self.damping)
         given = (own.float(), layer.steps, layer.nearest)
@@ -125,7 +125,8 @@ class Cascade(Stage):
         found = layer.nearest(real, layer.steps)
         if layer.bits <= DESCENDS and self.sweeps:
             found = optq.sweep_codes(target, found, *given, damping=self.damping, sweeps=self.sweeps)
-        return found.double(), layer.near(real, found).double(), optq.least_squares_steps(layer.weight, found, own, cross)
+        factors = optq.least_squares_steps(layer.weight, found, own, cross)
+        return found.double(), layer.near(real, found).double(), factors
 
 
 def _takes(student: Student, node: fx.Node, bits: int) -> bool:
@@ -163,7 +164,7 @@ class _Rows:
     def near(self, real: Tensor, found: Tensor) -> Tensor:
         """The values nearest to real ones that are still rounded to ``found``, and within the grid."""
         within = real.clamp(self.quantizer.grid.qmin * self.steps, self.quantizer.grid.qmax * self.steps)
-        return torch.maximum(torch.minimum(within, found + INSIDE * self.steps), found - INSIDE * self.steps)
+        return torch.maximum(torch.minimum(within, found + ROUNDS_BACK * self.steps), found - ROUNDS_BACK * self.steps)
 
     def error(self, values: Tensor, factors: Tensor, held: _Moments) -> float:
         """Squared distance of the outputs from the float ones, but for a constant."""
