@@ -4,7 +4,7 @@ Seeds choose the calibration images and all random numbers. Images of the same s
 ``held_kl``, by which settings may be chosen; test images are for the table alone. Rows go to
 ``results/DATE-units-cpu.json``, where those of other calls stay.
 
-    python -m benchmarks.units                                 # recipes of layers and blocks, and eptq, on the zoo's CNN
+    python -m benchmarks.units                             # recipes of layers and blocks, and eptq, on the zoo's CNN
     python -m benchmarks.units --model MODEL --images IMAGES --test IMAGES --bits W4A4 W2A8 -- eptq optq
 """
 

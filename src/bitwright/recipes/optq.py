@@ -1,6 +1,7 @@
 """OPTQ: roundings in closed form, each making up for the ones before it.
 
-Layers of 2 and 3 bits follow once more, in order, from what the quantized layers before them give.
+Layers of 2 and 3 bits, and all where activations have at most 4, follow once more, in order, from what the quantized
+layers before them give.
 """
 
 from bitwright.recipes import Recipe
