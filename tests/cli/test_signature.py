@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from dataclasses import asdict, dataclass
 from typing import Any, get_type_hints
 
@@ -11,6 +12,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from bitwright.cli import main
 from bitwright.cli.calls import CALLS, QuantizeCall
 from bitwright.cli.options import BitOptions, BudgetOptions, GridOptions, ImageOptions, NetworkOptions
 from bitwright.cli.signature import Call, argument, make_record, option, parameters_of
@@ -50,6 +52,14 @@ def test_what_typer_reads_comes_back_as_records() -> None:
         assert CliRunner().invoke(app, given).exit_code == 0
     assert seen == [PairCall("me"), PairCall("me", Pair(3, True), "x")]
     assert CliRunner().invoke(app, ["me", "--second"]).exit_code == 2
+
+
+@pytest.mark.parametrize("given", [["inspect", ""], ["report", "a", " "], ["quantize", "zoo:fashion_cnn", ""]])
+def test_an_empty_argument_is_said(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(given) == 2
+    assert re.search(
+        r"error: Expected (MODEL|RUN\.\.\.|IMAGES), found an empty text\. Name one: [az]", capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("kind", CALLS, ids=lambda k: k.verb())

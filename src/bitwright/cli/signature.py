@@ -10,7 +10,9 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Annotated, Any, ClassVar, TypeVar, get_type_hints
 
 import typer
+from typer.models import ArgumentInfo
 
+from bitwright.errors import UsageError
 from bitwright.terminal import Terminal
 
 Record = TypeVar("Record")
@@ -65,6 +67,7 @@ def command(kind: type[Call]) -> Callable[..., None]:
         if other and not call.shared:
             return
         with Terminal(as_json=as_json, silent=other) as terminal:
+            _check_named(kind, given)
             call.check()
             if call.begins:
                 terminal.begin(call.begins)
@@ -76,6 +79,21 @@ def command(kind: type[Call]) -> Callable[..., None]:
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     run.__name__, run.__doc__ = kind.verb(), kind.__doc__
     return run
+
+
+def _check_named(kind: type[Call], given: dict[str, Any]) -> None:
+    """An argument that is there but empty is most often a variable of the shell that is not set.
+
+    Raises:
+        UsageError: one is empty.
+    """
+    for each in parameters_of(kind):
+        (how,), value = each.annotation.__metadata__, given[each.name]
+        texts = value if isinstance(value, list) else [value]
+        if isinstance(how, ArgumentInfo) and any(isinstance(text, str) and not text.strip() for text in texts):
+            raise UsageError(
+                f"Expected {how.metavar}, found an empty text. Name one: {how.help[:1].lower()}{how.help[1:]}."
+            )
 
 
 def parameters_of(kind: Any) -> Iterator[inspect.Parameter]:

@@ -131,11 +131,11 @@ def bench(
 def _exported(folder: Path) -> Path:
     """The ONNX file of a finished run."""
     if not folder.is_dir():
-        raise UsageError(f"Expected a run folder, found none at {folder}.")
+        raise UsageError(f"Expected a run folder, found none at {folder}. Check the path.")
     if (folder / STATE).is_dir() and not (folder / RESULT).is_file():
         raise UsageError(f"The run in {folder} is unfinished. Repeat its command with --resume.")
     if not (folder / RESULT).is_file():
-        raise UsageError(f"Expected a run folder with {RESULT} in it, found none in {folder}.")
+        raise UsageError(f"Expected a run folder with {RESULT} in it, found none in {folder}. Give a run's folder.")
     advice = f"Write it with: {typed('bitwright', 'export', folder)}"
     if not (folder / ONNX).is_file():
         raise UsageError(f"Expected {ONNX} in {folder}, found none. {advice}")
