@@ -54,4 +54,4 @@ zoo: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m bitwright.zoo.train_dense
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -169,6 +171,8 @@ def supplies(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i, pixels in enumerate(np.random.default_rng(0).integers(0, 255, (8, 28, 28), dtype=np.uint8)):
             Image.fromarray(pixels).save(photos / f"{i}.png")
             rows.append(f"{i}.png,{i}")
+        files = [{"bytes": (photos / f"{i}.png").read_bytes(), "path": None} for i in range(8)]
+        pq.write_table(pa.table({"image": files, "labels": list(range(8))}), place / "train.parquet")
         (place / "labels.csv").write_text("file,class_index\n" + "\n".join(rows) + "\n")
         made = ["quantize", NETWORK, "zoo:fashion[:16]", "--recipe", "mse", "--weights", "4"]
         assert main([*made, "--evaluate", "zoo:fashion-test[:16]", "--no-images", "--out", "first"]) == 0

@@ -26,8 +26,8 @@ def text(child: Child) -> Markup:
     r"""Children as HTML; None is nothing. No line ends between a number and its unit.
 
     Example:
-        >>> text(["a < b ", tag("b", "c")]), text("3.5 MB of 12 images")
-        ('a &lt; b <b>c</b>', '3.5\xa0MB of 12 images')
+        >>> text(["a < b ", tag("b", "c")]), text("3.5 MB of 12 images"), text("1.2 × 10⁻⁴")
+        ('a &lt; b <b>c</b>', '3.5\xa0MB of 12 images', '1.2\xa0×\xa010⁻⁴')
     """
     if child is None:
         return Markup()
