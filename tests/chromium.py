@@ -17,6 +17,21 @@ from typing import Any
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 PROGRAM = next((found for found in map(shutil.which, NAMES) if found), None)
 SECONDS = 90.0
+OUTSIDE = """[...document.body.querySelectorAll('*')].filter(e => {
+    const r = e.getBoundingClientRect();
+    return r.width && r.right > innerWidth + 1 && !e.closest('.scroll, .fit') }).map(e => e.outerHTML.slice(0, 80))"""
+"""What sticks out of the window and of every box that scrolls."""
+BROKEN = """(() => { const found = [];
+    const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (texts.nextNode()) { const node = texts.currentNode;
+        if (node.parentElement.closest('code, pre, .hash, .layer, .label, script, style')) continue;
+        for (const m of node.data.matchAll(/[−+]?\\d[\\d.,]*(?:\\u00a0[^ \\n\\u00a0]+)*/g)) {
+            const range = document.createRange();
+            range.setStart(node, m.index); range.setEnd(node, m.index + m[0].length);
+            const lines = new Set([...range.getClientRects()].filter(r => r.width).map(r => Math.round(r.top)));
+            if (lines.size > 1) found.push([m[0], node.parentElement.outerHTML.slice(0, 90)]); } }
+    return found })()"""
+"""Numbers, with the units that no line end may part from them, that fall into two lines."""
 
 
 class Page:

@@ -83,7 +83,8 @@ def test_it_names_the_layers_that_matter_and_what_to_paste(here: Path, capsys: p
     assert main([*CALL, "--bits", "3", "--out", "look"]) == 0
     out = capsys.readouterr().out
     found = json.loads((here / "look/sensitivity.json").read_text())
-    assert f"At 3 bits, {len(found['matter'])} of 3 layers make up" in out
+    count = len(found["matter"])
+    assert f"At 3 bits, {count} of 3 layers make{'s' * (count == 1)} up" in out
     command = next(shlex.split(line.partition(": ")[2]) for line in out.splitlines() if "bitwright quantize" in line)
     assert f"{found['matter'][0]}=w8" in command
     assert main([*command[1:], "--dry-run"]) == 0

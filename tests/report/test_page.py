@@ -9,31 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chromium import Page
+from chromium import BROKEN, OUTSIDE, Page
 
 from bitwright import report
 from bitwright.cli import main
 from bitwright.run import folder as run_folder
 
-OUTSIDE = """[...document.body.querySelectorAll('*')].filter(e => {
-    const r = e.getBoundingClientRect();
-    return r.width && r.right > innerWidth + 1 && !e.closest('.scroll, .fit') }).map(e => e.outerHTML.slice(0, 80))"""
 WIDTH = "document.documentElement.scrollWidth"
 SMALLEST = """Math.min(...[...document.querySelectorAll('p, td, th, dd, .chart span')]
     .map(e => parseFloat(getComputedStyle(e).fontSize)))"""
 SECTIONS = """[...document.querySelectorAll('section')]
     .map(s => [s.id, s.innerText.split('\\n').slice(1).join(' ').trim()])"""
 LAYER_ROWS = "[...document.querySelectorAll('#layer-table tbody tr')]"
-BROKEN = """(() => { const found = [];
-    const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-    while (texts.nextNode()) { const node = texts.currentNode;
-        if (node.parentElement.closest('code, pre, .hash, .layer, .label, script, style')) continue;
-        for (const m of node.data.matchAll(/[−+]?\\d[\\d.,]*(?:\\u00a0[^ \\n\\u00a0]+)*/g)) {
-            const range = document.createRange();
-            range.setStart(node, m.index); range.setEnd(node, m.index + m[0].length);
-            const lines = new Set([...range.getClientRects()].filter(r => r.width).map(r => Math.round(r.top)));
-            if (lines.size > 1) found.push([m[0], node.parentElement.outerHTML.slice(0, 90)]); } }
-    return found })()"""
 HIDDEN = "[...document.querySelectorAll('nav, .control')].every(e => e.getBoundingClientRect().height === 0)"
 CONTRAST = """(() => {
     const linear = x => x <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4;

@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from chromium import Page
+from chromium import BROKEN, OUTSIDE, Page
 
 import bitwright as bw
 from bitwright import report
@@ -38,9 +38,6 @@ class Net(nn.Module):
     def forward(self, x):
         return self.head(torch.relu(self.body(torch.relu(self.stem(x)))).mean((2, 3)))
 """
-OUTSIDE = """[...document.body.querySelectorAll('*')].filter(e => {
-    const r = e.getBoundingClientRect();
-    return r.width && r.right > innerWidth + 1 && !e.closest('.scroll, .fit') }).map(e => e.outerHTML.slice(0, 80))"""
 DOTS = (
     "[...document.querySelectorAll('#plan .dot')].map(d => [d.getAttribute('d'), d.textContent, d.className.baseVal])"
 )
@@ -255,6 +252,7 @@ def test_both_sections_fit_a_page_and_ask_for_nothing(
     assert all(r.startswith(("file:", "data:image/")) for r in page.requests)
     assert page.value("document.documentElement.scrollWidth") <= width
     assert page.value(OUTSIDE) == []
+    assert page.value(BROKEN) == []
     assert page.value("[...document.querySelectorAll('nav a')].map(a => a.hash)").count("#plan") == 1
     shutil.copytree(place / run, tmp_path / "run")
     for name in ("result.json", "parity.json"):

@@ -91,9 +91,8 @@ def _check_named(kind: type[Call], given: dict[str, Any]) -> None:
         (how,), value = each.annotation.__metadata__, given[each.name]
         texts = value if isinstance(value, list) else [value]
         if isinstance(how, ArgumentInfo) and any(isinstance(text, str) and not text.strip() for text in texts):
-            raise UsageError(
-                f"Expected {how.metavar}, found an empty text. Name one: {how.help[:1].lower()}{how.help[1:]}."
-            )
+            said = how.help or ""
+            raise UsageError(f"Expected {how.metavar}, found an empty text. Name one: {said[:1].lower()}{said[1:]}.")
 
 
 def parameters_of(kind: Any) -> Iterator[inspect.Parameter]:

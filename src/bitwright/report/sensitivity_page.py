@@ -102,7 +102,8 @@ def sensitivity_verdict(found: SensitivityRecord) -> list[str]:
     more = f" and {len(matter) - 10} more" if len(matter) > 10 else ""
     together = 100 * sum(shares[name] for name in matter)
     said = [
-        f"At {bits} bits, {len(matter)} of {len(shares)} layers make up {together:.0f} % of the predicted loss: "
+        f"At {bits} bits, {len(matter)} of {len(shares)} layers make{'s' * (len(matter) == 1)} up {together:.0f} % of "
+        "the predicted loss: "
         f"{listed}{more}.",
     ]
     if bits < 8:
