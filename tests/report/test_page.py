@@ -33,13 +33,32 @@ CONTRAST = """(() => {
 HOSTILE = "\"'><img src=http://x.invalid/ onerror=alert(1)><script>alert(2)</script></style>&amp;"
 
 
+NET = """
+import torch
+from torch import nn
+
+PREPROCESSING = {"input_size": (1, 28, 28), "mean": 0.286, "std": 0.353}
+
+
+def net():
+    torch.manual_seed(0)
+    features = nn.Sequential()
+    for i, (before, after) in enumerate(((1, 8), (8, 16), (16, 16), (16, 32))):
+        features.add_module(f"stage{i}", nn.Sequential(nn.Conv2d(before, after, 3, 1 + i % 2, 1), nn.ReLU()))
+    head = nn.Linear(32 * 49, 10)
+    head.weight.data *= 20
+    return nn.Sequential(features, nn.Flatten(), head)
+"""
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with everything that the default recipe leaves: scores, a loss curve, answers that differ."""
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    command = ["quantize", "zoo:fashion_cnn", "zoo:fashion[:32]", "--recipe", "eptq", "--steps", "4", "--weights", "3"]
-    assert main([*command, "--evaluate", "zoo:fashion-test[:300]", "--out", str(folder)]) == 0
-    return folder
+    root = tmp_path_factory.mktemp("runs")
+    (root / "net.py").write_text(NET)
+    given = ["--recipe", "eptq", "--steps", "4", "--weights", "3", "--evaluate", "zoo:fashion-test[:100]"]
+    assert main(["quantize", f"{root}/net.py:net", "zoo:fashion[:24]", *given, "--out", str(root / "run")]) == 0
+    return root / "run"
 
 
 def test_the_page_is_small_and_one_file(run: Path) -> None:
