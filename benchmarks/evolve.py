@@ -78,8 +78,8 @@ def deep_transformer(depth: int, epochs: int) -> torch.nn.Module:
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {"race": 0.0},
     "cached": {"race": 0.0},
-    "cached, raced": {"look": 0.0},
-    "cached, raced, looked at": {},
+    "cached, raced": {},
+    "cached, raced, looked at": {"look": 0.1},
 }
 
 

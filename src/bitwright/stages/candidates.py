@@ -161,13 +161,13 @@ class Batches:
         with torch.no_grad():
             return torch.cat(self.each(lambda i: fitness(network(self.load(self.parts[i])), self.targets[i])))
 
-    def each(self, of: Callable[[int], Tensor], start: int = 0, stop: int | None = None) -> list[Tensor]:
-        """``of(position)`` for a stretch of the batches, each computed by the process that it belongs to."""
-        stretch = range(start, len(self.parts) if stop is None else min(stop, len(self.parts)))
+    def each(self, of: Callable[[int], Tensor], places: Sequence[int] | None = None) -> list[Tensor]:
+        """``of(place)`` for some of the batches, or all, each computed by the process that it belongs to."""
+        places = range(len(self.parts)) if places is None else places
         if not together.is_shared():
-            return [of(i) for i in stretch]
-        mine = {i - start: of(i).cpu() for i in stretch if together.is_mine(i)}
-        return [found.to(self.device) for found in together.collected(mine, len(stretch))]
+            return [of(i) for i in places]
+        mine = {n: of(i).cpu() for n, i in enumerate(places) if together.is_mine(i)}
+        return [found.to(self.device) for found in together.collected(mine, len(places))]
 
 
 class Evaluator:
@@ -220,21 +220,25 @@ class Evaluator:
         assert found is not None
         return found
 
-    def race(self, rival: Tensor | None, error: float, batches: int | None = None, look: float = 0.0) -> Tensor | None:
+    def race(
+        self, rival: Tensor | None, error: float, batches: int | None = None, look: float = 0.0, first: int = 0
+    ) -> Tensor | None:
         """The losses [N] of the network as it is now; None once it is seen to lose against the rival's [N].
 
         Args:
             rival: None does not race.
             error: probability of leaving a race that would have been won.
             batches: how many are run; all if not given.
-            look: share of the images after which it must be better than the rival; not asked if 0, or in a race
-                without error or of fewer than :data:`FEWEST_BATCHES`.
+            look: share of the images after which it must be better than the rival; not asked if 0, or in a race of
+                fewer than :data:`FEWEST_BATCHES`.
+            first: batch of that look, counted around. Who always won on the same images would come to know them.
         """
-        region = self.regions[self.at]
+        region, parts = self.regions[self.at], self.batches.parts
         moved = segments.values(self.student.graph, region.moved)
-        found: list[Tensor] = []
-        done, looks = 0, max(1, len(self.batches.parts) - 1)
-        asked = math.ceil(look * len(self.batches.parts)) if len(self.batches.parts) >= FEWEST_BATCHES else 0
+        found: dict[int, Tensor] = {}
+        asked = math.ceil(look * len(parts)) if len(parts) >= FEWEST_BATCHES and rival is not None else 0
+        count = len(range(len(parts))[:batches])
+        order = [((first if asked else 0) + n) % count for n in range(count)]
 
         def loss(i: int) -> Tensor:
             before = self._values(i)
@@ -242,20 +246,23 @@ class Evaluator:
                 outputs = region.body(*(before[n] for n in region.frontier), *self.fixed, *moved)
             return self.fitness(outputs, self.batches.targets[i])
 
-        count = len(range(len(self.batches.parts))[:batches])
         with torch.no_grad():
             for start in range(0, count, together.processes()):  # a batch in every process
-                for each in self.batches.each(loss, start, min(start + together.processes(), count)):
-                    found.append(each)
-                    done += len(each)
-                    if rival is None or not error:
-                        continue
-                    differences = torch.cat(found) - rival[:done]
-                    if len(found) == asked and float(differences.mean()) >= 0:
+                places = order[start : start + together.processes()]
+                for place, each in zip(places, self.batches.each(loss, places), strict=True):
+                    found[place] = each
+                    if rival is not None and error and self._loses(found, rival, error, asked):
                         return None
-                    if losing(differences, len(rival), error / looks):
-                        return None
-        return torch.cat(found)
+        return torch.cat([found[i] for i in range(count)])
+
+    def _loses(self, found: dict[int, Tensor], rival: Tensor, error: float, asked: int) -> bool:
+        """Whether the batches so far are enough to leave: at a first look of ``asked``, or beyond doubt."""
+        parts = self.batches.parts
+        theirs = torch.split(rival, [len(part) for part in parts])
+        differences = torch.cat([each - theirs[i] for i, each in found.items()])
+        if len(found) == asked and float(differences.mean()) >= 0:
+            return True
+        return losing(differences, len(rival), error / max(1, len(parts) - 1))
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision == torch.float32:

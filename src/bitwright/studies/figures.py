@@ -29,6 +29,7 @@ HEADS = {
     "closed": "way to float",
     "spearman": "rank correlation",
     "closed_held_out": "way, held-out",
+    "gain_half": "± over images",
 }
 """Headings of tables."""
 LOSS_NAMES = {
@@ -150,6 +151,6 @@ def _text(key: str, value: Any) -> str:
     if not isinstance(value, dict):
         return "" if value is None else str(value)
     mean, deviation = value["mean"], value["sd"]
-    if key in FRACTIONS or key == "gain" or key.endswith("minima"):
+    if key in FRACTIONS or key.startswith("gain") or key.endswith("minima"):
         return f"{100 * mean:.1f} %" + (f" ± {100 * deviation:.1f}" if deviation else "")
     return f"{mean:.3g}" + (f" ± {deviation:.2g}" if deviation else "")
