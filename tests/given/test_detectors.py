@@ -17,6 +17,7 @@ from bitwright.given.compat import import_torchvision
 from bitwright.given.detectors import DetectorBody, TorchvisionDecode, classes_of, is_detector
 from bitwright.given.models import decoder_beside, load_model
 from bitwright.given.preprocessing import Preprocessing
+from bitwright.given.two_stages import TwoStages, two_networks
 
 try:
     torchvision: Any = import_torchvision()
@@ -147,6 +148,36 @@ def test_sizes_and_shapes_of_a_detectors_own_transform(by_name: None) -> None:
     assert isinstance(free, Preprocessing)
     assert (fixed.input_size, fixed.crop_mode, fixed.interpolation) == ((3, 32, 64), "squash", "bilinear")
     assert (free.input_size, free.crop_mode) == ((3, 32, 32), "border")
+
+
+BY_NAME = (
+    "retinanet_resnet50_fpn",
+    "fcos_resnet50_fpn",
+    "ssd300_vgg16",
+    "ssdlite320_mobilenet_v3_large",
+    "fasterrcnn_mobilenet_v3_large_320_fpn",
+    "fasterrcnn_resnet50_fpn",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", BY_NAME)
+def test_those_of_torchvision_themselves_with_random_weights(name: str) -> None:
+    network = load_model(f"torchvision:{name}", input_size="64x96")
+    images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    model = bw.quantize(network, images, "rtn")
+    assert sum(row.weight is not None for row in model.layers) > 20
+    if isinstance(network.decode, TwoStages):
+        found = two_networks(model.graph, model.outputs, model.parts)
+        assert found is not None
+        with torch.no_grad():
+            boxes = network.decode.boxes(found[0](images), found[1], (64, 96))
+    else:
+        assert network.decode is not None
+        boxes = network.decode(model(images))
+    assert len(boxes) == 2
+    assert all(set(each) == {"boxes", "scores", "labels"} for each in boxes)
 
 
 def test_what_is_no_detector() -> None:

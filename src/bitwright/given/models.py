@@ -44,7 +44,7 @@ FORMS = "zoo:NAME, timm:NAME[@weights], torchvision:NAME[@weights], path/to/file
 
 _CHECKPOINTS = (".pt", ".pth", ".th", ".ckpt", ".bin", ".tar", ".safetensors")
 _AVERAGED = ("state_dict_ema", "model_ema", "ema")
-_NESTED = (*_AVERAGED, "state_dict", "model_state_dict", "model", "net")
+_NESTED = (*_AVERAGED, "state_dict", "model_state_dict", "model_state", "model", "net")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 # Bookkeeping that some trainers save and no forward pass reads.
 _IDLE_KEYS = ("num_batches_tracked", "n_averaged", "relative_position_index", "attn_mask")
