@@ -51,7 +51,9 @@ def faster_rcnn(classes: int = 4, **_: Any) -> Any:
     made = parts.FasterRCNN(
         Backbone(),
         rpn_anchor_generator=parts.anchor_utils.AnchorGenerator(((8,), (16,)), ((0.5, 1.0),) * 2),
-        box_roi_pool=torchvision.ops.MultiScaleRoIAlign(["0", "1"], 3, 2, canonical_scale=16, canonical_level=2),
+        box_roi_pool=torchvision.ops.MultiScaleRoIAlign(
+            ["0", "1", "more"], 3, 2, canonical_scale=16, canonical_level=2
+        ),
         box_head=parts.faster_rcnn.TwoMLPHead(8 * 9, 16),
         box_predictor=parts.faster_rcnn.FastRCNNPredictor(16, classes),
         min_size=SIZE[0],

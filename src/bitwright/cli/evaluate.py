@@ -147,9 +147,11 @@ def _run(call: EvaluateCall, axes: Axes) -> Evaluated:
     except UsageError as error:
         if call.float_model is not None or run.preprocessing is None:
             raise
-        warnings.warn(f"Fidelity to the float network is not measured: {error}", stacklevel=2)
         scoring = _decoded(run, call.compared.scoring)
         images = with_regions(run, _images(call, Model(run, call.model, run.preprocessing)))
+        bare = images.truth is not None and images.truth.kind == "detection" and not (scoring.decode or scoring.beside)
+        also = ", and nothing that makes boxes of outputs comes with it" if bare else ""
+        warnings.warn(f"Fidelity to the float network is not measured{also}: {error}", stacklevel=2)
         return Evaluated("run", run.flat, None, images, outputs_of(run), scoring, seconds=seconds_of(run, None))
     images = _images(call, network)
     teacher = prepare_teacher(network, images, RunResult.read(run.result).model.output, result=run.result)

@@ -40,7 +40,7 @@ class TwoStageBody(nn.Module):
     """Both networks under the names that the detector has for them; neither reads what the other gives.
 
     Attributes:
-        pooled: levels of features that regions are cut out of.
+        pooled: levels of features that regions are cut out of, as far as the backbone gives them.
     """
 
     def __init__(self, detector: nn.Module) -> None:
@@ -59,7 +59,7 @@ class TwoStageBody(nn.Module):
         """Features, and scores and boxes of anchors level by level."""
         levels = named_levels(self.backbone(images))
         scores, sides = self.rpn["head"](list(levels.values()))
-        found = {f"{FEATURES}{i}": levels[name] for i, name in enumerate(self.pooled)}
+        found = {f"{FEATURES}{i}": levels[name] for i, name in enumerate(self.pooled) if name in levels}
         found |= {f"{OBJECTNESS}{i}": each for i, each in enumerate(scores)}
         return found | {f"{SIDES}{i}": each for i, each in enumerate(sides)}
 
@@ -149,7 +149,8 @@ class TwoStages:
             scores, sides = ([v for k, v in one.items() if k.startswith(what)] for what in (OBJECTNESS, SIDES))
             rpn = copy.copy(detector.rpn)
             rpn._modules = {**detector.rpn._modules, "head": KnownPart((scores, sides))}
-            features = OrderedDict((name, one[f"{FEATURES}{k}"]) for k, name in enumerate(pool.featmap_names))
+            levels = {name: one.get(f"{FEATURES}{k}") for k, name in enumerate(pool.featmap_names)}
+            features = OrderedDict((name, level) for name, level in levels.items() if level is not None)
             try:
                 with torch.no_grad():
                     (corners,), _ = rpn(ImageList(torch.zeros(1).expand(1, 3, *size), [size]), dict(enumerate(scores)))
