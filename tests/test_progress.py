@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +16,8 @@ from torch import nn
 import bitwright as bw
 from bitwright import progress, terminal
 from bitwright.progress import Bars, Notebook, silent, watched
+from bitwright.run.job import save
+from bitwright.sensitivity.report import sensitivity
 from bitwright.terminal import Terminal
 
 
@@ -67,6 +71,11 @@ def test_a_function_is_called_with_all_four_arguments_or_refused() -> None:
         watched(three),  # type: ignore[arg-type]
     ):
         pass
+
+
+@pytest.mark.parametrize("call", [bw.quantize, bw.evaluate, bw.plan_bits, bw.study, bw.bench, sensitivity, save])
+def test_everything_long_has_a_bar_where_somebody_looks(call: Callable[..., object]) -> None:
+    assert inspect.signature(call).parameters["progress"].default is True
 
 
 def test_a_terminal_gets_a_bar_that_is_gone_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
