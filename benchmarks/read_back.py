@@ -58,7 +58,11 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     if given.one:
-        print(json.dumps(of_coverage(given.one)))
+        try:
+            row = of_coverage(given.one)
+        except Exception as error:
+            row = {"error": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"}
+        print(json.dumps(row))
         return
     for name in ASSETS if given.assets else ():
         _add("assets", name, of_assets(name, given.recipe), given.out)
