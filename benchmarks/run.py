@@ -4,6 +4,7 @@ Each run is a process of its own with one thread, and its seconds are those of t
 it counts little. Depth is measured on chains of small convolutions, of which one is twice as deep as the other.
 
     python -m benchmarks.run                                                # chains, and eptq on the zoo's CNN
+    python -m benchmarks.run --depths 250 500                               # longer chains, some minutes
     python -m benchmarks.run MODEL IMAGES --evaluate IMAGES [--labels CSV]  # and a run of optq at W4A8
 """
 
@@ -85,13 +86,13 @@ def run_alone(name: str, *arguments: str) -> dict[str, Any]:
     return found
 
 
-def depth_rows() -> list[dict[str, Any]]:
+def depth_rows(depths: Sequence[int] = DEPTHS) -> list[dict[str, Any]]:
     """Runs of both chains; the second says how many times the first's seconds it took."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder) / "images.npz"
         np.savez(images, images=np.random.default_rng(0).standard_normal((64, 3, 16, 16)).astype(np.float32))
-        for depth in DEPTHS:
+        for depth in depths:
             maker = Path(folder) / f"chain{depth}.py"
             maker.write_text(f"from benchmarks.run import chain\n\n\ndef make():\n    return chain({depth})\n")
             rows.append(run_alone(f"chain of {depth}", f"{maker}:make", str(images), "--recipe", "mse", *LOW))
@@ -105,11 +106,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Prints a line for each run and writes ``results/DATE-run-cpu.json``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--depths", nargs=2, type=int, default=DEPTHS, help="of the chains, the second twice the first")
     given, rest = parser.parse_known_args(arguments)
     if given.inside is not None:
         given.inside.write_text(json.dumps(spent(rest)))
         return
-    rows = depth_rows()
+    rows = depth_rows(given.depths)
     write(rows)
     rows.append(run_alone("zoo CNN, eptq", "zoo:fashion_cnn", "zoo:fashion", "--recipe", "eptq", "--steps", "32", *LOW))
     if rest:

@@ -23,6 +23,7 @@ from bitwright._version import __version__
 from bitwright.errors import UsageError
 from bitwright.export import clips
 from bitwright.export.clips import READS_INTEGER_BIAS, Span
+from bitwright.export.direct import translated
 from bitwright.export.edit import drop_unused, free_name, initializer, insert_node, shared
 from bitwright.export.forms import rewrite_forms
 from bitwright.export.functions import join_functions
@@ -86,7 +87,7 @@ def to_onnx(model: Student, target: Target | None = None, form: QdqForm | None =
     written = form or QdqForm(
         _replace_activation, partial(replace_integers, target=target), rewrite_forms, lambda m: opset(m, target)
     )
-    program = _translate(marked, model, written.opset(model))
+    program = _translate(marked, torch.zeros(2, *model.input_shape), written.opset(model))
     _forget_provenance(program)
     _replace_marks(program, modules, written)
     if form is None:
@@ -161,6 +162,10 @@ def _part(x: Tensor, name: str) -> Tensor:
     return result
 
 
+SYMBOLS = {_mark_tensor: (MARK, "name"), _offset: (OFFSET, "number"), _part: (PART, "name")}
+"""What stands for operators of bitwright's while a graph is translated, and the attribute that each has."""
+
+
 def _keep_parts(graph: fx.Graph, parts: Mapping[str, InputPart]) -> None:
     for node in [n for n in graph.nodes if n.name in parts]:
         with graph.inserting_after(node):
@@ -190,7 +195,8 @@ def _mark(model: Student) -> tuple[fx.GraphModule, dict[str, nn.Module]]:
     No mark stands for a quantizer whose grid is not even: its float operators are translated as they are, and what it
     stores is written as floats.
     """
-    marked = copy.deepcopy(model.freeze().graph)
+    graph = model.freeze().graph
+    marked = copy.deepcopy(graph, memo={id(t): t for t in [*graph.buffers(), *graph.parameters()]})
     modules: dict[str, nn.Module] = {}
     for node in list(marked.graph.nodes):
         if node.op != "call_module":
@@ -204,7 +210,7 @@ def _mark(model: Student) -> tuple[fx.GraphModule, dict[str, nn.Module]]:
             continue
         modules[node.name] = module
         with marked.graph.inserting_before(node):
-            source = node.args[0] if node.args else _float_value(marked, node, module)
+            source = node.args[0] if node.args else _stand_in(marked, node, module)
             mark = marked.graph.call_function(_mark_tensor, (source, node.name))
         mark.meta = dict(node.meta)
         node.replace_all_uses_with(mark)
@@ -244,6 +250,14 @@ def _float_value(graph: fx.GraphModule, node: fx.Node, module: nn.Module) -> fx.
     return graph.graph.get_attr(target)
 
 
+def _stand_in(graph: fx.GraphModule, node: fx.Node, module: nn.Module) -> fx.Node:
+    """A tensor of the shape of what is stored, which takes no memory: the mark behind it tells what it holds."""
+    assert isinstance(module, Frozen)
+    target = f"value_{node.name}"
+    rewrite.set_tensor(graph, target, torch.zeros(()).expand(module.codes.shape))
+    return graph.graph.get_attr(target)
+
+
 def opset(model: Student, target: Target | None = None) -> int:
     """The lowest version of ONNX's operators that has all the model needs, and that costs nothing in speed."""
     needed = [OPSET_OF_GELU if any(ops.base_name(n) == "gelu" for n in model.graph.graph.nodes) else OPSET]
@@ -268,26 +282,31 @@ def _in_blocks(frozen: Frozen) -> bool:
     return [b for b, d in zip(quantizer.block, frozen.codes.shape, strict=True) if b < d] != [1]
 
 
-def _translate(marked: fx.GraphModule, model: Student, version: int) -> ir.Model:
-    example = torch.zeros(2, *model.input_shape)
+def _translate(marked: fx.GraphModule, example: Tensor, version: int) -> ir.Model:
     for library in ("torch.onnx", "onnx_ir", "onnxscript"):
         logging.getLogger(library).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = translated(marked, example, SYMBOLS, version) or _exported(marked, example, version)
+    program.graph.inputs[0].name = "images"
+    program.ir_version = IR_VERSIONS[version]
+    return program
+
+
+def _exported(marked: fx.GraphModule, example: Tensor, version: int) -> ir.Model:
+    """By PyTorch's exporter, whatever is in the graph."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                marked,
-                (example,),
-                dynamo=True,
-                dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
-                opset_version=version,
-                verbose=False,
-                input_names=["images"],
-            )
+        program = torch.onnx.export(
+            marked,
+            (example,),
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+            opset_version=version,
+            verbose=False,
+        )
     except Exception as error:
         raise UsageError(f"This network cannot be written as ONNX: {_reason(error, marked)}.") from error
     assert program is not None
-    program.model.ir_version = IR_VERSIONS[version]
     return program.model
 
 

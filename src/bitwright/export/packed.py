@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import lzma
 import os
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -132,7 +133,8 @@ def save_packed(model: Student, path: Path, extra: dict[str, Any] | None = None)
     if not model.frozen:
         raise UsageError("Expected a frozen model. Call freeze() first.")
     blobs = _Blobs()
-    modules = {key: _describe_module(model, key, module, blobs) for key, module in _called(model).items()}
+    keys = {id(m): k for k, m in model.graph.named_children()}
+    modules = {key: _describe_module(keys, key, module, blobs) for key, module in _called(model).items()}
     tensors = {name: blobs.add("floats", rewrite.get_tensor(model.graph, name)) for name in _stored(model)}
     structure = {
         "format": FORMAT,
@@ -227,8 +229,7 @@ def _called(model: Student) -> dict[str, nn.Module]:
     return dict(sorted(needed.items(), key=lambda item: rank[type(item[1])]))
 
 
-def _describe_module(model: Student, key: str, module: nn.Module, blobs: _Blobs) -> dict[str, Any]:
-    keys = {id(m): k for k, m in model.graph.named_children()}
+def _describe_module(keys: Mapping[int, str], key: str, module: nn.Module, blobs: _Blobs) -> dict[str, Any]:
     if isinstance(module, Quantizer):
         return _describe_quantizer(module, blobs)
     if isinstance(module, BiasQuantizer):

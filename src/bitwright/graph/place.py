@@ -55,6 +55,11 @@ class Placement:
     ends: dict[fx.Node, fx.Node] = field(default_factory=dict)
     """For every operator inside a group the one that ends it."""
 
+    def __post_init__(self) -> None:
+        self.inside: dict[fx.Node, list[fx.Node]] = {}
+        for node, end in self.ends.items():
+            self.inside.setdefault(end, []).append(node)
+
     def leader(self, point: QuantizerSite) -> QuantizerSite:
         """The site whose quantizer a point uses; itself, if it has one of its own."""
         while point.shares is not None:
@@ -211,10 +216,9 @@ def _follows_linear(node: fx.Node) -> bool:
     return isinstance(first, fx.Node) and ops.kind(first) == "linear" and len(first.users) == 1
 
 
-def _group(node: fx.Node, fused: dict[fx.Node, fx.Node]) -> list[str]:
+def _group(node: fx.Node, placement: Placement) -> list[str]:
     """Names of the layers whose group ends at the node, in program order."""
-    members = [n for n in fused if _end(n, fused) is node]
-    return list(dict.fromkeys(str(n.meta["layer"]) for n in [*members, node]))
+    return list(dict.fromkeys(str(n.meta["layer"]) for n in [*placement.inside.get(node, []), node]))
 
 
 def _end(node: fx.Node, fused: dict[fx.Node, fx.Node]) -> fx.Node:
@@ -241,7 +245,7 @@ def _place_activation(placement: Placement, node: fx.Node, fused: dict[fx.Node, 
     if not scheme.outputs and all(r.op == "output" for r in readers):
         placement.unquantized.append(Unquantized(name, op, "output of the network, left in float"))
         return
-    members = _group(node, fused)
+    members = _group(node, placement)
     bits = scheme.activation_bits(members)
     if bits is None:
         reason = FLOAT_ACTIVATIONS if scheme.activations is None else FLOAT_BY_RULE

@@ -15,6 +15,7 @@ from bitwright.graph.student import Student
 from bitwright.quant.learned import LearnedActivation, LearnedBias, LearnedWeight, RoundedBias, Rounding
 from bitwright.quant.quantizer import BiasQuantizer, Quantizer
 from bitwright.runtimes.target import FINE
+from bitwright.stages.depthwise import speed_up_depthwise
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Learner(nn.Module):
                 self._replace(node, variables)
         self._round_biases()
         self._find_biases(variables)
+        speed_up_depthwise(self.graph.graph)
         self.graph.graph.lint()
         self.graph.recompile()
 

@@ -1,0 +1,62 @@
+"""A graph that is translated in one pass is the one that PyTorch's exporter writes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+from torch import Tensor, nn
+
+from bitwright.api import quantize
+from bitwright.export import onnx
+from bitwright.export.direct import translated
+from bitwright.graph.student import Student
+from tests import cases
+
+
+def structure(program: ir.Model) -> list[Any]:
+    """Operators with attributes, constants and the places of their inputs; names are left out."""
+    places: dict[int, int] = {}
+
+    def place(value: ir.Value | None) -> Any:
+        if value is not None and value.const_value is not None and value.producer() is None:
+            return value.const_value.dtype, value.const_value.numpy().tobytes()
+        return None if value is None else places.setdefault(id(value), len(places))
+
+    rows: list[Any] = [[place(v) for v in program.graph.inputs]]
+    for node in program.graph:
+        attributes = {k: str(a.value) for k, a in node.attributes.items()}
+        rows.append((node.op_type, [place(v) for v in node.inputs], attributes, [place(v) for v in node.outputs]))
+    return [*rows, [place(v) for v in program.graph.outputs], program.opset_imports]
+
+
+def quantized(model: nn.Module) -> Student:
+    """At W4A8, by rounding to nearest."""
+    return quantize(model, cases.images(), "rtn", weights=4, progress=False)
+
+
+@pytest.mark.parametrize("name", ["functional", "transposed"])
+def test_both_ways_give_one_file(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = quantized(cases.model(name))
+    taken: list[ir.Model | None] = []
+    monkeypatch.setattr(onnx, "translated", lambda *a: taken.append(translated(*a)) or taken[-1])
+    found = onnx.to_onnx(model)
+    assert taken[0] is not None
+    monkeypatch.setattr(onnx, "translated", lambda *a: None)
+    assert structure(found) == structure(onnx.to_onnx(model))
+
+
+class Counting(nn.Module):
+    """Computes with integers, which become floats on the way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x > 0).sum(1, keepdim=True)
+
+
+def test_what_changes_its_type_is_left_to_the_exporter(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = quantized(nn.Sequential(nn.Conv2d(3, 4, 3), Counting()))
+    taken: list[ir.Model | None] = []
+    monkeypatch.setattr(onnx, "translated", lambda *a: taken.append(translated(*a)) or taken[-1])
+    assert onnx.to_onnx(model).graph.outputs[0].dtype == ir.DataType.FLOAT
+    assert taken == [None]
