@@ -11,7 +11,7 @@ from cases import CASES, Attention, images, make, prepared
 from torch import Tensor, fx, nn
 
 from bitwright.errors import UsageError
-from bitwright.given.compat import import_timm
+from bitwright.given.compat import import_timm, import_torchvision
 from bitwright.given.models import load_model
 from bitwright.graph import ops
 from bitwright.graph.blocks import Block, find_blocks
@@ -430,6 +430,31 @@ def test_swin() -> None:
     assert pick(found, "mlp") == [pairs(f"{a}.mlp", "fc1", "fc2") for a in at]
     assert pick(found, "chain") == ["patch_embed.proj", "layers.1.downsample.reduction", "head.fc"]
     assert len(found) == 9
+
+
+def test_swin_of_the_second_version() -> None:
+    """Normalised queries and keys, positions from a network of their own, normalisation behind the branch."""
+    small: dict[str, Any] = {"img_size": 64, "window_size": 4, "embed_dim": 12, "num_heads": (1, 2)}
+    found = timm("swinv2_tiny_window8_256", 64, depths=(2, 1), num_classes=5, **small)
+    at = [f"layers.{i}.blocks.{j}" for i, n in enumerate((2, 1)) for j in range(n)]
+    assert pick(found, "attention") == [pairs(f"{a}.attn", "qkv", "proj") for a in at]
+    assert pick(found, "mlp") == [pairs(f"{a}.mlp", "fc1", "fc2") for a in at]
+    assert pick(found, "chain") == ["patch_embed.proj", "layers.1.downsample.reduction", "head.fc"]
+    assert all(b.closing for b in found if b.kind in {"attention", "mlp"})
+
+
+def test_torchvisions_swin_of_the_second_version() -> None:
+    try:
+        swin = import_torchvision().models.swin_transformer
+    except ImportError:
+        pytest.skip("torchvision is not installed")
+    parts = {"block": swin.SwinTransformerBlockV2, "downsample_layer": swin.PatchMergingV2}
+    network = swin.SwinTransformer([4, 4], 12, [2, 1], [1, 2], [4, 4], num_classes=5, **parts)
+    found = checked(teacher(network, 64).graph)
+    at = ["features.1.0", "features.1.1", "features.3.0"]
+    assert pick(found, "attention") == [pairs(f"{a}.attn", "qkv", "proj") for a in at]
+    assert pick(found, "mlp") == [pairs(f"{a}.mlp", "0", "3") for a in at]
+    assert pick(found, "chain") == ["features.0.0", "features.2.reduction", "head"]
 
 
 def test_levit() -> None:

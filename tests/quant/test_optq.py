@@ -283,7 +283,7 @@ def two_inputs(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 def test_outputs_for_float_inputs_are_a_target_of_their_own() -> None:
     """``||Q X' - W X||^2`` less ``tr((Q - T) H (Q - T)^T)`` does not depend on Q."""
     weight, x, seen = two_inputs()
-    own, cross = seen.mT @ seen, x.mT @ seen
+    own, cross = seen.mT @ seen, weight.double() @ (x.mT @ seen)
     target = towards_float(weight, own, cross, share=1.0, damping=0.0).double()
     left = []
     for seed in range(4):
@@ -294,9 +294,10 @@ def test_outputs_for_float_inputs_are_a_target_of_their_own() -> None:
 
 def test_the_way_to_the_target() -> None:
     weight, x, seen = two_inputs()
-    own, cross = seen.mT @ seen, x.mT @ seen
+    own, cross = seen.mT @ seen, weight.double() @ (x.mT @ seen)
     assert torch.equal(towards_float(weight, own, cross, share=0.0, damping=0.1), weight)
-    torch.testing.assert_close(towards_float(weight, own, own, share=1.0, damping=0.1), weight)
+    alike = weight.double() @ own
+    torch.testing.assert_close(towards_float(weight, own, alike, share=1.0, damping=0.1), weight)
     half, whole = (towards_float(weight, own, cross, share=s, damping=0.1) for s in (0.5, 1.0))
     torch.testing.assert_close(half, (weight + whole) / 2)
     assert float((whole - weight).abs().max()) > 0.05
@@ -305,7 +306,7 @@ def test_the_way_to_the_target() -> None:
 def test_steps_of_least_squares() -> None:
     weight, x, seen = two_inputs()
     values = to_nearest(weight, torch.full((1, 5, 1), 0.7)).double()
-    found = least_squares_steps(weight, values, seen.mT @ seen, x.mT @ seen)
+    found = least_squares_steps(values, seen.mT @ seen, weight.double() @ (x.mT @ seen))
     for row in range(5):
         ours, theirs = seen[0] @ values[0, row], x[0] @ weight[0, row].double()
         best = torch.linalg.lstsq(ours.unsqueeze(1), theirs.unsqueeze(1)).solution
@@ -315,4 +316,5 @@ def test_steps_of_least_squares() -> None:
 def test_a_row_that_gives_nothing_keeps_its_step() -> None:
     weight, x, _ = two_inputs()
     hessian = x.mT @ x
-    assert least_squares_steps(weight, torch.zeros_like(weight), hessian, hessian).tolist() == [[1.0] * 5]
+    cross = weight.double() @ hessian
+    assert least_squares_steps(torch.zeros_like(weight), hessian, cross).tolist() == [[1.0] * 5]

@@ -12,7 +12,7 @@ from bitwright import zoo
 from bitwright.api import prepare_teacher
 from bitwright.given.images import Images
 from bitwright.given.models import load_model
-from bitwright.graph import rewrite
+from bitwright.graph import ops, rewrite
 from bitwright.graph.capture import Captured
 from bitwright.graph.student import Student, insert_quantizers, weight_of
 from bitwright.graph.watch import values_of
@@ -93,19 +93,41 @@ def test_layers_of_more_bits_keep_their_codes() -> None:
     assert {k for k in ("stem.weight", "conv.weight", "head.weight") if torch.equal(one[k], two[k])} == {"conv.weight"}
 
 
-@pytest.mark.parametrize("name", ["conv_bn_relu6", "transformer"])
-def test_every_layer_keeps_the_float_networks_mean(name: str) -> None:
+@pytest.mark.parametrize("name", ["conv_bn_relu6", "transformer", "residual"])
+def test_every_layer_or_the_sum_that_it_goes_into_keeps_the_float_networks_mean(name: str) -> None:
     """Of all positions, for the inputs that it has now; biases before they become integers."""
     teacher, data = prepared(name), dataset(12)
     student = after(teacher, data, positions=1000)
     x = data.batch(range(12))
+    twins = {n.name: n for n in teacher.graph.graph.nodes}
+    sums = 0
     for layer in student.layers:
         if layer.weight is None:
             continue
-        (a,), (b,) = (values_of(m.graph, x, [layer.node])[0].values() for m in (student, teacher))
+        users = list(twins[layer.node].users)
+        summed = len(users) == 1 and users[0].name.startswith("add") and len(ops.tensor_operands(users[0])) == 2
+        sums += summed
+        node = users[0].name if summed else layer.node
+        (a,), (b,) = (values_of(m.graph, x, [node])[0].values() for m in (student, teacher))
         axes = [0, 2, 3] if a.dim() == 4 else list(range(a.dim() - 1))
         spread = float(b.std())
         torch.testing.assert_close(a.mean(axes), b.mean(axes), rtol=0, atol=0.05 * spread)
+    assert sums == {"conv_bn_relu6": 0, "transformer": 2, "residual": 1}[name]
+
+
+@pytest.mark.parametrize("name", ["transformer", "residual"])
+def test_a_layer_makes_up_for_the_error_of_what_is_added_to_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sum that ends a residual branch is nearer to the float network's than with a layer that looks at itself."""
+    teacher, data = prepared(name), dataset(32)
+    x = data.batch(range(32))
+    ends = [n.name for n in teacher.graph.graph.nodes if ops.kind(n) == "add" and len(ops.tensor_operands(n)) == 2]
+    lost = []
+    for beside in (module._beside, lambda *_: None):
+        monkeypatch.setattr(module, "_beside", beside)
+        student = after(teacher, data, positions=1000, shares=(1.0,))
+        pairs = [values_of(m.graph, x, ends[-1:])[0][ends[-1]] for m in (student, teacher)]
+        lost.append(float((pairs[0] - pairs[1]).square().mean()))
+    assert lost[0] < 0.97 * lost[1]
 
 
 def test_the_share_is_chosen_on_images_held_out(monkeypatch: pytest.MonkeyPatch) -> None:

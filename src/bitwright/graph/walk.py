@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from bitwright.graph import ops
+from bitwright.graph import ops, rewrite
 
 
 class Walk:
@@ -23,6 +23,7 @@ class Walk:
 
     def __init__(self, graph: fx.GraphModule, batches: Sequence[Tensor]) -> None:
         self.batches = batches
+        self._graph = graph
         self._runner, self._nodes = fx.Interpreter(graph), list(graph.graph.nodes)
         self._last = _last_readers(graph.graph)
         self._at = 0
@@ -43,6 +44,11 @@ class Walk:
                 self._compute(self._nodes[self._at])
                 self._at += 1
         return [self._value(node, i) for i in range(len(self.batches))]
+
+    def tensor(self, node: Any) -> Tensor:
+        """A stored tensor, by the node that reads it."""
+        assert isinstance(node, fx.Node)
+        return rewrite.get_tensor(self._graph, str(node.target))
 
     def knows(self, node: fx.Node) -> bool:
         """Whether a node's values are held: computed, and still to be read."""

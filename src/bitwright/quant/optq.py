@@ -118,13 +118,13 @@ def sweep_codes(
 def towards_float(weight: Tensor, hessian: Tensor, cross: Tensor, *, share: float, damping: float) -> Tensor:
     """The weight with which a layer that reads quantized inputs best gives what it gives for float ones.
 
-    ``||Q X' - W X||^2`` is ``tr((Q - T) H (Q - T)^T)`` and a constant, with ``T = W + W (G - H) H^-1``: rounded for
+    ``||Q X' - Y||^2`` is ``tr((Q - T) H (Q - T)^T)`` and a constant, with ``T = W + (C - W H) H^-1``: rounded for
     ``H``, ``T`` gives what GPTAQ (arXiv:2504.02692) and Qronos (arXiv:2505.11695) aim at. ``H`` is damped.
 
     Args:
         weight: [G, R, K].
         hessian: ``H = X' X'^T`` over the quantized inputs, [G, K, K].
-        cross: ``G = X X'^T``, float inputs by quantized ones.
+        cross: ``C = Y X'^T``, wanted outputs by quantized inputs, [G, R, K].
         share: of the way from ``W`` to ``T``.
         damping: share of the mean diagonal that is added to the diagonal of ``H``.
 
@@ -137,29 +137,28 @@ def towards_float(weight: Tensor, hessian: Tensor, cross: Tensor, *, share: floa
         tensor([[[0.7500]]])
     """
     w = weight.double()
-    left = w @ (cross.double() - hessian.double())
+    left = cross.double() - w @ hessian.double()
     return (w + share * (left @ damped_inverse(hessian, damping))).float() if share else weight.float()
 
 
-def least_squares_steps(weight: Tensor, values: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:
-    """What each row's step is multiplied by so that its output is nearest to the float one, [G, R], float64.
+def least_squares_steps(values: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:
+    """What each row's step is multiplied by so that its output is nearest to the wanted one, [G, R], float64.
 
-    ``a = (w G q^T) / (q H q^T)``; 1 for rows that give nothing.
+    ``a = (c q^T) / (q H q^T)``; 1 for rows that give nothing.
 
     Args:
-        weight: [G, R, K].
         values: on the grid, [G, R, K].
         hessian: of the quantized inputs, [G, K, K].
-        cross: of float inputs by quantized ones.
+        cross: of wanted outputs by quantized inputs, [G, R, K].
 
     Example:
         >>> one = torch.ones(1, 1, 1)
-        >>> least_squares_steps(3 * one, 2 * one, one, one)
+        >>> least_squares_steps(2 * one, one, 3 * one)
         tensor([[1.5000]], dtype=torch.float64)
     """
-    w, q = weight.double(), values.double()
+    q = values.double()
     power = ((q @ hessian.double()) * q).sum(-1)
-    found = ((w @ cross.double()) * q).sum(-1) / power.clamp_min(torch.finfo(torch.float64).tiny)
+    found = (cross.double() * q).sum(-1) / power.clamp_min(torch.finfo(torch.float64).tiny)
     return torch.where(power > 0, found, torch.ones_like(found))
 
 

@@ -14,8 +14,9 @@ from torch import Tensor, fx
 from bitwright.given.images import Images
 from bitwright.graph import ops, rewrite
 from bitwright.graph.capture import Captured
-from bitwright.graph.patches import layer_inputs
+from bitwright.graph.patches import layer_inputs, layer_outputs
 from bitwright.graph.student import Student, has_quantized_weight, weight_of
+from bitwright.graph.units import quantized
 from bitwright.graph.walk import Walk, peak_bytes
 from bitwright.quant import optq
 from bitwright.quant.quantizer import Quantizer
@@ -29,6 +30,8 @@ FEWEST, PARTS = 8, 8
 """Images that are taken at least, and batches into which they are split: every fourth is held out."""
 REACH = 2.0
 """By how much a row's step may grow or shrink."""
+ENOUGH, PER_INPUT = 2048, 16
+"""Samples that a layer needs: so many, or so many for each of its inputs."""
 
 MOST = 8
 """Bits of weights."""
@@ -40,9 +43,10 @@ class Cascade(Stage):
     """OPTQ from layer to layer, where weights or activations have few bits; other networks are left as they are.
 
     Each layer's weight moves towards the one that gives, for the inputs of the quantized network, what the float
-    network gives for its own (GPTAQ, Qronos). How far is chosen on images held out, since the whole way learns few
-    images by heart. Codes follow in closed form; then each output channel gets the step and the bias of least squares.
-    The stored weights are what was rounded to these codes: a stage to come sees which of them were close.
+    network gives for its own (GPTAQ, Qronos); a layer whose output is added to another tensor makes up for the error
+    of that one too. How far is chosen on images held out, since the whole way learns few images by heart. Codes follow
+    in closed form; then each output channel gets the step and the bias of least squares. The stored weights are what
+    was rounded to these codes: a stage to come sees which of them were close.
     """
 
     kind: ClassVar[str] = "cascade"
@@ -55,7 +59,7 @@ class Cascade(Stage):
     images: int = Field(default=256, ge=1)
     """How many images pass at most; fewer where their values would take more than 2 GiB."""
     positions: int = Field(default=64, ge=1)
-    """Output positions drawn from each image."""
+    """Output positions drawn from each image at most; fewer are enough for layers of few inputs."""
     damping: float = Field(default=0.1, gt=0)
     """Share of the mean diagonal that is added to the diagonal."""
     shares: tuple[float, ...] = Field(default=(0.0, 0.5, 1.0), min_length=1)
@@ -77,10 +81,9 @@ class Cascade(Stage):
         twins = {n.name: n for n in teacher.graph.graph.nodes}
         for position, node in enumerate(layers):
             run.progress("Rounding layer after layer", position, len(layers))
-            twin = twins[node.name]
             ours.until(node)
-            theirs.until(twin)
-            self._round(student, teacher, node, ours.read(node), theirs.read(twin), run)
+            seen = self._seen(node, twins[node.name], ours, theirs, partial(_draw, run), count)
+            self._round(student, teacher, node, seen)
             for stored in node.args[1:3]:
                 ours.refresh(stored)
         run.progress("Rounding layer after layer", len(layers), len(layers))
@@ -92,32 +95,50 @@ class Cascade(Stage):
         found = (m for m in student.graph.children() if isinstance(m, Quantizer) and m.role == "activation")
         return any(m.grid.bits <= self.activations for m in found)
 
-    def _round(
-        self, student: Student, teacher: Captured, node: fx.Node, ours: list[Tensor], theirs: list[Tensor], run: Run
-    ) -> None:
+    def _seen(
+        self,
+        node: fx.Node,
+        twin: fx.Node,
+        ours: Walk,
+        theirs: Walk,
+        draw: Callable[[int], Callable[[int], Tensor]],
+        count: int,
+    ) -> list[_Moments]:
+        """What the layer reads in the quantized network, and what it should give, of each batch."""
+        weight = theirs.tensor(twin.args[1])
+        groups = 1 if ops.base_name(node) == "linear" else rewrite.groups(node)
+        positions = min(self.positions, -(-max(ENOUGH, PER_INPUT * weight[0].numel()) // count))
+        wanted = theirs.through(twin)
+        beside = _beside(node, twin)
+        if beside is not None and ours.knows(beside[0]):
+            added = zip(wanted, theirs.through(beside[1]), ours.through(beside[0]), strict=True)
+            wanted = [y + r - q for y, r, q in added]
+        found = []
+        for i, (x, y) in enumerate(zip(ours.read(node), wanted, strict=True)):
+            inputs = layer_inputs(node, x, weight, positions, draw(i))
+            found.append(_Moments.of(inputs, layer_outputs(node, y, groups, positions, draw(i))))
+        return found
+
+    def _round(self, student: Student, teacher: Captured, node: fx.Node, parts: list[_Moments]) -> None:
         stored, quantizer = weight_of(student, node.name)
         weight = rewrite.get_tensor(teacher.graph, stored)
-        parts = [
-            _Moments.of(*(layer_inputs(node, x, weight, self.positions, _draw(run, i)) for x in pair))
-            for i, pair in enumerate(zip(ours, theirs, strict=True))
-        ]
-        seen = [p for i, p in enumerate(parts) if i % 4 != 3] or parts
-        held, all_of_them = _Moments.sum(parts[3::4] or parts), _Moments.sum(parts)
-        layer = _Rows.of(weight, quantizer, len(held.own))
-        best = min(self.shares, key=lambda s: layer.error(*self._solve(layer, _Moments.sum(seen), s)[::2], held))
-        values, between, factors = self._solve(layer, all_of_them, best)
-        factors = factors.clamp(1 / REACH, REACH)
+        layer = _Rows.of(weight, quantizer, len(parts[0].own))
+        seen = _Moments.sum([p for i, p in enumerate(parts) if i % 4 != 3] or parts)
+        held, everything = _Moments.sum(parts[3::4] or parts), _Moments.sum(parts)
+        best = min(self.shares, key=lambda share: held.error(self._solve(layer, seen, share)[0]))
+        values, between, factors = self._solve(layer, everything, best)
         quantizer.set_range(quantizer.scale * _by_block(factors.flatten().float(), quantizer))
-        found = (between * factors.unsqueeze(2)).float().reshape(weight.shape)
+        found = between.float().reshape(weight.shape)
         if weight.dim() == 4:
             found = found.contiguous(memory_format=torch.channels_last)
         rewrite.set_tensor(student.graph, stored, found)
-        shift = all_of_them.mean_error(layer.weight, values * factors.unsqueeze(2))
-        bias = _stored(node.args[2])
-        rewrite.set_tensor(student.graph, bias, rewrite.get_tensor(teacher.graph, bias) + shift.flatten().float())
+        rewrite.set_tensor(student.graph, _stored(node.args[2]), everything.biases(values).flatten().float())
 
     def _solve(self, layer: _Rows, moments: _Moments, share: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Values on the grid, what was rounded to them, both [G, R, K], and factors on their steps, [G, R]."""
+        """Values on the grid and what was rounded to them, both [G, R, K], and factors on the steps given, [G, R].
+
+        Both have the steps of least squares already, which are so many times those given.
+        """
         own, cross = moments.centred()
         target = optq.towards_float(layer.weight, own, cross, share=share, damping=self.damping)
         given = (own.float(), layer.steps, layer.nearest)
@@ -125,8 +146,9 @@ class Cascade(Stage):
         found = layer.nearest(real, layer.steps)
         if layer.bits <= DESCENDS and self.sweeps:
             found = optq.sweep_codes(target, found, *given, damping=self.damping, sweeps=self.sweeps)
-        factors = optq.least_squares_steps(layer.weight, found, own, cross)
-        return found.double(), layer.near(real, found).double(), factors
+        factors = optq.least_squares_steps(found, own, cross).clamp(1 / REACH, REACH)
+        more = factors.unsqueeze(2)
+        return found * more, layer.near(real, found) * more, factors
 
 
 def _takes(student: Student, node: fx.Node, bits: int) -> bool:
@@ -166,52 +188,66 @@ class _Rows:
         within = real.clamp(self.quantizer.grid.qmin * self.steps, self.quantizer.grid.qmax * self.steps)
         return torch.maximum(torch.minimum(within, found + ROUNDS_BACK * self.steps), found - ROUNDS_BACK * self.steps)
 
-    def error(self, values: Tensor, factors: Tensor, held: _Moments) -> float:
-        """Squared distance of the outputs from the float ones, but for a constant."""
-        own, cross = held.centred()
-        q = values * factors.clamp(1 / REACH, REACH).unsqueeze(2)
-        return float((q @ own * q).sum() - 2 * ((self.weight.double() @ cross) * q).sum())
-
 
 @dataclass(frozen=True)
 class _Moments:
-    """Sums over the inputs x' of a layer in the quantized network and x in the float one, in float64.
+    """Sums over what a layer reads in the quantized network, x, and what it should give, y, in float64.
 
-    ``own`` of x' x'^T and ``cross`` of x x'^T, [G, K, K]; ``means`` of x' and of x, [2, G, K].
+    ``own`` of x x^T [G, K, K] and ``cross`` of y x^T [G, R, K]; ``inputs`` of x [G, K] and ``outputs`` of y [G, R].
     """
 
     count: int
     own: Tensor
     cross: Tensor
-    means: Tensor
+    inputs: Tensor
+    outputs: Tensor
 
     @classmethod
-    def of(cls, ours: Tensor, theirs: Tensor) -> _Moments:
-        """Of inputs [G, N, K] at the same positions."""
-        a, b = ours.double(), theirs.double()
-        return cls(a.shape[1], a.mT @ a, b.mT @ a, torch.stack([a.sum(1), b.sum(1)]))
+    def of(cls, inputs: Tensor, outputs: Tensor) -> _Moments:
+        """Of [G, N, K] and [G, N, R] at the same positions."""
+        x, y = inputs.double(), outputs.double()
+        return cls(x.shape[1], x.mT @ x, y.mT @ x, x.sum(1), y.sum(1))
 
     @classmethod
     def sum(cls, parts: list[_Moments]) -> _Moments:
         """Of all of them."""
-        columns = zip(*((p.own, p.cross, p.means) for p in parts), strict=True)
+        columns = zip(*((p.own, p.cross, p.inputs, p.outputs) for p in parts), strict=True)
         return cls(sum(p.count for p in parts), *(torch.stack(c).sum(0) for c in columns))
 
     def centred(self) -> tuple[Tensor, Tensor]:
         """Both without the means, which the bias gives back."""
-        ours, theirs = self.means / self.count
-        own = self.own / self.count - ours.unsqueeze(2) * ours.unsqueeze(1)
-        return own, self.cross / self.count - theirs.unsqueeze(2) * ours.unsqueeze(1)
+        x, y = self.inputs / self.count, self.outputs / self.count
+        own = self.own / self.count - x.unsqueeze(2) * x.unsqueeze(1)
+        return own, self.cross / self.count - y.unsqueeze(2) * x.unsqueeze(1)
 
-    def mean_error(self, weight: Tensor, values: Tensor) -> Tensor:
-        """By how much the mean outputs of rows are too small, [G, R]."""
-        ours, theirs = self.means.unsqueeze(3) / self.count
-        missing: Tensor = weight.double() @ theirs - values @ ours
-        return missing.squeeze(2)
+    def error(self, values: Tensor) -> float:
+        """Squared distance of the outputs from the wanted ones, but for a constant."""
+        own, cross = self.centred()
+        return float(((values @ own - 2 * cross) * values).sum())
+
+    def biases(self, values: Tensor) -> Tensor:
+        """With which rows have the wanted means, [G, R]."""
+        found: Tensor = self.outputs - (values @ self.inputs.unsqueeze(2)).squeeze(2)
+        return found / self.count
+
+
+def _beside(node: fx.Node, twin: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """What is added to a layer's output, in the quantized and in the float network, where that is all that reads it."""
+    found = []
+    for end in (quantized(node), twin):
+        users = list(end.users)
+        if len(users) != 1 or ops.base_name(users[0]) != "add" or ops.kind(users[0]) != "add" or users[0].kwargs:
+            return None
+        others = [n for n in users[0].args[:2] if n is not end]
+        if len(others) != 1 or not isinstance(others[0], fx.Node):
+            return None
+        found.append(others[0])
+    same = tuple(ops.shape(found[1])) == tuple(ops.shape(twin))
+    return (found[0], found[1]) if same else None
 
 
 def _draw(run: Run, batch: int) -> Callable[[int], Tensor]:
-    """Draws the same positions for both networks."""
+    """Draws the same positions whenever it is called for a batch."""
     return partial(torch.randperm, generator=torch.Generator().manual_seed(run.seed * 7919 + batch))
 
 
