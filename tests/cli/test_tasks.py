@@ -192,3 +192,12 @@ def test_wrong_calls_are_said_in_one_line(
 def test_labels_need_images(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["quantize", "nets.py:Segmenter", "photos", "--metric", "nets.py:largest"]) == 2
     assert "--metric is used for evaluation only" in capsys.readouterr().err
+
+
+def test_a_drop_of_a_task_needs_no_labels(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call = ["quantize", "nets.py:Segmenter", "photos", "--recipe", "rtn", "--weights", "4,8"]
+    only = ["--no-report", "--no-diagnosis", "--check", "fast", "--max-drop", "0.5", "--task", "segmentation"]
+    assert main([*call, *only, "--out", "dropped", "--json"]) == 0
+    result = result_of(capsys)
+    assert result["plan"]["estimate"]["agreement"] >= 0.5
+    assert "miou" not in (result["quantized"] or {})

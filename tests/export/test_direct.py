@@ -6,6 +6,7 @@ from typing import Any
 
 import onnx_ir as ir
 import pytest
+import torch
 from torch import Tensor, nn
 
 from bitwright.api import quantize
@@ -60,3 +61,21 @@ def test_what_changes_its_type_is_left_to_the_exporter(monkeypatch: pytest.Monke
     monkeypatch.setattr(onnx, "translated", lambda *a: taken.append(translated(*a)) or taken[-1])
     assert onnx.to_onnx(model).graph.outputs[0].dtype == ir.DataType.FLOAT
     assert taken == [None]
+
+
+class OfTwo(nn.Module):
+    """Two inputs of different sizes, which lie flat in one tensor: each is cut out of it and reshaped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(2, 4, 3)
+
+    def forward(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        return self.first(left).flatten(1), self.second(right.reshape(-1, 2, 5, 5)).reshape(-1, 3, 36)
+
+
+def test_shapes_of_one_name_are_all_stored() -> None:
+    images = {"left": torch.rand(4, 3, 8, 6), "right": torch.rand(4, 3, 2, 5, 5)}
+    graph = onnx.to_onnx(quantize(OfTwo(), images, "rtn", progress=False)).graph
+    read = [v for n in graph for v in n.inputs if v is not None and v.producer() is None and v.const_value is not None]
+    assert all(graph.initializers.get(str(v.name)) is v for v in read)

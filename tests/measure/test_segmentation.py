@@ -260,6 +260,9 @@ def test_in_masks_of_0_and_255_alone_255_is_the_foreground(photos: Path) -> None
     plain = load_images(torch.zeros(1, 3, 2, 2), None)
     said = run(labelled(plain, torch.as_tensor(masks), {0: 0, 255: None}), answers)
     assert said["quantized"]["miou"] == 1
+    with pytest.warns(UserWarning, match="masks given hold 0 and 255 alone"):
+        listed = run(labelled(plain, [np.asarray(m, np.uint8) for m in masks]), answers)
+    assert listed["quantized"] == found["quantized"]
     for i in range(3):
         save((np.arange(24) < 12) * np.full((16, 1), 255), photos / "masks" / f"{i}.png")
     with pytest.warns(UserWarning, match="/masks hold 0 and 255 alone"):

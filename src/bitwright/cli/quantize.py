@@ -16,6 +16,7 @@ from bitwright.given.inputs import find_device
 from bitwright.given.models import Model, load_model
 from bitwright.graph.student import Student
 from bitwright.measure.evaluation import check_truth
+from bitwright.measure.tasks import Scoring
 from bitwright.recipes import DEFAULT
 from bitwright.recipes import recipe as find_recipe
 from bitwright.run import folder as run_folder
@@ -80,10 +81,9 @@ def make_run(call: QuantizeCall, terminal: Terminal) -> job.Done:
             **_shared(call, terminal),
         )
         pictures, plan = not call.no_images, call.bits.plan
-        scoring = call.data.compared.beside(inputs.network)
         return model, job.Wanted(
             inputs.evaluation,
-            scoring,
+            _scoring(call, inputs),
             evaluate=True,
             diagnosis=not call.no_diagnosis,
             onnx=True,
@@ -95,6 +95,13 @@ def make_run(call: QuantizeCall, terminal: Terminal) -> job.Done:
         )
 
     return job.do(folder, make, terminal, force=call.force, resume=call.resume)
+
+
+def _scoring(call: QuantizeCall, inputs: Inputs) -> Scoring:
+    """What measures the result; a task or a metric of the drop alone has no truth to be measured against."""
+    found = call.data.compared.beside(inputs.network)
+    only_planned = call.limits.max_drop is not None and inputs.evaluation is None
+    return Scoring(beside=found.beside) if only_planned else found
 
 
 def _shared(call: QuantizeCall, terminal: Terminal) -> dict[str, Any]:

@@ -105,7 +105,10 @@ def _open_tars(
         labels += [classes.get(sample) for sample in samples]
     if not names:
         raise DataError(
-            f"Expected images in {paths[0]}, found none. Members end in {ending or ', '.join(sorted(extensions))}."
+            f"Expected members that end in .{ending} in {paths[0]}, found none. Give the whole ending as input_key=, such "
+            "as 'rgb.png'."
+            if ending
+            else f"Expected images in {paths[0]}, found none. Members end in {', '.join(sorted(extensions))}."
         )
     return TarMembers(paths, names, members), labels
 

@@ -116,7 +116,8 @@ def masks_of_items(truth: Truth, class_map: GivenClassMap) -> Truth | None:
 
     if not all(map(is_mask, truth.items)):
         return None
-    return of_masks(truth.items, ClassMap.read(class_map))
+    found = of_masks(truth.items, ClassMap.read(class_map))
+    return found if class_map is not None else with_foreground(found)
 
 
 def of_panoptic(coco: Coco, there: Sequence[Any], class_map: GivenClassMap) -> tuple[list[Mask | None], Truth]:
