@@ -105,8 +105,8 @@ def _open_tars(
         labels += [classes.get(sample) for sample in samples]
     if not names:
         raise DataError(
-            f"Expected members that end in .{ending} in {paths[0]}, found none. Give the whole ending as input_key=, such "
-            "as 'rgb.png'."
+            f"Expected members that end in .{ending} in {paths[0]}, found none. Give the whole ending as input_key=, "
+            "such as 'rgb.png'."
             if ending
             else f"Expected images in {paths[0]}, found none. Members end in {', '.join(sorted(extensions))}."
         )
