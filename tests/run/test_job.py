@@ -52,6 +52,7 @@ def model() -> bw.QuantizedModel:
     return bw.quantize(make("residual"), dataset(8), "rtn")
 
 
+@pytest.mark.filterwarnings("always:The optimisation did not lower")
 def test_a_saved_network_leaves_what_the_command_leaves(tmp_path: Path) -> None:
     command, library = tmp_path / "command", tmp_path / "library"
     given = [NETWORK, CALIBRATION, "--recipe", RECIPE, "--samples", "2", "--steps", "2", "--evaluate", TEST]

@@ -151,5 +151,6 @@ def allow_nms(torchvision: ModuleType) -> None:
     # torchvision.ops.nms refuses when nothing compiled was loaded; it is the one operator that works without.
     torchvision.ops.boxes._assert_has_ops = lambda: None
     # roi_align has Python of its own for that case, which it would compile at its first call, for minutes.
-    module: Any = sys.modules["torchvision.ops.roi_align"]
-    module._roi_align = inspect.unwrap(module._roi_align)
+    module: Any = sys.modules.get("torchvision.ops.roi_align")
+    if hasattr(module, "_roi_align"):
+        module._roi_align = inspect.unwrap(module._roi_align)

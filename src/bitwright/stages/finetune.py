@@ -109,7 +109,7 @@ class Finetune(Optimising):
             )
         with torch.no_grad():
             outputs = teacher.graph(images.batch([0, 0]).to(next(_tensors(teacher)).device))
-        class_scores(list(outputs), images.labels)
+        class_scores([o[:1].expand(len(images.labels), *o.shape[1:]) for o in outputs], images.labels)
 
     def run(self, student: Student, teacher: Captured, images: Images, run: Run) -> Student:
         """Trains, rounds, and keeps the last step's result, as the paper does."""

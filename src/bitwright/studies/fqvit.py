@@ -69,7 +69,7 @@ def integer_softmax(x: Tensor, dim: int, step: float, zero_point: float, bits: i
     """The same with additions, multiplications and shifts of their codes alone (FQ-ViT, I-BERT).
 
     Example:
-        >>> [round(p, 3) for p in integer_softmax(torch.tensor([0.0, 1.0]), 0, 0.01, 0.0, 8).tolist()]
+        >>> [round(p, 2) for p in integer_softmax(torch.tensor([0.0, 1.0]), 0, 0.01, 0.0, 8).tolist()]
         [0.27, 0.73]
     """
     b, c = POLYNOMIAL
