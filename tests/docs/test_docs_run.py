@@ -11,6 +11,7 @@ import shlex
 import shutil
 import sys
 import types
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 import bitwright as bw
@@ -217,12 +219,49 @@ RUN = [
 ]
 
 
+MODEL_FILE = """
+import torch
+from torch import nn
+
+PREPROCESSING = {"input_size": (3, 16, 16), "mean": 0.5, "std": 0.5}
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)).eval()
+"""
+
+
+def supply(call: Call, place: Path) -> None:
+    """What single commands suppose besides: a run for their runtime, a network of the user's own, folders of images."""
+    for runtime in ("tensorrt", "executorch"):
+        if f"--to {runtime}" in call.line:
+            made = ["quantize", NETWORK, "zoo:fashion[:8]", "--recipe", "rtn", "--runtime", runtime]
+            assert main([*made, "--no-report", "--force", "--out", "first"]) == 0
+    if "model.py:net" in call.line or "model.onnx images/" in call.line:
+        for folder in ("train/a", "train/b", "images"):
+            (place / folder).mkdir(parents=True)
+            for i in range(4):
+                Image.fromarray(np.full((16, 16, 3), 60 * i, np.uint8)).save(place / folder / f"{i}.png")
+        (place / "model.py").write_text(MODEL_FILE)
+    if "model.onnx images/" in call.line:
+        space: dict[str, Any] = {}
+        exec(MODEL_FILE, space)
+        example = (torch.zeros(1, 3, 16, 16),)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(space["net"](), example, str(place / "model.onnx"), dynamo=True, verbose=False)
+
+
 @pytest.mark.real_default
 @pytest.mark.parametrize("call", RUN)
 def test_a_command_of_the_documentation_runs(call: Call, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words, output = here(call)
+    supply(call, place)
     if "openvino" in words and importlib.util.find_spec("openvino") is None:
         pytest.skip("OpenVINO is not installed: pip install 'bitwright[openvino]'")
+    if "executorch" in words and importlib.util.find_spec("executorch") is None:
+        pytest.skip("ExecuTorch is not installed: pip install executorch")
     if "--out" in words:
         target = place / words[words.index("--out") + 1]
         if target.is_dir():
