@@ -194,10 +194,13 @@ def test_labels_need_images(here: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "--metric is used for evaluation only" in capsys.readouterr().err
 
 
-def test_a_drop_of_a_task_needs_no_labels(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("others", [[], ["--evaluate", "photos"]])
+def test_a_drop_of_a_task_needs_no_labels(
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], others: list[str]
+) -> None:
     call = ["quantize", "nets.py:Segmenter", "photos", "--recipe", "rtn", "--weights", "4,8"]
     only = ["--no-report", "--no-diagnosis", "--check", "fast", "--max-drop", "0.5", "--task", "segmentation"]
-    assert main([*call, *only, "--out", "dropped", "--json"]) == 0
+    assert main([*call, *only, *others, "--out", str(tmp_path / "run"), "--json"]) == 0
     result = result_of(capsys)
     assert result["plan"]["estimate"]["agreement"] >= 0.5
     assert "miou" not in (result["quantized"] or {})

@@ -74,7 +74,10 @@ class OfTwo(nn.Module):
         return self.first(left).flatten(1), self.second(right.reshape(-1, 2, 5, 5)).reshape(-1, 3, 36)
 
 
-def test_shapes_of_one_name_are_all_stored() -> None:
+@pytest.mark.parametrize("way", ["one pass", "exporter"])
+def test_shapes_of_one_name_are_all_stored(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way == "exporter":
+        monkeypatch.setattr(onnx, "translated", lambda *a: None)
     images = {"left": torch.rand(4, 3, 8, 6), "right": torch.rand(4, 3, 2, 5, 5)}
     graph = onnx.to_onnx(quantize(OfTwo(), images, "rtn", progress=False)).graph
     read = [v for n in graph for v in n.inputs if v is not None and v.producer() is None and v.const_value is not None]

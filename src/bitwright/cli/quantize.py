@@ -83,7 +83,7 @@ def make_run(call: QuantizeCall, terminal: Terminal) -> job.Done:
         pictures, plan = not call.no_images, call.bits.plan
         return model, job.Wanted(
             inputs.evaluation,
-            _scoring(call, inputs),
+            _scoring(call, inputs.network, inputs.evaluation),
             evaluate=True,
             diagnosis=not call.no_diagnosis,
             onnx=True,
@@ -97,11 +97,11 @@ def make_run(call: QuantizeCall, terminal: Terminal) -> job.Done:
     return job.do(folder, make, terminal, force=call.force, resume=call.resume)
 
 
-def _scoring(call: QuantizeCall, inputs: Inputs) -> Scoring:
-    """What measures the result; a task or a metric of the drop alone has no truth to be measured against."""
-    found = call.data.compared.beside(inputs.network)
-    only_planned = call.limits.max_drop is not None and inputs.evaluation is None
-    return Scoring(beside=found.beside) if only_planned else found
+def _scoring(call: QuantizeCall, network: Model, images: Images | None) -> Scoring:
+    """What measures the result; a task or metric that only the drop needs has no truth to be measured against."""
+    found = call.data.compared.beside(network)
+    known = images is not None and not (images.labels is None and images.truth is None)
+    return found if known or call.limits.max_drop is None else Scoring(beside=found.beside)
 
 
 def _shared(call: QuantizeCall, terminal: Terminal) -> dict[str, Any]:
@@ -166,7 +166,7 @@ def find_inputs(call: QuantizeCall, terminal: Terminal) -> Inputs:
             call.data.evaluate, network, call.reading, labels=call.data.labels, class_map=compared.class_map
         )
         if call.output is None:
-            check_truth(network, network.completed(evaluation), compared.beside(network))
+            check_truth(network, network.completed(evaluation), _scoring(call, network, evaluation))
         decode_images(evaluation, terminal)
         evaluation = network.completed(evaluation)
     terminal.finish()

@@ -27,7 +27,6 @@ from torch.export.graph_signature import (
 )
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from bitwright.export.edit import free_name
 from bitwright.graph import ops, rewrite
 
 PICKS = frozenset({"index", "gather", "index_select", "embedding", "where", "masked_fill", "logical_not"})
@@ -75,9 +74,7 @@ def _optimised(program: ir.Model, version: int) -> ir.Model:
     common.InlinePass()(program)
     for _ in range(2):
         changed = bool(optimizer.fold_constants_ir(program, onnx_shape_inference=True))
-        changed |= rewriter.RewritePass(rules)(program).modified
-        _keep_constants(program.graph)
-        if not any([changed, *(each(program).modified for each in unused)]):
+        if not any([changed, *(each(program).modified for each in (rewriter.RewritePass(rules), *unused))]):
             break
     for finish in (
         common.RemoveUnusedNodesPass(),
@@ -90,14 +87,6 @@ def _optimised(program: ir.Model, version: int) -> ir.Model:
     ):
         finish(program)
     return program
-
-
-def _keep_constants(graph: ir.Graph) -> None:
-    """Stores again what a rule gave a name that was taken: of two shapes of one name the first is no longer stored."""
-    for value in {v: None for node in graph for v in node.inputs if v is not None and v.const_value is not None}:
-        if value.producer() is None and graph.initializers.get(str(value.name)) is not value:
-            value.name = free_name(str(value.name), graph.initializers)
-            graph.register_initializer(value)
 
 
 def _registry(version: int, graph: fx.Graph) -> Any:

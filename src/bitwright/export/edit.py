@@ -27,6 +27,14 @@ def drop_unused(graph: ir.Graph) -> None:
     graph.initializers.update(left)
 
 
+def keep_constants(graph: ir.Graph) -> None:
+    """Stores again what an optimiser gave a name that was taken: of two shapes of one name the first is lost."""
+    for value in {v: None for node in graph for v in node.inputs if v is not None and v.const_value is not None}:
+        if value.producer() is None and graph.initializers.get(str(value.name)) is not value:
+            value.name = free_name(str(value.name), graph.initializers)
+            graph.register_initializer(value)
+
+
 def note_constants(graph: ir.Graph) -> None:
     """Tells values that runtimes compute from stored ones when they load a file what they are."""
     for node in graph:

@@ -24,7 +24,7 @@ from bitwright.errors import UsageError
 from bitwright.export import clips
 from bitwright.export.clips import READS_INTEGER_BIAS, Span
 from bitwright.export.direct import translated
-from bitwright.export.edit import drop_unused, free_name, initializer, insert_node, shared
+from bitwright.export.edit import drop_unused, free_name, initializer, insert_node, keep_constants, shared
 from bitwright.export.forms import rewrite_forms
 from bitwright.export.functions import join_functions
 from bitwright.given.several import InputPart
@@ -288,6 +288,7 @@ def _translate(marked: fx.GraphModule, example: Tensor, version: int) -> ir.Mode
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = translated(marked, example, SYMBOLS, version) or _exported(marked, example, version)
+    keep_constants(program.graph)
     program.graph.inputs[0].name = "images"
     program.ir_version = IR_VERSIONS[version]
     return program
