@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from bitwright import _mended, _moved
+from bitwright import _imports
 from bitwright._version import __version__
 
 if TYPE_CHECKING:
@@ -70,8 +70,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-_moved.install()
-_mended.install_watch()
+_imports.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -386,8 +386,8 @@ def test_no_steps_leave_the_start() -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"unit": "block"},
-        {"unit": ("layer", "block")},
+        {"unit": "block", "weigh": "sla"},
+        {"unit": ("layer", "block"), "weigh": "lfh"},
         {"unit": (), "weigh": "ones"},
         {"weigh": "fisher"},
         {"weigh": "ones", "float_inputs": 0.5},
@@ -396,6 +396,12 @@ def test_no_steps_leave_the_start() -> None:
 def test_settings_that_a_unit_does_not_have_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=r"weigh|float_inputs|at least one size"):
         Reconstruct(**settings)
+
+
+@pytest.mark.parametrize("unit", ["layer", ("layer", "block")])
+def test_small_units_are_not_weighted_where_nothing_is_said(unit: Any) -> None:
+    assert {part.weigh for part in Reconstruct(unit=unit).parts()} == {"ones"}
+    assert Reconstruct(unit=("layer", "network")).weigh == Reconstruct().weigh == "sla"
 
 
 # ---------------------------------------------------------------------------------------------------- recipes

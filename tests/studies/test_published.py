@@ -84,6 +84,14 @@ def test_the_softmax_may_be_on_integers() -> None:
     assert not torch.equal(*outputs)
 
 
+@pytest.mark.filterwarnings("ignore:No normalisation over channels")
+def test_a_network_without_a_softmax_has_one_start() -> None:
+    given: dict[str, Any] = {"steps": 3, "seeds": (0,), "samples": 8, "weights": (3,), "evaluate": dataset(4, seed=5)}
+    rows = study("search", make("residual"), dataset(12), as_published=True, **given).rows
+    assert {r["softmax"] for r in rows} == {"no"}
+    assert [r["variant"] for r in rows].count("before") == 1
+
+
 # ---------------------------------------------------------------------------------------------- who chooses
 
 

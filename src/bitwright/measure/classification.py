@@ -103,12 +103,21 @@ def class_scores(outputs: list[Tensor], labels: Tensor) -> Tensor:
             f"Expected one output of class scores to compare with labels, found outputs of {shapes_of(outputs)}. "
             "Name the one to keep with output=, or evaluate without labels."
         )
-    if len(labels) and int(labels.max()) >= scores[0].shape[1]:
+    check_classes(labels, scores[0].shape[1])
+    return scores[0]
+
+
+def check_classes(labels: Tensor, classes: int) -> None:
+    """Every label must be one of the network's classes.
+
+    Raises:
+        DataError: a label is beyond them.
+    """
+    if len(labels) and int(labels.max()) >= classes:
         raise DataError(
-            f"Expected labels below {scores[0].shape[1]}, the number of the network's classes, found "
+            f"Expected labels below {classes}, the number of the network's classes, found "
             f"{int(labels.max())}. Number them from 0 in the network's order, or give images of its classes alone."
         )
-    return scores[0]
 
 
 def _answers(outputs: list[Tensor], how: Outputs, decode: Decode | None, size: tuple[int, int]) -> list[int]:

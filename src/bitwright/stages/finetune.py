@@ -30,7 +30,7 @@ from bitwright.graph import ops, rewrite
 from bitwright.graph.capture import Captured
 from bitwright.graph.points import linear_points
 from bitwright.graph.student import Student
-from bitwright.measure.classification import class_scores
+from bitwright.measure.classification import check_classes, class_scores
 from bitwright.run.record import StageRecord
 from bitwright.stages.augment import Views
 from bitwright.stages.base import Optimising, Run
@@ -109,7 +109,7 @@ class Finetune(Optimising):
             )
         with torch.no_grad():
             outputs = teacher.graph(images.batch([0, 0]).to(next(_tensors(teacher)).device))
-        class_scores([o[:1].expand(len(images.labels), *o.shape[1:]) for o in outputs], images.labels)
+        check_classes(images.labels, class_scores(list(outputs), images.labels[[0, 0]]).shape[1])
 
     def run(self, student: Student, teacher: Captured, images: Images, run: Run) -> Student:
         """Trains, rounds, and keeps the last step's result, as the paper does."""

@@ -215,6 +215,14 @@ class Reconstruct(Optimising):
     never_worse: bool = True
     """Keep what an earlier stage left where that has the lower calibration loss."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _smaller_units_count_alike(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """The default's scores weigh the whole network alone."""
+        sizes = settings.get("unit", "network")
+        smaller = isinstance(sizes, str | list | tuple) and sizes and "network" not in sizes
+        return {"weigh": "ones", **settings} if smaller else settings
+
     @model_validator(mode="after")
     def _soft_needs_a_decision(self) -> Reconstruct:
         if self.rounding == "soft" and self.codes is not None and not isinstance(self.decide, Anneal):

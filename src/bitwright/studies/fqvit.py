@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from bitwright.given.images import Images
 from bitwright.graph import ops, rewrite
@@ -100,9 +100,14 @@ def fq_vit(
     return student
 
 
+def softmaxes(graph: fx.GraphModule) -> list[fx.Node]:
+    """Where a network has one."""
+    return [n for n in graph.graph.nodes if ops.base_name(n) in {"softmax", "_softmax"}]
+
+
 def _on_grids(student: Student, subject: Subject, bits: int, softmax: SoftmaxGrid, images: Images, run: Run) -> None:
     """Puts the scores before every softmax on a grid, which bitwright leaves in float, and the result on its own."""
-    nodes = [n for n in student.graph.graph.nodes if ops.base_name(n) in {"softmax", "_softmax"}]
+    nodes = softmaxes(student.graph)
     seen = {n.args[0].name: Statistics(n.name) for n in nodes}
     for batch in run.batches(images, "Scores"):
         watch(subject.teacher.graph, batch, {name: updating(each) for name, each in seen.items()})

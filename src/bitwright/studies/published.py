@@ -32,7 +32,7 @@ from bitwright.stages.evolve import Evolve
 from bitwright.stages.population import CYCLES, Mutation
 from bitwright.studies import figures
 from bitwright.studies.base import Cell, Study, StudyResult, StudySettings
-from bitwright.studies.fqvit import SOFTMAX_GRIDS, SoftmaxGrid, fq_vit
+from bitwright.studies.fqvit import SOFTMAX_GRIDS, SoftmaxGrid, fq_vit, softmaxes
 from bitwright.studies.landscape import absolute_radius
 from bitwright.studies.rows import Row, group
 from bitwright.studies.scales import RightAndFar
@@ -135,13 +135,15 @@ def _stage(bits: int) -> Evolve:
 
 
 def cells(subject: Subject, settings: StudySettings) -> Iterator[Cell]:
-    """For all bits and both grids of the softmax: the start, then every way of choosing with every seed."""
+    """For all bits and both grids of the softmax, if there is one: the start, then every way of choosing by seeds."""
     if len(subject.held_out) < 2:
         raise UsageError("Expected at least 2 images to measure on, one half of which chooses, found 1. Give more.")
     bench = _Bench(subject, settings)
+    attends = softmaxes(subject.teacher.graph)
+    grids = [(grid, str(grid)) for grid in SOFTMAX_GRIDS] if attends else [(SOFTMAX_GRIDS[0], "no")]
     for bits in settings.weights:
-        for softmax in SOFTMAX_GRIDS:
-            key: Row = {"weights": bits, "activations": settings.activations, "softmax": softmax}
+        for softmax, shown in grids:
+            key: Row = {"weights": bits, "activations": settings.activations, "softmax": shown}
             yield Cell({**key, "variant": BEFORE, "seed": settings.seeds[0]}, partial(_start, bench, bits, softmax))
             for kind, way in WAYS:
                 for seed in settings.seeds:

@@ -4,10 +4,10 @@ import importlib
 
 import pytest
 
-from bitwright import _moved
+from bitwright import _imports
 
 
-@pytest.mark.parametrize(("old", "new"), _moved.ADDRESSES.items())
+@pytest.mark.parametrize(("old", "new"), _imports.ADDRESSES.items())
 def test_an_old_address_is_the_same_module(old: str, new: str) -> None:
     moved, at_home = importlib.import_module(f"bitwright.{old}"), importlib.import_module(f"bitwright.{new}")
     assert moved is at_home
