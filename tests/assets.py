@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from bitwright.given.compat import import_timm
-from bitwright.given.models import load_weights, read_state_dict
+from bitwright.given.weights import load_weights, read_state_dict
 
 ROOT = Path(os.environ.get("BITWRIGHT_ASSETS", Path(__file__).resolve().parents[2] / "shared" / "assets"))
 

@@ -22,7 +22,8 @@ from torch import nn
 from bitwright.errors import ModelError, UsageError
 from bitwright.given.compat import import_timm, import_torchvision
 from bitwright.given.images import Preprocessing, load_images
-from bitwright.given.models import _torchvision_settings, load_model, load_weights, read_state_dict
+from bitwright.given.models import _torchvision_settings, load_model
+from bitwright.given.weights import load_weights, read_state_dict
 
 SCRIPT = """
 import torch

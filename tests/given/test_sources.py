@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 import bitwright as bw
 from bitwright.errors import DataError, ModelError, UsageError
 from bitwright.given.images import load_images
-from bitwright.given.models import load_model, read_state_dict
+from bitwright.given.models import load_model
+from bitwright.given.weights import read_state_dict
 from bitwright.speed.bench import bench
 
 IMAGES = torch.zeros(2, 3, 4, 4)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
 import difflib
 import importlib.util
 import inspect
 import math
-import pickle
 import re
 import sys
 import warnings
@@ -25,14 +23,22 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from bitwright.errors import BitwrightError, ModelError, UsageError
+from bitwright.errors import ModelError, UsageError
 from bitwright.given import detectors
 from bitwright.given.compat import import_timm, import_torchvision, with_torchvision
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing, parse_input_size
 from bitwright.given.references import absolute_reference
 from bitwright.given.saved_program import load_program
-from bitwright.given.text import short
 from bitwright.given.two_stages import TwoStageBody, TwoStages
+from bitwright.given.weights import (
+    CHECKPOINTS,
+    check_on_a_device,
+    load_weights,
+    on_one_line,
+    other_classes_of,
+    read_state_dict,
+    under_known_names,
+)
 from bitwright.graph.plain import tell_of_types
 from bitwright.graph.program import input_shapes
 
@@ -41,13 +47,6 @@ if TYPE_CHECKING:
     from bitwright.onnx_in.source import OnnxFile
 
 FORMS = "zoo:NAME, timm:NAME[@weights], torchvision:NAME[@weights], path/to/file.py:callable, model.pt2 or model.onnx"
-
-_CHECKPOINTS = (".pt", ".pth", ".th", ".ckpt", ".bin", ".tar", ".safetensors")
-_AVERAGED = ("state_dict_ema", "model_ema", "ema")
-_NESTED = (*_AVERAGED, "state_dict", "model_state_dict", "model_state", "model", "net")
-_PREFIXES = ("module.", "_orig_mod.", "model.")
-# Bookkeeping that some trainers save and no forward pass reads.
-_IDLE_KEYS = ("num_batches_tracked", "n_averaged", "relative_position_index", "attn_mask")
 
 Settings: TypeAlias = dict[str, Any]
 Build: TypeAlias = Callable[..., nn.Module]
@@ -132,7 +131,7 @@ def load_model(
         model = _resolve(str(reference), settings)
     except (OSError, ValueError, RecursionError) as error:
         said = f"{str(reference)[:80]}{'...' if len(str(reference)) > 80 else ''}"
-        raise ModelError(f"Expected a model as {FORMS}, cannot read {said!r} ({_one_line(error)}).") from error
+        raise ModelError(f"Expected a model as {FORMS}, cannot read {said!r} ({on_one_line(error)}).") from error
     _check_weights(model)
     if preprocess is not None:
         model = replace(model, preprocessing=_function(preprocess, settings))
@@ -156,7 +155,7 @@ def _resolve(reference: str, settings: Settings) -> Model:
         return _from_onnx(path, settings)
     if path.suffix == ".pt2":
         return _from_program(path, settings)
-    if path.suffix in _CHECKPOINTS:
+    if path.suffix in CHECKPOINTS:
         raise UsageError(
             f"Expected a network, {reference} holds weights at most. Name the network too, as in timm:NAME@{reference}."
         )
@@ -305,7 +304,7 @@ def _from_torchvision_detector(name: str, weights: str, settings: Settings) -> M
 
     def other(module: nn.Module, state: Mapping[str, Tensor]) -> int | None:
         wanted = module.state_dict()
-        return detectors.classes_of(_renamed(state, wanted), wanted, classes)
+        return detectors.classes_of(under_known_names(state, wanted), wanted, classes)
 
     module = _with_weights(build, weights, f"torchvision:{name}", other)
     return Model(module, name, _with_settings(detectors.input_settings(module), settings))
@@ -344,7 +343,7 @@ def _with_weights(
         )
         return module
     state = read_state_dict(weights)
-    classes = (other_classes or _other_classes)(module, state)
+    classes = (other_classes or other_classes_of)(module, state)
     if classes is not None:
         module = _seeded(lambda: build(num_classes=classes), reference)
     load_weights(module, state, weights)
@@ -357,7 +356,7 @@ def _seeded(build: Callable[[], nn.Module], reference: str) -> nn.Module:
             return with_torchvision(build).eval()
         except (Exception, SystemExit) as error:
             raise ModelError(
-                f"Expected {reference} to build, it failed with {type(error).__name__}: {_one_line(error)}."
+                f"Expected {reference} to build, it failed with {type(error).__name__}: {on_one_line(error)}."
             ) from error
 
 
@@ -378,7 +377,7 @@ def _from_script(path: Path, name: str, weights: str | None, settings: Settings)
         raise ModelError(f"Expected {name!r} in {path}, it has {_callables(path)}.")
     made = getattr(script, name)
     module = made if isinstance(made, nn.Module) else _seeded(_builder(made, path, name), f"{path}:{name}")
-    _check_on_a_device(module.state_dict(), name)
+    check_on_a_device(module.state_dict(), name)
     tell_of_types(module.state_dict().values())
     module = module.eval().cpu().float()
     if weights:
@@ -404,7 +403,7 @@ def _run_script(path: Path) -> ModuleType:
     except (Exception, SystemExit) as error:
         del sys.modules[spec.name]
         raise ModelError(
-            f"Expected {path} to run, it raised {type(error).__name__} ({_one_line(error)}). Try: python {path}"
+            f"Expected {path} to run, it raised {type(error).__name__} ({on_one_line(error)}). Try: python {path}"
         ) from error
     finally:
         sys.path.remove(str(path.resolve().parent))
@@ -439,7 +438,7 @@ def _builder(made: Any, path: Path, name: str) -> Callable[[], nn.Module]:
         inspect.signature(made).bind()
     except TypeError as error:
         raise ModelError(
-            f"Expected {name} in {path} to need no arguments ({_one_line(error)}). Give them defaults."
+            f"Expected {name} in {path} to need no arguments ({on_one_line(error)}). Give them defaults."
         ) from error
     except ValueError:
         pass  # no signature to look at
@@ -457,7 +456,7 @@ def _callables(path: Path) -> str:
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, SyntaxError, ValueError) as error:
-        raise ModelError(f"Expected a Python file, cannot read {path}: {_one_line(error)}.") from error
+        raise ModelError(f"Expected a Python file, cannot read {path}: {on_one_line(error)}.") from error
     names = [
         node.name
         for node in tree.body
@@ -562,199 +561,10 @@ def _program_input_size(program: ExportedProgram) -> tuple[int, int, int] | None
     return (shapes[0][0], shapes[0][1], shapes[0][2]) if alone and shapes[0][0] in (1, 3) else None
 
 
-# ---------------------------------------------------------------------------------------------- weights
-
-
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint by name, on the CPU, without running any code from it.
-
-    A state dict nested under ``state_dict``, ``model``, ``model_ema`` or ``ema`` is taken out; averaged (ema)
-    weights win where both are there, with a warning.
-
-    Raises:
-        ModelError: the file is missing, unreadable, wants to run code, or holds no state dict.
-    """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise ModelError(f"Expected a file of weights, {path} does not exist. Check the path.")
-    if path.suffix not in _CHECKPOINTS:
-        raise ModelError(f"Expected weights in a file {', '.join(_CHECKPOINTS)}, found {path}.")
-    loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    state = _innermost(loaded, path)
-    tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
-    if not tensors:
-        raise ModelError(
-            f"Expected a state dict (names and tensors) in {path}, found {_contents(loaded)}. Save model.state_dict()."
-        )
-    for name, value in tensors.items():
-        kind = _unusual(value)
-        if kind:
-            raise ModelError(f"Expected dense real numbers in {path}, {name!r} is a {kind} tensor. Save it dense.")
-    return tensors
-
-
-def _unusual(value: Tensor) -> str:
-    """What keeps a tensor from being a weight; empty if nothing does."""
-    if value.is_meta:
-        return "meta"
-    if value.is_quantized:
-        return "quantized"
-    if value.is_nested or value.layout is not torch.strided:
-        return "nested" if value.is_nested else "sparse"
-    return "complex" if value.is_complex() else ""
-
-
-def _read_safetensors(path: Path) -> Any:
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(str(path))
-    except Exception as error:
-        raise ModelError(
-            f"Expected safetensors, cannot read {path} ({_one_line(error)}). Fetch or save it again."
-        ) from error
-
-
-def _read_pickle(path: Path) -> Any:
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        if wanted is None and "weights_only" not in str(error):
-            raise _unreadable(path, error) from error
-        code = f" ({wanted[1]})" if wanted else ""
-        raise ModelError(
-            f"Expected plain tensors, {path} wants to run code when read{code} and is refused. "
-            "Save model.state_dict() where the model was made."
-        ) from error
-    except Exception as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> ModelError:
-    return ModelError(
-        f"Expected a PyTorch checkpoint, cannot read {path} ({_one_line(error)}). Fetch or save it again."
-    )
-
-
-def _innermost(loaded: Any, path: Path) -> Mapping[str, Any]:
-    state = loaded
-    for _ in range(3):
-        if not isinstance(state, Mapping):
-            break
-        inner = [name for name in _NESTED if isinstance(state.get(name), Mapping)]
-        if not inner:
-            return state
-        if inner[0] in _AVERAGED and len(inner) > 1:
-            warnings.warn(
-                f"{path} holds {', '.join(inner)}: the averaged weights {inner[0]} are used.",
-                UserWarning,
-                stacklevel=7,
-            )
-        state = state[inner[0]]
-    if not isinstance(state, Mapping):
-        raise ModelError(
-            f"Expected a state dict (names and tensors) in {path}, found {_contents(loaded)}. Save model.state_dict()."
-        )
-    return state
-
-
-def _contents(loaded: Any) -> str:
-    if isinstance(loaded, Mapping):
-        names = [str(name) for name in loaded]
-        return f"a dict of {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "an empty dict"
-    return f"a {type(loaded).__name__}"
-
-
-def load_weights(module: nn.Module, state: Mapping[str, Tensor], where: str | Path = "the weights") -> None:
-    """Put every tensor of ``state`` into ``module``; both must have the same names and shapes.
-
-    The prefixes ``module.``, ``_orig_mod.`` and ``model.`` are taken off when that makes the names match.
-    Values take the type of the module's own, so that a float16 file gives a float32 network.
-
-    Raises:
-        ModelError: with the count and the first three of the names that are missing, unexpected or of another
-            shape.
-    """
-    wanted = module.state_dict()
-    found = _renamed(state, wanted)
-    problems = [
-        _listed("missing", [name for name in wanted if name not in found]),
-        _listed("unexpected", [name for name in found if name not in wanted]),
-        _listed(
-            "of another shape",
-            [
-                f"{name} {tuple(found[name].shape)} instead of {tuple(wanted[name].shape)}"
-                for name in found
-                if name in wanted and found[name].shape != wanted[name].shape
-            ],
-        ),
-    ]
-    if any(problems):
-        raise ModelError(
-            f"Expected {len(wanted)} tensors of {type(module).__name__} in {where}, found "
-            f"{'; '.join(problem for problem in problems if problem)}. Give the weights of this very network."
-        )
-    module.load_state_dict(found)
-
-
-def _renamed(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return ``state`` with those known prefixes taken off that make it share most names with the module."""
-    versions = [{_modern(name): value for name, value in state.items() if name != "n_averaged"}]
-    while True:
-        names = list(versions[-1])
-        prefix = next((p for p in _PREFIXES if names and all(name.startswith(p) for name in names)), None)
-        if prefix is None:
-            break
-        versions.append({name.removeprefix(prefix): value for name, value in versions[-1].items()})
-    best = max(versions, key=lambda version: len(version.keys() & wanted.keys()))
-    kept = {name: value for name, value in best.items() if name in wanted or not _idle(name, wanted)}
-    for name, value in wanted.items():
-        if name.endswith("num_batches_tracked"):  # absent in old checkpoints, and read in training only
-            kept.setdefault(name, value)
-    return kept
-
-
-def _idle(name: str, wanted: Mapping[str, Tensor]) -> bool:
-    # torchvision's segmentation checkpoints carry a second head that only training reads.
-    second_head = name.startswith("aux_classifier.") and any(key.startswith("classifier.") for key in wanted)
-    return second_head or name.rsplit(".", 1)[-1] in _IDLE_KEYS
-
-
-def _modern(name: str) -> str:
-    # torchvision's published DenseNet files still say norm.1 where its modules say norm1.
-    return re.sub(r"(denselayer\d+\.(?:norm|conv))\.([12])\.", r"\1\2.", name)
-
-
-def _listed(what: str, names: list[str]) -> str:
-    return f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
-
-
-def _other_classes(module: nn.Module, state: Mapping[str, Tensor]) -> int | None:
-    """Return the number of classes of the checkpoint, when that is all in which the shapes differ."""
-    wanted = module.state_dict()
-    found = _renamed(state, wanted)
-    if found.keys() != wanted.keys():
-        return None
-    pairs = [(found[name].shape, wanted[name].shape) for name in wanted if found[name].shape != wanted[name].shape]
-    rows = {(have[0], want[0]) for have, want in pairs if len(have) == len(want) > 0 and have[1:] == want[1:]}
-    whole = all(len(have) == len(want) > 0 and have[1:] == want[1:] for have, want in pairs)
-    return int(next(iter(rows))[0]) if whole and len(rows) == 1 else None
-
-
-def _check_on_a_device(state: Mapping[str, Any], model: str) -> None:
-    """Values without memory cannot be moved, nor read."""
-    empty = next((name for name, value in state.items() if isinstance(value, Tensor) and value.is_meta), None)
-    if empty is not None:
-        raise ModelError(f"Expected weights in {model}, {empty} is on the meta device. Load them first.")
-
-
 def _check_weights(model: Model) -> None:
     module = model.module
     state = module.state_dict if isinstance(module, ExportedProgram) else module.state_dict()
-    _check_on_a_device(state, model.name)
+    check_on_a_device(state, model.name)
     for name, value in state.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
             continue
@@ -766,7 +576,3 @@ def _check_weights(model: Model) -> None:
             )
         if isinstance(module, ExportedProgram) and value.dtype != torch.float32:
             raise ModelError(f"Expected float32 in {model.name}, {name} is {value.dtype}. Export it in float32.")
-
-
-def _one_line(error: BaseException) -> str:
-    return str(error) if isinstance(error, BitwrightError) else short(error)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, fx, nn
@@ -100,7 +100,7 @@ def fq_vit(
     return student
 
 
-def softmaxes(graph: fx.GraphModule) -> list[fx.Node]:
+def softmaxes(graph: fx.GraphModule) -> list[Any]:
     """Where a network has one."""
     return [n for n in graph.graph.nodes if ops.base_name(n) in {"softmax", "_softmax"}]
 
