@@ -16,6 +16,7 @@ from bitwright.quant.quantizer import Quantizer
 from bitwright.quant.scheme import Scheme
 from bitwright.stages.calibrate import parameters
 from bitwright.studies import StudyResult, find_study, published, study
+from bitwright.studies.base import StudySettings
 from bitwright.studies.fqvit import LOG_BITS, Octaves, SoftmaxGrid, fq_vit, integer_softmax, softmax_of_codes
 from bitwright.studies.published import LABEL_FREE, LOUD, ON_OTHERS, ON_TEST, picks
 from bitwright.studies.subject import Subject
@@ -84,12 +85,11 @@ def test_the_softmax_may_be_on_integers() -> None:
     assert not torch.equal(*outputs)
 
 
-@pytest.mark.filterwarnings("ignore:No normalisation over channels")
 def test_a_network_without_a_softmax_has_one_start() -> None:
-    given: dict[str, Any] = {"steps": 3, "seeds": (0,), "samples": 8, "weights": (3,), "evaluate": dataset(4, seed=5)}
-    rows = study("search", make("residual"), dataset(12), as_published=True, **given).rows
-    assert {r["softmax"] for r in rows} == {"no"}
-    assert [r["variant"] for r in rows].count("before") == 1
+    subject = Subject(Model(make("residual"), "residual", None), dataset(12), dataset(8), torch.device("cpu"))
+    keys = [cell.key for cell in published.cells(subject, StudySettings(steps=3, weights=(3,), seeds=(0,)))]
+    assert {key["softmax"] for key in keys} == {"no"}
+    assert [key["variant"] for key in keys].count("before") == 1
 
 
 # ---------------------------------------------------------------------------------------------- who chooses
