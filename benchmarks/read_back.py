@@ -28,9 +28,9 @@ import bitwright as bw
 from benchmarks import coverage_networks
 from benchmarks.written import where
 from bitwright.given.images import Images, load_images
-from bitwright.given.inputs import prepare_teacher
 from bitwright.given.models import Model, load_model
 from bitwright.measure.metrics import SignalToNoise
+from bitwright.quantized import QuantizedModel
 
 OPSET = 18
 ASSETS = (
@@ -40,6 +40,9 @@ ASSETS = (
 CALIBRATION, TEST, COVERAGE_IMAGES = 32, 256, 4
 SAME = 1e-4
 """Of an output's range, up to which two float networks answer the same."""
+CLOSE = 1.0
+"""Decibels by which the noise of one way may differ from the other's."""
+KINDS = {"weights": "weight_bits", "activations": "activation_bits"}
 LIMIT = 600
 """Seconds that a network of the coverage page may take."""
 Row = dict[str, Any]
@@ -59,7 +62,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if given.one:
         try:
-            row = of_coverage(given.one)
+            row = of_coverage(given.one, given.recipe)
         except Exception as error:
             row = {"error": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"}
         print(json.dumps(row))
@@ -67,8 +70,8 @@ def main() -> None:
     for name in ASSETS if given.assets else ():
         _add("assets", name, of_assets(name, given.recipe), given.out)
     names = coverage_networks.names()
-    for name in names[:: max(1, len(names) // given.coverage)][: given.coverage] if given.coverage else ():
-        _add("coverage", name, _in_a_process(name), given.out)
+    for name in [names[k * len(names) // given.coverage] for k in range(given.coverage)]:
+        _add("coverage", name, _in_a_process(name, given.recipe), given.out)
 
 
 def exported(network: nn.Module, images: Tensor, folder: Path) -> Path:
@@ -121,9 +124,9 @@ def _images(name: str, network: Model) -> tuple[Images, Images]:
 # ----------------------------------------------------------------------------------- the networks of the page
 
 
-def _in_a_process(name: str) -> Row:
+def _in_a_process(name: str, recipe: str) -> Row:
     """The row of a network, from a process that ends at its limit."""
-    command = [sys.executable, "-m", "benchmarks.read_back", "--one", name]
+    command = [sys.executable, "-m", "benchmarks.read_back", "--one", name, "--recipe", recipe]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT)
     except subprocess.TimeoutExpired:
@@ -135,27 +138,34 @@ def _in_a_process(name: str) -> Row:
     return row
 
 
-def of_coverage(name: str) -> Row:
-    """How far the float outputs are apart, and the signal to noise of ``rtn`` W8A8 both ways."""
+def of_coverage(name: str, recipe: str) -> Row:
+    """Both ways of a network of the page, on seeded images: how far the float outputs are apart, what is quantized."""
     started = time.process_time()
     subject = coverage_networks.build(name, 2 * COVERAGE_IMAGES)
     images, others = subject.images.split(COVERAGE_IMAGES)
     with tempfile.TemporaryDirectory() as folder:
-        path = exported(subject.network, images, Path(folder))
-        back = load_model(str(path))
-        data = load_images(images, None)
-        there, here = (prepare_teacher(m, data).graph for m in (Model(subject.network, name), back))
-        row: Row = {
-            "float_difference": max(map(_apart, there(others), here(others))),
-            "operators": len(back.source.body.nodes),
-        }
+        back = load_model(str(exported(subject.network, images, Path(folder))))
+        row: Row = {"recipe": f"{recipe} W8A8", "operators": len(back.source.body.nodes)}
+        floats = {}
         for way, model in (("pytorch", subject.network), ("onnx", back)):
-            quantized = bw.quantize(model, images, "rtn", progress=False, device="cpu")
+            quantized = bw.quantize(model, images, recipe, progress=False, device="cpu")
             assert quantized.teacher is not None
             with torch.no_grad():
-                pairs = zip(quantized.teacher.graph(others), quantized.flat(others), strict=True)
-                row[f"{way}_sqnr_db"] = round(min(_ratio(*pair) for pair in pairs), 2)
-    return row | {"same": row["float_difference"] <= SAME, "seconds": round(time.process_time() - started, 1)}
+                floats[way] = quantized.teacher.graph(others)
+                pairs = zip(floats[way], quantized.flat(others), strict=True)
+                row[way] = _counts(quantized) | {"sqnr_db": round(min(_ratio(*pair) for pair in pairs), 2)}
+    apart = max(map(_apart, floats["pytorch"], floats["onnx"]))
+    same = apart <= SAME and row["pytorch"]["weights"] == row["onnx"]["weights"]
+    close = abs(row["pytorch"]["sqnr_db"] - row["onnx"]["sqnr_db"]) <= CLOSE
+    return row | {
+        "float_difference": apart, "same": same and close, "seconds": round(time.process_time() - started, 1)
+    }  # fmt: skip
+
+
+def _counts(model: QuantizedModel) -> dict[str, int]:
+    """How many layers have quantized weights, and how many tensors a quantizer."""
+    layers = model.result["layers"]
+    return {kind: sum(row[bits] is not None for row in layers) for kind, bits in KINDS.items()}
 
 
 def _apart(expected: Tensor, found: Tensor) -> float:
