@@ -272,6 +272,56 @@ def test_a_network_without_weights_and_its_own_name_for_the_batch(tmp_path: Path
     assert Interface.read({**bw.load(folder).interface.stored(), "axis": "n"}).axis == "n"
 
 
+def annotate(part: Any, text: str) -> None:
+    """A description and a note."""
+    part.doc_string = f"about {text}"
+    added = part.metadata_props.add()
+    added.key, added.value = "note", text
+
+
+def said(part: Any) -> tuple[str, str]:
+    """What :func:`annotate` wrote."""
+    return part.doc_string, "".join(p.value for p in part.metadata_props if p.key == "note")
+
+
+@pytest.mark.filterwarnings("ignore:The last")
+def test_what_a_file_says_of_itself_stays(tmp_path: Path) -> None:
+    nodes = [
+        node("Conv", "x w", "c"), node("Relu", "c", "map"), node("GlobalAveragePool", "map", "p"),
+        node("Flatten", "p", "f"), node("TopK", "f k", "best places", axis=1),
+    ]  # fmt: skip
+    stored = {"w": weights(6, 3, 3, 3), "k": np.asarray([3])}
+    path = write(tmp_path / "told.onnx", nodes, ("how_many", 3, 8, 10), stored, outputs="best map", opset=17)
+    program = onnx.load(path)
+    program.producer_name, program.producer_version, program.domain = "somebody", "7", "org.example"
+    program.model_version, program.ir_version = 12, 9
+    program.opset_import.append(helper.make_opsetid("org.example", 2))
+    parts = {"the graph": program.graph, "x": program.graph.input[0], "out": program.graph.output[1]}
+    parts |= {n.name: n for n in program.graph.node}
+    for name, part in parts.items():
+        annotate(part, name)
+    program.doc_string = "about all"
+    program.graph.output[0].type.CopyFrom(helper.make_tensor_type_proto(TensorProto.FLOAT, ["rows", 3]))
+    onnx.save(program, path)
+    bw.quantize(str(path), images(8, (3, 8, 10)), "rtn").export(tmp_path / "out.onnx")
+    found = onnx.load(tmp_path / "out.onnx")
+    for key in ("producer_name", "producer_version", "domain", "model_version", "doc_string", "ir_version"):
+        assert getattr(found, key) == getattr(program, key)
+    assert {(each.domain, each.version) for each in found.opset_import} >= {("org.example", 2), ("", 18)}
+    graph = found.graph
+    assert [said(part) for part in (graph, graph.input[0], graph.output[1])] == [
+        (f"about {name}", name) for name in ("the graph", "x", "out")
+    ]
+    assert [d.dim_param or d.dim_value for d in graph.output[0].type.tensor_type.shape.dim] == ["rows", 3]
+    # an operator that its codes stand for is gone; nobody else gets its name
+    assert {n.name: (n.op_type, *said(n)) for n in graph.node if n.doc_string or n.name in parts} == {
+        name: (kind, f"about {name}", name)
+        for name, kind in {
+            "Conv_c": "Conv", "GlobalAveragePool_p": "ReduceMean", "Flatten_f": "Reshape", "TopK_best": "TopK",
+        }.items()
+    }  # fmt: skip
+
+
 def test_a_run_through_a_function_names_it_and_does_not_run_it(
     classifier: Path, tmp_path: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:

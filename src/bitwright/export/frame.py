@@ -21,7 +21,10 @@ from bitwright.export.edit import drop_unused, free_name, initializer, insert_no
 from bitwright.given.several import InputPart
 from bitwright.graph.outputs import Interface
 from bitwright.graph.student import Student
+from bitwright.onnx_in.file import STANDARD
 from bitwright.runtimes.session import Array, Named, Opener, Session, save_onnx
+
+CODING = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 
 def framed(program: ir.Model, model: Student) -> ir.Model:
@@ -36,13 +39,58 @@ def framed(program: ir.Model, model: Student) -> ir.Model:
     if names is None or names.frame is None:
         return program
     layers = {n.name: str(n.meta["layer"]) for n in model.graph.graph.nodes if n.meta.get("layer")}
-    _rename(program.graph, {node: names.tensors.get(layer, layer) for node, layer in layers.items()}, names.nodes)
-    _rename_stored(program.graph, model, names)
     rest = onnx.ModelProto.FromString(names.frame)
+    said = {value.name: value for value in rest.graph.value_info}
+    del rest.graph.value_info[:]
+    left = _rename(
+        program.graph, {node: names.tensors.get(layer, layer) for node, layer in layers.items()}, names.nodes
+    )
+    _rename_stored(program.graph, model, names)
+    _keep_metadata(program, rest)
+    if rest.graph.node:
+        left |= _end(program, rest, names.batch)
+        said |= {node.output[0]: node for node in rest.graph.node}
+    for name, node in left.items():
+        _describe(node, said.get(name))
+    said |= {value.name: value for value in rest.graph.output}
+    for value in (*program.graph.inputs, *program.graph.outputs):
+        _describe(value, said.get(str(value.name)))
+        _keep_axes(value, said.get(str(value.name)))
+    return program
+
+
+def _keep_metadata(program: ir.Model, rest: Any) -> None:
+    """Says of the program, and of its graph, what the file does."""
+    program.producer_name, program.producer_version = rest.producer_name, rest.producer_version
+    program.domain, program.model_version, program.doc_string = rest.domain, rest.model_version, rest.doc_string
+    program.ir_version = max(program.ir_version, rest.ir_version)
     program.metadata_props.update({p.key: p.value for p in rest.metadata_props if p.key not in program.metadata_props})
-    program.graph.name, program.graph.doc_string = rest.graph.name, rest.graph.doc_string or None
-    if not rest.graph.node:
-        return program
+    program.graph.name = rest.graph.name
+    _describe(program.graph, rest.graph)
+    for each in rest.opset_import:
+        if each.domain not in STANDARD:
+            program.opset_imports.setdefault(each.domain, each.version)
+
+
+def _describe(part: ir.Graph | ir.Node | ir.Value, said: Any) -> None:
+    """Gives a part of the program the description and the notes that the file has for it, if it has some."""
+    if said is not None:
+        part.doc_string = said.doc_string or None
+        part.metadata_props.update({p.key: p.value for p in said.metadata_props})
+
+
+def _keep_axes(value: ir.Value, said: Any) -> None:
+    """Gives axes of a free length the names that they have in the file."""
+    sides = [] if said is None else said.type.tensor_type.shape.dim
+    if value.shape is not None and len(value.shape) == len(sides):
+        value.shape = ir.Shape([
+            side if isinstance(side, int) or not there.dim_param else ir.SymbolicDim(there.dim_param)
+            for side, there in zip(value.shape, sides, strict=True)
+        ])  # fmt: skip
+
+
+def _end(program: ir.Model, rest: Any, batch: int | None) -> dict[str, ir.Node]:
+    """Puts the operators behind the body into the program, and gives them, if its version of operators has them."""
     try:
         tail = ir.from_proto(_converted(rest, program.opset_imports[""]))
     except Exception as error:
@@ -50,14 +98,15 @@ def framed(program: ir.Model, model: Student) -> ir.Model:
         warnings.warn(
             f"model.onnx ends before {kinds}, which cannot be brought to opset {program.opset_imports['']} "
             f"({one_line(str(error))[:100]}). Run them behind it.",
-            stacklevel=3,
+            stacklevel=4,
         )
-        return program
+        return {}
+    added = {str(node.outputs[0].name): node for node in tail.graph}
     _append(program, tail)
-    for image in program.graph.inputs if names.batch is not None else ():
+    for image in program.graph.inputs if batch is not None else ():
         assert image.shape is not None
-        image.shape = ir.Shape([names.batch, *image.shape[1:]])
-    return program
+        image.shape = ir.Shape([batch, *image.shape[1:]])
+    return added
 
 
 def take_apart(graph: ir.Graph, parts: Sequence[InputPart]) -> None:
@@ -161,15 +210,19 @@ def _numbers(graph: ir.Graph, name: str, values: Sequence[int]) -> ir.Value:
     return initializer(graph, name, np.asarray(values, np.int64))
 
 
-def _rename(graph: ir.Graph, tensors: Mapping[str, str], nodes: Mapping[str, str]) -> None:
+def _rename(graph: ir.Graph, tensors: Mapping[str, str], nodes: Mapping[str, str]) -> dict[str, ir.Node]:
     """Gives operators and what they yield the names of the file, as far as these are free.
 
     Args:
         graph: changed.
         tensors: names by those that values have here.
         nodes: names of operators by the tensor that each gives.
+
+    Returns:
+        The operators of the file that are left, by the name of what each gives there.
     """
     taken = {v.name for node in graph for v in node.outputs} | {*graph.initializers, *(v.name for v in graph.inputs)}
+    found: dict[str, ir.Node] = {}
     for node in graph:
         value = node.outputs[0]
         name = tensors.get(value.name or "")
@@ -177,7 +230,20 @@ def _rename(graph: ir.Graph, tensors: Mapping[str, str], nodes: Mapping[str, str
             value.name = name
             taken.add(name)
         if value.name == name or value.is_graph_output():
-            node.name = nodes.get(str(value.name), value.name)
+            computed = _before_codes(node)
+            if computed not in found.values():
+                computed.name = nodes.get(str(value.name), value.name)
+                found[str(value.name)] = computed
+    return found
+
+
+def _before_codes(node: ir.Node) -> ir.Node:
+    """The operator whose value a quantizer rounds, where the node ends one; else the node itself."""
+    while (before := node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None) is not None:
+        if node.op_type not in CODING and not (node.op_type == "Clip" and before.op_type == "QuantizeLinear"):
+            break
+        node = before
+    return node
 
 
 def _rename_stored(graph: ir.Graph, model: Student, names: Interface) -> None:
@@ -198,7 +264,7 @@ def _rename_stored(graph: ir.Graph, model: Student, names: Interface) -> None:
 
 def _converted(rest: Any, version: int) -> Any:
     """The tail in the operators of another opset."""
-    own = next((int(each.version) for each in rest.opset_import if each.domain in {"", "ai.onnx"}), version)
+    own = next((int(each.version) for each in rest.opset_import if each.domain in STANDARD), version)
     return rest if own == version else version_converter.convert_version(rest, version)
 
 
@@ -224,7 +290,7 @@ def _append(program: ir.Model, tail: ir.Model) -> None:
     body.extend(nodes)
     body.outputs.clear()
     body.outputs.extend(outputs)
-    program.opset_imports.update({d: v for d, v in tail.opset_imports.items() if d not in {"", "ai.onnx"}})
+    program.opset_imports.update({d: v for d, v in tail.opset_imports.items() if d not in STANDARD})
 
 
 @contextmanager

@@ -68,12 +68,22 @@ def cut_behind(graph: Any, values: dict[str, Value]) -> Rest:
 def frame(program: Any, behind: Rest, ends: Sequence[tuple[str, Tensor]]) -> bytes:
     """The file without its body, serialized: names, metadata, outputs, and the tail with what it reads as inputs.
 
+    What the file says of its inputs, and of nodes of the body by their first output, stands among the values.
+
     Args:
         program: the whole.
         behind: the tail.
         ends: name and example of every tensor that the body gives, in its order.
     """
-    graph = onnx.GraphProto(name=program.graph.name, doc_string=program.graph.doc_string)
+    graph = onnx.GraphProto(
+        name=program.graph.name, doc_string=program.graph.doc_string, metadata_props=_notes(program.graph)
+    )
+    left = {id(node) for node in behind.nodes}
+    graph.value_info.extend(program.graph.input)
+    for node in program.graph.node:
+        said = onnx.ValueInfoProto(name=node.output[0], doc_string=node.doc_string, metadata_props=_notes(node))
+        if id(node) not in left and (said.doc_string or said.metadata_props):
+            graph.value_info.append(said)
     graph.node.extend(behind.nodes)
     graph.input.extend(
         helper.make_tensor_value_info(name, TENSOR_KINDS.get(like.dtype, TensorProto.FLOAT), None)
@@ -91,6 +101,11 @@ def frame(program: Any, behind: Rest, ends: Sequence[tuple[str, Tensor]]) -> byt
     return bytes(found.SerializeToString())
 
 
+def _notes(part: Any) -> list[Any]:
+    """The properties of a graph or node, without an exporter's own, which trace every node through its source code."""
+    return [p for p in part.metadata_props if p.key != "namespace" and not p.key.startswith("pkg.")]
+
+
 class Tail:
     """What follows the body, in ONNX Runtime: from what the body gives to the outputs of the file."""
 
@@ -105,7 +120,10 @@ class Tail:
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
-        self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        program = onnx.ModelProto.FromString(content)
+        del program.graph.value_info[:]
+        whole = program.SerializeToString()
+        self._session = onnxruntime.InferenceSession(whole, options, providers=["CPUExecutionProvider"])
         self.batch = batch
         self.names = tuple(o.name for o in self._session.get_outputs())
 
