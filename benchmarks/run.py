@@ -74,9 +74,9 @@ def spent(arguments: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def run_alone(name: str, *arguments: str) -> dict[str, Any]:
-    """The same in a process of its own with one thread."""
-    alone = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+def run_alone(name: str, *arguments: str, threads: int = 1) -> dict[str, Any]:
+    """The same in a process of its own with that many threads."""
+    alone = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         command = [sys.executable, "-m", "benchmarks.run", "--inside", file.name, *arguments]
         subprocess.run(command, env=alone, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -119,10 +119,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write(rows)
 
 
-def write(rows: list[dict[str, Any]]) -> None:
-    """Puts the rows in place of those of the same runs, beside what else the file holds."""
+def write(rows: list[dict[str, Any]], what: str = "run") -> None:
+    """Puts the rows in place of those of the same runs, beside what else the file ``DATE-WHAT-cpu.json`` holds."""
     found = where("torch", "onnxruntime")
-    path, names = OUT / f"{found['date']}-run-cpu.json", {row["run"] for row in rows}
+    path, names = OUT / f"{found['date']}-{what}-cpu.json", {row["run"] for row in rows}
     before = json.loads(path.read_text()) if path.is_file() else {}
     kept = [row for row in before.get("rows", []) if row["run"] not in names]
     told = {**before, **found, "load": round(os.getloadavg()[0], 1), "rows": kept + rows}

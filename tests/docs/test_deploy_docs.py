@@ -61,7 +61,7 @@ def test_the_lines_run_each_file(model, what, tmp_path):
 def test_large_tensors_go_beside_the_file_and_come_back(tmp_path, monkeypatch):
     large = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64 * 64, 8)).eval()
     program = onnx_module.to_onnx(bw.quantize(large, torch.rand(8, 3, 64, 64), "rtn"))
-    monkeypatch.setattr("bitwright.runtimes.session.LARGEST", 1000)
+    monkeypatch.setattr("bitwright.runtimes.session.LARGEST_FILE", 1000)
     onnx_module.save_onnx(program, tmp_path / "model.onnx")
     assert (tmp_path / "model.onnx.data").stat().st_size > 50_000
     onnx.checker.check_model(tmp_path / "model.onnx", full_check=True)

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 import bitwright as bw
-from bitwright.export.layers import Passing, compare_layer, compare_layers
+from bitwright.export import arbiter, layers
+from bitwright.export.arbiter import compare_kernels
+from bitwright.export.layers import Passing, compare_layer, compare_layers, simulated
 from bitwright.export.onnx import to_onnx
 from bitwright.quant.grid import Grid
 from bitwright.quant.quantizer import Quantizer
@@ -36,8 +38,8 @@ def pooled(request):
 def test_means_of_codes_on_one_scale_pass_though_many_are_halves(pooled):
     scales = {x.name: float(pooled.quantizer(x.activation).scale) for x in pooled.layers if x.activation}
     assert scales["1"] == pytest.approx(scales["2"], rel=1e-6), "the case needs equal scales"
-    layers = compare_layers(pooled, to_onnx(pooled), flat_images())
-    assert {layer.name: layer.differing_fraction for layer in layers}["2"] == 0
+    found = compare_layers(pooled, to_onnx(pooled), flat_images())
+    assert {layer.name: layer.differing_fraction for layer in found}["2"] == 0
 
 
 def test_a_step_that_is_wrong_by_half_a_percent_does_not_pass(pooled):
@@ -59,3 +61,22 @@ def test_a_boundary_is_as_wide_as_the_rounding_of_float32():
     for step, found in ((0.5, 1), (1.5, 1), (100.5, 1), (100.501, 0), (100.499, 0), (7.0, 0), (7.499, 0)):
         assert right(step, int(step)) + right(step, int(step) + 1) == 1 + found, step
         assert not right(step, int(step) + 2)
+
+
+@pytest.mark.parametrize("compare", [compare_layers, lambda *given: list(compare_kernels(*given).values())])
+def test_layers_of_images_that_do_not_fit_together_are_those_of_all_at_once(pooled, monkeypatch, compare):
+    program = to_onnx(pooled)
+    scale = program.graph.initializers["2/scale"]
+    scale.const_value = ir.Tensor(scale.const_value.numpy() * np.float32(1.005))
+    whole, images = compare(pooled, program, flat_images()), flat_images()
+    each = [compare(pooled, program, image) for image in images.split(1)]
+    assert max(x.differing_fraction for x in whole) > 0, "the case needs codes that differ"
+    sizes = []
+    monkeypatch.setattr(layers, "PASS_BYTES", 1)
+    monkeypatch.setattr(layers, "simulated", lambda m, x: [sizes.append(len(x)), simulated(m, x)][1])
+    monkeypatch.setattr(arbiter, "simulated", layers.simulated)
+    parts = compare(pooled, program, images)
+    assert sizes == [1] * len(images)
+    for position, (one, many) in enumerate(zip(whole, parts, strict=True)):
+        assert (many.values, many.max_steps) == (one.values, one.max_steps)
+        assert many.differing_fraction == pytest.approx(np.mean([x[position].differing_fraction for x in each]))

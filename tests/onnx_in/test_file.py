@@ -13,6 +13,7 @@ from onnx_files import images, node, same_as_runtime, weights, write
 
 from bitwright.errors import ModelError
 from bitwright.given.models import load_model
+from bitwright.onnx_in import check
 from bitwright.onnx_in.source import OnnxFile
 
 MAP = (3, 8, 10)
@@ -186,3 +187,15 @@ def test_dropout_that_drops_is_refused(tmp_path: Path) -> None:
     stored["training"] = np.asarray(True)
     said = refused(write(tmp_path / "tiny.onnx", nodes, (1, *MAP), stored))
     assert "found a Dropout at 'y' that drops values at random" in said
+
+
+def test_a_program_too_large_for_bytes_is_compared_from_a_file_with_its_tensors_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[str] = []
+    loadable = check._loadable
+    monkeypatch.setattr(check, "LARGEST_FILE", 0)
+    monkeypatch.setattr(check, "_loadable", lambda *args: [given.append(str(loadable(*args))), given[-1]][1])
+    path = write(tmp_path / "tiny.onnx", [node("Conv", "x w")], (1, *MAP), CONV)
+    OnnxFile.read(path).check(images(2, MAP))
+    assert [Path(place).name for place in given] == ["part.onnx"]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from bitwright.export.clips import codes_of
-from bitwright.export.layers import activation_quantizers, compare_layer, cut_at, of_images, simulated
+from bitwright.export.layers import activation_quantizers, compare_layer, cut_at, in_parts, merged, of_images, simulated
 from bitwright.export.reference import FLOAT_KERNEL, run_reference
 from bitwright.export.verdict import CodeComparison, LayerParity
 from bitwright.graph import ops
@@ -70,14 +70,18 @@ def compare_kernels(model: Student, program: ir.Model, images: Tensor) -> dict[s
         program: the file, with the tensor names that bitwright gives.
         images: [N, C, H, W].
     """
-    passing = simulated(model, images)
     with CutRuntime(model, program) as cut:
-        codes = {name: q.codes(passing[name].before) for name, q in cut.quantizers.items()}
-        found = cut.run(codes, images)
-        return {
-            name: compare_layer(cut.quantizers[name], passing[name], codes, cut.kernels.get(name, FLOAT_KERNEL))
-            for name, codes in found.items()
-        }
+        found = merged(_compared(model, cut, part) for part in in_parts(model, images))
+        return dict(zip(cut.names, found, strict=True))
+
+
+def _compared(model: Student, cut: CutRuntime, images: Tensor) -> list[LayerParity]:
+    passing = simulated(model, images)
+    codes = {name: q.codes(passing[name].before) for name, q in cut.quantizers.items()}
+    return [
+        compare_layer(cut.quantizers[name], passing[name], found, cut.kernels.get(name, FLOAT_KERNEL))
+        for name, found in cut.run(codes, images).items()
+    ]
 
 
 def operators(node: fx.Node) -> str:

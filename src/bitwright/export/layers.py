@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import numpy as np
 import onnx_ir as ir
@@ -13,10 +15,12 @@ from torch import Tensor
 
 from bitwright.export.verdict import LayerParity
 from bitwright.graph.student import Student
+from bitwright.graph.walk import image_bytes
 from bitwright.graph.watch import values_of
+from bitwright.memory import PASS_BYTES
 from bitwright.quant.quantizer import Quantizer
 from bitwright.runtimes.onnxruntime import session
-from bitwright.runtimes.session import Array, Opener
+from bitwright.runtimes.session import Array, Opener, Session
 
 BOUNDARY = 16 * float(np.finfo(np.float32).eps)
 """Relative distance of a value from half a step, within which float summation decides how it is rounded. Pooling of
@@ -55,17 +59,32 @@ def compare_layers(
     model: Student, program: ir.Model, images: Tensor, opener: Opener | None = None
 ) -> list[LayerParity]:
     """Every layer in the runtime, optimisations off."""
-    passing, quantizers = simulated(model, images), activation_quantizers(model)
-    if not passing:
-        return []
-    cut, names = _cut(program, set(passing))
+    quantizers = activation_quantizers(model)
+    cut, names = _cut(program, set(quantizers))
     if not names:  # a file without the layers that the simulation has, since no output reads them
         return []
     with (opener or session)(cut, optimize=False) as runtime:
-        wanted = {i.name for i in runtime.get_inputs()}
-        feed = {f"{n}/fed": v.behind.numpy() for n, v in passing.items() if f"{n}/fed" in wanted}
-        feed |= dict.fromkeys(of_images(wanted), images.numpy())
-        outputs = runtime.run([f"{n}/value" for n in names], feed)
+        return merged(_compared(model, runtime, names, part) for part in in_parts(model, images))
+
+
+def in_parts(model: Student, images: Tensor) -> tuple[Tensor, ...]:
+    """As many images at once as may be held of what goes through the quantizers, at least one."""
+    quantizers = activation_quantizers(model)
+    each = sum(image_bytes(n) for n in model.graph.graph.nodes if n.name in quantizers)
+    return torch.split(images, max(1, PASS_BYTES // max(1, 2 * each)))
+
+
+def merged(parts: Iterable[Sequence[LayerParity]]) -> list[LayerParity]:
+    """Every layer on all of the parts."""
+    return [reduce(add, layers) for layers in zip(*parts, strict=True)]
+
+
+def _compared(model: Student, runtime: Session, names: Sequence[str], images: Tensor) -> list[LayerParity]:
+    passing, quantizers = simulated(model, images), activation_quantizers(model)
+    wanted = {i.name for i in runtime.get_inputs()}
+    feed = {f"{n}/fed": v.behind.numpy() for n, v in passing.items() if f"{n}/fed" in wanted}
+    feed |= dict.fromkeys(of_images(wanted), images.numpy())
+    outputs = runtime.run([f"{n}/value" for n in names], feed)
     return [
         compare_layer(quantizers[n], passing[n], _codes(quantizers[n], out))
         for n, out in zip(names, outputs, strict=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -65,6 +65,13 @@ class LayerParity:
     def diverges(self) -> bool:
         """See :func:`beyond`."""
         return beyond(round(self.differing_fraction * self.values), self.max_steps, self.values)
+
+    def __add__(self, other: LayerParity) -> LayerParity:
+        """The same layer on the images of both."""
+        values = self.values + other.values
+        differing = self.differing_fraction * self.values + other.differing_fraction * other.values
+        most = max(self.max_steps, other.max_steps)
+        return replace(self, differing_fraction=differing / max(values, 1), max_steps=most, values=values)
 
 
 def beyond(differing: int, max_steps: int, count: int) -> bool:

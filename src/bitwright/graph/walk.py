@@ -95,13 +95,14 @@ def peak_bytes(graph: fx.Graph) -> int:
     """The most that a :class:`Walk` holds of one image, in float32; the recorded shapes are those of two images."""
     last, held, most = _last_readers(graph), 0, 0
     for node in graph.nodes:
-        held += _bytes(node)
+        held += image_bytes(node)
         most = max(most, held)
-        held -= sum(_bytes(before) for before in node.all_input_nodes if last[before] is node)
+        held -= sum(image_bytes(before) for before in node.all_input_nodes if last[before] is node)
     return most
 
 
-def _bytes(node: fx.Node) -> int:
+def image_bytes(node: fx.Node) -> int:
+    """What its value takes for one image, in float32; nothing of what is stored."""
     value = ops.value(node)
     tensors = [value] if isinstance(value, Tensor) else value if isinstance(value, list | tuple) else []
     return 0 if node.op == "get_attr" else sum(2 * int(t.numel()) for t in tensors if isinstance(t, Tensor))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from bitwright.onnx_in.file import label_of
 from bitwright.onnx_in.network import OnnxNetwork, returned
 from bitwright.onnx_in.tail import TENSOR_KINDS
 from bitwright.onnx_in.values import as_tensor
+from bitwright.runtimes.session import LARGEST_FILE
 
 RUNTIME_TOLERANCE = 1e-4
 """Largest difference, in units of an output's range, that kernels may make by summing in other orders."""
@@ -26,14 +28,18 @@ RUNTIME_TOLERANCE = 1e-4
 
 def part_of(program: Any, body: Body, outputs: Sequence[str], kinds: Sequence[int]) -> Any:
     """The program from its input to these tensors."""
-    graph = onnx.GraphProto()
-    graph.CopyFrom(program.graph)
-    del graph.node[:], graph.output[:]
-    graph.node.extend(body.nodes)
-    graph.output.extend(helper.make_tensor_value_info(n, k, None) for n, k in zip(outputs, kinds, strict=True))
-    part = onnx.ModelProto()
-    part.CopyFrom(program)
-    part.graph.CopyFrom(graph)
+    part, whole = onnx.ModelProto(), program.graph
+    part.ir_version = program.ir_version
+    part.opset_import.extend(program.opset_import)
+    ends = [helper.make_tensor_value_info(n, k, None) for n, k in zip(outputs, kinds, strict=True)]
+    graph = part.graph  # a graph that is copied as a whole must not be larger than 2 GB
+    graph.name = whole.name or "part"
+    for made, given in zip(
+        (graph.node, graph.input, graph.output, graph.initializer, graph.sparse_initializer, graph.value_info),
+        (body.nodes, whole.input, ends, whole.initializer, whole.sparse_initializer, whole.value_info),
+        strict=True,
+    ):
+        made.extend(given)
     return part
 
 
@@ -124,12 +130,21 @@ def _session(part: Any, path: Any) -> Any:
     # as the file says: its optimisations take a fourth power for a layer norm's square (1.31)
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        content = part.SerializeToString()
-        return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            return onnxruntime.InferenceSession(_loadable(part, folder), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise ModelError(
             f"Expected a file that ONNX Runtime runs, it cannot load {path} ({short(error)}). Export it again."
         ) from error
+
+
+def _loadable(part: Any, folder: str) -> Any:
+    """The program as bytes, or as a file in the folder with its tensors beside it, where bytes cannot hold it."""
+    if sum(len(t.raw_data) for t in part.graph.initializer) <= LARGEST_FILE:
+        return part.SerializeToString()
+    path = f"{folder}/part.onnx"
+    onnx.save_model(part, path, save_as_external_data=True, location="part.data")
+    return path
 
 
 def _difference(theirs: Tensor, ours: Tensor) -> float:

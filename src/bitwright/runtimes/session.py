@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 Array = npt.NDArray[Any]
-LARGEST = 1_800_000_000
+LARGEST_FILE = 1_800_000_000
 """Bytes of tensors in one file: protocol buffers end at 2 GB."""
 
 
@@ -47,4 +47,4 @@ def save_onnx(program: ir.Model, path: Path) -> None:
     import onnx_ir
 
     size = sum(v.const_value.nbytes for v in program.graph.initializers.values() if v.const_value is not None)
-    onnx_ir.save(program, path, external_data=f"{path.name}.data" if size > LARGEST else None)
+    onnx_ir.save(program, path, external_data=f"{path.name}.data" if size > LARGEST_FILE else None)
