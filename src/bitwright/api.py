@@ -284,7 +284,7 @@ def preview(
     decided, scheme = plan_within(goal, teacher, scheme, data, find_recipe(recipe), run, cache=cache)
     place_on(teacher.graph, "cpu")
     student = insert_plan(teacher, decided.plan, scheme)
-    student.result["plan"] = decided.to_dict()
+    student.result["plan"] = decided.of_run()
     return student
 
 
@@ -337,11 +337,12 @@ def plan_within(
     *,
     cache: str | Path | None = None,
     state: Path | None = None,
-) -> tuple[planning.Decision, Scheme]:
+) -> tuple[planning.Planning, Scheme]:
     """The plan of a goal, and the scheme for what it leaves open."""
     folder = None if cache is None else planning.usable(Path(cache))
     with run.timed("plan"):
-        decided = planning.decide(teacher, scheme, images, goal, method, run, folder=folder, state=state)
+        points = planning.SHOWN if goal.max_drop is None else planning.POINTS
+        decided = planning.decide(teacher, scheme, images, goal, method, run, points=points, folder=folder, state=state)
     return decided, planning.open_scheme(scheme, goal)
 
 
@@ -437,7 +438,7 @@ def _record(
     images: Images,
     run: Run,
     warned: list[str],
-    plan: planning.Decision | None,
+    plan: planning.Planning | None,
     output: str | None,
 ) -> RunRecord:
     """Everything that is known of the run, once its network is frozen."""

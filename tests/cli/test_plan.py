@@ -143,6 +143,10 @@ def test_the_next_line_repeats_what_matters(here: Path, capsys: pytest.CaptureFi
         ([*PLAN, "--point", "99"], "Expected a point of the curve, 1 to"),
         ([*PLAN, "--point", "2", "--compression", "4"], "Expected --point or limits, found both"),
         ([*PLAN, "--target-size", "9kB", "--compression", "4"], "Expected one of --target-size and --compression"),
+        ([*PLAN, "--max-drop", "0.1", "--by", "bops"], "Expected a curve by size beside --max-drop, found 'bops'"),
+        ([*PLAN, "--compression", "4", "--max-drop", "0.1"], "Expected one of --compression and --max-drop"),
+        ([*PLAN, "--task", "segmentation"], "Expected --max-drop beside --task or --metric"),
+        ([*PLAN, "--max-drop", "0.1", "--decode", "models.py:Net"], "beside --decode of a goal, found neither"),
         ([*PLAN, "--weights", "2,float"], "Expected bits of weights to choose among"),
         ([*PLAN, "--rule", "nowhere=w8"], "matches no layer"),
         ([*PLAN, "--measure", "luck"], "as --measure, found 'luck'"),
@@ -207,6 +211,27 @@ def test_the_smallest_network_that_keeps_its_answers(here: Path, capsys: pytest.
     assert dry["plan"]["estimate"] == plan["estimate"]
     all_of_it = answer(capsys, *QUANTIZE, "--max-drop", "100%", "--weights", "2,3,8", "--dry-run")
     assert {r["weight_bits"] for r in all_of_it["layers"] if r["weight_bits"]} == {2}
+
+
+def test_a_plan_by_its_answers_is_that_of_quantize(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wanted = ["--max-drop", "0.25", "--weights", "2,3,8"]
+    run = answer(capsys, *QUANTIZE, *wanted, "--dry-run")
+    facts = answer(capsys, *PLAN, *wanted, "--recipe", "mse")
+    assert facts["estimate"] == run["plan"]["estimate"]
+    assert facts["chosen"]["weights"] == {r["name"]: r["weight_bits"] for r in run["layers"] if r["weight_bits"]}
+    assert "Estimated: same answer as float on " in (here / "plan/plan.html").read_text()
+    done = answer(capsys, *shlex.split(facts["next"])[1:], "--dry-run")
+    assert done["layers"] == run["layers"]
+
+
+def test_a_plan_by_a_figure_tries_what_the_metric_says(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = "def likeness(outputs, truth):\n    return 1 - (outputs - truth).abs().mean() / truth.abs().mean()\n"
+    (here / "own.py").write_text(own)
+    call = [*PLAN, "--weights", "2,8", "--recipe", "mse", "--metric", "own.py:likeness"]
+    few, many = (answer(capsys, *call, "--max-drop", drop, "--force") for drop in ("0.9", "0.05"))
+    assert few["estimate"]["figure"] == "likeness"
+    assert few["predicted"]["weight_bytes"] < many["predicted"]["weight_bytes"]
+    assert many["estimate"]["agreement"] >= 0.95
 
 
 def test_interrupted_and_resumed_it_is_the_same(

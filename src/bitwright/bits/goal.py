@@ -147,6 +147,8 @@ class Goal:
 def _scored(task: str | None, metric: Any, decode: Any, drop: bool) -> Scoring | None:
     """What a figure is measured with, where one is wanted."""
     if task is None and metric is None:
+        if decode is not None:
+            raise UsageError("Expected task= or metric= beside decode= of a goal, found neither.")
         return None
     from bitwright.measure.tasks import Scoring
 

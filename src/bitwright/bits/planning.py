@@ -93,16 +93,24 @@ class Planning:
     variables: dict[str, Variable]
     losses: Losses
     measured: Measured
+    estimate: trials.Estimate | None = None
+    """What is expected of the plan's answers, where a drop was limited."""
 
     def facts(self) -> dict[str, Any]:
-        """What ``result.json`` says of a plan."""
+        """What every result says of a plan."""
         return {
             "goal": self.goal.to_dict(),
             "limits": self.limits,
             "predicted": self.plan.predicted,
             **self.measured.to_dict(),
             **({} if self.timing is None else {"latency": asdict(self.timing)}),
+            **({} if self.estimate is None else {"estimate": asdict(self.estimate)}),
         }
+
+    def of_run(self) -> dict[str, Any]:
+        """What ``result.json`` says of it."""
+        curve = {key: value for key, value in asdict(self.outline()).items() if key != "chosen"}
+        return {**self.facts(), "curve": curve}
 
     def bits(self, plan: Plan) -> dict[str, dict[str, int]]:
         """Bits of weights and activations by layer; those that a plan chooses, or a rule fixed."""
@@ -172,26 +180,6 @@ class Measured:
         }
 
 
-@dataclass(frozen=True)
-class Decision:
-    """The plan of one job, what else there was to choose from, and what is expected of its answers."""
-
-    planning: Planning
-    estimate: trials.Estimate | None = None
-    """Where a drop was limited."""
-
-    @property
-    def plan(self) -> Plan:
-        """Bits layer by layer."""
-        return self.planning.plan
-
-    def to_dict(self) -> dict[str, Any]:
-        """What ``result.json`` says of it."""
-        curve = {key: value for key, value in asdict(self.planning.outline()).items() if key != "chosen"}
-        found = {**self.planning.facts(), "curve": curve}
-        return found if self.estimate is None else {**found, "estimate": asdict(self.estimate)}
-
-
 @exact_float32()
 def plan_bits(
     model: Any,
@@ -205,6 +193,7 @@ def plan_bits(
     max_latency: float | str | None = None,
     max_activation_size: str | float | None = None,
     max_total_size: str | float | None = None,
+    max_drop: float | str | None = None,
     weights: int | str | Sequence[int] = "auto",
     activations: int | str | Sequence[int] = 8,
     rules: Sequence[str | Rule] = (),
@@ -226,19 +215,21 @@ def plan_bits(
 ) -> Planning:
     """The bits of every layer that are predicted to lose least within limits, and the curve of all sizes.
 
-    Without a limit the plan is as large as the network with 4 bits in all weights.
+    Without a limit the plan is as large as the network with 4 bits in all weights. With ``max_drop`` plans of the curve
+    are tried as :func:`bitwright.quantize` tries them, and the smallest that keeps its answers is the plan.
 
     Args:
         model: as for :func:`bitwright.quantize`.
         images: as for :func:`bitwright.quantize`; labels in it are not looked at.
         recipe: that will follow; losses are those of its closed-form roundings.
-        goal: all limits, choices and the measure in one object, instead of the next nine.
+        goal: all limits, choices and the measure in one object, instead of the next ten.
         target_size: of ``model.safetensors``: ``"3.5MB"``, ``"3MiB"``, or bytes.
         compression: bytes of the float parameters over those of ``model.safetensors``, instead.
         max_bops: multiply-accumulates of one image times bits of both operands.
         max_latency: milliseconds for one image: the sum over layers with weights, each timed in ONNX Runtime.
         max_activation_size: of the activations that are in memory together.
         max_total_size: of file and activations together.
+        max_drop: share of answers that may change, instead of a size; a ``goal`` may name a task whose figure may drop.
         weights: bits to choose among, ``"2,4,8"`` or a sequence; 2, 3, 4, 5, 6 and 8 if not given.
         activations: bits to choose among in the same form, or ``"float"``.
         rules: exceptions such as ``"head=w8a8"``; what they say is fixed.
@@ -272,11 +263,15 @@ def plan_bits(
         "max_latency": max_latency,
         "max_activation_size": max_activation_size,
         "max_total_size": max_total_size,
+        "max_drop": max_drop,
     }
     check_instead(scheme, {}, rules, runtime)
     goal = _wanted(goal, limits, weights, activations, measure)
     along = None if by is None else _cost(by)
+    if goal.max_drop is not None and along not in {None, BY["size"]}:
+        raise UsageError(f"Expected a curve by size beside max_drop=, found '{by}': plans are tried along their size.")
     network = inputs.as_model(model, preprocessing)
+    goal = goal.beside(network.decode)
     scheme = scheme or Scheme(runtime=runtime, rules=tuple(r if isinstance(r, Rule) else Rule.parse(r) for r in rules))
     data = inputs.calibration_images(images, network, None, skip_unreadable, input_key=input_key)
     with watched(progress) as told:
@@ -284,7 +279,7 @@ def plan_bits(
         teacher = inputs.prepare_teacher(network, data, output)
         folder = None if cache is None else usable(Path(cache))
         method, how = find_recipe(recipe), {"samples": samples, "points": points, "latency": latency, "folder": folder}
-        return planned(teacher, scheme, data, goal, method, run, along=along, **how)  # type: ignore[arg-type]
+        return decide(teacher, scheme, data, goal, method, run, along=along, **how)  # type: ignore[arg-type]
 
 
 def check_instead(scheme: Scheme | None, bits: Mapping[str, Given], rules: Sequence[Any], runtime: str) -> None:
@@ -405,19 +400,25 @@ def decide(
     method: Recipe,
     run: Run,
     *,
+    along: str | None = None,
+    samples: int | None = None,
+    points: int = POINTS,
     latency: Latency | LatencyOf | None = None,
     folder: Path | None = None,
     state: Path | None = None,
-) -> Decision:
-    """The plan for one job.
+) -> Planning:
+    """The plan within limits; where a drop is one of them, plans of the curve are tried and the smallest is taken.
 
     Args:
         teacher: the float network.
         scheme: as for :func:`planned`.
         images: all that there are for calibration.
         goal: limits and choices.
-        method: the recipe of the job; its quick part estimates a drop.
+        method: the recipe that will follow; its quick part estimates a drop.
         run: seed, device, progress.
+        along: as for :func:`planned`, like the next two.
+        samples: how many images to measure losses on.
+        points: of the curve.
         latency: as for :func:`plan_bits`.
         folder: where losses are kept.
         state: where trials are kept while the job is unfinished, and losses without a folder.
@@ -425,19 +426,19 @@ def decide(
     Raises:
         UsageError: the goal cannot be met; one line says what can be.
     """
-    kept = folder or state
+    how: dict[str, Any] = {"along": along, "samples": samples, "points": points, "latency": latency}
+    how["folder"] = folder or state
     if goal.max_drop is None:
-        found = planned(teacher, scheme, images, goal, method, run, points=SHOWN, latency=latency, folder=kept)
-        return Decision(found)
+        return planned(teacher, scheme, images, goal, method, run, **how)
     if goal.scored is None:
         trials.check_countable(teacher, images, goal.max_drop)
     fit, _ = trials.halves(images)
-    found = planned(teacher, scheme, fit, goal, method, run, latency=latency, folder=kept)
+    found = planned(teacher, scheme, fit, goal, method, run, **how)
     place_on(teacher.graph, run.device)
     base = open_scheme(scheme, goal)
     limit, scored = goal.max_drop, goal.scored
     plan, estimate = trials.smallest(teacher, found.curve, base, method, images, limit, run, state, scored)
-    return Decision(replace(found, plan=plan), estimate)
+    return replace(found, plan=plan, estimate=estimate)
 
 
 def open_scheme(scheme: Scheme, goal: Goal) -> Scheme:

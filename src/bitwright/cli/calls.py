@@ -5,7 +5,7 @@ Nothing here imports PyTorch or pydantic before a value is asked for.
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -60,7 +60,7 @@ class QuantizeCall(Call):
         "Bits of weights: 2 to 8, or float; with a limit, bits to choose among  [default: 8, with a limit 2,3,4,5,6,8]"
     )
     bits: opt.BitOptions = opt.BitOptions()
-    limits: opt.RunLimitOptions = opt.RunLimitOptions()
+    limits: opt.LimitOptions = opt.LimitOptions()
     measure: str = opt.measure_option()
     cache: Path | None = opt.cache_option()
     data: opt.DataOptions = opt.DataOptions()
@@ -94,7 +94,9 @@ class QuantizeCall(Call):
             if self.bits.plan is not None:
                 raise UsageError(f"Expected --plan or --{self.limits.given[0].replace('_', '-')}, found both.")
             weights = "auto" if self.weights is None else self.weights
-            return self.limits.goal(weights, self.bits.activations, self.measure, self.data.compared)
+            dropping = self.limits.max_drop is not None and self.data.compared.named
+            scored = self.data.compared.scoring if dropping else None
+            return self.limits.goal(weights, self.bits.activations, self.measure, scored)
         for name, value in (("--weights", self.weights), ("--activations", self.bits.activations)):
             if "," in (value or ""):
                 raise UsageError(f"Several bits ({name}) are for a plan: give a limit too, such as --compression 8.")
@@ -226,8 +228,8 @@ class PlanCall(Call):
 
     Measures what each choice of bits costs each layer, finds the plan that loses least, and writes plan.json (which
     you can edit and give to `quantize --plan`), pareto.json (every point of the curve) and the page plan.html, which
-    opens offline. Without a limit the plan is as large as one with 4 bits everywhere. Measured losses are kept, so
-    that the next plan takes seconds.
+    opens offline. Without a limit the plan is as large as one with 4 bits everywhere; with `--max-drop` plans are tried
+    on images held out. Measured losses are kept, so that the next plan takes seconds.
 
     Example: `bitwright plan zoo:fashion_cnn zoo:fashion --target-size 100kB --out plan-100kB`
     """
@@ -236,6 +238,7 @@ class PlanCall(Call):
 
     network: opt.NetworkOptions
     limits: opt.PlanLimitOptions = opt.PlanLimitOptions()
+    compared: opt.FigureOptions = opt.FigureOptions()
     point: int | None = option("Point of the curve instead of a limit, by its number in pareto.json")
     weights: str = opt.bits_option("Bits of weights to choose among", "2,3,4,5,6,8")
     activations: str = opt.bits_option("Bits of activations to choose among, such as 4,8,16, or float", "8")
@@ -264,7 +267,8 @@ class PlanCall(Call):
     @cached_property
     def goal(self) -> Goal:
         """The limits, if there are any, and the bits to choose among."""
-        return self.limits.goal(self.weights, self.activations, self.measure)
+        scored = self.compared.scoring if any(asdict(self.compared).values()) else None
+        return self.limits.goal(self.weights, self.activations, self.measure, scored)
 
     @cached_property
     def scheme(self) -> Scheme:

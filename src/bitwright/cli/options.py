@@ -165,33 +165,20 @@ class LimitOptions:
     )
     max_bops: str | None = planning_option("Most bit operations (MACs x bits of both operands), such as 2e9 or 2G")
     max_latency: str | None = planning_option("Most milliseconds per image", metavar="MS")
+    max_drop: str | None = planning_option(
+        "Share of answers that may change, such as 0.01; finds the smallest network that is estimated to keep it. With "
+        "--task or --metric the share of its figure that may be lost, the float network's answers being the truth"
+    )
 
     @property
     def given(self) -> list[str]:
         """Names of the limits that were given."""
         return [name for name, value in asdict(self).items() if value is not None]
 
-    def goal(self, weights: str, activations: str, measure: str) -> Goal:
-        """The limits, with the bits to choose among and what predicts losses."""
+    def goal(self, weights: str, activations: str, measure: str, scored: Scoring | None) -> Goal:
+        """The limits, with the bits to choose among, what predicts losses, and whose figure may drop."""
         from bitwright.bits.goal import Goal
 
-        return Goal.parse(weights=weights, activations=activations, measure=measure, **asdict(self))
-
-
-@dataclass(frozen=True)
-class RunLimitOptions(LimitOptions):
-    """Limits of a run."""
-
-    max_drop: str | None = planning_option(
-        "Share of answers that may change, such as 0.01; finds the smallest network that is estimated to keep it. With "
-        "--task or --metric the share of its figure that may be lost, the float network's answers being the truth"
-    )
-
-    def goal(self, weights: str, activations: str, measure: str, compared: ScoringOptions | None = None) -> Goal:
-        """The same; with a drop, in the figure of a task or metric that was named."""
-        from bitwright.bits.goal import Goal
-
-        scored = compared.scoring if self.max_drop is not None and compared is not None and compared.named else None
         said = {} if scored is None else {"task": scored.task, "metric": scored.metric, "decode": scored.decode}
         return Goal.parse(weights=weights, activations=activations, measure=measure, **said, **asdict(self))
 
@@ -209,8 +196,8 @@ class PlanLimitOptions(LimitOptions):
 
 
 @dataclass(frozen=True)
-class ScoringOptions:
-    """How outputs are compared with labels."""
+class FigureOptions:
+    """Which figure outputs are compared by."""
 
     task: str | None = scoring_option("classification, segmentation or detection  [default: that of the labels]")
     metric: str | None = scoring_option(
@@ -218,10 +205,6 @@ class ScoringOptions:
     )
     decode: str | None = scoring_option(
         "Function in file.py:function that turns outputs into boxes, scores and labels, or into maps of classes"
-    )
-    class_map: str | None = scoring_option(
-        "JSON or CSV file of classes by the numbers or names in masks and boxes; ids keeps the numbers of a COCO file  "
-        "[default: classes.json or classes.csv beside the labels]"
     )
 
     @property
@@ -250,6 +233,16 @@ class ScoringOptions:
         from dataclasses import replace
 
         return self.scoring if network is None else replace(self.scoring, beside=network.decode)
+
+
+@dataclass(frozen=True)
+class ScoringOptions(FigureOptions):
+    """How outputs are compared with labels."""
+
+    class_map: str | None = scoring_option(
+        "JSON or CSV file of classes by the numbers or names in masks and boxes; ids keeps the numbers of a COCO file  "
+        "[default: classes.json or classes.csv beside the labels]"
+    )
 
 
 @dataclass(frozen=True)

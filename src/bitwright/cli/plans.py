@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from bitwright import words
-from bitwright.measure.shown import named_figures
-from bitwright.run.result import RunPlan, SameAnswers
+from bitwright.report.plans import expected_share, kept_share
+from bitwright.run.result import RunPlan
 
 
 def scores(cache: Path | None) -> Path:
@@ -28,19 +28,8 @@ def sentences(plan: RunPlan | None) -> list[str]:
         f"{words.amount(predicted['bit_operations'], 'bit operations')}, "
         f"predicted loss {predicted['loss']:.3g} ('{measure}'){became}."
     ]
-    if (estimate := plan.estimate) is not None:
-        said.append(
-            f"Estimated: {_share(estimate)} held-out images ({'+'.join(estimate.stages)}, "
-            f"{len(estimate.trials)} plans tried)."
-        )
+    if plan.estimate is not None:
+        said.append(expected_share(plan.estimate))
     if plan.measured is not None:
-        said[-1] += f" Measured: {_share(plan.measured)} images."
+        said[-1] += f" Measured: {kept_share(plan.measured)} images."
     return said
-
-
-def _share(found: SameAnswers) -> str:
-    (low, high), share = found.interval, words.percent(found.agreement)
-    between = f"{share} (95 %: {100 * low:.1f} to {100 * high:.1f})"
-    if found.figure is None:
-        return f"same answer as float on {between} of {found.images}"
-    return f"{between} of {named_figures(found.figure)} kept, against float's own answers on {found.images}"

@@ -11,7 +11,7 @@ from bitwright.bits.planning import Planning, nearest_uniform
 from bitwright.report.frame import Section, document, paragraph, shell
 from bitwright.report.markup import Child, tag
 from bitwright.report.panels import Panel, Series, single
-from bitwright.report.plans import curve_figure
+from bitwright.report.plans import curve_figure, expected_share
 from bitwright.report.tables import page_table
 from bitwright.words import TITLES, amount, scaled, size
 
@@ -96,12 +96,14 @@ def plan_verdict(found: Planning) -> list[str]:
         said.append(
             f"Without a limit, the plan is as large as {bits} bits everywhere: "
             f"{size(predicted['weight_bytes'])}. "
-            "Give --target-size, --compression, --max-bops or --max-latency for another."
+            "Give --target-size, --compression, --max-bops, --max-latency or --max-drop for another."
         )
     for name, limit in found.limits.items():
         if found.goal.asked:
             planned, most = amount(predicted[name], _UNITS[name]), amount(limit, _UNITS[name])
             said.append(f"{TITLES[name]}: {planned}, at most {most} allowed.")
+    if found.estimate is not None:
+        said.append(expected_share(found.estimate))
     said += _against_uniform(found)
     widest = found.curve[-1].predicted or {}
     limit = found.limits.get(found.along, 0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bitwright import words
 from bitwright.measure.shown import named_figures
@@ -11,7 +11,25 @@ from bitwright.report.markup import Child, Markup
 from bitwright.report.panels import Panel, Series, single
 from bitwright.report.shown import Shown
 from bitwright.report.tables import page_table
-from bitwright.run.result import Curve, CurvePoint, RunPlan
+from bitwright.run.result import Curve, CurvePoint, RunPlan, SameAnswers
+
+if TYPE_CHECKING:
+    from bitwright.bits.trials import Estimate
+
+
+def kept_share(found: SameAnswers | Estimate) -> str:
+    """The share of answers, or of a figure, that stays, with its interval; up to the word before "images"."""
+    (low, high), share = found.interval, words.percent(found.agreement)
+    between = f"{share} (95 %: {100 * low:.1f} to {100 * high:.1f})"
+    if found.figure is None:
+        return f"same answer as float on {between} of {found.images}"
+    return f"{between} of {named_figures(found.figure)} kept, against float's own answers on {found.images}"
+
+
+def expected_share(found: SameAnswers | Estimate) -> str:
+    """What is expected of a plan, as a sentence."""
+    how = f"{'+'.join(found.stages)}, {len(found.trials)} plans tried"
+    return f"Estimated: {kept_share(found)} held-out images ({how})."
 
 
 def planned_bits(run: Shown) -> Section | None:

@@ -29,9 +29,9 @@ SIZE_TOLERANCE = 0.02
 
 
 class PlanRecord(Protocol):
-    """How the bits of a run were chosen: a :class:`bitwright.bits.planning.Decision`."""
+    """How the bits of a run were chosen: a :class:`bitwright.bits.planning.Planning`."""
 
-    def to_dict(self) -> dict[str, Any]:
+    def of_run(self) -> dict[str, Any]:
         """What ``result.json`` says of it."""
 
 
@@ -322,6 +322,6 @@ class RunRecord:
             **({"raised": asdict(self.outliers.raised)} if self.outliers.raised else {}),
             **latest,
             "stages": [stage.row() for stage in self.stages],
-            **({} if self.plan is None else {"plan": self.plan.to_dict()}),
+            **({} if self.plan is None else {"plan": self.plan.of_run()}),
             **({} if self.checked is None else {"checked": asdict(self.checked)}),
         }
