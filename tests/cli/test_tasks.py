@@ -142,6 +142,9 @@ def test_a_detector(here: Path, capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert found["float"]["map50"] > 0.95  # truth is what the float network found, cut at the borders
     assert found["float"]["map50"] >= found["quantized"]["map50"] > 0.3
     assert found["evaluation"]["task"] == "detection"
+    assert found["evaluation"]["decode"] == f"{here / 'nets.py'}:to_boxes"
+    assert main(["evaluate", str(tmp_path / "det"), "photos", "--labels", "boxes"]) == 2
+    assert f"Give --decode {here / 'nets.py'}:to_boxes if you trust it." in capsys.readouterr().err
     page = (tmp_path / "det" / "report.html").read_text()
     assert "AP, IoU 0.50 to 0.95" in page
     assert "AP of small objects" in page.partition("What detection lost")[2].partition("Class by class")[0]

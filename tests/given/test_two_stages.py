@@ -15,10 +15,11 @@ from torch import Tensor, nn
 import bitwright as bw
 from bitwright.cli import main
 from bitwright.errors import DataError, UsageError
+from bitwright.given import models
 from bitwright.given.compat import import_torchvision
 from bitwright.given.images import load_images
 from bitwright.given.inputs import as_model
-from bitwright.given.models import load_model
+from bitwright.given.models import Model, load_model
 from bitwright.given.two_stages import TwoStageBody, TwoStages, two_networks
 
 try:
@@ -224,3 +225,9 @@ def test_a_module_and_a_name_are_treated_alike(by_name: Path) -> None:
     given = as_model(faster_rcnn())
     assert isinstance(given.module, TwoStageBody)
     assert isinstance(given.decode, TwoStages)
+
+
+def test_a_function_that_would_not_be_used_is_said() -> None:
+    beside = Model(faster_rcnn(), "mine", None, decode=lambda outputs: outputs)
+    with pytest.warns(UserWarning, match=r"The function decode beside mine is not used: boxes of a detector of two"):
+        assert isinstance(models._without_decoding(beside).decode, TwoStages)

@@ -228,6 +228,50 @@ def test_the_numbers_of_coco_can_be_kept(photos: Images, tmp_path: Path) -> None
         run(labelled(photos, str(tmp_path / "boxes.json")), boxes)
 
 
+def test_classes_from_one_are_told_from_numbers_of_coco(photos: Images, tmp_path: Path) -> None:
+    """Categories 3 and 7 are classes 1 and 2 of a network whose background is 0: either advice leads to all of AP."""
+    path = str(write_coco(tmp_path))
+    boxes = [b | {"labels": torch.tensor([1, 2])} for b in network_boxes()]
+    with pytest.raises(DataError, match=r'class_map= with \{"cat": 1, "dog": 2\} if it counts from 1'):
+        run(labelled(photos, path), boxes)
+    (note,) = run(labelled(photos, path, "ids"), boxes)["evaluation"]["notes"]
+    assert "classes of the labels are 3, 7, those that the network finds 1, 2" in note
+    assert note.endswith('such as {"cat": 1, "dog": 2}.')
+    assert run(labelled(photos, path, {"cat": 1, "dog": 2}), boxes)["quantized"]["map"] == 1
+
+
+@pytest.mark.parametrize(
+    ("corners", "classes", "line"),
+    [
+        ([90, 5, 99, 9], 0, r"Expected boxes in an image of 80x40 pixels, found corners 90, 5, 99, 9 in the labels of"),
+        ([9, 5, 2, 9], 0, "found corners 9, 5, 2, 9"),
+        ([2, 2, 9, 9], "cat", "Expected whole numbers from 0 as classes in the labels of image 0, found 'cat'"),
+        ([2, 2, 9, 9], 1.5, "found 1.5"),
+        ([2, 2, 9, 9], -1, "found -1"),
+        ([], [], "Expected boxes of the images in the labels given, found none"),
+    ],
+)
+def test_boxes_given_as_objects_are_checked(photos: Images, corners: Any, classes: Any, line: str) -> None:
+    given = [{"boxes": np.array([corners]), "labels": np.array([classes]).reshape(-1)}] * 2
+    with pytest.raises(DataError, match=line):
+        labelled(photos, given)
+
+
+def test_classes_below_zero_can_be_left_out(photos: Images) -> None:
+    given = [{"boxes": [[2, 2, 9, 9], [3, 3, 8, 8]], "labels": [-1, 1]}] * 2
+    truth = labelled(photos, given, {"-1": None, "1": 0}).truth
+    assert truth is not None
+    assert [b.labels.tolist() for b in truth.items] == [[0], [0]]
+
+
+def test_crowds_alone_give_no_figure(photos: Images, tmp_path: Path) -> None:
+    rows = [{"image_id": 10, "category_id": 3, "bbox": [1, 1, 5, 5], "iscrowd": 1}]
+    images = labelled(photos, str(write_coco(tmp_path, annotations=rows)))
+    assert run(images, network_boxes())["evaluation"]["notes"] == [
+        "No box of the labels counts: all are crowds or too difficult."
+    ]
+
+
 def test_names_of_voc_are_numbered_as_voc_does_or_by_the_alphabet(photos: Images, tmp_path: Path) -> None:
     images = labelled(photos, str(write_voc(tmp_path)))  # cat and dog are classes of VOC
     assert images.truth is not None
@@ -261,6 +305,7 @@ def test_outputs_that_are_boxes_need_no_function(photos: Images, tmp_path: Path)
             r"found boxes \(3, 4\)",
         ),
         ([torch.zeros(3)] * 2, "found an array"),
+        ([{"boxes": [[1, 1, 2, 2]], "scores": [0.5], "labels": ["cat"]}] * 2, "Expected numbers as boxes, scores and"),
     ],
 )
 def test_what_a_function_returns_is_checked(photos: Images, tmp_path: Path, decoded: Any, line: str) -> None:

@@ -103,7 +103,7 @@ def test_a_metric_of_ones_own_is_given_outputs_or_answers_as_truth(tmp_path: Pat
     assert Follower.of(teacher, images, Scoring("segmentation", bright_ones)).key == "bright_ones"
     with pytest.raises(DataError, match=r"must grow with likeness"):
         Follower.of(teacher, images, Scoring(metric=lambda a, b: (a - b).abs().mean()))
-    with pytest.raises(DataError, match=r"truth of max_drop= is what the float network answers; task= says"):
+    with pytest.raises(DataError, match=r"truth of max_drop= is the float network's raw outputs\. If .* name task="):
         Follower.of(teacher, images, Scoring(metric=lambda a, b: (a == b["boxes"]).mean()))
 
 

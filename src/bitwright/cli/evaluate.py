@@ -42,7 +42,7 @@ from bitwright.measure.evaluation import Network, Seconds, check_figures, compar
 from bitwright.measure.metrics import Evaluation
 from bitwright.measure.shown import metric_rows
 from bitwright.measure.task import Outputs
-from bitwright.measure.tasks import Scoring
+from bitwright.measure.tasks import Scoring, task_of
 from bitwright.run import folder as run_folder
 from bitwright.run.record import EvaluatedImages
 from bitwright.run.result import RunNetwork, RunResult
@@ -149,6 +149,7 @@ def _run(call: EvaluateCall, axes: Axes) -> Evaluated:
             raise
         scoring = _decoded(run, call.compared.scoring)
         images = with_regions(run, _images(call, Model(run, call.model, run.preprocessing)))
+        _check_decoder(run, images, scoring)
         bare = images.truth is not None and images.truth.kind == "detection" and not (scoring.decode or scoring.beside)
         also = ", and nothing that makes boxes of outputs comes with it" if bare else ""
         warnings.warn(f"Fidelity to the float network is not measured{also}: {error}", stacklevel=2)
@@ -158,6 +159,7 @@ def _run(call: EvaluateCall, axes: Axes) -> Evaluated:
     run.attach_teacher(teacher)
     reference, readings = _reading(teacher, images, axes)
     outputs, scoring, seconds = outputs_of(run, readings), call.compared.beside(network), seconds_of(run, teacher)
+    _check_decoder(run, images, scoring)
     return Evaluated("run", run.flat, reference, images, outputs, scoring, seconds=seconds)
 
 
@@ -300,6 +302,22 @@ def _of_run_beside(path: Path, names: tuple[str, ...], scoring: Scoring) -> tupl
 def _decoded(run: Student, scoring: Scoring) -> Scoring:
     """What decodes the outputs of a run whose float network is not asked for."""
     return replace(scoring, beside=decoder_of(run))
+
+
+def _check_decoder(run: Student, images: Images, scoring: Scoring) -> None:
+    """The user's function that decoded outputs of a run is code, which runs only where the user names it.
+
+    Raises:
+        UsageError: boxes or maps are to be compared, and it is not named.
+    """
+    loss = RunResult.read(run.result).loss
+    task = task_of(images, scoring.task)
+    if loss is None or loss.decode is None or task is None or task.name != loss.task or scoring.decoder(task):
+        return
+    raise UsageError(
+        f"The outputs of this run were decoded by {loss.decode}, Python code which runs only where you name it. "
+        f"Give {words.typed('--decode', loss.decode)} if you trust it."
+    )
 
 
 def _session(path: Path) -> Any:

@@ -170,6 +170,13 @@ def _without_decoding(model: Model) -> Model:
         how.shape if isinstance(how, Preprocessing) else tuple(how(Image.new("RGB", (256, 256))).shape) if how else ()
     )
     if detectors.has_two_stages(detector):
+        if model.decode is not None:
+            warnings.warn(
+                f"The function decode beside {model.name} is not used: boxes of a detector of two stages are made by "
+                "torchvision's own code. Remove it, or let forward end in raw maps.",
+                UserWarning,
+                stacklevel=4,
+            )
         return replace(model, module=TwoStageBody(detector).eval(), decode=TwoStages(detector))
     decode = model.decode or (detectors.TorchvisionDecode(detector, (shape[1], shape[2])) if shape else None)
     return replace(model, module=detectors.DetectorBody(detector).eval(), decode=decode)
@@ -429,6 +436,20 @@ def load_function(reference: str, name: str) -> Callable[..., Any]:
         raise ModelError(f"Expected {script[2]!r} in {path} as {name}=, it has {_callables(path)}.")
     function: Callable[..., Any] = found
     return function
+
+
+def reference_to(function: object) -> str | None:
+    """The ``file.py:function`` that :func:`load_function` finds a user's function by; None for what is no such thing.
+
+    Example:
+        >>> reference_to(len) is None, reference_to(lambda outputs: outputs) is None
+        (True, True)
+    """
+    code, name = getattr(function, "__code__", None), getattr(function, "__qualname__", "")
+    if code is None or not name.isidentifier() or str(getattr(function, "__module__", "")).startswith("bitwright."):
+        return None
+    path = Path(code.co_filename)
+    return f"{path.resolve()}:{name}" if path.suffix == ".py" and path.is_file() else None
 
 
 def _builder(made: Any, path: Path, name: str) -> Callable[[], nn.Module]:

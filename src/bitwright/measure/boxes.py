@@ -273,10 +273,13 @@ def _of_xml(file: Path, found: tuple[tuple[int, int], list[BoxRow]], size: tuple
 # ------------------------------------------------------------------------------------------------ objects, checks
 
 
-def boxes_of_items(truth: Truth, class_map: GivenClassMap = None) -> Truth | None:
+def boxes_of_items(truth: Truth, images: Images, class_map: GivenClassMap = None) -> Truth | None:
     """Dicts of ``boxes`` (G, 4) of corners and ``labels`` (G,), as torchvision has them; None where items are others.
 
     Corners are pixels of the images, which are those of the network's input where images are tensors.
+
+    Raises:
+        DataError: an item holds something else, or a box lies outside of its image.
     """
     if truth.kind != "other" or not all(isinstance(x, dict) and {"boxes", "labels"} <= x.keys() for x in truth.items):
         return None
@@ -285,17 +288,36 @@ def boxes_of_items(truth: Truth, class_map: GivenClassMap = None) -> Truth | Non
     def one(position: int, item: dict[str, Any]) -> Boxes:
         where = f"the labels of image {position}"
         corners, labels = (_array(item[k]) for k in ("boxes", "labels"))
+        _check_whole(labels, where)
         crowd = _array(item.get("iscrowd", np.zeros(labels.size))).astype(bool).reshape(-1)
         if corners.size != 4 * labels.size or len(crowd) != labels.size or not np.isfinite(corners).all():
             raise DataError(
                 f"Expected boxes (G, 4) and labels (G,) in {where}, found {corners.shape} and {labels.shape}."
             )
         chosen = [classes.of(int(c), where) for c in labels.reshape(-1)]
+        _check_whole(np.array([c for c in chosen if c is not None]), where, least=0)
         kept = np.array([c is not None for c in chosen], bool)
         found = np.array([c for c in chosen if c is not None], np.int64)
         return Boxes.of(corners.reshape(-1, 4)[kept], found, crowd[kept], where)
 
-    return Truth("detection", [one(i, x) for i, x in enumerate(truth.items)], "boxes given", classes.names)
+    found = [one(i, x) for i, x in enumerate(truth.items)]
+    _check(found, images, "the labels given")
+    return Truth("detection", found, "boxes given", classes.names)
+
+
+def _check_whole(labels: TruthArray, where: str, *, least: float = -np.inf) -> None:
+    """Classes must be whole numbers.
+
+    Raises:
+        DataError: one is not, or is below the least.
+    """
+    numbers = labels.dtype.kind in "biuf"
+    wrong = [c for c in labels.reshape(-1).tolist() if not numbers or c != c // 1 or c < least]
+    if wrong:
+        raise DataError(
+            f"Expected whole numbers from 0 as classes in {where}, found {wrong[0]!r}. Number them, or say with "
+            "class_map= what does not count."
+        )
 
 
 def _array(values: Any) -> TruthArray:

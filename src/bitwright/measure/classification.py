@@ -99,8 +99,9 @@ def class_scores(outputs: list[Tensor], labels: Tensor) -> Tensor:
             "Give decode= and boxes, or no labels."
         )
     if len(scores) != 1:
+        found = shapes_of(outputs) or "what decode= returns"
         raise DataError(
-            f"Expected one output of class scores to compare with labels, found outputs of {shapes_of(outputs)}. "
+            f"Expected one output of class scores to compare with labels, found {found}. "
             "Name the one to keep with output=, or evaluate without labels."
         )
     check_classes(labels, scores[0].shape[1])

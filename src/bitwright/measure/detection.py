@@ -6,7 +6,8 @@ preprocessing, cut at its borders, and compared with the truth in the image's ow
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from bitwright.errors import DataError, UsageError
 from bitwright.given.images import Images
+from bitwright.given.text import short
 from bitwright.given.truth import Boxes, Truth, TruthArray
 from bitwright.measure.metrics import Part
 from bitwright.measure.named import TASK_FIGURES
@@ -154,10 +156,19 @@ class AveragePrecision(Tally):
 
     def notes(self) -> list[str]:
         """A hint where hardly a box is right: most often classes or coordinates are numbered in another way."""
+        if not self.classes:
+            return ["No box of the labels counts: all are crowds or too difficult."]
         if not any(len(f.labels) for f in self.found):
             return ["The network found no box in any image."]
         if self.figures().get("map50", 1.0) >= 0.01:
             return []
+        given = {int(c) for f in self.found for c in f.labels}
+        if not given & set(self.classes):
+            wanted, found = (", ".join(map(str, sorted(c)[:5])) for c in (self.classes, given))
+            return [
+                f"No box is right: classes of the labels are {wanted}, those that the network finds {found}. Say with "
+                f"class_map= which of its classes each is, such as {_by_class(self.names, sorted(given))}."
+            ]
         first = self.names.get(0, "the first class")
         return [
             f"Hardly a box is right. Check that class 0 is {first} for the network too (class_map= says otherwise), "
@@ -196,12 +207,29 @@ class _Judge:
         if known is not None and len(found.labels) and int(found.labels.max()) >= known:
             raise DataError(
                 f"Expected classes below {known}, as the {self.truth.said} have, found {int(found.labels.max())} from "
-                "the network. class_map='ids' takes the numbers of a COCO file as they are; a dict says any other."
+                f"the network. Say which of its classes each is: {_numbered_from_one(self.truth)} if it counts from 1, "
+                "class_map='ids' if it has the numbers of a COCO file."
             )
         return Found(self.images.placement(position).to_image(found.corners), found.scores, found.labels)
 
     def tally(self, scores: list[Any]) -> Tally:
         return AveragePrecision(self.truth.items, scores, dict(self.truth.names))
+
+
+def _by_class(names: Mapping[int, str], numbers: Sequence[int]) -> str:
+    """A class map as JSON that gives the first classes these numbers, for messages.
+
+    Example:
+        >>> _by_class({3: "car", 7: "truck"}, [1, 2])
+        '{"car": 1, "truck": 2}'
+    """
+    pairs = list(zip((names[k] for k in sorted(names)), numbers, strict=False))
+    more = ", ..." if len(pairs) > 3 else ""
+    return f"{{{', '.join(f'{json.dumps(name)}: {n}' for name, n in pairs[:3])}{more}}}" if pairs else '{"7": 0, ...}'
+
+
+def _numbered_from_one(truth: Truth) -> str:
+    return f"class_map= with {_by_class(truth.names, range(1, 1 + len(truth.names)))}"
 
 
 def _check_library() -> None:
@@ -272,7 +300,10 @@ def _kept(corners: TruthArray, scores: TruthArray, labels: TruthArray) -> Found:
 
 
 def _array(values: Any) -> TruthArray:
-    return values.detach().cpu().double().numpy() if isinstance(values, Tensor) else np.asarray(values, np.float64)
+    try:
+        return values.detach().cpu().double().numpy() if isinstance(values, Tensor) else np.asarray(values, np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"Expected numbers as boxes, scores and labels, found others ({short(error)}).") from error
 
 
 def _no_boxes(found: str, decode: Decode | None) -> DataError:

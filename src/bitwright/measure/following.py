@@ -92,9 +92,9 @@ class Follower:
                 seconds=seconds_of(network, None),
             )
         except BitwrightError as error:
-            raise DataError(
-                f"{error} (The truth of max_drop= is what the float network answers; task= says in which form.)"
-            ) from error
+            raw = "the float network's raw outputs. If the metric reads masks, boxes or classes, name task= too"
+            told = raw if self.scoring.task is None else f"what the float network answers, as {self.scoring.task}"
+            raise DataError(f"{error} (The truth of max_drop= is {told}.)") from error
         return found.quantized or Metrics()
 
 

@@ -256,12 +256,15 @@ class TaskLoss:
         difference: of each figure, quantized less float.
         classes: the main figure by class.
         notes: what people should know of the figures.
+        decode: the user's function that made boxes or maps of outputs, as ``file.py:function``; None where it was not
+            one of a file.
     """
 
     task: str | None
     difference: Mapping[str, PairedDifference] = field(default_factory=dict)
     classes: Sequence[ClassLoss] = ()
     notes: Sequence[str] = ()
+    decode: str | None = None
 
     @classmethod
     def joined(cls, parts: Sequence[TaskLoss | None]) -> TaskLoss | None:
@@ -288,7 +291,7 @@ class TaskLoss:
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"Expected what a task lost, found {found}.") from error
         difference = {k: PairedDifference(v, told.intervals.get(k)) for k, v in told.values.items()}
-        return cls(found.get("task"), difference, classes, notes)
+        return cls(found.get("task"), difference, classes, notes, found.get("decode"))
 
     def to_dict(self) -> dict[str, Any]:
         """As in ``result.json``."""
@@ -304,6 +307,7 @@ class TaskLoss:
             **({"difference": told} if told else {}),
             **({"classes": rows} if rows else {}),
             **({"notes": list(self.notes)} if self.notes else {}),
+            **({} if self.decode is None else {"decode": self.decode}),
         }
 
 

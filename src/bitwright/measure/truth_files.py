@@ -45,7 +45,7 @@ def labelled(images: Images, labels: Any, class_map: GivenClassMap = None) -> Im
     if labels is None:
         if images.truth is not None and images.truth.kind == "segmentation":
             return images.known(masks.with_foreground(images.truth)) if class_map is None else images
-        found = boxes.boxes_of_items(images.truth, class_map) if images.truth is not None else None
+        found = boxes.boxes_of_items(images.truth, images, class_map) if images.truth is not None else None
         return images if found is None else images.known(found)
     if not isinstance(labels, str | os.PathLike):
         return _given(images, labels, class_map)
@@ -202,7 +202,9 @@ def _given(images: Images, labels: Any, class_map: GivenClassMap) -> Images:
     if all(isinstance(x, int | np.integer) and not isinstance(x, bool) for x in labels) or isinstance(labels, Tensor):
         return images.labelled(labels) if _whole(labels) else images.known(_other(labels))
     other = _other(labels)
-    return images.known(boxes.boxes_of_items(other, class_map) or masks.masks_of_items(other, class_map) or other)
+    return images.known(
+        boxes.boxes_of_items(other, images, class_map) or masks.masks_of_items(other, class_map) or other
+    )
 
 
 def _whole(labels: Any) -> bool:

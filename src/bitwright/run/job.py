@@ -28,13 +28,15 @@ from bitwright.export.verdict import Parity
 from bitwright.given.arguments import a_path, of_kind, one_of
 from bitwright.given.images import Images, load_images
 from bitwright.given.inputs import find_device
+from bitwright.given.models import reference_to
 from bitwright.given.two_stages import TwoStages
 from bitwright.graph.devices import device_of, exact_float32
 from bitwright.graph.student import Student, moved_to
 from bitwright.measure.class_maps import GivenClassMap
 from bitwright.measure.evaluation import NOTHING_SAID, LayerNoise, evaluation_of, read_outputs_of
+from bitwright.measure.metrics import Evaluation
 from bitwright.measure.task import Decode
-from bitwright.measure.tasks import Scoring
+from bitwright.measure.tasks import Scoring, task_of
 from bitwright.measure.truth_files import labelled
 from bitwright.memory import keep_pages
 from bitwright.progress import Progress, watched
@@ -346,11 +348,19 @@ def add_measurements(model: Student, wanted: Wanted, journal: Journal) -> Answer
             each=answers.update,
             noise=noise,
         )
+    found = _with_decoder(found, wanted.scoring, images)
     answers.pictured = found.pictured
     decibels = {} if noise is None else noise.decibels()
     add_evaluation(model.result, found, EvaluatedImages.of(images), decibels, same_as_calibration=given is None)
     _took(model, "evaluate", started)
     return answers
+
+
+def _with_decoder(found: Evaluation, scoring: Scoring, images: Images) -> Evaluation:
+    """The same with the name of the user's function that decoded outputs."""
+    if found.loss is None:
+        return found
+    return replace(found, loss=replace(found.loss, decode=reference_to(scoring.decoder(task_of(images, scoring.task)))))
 
 
 def _device(model: Student) -> torch.device:
