@@ -182,6 +182,9 @@ def test_wrong_inputs_are_said_in_one_line(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", a=x["left"].numpy())
     with pytest.raises(DataError, match=r"Expected an array 'images', or inputs left, right, in .* found a"):
         bw.quantize(Siamese().eval(), str(tmp_path / "x.npz"), "rtn")
+    np.savez(tmp_path / "x.npz", left=x["left"].numpy(), rihgt=x["right"].numpy())
+    with pytest.raises(DataError, match=r"Expected inputs left, right in .* found left, rihgt\. Name them"):
+        bw.quantize(Siamese().eval(), str(tmp_path / "x.npz"), "rtn")
     others = load_images(x, None, inputs=list(x))
     with pytest.raises(ModelError, match="Expected inputs image, numbers, which the network takes, found left, right"):
         bw.quantize(WithNumbers().eval(), others, "rtn")

@@ -272,6 +272,23 @@ def test_a_network_without_weights_and_its_own_name_for_the_batch(tmp_path: Path
     assert Interface.read({**bw.load(folder).interface.stored(), "axis": "n"}).axis == "n"
 
 
+def test_an_output_with_several_rows_for_each_image(tmp_path: Path) -> None:
+    nodes = [
+        node("Conv", "x w", "c"), node("GlobalAveragePool", "c", "p"), node("Flatten", "p", "scores"),
+        node("Reshape", "c s", "halves"),
+    ]  # fmt: skip
+    stored = {"w": weights(6, 3, 3, 3), "s": np.asarray([-1, 3, 6, 8])}
+    path, x = (
+        write(tmp_path / "rows.onnx", nodes, ("N", 3, 8, 10), stored, outputs="scores halves"),
+        images(8, (3, 8, 10)),
+    )
+    found = bw.quantize(str(path), x, "rtn")
+    folder = found.save(tmp_path / "run", onnx=True)
+    assert [len(output) for output in found.flat(x)] == [8, 16]
+    assert found.evaluate(x)["fidelity"]["outputs"]["halves"]["sqnr_db"] > 30
+    assert [len(o) for o in in_runtime(folder / "model.onnx", x, one_by_one=False)] == [8, 16]
+
+
 def annotate(part: Any, text: str) -> None:
     """A description and a note."""
     part.doc_string = f"about {text}"

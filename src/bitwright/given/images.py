@@ -469,6 +469,10 @@ def _folder_labels(root: Path, names: list[str]) -> Tensor | None:
     return torch.tensor([index[name.split("/")[0]] for name in names], dtype=torch.int64)
 
 
+NO_INPUTS = frozenset({"images", "labels", "masks"})
+"""Arrays of an ``.npz`` that have a meaning of their own."""
+
+
 def _from_npz(path: Path, asked: Asked) -> tuple[Source, Tensor | Truth | None]:
     if not path.is_file():
         raise DataError(f"Expected a file at {path}, found something else. Give an .npz file.")
@@ -477,6 +481,12 @@ def _from_npz(path: Path, asked: Asked) -> tuple[Source, Tensor | Truth | None]:
         with np.load(path, allow_pickle=False) as file:
             named = {name: file[name] for name in asked.inputs if name in file and asked.input_key is None}
             named = {} if len(asked.inputs) > 1 and named.keys() == {"images"} else named
+            others = [n for n in file if n not in {*asked.inputs, *NO_INPUTS} and file[n].dtype.kind == "f"]
+            if named and others and len(named) < len(asked.inputs):
+                raise DataError(
+                    f"Expected inputs {', '.join(asked.inputs)} in {path}, found {', '.join(file)}. "
+                    "Name them as the network does, and leave out what is no input."
+                )
             if key not in file and not named:
                 wanted = f", or inputs {', '.join(asked.inputs)}," if asked.inputs else ""
                 raise DataError(

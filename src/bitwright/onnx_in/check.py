@@ -112,8 +112,13 @@ def run(
             if image.name in kinds:
                 feed[image.name] = given.numpy().astype(kinds[image.name])
         answers = session.run(None, feed)
-        rows.append([as_tensor(np.asarray(a))[: batch - missing] for a in answers])
+        rows.append([_without(as_tensor(np.asarray(a)), missing, batch) for a in answers])
     return [torch.cat(column) if column[0].dim() else column[0] for column in zip(*rows, strict=True)]
+
+
+def _without(answer: Tensor, images: int, batch: int) -> Tensor:
+    """What a runtime gave for a batch, without its last images; several rows may belong to one image."""
+    return answer[: len(answer) - len(answer) * images // batch] if images and answer.dim() else answer
 
 
 def _kind(program: Any, name: str, like: Tensor) -> int:

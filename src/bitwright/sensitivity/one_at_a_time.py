@@ -125,17 +125,19 @@ class OutputDistance(Measure):
 def distance_of_outputs(ours: list[Tensor], theirs: list[Tensor], readings: Sequence[Reading] = ()) -> Tensor:
     """Summed over outputs: KL from theirs in nats, or relative squared error where they are no class scores, [N].
 
-    Outputs are read as ``readings`` say, else as their values tell.
+    Outputs are read as ``readings`` say, else as their values tell. Of an output that has several rows for each image
+    of another's, their mean counts.
     """
     readings = readings or [by_values(b) for b in theirs]
-    total = torch.zeros((), dtype=torch.float64)
+    found = []
     for a, b, how in zip(ours, theirs, readings, strict=True):
         if not a.is_floating_point() or how.kind == "constant":
             continue
         divergence = how.divergence(b, a)
         each = losses.relative_error(a, b) if divergence is None else divergence.reshape(len(a), -1).mean(1)
-        total = total + each.double().cpu()
-    return total if total.dim() else total.expand(len(ours[0]))
+        found.append(each.double().cpu())
+    images = math.gcd(*map(len, found)) or len(ours[0])
+    return sum((each.reshape(images, -1).mean(1) for each in found), torch.zeros(images, dtype=torch.float64))
 
 
 def spread_of_outputs(outputs: list[Tensor], readings: Sequence[Reading]) -> float:
