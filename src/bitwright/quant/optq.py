@@ -46,12 +46,12 @@ def compensate(
     """
     w = weight.detach().float().clone()
     h, steps = _alive(hessian), scale.float().expand_as(w)
-    diagonal = h.diagonal(dim1=-2, dim2=-1)
-    order = torch.argsort(diagonal, dim=-1, descending=True, stable=True) if ordered else _identity(diagonal)
+    order = _largest_first(h) if ordered else torch.arange(h.shape[1], device=h.device).expand(h.shape[:2])
     w, steps = _columns(w, order), _columns(steps, order)
     h = torch.gather(h, 1, order.unsqueeze(2).expand_as(h))
     h = torch.gather(h, 2, order.unsqueeze(1).expand_as(h))
     upper = _inverse_factor(h, damping).float()
+    del h  # of thousands of inputs it is the largest of all
     out = torch.empty_like(w)
     columns = w.shape[2]
     for start in range(0, columns, lazy):
@@ -179,23 +179,28 @@ def _alive(hessian: Tensor) -> Tensor:
 
 
 def _inverse_factor(h: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor of the damped inverse, [G, K, K]; damped more where that is not positive definite."""
-    mean = h.diagonal(dim1=-2, dim2=-1).mean(-1).reshape(-1, 1, 1)
-    eye = torch.eye(h.shape[1], dtype=h.dtype, device=h.device)
+    """Upper Cholesky factor of the damped inverse, [G, K, K]; damped more where that is not positive definite.
+
+    ``h`` is damped in place.
+    """
+    diagonal = h.diagonal(dim1=-2, dim2=-1)
+    plain, mean = diagonal.clone(), diagonal.mean(-1, keepdim=True)
     upper: Tensor
     for attempt in range(8):
-        damped = h + eye * mean * max(damping, 1e-10) * 10.0**attempt if damping or attempt else h
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        if damping or attempt:
+            diagonal.copy_(plain + mean * max(damping, 1e-10) * 10.0**attempt)
+        inverse, failed = torch.linalg.cholesky_ex(h)
         if bool(failed.any()):
             continue
-        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        inverse = torch.cholesky_inverse(inverse)
+        upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
         if not bool(failed.any()):
             return upper
-    return eye.expand_as(h)
+    return torch.eye(h.shape[1], dtype=h.dtype, device=h.device).expand_as(h)
 
 
-def _identity(diagonal: Tensor) -> Tensor:
-    return torch.arange(diagonal.shape[1], device=diagonal.device).expand_as(diagonal)
+def _largest_first(h: Tensor) -> Tensor:
+    return torch.argsort(h.diagonal(dim1=-2, dim2=-1), dim=-1, descending=True, stable=True)
 
 
 def _columns(w: Tensor, order: Tensor) -> Tensor:

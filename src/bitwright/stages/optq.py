@@ -85,7 +85,7 @@ class Optq(Stage):
 
         def make(position: int) -> Tensor:
             run.progress(what, position, len(nodes))
-            return self._rounded(student, teacher, nodes[position], grams[nodes[position]])
+            return self._rounded(student, teacher, nodes[position], grams.pop(nodes[position]))
 
         costs = [float(g.shape[0]) * g.shape[1] ** 3 for g in grams.values()]
         found = dealt_tensors(len(nodes), costs, make, run.device)
