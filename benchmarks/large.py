@@ -1,7 +1,7 @@
 """Large networks: CPU seconds by phase and peak memory of whole runs, each in a process of its own.
 
 Networks are timm's with seeded weights, and images are smooth noise of 224x224: their values hardly matter for time and
-memory. ``wide`` has 2.3 GB of weights in four layers and comes from an ONNX file with its tensors beside it.
+memory. ``wide`` has 2.3 GB of weights in five layers and comes from an ONNX file with its tensors beside it.
 
     python -m benchmarks.large                              # the three runs that have goals, some minutes each
     python -m benchmarks.large vit_large convnext_large wide --images 16
@@ -47,7 +47,7 @@ JOBS = {
     "convnext_large": Job(OPTQ, 16),
     "wide": Job(ROUND, 16),
 }
-WIDTH, DEPTH = 13312, 3
+WIDTH, DEPTH = 13312, 4
 
 
 def seeded(name: str) -> nn.Module:

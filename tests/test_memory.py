@@ -10,6 +10,7 @@ import torch
 
 from bitwright import memory
 from bitwright.memory import PASS_BYTES, keep_pages, pass_budget, saved_bytes
+from bitwright.stages.base import Run
 
 resource = pytest.importorskip("resource")
 PAGE = resource.getpagesize()
@@ -146,3 +147,12 @@ def test_a_pass_may_take_half_of_the_memory_at_most(
 def test_a_machine_that_does_not_say_has_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("os.sysconf")
     assert pass_budget(torch.device("cpu")) == PASS_BYTES
+
+
+def test_what_a_phase_left_free_goes_back_at_its_end_though_pages_are_kept(library: _Calls) -> None:
+    run = Run()
+    with keep_pages():
+        with run.timed("first"):
+            assert library.trims == 0
+        assert library.trims == 1
+    assert set(run.seconds) == {"first"}

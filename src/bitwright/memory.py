@@ -73,6 +73,13 @@ def keep_pages() -> Iterator[None]:
         library.malloc_trim(0)
 
 
+def return_pages() -> None:
+    """Gives free memory back to the system, where it is kept too: what comes next may fit into none of its holes."""
+    library = _glibc()
+    if library is not None:
+        library.malloc_trim(0)
+
+
 def _glibc() -> ctypes.CDLL | None:
     if not sys.platform.startswith("linux"):
         return None

@@ -11,6 +11,7 @@ from bitwright.errors import BitwrightError
 from bitwright.given.images import Images
 from bitwright.graph.student import Student
 from bitwright.graph.watch import Callback, watch
+from bitwright.measure.evaluation import AT_ONCE
 from bitwright.measure.metrics import Fidelity, OutputFidelity
 from bitwright.quant.quantizer import Quantizer
 from bitwright.run.record import CheckedAnswers
@@ -39,7 +40,7 @@ def check_answers(student: Student, images: Images, run: Run) -> list[str]:
     fidelity = Fidelity(student.outputs)
     ours: list[list[Tensor]] = []
     theirs: list[list[Tensor]] = []
-    for batch in run.batches(some, "Checking the answers"):
+    for batch in run.batches(some, "Checking the answers", AT_ONCE):
         with torch.no_grad():
             expected, found = list(teacher.graph(batch)), student.flat(batch)
         _check_finite(student, batch, expected, found)

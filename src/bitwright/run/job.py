@@ -38,7 +38,7 @@ from bitwright.measure.metrics import Evaluation
 from bitwright.measure.task import Decode
 from bitwright.measure.tasks import Scoring, task_of
 from bitwright.measure.truth_files import labelled
-from bitwright.memory import keep_pages
+from bitwright.memory import keep_pages, return_pages
 from bitwright.progress import Progress, watched
 from bitwright.report import facts
 from bitwright.report.answers import Answers
@@ -388,6 +388,7 @@ def add_diagnosis(model: Student, journal: Journal) -> None:
 
 
 def _took(model: Student, what: str, started: float) -> None:
+    return_pages()
     model.result.setdefault("seconds", {})[what] = round(time.perf_counter() - started, 3)
 
 

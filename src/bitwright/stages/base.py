@@ -12,6 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from bitwright.given.arguments import SEEDS, whole_number
+from bitwright.memory import return_pages
 from bitwright.progress import Progress, silent
 from bitwright.run.record import CheckedAnswers, Outliers, StageRecord
 
@@ -83,11 +84,12 @@ class Run:
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Adds the seconds spent inside to ``seconds[what]``."""
+        """Adds the seconds spent inside to ``seconds[what]``, and gives back the memory that was free at the end."""
         start = time.perf_counter()
         try:
             yield
         finally:
+            return_pages()
             self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
 
     @contextmanager
@@ -100,11 +102,11 @@ class Run:
         finally:
             self.progress = told
 
-    def batches(self, images: Images, what: str) -> Iterator[torch.Tensor]:
-        """The images in batches on the device, [B, C, H, W], with progress."""
+    def batches(self, images: Images, what: str, at_once: int | None = None) -> Iterator[torch.Tensor]:
+        """The images in batches on the device, [B, C, H, W], with progress; ``at_once`` of them, or :attr:`batch`."""
         done = 0
         self.progress(what, 0, len(images))
-        for batch in images.batches(self.batch):
+        for batch in images.batches(at_once or self.batch):
             yield batch.to(self.device)
             done += len(batch)
             self.progress(what, done, len(images))
