@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 from bitwright._version import __version__
 
@@ -120,14 +122,13 @@ def _torchvision_built_for(found: Finding) -> Finding:
         return found
     import torch
 
-    from bitwright.errors import UsageError
-    from bitwright.given.compat import import_torchvision
-
+    parts = [part for home in _homes("torchvision") for part in home.glob("_C.*")]
     try:
-        vision = import_torchvision()
-    except UsageError as error:
-        return Finding(found.name, found.version, False, str(error), f"pip install --force-reinstall {found.name}")
-    if vision.extension._has_ops():
+        for part in parts:
+            torch.ops.load_library(part)  # type: ignore[no-untyped-call]
+    except OSError:
+        parts = []
+    if parts:
         return found
     note = f"its compiled part was built for another torch than {torch.__version__}; bitwright works without it"
     plain = found.version.split("+")[0]
@@ -135,6 +136,12 @@ def _torchvision_built_for(found: Finding) -> Finding:
     return Finding(
         found.name, found.version, True, note, f"pip install --force-reinstall --no-deps torchvision=={plain}{source}"
     )
+
+
+def _homes(package: str) -> list[Path]:
+    """The folders of a package, which is not imported: torchvision's import would take longer than all the rest."""
+    spec = importlib.util.find_spec(package)
+    return [Path(home) for home in (spec and spec.submodule_search_locations) or ()]
 
 
 def devices() -> list[ComputeDevice]:
@@ -157,8 +164,6 @@ def _runtimes() -> list[str]:
 
 def _zoo() -> dict[str, bool]:
     """Whether each embedded network is there."""
-    from pathlib import Path
-
     from bitwright import zoo
 
     home = Path(zoo.__file__).parent

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import ConstantArgument, OutputKind
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from bitwright.errors import ModelError, cause
@@ -387,6 +386,8 @@ def _reads_values(node: fx.Node, tags: set[torch.Tag]) -> bool:
         return any(isinstance(v, Tensor) and v.dtype in {torch.bool, torch.uint8} for v in picks)
     if not tags & {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output} or not node.users:
         return False
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols  # sympy takes a second to import
+
     val = ops.value(node)
     return val is None or bool(free_unbacked_symbols(val))  # F.one_hot with its number of classes has a fixed shape
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from bitwright.errors import ModelError
@@ -21,8 +21,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     Raises:
         ModelError: it is no module, or ``torch.jit`` compiled it or a part of it.
     """
-    while isinstance(model, DataParallel | DistributedDataParallel | OptimizedModule):
-        model = model._orig_mod if isinstance(model, OptimizedModule) else model.module
+    while (inner := _inside(model)) is not None:
+        model = inner
     if not isinstance(model, nn.Module):
         raise ModelError(f"Expected an nn.Module, found {type(model).__name__}. Give the network itself.")
     for path, module in model.named_modules():
@@ -35,6 +35,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
                 "torch.jit.script or torch.jit.trace."
             )
     return model
+
+
+def _inside(model: Any) -> nn.Module | None:
+    """What one of the three holds; the compiler's is asked for only where it was imported, which takes a second."""
+    if isinstance(model, DataParallel | DistributedDataParallel):
+        return cast("nn.Module", model.module)
+    compiler: Any = sys.modules.get("torch._dynamo.eval_frame")
+    if compiler is None or not isinstance(model, compiler.OptimizedModule):
+        return None
+    return cast("nn.Module", model._orig_mod)
 
 
 @contextmanager

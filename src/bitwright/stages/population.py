@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from pydantic import Field
-from scipy.special import stdtrit
 from torch import Tensor
 
 from bitwright.stages.schedules import FrozenSettings
@@ -112,5 +111,7 @@ def losing(differences: Tensor, total: int, error: float) -> bool:
     n = len(differences)
     if n < FEWEST or n >= total:
         return False
+    from scipy.special import stdtrit  # half a second to import
+
     mean, spread = float(differences.mean()), float(differences.std())
     return mean > float(stdtrit(n - 1, 1 - error)) * spread * math.sqrt((1 - n / total) / n)
