@@ -86,8 +86,8 @@ def tipped(quantizers: Mapping[str, Quantizer], share: float = MOST_DIFFERING, s
         if not module.calibrated or not x.numel():
             return (x,)
         reach = 2 * min(0.25, max(share, AT_LEAST / x.numel()))
-        noise = torch.rand(x.shape, generator=generator).mul_(2 * reach).sub_(reach)
-        return (x + noise.to(x.device) * module.expanded()[0],)
+        noise = torch.rand(x.shape[1:], generator=generator).mul_(2 * reach).sub_(reach)  # of one image, for all
+        return (torch.addcmul(x, noise.to(x.device), module.expanded()[0]),)
 
     with ExitStack() as exits:
         for module in {id(q): q for q in quantizers.values()}.values():

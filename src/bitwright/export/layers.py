@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -99,19 +100,27 @@ def of_images(inputs: Iterable[str]) -> list[str]:
 def _codes(quantizer: Quantizer, values: Array) -> Tensor:
     """The codes that values of the grid stand for."""
     scale, zero = quantizer.expanded()
-    return (torch.from_numpy(values).double() / scale.double()).round() + zero.double()
+    return (torch.from_numpy(values) / scale).round_() + zero
 
 
 def compare_layer(quantizer: Quantizer, passing: Passing, found: Tensor, kernel: str = "") -> LayerParity:
     """Codes of a runtime, in the shape of the tensor, against those of the simulation."""
-    scale, zero = (x.double() for x in quantizer.expanded())
-    low, high = quantizer.grid.qmin, quantizer.grid.qmax
-    exact = passing.before.double() / scale
+    apart, most, count = found != quantizer.codes(passing.before), 0, 0
+    if bool(apart.any()):
+        steps = _steps(quantizer, passing.before, found, apart)
+        most, count = int(steps.max()), int((steps > 0).sum())
+    total = apart.numel()
+    return LayerParity(quantizer.name, count / total if total else math.nan, most, total, kernel)
+
+
+def _steps(quantizer: Quantizer, before: Tensor, found: Tensor, apart: Tensor) -> Tensor:
+    """How many steps the codes are apart that are, [K]; 0 where the value lies on the boundary of both."""
+    scale, zero = (x.expand_as(before)[apart].double() for x in quantizer.expanded())
+    theirs, exact = found[apart].double(), before[apart].double() / scale
+    ours = quantizer.codes(before)[apart]
     nearest = 0.5 + BOUNDARY * exact.abs().clamp(min=1)
-    steps = (found.double() - quantizer.codes(passing.before)).abs()
-    steps = torch.where((found.double() - (exact + zero).clamp(low, high)).abs() <= nearest, 0.0, steps)
-    most = int(steps.max()) if steps.numel() else 0
-    return LayerParity(quantizer.name, float((steps > 0).double().mean()), most, steps.numel(), kernel)
+    excess = (theirs - (exact + zero).clamp(quantizer.grid.qmin, quantizer.grid.qmax)).abs()
+    return torch.where(excess <= nearest, 0.0, (theirs - ours).abs())
 
 
 def _cut(program: ir.Model, names: set[str]) -> tuple[ir.Model, list[str]]:
