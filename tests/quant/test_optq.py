@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bitwright.quant import optq
 from bitwright.quant.grid import Grid
 from bitwright.quant.optq import compensate, least_squares_steps, sweep_codes, towards_float
 
@@ -318,3 +319,9 @@ def test_a_row_that_gives_nothing_keeps_its_step() -> None:
     hessian = x.mT @ x
     cross = weight.double() @ hessian
     assert least_squares_steps(torch.zeros_like(weight), hessian, cross).tolist() == [[1.0] * 5]
+
+
+def test_a_large_gram_matrix_is_computed_in_stripes() -> None:
+    x = torch.randn(2, 7, optq.SPLIT + 41, generator=torch.Generator().manual_seed(0))
+    found = optq.gram(x)
+    torch.testing.assert_close(found.double(), x.double().mT @ x.double(), rtol=1e-5, atol=1e-5)

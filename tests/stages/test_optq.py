@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from bitwright.given.images import Images, load_images
 from bitwright.graph import ops, rewrite
 from bitwright.graph.capture import Captured, capture
-from bitwright.graph.patches import layer_inputs
+from bitwright.graph.patches import group_grams, layer_inputs
 from bitwright.graph.prepare import prepare
 from bitwright.graph.student import Student, insert_quantizers
 from bitwright.graph.watch import watch
@@ -126,6 +126,8 @@ def test_gram_of_a_convolution_is_that_of_all_its_patches(name: str) -> None:
     expected = patches(node, value, weight)
     assert found.shape == expected.shape
     torch.testing.assert_close(gram(found), gram(expected), rtol=1e-4, atol=1e-4)
+    by_groups = group_grams(node, value, weight, ALL, torch.randperm)
+    torch.testing.assert_close(by_groups, gram(expected), rtol=1e-4, atol=1e-4)
     layer = NETWORKS[name].conv
     if isinstance(layer, nn.Conv2d) and not isinstance(layer.padding, str):
         unfolded = F.unfold(value, layer.kernel_size, layer.dilation, layer.padding, layer.stride)

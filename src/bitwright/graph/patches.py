@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from bitwright.graph import ops, rewrite
+
+AT_ONCE = 1 << 21
+"""Elements of patches that are multiplied together: those of many groups do not fit a cache."""
 
 
 def layer_inputs(node: fx.Node, value: Tensor, weight: Tensor, positions: int, draw: Callable[[int], Tensor]) -> Tensor:
@@ -40,6 +42,54 @@ def _rows(value: Tensor, positions: int, draw: Callable[[int], Tensor]) -> Tenso
 
 
 def _patches(node: fx.Node, value: Tensor, weight: Tensor, positions: int, draw: Callable[[int], Tensor]) -> Tensor:
+    places, inside = _places(node, value, weight, positions, draw)
+    taken = value.movedim(1, -1).flatten(1, -2).index_select(1, places.reshape(-1))
+    taken = taken.reshape(len(value), *places.shape, -1)  # [B, kh kw, P, C]
+    if not bool(inside.all()):
+        taken = taken * inside.to(taken).unsqueeze(-1)
+    taken = taken.permute(0, 2, 3, 1).reshape(len(value) * places.shape[1], rewrite.groups(node), -1)
+    return taken.transpose(0, 1).float()
+
+
+def group_grams(node: fx.Node, value: Tensor, weight: Tensor, positions: int, draw: Callable[[int], Tensor]) -> Tensor:
+    """``X^T X`` of :func:`layer_inputs` for a convolution of many groups, [groups, inputs, inputs] of a group.
+
+    The patches of some groups at a time lie in the order in which they are multiplied, and stay in the cache.
+    """
+    places, inside = _places(node, value, weight, positions, draw)
+    used, where = torch.unique(places, return_inverse=True)
+    pixels = value.movedim(1, -1).flatten(1, -2).index_select(1, used).float()
+    count, channels = rewrite.groups(node), value.shape[1]
+    pixels = pixels.movedim(-1, 0).reshape(count, channels // count, -1)  # [groups, C, B pixels]
+    images = torch.arange(len(value), device=value.device) * len(used)
+    where = (where.unsqueeze(1) + images.unsqueeze(1)).reshape(-1)  # kh kw, B, P
+    some = max(1, AT_ONCE // (pixels.shape[1] * len(where)))
+    return torch.cat([_grams_of(part, where, inside) for part in torch.split(pixels, some)])
+
+
+def _grams_of(pixels: Tensor, where: Tensor, inside: Tensor) -> Tensor:
+    """Of some groups.
+
+    Args:
+        pixels: [groups, C, B pixels].
+        where: the patches' pixels, [kh kw B P].
+        inside: whether they lie inside the image, [kh kw, P].
+    """
+    taken = pixels.index_select(2, where).reshape(*pixels.shape[:2], len(inside), -1, inside.shape[1])
+    if not bool(inside.all()):
+        taken *= inside.to(taken).unsqueeze(1)
+    rows = taken.reshape(len(pixels), pixels.shape[1] * len(inside), -1)
+    return rows @ rows.transpose(1, 2)
+
+
+def _places(
+    node: fx.Node, value: Tensor, weight: Tensor, positions: int, draw: Callable[[int], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The pixels that each element of a kernel meets at some output positions, and which lie inside the image.
+
+    Returns:
+        Both [kh kw, P], on the device of the value; a place outside is that of the nearest pixel inside.
+    """
     kernel = weight.shape[2:]
     stride, dilation = (_each(node, i, len(kernel)) for i in (3, 5))
     pads = _padding(node, kernel, dilation)
@@ -47,33 +97,18 @@ def _patches(node: fx.Node, value: Tensor, weight: Tensor, positions: int, draw:
         (size + before + after - d * (k - 1) - 1) // s + 1
         for size, (before, after), k, s, d in zip(value.shape[2:], pads, kernel, stride, dilation, strict=True)
     ]
-    count = min(positions, math.prod(sizes))
-    chosen = draw(math.prod(sizes))[:count]
+    chosen = draw(math.prod(sizes))[: min(positions, math.prod(sizes))]
     starts: list[Tensor] = []
     for size, (before, _), s in reversed(list(zip(sizes, pads, stride, strict=True))):
         starts.insert(0, chosen % size * s - before)
         chosen = chosen // size
-    offsets = itertools.product(*(range(0, k * d, d) for k, d in zip(kernel, dilation, strict=True)))
-    parts = [_pixels(value, [s + o for s, o in zip(starts, offset, strict=True)]) for offset in offsets]
-    taken = torch.stack(parts, dim=3)  # [B, P, C, kh kw]
-    groups = rewrite.groups(node)
-    taken = taken.reshape(taken.shape[0] * count, groups, -1)
-    return taken.transpose(0, 1).float()
-
-
-def _pixels(value: Tensor, at: list[Tensor]) -> Tensor:
-    """The channels of pixels, [B, P, C]; zeros outside the image, so that it need not be copied to be padded.
-
-    Args:
-        value: [B, C, ...].
-        at: for each axis from the third on, the pixels' places, [P].
-    """
-    inside, places = torch.ones(len(at[0]), dtype=torch.bool), torch.zeros(len(at[0]), dtype=torch.int64)
-    for size, each in zip(value.shape[2:], at, strict=True):
-        inside &= (each >= 0) & (each < size)
-        places = places * size + each.clamp(0, size - 1)
-    taken = value.movedim(1, -1).flatten(1, -2).index_select(1, places.to(value.device))
-    return taken if bool(inside.all()) else taken * inside.to(value).unsqueeze(1)
+    offsets = torch.cartesian_prod(*(torch.arange(0, k * d, d) for k, d in zip(kernel, dilation, strict=True)))
+    places, inside = torch.zeros((), dtype=torch.int64), torch.ones((), dtype=torch.bool)
+    for size, start, offset in zip(value.shape[2:], starts, offsets.reshape(-1, len(kernel)).T, strict=True):
+        at = offset.unsqueeze(1) + start
+        inside = inside & (at >= 0) & (at < size)
+        places = places * size + at.clamp(0, size - 1)
+    return places.to(value.device), inside.to(value.device)
 
 
 def _each(node: fx.Node, index: int, axes: int, default: int = 1) -> list[int]:

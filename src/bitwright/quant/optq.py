@@ -10,6 +10,29 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+SPLIT, WIDTH = 512, 192
+"""Inputs from which on a Gram matrix is computed in stripes, half of it, and how many a stripe has."""
+
+
+def gram(x: Tensor) -> Tensor:
+    """``X^T X``, [G, K, K] of [G, N, K]; of a large one what lies below the diagonal is not computed but copied.
+
+    Example:
+        >>> gram(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]))
+        tensor([[[10., 14.],
+                 [14., 20.]]])
+    """
+    size = x.shape[2]
+    if size < SPLIT:
+        return x.transpose(1, 2) @ x
+    found = x.new_empty(len(x), size, size)
+    for start in range(0, size, WIDTH):
+        stop = min(start + WIDTH, size)
+        stripe = x[:, :, start:stop].transpose(1, 2) @ x[:, :, start:]
+        found[:, start:stop, start:] = stripe
+        found[:, stop:, start:stop] = stripe[:, :, stop - start :].transpose(1, 2)
+    return found
+
 
 def compensate(
     weight: Tensor,

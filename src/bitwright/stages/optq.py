@@ -15,7 +15,7 @@ from bitwright import together
 from bitwright.given.images import Images
 from bitwright.graph import ops, rewrite
 from bitwright.graph.capture import Captured
-from bitwright.graph.patches import layer_inputs
+from bitwright.graph.patches import group_grams, layer_inputs
 from bitwright.graph.student import Student, has_quantized_weight, weight_of
 from bitwright.graph.watch import Callback, watch
 from bitwright.quant import obq, optq
@@ -156,14 +156,18 @@ class _Grams:
             for node in readers:
                 stored = str(node.args[1].target)  # type: ignore[union-attr]
                 weight = rewrite.get_tensor(self.teacher, stored)
-                x = layer_inputs(node, value, weight, self.positions, self._draw)
-                gram, owner = x.transpose(1, 2) @ x, self.owner[stored]
+                gram, owner = self._gram(node, value, weight), self.owner[stored]
                 if together.processes() == 1:
                     self._take(owner, gram)
                 else:
                     self._fresh.append((owner, gram))
 
         return collect
+
+    def _gram(self, node: fx.Node, value: Tensor, weight: Tensor) -> Tensor:
+        if ops.base_name(node) != "linear" and rewrite.groups(node) > 1:
+            return group_grams(node, value, weight, self.positions, self._draw)
+        return optq.gram(layer_inputs(node, value, weight, self.positions, self._draw))
 
     def _take(self, owner: fx.Node, gram: Tensor) -> None:
         self.matrices[owner] = self.matrices[owner] + gram if owner in self.matrices else gram
