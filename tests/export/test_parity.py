@@ -49,6 +49,33 @@ def test_a_step_that_is_wrong_by_half_a_percent_does_not_pass(pooled):
     assert [x.name for x in compare_layers(pooled, program, flat_images()) if x.diverges] == ["2"]
 
 
+class Cancelling(nn.Module):
+    """A layer whose weights sum to zero over inputs that hardly differ: its sums are far smaller than their terms."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.layer, self.last = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(1024, 512), nn.Linear(512, 10)
+        with torch.no_grad():
+            self.layer.weight.copy_(0.01 * nn.init.normal_(self.layer.weight))
+            self.layer.weight -= self.layer.weight.mean(1, keepdim=True)
+            self.layer.bias.zero_()
+
+    def forward(self, x):
+        return self.last(self.layer((0.01 * self.first(x)).flatten(1) + 3).relu())
+
+
+@pytest.mark.parametrize("factor", [1, 1.005])
+def test_codes_that_cancelling_sums_decide_pass_and_a_wrong_step_does_not(factor):
+    images = torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    model = bw.quantize(Cancelling().eval(), images, "rtn", device="cpu")
+    program = to_onnx(model)
+    scale = program.graph.initializers["relu/scale"]
+    scale.const_value = ir.Tensor(scale.const_value.numpy() * np.float32(factor))
+    (found,) = (layer for layer in compare_layers(model, program, images[:4]) if layer.name == "relu")
+    assert found.diverges == (factor != 1)
+
+
 def test_a_boundary_is_as_wide_as_the_rounding_of_float32():
     """There both codes are right, but no third one."""
     quantizer = Quantizer("x", Grid(8, symmetric=False), "activation")

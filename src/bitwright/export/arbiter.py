@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from bitwright.export.clips import codes_of
-from bitwright.export.layers import activation_quantizers, compare_layer, cut_at, in_parts, merged, of_images, simulated
+from bitwright.export.layers import activation_quantizers, cut_at, in_parts, judged_layers, merged, of_images, simulated
 from bitwright.export.reference import FLOAT_KERNEL, run_reference
 from bitwright.export.verdict import CodeComparison, LayerParity
 from bitwright.graph import ops
@@ -78,10 +78,8 @@ def compare_kernels(model: Student, program: ir.Model, images: Tensor) -> dict[s
 def _compared(model: Student, cut: CutRuntime, images: Tensor) -> list[LayerParity]:
     passing = simulated(model, images)
     codes = {name: q.codes(passing[name].before) for name, q in cut.quantizers.items()}
-    return [
-        compare_layer(cut.quantizers[name], passing[name], found, cut.kernels.get(name, FLOAT_KERNEL))
-        for name, found in cut.run(codes, images).items()
-    ]
+    found = {n: (theirs, cut.kernels.get(n, FLOAT_KERNEL)) for n, theirs in cut.run(codes, images).items()}
+    return judged_layers(model, images, passing, found)
 
 
 def operators(node: fx.Node) -> str:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from operator import add
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from bitwright.export.verdict import LayerParity
+from bitwright.export.verdict import MOST_DIFFERING, MOST_STEPS, LayerParity
 from bitwright.graph.student import Student
 from bitwright.graph.walk import image_bytes
-from bitwright.graph.watch import values_of
+from bitwright.graph.watch import values_of, watch
 from bitwright.memory import PASS_BYTES
 from bitwright.quant.quantizer import Quantizer
 from bitwright.runtimes.onnxruntime import session
@@ -86,10 +87,64 @@ def _compared(model: Student, runtime: Session, names: Sequence[str], images: Te
     feed = {f"{n}/fed": v.behind.numpy() for n, v in passing.items() if f"{n}/fed" in wanted}
     feed |= dict.fromkeys(of_images(wanted), images.numpy())
     outputs = runtime.run([f"{n}/value" for n in names], feed)
-    return [
-        compare_layer(quantizers[n], passing[n], _codes(quantizers[n], out))
-        for n, out in zip(names, outputs, strict=True)
-    ]
+    found = {n: (_codes(quantizers[n], out), "") for n, out in zip(names, outputs, strict=True)}
+    return judged_layers(model, images, passing, found)
+
+
+def judged_layers(
+    model: Student, images: Tensor, passing: Mapping[str, Passing], found: Mapping[str, tuple[Tensor, str]]
+) -> list[LayerParity]:
+    """Every layer's codes against the simulation's; where too many differ, as far as its sums in float32 are known.
+
+    Terms that cancel leave a sum whose rounding error is that of the terms, many times what the size of the sum says.
+
+    Args:
+        model: the simulation.
+        images: [N, C, H, W].
+        passing: what goes through its quantizers for them, by node name.
+        found: the runtime's codes, and the kernel that gave them, by node name.
+    """
+    quantizers = activation_quantizers(model)
+    judged = {n: compare_layer(quantizers[n], passing[n], *codes) for n, codes in found.items()}
+    if any(_is_open(layer) for layer in judged.values()):
+        errors = rounding_errors(model, images, passing)
+        for name in [n for n in errors if n in judged and _is_open(judged[n])]:
+            judged[name] = compare_layer(quantizers[name], passing[name], *found[name], error=errors[name])
+    return list(judged.values())
+
+
+def _is_open(layer: LayerParity) -> bool:
+    return layer.differing_fraction > MOST_DIFFERING and layer.max_steps <= MOST_STEPS
+
+
+def rounding_errors(model: Student, images: Tensor, passing: Mapping[str, Passing]) -> dict[str, float]:
+    """Largest difference of what each layer gives in float32 from float64, its inputs the same, by node name.
+
+    Args:
+        model: the simulation.
+        images: [N, C, H, W].
+        passing: what goes through its quantizers for them.
+
+    Returns:
+        In units of the layer; nothing for a network that computes in float32 alone.
+    """
+    sources = {str(n.args[0]): n.name for n in model.graph.graph.nodes if n.name in passing}
+    found: dict[str, float] = {}
+
+    def see(node: fx.Node, value: Any) -> Tensor | None:
+        given = passing[node.name].behind.double() if node.name in passing else None
+        name = sources.get(node.name)
+        if name is not None:
+            exact: Tensor = value if given is None else given
+            difference = (exact - passing[name].before.double()).abs()
+            found[name] = float(difference.max()) if difference.numel() else 0.0
+        return given
+
+    try:
+        watch(copy.deepcopy(model.graph).double(), images.double(), dict.fromkeys([*sources, *passing], see))
+    except RuntimeError:  # an operator that is fixed to float32
+        return {}
+    return found
 
 
 def of_images(inputs: Iterable[str]) -> list[str]:
@@ -103,22 +158,33 @@ def _codes(quantizer: Quantizer, values: Array) -> Tensor:
     return (torch.from_numpy(values) / scale).round_() + zero
 
 
-def compare_layer(quantizer: Quantizer, passing: Passing, found: Tensor, kernel: str = "") -> LayerParity:
-    """Codes of a runtime, in the shape of the tensor, against those of the simulation."""
+def compare_layer(
+    quantizer: Quantizer, passing: Passing, found: Tensor, kernel: str = "", *, error: float = 0.0
+) -> LayerParity:
+    """Codes of a runtime, in the shape of the tensor, against those of the simulation.
+
+    Args:
+        quantizer: of the layer.
+        passing: what goes through it in the simulation.
+        found: the runtime's codes.
+        kernel: that gave them.
+        error: of the values before the quantizer, in their units, as far as it is known
+            (:func:`rounding_errors`); the runtime's may be as large.
+    """
     apart, most, count = found != quantizer.codes(passing.before), 0, 0
     if bool(apart.any()):
-        steps = _steps(quantizer, passing.before, found, apart)
+        steps = _steps(quantizer, passing.before, found, apart, error)
         most, count = int(steps.max()), int((steps > 0).sum())
     total = apart.numel()
     return LayerParity(quantizer.name, count / total if total else math.nan, most, total, kernel)
 
 
-def _steps(quantizer: Quantizer, before: Tensor, found: Tensor, apart: Tensor) -> Tensor:
+def _steps(quantizer: Quantizer, before: Tensor, found: Tensor, apart: Tensor, error: float) -> Tensor:
     """How many steps the codes are apart that are, [K]; 0 where the value lies on the boundary of both."""
     scale, zero = (x.expand_as(before)[apart].double() for x in quantizer.expanded())
     theirs, exact = found[apart].double(), before[apart].double() / scale
     ours = quantizer.codes(before)[apart]
-    nearest = 0.5 + BOUNDARY * exact.abs().clamp(min=1)
+    nearest = 0.5 + BOUNDARY * exact.abs().clamp(min=1) + 2 * error / scale
     excess = (theirs - (exact + zero).clamp(quantizer.grid.qmin, quantizer.grid.qmax)).abs()
     return torch.where(excess <= nearest, 0.0, (theirs - ours).abs())
 

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from bitwright._version import __version__
 from bitwright.errors import UsageError
 from bitwright.export.clips import Clamp
-from bitwright.export.layers import compare_layer, simulated
+from bitwright.export.layers import judged_layers, simulated
 from bitwright.export.onnx import described
 from bitwright.export.parity import LAYER_IMAGES, compare_with, parity_of
 from bitwright.export.reference import clamp_of, run_reference
@@ -84,11 +84,7 @@ def write_tables(model: Student, path: Path, images: Tensor) -> Parity:
     quantizers = {name: model.graph.get_submodule(_target(model, name)) for name in passing}
     codes = {name: q.codes(passing[name].before) for name, q in quantizers.items() if isinstance(q, Quantizer)}
     found = run_reference(again, some, "generic", feed=codes).layers
-    layers = [
-        compare_layer(q, passing[name], found[name].codes)
-        for name, q in quantizers.items()
-        if isinstance(q, Quantizer) and name in found
-    ]
+    layers = judged_layers(model, some, passing, {n: (found[n].codes, "") for n in codes if n in found})
     outputs = compare_with(model, images, {"file": again.flat})["file"]
     return parity_of("the integer reference", images, outputs, outputs, layers)
 
