@@ -75,13 +75,16 @@ def main() -> None:
 
 
 def exported(network: nn.Module, images: Tensor, folder: Path) -> Path:
-    """The network as PyTorch writes it, for any number of images."""
+    """The network as PyTorch writes it, for any number of images; for one, where PyTorch fails on a free number."""
     path = folder / "network.onnx"
-    free = ({0: torch.export.Dim.DYNAMIC},)
-    torch.onnx.export(
-        network, (images[:2],), path, dynamo=True, opset_version=OPSET, dynamic_shapes=free, verbose=False,
-        external_data=False,
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "dynamo": True, "opset_version": OPSET, "verbose": False, "external_data": False,
+    }  # fmt: skip
+    try:
+        free = ({0: torch.export.Dim.DYNAMIC},)
+        torch.onnx.export(network, (images[:2],), path, dynamic_shapes=free, **settings)
+    except torch.onnx.OnnxExporterError:
+        torch.onnx.export(network, (images[:1],), path, **settings)
     return path
 
 
@@ -145,7 +148,11 @@ def of_coverage(name: str, recipe: str) -> Row:
     images, others = subject.images.split(COVERAGE_IMAGES)
     with tempfile.TemporaryDirectory() as folder:
         back = load_model(str(exported(subject.network, images, Path(folder))))
-        row: Row = {"recipe": f"{recipe} W8A8", "operators": len(back.source.body.nodes)}
+        row: Row = {
+            "recipe": f"{recipe} W8A8",
+            "operators": len(back.source.body.nodes),
+            "any_number_of_images": back.source.body.image.free,
+        }
         floats = {}
         for way, model in (("pytorch", subject.network), ("onnx", back)):
             quantized = bw.quantize(model, images, recipe, progress=False, device="cpu")

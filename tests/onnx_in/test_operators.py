@@ -113,6 +113,10 @@ CASES: dict[str, tuple[list[Any], dict[str, Any], tuple[int, ...], int]] = {
     "gather one": ([node("Gather", "x i", axis=2)], {"i": np.asarray(-2, np.int64)}, MAP, 13),
     "gather several": ([node("Gather", "x i", axis=3)], {"i": ints(5, 0, 0, 9)}, MAP, 13),
     "gather evenly": ([node("Gather", "x i", axis=3)], {"i": ints(1, 4, 7)}, MAP, 13),
+    "gather of two axes": (
+        [node("Transpose", "x", "u", perm=[2, 3, 0, 1]), node("GatherND", "u i")],
+        {"i": ints(0, 0, 1, 1, -1, -1, 2, 9, 7, 3, 0, 5).reshape(3, 2, 2)}, MAP, 13,
+    ),
     "gather table": ([node("Gather", "x i", axis=2)], {"i": ints(5, 0, 1, 7).reshape(2, 2)}, MAP, 13),
     "reshape": ([node("Reshape", "x s")], {"s": ints(1, 3, -1)}, MAP, 13),
     "reshape zeros": ([node("Reshape", "x s")], {"s": ints(0, 0, 80)}, MAP, 9),

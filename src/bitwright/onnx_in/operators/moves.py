@@ -273,6 +273,24 @@ def _pick(x: Tensor, places: Tensor, *, axis: int) -> Tensor:
     return flat.reshape(*x.shape[:axis], *places.shape, *x.shape[axis + 1 :])
 
 
+@operator("GatherND")
+def entries_of_several_axes(node: Node) -> NodeCall:
+    """Entries at places along the first axes together, as exporters write pooling into a given number of windows."""
+    x, picks = node.traced(), node.input(1)
+    if node.whole("batch_dims", 0) or not isinstance(picks, Known) or not picks.fixed:
+        raise Unsupported("its places depend on the images")
+    sizes = x.shape[: picks.small.shape[-1]]
+    if x.batch_axis is not None and x.batch_axis < len(sizes):
+        raise Unsupported("it takes some images of a batch")
+    columns = np.moveaxis(picks.small, -1, 0)
+    places = np.ravel_multi_index([c % s for c, s in zip(columns, sizes, strict=True)], sizes)
+    return call(_pick_of_first, x, Known.of(np.asarray(places, np.int64)), axes=len(sizes))
+
+
+def _pick_of_first(x: Tensor, places: Tensor, *, axes: int) -> Tensor:
+    return _pick(x.flatten(0, axes - 1), places, axis=0)
+
+
 @operator("GatherElements")
 def gather_elements(node: Node) -> NodeCall:
     """An entry along an axis for each place."""
