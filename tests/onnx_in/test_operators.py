@@ -114,7 +114,8 @@ CASES: dict[str, tuple[list[Any], dict[str, Any], tuple[int, ...], int]] = {
     "gather several": ([node("Gather", "x i", axis=3)], {"i": ints(5, 0, 0, 9)}, MAP, 13),
     "gather evenly": ([node("Gather", "x i", axis=3)], {"i": ints(1, 4, 7)}, MAP, 13),
     "gather of two axes": (
-        [node("Transpose", "x", "u", perm=[2, 3, 0, 1]), node("GatherND", "u i")],
+        [node("Transpose", "x", "u", perm=[2, 3, 0, 1]), node("GatherND", "u i", "v"),
+         node("Transpose", "v", perm=[2, 3, 0, 1])],
         {"i": ints(0, 0, 1, 1, -1, -1, 2, 9, 7, 3, 0, 5).reshape(3, 2, 2)}, MAP, 13,
     ),
     "gather table": ([node("Gather", "x i", axis=2)], {"i": ints(5, 0, 1, 7).reshape(2, 2)}, MAP, 13),
