@@ -199,3 +199,36 @@ def test_a_program_too_large_for_bytes_is_compared_from_a_file_with_its_tensors_
     path = write(tmp_path / "tiny.onnx", [node("Conv", "x w")], (1, *MAP), CONV)
     OnnxFile.read(path).check(images(2, MAP))
     assert [Path(place).name for place in given] == ["part.onnx"]
+
+
+def test_a_tensor_that_nobody_makes(tmp_path: Path) -> None:
+    path = write(tmp_path / "torn.onnx", [node("Conv", "x w", "c"), node("Clip", "c least")], ("N", *MAP), CONV)
+    with pytest.raises(ModelError, match=r"Clip at 'Clip_y' reads 'least', which nothing before it makes"):
+        OnnxFile.read(path)
+
+
+def test_a_graph_of_whole_numbers(tmp_path: Path) -> None:
+    nodes = [
+        node("Cast", "x", "i", to=TensorProto.INT32),
+        node("Add", "i i", "j"),
+        node("Cast", "j", to=TensorProto.FLOAT),
+    ]
+    with pytest.raises(ModelError, match="found whole numbers alone"):
+        OnnxFile.read(write(tmp_path / "whole.onnx", nodes, ("N", *MAP)))
+
+
+def test_digits_that_a_cast_takes_away_are_no_difference(tmp_path: Path) -> None:
+    nodes = [
+        node("Cast", "x", "h", to=TensorProto.BFLOAT16),
+        node("Cast", "h", "f", to=TensorProto.FLOAT),
+        node("Conv", "f w"),
+    ]
+    with pytest.warns(UserWarning, match="computes in float16"):
+        file = OnnxFile.read(write(tmp_path / "short.onnx", nodes, ("N", *MAP), CONV))
+    file.check(images(2, MAP))
+
+
+def test_a_file_that_runs_on_no_images_at_all(tmp_path: Path) -> None:
+    file = OnnxFile.read(write(tmp_path / "none.onnx", [node("Conv", "x w")], (0, *MAP), CONV))
+    with pytest.raises(ModelError, match="Expected a file that ONNX Runtime runs"):
+        file.check(images(2, MAP))

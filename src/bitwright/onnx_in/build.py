@@ -103,7 +103,7 @@ def _image(value: Any, size: tuple[int, int, int] | None, path: Path, *, alone: 
     if kind.elem_type not in {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE}:
         found = TensorProto.DataType.Name(kind.elem_type).lower() if kind.elem_type else "no tensor"
         raise ModelError(f"Expected an image input of floats in {path}, '{value.name}' is {found}. "
-                         "Rest the file behind the conversion (onnx.utils.extract_model).")  # fmt: skip
+                         "Keep what of the file follows the conversion (onnx.utils.extract_model).")  # fmt: skip
     sides = [int(d.dim_value) for d in kind.shape.dim]
     if len(sides) < 2 or (alone and len(sides) not in {4, 5}):
         raise ModelError(f"Expected an image input [N, C, H, W] or [N, H, W, C] in {path}, found '{value.name}' of "
@@ -327,6 +327,7 @@ def build(program: Any, images: tuple[Image, ...], path: Path) -> Body:
     Raises:
         ModelError: a node has no counterpart here and weights lie behind it, or no output depends on the images.
     """
+    _check_order(program.graph, path)
     joined = join(program.graph)
     reading, given = _read_all(program, joined, images), [image.name for image in images]
     if reading.missing:
@@ -337,11 +338,32 @@ def build(program: Any, images: tuple[Image, ...], path: Path) -> Body:
     made = {name: value.small for name, value in ends.items() if isinstance(value, Traced)}
     if not made or not reading.functions:
         raise ModelError(f"Expected outputs that depend on the images in {path}, found none. Export it again.")
+    if not any(_computes_floats(node, reading.values) for node in joined.nodes):
+        raise ModelError(f"Expected a network that computes with floats in {path}, found whole numbers alone. "
+                         "Give the float network.")  # fmt: skip
     network = OnnxNetwork(given, tuple(made), reading.functions, reading.stored)
     left = {id(node) for node in behind.nodes}
     whole = [n for n in program.graph.node if id(n) not in left]
     found = frame(program, behind, tuple(made.items()))
     return Body(network.eval(), images, whole, behind, reading.missing, found)
+
+
+def _check_order(graph: Any, path: Path) -> None:
+    """Every tensor is stored, given, or made by an earlier node, as ONNX asks for; some exporters forget one."""
+    made = {t.name for t in (*graph.initializer, *graph.input)} | {t.values.name for t in graph.sparse_initializer}
+    for node in graph.node:
+        unknown = next((name for name in node.input if name and name not in made), None)
+        if unknown is not None:
+            raise ModelError(
+                f"Expected a whole graph in {path}, {node.op_type} at '{label_of(node)}' reads '{unknown}', which "
+                "nothing before it makes. Export it again, with another version or exporter."
+            )
+        made.update(node.output)
+
+
+def _computes_floats(node: Any, values: dict[str, Value]) -> bool:
+    found = [values.get(name) for name in node.output]
+    return node.op_type != "Cast" and any(isinstance(v, Traced) and v.small.is_floating_point() for v in found)
 
 
 def _read_all(program: Any, joined: Nodes, images: tuple[Image, ...]) -> NodeReader:

@@ -16,7 +16,7 @@ from bitwright.errors import ModelError
 from bitwright.given.text import short
 from bitwright.graph.capture import COARSE_TOLERANCE, relative_difference
 from bitwright.onnx_in.build import Body
-from bitwright.onnx_in.file import label_of
+from bitwright.onnx_in.file import label_of, nodes_of
 from bitwright.onnx_in.network import OnnxNetwork, returned
 from bitwright.onnx_in.tail import TENSOR_KINDS
 from bitwright.onnx_in.values import as_tensor
@@ -44,9 +44,10 @@ def part_of(program: Any, body: Body, outputs: Sequence[str], kinds: Sequence[in
 
 
 def is_coarse(program: Any) -> bool:
-    """Whether a program computes in float16, which has three digits."""
+    """Whether a program computes in float16, which has three digits, or in bfloat16, on the way at least."""
     coarse = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
     kinds = {t.data_type for t in program.graph.initializer}
+    kinds |= {a.i for n in nodes_of(program.graph) if n.op_type == "Cast" for a in n.attribute if a.name == "to"}
     return bool(coarse & (kinds | {v.type.tensor_type.elem_type for v in program.graph.input}))
 
 
@@ -111,7 +112,10 @@ def run(
             given = torch.cat([given, given[:1].expand(missing, *given.shape[1:])]) if missing else given
             if image.name in kinds:
                 feed[image.name] = given.numpy().astype(kinds[image.name])
-        answers = session.run(None, feed)
+        try:
+            answers = session.run(None, feed)
+        except Exception as error:
+            raise _not_run(path, error) from error
         rows.append([_without(as_tensor(np.asarray(a)), missing, batch) for a in answers])
     return [torch.cat(column) if column[0].dim() else column[0] for column in zip(*rows, strict=True)]
 
@@ -138,9 +142,13 @@ def _session(part: Any, path: Any) -> Any:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             return onnxruntime.InferenceSession(_loadable(part, folder), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ModelError(
-            f"Expected a file that ONNX Runtime runs, it cannot load {path} ({short(error)}). Export it again."
-        ) from error
+        raise _not_run(path, error) from error
+
+
+def _not_run(path: Any, error: Exception) -> ModelError:
+    return ModelError(
+        f"Expected a file that ONNX Runtime runs, it cannot run {path} ({short(error)}). Export it again."
+    )
 
 
 def _loadable(part: Any, folder: str) -> Any:
@@ -163,11 +171,14 @@ def _difference(theirs: Tensor, ours: Tensor) -> float:
 
 
 def _own_error(network: OnnxNetwork, images: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """How far float32 itself is from float64, which deep networks make more of."""
+    """How far float32 itself is from float64, which deep networks make more of; 0 where float32 is asked for."""
     import copy
 
-    with torch.no_grad():
-        exact = returned(copy.deepcopy(network).double()(*(x.double() for x in images)))
+    try:
+        with torch.no_grad():
+            exact = returned(copy.deepcopy(network).double()(*(x.double() for x in images)))
+    except RuntimeError:
+        return 0.0
     pairs = [(a, b) for a, b in zip(exact, found, strict=True) if b.is_floating_point()]
     return max((relative_difference(a, b) for a, b in pairs), default=0.0)
 
