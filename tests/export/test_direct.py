@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bitwright.api import quantize
-from bitwright.export import onnx
+from bitwright.export import direct, onnx
 from bitwright.export.direct import translated
 from bitwright.graph.student import Student
 from tests import cases
@@ -82,3 +82,15 @@ def test_shapes_of_one_name_are_all_stored(way: str, monkeypatch: pytest.MonkeyP
     graph = onnx.to_onnx(quantize(OfTwo(), images, "rtn", progress=False)).graph
     read = [v for n in graph for v in n.inputs if v is not None and v.producer() is None and v.const_value is not None]
     assert all(graph.initializers.get(str(v.name)) is v for v in read)
+
+
+def test_a_fault_on_the_way_is_said_and_the_exporter_writes_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = quantized(cases.model("functional"))
+    expected = structure(onnx.to_onnx(model))
+
+    def moved(*_: Any) -> None:
+        raise AttributeError("no such part in this PyTorch")
+
+    monkeypatch.setattr(direct, "_optimised", moved)
+    with pytest.warns(UserWarning, match=r"not written as ONNX in one pass \(AttributeError: no such part"):
+        assert structure(onnx.to_onnx(model)) == expected

@@ -7,6 +7,7 @@ beyond that is left to the exporter: :func:`translated` gives None.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from onnx_ir.passes import common
 from torch import Tensor, fx, nn
 from torch._dispatch.python import enable_python_dispatcher
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import (
     ExportGraphSignature,
@@ -25,19 +26,27 @@ from torch.export.graph_signature import (
     OutputSpec,
     TensorArgument,
 )
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
 
+from bitwright.errors import one_line
 from bitwright.graph import ops, rewrite
 
 PICKS = frozenset({"index", "gather", "index_select", "embedding", "where", "masked_fill", "logical_not"})
 """Operators some of whose operands are integers or truths, none of which becomes a number."""
 CALL = "call_function"
+OF_VALUES = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)
+"""Raised where a shape depends on values."""
 Symbols = Mapping[Any, tuple[str, str]]
 """Functions ``f(x, setting)`` that give ``x``: the operator that each stands for, and that operator's attribute."""
 
 
 def translated(module: fx.GraphModule, example: Tensor, symbols: Symbols, version: int) -> ir.Model | None:
-    """The graph in ONNX; None where the whole exporter is needed.
+    """The graph in ONNX; None where the whole exporter is needed. A fault on the way is a warning.
 
     Args:
         module: of one input; not changed.
@@ -45,17 +54,33 @@ def translated(module: fx.GraphModule, example: Tensor, symbols: Symbols, versio
         symbols: functions in it that stand for operators of bitwright's.
         version: of ONNX's operators.
     """
-    try:
-        from torch.onnx._internal.exporter._core import _exported_program_to_onnx_program as translate
+    from torch.onnx import OnnxExporterError
 
-        graph, stored = _lifted(module)
-        registry = _registry(version, graph)
-        if not all(n.target in symbols or registry.is_registered(n.target) for n in _calls(graph)):
-            return None
-        program = _program(module, graph, stored, example, symbols)
-        return None if program is None else _optimised(translate(program, registry=registry).model, version)
-    except Exception:  # of PyTorch's own parts, which other versions may not have
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _translated(module, example, symbols, version)
+    except (OnnxExporterError, *OF_VALUES):  # an operator's function takes other operands than these, for example
         return None
+    except Exception as error:  # of PyTorch's own parts, which other versions may not have
+        said = f"{type(error).__name__}: {one_line(str(error))[:120]}"
+        warnings.warn(
+            f"This graph was not written as ONNX in one pass ({said}), but by PyTorch's exporter, which takes longer. "
+            "Please report it.",
+            stacklevel=3,
+        )
+        return None
+
+
+def _translated(module: fx.GraphModule, example: Tensor, symbols: Symbols, version: int) -> ir.Model | None:
+    from torch.onnx._internal.exporter._core import _exported_program_to_onnx_program as translate
+
+    graph, stored = _lifted(module)
+    registry = _registry(version, graph)
+    if not all(n.target in symbols or registry.is_registered(n.target) for n in _calls(graph)):
+        return None
+    program = _program(module, graph, stored, example, symbols)
+    return None if program is None else _optimised(translate(program, registry=registry).model, version)
 
 
 def _optimised(program: ir.Model, version: int) -> ir.Model:

@@ -285,9 +285,7 @@ def _in_blocks(frozen: Frozen) -> bool:
 def _translate(marked: fx.GraphModule, example: Tensor, version: int) -> ir.Model:
     for library in ("torch.onnx", "onnx_ir", "onnxscript"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = translated(marked, example, SYMBOLS, version) or _exported(marked, example, version)
+    program = translated(marked, example, SYMBOLS, version) or _exported(marked, example, version)
     keep_constants(program.graph)
     program.graph.inputs[0].name = "images"
     program.ir_version = IR_VERSIONS[version]
@@ -297,14 +295,16 @@ def _translate(marked: fx.GraphModule, example: Tensor, version: int) -> ir.Mode
 def _exported(marked: fx.GraphModule, example: Tensor, version: int) -> ir.Model:
     """By PyTorch's exporter, whatever is in the graph."""
     try:
-        program = torch.onnx.export(
-            marked,
-            (example,),
-            dynamo=True,
-            dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
-            opset_version=version,
-            verbose=False,
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                marked,
+                (example,),
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+                opset_version=version,
+                verbose=False,
+            )
     except Exception as error:
         raise UsageError(f"This network cannot be written as ONNX: {_reason(error, marked)}.") from error
     assert program is not None
