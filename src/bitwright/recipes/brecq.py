@@ -1,8 +1,8 @@
 """BRECQ (arXiv:2102.05426): roundings block by block with activations in float, then the steps of activations.
 
-The loss at a block's exit is weighted, element by element, by the squared gradient of the network's loss, from the
-outputs of the float network instead of labels, as in the authors' code. Steps of activations are learned on inputs from
-the float network. The paper takes 20,000 and 5,000 steps for each block at rates of 1e-3 and 4e-4.
+The loss at a block's exit is plain squared error, as in the authors' main script; the squared gradients of the paper
+are ``weigh: fisher``. Steps of activations are learned on inputs from the float network. The paper takes 20,000 and
+5,000 steps for each block at rates of 1e-3 and 4e-4.
 """
 
 from bitwright.recipes import Recipe
@@ -16,7 +16,7 @@ RECIPE = Recipe(
     paper="arXiv:2102.05426",
     stages=(
         LAYERWISE_START,
-        ROUNDING.model_copy(update={"unit": "block", "weigh": "fisher"}),
+        ROUNDING.model_copy(update={"unit": "block"}),
         Reconstruct(
             unit="block",
             steps=250,

@@ -1,7 +1,6 @@
 """OBQ (arXiv:2208.11580): each layer's weights rounded element by element, each time the one that costs least.
 
-The exact form of what ``optq`` does column by column, for layers that are small enough; slower by far, and as a rule no
-better (docs/methods/optq.md).
+The exact form of what ``optq`` does column by column, for layers that are small enough (docs/methods/obq.md).
 """
 
 from bitwright.recipes import Recipe

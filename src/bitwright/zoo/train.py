@@ -6,7 +6,7 @@ to measure the weights as they are stored (float16 for every tensor of two or mo
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,22 +76,39 @@ def _optimizer(model: nn.Module, recipe: Training) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=recipe.peak_lr, weight_decay=recipe.weight_decay, fused=True)
 
 
-def _epoch(
+def fit(
+    name: str,
     model: nn.Module,
-    batches: Iterator[tuple[Tensor, Tensor]],
     optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    smoothing: float,
-) -> float:
-    losses = []
-    for x, y in batches:
-        loss = F.cross_entropy(model(x), y, label_smoothing=smoothing)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-        losses.append(float(loss.detach()))
-    return float(np.mean(losses))
+    losses: Callable[[], Iterator[Tensor]],
+    steps: int,
+    epochs: int,
+) -> nn.Module:
+    """A step for every loss of every epoch, at a rate that rises to the optimizer's and falls again.
+
+    Args:
+        name: for what is printed.
+        model: is returned in eval mode, as it is after the last step.
+        optimizer: at its largest rate.
+        losses: those of an epoch, each computed with the network as it is then.
+        steps: of an epoch.
+        epochs: how many there are.
+    """
+    peak = optimizer.param_groups[0]["lr"]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, peak, total_steps=epochs * steps, pct_start=0.2, cycle_momentum=False
+    )
+    for epoch in range(epochs):
+        started, seen = time.monotonic(), []
+        for loss in losses():
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+            seen.append(float(loss.detach()))
+        seconds = time.monotonic() - started
+        print(f"{name} epoch {epoch + 1}/{epochs}: loss {np.mean(seen):.4f}, {seconds:.0f} s", flush=True)
+    return model.eval()
 
 
 def train(name: str, images: NDArray[np.uint8], labels: NDArray[np.uint8], epochs: int, seed: int) -> nn.Module:
@@ -105,21 +122,12 @@ def train(name: str, images: NDArray[np.uint8], labels: NDArray[np.uint8], epoch
     inputs = normalized(images, name)
     padded = F.pad(inputs, (SHIFT,) * 4, value=float(inputs.min()))
     targets = torch.from_numpy(labels.astype(np.int64))
-    optimizer = _optimizer(model, recipe)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        recipe.peak_lr,
-        total_steps=epochs * (len(targets) // recipe.batch),
-        pct_start=0.2,
-        cycle_momentum=False,
-    )
-    for epoch in range(epochs):
-        started = time.monotonic()
-        batches = _batches(padded, targets, recipe.batch, generator)
-        loss = _epoch(model, batches, optimizer, schedule, recipe.smoothing)
-        seconds = time.monotonic() - started
-        print(f"{name} epoch {epoch + 1}/{epochs}: loss {loss:.4f}, {seconds:.0f} s", flush=True)
-    return model.eval()
+
+    def losses() -> Iterator[Tensor]:
+        for x, y in _batches(padded, targets, recipe.batch, generator):
+            yield F.cross_entropy(model(x), y, label_smoothing=recipe.smoothing)
+
+    return fit(name, model, _optimizer(model, recipe), losses, len(targets) // recipe.batch, epochs)
 
 
 @torch.no_grad()
@@ -136,21 +144,15 @@ def stored(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save_network(
-    model: nn.Module, path: Path, name: str, test: tuple[Tensor, NDArray[np.uint8]], facts: dict[str, str]
-) -> float:
-    """Round and store the weights, with their measured accuracy and the given facts; returns the accuracy."""
+    model: nn.Module, path: Path, measure: Callable[[], dict[str, float]], facts: dict[str, str]
+) -> dict[str, float]:
+    """Rounds and stores the weights, with figures that are measured then, and facts; returns the figures."""
     state = stored(model)
     model.load_state_dict(state)
-    top1 = accuracy(model, *test)
-    metadata = {
-        "name": name,
-        "test_top1": f"{top1:.4f}",
-        "test_images": str(len(test[1])),
-        "data": "Fashion-MNIST, (c) 2017 Zalando SE, MIT licence",
-        **facts,
-    }
-    path.write_bytes(serialize(state, metadata=metadata))
-    return top1
+    figures = measure()
+    measured = {f"test_{name}": f"{value:.4f}" for name, value in figures.items()}
+    path.write_bytes(serialize(state, metadata={"name": path.stem, **measured, **facts}))
+    return figures
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -162,31 +164,49 @@ def _run(args: argparse.Namespace) -> None:
         model = train(name, images, labels, epochs, args.seed)
         test = (normalized(test_images, name), test_labels)
         exact = accuracy(model, *test)
+        facts = {
+            "test_images": str(len(test_labels)),
+            "data": "Fashion-MNIST, (c) 2017 Zalando SE, MIT licence",
+            "seed": str(args.seed),
+            "epochs": str(epochs),
+        }
         path = args.out / f"{name}.safetensors"
-        top1 = save_network(model, path, name, test, {"seed": str(args.seed), "epochs": str(epochs)})
-        minutes = (time.monotonic() - started) / 60
-        print(
-            f"{name}: test top-1 {exact:.2%} after the last epoch, {top1:.2%} as stored; "
-            f"{sum(p.numel() for p in model.parameters()):,} parameters, {minutes:.1f} min, {path}",
-            flush=True,
-        )
+        top1 = save_network(model, path, lambda: {"top1": accuracy(model, *test)}, facts)["top1"]  # noqa: B023 - at once
+        tell(f"{name}: test top-1 {exact:.2%} after the last epoch, {top1:.2%} as stored", model, started, path)
+
+
+def tell(figures: str, model: nn.Module, started: float, path: Path) -> None:
+    """Prints what a training gave, since ``time.monotonic()`` was that."""
+    minutes, parameters = (time.monotonic() - started) / 60, sum(p.numel() for p in model.parameters())
+    print(f"{figures}; {parameters:,} parameters, {minutes:.1f} min, {path}", flush=True)
+
+
+def training_options(module: str, described: str | None, names: Iterable[str]) -> argparse.ArgumentParser:
+    """The command line that both trainings have."""
+    parser = argparse.ArgumentParser(prog=f"python -m bitwright.zoo.{module}", description=described)
+    parser.add_argument("--data", type=Path, default=DEFAULT_DIR, help="folder of the Fashion-MNIST files")
+    parser.add_argument("--out", type=Path, default=ZOO_DIR, help="folder to write the weights to")
+    parser.add_argument("--only", choices=list(names), help="train this network only")
+    parser.add_argument("--epochs", type=int, help="epochs instead of the recipe's")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def run_training(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Runs, and says in one line what is wrong with the files."""
+    try:
+        run(args)
+    except DataError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train from the command line."""
-    parser = argparse.ArgumentParser(prog="python -m bitwright.zoo.train", description=__doc__)
-    parser.add_argument("--data", type=Path, default=DEFAULT_DIR, help="folder of the Fashion-MNIST files")
-    parser.add_argument("--out", type=Path, default=ZOO_DIR, help="folder to write the weights to")
-    parser.add_argument("--only", choices=list(TRAININGS), help="train this network only")
-    parser.add_argument("--epochs", type=int, help="epochs instead of the recipe's")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = training_options("train", __doc__, TRAININGS)
     args = parser.parse_args(argv)
     if args.epochs is not None and args.epochs < 1:
         parser.error(f"expected one epoch or more, found {args.epochs}")
-    try:
-        _run(args)
-    except DataError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_training(_run, args)
 
 
 if __name__ == "__main__":

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from bitwright.errors import DataError
 from bitwright.given.images import load_images
 from bitwright.given.preprocessing import Preprocessing
 from bitwright.measure.evaluation import compare
@@ -27,9 +25,9 @@ from bitwright.measure.tasks import Scoring
 from bitwright.measure.truth_files import labelled
 from bitwright.zoo import preprocessing
 from bitwright.zoo.dense import DECODERS, DENSE_BUILDERS, corners, middles
-from bitwright.zoo.fashion import DEFAULT_DIR, ZOO_DIR, read_split
+from bitwright.zoo.fashion import read_split
 from bitwright.zoo.scenes import SCENE_SIDE, Scenes, compose
-from bitwright.zoo.train import stored
+from bitwright.zoo.train import fit, run_training, save_network, tell, training_options
 
 SCENES, EPOCHS, BATCH, PEAK_LR = 16_000, 5, 32, 4e-3
 TEST_SCENES, TEST_SEED = 1_000, 1
@@ -94,21 +92,12 @@ def train_on_scenes(name: str, scenes: Scenes, epochs: int, seed: int) -> nn.Mod
     how = Preprocessing(**preprocessing(name))
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.02, fused=True)
     steps = len(scenes.images) // BATCH
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, PEAK_LR, total_steps=epochs * steps, pct_start=0.2, cycle_momentum=False
-    )
-    for epoch in range(epochs):
-        started, losses = time.monotonic(), []
+
+    def losses() -> Iterator[Tensor]:
         for chosen in random.permutation(len(scenes.images))[: steps * BATCH].reshape(steps, BATCH):
-            loss = LOSSES[name](model(how.normalize(torch.from_numpy(scenes.images[chosen]))), scenes, chosen)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-            losses.append(float(loss.detach()))
-        seconds = time.monotonic() - started
-        print(f"{name} epoch {epoch + 1}/{epochs}: loss {np.mean(losses):.4f}, {seconds:.0f} s", flush=True)
-    return model.eval()
+            yield LOSSES[name](model(how.normalize(torch.from_numpy(scenes.images[chosen]))), scenes, chosen)
+
+    return fit(name, model, optimizer, losses, steps, epochs)
 
 
 def _measured(name: str, model: nn.Module, scenes: Scenes) -> dict[str, float]:
@@ -131,43 +120,27 @@ def _run(args: argparse.Namespace) -> None:
     scenes = compose(*read_split(args.data, "train"), args.scenes, args.seed)
     test = compose(*read_split(args.data, "test"), TEST_SCENES, TEST_SEED)
     for name in [args.only] if args.only else list(DENSE_BUILDERS):
-        started = time.monotonic()
-        model = train_on_scenes(name, scenes, args.epochs, args.seed)
-        state = stored(model)
-        model.load_state_dict(state)
-        figures = _measured(name, model, test)
-        metadata = {
-            "name": name,
-            **{f"test_{k}": f"{v:.4f}" for k, v in figures.items()},
+        started, epochs = time.monotonic(), EPOCHS if args.epochs is None else args.epochs
+        model = train_on_scenes(name, scenes, epochs, args.seed)
+        facts = {
             "test_images": str(TEST_SCENES),
             "data": "scenes of Fashion-MNIST, (c) 2017 Zalando SE, MIT licence",
             "seed": str(args.seed),
-            "epochs": str(args.epochs),
+            "epochs": str(epochs),
         }
         path = args.out / f"{name}.safetensors"
-        path.write_bytes(serialize(state, metadata=metadata))
-        said = ", ".join(f"{k} {v:.4f}" for k, v in figures.items())
-        minutes = (time.monotonic() - started) / 60
-        parameters = sum(p.numel() for p in model.parameters())
-        print(f"{name}: {said}; {parameters:,} parameters, {minutes:.1f} min, {path}", flush=True)
+        figures = save_network(model, path, partial(_measured, name, model, test), facts)
+        tell(f"{name}: {', '.join(f'{k} {v:.4f}' for k, v in figures.items())}", model, started, path)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train from the command line."""
-    parser = argparse.ArgumentParser(prog="python -m bitwright.zoo.train_dense", description=__doc__)
-    parser.add_argument("--data", type=Path, default=DEFAULT_DIR, help="folder of the Fashion-MNIST files")
-    parser.add_argument("--out", type=Path, default=ZOO_DIR, help="folder to write the weights to")
-    parser.add_argument("--only", choices=list(DENSE_BUILDERS), help="train this network only")
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser = training_options("train_dense", __doc__, DENSE_BUILDERS)
     parser.add_argument("--scenes", type=int, default=SCENES, help="that are learned from")
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    if args.epochs < 1 or args.scenes < BATCH:
+    if (args.epochs is not None and args.epochs < 1) or args.scenes < BATCH:
         parser.error(f"expected an epoch and {BATCH} scenes or more")
-    try:
-        _run(args)
-    except DataError as error:
-        raise SystemExit(f"error: {error}") from None
+    run_training(_run, args)
 
 
 if __name__ == "__main__":
