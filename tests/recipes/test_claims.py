@@ -51,10 +51,11 @@ def test_learned_roundings_beat_nearest_and_dropped_activations_beat_steps_learn
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "steps"), [("adaquant", 100), ("autoround", 200), ("fima", 100)])
-def test_what_is_learned_beats_rounding(name: str, steps: int) -> None:
-    """AdaQuant, AutoRound and FIMA-Q against ranges of least error and rounding to nearest."""
-    assert over_seeds(name, (2, 4), steps) < 0.8 * over_seeds("mse", (2, 4))
+def test_signs_of_gradients_beat_layers_and_all_beat_rounding() -> None:
+    """AutoRound before AdaRound, AdaQuant and FIMA-Q; that FIMA-Q beats QDrop does not hold (docs/methods/fima.md)."""
+    signs, nearest = over_seeds("autoround", (2, 4), 200), over_seeds("mse", (2, 4), 100)
+    assert signs < 0.9 * over_seeds("adaround", (2, 4), 100)
+    assert max(over_seeds(name, (2, 4), 100) for name in ("adaquant", "fima")) < 0.7 * nearest
 
 
 @pytest.mark.slow
