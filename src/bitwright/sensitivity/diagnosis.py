@@ -44,7 +44,7 @@ FORWARDS = 30
 """What a diagnosis takes for an image, in passes of the float network."""
 OPERATOR = 2e-5
 """Seconds that an operator takes however few images there are."""
-FIRST_BYTES = 1 << 30
+FIRST_BYTES = 1 << 29
 """Bytes that one backward pass may take, about."""
 FACTOR = 4
 """Bytes of a backward pass over those of the float network's values."""
