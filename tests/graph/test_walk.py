@@ -45,11 +45,29 @@ def test_the_most_that_is_held_of_an_image() -> None:
     x = graph.placeholder("x")
     a = graph.call_function(torch.ops.aten.relu.default, (x,))
     b = graph.call_function(torch.ops.aten.neg.default, (a,))
-    c = graph.call_function(torch.ops.aten.add.Tensor, (a, b))
+    w = graph.get_attr("w")
+    c = graph.call_function(torch.ops.aten.addcmul.default, (a, b, w))
     graph.output([c])
-    for node, size in ((x, 10), (a, 20), (b, 20), (c, 20)):
+    for node, size in ((x, 10), (a, 20), (b, 20), (c, 30), (w, 1000)):
         node.meta["val"] = torch.zeros(2, size)
-    assert peak_bytes(graph) == 4 * 60
+    assert peak_bytes(graph, {c}, parts=1) == 4 * (40 + 40)  # a and b at the stop, all that was there on the way
+    assert peak_bytes(graph, {c}, parts=1000) == 4 * 40
+    assert peak_bytes(graph, {c}, parts=1000, behind=True) == 4 * 30
+    assert peak_bytes(graph, {a}, parts=1000) == 4 * 10
+
+
+def test_between_two_stops_batch_follows_batch() -> None:
+    graph = prepared("conv_bn_relu6").graph
+    walk, order = Walk(graph, list(images(6).split(2))), []
+    compute = walk._compute
+    walk._compute = lambda node, batch: (order.append((batch, node.name)), compute(node, batch))[1]
+    first, second = linears(graph)
+    walk.until(second)
+    batches = [batch for batch, _ in order]
+    assert batches == sorted(batches)
+    assert set(batches) == {0, 1, 2}
+    assert walk.knows(second.args[0])
+    assert not walk.knows(first)
 
 
 def test_a_weight_that_changes_is_read_anew() -> None:

@@ -141,8 +141,8 @@ def test_the_share_is_chosen_on_images_held_out(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(Cascade, "_solve", spy)
     after(prepared("residual"), dataset(12))
-    assert [asked[i : i + 3] for i in range(0, 12, 4)] == [[0.0, 0.5, 1.0]] * 3
-    assert asked[3] == 0.0  # the first layer reads the images, which are the same in both networks but for their grid
+    assert [asked[i : i + 5] for i in range(0, 18, 6)] == [[0.0, 0.25, 0.5, 0.75, 1.0]] * 3
+    assert asked[5] == 0.0  # the first layer reads the images, which are the same in both networks but for their grid
 
 
 @pytest.mark.parametrize("name", sorted(CASES))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,10 @@ from bitwright.graph import ops, rewrite
 class Walk:
     """One pass through a graph that stops wherever it is told to.
 
-    Memory: what later nodes still read, for all images (:func:`peak_bytes` for each).
+    From one stop to the next, batch follows batch, so that what is read in between is there for one batch alone.
+
+    Memory: what later nodes still read at a stop, for all images, and what lies in between, for one batch
+    (:func:`peak_bytes` for each image).
 
     Args:
         graph: with quantizers or without.
@@ -26,23 +29,20 @@ class Walk:
         self._graph = graph
         self._runner, self._nodes = fx.Interpreter(graph), list(graph.graph.nodes)
         self._last = _last_readers(graph.graph)
+        self._places = {node: place for place, node in enumerate(self._nodes)}
         self._at = 0
         self._values: dict[fx.Node, list[Any]] = {}
         """One for each batch, or a single one for what does not depend on the images."""
+        self._alike: set[fx.Node] = set()
+        """Nodes that do not depend on the images."""
 
     def until(self, node: fx.Node) -> None:
         """Computes everything before a node."""
-        with torch.no_grad():
-            while self._nodes[self._at] is not node:
-                self._compute(self._nodes[self._at])
-                self._at += 1
+        self._advance(self._places[node])
 
     def through(self, node: fx.Node) -> list[Any]:
         """Computes everything up to a node, and returns its values, one for each batch."""
-        with torch.no_grad():
-            while node not in self._values:
-                self._compute(self._nodes[self._at])
-                self._at += 1
+        self._advance(self._places[node] + 1)
         return [self._value(node, i) for i in range(len(self.batches))]
 
     def tensor(self, node: Any) -> Tensor:
@@ -68,36 +68,68 @@ class Walk:
             with torch.no_grad():
                 self._values[node] = [self._run(node, 0)]
 
-    def _compute(self, node: fx.Node) -> None:
-        if node.op == "placeholder":
-            self._values[node] = list(self.batches)
-        elif node.op != "output":
-            alike = all(len(self._values[a]) == 1 for a in node.all_input_nodes)
-            self._values[node] = [self._run(node, i) for i in range(1 if alike else len(self.batches))]
+    def _advance(self, end: int) -> None:
+        nodes = [n for n in self._nodes[self._at : end] if n.op != "output"]
+        for node in nodes:
+            alike = _is_alike(node, self._alike)
+            self._values[node] = [None] * (1 if alike else len(self.batches))
+            if alike:
+                self._alike.add(node)
+        with torch.no_grad():
+            for batch in range(len(self.batches)):
+                for node in nodes:
+                    if batch == 0 or node not in self._alike:
+                        self._compute(node, batch)
+        for before in [b for b in self._values if b in self._last and self._places[self._last[b]] < end]:
+            del self._values[before]
+        self._at = max(self._at, end)
+
+    def _compute(self, node: fx.Node, batch: int) -> None:
+        found = self.batches[batch] if node.op == "placeholder" else self._run(node, batch)
+        self._values[node][batch] = found
         for before in node.all_input_nodes:
-            if self._last[before] is node:
-                del self._values[before]
+            if self._last[before] is node and before not in self._alike:
+                self._values[before][batch] = None
 
     def _run(self, node: fx.Node, batch: int) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._value(n, batch))
         return getattr(self._runner, node.op)(node.target, args, kwargs)
 
     def _value(self, node: fx.Node, batch: int) -> Any:
-        values = self._values[node]
-        return values[batch if len(values) > 1 else 0]
+        return self._values[node][0 if node in self._alike else batch]
 
 
 def _last_readers(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     return {before: node for node in graph.nodes for before in node.all_input_nodes}
 
 
-def peak_bytes(graph: fx.Graph) -> int:
-    """The most that a :class:`Walk` holds of one image, in float32; the recorded shapes are those of two images."""
-    last, held, most = _last_readers(graph), 0, 0
+def _is_alike(node: fx.Node, alike: Container[fx.Node]) -> bool:
+    """Whether a node does not depend on the images, given those before it that do not."""
+    return node.op != "placeholder" and all(b in alike for b in node.all_input_nodes)
+
+
+def peak_bytes(graph: fx.Graph, stops: Container[fx.Node], parts: int, *, behind: bool = False) -> int:
+    """The most that a :class:`Walk` holds of one image, in float32; the recorded shapes are those of two images.
+
+    Args:
+        graph: the one that it goes through.
+        stops: nodes where it stops.
+        parts: batches into which the images are split.
+        behind: it stops behind these nodes instead of before them.
+    """
+    last, alike, held, before, inside, most = _last_readers(graph), set[fx.Node](), 0, 0, 0, 0
     for node in graph.nodes:
-        held += image_bytes(node)
-        most = max(most, held)
-        held -= sum(image_bytes(before) for before in node.all_input_nodes if last[before] is node)
+        if _is_alike(node, alike):
+            alike.add(node)
+            continue
+        new, read = image_bytes(node), [b for b in node.all_input_nodes if b not in alike and last[b] is node]
+        old = sum(image_bytes(b) for b in read)
+        if node in stops and not behind:
+            most, before, inside = max(most, max(before, held) + inside // parts), held, 0
+        inside = max(inside, held + new)
+        held += new - old
+        if node in stops and behind:
+            most, before, inside = max(most, max(before, held) + inside // parts), held, 0
     return most
 
 

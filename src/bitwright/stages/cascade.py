@@ -24,13 +24,13 @@ from bitwright.stages.base import Run, Stage
 from bitwright.stages.calibrate import widen_for_biases
 from bitwright.stages.optq import COMPENSATED, DESCENDS
 
-MEMORY = 2 << 30
+MEMORY = 3 << 30
 """Bytes that the values of both networks may take for all images."""
 FEWEST, PARTS = 8, 8
 """Images that are taken at least, and batches into which they are split: every fourth is held out."""
 REACH = 2.0
 """By how much a row's step may grow or shrink."""
-ENOUGH, PER_INPUT = 2048, 16
+ENOUGH, PER_INPUT = 8192, 32
 """Samples that a layer needs: so many, or so many for each of its inputs."""
 
 MOST = 8
@@ -56,13 +56,13 @@ class Cascade(Stage):
     activations: int = Field(default=4, ge=0, le=16)
     """Bits of activations: where one has at most so many, all layers are rounded again, because what was lost before a
     layer reaches it whatever its own bits."""
-    images: int = Field(default=256, ge=1)
-    """How many images pass at most; fewer where their values would take more than 2 GiB."""
-    positions: int = Field(default=64, ge=1)
+    images: int = Field(default=512, ge=1)
+    """How many images pass at most; fewer where their values would take more than 3 GiB."""
+    positions: int = Field(default=512, ge=1)
     """Output positions drawn from each image at most; fewer are enough for layers of few inputs."""
     damping: float = Field(default=0.1, gt=0)
     """Share of the mean diagonal that is added to the diagonal."""
-    shares: tuple[float, ...] = Field(default=(0.0, 0.5, 1.0), min_length=1)
+    shares: tuple[float, ...] = Field(default=(0.0, 0.25, 0.5, 0.75, 1.0), min_length=1)
     """Of the way to choose from."""
     sweeps: int = Field(default=3, ge=0)
     """Of coordinate descent over the codes of 2-bit weights."""
@@ -73,12 +73,11 @@ class Cascade(Stage):
         layers = [n for n in student.graph.graph.nodes if _takes(student, n, bits)]
         if not layers:
             return student
-        each = peak_bytes(student.graph.graph) + peak_bytes(teacher.graph.graph)
-        count = min(self.images, len(images), max(FEWEST, MEMORY // each))
+        twins = {n.name: n for n in teacher.graph.graph.nodes}
+        count = min(self.images, len(images), max(FEWEST, MEMORY // _bytes_of_image(student, teacher, layers)))
         some = images.sample(count, seed=run.seed)
         batches = [b.to(run.device) for b in some.batches(-(-count // PARTS))]
         ours, theirs = Walk(student.graph, batches), Walk(teacher.graph, batches)
-        twins = {n.name: n for n in teacher.graph.graph.nodes}
         for position, node in enumerate(layers):
             run.progress("Rounding layer after layer", position, len(layers))
             ours.until(node)
@@ -108,15 +107,15 @@ class Cascade(Stage):
         weight = theirs.tensor(twin.args[1])
         groups = 1 if ops.base_name(node) == "linear" else rewrite.groups(node)
         positions = min(self.positions, -(-max(ENOUGH, PER_INPUT * weight[0].numel()) // count))
-        wanted = theirs.through(twin)
-        beside = _beside(node, twin)
+        read, wanted, beside = ours.read(node), theirs.through(twin), _beside(node, twin)
+        added = None
         if beside is not None and ours.knows(beside[0]):
-            added = zip(wanted, theirs.through(beside[1]), ours.through(beside[0]), strict=True)
-            wanted = [y + r - q for y, r, q in added]
+            added = list(zip(theirs.through(beside[1]), ours.through(beside[0]), strict=True))
         found = []
-        for i, (x, y) in enumerate(zip(ours.read(node), wanted, strict=True)):
+        for i, (x, y) in enumerate(zip(read, wanted, strict=True)):
+            given = y if added is None else y + added[i][0] - added[i][1]
             inputs = layer_inputs(node, x, weight, positions, draw(i))
-            found.append(_Moments.of(inputs, layer_outputs(node, y, groups, positions, draw(i))))
+            found.append(_Moments.of(inputs, layer_outputs(node, given, groups, positions, draw(i))))
         return found
 
     def _round(self, student: Student, teacher: Captured, node: fx.Node, parts: list[_Moments]) -> None:
@@ -149,6 +148,14 @@ class Cascade(Stage):
         factors = optq.least_squares_steps(found, own, cross).clamp(1 / REACH, REACH)
         more = factors.unsqueeze(2)
         return found * more, layer.near(real, found) * more, factors
+
+
+def _bytes_of_image(student: Student, teacher: Captured, layers: list[fx.Node]) -> int:
+    """What both networks hold of one image where the stage stops, before a layer of the one and behind its twin."""
+    names = {n.name for n in layers}
+    twins = {n for n in teacher.graph.graph.nodes if n.name in names}
+    own = peak_bytes(student.graph.graph, set(layers), PARTS)
+    return max(1, own + peak_bytes(teacher.graph.graph, twins, PARTS, behind=True))
 
 
 def _takes(student: Student, node: fx.Node, bits: int) -> bool:
@@ -205,8 +212,9 @@ class _Moments:
     @classmethod
     def of(cls, inputs: Tensor, outputs: Tensor) -> _Moments:
         """Of [G, N, K] and [G, N, R] at the same positions."""
-        x, y = inputs.double(), outputs.double()
-        return cls(x.shape[1], x.mT @ x, y.mT @ x, x.sum(1), y.sum(1))
+        x, y = inputs, outputs
+        sums = x.sum(1, dtype=torch.float64), y.sum(1, dtype=torch.float64)
+        return cls(x.shape[1], (x.mT @ x).double(), (y.mT @ x).double(), *sums)
 
     @classmethod
     def sum(cls, parts: list[_Moments]) -> _Moments:
