@@ -164,15 +164,16 @@ BY_NAME = (
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", BY_NAME)
 def test_those_of_torchvision_themselves_with_random_weights(name: str) -> None:
-    network = load_model(f"torchvision:{name}", input_size="64x96")
-    images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    height, width = (300, 300) if name == "ssd300_vgg16" else (64, 96)  # its last levels need that many pixels
+    network = load_model(f"torchvision:{name}", input_size=f"{height}x{width}")
+    images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
     model = bw.quantize(network, images, "rtn")
     assert sum(row.weight is not None for row in model.layers) > 20
     if isinstance(network.decode, TwoStages):
         found = two_networks(model.graph, model.outputs, model.parts)
         assert found is not None
         with torch.no_grad():
-            boxes = network.decode.boxes(found[0](images), found[1], (64, 96))
+            boxes = network.decode.boxes(found[0](images), found[1], (height, width))
     else:
         assert network.decode is not None
         boxes = network.decode(model(images))
