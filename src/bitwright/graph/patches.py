@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from bitwright.graph import ops, rewrite
 
-AT_ONCE = 1 << 21
+GATHERED = 1 << 21
 """Elements of patches that are multiplied together: those of many groups do not fit a cache."""
 
 
@@ -63,7 +63,7 @@ def group_grams(node: fx.Node, value: Tensor, weight: Tensor, positions: int, dr
     images = torch.arange(len(value), device=value.device) * len(used)
     where = (where.unsqueeze(1) + images.unsqueeze(1)).int()  # [kh kw, B, P]
     channels = len(pixels) // rewrite.groups(node)
-    some = max(1, AT_ONCE // (channels * where.numel()))
+    some = max(1, GATHERED // (channels * where.numel()))
     parts = torch.split(pixels, some * channels)
     return torch.cat([_grams_of(part, where, inside, channels) for part in parts])
 
