@@ -45,7 +45,7 @@ def test_keys_of_a_run_to_which_nothing_happened() -> None:
 
 def test_what_was_done_about_outliers_has_keys_of_its_own() -> None:
     done = Outliers([ChannelScales("conv", (0, -3))], Raised(0.5, 0.125, [RAISE]), [RAISE])
-    found = json.loads(json.dumps(record(outliers=done, plan=SimpleNamespace(to_dict=lambda: {"limits": {}})).result()))
+    found = json.loads(json.dumps(record(outliers=done, plan=SimpleNamespace(of_run=lambda: {"limits": {}})).result()))
     row = {"rule": "head=a16", "tensor": "head", "predicted_gain": 0.25, "cost": 0.1}
     assert set(found) == ALWAYS | {"balanced", "raised", "plan"}
     assert found["balanced"] == [{"node": "conv", "exponents": [0, -3]}]

@@ -76,6 +76,8 @@ def _translated(module: fx.GraphModule, example: Tensor, symbols: Symbols, versi
     from torch.onnx._internal.exporter._core import _exported_program_to_onnx_program as translate
 
     graph, stored = _lifted(module)
+    if any(n.op == "call_module" for n in graph.nodes):
+        return None  # a quantizer of a grid that has no operators here
     registry = _registry(version, graph)
     if not all(n.target in symbols or registry.is_registered(n.target) for n in _calls(graph)):
         return None

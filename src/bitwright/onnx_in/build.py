@@ -362,7 +362,7 @@ def _check_order(graph: Any, path: Path) -> None:
 
 
 def _computes_floats(node: Any, values: dict[str, Value]) -> bool:
-    found = [values.get(name) for name in node.output]
+    found = [values.get(name) for name in (*node.input, *node.output)]
     return node.op_type != "Cast" and any(isinstance(v, Traced) and v.small.is_floating_point() for v in found)
 
 
