@@ -79,6 +79,8 @@ def capture(
         _check_program(model, parts)
         program, reference = model, _run_program(model, images, parts)
     else:
+        from torch import _dynamo  # noqa: F401 - lines and reasons of errors come from it; no start-up waits for it
+
         model = unwrapped(model)
         with _evaluation_mode(model), in_float32(model), _without_autocast():
             returned = _run(model, images)
