@@ -161,7 +161,8 @@ def pretended_gpu(memory: int = 1 << 34) -> Iterator[None]:
         "get_device_properties": lambda *a: SimpleNamespace(total_memory=memory, name="pretended"),
         "_lazy_init": lambda: None,
     }
-    with _in_torch(**there), torch.autograd.set_multithreading_enabled(False), _Mode():
+    unpinned = mock.patch.object(Tensor, "pin_memory", lambda t, *a: t)
+    with _in_torch(**there), unpinned, torch.autograd.set_multithreading_enabled(False), _Mode():
         yield
 
 

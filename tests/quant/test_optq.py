@@ -285,7 +285,7 @@ def test_outputs_for_float_inputs_are_a_target_of_their_own() -> None:
     """``||Q X' - W X||^2`` less ``tr((Q - T) H (Q - T)^T)`` does not depend on Q."""
     weight, x, seen = two_inputs()
     own, cross = seen.mT @ seen, weight.double() @ (x.mT @ seen)
-    target = towards_float(weight, own, cross, share=1.0, damping=0.0).double()
+    target = towards_float(weight, own, cross, shares=[1.0], damping=0.0)[0].double()
     left = []
     for seed in range(4):
         q = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -296,10 +296,10 @@ def test_outputs_for_float_inputs_are_a_target_of_their_own() -> None:
 def test_the_way_to_the_target() -> None:
     weight, x, seen = two_inputs()
     own, cross = seen.mT @ seen, weight.double() @ (x.mT @ seen)
-    assert torch.equal(towards_float(weight, own, cross, share=0.0, damping=0.1), weight)
+    assert torch.equal(towards_float(weight, own, cross, shares=[0.0], damping=0.1)[0], weight)
     alike = weight.double() @ own
-    torch.testing.assert_close(towards_float(weight, own, alike, share=1.0, damping=0.1), weight)
-    half, whole = (towards_float(weight, own, cross, share=s, damping=0.1) for s in (0.5, 1.0))
+    torch.testing.assert_close(towards_float(weight, own, alike, shares=[1.0], damping=0.1)[0], weight)
+    half, whole = towards_float(weight, own, cross, shares=[0.5, 1.0], damping=0.1)
     torch.testing.assert_close(half, (weight + whole) / 2)
     assert float((whole - weight).abs().max()) > 0.05
 

@@ -29,7 +29,7 @@ from bitwright.stages.calibrate import Calibrate, parameters
 from bitwright.stages.optimizers import OptimizedPart
 from bitwright.stages.reconstruct import Reconstruct
 from bitwright.stages.schedules import Anneal, Dampen, Gradual, Learn
-from bitwright.stages.tuning import NotFiniteError, Tuner
+from bitwright.stages.tuning import Batch, NotFiniteError, Tuner
 
 CALIBRATE = Calibrate(weights="minmax", activations="minmax", bias_correction="analytic")
 QUICK: dict[str, Any] = {"batch": 8, "steps": 60, "score_probes": 4, "never_worse": False}
@@ -200,7 +200,7 @@ def test_signs_of_gradients_move_no_code_further_than_half_a_step() -> None:
     for step in range(200):
         parameter.grad = torch.tensor([1e-9, -40.0, 0.0])
         part.set_rate(step / 200)
-        part.optimizer.step()
+        part.step()
     torch.testing.assert_close(parameter.detach(), torch.tensor([-0.3, -2.5, 0.0]), rtol=0, atol=3e-3)
 
 
@@ -551,17 +551,17 @@ def test_half_the_samples_are_tried_where_memory_does_not_suffice(monkeypatch: p
     expected = tuner.backward(tuner.indices(0), 0.5)
     own, sizes = tuner._terms, []
 
-    def terms(indices: Tensor, weights: Tensor) -> list[Tensor]:
-        sizes.append(len(indices))
-        if len(indices) > 2:
+    def terms(batch: Batch, weights: Tensor) -> list[Tensor]:
+        sizes.append(len(weights))
+        if len(weights) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return own(indices, weights)
+        return own(batch, weights)
 
     monkeypatch.setattr(tuner, "_terms", terms)
     assert tuner.backward(tuner.indices(0), 0.5) == pytest.approx(expected, rel=1e-5)
     assert tuner.at_once == 2
     assert sizes[:3] == [8, 4, 2]
-    monkeypatch.setattr(tuner, "_terms", lambda indices, weights: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    monkeypatch.setattr(tuner, "_terms", lambda batch, weights: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
     with pytest.raises(torch.OutOfMemoryError):
         tuner.backward(tuner.indices(0), 0.5)
 

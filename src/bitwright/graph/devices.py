@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 
 def device_of(network: nn.Module) -> torch.device:
@@ -25,6 +25,13 @@ def place_on(graph: fx.GraphModule, device: torch.device | str) -> None:
     """Moves a graph, with the operators that make tensors of their own (zeros, an arange) as it runs."""
     graph.to(device)
     keep_together(graph)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; nothing waits until it is there."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def keep_together(graph: fx.GraphModule) -> None:

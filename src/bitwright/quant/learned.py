@@ -47,7 +47,7 @@ def inverse_rectified_sigmoid(h: Tensor) -> Tensor:
     return -torch.log((ZETA - GAMMA) / (h - GAMMA) - 1)
 
 
-def rounding_regularizer(h: Tensor, beta: float) -> Tensor:
+def rounding_regularizer(h: Tensor, beta: float | Tensor) -> Tensor:
     """``sum(1 - |2h - 1|^beta)``: zero exactly where every rounding is decided (AdaRound, equation 24).
 
     Example:
@@ -153,7 +153,7 @@ class LearnedWeight(nn.Module):
         """The steps, [number of blocks]."""
         return self.initial * self.step.detach().clamp_min(FLOOR)
 
-    def dampen(self, share: float) -> None:
+    def dampen(self, share: float | Tensor) -> None:
         """Moves every code by this share of its way to the integer it rounds to (not ``soft``)."""
         with torch.no_grad():
             self.codes.lerp_(self.hard_codes(), share)
@@ -190,11 +190,13 @@ class _FakeQuantize(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, low: float, high: float, factor: float, mix: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, step: Tensor, low: float, high: float, factor: float, mix: float | Tensor
+    ) -> Tensor:
         y = affine.nearest_multiple(x, step, low, high)
         ctx.save_for_backward(x, y, step)
         ctx.bounds = (low, high, factor, mix)
-        return torch.lerp(y, x, mix) if mix else y
+        return _blend(y, x, mix)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -211,9 +213,14 @@ class _FakeQuantize(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             slope = (_dot(gradient, y) - _dot(inside, x)) * (factor * (1 - mix) / s)
             slope = slope.to(step.dtype).reshape(step.shape)
-        if mix:
-            inside = torch.lerp(inside, gradient, mix)
-        return inside, slope, None, None, None, None
+        return _blend(inside, gradient, mix), slope, None, None, None, None
+
+
+def _blend(y: Tensor, x: Tensor, mix: float | Tensor) -> Tensor:
+    """``(1 - mix) y + mix x``; a share in a tensor is never looked at, so that nothing waits for it."""
+    if isinstance(mix, Tensor):
+        return torch.lerp(y, x.to(y.dtype), mix.to(y.dtype))
+    return torch.lerp(y, x, mix) if mix else y
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -234,11 +241,14 @@ class LearnedActivation(nn.Module):
         learn: whether the step is a variable.
 
     ``mix`` is the share of the float activation in the output: 1 gives it bit for bit, 0 the quantized one. ``drop`` is
-    the share of elements, drawn anew in every pass, that stay float.
+    the share of elements, drawn anew in every pass, that stay float. Both are numbers, or scalar tensors between 0 and
+    1 that may change between two passes of one recording.
     """
 
     zero_point: Tensor
     ratios: Tensor | None
+    mix: float | Tensor
+    drop: float | Tensor
 
     def __init__(self, quantizer: Quantizer, *, learn: bool = True) -> None:
         super().__init__()
@@ -253,7 +263,7 @@ class LearnedActivation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The activation, same shape and dtype."""
-        if self.mix >= 1.0 or self.drop >= 1.0:
+        if any(not isinstance(share, Tensor) and share >= 1.0 for share in (self.mix, self.drop)):
             return x
         factor = (x.numel() * max(self._high, 1.0)) ** -0.5
         ratios = None if self.ratios is None else self.ratios.to(x.dtype)
@@ -262,10 +272,10 @@ class LearnedActivation(nn.Module):
             y = _apply(_FakeQuantize, reduced, _positive(self.step), self._low, self._high, factor, self.mix)
         else:
             nearest = self.grid.nearest(reduced.detach(), _positive(self.step.detach()), self.zero_point)
-            y = _apply(_Instead, reduced, torch.lerp(nearest, reduced.detach(), self.mix) if self.mix else nearest)
+            y = _apply(_Instead, reduced, _blend(nearest, reduced.detach(), self.mix))
         if ratios is not None:
             y = y * ratios
-        if self.drop:
+        if isinstance(self.drop, Tensor) or self.drop:
             return torch.where(torch.rand_like(x) < self.drop, x, y)
         return y
 

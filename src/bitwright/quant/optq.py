@@ -1,14 +1,16 @@
 """OPTQ: rounds a weight column by column and lets the columns to come make up for each error.
 
-Imports torch and nothing else. After GPTQ/OPTQ, arXiv:2210.17323, algorithm 1 (methods, section 10).
+After GPTQ/OPTQ, arXiv:2210.17323, algorithm 1 (methods, section 10).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from bitwright.recording import Repeated
 
 SPLIT, WIDTH = 512, 192
 """Inputs from which on a Gram matrix is computed in stripes, half of it, and how many a stripe has."""
@@ -75,19 +77,23 @@ def compensate(
     h = torch.gather(h, 2, order.unsqueeze(1).expand_as(h))
     upper = _inverse_factor(h, damping).float()
     del h  # of thousands of inputs it is the largest of all
-    out = torch.empty_like(w)
-    columns = w.shape[2]
-    for start in range(0, columns, lazy):
-        stop = min(start + lazy, columns)
-        errors = torch.empty_like(w[:, :, start:stop])
-        for j in range(start, stop):
-            column, step = w[:, :, j], steps[:, :, j]
-            out[:, :, j] = column
-            error = (column - nearest(column, step)) / upper[:, j, j].unsqueeze(1)
-            w[:, :, j:stop] -= error.unsqueeze(2) * upper[:, j, j:stop].unsqueeze(1)
-            errors[:, :, j - start] = error
-        w[:, :, stop:] -= errors @ upper[:, start:stop, stop:]
-    return _columns(out, order.argsort(-1))
+    one_by_one = Repeated(lambda given: _one_by_one(nearest, *given), w.device, w.shape[2] // lazy)
+    for start in range(0, w.shape[2], lazy):
+        inside, rest = slice(start, start + lazy), slice(start + lazy, None)
+        w[:, :, inside], errors = one_by_one(w[:, :, inside], steps[:, :, inside], upper[:, inside, inside])
+        w[:, :, rest] -= errors @ upper[:, inside, rest]
+    return _columns(w, order.argsort(-1))
+
+
+def _one_by_one(nearest: Callable[[Tensor, Tensor], Tensor], w: Tensor, steps: Tensor, upper: Tensor) -> Tensor:
+    """Columns just before they were rounded, and their errors, [2, G, R, K]: each makes those behind it move."""
+    errors = torch.empty_like(w)
+    for j in range(w.shape[2]):
+        column = w[:, :, j]
+        error = (column - nearest(column, steps[:, :, j])) / upper[:, j, j].unsqueeze(1)
+        w[:, :, j + 1 :] -= error.unsqueeze(2) * upper[:, j, j + 1 :].unsqueeze(1)
+        errors[:, :, j] = error
+    return torch.stack((w, errors))
 
 
 def sweep_codes(
@@ -138,8 +144,10 @@ def sweep_codes(
     return q
 
 
-def towards_float(weight: Tensor, hessian: Tensor, cross: Tensor, *, share: float, damping: float) -> Tensor:
-    """The weight with which a layer that reads quantized inputs best gives what it gives for float ones.
+def towards_float(
+    weight: Tensor, hessian: Tensor, cross: Tensor, *, shares: Sequence[float], damping: float
+) -> list[Tensor]:
+    """The weights with which a layer that reads quantized inputs best gives what it gives for float ones.
 
     ``||Q X' - Y||^2`` is ``tr((Q - T) H (Q - T)^T)`` and a constant, with ``T = W + (C - W H) H^-1``: rounded for
     ``H``, ``T`` gives what GPTAQ (arXiv:2504.02692) and Qronos (arXiv:2505.11695) aim at. ``H`` is damped.
@@ -148,20 +156,22 @@ def towards_float(weight: Tensor, hessian: Tensor, cross: Tensor, *, share: floa
         weight: [G, R, K].
         hessian: ``H = X' X'^T`` over the quantized inputs, [G, K, K].
         cross: ``C = Y X'^T``, wanted outputs by quantized inputs, [G, R, K].
-        share: of the way from ``W`` to ``T``.
+        shares: of the way from ``W`` to ``T``.
         damping: share of the mean diagonal that is added to the diagonal of ``H``.
 
     Returns:
-        [G, R, K], float32.
+        [G, R, K], float32, for each share.
 
     Example:
         >>> h = torch.tensor([[[4.0]]])
-        >>> towards_float(torch.ones(1, 1, 1), h, h / 2, share=0.5, damping=0.0)
-        tensor([[[0.7500]]])
+        >>> towards_float(torch.ones(1, 1, 1), h, h / 2, shares=[0.5], damping=0.0)
+        [tensor([[[0.7500]]])]
     """
+    if not any(shares):
+        return [weight.float() for _ in shares]
     w = weight.double()
-    left = cross.double() - w @ hessian.double()
-    return (w + share * (left @ damped_inverse(hessian, damping))).float() if share else weight.float()
+    way = (cross.double() - w @ hessian.double()) @ damped_inverse(hessian, damping)
+    return [(w + share * way).float() for share in shares]
 
 
 def least_squares_steps(values: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -33,6 +33,8 @@ REACH = 2.0
 ENOUGH, PER_INPUT = 8192, 32
 """Samples that a layer needs: so many, or so many for each of its inputs."""
 
+TOGETHER = 1 << 26
+"""Weights that are rounded at once."""
 MOST = 8
 """Bits of weights."""
 ROUNDS_BACK = 0.49
@@ -124,8 +126,9 @@ class Cascade(Stage):
         layer = _Rows.of(weight, quantizer, len(parts[0].own))
         seen = _Moments.sum([p for i, p in enumerate(parts) if i % 4 != 3] or parts)
         held, everything = _Moments.sum(parts[3::4] or parts), _Moments.sum(parts)
-        best = min(self.shares, key=lambda share: held.error(self._solve(layer, seen, share)[0]))
-        values, between, factors = self._solve(layer, everything, best)
+        losses = [held.error(values) for values, _, _ in self._solve(layer, seen, self.shares)]
+        best = self.shares[losses.index(min(losses))]
+        values, between, factors = next(self._solve(layer, everything, [best]))
         quantizer.set_range(quantizer.scale * _by_block(factors.flatten().float(), quantizer))
         found = between.float().reshape(weight.shape)
         if weight.dim() == 4:
@@ -133,18 +136,32 @@ class Cascade(Stage):
         rewrite.set_tensor(student.graph, stored, found)
         rewrite.set_tensor(student.graph, _stored(node.args[2]), everything.biases(values).flatten().float())
 
-    def _solve(self, layer: _Rows, moments: _Moments, share: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Values on the grid and what was rounded to them, both [G, R, K], and factors on the steps given, [G, R].
+    def _solve(
+        self, layer: _Rows, moments: _Moments, shares: Sequence[float]
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """For each share: values on the grid and what was rounded to them, [G, R, K], and factors on the steps, [G, R].
 
         Both have the steps of least squares already, which are so many times those given.
         """
         own, cross = moments.centred()
-        target = optq.towards_float(layer.weight, own, cross, share=share, damping=self.damping)
-        given = (own.float(), layer.steps, layer.nearest)
-        real = optq.compensate(target, *given, damping=self.damping)
-        found = layer.nearest(real, layer.steps)
+        at_once = max(1, TOGETHER // layer.weight.numel())
+        for start in range(0, len(shares), at_once):
+            some = shares[start : start + at_once]
+            targets = optq.towards_float(layer.weight, own, cross, shares=some, damping=self.damping)
+            yield from (self._scaled(layer, *each, own, cross) for each in self._rounded(layer, targets, own.float()))
+
+    def _rounded(self, layer: _Rows, targets: list[Tensor], own: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """What is rounded to codes, and the values of these, [G, R, K] each, for each target: rows do not mix."""
+        rows = torch.cat(targets, dim=1)
+        given = (own, layer.steps.repeat(1, len(targets), 1), layer.nearest)
+        real = optq.compensate(rows, *given, damping=self.damping)
+        found = layer.nearest(real, given[1])
         if layer.bits <= DESCENDS and self.sweeps:
-            found = optq.sweep_codes(target, found, *given, damping=self.damping, sweeps=self.sweeps)
+            found = optq.sweep_codes(rows, found, *given, damping=self.damping, sweeps=self.sweeps)
+        return zip(real.chunk(len(targets), 1), found.chunk(len(targets), 1), strict=True)
+
+    @staticmethod
+    def _scaled(layer: _Rows, real: Tensor, found: Tensor, own: Tensor, cross: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         factors = optq.least_squares_steps(found, own, cross).clamp(1 / REACH, REACH)
         more = factors.unsqueeze(2)
         return found * more, layer.near(real, found) * more, factors

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from bitwright.graph import ops
+from bitwright.graph.devices import sent
 from bitwright.graph.points import Point, points_at
 from bitwright.graph.segments import truncate
 from bitwright.graph.units import Cut, Unit, UnitKind, cuts, find_units, float_node, part, quantized
@@ -127,7 +128,7 @@ class UnitFeed:
         if self.kept is None:
             columns = self._compute(self._images(indices))
         else:
-            chosen = indices.to(self.device)
+            chosen = sent(indices, self.device)
             columns = [rows(k, chosen).float() for k in self.kept]
         count, exits = len(self.place.floats), len(self.place.exits)
         inputs = columns[:count]
@@ -169,7 +170,7 @@ class UnitFeed:
         return [*inputs, *values[:at], *(v * r for v, r in zip(values[at:], roots, strict=True)), *roots]
 
     def _images(self, indices: Tensor) -> Tensor:
-        return as_channels_last(self.samples.batch(indices).to(self.device))
+        return as_channels_last(sent(self.samples.batch(indices), self.device))
 
     def _empty(self, indices: Tensor) -> Tensor:
         """In the place of images of which only the size is read."""

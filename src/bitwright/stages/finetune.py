@@ -229,7 +229,7 @@ class Lesson:
                 f"The loss of training is not finite at step {self.step}. Try a lower rate or more bits."
             )
         for part in used:
-            part.optimizer.step()
+            part.step()
         self.step += 1
         return loss
 

@@ -138,7 +138,7 @@ class Learner(nn.Module):
         outputs, values = self.graph(*inputs)
         return list(outputs), list(values)
 
-    def set_mix(self, mix: float, drop: float = 0.0) -> None:
+    def set_mix(self, mix: float | Tensor, drop: float | Tensor = 0.0) -> None:
         """The share of float in every activation, and the share of its elements that stay float."""
         for activation in self.activations.values():
             activation.mix, activation.drop = mix, drop

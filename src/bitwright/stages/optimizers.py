@@ -56,12 +56,17 @@ class SignDescent(torch.optim.Optimizer):
 
 @dataclass
 class OptimizedPart:
-    """One kind of variable with its optimizer; rates relative to a parameter's size where that is its scale."""
+    """One kind of variable with its optimizer; rates relative to a parameter's size where that is its scale.
+
+    On a GPU all parameters are one group, whose rate is 1: what a step changes is multiplied afterwards, by a rate that
+    may be a tensor there. Rates of their own would be groups, and each group a dozen kernels.
+    """
 
     optimizer: torch.optim.Optimizer
     learn: Learn
     parameters: list[nn.Parameter]
     sizes: list[float]
+    rate: float | Tensor = 0.0
 
     @classmethod
     def of(cls, sized: Iterable[tuple[nn.Parameter, float]], learn: Learn | None) -> OptimizedPart | None:
@@ -74,25 +79,42 @@ class OptimizedPart:
         chosen = [(p, size) for p, size in sized if p.requires_grad]
         if learn is None or not chosen:
             return None
-        parameters = [p for p, _ in chosen]
-        groups = [{"params": [p]} for p in parameters] if learn.relative else [{"params": parameters}]
+        parameters, there = [p for p, _ in chosen], chosen[0][0].is_cuda
+        groups = [{"params": [p]} for p in parameters] if learn.relative and not there else [{"params": parameters}]
         sizes = [size for _, size in chosen] if learn.relative else [1.0]
+        rate = 1.0 if there else learn.rate
         optimizer: torch.optim.Optimizer
         if learn.optimizer == "sign":
-            optimizer = SignDescent(groups, lr=learn.rate)
+            optimizer = SignDescent(groups, lr=rate)
         elif learn.optimizer == "sgd":
-            optimizer = torch.optim.SGD(groups, lr=learn.rate, momentum=0.9, foreach=True)
+            optimizer = torch.optim.SGD(groups, lr=rate, momentum=0.9, foreach=True)
         elif learn.optimizer == "adam":
-            optimizer = torch.optim.Adam(groups, lr=learn.rate, foreach=True)
+            optimizer = torch.optim.Adam(groups, lr=rate, foreach=True, capturable=there)
         else:
-            optimizer = torch.optim.RAdam(groups, lr=learn.rate, foreach=True)
+            optimizer = torch.optim.RAdam(groups, lr=rate, foreach=True, capturable=there)
         return cls(optimizer, learn, parameters, sizes)
 
     def set_rate(self, progress: float) -> None:
         """Sets the learning rate of a point of the run, from 0 to 1."""
-        rate = self.learn.rate_at(progress)
-        for group, size in zip(self.optimizer.param_groups, self.sizes, strict=True):
-            group["lr"] = rate * size
+        self.rate = self.learn.rate_at(progress)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Moves the parameters, from the gradients there are."""
+        if not self.parameters[0].is_cuda:
+            for group, size in zip(self.optimizer.param_groups, self.sizes, strict=True):
+                group["lr"] = float(self.rate) * size
+            self.optimizer.step()
+            return
+        parameters: list[Tensor] = [*self.parameters]
+        before = [p.clone() for p in parameters]
+        self.optimizer.step()
+        moved = torch._foreach_sub(parameters, before)
+        if self.learn.relative:
+            torch._foreach_mul_(moved, self.sizes)
+        torch._foreach_mul_(moved, self.rate)
+        torch._foreach_add_(before, moved)
+        torch._foreach_copy_(parameters, before)
 
     def state(self) -> dict[str, Tensor]:
         """What the optimizer remembers, by the parameter's position and the name of the value."""
@@ -103,13 +125,14 @@ class OptimizedPart:
         }
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Puts back what :meth:`state` gave."""
+        """Puts back what :meth:`state` gave; an optimizer that has not taken a step remembers nothing."""
+        self.optimizer.state.clear()
         for position, p in enumerate(self.parameters):
             prefix = f"{position}/"
             kept = {n.removeprefix(prefix): t.clone() for n, t in state.items() if n.startswith(prefix)}
             if kept:
                 self.optimizer.state[p] = {
-                    n: t if n == "step" else t.to(p.device).to(memory_format=_format(p)) for n, t in kept.items()
+                    n: t.to(p.device if p.is_cuda else "cpu") if n == "step" else _as(p, t) for n, t in kept.items()
                 }
 
 
@@ -125,6 +148,7 @@ def optimizers_of(learner: Learner, rates: Rates) -> list[OptimizedPart]:
     return [part for part in found if part is not None]
 
 
-def _format(p: Tensor) -> torch.memory_format:
+def _as(p: Tensor, value: Tensor) -> Tensor:
+    """On a parameter's device, in its order."""
     last = p.dim() == 4 and p.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last else torch.contiguous_format
+    return value.to(p.device).to(memory_format=torch.channels_last if last else torch.contiguous_format)

@@ -59,12 +59,14 @@ MEASURED_IMAGES = 256
 SCORED_AT_ONCE = 16
 """Images in one backward pass for scores, which holds the gradients at all points."""
 TEACHER_MEMORY, UNIT_MEMORY = 1 << 28, 1 << 30
-"""Bytes that the float network's values may take on a CPU, and elsewhere, or what a unit reads and gives; they are
-computed anew for every batch where it is not enough, which costs a unit all that lies ahead of it."""
+"""Bytes that the float network's values may take on a CPU, or what a unit reads and gives; they are computed anew for
+every batch where it is not enough, which costs a unit all that lies ahead of it."""
 WORTH_IT = 1.3
 """How much faster another precision, or a compiled network, must be to be taken."""
-SHORT = 30.0
+SHORT, SHORT_ON_GPU = 30.0, 5.0
 """Seconds of all steps in float32 below which nothing else is tried: two runs of one seed then take the same way."""
+LONG = 600.0
+"""Seconds of all steps from which PyTorch's compiler is tried on a GPU: for ResNet-18 it takes minutes."""
 OVERHEAD = 1.15
 """A whole step over its forward and backward pass."""
 NOTHING = "There is nothing to optimise: no convolution or linear layer has weights or inputs to quantize."
@@ -408,27 +410,33 @@ class Reconstruct(Optimising):
             beside: seconds that are not for steps.
         """
         steps = self.steps if run.steps is None else run.steps
-        ways = self._ways(run)
-        if (len(ways) == 1 and run.minutes is None) or steps == 0:
+        ways = [(p, False) for p in (["float32", "bfloat16"] if run.precision == "auto" else [run.precision])]
+        compiles = run.device.type == "cuda" and self.unit == "network"  # on a CPU it takes minutes, and for each unit
+        if (len(ways) == 1 and run.minutes is None and not compiles) or steps == 0:
             return Pace(steps, *ways[0], {})
         run.progress("Measuring the speed of a step", 0, 0)
-        seconds: dict[str, float] = {}
-        for way in ways:
-            measured = seconds_of(Pace(1, *way, {}))
-            seconds[_name(way)] = together.from_first(lambda: round(measured, 4))  # noqa: B023 - at once
-            if run.minutes is None and seconds[_name(ways[0])] * steps < SHORT:
-                return Pace(steps, *ways[0], seconds)
-        fastest = min(ways, key=lambda w: seconds[_name(w)] * (1 if w == ways[0] else WORTH_IT))
-        if run.minutes is not None:
-            left = run.minutes * 60 - (time.perf_counter() - run.started) - beside()
-            steps = together.from_first(lambda: max(1, int(left / (seconds[_name(fastest)] * OVERHEAD))))
-        return Pace(steps, *fastest, seconds)
+        seconds: dict[tuple[str, bool], float] = {}
 
-    def _ways(self, run: Run) -> list[tuple[str, bool]]:
-        """(precision, compiled) to choose from. Compiling takes minutes on a CPU, and anew for every blend and unit."""
-        precisions = ["float32", "bfloat16"] if run.precision == "auto" else [run.precision]
-        worth = run.device.type == "cuda" and self.gradual is None and self.unit == "network"
-        return [(p, c) for p in precisions for c in ([False, True] if worth else [False])]
+        def measure(way: tuple[str, bool]) -> None:
+            measured = seconds_of(Pace(1, *way, {}))
+            seconds[way] = together.from_first(lambda: round(measured, 5))
+
+        def fastest() -> tuple[str, bool]:
+            return min(seconds, key=lambda w: seconds[w] * (1 if w == ways[0] else WORTH_IT))
+
+        def left() -> float:
+            if run.minutes is None:
+                return seconds[fastest()] * steps
+            return run.minutes * 60 - (time.perf_counter() - run.started) - beside()
+
+        for way in ways:
+            if not seconds or run.minutes is not None or left() >= _short(run.device):
+                measure(way)
+        if compiles and together.from_first(left) >= LONG:
+            measure((fastest()[0], True))
+        if run.minutes is not None:
+            steps = together.from_first(lambda: max(1, int(left() / (seconds[fastest()] * OVERHEAD))))
+        return Pace(steps, *fastest(), {_name(way): found for way, found in seconds.items()})
 
     def _tuner(self, learner: Learner, feed: Feed, objective: Objective, run: Run, plan: Pace) -> Tuner:
         precision = getattr(torch, plan.precision)
@@ -472,6 +480,12 @@ class Reconstruct(Optimising):
         self._finish(record, student, teacher, images, run, before)
         return student
 
+    def _room(self, device: torch.device) -> int:
+        """Bytes that the float network's values may take."""
+        if device.type != "cpu":
+            return pass_budget(device) // 2
+        return TEACHER_MEMORY if self.unit == "network" else UNIT_MEMORY
+
     def _graph(self, student: Student) -> fx.GraphModule:
         """The student as it is optimised: with activations in float if they are not quantized meanwhile."""
         return student.graph if self.activations else without_activations(student.graph)
@@ -513,7 +527,7 @@ class Reconstruct(Optimising):
         """Optimises a unit and puts the result into the student, unless what was there had the lower loss."""
         started, place = time.perf_counter(), work.feed.place
         tuner = self._tuner(work.learner, work.feed, work.objective, run, saved.plan)
-        work.feed.keep(UNIT_MEMORY, saved.plan.steps * tuner.batch, tuner.batch)
+        work.feed.keep(self._room(run.device), saved.plan.steps * tuner.batch, tuner.batch)
         given = student.snapshot()
         before = work.loss(part(self._graph(student), place.cut), run)
         self._optimise(tuner, saved, run, record, shown)
@@ -546,7 +560,7 @@ class Reconstruct(Optimising):
                 work = self._work(student, teacher, place, few, run)
                 if _learns(work.learner):
                     started = time.perf_counter()
-                    work.feed.keep(UNIT_MEMORY, len(few), self.batch)
+                    work.feed.keep(self._room(run.device), len(few), self.batch)
                     filling[position] = time.perf_counter() - started
                     total += _seconds(self._tuner(work.learner, work.feed, work.objective, run, plan), plan)
             return total
@@ -567,10 +581,8 @@ class Reconstruct(Optimising):
         steps = saved.plan.steps
         unit, done, total = shown or ("", 0, steps)
         saved.load(tuner)
-        uses, budget = steps * tuner.batch, UNIT_MEMORY
-        if self.unit == "network" and run.device.type == "cpu":
-            budget = TEACHER_MEMORY
-        kept = tuner.step < steps and tuner.feed.keep(budget, uses, tuner.at_once)
+        uses, room = steps * tuner.batch, self._room(run.device)
+        kept = tuner.step < steps and tuner.feed.keep(room, uses, tuner.at_once)
         record.batch, record.at_once, record.teacher = tuner.batch, tuner.at_once, "kept" if kept else "live"
         good, recent, decided = tuner.state_copy(), 0.0, ""
         started, first = time.perf_counter(), tuner.step
@@ -651,6 +663,10 @@ def _free(kind: str, taken: Container[str]) -> str:
     """
     names = (kind if i == 1 else f"{kind} {i}" for i in itertools.count(1))
     return next(n for n in names if n not in taken)
+
+
+def _short(device: torch.device) -> float:
+    return SHORT if device.type == "cpu" else SHORT_ON_GPU
 
 
 def _name(way: tuple[str, bool]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import time
@@ -14,9 +15,11 @@ from torch import Tensor, fx
 
 from bitwright import together
 from bitwright.errors import BitwrightError
+from bitwright.graph.devices import sent
 from bitwright.graph.points import Point
 from bitwright.memory import saved_bytes
 from bitwright.quant.learned import Rounding, rounding_regularizer
+from bitwright.recording import WARM, Recording, can_record, tidy
 from bitwright.stages.learner import Learner
 from bitwright.stages.losses import weighted_distance
 from bitwright.stages.optimizers import Rates, optimizers_of
@@ -86,6 +89,41 @@ class Batch(NamedTuple):
     roots: list[Tensor] | None = None
 
 
+class Knobs(NamedTuple):
+    """What changes from step to step beside the batch: numbers, or scalar tensors where steps are recorded.
+
+    Attributes:
+        mix: share of float in activations.
+        drop: share of their elements that stay float.
+        strength: of the regularizer.
+        beta: its exponent.
+        share: of the way that codes go to their integers.
+        rates: of each kind of variable.
+    """
+
+    mix: float | Tensor
+    drop: float | Tensor
+    strength: float | Tensor
+    beta: float | Tensor
+    share: float | Tensor
+    rates: tuple[float | Tensor, ...]
+
+    def changing(self) -> list[str]:
+        """Those that are neither nothing nor everything; a recording of a step reads them, and is made for the rest."""
+        found = [name for name in ("mix", "drop") if 0 < getattr(self, name) < 1]
+        found += ["strength", "beta"] if self.strength else []
+        return found + (["share"] if self.share else [])
+
+    def way(self) -> tuple[object, ...]:
+        """What the others are: a recording is good for this alone."""
+        return tuple(value for name, value in self._asdict().items() if name not in {*self.changing(), "rates"})
+
+    def replaced(self, numbers: Tensor) -> Knobs:
+        """The same, with those that change, and the rates, from a vector."""
+        each, names = list(numbers.unbind()), self.changing()
+        return self._replace(**dict(zip(names, each, strict=False)), rates=tuple(each[len(names) :]))
+
+
 class NotFiniteError(BitwrightError):
     """The loss became NaN or infinite."""
 
@@ -118,7 +156,7 @@ class Targets:
         """Values for the samples at these positions, [N ...] each."""
         if self.kept is None:
             return self._compute(images)
-        chosen = indices.to(images.device)
+        chosen = sent(indices, images.device)
         return [rows(k, chosen) for k in self.kept]
 
     def bytes_of(self, images: Tensor, dtype: torch.dtype | None = None) -> int:
@@ -144,7 +182,8 @@ class OnDevice:
 
     def batch(self, indices: Sequence[int] | Tensor) -> Tensor:
         """Some of them."""
-        return self.whole[torch.as_tensor(list(indices)).to(self.whole.device)]
+        chosen = indices if isinstance(indices, Tensor) else torch.tensor(list(indices))
+        return self.whole[sent(chosen, self.whole.device)]
 
 
 def held_on(samples: Samples, device: torch.device, budget: int) -> Samples:
@@ -168,7 +207,7 @@ class ImageFeed:
 
     def __call__(self, indices: Tensor) -> Batch:
         """Images and the float network's values."""
-        images = as_channels_last(self.samples.batch(indices).to(self.device))
+        images = as_channels_last(sent(self.samples.batch(indices), self.device))
         return Batch([images], self.targets(indices, images))
 
     def keep(self, budget: int, uses: int, at_once: int) -> bool:
@@ -238,7 +277,7 @@ class Objective:
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """For the samples at these positions: weights [B, L] and the mean weight of each point [L], normalised."""
-        weights = self.weights[indices]
+        weights = self.weights[sent(indices, self.weights.device)]
         mean = weights.mean(0)
         if self.normalise:
             largest = mean.max().clamp_min(1e-30)
@@ -290,7 +329,8 @@ class Tuner:
         device: torch.device,
         seed: int,
     ) -> None:
-        self.learner, self.feed, self.objective = learner, feed, objective
+        self.learner, self.feed = learner, feed
+        self.objective = replace(objective, weights=objective.weights.to(device))
         self.settings, self.steps, self.precision, self.device, self.seed = settings, steps, precision, device, seed
         self.step = 0
         self.at_once = self.batch
@@ -301,6 +341,7 @@ class Tuner:
         self.pending: list[Tensor] = []
         self.of_point = learner.of_point()
         self.parts = optimizers_of(learner, settings)
+        self.recording = Recording(device) if can_record(device) and not together.is_shared() else None
 
     @property
     def batch(self) -> int:
@@ -319,47 +360,108 @@ class Tuner:
         Raises:
             NotFiniteError: the loss is not; nothing was changed.
         """
-        progress = self.step / self.steps
-        if self.settings.drops:
-            torch.manual_seed(self.seed * 1_000_003 + self.step)
-        for part in self.parts:
-            part.set_rate(progress)
-            part.optimizer.zero_grad(set_to_none=True)
-        loss = self.backward(self.indices(self.step), progress)
-        for part in self.parts:
-            part.optimizer.step()
-        self._dampen(progress)
+        loss = self.take(self.step / self.steps)
         self.step += 1
         return loss
 
-    def backward(self, indices: Tensor, progress: float) -> float | None:
-        """Gradients of the loss on a batch; the loss without regularizer, None where it was not looked at yet.
+    def take(self, progress: float) -> float | None:
+        """The same at a point of the run, from 0 to 1, without counting it."""
+        if self.settings.drops:
+            torch.manual_seed(self.seed * 1_000_003 + self.step)
+        indices, knobs = self.indices(self.step), self.knobs(progress)
+        if self.recording is None or self.at_once < len(indices):
+            return self._take(indices, knobs)
+        numbers = [*(getattr(knobs, name) for name in knobs.changing()), *knobs.rates]
+        vector = sent(torch.tensor(numbers, dtype=torch.float32), self.device)
+        if not self.recording.is_warm((*knobs.changing(), *knobs.way())):
+            with self.recording.warming():
+                return self._take(indices, knobs.replaced(vector))
+        if self.recording.graph is None:
+            tidy()
+        batch, (weights, mean) = self.feed(indices), self.objective.batch(indices)
+        roots, ends = batch.roots or [], (len(batch.inputs), len(batch.inputs) + len(batch.targets))
 
-        Where memory does not suffice, parts of half the size are tried from then on.
-        """
-        weights, mean = (t.to(self.device) for t in self.objective.batch(indices))
-        self.learner.set_mix(*self.settings.mix(progress))
+        def step(given: list[Tensor]) -> Tensor:
+            *tensors, w, m, n = given
+            same = Batch(tensors[: ends[0]], tensors[ends[0] : ends[1]], tensors[ends[1] :] or None)
+            return self._record(same, w, m, knobs.replaced(n))
+
+        terms = self.recording.play([*batch.inputs, *batch.targets, *roots, weights, mean, vector], step)
+        if terms is None:
+            self.recording = None
+            return self._take(indices, knobs)
+        self.pending.append(terms)
+        return None
+
+    def knobs(self, progress: float) -> Knobs:
+        """At a point of the run, from 0 to 1."""
+        decide, codes = self.settings.decide, self.settings.codes
+        for part in self.parts:
+            part.set_rate(progress)
+        strength = beta = share = 0.0
+        if isinstance(decide, Anneal) and self.settings.rounding == "soft":
+            strength, beta = decide.strength(progress), decide.beta(progress)
+        elif isinstance(decide, Dampen) and codes is not None:
+            share = decide.share(progress, self.steps, codes.rate_at(progress))
+        return Knobs(*self.settings.mix(progress), strength, beta, share, tuple(part.rate for part in self.parts))
+
+    def _take(self, indices: Tensor, knobs: Knobs) -> float | None:
+        """One step, operator by operator."""
+        self._forget_gradients()
+        loss = self._backward(indices, knobs)
+        self._move(knobs)
+        return loss
+
+    def _record(self, batch: Batch, weights: Tensor, mean: Tensor, knobs: Knobs) -> Tensor:
+        """The whole of a step whose batch passes at once; its terms, [L]."""
+        self._forget_gradients()
+        self.learner.set_mix(knobs.mix, knobs.drop)
+        terms = torch.stack(self._terms(batch, weights))
+        torch.autograd.backward(terms.sum() + self._regularizer(mean, knobs))
+        self._move(knobs)
+        return terms.detach()
+
+    def _forget_gradients(self) -> None:
+        for part in self.parts:
+            part.optimizer.zero_grad(set_to_none=True)
+
+    def _move(self, knobs: Knobs) -> None:
+        """Moves all variables, from the gradients there are."""
+        for part, rate in zip(self.parts, knobs.rates, strict=True):
+            part.rate = rate
+            part.step()
+        if isinstance(knobs.share, Tensor) or knobs.share:
+            for weight in self.learner.weights.values():
+                weight.dampen(knobs.share)
+
+    def backward(self, indices: Tensor, progress: float) -> float | None:
+        """Gradients of the loss on a batch; the loss without regularizer, None where it was not looked at yet."""
+        return self._backward(indices, self.knobs(progress))
+
+    def _backward(self, indices: Tensor, knobs: Knobs) -> float | None:
+        """The same. Where memory does not suffice, parts of half the size are tried from then on."""
+        weights, mean = self.objective.batch(indices)
+        self.learner.set_mix(knobs.mix, knobs.drop)
         if together.is_shared():
-            return self._backward_together(indices, weights, mean, progress)
+            return self._backward_together(indices, weights, mean, knobs)
         while True:
             try:
-                return self._backward_alone(indices, weights, mean, progress)
+                return self._backward_alone(indices, weights, mean, knobs)
             except torch.OutOfMemoryError:
                 if self.at_once == 1:
                     raise
             self.at_once = math.ceil(self.at_once / 2)  # behind the clause, which holds the tensors of what failed
-            for part in self.parts:
-                part.optimizer.zero_grad(set_to_none=True)
+            self._forget_gradients()
             torch.cuda.empty_cache()
             if self.settings.drops:
                 torch.manual_seed(self.seed * 1_000_003 + self.step)
 
-    def _backward_alone(self, indices: Tensor, weights: Tensor, mean: Tensor, progress: float) -> float | None:
+    def _backward_alone(self, indices: Tensor, weights: Tensor, mean: Tensor, knobs: Knobs) -> float | None:
         """The same, in as few parts as memory allows."""
-        regularizer, loss, terms = self._regularizer(mean, progress), 0.0, list[Tensor]()
+        regularizer, loss, terms = self._regularizer(mean, knobs), 0.0, list[Tensor]()
         for start in range(0, len(indices), self.at_once):
             part = slice(start, start + self.at_once)
-            each = torch.stack(self._terms(indices[part], weights[part]))
+            each = torch.stack(self._terms(self.feed(indices[part]), weights[part]))
             distance, share = each.sum(), len(indices[part]) / len(indices)
             if self.patient:
                 terms.append(each.detach() * share)
@@ -384,7 +486,7 @@ class Tuner:
             self._check(terms, self.step - len(pending) + position)
         return [float(terms.sum()) for terms in rows]
 
-    def _backward_together(self, indices: Tensor, weights: Tensor, mean: Tensor, progress: float) -> float | None:
+    def _backward_together(self, indices: Tensor, weights: Tensor, mean: Tensor, knobs: Knobs) -> float | None:
         """The same in parts of a fixed size, whose gradients are added along one tree, whoever computes them."""
         learned = [p for part in self.parts for p in part.parameters]
         starts = range(0, len(indices), self.at_once)
@@ -394,8 +496,8 @@ class Tuner:
                 torch.manual_seed((self.seed * 1_000_003 + self.step) * len(starts) + position)
             part = slice(starts[position], starts[position] + self.at_once)
             share = len(indices[part]) / len(indices)
-            terms = torch.stack(self._terms(indices[part], weights[part])) * share
-            torch.autograd.backward(terms.sum() + (0.0 if position else self._regularizer(mean, progress)))
+            terms = torch.stack(self._terms(self.feed(indices[part]), weights[part])) * share
+            torch.autograd.backward(terms.sum() + (0.0 if position else self._regularizer(mean, knobs)))
             return terms
 
         terms = together.tree_gradients(learned, len(starts), terms_of, len(self.learner.points))
@@ -405,9 +507,8 @@ class Tuner:
         self.pending.append(terms)
         return None
 
-    def _terms(self, indices: Tensor, weights: Tensor) -> list[Tensor]:
-        """Weighted distances of these samples, point by point."""
-        batch = self.feed(indices)
+    def _terms(self, batch: Batch, weights: Tensor) -> list[Tensor]:
+        """Weighted distances of a batch, point by point."""
         with autocast(self.device, self.precision):
             _, student = self.network(*batch.inputs)
         return self.objective.distances(student, batch, weights, self.learner.points)
@@ -428,7 +529,8 @@ class Tuner:
         Parts of less than :data:`FEW` samples are slow: for those there may be three times as many bytes.
         The size of the parts follows from the network and the precision alone: two runs take the same.
         """
-        few, more = (self._held(n) for n in (1, 2)) if self.batch > 1 else (0, 1)
+        with contextlib.nullcontext() if self.recording is None else self.recording.beside():
+            few, more = (self._held(n) for n in (1, 2)) if self.batch > 1 else (0, 1)
         each = max(1, more - few)
         fitting = max(1, min(self.batch, max(budget // each, min(FEW, 3 * budget // each))))
         self.at_once = math.ceil(self.batch / math.ceil(self.batch / fitting))
@@ -441,29 +543,16 @@ class Tuner:
         with autocast(self.device, self.precision):
             return saved_bytes(lambda: self.learner(*batch.inputs)) + 2 * sum(t.nbytes for t in batch.targets)
 
-    def _regularizer(self, mean: Tensor, progress: float) -> Tensor | float:
-        decide = self.settings.decide
-        if self.settings.rounding != "soft" or not isinstance(decide, Anneal):
+    def _regularizer(self, mean: Tensor, knobs: Knobs) -> Tensor | float:
+        if not isinstance(knobs.strength, Tensor) and not knobs.strength:
             return 0.0
-        strength = decide.strength(progress)
-        if not strength:
-            return 0.0
-        beta = decide.beta(progress)
-        scale = mean if self.objective.normalise else torch.ones(len(self.of_point))
+        scale = mean if self.objective.normalise else mean.new_ones(len(self.of_point))
         terms = [
-            rounding_regularizer(w.softness(), beta) * s
+            rounding_regularizer(w.softness(), knobs.beta) * s
             for w, s in zip(self.of_point, scale, strict=True)
             if w is not None
         ]
-        return strength * torch.stack(terms).sum() if terms else 0.0
-
-    def _dampen(self, progress: float) -> None:
-        decide, codes = self.settings.decide, self.settings.codes
-        if not isinstance(decide, Dampen) or codes is None:
-            return
-        share = decide.share(progress, self.steps, codes.rate_at(progress))
-        for weight in self.learner.weights.values():
-            weight.dampen(share)
+        return knobs.strength * torch.stack(terms).sum() if terms else 0.0
 
     def check_finite(self) -> None:
         """Looks at all variables.
@@ -504,6 +593,8 @@ class Tuner:
         for i, part in enumerate(self.parts):
             prefix = f"optimizer/{i}/"
             part.load({n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)})
+        if self.recording is not None:
+            self.recording.forget()
         self.step = step
 
 
@@ -516,7 +607,12 @@ def as_channels_last(images: Tensor) -> Tensor:
 
 
 def seconds_per_step(tuner: Tuner, repeats: int = 3) -> float:
-    """Of forward and backward pass, the median of a few after one to warm up; nothing is changed."""
+    """Of a step, the median of a few after what warms it up; nothing is changed.
+
+    On a CPU it is that of the forward and the backward pass, beside which the rest is little.
+    """
+    if tuner.recording is not None:
+        return _recorded_seconds(tuner, repeats)
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -525,6 +621,17 @@ def seconds_per_step(tuner: Tuner, repeats: int = 3) -> float:
             torch.cuda.synchronize(tuner.device)
         times.append(time.perf_counter() - start)
     tuner.pending.clear()
-    for part in tuner.parts:
-        part.optimizer.zero_grad(set_to_none=True)
+    tuner._forget_gradients()
     return statistics.median(times[1:])
+
+
+def _recorded_seconds(tuner: Tuner, repeats: int) -> float:
+    before, times = tuner.state_copy(), []
+    for _ in range(WARM + 1 + repeats):
+        start = time.perf_counter()
+        tuner.take(0.5)
+        torch.cuda.synchronize(tuner.device)
+        times.append(time.perf_counter() - start)
+    tuner.pending.clear()
+    tuner.load(before, tuner.step)
+    return statistics.median(times[-repeats:])
