@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -28,11 +30,44 @@ def test_dots_lie_where_their_numbers_are_on_logarithms_too() -> None:
     assert (found[2][0] - found[1][0]) == pytest.approx(2 * (found[1][0] - found[0][0]), rel=1e-3)
 
 
-def test_what_has_no_logarithm_is_left_out_and_a_gap_ends_a_line() -> None:
-    line = Series([1, 2, 3, 4, 5], [1.0, 2.0, None, 0.0, 3.0], marks=("line", "dot"))
-    drawn = Panel((line,), y_log=True).markup()
+def ticks_of(drawn: str, side: str) -> list[tuple[float, str]]:
+    """Where ticks are, in percent of the chart, and what they say."""
+    return [(float(at), said) for at, said in re.findall(rf'<span style="{side}:([\d.]+)%"[^>]*>([^<]+)</span>', drawn)]
+
+
+def test_what_has_no_logarithm_lies_at_the_low_end_which_says_so() -> None:
+    line = Series([1, 2, 3, 4], [1.0, 20.0, 0.0, 3.0], marks=("line", "dot"))
+    found = Panel((line,), y_log=True).markup()
+    assert found.count("<polyline") == 1
+    heights = [100 - y for _, y in places(found)]
+    assert heights[2] == 0
+    assert min(heights[0], heights[3]) > 5
+    assert (100.0, "0") in ticks_of(found, "top")
+    assert "3: 0</title>" in found
+    assert ">≤ 0<" in Panel((Series([1, 2], [-1.0, 3.0]),), y_log=True).markup()
+    for count in (3, 12):
+        along = [0.0, *(10.0**i for i in range(count))]
+        drawn = Panel((Series(along, [0.5] * len(along)),), x_log=True).markup()
+        lefts = [x for x, _ in places(drawn)]
+        assert lefts[0] == 0
+        assert lefts[1] > 5
+        assert (0.0, "0") in ticks_of(drawn, "left")
+        steps = [b - a for a, b in itertools.pairwise(lefts[1:])]
+        assert steps == pytest.approx([steps[0]] * len(steps), rel=1e-3)
+
+
+def test_whiskers_below_zero_end_at_the_axis_and_make_no_place() -> None:
+    drawn = Panel((Series([1, 2], [1.0, 2.0], ends=[(-1.0, 3.0), (1.5, 2.5)]),), y_log=True).markup()
+    assert [said for _, said in ticks_of(drawn, "top") if "0" in said.split()] == []
+    assert drawn.count("whisker") == 2
+
+
+def test_a_gap_ends_a_line() -> None:
+    line = Series([1, 2, 3, 4, 5, math.nan], [1.0, 2.0, None, math.nan, 3.0, 4.0], marks=("line", "dot"))
+    drawn = Panel((line,)).markup()
     assert len(places(drawn)) == 3
     assert drawn.count("<polyline") == 2
+    assert 'aria-label="values. 1 to 4."' in drawn
 
 
 def test_names_are_in_their_order_and_bars_stand_side_by_side() -> None:
@@ -62,10 +97,26 @@ def test_series_of_one_name_have_one_entry_in_the_key() -> None:
     assert 'class="key"' not in single(Panel(tuple(seeds)))
 
 
-@pytest.mark.parametrize("values", [[], [None], [0.0], [0.3, 0.3]])
-def test_any_values_make_a_panel(values: list[float | None]) -> None:
-    for log in (False, True):
-        assert "chart" in Panel((Series(list(range(1, len(values) + 1)), values),), y_log=log).markup()
+ODD = (math.nan, math.inf, -math.inf, 0.0, -0.0, -1.0, 5e-324, 1e-300, 0.3, 1e20, 1.7e308, -1.7e308)
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize(
+    "values",
+    [[], [None], [0.3, 0.3], [1e20, 1e20], [0.0, 5e-324], [1e300, -1e300], *([v] for v in ODD), [*ODD], [None, *ODD]],
+    ids=str,
+)
+def test_any_values_make_a_panel(values: list[float | None], log: bool) -> None:
+    along = [0.5 if v is None else v for v in values]
+    for marks in (("line", "dot"), ("bar",)):
+        across = Series(along, [1.0] * len(values), marks=marks)  # type: ignore[arg-type]
+        up = Series(list(range(1, len(values) + 1)), values, marks=marks)  # type: ignore[arg-type]
+        for series in (across, up, replace(across, y=values), replace(up, ends=[(v, v) for v in along])):
+            level = along[0] if along else None
+            for more in ({}, {"level": level}, {"least": 0.0, "most": 1.0}, {"y_holds": (0.0, 1.0)}):
+                drawn = Panel((series,), x_log=log, y_log=log, **more).markup()  # type: ignore[arg-type]
+                assert "chart" in drawn
+                assert not re.search(r'[":(,%](nan|-?inf)\b', drawn)
 
 
 def test_names_are_escaped_and_nothing_is_fetched() -> None:

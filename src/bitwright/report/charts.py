@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,7 +29,9 @@ class Axis:
     log: bool = False
 
     def at(self, value: float) -> float:
-        """Position in percent of the length, from the low end."""
+        """Position in percent of the length, from the low end; what has no logarithm lies there."""
+        if self.log and value <= 0:
+            return 0.0
         low, high, value = (math.log10(v) if self.log else v for v in (self.low, self.high, value))
         return round(100 * (value - low) / (high - low or 1.0), 3)
 
@@ -44,8 +47,10 @@ def linear(low: float, high: float, name: str = "", *, count: int = 4, label: st
         >>> [t for t, _ in linear(0.0, 47.0).ticks]
         [0.0, 20.0, 40.0]
     """
-    if high <= low:
-        low, high = low - 0.5, high + 0.5
+    largest = max(abs(low), abs(high))
+    if high - low <= max(1e-12 * largest, sys.float_info.min):  # no step between them that a tick could show
+        half = max(0.5, 1e-6 * largest)
+        low, high = low - half, high + half
     room = (high - low) * margin
     low, high = low - room, high + room
     step = _round_step((high - low) / count)
@@ -67,7 +72,7 @@ def _round_step(wanted: float) -> float:
 def logarithmic(low: float, high: float, name: str = "") -> Axis:
     """An axis of powers of ten around positive values."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high) - 1e-9)
-    last = max(last, first + 1)
+    last = min(max(last, first + 1), sys.float_info.max_10_exp)
     step = max(1, -(-(last - first) // 4))
     ticks = [(10.0**e, number(10.0**e, 1) if -3 <= e <= 3 else _power(e)) for e in range(first, last + 1, step)]
     return Axis(10.0**first, 10.0**last, tuple(ticks), name, log=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeGuard
 
 from bitwright.report import charts
 from bitwright.report.charts import Axis, Tick
@@ -17,6 +18,10 @@ COLOURS = 6
 """Looks ``c0`` to ``c5`` of the style sheet, told apart by colour-blind readers too (Okabe and Ito, 2008)."""
 ROOM = 1.2
 """Beside the outermost values on a logarithmic axis, as a factor."""
+EDGE = 0.1
+"""Between what has a logarithm and the place of what has none, of the axis."""
+LARGEST = 1e300
+"""In size; what is larger, infinite or no number has no place."""
 BAR = 0.8
 """Width of bars, of the distance between their places."""
 
@@ -32,7 +37,7 @@ class Series:
 
     Attributes:
         x: places along the axis: numbers, or names that stand in the order in which they come.
-        y: heights; None where there is none.
+        y: heights; None where there is none. What is no number, of ``x`` or ``y``, is left out.
         look: classes of the style sheet.
         marks: what is drawn at each place.
         name: in the key; series of one name have one entry.
@@ -57,7 +62,7 @@ class Series:
 
     def heights(self) -> Iterator[float]:
         """Everything that the axis has to hold."""
-        yield from (v for v in (*self.y, *itertools.chain(*self.ends)) if v is not None)
+        yield from filter(_has_place, (*self.y, *itertools.chain(*self.ends)))
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,9 @@ class Panel:
         series: the lowest first.
         x_name: of the horizontal axis.
         y_name: of the vertical one.
-        x_log: whether x is logarithmic; ticks are at the values then.
-        y_log: whether y is, where there are positive values.
+        x_log: whether x is logarithmic, where there are positive values; ticks are at few values then. Those that are
+            zero or less lie at the low end, which says so.
+        y_log: whether y is, in the same way.
         shares: whether y is a fraction, shown in percent.
         level: a line over the whole width.
         level_look: of that line.
@@ -102,7 +108,7 @@ class Panel:
         """The chart."""
         names = list(dict.fromkeys(v for s in self.series for v in s.x if isinstance(v, str)))
         x, y = self._along(names), self._up()
-        marks = [] if self.level is None else [charts.horizontal(y.within(self.level), y, self.level_look)]
+        marks = [charts.horizontal(y.within(v), y, self.level_look) for v in (self.level,) if _has_place(v)]
         labels: list[Markup] = []
         bars = [s for s in self.series if "bar" in s.marks]
         for series in self.series:
@@ -113,7 +119,7 @@ class Panel:
             labels += [
                 charts.label(said, a, b, x, y, "" if series.ends else "over")
                 for said, a, b in zip(series.labels, places, series.y, strict=False)
-                if b is not None and (not y.log or b > 0)
+                if _has_place(a) and _has_place(b)
             ]
         return charts.chart(
             marks,
@@ -128,14 +134,15 @@ class Panel:
     def _along(self, names: list[str]) -> Axis:
         if names:
             return Axis(0.5, len(names) + 0.5, tuple((float(i), n) for i, n in enumerate(names, 1)), self.x_name)
-        values = sorted({float(v) for s in self.series for v in s.x} | {*self.x_holds})
+        places = (float(v) for s in self.series for v in s.x)
+        values = sorted({*filter(_has_place, places), *self.x_holds})
         if not values:
             return Axis(0.0, 1.0, name=self.x_name)
         low, high = values[0], values[-1]
-        if self.x_log and len(values) <= 8:
-            return Axis(low / ROOM, high * ROOM, tuple((v, f"{v:g}") for v in values), self.x_name, log=True)
-        if self.x_log:
-            return _logarithmic(low, high, self.x_name)
+        if self.x_log and high > 0:
+            found = _logarithmic(values, self.x_name)
+            few = tuple((v, f"{v:g}") for v in values if v > 0)
+            return found if len(few) > 8 else replace(found, ticks=(*_end(values, found.low), *few))
         if self.x_holds or any("bar" in s.marks for s in self.series):
             low, high = low - 0.5, high + 0.5
         found = charts.linear(low, high, self.x_name, count=5, margin=0.02)
@@ -146,12 +153,11 @@ class Panel:
     def _up(self) -> Axis:
         values = [v for s in self.series for v in s.heights()] + [
             *self.y_holds,
-            *([] if self.level is None else [self.level]),
+            *(v for v in (self.level,) if _has_place(v)),
         ]
-        positive = [v for v in values if v > 0]
-        if self.y_log and positive:
-            low = min(positive) if self.least is None else self.least
-            return _logarithmic(low, max(positive) if self.most is None else self.most, self.y_name)
+        if self.y_log and max(values, default=0.0) > 0:
+            drawn = [v for s in self.series for v in s.y if _has_place(v) and v <= 0]
+            return _logarithmic([*drawn, *(v for v in values if v > 0)], self.y_name, self.least, self.most)
         bars = any("bar" in s.marks for s in self.series)
         values += [0.0] if bars else []
         low, high = min(values, default=0.0), max(values, default=1.0)
@@ -167,7 +173,7 @@ class Panel:
         """The panel for those who do not see it."""
         said = []
         for series in self.series:
-            known = [v for v in series.y if v is not None]
+            known = [v for v in series.y if _has_place(v)]
             if known and "faint" not in series.look:
                 ends = " to ".join(_value(v, self.shares) for v in dict.fromkeys((min(known), max(known))))
                 said.append(f"{series.name}: {ends}" if series.name else ends)
@@ -220,11 +226,11 @@ def single(panel: Panel, *caption: Child) -> Markup:
 
 
 def _drawn(series: Series, places: list[float], x: Axis, y: Axis, width: float, shares: bool) -> list[Markup]:
-    """The marks of one series; what has no logarithm has none."""
+    """The marks of one series."""
     known = [
         (i, a, y.within(b))
         for i, (a, b) in enumerate(zip(places, series.y, strict=True))
-        if b is not None and (not y.log or b > 0)
+        if _has_place(a) and _has_place(b)
     ]
     found: list[Markup] = []
     if "line" in series.marks:
@@ -232,7 +238,7 @@ def _drawn(series: Series, places: list[float], x: Axis, y: Axis, width: float, 
             charts.polyline([a for _, a, _ in run], [b for _, _, b in run], x, y, series.look) for run in _runs(known)
         ]
     for i, a, b in known:
-        title = series.titles[i] if series.titles else f"{_named(series, i)}{_value(b, shares)}"
+        title = series.titles[i] if series.titles else f"{_named(series, i)}{_value(series.y[i] or 0.0, shares)}"
         if "bar" in series.marks:
             base = y.low if y.log else y.within(0.0)
             found.append(charts.bar(a - width / 2, a + width / 2, base, b, x, y, series.look, title))
@@ -263,14 +269,30 @@ def _runs(known: list[tuple[int, float, float]]) -> list[list[tuple[int, float, 
     return found
 
 
-def _logarithmic(low: float, high: float, name: str) -> Axis:
-    """No longer than the values need, with powers of ten where two are inside."""
-    low, high = low / ROOM, high * ROOM
+def _has_place(value: float | None) -> TypeGuard[float]:
+    """Whether a value can be drawn; comparisons with what is no number are false."""
+    return value is not None and abs(value) <= LARGEST
+
+
+def _logarithmic(values: Sequence[float], name: str, least: float | None = None, most: float | None = None) -> Axis:
+    """No longer than the values need, with powers of ten where two are inside; one value at least is positive."""
+    positive = [v for v in values if v > 0]
+    low = min(positive) if least is None else least
+    high = max(positive) if most is None else most
+    below = min(values) <= 0 and least is None
+    low, high = max(low / ROOM, sys.float_info.min), high * ROOM
     for ticks in (charts.logarithmic(low, high).ticks, charts.linear(low, high).ticks):
         inside = tuple(t for t in ticks if low <= t[0] <= high)
         if len(inside) > 1:
             break
-    return Axis(low, high, inside, name, log=True)
+    start = max(low * (low / high) ** EDGE, sys.float_info.min) if below else low
+    return Axis(start, high, (*_end(values, start), *inside) if below else inside, name, log=True)
+
+
+def _end(values: Sequence[float], low: float) -> tuple[Tick, ...]:
+    """The tick at the low end of a logarithmic axis, where values without a logarithm lie."""
+    least = min(values)
+    return () if least > 0 else ((low, "0" if least == 0 else "≤ 0"),)
 
 
 def _crowded(names: list[str]) -> bool:

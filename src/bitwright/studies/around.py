@@ -65,7 +65,7 @@ def run_recipe(
         warnings.simplefilter("ignore", UserWarning)  # that a small budget does not help is what the figures show
         student = run_stages(recipe, student, subject.teacher, images, run)
     seconds = time.process_time() - started
-    return {"cpu_seconds": round(seconds, 2)} | subject.measure(student, images, progress)
+    return {"cpu_seconds": round(seconds, 6)} | subject.measure(student, images, progress)
 
 
 def summarise(rows: list[Row]) -> list[Row]:
