@@ -262,6 +262,85 @@ def test_tensors_may_have_any_name(tmp_path: Path) -> None:
     assert found == ["outputs", "forward"]
 
 
+NAMED_AS_OURS = {
+    "stored beside stored": ("c1", "f", {"v": "w/scale"}),
+    "computed beside stored": ("w/integers", "w/zero_point", {}),
+    "what files of integers have": ("a0", "x16", {"v": "b0", "g": "code/0"}),
+    "an output": ("c1", "f", {"y": "w/scale"}),
+    "an input": ("c1", "f", {"x": "w/scale"}),
+    "the node of another": ("relu", "conv", {"w": "conv.weight", "v": "relu/weight"}),
+}
+
+
+@pytest.mark.parametrize("case", NAMED_AS_OURS)
+def test_names_of_the_file_that_integers_would_have(case: str, tmp_path: Path) -> None:
+    first, second, others = NAMED_AS_OURS[case]
+    nodes = [node("Conv", "x w", first), node("Relu", first, second), node("Conv", f"{second} v", "d"),
+             node("Flatten", "d", "e"), node("Gemm", "e g", "y", transB=1)]  # fmt: skip
+    stored = {"w": weights(4, 3, 3, 3), "v": weights(4, 4, 1, 1), "g": weights(5, 4 * 6 * 8)}
+    path = renamed(write(tmp_path / "names.onnx", nodes, ("N", 3, 8, 10), stored), others)
+    x = images(4, (3, 8, 10))
+    quantized = bw.quantize(str(path), x, "rtn", weights=4)
+    folder = quantized.save(tmp_path / "run", onnx=True)
+    found = onnx.load(folder / "model.onnx").graph
+    made = [n.name for n in (*found.input, *found.initializer)] + [n for each in found.node for n in each.output]
+    assert sorted(made) == sorted(set(made))
+    assert {n.output[0] for n in found.node} >= {first, second} - {"w/zero_point", "x16", "f", "conv"}
+    (theirs,) = in_runtime(folder / "model.onnx", x, one_by_one=False)
+    torch.testing.assert_close(quantized(x), theirs, atol=0.05, rtol=0.05)
+
+
+def renamed(path: Path, names: dict[str, str]) -> Path:
+    """The file with other names of its tensors."""
+    program = onnx.load(path)
+    graph = program.graph
+    for value in (*graph.input, *graph.output, *graph.initializer):
+        value.name = names.get(value.name, value.name)
+    for each in graph.node:
+        each.input[:] = [names.get(name, name) for name in each.input]
+        each.output[:] = [names.get(name, name) for name in each.output]
+    onnx.save(program, path)
+    return path
+
+
+def test_outputs_that_are_an_input_or_stored_come_out_as_they_are(tmp_path: Path, capsys: Said) -> None:
+    nodes = [node("Conv", "x w", "c"), node("Relu", "c", "y"), node("Mul", "a a", "squares")]
+    stored = {"w": weights(4, 3, 3, 3), "a": weights(6)}
+    ends = "y x w a squares"
+    path, x = write(tmp_path / "ends.onnx", nodes, ("N", 3, 8, 10), stored, outputs=ends), images(4, (3, 8, 10))
+    with pytest.warns(UserWarning, match=r"stay as they are: x, w, a, squares\. The network .* ends in y\."):
+        quantized = bw.quantize(str(path), x, "rtn")
+    folder = quantized.save(tmp_path / "run", onnx=True)
+    assert [v.name for v in onnx.load(folder / "model.onnx").graph.output] == ends.split()
+    found, expected = (in_runtime(p, x, one_by_one=False) for p in (folder / "model.onnx", path))
+    for ours, theirs in zip(found[1:], expected[1:], strict=True):
+        assert torch.equal(ours, theirs)
+    torch.testing.assert_close(found[0], quantized(x), atol=0.05, rtol=0.05)
+    np.savez(tmp_path / "x.npz", images=x.numpy())
+    bitwright(capsys, "parity", str(folder), str(tmp_path / "x.npz"), "--runtime", "onnxruntime")
+    bitwright(capsys, "evaluate", str(folder), str(tmp_path / "x.npz"))
+    said = bitwright(
+        capsys, "evaluate", str(folder / "model.onnx"), str(tmp_path / "x.npz"), "--float", str(path), "--json"
+    )
+    assert json.loads(said)["fidelity"]["outputs"].keys() == {"output"}
+
+
+@pytest.mark.filterwarnings("ignore:The last")
+def test_shapes_behind_the_network_follow_the_number_of_images(tmp_path: Path) -> None:
+    nodes = [
+        node("Conv", "x w", "c"), node("TopK", "c k", "best places"), node("Shape", "x", "s"),
+        node("Gather", "s zero", "n"), node("Concat", "n rest", "t", axis=0), node("Reshape", "best t", "y"),
+    ]  # fmt: skip
+    stored = {"w": weights(4, 3, 3, 3), "k": np.asarray([2]), "zero": np.asarray([0]), "rest": np.asarray([-1])}
+    kinds = (TensorProto.FLOAT, TensorProto.INT64)
+    path = write(tmp_path / "rows.onnx", nodes, ("N", 3, 8, 10), stored, outputs="y s", kinds=kinds)
+    x = images(4, (3, 8, 10))
+    folder = bw.quantize(str(path), x, "rtn").save(tmp_path / "run", onnx=True)
+    (rows, shape), (expected, _) = (in_runtime(p, x, one_by_one=False) for p in (folder / "model.onnx", path))
+    assert rows.shape == expected.shape == (4, 4 * 6 * 2)
+    assert shape.tolist() == [4, 3, 8, 10]
+
+
 def test_a_network_without_weights_and_its_own_name_for_the_batch(tmp_path: Path) -> None:
     nodes = [node("Relu", "x", "r"), node("GlobalAveragePool", "r", "g"), node("Flatten", "g")]
     path = write(tmp_path / "bare.onnx", nodes, ("how_many", 3, 8, 10))

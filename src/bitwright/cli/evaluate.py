@@ -286,7 +286,21 @@ def _in_runtime(
     teacher = prepare_teacher(network, images, call.output or about.output)
     reference, readings = _reading(teacher, images, axes)
     outputs, scoring = outputs_of(teacher, readings), call.compared.beside(network)
+    run = _of_names(run, names, () if network.source is None else network.source.network.outputs)
     return Evaluated("onnx", run, reference, images, outputs, scoring, batch)
+
+
+def _of_names(run: Network, names: Sequence[str], wanted: Sequence[str]) -> Network:
+    """A file without the outputs that are an input or stored, where it has the wanted ones; else as it is."""
+    if not wanted or not set(wanted) <= set(names):
+        return run
+    places = [names.index(name) for name in wanted]
+
+    def chosen(x: Tensor) -> list[Tensor]:
+        found = run(x)
+        return [found[k] for k in places]
+
+    return chosen
 
 
 def _of_run_beside(path: Path, names: tuple[str, ...], scoring: Scoring) -> tuple[Outputs, Scoring]:

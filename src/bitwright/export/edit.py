@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Collection, Container, Iterator, Set
 
 import onnx_ir as ir
 
@@ -51,16 +51,55 @@ def shared(graph: ir.Graph, name: str, array: Array) -> ir.Value:
     return graph.initializers.get(name) or initializer(graph, name, array)
 
 
-def free_name(name: str, taken: Container[str | None]) -> str:
-    """A name for an output that may not have its own: with ``_out``, as often as it takes.
+def free_name(name: str, taken: Container[str | None], ending: str = "_out") -> str:
+    """A name for a value that may not have its own: with an ending, as often as it takes.
 
     Example:
         >>> free_name("mask", {"mask", "mask_out"}), free_name("mask", ())
         ('mask_out_out', 'mask')
     """
     while name in taken:
-        name += "_out"
+        name += ending
     return name
+
+
+def values_of(graph: ir.Graph) -> Iterator[ir.Value]:
+    """All values that a graph names: inputs, stored ones, what its operators give, and those of graphs inside these."""
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in graph:
+        yield from node.outputs
+        for attribute in node.attributes.values():
+            for inside in _graphs(attribute):
+                yield from values_of(inside)
+
+
+def _graphs(attribute: ir.Attr) -> list[ir.Graph]:
+    if attribute.type == ir.AttributeType.GRAPH:
+        return [attribute.as_graph()]
+    return list(attribute.as_graphs()) if attribute.type == ir.AttributeType.GRAPHS else []
+
+
+def names_in(graph: ir.Graph) -> set[str | None]:
+    """The names of all values of a graph, and of graphs inside it: a new one must be another."""
+    return {value.name for value in values_of(graph)}
+
+
+def make_way(graph: ir.Graph, wanted: Set[str | None], kept: Collection[ir.Value], ending: str) -> None:
+    """Renames values whose names others are to get.
+
+    Args:
+        graph: changed.
+        wanted: the names.
+        kept: values that have their names by right.
+        ending: of the new names.
+    """
+    values, by_right = list(values_of(graph)), {id(value) for value in kept}
+    taken = {value.name for value in values} | wanted
+    for value in values:
+        if value.name in wanted and id(value) not in by_right:
+            value.name = free_name(str(value.name), taken, ending)
+            taken.add(value.name)
 
 
 def insert_node(

@@ -17,7 +17,7 @@ import torch
 from onnx import version_converter
 
 from bitwright.errors import one_line
-from bitwright.export.edit import drop_unused, free_name, initializer, insert_node
+from bitwright.export.edit import drop_unused, free_name, initializer, insert_node, make_way, names_in, values_of
 from bitwright.given.several import InputPart
 from bitwright.graph.outputs import Interface
 from bitwright.graph.student import Student
@@ -47,8 +47,8 @@ def framed(program: ir.Model, model: Student) -> ir.Model:
     )
     _rename_stored(program.graph, model, names)
     _keep_metadata(program, rest)
-    if rest.graph.node:
-        left |= _end(program, rest, names.batch)
+    if rest.graph.node or not {v.name for v in rest.graph.output} <= set(names.outputs.values()):
+        left |= _end(program, rest, names.batch if rest.graph.node else None)
         said |= {node.output[0]: node for node in rest.graph.node}
     for name, node in left.items():
         _describe(node, said.get(name))
@@ -121,8 +121,11 @@ def take_apart(graph: ir.Graph, parts: Sequence[InputPart]) -> None:
     (packed,) = graph.inputs
     values = {v.name: v for node in graph for v in node.outputs}
     assert packed.shape is not None
+    passed = [value for value in graph.outputs if value.name in {part.name for part in parts}]
+    make_way(graph, {part.name for part in parts}, passed, "/inner")
+    for value in passed:
+        value.name = free_name(str(value.name), names_in(graph))
     for part in parts:
-        _make_way(graph, part.name)
         given = ir.Value(name=part.name, shape=ir.Shape([packed.shape[0], *part.shape]), type=packed.type)
         values[f"{part.name}/part"].replace_all_uses_with(given)
         graph.inputs.append(given)
@@ -174,15 +177,6 @@ class _SideBySide:
         return self.session.run(names, {part.name: part.of(packed).numpy() for part in self.parts})
 
 
-def _make_way(graph: ir.Graph, name: str) -> None:
-    """Renames a value that has the name of an input; as with one input, an output gets ``_out``."""
-    values = [*(v for node in graph for v in node.outputs), *graph.initializers.values()]
-    for value in values:
-        if value.name == name:
-            taken = {v.name for v in (*values, *graph.inputs)}
-            value.name = free_name(name, taken) if value.is_graph_output() else f"{name}/inner"
-
-
 def put_together(graph: ir.Graph, parts: Sequence[InputPart]) -> None:
     """What :func:`take_apart` did, undone: one input that holds all of them."""
     if not parts:
@@ -211,7 +205,9 @@ def _numbers(graph: ir.Graph, name: str, values: Sequence[int]) -> ir.Value:
 
 
 def _rename(graph: ir.Graph, tensors: Mapping[str, str], nodes: Mapping[str, str]) -> dict[str, ir.Node]:
-    """Gives operators and what they yield the names of the file, as far as these are free.
+    """Gives operators and what they yield the names of the file; others that have these make way.
+
+    Inputs, outputs, and what quantizers give, by which checks find it, keep theirs.
 
     Args:
         graph: changed.
@@ -221,15 +217,20 @@ def _rename(graph: ir.Graph, tensors: Mapping[str, str], nodes: Mapping[str, str
     Returns:
         The operators of the file that are left, by the name of what each gives there.
     """
-    taken = {v.name for node in graph for v in node.outputs} | {*graph.initializers, *(v.name for v in graph.inputs)}
+    wanted = {node.outputs[0]: tensors[node.outputs[0].name or ""] for node in graph if node.outputs[0].name in tensors}
+    inner = {value: str(value.name) for value in wanted if not value.is_graph_output()}
+    for value in inner:
+        value.name = None
+    found_by_name = [v for v in values_of(graph) if str(v.name).endswith(("/codes", "/value"))]
+    make_way(graph, {wanted[v] for v in inner}, [*graph.inputs, *graph.outputs, *found_by_name], "/inner")
+    taken = names_in(graph)
+    for value, before in inner.items():
+        value.name = free_name(before if wanted[value] in taken else wanted[value], taken, "/inner")
+        taken.add(value.name)
     found: dict[str, ir.Node] = {}
     for node in graph:
         value = node.outputs[0]
-        name = tensors.get(value.name or "")
-        if name is not None and name not in taken and not value.is_graph_output():
-            value.name = name
-            taken.add(name)
-        if value.name == name or value.is_graph_output():
+        if value.is_graph_output() or (value in wanted and value.name == wanted[value]):
             computed = _before_codes(node)
             if computed not in found.values():
                 computed.name = nodes.get(str(value.name), value.name)
@@ -256,10 +257,12 @@ def _rename_stored(graph: ir.Graph, model: Student, names: Interface) -> None:
         elif node.op == "call_module" and role == "bias":
             layer = key.replace("/", ".")
             theirs[node.name] = f"{names.tensors.get(layer, layer)}/bias"
+    taken = names_in(graph)
     for value in list(graph.initializers.values()):
         key, slash, what = str(value.name).partition("/")
-        if key in theirs and f"{theirs[key]}{slash}{what}" not in graph.initializers:
-            value.name = f"{theirs[key]}{slash}{what}"
+        if key in theirs and value.name != f"{theirs[key]}{slash}{what}":
+            value.name = free_name(f"{theirs[key]}{slash}{what}", taken, "_")
+            taken.add(value.name)
 
 
 def _converted(rest: Any, version: int) -> Any:
@@ -272,20 +275,16 @@ def _append(program: ir.Model, tail: ir.Model) -> None:
     """Puts the nodes of the tail behind the body; inner tensors of the body make way for its names."""
     body, rest = program.graph, tail.graph
     joints, images = ({value.name: value for value in ends} for ends in (body.outputs, body.inputs))
-    theirs = {v.name for node in rest for v in node.outputs} | set(rest.initializers) | {v.name for v in rest.inputs}
-    ends = {id(value) for value in (*body.inputs, *body.outputs)}
-    for value in (*body.initializers.values(), *(v for node in body for v in node.outputs)):
-        if value.name in theirs and id(value) not in ends:
-            value.name = f"{value.name}/body"
+    make_way(body, names_in(rest), [*body.inputs, *body.outputs], "/body")
     for given in rest.inputs:
         for use in tuple(given.uses()):
             use.node.replace_input_with(use.idx, joints.get(given.name) or images.get(given.name) or body.inputs[0])
-    outputs = [joints.get(value.name, value) for value in rest.outputs]
+    outputs = [joints.get(value.name) or images.get(value.name) or value for value in rest.outputs]
+    rest.outputs.clear()
     for name, value in list(rest.initializers.items()):
         rest.initializers.pop(name)
         body.register_initializer(value)
     nodes = list(rest)
-    rest.outputs.clear()
     rest.remove(nodes)
     body.extend(nodes)
     body.outputs.clear()

@@ -24,7 +24,16 @@ from bitwright.errors import UsageError
 from bitwright.export import clips
 from bitwright.export.clips import READS_INTEGER_BIAS, Span
 from bitwright.export.direct import translated
-from bitwright.export.edit import drop_unused, free_name, initializer, insert_node, keep_constants, shared
+from bitwright.export.edit import (
+    drop_unused,
+    free_name,
+    initializer,
+    insert_node,
+    keep_constants,
+    make_way,
+    shared,
+    values_of,
+)
 from bitwright.export.forms import rewrite_forms
 from bitwright.export.functions import join_functions
 from bitwright.given.several import InputPart
@@ -337,7 +346,8 @@ def _rename_outputs(program: ir.Model, model: Student) -> None:
     if model.interface is not None:
         _rename_as_given(program, model.outputs, model.interface)
         return
-    taken = {v.name for node in program.graph for v in node.outputs} | {v.name for v in program.graph.inputs}
+    ends = program.graph.outputs
+    taken = {v.name for v in values_of(program.graph) if not (v in ends and v.is_initializer())}
     for value, name in zip(program.graph.outputs, model.outputs, strict=True):
         value.name = free_name(name, taken)
         taken.add(value.name)
@@ -349,10 +359,7 @@ def _rename_as_given(program: ir.Model, outputs: tuple[str, ...], names: Interfa
     graph = program.graph
     ends = [*zip(graph.inputs, [names.input], strict=True)]
     ends += zip(graph.outputs, [names.outputs.get(name, name) for name in outputs], strict=True)
-    wanted, kept = {name for _, name in ends}, {id(value) for value, _ in ends}
-    for value in (v for node in graph for v in node.outputs):
-        if value.name in wanted and id(value) not in kept:
-            value.name = f"{value.name}/inner"
+    make_way(graph, {name for _, name in ends}, [value for value, _ in ends], "/inner")
     for value, name in ends:
         value.name = name
     _rename_axis(graph, names.axis)

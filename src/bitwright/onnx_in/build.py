@@ -21,8 +21,8 @@ from bitwright.onnx_in import operators
 from bitwright.onnx_in.file import CONTROL, STANDARD, label_of, opset_of
 from bitwright.onnx_in.fold import array_of, computed
 from bitwright.onnx_in.network import OnnxNetwork, OperandSource, Repeated, Stored
-from bitwright.onnx_in.patterns import OWN_DOMAIN, Nodes, join
-from bitwright.onnx_in.tail import Rest, cut_behind, frame
+from bitwright.onnx_in.patterns import OWN_DOMAIN, Nodes, join, needed
+from bitwright.onnx_in.tail import Rest, cut_behind, frame, kept_outputs
 from bitwright.onnx_in.values import (
     BatchSize,
     Known,
@@ -306,6 +306,7 @@ class Body:
         behind: what follows.
         missing: what of that has no counterpart here, and why.
         frame: the file without its body (:func:`bitwright.onnx_in.tail.frame`).
+        aside: outputs of the file that are an input or stored, which the network does not give.
     """
 
     network: OnnxNetwork
@@ -314,6 +315,7 @@ class Body:
     behind: Rest
     missing: list[Missing]
     frame: bytes
+    aside: tuple[str, ...] = ()
 
     @property
     def image(self) -> Image:
@@ -332,20 +334,21 @@ def build(program: Any, images: tuple[Image, ...], path: Path) -> Body:
     reading, given = _read_all(program, joined, images), [image.name for image in images]
     if reading.missing:
         _check_tail(reading, path)
-    behind = cut_behind(program.graph, reading.values)
-    ends = {v.name: reading.values.get(v.name) for v in program.graph.output}
-    ends |= {name: reading.values[name] for name in behind.read if name not in given}
-    made = {name: value.small for name, value in ends.items() if isinstance(value, Traced)}
+    behind = cut_behind(program.graph, reading.values, free=images[0].free)
+    outputs = [v.name for v in program.graph.output]
+    ends = {name: value.small for name in [*outputs, *behind.read] if (value := reading.values.get(name)) is not None
+            and isinstance(value, Traced)}  # fmt: skip
+    made = {name: value for name, value in ends.items() if name not in given}
     if not made or not reading.functions:
         raise ModelError(f"Expected outputs that depend on the images in {path}, found none. Export it again.")
     if not any(_computes_floats(node, reading.values) for node in joined.nodes):
         raise ModelError(f"Expected a network that computes with floats in {path}, found whole numbers alone. "
                          "Give the float network.")  # fmt: skip
     network = OnnxNetwork(given, tuple(made), reading.functions, reading.stored)
-    left = {id(node) for node in behind.nodes}
-    whole = [n for n in program.graph.node if id(n) not in left]
-    found = frame(program, behind, tuple(made.items()))
-    return Body(network.eval(), images, whole, behind, reading.missing, found)
+    kept = kept_outputs(program.graph, reading.values)
+    found = frame(program, behind, [*made.items(), *((n, v) for n, v in ends.items() if n not in made)], kept)
+    aside = tuple(name for name in outputs if name in kept or name in given)
+    return Body(network.eval(), images, needed(program.graph.node, made), behind, reading.missing, found, aside)
 
 
 def _check_order(graph: Any, path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,13 +97,18 @@ def _joined(nodes: Nodes, pattern: Callable[[Nodes, Any], list[Any] | None]) -> 
 
 def _needed(nodes: Nodes) -> Nodes:
     """Leaves out what no output hangs on."""
-    wanted, kept = set(nodes.ends), []
-    for node in reversed(nodes.nodes):
+    nodes.nodes = needed(nodes.nodes, nodes.ends)
+    return nodes
+
+
+def needed(nodes: Sequence[Any], ends: Iterable[str]) -> list[Any]:
+    """Those of sorted nodes that some tensors hang on."""
+    wanted, kept = set(ends), []
+    for node in reversed(nodes):
         if wanted.intersection(node.output):
             wanted.update(reads(node))
             kept.append(node)
-    nodes.nodes = kept[::-1]
-    return nodes
+    return kept[::-1]
 
 
 def reads(node: Any) -> Iterable[str]:

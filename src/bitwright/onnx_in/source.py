@@ -60,6 +60,12 @@ class OnnxFile:
             raise ModelError(f"Expected an ONNX file, cannot read {path} ({short(error)}). Export it again.") from error
         if is_coarse(program):
             warnings.warn(f"{path} computes in float16. In float32 it is quantized, and takes images.", stacklevel=4)
+        if file.body.aside:
+            warnings.warn(
+                f"Outputs of {path} that are an input or stored stay as they are: {', '.join(file.body.aside)}. "
+                f"The network that is quantized ends in {', '.join(file.network.outputs)}.",
+                stacklevel=4,
+            )
         if file.body.behind.nodes:
             behind = file.body.behind.nodes
             kinds = ", ".join(sorted({node.op_type for node in behind}))

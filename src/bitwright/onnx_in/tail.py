@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,18 +35,20 @@ class Rest:
     known: dict[str, Array]
 
 
-def cut_behind(graph: Any, values: dict[str, Value]) -> Rest:
+def cut_behind(graph: Any, values: dict[str, Value], *, free: bool) -> Rest:
     """What of a graph is needed for its outputs behind the tensors that have values.
 
-    Raises:
-        KeyError: a tensor is made by nobody.
+    Args:
+        graph: of ONNX.
+        values: of its tensors, by name.
+        free: whether the file takes any number of images: what depends on it is computed behind the cut then.
     """
     makers = {name: node for node in graph.node for name in node.output if name}
     inner = {name for node in graph.node for name in reads(node)} - makers.keys()
     needed: set[int] = set()
     read: list[str] = []
     known: dict[str, Array] = {}
-    waiting = [v.name for v in graph.output if v.name not in values]
+    waiting = [v.name for v in graph.output if v.name not in values or _varies(values[v.name])]
     seen = set(waiting)
     while waiting:
         node = makers[waiting.pop()]
@@ -58,14 +60,19 @@ def cut_behind(graph: Any, values: dict[str, Value]) -> Rest:
             value = values.get(name)
             if isinstance(value, Traced):
                 read.append(name)
-            elif isinstance(value, Known):
+            elif isinstance(value, Known) and not (free and _varies(value)):
                 known[name] = value.small
             else:
                 waiting.append(name)
     return Rest([n for n in graph.node if id(n) in needed], sorted(read), known)
 
 
-def frame(program: Any, behind: Rest, ends: Sequence[tuple[str, Tensor]]) -> bytes:
+def _varies(value: Value) -> bool:
+    """Whether it is an array that depends on the number of images."""
+    return isinstance(value, Known) and not value.fixed
+
+
+def frame(program: Any, behind: Rest, ends: Sequence[tuple[str, Tensor]], kept: Mapping[str, Array]) -> bytes:
     """The file without its body, serialized: names, metadata, outputs, and the tail with what it reads as inputs.
 
     What the file says of its inputs, and of nodes of the body by their first output, stands among the values.
@@ -73,7 +80,8 @@ def frame(program: Any, behind: Rest, ends: Sequence[tuple[str, Tensor]]) -> byt
     Args:
         program: the whole.
         behind: the tail.
-        ends: name and example of every tensor that the body gives, in its order.
+        ends: name and example of every tensor that the body gives, in its order, and of images that are read.
+        kept: outputs that are stored, by name.
     """
     graph = onnx.GraphProto(
         name=program.graph.name, doc_string=program.graph.doc_string, metadata_props=_notes(program.graph)
@@ -91,7 +99,8 @@ def frame(program: Any, behind: Rest, ends: Sequence[tuple[str, Tensor]]) -> byt
     )
     graph.output.extend(program.graph.output)
     used = {name for node in behind.nodes for name in reads(node)}
-    graph.initializer.extend(numpy_helper.from_array(np.asarray(a), n) for n, a in behind.known.items() if n in used)
+    known = {n: a for n, a in behind.known.items() if n in used and n not in kept} | dict(kept)
+    graph.initializer.extend(numpy_helper.from_array(np.asarray(a), n) for n, a in known.items())
     found = onnx.ModelProto(
         ir_version=program.ir_version, producer_name=program.producer_name, producer_version=program.producer_version,
         domain=program.domain, model_version=program.model_version, doc_string=program.doc_string, graph=graph,
@@ -99,6 +108,17 @@ def frame(program: Any, behind: Rest, ends: Sequence[tuple[str, Tensor]]) -> byt
     found.opset_import.extend(program.opset_import)
     found.metadata_props.extend(program.metadata_props)
     return bytes(found.SerializeToString())
+
+
+def kept_outputs(graph: Any, values: Mapping[str, Value]) -> dict[str, Array]:
+    """Outputs of a graph that are stored numbers, in the types that it says they have."""
+    found = {}
+    for said in graph.output:
+        value, kind = values.get(said.name), said.type.tensor_type.elem_type
+        if isinstance(value, Known) and value.fixed:
+            as_said = kind and value.small.dtype.kind == "f"
+            found[said.name] = value.small.astype(helper.tensor_dtype_to_np_dtype(kind)) if as_said else value.small
+    return found
 
 
 def _notes(part: Any) -> list[Any]:
