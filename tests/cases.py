@@ -284,6 +284,19 @@ class Outputs(nn.Module):
         return {"logits": logits, "aux": map_} if self.kind is dict else (logits, map_)
 
 
+class Anchors(nn.Module):
+    """Scores, beside boxes and a number that are the same for all images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 4, 3, stride=2), nn.Linear(4, 3)
+        self.register_buffer("boxes", torch.rand(6, 4))
+        self.register_buffer("stride", torch.tensor(8.0))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"boxes": self.boxes * 2, "scores": self.head(F.relu(self.stem(x)).mean((2, 3))), "stride": self.stride}
+
+
 class Functional(nn.Module):
     """Weights that are no module's: a kernel, a standardised kernel."""
 
@@ -475,6 +488,7 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     "layer_scale": LayerScale,
     "dict_output": lambda: Outputs(dict),
     "tuple_output": lambda: Outputs(tuple),
+    "anchors": Anchors,
     "functional": Functional,
     "in_place": InPlace,
     "partial_writes": PartialWrites,

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 
+import cases
 import numpy as np
 import onnx
 import onnxruntime
@@ -49,6 +50,17 @@ def made(tmp_path_factory):
     arguments = ["quantize", f"{folder}/net.py:build", f"{folder}/images.npz", "--recipe", "mse"]
     assert main([*arguments, "--out", str(folder / "run")]) == 0
     return folder
+
+
+def test_outputs_that_no_image_changes(tmp_path, capsys):
+    x = cases.images(10)
+    folder = bw.quantize(cases.model("anchors"), x, "rtn").save(tmp_path / "run", onnx=True)
+    np.savez(tmp_path / "x.npz", images=x.numpy())
+    assert main(["parity", str(folder), str(tmp_path / "x.npz"), "--runtime", "onnxruntime", "--json"]) == 0
+    for at in json.loads(capsys.readouterr().out)["runtimes"][0]["batches"]:
+        found = {output["name"]: output["max_abs"] for output in at["outputs"]}
+        assert found.keys() == {"boxes", "scores", "stride"}
+        assert found["boxes"] == found["stride"] == 0
 
 
 @pytest.fixture

@@ -382,6 +382,14 @@ def test_any_output_and_architecture(name: str) -> None:
     assert notes["fitness"]["after"] <= notes["fitness"]["before"]
 
 
+@pytest.mark.parametrize("measure", ["infonce", "mse"])
+def test_outputs_that_no_image_changes_do_not_count(measure: Any) -> None:
+    teacher = prepared("anchors")
+    student, before, notes = evolve(Evolve(**QUICK, fitness=measure, blocks="all"), teacher)
+    assert notes["fitness"]["after"] <= notes["fitness"]["before"]
+    assert changed(before, student.snapshot())
+
+
 def test_the_teacher_is_not_changed() -> None:
     teacher = prepared("transformer")
     before = {k: v.clone() for k, v in teacher.graph.named_buffers()}

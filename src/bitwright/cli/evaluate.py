@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from rich.table import Table
 from torch import Tensor
@@ -212,7 +213,8 @@ def _onnx(call: EvaluateCall, axes: Axes) -> Evaluated:
     def run(x: Tensor) -> list[Tensor]:
         missing = (fixed or len(x)) - len(x)
         padded = torch.cat([x, x[:1].expand(missing, *x.shape[1:])]) if missing else x
-        return [torch.from_numpy(o)[: len(x)] for o in session.run(None, {given.name: padded.numpy()})]
+        found = [torch.from_numpy(np.asarray(o)) for o in session.run(None, {given.name: padded.numpy()})]
+        return [o[: len(x)] if missing and o.dim() else o for o in found]
 
     return _in_runtime(call, axes, session, run, images, network, about, fixed or BATCH)
 

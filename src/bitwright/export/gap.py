@@ -44,15 +44,16 @@ from bitwright.words import typed
 BATCHES = (1, 8)
 
 
-def outputs(who: str, network: Network, images: Tensor, batch: int) -> list[Tensor]:
-    """All outputs of a network over the images, ``batch`` at a time, in float64.
+def outputs(who: str, network: Network, images: Tensor, batch: int, readings: Sequence[Reading]) -> list[Tensor]:
+    """All outputs of a network over the images, ``batch`` at a time, in float64; what no image changes is there once.
 
     Raises:
         BitwrightError: one of them is not finite; ``who`` gave it.
     """
     with torch.no_grad():
         parts = [[out.double() for out in network(part)] for part in torch.split(images, batch)]
-    found = [torch.cat(each) for each in zip(*parts, strict=True)]
+    columns = list(zip(*parts, strict=True))
+    found = [c[0] if how.kind == "constant" else torch.cat(c) for c, how in zip(columns, readings, strict=True)]
     if not all(bool(torch.isfinite(x).all()) for x in found):
         raise BitwrightError(f"{who} gives values that are not finite, which cannot be compared. Try other images.")
     return found
@@ -68,7 +69,8 @@ def output_gaps(
 
 def _gap(name: str, a: Tensor, b: Tensor, how: Reading) -> OutputGap:
     difference = (a - b).abs()
-    cosines = torch.cosine_similarity(a.reshape(len(a), -1), b.reshape(len(b), -1), eps=1e-30)
+    rows, theirs = (x.reshape(len(x) if x.dim() else 1, -1) for x in (a, b))
+    cosines = torch.cosine_similarity(rows, theirs, eps=1e-30)
     answers = how.same(a, b)
     same = None if answers is None else float(answers.double().mean())
     spread = float(a.max() - a.min())
@@ -173,20 +175,23 @@ def _measured(
     progress: Progress,
 ) -> Gap:
     whole, names = images.batch(range(len(images))), model.outputs
-    gaps = partial(output_gaps, names, readings=read_outputs(model.graph, whole, names))
+    readings = read_outputs(model.graph, whole, names)
+    gaps = partial(output_gaps, names, readings=readings)
     total = 2 + len(runtimes) * len(batches)
     progress("Comparing", 0, total, "integer reference")
-    simulated = outputs("The simulation", model.flat, whole, COMPARED_AT_ONCE)
+    simulated = outputs("The simulation", model.flat, whole, COMPARED_AT_ONCE, readings)
     rules = model.scheme.runtime
-    reference = outputs(
-        "The reference", lambda x: run_reference(model, x, rules, keep=False).outputs, whole, COMPARED_AT_ONCE
-    )
+
+    def referred(x: Tensor) -> list[Tensor]:
+        return run_reference(model, x, rules, keep=False).outputs
+
+    reference = outputs("The reference", referred, whole, COMPARED_AT_ONCE, readings)
     teacher, quantization = model.teacher, None
     if teacher is not None:
-        expected = outputs("The float network", lambda x: list(teacher.graph(x)), whole, COMPARED_AT_ONCE)
+        expected = outputs("The float network", lambda x: list(teacher.graph(x)), whole, COMPARED_AT_ONCE, readings)
         quantization = gaps(expected, simulated)
     with tipped(activation_quantizers(model)):
-        shaken = outputs("The simulation", model.flat, whole, COMPARED_AT_ONCE)
+        shaken = outputs("The simulation", model.flat, whole, COMPARED_AT_ONCE, readings)
     gap = Gap(quantization, [], gaps(reference, simulated), [])
     for runtime in runtimes:
         network = open_file(runtime, path)
@@ -194,12 +199,12 @@ def _measured(
         for batch in batches:
             done = 1 + len(gap.runtimes) * len(batches) + len(rows)
             progress("Comparing", done, total, f"{runtime.title}, batch {batch}")
-            found = outputs(runtime.title, network, whole, batch)
+            found = outputs(runtime.title, network, whole, batch, readings)
             if gap.diverging_output is None:
                 gap.judge(_diverging(names, simulated, shaken, found), runtime)
             rows.append(BatchGaps(batch, gaps(simulated, found), gaps(reference, found)))
         if runtime is OPENVINO and gap.diverging_in is None:
-            gap.rounding = _rounding(path, names, whole, simulated, shaken)
+            gap.rounding = _rounding(path, names, whole, simulated, shaken, readings)
         gap.runtimes.append(RuntimeGaps(f"{runtime.name} {runtime.version}", rows))
     progress("Comparing", total - 1, total, "layer by layer")
     gap.layers = compare_codes(model, program, whole, "onnxruntime")
@@ -209,12 +214,19 @@ def _measured(
     return gap
 
 
-def _rounding(path: Path, names: Sequence[str], whole: Tensor, ours: list[Tensor], shaken: list[Tensor]) -> str | None:
+def _rounding(
+    path: Path,
+    names: Sequence[str],
+    whole: Tensor,
+    ours: list[Tensor],
+    shaken: list[Tensor],
+    readings: Sequence[Reading],
+) -> str | None:
     """What OpenVINO loses where the processor has bfloat16, which it takes unless it is told otherwise."""
     kind = openvino().Core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name()
     if kind == "f32":
         return None
-    found = outputs("OpenVINO", _calls(compile_model(path)), whole, COMPARED_AT_ONCE)
+    found = outputs("OpenVINO", _calls(compile_model(path)), whole, COMPARED_AT_ONCE, readings)
     where = _diverging(names, ours, shaken, found)
     if where is None:
         return None

@@ -13,6 +13,7 @@ from bitwright.graph.student import Student
 from bitwright.graph.watch import Callback, watch
 from bitwright.measure.evaluation import AT_ONCE
 from bitwright.measure.metrics import Fidelity, OutputFidelity
+from bitwright.measure.task import over_batches
 from bitwright.quant.quantizer import Quantizer
 from bitwright.run.record import CheckedAnswers
 from bitwright.stages.base import Run
@@ -50,7 +51,7 @@ def check_answers(student: Student, images: Images, run: Run) -> list[str]:
     run.checked = CheckedAnswers(len(some), fidelity.outputs)
     lines = []
     for position, (name, measured) in enumerate(fidelity.outputs.items()):
-        moving = [_moves(torch.cat([x[position] for x in side])) for side in (theirs, ours)]
+        moving = [_moves(over_batches([x[position] for x in side])) for side in (theirs, ours)]
         line = _line(name, measured, moving[0], moving[1], len(some))
         lines += [line] if line else []
     return lines

@@ -146,6 +146,16 @@ def called(decode: Decode, arranged: Any) -> Any:
         raise DataError(f"Expected decode to return predictions, it raised {kind}.") from cause(error)
 
 
+def over_batches(parts: Sequence[Tensor]) -> Tensor:
+    """An output of several batches, [N, ...]; one number for each batch where it has no axis of images.
+
+    Example:
+        >>> over_batches([torch.ones(2, 3), torch.ones(1, 3)]).shape, over_batches([torch.tensor(1.0)]).shape
+        (torch.Size([3, 3]), torch.Size([1]))
+    """
+    return torch.cat([part if part.dim() else part[None] for part in parts])
+
+
 def shapes_of(outputs: Sequence[Any]) -> str:
     """Shapes of one image's outputs, for messages.
 

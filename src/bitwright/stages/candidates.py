@@ -103,10 +103,17 @@ def _format(tensor: Tensor) -> torch.memory_format:
 
 @dataclass(frozen=True)
 class Fitness:
-    """The distance of a network's outputs to the float network's, image by image; lower is better."""
+    """The distance of a network's outputs to the float network's, image by image; lower is better.
+
+    Attributes:
+        measure: of the distance.
+        temperature: of ``infonce``.
+        places: of the outputs that count; all if None.
+    """
 
     measure: FitnessMeasure = "infonce"
     temperature: float = 3.0
+    places: tuple[int, ...] | None = None
 
     def __call__(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         """[N], the mean over outputs [N, ...].
@@ -114,6 +121,8 @@ class Fitness:
         Raises:
             UsageError: an output does not hold one row per image, or the measure does not suit it.
         """
+        if self.places is not None:
+            student, teacher = ([outputs[k] for k in self.places] for outputs in (student, teacher))
         for output in student:
             if output.dim() == 0 or len(output) != len(student[0]):
                 raise UsageError(

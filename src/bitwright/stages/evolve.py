@@ -22,6 +22,7 @@ from torch import Tensor
 from bitwright import together
 from bitwright.errors import UsageError
 from bitwright.given.images import Images
+from bitwright.graph.axes import read_outputs
 from bitwright.graph.blocks import Block, BlockKind, find_blocks
 from bitwright.graph.capture import Captured
 from bitwright.graph.segments import region
@@ -132,7 +133,7 @@ class Evolve(Optimising):
         batches = Batches(teacher, seen, self.batch, run, "Teacher's outputs")
         judge = Batches(teacher, hidden, self.batch, run, "Teacher's outputs") if len(hidden) else None
         regions = [region(student.graph, s.scales.keys) for s in searched]
-        evaluator = Evaluator(student, regions, batches, Fitness(self.fitness), MEMORY)
+        evaluator = Evaluator(student, regions, batches, _fitness(self.fitness, teacher, batches), MEMORY)
         search = _Search(self, student, searched, evaluator, judge, run)
         search.start()
         yield from search.go()
@@ -435,6 +436,13 @@ def _paths(student: Student, block: Block) -> list[str]:
     """Of all quantizers of a block's weights, calibrated or not."""
     layers = {layer.node: layer for layer in student.layers}
     return [k for k in dict.fromkeys(layers[n].weight for n in block.nodes) if k is not None]
+
+
+def _fitness(measure: FitnessMeasure, teacher: Captured, batches: Batches) -> Fitness:
+    """Of the outputs that depend on the images."""
+    readings = read_outputs(teacher.graph, batches.load(batches.parts[0][:2]), teacher.outputs)
+    places = tuple(k for k, reading in enumerate(readings) if reading.kind != "constant")
+    return Fitness(measure, places=places or None)
 
 
 def _split(images: Images, share: float) -> tuple[Images, Images]:
