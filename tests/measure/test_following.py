@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,16 @@ def test_answers_are_those_of_what_the_network_sees(tmp_path: Path) -> None:
     assert follower.images.truth.items[0].read().shape == (12, 8)  # type: ignore[union-attr]
 
 
+class NotANumber:
+    """It gathers, and computes nothing."""
+
+    def update(self, outputs: Tensor, truth: Tensor) -> None:
+        assert outputs.shape == truth.shape
+
+    def compute(self) -> float:
+        return math.nan
+
+
 def test_a_metric_of_ones_own_is_given_outputs_or_answers_as_truth(tmp_path: Path) -> None:
     teacher, images = bright(tmp_path)
     follower = Follower.of(teacher, images, Scoring(metric=likeness))
@@ -103,8 +115,71 @@ def test_a_metric_of_ones_own_is_given_outputs_or_answers_as_truth(tmp_path: Pat
     assert Follower.of(teacher, images, Scoring("segmentation", bright_ones)).key == "bright_ones"
     with pytest.raises(DataError, match=r"must grow with likeness"):
         Follower.of(teacher, images, Scoring(metric=lambda a, b: (a - b).abs().mean()))
+    for nothing in (lambda a, b: math.nan, lambda a, b: {"own": a.new_tensor(float("inf"))}, NotANumber()):
+        with pytest.raises(DataError, match=r"found no number \(NaN\)"):
+            Follower.of(teacher, images, Scoring(metric=nothing))
     with pytest.raises(DataError, match=r"truth of max_drop= is the float network's raw outputs\. If .* name task="):
         Follower.of(teacher, images, Scoring(metric=lambda a, b: (a == b["boxes"]).mean()))
+
+
+class Two(nn.Module):
+    """Two maps and a number that no image changes, under names or not."""
+
+    def __init__(self, arrange: Callable[..., Any]) -> None:
+        super().__init__()
+        self.score, self.place, self.arrange = nn.Conv2d(3, 2, 1), nn.Conv2d(3, 4, 3), arrange
+        self.register_buffer("scale", torch.tensor(3.0))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.arrange(self.score(x), self.place(x), self.scale * 2)
+
+
+ARRANGED: dict[str, Callable[..., Any]] = {
+    "dict": lambda a, b, c: {"scores": a, "deep": [b, c]},
+    "tuple": lambda a, b, c: (a, (b, c)),
+}
+
+
+@pytest.mark.parametrize("kind", ARRANGED)
+def test_a_metric_of_several_outputs_is_given_truth_in_their_arrangement(kind: str) -> None:
+    seen = []
+
+    def metric(outputs: Any, truth: Any) -> float:
+        (a, b, c), (d, e, f) = ([*_flat(each)] for each in (outputs, truth))
+        assert type(outputs) is type(truth)
+        seen.append([tuple(v.shape) for v in (a, b, c, d, e, f)])
+        return float(1 / (1 + (a - d).square().mean() + (b - e).square().mean())) * float(c == f)
+
+    torch.manual_seed(0)
+    images = torch.randn(18, 3, 8, 8)  # more than one batch, of which the last has as many images as there are outputs
+    goal = Goal.parse(max_drop=0.5, weights="8", metric=metric)
+    plan = bw.quantize(Two(ARRANGED[kind]).eval(), images, "rtn", goal=goal).result["plan"]
+    assert (plan["estimate"]["figure"], plan["estimate"]["agreement"] > 0.5) == ("metric", True)
+    assert {tuple(s) for s in seen} == {((1, 2, 8, 8), (1, 4, 6, 6), (), (1, 2, 8, 8), (1, 4, 6, 6), ())}
+
+
+def test_an_object_that_gathers_is_given_batches_in_that_arrangement() -> None:
+    class Gathers:
+        def __init__(self) -> None:
+            self.count, self.error = 0, 0.0
+
+        def update(self, outputs: Any, truth: Any) -> None:
+            assert outputs["scores"].shape == truth["scores"].shape
+            self.count += len(truth["scores"])
+            self.error += float((outputs["scores"] - truth["scores"]).abs().mean())
+
+        def compute(self) -> float:
+            return self.count / (1 + self.error)
+
+    torch.manual_seed(0)
+    images = load_images(torch.randn(18, 3, 8, 8), None)
+    teacher = prepare_teacher(as_model(Two(ARRANGED["dict"]).eval()), images)
+    assert Follower.of(teacher, images, Scoring(metric=Gathers())).best == 18
+
+
+def _flat(arranged: Any) -> list[Tensor]:
+    a, (b, c) = arranged.values() if isinstance(arranged, dict) else arranged
+    return [a, b, c]
 
 
 def test_a_drop_of_a_figure_finds_the_smallest_network() -> None:

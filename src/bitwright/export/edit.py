@@ -63,7 +63,7 @@ def free_name(name: str, taken: Container[str | None], ending: str = "_out") -> 
     return name
 
 
-def values_of(graph: ir.Graph) -> Iterator[ir.Value]:
+def all_values(graph: ir.Graph) -> Iterator[ir.Value]:
     """All values that a graph names: inputs, stored ones, what its operators give, and those of graphs inside these."""
     yield from graph.inputs
     yield from graph.initializers.values()
@@ -71,7 +71,7 @@ def values_of(graph: ir.Graph) -> Iterator[ir.Value]:
         yield from node.outputs
         for attribute in node.attributes.values():
             for inside in _graphs(attribute):
-                yield from values_of(inside)
+                yield from all_values(inside)
 
 
 def _graphs(attribute: ir.Attr) -> list[ir.Graph]:
@@ -82,7 +82,7 @@ def _graphs(attribute: ir.Attr) -> list[ir.Graph]:
 
 def names_in(graph: ir.Graph) -> set[str | None]:
     """The names of all values of a graph, and of graphs inside it: a new one must be another."""
-    return {value.name for value in values_of(graph)}
+    return {value.name for value in all_values(graph)}
 
 
 def make_way(graph: ir.Graph, wanted: Set[str | None], kept: Collection[ir.Value], ending: str) -> None:
@@ -94,7 +94,7 @@ def make_way(graph: ir.Graph, wanted: Set[str | None], kept: Collection[ir.Value
         kept: values that have their names by right.
         ending: of the new names.
     """
-    values, by_right = list(values_of(graph)), {id(value) for value in kept}
+    values, by_right = list(all_values(graph)), {id(value) for value in kept}
     taken = {value.name for value in values} | wanted
     for value in values:
         if value.name in wanted and id(value) not in by_right:

@@ -17,7 +17,7 @@ import torch
 from onnx import version_converter
 
 from bitwright.errors import one_line
-from bitwright.export.edit import drop_unused, free_name, initializer, insert_node, make_way, names_in, values_of
+from bitwright.export.edit import all_values, drop_unused, free_name, initializer, insert_node, make_way, names_in
 from bitwright.given.several import InputPart
 from bitwright.graph.outputs import Interface
 from bitwright.graph.student import Student
@@ -221,7 +221,7 @@ def _rename(graph: ir.Graph, tensors: Mapping[str, str], nodes: Mapping[str, str
     inner = {value: str(value.name) for value in wanted if not value.is_graph_output()}
     for value in inner:
         value.name = None
-    found_by_name = [v for v in values_of(graph) if str(v.name).endswith(("/codes", "/value"))]
+    found_by_name = [v for v in all_values(graph) if str(v.name).endswith(("/codes", "/value"))]
     make_way(graph, {wanted[v] for v in inner}, [*graph.inputs, *graph.outputs, *found_by_name], "/inner")
     taken = names_in(graph)
     for value, before in inner.items():

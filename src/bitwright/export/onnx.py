@@ -25,6 +25,7 @@ from bitwright.export import clips
 from bitwright.export.clips import READS_INTEGER_BIAS, Span
 from bitwright.export.direct import translated
 from bitwright.export.edit import (
+    all_values,
     drop_unused,
     free_name,
     initializer,
@@ -32,7 +33,6 @@ from bitwright.export.edit import (
     keep_constants,
     make_way,
     shared,
-    values_of,
 )
 from bitwright.export.forms import rewrite_forms
 from bitwright.export.functions import join_functions
@@ -347,7 +347,7 @@ def _rename_outputs(program: ir.Model, model: Student) -> None:
         _rename_as_given(program, model.outputs, model.interface)
         return
     ends = program.graph.outputs
-    taken = {v.name for v in values_of(program.graph) if not (v in ends and v.is_initializer())}
+    taken = {v.name for v in all_values(program.graph) if not (v in ends and v.is_initializer())}
     for value, name in zip(program.graph.outputs, model.outputs, strict=True):
         value.name = free_name(name, taken)
         taken.add(value.name)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from bitwright.errors import BitwrightError, DataError
 from bitwright.given.images import Images
@@ -20,6 +20,7 @@ from bitwright.graph.devices import device_of
 from bitwright.graph.student import Student
 from bitwright.measure.evaluation import compare, outputs_of, seconds_of
 from bitwright.measure.metrics import Metrics
+from bitwright.measure.own import FloatAnswers
 from bitwright.measure.task import Outputs, called
 from bitwright.measure.tasks import TASKS, Scoring
 
@@ -65,11 +66,17 @@ class Follower:
         figures = made._figures(teacher).values
         taken = () if scoring.task is None or scoring.metric is None else tuple(TASKS[scoring.task].figures)
         key = next((k for k in figures if k not in taken), "")
-        best = figures.get(key, 0.0)
+        best = figures.get(key, math.nan)
+        if math.isnan(best):
+            raise DataError(
+                "Expected a figure above 0 of the float network against its own answers, found no number (NaN)"
+                f"{f' as {key}' if key else ' for any image'}. A metric must give one where outputs and truth are the "
+                "same, and a detector be sure of boxes."
+            )
         if not best > 0:
             raise DataError(
-                f"Expected a figure above 0 of the float network against its own answers, found {best:g}"
-                f"{f' as {key}' if key else ''}. A metric must grow with likeness, and a detector be sure of boxes."
+                f"Expected a figure above 0 of the float network against its own answers, found {best:g} as {key}. "
+                "A metric must grow with likeness, and a detector be sure of boxes."
             )
         return replace(made, key=key, best=best)
 
@@ -77,6 +84,8 @@ class Follower:
         """The share of the figure that a quantized network keeps, with its 95 % interval."""
         found = self._figures(student)
         value = found.values.get(self.key, 0.0) / self.best
+        if math.isnan(value):
+            return 0.0, [0.0, 0.0]
         return value, [end / self.best for end in found.intervals.get(self.key, [0.0, self.best])]
 
     def _figures(self, network: Student | Captured) -> Metrics:
@@ -107,24 +116,23 @@ def _with_answers(teacher: Captured, images: Images, outputs: Outputs, scoring: 
         boxed = partial(two.behind, second=seconds[0], names=outputs.names, size=size)
         decode, how = unfilled, replace(outputs, arranged=lambda flat: flat)
     found: list[Any] = []
+    answers: list[tuple[Any, int]] = []
     with torch.no_grad():
         for batch in images.batches(BATCH):
             flat = [o.cpu() for o in teacher.graph(batch.to(device))]
             flat = flat if boxed is None else boxed(flat)
             if task is not None:
                 found += task.answers(flat, how, decode, size)
+                continue
+            arranged = how.arranged(flat)
+            made = arranged if decode is None else called(decode, arranged)
+            if decode is not None and isinstance(made, list) and len(made) == len(batch) and not answers:
+                found += made  # an item of each image
             else:
-                arranged = how.arranged(flat)
-                found += _each(arranged if decode is None else called(decode, arranged), len(batch))
+                answers.append((made, len(batch)))
     seen = images.as_seen()
+    if answers and not found:
+        return seen.known(Truth("other", FloatAnswers.of(answers), "answers of the float network"))
     if task is None or task.truth != "class indices":
         return seen.known(Truth("other" if task is None else KINDS[task.name], found, "answers of the float network"))
     return seen.labelled(found)
-
-
-def _each(arranged: Any, count: int) -> Sequence[Any]:
-    """What is arranged for a batch, image by image."""
-    if isinstance(arranged, list | tuple) and len(arranged) == count:
-        return arranged
-    leaves, structure = pytree.tree_flatten(arranged)
-    return [pytree.tree_unflatten([leaf[i] for leaf in leaves], structure) for i in range(count)]

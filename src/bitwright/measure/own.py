@@ -10,7 +10,7 @@ images. Each network gets a copy; it is updated batch by batch, and its figures 
 
 The truth is: class indices [1]; masks [1, H, W] at the size of the network's input, -1 where there is no image; a list
 of a dict of ``boxes`` (corners in pixels of the network's input) and ``labels``; for anything else a slice of what was
-given.
+given. Where the float network's outputs are the truth, they are arranged as the outputs are.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from bitwright.errors import BitwrightError, DataError, UsageError, cause
 from bitwright.given.images import Images
@@ -51,6 +53,45 @@ def check(metric: Any) -> None:
 
 def _gathers(metric: Any) -> bool:
     return callable(getattr(metric, "update", None)) and callable(getattr(metric, "compute", None))
+
+
+@dataclass(frozen=True)
+class FloatAnswers(Sequence[Any]):
+    """Outputs of a network as the truth of images: any part of them is arranged as the outputs for these images.
+
+    Attributes:
+        each: of every image, its tensors with the axis of images, [1, ...], and what else is returned.
+        structure: how they are arranged.
+    """
+
+    each: Sequence[Sequence[Any]]
+    structure: pytree.TreeSpec
+
+    @classmethod
+    def of(cls, batches: Sequence[tuple[Any, int]]) -> FloatAnswers:
+        """From what a network returned for batches, each with the number of its images."""
+        flat = [(pytree.tree_flatten(arranged), count) for arranged, count in batches]
+        each = [_of_image(leaves, i, count) for (leaves, _), count in flat for i in range(count)]
+        return cls(each, flat[0][0][1])
+
+    def __len__(self) -> int:
+        return len(self.each)
+
+    def __getitem__(self, which: Any) -> Any:
+        return FloatAnswers(self.each[which] if isinstance(which, slice) else [self.each[which]], self.structure)
+
+    def arranged(self) -> Any:
+        """As the network returned them."""
+        columns = zip(*self.each, strict=True)
+        return pytree.tree_unflatten(
+            [torch.cat(c) if isinstance(c[0], Tensor) and c[0].dim() else c[0] for c in columns], self.structure
+        )
+
+
+def _of_image(outputs: Sequence[Any], position: int, count: int) -> list[Any]:
+    """The part of one image out of a batch of so many; what has no axis of images is the same for all."""
+    alike = [isinstance(o, Tensor) and o.dim() > 0 and len(o) == count for o in outputs]
+    return [o[position : position + 1] if own else o for o, own in zip(outputs, alike, strict=True)]
 
 
 class Gathered(Tally):
@@ -102,10 +143,10 @@ class OwnJudge:
         """Adds the numbers of each image by name; an object that gathers is updated."""
         if _gathers(self.metric):
             scores += [] if scores else [self._fresh()]
-            self._call(scores[0].update, self._predicted(outputs), target)
+            self._call(scores[0].update, self._predicted(outputs), _truth(target))
             return ()
         for i in range(len(target)):
-            scores.append(self._numbers(self._predicted([o[i : i + 1] for o in outputs]), target[i : i + 1]))
+            scores.append(self._numbers(self._predicted(_of_image(outputs, i, len(target))), target[i : i + 1]))
         return ()
 
     def differ(self, position: int, expected: Any, found: Any, truth: Any) -> Pictured:
@@ -124,7 +165,7 @@ class OwnJudge:
 
     def _numbers(self, outputs: Any, truth: Any) -> dict[str, float]:
         name = str(getattr(self.metric, "__name__", type(self.metric).__name__))
-        return self._named(self._call(self.metric, outputs, truth), name)
+        return self._named(self._call(self.metric, outputs, _truth(truth)), name)
 
     def _call(self, function: Callable[..., Any], *given: Any) -> Any:
         try:
@@ -147,6 +188,10 @@ class OwnJudge:
             return Mean(scores)
         name = str(getattr(self.metric, "__name__", type(self.metric).__name__)).lower()
         return Gathered(self._named(self._call(scores[0].compute), name))
+
+
+def _truth(target: Any) -> Any:
+    return target.arranged() if isinstance(target, FloatAnswers) else target
 
 
 def _alike(items: list[Tensor]) -> bool:
