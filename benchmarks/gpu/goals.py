@@ -1,7 +1,8 @@
 """Seconds of four jobs on a GPU, against their goals: ``python -m benchmarks.gpu.goals JOB [--out FILE]``.
 
 ``--device cpu --tiny`` proves that the scripts work, with a network of a few thousand parameters and a few steps;
-``benchmarks/results`` has what an H100 needed. Networks have random weights and images are noise, which cost the same time.
+``benchmarks/results`` has what an H100 needed. Networks have random weights and images are noise, which cost the same
+time.
 """
 
 from __future__ import annotations
