@@ -7,7 +7,7 @@ import warnings
 import cases
 import pytest
 
-import bitwright as bw
+from bitwright.api import preview
 from bitwright.bits import Losses, allocate, allocations, problem_of, reachable, variables_of
 from bitwright.bits.plan import insert_plan, plan_of
 from bitwright.errors import UsageError
@@ -134,7 +134,7 @@ def test_a_network_of_one_layer():
     import torch
 
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 4)).eval()
-    model = bw.api.preview(network, cases.dataset())
+    model = preview(network, cases.dataset())
     losses = falling(model)
     reach = reachable(problem_of(model, losses))["weight_bytes"]
     assert reach.most - reach.least == 768 * 6 / 8

@@ -20,7 +20,7 @@ from bitwright.bits.allocate import Losses, plan_for, problem_of
 from bitwright.bits.costs import ACTIVATION_CHOICES, Latency, Variable, variables_of
 from bitwright.bits.goal import MEASURE, Goal
 from bitwright.bits.plan import Plan
-from bitwright.bits.solve import Solution, pareto, reachable, solution_of, solve
+from bitwright.bits.solve import Solution, pareto, reachable, solutions_of, solve
 from bitwright.bits.tables import Problem
 from bitwright.errors import UsageError
 from bitwright.given import inputs
@@ -629,14 +629,14 @@ def _curve(problem: Problem, along: str, limits: Mapping[str, float], points: in
 def _uniform(problem: Problem, variables: Mapping[str, Variable], goal: Goal) -> dict[int, Solution]:
     """The same bits in every weight that is free; activations at 8 bits, or what is nearest."""
     wanted = min(goal.activations, key=lambda b: (abs(b - 8), b), default=8)
-    found = {}
-    for bits in goal.weights:
-        chosen = {
+    chosen = [
+        {
             key: min(problem.options[key], key=lambda b: (abs(b - (bits if v.kind == "weight" else wanted)), b))
             for key, v in variables.items()
         }
-        found[bits] = solution_of(problem, chosen)
-    return found
+        for bits in goal.weights
+    ]
+    return dict(zip(goal.weights, solutions_of(problem, chosen), strict=True))
 
 
 def _bits_of(plan: Plan, variable: Variable) -> int:

@@ -69,7 +69,13 @@ def solve(problem: Problem, limits: Mapping[str, float] | None = None) -> Soluti
 
 def solution_of(problem: Problem, bits: Mapping[str, int]) -> Solution:
     """Loss and costs of given bits."""
-    return _Prepared(problem).solution({v: bits[v] for v in problem.options})
+    return solutions_of(problem, [bits])[0]
+
+
+def solutions_of(problem: Problem, several: Sequence[Mapping[str, int]]) -> list[Solution]:
+    """The same of each of several; the problem is read once."""
+    prepared = _Prepared(problem)
+    return [prepared.solution({v: bits[v] for v in problem.options}) for bits in several]
 
 
 def pareto(
@@ -122,6 +128,7 @@ class _Prepared:
         merged, self.group = _merge_ties(problem)
         self.tables = Tables.of(merged)
         self.reduced = self.tables.without_dominated()
+        self.limited: dict[tuple[str, ...], Tables] = {}
 
     def check(self, limits: Mapping[str, float]) -> None:
         for name, limit in limits.items():
@@ -132,7 +139,10 @@ class _Prepared:
 
     def solve(self, limits: Mapping[str, float]) -> Solution:
         self.check(limits)
-        found = _minimise(self.reduced.limited(limits).without_dominated(), limits)
+        names = tuple(limits)
+        if names not in self.limited:
+            self.limited[names] = self.reduced.limited(names).without_dominated()
+        found = _minimise(self.limited[names], limits)
         if found is None:
             raise UsageError(_explain(self, limits))
         return self.solution(found[0], found[1])
@@ -225,7 +235,7 @@ def _loss_at(tables: Tables, bits: Assignment | None) -> float | None:
 
 def _drop_unaffordable(tables: Tables, limits: Mapping[str, float]) -> Tables | None:
     """Without options that alone exceed what a limit leaves above the least; None if even the least exceeds it."""
-    keep = {v: np.ones(len(o), dtype=bool) for v, o in tables.options.items()}
+    keep: dict[str, npt.NDArray[np.bool_]] = {}
     for name, limit in limits.items():
         common, rows = tables.costs[name].common.shifted(), [row.shifted() for row in tables.costs[name].rows]
         room = limit - common.constant + 1e-12 * abs(limit)
@@ -234,13 +244,13 @@ def _drop_unaffordable(tables: Tables, limits: Mapping[str, float]) -> Tables | 
             if left < 0:
                 return None
             for v, table in rest.single.items():
-                keep[v] &= table <= left
+                keep[v] = keep.get(v, True) & (table <= left)
             for (u, v), table in rest.pairs.items():
-                keep[u] &= table.min(axis=1) <= left
-                keep[v] &= table.min(axis=0) <= left
+                keep[u] = keep.get(u, True) & (table.min(axis=1) <= left)
+                keep[v] = keep.get(v, True) & (table.min(axis=0) <= left)
     if not all(k.any() for k in keep.values()):
         return None
-    return tables.restricted({v: np.flatnonzero(k) for v, k in keep.items()})
+    return tables.restricted(_places(tables, keep))
 
 
 def _drop_worse(tables: Tables, limits: Mapping[str, float], best: Assignment) -> tuple[Tables, Assignment]:
@@ -264,11 +274,16 @@ def _drop_worse(tables: Tables, limits: Mapping[str, float], best: Assignment) -
 def _keep(tables: Tables, wanted: Mapping[str, npt.NDArray[np.bool_]], best: Assignment) -> Tables:
     """The tables with the options that are wanted, and those of the best solution."""
     keep = {}
-    for v, options in tables.options.items():
-        mask = wanted.get(v, np.ones(len(options), dtype=bool)).copy()
-        mask[options.index(best[v])] = True
-        keep[v] = np.flatnonzero(mask)
-    return tables.restricted(keep)
+    for v, mask in wanted.items():
+        keep[v] = mask.copy()
+        keep[v][tables.options[v].index(best[v])] = True
+    return tables.restricted(_places(tables, keep))
+
+
+def _places(tables: Tables, keep: Mapping[str, npt.NDArray[np.bool_]]) -> dict[str, npt.NDArray[np.intp]]:
+    """Where the options are that are kept; all of a variable that nothing is said of."""
+    every = {count: np.arange(count) for count in {len(o) for o in tables.options.values()}}
+    return {v: np.flatnonzero(keep[v]) if v in keep else every[len(o)] for v, o in tables.options.items()}
 
 
 def _rounded(tables: Tables, wanted: Sequence[Limit], shares: Mapping[str, Numbers]) -> dict[str, int] | None:

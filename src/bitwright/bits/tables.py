@@ -85,11 +85,15 @@ class Form:
         return math.fsum([*values, *(t[choice[u], choice[v]] for (u, v), t in self.pairs.items())])
 
     def restricted(self, keep: Mapping[str, npt.NDArray[np.intp]]) -> Form:
-        """The same with some options only; pairs with a variable that has one option left become single terms."""
-        single = {v: t[keep[v]] for v, t in self.single.items()}
+        """The same with some options only; pairs with a variable that has one option left become single terms.
+
+        The numbers of a variable stay as they are where all of its options are kept, each once and in their order.
+        """
+        single = {v: t if len(keep[v]) == t.size else t[keep[v]] for v, t in self.single.items()}
         pairs = {}
         for (u, v), table in self.pairs.items():
-            cut = table[np.ix_(keep[u], keep[v])]
+            whole = table.shape == (len(keep[u]), len(keep[v]))
+            cut = table if whole else table[np.ix_(keep[u], keep[v])]
             if cut.shape[0] == 1:
                 single[v] = single.get(v, 0.0) + cut[0]
             elif cut.shape[1] == 1:
@@ -107,9 +111,12 @@ class Form:
 
     def shifted(self) -> Form:
         """The same without constants: the least of every table is 0."""
-        constant = self.constant + sum(float(t.min()) for t in [*self.single.values(), *self.pairs.values()])
-        single = {v: t - t.min() for v, t in self.single.items()}
-        return Form(constant, single, {p: t - t.min() for p, t in self.pairs.items()})
+        single, pairs = ({where: float(t.min()) for where, t in tables.items()} for tables in (self.single, self.pairs))
+        return Form(
+            self.constant + sum([*single.values(), *pairs.values()]),
+            {v: t - single[v] for v, t in self.single.items()},
+            {p: t - pairs[p] for p, t in self.pairs.items()},
+        )
 
     def most(self) -> float:
         """No smaller than any of its values; exact without pairs."""
@@ -170,7 +177,7 @@ class Tables:
 
     def restricted(self, keep: Mapping[str, npt.NDArray[np.intp]]) -> Tables:
         """The same with some options only."""
-        options = {v: tuple(o[i] for i in keep[v]) for v, o in self.options.items()}
+        options = {v: o if len(keep[v]) == len(o) else tuple(o[i] for i in keep[v]) for v, o in self.options.items()}
         costs = {name: cost.restricted(keep) for name, cost in self.costs.items()}
         return Tables(options, self.loss.restricted(keep).folded(), costs)
 
