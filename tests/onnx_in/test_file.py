@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper
 from onnx_files import images, node, same_as_runtime, weights, write
 
@@ -189,16 +190,85 @@ def test_dropout_that_drops_is_refused(tmp_path: Path) -> None:
     assert "found a Dropout at 'y' that drops values at random" in said
 
 
-def test_a_program_too_large_for_bytes_is_compared_from_a_file_with_its_tensors_beside_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: list[str] = []
-    loadable = check._loadable
-    monkeypatch.setattr(check, "LARGEST_FILE", 0)
-    monkeypatch.setattr(check, "_loadable", lambda *args: [given.append(str(loadable(*args))), given[-1]][1])
-    path = write(tmp_path / "tiny.onnx", [node("Conv", "x w")], (1, *MAP), CONV)
-    OnnxFile.read(path).check(images(2, MAP))
-    assert [Path(place).name for place in given] == ["part.onnx"]
+def test_large_tensors_are_in_memory_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    part_of = check.part_of
+    monkeypatch.setattr(check, "part_of", lambda *args: given.append(part_of(*args)) or given[-1])
+    stored = {"w": weights(64, 3, 3, 3), "v": weights(8, 64, 1, 1, seed=1)}
+    nodes = [node("Conv", "x w", "c"), node("Conv", "c v"), node("Conv", "c v", "z")]
+    path = write(tmp_path / "tiny.onnx", nodes, ("N", *MAP), stored, outputs="y z")
+    program = onnx.load(path)
+    program.graph.initializer.append(onnx.numpy_helper.from_array(np.full(9, 0.5, np.float32), "odd"))
+    onnx.save(program, path, save_as_external_data=True, location="tensors.bin", size_threshold=0)
+    file = OnnxFile.read(path)
+    file.check(images(2, MAP))
+    assert len(given[-1].SerializeToString()) < stored["w"].nbytes < (tmp_path / "tensors.bin").stat().st_size
+    kept = file.network.w  # type: ignore[attr-defined]
+    assert kept.data_ptr() == file.program.stored["w"].__array_interface__["data"][0]
+    before = (tmp_path / "tensors.bin").read_bytes()
+    kept.mul_(2)  # on pages of its own
+    assert (tmp_path / "tensors.bin").read_bytes() == before
+
+
+def test_data_of_tensors_that_lies_anywhere_in_its_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "tiny.onnx", [node("Conv", "x w")], (1, *MAP), {"w": weights(64, 3, 3, 3)})
+    expected = onnx.numpy_helper.to_array(onnx.load(path).graph.initializer[0])
+    for before, length in ((0, None), (3, None), (16, expected.nbytes)):
+        program = onnx.load(path)
+        (tmp_path / "w.bin").write_bytes(bytes(before) + expected.tobytes() + bytes(5 if length else 0))
+        outside(program.graph.initializer[0], "w.bin", offset=before, length=length)
+        onnx.save(program, tmp_path / "moved.onnx")
+        file = OnnxFile.read(tmp_path / "moved.onnx")
+        assert torch.equal(file.network.w, torch.from_numpy(expected.copy()))  # type: ignore[arg-type]
+        file.check(images(1, MAP))
+    for wrong in ({"length": expected.nbytes + 8}, {"length": 8}, {"offset": 10**9}):
+        outside(program.graph.initializer[0], "w.bin", **wrong)
+        onnx.save(program, tmp_path / "moved.onnx")
+        assert "cannot read 'w'" in refused(tmp_path / "moved.onnx")
+
+
+def outside(tensor: Any, location: str, **where: int | None) -> None:
+    """Says that the data of a tensor lies in another file."""
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    del tensor.external_data[:]
+    for key, value in {"location": location, **where}.items():
+        if value is not None:
+            tensor.external_data.add(key=key, value=str(value))
+
+
+def test_operators_in_any_order(tmp_path: Path) -> None:
+    nodes = [node("Add", "r a"), node("Relu", "c", "r"), node("Conv", "x w", "c"), node("Abs", "c", "a")]
+    same_as_runtime(write(tmp_path / "any.onnx", nodes, ("N", *MAP), CONV))
+    loop = [node("Conv", "x w", "c"), node("Add", "c a", "r"), node("Abs", "r", "a"), node("Relu", "c")]
+    said = refused(write(tmp_path / "loop.onnx", loop, ("N", *MAP), CONV))
+    assert "Expected a graph without loops" in said
+    assert "'Add_r' reads what is computed from it" in said
+
+
+def test_what_is_made_twice_or_by_nobody(tmp_path: Path) -> None:
+    nodes = [node("Conv", "x w", "c"), node("Relu", "c")]
+    said = refused(write(tmp_path / "nobody.onnx", nodes, ("N", *MAP), CONV, outputs="y boxes"))
+    assert "nothing makes 'boxes'" in said
+    said = refused(write(tmp_path / "twice.onnx", [*nodes, node("Abs", "x", "c")], ("N", *MAP), CONV))
+    assert "Abs at 'Abs_c' makes 'c' a second time" in said
+
+
+@pytest.mark.parametrize("large", [True, False])
+def test_a_file_in_bfloat16_becomes_float32(large: bool, tmp_path: Path) -> None:
+    w = weights(64 if large else 4, 3, 3, 3)
+    nodes = [node("Conv", "x w", "c"), node("Constant", "", "two", value=helper.make_tensor("t", 16, [], [2.0])),
+             node("Mul", "c two", "m"), node("Cast", "m", to=TensorProto.FLOAT)]  # fmt: skip
+    path = write(tmp_path / "b.onnx", nodes, ("N", *MAP), opset=22, kind=TensorProto.BFLOAT16)
+    program = onnx.load(path)
+    program.graph.initializer.append(helper.make_tensor("w", TensorProto.BFLOAT16, w.shape, w.reshape(-1).tolist()))
+    onnx.save(program, path)
+    with pytest.warns(UserWarning, match=r"computes in bfloat16\. In float32"):
+        file = OnnxFile.read(path)
+    x = images(2, MAP)
+    file.check(x)
+    short = torch.from_numpy(w).bfloat16().float()
+    torch.testing.assert_close(file.network(x), 2 * torch.nn.functional.conv2d(x, short), atol=1e-5, rtol=1e-5)
 
 
 def test_a_tensor_that_nobody_makes(tmp_path: Path) -> None:
@@ -223,7 +293,7 @@ def test_digits_that_a_cast_takes_away_are_no_difference(tmp_path: Path) -> None
         node("Cast", "h", "f", to=TensorProto.FLOAT),
         node("Conv", "f w"),
     ]
-    with pytest.warns(UserWarning, match="computes in float16"):
+    with pytest.warns(UserWarning, match="computes in bfloat16"):
         file = OnnxFile.read(write(tmp_path / "short.onnx", nodes, ("N", *MAP), CONV))
     file.check(images(2, MAP))
 

@@ -57,6 +57,10 @@ class Where(BaseModel):
     shape: list[Annotated[int, Field(ge=0)]]
 
 
+PACKED_AT_ONCE = 1 << 20
+"""Codes that are packed together, a multiple of 8: while they are, each bit takes a byte."""
+
+
 class Structure(BaseModel):
     """What lies where in the file; looked at as a whole before any of it is used."""
 
@@ -75,16 +79,29 @@ class Structure(BaseModel):
     extra: dict[str, Any] = {}
 
 
-def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Packs unsigned codes of ``bits`` bits end to end, least significant bit first: uint8 [ceil(n * bits / 8)].
+def pack_bits(codes: Tensor, bits: int, least: int = 0) -> Tensor:
+    """Packs codes of ``bits`` bits end to end, least significant bit first: uint8 [ceil(n * bits / 8)].
+
+    Args:
+        codes: whole numbers.
+        bits: of each.
+        least: the smallest code, which is packed as 0.
 
     Example:
-        >>> pack_bits(torch.tensor([1, 2, 3]), 2).tolist()
-        [57]
+        >>> pack_bits(torch.tensor([1, 2, 3]), 2).tolist(), pack_bits(torch.tensor([-1, 0, 1]), 2, -2).tolist()
+        ([57], [57])
     """
-    values = codes.reshape(-1, 1).numpy().astype("<u2").view(np.uint8)
-    planes = np.unpackbits(values, axis=1, bitorder="little")[:, :bits]
-    return torch.from_numpy(np.packbits(planes.reshape(-1), bitorder="little"))
+    flat = codes.reshape(-1)
+    packed = np.empty(-(-flat.numel() * bits // 8), np.uint8)
+    for start in range(0, flat.numel(), PACKED_AT_ONCE):
+        values = (
+            (flat[start : start + PACKED_AT_ONCE].int() - least).numpy().astype("<u2").reshape(-1, 1).view(np.uint8)
+        )
+        planes = np.unpackbits(values, axis=1, bitorder="little")[:, :bits]
+        part = np.packbits(planes.reshape(-1), bitorder="little")
+        first = start * bits // 8
+        packed[first : first + len(part)] = part
+    return torch.from_numpy(packed)
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -94,9 +111,14 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
         >>> unpack_bits(torch.tensor([57], dtype=torch.uint8), 2, 3).tolist()
         [1, 2, 3]
     """
-    planes = np.unpackbits(packed.numpy(), bitorder="little")[: count * bits].reshape(count, bits)
     place: npt.NDArray[np.int32] = (1 << np.arange(bits)).astype(np.int32)
-    return torch.from_numpy((planes * place).sum(axis=1, dtype=np.int32))
+    codes = np.empty(count, np.int32)
+    for start in range(0, count, PACKED_AT_ONCE):
+        end = min(start + PACKED_AT_ONCE, count)
+        part = packed[start * bits // 8 : -(-end * bits // 8)].numpy()
+        planes = np.unpackbits(part, bitorder="little")[: (end - start) * bits].reshape(end - start, bits)
+        codes[start:end] = (planes * place).sum(axis=1, dtype=np.int32)
+    return torch.from_numpy(codes)
 
 
 def ideal_bytes(model: Student) -> int:
@@ -244,7 +266,7 @@ def _describe_module(keys: Mapping[int, str], key: str, module: nn.Module, blobs
     if isinstance(quantizer, BiasQuantizer):
         where = blobs.add("biases", module.codes)
     else:
-        packed = pack_bits(module.codes.int() - quantizer.grid.qmin, quantizer.grid.bits)
+        packed = pack_bits(module.codes, quantizer.grid.bits, quantizer.grid.qmin)
         where = blobs.add("codes", packed) | {"shape": list(module.codes.shape)}
     return {"is": "frozen", "quantizer": keys[id(quantizer)], "codes": where}
 

@@ -18,7 +18,7 @@ from bitwright.errors import ModelError
 from bitwright.given.preprocessing import has_channels_last
 from bitwright.given.text import short
 from bitwright.onnx_in import operators
-from bitwright.onnx_in.file import CONTROL, STANDARD, label_of, opset_of
+from bitwright.onnx_in.file import CONTROL, STANDARD, OnnxProgram, label_of, opset_of
 from bitwright.onnx_in.fold import array_of, computed
 from bitwright.onnx_in.network import OnnxNetwork, OperandSource, Repeated, Stored
 from bitwright.onnx_in.patterns import OWN_DOMAIN, Nodes, join, needed
@@ -33,8 +33,10 @@ from bitwright.onnx_in.values import (
     Unsupported,
     Value,
     as_tensor,
+    as_view,
     call,
 )
+from bitwright.runtimes.session import Array
 
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Linear", "LSTM", "GRU", "RNN"})
 """Operators with weights that a quantizer would want; none may lie behind the body."""
@@ -145,6 +147,7 @@ class NodeReader:
     missing: list[Missing] = field(default_factory=list)
     tail: list[Any] = field(default_factory=list)
     _kept: dict[tuple[Any, ...], str] = field(default_factory=dict)
+    _shared: set[int] = field(default_factory=set)
 
     @property
     def image(self) -> Image:
@@ -236,7 +239,7 @@ class NodeReader:
         if isinstance(operand, BatchSize):
             return images
         if isinstance(operand, Known):
-            return as_tensor(operand.large if large else operand.small)
+            return as_view(operand.large if large else operand.small)
         if isinstance(operand, Traced):
             return operand.large if large else operand.small
         return operand
@@ -272,15 +275,23 @@ class NodeReader:
     def _keep(self, name: str, array: Any) -> str:
         """Stores a tensor under a name of its own, once."""
         content = np.asarray(array, order="C")
-        key = (name, content.shape, content.dtype.str, hashlib.sha1(content.tobytes()).digest())
+        key = (name, content.shape, content.dtype.str, hashlib.sha1(content.reshape(-1).view(np.uint8).data).digest())
         if key not in self._kept:
             free, count = name, 0
             while free in self.stored:
                 count += 1
                 free = f"{name}_{count}"
-            self.stored[free] = as_tensor(content)
+            self.stored[free] = self._tensor(content)
             self._kept[key] = free
         return self._kept[key]
+
+    def _tensor(self, array: Array) -> Tensor:
+        """The array itself as a tensor, the first time that it is asked for; then, or if it cannot be, a copy."""
+        start = array.__array_interface__["data"][0]
+        if array.dtype != np.float32 or not array.flags.writeable or start in self._shared or not array.size:
+            return as_tensor(array)
+        self._shared.add(start)
+        return torch.from_numpy(array)
 
 
 def _inner(made: NodeCall, small: Tensor, large: Tensor) -> int:
@@ -323,14 +334,15 @@ class Body:
         return self.images[0]
 
 
-def build(program: Any, images: tuple[Image, ...], path: Path) -> Body:
+def build(whole: OnnxProgram, images: tuple[Image, ...], path: Path) -> Body:
     """The network of a program.
 
     Raises:
         ModelError: a node has no counterpart here and weights lie behind it, or no output depends on the images.
     """
+    program = whole.proto
     _check_order(program.graph, path)
-    joined = join(program.graph)
+    joined = join(program.graph, whole.stored)
     reading, given = _read_all(program, joined, images), [image.name for image in images]
     if reading.missing:
         _check_tail(reading, path)
@@ -361,7 +373,19 @@ def _check_order(graph: Any, path: Path) -> None:
                 f"Expected a whole graph in {path}, {node.op_type} at '{label_of(node)}' reads '{unknown}', which "
                 "nothing before it makes. Export it again, with another version or exporter."
             )
+        twice = next((name for name in node.output if name in made), None)
+        if twice:
+            raise ModelError(
+                f"Expected every tensor of {path} to be made once, {node.op_type} at '{label_of(node)}' makes "
+                f"'{twice}' a second time. Export it again, with another version or exporter."
+            )
         made.update(node.output)
+    missing = next((value.name for value in graph.output if value.name not in made), None)
+    if missing is not None:
+        raise ModelError(
+            f"Expected every output of {path} to be made, nothing makes '{missing}'. Export it again, or take it out "
+            "of the outputs."
+        )
 
 
 def _computes_floats(node: Any, values: dict[str, Value]) -> bool:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,42 +15,36 @@ from bitwright.errors import ModelError
 from bitwright.given.text import short
 from bitwright.graph.capture import COARSE_TOLERANCE, relative_difference
 from bitwright.onnx_in.build import Body
-from bitwright.onnx_in.file import label_of, nodes_of
+from bitwright.onnx_in.file import OnnxProgram, label_of
 from bitwright.onnx_in.network import OnnxNetwork, returned
+from bitwright.onnx_in.stored import elsewhere
 from bitwright.onnx_in.tail import TENSOR_KINDS
 from bitwright.onnx_in.values import as_tensor
-from bitwright.runtimes.session import LARGEST_FILE
+from bitwright.runtimes.session import Array
 
 RUNTIME_TOLERANCE = 1e-4
 """Largest difference, in units of an output's range, that kernels may make by summing in other orders."""
 
 
-def part_of(program: Any, body: Body, outputs: Sequence[str], kinds: Sequence[int]) -> Any:
-    """The program from its input to these tensors."""
-    part, whole = onnx.ModelProto(), program.graph
-    part.ir_version = program.ir_version
-    part.opset_import.extend(program.opset_import)
+def part_of(program: OnnxProgram, body: Body, outputs: Sequence[str], kinds: Sequence[int]) -> Any:
+    """The program from its input to these tensors; its large tensors are said to be given."""
+    part, whole = onnx.ModelProto(), program.proto.graph
+    part.ir_version = program.proto.ir_version
+    part.opset_import.extend(program.proto.opset_import)
     ends = [helper.make_tensor_value_info(n, k, None) for n, k in zip(outputs, kinds, strict=True)]
-    graph = part.graph  # a graph that is copied as a whole must not be larger than 2 GB
+    tensors = [elsewhere(t, program.stored[t.name]) if t.name in program.stored else t for t in whole.initializer]
+    graph = part.graph
     graph.name = whole.name or "part"
     for made, given in zip(
         (graph.node, graph.input, graph.output, graph.initializer, graph.sparse_initializer, graph.value_info),
-        (body.nodes, whole.input, ends, whole.initializer, whole.sparse_initializer, whole.value_info),
+        (body.nodes, whole.input, ends, tensors, whole.sparse_initializer, whole.value_info),
         strict=True,
     ):
         made.extend(given)
     return part
 
 
-def is_coarse(program: Any) -> bool:
-    """Whether a program computes in float16, which has three digits, or in bfloat16, on the way at least."""
-    coarse = {TensorProto.FLOAT16, TensorProto.BFLOAT16}
-    kinds = {t.data_type for t in program.graph.initializer}
-    kinds |= {a.i for n in nodes_of(program.graph) if n.op_type == "Cast" for a in n.attribute if a.name == "to"}
-    return bool(coarse & (kinds | {v.type.tensor_type.elem_type for v in program.graph.input}))
-
-
-def check_import(program: Any, body: Body, images: Sequence[Tensor], path: Any) -> float:
+def check_import(program: OnnxProgram, body: Body, images: Sequence[Tensor], path: Any) -> float:
     """Compares the network with ONNX Runtime.
 
     Args:
@@ -80,7 +73,7 @@ def check_import(program: Any, body: Body, images: Sequence[Tensor], path: Any) 
     names = network.outputs
     theirs = run(program, body, names, found, images, path)
     worst = max(_difference(a, b) for a, b in zip(theirs, found, strict=True))
-    tolerance = COARSE_TOLERANCE if is_coarse(program) else RUNTIME_TOLERANCE
+    tolerance = COARSE_TOLERANCE if "float16" in program.short else RUNTIME_TOLERANCE
     if worst > tolerance and worst > 10 * _own_error(network, images, found):
         first = _first(program, body, images, path)
         raise ModelError(
@@ -95,11 +88,11 @@ def _by(shape: Sequence[int]) -> str:
 
 
 def run(
-    program: Any, body: Body, names: Sequence[str], like: Sequence[Tensor], images: Sequence[Tensor], path: Any
+    program: OnnxProgram, body: Body, names: Sequence[str], like: Sequence[Tensor], images: Sequence[Tensor], path: Any
 ) -> list[Tensor]:
     """What ONNX Runtime gives for the tensors of these names, image by image where the file fixes their number."""
     part = part_of(program, body, names, [_kind(program, n, v) for n, v in zip(names, like, strict=True)])
-    session = _session(part, path)
+    session = _session(part, program.stored, path)
     count = len(images[0])
     batch = count if body.image.free else body.image.batch
     kinds = {i.name: np.float16 if "float16" in i.type else np.float32 for i in session.get_inputs()}
@@ -125,22 +118,26 @@ def _without(answer: Tensor, images: int, batch: int) -> Tensor:
     return answer[: len(answer) - len(answer) * images // batch] if images and answer.dim() else answer
 
 
-def _kind(program: Any, name: str, like: Tensor) -> int:
+def _kind(program: OnnxProgram, name: str, like: Tensor) -> int:
     """The type of a tensor in the file, where that says one."""
-    said = [v.type.tensor_type.elem_type for v in (*program.graph.output, *program.graph.value_info) if v.name == name]
+    graph = program.proto.graph
+    said = [v.type.tensor_type.elem_type for v in (*graph.output, *graph.value_info) if v.name == name]
     return int(said[0]) if said and said[0] else TENSOR_KINDS.get(like.dtype, TensorProto.FLOAT)
 
 
-def _session(part: Any, path: Any) -> Any:
+def _session(part: Any, stored: Mapping[str, Array], path: Any) -> Any:
+    """The program in ONNX Runtime, which reads the stored tensors where they are."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     # as the file says: its optimisations take a fourth power for a layer norm's square (1.31)
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")  # which copies weights
+    names = [t.name for t in part.graph.initializer if t.name in stored]
+    options.add_external_initializers(names, [onnxruntime.OrtValue.ortvalue_from_numpy(stored[n]) for n in names])
     try:
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            return onnxruntime.InferenceSession(_loadable(part, folder), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(part.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise _not_run(path, error) from error
 
@@ -149,15 +146,6 @@ def _not_run(path: Any, error: Exception) -> ModelError:
     return ModelError(
         f"Expected a file that ONNX Runtime runs, it cannot run {path} ({short(error)}). Export it again."
     )
-
-
-def _loadable(part: Any, folder: str) -> Any:
-    """The program as bytes, or as a file in the folder with its tensors beside it, where bytes cannot hold it."""
-    if sum(len(t.raw_data) for t in part.graph.initializer) <= LARGEST_FILE:
-        return part.SerializeToString()
-    path = f"{folder}/part.onnx"
-    onnx.save_model(part, path, save_as_external_data=True, location="part.data")
-    return path
 
 
 def _difference(theirs: Tensor, ours: Tensor) -> float:
@@ -183,7 +171,7 @@ def _own_error(network: OnnxNetwork, images: Sequence[Tensor], found: Sequence[T
     return max((relative_difference(a, b) for a, b in pairs), default=0.0)
 
 
-def _first(program: Any, body: Body, images: Sequence[Tensor], path: Any) -> str:
+def _first(program: OnnxProgram, body: Body, images: Sequence[Tensor], path: Any) -> str:
     """The first tensor that differs, as `` first at 'name' (Operator)``."""
     ours = body.network.watched(images)
     makers = {name: node for node in body.nodes for name in node.output}

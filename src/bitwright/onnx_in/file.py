@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx
-from onnx import external_data_helper, inliner
+from onnx import inliner
 
 from bitwright.errors import ModelError
 from bitwright.given.text import short
+from bitwright.onnx_in.kinds import short_kinds, widen
+from bitwright.onnx_in.patterns import reads
+from bitwright.onnx_in.stored import take_tensors
+from bitwright.runtimes.session import Array
 
 OPSETS = range(9, 26)
 """Versions of ONNX's operators that are read."""
@@ -26,8 +32,23 @@ CONTROL = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 STANDARD = frozenset({"", "ai.onnx"})
 
 
-def read_program(path: Path) -> Any:
-    """The program in a file, with its functions written out and its tensors in memory.
+@dataclass(frozen=True)
+class OnnxProgram:
+    """What a file holds.
+
+    Attributes:
+        proto: what ONNX has of it, without the data of its large tensors.
+        stored: these by name.
+        short: the types of few digits in which it computes.
+    """
+
+    proto: Any
+    stored: dict[str, Array]
+    short: tuple[str, ...] = ()
+
+
+def read_program(path: Path) -> OnnxProgram:
+    """The program in a file, its functions written out, its operators in order, bfloat16 as float32.
 
     Raises:
         ModelError: it is missing, too large, broken, of another version, or quantized already.
@@ -44,11 +65,15 @@ def read_program(path: Path) -> Any:
     if not program.graph.node or not program.opset_import:
         raise ModelError(f"Expected an ONNX file, found no operators in {path}. Export it again.")
     _check_version(program, path)
-    _load_tensors(program, path)
+    program, stored = take_tensors(program, path)
     if program.functions:
         program = inliner.inline_local_functions(program)
     _check_float(program, path)
-    return program
+    kinds = short_kinds(program)
+    if "bfloat16" in kinds:
+        widen(program.graph, stored)
+    _sort(program.graph, path)
+    return OnnxProgram(program, stored, kinds)
 
 
 def digest(path: Path) -> str:
@@ -74,20 +99,49 @@ def _check_version(program: Any, path: Path) -> None:
         )
 
 
-def _load_tensors(program: Any, path: Path) -> None:
-    """Puts tensors that lie in other files into the program; ONNX itself refuses places outside the file's folder."""
-    outside = [t for t in external_data_helper._get_all_tensors(program) if external_data_helper.uses_external_data(t)]
-    for tensor in outside:
-        try:
-            external_data_helper.load_external_data_for_tensor(tensor, str(path.resolve().parent))
-            tensor.data_location = onnx.TensorProto.DEFAULT
-            del tensor.external_data[:]
-        except Exception as error:
-            place = next((e.value for e in tensor.external_data if e.key == "location"), "?")
-            raise ModelError(
-                f"Expected the tensors of {path} in {place} beside it, cannot read '{tensor.name}' ({short(error)}). "
-                "Copy that file too."
-            ) from error
+def _sort(graph: Any, path: Path) -> None:
+    """Puts every node behind those whose tensors it reads, where some writer did not; others stay in their order.
+
+    Raises:
+        ModelError: nodes wait for each other.
+    """
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inside in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                _sort(inside, path)
+    makers = {name: k for k, node in enumerate(graph.node) for name in node.output if name}
+    needs = [{makers[name] for name in reads(node) if name in makers} for node in graph.node]
+    if all(max(need, default=-1) < k for k, need in enumerate(needs)):
+        return
+    order = _in_order(needs)
+    if len(order) < len(needs):
+        waiting = label_of(graph.node[next(k for k in range(len(needs)) if k not in set(order))])
+        raise ModelError(
+            f"Expected a graph without loops in {path}, '{waiting}' reads what is computed from it. Export it again, "
+            "with another version or exporter."
+        )
+    nodes = [type(graph.node[k]).FromString(graph.node[k].SerializeToString()) for k in order]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _in_order(needs: list[set[int]]) -> list[int]:
+    """Positions behind those that each needs, the smallest first where several may come; without those in loops."""
+    left = [len(need) for need in needs]
+    readers: dict[int, list[int]] = {}
+    for k, need in enumerate(needs):
+        for maker in need:
+            readers.setdefault(maker, []).append(k)
+    ready = [k for k, count in enumerate(left) if not count]
+    order = []
+    while ready:
+        k = heapq.heappop(ready)
+        order.append(k)
+        for reader in readers.get(k, ()):
+            left[reader] -= 1
+            if not left[reader]:
+                heapq.heappush(ready, reader)
+    return order
 
 
 def _check_float(program: Any, path: Path) -> None:

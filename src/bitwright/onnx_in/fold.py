@@ -68,11 +68,15 @@ def constant(node: Any) -> Array:
 
 def array_of(tensor: Any) -> Array:
     """A stored tensor; floats of any width as float32."""
-    found: Array = onnx.numpy_helper.to_array(tensor)
-    return found.astype(np.float32) if tensor.data_type in FLOATS else found
+    return widened(onnx.numpy_helper.to_array(tensor))
 
 
-FLOATS = frozenset({TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE})
+def widened(array: Array) -> Array:
+    """Floats of any width as float32; others, and float32 itself, as they are."""
+    return array.astype(np.float32) if array.dtype.name in FLOATS else array
+
+
+FLOATS = frozenset({"float16", "bfloat16", "float64"})
 
 
 def _evaluate(node: Any, arrays: Sequence[Array | None], opset: int) -> list[Array]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from onnx import helper
 
-from bitwright.onnx_in.fold import array_of, constant
+from bitwright.onnx_in.fold import array_of, constant, widened
 from bitwright.onnx_in.values import Unsupported
 from bitwright.runtimes.session import Array
 
@@ -22,9 +22,13 @@ CLOSE = 1e-4
 class Nodes:
     """The nodes of a graph, with who makes and how many read each tensor, and the arrays that it stores."""
 
-    def __init__(self, graph: Any) -> None:
+    def __init__(self, graph: Any, stored: Mapping[str, Array] | None = None) -> None:
+        """Of a graph, with the large tensors that are kept apart from it."""
+        apart = stored or {}
         self.nodes: list[Any] = list(graph.node)
-        self.stored: dict[str, Array] = {t.name: array_of(t) for t in graph.initializer}
+        self.stored: dict[str, Array] = {
+            t.name: widened(apart[t.name]) if t.name in apart else array_of(t) for t in graph.initializer
+        }
         self.makers: dict[str, Any] = {}
         for node in self.nodes:
             self.makers |= {name: node for name in node.output if name}
@@ -72,9 +76,9 @@ class Nodes:
         return name, 1.0
 
 
-def join(graph: Any) -> Nodes:
-    """The nodes of a graph with patterns joined, and without those that nothing reads."""
-    nodes = Nodes(graph)
+def join(graph: Any, stored: Mapping[str, Array] | None = None) -> Nodes:
+    """The nodes of a graph with patterns joined, and without those that nothing reads; see :class:`Nodes`."""
+    nodes = Nodes(graph, stored)
     for pattern in PATTERNS:
         found = Nodes.__new__(Nodes)
         found.__dict__ |= nodes.__dict__

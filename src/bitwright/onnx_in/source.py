@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -15,8 +14,8 @@ from bitwright.given.several import InputPart
 from bitwright.given.text import short
 from bitwright.graph.outputs import Interface
 from bitwright.onnx_in.build import Body, Image, build, onnx_images
-from bitwright.onnx_in.check import check_import, is_coarse
-from bitwright.onnx_in.file import digest, read_program
+from bitwright.onnx_in.check import check_import
+from bitwright.onnx_in.file import OnnxProgram, digest, read_program
 from bitwright.onnx_in.network import OnnxNetwork
 from bitwright.onnx_in.tail import Tail
 from bitwright.words import plural
@@ -32,13 +31,13 @@ class OnnxFile:
     Attributes:
         path: of the file.
         sha256: of the file.
-        program: what ONNX has of it.
+        program: in it.
         body: the network, and what of the file it leaves out.
     """
 
     path: Path
     sha256: str
-    program: Any
+    program: OnnxProgram
     body: Body
     _checked: bool = field(default=False)
 
@@ -55,11 +54,12 @@ class OnnxFile:
         """
         program = read_program(path)
         try:
-            file = cls(path, digest(path), program, build(program, onnx_images(program, size, path), path))
+            file = cls(path, digest(path), program, build(program, onnx_images(program.proto, size, path), path))
         except (LookupError, ValueError, TypeError, ArithmeticError, AttributeError) as error:
             raise ModelError(f"Expected an ONNX file, cannot read {path} ({short(error)}). Export it again.") from error
-        if is_coarse(program):
-            warnings.warn(f"{path} computes in float16. In float32 it is quantized, and takes images.", stacklevel=4)
+        if program.short:
+            kinds = " and ".join(program.short)
+            warnings.warn(f"{path} computes in {kinds}. In float32 it is quantized, and takes images.", stacklevel=4)
         if file.body.aside:
             warnings.warn(
                 f"Outputs of {path} that are an input or stored stay as they are: {', '.join(file.body.aside)}. "

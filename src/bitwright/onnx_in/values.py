@@ -240,6 +240,11 @@ def from_front(axis: int, rank: int) -> int:
     return axis + rank if axis < 0 else axis
 
 
+def as_view(array: Array) -> Tensor:
+    """A tensor for calls that change nothing: the array itself where that can be, else a copy."""
+    return torch.from_numpy(array) if array.dtype == np.float32 and array.flags.writeable else as_tensor(array)
+
+
 def as_tensor(array: Array) -> Tensor:
     """A tensor with a copy of the array; float types become float32."""
     if array.dtype.kind == "f" or array.dtype.name == "bfloat16":
