@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bitwright.cli import main
-from bitwright.cli.recipes import ListedRecipe, listed_recipes
+from bitwright.cli.recipes import SETTINGS, ListedRecipe, listed_recipes
 from bitwright.recipes import DEFAULT, builtin_recipes
 
 RUN = """
@@ -43,6 +43,7 @@ def test_reading_a_run_or_the_recipes_imports_no_library_of_networks(run: Path) 
     called("report", str(run))
     assert (run / "report.html").is_file()
     assert "eptq (default)" in called("recipes")
+    assert called("recipes", "eptq") == builtin_recipes()["eptq"].to_yaml()
 
 
 def test_a_run_is_shown_alike_from_its_result_and_from_its_network(
@@ -66,6 +67,12 @@ def test_a_damaged_network_is_found_without_reading_it(run: Path, capsys: pytest
 def test_the_list_is_that_of_the_recipes() -> None:
     there = builtin_recipes().values()
     assert list(listed_recipes()) == [ListedRecipe(r.name, r.summary, r.paper, r.name == DEFAULT) for r in there]
+
+
+def test_the_settings_that_are_written_down_are_those_of_the_recipes() -> None:
+    written = json.loads(SETTINGS.read_text(encoding="utf-8"))
+    there = {name: made.settings() for name, made in builtin_recipes().items()}
+    assert json.dumps(written) == json.dumps(there), "write them anew: python -m bitwright.cli.recipes"
 
 
 def test_what_a_run_leaves_out_is_what_was_said(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,20 +1,25 @@
 """`bitwright recipes`: what there is, and each as text to start one's own from.
 
-The list is read from the files of the recipes, so that PyTorch is imported for the settings of one alone.
+The list is read from the files of the recipes and their settings from ``recipes.json``, which holds those that ship, so
+that PyTorch is imported for a recipe of the user's alone. ``python -m bitwright.cli.recipes`` writes that file anew.
 """
 
 from __future__ import annotations
 
 import ast
+import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import yaml
 
 from bitwright.cli import tables
 from bitwright.cli.calls import RecipesCall
 from bitwright.terminal import Terminal
 
 FOLDER = Path(__file__).parents[1] / "recipes"
+SETTINGS = Path(__file__).with_suffix(".json")
 
 
 class ListedRecipe(NamedTuple):
@@ -29,11 +34,9 @@ class ListedRecipe(NamedTuple):
 def recipes(call: RecipesCall, terminal: Terminal) -> None:
     """Shows all recipes with their papers, or one with all its settings."""
     if call.name is not None:
-        from bitwright.recipes import recipe
-
-        found = recipe(call.name)
-        terminal.result(found.settings())
-        terminal.show(found.to_yaml().rstrip("\n"))
+        settings = json.loads(SETTINGS.read_text(encoding="utf-8")).get(call.name) or _settings(call.name)
+        terminal.result(settings)
+        terminal.show(str(yaml.safe_dump(settings, sort_keys=False)).rstrip("\n"))
         return
     rows = list(listed_recipes())
     terminal.result({"recipes": [row._asdict() for row in rows]})
@@ -41,6 +44,21 @@ def recipes(call: RecipesCall, terminal: Terminal) -> None:
     for row in rows:
         made.add_row(row.name + (" (default)" if row.default else ""), row.summary, row.paper)
     terminal.show(made)
+
+
+def _settings(name: str) -> dict[str, Any]:
+    """Of a recipe in a file, or an error that names the nearest."""
+    from bitwright.recipes import recipe
+
+    return recipe(name).settings()
+
+
+def write_settings() -> None:
+    """Writes down the settings of the recipes that ship."""
+    from bitwright.recipes import builtin_recipes
+
+    found = {name: made.settings() for name, made in builtin_recipes().items()}
+    SETTINGS.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def listed_recipes() -> Iterator[ListedRecipe]:
@@ -57,3 +75,7 @@ def listed_recipes() -> Iterator[ListedRecipe]:
                 said = {k.arg: ast.literal_eval(k.value) for k in node.keywords if k.arg in ListedRecipe._fields}
                 name = str(said["name"])
                 yield ListedRecipe(name, said.get("summary", ""), said.get("paper", ""), name == default)
+
+
+if __name__ == "__main__":
+    write_settings()
