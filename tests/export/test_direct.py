@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -13,7 +14,7 @@ from bitwright.api import quantize
 from bitwright.export import direct, onnx
 from bitwright.export.direct import translated
 from bitwright.graph.student import Student
-from tests import cases
+from tests import cases, onnx_files
 
 
 def structure(program: ir.Model) -> list[Any]:
@@ -46,6 +47,21 @@ def test_both_ways_give_one_file(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert taken[0] is not None
     monkeypatch.setattr(onnx, "translated", lambda *a: None)
     assert structure(found) == structure(onnx.to_onnx(model))
+
+
+def test_stored_tensors_may_have_any_names(tmp_path: Path) -> None:
+    names = "scale:0", "9/scale", "a.scale", "a_scale"
+    nodes = [onnx_files.node("Conv", "x w", "made"), onnx_files.node("Sum", "by_0 by_1 by_2 by_3")]
+    nodes[1:1] = [onnx_files.node("Add", f"made {n}", f"by_{k}") for k, n in enumerate(names)]
+    images = cases.images()
+    height, width = images.shape[2:]
+    stored = {n: onnx_files.weights(4, height - 2, width - 2, seed=k) for k, n in enumerate(names)}
+    stored["w"] = onnx_files.weights(4, 3, 3, 3)
+    file = onnx_files.write(tmp_path / "given.onnx", nodes, ["N", *images.shape[1:]], stored)
+    model = quantize(str(file), images, "rtn", weights=4, progress=False)
+    ir.save(onnx.to_onnx(model), tmp_path / "m.onnx")  # a fault on the way would be a warning
+    (theirs,) = onnx_files.in_runtime(tmp_path / "m.onnx", images[:2], one_by_one=False)
+    torch.testing.assert_close(theirs, model(images[:2]).detach(), atol=1e-4, rtol=1e-4)
 
 
 class Counting(nn.Module):

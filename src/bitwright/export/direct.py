@@ -165,7 +165,7 @@ def _lifted(module: fx.GraphModule) -> tuple[fx.Graph, dict[str, str]]:
     """A copy that takes stored tensors as inputs, before its own; their paths by the names of those inputs."""
     graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
     paths = dict.fromkeys(str(n.target) for n in module.graph.nodes if n.op == "get_attr")
-    inputs = {path: graph.placeholder(f"b_{path.replace('.', '_')}") for path in paths}
+    inputs = {path: _as_input(graph, path) for path in paths}
     for node in module.graph.nodes:
         if node.op == "output":
             graph.output(tuple(copied[n] for n in node.args[0]))
@@ -174,6 +174,13 @@ def _lifted(module: fx.GraphModule) -> tuple[fx.Graph, dict[str, str]]:
         copied[node].meta = {}
         _decompose(copied[node])
     return graph, {inputs[path].name: path for path in paths}
+
+
+def _as_input(graph: fx.Graph, path: str) -> fx.Node:
+    """An input for a stored tensor, whose path may hold what no name in Python can, such as ``Upsample__306:0``."""
+    node = graph.placeholder(f"b_{path}")
+    node.target = node.name  # which the graph made a free one that Python reads
+    return node
 
 
 def _decompose(node: fx.Node) -> None:
