@@ -294,7 +294,7 @@ class Anchors(nn.Module):
         self.register_buffer("stride", torch.tensor(8.0))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return {"boxes": self.boxes * 2, "scores": self.head(F.relu(self.stem(x)).mean((2, 3))), "stride": self.stride}
+        return {"boxes": self.boxes, "scores": self.head(F.relu(self.stem(x)).mean((2, 3))), "stride": self.stride}
 
 
 class Functional(nn.Module):
