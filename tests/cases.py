@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import bitwright.api  # noqa: F401 - so that every test finds bw.api and what it uses, also when it runs alone
 from bitwright.given.images import Images, load_images
 from bitwright.graph.capture import Captured, capture
 from bitwright.graph.prepare import prepare

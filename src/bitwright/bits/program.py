@@ -1,4 +1,7 @@
-"""The integer program as a matrix, for HiGHS."""
+"""The integer program as a matrix, for HiGHS.
+
+SciPy is imported when there is a program to solve: most runs have none, and it takes a quarter of a second.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,16 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import sparse
-from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
 from bitwright.bits.tables import Form, Numbers, Sum
 from bitwright.errors import BitwrightError
+
+if TYPE_CHECKING:
+    from scipy import sparse
 
 NODES = 20_000
 """Most nodes of the search tree; a limit in seconds would make the result depend on the machine."""
@@ -188,6 +192,8 @@ class Program:
         return self._sparse(rows), np.array(right)
 
     def _sparse(self, rows: Sequence[tuple[npt.NDArray[np.intp], Numbers]]) -> sparse.csr_array:
+        from scipy import sparse
+
         if not rows:
             return sparse.csr_array((0, self.count))
         ends = np.cumsum([0, *(len(columns) for columns, _ in rows)])
@@ -199,6 +205,8 @@ class Program:
 
     def relax(self) -> Relaxed | None:
         """The linear program: a bound, how far options are taken, and what taking them must cost."""
+        from scipy.optimize import linprog
+
         if not self.options:
             return None
         limits = {"A_ub": self._sparse(self.lines), "b_ub": np.array(self.right)} if self.lines else {}
@@ -236,6 +244,8 @@ class Program:
         return None
 
     def _search(self, whole: Numbers, right: Numbers) -> Any:
+        from scipy.optimize import Bounds, LinearConstraint, milp
+
         constraints = [LinearConstraint(self.equal[0], self.equal[1], self.equal[1])]
         if self.lines:
             constraints.append(LinearConstraint(self._sparse(self.lines), -np.inf, right))
