@@ -1,10 +1,11 @@
 """Whole runs: CPU seconds by phase and peak memory, and how the time grows with depth.
 
 Each run is a process of its own with one thread, and its seconds are those of the processor, so that other work beside
-it counts little. Depth is measured on chains of small convolutions, of which one is twice as deep as the other.
+it counts little. Depth is measured on chains of small convolutions, of which one is twice as deep as the other, and on
+the second plan of one, whose losses the first has kept.
 
     python -m benchmarks.run                                                # chains, and eptq on the zoo's CNN
-    python -m benchmarks.run --depths 250 500                               # longer chains, some minutes
+    python -m benchmarks.run --depths 250 500 --planned 300                 # longer chains and a plan, some minutes
     python -m benchmarks.run MODEL IMAGES --evaluate IMAGES [--labels CSV]  # and a run of optq at W4A8
 """
 
@@ -91,15 +92,31 @@ def depth_rows(depths: Sequence[int] = DEPTHS) -> list[dict[str, Any]]:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder) / "images.npz"
-        np.savez(images, images=np.random.default_rng(0).standard_normal((64, 3, 16, 16)).astype(np.float32))
+        np.savez(images, images=np.random.default_rng(0).standard_normal((64, 3, 8, 8)).astype(np.float32))
         for depth in depths:
             maker = Path(folder) / f"chain{depth}.py"
             maker.write_text(f"from benchmarks.run import chain\n\n\ndef make():\n    return chain({depth})\n")
-            rows.append(run_alone(f"chain of {depth}", f"{maker}:make", str(images), "--recipe", "mse", *LOW))
+            rows.append(run_alone(f"chain of {depth}, optq", f"{maker}:make", str(images), "--recipe", "optq", *LOW))
     first, second = (row["cpu_seconds"] for row in rows)
     rows[1]["over_half_the_depth"] = round(second / first, 2)
     print(f"twice the depth, {second / first:.2f} times the time", flush=True)
     return rows
+
+
+def plan_row(depth: int) -> dict[str, Any]:
+    """Seconds of the second plan of a chain, with everything before it: the first one keeps the losses."""
+    time.perf_counter = time.process_time
+    from bitwright.bits.planning import plan_bits
+
+    images = np.random.default_rng(0).standard_normal((64, 3, 8, 8)).astype(np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        plan_bits(chain(depth), images, cache=folder, progress=False)
+        started = time.perf_counter()
+        found = plan_bits(chain(depth), images, compression=6.0, cache=folder, progress=False)
+        seconds = round(time.perf_counter() - started, 1)
+    assert found.measured.reused, "losses were measured again"
+    print(f"plan of {depth} layers from kept losses: {seconds:.1f} CPU s", flush=True)
+    return {"run": f"plan of {depth} layers from kept losses", "cpu_seconds": seconds, "points": len(found.curve)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -107,12 +124,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--depths", nargs=2, type=int, default=DEPTHS, help="of the chains, the second twice the first")
+    parser.add_argument("--planned", type=int, help="depth of a chain whose bits are planned twice")
     given, rest = parser.parse_known_args(arguments)
     if given.inside is not None:
         given.inside.write_text(json.dumps(spent(rest)))
         return
     rows = depth_rows(given.depths)
     write(rows)
+    if given.planned:
+        torch.set_num_threads(1)
+        rows.append(plan_row(given.planned))
     rows.append(run_alone("zoo CNN, eptq", "zoo:fashion_cnn", "zoo:fashion", "--recipe", "eptq", "--steps", "32", *LOW))
     if rest:
         rows.append(run_alone(f"{rest[0].split('@')[0]}, optq", *rest, "--recipe", "optq", "--weights", "4"))
