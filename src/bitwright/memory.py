@@ -67,10 +67,29 @@ def keep_pages() -> Iterator[None]:
         yield
     finally:
         _KEEPING.release()
-        library.mallopt(_MMAP_MAX, _DEFAULT_MMAP_MAX)
-        library.mallopt(_MMAP_THRESHOLD, _SETTLED_MMAP)
-        library.mallopt(_TRIM_THRESHOLD, _SETTLED_TRIM)
-        library.malloc_trim(0)
+        _as_usual(library)
+
+
+@contextlib.contextmanager
+def usual_pages() -> Iterator[None]:
+    """While inside, freed memory goes back to the system, inside :func:`keep_pages` too: for few large tensors."""
+    library = _glibc()
+    if library is None or not _KEEPING.locked():
+        yield
+        return
+    _as_usual(library)
+    try:
+        yield
+    finally:
+        library.mallopt(_MMAP_MAX, 0)
+        library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _as_usual(library: ctypes.CDLL) -> None:
+    library.mallopt(_MMAP_MAX, _DEFAULT_MMAP_MAX)
+    library.mallopt(_MMAP_THRESHOLD, _SETTLED_MMAP)
+    library.mallopt(_TRIM_THRESHOLD, _SETTLED_TRIM)
+    library.malloc_trim(0)
 
 
 def return_pages() -> None:

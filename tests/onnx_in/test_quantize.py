@@ -19,8 +19,12 @@ from bitwright.cli import main
 from bitwright.errors import DataError, UsageError
 from bitwright.given.images import load_images
 from bitwright.given.models import load_model
+from bitwright.graph.capture import capture
 from bitwright.graph.outputs import Interface
+from bitwright.graph.prepare import prepare
+from bitwright.graph.student import insert_quantizers
 from bitwright.onnx_in.source import OnnxFile
+from bitwright.quant.scheme import Scheme
 
 CLASSIFIER = [
     node("Transpose", "x", "t", perm=[0, 3, 1, 2]), node("Conv", "t w b", "stem/conv:0", strides=[2, 2]),
@@ -339,6 +343,24 @@ def test_shapes_behind_the_network_follow_the_number_of_images(tmp_path: Path) -
     (rows, shape), (expected, _) = (in_runtime(p, x, one_by_one=False) for p in (folder / "model.onnx", path))
     assert rows.shape == expected.shape == (4, 4 * 6 * 2)
     assert shape.tolist() == [4, 3, 8, 10]
+
+
+def test_weights_are_those_of_the_file_until_they_are_integers(tmp_path: Path) -> None:
+    nodes = [node("Flatten", "x", "f"), node("Gemm", "f w", "c", transB=1), node("Relu", "c", "r"),
+             node("Gemm", "r v", "d", transB=1), node("Relu", "d")]  # fmt: skip
+    stored = {"w": weights(64, 240), "v": weights(64, 64)}
+    file = OnnxFile.read(write(tmp_path / "tiny.onnx", nodes, ("N", 3, 8, 10), stored))
+    teacher = prepare(capture(file.network, images(2, (3, 8, 10))))
+    student = insert_quantizers(teacher, Scheme())
+    kept = {array.__array_interface__["data"][0] for array in file.program.stored.values()}
+    for graph in (teacher.graph, student.graph):
+        assert {t.data_ptr() for t in graph.buffers() if t.numel() > 1000} == kept
+    order = [n for n in student.graph.graph.nodes if n.op == "call_module" or "linear" in str(n.target)]
+    weighted = [n for n in order if str(n.target).startswith("quantizer_weight")]
+    assert len(weighted) == 2
+    for n in weighted:  # what it gives is there no longer than it is needed
+        between = order[order.index(n) : order.index(next(iter(n.users)))]
+        assert all(str(other.target).startswith(("quantizer_weight", "quantizer_bias")) for other in between)
 
 
 def test_a_network_without_weights_and_its_own_name_for_the_batch(tmp_path: Path) -> None:

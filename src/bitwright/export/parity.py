@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from bitwright.given.images import Images, load_images
 from bitwright.graph import ops
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.student import Student
+from bitwright.memory import usual_pages
+from bitwright.quant.quantizer import Frozen
 from bitwright.run.files import target_file
 from bitwright.runtimes.onnxruntime import session
 from bitwright.runtimes.openvino import OPENVINO, openvino_reads
@@ -33,6 +35,8 @@ from bitwright.runtimes.session import Opener, Session
 
 CHECKED_IMAGES = 32
 LAYER_IMAGES = 4
+LARGE = 50_000_000
+"""Weights of a network from which on a check gives memory back at once, which costs time."""
 CHOICES = frozenset({"topk", "sort", "argsort", "argmax", "argmin"})
 FEW = 0.9
 """Share of same answers below which a file that passed is warned of."""
@@ -89,7 +93,8 @@ def export_checked(
     data = images_of(model, images)
     batch = data.batch(range(min(count, len(data))))
     try:
-        program, parity = _written(model, batch)
+        with usual_pages() if _is_large(model) else nullcontext():
+            program, parity = _written(model, batch)
     except (BitwrightError, OSError):
         raise
     except Exception as error:
@@ -107,6 +112,11 @@ def export_checked(
             "force=True keeps it."
         )
     return parity
+
+
+def _is_large(model: Student) -> bool:
+    """Whether its stored numbers take so much memory that what they become in a check must not be kept beside it."""
+    return sum(module.codes.numel() for module in model.freeze().graph.modules() if isinstance(module, Frozen)) > LARGE
 
 
 def _choice_before(model: Student, name: str | None) -> str:

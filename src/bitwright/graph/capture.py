@@ -91,7 +91,7 @@ def capture(
         with suppress(ModelError):  # in-place activations, as most networks have them
             return _checked(program, images, reference, parts)
         program = _without_writes(program)  # writes into parts of tensors
-    return _checked(program, images, reference, parts)
+    return _checked(program, images, reference, parts, copies=not getattr(model, "never_changes", False))
 
 
 def _tensors_alone(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
@@ -103,9 +103,14 @@ def _tensors_alone(program: torch.export.ExportedProgram) -> torch.export.Export
 
 
 def _checked(
-    program: torch.export.ExportedProgram, images: Tensor, reference: Any, parts: Sequence[InputPart]
+    program: torch.export.ExportedProgram,
+    images: Tensor,
+    reference: Any,
+    parts: Sequence[InputPart],
+    *,
+    copies: bool = True,
 ) -> Captured:
-    graph, coarse = _to_graph(program, parts)
+    graph, coarse = _to_graph(program, parts, copies=copies)
     captured = Captured(graph, images, names(reference), pytree.tree_structure(reference))
     _check_single_input(graph)
     _check_norms(graph.graph)
@@ -120,7 +125,7 @@ def _checked(
 
 def _check_constants(program: torch.export.ExportedProgram, model: nn.Module, images: Tensor) -> None:
     """What is returned without having looked at the images must not have as many rows as there were."""
-    _, graph = flat_graph(program)
+    _, graph = flat_graph(program, copies=False)
     seen: set[fx.Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder" or not seen.isdisjoint(node.all_input_nodes):
@@ -276,14 +281,14 @@ def _check_program(program: torch.export.ExportedProgram, parts: Sequence[InputP
 
 
 def _to_graph(
-    program: torch.export.ExportedProgram, parts: Sequence[InputPart]
+    program: torch.export.ExportedProgram, parts: Sequence[InputPart], *, copies: bool
 ) -> tuple[fx.GraphModule, set[torch.dtype]]:
-    """The program as a graph module with its own copies of the parameters and a flat list as output.
+    """The program as a graph module with parameters of its own, or the program's, and a flat list as output.
 
     Returns:
         The module, in float32, and the coarser types that parts of the program are in.
     """
-    root, graph = flat_graph(program)
+    root, graph = flat_graph(program, copies=copies)
     join_inputs(graph, parts)
     coarse = rewrite.compute_in_float32(root, graph)
     rewrite.fill_empties(graph)

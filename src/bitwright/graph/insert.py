@@ -56,9 +56,18 @@ def insert(teacher: fx.GraphModule, scheme: Scheme) -> Inserted:
         layer, bits = by_node[node.name], _weight_bits(node, placement, scheme)
         _insert_weight(student, twin[node], layer, bits, source, scheme, heads.get(node.name), unquantized)
     check_supported(student, layers, scheme)
+    _at_first_use(student.graph)
     student.graph.lint()
     student.recompile()
     return Inserted(student, layers, _with_settings(teacher.graph, unquantized))
+
+
+def _at_first_use(graph: fx.Graph) -> None:
+    """Puts quantizers of stored tensors before their first reader, so that no pass holds what all of them give."""
+    order = {node: k for k, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        if node.op == "call_module" and node.users and all(n.op == "get_attr" for n in node.all_input_nodes):
+            min(node.users, key=order.__getitem__).prepend(node)
 
 
 def bits_by_key(teacher: fx.GraphModule, scheme: Scheme) -> dict[str, int | None]:

@@ -24,7 +24,8 @@ def prepare(captured: Captured) -> Captured:
     Raises:
         ModelError: the prepared graph disagrees with the captured one.
     """
-    graph = copy.deepcopy(captured.graph)
+    held = [*captured.graph.buffers(), *captured.graph.parameters()]
+    graph = copy.deepcopy(captured.graph, {id(t): t for t in held})
     rewrite.free_of_views(graph)
     rewrite.propagate(graph, captured.example)
     rewrite.rewrite(graph)

@@ -29,14 +29,18 @@ WRAPPERS = {
 """Operators that only run a graph of their own, and the position of that graph among their arguments."""
 
 
-def flat_graph(program: torch.export.ExportedProgram) -> tuple[nn.Module, fx.Graph]:
-    """A module with copies of the program's parameters, and the graph, which returns the list of the output's tensors.
+def flat_graph(program: torch.export.ExportedProgram, *, copies: bool = True) -> tuple[nn.Module, fx.Graph]:
+    """A module with the program's parameters, and the graph, which returns the list of the output's tensors.
+
+    Args:
+        program: not changed.
+        copies: whether the parameters are copies, which nobody else changes.
 
     Raises:
         ModelError: it holds what is no operator on tensors, such as control flow or a number computed from an image.
     """
     graph, root = fx.Graph(), nn.Module()
-    stored = _Stored(program, graph, root)
+    stored = _Stored(program, graph, root, copies=copies)
     values: dict[fx.Node, Any] = {}
     for node in program.graph.nodes:
         if node.op == "placeholder":
@@ -93,8 +97,10 @@ def _call(graph: fx.Graph, part: InputPart, operator: Any, source: fx.Node, *set
 class _Stored:
     """Tensors that the program reads, copied once each: one target for what shares its memory."""
 
-    def __init__(self, program: torch.export.ExportedProgram, graph: fx.Graph, root: nn.Module) -> None:
-        self.graph, self.root = graph, root
+    def __init__(
+        self, program: torch.export.ExportedProgram, graph: fx.Graph, root: nn.Module, *, copies: bool
+    ) -> None:
+        self.graph, self.root, self.copies = graph, root, copies
         signature = program.graph_signature
         self.tensors: Mapping[str, Any] = {**program.constants, **program.state_dict}
         self.paths = {s.arg.name: s.target for s in signature.input_specs if s.kind != InputKind.USER_INPUT}
@@ -124,8 +130,9 @@ class _Stored:
             key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if key not in self.targets:
             self.targets[key] = target
-            copied = tensor.detach().clone(memory_format=torch.contiguous_format)
-            rewrite.set_tensor(self.root, target, copied)
+            kept = tensor.detach()
+            kept = kept.clone(memory_format=torch.contiguous_format) if self.copies else kept.contiguous()
+            rewrite.set_tensor(self.root, target, kept)
         node = self.graph.get_attr(self.targets[key])
         node.meta.update(meta)
         node.meta["val"] = tensor.detach()

@@ -13,7 +13,20 @@ from bitwright.graph.names import attributes, legible
 from bitwright.graph.rewrite import get_tensor, set_tensor
 from bitwright.onnx_in.values import BatchSize
 
-OWN = frozenset({"input_names", "outputs", "tensors", "stored_paths", "watched", "_lines", "_last", "_run", "_operand"})
+OWN = frozenset(
+    {
+        "never_changes",
+        "input_names",
+        "outputs",
+        "tensors",
+        "stored_paths",
+        "watched",
+        "_lines",
+        "_last",
+        "_run",
+        "_operand",
+    }
+)
 """What a network has beside its nodes, which are named otherwise where the file has such a name."""
 
 
@@ -74,6 +87,9 @@ class OnnxNetwork(nn.Module):
 
     Invariants: every stored tensor is a buffer under its name in the file, once; every node is a submodule.
     """
+
+    never_changes = True
+    """Its tensors are nobody else's: what is captured from it holds them, and no copies."""
 
     def __init__(
         self,

@@ -34,6 +34,10 @@ TARGET = Target(
 )
 
 
+LARGE = 1 << 26
+"""Bytes of stored tensors from which on a session keeps no memory for later."""
+
+
 @contextmanager
 def session(program: ir.Model, *, optimize: bool, dump: Path | None = None) -> Iterator[Any]:
     """An ONNX Runtime session on the CPU; the graph that it runs is written to ``dump``."""
@@ -43,6 +47,8 @@ def session(program: ir.Model, *, optimize: bool, dump: Path | None = None) -> I
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
     options.log_severity_level = 3
+    stored = sum(v.const_value.nbytes for v in program.graph.initializers.values() if v.const_value is not None)
+    options.enable_cpu_mem_arena = stored < LARGE  # which keeps what every operator needed
     if dump is not None:
         options.optimized_model_filepath = str(dump)
     with tempfile.TemporaryDirectory() as folder:
