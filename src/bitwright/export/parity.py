@@ -35,7 +35,7 @@ from bitwright.runtimes.session import Opener, Session
 
 CHECKED_IMAGES = 32
 LAYER_IMAGES = 4
-LARGE = 50_000_000
+MANY_WEIGHTS = 50_000_000
 """Weights of a network from which on a check gives memory back at once, which costs time."""
 CHOICES = frozenset({"topk", "sort", "argsort", "argmax", "argmin"})
 FEW = 0.9
@@ -116,7 +116,10 @@ def export_checked(
 
 def _is_large(model: Student) -> bool:
     """Whether its stored numbers take so much memory that what they become in a check must not be kept beside it."""
-    return sum(module.codes.numel() for module in model.freeze().graph.modules() if isinstance(module, Frozen)) > LARGE
+    return (
+        sum(module.codes.numel() for module in model.freeze().graph.modules() if isinstance(module, Frozen))
+        > MANY_WEIGHTS
+    )
 
 
 def _choice_before(model: Student, name: str | None) -> str:

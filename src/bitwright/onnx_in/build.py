@@ -20,7 +20,7 @@ from bitwright.given.text import short
 from bitwright.onnx_in import operators
 from bitwright.onnx_in.file import CONTROL, STANDARD, OnnxProgram, label_of, opset_of
 from bitwright.onnx_in.fold import array_of, computed
-from bitwright.onnx_in.network import OnnxNetwork, OperandSource, Repeated, Stored
+from bitwright.onnx_in.network import OnnxNetwork, OperandSource, RepeatedTensor, Stored
 from bitwright.onnx_in.patterns import OWN_DOMAIN, Nodes, join, needed
 from bitwright.onnx_in.tail import Rest, cut_behind, frame, kept_outputs
 from bitwright.onnx_in.values import (
@@ -259,7 +259,7 @@ class NodeReader:
             return Stored(self._keep(name, operand.small))
         return self._repeated(name, operand)
 
-    def _repeated(self, name: str, operand: Known) -> Repeated:
+    def _repeated(self, name: str, operand: Known) -> RepeatedTensor:
         """What is the same for each image of a batch, stored once."""
         small, large = operand.small, operand.large
         if small.ndim == large.ndim:
@@ -269,7 +269,7 @@ class NodeReader:
                 part = np.split(small, batch, grown[0]) if small.shape[grown[0]] % batch == 0 else [small]
                 same = all(np.array_equal(part[0], p) for p in part)
                 kept = part[0] if same else small
-                return Repeated(self._keep(name, kept), grown[0], 1 if same else batch)
+                return RepeatedTensor(self._keep(name, kept), grown[0], 1 if same else batch)
         raise Unsupported("one of its constants depends on the number of images")
 
     def _keep(self, name: str, array: Any) -> str:

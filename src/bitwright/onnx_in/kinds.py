@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, numpy_helper
 
-from bitwright.onnx_in.stored import LARGE, blank
+from bitwright.onnx_in.stored import KEPT_APART, blank
 from bitwright.runtimes.session import Array
 
 SHORT = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
@@ -47,7 +47,7 @@ def widen(graph: Any, stored: dict[str, Array] | None = None) -> None:
         if tensor.data_type == TensorProto.BFLOAT16:
             array = numpy_helper.to_array(tensor).astype(np.float32)
             tensor.data_type = TensorProto.FLOAT
-            if stored is None or array.nbytes < LARGE:
+            if stored is None or array.nbytes < KEPT_APART:
                 tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
             else:
                 stored[tensor.name] = array

@@ -38,7 +38,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Repeated:
+class RepeatedTensor:
     """A stored tensor for ``of`` images that each image has a copy of, along an axis."""
 
     path: str
@@ -53,7 +53,7 @@ class Repeated:
         return tensor.repeat([count if k == self.axis else 1 for k in range(tensor.dim())])
 
 
-OperandSource: TypeAlias = "str | Stored | Repeated | BatchSize | int | float"
+OperandSource: TypeAlias = "str | Stored | RepeatedTensor | BatchSize | int | float"
 """What an operand is at run time; a text names a tensor that an earlier node gave."""
 
 
@@ -143,7 +143,7 @@ class OnnxNetwork(nn.Module):
             return values[source]
         if isinstance(source, Stored):
             return get_tensor(self, source.path)
-        if isinstance(source, Repeated):
+        if isinstance(source, RepeatedTensor):
             return source.spread(get_tensor(self, source.path), images.shape[0])
         return images.shape[0] if isinstance(source, BatchSize) else source
 
@@ -151,7 +151,7 @@ class OnnxNetwork(nn.Module):
 def _at(paths: Mapping[str, str], source: OperandSource) -> OperandSource:
     if isinstance(source, Stored):
         return Stored(paths[source.path])
-    return Repeated(paths[source.path], source.axis, source.of) if isinstance(source, Repeated) else source
+    return RepeatedTensor(paths[source.path], source.axis, source.of) if isinstance(source, RepeatedTensor) else source
 
 
 def _split(path: str) -> tuple[str, str]:

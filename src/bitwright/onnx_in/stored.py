@@ -14,7 +14,7 @@ from bitwright.errors import ModelError
 from bitwright.given.text import short
 from bitwright.runtimes.session import Array
 
-LARGE = 4096
+KEPT_APART = 4096
 """Bytes from which on the data of a tensor is kept apart from what ONNX has of the file."""
 NATIVE = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16, TensorProto.DOUBLE: np.float64}
 """Types of such tensors."""
@@ -35,7 +35,7 @@ def take_tensors(program: Any, path: Path) -> tuple[Any, dict[str, Array]]:
     for tensor in program.graph.initializer:
         if external_data_helper.uses_external_data(tensor):
             _read(tensor, path, maps, stored)
-        elif tensor.data_type in NATIVE and _bytes(tensor) >= LARGE:
+        elif tensor.data_type in NATIVE and _bytes(tensor) >= KEPT_APART:
             stored[tensor.name] = numpy_helper.to_array(tensor).copy()
     for tensor in external_data_helper._get_all_tensors(program):
         if external_data_helper.uses_external_data(tensor):
@@ -52,7 +52,7 @@ def _read(tensor: Any, path: Path, maps: dict[Path, Array], stored: dict[str, Ar
     place = next((e.value for e in tensor.external_data if e.key == "location"), "?")
     try:
         content = _content(tensor, path.resolve().parent, maps)
-        if stored is not None and tensor.data_type in NATIVE and content.nbytes >= LARGE:
+        if stored is not None and tensor.data_type in NATIVE and content.nbytes >= KEPT_APART:
             values = content.view(NATIVE[tensor.data_type])
             stored[tensor.name] = values.reshape(tuple(tensor.dims))
         else:

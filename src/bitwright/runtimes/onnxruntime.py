@@ -34,7 +34,7 @@ TARGET = Target(
 )
 
 
-LARGE = 1 << 26
+WITHOUT_ARENA = 1 << 26
 """Bytes of stored tensors from which on a session keeps no memory for later."""
 
 
@@ -48,7 +48,7 @@ def session(program: ir.Model, *, optimize: bool, dump: Path | None = None) -> I
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
     options.log_severity_level = 3
     stored = sum(v.const_value.nbytes for v in program.graph.initializers.values() if v.const_value is not None)
-    options.enable_cpu_mem_arena = stored < LARGE  # which keeps what every operator needed
+    options.enable_cpu_mem_arena = stored < WITHOUT_ARENA  # which keeps what every operator needed
     if dump is not None:
         options.optimized_model_filepath = str(dump)
     with tempfile.TemporaryDirectory() as folder:
