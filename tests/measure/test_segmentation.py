@@ -92,6 +92,50 @@ def test_a_network_of_one_channel_tells_two_classes() -> None:
     assert run(images_of(masks), torch.tensor([[[[0.1, 0.9], [0.6, 0.4]]]]))["quantized"]["miou"] == 1
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.uint8, torch.bool])
+@pytest.mark.parametrize("form", ["classes", "one channel", "one-hot", "one-hot behind", "a list", "what came"])
+def test_masks_that_are_floats_or_one_hot(
+    kind: torch.dtype, form: str, drawn: tuple[Tensor, Tensor], recwarn: pytest.WarningsRecorder, tmp_path: Path
+) -> None:
+    masks, answers = drawn
+    if form in {"classes", "one channel"} and not kind.is_floating_point:
+        return
+    expected = run(images_of(masks, (6, 6)), scores(answers, 4))["quantized"]
+    given = scores(masks, 4).to(kind)
+    given = {"classes": masks.to(kind), "one channel": masks[:, None].to(kind)}.get(form, given)
+    given = given.movedim(1, -1) if form == "one-hot behind" else given
+    photos = torch.zeros(9, 3, 6, 6)
+    if form == "what came":
+        images = load_images([(photos[i], given[i]) for i in range(9)], None)
+    else:
+        images = labelled(load_images(photos, None), list(given) if form == "a list" else given)
+    assert run(images, scores(answers, 4))["quantized"] == expected
+    if form in {"classes", "one-hot"}:
+        np.savez(tmp_path / "m.npz", masks=given.numpy())
+        assert run(labelled(load_images(photos, None), tmp_path / "m.npz"), scores(answers, 4))["quantized"] == expected
+        swapped = labelled(load_images(photos, None), given, {0: 1, 1: 0, 2: 2, 3: 3})
+        other = torch.tensor([1, 0, 2, 3])[answers]
+        assert run(swapped, scores(other, 4))["quantized"] == expected
+    seen: list[torch.dtype] = []
+    run(images, scores(answers, 4), Scoring(metric=lambda _, truth: seen.append(truth.dtype) or 1.0))
+    assert set(seen) == {kind}  # a metric of one's own reads what was given
+    assert not recwarn.list
+
+
+def test_masks_that_are_no_classes_are_not_guessed(drawn: tuple[Tensor, Tensor]) -> None:
+    masks, answers = drawn
+    photos = load_images(torch.zeros(9, 3, 6, 6), None)
+    soft, both = masks + 0.25, scores(masks, 4)
+    both[0, :, 0, 0] = 1
+    for wrong in (soft, both):
+        with pytest.warns(UserWarning, match=r"are not used\. Labels are .* masks of classes \[N, H, W\] or one-hot"):
+            assert run(labelled(photos, wrong), scores(answers, 4))["quantized"] == {}
+    later = scores(masks, 4)
+    later[5, :, 2, 2] = 0
+    with pytest.raises(DataError, match=r"one-hot classes in mask 5 as in the first, found others"):
+        run(labelled(photos, later), scores(answers, 4))
+
+
 def test_the_order_of_images_does_not_matter_and_the_right_answer_is_one(drawn: tuple[Tensor, Tensor]) -> None:
     masks, answers = drawn
     order = torch.randperm(9, generator=torch.Generator().manual_seed(1))

@@ -287,7 +287,7 @@ def _say_what_is_left_out(images: Images, judged: Sequence[Judged]) -> None:
     if images.truth is not None and not judged:
         warnings.warn(
             f"The {images.truth.said} that came with the images are not used. Labels are class indices [N], masks "
-            "[N, H, W], or boxes and labels of each image; for others give metric=.",
+            "of classes [N, H, W] or one-hot [N, K, H, W], or boxes and labels of each image; for others give metric=.",
             stacklevel=3,
         )
 

@@ -90,9 +90,17 @@ def of_arrays(path: Path, count: int, class_map: GivenClassMap) -> Truth:
             found = file.get("masks")
     except Exception as error:
         raise DataError(f"Expected masks in {path}, cannot read it ({short(error)}).") from error
+    if found is not None and found.ndim > 2 and len(found) == count and (found.ndim == 4 or found.dtype.kind == "f"):
+        classes = None if class_map is None else ClassMap.read(class_map)
+        read = of_numbers(Truth("other", found, f"masks of {path}"), classes)
+        if read is not None:
+            return read
     if found is None or found.ndim != 3 or found.dtype.kind not in "biu" or len(found) != count:
         said = "none" if found is None else f"{found.dtype} {found.shape}"
-        raise DataError(f"Expected an array 'masks' of whole numbers ({count}, H, W) in {path}, found {said}.")
+        raise DataError(
+            f"Expected an array 'masks' of whole numbers ({count}, H, W), or one-hot ({count}, K, H, W), in {path}, "
+            f"found {said}."
+        )
     return of_masks(found, ClassMap.read(class_map), f"masks of {path}")
 
 
@@ -118,6 +126,48 @@ def masks_of_items(truth: Truth, class_map: GivenClassMap) -> Truth | None:
         return None
     found = of_masks(truth.items, ClassMap.read(class_map))
     return found if class_map is not None else with_foreground(found)
+
+
+def of_numbers(truth: Truth | None, classes: ClassMap | None = None) -> Truth | None:
+    """Masks that are whole numbers in a float type, or one-hot: [h, w], [K, h, w] or [h, w, K] for each image.
+
+    Args:
+        truth: of anything else.
+        classes: by the numbers of the masks; as they are, but for 255 beside 0 alone, if not given.
+
+    Returns:
+        Masks of classes; None if the first item is something else.
+    """
+    if truth is None or truth.kind != "other" or not len(truth.items) or _classes(truth.items[0]) is None:
+        return None
+
+    def one(position: int) -> TruthArray:
+        found = _classes(truth.items[position])
+        if found is None:
+            raise DataError(
+                f"Expected whole numbers or one-hot classes in mask {position} as in the first, found others. Give the "
+                "class of each pixel."
+            )
+        return found if classes is None else classes.applied(found, f"mask {position}")
+
+    names = {} if classes is None else classes.names
+    items = [Mask(partial(one, i), f"mask {i}") for i in range(len(truth.items))]
+    found = Truth("segmentation", items, "masks given", names)
+    return with_foreground(found) if classes is None else found
+
+
+def _classes(item: Any) -> TruthArray | None:
+    """The class of each pixel, (h, w); None if the item says none."""
+    found = item.detach().cpu().numpy() if isinstance(item, Tensor) else item
+    if not isinstance(found, np.ndarray) or found.dtype.kind not in "biuf" or not found.size:
+        return None
+    found = found[0] if found.ndim == 3 and len(found) == 1 else found
+    if found.ndim == 2:
+        whole = found.dtype.kind != "f" or bool((np.isfinite(found) & (found == np.rint(found))).all())
+        return found.astype(np.int64) if whole else None
+    one_hot = found.ndim == 3 and bool(((found == 0) | (found == 1)).all())
+    axis = next((a for a in (0, 2) if one_hot and found.shape[a] > 1 and bool((found.sum(a) == 1).all())), None)
+    return None if axis is None else found.argmax(axis)
 
 
 def of_panoptic(coco: Coco, there: Sequence[Any], class_map: GivenClassMap) -> tuple[list[Mask | None], Truth]:

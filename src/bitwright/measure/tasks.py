@@ -9,7 +9,7 @@ from bitwright.errors import DataError, UsageError
 from bitwright.given.arguments import one_of
 from bitwright.given.images import Images
 from bitwright.given.two_stages import TwoStages
-from bitwright.measure import own
+from bitwright.measure import masks, own
 from bitwright.measure.classification import CLASSIFICATION
 from bitwright.measure.detection import DETECTION
 from bitwright.measure.segmentation import SEGMENTATION
@@ -80,6 +80,8 @@ def judges(images: Images, outputs: Outputs, scoring: Scoring) -> list[Judged]:
         DataError: there is nothing to compare with, where something was asked for.
     """
     scoring.check()
+    if scoring.metric is None and (read := masks.of_numbers(images.truth)) is not None:
+        images = images.known(read)
     task = task_of(images, scoring.task)
     found: list[Judged] = []
     if task is not None and (scoring.metric is None or scoring.task is not None):

@@ -195,10 +195,10 @@ def _given(images: Images, labels: Any, class_map: GivenClassMap) -> Images:
         if array.ndim in {3, 4} and array.dtype.kind in "biu":
             array = array.squeeze(1) if array.ndim == 4 and array.shape[1] == 1 else array
             if array.ndim != 3:
-                return images.known(_other(labels))
+                return _known(images, labels, class_map)
             found = masks.of_masks(array, ClassMap.read(class_map))
             return images.known(found if class_map is not None else masks.with_foreground(found))
-        return images.known(_other(labels))
+        return _known(images, labels, class_map)
     if all(isinstance(x, int | np.integer) and not isinstance(x, bool) for x in labels) or isinstance(labels, Tensor):
         return images.labelled(labels) if _whole(labels) else images.known(_other(labels))
     other = _other(labels)
@@ -209,6 +209,12 @@ def _given(images: Images, labels: Any, class_map: GivenClassMap) -> Images:
 
 def _whole(labels: Any) -> bool:
     return not torch.as_tensor(labels).is_floating_point()
+
+
+def _known(images: Images, labels: Any, class_map: GivenClassMap) -> Images:
+    """Images with labels of another kind, which are masks at once where a class map says so."""
+    other = _other(labels)
+    return images.known((None if class_map is None else masks.of_numbers(other, ClassMap.read(class_map))) or other)
 
 
 def _other(labels: Any) -> Truth:
