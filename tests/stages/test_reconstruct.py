@@ -29,6 +29,7 @@ from bitwright.stages.calibrate import Calibrate, parameters
 from bitwright.stages.optimizers import OptimizedPart
 from bitwright.stages.reconstruct import Reconstruct
 from bitwright.stages.schedules import Anneal, Dampen, Gradual, Learn
+from bitwright.stages.resume import KeptState
 from bitwright.stages.tuning import Batch, NotFiniteError, Tuner
 
 CALIBRATE = Calibrate(weights="minmax", activations="minmax", bias_correction="analytic")
@@ -461,6 +462,34 @@ def test_a_loss_that_is_not_finite_names_layer_and_step_and_keeps_the_last_good_
     losses = keys(run)["reconstruct"]["loss"]["by_stage"]
     assert losses["reconstruct"] < losses["calibrate"]
     assert all(bool(torch.isfinite(b).all()) for n, b in student.graph.named_buffers() if "scale" in n)
+
+
+def test_no_checkpoint_holds_numbers_that_are_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step whose loss was finite may leave such numbers, and a resumed run would fall back to them."""
+    advance = Tuner.advance
+
+    def poisoned(self: Tuner) -> float | None:
+        loss = advance(self)
+        if self.step == 7:
+            with torch.no_grad():
+                next(iter(self.learner.biases.values())).bias.fill_(float("nan"))
+        return loss
+
+    monkeypatch.setattr(Tuner, "advance", poisoned)
+    monkeypatch.setattr(resume, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(resume, "CHECKPOINT_SHARE", 1e9)
+    written: list[bool] = []
+    own = KeptState.write
+
+    def write(self: KeptState, tuner: Tuner, path: Path) -> None:
+        written.append(all(bool(torch.isfinite(t).all()) for t in tuner.state().values()))
+        own(self, tuner, path)
+
+    monkeypatch.setattr(KeptState, "write", write)
+    with pytest.warns(UserWarning, match=r"was not finite in step 7"):
+        optimise(Reconstruct(**QUICK, weigh="ones"), state=tmp_path)
+    assert len(written) > 3
+    assert all(written)
 
 
 def test_soft_rounding_without_a_decision_is_refused() -> None:

@@ -598,7 +598,9 @@ class Reconstruct(Optimising):
                 recent = _noted(saved, [] if loss is None else [loss], recent)
                 detail = f"{unit}, " * bool(unit) + f"loss {recent:.4g}{decided}"
                 run.progress("Optimising", done + tuner.step, total, detail)
-                if not tuner.pending:
+                if not tuner.pending and saved.is_due():
+                    tuner.check_finite()  # what a resumed run begins with is what it may have to fall back to
+                    good = tuner.state_copy()
                     saved.write_if_due(tuner)
             recent = _noted(saved, tuner.look(), recent)
             tuner.check_finite()

@@ -86,10 +86,14 @@ class KeptState:
         else:
             self.write_if_due(tuner)
 
+    def is_due(self) -> bool:
+        """Whether the time since the last one makes its cost small."""
+        passed = time.perf_counter() - self.last
+        return self.path is not None and passed >= max(CHECKPOINT_SECONDS, self.cost / CHECKPOINT_SHARE)
+
     def write_if_due(self, tuner: Resumable) -> None:
         """Once the time since the last one makes its cost small."""
-        passed = time.perf_counter() - self.last
-        if self.path is None or passed < max(CHECKPOINT_SECONDS, self.cost / CHECKPOINT_SHARE):
+        if self.path is None or not self.is_due():
             return
         start = time.perf_counter()
         self.write(tuner, self.path)
