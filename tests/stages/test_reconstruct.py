@@ -28,8 +28,8 @@ from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate, parameters
 from bitwright.stages.optimizers import OptimizedPart
 from bitwright.stages.reconstruct import Reconstruct
-from bitwright.stages.schedules import Anneal, Dampen, Gradual, Learn
 from bitwright.stages.resume import KeptState
+from bitwright.stages.schedules import Anneal, Dampen, Gradual, Learn
 from bitwright.stages.tuning import Batch, NotFiniteError, Tuner
 
 CALIBRATE = Calibrate(weights="minmax", activations="minmax", bias_correction="analytic")
