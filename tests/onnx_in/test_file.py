@@ -237,6 +237,19 @@ def outside(tensor: Any, location: str, **where: int | None) -> None:
             tensor.external_data.add(key=key, value=str(value))
 
 
+@pytest.mark.parametrize("places", [[1, 50, 400], [[0, 1], [10, 0], [80, 0]]])
+def test_a_sparse_tensor_is_a_tensor(places: list[Any], tmp_path: Path) -> None:
+    nodes = [node("Conv", "x w", "c"), node("Flatten", "c", "f"), node("MatMul", "f s")]
+    path = write(tmp_path / "sparse.onnx", nodes, ("N", *MAP), CONV)
+    program = onnx.load(path)
+    where = onnx.numpy_helper.from_array(np.asarray(places), "places")
+    values = helper.make_tensor("s", TensorProto.FLOAT, [3], [1.0, 2.0, 3.0])
+    program.graph.sparse_initializer.append(helper.make_sparse_tensor(values, where, [4 * 6 * 8, 5]))
+    onnx.save(program, path)
+    file = same_as_runtime(path)
+    assert int((file.network.s != 0).sum()) == 3  # type: ignore[operator, attr-defined]
+
+
 def test_operators_in_any_order(tmp_path: Path) -> None:
     nodes = [node("Add", "r a"), node("Relu", "c", "r"), node("Conv", "x w", "c"), node("Abs", "c", "a")]
     same_as_runtime(write(tmp_path / "any.onnx", nodes, ("N", *MAP), CONV))

@@ -30,6 +30,7 @@ def take_tensors(program: Any, path: Path) -> tuple[Any, dict[str, Array]]:
     Raises:
         ModelError: a tensor cannot be read, or lies outside the file's folder.
     """
+    _densify(program.graph)
     maps: dict[Path, Array] = {}
     stored: dict[str, Array] = {}
     for tensor in program.graph.initializer:
@@ -41,6 +42,16 @@ def take_tensors(program: Any, path: Path) -> tuple[Any, dict[str, Array]]:
         if external_data_helper.uses_external_data(tensor):
             _read(tensor, path, maps, None)
     return _without(program, stored), stored
+
+
+def _densify(graph: Any) -> None:
+    """Writes sparse tensors out: their places are those of all elements, or of each axis."""
+    for sparse in graph.sparse_initializer:
+        values, places = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
+        found = np.zeros(tuple(sparse.dims), values.dtype)
+        found[np.unravel_index(places, found.shape) if places.ndim == 1 else tuple(places.T)] = values
+        graph.initializer.append(numpy_helper.from_array(found, sparse.values.name))
+    del graph.sparse_initializer[:]
 
 
 def _bytes(tensor: Any) -> float:
