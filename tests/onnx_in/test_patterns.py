@@ -73,6 +73,22 @@ PATTERNS: dict[str, tuple[list[Any], dict[str, Any], str]] = {
         ],
         {"eps": F(1e-3)}, "layer_norm",
     ),
+    "group norm": (
+        [
+            node("Reshape", "x one", "r"), node("InstanceNormalization", "r s z", "n", epsilon=1e-3),
+            node("Shape", "x", "h"), node("Reshape", "n h", "m"), node("Mul", "m g", "t"), node("Add", "b t"),
+        ],
+        {"one": np.asarray([0, 1, -1]), "s": np.ones(1, F), "z": np.zeros(1, F), "g": weights(3, 1, 1),
+         "b": weights(1, 3, 1, 1, seed=1)}, "group_norm",
+    ),
+    "group norm of three groups": (
+        [
+            node("Reshape", "x three", "r"), node("InstanceNormalization", "r s z", "n"),
+            node("Shape", "x", "h"), node("Reshape", "n h", "m"), node("Mul", "m g", "t"), node("Add", "t b"),
+        ],
+        {"three": np.asarray([0, 3, -1]), "s": np.ones(3, F), "z": np.zeros(3, F), "g": weights(3, 1, 1),
+         "b": weights(3, 1, 1, seed=1)}, "group_norm",
+    ),
     "bias": ([node("MatMul", "x w", "m"), node("Add", "m b")], {"w": weights(10, 4), "b": weights(4)}, "linear"),
     "relu6": ([node("Clip", "x c0 c6")], {"c0": F(0), "c6": F(6)}, "hardtanh"),
 }  # fmt: skip
@@ -96,12 +112,17 @@ def test_pattern_becomes_one_operator(name: str, tmp_path: Path) -> None:
     assert found.meta["layer"] == "y"
 
 
-@pytest.mark.parametrize("changed", [("gelu of torch", "half", 0.6), ("layer norm", "two", 4.0), ("relu6", "c6", 5.0)])
+@pytest.mark.parametrize(
+    "changed",
+    [("gelu of torch", "half", 0.6), ("layer norm", "two", 4.0), ("relu6", "c6", 5.0), ("group norm", "s", 2.0)],
+)
 def test_what_only_looks_like_a_pattern_stays_as_it_is(changed: tuple[str, str, float], tmp_path: Path) -> None:
     name, key, value = changed
     nodes, stored, expected = PATTERNS[name]
     nodes = [node("Abs", "x", "x1"), *[_renamed(n) for n in nodes]]  # a cube of negative numbers has no root
-    made = captured(write(tmp_path / "tiny.onnx", nodes, ("N", *MAP), {**stored, key: F(value)}, opset=13))
+    made = captured(
+        write(tmp_path / "tiny.onnx", nodes, ("N", *MAP), {**stored, key: np.full_like(stored[key], value)}, opset=13)
+    )
     assert expected not in operators(made)
 
 

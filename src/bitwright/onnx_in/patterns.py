@@ -324,6 +324,48 @@ def _axes(nodes: Nodes, node: Any) -> list[int] | None:
     return None if stored is None else [int(v) for v in stored.reshape(-1)]
 
 
+def spelled_group_norm(nodes: Nodes, node: Any) -> list[Any] | None:
+    """An instance norm of channels that are joined by groups, in the shape of before, times a scale, plus a bias."""
+    total = _of_channels(nodes, node, "Add")
+    product = None if total is None else _of_channels(nodes, nodes.maker(total[0]), "Mul")
+    back = None if product is None else nodes.maker(product[0], "Reshape")
+    norm = (
+        None if back is None or not nodes.alone(back.input[0]) else nodes.maker(back.input[0], "InstanceNormalization")
+    )
+    joined = None if norm is None or not nodes.alone(norm.input[0]) else nodes.maker(norm.input[0], "Reshape")
+    if total is None or product is None or back is None or norm is None or joined is None:
+        return None
+    x, sizes, shape = joined.input[0], nodes.stored.get(joined.input[1]), nodes.maker(back.input[1], "Shape")
+    as_it_was = shape is not None and shape.input[0] == x and {a.i for a in shape.attribute} <= {0}
+    groups = _groups(nodes, norm)
+    if sizes is None or sizes.tolist() != [0, groups, -1] or not as_it_was:
+        return None
+    vectors = []
+    for name in (product[1], total[1]):
+        vectors.append(f"{name}.vector")
+        nodes.stored[vectors[-1]] = nodes.stored[name].reshape(-1)
+    epsilon = next((a.f for a in norm.attribute if a.name == "epsilon"), 1e-5)
+    return _new("GroupNorm", node, [x, *vectors], num_groups=groups, epsilon=epsilon)
+
+
+def _groups(nodes: Nodes, norm: Any) -> int:
+    """How many channels an instance norm has that scales by 1 and adds 0; 0 where it does something else."""
+    scale, bias = (nodes.stored.get(name) for name in norm.input[1:3])
+    plain = scale is not None and bias is not None and bool((scale == 1).all()) and not bias.any()
+    return int(scale.size) if plain and scale is not None else 0
+
+
+def _of_channels(nodes: Nodes, node: Any, kind: str) -> tuple[str, str] | None:
+    """The operands of such a node: one that this node alone reads, and one that is stored for each channel of maps."""
+    if node is None or node.op_type != kind or node.domain:
+        return None
+    for a, b in nodes.halves(node):
+        shape = nodes.stored[b].shape if b in nodes.stored else ()
+        if len(shape) > 2 and nodes.alone(a) and math.prod(shape) == shape[-3]:
+            return a, b
+    return None
+
+
 def linear_bias(nodes: Nodes, node: Any) -> list[Any] | None:
     """A vector that is added to a product with a stored matrix."""
     if node.op_type != "Add":
@@ -355,6 +397,6 @@ def late_scale(nodes: Nodes, node: Any) -> list[Any] | None:
 
 
 PATTERNS: tuple[Callable[[Nodes, Any], list[Any] | None], ...] = (
-    silu, hard_swish, spelled_gelu, affine_norm, scaled_norm, plain_norm, linear_bias, late_scale,
+    silu, hard_swish, spelled_gelu, spelled_group_norm, affine_norm, scaled_norm, plain_norm, linear_bias, late_scale,
 )  # fmt: skip
 """In this order: each gives the nodes that stand in the place of one, or None."""

@@ -71,7 +71,7 @@ def _rms_norm(x: Tensor, scale: Tensor, *, sizes: tuple[int, ...], eps: float) -
     return F.rms_norm(x, sizes, scale.expand(sizes), eps)
 
 
-@operator("GroupNormalization")
+@operator("GroupNormalization", "bitwright.GroupNorm")
 def group_norm(node: Node) -> NodeCall:
     """Groups of channels; a scale for each group before opset 21, for each channel since."""
     groups, channels = node.whole("num_groups", 1), shape_of(node.input(0))[1]
