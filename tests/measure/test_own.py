@@ -44,6 +44,25 @@ def test_a_metric_for_batches_gives_what_the_task_gives(model: tuple[bw.Quantize
     assert both["quantized"]["own_top1"] == both["quantized"]["top1"]
 
 
+def test_what_a_metric_or_decode_changes_is_a_copy(model: tuple[bw.QuantizedModel, Tensor, Tensor]) -> None:
+    quantized, images, labels = model
+    wanted = torch.nn.functional.one_hot(labels, 4)
+
+    def in_place(outputs: Tensor, truth: Tensor) -> float:
+        right = float((outputs.argmax(1) == truth.argmax(1)).float())
+        outputs.zero_()
+        truth.zero_()
+        return right
+
+    def plain(outputs: Tensor, truth: Tensor) -> float:
+        return float((outputs.argmax(1) == truth.argmax(1)).float())
+
+    found = quantized.evaluate(images, wanted.clone(), metric=in_place, decode=lambda o: o.mul_(2))
+    expected = quantized.evaluate(images, wanted, metric=plain)
+    assert found["quantized"]["in_place"] == expected["quantized"]["plain"] < 1
+    assert found["fidelity"] == expected["fidelity"]
+
+
 def test_truth_of_any_kind(model: tuple[bw.QuantizedModel, Tensor, Tensor]) -> None:
     quantized, images, _ = model
     with torch.no_grad():

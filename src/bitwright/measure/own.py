@@ -31,7 +31,7 @@ from bitwright.given.images import Images
 from bitwright.given.text import short
 from bitwright.given.truth import Boxes
 from bitwright.measure.segmentation import placed_masks
-from bitwright.measure.task import Decode, Draw, Mean, Outputs, Pictured, Tally, called
+from bitwright.measure.task import Decode, Draw, Mean, Outputs, Pictured, Tally, called, lent
 
 Metric: TypeAlias = Callable[[Any, Any], Any]
 
@@ -170,7 +170,7 @@ class OwnJudge:
     def _call(self, function: Callable[..., Any], *given: Any) -> Any:
         try:
             with torch.no_grad():
-                return function(*given)
+                return function(*map(lent, given))
         except (BitwrightError, Warning):
             raise
         except Exception as error:

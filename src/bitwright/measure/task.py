@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from bitwright.errors import BitwrightError, DataError, cause
 from bitwright.given.images import Images
@@ -130,6 +131,15 @@ class Outputs:
     arranged: Callable[[list[Tensor]], Any] = field(default=lambda flat: flat[0] if len(flat) == 1 else flat)
 
 
+def lent(given: Any) -> Any:
+    """What a user's function may change: tensors and arrays are copies, and so are the lists and dicts around them."""
+    return pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else _copied(x), given)
+
+
+def _copied(value: Any) -> Any:
+    return value.copy() if isinstance(value, np.ndarray) else value
+
+
 def called(decode: Decode, arranged: Any) -> Any:
     """What a user's function makes of outputs.
 
@@ -138,7 +148,7 @@ def called(decode: Decode, arranged: Any) -> Any:
     """
     try:
         with torch.no_grad():
-            return decode(arranged)
+            return decode(lent(arranged))
     except (BitwrightError, Warning):
         raise
     except Exception as error:
