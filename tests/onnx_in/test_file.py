@@ -215,7 +215,7 @@ def test_data_of_tensors_that_lies_anywhere_in_its_file(tmp_path: Path) -> None:
     expected = onnx.numpy_helper.to_array(onnx.load(path).graph.initializer[0])
     for before, length in ((0, None), (3, None), (16, expected.nbytes)):
         program = onnx.load(path)
-        (tmp_path / "w.bin").write_bytes(bytes(before) + expected.tobytes() + bytes(5 if length else 0))
+        (tmp_path / "w.bin").write_bytes(bytes(before) + expected.tobytes() + bytes(5))
         outside(program.graph.initializer[0], "w.bin", offset=before, length=length)
         onnx.save(program, tmp_path / "moved.onnx")
         file = OnnxFile.read(tmp_path / "moved.onnx")
@@ -235,6 +235,18 @@ def outside(tensor: Any, location: str, **where: int | None) -> None:
     for key, value in {"location": location, **where}.items():
         if value is not None:
             tensor.external_data.add(key=key, value=str(value))
+
+
+def test_a_mask_may_hold_infinities_and_nothing_is_no_number(tmp_path: Path) -> None:
+    mask = np.triu(np.full((8, 8), -np.inf, np.float32), 1)
+    nodes = [node("Conv", "x w", "c"), node("Add", "c mask", "m"), node("Softmax", "m", axis=-1)]
+    path = write(tmp_path / "mask.onnx", nodes, ("N", 3, 8, 10), {"w": weights(4, 3, 1, 3), "mask": mask})
+    model = load_model(str(path))
+    assert torch.isinf(model.module.mask).sum() == 28  # type: ignore[union-attr, arg-type]
+    same_as_runtime(path)
+    mask[0, 0] = np.nan
+    with pytest.raises(ModelError, match=r"mask has NaN or infinity in 1 of 64"):
+        load_model(str(write(tmp_path / "nan.onnx", nodes, ("N", 3, 8, 10), {"w": weights(4, 3, 1, 3), "mask": mask})))
 
 
 @pytest.mark.parametrize("places", [[1, 50, 400], [[0, 1], [10, 0], [80, 0]]])

@@ -583,14 +583,18 @@ def _program_input_size(program: ExportedProgram) -> tuple[int, int, int] | None
 
 
 def _check_weights(model: Model) -> None:
+    """What is no parameter may hold infinities: masks do. A weight that does is found where its layer's output is."""
     module = model.module
+    learned = (
+        module.graph_signature.parameters if isinstance(module, ExportedProgram) else dict(module.named_parameters())
+    )
     state = module.state_dict if isinstance(module, ExportedProgram) else module.state_dict()
     check_on_a_device(state, model.name)
     for name, value in state.items():
         if not isinstance(value, Tensor) or not value.is_floating_point():
             continue
-        if not torch.isfinite(value).all():
-            broken = int((~torch.isfinite(value)).sum())
+        broken = int((~torch.isfinite(value) if name in learned else torch.isnan(value)).sum())
+        if broken:
             raise ModelError(
                 f"Expected finite weights in {model.name}, {name} has NaN or infinity in {broken} of "
                 f"{value.numel()} values. Train or fetch it again."

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, external_data_helper, numpy_helper
+from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
 from bitwright.errors import ModelError
 from bitwright.given.text import short
@@ -93,7 +94,8 @@ def _content(tensor: Any, folder: Path, maps: dict[Path, Array]) -> Array:
     if place not in maps:
         maps[place] = np.asarray(np.memmap(place, np.uint8, "c")) if place.stat().st_size else np.zeros(0, np.uint8)
     start = int(info.offset or 0)
-    end = len(maps[place]) if info.length is None else start + int(info.length)
+    size = math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    end = start + (size if info.length is None else int(info.length))
     if end > len(maps[place]):
         raise ValueError(f"the file ends at byte {len(maps[place])}, before its data does at {end}")
     found = maps[place][start:end]
