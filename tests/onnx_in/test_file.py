@@ -93,7 +93,7 @@ def test_inputs_that_are_no_single_image(tmp_path: Path) -> None:
 
 def test_sizes_that_the_file_leaves_free_are_given(tmp_path: Path) -> None:
     path = write(tmp_path / "free.onnx", [node("Conv", "x w")], ("N", 3, "H", "W"), CONV)
-    assert "'x' is [N, 3, ?, ?]. Fix it with --input-size, or load_model(..., input_size=)" in refused(path)
+    assert "'x' is [N, 3, ?, ?]. Fix it with input_size=" in refused(path)
     assert load_model(str(path), input_size="8x10").source is not None
     assert OnnxFile.read(path, (3, 8, 10)).image == MAP
     fixed = write(tmp_path / "fixed.onnx", [node("Conv", "x w")], ("N", *MAP), CONV)

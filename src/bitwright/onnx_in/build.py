@@ -129,7 +129,7 @@ def _sized(shape: tuple[int, ...], size: tuple[int, int, int] | None, name: str,
     if not all(found):
         raise ModelError(
             f"Expected a fixed size of images in {path}, '{name}' is [N, {', '.join(str(s or '?') for s in shape)}]. "
-            "Fix it with --input-size, or load_model(..., input_size=), such as 224x320 (height x width)."
+            "Fix it with input_size=, such as 224x320 (height x width)."
         )
     return found
 
