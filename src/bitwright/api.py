@@ -46,7 +46,7 @@ from bitwright.words import plural
 @exact_float32()
 @step("Quantizing")
 def quantize(
-    model: nn.Module | torch.export.ExportedProgram | Model | str,
+    model: nn.Module | torch.export.ExportedProgram | Model | str | Path,
     images: Any,
     recipe: str | Path | Recipe | None = None,
     *,
@@ -81,7 +81,7 @@ def quantize(
 
     Args:
         model: any module of one image tensor, or of several inputs by name; a saved export program; or a name
-            (``timm:resnet18@weights.pt``).
+            or path (``timm:resnet18@weights.pt``, ``network.onnx``).
         images: a path, arrays, tensors, a data set, a loader or a generator, which is read until ``samples`` are there;
             labels in it are not looked at, but by ``qkd``. See :func:`bitwright.load_images`.
         recipe: how; see ``bitwright recipes``. :data:`bitwright.recipes.DEFAULT` if not given.
@@ -228,7 +228,7 @@ def mend_outliers(
 
 
 def preview(
-    model: nn.Module | torch.export.ExportedProgram | Model | str,
+    model: nn.Module | torch.export.ExportedProgram | Model | str | Path,
     images: Any,
     recipe: str | Path | Recipe | None = None,
     *,
@@ -273,7 +273,13 @@ def preview(
         data = (
             images
             if isinstance(images, Images)
-            else load_images(images, network.preprocessing, inputs=input_names(network.module), most=2)
+            else load_images(
+                images,
+                network.preprocessing,
+                inputs=input_names(network.module),
+                channels_last=network.channels_last,
+                most=2,
+            )
         )
         data = network.completed(data)
         return insert_as(prepare_teacher(network, data, output), scheme, _as_plan(plan, scheme))

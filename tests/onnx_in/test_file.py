@@ -12,7 +12,9 @@ import torch
 from onnx import TensorProto, helper
 from onnx_files import images, node, same_as_runtime, weights, write
 
+import bitwright as bw
 from bitwright.errors import ModelError
+from bitwright.given.arguments import as_flags
 from bitwright.given.models import load_model
 from bitwright.onnx_in import check
 from bitwright.onnx_in.source import OnnxFile
@@ -93,11 +95,45 @@ def test_inputs_that_are_no_single_image(tmp_path: Path) -> None:
 
 def test_sizes_that_the_file_leaves_free_are_given(tmp_path: Path) -> None:
     path = write(tmp_path / "free.onnx", [node("Conv", "x w")], ("N", 3, "H", "W"), CONV)
-    assert "'x' is [N, 3, ?, ?]. Fix it with input_size=" in refused(path)
+    said = refused(path)
+    assert f"'x' is [N, 3, ?, ?]. Give bw.load_model('{path}', input_size='224x320'), with your" in said
+    assert "'x' is [N, 3, ?, ?]. Give --input-size 224x320, with your" in as_flags(said)
     assert load_model(str(path), input_size="8x10").source is not None
     assert OnnxFile.read(path, (3, 8, 10)).image == MAP
     fixed = write(tmp_path / "fixed.onnx", [node("Conv", "x w")], ("N", *MAP), CONV)
     assert "Expected input_size=8x10" in refused(fixed, input_size="9x9")
+
+
+def test_free_sizes_of_videos_cannot_be_given(tmp_path: Path) -> None:
+    path = write(tmp_path / "free.onnx", [node("Relu", "x")], ("N", 3, "T", 8, 10))
+    assert "'x' is [N, 3, ?, 8, 10]. Export it with fixed sizes." in refused(path, input_size="8x10")
+
+
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT, TensorProto.INT64])
+def test_an_input_that_nothing_reads_is_left_out_and_said(kind: int, tmp_path: Path) -> None:
+    more = [helper.make_tensor_value_info("mask", kind, ["N", "L"])]
+    nodes = [node("Conv", "x w"), node("Neg", "mask", "unused")]
+    path = write(tmp_path / "tiny.onnx", nodes, ("N", *MAP), CONV, more_inputs=more)
+    with pytest.warns(UserWarning, match=r"Nothing reads mask, which .*tiny.onnx takes as an input. It is left out."):
+        quantized = bw.quantize(str(path), images(4, MAP), "rtn")
+    assert quantized.input_names == ()
+
+
+def test_images_along_another_axis_than_the_first(tmp_path: Path) -> None:
+    nodes = [node("Conv", "x w", "c"), node("Transpose", "c", perm=[1, 0, 2, 3])]
+    said = refused(write(tmp_path / "turned.onnx", nodes, ("N", *MAP), CONV))
+    assert "'y' is [4, N, 6, 8] for N images. Cut the file before it" in said
+
+
+def test_images_of_a_batch_that_are_joined_behind_the_network_stay_joined(tmp_path: Path) -> None:
+    nodes = [node("Conv", "x w", "c"), node("Reshape", "c s")]
+    path = write(tmp_path / "joined.onnx", nodes, (2, *MAP), {**CONV, "s": np.asarray([1, 8, 48])})
+    with pytest.warns(UserWarning, match=r"\(Reshape\) stay as they are.*ends before them, in c. .*2 images at once"):
+        assert bw.quantize(str(path), images(4, MAP), "rtn")(images(3, MAP)).shape == (3, 4, 6, 8)
+    nodes.append(node("Conv", "y v", "z"))
+    stored = {**CONV, "s": np.asarray([1, 8, 6, 8]), "v": weights(2, 8, 1, 1)}
+    said = refused(write(tmp_path / "within.onnx", nodes, (2, *MAP), stored, outputs="z"))
+    assert "Reshape at 'Reshape_y' (it joins the images of a batch)" in said
 
 
 def test_operators_that_nobody_knows(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from onnx_files import images, in_runtime, node, weights, write
 
 import bitwright as bw
 from bitwright.cli import main
-from bitwright.errors import DataError, UsageError
+from bitwright.errors import DataError, ModelError, UsageError
 from bitwright.given.images import load_images
 from bitwright.given.models import load_model
 from bitwright.graph.capture import capture
@@ -98,12 +98,27 @@ def test_nobody_guesses_how_values_are_scaled(classifier: Path) -> None:
         bw.quantize(str(classifier), "zoo:fashion[:4]", "rtn")
 
 
-def test_python_takes_tensors_in_the_files_own_order(classifier: Path) -> None:
+def test_python_takes_tensors_in_the_files_own_order(classifier: Path, tmp_path: Path) -> None:
     x = images(4, (28, 28, 1))
     how = bw.Preprocessing(input_size=(1, 28, 28), layout="channels_last")
-    quantized = bw.quantize(str(classifier), x, "rtn", preprocessing=how)
+    quantized = bw.quantize(classifier, x, "rtn", preprocessing=how)
     assert quantized(x).shape == (4, 10)
+    for same in (x, x.numpy(), list(x), list(x.split(2))):
+        other = bw.quantize(str(classifier), same, "rtn")
+        assert torch.equal(other(x), quantized(x))
+        assert other.evaluate(same)["fidelity"]["sqnr_db"] > 20
+    assert other.export(tmp_path / "model.onnx", x.numpy()).images == 4
+    with pytest.raises(ModelError, match=r"of 28x28x1 for .*, found 1x28x28. Give images.permute\(0, 2, 3, 1\)."):
+        bw.quantize(classifier, x.permute(0, 3, 1, 2), "rtn")
     assert [layer.name for layer in quantized.layers if layer.weight] == ["stem_conv:0", "body_conv:0", "scores:0"]
+
+
+def test_a_preprocessing_that_says_no_size_takes_that_of_the_file(classifier: Path) -> None:
+    how = bw.Preprocessing(mean=0.3, std=0.3)
+    quantized = bw.quantize(classifier, "zoo:fashion[:8]", "rtn", preprocessing=how)
+    assert quantized.preprocessing == bw.Preprocessing(
+        mean=0.3, std=0.3, input_size=(1, 28, 28), layout="channels_last"
+    )
 
 
 def exported(name: str, folder: Path) -> Path:

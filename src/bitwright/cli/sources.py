@@ -51,7 +51,12 @@ def images_at(
         how = preprocessing_of({}, reading.preprocessing)
     inputs = () if network is None else input_names(network.module)
     images = load_images(
-        source, how, inputs=inputs, skip_unreadable=reading.skip_unreadable, input_key=reading.input_key
+        source,
+        how,
+        inputs=inputs,
+        channels_last=network is not None and network.channels_last,
+        skip_unreadable=reading.skip_unreadable,
+        input_key=reading.input_key,
     )
     if not reading.skip_unreadable:
         images.check()
@@ -192,10 +197,8 @@ def blank_images(network: Model) -> Images:
     shape = _image_shape(network)
     if shape is None:
         raise UsageError("Expected to know the size of the network's images. Give --input-size.")
-    last = has_channels_last(shape)
-    how = Preprocessing(input_size=(shape[2], shape[0], shape[1]), layout="channels_last") if last else None
     noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-    return network.completed(load_images(noise, how))
+    return network.completed(load_images(noise, None, channels_last=has_channels_last(shape)))
 
 
 def _image_shape(network: Model) -> tuple[int, ...] | None:

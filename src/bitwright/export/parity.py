@@ -195,7 +195,9 @@ def images_of(model: Student, images: Any) -> Images:
         images = model.calibration
     if images is None:
         raise UsageError("The check of the exported file needs a few images. Give images=.")
-    return images if isinstance(images, Images) else load_images(images, model.preprocessing, inputs=model.input_names)
+    if isinstance(images, Images):
+        return images
+    return load_images(images, model.preprocessing, inputs=model.input_names, channels_last=model.channels_last)
 
 
 def check_parity(

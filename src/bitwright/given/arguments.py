@@ -34,6 +34,8 @@ OPTIONS = frozenset([
 ])  # fmt: skip
 """Arguments that the command line has as options; what else looks like one stays as it is."""
 _TEXT = "'[^']*'|\"[^\"]*\""
+_LOADING = re.compile(rf"bw\.load_model\((?:{_TEXT}), (?P<settings>[^()]*)\)")
+"""A network that is loaded with settings, which a command has as options beside its name."""
 _NAMED = re.compile(
     r"(?<![\w.'\"-])(?P<name>[a-z]+(?:_[a-z]+)*)="
     rf"(?:(?P<value>{_TEXT}|\d+)|\[(?P<several>(?:{_TEXT})(?:, (?:{_TEXT}))*)\]|True"
@@ -51,6 +53,8 @@ def as_flags(text: str) -> str:
         'Expected --steps or --minutes, found both. Use --device cpu or --force.'
         >>> print(as_flags("Give " + as_rules(["stem=a16", "head*=w8"])))
         Give --rule 'stem=a16' --rule 'head*=w8'
+        >>> as_flags("Give bw.load_model('free.onnx', input_size='224x320'), with your height and width.")
+        'Give --input-size 224x320, with your height and width.'
     """
 
     def spelled(match: re.Match[str]) -> str:
@@ -61,7 +65,7 @@ def as_flags(text: str) -> str:
             return " ".join(f"{flag} {text}" for text in re.findall(_TEXT, match["several"]))
         return flag if match["value"] is None else f"{flag} {match['value'].strip(chr(39))}"
 
-    return _NAMED.sub(spelled, text)
+    return _NAMED.sub(spelled, _LOADING.sub(r"\g<settings>", text))
 
 
 def as_rules(rules: Iterable[str]) -> str:

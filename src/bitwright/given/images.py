@@ -279,6 +279,7 @@ def load_images(
     input_key: str | None = None,
     inputs: Sequence[str] = (),
     read_labels: bool = True,
+    channels_last: bool = False,
     threads: int | None = None,
     cache_bytes: int = CACHE_BYTES,
 ) -> Images:
@@ -305,6 +306,7 @@ def load_images(
         inputs: names of the network's inputs: entries of dicts, and arrays of an ``.npz``, that have one of them are
             inputs, and tuples in the place of the tensor go by their order.
         read_labels: whether what comes with the images in memory is looked at.
+        channels_last: whether the network takes floats (N, H, W, C), as a ``preprocessing`` of that layout says too.
         threads: that decode; by default one a core, at most 8. The result does not depend on it.
         cache_bytes: for decoded and resized pixels, so that a second epoch does not decode again.
 
@@ -314,7 +316,8 @@ def load_images(
     if isinstance(source, Images):
         return source.labelled(labels) if labels is not None else source
     window, named = None, None
-    asked = Asked(most, input_key, read_labels, _takes_channels_last(preprocessing), tuple(inputs))
+    channels_last = channels_last or _is_channels_last(preprocessing)
+    asked = Asked(most, input_key, read_labels, channels_last, tuple(inputs))
     if isinstance(source, str) and not source.strip():
         raise DataError("Expected a folder of images, an .npz file or zoo:NAME, found nothing. Name one.")
     if isinstance(source, str | os.PathLike):
@@ -324,7 +327,7 @@ def load_images(
     else:
         place = f"the {type(source).__name__} given"
         found, known = read_object(source, asked)
-    how = _fitted(preprocessing, found, str(place), named is None)
+    how = _fitted(preprocessing, found, str(place), in_memory=named is None, channels_last=channels_last)
     store = Store(found, how, threads, cache_bytes, input_key)
     if labels is not None:
         known = _explicit_labels(labels, found.names)
@@ -511,12 +514,12 @@ def _from_npz(path: Path, asked: Asked) -> tuple[Source, Tensor | Truth | None]:
     return source, _as_labels(labels, len(source.names), str(path))
 
 
-def _takes_channels_last(how: Preprocessing | PreprocessFunction | None) -> bool:
+def _is_channels_last(how: Preprocessing | PreprocessFunction | None) -> bool:
     return isinstance(how, Preprocessing) and how.layout == "channels_last"
 
 
 def _fitted(
-    how: Preprocessing | PreprocessFunction | None, source: Source, where: str, in_memory: bool
+    how: Preprocessing | PreprocessFunction | None, source: Source, where: str, *, in_memory: bool, channels_last: bool
 ) -> Preprocessing | PreprocessFunction | None:
     """What is applied to the source's images: nothing to floats; settings without a size get that of the images.
 
@@ -524,7 +527,7 @@ def _fitted(
         DataError: nobody said how 8-bit pixels become the network's input, or floats are of another shape.
     """
     if isinstance(source, Tensors):
-        _check_floats(source, how, where)
+        _check_floats(source, how, where, channels_last)
         return None
     if how is None:
         line = "preprocessing= with mean= and std=" if isinstance(source, Encoded) else "mean= and std="
@@ -547,11 +550,10 @@ def _fitted(
     return how.sized((1 if isinstance(read, Image.Image) and read.mode in GREY else 3, height, width))
 
 
-def _check_floats(source: Tensors, how: Preprocessing | PreprocessFunction | None, where: str) -> None:
+def _check_floats(source: Tensors, how: Preprocessing | PreprocessFunction | None, where: str, last: bool) -> None:
     if len(source.parts) > 1:
         return
     shape = tuple(source.data.shape[1:])
-    last = _takes_channels_last(how)
     if shape[-1] in (1, 3) and shape[0] not in (1, 3) and not last:
         seen, expected = ("videos", "T, H, W") if len(shape) >= min(AXES) else ("images", "H, W")
         axes = (0, len(shape), *range(1, len(shape)))

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from bitwright.errors import UsageError
 from bitwright.given.arguments import one_of, whole_number
 from bitwright.given.detectors import DetectorBody, has_two_stages, is_detector
 from bitwright.given.images import Images, load_images
-from bitwright.given.models import Model, load_model
+from bitwright.given.models import Model, as_file_takes, load_model
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing, has_channels_last
 from bitwright.given.several import input_names, taking
 from bitwright.given.spoilt import without_spoilt
@@ -35,14 +36,14 @@ UNUSABLE = {
 
 
 def as_model(
-    model: nn.Module | torch.export.ExportedProgram | Model | str,
+    model: nn.Module | torch.export.ExportedProgram | Model | str | Path,
     preprocessing: Preprocessing | PreprocessFunction | None = None,
 ) -> Model:
     """A model under one type, however it was given."""
-    if isinstance(model, str):
-        model = load_model(model)
+    if isinstance(model, str | Path):
+        model = load_model(str(model))
     if isinstance(model, Model):
-        return model if preprocessing is None else replace(model, preprocessing=preprocessing)
+        return model if preprocessing is None else replace(model, preprocessing=as_file_takes(model, preprocessing))
     name, decode = type(model).__name__, None
     if isinstance(model, nn.Module) and has_two_stages(model):
         model, decode = TwoStageBody(model).eval(), TwoStages(model)
@@ -146,6 +147,7 @@ def calibration_images(
             source,
             network.preprocessing,
             inputs=input_names(network.module),
+            channels_last=network.channels_last,
             skip_unreadable=skip_unreadable,
             most=samples or (None if labelled else DEFAULT_SAMPLES),
             input_key=input_key,

@@ -76,6 +76,11 @@ class Model:
     source: OnnxFile | None = None
     decode: Callable[[Any], Any] | None = None
 
+    @property
+    def channels_last(self) -> bool:
+        """Whether it is an ONNX file that takes images (N, H, W, C)."""
+        return self.source is not None and self.source.channels_last
+
     def completed(self, images: Images) -> Images:
         """The images with all that the network takes beside them: regions, for a detector of two stages."""
         return self.decode.completed(images) if isinstance(self.decode, TwoStages) else images
@@ -555,19 +560,36 @@ def _from_program(path: Path, settings: Settings) -> Model:
     return Model(program, path.stem, _given_preprocessing(base, settings, str(path)))
 
 
+def as_file_takes(
+    model: Model, preprocessing: Preprocessing | PreprocessFunction
+) -> Preprocessing | PreprocessFunction:
+    """A preprocessing that has size and order of axes of the ONNX file where it says none."""
+    if model.source is None or not isinstance(preprocessing, Preprocessing):
+        return preprocessing
+    said = {name: getattr(preprocessing, name) for name in preprocessing.model_fields_set}
+    said = {name: value for name, value in said.items() if value is not None}
+    return Preprocessing(**{**_of_one_image(model.source), **said})
+
+
 def _from_onnx(path: Path, settings: Settings) -> Model:
     from bitwright.onnx_in.source import OnnxFile
 
     given = settings.get("input_size")
     file = OnnxFile.read(path, None if given is None else parse_input_size(given))
-    base: Settings = {}
-    shape = file.image
-    if len(file.inputs) == 1 and len(shape) == 3 and (file.channels_last or shape[0] in (1, 3)):
-        base["input_size"] = (shape[2], *shape[:2]) if file.channels_last else shape
-        base |= {"layout": "channels_last"} if file.channels_last else {}
+    base = _of_one_image(file)
     said = {k: v for k, v in settings.items() if k != "input_size"}
     preprocessing = _given_preprocessing(base, said, str(path)) if said and base else None
     return Model(file.network, path.stem, preprocessing, source=file)
+
+
+def _of_one_image(file: OnnxFile) -> Settings:
+    """Size and order of axes of the images that a file takes; nothing where it takes other than one image."""
+    shape = file.image
+    if len(file.inputs) > 1 or len(shape) != 3 or not (file.channels_last or shape[0] in (1, 3)):
+        return {}
+    if file.channels_last:
+        return {"input_size": (shape[2], *shape[:2]), "layout": "channels_last"}
+    return {"input_size": shape}
 
 
 def example_shapes(program: ExportedProgram) -> dict[str, tuple[int, ...]]:

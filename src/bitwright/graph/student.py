@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from bitwright.given.preprocessing import has_channels_last
 from bitwright.given.several import InputPart, pack_as
 from bitwright.graph import ops, rewrite
 from bitwright.graph.capture import Captured
@@ -98,6 +99,11 @@ class Student(nn.Module):
     def input_names(self) -> tuple[str, ...]:
         """Names of the inputs of a network of several; none of one."""
         return tuple(part.name for part in self.parts.values())
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether it takes images (N, H, W, C)."""
+        return has_channels_last(self.input_shape)
 
     def forward(self, images: Tensor | Mapping[str, Tensor]) -> Any:
         """Outputs as the user's model arranges them, for [B, C, H, W]; several inputs by name."""

@@ -95,7 +95,14 @@ def evaluate(
     images = (
         source
         if given
-        else load_images(source, model.preprocessing, most=most, input_key=input_key, inputs=model.input_names)
+        else load_images(
+            source,
+            model.preprocessing,
+            most=most,
+            input_key=input_key,
+            inputs=model.input_names,
+            channels_last=model.channels_last,
+        )
     )
     images = labelled(images, labels, class_map)
     images = images if most is None else images.sample(most)

@@ -21,7 +21,7 @@ from bitwright.onnx_in import operators
 from bitwright.onnx_in.file import CONTROL, STANDARD, OnnxProgram, label_of, opset_of
 from bitwright.onnx_in.fold import array_of, computed
 from bitwright.onnx_in.network import OnnxNetwork, OperandSource, RepeatedTensor, Stored
-from bitwright.onnx_in.patterns import OWN_DOMAIN, Nodes, join, needed
+from bitwright.onnx_in.patterns import OWN_DOMAIN, Nodes, join, needed, reads
 from bitwright.onnx_in.tail import Rest, cut_behind, frame, kept_outputs
 from bitwright.onnx_in.values import (
     BatchSize,
@@ -79,7 +79,7 @@ class Missing:
 
 
 def onnx_images(program: Any, size: tuple[int, int, int] | None, path: Path) -> tuple[Image, ...]:
-    """The image inputs, with their free sizes as given.
+    """The image inputs that something reads, with their free sizes as given.
 
     Args:
         program: of ONNX.
@@ -89,8 +89,9 @@ def onnx_images(program: Any, size: tuple[int, int, int] | None, path: Path) -> 
     Raises:
         ModelError: there is none, one holds no floats or is of no known size, or they are of different batches.
     """
+    unread = set(unread_inputs(program.graph))
     stored = {t.name for t in program.graph.initializer}
-    inputs = [v for v in program.graph.input if v.name not in stored]
+    inputs = [v for v in program.graph.input if v.name not in stored | unread]
     if not inputs:
         raise ModelError(f"Expected an image input in {path}, found none. Export a network that takes images.")
     found = tuple(_image(value, size, path, alone=len(inputs) == 1) for value in inputs)
@@ -98,6 +99,15 @@ def onnx_images(program: Any, size: tuple[int, int, int] | None, path: Path) -> 
         said = ", ".join(f"{i.name} {'any number' if i.free else i.batch}" for i in found)
         raise ModelError(f"Expected inputs of as many images each in {path}, found {said}. Export it with one batch.")
     return found
+
+
+def unread_inputs(graph: Any) -> list[str]:
+    """Inputs of a graph that no output hangs on, by name; none where no input is read."""
+    stored, ends = {t.name for t in graph.initializer}, {value.name for value in graph.output}
+    wanted = ends.union(*(reads(node) for node in needed(graph.node, ends)))
+    given = [value.name for value in graph.input if value.name not in stored]
+    unread = [name for name in given if name not in wanted]
+    return unread if len(unread) < len(given) else []
 
 
 def _image(value: Any, size: tuple[int, int, int] | None, path: Path, *, alone: bool) -> Image:
@@ -127,9 +137,14 @@ def _sized(shape: tuple[int, ...], size: tuple[int, int, int] | None, name: str,
                 f"found {size[1]}x{size[2]}. Leave it out, or export the network for that size."
             )
     if not all(found):
+        remedy = (
+            f"Give bw.load_model('{path}', input_size='224x320'), with your height and width."
+            if len(shape) == 3
+            else "Export it with fixed sizes."
+        )
         raise ModelError(
             f"Expected a fixed size of images in {path}, '{name}' is [N, {', '.join(str(s or '?') for s in shape)}]. "
-            "Fix it with input_size=, such as 224x320 (height x width)."
+            f"{remedy}"
         )
     return found
 
@@ -348,8 +363,11 @@ def build(whole: OnnxProgram, images: tuple[Image, ...], path: Path) -> Body:
         _check_tail(reading, path)
     behind = cut_behind(program.graph, reading.values, free=images[0].free)
     outputs = [v.name for v in program.graph.output]
-    ends = {name: value.small for name in [*outputs, *behind.read] if (value := reading.values.get(name)) is not None
-            and isinstance(value, Traced)}  # fmt: skip
+    traced = {name: value for name in [*outputs, *behind.read] if (value := reading.values.get(name)) is not None
+              and isinstance(value, Traced)}  # fmt: skip
+    for name, value in traced.items():
+        _check_first_axis(name, value, path)
+    ends = {name: value.small for name, value in traced.items()}
     made = {name: value for name, value in ends.items() if name not in given}
     if not made or not reading.functions:
         raise ModelError(f"Expected outputs that depend on the images in {path}, found none. Export it again.")
@@ -361,6 +379,17 @@ def build(whole: OnnxProgram, images: tuple[Image, ...], path: Path) -> Body:
     found = frame(program, behind, [*made.items(), *((n, v) for n, v in ends.items() if n not in made)], kept)
     aside = tuple(name for name in outputs if name in kept or name in given)
     return Body(network.eval(), images, needed(program.graph.node, made), behind, reading.missing, found, aside)
+
+
+def _check_first_axis(name: str, value: Traced, path: Path) -> None:
+    """Images lie along the first axis of what the network gives."""
+    grown = [a != b for a, b in zip(value.small.shape, value.large.shape, strict=True)]
+    if grown[:1] != [True] or any(grown[1:]):
+        sides = ", ".join("N" if free else str(side) for side, free in zip(value.small.shape, grown, strict=True))
+        raise ModelError(
+            f"Expected images along the first axis of what {path} gives, '{name}' is [{sides}] for N images. "
+            "Cut the file before it (onnx.utils.extract_model), or export it without mixing images."
+        )
 
 
 def _check_order(graph: Any, path: Path) -> None:

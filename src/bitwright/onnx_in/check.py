@@ -14,7 +14,7 @@ from torch import Tensor
 from bitwright.errors import ModelError
 from bitwright.given.text import short
 from bitwright.graph.capture import COARSE_TOLERANCE, relative_difference
-from bitwright.onnx_in.build import Body
+from bitwright.onnx_in.build import Body, Image, unread_inputs
 from bitwright.onnx_in.file import OnnxProgram, label_of
 from bitwright.onnx_in.network import OnnxNetwork, returned
 from bitwright.onnx_in.stored import elsewhere
@@ -35,9 +35,11 @@ def part_of(program: OnnxProgram, body: Body, outputs: Sequence[str], kinds: Seq
     tensors = [elsewhere(t, program.stored[t.name]) if t.name in program.stored else t for t in whole.initializer]
     graph = part.graph
     graph.name = whole.name or "part"
+    unread = unread_inputs(whole)
+    inputs = [value for value in whole.input if value.name not in unread]
     for made, given in zip(
         (graph.node, graph.input, graph.output, graph.initializer, graph.sparse_initializer, graph.value_info),
-        (body.nodes, whole.input, ends, tensors, whole.sparse_initializer, whole.value_info),
+        (body.nodes, inputs, ends, tensors, whole.sparse_initializer, whole.value_info),
         strict=True,
     ):
         made.extend(given)
@@ -64,9 +66,9 @@ def check_import(program: OnnxProgram, body: Body, images: Sequence[Tensor], pat
         if tuple(given.shape[1:]) != image.shape:
             alone = len(images) == 1
             what = "images" if alone else f"the input '{image.name}'"
-            remedy = "preprocessing= with the size and order of axes that the file has" if alone else "it in that shape"
             raise ModelError(
-                f"Expected {what} of {_by(image.shape)} for {path}, found {_by(given.shape[1:])}. Give {remedy}."
+                f"Expected {what} of {_by(image.shape)} for {path}, found {_by(given.shape[1:])}. "
+                f"Give {_remedy(image, tuple(given.shape[1:])) if alone else 'it in that shape'}."
             )
     with torch.no_grad():
         found = returned(network(*images))
@@ -81,6 +83,13 @@ def check_import(program: OnnxProgram, body: Body, images: Sequence[Tensor], pat
             "Please report it; until then export the network in other operators."
         )
     return worst
+
+
+def _remedy(image: Image, found: tuple[int, ...]) -> str:
+    """What to give in place of images of a shape that the file does not take."""
+    if image.channels_last and found == (image.shape[2], *image.shape[:2]):
+        return "images.permute(0, 2, 3, 1)"
+    return "preprocessing= with the size and order of axes that the file has"
 
 
 def _by(shape: Sequence[int]) -> str:

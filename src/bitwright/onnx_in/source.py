@@ -13,7 +13,7 @@ from bitwright.errors import ModelError
 from bitwright.given.several import InputPart
 from bitwright.given.text import short
 from bitwright.graph.outputs import Interface
-from bitwright.onnx_in.build import Body, Image, build, onnx_images
+from bitwright.onnx_in.build import Body, Image, build, onnx_images, unread_inputs
 from bitwright.onnx_in.check import check_import
 from bitwright.onnx_in.file import OnnxProgram, digest, read_program
 from bitwright.onnx_in.network import OnnxNetwork
@@ -60,6 +60,11 @@ class OnnxFile:
         if program.short:
             kinds = " and ".join(program.short)
             warnings.warn(f"{path} computes in {kinds}. In float32 it is quantized, and takes images.", stacklevel=4)
+        unread = unread_inputs(program.proto.graph)
+        if unread:
+            kind, what = ("an input", "It is") if len(unread) == 1 else ("inputs", "They are")
+            said = f"Nothing reads {', '.join(unread)}, which {path} takes as {kind}. {what} left out."
+            warnings.warn(said, stacklevel=4)
         if file.body.aside:
             warnings.warn(
                 f"Outputs of {path} that are an input or stored stay as they are: {', '.join(file.body.aside)}. "

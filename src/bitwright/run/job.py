@@ -225,7 +225,13 @@ def save(
         raise UsageError(f"Expected images as evaluate= beside labels=, found {evaluate!r}.")
     images = None
     if measured and evaluate is not True:
-        given = load_images(evaluate, model.preprocessing, inputs=model.input_names, input_key=input_key)
+        given = load_images(
+            evaluate,
+            model.preprocessing,
+            inputs=model.input_names,
+            channels_last=model.channels_last,
+            input_key=input_key,
+        )
         images = labelled(given, labels, class_map)
     images = decode.completed(images) if images is not None and isinstance(decode, TwoStages) else images
     scoring = Scoring(task, metric, decode)

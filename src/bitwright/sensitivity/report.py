@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -148,7 +149,7 @@ class MeasuredCurvature:
 
 @exact_float32()
 def sensitivity(
-    model: nn.Module | Model | str,
+    model: nn.Module | Model | str | Path,
     images: Any,
     *,
     labels: Any = None,
@@ -325,6 +326,7 @@ def _images(
             network.preprocessing,
             labels=labels,
             inputs=input_names(network.module),
+            channels_last=network.channels_last,
             skip_unreadable=skip_unreadable,
             input_key=input_key,
         )

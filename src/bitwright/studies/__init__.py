@@ -72,7 +72,7 @@ def find_study(name: str, *, as_published: bool = False) -> Study:
 @exact_float32()
 def study(
     name: str,
-    model: nn.Module | torch.export.ExportedProgram | Model | str | None = None,
+    model: nn.Module | torch.export.ExportedProgram | Model | str | Path | None = None,
     images: Any = None,
     *,
     steps: int | None = None,
@@ -181,7 +181,7 @@ def _warn_of_few(samples: int | None, subjects: list[Subject]) -> None:
 
 
 def _images(source: Any, network: Model, labels: Any, reading: Mapping[str, Any]) -> Images:
-    images = load_images(source, network.preprocessing, labels=labels, **reading)
+    images = load_images(source, network.preprocessing, labels=labels, channels_last=network.channels_last, **reading)
     if isinstance(source, str | Path) and not reading["skip_unreadable"]:
         images.check()
     return images

@@ -83,11 +83,13 @@ def reshape(node: Node) -> NodeCall:
         if not isinstance(value, Known):
             raise Unsupported("its shape is computed from the images")
         asked = value.small.tolist()
-    return _reshape(x, target_shape(x, asked, zeros=bool(node.whole("allowzero", 0))))
+    return _reshape(x, target_shape(x, asked, zeros=bool(node.whole("allowzero", 0))), node.batch)
 
 
-def _reshape(x: Traced, target: list[int]) -> NodeCall:
+def _reshape(x: Traced, target: list[int], batch: int) -> NodeCall:
     sizes = freed(x, target)
+    if -1 in sizes and target[sizes.index(-1)] % batch:
+        raise Unsupported("it joins the images of a batch")
     return replace(call(torch.reshape, x, shape=sizes), inner=elements_before(x, sizes, target))
 
 
@@ -96,7 +98,7 @@ def flatten(node: Node) -> NodeCall:
     """Two axes."""
     x = node.traced()
     axis = from_front(node.whole("axis", 1), len(x.shape))
-    return _reshape(x, [math.prod(x.shape[:axis]), math.prod(x.shape[axis:])])
+    return _reshape(x, [math.prod(x.shape[:axis]), math.prod(x.shape[axis:])], node.batch)
 
 
 @operator("Squeeze")
