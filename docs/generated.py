@@ -5,9 +5,12 @@ MkDocs runs :func:`on_files`; each page is a function that returns Markdown.
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
+import textwrap
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -76,13 +79,13 @@ def settings() -> str:
 
 def _fields(model: Any) -> Iterator[str]:
     rows = ["| setting | values | default | |", "|---|---|---|---|"]
-    nested = {}
+    nested, said = {}, _said(model)
     for name, field in model.model_fields.items():
         limits = ", ".join(str(m) for m in field.metadata)
         values = _type(field.annotation) + (f"; {limits}" if limits else "")
         rows.append(
             f"| `{name}` | {_cell(values)} | `{_cell(_short(field.get_default(call_default_factory=True)))}` | "
-            f"{_cell(_prose(field.description or ''))} |"
+            f"{_cell(_prose(said.get(name, '')))} |"
         )
         inner = field.get_default(call_default_factory=True)
         if hasattr(type(inner), "model_fields"):
@@ -92,6 +95,17 @@ def _fields(model: Any) -> Iterator[str]:
         yield f"### {title}"
         yield _prose(inspect.getdoc(inner) or "")
         yield from _fields(inner)
+
+
+def _said(model: Any) -> dict[str, str]:
+    """The text below each setting in the class, and in those that it inherits from."""
+    found = {}
+    for each in reversed([c for c in model.__mro__ if c.__module__.startswith("bitwright")]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(each))).body[0].body  # type: ignore[attr-defined]
+        for setting, below in pairwise(body):
+            if isinstance(setting, ast.AnnAssign) and isinstance(below, ast.Expr):
+                found[setting.target.id] = inspect.cleandoc(ast.literal_eval(below.value))  # type: ignore[union-attr]
+    return found
 
 
 def _type(annotation: Any) -> str:

@@ -127,6 +127,7 @@ def test_the_reference_names_every_option_and_setting() -> None:
         for field in stage.model_fields:
             assert f"`{field}`" in section
     assert "What is optimised at once." in text  # what stands below a field says what it does
+    assert "relative to the recipe's other stages" in text  # in the class that has it first
     shown = re.findall(r"^::: bitwright\.([\w.]+)", pages.python(), flags=re.MULTILINE)
     assert {"quantize", "load", "QuantizedModel", "run.job.save"} <= set(shown)
 

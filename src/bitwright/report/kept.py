@@ -80,7 +80,7 @@ class GivenAnswer(BaseModel):
 class DifferingImage(BaseModel):
     """An image that the two networks answer differently."""
 
-    model_config = ConfigDict(populate_by_name=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(populate_by_name=True)
 
     name: str
     label: int | None = None

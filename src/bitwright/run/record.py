@@ -49,7 +49,7 @@ class StageRecord(BaseModel):
         {'kind': 'shift', 'seconds': 0.0, 'before': 2.0, 'after': 1.0, 'by': 0.5}
     """
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid")
 
     kind: str
     seconds: float = 0.0

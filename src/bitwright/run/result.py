@@ -348,7 +348,7 @@ class RunResult(BaseModel):
         ([3, 5], 0.5, [])
     """
 
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True, protected_namespaces=(), defer_build=True)
+    model_config = ConfigDict(frozen=True, protected_namespaces=(), defer_build=True)
 
     model: RunNetwork = RunNetwork("")
     recipe: RunRecipe = RunRecipe("")

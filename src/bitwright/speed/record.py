@@ -77,7 +77,7 @@ class TimedRuntime:
 class BenchRecord(BaseModel):
     """What ``bench.json`` holds."""
 
-    model_config = ConfigDict(populate_by_name=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(populate_by_name=True)
 
     bitwright: str = ""
     run: str = ""

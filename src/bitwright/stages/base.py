@@ -115,7 +115,7 @@ class Run:
 class Stage(BaseModel):
     """One step of a recipe. Subclasses set ``kind``, the name that recipe files use, and their settings as fields."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: ClassVar[str]
     layerwise: ClassVar[bool] = False

@@ -19,7 +19,7 @@ FULL_FROM = 300
 class FrozenSettings(BaseModel):
     """A record of settings that cannot be changed."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def decay(schedule: Schedule, progress: float) -> float:
