@@ -90,3 +90,19 @@ def test_what_a_run_leaves_out_is_what_was_said(here: Path, capsys: pytest.Captu
     assert "Looking for what was lost" not in shown.err
     longest = max((v, k) for k, v in result["seconds"].items() if k != "total")[1]
     assert f"{longest} " in shown.out.split(" time ")[1]
+
+
+COLLECTED = """
+import gc, sys
+from bitwright.cli import main
+for _ in range(2):
+    main(["recipes"])
+    print(gc.isenabled(), gc.get_freeze_count(), file=sys.stderr)
+"""
+
+
+def test_what_a_verb_imports_is_looked_through_for_cycles_no_more() -> None:
+    done = subprocess.run([sys.executable, "-c", COLLECTED], check=True, capture_output=True, text=True)
+    (on, first), (still_on, again) = (line.split() for line in done.stderr.splitlines()[-2:])
+    assert on == still_on == "True"
+    assert 1000 < int(again) <= int(first)  # the second call imports nothing

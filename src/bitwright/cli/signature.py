@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import inspect
 import os
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Annotated, Any, ClassVar, TypeVar, get_type_hints
 
@@ -68,10 +71,12 @@ def command(kind: type[Call]) -> Callable[..., None]:
             return
         with Terminal(as_json=as_json, silent=other) as terminal:
             _check_named(kind, given)
-            call.check()
-            if call.begins:
-                terminal.begin(call.begins)
-            getattr(importlib.import_module(f"bitwright.cli.{call.verb()}"), call.verb())(call, terminal)
+            with _imports_stay(f"bitwright.cli.{call.verb()}"):
+                call.check()
+                if call.begins:
+                    terminal.begin(call.begins)
+                module = importlib.import_module(f"bitwright.cli.{call.verb()}")
+            getattr(module, call.verb())(call, terminal)
 
     json = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
     parameters = [*parameters_of(kind), json]
@@ -79,6 +84,24 @@ def command(kind: type[Call]) -> Callable[..., None]:
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     run.__name__, run.__doc__ = kind.verb(), kind.__doc__
     return run
+
+
+@contextmanager
+def _imports_stay(module: str) -> Iterator[None]:
+    """While inside, the first time, nothing is looked through for cycles; what is there at the end never is.
+
+    PyTorch and what it imports are hundreds of thousands of objects that stay, and Python's collector goes through them
+    again and again: while they are made, and whenever a network has made as many as a quarter of them.
+    """
+    if module in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 def _check_named(kind: type[Call], given: dict[str, Any]) -> None:
