@@ -86,6 +86,29 @@ def test_a_change_that_does_not_lower_the_loss_is_not_kept(monkeypatch: pytest.M
     assert "balanced" not in bw.quantize(Wide().eval(), noise(48), "mse").result
 
 
+def test_the_float_network_runs_once_for_all_losses() -> None:
+    images, run = load_images(noise(8), None), Run(seed=0, batch=4)
+    teacher = prepare_teacher(as_model(Wide()), images)
+    student = insert_quantizers(teacher, Scheme(weights=3, activations=4))
+    trial = module._Trial(lambda _: student, images, images, Calibrate(), run, [])
+    trial.readings = read_outputs(teacher.graph, noise(8), teacher.outputs)
+    student = Calibrate().run(student, teacher, images, run)
+    alone = {}
+    for roles in (set(), {"weight"}, {"activation", "parameter"}):
+        with module.let_pass(student, roles), torch.no_grad():
+            found = [student.flat(x) for x in noise(8).split(4)]
+            expected = [list(teacher.graph(x)) for x in noise(8).split(4)]
+        each = [distance_of_outputs(f, e, trial.readings).sum() for f, e in zip(found, expected, strict=True)]
+        alone[frozenset(roles)] = float(sum(each)) / 8
+    passes = []
+    handle = teacher.graph.register_forward_hook(lambda *_: passes.append(1))
+    losses = trial.losses(student, teacher, [set(roles) for roles in alone])
+    handle.remove()
+    assert losses == pytest.approx(list(alone.values()))
+    assert len(set(losses)) == 3
+    assert len(passes) == 2
+
+
 def test_balanced_networks_are_written_loaded_and_checked(tmp_path: Path) -> None:
     network = Wide().eval()
     model, x = bw.quantize(network, noise(48), "mse", rules=["act_1=w8a16"]), noise(16, seed=2)

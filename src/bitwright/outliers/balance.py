@@ -186,13 +186,11 @@ class _Trial:
     def of(self, teacher: Captured, scales: list[ChannelScales]) -> _Outcome:
         """All that belongs to a changed network."""
         student = self.student(teacher)
-        whole = self.loss(student, teacher)
         if not has_coarse_weights(student):
+            (whole,) = self.losses(student, teacher, [set()])
             return _Outcome(whole, 0.0, whole, teacher, student, scales)
-        with let_pass(student, {"weight"}):
-            loss = self.loss(student, teacher)
-        with let_pass(student, {"activation", "parameter"}):
-            weights = self.loss(student, teacher)
+        halves: list[set[str]] = [{"weight"}, {"activation", "parameter"}]
+        whole, loss, weights = self.losses(student, teacher, [set(), *halves])
         return _Outcome(loss, weights, whole, teacher, student, scales)
 
     def student(self, teacher: Captured) -> Student:
@@ -201,15 +199,17 @@ class _Trial:
         made.to(self.run.device)
         return self.ranges.run(made, teacher, self.images, self.run)
 
-    def loss(self, student: Student, teacher: Captured) -> float:
-        """Mean over the images."""
-        total = 0.0
+    def losses(self, student: Student, teacher: Captured, passing: Sequence[set[str]]) -> list[float]:
+        """Means over the images, with quantizers of these roles letting everything pass; in float they run once."""
+        totals = [0.0] * len(passing)
         with torch.no_grad():
             for batch in self.run.batches(self.images, "Looking for outliers"):
-                total += float(
-                    distance_of_outputs(student.flat(batch), list(teacher.graph(batch)), self.readings).sum()
-                )
-        return total / len(self.images)
+                expected = list(teacher.graph(batch))
+                for position, roles in enumerate(passing):
+                    with let_pass(student, roles):
+                        found = student.flat(batch)
+                    totals[position] += float(distance_of_outputs(found, expected, self.readings).sum())
+        return [total / len(self.images) for total in totals]
 
     def spread(self, teacher: Captured) -> float:
         """Of the float network's answers, from image to image."""
