@@ -47,6 +47,7 @@ from bitwright.measure.tasks import Scoring, task_of
 from bitwright.run import folder as run_folder
 from bitwright.run.record import EvaluatedImages
 from bitwright.run.result import RunNetwork, RunResult
+from bitwright.runtimes.onnxruntime import patient_options
 from bitwright.terminal import Terminal
 
 BATCH = 50
@@ -266,7 +267,7 @@ def _part_of(path: Path, given: str, outputs: list[str]) -> Network:
     from onnx.utils import Extractor
 
     part = Extractor(onnx.load(path)).extract_model([given], outputs).SerializeToString()
-    session = onnxruntime.InferenceSession(part, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(part, patient_options(), providers=["CPUExecutionProvider"])
     return lambda x: [torch.from_numpy(o) for o in session.run(None, {given: x.numpy()})]
 
 
@@ -341,10 +342,8 @@ def _session(path: Path) -> Any:
 
     if not path.is_file():
         raise ModelError(f"Expected an ONNX file, {path} does not exist. Check the path.")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(path), patient_options(), providers=["CPUExecutionProvider"])
     except Exception as error:
         raise ModelError(f"ONNX Runtime cannot load {path} ({one_line(str(error))[:200]}). Export it again.") from error
 

@@ -36,7 +36,7 @@ from bitwright.graph.student import Student
 from bitwright.measure.evaluation import Network
 from bitwright.progress import Progress, silent
 from bitwright.runtimes import absent
-from bitwright.runtimes.onnxruntime import ONNXRUNTIME
+from bitwright.runtimes.onnxruntime import ONNXRUNTIME, patient_options
 from bitwright.runtimes.openvino import EXACT, OPENVINO, compile_model, openvino
 from bitwright.runtimes.record import Runtime
 from bitwright.words import typed
@@ -285,9 +285,7 @@ def open_file(runtime: Runtime, path: Path) -> Network:
 def _onnxruntime(path: Path) -> Callable[[Tensor], list[Tensor]]:
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    opened = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    opened = onnxruntime.InferenceSession(str(path), patient_options(), providers=["CPUExecutionProvider"])
     name = opened.get_inputs()[0].name
     return lambda x: [torch.from_numpy(out) for out in opened.run(None, {name: x.numpy()})]
 

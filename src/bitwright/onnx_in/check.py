@@ -20,6 +20,7 @@ from bitwright.onnx_in.network import OnnxNetwork, returned
 from bitwright.onnx_in.stored import elsewhere
 from bitwright.onnx_in.tail import TENSOR_KINDS
 from bitwright.onnx_in.values import as_tensor
+from bitwright.runtimes.onnxruntime import patient_options
 from bitwright.runtimes.session import Array
 
 RUNTIME_TOLERANCE = 1e-4
@@ -138,7 +139,7 @@ def _session(part: Any, stored: Mapping[str, Array], path: Any) -> Any:
     """The program in ONNX Runtime, which reads the stored tensors where they are."""
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
+    options = patient_options()
     options.log_severity_level = 4
     # as the file says: its optimisations take a fourth power for a layer norm's square (1.31)
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

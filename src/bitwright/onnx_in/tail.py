@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bitwright.onnx_in.patterns import reads
 from bitwright.onnx_in.values import Known, Traced, Value
+from bitwright.runtimes.onnxruntime import patient_options
 from bitwright.runtimes.session import Array
 
 TENSOR_KINDS = {torch.float32: TensorProto.FLOAT, torch.int64: TensorProto.INT64, torch.int32: TensorProto.INT32,
@@ -138,7 +139,7 @@ class Tail:
         """
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
+        options = patient_options()
         options.log_severity_level = 4
         program = onnx.ModelProto.FromString(content)
         del program.graph.value_info[:]

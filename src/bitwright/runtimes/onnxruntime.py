@@ -43,10 +43,8 @@ def session(program: ir.Model, *, optimize: bool, dump: Path | None = None) -> I
     """An ONNX Runtime session on the CPU; the graph that it runs is written to ``dump``."""
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    levels = onnxruntime.GraphOptimizationLevel
+    options, levels = patient_options(), onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
-    options.log_severity_level = 3
     stored = sum(v.const_value.nbytes for v in program.graph.initializers.values() if v.const_value is not None)
     options.enable_cpu_mem_arena = stored < WITHOUT_ARENA  # which keeps what every operator needed
     if dump is not None:
@@ -55,6 +53,16 @@ def session(program: ir.Model, *, optimize: bool, dump: Path | None = None) -> I
         path = Path(folder) / "model.onnx"
         save_onnx(program, path)
         yield onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def patient_options() -> Any:
+    """Options of a session that is not timed: its threads sleep while they wait, and take no processor from others."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    return options
 
 
 def onnxruntime_options(threads: int) -> Any:
