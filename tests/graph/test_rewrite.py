@@ -191,3 +191,35 @@ def test_a_function_beside_its_module_gets_a_bias_of_its_own() -> None:
         torch.testing.assert_close(made.graph(x)[0], network(x))
     layers = [n.meta["layer"] for n in made.graph.graph.nodes if ops.kind(n) == "linear"]
     assert len(set(layers)) == 2
+
+
+class _Guarded(nn.Module):
+    """A softmax that is 0 where a row has no scores."""
+
+    def __init__(self, *masks: Tensor) -> None:
+        super().__init__()
+        for k, mask in enumerate(masks):
+            self.register_buffer(f"mask_{k}", mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = x @ x.transpose(-1, -2)
+        for mask in self.buffers():
+            scores = scores + mask.expand(len(x), 3, 8, 8)
+        return scores.softmax(-1).nan_to_num(0.0)
+
+
+CLOSED = torch.arange(8) < 4
+"""Half of the keys, hidden."""
+
+
+@pytest.mark.parametrize(
+    ("masks", "guarded"),
+    [((), False), ((FLOAT_MASK,), False), ((CLOSED,), False), ((CLOSED, ~CLOSED), True), ((CLOSED | ~CLOSED,), True)],
+)
+def test_softmax_is_guarded_where_a_row_can_be_without_scores(masks: tuple[Tensor, ...], guarded: bool) -> None:
+    spelled = [m if m.is_floating_point() else torch.zeros(8).masked_fill(m, -math.inf) for m in masks]
+    x = images(3)
+    module = _Guarded(*spelled)
+    made = prepare(capture(module, x))
+    assert ("nan_to_num" in names(made)) == guarded
+    torch.testing.assert_close(made.graph(x)[0], module(x))

@@ -143,6 +143,17 @@ CASES: dict[str, tuple[list[Any], dict[str, Any], tuple[int, ...], int]] = {
     "depth to space": ([node("DepthToSpace", "x", blocksize=2)], {}, (8, 4, 5), 13),
     "pixel shuffle": ([node("DepthToSpace", "x", blocksize=2, mode="CRD")], {}, (8, 4, 5), 13),
     "space to depth": ([node("SpaceToDepth", "x", blocksize=2)], {}, (3, 4, 6), 13),
+    "col2im": (
+        [node("Reshape", "x s", "c"), node("Col2Im", "c size block", pads=[1, 1, 1, 1], strides=[2, 2])],
+        {"s": ints(-1, 12, 20), "size": ints(7, 9), "block": ints(2, 2)}, MAP, 18,
+    ),
+    "col2im uneven": (
+        [
+            node("Reshape", "x s", "c"),
+            node("Col2Im", "c size block", pads=[0, 1, 1, 2], dilations=[1, 2], strides=[2, 1]),
+        ],
+        {"s": ints(-1, 12, 20), "size": ints(7, 4), "block": ints(2, 2)}, MAP, 18,
+    ),
     "clip attributes": ([node("Clip", "x", min=-0.5, max=0.25)], {}, MAP, 9),
     "clip relu6": ([node("Clip", "x lo hi")], {"lo": F(0), "hi": F(6)}, MAP, 13),
     "clip one side": ([node("Clip", "x - hi")], {"hi": F(0.5)}, MAP, 13),

@@ -90,6 +90,16 @@ PATTERNS: dict[str, tuple[list[Any], dict[str, Any], str]] = {
          "b": weights(3, 1, 1, seed=1)}, "group_norm",
     ),
     "bias": ([node("MatMul", "x w", "m"), node("Add", "m b")], {"w": weights(10, 4), "b": weights(4)}, "linear"),
+    "affine": ([node("Mul", "g x", "m"), node("Add", "b m")], {"g": weights(10), "b": weights(1, 1, 10)}, "addcmul"),
+    "rolled": (
+        [node("Slice", "x p e a", "s"), node("Slice", "x z p a one", "t"), node("Concat", "s t", axis=3)],
+        {"p": np.asarray([7]), "e": np.asarray([10]), "a": np.asarray([3]), "z": np.asarray([0]),
+         "one": np.asarray([1])}, "roll",
+    ),
+    "rolled, from behind": (
+        [node("Slice", "x p e a", "s"), node("Slice", "x z p a", "t"), node("Concat", "s t", axis=3)],
+        {"p": np.asarray([-3]), "e": np.asarray([2**63 - 1]), "a": np.asarray([3]), "z": np.asarray([-99])}, "roll",
+    ),
     "relu6": ([node("Clip", "x c0 c6")], {"c0": F(0), "c6": F(6)}, "hardtanh"),
 }  # fmt: skip
 
@@ -114,7 +124,14 @@ def test_pattern_becomes_one_operator(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "changed",
-    [("gelu of torch", "half", 0.6), ("layer norm", "two", 4.0), ("relu6", "c6", 5.0), ("group norm", "s", 2.0)],
+    [
+        ("gelu of torch", "half", 0.6),
+        ("layer norm", "two", 4.0),
+        ("relu6", "c6", 5.0),
+        ("group norm", "s", 2.0),
+        ("rolled", "e", 9),
+        ("rolled", "z", 1),
+    ],
 )
 def test_what_only_looks_like_a_pattern_stays_as_it_is(changed: tuple[str, str, float], tmp_path: Path) -> None:
     name, key, value = changed
@@ -135,6 +152,26 @@ def _renamed(made: Any) -> Any:
 def test_a_gate_that_others_read_too_stays(tmp_path: Path) -> None:
     nodes = [node("Sigmoid", "x", "s"), node("Mul", "x s", "m"), node("Add", "m s")]
     assert operators(captured(write(tmp_path / "tiny.onnx", nodes, ("N", *MAP), opset=13))) == ["sigmoid", "mul", "add"]
+
+
+def test_weights_of_rows_without_scores_are_zero(tmp_path: Path) -> None:
+    mask = np.zeros((8, 10), F)
+    mask[3], mask[4, :5] = -np.inf, -np.inf
+    nodes = [
+        node("Add", "x m", "s"), node("Softmax", "s", "p", axis=-1), node("IsNaN", "p", "n"), node("Where", "n zero p"),
+    ]  # fmt: skip
+    path = write(tmp_path / "tiny.onnx", nodes, ("N", *MAP), {"m": mask, "zero": F(0)}, opset=13)
+    assert operators(captured(path)) == ["add", "softmax", "nan_to_num"]
+    nodes[3] = node("Where", "n one p")
+    path = write(tmp_path / "other.onnx", nodes, ("N", *MAP), {"m": mask, "one": F(1)}, opset=13)
+    assert "nan_to_num" not in operators(captured(path))
+
+
+def test_a_layer_takes_the_numbers_behind_it(tmp_path: Path) -> None:
+    nodes = [node("Conv", "x w", "c"), node("Mul", "c g", "m"), node("Add", "m b")]
+    stored = {"w": weights(4, 3, 3, 3), "g": weights(4, 1, 1), "b": weights(4, 1, 1)}
+    path = write(tmp_path / "tiny.onnx", nodes, ("N", *MAP), stored)
+    assert "addcmul" not in operators(captured(path))
 
 
 def test_scores_whose_factors_are_both_scaled_are_scaled_behind(tmp_path: Path) -> None:

@@ -307,7 +307,7 @@ def rewrite(graph_module: fx.GraphModule) -> None:
         name = ops.base_name(node)
         if name == "scaled_dot_product_attention":
             _decompose_attention(graph_module, node)
-        elif name in IDENTITY or _is_neutral(node):
+        elif name in IDENTITY or _is_neutral(node) or _fills_nothing(graph_module, node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         elif name == "baddbmm":
@@ -333,6 +333,27 @@ def _is_neutral(node: fx.Node) -> bool:
     source = node.args[0]
     before, after = (ops.value(n) if isinstance(n, fx.Node) else None for n in (source, node))
     return isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype == after.dtype
+
+
+def _fills_nothing(module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether it puts 0 in place of what is no number behind a softmax all of whose rows have scores."""
+    weights = node.args[0] if ops.base_name(node) == "nan_to_num" else None
+    if not isinstance(weights, fx.Node) or ops.kind(weights) != "softmax":
+        return False
+    scores = weights.args[0]
+    masks = _masks(module, scores) if isinstance(scores, fx.Node) else None
+    return masks is not None and not bool(torch.isneginf(sum(masks, torch.zeros(1))).all(-1).any())
+
+
+def _masks(module: fx.GraphModule, scores: fx.Node) -> list[Tensor] | None:
+    """The stored masks that are added to scores; None where something else could hide them."""
+    if scores.op == "get_attr":
+        return [get_tensor(module, str(scores.target))]
+    name = ops.base_name(scores)
+    if name not in {"add", "expand", "repeat"}:
+        return [] if name in {"matmul", "bmm", "mul", "div"} else None
+    found = [_masks(module, n) for n in scores.all_input_nodes if isinstance(ops.value(n), Tensor)]
+    return None if None in found else [mask for masks in found for mask in masks or []]
 
 
 def add_operator(graph: fx.Graph, like: fx.Node, layer: str, target: Callable[..., Any], *args: Any) -> fx.Node:

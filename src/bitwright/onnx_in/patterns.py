@@ -366,6 +366,59 @@ def _of_channels(nodes: Nodes, node: Any, kind: str) -> tuple[str, str] | None:
     return None
 
 
+def spelled_affine(nodes: Nodes, node: Any) -> list[Any] | None:
+    """A product with stored numbers, plus stored numbers, of what no layer with weights made, which would take both."""
+    for a, b in nodes.halves(node) if node.op_type == "Add" else ():
+        product = nodes.maker(a, "Mul") if nodes.alone(a) and _several(nodes, b) else None
+        for x, scale in nodes.halves(product) if product is not None else ():
+            maker = nodes.maker(x)
+            if _several(nodes, scale) and x not in nodes.stored and (maker is None or maker.op_type not in LAYERS):
+                return _new("Affine", node, [x, scale, b])
+    return None
+
+
+def _several(nodes: Nodes, name: str) -> bool:
+    return name in nodes.stored and nodes.stored[name].size > 1
+
+
+LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+
+
+def softmax_of_closed_rows(nodes: Nodes, node: Any) -> list[Any] | None:
+    """A softmax with 0 where it gives no number: of rows whose scores are all minus infinity."""
+    if node.op_type != "Where" or nodes.number(node.input[1]) != 0:
+        return None
+    weights = node.input[2]
+    test = nodes.maker(node.input[0], "IsNaN")
+    guarded = test is not None and test.input[0] == weights and nodes.alone(node.input[0])
+    if not guarded or nodes.maker(weights, "Softmax") is None or nodes.readers[weights] != 2 or weights in nodes.ends:
+        return None
+    return _new("ZeroForNaN", node, [weights])
+
+
+def spelled_roll(nodes: Nodes, node: Any) -> list[Any] | None:
+    """Two parts of a tensor side by side along an axis, as exporters write a tensor whose end goes to the front."""
+    if node.op_type != "Concat" or len(node.input) != 2:
+        return None
+    axis = next(a.i for a in node.attribute if a.name == "axis")
+    first, second = (_part(nodes, name) for name in node.input)
+    if first is None or second is None or first[0] != second[0] or {first[1], second[1]} != {axis}:
+        return None
+    return _new("TwoParts", node, [first[0]], axis=axis, places=[*first[2:], *second[2:]])
+
+
+def _part(nodes: Nodes, name: str) -> tuple[str, int, int, int] | None:
+    """The tensor that a slice is of, with its axis, start and end, where it has one axis, no step and one reader."""
+    node = nodes.maker(name, "Slice") if nodes.alone(name) else None
+    if node is None or len(node.input) < 4:
+        return None
+    numbers = [[int(v) for v in nodes.stored[each].reshape(-1)] for each in node.input[1:] if each in nodes.stored]
+    if len(numbers) < len(node.input) - 1 or any(len(n) != 1 for n in numbers) or numbers[3:] not in ([], [[1]]):
+        return None
+    (start,), (end,), (axis,) = numbers[:3]
+    return node.input[0], axis, start, end
+
+
 def linear_bias(nodes: Nodes, node: Any) -> list[Any] | None:
     """A vector that is added to a product with a stored matrix."""
     if node.op_type != "Add":
@@ -398,5 +451,6 @@ def late_scale(nodes: Nodes, node: Any) -> list[Any] | None:
 
 PATTERNS: tuple[Callable[[Nodes, Any], list[Any] | None], ...] = (
     silu, hard_swish, spelled_gelu, spelled_group_norm, affine_norm, scaled_norm, plain_norm, linear_bias, late_scale,
+    spelled_affine, softmax_of_closed_rows, spelled_roll,
 )  # fmt: skip
 """In this order: each gives the nodes that stand in the place of one, or None."""

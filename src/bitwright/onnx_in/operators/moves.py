@@ -156,6 +156,25 @@ def for_each_image(value: Known, axis: int, like: Traced) -> Known:
     return Known(value.small, np.concatenate([value.small, value.small], axis))
 
 
+@operator("bitwright.TwoParts")
+def two_parts(node: Node) -> NodeCall:
+    """Two parts along an axis; a tensor that is rolled, where they are its end and all that is before."""
+    x = node.traced()
+    axis = from_front(node.whole("axis", 0), len(x.shape))
+    length = x.shape[axis]
+    if axis == x.batch_axis:
+        raise Unsupported("it joins images to one batch")
+    places = node.ints("places") or ()
+    parts = [range(length)[start:end] for start, end in (places[:2], places[2:])]
+    if [*parts[1], *parts[0]] == list(range(length)):
+        return call(torch.roll, x, shifts=len(parts[0]), dims=axis)
+    return call(_of_parts, x, parts=tuple((p.start, max(p.stop, p.start)) for p in parts), axis=axis)
+
+
+def _of_parts(x: Tensor, *, parts: tuple[tuple[int, int], ...], axis: int) -> Tensor:
+    return torch.cat([_slice(x, parts=((axis, start, end, 1),)) for start, end in parts], axis)
+
+
 def _cat(*tensors: Tensor, axis: int) -> Tensor:
     return torch.cat(tensors, axis)
 
@@ -400,3 +419,25 @@ def _space_to_depth(x: Tensor, *, size: int) -> Tensor:
     _, channels, height, width = x.shape
     parts = x.reshape(-1, channels, height // size, size, width // size, size).permute(0, 3, 5, 1, 2, 4)
     return parts.reshape(-1, channels * size**2, height // size, width // size)
+
+
+@operator("Col2Im")
+def col2im(node: Node) -> NodeCall:
+    """Sums of overlapping windows, as ``torch.nn.functional.fold`` gives them."""
+    size, kernel = node.ints("image_shape", 1) or (), node.ints("block_shape", 2) or ()
+    if len(size) != 2:
+        raise Unsupported(f"its windows have {len(size)} axes")
+    pads = node.ints("pads") or (0, 0, 0, 0)
+    (top, left), (bottom, right) = pads[:2], pads[2:]
+    whole = (size[0] + top + bottom, size[1] + left + right)
+    windows = {
+        "kernel_size": kernel, "dilation": node.ints("dilations") or (1, 1), "stride": node.ints("strides") or (1, 1)
+    }  # fmt: skip
+    if (top, left) == (bottom, right):
+        return call(F.fold, node.traced(), output_size=size, padding=(top, left), **windows)
+    parts = ((2, top, top + size[0], 1), (3, left, left + size[1], 1))
+    return call(_folded_part, node.traced(), parts=parts, output_size=whole, **windows)
+
+
+def _folded_part(x: Tensor, *, parts: tuple[tuple[int, int, int, int], ...], **windows: tuple[int, ...]) -> Tensor:
+    return _slice(F.fold(x, **windows), parts=parts)

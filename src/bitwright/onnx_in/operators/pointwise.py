@@ -63,6 +63,22 @@ def _commuting(node: Node, function: Callable[..., Tensor]) -> NodeCall:
     return call(function, *((b, a) if stored else (a, b)))
 
 
+@operator("bitwright.Affine")
+def affine(node: Node) -> NodeCall:
+    """A product with stored numbers, plus stored numbers, as one operator."""
+    return call(_affine, node.input(0), node.input(1), node.input(2))
+
+
+def _affine(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return torch.addcmul(shift, scale, x)
+
+
+@operator("bitwright.ZeroForNaN")
+def zero_for_nan(node: Node) -> NodeCall:
+    """0 where the operand is no number."""
+    return call(torch.nan_to_num, node.input(0), nan=0.0)
+
+
 @operator("Sub")
 def subtract(node: Node) -> NodeCall:
     """A difference."""
