@@ -8,9 +8,12 @@ from cases import CASES, images, prepared
 from torch import fx
 
 from bitwright.graph import ops, rewrite
+from bitwright.graph import walk as walk_module
+from bitwright.graph.compact import HeldCodes
 from bitwright.graph.student import insert_quantizers
 from bitwright.graph.walk import Walk, peak_bytes
 from bitwright.graph.watch import values_of
+from bitwright.quant.quantizer import Quantizer
 from bitwright.quant.scheme import Scheme
 
 
@@ -54,6 +57,61 @@ def test_the_most_that_is_held_of_an_image() -> None:
     assert peak_bytes(graph, {c}, parts=1000) == 4 * 40
     assert peak_bytes(graph, {c}, parts=1000, behind=True) == 4 * 30
     assert peak_bytes(graph, {a}, parts=1000) == 4 * 10
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_what_is_held_as_codes_is_read_as_it_was(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    student = insert_quantizers(prepared(name), Scheme())
+    for module in student.graph.children():
+        if isinstance(module, Quantizer) and module.role == "activation":
+            module.set_range(torch.tensor([0.05]), module.grid.middle)
+    layers = [n for n in student.graph.graph.nodes if n.op == "call_function" and ops.base_name(n) in ops.LINEAR]
+    found, held, kinds = [], [], set()
+    for least in (1, 1 << 62):
+        monkeypatch.setattr(walk_module, "COMPACT", least)
+        walk = Walk(student.graph, list(images(6).split(2)))
+        for node in layers:
+            walk.until(node)
+            kinds |= {type(v) for values in walk._values.values() for v in values if least == 1}
+            held.append(sum(bytes_of(v) for n, values in walk._values.items() for v in values if n.op != "get_attr"))
+            found += list(walk.read(node))
+    half = len(found) // 2
+    assert all(map(torch.equal, found[:half], found[half:]))
+    assert HeldCodes in kinds
+    assert max(held[: len(held) // 2]) < 0.75 * max(held[len(held) // 2 :])
+
+
+def bytes_of(value: object) -> int:
+    tensor = value.codes if isinstance(value, HeldCodes) else value
+    return tensor.nbytes if isinstance(tensor, torch.Tensor) else 0
+
+
+def test_each_batch_is_asked_for_once_and_shown_on_the_way() -> None:
+    graph, asked = prepared("residual").graph, []
+
+    class Batches(list):
+        def __getitem__(self, position: int) -> torch.Tensor:
+            asked.append(position)
+            return super().__getitem__(position)
+
+    batches = Batches(images(6).split(2))
+    walk, seen = Walk(graph, batches), {}
+    first, *_, last = linears(graph)
+    walk.through(last, {first: lambda i, value: seen.update({i: value})})
+    assert asked == [0, 1, 2]
+    for i, value in seen.items():
+        torch.testing.assert_close(value, values_of(graph, list(batches)[i], [first.name])[0][first.name])
+    assert set(seen) == {0, 1, 2}
+
+
+def test_bytes_behind_a_node() -> None:
+    graph = prepared("residual").graph
+    walk = Walk(graph, list(images(4).split(2)))
+    nodes = linears(graph)
+    for node, expected in zip(nodes, walk.bytes_behind(nodes), strict=True):
+        walk.through(node, {})
+        held = sum(bytes_of(v) for n, values in walk._values.items() for v in values if n.op != "get_attr")
+        assert held == 4 * expected
 
 
 def test_between_two_stops_batch_follows_batch() -> None:

@@ -13,6 +13,7 @@ import bitwright as bw
 from bitwright import zoo
 from bitwright.api import prepare_teacher
 from bitwright.given.images import Images
+from bitwright.given.inputs import as_model
 from bitwright.given.models import load_model
 from bitwright.graph import ops, rewrite
 from bitwright.graph.capture import Captured
@@ -180,6 +181,39 @@ def test_few_images_for_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MEMORY", 1)
     after(prepared("residual"), dataset(12))
     assert seen == [module.FEWEST] * 2
+
+
+@pytest.mark.parametrize("name", ["called_twice", "conv_bn_relu6", "residual", "shifted_window", "transformer"])
+def test_how_far_the_float_network_runs_ahead_does_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, data, found = prepared(name), dataset(12), []
+    for most in (1, 2, 1000):
+
+        def some(self: module._Ahead, most: int = most) -> list[module._Drawn]:
+            taken, self._waiting = self._waiting[:most], self._waiting[most:]
+            return taken
+
+        monkeypatch.setattr(module._Ahead, "_next", some)
+        found.append(tensors(after(teacher, data)))
+    assert all(torch.equal(t, other[k]) for other in found[1:] for k, t in found[0].items())
+
+
+def test_of_the_float_network_little_more_is_held_than_what_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 12 convolutions of a large image, 8 positions each, where all outputs of one would be 2 MB."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(3, 8, 3, padding=1), *(torch.nn.Conv2d(8, 8, 3, padding=1) for _ in range(11))]
+    network = torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 4))
+    data, held = bw.load_images(torch.randn(16, 3, 64, 64), None), []
+    teacher = prepare_teacher(as_model(network.eval(), None), data)
+    run = module._Ahead._run
+
+    def spy(self: module._Ahead, layers: list[module._Drawn]) -> None:
+        run(self, layers)
+        values = [v for n, each in self._walk._values.items() if n.op != "get_attr" for v in each]
+        held.append(sum(t.nbytes for t in [*values, *(t for each in self._found.values() for t in each)]))
+
+    monkeypatch.setattr(module._Ahead, "_run", spy)
+    after(teacher, data, positions=8)
+    assert 0 < max(held) < (2 << 20) / 4
 
 
 @pytest.mark.filterwarnings("ignore:The optimisation did not lower")

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from bitwright.graph import ops, rewrite
+from bitwright.graph.compact import HeldCodes, grid_of
+from bitwright.quant.quantizer import Quantizer
+
+COMPACT = 1 << 25
+"""Bytes of a node's values from which on they are held as codes, if their grid has some of a byte."""
+
+
+Showing = Callable[[int, Tensor], None]
 
 
 class Walk:
@@ -17,11 +25,12 @@ class Walk:
     From one stop to the next, batch follows batch, so that what is read in between is there for one batch alone.
 
     Memory: what later nodes still read at a stop, for all images, and what lies in between, for one batch
-    (:func:`peak_bytes` for each image).
+    (:func:`peak_bytes` for each image). On a CPU, large values that a quantizer of 8 bits or less gave are held as its
+    codes, a quarter of that.
 
     Args:
         graph: with quantizers or without.
-        batches: of images, [B, C, H, W] each.
+        batches: of images, [B, C, H, W] each; each is asked for once.
     """
 
     def __init__(self, graph: fx.GraphModule, batches: Sequence[Tensor]) -> None:
@@ -32,18 +41,22 @@ class Walk:
         self._places = {node: place for place, node in enumerate(self._nodes)}
         self._at = 0
         self._values: dict[fx.Node, list[Any]] = {}
-        """One for each batch, or a single one for what does not depend on the images."""
+        """One for each batch, or its codes, or a single one for what does not depend on the images."""
         self._alike: set[fx.Node] = set()
         """Nodes that do not depend on the images."""
 
     def until(self, node: fx.Node) -> None:
         """Computes everything before a node."""
-        self._advance(self._places[node])
+        self._advance(self._places[node], {})
 
-    def through(self, node: fx.Node) -> list[Any]:
-        """Computes everything up to a node, and returns its values, one for each batch."""
-        self._advance(self._places[node] + 1)
-        return [self._value(node, i) for i in range(len(self.batches))]
+    def through(self, node: fx.Node, seeing: Mapping[fx.Node, Showing]) -> None:
+        """Computes everything up to a node, and shows the values of some nodes on the way.
+
+        Args:
+            node: the last one.
+            seeing: is given the position of each batch, and the node's value for it.
+        """
+        self._advance(self._places[node] + 1, seeing)
 
     def tensor(self, node: Any) -> Tensor:
         """A stored tensor, by the node that reads it."""
@@ -54,11 +67,31 @@ class Walk:
         """Whether a node's values are held: computed, and still to be read."""
         return node in self._values
 
-    def read(self, node: fx.Node) -> list[Tensor]:
-        """What a node reads first, for each batch."""
+    def place(self, node: fx.Node) -> int:
+        """Of a node in the program."""
+        return self._places[node]
+
+    def read(self, node: fx.Node) -> Iterator[Tensor]:
+        """What a node reads first, for one batch after the other."""
         source = node.args[0]
         assert isinstance(source, fx.Node)
-        return [self._value(source, i) for i in range(len(self.batches))]
+        return self.values(source)
+
+    def values(self, node: fx.Node) -> Iterator[Tensor]:
+        """The values of a node that :meth:`knows`, for one batch after the other."""
+        return (self._value(node, i) for i in range(len(self.batches)))
+
+    def bytes_behind(self, nodes: Sequence[fx.Node]) -> list[int]:
+        """What it holds of one image when it stops behind each of these nodes, in float32."""
+        alike, held, found = set[fx.Node](), 0, dict[fx.Node, int]()
+        for node in self._nodes:
+            if _is_alike(node, alike):
+                alike.add(node)
+                continue
+            read = [b for b in node.all_input_nodes if b not in alike and self._last[b] is node]
+            held += image_bytes(node) - sum(map(image_bytes, read))
+            found[node] = held
+        return [found[node] for node in nodes]
 
     def refresh(self, node: Any) -> None:
         """Computes a stored tensor, or what a quantizer makes of it, once more."""
@@ -68,18 +101,24 @@ class Walk:
             with torch.no_grad():
                 self._values[node] = [self._run(node, 0)]
 
-    def _advance(self, end: int) -> None:
+    def _advance(self, end: int, seeing: Mapping[fx.Node, Showing]) -> None:
         nodes = [n for n in self._nodes[self._at : end] if n.op != "output"]
         for node in nodes:
             alike = _is_alike(node, self._alike)
             self._values[node] = [None] * (1 if alike else len(self.batches))
             if alike:
                 self._alike.add(node)
+        left = [n for n in nodes if n in self._last and self._places[self._last[n]] >= end and n not in self._alike]
+        grids = {n: grid for n in left if (grid := grid_of(self._graph, n)) is not None}
         with torch.no_grad():
             for batch in range(len(self.batches)):
                 for node in nodes:
                     if batch == 0 or node not in self._alike:
                         self._compute(node, batch)
+                        if node in seeing:
+                            seeing[node](batch, self._value(node, batch))
+                for node, grid in grids.items():
+                    self._compress(node, batch, grid)
         for before in [b for b in self._values if b in self._last and self._places[self._last[b]] < end]:
             del self._values[before]
         self._at = max(self._at, end)
@@ -91,12 +130,19 @@ class Walk:
             if self._last[before] is node and before not in self._alike:
                 self._values[before][batch] = None
 
+    def _compress(self, node: fx.Node, batch: int, grid: Quantizer) -> None:
+        """Holds a value as its codes, where that is worth it."""
+        value = self._values[node][batch]
+        if value.device.type == "cpu" and value.nbytes * len(self.batches) >= COMPACT:
+            self._values[node][batch] = HeldCodes.of(value, grid) or value
+
     def _run(self, node: fx.Node, batch: int) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._value(n, batch))
         return getattr(self._runner, node.op)(node.target, args, kwargs)
 
     def _value(self, node: fx.Node, batch: int) -> Any:
-        return self._values[node][0 if node in self._alike else batch]
+        found = self._values[node][0 if node in self._alike else batch]
+        return found.values() if isinstance(found, HeldCodes) else found
 
 
 def _last_readers(graph: fx.Graph) -> dict[fx.Node, fx.Node]:

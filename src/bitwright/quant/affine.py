@@ -47,7 +47,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | float, qmin: in
     if found is None:
         codes = (x / scale).round_().add_(zero_point).clamp_(qmin, qmax)  # bounds that are tensors are slow
         return codes.sub_(zero_point).mul_(scale)
-    for part, out in _pieces(x, found):
+    for part, out in pieces(x, found):
         torch.div(part, scale, out=out).round_().add_(zero_point).clamp_(qmin, qmax).sub_(zero_point).mul_(scale)
     return found
 
@@ -62,7 +62,7 @@ def nearest_multiple(x: Tensor, step: Tensor, low: float, high: float) -> Tensor
     found = torch.empty_like(x) if _is_large(x, step) else None
     if found is None:
         return torch.round(x / step).clamp_(low, high).mul_(step)
-    for part, out in _pieces(x, found):
+    for part, out in pieces(x, found):
         torch.div(part, step, out=out).round_().clamp_(low, high).mul_(step)
     return found
 
@@ -76,16 +76,25 @@ def _is_large(x: Tensor, scale: Tensor) -> bool:
         and scale.dim() == 0
         and not torch.compiler.is_compiling()
         and not (torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad))
-        and (x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)))
+        and _order(x) is not None
     )
 
 
-def _pieces(x: Tensor, found: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Views of two tensors of one memory order, piece by piece."""
-    order = (0, 1, 2, 3) if x.is_contiguous() or x.dim() != 4 else (0, 2, 3, 1)
-    flat = [t.permute(order).view(-1) if t.dim() == 4 else t.view(-1) for t in (x, found)]
+def pieces(x: Tensor, found: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of two tensors of one memory order, piece by piece, which stay in the cache; both whole if not dense."""
+    order = _order(x)
+    if order is None:
+        return iter([(x, found)])
+    flat = [t.permute(order).view(-1) for t in (x, found)]
     size = PIECE * torch.get_num_threads()
     return zip(*(torch.split(t, size) for t in flat), strict=True)
+
+
+def _order(x: Tensor) -> tuple[int, ...] | None:
+    """Of a dense tensor's axes in memory; None where there are gaps, or another order than those of networks."""
+    if x.is_contiguous():
+        return tuple(range(x.dim()))
+    return (0, 2, 3, 1) if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) else None
 
 
 def next_power_of_two(scale: Tensor) -> Tensor:

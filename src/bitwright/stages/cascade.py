@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -17,7 +19,7 @@ from bitwright.graph.capture import Captured
 from bitwright.graph.patches import layer_inputs, layer_outputs
 from bitwright.graph.student import Student, has_quantized_weight, weight_of
 from bitwright.graph.units import quantized
-from bitwright.graph.walk import Walk, peak_bytes
+from bitwright.graph.walk import Walk, image_bytes, peak_bytes
 from bitwright.quant import optq
 from bitwright.quant.quantizer import Quantizer
 from bitwright.stages.base import Run, Stage
@@ -77,15 +79,15 @@ class Cascade(Stage):
             return student
         twins = {n.name: n for n in teacher.graph.graph.nodes}
         count = min(self.images, len(images), max(FEWEST, MEMORY // _bytes_of_image(student, teacher, layers)))
-        some = images.sample(count, seed=run.seed)
-        batches = [b.to(run.device) for b in some.batches(-(-count // PARTS))]
+        batches = _Batches(images.sample(count, seed=run.seed), run.device)
         ours, theirs = Walk(student.graph, batches), Walk(teacher.graph, batches)
-        for position, node in enumerate(layers):
+        drawn = [self._drawn(node, twins[node.name], ours, theirs, run, count) for node in layers]
+        ahead = _Ahead(theirs, drawn, count)
+        for position, layer in enumerate(drawn):
             run.progress("Rounding layer after layer", position, len(layers))
-            ours.until(node)
-            seen = self._seen(node, twins[node.name], ours, theirs, partial(_draw, run), count)
-            self._round(student, teacher, node, seen)
-            for stored in node.args[1:3]:
+            ours.until(layer.node)
+            self._round(student, teacher, layer.node, _moments(layer, ours, ahead.wanted(layer)))
+            for stored in layer.node.args[1:3]:
                 ours.refresh(stored)
         run.progress("Rounding layer after layer", len(layers), len(layers))
         widen_for_biases(student)
@@ -96,36 +98,20 @@ class Cascade(Stage):
         found = (m for m in student.graph.children() if isinstance(m, Quantizer) and m.role == "activation")
         return any(m.grid.bits <= self.activations for m in found)
 
-    def _seen(
-        self,
-        node: fx.Node,
-        twin: fx.Node,
-        ours: Walk,
-        theirs: Walk,
-        draw: Callable[[int], Callable[[int], Tensor]],
-        count: int,
-    ) -> list[_Moments]:
-        """What the layer reads in the quantized network, and what it should give, of each batch."""
-        weight = theirs.tensor(twin.args[1])
-        groups = 1 if ops.base_name(node) == "linear" else rewrite.groups(node)
+    def _drawn(self, node: fx.Node, twin: fx.Node, ours: Walk, theirs: Walk, run: Run, count: int) -> _Drawn:
+        """Where a layer is looked at."""
+        weight, beside = theirs.tensor(twin.args[1]), _beside(node, twin)
+        if beside is not None and ours.place(beside[0]) > ours.place(node):
+            beside = None
         positions = min(self.positions, -(-max(ENOUGH, PER_INPUT * weight[0].numel()) // count))
-        read, wanted, beside = ours.read(node), theirs.through(twin), _beside(node, twin)
-        added = None
-        if beside is not None and ours.knows(beside[0]):
-            added = list(zip(theirs.through(beside[1]), ours.through(beside[0]), strict=True))
-        found = []
-        for i, (x, y) in enumerate(zip(read, wanted, strict=True)):
-            given = y if added is None else y + added[i][0] - added[i][1]
-            inputs = layer_inputs(node, x, weight, positions, draw(i))
-            found.append(_Moments.of(inputs, layer_outputs(node, given, groups, positions, draw(i))))
-        return found
+        return _Drawn(node, twin, beside, weight, positions, partial(_draw, run))
 
-    def _round(self, student: Student, teacher: Captured, node: fx.Node, parts: list[_Moments]) -> None:
+    def _round(self, student: Student, teacher: Captured, node: fx.Node, parts: Iterator[_Moments]) -> None:
+        """Rounds a layer once more, from the moments of each batch."""
         stored, quantizer = weight_of(student, node.name)
         weight = rewrite.get_tensor(teacher.graph, stored)
-        layer = _Rows.of(weight, quantizer, len(parts[0].own))
-        seen = _Moments.sum([p for i, p in enumerate(parts) if i % 4 != 3] or parts)
-        held, everything = _Moments.sum(parts[3::4] or parts), _Moments.sum(parts)
+        seen, held, everything = _split(parts)
+        layer = _Rows.of(weight, quantizer, len(everything.own))
         losses = [held.error(values) for values, _, _ in self._solve(layer, seen, self.shares)]
         best = self.shares[losses.index(min(losses))]
         values, between, factors = next(self._solve(layer, everything, [best]))
@@ -213,7 +199,7 @@ class _Rows:
         return torch.maximum(torch.minimum(within, found + ROUNDS_BACK * self.steps), found - ROUNDS_BACK * self.steps)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Moments:
     """Sums over what a layer reads in the quantized network, x, and what it should give, y, in float64.
 
@@ -233,11 +219,18 @@ class _Moments:
         sums = x.sum(1, dtype=torch.float64), y.sum(1, dtype=torch.float64)
         return cls(x.shape[1], (x.mT @ x).double(), (y.mT @ x).double(), *sums)
 
-    @classmethod
-    def sum(cls, parts: list[_Moments]) -> _Moments:
-        """Of all of them."""
-        columns = zip(*((p.own, p.cross, p.inputs, p.outputs) for p in parts), strict=True)
-        return cls(sum(p.count for p in parts), *(torch.stack(c).sum(0) for c in columns))
+    def copy(self) -> _Moments:
+        """The same in tensors of its own."""
+        return _Moments(self.count, *(each.clone() for each in self._sums()))
+
+    def add(self, more: _Moments) -> None:
+        """Takes in those of other samples."""
+        self.count += more.count
+        for found, each in zip(self._sums(), more._sums(), strict=True):
+            found += each
+
+    def _sums(self) -> tuple[Tensor, ...]:
+        return self.own, self.cross, self.inputs, self.outputs
 
     def centred(self) -> tuple[Tensor, Tensor]:
         """Both without the means, which the bias gives back."""
@@ -254,6 +247,127 @@ class _Moments:
         """With which rows have the wanted means, [G, R]."""
         found: Tensor = self.outputs - (values @ self.inputs.unsqueeze(2)).squeeze(2)
         return found / self.count
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A layer, its twin in the float network, what is added to both outputs, and the positions where it is looked at.
+
+    ``draw(i)`` gives what draws those of a batch, the same ones each time.
+    """
+
+    node: fx.Node
+    twin: fx.Node
+    beside: tuple[fx.Node, fx.Node] | None
+    weight: Tensor
+    positions: int
+    draw: Callable[[int], Callable[[int], Tensor]]
+
+    def inputs(self, value: Tensor, batch: int) -> Tensor:
+        """[G, N, K] of what it reads."""
+        return layer_inputs(self.node, value, self.weight, self.positions, self.draw(batch))
+
+    def outputs(self, value: Tensor, batch: int) -> Tensor:
+        """[G, N, R] of what it gives, or of what is added to that."""
+        groups = 1 if ops.base_name(self.node) == "linear" else rewrite.groups(self.node)
+        return layer_outputs(self.node, value, groups, self.positions, self.draw(batch))
+
+    @property
+    def bytes_of_image(self) -> int:
+        """What :meth:`outputs` takes, about."""
+        rows = image_bytes(self.twin) // (4 * self.weight.shape[0])
+        return 4 * self.weight.shape[0] * min(self.positions, rows)
+
+
+class _Ahead:
+    """What layers should give, drawn while the float network runs ahead of the quantized one.
+
+    It runs through as many layers at a time as make what was drawn, and what it holds for those to come, take the
+    least memory.
+    """
+
+    def __init__(self, walk: Walk, layers: list[_Drawn], count: int) -> None:
+        self._walk, self._count, self._waiting = walk, count, layers
+        self._found: dict[fx.Node, list[Tensor]] = {}
+
+    def wanted(self, layer: _Drawn) -> list[Tensor]:
+        """[G, N, R] of each batch: the float network's output, with what is added to it."""
+        if layer.node not in self._found:
+            self._run(self._next())
+        return self._found.pop(layer.node)
+
+    def _next(self) -> list[_Drawn]:
+        behind = self._walk.bytes_behind([layer.twin for layer in self._waiting])
+        drawn = itertools.accumulate(layer.bytes_of_image for layer in self._waiting)
+        totals = [a + b for a, b in zip(behind, drawn, strict=True)]
+        last = totals.index(min(totals)) + 1
+        found, self._waiting = self._waiting[:last], self._waiting[last:]
+        return found
+
+    def _run(self, layers: list[_Drawn]) -> None:
+        seeing: dict[fx.Node, list[_Drawn]] = {}
+        for layer in layers:
+            self._found[layer.node] = []
+            for node in (layer.twin, *(layer.beside or ())[1:]):
+                if self._walk.knows(node):
+                    for batch, value in enumerate(self._walk.values(node)):
+                        self._add(layer, batch, value)
+                else:
+                    seeing.setdefault(node, []).append(layer)
+
+        def see(node: fx.Node, batch: int, value: Tensor) -> None:
+            for layer in seeing[node]:
+                self._add(layer, batch, value)
+
+        last = max(seeing, key=self._walk.place)
+        self._walk.through(last, {node: partial(see, node) for node in seeing})
+
+    def _add(self, layer: _Drawn, batch: int, value: Tensor) -> None:
+        found, more = self._found[layer.node], layer.outputs(value, batch)
+        if batch < len(found):
+            found[batch] = found[batch] + more
+        else:
+            found.append(more)
+
+
+class _Batches(Sequence[Tensor]):
+    """Images [B, C, H, W] in parts, each made when it is asked for."""
+
+    def __init__(self, images: Images, device: torch.device) -> None:
+        self._images, self._device, self._size = images, device, -(-len(images) // PARTS)
+        self._count = math.ceil(len(images) / self._size)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, position: Any) -> Any:
+        if position >= len(self):
+            raise IndexError(position)
+        start = position * self._size
+        return self._images.batch(range(start, min(start + self._size, len(self._images)))).to(self._device)
+
+
+def _moments(layer: _Drawn, ours: Walk, wanted: list[Tensor]) -> Iterator[_Moments]:
+    """What the layer reads in the quantized network, and what it should give, of each batch."""
+    beside = [None] * len(wanted) if layer.beside is None else ours.values(layer.beside[0])
+    for i, (read, given, added) in enumerate(zip(ours.read(layer.node), wanted, beside, strict=True)):
+        outputs = given if added is None else given - layer.outputs(added, i)
+        yield _Moments.of(layer.inputs(read, i), outputs)
+
+
+def _split(parts: Iterator[_Moments]) -> tuple[_Moments, _Moments, _Moments]:
+    """Sums over the batches to learn from, over every fourth, which is held out, and over all, as long as there are."""
+    first = next(parts)
+    seen, everything, held = first.copy(), first, None
+    for position, part in enumerate(parts, 1):
+        everything.add(part)
+        if position % 4 != 3:
+            seen.add(part)
+        elif held is None:
+            held = part
+        else:
+            held.add(part)
+    return seen, everything if held is None else held, everything
 
 
 def _beside(node: fx.Node, twin: fx.Node) -> tuple[fx.Node, fx.Node] | None:
