@@ -223,3 +223,52 @@ def test_softmax_is_guarded_where_a_row_can_be_without_scores(masks: tuple[Tenso
     made = prepare(capture(module, x))
     assert ("nan_to_num" in names(made)) == guarded
     torch.testing.assert_close(made.graph(x)[0], module(x))
+
+
+class _Joins(nn.Module):
+    """Tokens in front of others, of which there may be none, as rotary embeddings keep those of a class apart."""
+
+    def __init__(self, kept: int) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x[:, :, : self.kept], x[:, :, 8:], x[:, :, self.kept :] * 2], 2)
+
+
+@pytest.mark.parametrize(("kept", "parts"), [(0, 0), (3, 2)])
+def test_what_is_empty_is_not_joined(kept: int, parts: int) -> None:
+    x = images(3)
+    made = prepare(capture(_Joins(kept), x))
+    joints = [n.args[0] for n in made.graph.graph.nodes if ops.base_name(n) == "cat"]
+    assert list(map(len, joints)) == ([parts] if parts else [])
+    torch.testing.assert_close(made.graph(x)[0], _Joins(kept)(x))
+
+
+class _Scaled(nn.Module):
+    """Products of factors that numbers scale before, [N, 3, 8, 8]."""
+
+    def __init__(self, numbers: tuple[float, float], shared: bool = False) -> None:
+        super().__init__()
+        self.numbers, self.shared = numbers, shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key = x * self.numbers[0], x.transpose(-1, -2) / self.numbers[1]
+        scores = query @ key
+        return scores + query if self.shared else scores
+
+
+def test_a_product_of_scaled_factors_is_scaled_behind() -> None:
+    x = images(3)
+    made = prepare(capture(_Scaled((0.5, 2.0)), x))
+    assert names(made) == ["transpose", "matmul", "mul"]
+    assert [n.args[1] for n in made.graph.graph.nodes if ops.base_name(n) == "mul"] == [0.25]
+    torch.testing.assert_close(made.graph(x)[0], _Scaled((0.5, 2.0))(x))
+
+
+@pytest.mark.parametrize("module", [_Scaled((0.5, 2.0), shared=True), _Scaled((1.0, 2.0))])
+def test_factors_that_others_read_or_that_are_not_both_scaled_stay(module: _Scaled) -> None:
+    x = images(3)
+    made = prepare(capture(module, x))
+    assert "div" in names(made)
+    torch.testing.assert_close(made.graph(x)[0], module(x))

@@ -172,13 +172,3 @@ def test_a_layer_takes_the_numbers_behind_it(tmp_path: Path) -> None:
     stored = {"w": weights(4, 3, 3, 3), "g": weights(4, 1, 1), "b": weights(4, 1, 1)}
     path = write(tmp_path / "tiny.onnx", nodes, ("N", *MAP), stored)
     assert "addcmul" not in operators(captured(path))
-
-
-def test_scores_whose_factors_are_both_scaled_are_scaled_behind(tmp_path: Path) -> None:
-    nodes = [
-        node("Mul", "x c", "q"), node("Transpose", "x", "t", perm=[0, 1, 3, 2]), node("Mul", "t c", "k"),
-        node("MatMul", "q k", "s"), node("Softmax", "s", "p", axis=-1), node("MatMul", "p x"),
-    ]  # fmt: skip
-    made = captured(write(tmp_path / "tiny.onnx", nodes, ("N", *MAP), {"c": F(0.5)}, opset=13))
-    assert operators(made) == ["permute", "matmul", "mul", "softmax", "matmul"]
-    assert [n.args[1] for n in made.graph.graph.nodes if ops.base_name(n) == "mul"] == [0.25]

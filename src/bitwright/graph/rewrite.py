@@ -314,12 +314,16 @@ def rewrite(graph_module: fx.GraphModule) -> None:
             _decompose_product(graph_module, node)
         elif name in {"avg_pool2d", "avg_pool3d"} and len(node.args) > 6 and node.args[6] is not None:
             _spell_divisor(node)
+        elif name == "cat":
+            _without_empty_parts(node)
         elif name == "copy":
             _copy_to_expand(graph_module, node)
         elif name == "index_put":
             _assignment_to_fill(graph_module, node)
         elif name in {"addmm", "matmul", "mm"}:
             _constant_matmul_to_linear(graph_module, node)
+    for node in [n for n in graph.nodes if ops.base_name(n) in {"matmul", "bmm"}]:
+        _scale_behind(graph, node)
     _give_biases(graph_module)
     graph.lint()
     graph_module.recompile()
@@ -330,7 +334,10 @@ def _is_neutral(node: fx.Node) -> bool:
     neutral = NEUTRAL.get(ops.base_name(node))
     if neutral is None or node.kwargs or len(node.args) != 2 or node.args[1] is True or node.args[1] != neutral:
         return False
-    source = node.args[0]
+    return _has_its_type(node.args[0], node)
+
+
+def _has_its_type(source: object, node: fx.Node) -> bool:
     before, after = (ops.value(n) if isinstance(n, fx.Node) else None for n in (source, node))
     return isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype == after.dtype
 
@@ -442,6 +449,39 @@ def _decompose_product(module: fx.GraphModule, node: fx.Node) -> None:
     module.graph.erase_node(node)
 
 
+def _scale_behind(graph: fx.Graph, node: fx.Node) -> None:
+    """A product whose two factors are both scaled by numbers is scaled itself, as PyTorch's own attention is."""
+    scaled = [_times_number(factor) for factor in node.args[:2]]
+    if len(scaled) != 2 or scaled[0] is None or scaled[1] is None:
+        return
+    (first, a), (second, b) = scaled[0], scaled[1]
+    layer = str(node.meta["layer"])
+    assert callable(node.target)
+    product = add_operator(graph, node, f"{layer}.product", node.target, first, second)
+    node.replace_all_uses_with(add_operator(graph, node, layer, aten.mul.Tensor, product, a * b))
+    factors = node.all_input_nodes
+    graph.erase_node(node)
+    for factor in factors:
+        graph.erase_node(factor)
+
+
+def _times_number(factor: object) -> tuple[fx.Node, float] | None:
+    """What a tensor that one operator alone reads is a multiple of, and the factor."""
+    if not isinstance(factor, fx.Node) or ops.base_name(factor) not in {"mul", "div"} or len(factor.users) > 1:
+        return None
+    source, number = (*factor.args, None, None)[:2]
+    if (
+        factor.kwargs
+        or not isinstance(source, fx.Node)
+        or isinstance(number, bool)
+        or not isinstance(number, int | float)
+    ):
+        return None
+    if not number:
+        return None
+    return source, float(number) if ops.base_name(factor) == "mul" else 1 / number
+
+
 def _spell_divisor(node: fx.Node) -> None:
     """Average pooling that divides by a number of its own becomes a plain one, times a number: ONNX has no other.
 
@@ -454,6 +494,18 @@ def _spell_divisor(node: fx.Node) -> None:
     layer = f"{node.meta['layer']}.mean"
     pooled = add_operator(node.graph, node, layer, node.target, node.args[0], kernel, stride, padding, False, True)  # type: ignore[arg-type]
     node.target, node.args = aten.mul.Tensor, (pooled, size / float(divisor))  # type: ignore[arg-type]
+
+
+def _without_empty_parts(node: fx.Node) -> None:
+    """Joins what holds values alone; a single part is itself."""
+    parts = node.args[0]
+    assert isinstance(parts, list | tuple)
+    full = [p for p in parts if isinstance(p, fx.Node) and 0 not in ops.shape(p)]
+    if len(full) == 1 and len(parts) > 1 and _has_its_type(full[0], node):
+        node.replace_all_uses_with(full[0])
+        node.graph.erase_node(node)
+    elif full and len(full) < len(parts):
+        node.args = (full, *node.args[1:])
 
 
 def _copy_to_expand(module: fx.GraphModule, node: fx.Node) -> None:

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from onnx import helper
 
 from bitwright.onnx_in.fold import array_of, constant, widened
@@ -433,24 +432,8 @@ def linear_bias(nodes: Nodes, node: Any) -> list[Any] | None:
     return None
 
 
-def late_scale(nodes: Nodes, node: Any) -> list[Any] | None:
-    """Scores of attention whose two factors are both scaled before, scaled behind instead, as PyTorch's own are."""
-    if node.op_type != "MatMul":
-        return None
-    (q, p), (k, s) = (nodes.scaled(name) for name in node.input)
-    if q == node.input[0] or k == node.input[1] or not all(nodes.alone(name) for name in node.input):
-        return None
-    name = f"{node.output[0]}.scale"
-    nodes.stored[name] = np.asarray(p * s, np.float32)
-    product = f"{node.output[0]}.product"
-    return [
-        helper.make_node("MatMul", [q, k], [product], name=f"{node.name}.product"),
-        helper.make_node("Mul", [product, name], [node.output[0]], name=node.name),
-    ]
-
-
 PATTERNS: tuple[Callable[[Nodes, Any], list[Any] | None], ...] = (
-    silu, hard_swish, spelled_gelu, spelled_group_norm, affine_norm, scaled_norm, plain_norm, linear_bias, late_scale,
+    silu, hard_swish, spelled_gelu, spelled_group_norm, affine_norm, scaled_norm, plain_norm, linear_bias,
     spelled_affine, softmax_of_closed_rows, spelled_roll,
 )  # fmt: skip
 """In this order: each gives the nodes that stand in the place of one, or None."""
