@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import bitwright as bw
-from bitwright.bits.plan import Plan, insert_plan, plan_of, structure_digest
+from bitwright.bits import plan as module
+from bitwright.bits.plan import Plan, insert_plan, plan_of, plans_of, structure_digest
 from bitwright.cli import main
 from bitwright.graph.student import insert_quantizers
 from bitwright.quant.scheme import Rule, Scheme
@@ -214,6 +215,18 @@ def test_a_plan_of_another_network_is_refused():
     wrong = plan_of(student()).model_copy(update={"network": "0" * 16})
     with pytest.raises(bw.UsageError, match="shapes of weights differ"):
         insert_plan(cases.prepared("residual"), wrong)
+
+
+def test_several_plans_are_those_of_each_choice_and_the_network_is_read_once(monkeypatch):
+    model = student("transformer")
+    keys = [x.weight for x in model.layers if x.weight] + [x.activation for x in model.layers if x.activation]
+    several = [{}, dict.fromkeys(keys, 4), {key: (2, 4)[i % 2] for i, key in enumerate(keys)}, {keys[0]: 3}]
+    alone = [plan_of(model, bits) for bits in several]
+    read = []
+    monkeypatch.setattr(module, "structure_digest", lambda graph: read.append(graph) or alone[0].network)
+    assert plans_of(model, several) == alone
+    assert len(read) == 1
+    assert len({plan.model_dump_json() for plan in alone}) == 4
 
 
 def test_a_plan_for_another_runtime_is_refused():

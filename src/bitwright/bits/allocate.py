@@ -19,7 +19,7 @@ from bitwright.bits.costs import (
     keys_of,
     variables_of,
 )
-from bitwright.bits.plan import Plan, plan_of
+from bitwright.bits.plan import Plan, plans_of
 from bitwright.bits.solve import Solution, pareto, solve
 from bitwright.bits.tables import Problem, Term
 from bitwright.errors import UsageError
@@ -86,7 +86,7 @@ def allocations(
     """The plans over a range of budgets of one cost; ``settings`` are those of :func:`allocate`."""
     problem = problem_of(student, losses, **settings)
     curve = pareto(problem, cost, budgets=budgets, count=count, limits=limits)
-    return [plan_for(student, problem, solution) for solution in curve]
+    return plans_for(student, curve)
 
 
 def problem_of(
@@ -122,10 +122,18 @@ def problem_of(
 
 def plan_for(student: Student, problem: Problem, solution: Solution) -> Plan:
     """The plan of a solution, with what it is predicted to lose and to cost."""
-    predicted = {"loss": solution.loss, **solution.costs}
-    if solution.gap:
-        predicted["gap"] = solution.gap
-    return plan_of(student, solution.bits).model_copy(update={"predicted": predicted})
+    return plans_for(student, [solution])[0]
+
+
+def plans_for(student: Student, solutions: Sequence[Solution]) -> list[Plan]:
+    """The same of each of several; the network is read once."""
+    plans = plans_of(student, [solution.bits for solution in solutions])
+    return [plan.model_copy(update={"predicted": _predicted(s)}) for plan, s in zip(plans, solutions, strict=True)]
+
+
+def _predicted(solution: Solution) -> dict[str, float]:
+    gap = {"gap": solution.gap} if solution.gap else {}
+    return {"loss": solution.loss, **solution.costs, **gap}
 
 
 def _tables(variables: Mapping[str, Variable], losses: Losses) -> dict[str, dict[int, float]]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -205,30 +205,54 @@ def plan_of(model: Student, bits: Mapping[str, int] | None = None) -> Plan:
         model: with quantizers.
         bits: in place of those it has, by the key of a quantizer.
     """
-    from bitwright.graph import ops
-    from bitwright.graph.place import FLOAT_ACTIVATIONS, FLOAT_BY_RULE
+    return plans_of(model, [bits or {}])[0]
 
-    layers: dict[str, LayerPlan] = {}
-    ends: dict[str, list[str]] = defaultdict(list)
-    for layer in model.layers:
-        if layer.activation is not None and layer.end == layer.node:
-            ends[layer.activation].append(layer.name)
-    for layer in model.layers:
-        weight = None
+
+def plans_of(model: Student, several: Sequence[Mapping[str, int]]) -> list[Plan]:
+    """The same with each of several choices of bits; the model is read once, and plans share what is alike in them."""
+    network, parts = structure_digest(model.graph), _Parts(model)
+    return [Plan(network=network, runtime=model.scheme.runtime, layers=parts.layers(bits)) for bits in several]
+
+
+class _Parts:
+    """The layers of a plan, each made once for each of its bits."""
+
+    def __init__(self, model: Student) -> None:
+        self.model = model
+        self.ends: dict[str, list[str]] = defaultdict(list)
+        for layer in model.layers:
+            if layer.activation is not None and layer.end == layer.node:
+                self.ends[layer.activation].append(layer.name)
+        self.made: dict[tuple[int, int | None, int | None], LayerPlan] = {}
+
+    def layers(self, bits: Mapping[str, int]) -> dict[str, LayerPlan]:
+        """By name."""
+        from bitwright.graph.place import FLOAT_ACTIVATIONS, FLOAT_BY_RULE
+
+        layers: dict[str, LayerPlan] = {}
+        for position, layer in enumerate(self.model.layers):
+            wanted = (position, bits.get(layer.weight or ""), bits.get(layer.activation or ""))
+            if wanted not in self.made:
+                self.made[wanted] = self._layer(layer, bits)
+            layers[layer.name] = self.made[wanted]
+        for left in self.model.unquantized:
+            if left.reason in {FLOAT_ACTIVATIONS, FLOAT_BY_RULE} and left.op != "weight":
+                known = layers.get(left.name, LayerPlan())
+                layers[left.name] = known.model_copy(update={"activation": ActivationPlan(bits="float")})
+        return layers
+
+    def _layer(self, layer: Layer, bits: Mapping[str, int]) -> LayerPlan:
+        from bitwright.graph import ops
+
+        weight = activation = None
         if layer.weight is not None:
-            weight = _weight_plan(model, layer.weight, bits or {})
+            weight = _weight_plan(self.model, layer.weight, bits)
         elif layer.op in ops.LINEAR:
             weight = WeightPlan(bits="float")
-        activation = None
         if layer.activation is not None:
-            others = tuple(n for n in ends[layer.activation] if n != layer.name)
-            activation = _activation_plan(model, layer.activation, others, bits or {})
-        layers[layer.name] = LayerPlan(weight=weight, activation=activation)
-    for left in model.unquantized:
-        if left.reason in {FLOAT_ACTIVATIONS, FLOAT_BY_RULE} and left.op != "weight":
-            known = layers.get(left.name, LayerPlan())
-            layers[left.name] = known.model_copy(update={"activation": ActivationPlan(bits="float")})
-    return Plan(network=structure_digest(model.graph), runtime=model.scheme.runtime, layers=layers)
+            others = tuple(n for n in self.ends[layer.activation] if n != layer.name)
+            activation = _activation_plan(self.model, layer.activation, others, bits)
+        return LayerPlan(weight=weight, activation=activation)
 
 
 def _weight_plan(model: Student, key: str, bits: Mapping[str, int]) -> WeightPlan:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from bitwright import together
 from bitwright.bits import trials
-from bitwright.bits.allocate import Losses, plan_for, problem_of
+from bitwright.bits.allocate import Losses, plans_for, problem_of
 from bitwright.bits.costs import ACTIVATION_CHOICES, Latency, Variable, variables_of
 from bitwright.bits.goal import MEASURE, Goal
 from bitwright.bits.plan import Plan
@@ -368,10 +368,13 @@ def planned(
     if not goal.asked:
         limits["weight_bytes"] = uniform[nearest_uniform(goal)].costs["weight_bytes"]
     along = along or ("weight_bytes" if goal.max_drop is not None else next(iter(limits)))
+    chosen = _within(problem, limits, goal, float_bytes)
+    curve = _curve(problem, along, limits, points) if points else []
+    plan, *others = plans_for(student, [chosen, *curve, *uniform.values()])
     return Planning(
-        plan=plan_for(student, problem, _within(problem, limits, goal, float_bytes)),
-        curve=[plan_for(student, problem, s) for s in _curve(problem, along, limits, points)] if points else [],
-        uniform={b: plan_for(student, problem, s) for b, s in uniform.items()},
+        plan=plan,
+        curve=others[: len(curve)],
+        uniform=dict(zip(uniform, others[len(curve) :], strict=True)),
         along=along,
         timing=timing,
         goal=goal,

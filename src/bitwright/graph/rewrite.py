@@ -293,11 +293,13 @@ def _store(
 
 
 def free_of_views(graph_module: fx.GraphModule) -> None:
-    """Lets every view copy where memory is in another order: after some kernels, or once a copy before it is gone."""
+    """Lets every view copy where memory is in another order: after some kernels, or once a copy before it is gone.
+
+    Like :func:`rewrite` it leaves the module's code as it was; :func:`bitwright.graph.fold.fold` follows and renews it.
+    """
     for node in graph_module.graph.nodes:
         if ops.base_name(node) in {"view", "_unsafe_view"}:
             node.target = aten.reshape.default
-    graph_module.recompile()
 
 
 def rewrite(graph_module: fx.GraphModule) -> None:
@@ -326,7 +328,6 @@ def rewrite(graph_module: fx.GraphModule) -> None:
         _scale_behind(graph, node)
     _give_biases(graph_module)
     graph.lint()
-    graph_module.recompile()
 
 
 def _is_neutral(node: fx.Node) -> bool:
