@@ -13,6 +13,7 @@ from bitwright.export.layers import Passing, compare_layer, compare_layers, simu
 from bitwright.export.onnx import to_onnx
 from bitwright.quant.grid import Grid
 from bitwright.quant.quantizer import Quantizer
+from bitwright.runtimes.onnxruntime import session
 
 POOLINGS = [
     nn.AvgPool2d(2),
@@ -107,3 +108,33 @@ def test_layers_of_images_that_do_not_fit_together_are_those_of_all_at_once(pool
     for position, (one, many) in enumerate(zip(whole, parts, strict=True)):
         assert (many.values, many.max_steps) == (one.values, one.max_steps)
         assert many.differing_fraction == pytest.approx(np.mean([x[position].differing_fraction for x in each]))
+
+
+class Skipping(nn.Module):
+    """Sums and a layer that is read twice, so that what one output needs is shared with others."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1)
+        self.third, self.last = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        x = (x + self.second(x)).relu()
+        return self.last(self.third(x).relu() + x)
+
+
+def test_kernels_of_many_layers_are_asked_for_in_several_sessions(monkeypatch):
+    model = bw.quantize(Skipping().eval(), flat_images(), "rtn", weights=8, device="cpu").freeze()
+    program, images, opened = to_onnx(model), flat_images(), []
+    scale = program.graph.initializers["quantizer_weight_third/scale"]
+    scale.const_value = ir.Tensor(scale.const_value.numpy() * np.float32(1.1))
+    whole = compare_kernels(model, program, images)
+    monkeypatch.setattr(arbiter, "OUTPUTS", 2)
+    monkeypatch.setattr(arbiter, "session", lambda part, **how: [opened.append(part), session(part, **how)][1])
+    assert compare_kernels(model, program, images) == whole
+    assert [len(part.graph.outputs) for part in opened] == [2, 2, 2]
+    assert sum(len(part.graph) for part in opened) < 2 * len(program.graph), "each has only what it needs"
+    assert any(layer.diverges for layer in whole.values()), "the case needs a layer that differs"
+    assert any(layer.kernel == "QLinearConv" for layer in whole.values())

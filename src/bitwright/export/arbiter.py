@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.passes import common
 from torch import Tensor, fx
 
 from bitwright.export.clips import codes_of
@@ -25,8 +26,11 @@ from bitwright.graph.student import Student
 from bitwright.graph.watch import watch
 from bitwright.quant.quantizer import Quantizer
 from bitwright.runtimes.onnxruntime import session
+from bitwright.runtimes.session import Session
 
 COMPARED_AT_ONCE = 8
+OUTPUTS = 100
+"""Of one session: the time in which ONNX Runtime optimizes a graph grows with their number times the graph's size."""
 CARRIES = frozenset({"Clip", "Transpose", "Reshape", "Squeeze", "Unsqueeze"})
 """Operators of an optimized file that a kernel's codes may pass through."""
 PRODUCTS = frozenset({"MatMulNBits", "MatMulIntegerToFloat"})
@@ -121,14 +125,17 @@ class CutRuntime:
         self.quantizers = _calibrated(model)
         self.cut, self.names = _cut_at_codes(program, set(self.quantizers))
         self.kernels: dict[str, str] = {}
+        self.sessions: list[tuple[list[str], Session]] = []
         self._exits = ExitStack()
 
     def __enter__(self) -> CutRuntime:
         if self.names:
             dump = Path(self._exits.enter_context(tempfile.TemporaryDirectory())) / "optimized.onnx"
-            self.session = self._exits.enter_context(session(self.cut, optimize=True, dump=dump))
-            self.wanted = {i.name for i in self.session.get_inputs()}
-            self.kernels = _kernels(ir.load(dump), self.names)
+            for start in range(0, len(self.names), OUTPUTS):
+                names = self.names[start : start + OUTPUTS]
+                part = self.cut if len(names) == len(self.names) else _part_of(self.cut, names)
+                self.sessions.append((names, self._exits.enter_context(session(part, optimize=True, dump=dump))))
+                self.kernels |= _kernels(ir.load(dump), names)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -136,19 +143,22 @@ class CutRuntime:
 
     def run(self, codes: Mapping[str, Tensor], images: Tensor) -> dict[str, Tensor]:
         """Codes of every layer, int32, each fed the given codes of those before it."""
-        if not self.names:
-            return {}
-        feed: dict[str, Any] = dict.fromkeys(of_images(self.wanted), images.numpy())
+        found: dict[str, Tensor] = {}
+        for names, opened in self.sessions:
+            outputs = opened.run([f"{n}/codes" for n in names], self._feed(opened, codes, images))
+            for name, out in zip(names, outputs, strict=True):
+                found[name] = torch.from_numpy(out.astype(np.int32)) - _middle(self.quantizers[name])
+        return found
+
+    def _feed(self, opened: Session, codes: Mapping[str, Tensor], images: Tensor) -> dict[str, Any]:
+        wanted = {i.name for i in opened.get_inputs()}
+        feed: dict[str, Any] = dict.fromkeys(of_images(wanted), images.numpy())
         for name, values in codes.items():
-            if f"{name}/fed" in self.wanted:
+            if f"{name}/fed" in wanted:
                 quantizer = self.quantizers[name]
                 kind = np.uint8 if quantizer.grid.bits <= 8 else np.uint16
                 feed[f"{name}/fed"] = (values + _middle(quantizer)).numpy().astype(kind)
-        outputs = self.session.run([f"{n}/codes" for n in self.names], feed)
-        return {
-            name: torch.from_numpy(out.astype(np.int32)) - _middle(self.quantizers[name])
-            for name, out in zip(self.names, outputs, strict=True)
-        }
+        return feed
 
 
 def _calibrated(model: Student) -> dict[str, Quantizer]:
@@ -166,6 +176,15 @@ def _cut_at_codes(program: ir.Model, names: set[str]) -> tuple[ir.Model, list[st
     """The file cut at every activation's codes: they are an output, and what reads them reads an input."""
     cut = program.clone()
     return cut, cut_at(cut, names, "/codes", [codes_of(n) for n in cut.graph if n.op_type == "QuantizeLinear"])
+
+
+def _part_of(cut: ir.Model, names: Iterable[str]) -> ir.Model:
+    """Of a file that is cut, what gives these layers' codes."""
+    part, wanted = cut.clone(), {f"{name}/codes" for name in names}
+    part.graph.outputs[:] = [value for value in part.graph.outputs if value.name in wanted]
+    common.RemoveUnusedNodesPass()(part)
+    part.graph.inputs[:] = [value for value in part.graph.inputs if value.uses()]
+    return part
 
 
 def _kernels(program: ir.Model, names: Iterable[str]) -> dict[str, str]:
