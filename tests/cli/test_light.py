@@ -93,16 +93,19 @@ def test_what_a_run_leaves_out_is_what_was_said(here: Path, capsys: pytest.Captu
 
 
 COLLECTED = """
-import gc, sys
+import atexit, gc, sys
 from bitwright.cli import main
+atexit.register(lambda: print(len(gc.get_objects()), file=sys.stderr))
 for _ in range(2):
     main(["recipes"])
     print(gc.isenabled(), gc.get_freeze_count(), file=sys.stderr)
+kept = [[] for _ in range(1000)]
 """
 
 
 def test_what_a_verb_imports_is_looked_through_for_cycles_no_more() -> None:
     done = subprocess.run([sys.executable, "-c", COLLECTED], check=True, capture_output=True, text=True)
-    (on, first), (still_on, again) = (line.split() for line in done.stderr.splitlines()[-2:])
+    (on, first), (still_on, again), (left,) = (line.split() for line in done.stderr.splitlines()[-3:])
     assert on == still_on == "True"
     assert 1000 < int(again) <= int(first)  # the second call imports nothing
+    assert int(left) < 1000  # when the process ends

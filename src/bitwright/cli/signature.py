@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import inspect
@@ -91,7 +92,8 @@ def _imports_stay(module: str) -> Iterator[None]:
     """While inside, the first time, nothing is looked through for cycles; what is there at the end never is.
 
     PyTorch and what it imports are hundreds of thousands of objects that stay, and Python's collector goes through them
-    again and again: while they are made, and whenever a network has made as many as a quarter of them.
+    again and again: while they are made, whenever a network has made as many as a quarter of them, and for a second
+    when the process ends.
     """
     if module in sys.modules or not gc.isenabled():
         yield
@@ -100,6 +102,7 @@ def _imports_stay(module: str) -> Iterator[None]:
     try:
         yield
         gc.freeze()
+        atexit.register(gc.freeze)
     finally:
         gc.enable()
 
