@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -388,6 +389,22 @@ def test_one_probe_has_no_error_to_report() -> None:
     found = scores(mlp(), noise(3), probes=1, least=1)
     assert found.probes == 1
     assert found.error.tolist() == [math.inf, math.inf]
+
+
+def test_the_gradients_of_one_probe_are_gone_before_those_of_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    grad, given, left = torch.autograd.grad, list[weakref.ref[Tensor]](), list[int]()
+
+    def spy(*args: object, **settings: object) -> tuple[Tensor, ...]:
+        left.append(sum(each() is not None for each in given))
+        found = grad(*args, **settings)
+        given[:] = map(weakref.ref, found)
+        return found
+
+    monkeypatch.setattr(torch.autograd, "grad", spy)
+    made = teacher(Net())
+    batches = [noise(3, seed=0), noise(3, seed=1)]
+    label_free_scores(made.graph, batches, linear_points(made.graph, made.example), probes=3, least=3, elements=True)
+    assert left == [0] * 6
 
 
 def test_a_batch_of_scores_fits_the_memory_given() -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -128,6 +128,7 @@ def label_free_scores(
         part = _Batch(points, len(images))
         for gradients, weights in probe.run(images, probes, distribution, generator):
             part.add(gradients, weights)
+            del gradients, weights  # before those of the next probe come to lie beside them
             if part.probes >= least and float(part.relative_error().max()) <= tolerance * share**0.5:
                 break
         part.outputs = probe.outputs
@@ -182,15 +183,24 @@ class _Probe:
                 wanted = [v for v in values if v.requires_grad] + list(weights.values())
                 for step in range(probes if flat and wanted else 0):
                     directions = [draw(o.shape, distribution, generator).to(o.device) for o in flat]
-                    found = torch.autograd.grad(
-                        flat, wanted, directions, retain_graph=step + 1 < probes, allow_unused=True
+                    more = step + 1 < probes
+                    yield _by_kind(  # in no variable, which would hold them until those of the next probe are there
+                        torch.autograd.grad(flat, wanted, directions, retain_graph=more, allow_unused=True),
+                        values,
+                        weights,
                     )
-                    each = iter(found)
-                    gradients = [next(each) if v.requires_grad else None for v in values]
-                    yield gradients, {n: g for n, g in zip(weights, each, strict=True) if g is not None}
             finally:
                 for tensor in variables.values():
                     tensor.requires_grad_(False)
+
+
+def _by_kind(
+    found: Sequence[Tensor | None], values: list[Tensor], weights: Iterable[str]
+) -> tuple[list[Tensor | None], dict[str, Tensor]]:
+    """Gradients at the points, and of the weights by name."""
+    each = iter(found)
+    gradients = [next(each) if v.requires_grad else None for v in values]
+    return gradients, {name: g for name, g in zip(weights, each, strict=True) if g is not None}
 
 
 class _Batch:
