@@ -136,6 +136,29 @@ def test_images_of_a_batch_that_are_joined_behind_the_network_stay_joined(tmp_pa
     assert "Reshape at 'Reshape_y' (it joins the images of a batch)" in said
 
 
+@pytest.mark.parametrize(
+    ("settings", "inputs", "reason"),
+    [
+        ({"direction": "reverse"}, "t w r b", "from the end alone"), ({"clip": 1.0}, "t w r b", "other functions"),
+        ({"activations": ["Sigmoid", "Relu", "Tanh"]}, "t w r b", "other functions"),
+        ({}, "t w r b - - - p", "peepholes"), ({"input_forget": 1}, "t w r b", "other functions"),
+        ({}, "t w r b - h", "its first state is not zero"),
+    ],
+)  # fmt: skip
+def test_recurrent_operators_unlike_those_of_pytorch(
+    settings: dict[str, Any], inputs: str, reason: str, tmp_path: Path
+) -> None:
+    nodes = [
+        node("Reshape", "x s", "f"), node("Transpose", "f", "t", perm=[1, 0, 2]),
+        node("LSTM", inputs, "q", hidden_size=4, **settings), node("Squeeze", "q one"),
+    ]  # fmt: skip
+    stored = {
+        "s": np.asarray([-1, 24, 10]), "w": weights(1, 16, 10), "r": weights(1, 16, 4), "b": weights(1, 32),
+        "h": weights(1, 1, 4), "p": weights(1, 12), "one": np.asarray([1]),
+    }  # fmt: skip
+    assert reason in refused(write(tmp_path / "tiny.onnx", nodes, (1, *MAP), stored, opset=14))
+
+
 def test_operators_that_nobody_knows(tmp_path: Path) -> None:
     nodes = [node("Swirl", "x", "s", domain="acme"), node("Conv", "s w")]
     said = refused(write(tmp_path / "tiny.onnx", nodes, (1, *MAP), CONV, domains=["acme"]))

@@ -143,6 +143,25 @@ CASES: dict[str, tuple[list[Any], dict[str, Any], tuple[int, ...], int]] = {
     "depth to space": ([node("DepthToSpace", "x", blocksize=2)], {}, (8, 4, 5), 13),
     "pixel shuffle": ([node("DepthToSpace", "x", blocksize=2, mode="CRD")], {}, (8, 4, 5), 13),
     "space to depth": ([node("SpaceToDepth", "x", blocksize=2)], {}, (3, 4, 6), 13),
+    "lstm": (
+        [
+            node("Reshape", "x s", "r"), node("Transpose", "r", "t", perm=[1, 0, 2]),
+            node("LSTM", "t w r0 b", "q h c", hidden_size=4, input_forget=0), node("Squeeze", "q one", "k"),
+            node("Transpose", "k", perm=[1, 0, 2]),
+        ],
+        {"s": ints(-1, 24, 10), "w": weights(1, 16, 10), "r0": weights(1, 16, 4, seed=1), "b": weights(1, 32, seed=2),
+         "one": ints(1)}, MAP, 14,
+    ),
+    "gru of both directions": (
+        [
+            node("Reshape", "x s", "r"), node("Transpose", "r", "t", perm=[1, 0, 2]),
+            node("GRU", "t w r0 b", "q", hidden_size=4, direction="bidirectional", linear_before_reset=1,
+                 activations=["Sigmoid", "Tanh"] * 2),
+            node("Transpose", "q", perm=[2, 0, 1, 3]),
+        ],
+        {"s": ints(-1, 24, 10), "w": weights(2, 12, 10), "r0": weights(2, 12, 4, seed=1), "b": weights(2, 24, seed=2)},
+        MAP, 14,
+    ),
     "col2im": (
         [node("Reshape", "x s", "c"), node("Col2Im", "c size block", pads=[1, 1, 1, 1], strides=[2, 2])],
         {"s": ints(-1, 12, 20), "size": ints(7, 9), "block": ints(2, 2)}, MAP, 18,

@@ -26,6 +26,6 @@ def operator(*names: str) -> Callable[[Builder], Builder]:
 
 def find(name: str) -> Builder | None:
     """The function for an operator; None if there is none."""
-    for room in ("linear", "pointwise", "moves", "pools", "norms", "reductions", "resize", "shapes"):
+    for room in ("linear", "pointwise", "moves", "pools", "norms", "recurrent", "reductions", "resize", "shapes"):
         import_module(f"{__name__}.{room}")
     return OPERATORS.get(name)
