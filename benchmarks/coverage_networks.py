@@ -117,6 +117,7 @@ def build(name: str, count: int) -> Subject:
                 reason = error
                 continue
             fill(network, images)
+            network.train().eval()  # attention that has kept its biases forgets them
             return Subject(network, images, sum(p.numel() for p in network.parameters()), taken)
     raise RuntimeError(f"{name} cannot be run here: {reason}") from reason
 
