@@ -5,6 +5,7 @@ made of it: the same calibration images, the same recipe, the same test images.
 
     python -m benchmarks.read_back --assets              # the networks of tests/assets.py, with real weights
     python -m benchmarks.read_back --coverage 40         # so many of the networks of docs/coverage.md
+    python -m benchmarks.read_back --network timm:volo_d1_224   # this one of them, or any other of timm
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--assets", action="store_true")
     parser.add_argument("--coverage", type=int, default=0, help="networks, evenly spread over the page")
+    parser.add_argument("--network", action="append", default=[], help="one of the page or of timm; may be repeated")
     parser.add_argument("--one", help="a network of the page alone, whose row is written as a line of JSON")
     parser.add_argument("--recipe", default="mse")
     parser.add_argument("--out", type=Path, default=Path("build/read_back.json"))
@@ -72,7 +74,8 @@ def main() -> None:
     for name in ASSETS if given.assets else ():
         _add("assets", name, of_assets(name, given.recipe), given.out)
     names = coverage_networks.names()
-    for name in [names[k * len(names) // given.coverage] for k in range(given.coverage)]:
+    spread = [names[k * len(names) // given.coverage] for k in range(given.coverage)]
+    for name in [*spread, *given.network]:
         _add("coverage", name, _in_a_process(name, given.recipe), given.out)
 
 
