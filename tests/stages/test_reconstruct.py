@@ -49,25 +49,22 @@ def optimise(
     bits: int = 3,
     count: int = 16,
     state: Path | None = None,
-    activations: int = 8,
     **settings: Any,
 ) -> tuple[Student, Run]:
     teacher = prepared(name) if isinstance(name, str) else name
     shape = tuple(teacher.example.shape[1:])
     data = dataset(count) if shape == tuple(images(1).shape[1:]) else load_images(torch.randn(count, *shape), None)
     run = Run(**{"seed": 1, "precision": "float32", **settings})
-    student = insert_quantizers(teacher, Scheme(weights=bits, activations=activations))
+    student = insert_quantizers(teacher, Scheme(weights=bits, activations=8))
     return run_stages(steps_of(stage), student, teacher, data, run, state=state, identity="test"), run
 
 
-def tuner_of(
-    stage: Reconstruct, monkeypatch: pytest.MonkeyPatch, name: str = "residual", activations: int = 8
-) -> Tuner:
+def tuner_of(stage: Reconstruct, monkeypatch: pytest.MonkeyPatch, name: str = "residual") -> Tuner:
     """As it stands before the first step."""
     found = []
     with monkeypatch.context() as patched:
         patched.setattr(Reconstruct, "_optimise", lambda self, tuner, *_: found.append(tuner))
-        optimise(stage, name, activations=activations)
+        optimise(stage, name)
     return found[0]
 
 
@@ -222,18 +219,6 @@ def test_each_variable_can_be_left_alone() -> None:
     with pytest.warns(UserWarning, match="nothing to optimise"):
         student, _ = optimise(Reconstruct(**QUICK, **none))
     assert_same(student, start)
-
-
-@pytest.mark.parametrize(("activations", "rate"), [(8, 1e-3), (5, 1e-3), (4, 3e-3), (3, 3e-3)])
-def test_codes_have_a_rate_of_their_own_where_activations_are_coarse(
-    activations: int, rate: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stage = Reconstruct(codes=Learn(rate=1e-3, coarse_rate=3e-3), decide=Dampen(), **{**QUICK, "steps": 600})
-    tuner = tuner_of(stage, monkeypatch, activations=activations)
-    knobs = tuner.knobs(0.5)
-    codes, *others = knobs.rates
-    assert (codes, knobs.share) == (pytest.approx(rate / 2), pytest.approx(rate / 4))
-    assert others == [pytest.approx(5e-4)] * len(others)  # rates that have no second one stay
 
 
 def test_every_epoch_takes_every_image_once_in_an_order_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from bitwright.stages.reconstruct import Reconstruct
 from bitwright.stages.schedules import Anneal, Dampen, Gradual, Learn
 
 CALIBRATED = (Calibrate(weights="mse", activations="mse", bias_correction="analytic"), Optq(), Cascade(bits=4))
-NETWORK = Reconstruct(weigh="sla-log", codes=Learn(rate=1e-3, coarse_rate=3e-3), decide=Dampen())
+NETWORK = Reconstruct(weigh="sla-log", codes=Learn(rate=1e-3), decide=Dampen())
 
 RECIPES = (
     Recipe(

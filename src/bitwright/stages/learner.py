@@ -17,9 +17,6 @@ from bitwright.quant.quantizer import BiasQuantizer, Quantizer
 from bitwright.runtimes.target import FINE
 from bitwright.stages.depthwise import speed_up_depthwise
 
-COARSE = 4
-"""Bits of an activation whose rounding is most of what a network loses."""
-
 
 @dataclass(frozen=True)
 class Variables:
@@ -167,11 +164,6 @@ class Learner(nn.Module):
                 bias = bias.learned if isinstance(bias, RoundedBias) else bias
                 if isinstance(bias, LearnedBias):
                     bias.size = float(value.float().std())
-
-    def has_coarse_activations(self) -> bool:
-        """Whether half of the activations have at most four bits."""
-        coarse = [a.grid.bits <= COARSE for a in self.activations.values()]
-        return any(coarse) and 2 * sum(coarse) >= len(coarse)
 
     def share_decided(self) -> float:
         """Share of all roundings that are up or down."""

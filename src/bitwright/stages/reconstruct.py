@@ -439,17 +439,12 @@ class Reconstruct(Optimising):
         return Pace(steps, *fastest(), {_name(way): found for way, found in seconds.items()})
 
     def _tuner(self, learner: Learner, feed: Feed, objective: Objective, run: Run, plan: Pace) -> Tuner:
-        precision, settings = getattr(torch, plan.precision), self._where(learner.has_coarse_activations())
-        tuner = Tuner(learner, feed, objective, settings, max(plan.steps, 1), precision, run.device, run.seed)
+        precision = getattr(torch, plan.precision)
+        tuner = Tuner(learner, feed, objective, self, max(plan.steps, 1), precision, run.device, run.seed)
         tuner.fit_memory(pass_budget(run.device))
         if plan.compiled:
             tuner.compile()
         return tuner
-
-    def _where(self, coarse: bool) -> Reconstruct:
-        """With the rates of a network whose activations have few bits, or of another."""
-        rates = {name: getattr(self, name) for name in ("codes", "weight_step", "bias", "activation_step")}
-        return self.model_copy(update={name: r.where(coarse) for name, r in rates.items() if r is not None})
 
     # ------------------------------------------------------------------------------------------- units
 

@@ -40,21 +40,9 @@ class Learn(FrozenSettings):
     optimizer: Literal["adam", "radam", "sgd", "sign"] = "adam"
     """``sign`` goes by the rate along the sign of each gradient, whatever its size."""
     rate: float = Field(gt=0)
-    coarse_rate: float | None = Field(default=None, gt=0)
-    """The rate where half of the activations have at most four bits; the same if not given. What is lost is then noise
-    that a step can hardly fit by heart, and more codes must move to make up for it."""
     schedule: Schedule = "cosine"
     relative: bool = False
     """The rate is a share: of each step that is learned, and for a bias of the spread of its layer's output."""
-
-    def where(self, coarse: bool) -> Learn:
-        """The same with the rate of a network of such activations, or of another.
-
-        Example:
-            >>> [Learn(rate=1e-3, coarse_rate=3e-3).where(coarse).rate for coarse in (False, True)]
-            [0.001, 0.003]
-        """
-        return self.model_copy(update={"rate": self.coarse_rate if coarse and self.coarse_rate else self.rate})
 
     def rate_at(self, progress: float) -> float:
         """The learning rate at a point of a run."""
