@@ -107,7 +107,7 @@ def pareto(
         budgets = [*np.linspace(prepared.least_beside(cost, others), most, max(count, 2))[:-1], most]
     curve: list[Solution] = []
     for budget in sorted(budgets):
-        found = prepared.solve({**others, cost: float(budget)})
+        found = prepared.solve({**others, cost: float(budget)}, curve[-1].bits if curve else None)
         curve.append(curve[-1] if curve and curve[-1].loss <= found.loss else found)
     return curve
 
@@ -137,12 +137,12 @@ class _Prepared:
             if math.isnan(limit):
                 raise UsageError(f"Expected a number as the limit of {name}, found nan.")
 
-    def solve(self, limits: Mapping[str, float]) -> Solution:
+    def solve(self, limits: Mapping[str, float], start: Assignment | None = None) -> Solution:
         self.check(limits)
         names = tuple(limits)
         if names not in self.limited:
             self.limited[names] = self.reduced.limited(names).without_dominated()
-        found = _minimise(self.limited[names], limits)
+        found = _minimise(self.limited[names], limits, start)
         if found is None:
             raise UsageError(_explain(self, limits))
         return self.solution(found[0], found[1])
@@ -196,8 +196,16 @@ def _most(tables: Tables, forms: Sequence[Form]) -> float:
     return sum(form.at(choice) for form in forms)
 
 
-def _minimise(tables: Tables, limits: Mapping[str, float]) -> tuple[Assignment, float] | None:
-    """Bits of the least loss and the gap of their proof; None if none are within the limits."""
+def _minimise(
+    tables: Tables, limits: Mapping[str, float], start: Assignment | None = None
+) -> tuple[Assignment, float] | None:
+    """Bits of the least loss and the gap of their proof; None if none are within the limits.
+
+    Args:
+        tables: losses and costs.
+        limits: largest values.
+        start: bits that are within them; a good solution saves a round of the linear program.
+    """
     affordable = _drop_unaffordable(tables, limits)
     if affordable is None:
         return None
@@ -205,7 +213,9 @@ def _minimise(tables: Tables, limits: Mapping[str, float]) -> tuple[Assignment, 
     wanted = _wanted(tables, limits)
     choice = cheapest(tables.options, forms_of(wanted) or [tables.loss])
     best = tables.bits(choice) if all(w.met(choice) for w in wanted) else None
-    for _ in range(2):  # the second time from a better solution, and so with a better scale
+    good = None if start is None else _affordable(tables, wanted, start)
+    best = good or best
+    for _ in range(1 if good else 2):  # the second time from a better solution, and so with a better scale
         if best is not None:
             tables, best = _drop_worse(tables, limits, best)
     known = _loss_at(tables, best)
@@ -216,6 +226,14 @@ def _minimise(tables: Tables, limits: Mapping[str, float]) -> tuple[Assignment, 
     if best is None or known is None or loss <= known:
         return tables.bits(found.choice), _gap(loss, found.bound)
     return best, _gap(known, found.bound)
+
+
+def _affordable(tables: Tables, wanted: Sequence[Limit], bits: Assignment) -> Assignment | None:
+    """These bits of the variables there are, if the tables have them and they are within the limits."""
+    if not all(bits[v] in options for v, options in tables.options.items()):
+        return None
+    choice = {v: options.index(bits[v]) for v, options in tables.options.items()}
+    return {v: bits[v] for v in tables.options} if all(w.met(choice) for w in wanted) else None
 
 
 def _wanted(tables: Tables, limits: Mapping[str, float]) -> list[Limit]:
