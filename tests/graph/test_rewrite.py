@@ -272,3 +272,23 @@ def test_factors_that_others_read_or_that_are_not_both_scaled_stay(module: _Scal
     made = prepare(capture(module, x))
     assert "div" in names(made)
     torch.testing.assert_close(made.graph(x)[0], module(x))
+
+
+class _Turns(nn.Module):
+    """Two blocks that compute the same angles, and one that computes others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("angles", torch.linspace(0, 3, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for shift in (0.0, 0.0, 1.0):
+            x = (x * (self.angles + shift).cos()).relu() + (self.angles + shift).sin()
+        return x
+
+
+def test_what_several_blocks_compute_alike_is_stored_once() -> None:
+    x = images(3)
+    made = capture(_Turns(), x)
+    assert len([n for n in made.graph.graph.nodes if n.op == "get_attr"]) == 4
+    torch.testing.assert_close(made.graph(x)[0], _Turns()(x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 from collections.abc import Callable
@@ -183,7 +184,7 @@ def fold_constants(module: nn.Module, graph: fx.Graph) -> None:
     """Computes once what does not depend on the image (positions, masks, standardised weights).
 
     What would grow a parameter (a table that is indexed) stays an operator, so that the stored file does not. What is
-    written to in place is stored as each of its readers finds it.
+    written to in place is stored as each of its readers finds it, and what several blocks compute alike is stored once.
     """
     values: dict[fx.Node, Any] = {}
     versions: dict[fx.Node, list[tuple[Tensor, list[fx.Node]]]] = {}
@@ -200,12 +201,25 @@ def fold_constants(module: nn.Module, graph: fx.Graph) -> None:
                 _remember(versions.setdefault(source, []), values[source], node)
     _spell_numbers(values)
     taken = {str(n.target) for n in values if n.op == "get_attr" and any(u not in values for u in n.users)}
+    shared: dict[tuple[Any, ...], fx.Node] = {}
     for node, found in versions.items():
         for tensor, readers in found:
-            _store(module, graph, node, tensor, readers, taken)
+            key = (tensor.shape, tensor.dtype, hashlib.sha256(_bytes(tensor)).digest())
+            plain = all(ops.base_name(reader) in {"add", "mul"} for reader in readers)
+            if plain and key in shared:
+                for reader in readers:
+                    reader.replace_input_with(node, shared[key])
+                continue
+            stored = _store(module, graph, node, tensor, readers, taken)
+            if plain:
+                shared[key] = stored
     for node in reversed(list(values)):
         if not node.users:
             graph.erase_node(node)
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def _spell_numbers(values: dict[fx.Node, Any]) -> None:
@@ -271,7 +285,7 @@ def _evaluate(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
 
 def _store(
     module: nn.Module, graph: fx.Graph, node: fx.Node, tensor: Tensor, readers: list[fx.Node], taken: set[str]
-) -> None:
+) -> fx.Node:
     """Replaces a computed node by a stored tensor, named after the parameter that it was computed from."""
     source = node
     while source.op != "get_attr" and source.all_input_nodes:
@@ -290,6 +304,7 @@ def _store(
     stored.meta.update(val=tensor, nn_module_stack=node.meta.get("nn_module_stack"))
     for reader in readers:
         reader.replace_input_with(node, stored)
+    return stored
 
 
 def free_of_views(graph_module: fx.GraphModule) -> None:
