@@ -29,6 +29,7 @@ from bitwright.given.images import Images
 from bitwright.graph.capture import Captured
 from bitwright.graph.devices import exact_float32, place_on
 from bitwright.graph.student import Student, insert_quantizers
+from bitwright.memory import uncollected
 from bitwright.progress import Progress, watched
 from bitwright.quant.scheme import Rule, Scheme
 from bitwright.recipes import Recipe
@@ -508,6 +509,7 @@ class _Watched(Measure):
         return self.inner.settings()
 
 
+@uncollected()
 def _open(teacher: Captured, scheme: Scheme, goal: Goal) -> tuple[Student, dict[str, Variable]]:
     """The student with every choice open but what rules fix."""
     student = insert_quantizers(teacher, open_scheme(scheme, goal))
@@ -583,6 +585,7 @@ def _losses(measured: Measured, variables: Mapping[str, Variable]) -> Losses:
 # -------------------------------------------------------------------------------------------------- allocating
 
 
+@uncollected()
 def _problem(student: Student, losses: Losses, goal: Goal, latency: Latency | None, *, explained: bool) -> Problem:
     """The integer program of a goal; losses that are not finite are warned of unless a note explains them."""
     with warnings.catch_warnings():
@@ -619,6 +622,7 @@ def _down(value: float) -> str:
     return f"{math.floor(value * 10**digits) / 10**digits:g}"
 
 
+@uncollected()
 def _curve(problem: Problem, along: str, limits: Mapping[str, float], points: int) -> list[Solution]:
     """The curve without repeated solutions."""
     others = {name: limit for name, limit in limits.items() if name != along}

@@ -26,6 +26,7 @@ from bitwright.graph.capture import Captured, capture, select_output
 from bitwright.graph.equalize import ChannelScales, equalized
 from bitwright.graph.prepare import prepare
 from bitwright.graph.recentre import Recentring, recentred
+from bitwright.memory import uncollected
 
 DEFAULT_SAMPLES = 512
 UNUSABLE = {
@@ -65,6 +66,7 @@ def sized_by(network: Model, images: Images) -> Model:
     return replace(network, preprocessing=how.sized((shape[2], *shape[:2]) if has_channels_last(shape) else shape))
 
 
+@uncollected()
 def prepare_teacher(
     network: Model, images: Images, output: str | None = None, *, result: Mapping[str, Any] | None = None
 ) -> Captured:
