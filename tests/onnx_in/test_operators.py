@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from itertools import pairwise
 from pathlib import Path
@@ -67,6 +68,9 @@ CASES: dict[str, tuple[list[Any], dict[str, Any], tuple[int, ...], int]] = {
     ),
     "gemm untransposed, bias row": (
         [node("Flatten", "x", "f"), node("Gemm", "f w b")], {"w": weights(240, 5), "b": weights(1, 5)}, MAP, 9,
+    ),
+    "gemm bias of one number": (
+        [node("Flatten", "x", "f"), node("Gemm", "f w b")], {"w": weights(240, 5), "b": weights(1, 1)}, MAP, 13,
     ),
     "matmul": ([node("MatMul", "x w")], {"w": weights(10, 4)}, MAP, 13),
     "matmul of two": ([node("Transpose", "x", "t", perm=[0, 1, 3, 2]), node("MatMul", "x t")], {}, MAP, 13),
@@ -287,6 +291,29 @@ def test_nearest_pixels(placed: str, rounding: str, tmp_path: Path) -> None:
     made = node("Resize", "x - f", mode="nearest", coordinate_transformation_mode=placed, nearest_mode=rounding)
     stored = {"f": np.asarray([1, 1, 2.5, 0.5], F)}
     same_as_runtime(write(tmp_path / "tiny.onnx", [made], (1, *MAP), stored, opset=13))
+
+
+@pytest.mark.parametrize("mode", ["nearest", "linear", "cubic"])
+@pytest.mark.parametrize("factors", [(1.7, 2.3), (0.7, 1.1), (1.13, 0.7)])
+def test_lengths_of_factors_are_those_of_float32(mode: str, factors: tuple[float, float], tmp_path: Path) -> None:
+    made = node("Resize", "x - f", mode=mode)
+    stored = {"f": np.asarray([1, 1, *factors], F)}
+    same_as_runtime(write(tmp_path / "tiny.onnx", [made], (1, 3, 10, 10), stored, opset=13))
+
+
+def test_nearest_pixels_of_factors_are_those_of_float32(tmp_path: Path) -> None:
+    for placed, rounding, factor in itertools.product(
+        ("half_pixel", "asymmetric", "align_corners"), ("round_prefer_floor", "ceil"), (0.7, 1.1, 1.4, 2.3)
+    ):
+        made = node("Resize", "x - f", mode="nearest", coordinate_transformation_mode=placed, nearest_mode=rounding)
+        stored = {"f": np.asarray([1, 1, 1, factor], F)}
+        same_as_runtime(write(tmp_path / "tiny.onnx", [made], (1, 3, 1, 16), stored, opset=13))
+
+
+def test_factors_that_leave_all_lengths_copy(tmp_path: Path) -> None:
+    made = node("Resize", "x - f", mode="linear", coordinate_transformation_mode="asymmetric")
+    stored = {"f": np.asarray([1, 1, 1.1, 1.05], F)}
+    same_as_runtime(write(tmp_path / "tiny.onnx", [made], (1, 3, 7, 8), stored, opset=13))
 
 
 @pytest.mark.parametrize("mode", ["nearest", "linear"])

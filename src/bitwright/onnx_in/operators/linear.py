@@ -112,7 +112,7 @@ def gemm(node: Node) -> NodeCall:
     matrix = weight.small if node.whole("transB", 0) else weight.small.T
     operands: list[Operand] = [x, Known.of(np.ascontiguousarray(alpha * matrix) if alpha != 1 else matrix)]
     if bias is not None:
-        values = np.broadcast_to(bias.small.reshape(-1) if bias.small.size > 1 else bias.small, (matrix.shape[0],))
+        values = np.broadcast_to(bias.small.reshape(-1), (matrix.shape[0],))
         operands.append(Known.of(np.ascontiguousarray(beta * values if beta != 1 else values)))
     return call(_turned_linear if turned else F.linear, *operands)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from bitwright.onnx_in.operators import operator
 from bitwright.onnx_in.values import BatchSize, Known, Node, NodeCall, Traced, Unsupported, call
 
-Places = npt.NDArray[np.float64]
+Places = npt.NDArray[np.float32]
 
 
 class Resized(NamedTuple):
@@ -32,7 +32,7 @@ def resize(node: Node) -> NodeCall:
     x = node.traced()
     axes = _axes(node, x)
     resized = [k for k, a in enumerate(axes) if (a.before, a.factor) != (a.after, 1.0)]
-    if not resized:
+    if all(a.before == a.after for a in axes):  # whatever the factors: ONNX Runtime copies
         return call(torch.clone, x)
     if x.batch_axis in resized or len(resized) > 3:
         raise Unsupported("it resizes the axis of the images, or more than three axes")
@@ -70,7 +70,7 @@ def _axes(node: Node, x: Traced) -> list[Resized]:
     if factors is not None and factors.size:
         for axis, factor in zip(axes, factors.reshape(-1).tolist(), strict=True):
             scales[axis] = float(np.float32(factor))
-            lengths[axis] = math.floor(x.shape[axis] * scales[axis])
+            lengths[axis] = math.floor(np.float32(x.shape[axis]) * np.float32(factor))  # in float32, as runtimes do
     else:
         sizes = node.input(3)
         if not isinstance(sizes, Known):
@@ -82,12 +82,15 @@ def _axes(node: Node, x: Traced) -> list[Resized]:
 
 
 def places(axis: Resized, mode: str) -> Places:
-    """Where each new pixel lies among the old ones (ONNX, ``coordinate_transformation_mode``)."""
-    k = np.arange(axis.after, dtype=np.float64)
+    """Where each new pixel lies among the old ones (ONNX, ``coordinate_transformation_mode``), in float32 as runtimes.
+
+    What lies halfway between two pixels in float64 need not do so in float32, and the nearest one is then another.
+    """
+    k: Places = np.arange(axis.after, dtype=np.float32)
     if mode == "asymmetric":
         return k / axis.factor
     if mode == "align_corners":
-        return k * (axis.before - 1) / (axis.after - 1) if axis.after > 1 else k * 0
+        return k * np.float32(axis.before - 1) / np.float32(max(axis.after - 1, 1))
     if mode == "pytorch_half_pixel" and axis.after <= 1:
         return k * 0
     if mode == "half_pixel_symmetric":
@@ -104,7 +107,7 @@ def places(axis: Resized, mode: str) -> Places:
 def nearest_places(axis: Resized, mode: str, rounding: str) -> npt.NDArray[np.int64]:
     """The old pixel that each new one takes."""
     found = places(axis, mode)
-    rounded = {
+    rounded: Places = {
         "": np.ceil(found - 0.5),
         "round_prefer_floor": np.ceil(found - 0.5),
         "round_prefer_ceil": np.floor(found + 0.5),
@@ -156,7 +159,7 @@ def _smooth(x: Traced, order: tuple[int, ...], chosen: list[Resized], mode: str,
     if len(x.shape) != len(chosen) + 2:
         raise Unsupported(f"it resizes {len(chosen)} axes of {len(x.shape)}")
     size = tuple(a.after for a in chosen)
-    exact = all(a.after == a.before * a.factor or a.factor == a.after / a.before for a in chosen)
+    exact = all(math.isclose(a.factor, a.after / a.before, rel_tol=1e-7) for a in chosen)  # to the last bit of float32
     centred = placed == "half_pixel" or (placed == "pytorch_half_pixel" and min(size) > 1)
     centred = centred or (placed == "half_pixel_symmetric" and exact)
     if name is not None and (placed == "align_corners" or (centred and exact)):
@@ -170,7 +173,7 @@ def _smooth(x: Traced, order: tuple[int, ...], chosen: list[Resized], mode: str,
 
 def _between_corners(where: Places, axis: Resized) -> npt.NDArray[np.float32]:
     """Places as ``grid_sample`` takes them: from -1 to 1 between the corners."""
-    found: npt.NDArray[np.float32] = (2 * where / max(axis.before - 1, 1) - 1).astype(np.float32)
+    found: Places = (2 * where / max(axis.before - 1, 1) - 1).astype(np.float32)
     return found
 
 
