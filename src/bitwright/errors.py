@@ -66,7 +66,7 @@ def of_the_machine(error: OSError | MemoryError) -> BitwrightError:
     if isinstance(error, MemoryError):
         return BitwrightError("There is not enough memory for this. Take fewer or smaller images.")
     if error.errno in FULL:
-        where = error.filename or f"The folder for temporary files, {tempfile.gettempdir()},"
+        where = error.filename or f"What is printed, or a temporary file in {tempfile.gettempdir()},"
         return BitwrightError(
             f"{where} cannot be written ({error.strerror}). Make room on that disk, or set TMPDIR to another."
         )

@@ -203,6 +203,21 @@ def test_a_pipe_that_is_closed_is_no_fault(here: Path) -> None:
         assert "Python file" not in process.stderr.read()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+def test_standard_output_on_a_full_disk_is_said(here: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "bitwright", "--version"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: What is printed, or ")
+    assert len(ended.stderr.splitlines()) == 1
+
+
 def test_closed_standard_output_is_no_fault(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, None)
