@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, fx
 
+from bitwright.errors import debugging
+
 Callback = Callable[[fx.Node, Any], Tensor | None]
 
 
@@ -24,6 +26,7 @@ class Watcher(fx.Interpreter):
     def __init__(self, module: fx.GraphModule, callbacks: Mapping[str, Callback]) -> None:
         super().__init__(module)
         self.callbacks = callbacks
+        self.extra_traceback = debugging()  # else the line that a callback raises would get the node's source behind it
 
     def run_node(self, n: fx.Node) -> Any:
         """One operator, then its callback."""
