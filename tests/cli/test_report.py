@@ -239,6 +239,12 @@ def test_the_front_is_what_brute_force_finds() -> None:
     assert "b has the best top-1 accuracy, 75.00\u00a0%, at 700.0\u00a0kB" in text
 
 
+def test_of_runs_that_are_equally_good_the_one_nearest_to_float_is_best() -> None:
+    near = {"fidelity": {"agreement": 1.0, "kl": 0.001, "sqnr_db": 30.0}}
+    some = [*entries(("a", 0.7, 400_000)), *entries(("b", 0.7, 600_000), ("c", 0.7, 500_000), **near)]
+    assert "c has the best top-1 accuracy" in comparison(some)
+
+
 def test_a_failed_run_is_shown_and_hostile_names_are_text() -> None:
     some = [*entries(("a", 0.7, 500_000)), Entry("<i>b</i>", error="no <such> thing")]
     text = comparison(some)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -141,8 +142,12 @@ def comparison(entries: Sequence[Entry], title: str = "") -> str:
     return document(f"{name} · comparison · bitwright", name, under, [comparison_verdict(entries)], sections)
 
 
+def _or_infinite(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
 def comparison_verdict(entries: Sequence[Entry]) -> str:
-    """Which run is best, and which others cannot be told from it."""
+    """Which run is best (of equal ones that of the lowest KL, then the smallest), and which cannot be told from it."""
     done = [e for e in entries if e.run is not None]
     failed = len(entries) - len(done)
     tail = f" {words.plural(failed, 'run')} failed." if failed else ""
@@ -154,7 +159,7 @@ def comparison_verdict(entries: Sequence[Entry]) -> str:
     if len(set(_measured(done))) > 1:
         return f"The runs were not measured on the same images: their figures cannot tell which is better.{tail}"
     rows = [figures_of(e) for e in done]
-    best = max(rows, key=lambda r: r.value(what) or 0.0)
+    best = max(rows, key=lambda r: (r.value(what) or 0.0, -_or_infinite(r.fidelity.kl), -(r.size("packed_bytes") or 0)))
     size = words.size(best.size("packed_bytes"))
     said = f"{best.run} has the best {_named(what)}, {_shown(what, best.value(what))}, at {size}"
     ends = best.interval(what)
