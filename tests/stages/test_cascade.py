@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 from cases import CASES, dataset, prepared
-from torch import Tensor
+from torch import Tensor, nn
 
 import bitwright as bw
 from bitwright import zoo
 from bitwright.api import prepare_teacher
+from bitwright.errors import BitwrightError
 from bitwright.given.images import Images
 from bitwright.given.inputs import as_model
 from bitwright.given.models import load_model
@@ -224,3 +225,23 @@ def test_a_stage_that_changed_nothing_is_no_state_to_choose_from() -> None:
         run_stages(recipe("eptq"), insert_quantizers(teacher, Scheme(weights=weights)), teacher, data, run)
         kinds.append([kind for kind, _ in run.history])
     assert kinds == [["calibrate", "optq", "reconstruct"], ["calibrate", "optq", "cascade", "reconstruct"]]
+
+
+class Divided(nn.Module):
+    """Divides by zero: infinite in float, and no number once a dividend is rounded to zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.clamp(self.first(x) / (x[:, :1, 1:-1, 1:-1] - x[:, :1, 1:-1, 1:-1]), -1, 1)
+        return self.second(y).mean((2, 3))
+
+
+@pytest.mark.parametrize("activations", [4, 8])
+def test_values_that_are_no_numbers_end_in_the_line_that_names_the_layer(activations: int) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(8, 3, 12, 12)
+    with pytest.raises(BitwrightError, match=r"not finite in 'output' where the float one does not; '.*' is the first"):
+        bw.quantize(Divided(), images, "optq", weights=2, activations=activations, progress=False)

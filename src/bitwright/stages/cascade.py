@@ -111,6 +111,8 @@ class Cascade(Stage):
         stored, quantizer = weight_of(student, node.name)
         weight = rewrite.get_tensor(teacher.graph, stored)
         seen, held, everything = _split(parts)
+        if not everything.is_finite():
+            return  # the line that names the layer is for who checks the answers of the whole network
         layer = _Rows.of(weight, quantizer, len(everything.own))
         losses = [held.error(values) for values, _, _ in self._solve(layer, seen, self.shares)]
         best = self.shares[losses.index(min(losses))]
@@ -228,6 +230,10 @@ class _Moments:
         self.count += more.count
         for found, each in zip(self._sums(), more._sums(), strict=True):
             found += each
+
+    def is_finite(self) -> bool:
+        """Whether every value that was summed is."""
+        return all(bool(torch.isfinite(each).all()) for each in self._sums())
 
     def _sums(self) -> tuple[Tensor, ...]:
         return self.own, self.cross, self.inputs, self.outputs
