@@ -136,6 +136,15 @@ def test_images_of_a_batch_that_are_joined_behind_the_network_stay_joined(tmp_pa
     assert "Reshape at 'Reshape_y' (it joins the images of a batch)" in said
 
 
+def test_images_that_a_file_of_a_free_batch_joins(tmp_path: Path) -> None:
+    nodes = [node("Conv", "x w", "c"), node("Reshape", "c s", "r"), node("Softmax", "r", "p", axis=1)]
+    nodes += [node("Reshape", "p t", "m"), node("Conv", "m v")]
+    stored = {**CONV, "s": np.asarray([1, -1]), "t": np.asarray([-1, 4, 6, 8]), "v": weights(2, 4, 1, 1)}
+    path = write(tmp_path / "joined.onnx", nodes, ("N", *MAP), stored)
+    with pytest.raises(ModelError, match=r"joined.onnx joins the images of a batch, first at 'r' \(Reshape, node"):
+        bw.quantize(str(path), images(4, MAP), "rtn")
+
+
 @pytest.mark.parametrize(
     ("settings", "inputs", "reason"),
     [
