@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import sys
 
 import pytest
 import torch
 
 from bitwright import memory
-from bitwright.memory import PASS_BYTES, keep_pages, pass_budget, saved_bytes, uncollected
+from bitwright.memory import PASS_BYTES, keep_pages, pass_budget, saved_bytes
 from bitwright.stages.base import Run
 
 resource = pytest.importorskip("resource")
@@ -157,21 +156,3 @@ def test_what_a_phase_left_free_goes_back_at_its_end_though_pages_are_kept(libra
             assert library.trims == 0
         assert library.trims == 1
     assert set(run.seconds) == {"first"}
-
-
-def test_the_collector_waits_inside_and_is_as_it_was_behind() -> None:
-    @uncollected()
-    def inside(fails: bool) -> bool:
-        if fails:
-            raise ValueError
-        return gc.isenabled()
-
-    assert (inside(False), gc.isenabled()) == (False, True)
-    with pytest.raises(ValueError, match=r"^$"):
-        inside(True)
-    assert gc.isenabled()
-    gc.disable()
-    try:
-        assert (inside(False), gc.isenabled()) == (False, False)  # whoever turned it off turns it on
-    finally:
-        gc.enable()

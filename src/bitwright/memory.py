@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import os
 import sys
 import threading
@@ -108,19 +107,3 @@ def _glibc() -> ctypes.CDLL | None:
         return library if hasattr(library, "gnu_get_libc_version") and hasattr(library, "malloc_trim") else None
     except OSError:
         return None
-
-
-@contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """Inside, Python looks for no cycles; for a few seconds in which very many objects are made, and stay.
-
-    Its collector would go through all of them, and through all that PyTorch imports, again and again.
-    """
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()

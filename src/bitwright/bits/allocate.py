@@ -70,7 +70,7 @@ def allocate(
         UsageError: the limits cannot be met, or a loss is missing.
     """
     problem = problem_of(student, losses, weights=weights, activations=activations, ties=ties, latency=latency)
-    return plan_for(student, problem, solve(problem, limits))
+    return plan_for(student, solve(problem, limits))
 
 
 def allocations(
@@ -120,7 +120,7 @@ def problem_of(
     )
 
 
-def plan_for(student: Student, problem: Problem, solution: Solution) -> Plan:
+def plan_for(student: Student, solution: Solution) -> Plan:
     """The plan of a solution, with what it is predicted to lose and to cost."""
     return plans_for(student, [solution])[0]
 

@@ -22,6 +22,7 @@ from bitwright.bits.goal import MEASURE, Goal
 from bitwright.bits.plan import Plan
 from bitwright.bits.solve import Solution, pareto, reachable, solutions_of, solve
 from bitwright.bits.tables import Problem
+from bitwright.collector import uncollected
 from bitwright.errors import UsageError
 from bitwright.given import inputs
 from bitwright.given.arguments import Given, check_alone, one_of, whole_number
@@ -29,7 +30,6 @@ from bitwright.given.images import Images
 from bitwright.graph.capture import Captured
 from bitwright.graph.devices import exact_float32, place_on
 from bitwright.graph.student import Student, insert_quantizers
-from bitwright.memory import uncollected
 from bitwright.progress import Progress, watched
 from bitwright.quant.scheme import Rule, Scheme
 from bitwright.recipes import Recipe

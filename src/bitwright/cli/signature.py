@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, TypeVar, get_type_hints
 import typer
 from typer.models import ArgumentInfo
 
+from bitwright.collector import uncollected
 from bitwright.errors import UsageError
 from bitwright.terminal import Terminal
 
@@ -98,13 +99,10 @@ def _imports_stay(module: str) -> Iterator[None]:
     if module in sys.modules or not gc.isenabled():
         yield
         return
-    gc.disable()
-    try:
+    with uncollected():
         yield
         gc.freeze()
         atexit.register(gc.freeze)
-    finally:
-        gc.enable()
 
 
 def _check_named(kind: type[Call], given: dict[str, Any]) -> None:

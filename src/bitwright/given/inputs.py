@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from bitwright import together
+from bitwright.collector import uncollected
 from bitwright.errors import UsageError
 from bitwright.given.arguments import one_of, whole_number
 from bitwright.given.detectors import DetectorBody, has_two_stages, is_detector
@@ -26,7 +27,6 @@ from bitwright.graph.capture import Captured, capture, select_output
 from bitwright.graph.equalize import ChannelScales, equalized
 from bitwright.graph.prepare import prepare
 from bitwright.graph.recentre import Recentring, recentred
-from bitwright.memory import uncollected
 
 DEFAULT_SAMPLES = 512
 UNUSABLE = {

@@ -13,8 +13,7 @@ from bitwright.graph.compact import HeldCodes, grid_of
 from bitwright.quant.quantizer import Quantizer
 
 COMPACT = 1 << 25
-"""Bytes of a node's values from which on they are held as codes, if their grid has some of a byte."""
-
+"""Bytes of a node's values for all images, from which on they are held as codes if each fits a byte."""
 
 Showing = Callable[[int, Tensor], None]
 

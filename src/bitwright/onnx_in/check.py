@@ -75,12 +75,11 @@ def check_import(program: OnnxProgram, body: Body, images: Sequence[Tensor], pat
         found = returned(network(*images))
     names = network.outputs
     theirs = run(program, body, names, found, images, path)
-    worst = max(_difference(a, b) for a, b in zip(theirs, found, strict=True))
+    worst = _worst(theirs, found)
     tolerance = COARSE_TOLERANCE if "float16" in program.short else RUNTIME_TOLERANCE
     if worst > tolerance and worst > 10 * _own_error(network, images, found):
         first = _first(program, body, images, path)
-        single = _one_by_one(program, body, names, found, images, path) if body.image.free else theirs
-        if max(_difference(a, b) for a, b in zip(single, found, strict=True)) <= tolerance:
+        if body.image.free and _worst(run(program, body, names, found, images, path, at_once=1), found) <= tolerance:
             raise ModelError(
                 f"Expected a file that answers for each image alone, {path} joins the images of a batch{first}. "
                 "Export it with a batch that is free in its reshapes too."
@@ -90,15 +89,6 @@ def check_import(program: OnnxProgram, body: Body, images: Sequence[Tensor], pat
             "Please report it; until then export the network in other operators."
         )
     return worst
-
-
-def _one_by_one(
-    program: OnnxProgram, body: Body, names: Sequence[str], like: Sequence[Tensor], images: Sequence[Tensor], path: Any
-) -> list[Tensor]:
-    """What ONNX Runtime gives for these tensors if each image is a batch of its own."""
-    single = [[x[k : k + 1] for x in images] for k in range(len(images[0]))]
-    rows = [run(program, body, names, like, each, path) for each in single]
-    return [torch.cat(column) if column[0].dim() else column[0] for column in zip(*rows, strict=True)]
 
 
 def _remedy(image: Image, found: tuple[int, ...]) -> str:
@@ -113,13 +103,23 @@ def _by(shape: Sequence[int]) -> str:
 
 
 def run(
-    program: OnnxProgram, body: Body, names: Sequence[str], like: Sequence[Tensor], images: Sequence[Tensor], path: Any
+    program: OnnxProgram,
+    body: Body,
+    names: Sequence[str],
+    like: Sequence[Tensor],
+    images: Sequence[Tensor],
+    path: Any,
+    *,
+    at_once: int | None = None,
 ) -> list[Tensor]:
-    """What ONNX Runtime gives for the tensors of these names, image by image where the file fixes their number."""
+    """What ONNX Runtime gives for the tensors of these names, in batches of the number that the file fixes.
+
+    Where it is free, ``at_once`` of them make a batch; all if not given.
+    """
     part = part_of(program, body, names, [_kind(program, n, v) for n, v in zip(names, like, strict=True)])
     session = _session(part, program.stored, path)
     count = len(images[0])
-    batch = count if body.image.free else body.image.batch
+    batch = (at_once or count) if body.image.free else body.image.batch
     kinds = {i.name: np.float16 if "float16" in i.type else np.float32 for i in session.get_inputs()}
     rows: list[list[Tensor]] = []
     for start in range(0, count, batch):
@@ -171,6 +171,10 @@ def _not_run(path: Any, error: Exception) -> ModelError:
     return ModelError(
         f"Expected a file that ONNX Runtime runs, it cannot run {path} ({short(error)}). Export it again."
     )
+
+
+def _worst(theirs: Sequence[Tensor], ours: Sequence[Tensor]) -> float:
+    return max(_difference(a, b) for a, b in zip(theirs, ours, strict=True))
 
 
 def _difference(theirs: Tensor, ours: Tensor) -> float:

@@ -110,7 +110,7 @@ class _Planner:
         problem = self.problem(progress)
         size = sum(self._size(problem, bits) for bits in (low, high)) / 2
         solution = solve(problem, {"weight_bytes": size * (1 - SLACK)})
-        return plan_for(self.student, problem, solution).scheme(self.student.scheme)
+        return plan_for(self.student, solution).scheme(self.student.scheme)
 
     def _size(self, problem: Problem, bits: int) -> float:
         chosen = {k: bits if len(options) > 1 else options[0] for k, options in problem.options.items()}
