@@ -233,6 +233,18 @@ def test_straight_through_with_a_factor_on_the_step(kind: str) -> None:
     assert torch.equal(learned.hard(), found)
 
 
+def test_gradients_pass_at_the_ends_of_a_grid_and_not_beyond() -> None:
+    """Roundings in closed form leave codes at the ends, where they must be able to move back."""
+    weight, quantizer, _ = weight_of("conv")
+    learned = LearnedWeight(weight, quantizer, "straight-through")
+    ends = torch.tensor([-4.0, 3.0, math.nextafter(-4.0, 0), math.nextafter(3.0, 0)])
+    beyond = torch.nextafter(torch.tensor([-4.0, 3.0]), torch.tensor([-math.inf, math.inf]))
+    with torch.no_grad():
+        learned.codes.view(-1)[:6] = torch.cat([ends, beyond])
+    (slope,) = torch.autograd.grad(learned(), learned.codes, torch.ones_like(weight))
+    assert (slope.view(-1)[:6] != 0).tolist() == [True] * 4 + [False] * 2
+
+
 @pytest.mark.parametrize("rounding", ["soft", "straight-through"])
 def test_one_scale_a_channel_is_a_loop_over_channels(rounding: str) -> None:
     weight, quantizer, _ = weight_of("conv")

@@ -6,9 +6,12 @@ gives plain integers and scales back at the end.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -65,9 +68,37 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
     return result
 
 
+class _Within(torch.autograd.Function):
+    """Clamps, and rounds if asked to; the gradient passes where nothing was clamped.
+
+    PyTorch's own backward pass of a clamp takes five operators, and this one: an interval without its ends, for which
+    the ends are moved to the next number outside.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: float, high: float, rounds: bool) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.bounds = (low, high)
+        clamped = x.clamp(low, high)
+        return clamped.round_() if rounds else clamped
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (x,) = ctx.saved_tensors
+        low, high = ctx.bounds
+        outside = _next(low, -math.inf), _next(high, math.inf)
+        return torch.ops.aten.hardtanh_backward(gradients[0], x, *outside), None, None, None
+
+
+@functools.cache
+def _next(x: float, towards: float) -> float:
+    """The next number of float32."""
+    return float(np.nextafter(np.float32(x), np.float32(towards)))
+
+
 def _positive(step: Tensor) -> Tensor:
     """A learned step as it is used: its magnitude, above zero."""
-    return step.abs().clamp_min(TINY)
+    return _apply(_Within, step.abs(), TINY, math.inf, False)
 
 
 class _Round(torch.autograd.Function):
@@ -135,9 +166,8 @@ class LearnedWeight(nn.Module):
             real = self.base + rectified_sigmoid(self.codes)
         else:
             real = self.codes
-        step = self._expand(self.initial * self.step.clamp_min(FLOOR))
-        clamped = real.clamp(qmin, qmax)
-        return (_apply(_Round, clamped) if self.rounding == "straight-through" else clamped) * step
+        step = self._expand(self.initial * _apply(_Within, self.step, FLOOR, math.inf, False))
+        return _apply(_Within, real, qmin, qmax, self.rounding == "straight-through") * step
 
     def hard_codes(self) -> Tensor:
         """The integers, float32, in the shape of the weight."""
@@ -147,7 +177,7 @@ class LearnedWeight(nn.Module):
                 real = self.base + (self.codes >= 0)
             else:
                 real = self.codes
-            return torch.round(real.clamp(self.grid.qmin, self.grid.qmax))
+            return real.clamp(self.grid.qmin, self.grid.qmax).round_()
 
     def scale(self) -> Tensor:
         """The steps, [number of blocks]."""
