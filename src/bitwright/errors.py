@@ -41,6 +41,10 @@ class ModelError(UsageError):
     """A model that cannot be found, built, loaded or captured."""
 
 
+class NotFiniteError(BitwrightError):
+    """Values that became NaN or infinite where a stage needs numbers."""
+
+
 class ParityError(BitwrightError):
     """An exported file that does not compute what the simulation computes."""
 

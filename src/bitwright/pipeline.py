@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from bitwright import together
-from bitwright.errors import BitwrightError
+from bitwright.errors import BitwrightError, NotFiniteError
 from bitwright.given.images import Images
 from bitwright.graph.capture import Captured
 from bitwright.graph.student import Snapshot, Student
+from bitwright.measure.health import check_answers
 from bitwright.memory import keep_pages
 from bitwright.quant.grid import Grid
 from bitwright.recipes import Recipe
@@ -80,13 +83,25 @@ def _remember(run: Run, kind: str, left: Snapshot) -> None:
 def _record(stage: Stage, student: Student, teacher: Captured, images: Images, run: Run) -> Student:
     """Runs a stage, after which the run has one record more: the stage's own, or a plain one."""
     count, before = len(run.records), run.seconds.get(stage.kind, 0.0)
-    with run.timed(stage.kind), heard(everything=True) as said:
+    with run.timed(stage.kind), heard(everything=True) as said, _explained(student, images, run):
         student = stage.run(student, teacher, images if stage.reads_labels else images.unlabelled(), run)
     if len(run.records) == count:
         run.records.append(StageRecord(kind=stage.kind))
     run.records[-1].seconds = round(run.seconds[stage.kind] - before, 3)
     run.records[-1].warnings = said
     return student
+
+
+@contextmanager
+def _explained(student: Student, images: Images, run: Run) -> Iterator[None]:
+    """Where what a stage was given has answers that are no numbers, the error is the line that names the layer."""
+    try:
+        yield
+    except NotFiniteError:
+        if run.history:
+            student.restore(run.history[-1][1])
+        check_answers(student, images.unlabelled(), run)
+        raise
 
 
 def tensor_digest(graph: nn.Module) -> str:

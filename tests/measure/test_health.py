@@ -39,6 +39,14 @@ BEHIND = ["lgamma=afloat", "mean=afloat"]
 """So that no quantizer clamps infinities."""
 
 
+class Shares(Net):
+    """Divides by a sum that is zero where all of its values round to zero."""
+
+    def middle(self, x: Tensor) -> Tensor:
+        few = x[:, :2].abs()
+        return (few / few.sum(1, keepdim=True)).repeat(1, 4, 1, 1)
+
+
 class Crowded(Net):
     """Small values on one grid with values that are 100,000 times as large."""
 
@@ -49,6 +57,17 @@ class Crowded(Net):
 def test_nan_is_an_error_that_names_layer_and_rule() -> None:
     with pytest.raises(bw.BitwrightError, match=r"'lgamma' is the first.*rules=\['add=afloat'\]"):
         bw.quantize(Pole().eval(), images(), "rtn", weights=8, rules=BEHIND)
+
+
+@pytest.mark.filterwarnings("ignore:The loss at .* was not finite", "ignore:This recipe trains with labels")
+@pytest.mark.filterwarnings("ignore:The optimisation did not lower", "ignore:.*all its elements count equally")
+@pytest.mark.parametrize(
+    "recipe", ["eptq", "eptq-lfh", "adaround", "adaquant", "autoround", "brecq", "qdrop", "fima", "qkd", "evolq"]
+)
+def test_whichever_recipe_meets_the_nan_the_error_names_layer_and_rule(recipe: str) -> None:
+    given = {"images": images(8), "labels": torch.arange(8) % 5} if recipe == "qkd" else images(8)
+    with pytest.raises(bw.BitwrightError, match=r"'div' is the first.*rules=\['conv=afloat'\]"):
+        bw.quantize(Shares().eval(), given, recipe, weights=2, activations=2, steps=1)
 
 
 def test_the_rule_of_the_error_mends_it() -> None:

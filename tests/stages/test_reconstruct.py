@@ -30,7 +30,7 @@ from bitwright.stages.optimizers import OptimizedPart
 from bitwright.stages.reconstruct import Reconstruct
 from bitwright.stages.resume import KeptState
 from bitwright.stages.schedules import Anneal, Dampen, Gradual, Learn
-from bitwright.stages.tuning import Batch, NotFiniteError, Tuner
+from bitwright.stages.tuning import Batch, NotFiniteLossError, Tuner, seconds_per_step
 
 CALIBRATE = Calibrate(weights="minmax", activations="minmax", bias_correction="analytic")
 QUICK: dict[str, Any] = {"batch": 8, "steps": 60, "score_probes": 4, "never_worse": False}
@@ -348,6 +348,17 @@ def test_a_second_optimisation_is_measured_against_the_first_and_kept() -> None:
     assert one.after < one.before, "each has its own share of what was gained"
 
 
+def test_a_step_whose_loss_is_no_number_is_timed_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Reconstruct(**QUICK)
+    tuner = tuner_of(stage, monkeypatch)
+    with torch.no_grad():
+        next(iter(tuner.learner.biases.values())).bias.fill_(torch.nan)
+    assert seconds_per_step(tuner) > 0
+    assert not tuner.pending
+    with pytest.raises(NotFiniteLossError):
+        tuner.advance()
+
+
 def test_variables_that_end_as_no_numbers_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     advance = Tuner.advance
 
@@ -609,6 +620,6 @@ def test_losses_that_are_looked_at_later_are_the_same(monkeypatch: pytest.Monkey
         next(iter(patient.learner.biases.values())).bias.fill_(torch.nan)
     patient.advance()
     patient.advance()
-    with pytest.raises(NotFiniteError) as stopped:
+    with pytest.raises(NotFiniteLossError) as stopped:
         patient.look()
     assert stopped.value.step == 6

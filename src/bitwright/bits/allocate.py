@@ -154,7 +154,10 @@ def _with_finite_losses(variables: Mapping[str, Variable], losses: Losses) -> di
         table = tables.get(key, {})
         finite = tuple(b for b in variable.options if math.isfinite(table.get(b, 0.0)))
         if not finite:
-            raise UsageError(f"None of the losses of {variable.label} is finite. Measure them again.")
+            raise UsageError(
+                f"None of the losses of {variable.label} is finite, at {', '.join(map(str, variable.options))} bits. "
+                "Offer it more bits, or leave it in float with a rule."
+            )
         if len(finite) < len(variable.options):
             dropped.append(variable.label)
         found[key] = Variable(key, variable.kind, variable.layers, finite)

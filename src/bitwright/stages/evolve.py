@@ -20,7 +20,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from bitwright import together
-from bitwright.errors import UsageError
+from bitwright.errors import NotFiniteError, UsageError
 from bitwright.given.images import Images
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.blocks import Block, BlockKind, find_blocks
@@ -230,7 +230,10 @@ class _Search:
         if not self._load():
             self.first = self.losses = self._measure(evaluator.batches)
             if not bool(torch.isfinite(self.losses).all()):
-                raise UsageError("The network's fitness is not finite before the search has begun.")
+                raise NotFiniteError(
+                    "The network's fitness is not finite before the search has begun. Give it more bits, or take "
+                    "another recipe=."
+                )
             self.curve = [(0, _mean(self.losses))]
             self._judge()
             self.precision = self._choose_precision()

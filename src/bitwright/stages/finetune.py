@@ -24,7 +24,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from bitwright import together
-from bitwright.errors import BitwrightError, UsageError
+from bitwright.errors import NotFiniteError, UsageError
 from bitwright.given.images import Images
 from bitwright.graph import ops, rewrite
 from bitwright.graph.capture import Captured
@@ -216,7 +216,7 @@ class Lesson:
         """One step; the student's loss.
 
         Raises:
-            BitwrightError: it is not finite.
+            NotFiniteError: it is NaN or infinite.
         """
         phase, progress = self.phase, self.step / self.steps
         used = [*self.parts, *([self.teaching] if self.teaching and phase == "co-study" else [])]
@@ -225,7 +225,7 @@ class Lesson:
             part.optimizer.zero_grad(set_to_none=True)
         loss = self.backward(self.indices(self.step), phase)
         if not math.isfinite(loss):
-            raise BitwrightError(
+            raise NotFiniteError(
                 f"The loss of training is not finite at step {self.step}. Try a lower rate or more bits."
             )
         for part in used:

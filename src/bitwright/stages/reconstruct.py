@@ -42,7 +42,7 @@ from bitwright.stages.schedules import Anneal, Dampen, Gradual, Learn
 from bitwright.stages.tuning import (
     Feed,
     ImageFeed,
-    NotFiniteError,
+    NotFiniteLossError,
     Objective,
     Samples,
     Targets,
@@ -604,7 +604,7 @@ class Reconstruct(Optimising):
                     saved.write_if_due(tuner)
             recent = _noted(saved, tuner.look(), recent)
             tuner.check_finite()
-        except NotFiniteError as error:
+        except NotFiniteLossError as error:
             tuner.load({n: t.clone() for n, t in good.items()}, tuner.step)
             tuner.pending.clear()
             record.stopped = Stopped(layer=error.layer, step=error.step)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from bitwright import together
-from bitwright.errors import BitwrightError
+from bitwright.errors import NotFiniteError
 from bitwright.graph.devices import sent
 from bitwright.graph.points import Point
 from bitwright.memory import saved_bytes
@@ -124,7 +124,7 @@ class Knobs(NamedTuple):
         return self._replace(**dict(zip(names, each, strict=False)), rates=tuple(each[len(names) :]))
 
 
-class NotFiniteError(BitwrightError):
+class NotFiniteLossError(NotFiniteError):
     """The loss became NaN or infinite."""
 
     def __init__(self, layer: str, step: int) -> None:
@@ -358,7 +358,7 @@ class Tuner:
         """One step; the loss without regularizer, None where it was not looked at yet.
 
         Raises:
-            NotFiniteError: the loss is not; nothing was changed.
+            NotFiniteLossError: the loss is not; nothing was changed.
         """
         loss = self.take(self.step / self.steps)
         self.step += 1
@@ -478,7 +478,7 @@ class Tuner:
         """The losses of the steps since it was called last: one wait for the device.
 
         Raises:
-            NotFiniteError: of the first step whose loss is not.
+            NotFiniteLossError: of the first step whose loss is not.
         """
         pending, self.pending = self.pending, []
         rows = torch.stack(pending).cpu() if pending else torch.empty(0, 0)
@@ -517,11 +517,11 @@ class Tuner:
         """Raises where the terms of a step's loss, [L], do not have a finite sum.
 
         Raises:
-            NotFiniteError: names its layer.
+            NotFiniteLossError: names its layer.
         """
         if not math.isfinite(float(terms.sum())):
             worst = int(torch.where(torch.isfinite(terms), terms / terms.numel(), torch.inf).argmax())
-            raise NotFiniteError(self.learner.points[worst].layer, step)
+            raise NotFiniteLossError(self.learner.points[worst].layer, step)
 
     def fit_memory(self, budget: int) -> None:
         """Splits batches that would take more than ``budget`` bytes at the start of the backward pass into even parts.
@@ -558,11 +558,11 @@ class Tuner:
         """Looks at all variables.
 
         Raises:
-            NotFiniteError: one is not finite; its layer is named.
+            NotFiniteLossError: one is not finite; its layer is named.
         """
         broken = self.learner.not_finite()
         if broken is not None:
-            raise NotFiniteError(broken, self.step)
+            raise NotFiniteLossError(broken, self.step)
 
     def finish(self) -> None:
         """Puts every activation on its grid."""
@@ -613,7 +613,8 @@ def seconds_per_step(tuner: Tuner, repeats: int = 3) -> float:
     """
     if tuner.recording is not None:
         return _recorded_seconds(tuner, repeats)
-    times = []
+    times, patient = [], tuner.patient
+    tuner.patient = True  # a loss that is no number takes as long as another, and is told where steps are taken
     for _ in range(repeats + 1):
         start = time.perf_counter()
         tuner.backward(tuner.indices(0), 0.5)
@@ -621,6 +622,7 @@ def seconds_per_step(tuner: Tuner, repeats: int = 3) -> float:
             torch.cuda.synchronize(tuner.device)
         times.append(time.perf_counter() - start)
     tuner.pending.clear()
+    tuner.patient = patient
     tuner._forget_gradients()
     return statistics.median(times[1:])
 
