@@ -570,7 +570,7 @@ def test_tensors_and_loaders() -> None:
 @pytest.mark.parametrize(
     ("source", "part"),
     [
-        (torch.zeros(3, 8, 8), "(3, 8, 8)"),
+        (torch.zeros(8), "(8,)"),
         (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "preprocessing=bitwright.Preprocessing(mean=..., std=...)"),
         (torch.zeros(2, 8, 8, 3), "Give images.permute(0, 3, 1, 2)"),
         (torch.zeros(0, 3, 8, 8), "empty shape"),

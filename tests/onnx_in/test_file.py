@@ -90,7 +90,7 @@ def test_inputs_that_are_no_single_image(tmp_path: Path) -> None:
     assert "found x 1, z any number. Export it with one batch" in refused(two)
     whole = [node("Cast", "x", to=TensorProto.FLOAT)]
     assert "'x' is uint8" in refused(write(tmp_path / "b.onnx", whole, (1, *MAP), kind=TensorProto.UINT8))
-    assert "'x' of 1x10" in refused(write(tmp_path / "c.onnx", [node("Relu", "x")], (1, 10)))
+    assert "'x' of 10" in refused(write(tmp_path / "c.onnx", [node("Relu", "x")], (10,)))
 
 
 def test_sizes_that_the_file_leaves_free_are_given(tmp_path: Path) -> None:

@@ -201,7 +201,7 @@ def _onnx(call: EvaluateCall, axes: Axes) -> Evaluated:
     if len(session.get_inputs()) > 1:
         return _several(call, session, axes, about, network)
     (given,) = session.get_inputs()
-    if len(given.shape) != 4:
+    if len(given.shape) < 2:
         raise ModelError(f"Expected one image input [N, C, H, W] in {call.model}, found {_inputs(session)}.")
     images = _images(call, network or _file_alone(path, about, given.shape, call.reading))
     shape = tuple(images[0].shape)

@@ -75,7 +75,7 @@ class Structure(BaseModel):
     scheme: dict[str, Any]
     outputs: list[str]
     structure: str
-    input_shape: Annotated[tuple[Side, ...], Field(min_length=3, max_length=4)]
+    input_shape: Annotated[tuple[Side, ...], Field(min_length=1, max_length=4)]
     extra: dict[str, Any] = {}
 
 

@@ -291,9 +291,10 @@ def load_images(
             ``images`` and perhaps ``labels``; each with an optional slice as in ``photos[0::2]``. Or images in memory:
             an array, a tensor, or any iterable of them, such as a ``DataLoader``, a data set or a generator, which is
             read once. Images are 8-bit pixels (N, H, W, C), (N, C, H, W) or (N, H, W), Pillow images, or preprocessed
-            floats (N, C, H, W), videos (N, C, T, H, W). Items may be (images, labels) or dicts of both, batches or
-            single. A label is a class index for each image, whole numbers (B, H, W), the class of each pixel, or what a
-            metric of one's own reads. `Images` are returned as they are.
+            floats (N, C, H, W), videos (N, C, T, H, W); one tensor of all may also hold signals (N, C, T) or vectors
+            (N, F). Items may be (images, labels) or dicts of both, batches or single. A label is a class index for each
+            image, whole numbers (B, H, W), the class of each pixel, or what a metric of one's own reads. `Images` are
+            returned as they are.
         preprocessing: applied to everything that is not a float tensor already.
         labels: a CSV ``file,class_index`` (header or not; matched by relative path, then by file name), or
             one class index for each image. Without it a folder in which every image lies directly in one of
@@ -554,7 +555,7 @@ def _check_floats(source: Tensors, how: Preprocessing | PreprocessFunction | Non
     if len(source.parts) > 1:
         return
     shape = tuple(source.data.shape[1:])
-    if shape[-1] in (1, 3) and shape[0] not in (1, 3) and not last:
+    if source.data.ndim in AXES and shape[-1] in (1, 3) and shape[0] not in (1, 3) and not last:
         seen, expected = ("videos", "T, H, W") if len(shape) >= min(AXES) else ("images", "H, W")
         axes = (0, len(shape), *range(1, len(shape)))
         raise DataError(

@@ -35,6 +35,9 @@ from bitwright.words import listed
 
 AXES = (4, 5)
 """How many a batch of preprocessed tensors has: images (N, C, H, W), or videos (N, C, T, H, W)."""
+AXES_OF_ALL = (2, 3, *AXES)
+"""The same for one tensor of everything, which may hold vectors (N, F) or signals (N, C, T) too. What comes in pieces
+may not: a piece (C, H, W) is one image, and nobody could tell it from some signals."""
 STREAM_BYTES = 8 << 30
 STREAM_IMAGES = 1 << 16
 """Read of what does not tell its length, which may have no end."""
@@ -99,7 +102,9 @@ def _pair(source: object) -> tuple[Any, Any] | None:
     if not isinstance(source, tuple | list) or len(source) != 2:
         return None
     images, labels = source
-    if not all(isinstance(x, Tensor | np.ndarray) and x.ndim > 0 for x in source) or not can_be_images(images):
+    if not all(isinstance(x, Tensor | np.ndarray) and x.ndim > 0 for x in source):
+        return None
+    if not can_be_images(images) and not (_is_input(images) and images.ndim in AXES_OF_ALL):
         return None
     whole = labels.dtype.kind in "biu" if isinstance(labels, np.ndarray) else not labels.is_floating_point()
     return (images, labels) if whole and len(images) == len(labels) and labels.ndim < images.ndim else None
@@ -121,22 +126,23 @@ def of_array(array: Tensor | npt.NDArray[Any], where: str, asked: Asked = Asked(
         if array.ndim == 3 and array.shape[-1] in CHANNELS[1:]:
             raise DataError(f"Expected several images in {where}, found one: uint8 {tuple(array.shape)}. Give [image].")
         return Arrays(pixels_last(pixels, where, first=isinstance(array, Tensor)))
-    return Tensors(_checked(_floats(array, where, asked), where))
+    return Tensors(_checked(_floats(array, where, asked, AXES_OF_ALL), where))
 
 
-def _floats(array: Tensor | npt.NDArray[Any], where: str, asked: Asked) -> Tensor:
-    """Preprocessed images as float32 (N, C, H, W) or (N, C, T, H, W); arrays may have their channels last."""
+def _floats(array: Tensor | npt.NDArray[Any], where: str, asked: Asked, axes: tuple[int, ...] = AXES) -> Tensor:
+    """Preprocessed images as float32 (N, C, H, W) or (N, C, T, H, W); arrays of them may have their channels last."""
     shape = tuple(array.shape)
     real = array.is_floating_point() if isinstance(array, Tensor) else array.dtype.kind == "f"
-    if not real or len(shape) not in AXES:
+    if not real or len(shape) not in axes:
+        in_one = " Give signals (N, C, T) or vectors (N, F) in one tensor of all." if real and axes is AXES else ""
         raise DataError(
             f"Expected uint8 images (N, H, W, C) or (N, C, H, W), preprocessed float images (N, C, H, W), or float "
-            f"videos (N, C, T, H, W), in {where}, found {what_it_is(array)}.{_as_pixels(array)}"
+            f"videos (N, C, T, H, W), in {where}, found {what_it_is(array)}.{in_one}{_as_pixels(array)}"
         )
     if isinstance(array, Tensor):
         return array.detach().to("cpu", torch.float32)
     found = torch.from_numpy(np.asarray(array, dtype=np.float32))
-    last = shape[-1] in (1, 3) and shape[1] not in (1, 3) and not asked.channels_last
+    last = len(shape) in AXES and shape[-1] in (1, 3) and shape[1] not in (1, 3) and not asked.channels_last
     return found.movedim(-1, 1) if last else found
 
 

@@ -31,11 +31,16 @@ def cannot_run(error: BaseException, images: torch.Tensor) -> ModelError:
         )
     shape = "x".join(str(d) for d in images.shape[1:])
     remedy = next((remedy for words, remedy in REMEDIES if any(word in text for word in words)), None)
+    if remedy in OF_SHAPE and images.dim() < 4:
+        remedy = (
+            "Give images as (N, C, H, W), a single one as image[None], and signals or vectors in the shape it takes"
+        )
     if remedy is None:
         remedy = f"Try it alone: model(torch.zeros(1, {', '.join(str(d) for d in images.shape[1:])}))"
     return ModelError(f"The model cannot run on images of {shape} ({said}){place}. {remedy}.")
 
 
+OF_SHAPE = ("Give images with as many channels as it takes", "Give images of the shape that it takes (preprocessing=)")
 REMEDIES = (
     (("CUDA", "cuda", "same device", "MPS"), "Take devices out of forward, or use x.device"),
     (
@@ -47,11 +52,12 @@ REMEDIES = (
         "Weights and images are float32 here: take conversions to another type, such as .half(), out of forward",
     ),
     (("require grad", "grad_fn"), "A forward that needs gradients cannot be quantized"),
-    (("channels, but got",), "Give images with as many channels as it takes"),
     (
-        ("size", "shape", "channels", "dimension", "mat1"),
-        "Give images of the shape that it takes (preprocessing=)",
+        ("input to conv1d", "expected 2D or 3D input"),
+        "If it takes signals, give all of them in one tensor, (N, C, T), instead of pieces",
     ),
+    (("channels, but got",), OF_SHAPE[0]),
+    (("size", "shape", "channels", "dimension", "mat1"), OF_SHAPE[1]),
 )
 """What to do where a message holds one of the words; the first that fits."""
 

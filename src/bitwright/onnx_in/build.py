@@ -94,7 +94,7 @@ def onnx_images(program: Any, size: tuple[int, int, int] | None, path: Path) -> 
     inputs = [v for v in program.graph.input if v.name not in stored | unread]
     if not inputs:
         raise ModelError(f"Expected an image input in {path}, found none. Export a network that takes images.")
-    found = tuple(_image(value, size, path, alone=len(inputs) == 1) for value in inputs)
+    found = tuple(_image(value, size, path) for value in inputs)
     if len({(image.batch, image.free) for image in found}) > 1:
         said = ", ".join(f"{i.name} {'any number' if i.free else i.batch}" for i in found)
         raise ModelError(f"Expected inputs of as many images each in {path}, found {said}. Export it with one batch.")
@@ -110,14 +110,14 @@ def unread_inputs(graph: Any) -> list[str]:
     return unread if len(unread) < len(given) else []
 
 
-def _image(value: Any, size: tuple[int, int, int] | None, path: Path, *, alone: bool) -> Image:
+def _image(value: Any, size: tuple[int, int, int] | None, path: Path) -> Image:
     kind = value.type.tensor_type
     if kind.elem_type not in {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE}:
         found = TensorProto.DataType.Name(kind.elem_type).lower() if kind.elem_type else "no tensor"
         raise ModelError(f"Expected an image input of floats in {path}, '{value.name}' is {found}. "
                          "Keep what of the file follows the conversion (onnx.utils.extract_model).")  # fmt: skip
     sides = [int(d.dim_value) for d in kind.shape.dim]
-    if len(sides) < 2 or (alone and len(sides) not in {4, 5}):
+    if len(sides) < 2:
         raise ModelError(f"Expected an image input [N, C, H, W] or [N, H, W, C] in {path}, found '{value.name}' of "
                          f"{'x'.join(str(s or '?') for s in sides) or 'no known shape'}.")  # fmt: skip
     shape = _sized(tuple(sides[1:]), size, value.name, path)

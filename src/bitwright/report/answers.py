@@ -121,6 +121,7 @@ class Answers:
         if not self.count:
             return None
         names = class_names(images)
+        pictures = pictures and images.seen(0).dim() == 3  # videos, signals and vectors have none
         kept = ("both", "only_float", "only_quantized", "neither")
         return DifferingAnswers(
             count=self.count,

@@ -26,7 +26,7 @@ def disagreements(run: Shown) -> Section | None:
         "Small copies of these images are embedded in this page and in report.json: mind where you send them. "
         "--no-images leaves them out."
         if found.pictures
-        else "Images were left out (--no-images)."
+        else "Images were left out (--no-images), or are videos, signals or vectors, of which none is drawn."
     )
     shown = tag("ul", (_one(row, found.classes or {}) for row in found.shown), class_="pictures")
     return Section("images", title, [paragraph(lead), shown, paragraph(kept, quiet=True)])

@@ -31,11 +31,13 @@ class Views:
     def batch(self, indices: Sequence[int] | Tensor) -> Tensor:
         """[B, C, H, W]; index ``i`` is view ``i // len(images)`` of image ``i % len(images)``.
 
-        Inputs of different shapes, which lie one after another, have no views: each would be cut otherwise.
+        Inputs of different shapes, which lie one after another, have no views: each would be cut otherwise. Nor have
+        signals and vectors.
         """
         chosen = [int(i) for i in indices]
         batch = self.images.batch([i % len(self.images) for i in chosen])
-        if all(i < len(self.images) for i in chosen) or any(part.flat for part in self.images.parts):
+        uncut = batch.dim() < 4 or any(part.flat for part in self.images.parts)
+        if uncut or all(i < len(self.images) for i in chosen):
             return batch
         return torch.stack([self._view(x, i) for x, i in zip(batch, chosen, strict=True)])
 
