@@ -247,3 +247,11 @@ def test_outputs_named_as_inputs_get_names_of_their_own_in_the_file(tmp_path: Pa
     found = session.run(None, {name: value.numpy() for name, value in given.items()})
     for value, expected in zip(found, made(given).values(), strict=True):
         torch.testing.assert_close(torch.from_numpy(value), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_scripted_network_is_refused_with_the_remedy_at_the_door() -> None:
+    """Python does not know the names of its inputs."""
+    network = torch.jit.trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.zeros(2, 3, 8, 8))
+    with pytest.raises(ModelError, match="Give the module that was passed to"):
+        bw.quantize(network, torch.zeros(4, 3, 8, 8), "minmax")

@@ -164,7 +164,11 @@ def input_names(module: object) -> tuple[str, ...]:
     if not isinstance(module, nn.Module):
         return ()
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return tuple(name for name, p in inspect.signature(module.forward).parameters.items() if p.kind in kinds)
+    try:
+        parameters = inspect.signature(module.forward).parameters
+    except ValueError:  # compiled, so that Python does not know
+        return ()
+    return tuple(name for name, p in parameters.items() if p.kind in kinds)
 
 
 def _order(module: nn.Module, parts: Sequence[InputPart]) -> tuple[list[InputPart], bool]:
