@@ -254,4 +254,4 @@ def test_a_scripted_network_is_refused_with_the_remedy_at_the_door() -> None:
     """Python does not know the names of its inputs."""
     network = torch.jit.trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), torch.zeros(2, 3, 8, 8))
     with pytest.raises(ModelError, match="Give the module that was passed to"):
-        bw.quantize(network, torch.zeros(4, 3, 8, 8), "minmax")
+        bw.quantize(network, torch.zeros(4, 3, 8, 8), "rtn")
