@@ -16,8 +16,12 @@ from bitwright.stages.optq import Optq
 from bitwright.stages.reconstruct import Reconstruct
 from bitwright.stages.schedules import Anneal, Dampen, Gradual, Learn
 
-CALIBRATED = (Calibrate(weights="mse", activations="mse", bias_correction="analytic"), Optq(), Cascade(bits=4))
-NETWORK = Reconstruct(weigh="sla-log", codes=Learn(rate=1e-3), decide=Dampen())
+CALIBRATED = (
+    Calibrate(weights="mse", activations="mse", bias_correction="analytic"),
+    Optq(views="auto"),
+    Cascade(bits=4, views="auto"),
+)
+NETWORK = Reconstruct(weigh="sla-log", codes=Learn(rate=1e-3), decide=Dampen(), views="auto")
 
 RECIPES = (
     Recipe(

@@ -3,13 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from bitwright.given.images import Images
 from bitwright.given.preprocessing import has_channels_last
+
+FEW, MOST = 192, 4
+"""Views that make up for few images, and how many of each image at most: more gained nothing with 48 images."""
+PICTURES = (1, 3)
+"""Channels of a picture."""
+
+ViewCount = Annotated[int, Field(ge=1)] | Literal["auto"]
+"""How many views of each image. ``auto`` is one, but as many as make few pictures 192, four at most."""
+
+
+def view_count(images: Images, wanted: int | Literal["auto"]) -> int:
+    """How many views of each image.
+
+    Args:
+        images: [C, H, W] or [H, W, C] each; others than pictures of one or three channels are taken once by ``auto``.
+        wanted: so many, or ``auto``.
+
+    Example:
+        >>> from bitwright.given.images import load_images
+        >>> images = load_images(torch.rand(80, 3, 8, 8), None)
+        >>> view_count(images, "auto"), view_count(images, 8)
+        (3, 8)
+    """
+    if wanted != "auto":
+        return wanted
+    return min(MOST, -(-FEW // len(images))) if _are_pictures(images) else 1
+
+
+def _are_pictures(images: Images) -> bool:
+    shape = images.batch([0]).shape
+    pictures = len(shape) == 4 and (shape[1] in PICTURES or shape[3] in PICTURES)
+    return pictures and not any(part.flat for part in images.parts)
 
 
 class Views:
@@ -45,6 +79,10 @@ class Views:
         """All views in order."""
         for start in range(0, len(self), size):
             yield self.batch(range(start, min(start + size, len(self))))
+
+    def by_image(self) -> list[int]:
+        """The indices in another order: all views of an image one after another."""
+        return [view * len(self.images) + i for i in range(len(self.images)) for view in range(self.draws)]
 
     def _view(self, image: Tensor, index: int) -> Tensor:
         if index < len(self.images):

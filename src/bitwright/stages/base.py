@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -102,7 +102,7 @@ class Run:
         finally:
             self.progress = told
 
-    def batches(self, images: Images, what: str, at_once: int | None = None) -> Iterator[torch.Tensor]:
+    def batches(self, images: Streamed, what: str, at_once: int | None = None) -> Iterator[torch.Tensor]:
         """The images in batches on the device, [B, C, H, W], with progress; ``at_once`` of them, or :attr:`batch`."""
         done = 0
         self.progress(what, 0, len(images))
@@ -110,6 +110,22 @@ class Run:
             yield batch.to(self.device)
             done += len(batch)
             self.progress(what, done, len(images))
+
+
+class Samples(Protocol):
+    """Images, or views of them."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W]."""
+
+
+class Streamed(Samples, Protocol):
+    """The same, that can be had in order."""
+
+    def batches(self, size: int) -> Iterator[torch.Tensor]:
+        """[B, C, H, W] each, of this many; the last may have fewer."""
 
 
 class Stage(BaseModel):

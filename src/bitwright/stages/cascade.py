@@ -22,6 +22,7 @@ from bitwright.graph.units import quantized
 from bitwright.graph.walk import Walk, image_bytes, peak_bytes
 from bitwright.quant import optq
 from bitwright.quant.quantizer import Quantizer
+from bitwright.stages.augment import ViewCount, Views, view_count
 from bitwright.stages.base import Run, Stage
 from bitwright.stages.calibrate import widen_for_biases
 from bitwright.stages.optq import COMPENSATED, DESCENDS
@@ -62,8 +63,10 @@ class Cascade(Stage):
     layer reaches it whatever its own bits."""
     images: int = Field(default=512, ge=1)
     """How many images pass at most; fewer where their values would take more than 3 GiB."""
+    views: ViewCount = 1
+    """Number of views of each image, as in ``reconstruct``; fewer where their values would take more than 3 GiB."""
     positions: int = Field(default=512, ge=1)
-    """Output positions drawn from each image at most; fewer are enough for layers of few inputs."""
+    """Output positions drawn from each view of an image at most; fewer are enough for layers of few inputs."""
     damping: float = Field(default=0.1, gt=0)
     """Share of the mean diagonal that is added to the diagonal."""
     shares: tuple[float, ...] = Field(default=(0.0, 0.25, 0.5, 0.75, 1.0), min_length=1)
@@ -78,8 +81,10 @@ class Cascade(Stage):
         if not layers:
             return student
         twins = {n.name: n for n in teacher.graph.graph.nodes}
-        count = min(self.images, len(images), max(FEWEST, MEMORY // _bytes_of_image(student, teacher, layers)))
-        batches = _Batches(images.sample(count, seed=run.seed), run.device)
+        most = max(FEWEST, MEMORY // _bytes_of_image(student, teacher, layers))
+        some = images.sample(min(self.images, len(images), most), seed=run.seed)
+        samples = Views(some, min(view_count(some, self.views), max(1, most // len(some))), run.seed)
+        batches, count = _Batches(samples, run.device), len(samples)
         ours, theirs = Walk(student.graph, batches), Walk(teacher.graph, batches)
         drawn = [self._drawn(node, twins[node.name], ours, theirs, run, count) for node in layers]
         ahead = _Ahead(theirs, drawn, count)
@@ -337,11 +342,12 @@ class _Ahead:
 
 
 class _Batches(Sequence[Tensor]):
-    """Images [B, C, H, W] in parts, each made when it is asked for."""
+    """Images [B, C, H, W] in parts, each made when it is asked for. Views of an image lie together."""
 
-    def __init__(self, images: Images, device: torch.device) -> None:
-        self._images, self._device, self._size = images, device, -(-len(images) // PARTS)
-        self._count = math.ceil(len(images) / self._size)
+    def __init__(self, samples: Views, device: torch.device) -> None:
+        self._samples, self._order, self._device = samples, samples.by_image(), device
+        self._size = -(-len(samples) // PARTS)
+        self._count = math.ceil(len(samples) / self._size)
 
     def __len__(self) -> int:
         return self._count
@@ -349,8 +355,7 @@ class _Batches(Sequence[Tensor]):
     def __getitem__(self, position: Any) -> Any:
         if position >= len(self):
             raise IndexError(position)
-        start = position * self._size
-        return self._images.batch(range(start, min(start + self._size, len(self._images)))).to(self._device)
+        return self._samples.batch(self._order[position * self._size :][: self._size]).to(self._device)
 
 
 def _moments(layer: _Drawn, ours: Walk, wanted: list[Tensor]) -> Iterator[_Moments]:

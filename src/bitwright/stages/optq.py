@@ -19,6 +19,7 @@ from bitwright.graph.patches import group_grams, layer_inputs
 from bitwright.graph.student import Student, has_quantized_weight, weight_of
 from bitwright.graph.watch import Callback, watch
 from bitwright.quant import obq, optq
+from bitwright.stages.augment import ViewCount, Views, view_count
 from bitwright.stages.base import Run, Stage
 from bitwright.stages.calibrate import MeanSums, correct_biases, mean_inputs, widen_for_biases
 from bitwright.stages.passes import dealt_tensors, shared_pass
@@ -42,8 +43,10 @@ class Optq(Stage):
 
     images: int = Field(default=512, ge=1)
     """How many images to take the inputs from."""
+    views: ViewCount = 1
+    """Number of views of each image, as in ``reconstruct``."""
     positions: int = Field(default=64, ge=1)
-    """Output positions drawn from each image."""
+    """Output positions drawn from each view of an image."""
     damping: float = Field(default=0.1, gt=0)
     """Share of the mean diagonal that is added to the diagonal."""
     ordered: bool = True
@@ -59,6 +62,7 @@ class Optq(Stage):
     def run(self, student: Student, teacher: Captured, images: Images, run: Run) -> Student:
         """One pass over the images; memory is one matrix of inputs x inputs a layer."""
         some = images.sample(min(self.images, len(images)), seed=run.seed)
+        samples = Views(some, view_count(some, self.views), run.seed)
         grams = _Grams(student, teacher.graph, self.positions, run.seed)
         means = mean_inputs(teacher.graph) if self.bias_correction else {}
         callbacks = grams.callbacks()
@@ -71,7 +75,7 @@ class Optq(Stage):
         def add(given: Sequence[Tensor]) -> None:
             sums.add(grams.add(given))
 
-        shared_pass(some, run, "Reading layer inputs", see, add, [grams])
+        shared_pass(samples, run, "Reading layer inputs", see, add, [grams])
         self._tell(teacher, list(grams.matrices))
         self._round_all(student, teacher, grams.matrices, run)
         if self.bias_correction:

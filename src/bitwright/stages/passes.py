@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from bitwright import together
-from bitwright.given.images import Images
-from bitwright.stages.base import Run
+from bitwright.stages.base import Run, Streamed
 
 
 class Stream(Protocol):
@@ -25,7 +24,7 @@ class Stream(Protocol):
 
 
 def shared_pass(
-    images: Images,
+    images: Streamed,
     run: Run,
     what: str,
     see: Callable[[Tensor], Sequence[Tensor]],
@@ -66,7 +65,7 @@ def shared_pass(
     run.progress(what, len(images), len(images))
 
 
-def _batch(images: Images, run: Run, position: int) -> Tensor:
+def _batch(images: Streamed, run: Run, position: int) -> Tensor:
     start = position * run.batch
     return images.batch(range(start, min(start + run.batch, len(images)))).to(run.device)
 

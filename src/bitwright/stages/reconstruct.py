@@ -31,8 +31,8 @@ from bitwright.measure.evaluation import layer_sqnr
 from bitwright.memory import pass_budget
 from bitwright.quant.learned import Rounding
 from bitwright.run.record import StageRecord
-from bitwright.stages.augment import Views
-from bitwright.stages.base import Optimising, Run
+from bitwright.stages.augment import ViewCount, Views, view_count
+from bitwright.stages.base import Optimising, Run, Samples
 from bitwright.stages.calibrate import parameters, widen_for_biases
 from bitwright.stages.feeds import SCALED_ON, Fisher, UnitFeed, UnitPlace, find_places
 from bitwright.stages.learner import Learner, Variables
@@ -44,7 +44,6 @@ from bitwright.stages.tuning import (
     ImageFeed,
     NotFiniteLossError,
     Objective,
-    Samples,
     Targets,
     Tuner,
     held_on,
@@ -212,8 +211,9 @@ class Reconstruct(Optimising):
     activations: bool = True
     """Whether activations are quantized at all while the weights are optimised."""
 
-    views: int = Field(default=1, ge=1)
-    """Number of views of each image: 1 takes the images as they are, more add random crops and mirror images."""
+    views: ViewCount = 1
+    """Number of views of each image: 1 takes the images as they are, more add random crops and mirror images. ``auto``:
+    so many that few pictures become 192, four at most."""
     never_worse: bool = True
     """Keep what an earlier stage left where that has the lower calibration loss."""
 
@@ -288,7 +288,7 @@ class Reconstruct(Optimising):
         if not points or not _learns(learner):
             _warn(NOTHING)
             return student
-        samples = Views(images, self.views, run.seed)
+        samples = Views(images, view_count(images, self.views), run.seed)
         objective, scores = self._objective(teacher, samples, points, run)
         targets = Targets(expose(teacher.graph, [p.node for p in points]), points, torch.float32)
         first = samples.batch(range(min(8, len(images)))).to(run.device)
@@ -395,7 +395,7 @@ class Reconstruct(Optimising):
                 total=count,
             )
 
-        chosen = (count, size, self.views, self.score_probes, self.score_error, self.score_distribution)
+        chosen = (count, size, samples.draws, self.score_probes, self.score_error, self.score_distribution)
         with run.timed("scores"):
             return cached_scores(run.state, f"{run.identity} {chosen}", compute)
 
@@ -450,7 +450,7 @@ class Reconstruct(Optimising):
 
     def _run_units(self, student: Student, teacher: Captured, images: Images, run: Run) -> Student:
         """One unit after the other; each keeps what has the lower loss at its exits."""
-        samples = Views(images, self.views, run.seed)
+        samples = Views(images, view_count(images, self.views), run.seed)
         graph = self._graph(student)
         kind: UnitKind = "block" if self.unit == "block" else "layer"
         reverse = self.order == "reverse"

@@ -20,6 +20,7 @@ from bitwright.graph.points import Point
 from bitwright.memory import saved_bytes
 from bitwright.quant.learned import Rounding, rounding_regularizer
 from bitwright.recording import WARM, Recording, can_record, tidy
+from bitwright.stages.base import Samples
 from bitwright.stages.learner import Learner
 from bitwright.stages.losses import weighted_distance
 from bitwright.stages.optimizers import Rates, optimizers_of
@@ -46,15 +47,6 @@ class TuningSettings(Rates, Protocol):
 
     def mix(self, progress: float) -> tuple[float, float]:
         """(mix, drop) of activations."""
-
-
-class Samples(Protocol):
-    """Images, or views of them."""
-
-    def __len__(self) -> int: ...
-
-    def batch(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """[B, C, H, W]."""
 
 
 class Feed(Protocol):
