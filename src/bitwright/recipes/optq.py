@@ -13,5 +13,5 @@ RECIPE = Recipe(
     name="optq",
     summary="Ranges of least error, roundings in closed form, then analytic bias correction; no optimisation.",
     paper="arXiv:2210.17323",
-    stages=(Calibrate(weights="mse", activations="mse"), Optq(views="auto"), Cascade(views="auto")),
+    stages=(Calibrate(weights="mse", activations="mse"), Optq(), Cascade()),
 )
