@@ -254,7 +254,7 @@ def _agreement(
     fidelity = Fidelity(teacher.outputs, readings)
     for batch in own.batches(held_out, ""):
         with torch.no_grad():
-            fidelity.update(list(teacher.graph(batch)), student.flat(batch))
+            fidelity.update(teacher.flat(batch), student.flat(batch))
     agreement = fidelity.worst.agreement
     assert agreement is not None, "check_answers has looked"
     return agreement

@@ -184,7 +184,7 @@ def _float(call: EvaluateCall, axes: Axes) -> Evaluated:
 def _reading(captured: Captured, images: Images, axes: Axes) -> tuple[Network, Sequence[Reading]]:
     """The float network as a function, and how its outputs are read."""
     readings = read_outputs(captured.graph, images.batch(range(min(2, len(images)))), captured.outputs, axes)
-    return (lambda x: list(captured.graph(x))), readings
+    return captured.flat, readings
 
 
 def _onnx(call: EvaluateCall, axes: Axes) -> Evaluated:

@@ -188,7 +188,7 @@ def _measured(
     reference = outputs("The reference", referred, whole, COMPARED_AT_ONCE, readings)
     teacher, quantization = model.teacher, None
     if teacher is not None:
-        expected = outputs("The float network", lambda x: list(teacher.graph(x)), whole, COMPARED_AT_ONCE, readings)
+        expected = outputs("The float network", teacher.flat, whole, COMPARED_AT_ONCE, readings)
         quantization = gaps(expected, simulated)
     with tipped(activation_quantizers(model)):
         shaken = outputs("The simulation", model.flat, whole, COMPARED_AT_ONCE, readings)

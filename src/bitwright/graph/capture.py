@@ -23,6 +23,7 @@ from bitwright.graph.layer import Unfolded
 from bitwright.graph.names import legible
 from bitwright.graph.outputs import arrange, names, tensors
 from bitwright.graph.plain import in_float32, unwrapped
+from bitwright.graph.products import run_graph
 from bitwright.graph.program import flat_graph, input_shapes, join_inputs
 from bitwright.graph.quiet import quiet
 from bitwright.graph.watch import watch
@@ -56,6 +57,10 @@ class Captured:
     """How the user's model arranged them."""
     unfolded: list[Unfolded] = field(default_factory=list)
     """Batch norms that could not be folded, with the reason."""
+
+    def flat(self, images: Tensor) -> list[Tensor]:
+        """Outputs in the order of ``outputs``, for images [B, C, H, W] on the graph's device."""
+        return run_graph(self.graph, images)
 
 
 def capture(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from bitwright.graph.products import fast_products
 from bitwright.quant.quantizer import BiasQuantizer
 
 
@@ -143,7 +144,7 @@ class Rerun:
             name = node.name
             return known[name] if name in known else changed[name] if name in changed else self.constants[name]
 
-        with torch.no_grad():
+        with torch.no_grad(), fast_products(self.graph):
             for node in part.again:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), value)
                 env[node] = self._calls[node](*args, **kwargs)

@@ -19,6 +19,7 @@ from bitwright.graph.devices import device_of, keep_together, place_on
 from bitwright.graph.insert import insert
 from bitwright.graph.layer import Layer, Unquantized
 from bitwright.graph.outputs import Interface
+from bitwright.graph.products import run_graph
 from bitwright.quant.grid import Grid
 from bitwright.quant.quantizer import BiasQuantizer, Frozen, Quantizer
 from bitwright.quant.scheme import Scheme
@@ -113,7 +114,7 @@ class Student(nn.Module):
 
     def flat(self, images: Tensor) -> list[Tensor]:
         """Outputs in the order of ``outputs``, for images in any floating type."""
-        return list(self.graph(images.float() if images.is_floating_point() else images))
+        return run_graph(self.graph, images.float() if images.is_floating_point() else images)
 
     @property
     def frozen(self) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from bitwright.errors import debugging
+from bitwright.graph.products import fast_products
 
 Callback = Callable[[fx.Node, Any], Tensor | None]
 
@@ -40,7 +41,7 @@ class Watcher(fx.Interpreter):
 
 def watch(module: fx.GraphModule, images: Tensor, callbacks: Mapping[str, Callback]) -> list[Tensor]:
     """Outputs of the graph for a batch, [B, C, H, W], without gradients; see :class:`Watcher`."""
-    with torch.no_grad():
+    with torch.no_grad(), fast_products(module):
         outputs = Watcher(module, callbacks).run(images)
     return list(outputs)
 
@@ -76,7 +77,7 @@ def watch_both(
     """
     waiting = set(pairs.values())
     kept: dict[str, Any] = {}
-    with torch.no_grad():
+    with torch.no_grad(), fast_products(reference):
         theirs = _steps(reference, images)
         found: Any = None
         for node, found in _steps(other, images):

@@ -140,7 +140,7 @@ def evaluation_of(
     teacher, device = model.teacher, device_of(model.graph)
     reference: Network | None = None
     if teacher is not None:
-        reference = lambda x: [o.cpu() for o in teacher.graph(x.to(device))]  # noqa: E731
+        reference = lambda x: [o.cpu() for o in teacher.flat(x.to(device))]  # noqa: E731
     with moved_to(model, device):  # both networks
         return compare(
             lambda x: [o.cpu() for o in model.flat(x.to(device))],

@@ -92,7 +92,7 @@ class Follower:
         device = device_of(network.graph)
         try:
             found = compare(
-                lambda x: [o.cpu() for o in network.graph(x.to(device))],
+                lambda x: [o.cpu() for o in network.flat(x.to(device))],
                 None,
                 self.images,
                 outputs=self.outputs,
@@ -119,7 +119,7 @@ def _with_answers(teacher: Captured, images: Images, outputs: Outputs, scoring: 
     answers: list[tuple[Any, int]] = []
     with torch.no_grad():
         for batch in images.batches(BATCH):
-            flat = [o.cpu() for o in teacher.graph(batch.to(device))]
+            flat = [o.cpu() for o in teacher.flat(batch.to(device))]
             flat = flat if boxed is None else boxed(flat)
             if task is not None:
                 found += task.answers(flat, how, decode, size)

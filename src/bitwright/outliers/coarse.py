@@ -209,7 +209,7 @@ class _Trial:
         """Remembers what the float network answers."""
         self.readings = read_outputs(teacher.graph, self.fit.batch([0]).to(self.run.device), teacher.outputs)
         with torch.no_grad():
-            self.expected = [list(teacher.graph(batch)) for batch in self.run.batches(self.held, WHAT)]
+            self.expected = [teacher.flat(batch) for batch in self.run.batches(self.held, WHAT)]
 
     def of(self, teacher: Captured, scheme: Scheme, names: Collection[str] | None = None) -> _Outcome:
         """What a network loses under a scheme, with the activations of the named nodes in few bits, or with all."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from bitwright.graph.products import fast_products
 from bitwright.graph.readings import Reading
 
 See = Callable[[str, Tensor, Tensor], None]
@@ -48,7 +49,7 @@ def see_gradients(
     for batch in batches:
         for _ in range(probes):
             seen = _Seen(graph, names, see)
-            with torch.enable_grad():
+            with torch.enable_grad(), fast_products(graph):
                 pairs = zip(seen.run(batch), readings, strict=True)
                 direction = sum(_along_random(o, how, generator) for o, how in pairs if o.requires_grad)
             if isinstance(direction, Tensor):

@@ -22,6 +22,7 @@ from bitwright.errors import UsageError
 from bitwright.graph import ops, rewrite, segments
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.insert import bits_by_key
+from bitwright.graph.products import fast_products
 from bitwright.graph.student import Student, moved_to
 from bitwright.graph.watch import Callback, updating, values_of, watch
 from bitwright.memory import keep_pages
@@ -317,7 +318,7 @@ class _Patient:
         total = 0.0
         for part in self.parts:
             through = _Through(self.graph, leaves, activations, effects)
-            with torch.enable_grad():
+            with torch.enable_grad(), fast_products(self.graph):
                 found = through.run(part.images, initial_env=dict(fixed))
                 each = distance_of_outputs(list(found), part.expected, self.readings)
             if each.requires_grad:
