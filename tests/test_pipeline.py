@@ -23,6 +23,7 @@ from bitwright.recipes import Recipe
 from bitwright.run.record import StageRecord
 from bitwright.stages.base import Run, Stage
 from bitwright.stages.calibrate import Calibrate
+from bitwright.stages.optq import Optq
 
 SCHEME = Scheme(weights=4, activation_grid="symmetric")
 
@@ -253,3 +254,25 @@ def test_a_resumed_run_says_again_what_finished_stages_said(tmp_path: Path) -> N
         with pytest.warns(UserWarning, match="What is left") as said:
             run(tmp_path / "state", recipe=recipe)
         assert len(said) == 1
+
+
+def test_calibration_makes_the_pass_of_the_stage_behind_it() -> None:
+    teacher, data = prepared("residual"), dataset(6)
+    recipe, seen = Recipe(name="both", stages=(Calibrate(bias_correction="analytic"), Optq(positions=16))), []
+    together = insert_quantizers(teacher, SCHEME)
+    how = Run(seed=3, progress=lambda what, *_: seen.append(what))
+    run_stages(recipe, together, teacher, data, how)
+    assert "Calibrating" in seen
+    assert "Reading layer inputs" not in seen
+    assert how.summed is None, "matrices of inputs are kept for nothing"
+    alone = insert_quantizers(teacher, SCHEME)
+    for stage in recipe.stages:
+        stage.run(alone, teacher, data, Run(seed=3))
+    assert_same(together, alone)
+
+
+def test_a_stage_of_fewer_images_makes_its_own_pass() -> None:
+    recipe, seen = Recipe(name="fewer", stages=(Calibrate(), Optq(images=4))), []
+    student = insert_quantizers(prepared("residual"), SCHEME)
+    run_stages(recipe, student, prepared("residual"), dataset(6), Run(progress=lambda what, *_: seen.append(what)))
+    assert "Reading layer inputs" in seen

@@ -61,9 +61,11 @@ def run_stages(
     with keep_pages():
         for position, stage in enumerate(recipe.stages):
             if state is not None and _restore(student, state, position, run, identity):
+                run.summed = None
                 continue
             torch.manual_seed(run.seed + position)
-            student = _record(stage, student, teacher, images, run.of(recipe.stages, position))
+            with run.before(recipe.stages, position):
+                student = _record(stage, student, teacher, images, run.of(recipe.stages, position))
             _check_finite(student, teacher)
             left = student.snapshot()
             _remember(run, stage.kind, left)

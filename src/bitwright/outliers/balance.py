@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -133,25 +134,34 @@ def balance(
     return now.teacher, found
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Outcome:
     """What changed scales gave.
 
     With coarse weights, which the recipe may round far better than this trial does, the loss is that of activations
-    alone, and ``weights`` that of weights alone; else it is that of both, and ``weights`` 0. ``whole`` is that of both.
+    alone; else it is that of both.
     """
 
     loss: float
-    weights: float
-    whole: float
+    trial: _Trial
     teacher: Captured
     student: Student
     scales: list[ChannelScales]
 
+    @cached_property
+    def others(self) -> tuple[float, float]:
+        """The loss of weights alone, and that of both; with weights that are not coarse 0 and the loss itself."""
+        if not has_coarse_weights(self.student):
+            return 0.0, self.loss
+        weights, whole = self.trial.losses(self.student, self.teacher, [{"activation", "parameter"}, set()])
+        return weights, whole
+
     def betters(self, other: _Outcome) -> bool:
         """Whether it loses clearly less, and nowhere more."""
-        less = self.loss <= KEPT * other.loss
-        return less and self.weights <= NOT_WORSE * other.weights and self.whole <= other.whole
+        if not self.loss <= KEPT * other.loss:
+            return False
+        (weights, whole), (weights_before, whole_before) = self.others, other.others
+        return weights <= NOT_WORSE * weights_before and whole <= whole_before
 
 
 def let_pass(student: Student, roles: Collection[str]) -> AbstractContextManager[None]:
@@ -186,12 +196,8 @@ class _Trial:
     def of(self, teacher: Captured, scales: list[ChannelScales]) -> _Outcome:
         """All that belongs to a changed network."""
         student = self.student(teacher)
-        if not has_coarse_weights(student):
-            (whole,) = self.losses(student, teacher, [set()])
-            return _Outcome(whole, 0.0, whole, teacher, student, scales)
-        halves: list[set[str]] = [{"weight"}, {"activation", "parameter"}]
-        whole, loss, weights = self.losses(student, teacher, [set(), *halves])
-        return _Outcome(loss, weights, whole, teacher, student, scales)
+        (loss,) = self.losses(student, teacher, [{"weight"} if has_coarse_weights(student) else set()])
+        return _Outcome(loss, self, teacher, student, scales)
 
     def student(self, teacher: Captured) -> Student:
         """Calibrated on the images."""
@@ -204,7 +210,7 @@ class _Trial:
         totals = [0.0] * len(passing)
         with torch.no_grad():
             for batch in self.run.batches(self.images, "Looking for outliers"):
-                expected = list(teacher.graph(batch))
+                expected = teacher.flat(batch)
                 for position, roles in enumerate(passing):
                     with let_pass(student, roles):
                         found = student.flat(batch)
@@ -215,7 +221,7 @@ class _Trial:
         """Of the float network's answers, from image to image."""
         batch = self.images.batch(range(min(BATCH, len(self.images)))).to(self.run.device)
         with torch.no_grad():
-            return spread_of_outputs(list(teacher.graph(batch)), self.readings)
+            return spread_of_outputs(teacher.flat(batch), self.readings)
 
     def suspects(self, student: Student, teacher: Captured, least: float) -> list[CostlyTensor]:
         """Tensors whose rounding adds that much and whose channels can be scaled, the worst first."""

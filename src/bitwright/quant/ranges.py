@@ -13,6 +13,8 @@ from bitwright.quant.quantizer import Quantizer
 from bitwright.quant.statistics import Statistics
 
 RangeMethod = Literal["minmax", "percentile", "mse"]
+TRIED_AT_ONCE = 1 << 18
+"""Elements of a weight that are tried together: they stay in a processor's cache."""
 FINE_BITS = 12
 """From here on the step is finer than a histogram's bin, and clipping cannot pay: min-max is used."""
 
@@ -48,7 +50,10 @@ def weight_scale(
     if method == "percentile":
         return _covering(rows.abs().quantile(percentile, dim=1), grid)
     factors = None if importance is None else affine.to_blocks(importance.float(), block)
-    return _least_error_scale(rows, _covering(absmax, grid), grid, power, factors)
+    start, some = _covering(absmax, grid), max(1, TRIED_AT_ONCE // max(1, rows.shape[1]))
+    parts = [slice(first, first + some) for first in range(0, max(1, len(rows)), some)]
+    found = [_least_error_scale(rows[p], start[p], grid, power, None if factors is None else factors[p]) for p in parts]
+    return torch.cat(found)
 
 
 def _covering(absmax: Tensor, grid: Grid) -> Tensor:

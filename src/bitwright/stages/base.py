@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
 
 from bitwright.given.arguments import SEEDS, whole_number
 from bitwright.memory import return_pages
@@ -22,9 +24,54 @@ if TYPE_CHECKING:
     from bitwright.given.images import Images
     from bitwright.graph.capture import Captured
     from bitwright.graph.student import Snapshot, Student
+    from bitwright.graph.watch import Callback
 
 
 Precision = Literal["auto", "float32", "bfloat16"]
+
+
+class Sums(Protocol):
+    """What a stage adds up over the float network's values on the images."""
+
+    @property
+    def callbacks(self) -> Mapping[str, Callback]:
+        """For a pass of the float network, by node name."""
+
+    @property
+    def streams(self) -> Sequence[Stream]:
+        """What of it depends on how many batches came before."""
+
+    def taken(self) -> list[Tensor]:
+        """What the last batch adds, always in the same shapes."""
+
+    def add(self, given: Sequence[Tensor]) -> None:
+        """Takes in what :meth:`taken` gave, here or in another process."""
+
+
+class Stream(Protocol):
+    """What depends on how many batches came before."""
+
+    def skip(self, batches: int) -> None:
+        """Goes past batches that another process sees, as large as the first one."""
+
+    def forget(self) -> None:
+        """The first batch counts in another process."""
+
+
+class KeptSteps:
+    """Steps that were found for stored weights, as long as these are there: tensors are replaced and never changed."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[int, Hashable], tuple[weakref.ref[Tensor], Tensor]] = {}
+
+    def of(self, weight: Tensor, settings: Hashable) -> Tensor | None:
+        """What was found for this very weight with these settings, [number of blocks]; None if nothing was."""
+        known = self._found.get((id(weight), settings))
+        return known[1] if known is not None and known[0]() is weight else None
+
+    def keep(self, weight: Tensor, settings: Hashable, steps: Tensor) -> None:
+        """Remembers them."""
+        self._found[id(weight), settings] = weakref.ref(weight), steps
 
 
 @dataclass
@@ -43,6 +90,9 @@ class Run:
         records: what each stage tells, in the order of stages.
         outliers: what was done about outliers before the first stage, and what is suggested after the last.
         checked: how closely the outputs follow the float network's, looked at after the last stage.
+        following: the stage that comes next, whose pass over the images may be made together with this one's.
+        summed: what such a pass has added up for it.
+        steps_of_weights: that were found so far: outliers are looked for with the ranges of the stages to come.
     """
 
     seed: int = 0
@@ -61,6 +111,9 @@ class Run:
     records: list[StageRecord] = field(default_factory=list)
     outliers: Outliers = field(default_factory=Outliers)
     checked: CheckedAnswers | None = None
+    following: Stage | None = None
+    summed: Sums | None = None
+    steps_of_weights: KeptSteps = field(default_factory=KeptSteps)
 
     def __post_init__(self) -> None:
         self.seed = whole_number("seed", self.seed, least=0, below=SEEDS)
@@ -81,6 +134,15 @@ class Run:
             part = stage.share / sum(s.share for s in stages[position:] if isinstance(s, Optimising))
             minutes = spent + max(0.0, minutes - spent) * part
         return replace(self, steps=steps, minutes=minutes)
+
+    @contextmanager
+    def before(self, stages: Sequence[Stage], position: int) -> Iterator[None]:
+        """While inside, the stage at that position knows which one follows it."""
+        self.following = next(iter(stages[position + 1 :]), None)
+        try:
+            yield
+        finally:
+            self.following = None
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -157,6 +219,14 @@ class Stage(BaseModel):
     def parts(self) -> tuple[Stage, ...]:
         """The stages that stand for it in a recipe; itself for all but those that do one thing several times."""
         return (self,)
+
+    def sums(self, student: Student, teacher: Captured, images: Images, run: Run) -> Sums | None:
+        """What it adds up in a pass of the float network over all of the images; None if it makes no such pass.
+
+        The stage before it may make that pass together with its own: the student's stored weights and ranges are not
+        read.
+        """
+        return None
 
     def run(self, student: Student, teacher: Captured, images: Images, run: Run) -> Student:
         """Improves the student; the teacher is never changed, and the images carry no labels."""

@@ -24,8 +24,8 @@ from bitwright.quant.quantizer import BiasQuantizer, Quantizer
 from bitwright.quant.ranges import RangeMethod, activation_range, spread_ratio, weight_scale
 from bitwright.quant.scheme import Scheme
 from bitwright.quant.statistics import MeanInput, Statistics
-from bitwright.stages.base import Run, Stage
-from bitwright.stages.passes import shared_pass
+from bitwright.stages.base import KeptSteps, Run, Stage, Stream, Sums
+from bitwright.stages.passes import sum_up
 from bitwright.stages.ptf import set_factors
 
 BIAS_IMAGES = 128
@@ -66,9 +66,13 @@ class Calibrate(Stage):
 
     def run(self, student: Student, teacher: Captured, images: Images, run: Run) -> Student:
         """One pass over the images, two with ``ptf``; memory does not depend on their number."""
-        means = mean_inputs(teacher.graph) if self.bias_correction == "analytic" else {}
-        statistics = _observe(student, teacher, images, run, means)
-        self._set_weights(student, self._element_scores(teacher, images, run))
+        means = MeanSums(mean_inputs(teacher.graph) if self.bias_correction == "analytic" else {})
+        seen, following = _Seen(student), run.following
+        run.summed = None if following is None else following.sums(student, teacher, images, run)
+        sums: list[Sums] = [seen, means] if run.summed is None else [seen, means, run.summed]
+        sum_up(teacher, images, run, "Calibrating", *sums)
+        statistics = seen.joined()
+        self._set_weights(student, self._element_scores(teacher, images, run), run.steps_of_weights)
         if self.match_spread:
             match_spreads(student, teacher)
         self._set_activations(student, statistics)
@@ -76,7 +80,7 @@ class Calibrate(Stage):
             set_factors(student, teacher, images, run)
         widen_for_biases(student)
         if self.bias_correction == "analytic":
-            correct_biases(student, teacher, {k: v.mean for k, v in means.items()})
+            correct_biases(student, teacher, means.found())
         elif self.bias_correction == "sequential":
             correct_biases_in_sequence(student, teacher, images.batch(range(min(BIAS_IMAGES, len(images)))), run)
         widen_for_biases(student)
@@ -90,22 +94,28 @@ class Calibrate(Stage):
                 "Set it to false, or take another recipe=."
             )
 
-    def _set_weights(self, student: Student, importance: dict[str, Tensor]) -> None:
+    def _set_weights(self, student: Student, importance: dict[str, Tensor], steps: KeptSteps) -> None:
         weighted = self.weights == "hmse"
         for stored, quantizer in parameters(student.graph, "weight"):
             weight = rewrite.get_tensor(student.graph, stored)
             assert quantizer.block is not None
             power = 2.0 if weighted else self.weight_power
             scores = importance.get(stored) if weighted else None
-            scale = weight_scale(
-                weight,
-                quantizer.grid,
-                quantizer.block,
-                "mse" if self.weights == "hmse" else self.weights,
-                percentile=self.percentile,
-                power=power,
-                importance=scores,
-            )
+            how = "mse" if self.weights == "hmse" else self.weights
+            settings = (quantizer.grid, quantizer.block, how, self.percentile, power)
+            scale = None if scores is not None else steps.of(weight, settings)
+            if scale is None:
+                scale = weight_scale(
+                    weight,
+                    quantizer.grid,
+                    quantizer.block,
+                    how,
+                    percentile=self.percentile,
+                    power=power,
+                    importance=scores,
+                )
+            if scores is None:
+                steps.keep(weight, settings, scale)
             if quantizer.power_of_two and self.weights in {"mse", "hmse"}:
                 scale = shifts.nearest_power_scale(
                     weight, scale, quantizer.grid, quantizer.block, power=power, importance=scores
@@ -189,41 +199,46 @@ def _read_in_float(graph: fx.GraphModule, stored: str) -> bool:
     return any(reader.op != "call_module" for node in readings for reader in node.users)
 
 
-def _observe(
-    student: Student, teacher: Captured, images: Images, run: Run, means: dict[str, MeanInput]
-) -> dict[str, Statistics]:
-    """Statistics of every tensor with an activation quantizer, by the quantizer's key."""
-    statistics: dict[str, Statistics] = {}
-    watched: dict[str, list[Statistics]] = defaultdict(list)
-    for node in student.graph.graph.nodes:
-        if node.op != "call_module" or not _is_activation(student.graph, node):
-            continue
-        seen = statistics.setdefault(str(node.target), Statistics(student.quantizer(str(node.target)).name))
-        source = node.args[0]
-        if source.op == "get_attr":
-            seen.update(rewrite.get_tensor(student.graph, str(source.target)))
-        else:
-            watched[source.name].append(seen)
-    callbacks: dict[str, Callback] = {name: updating(*observers) for name, observers in watched.items()}
-    sums = MeanSums(means, callbacks)
-    moving = [seen for observers in watched.values() for seen in observers]
+class _Seen:
+    """Statistics of every tensor with an activation quantizer.
 
-    def see(batch: Tensor) -> list[Tensor]:
-        watch(teacher.graph, batch, callbacks)
-        return sums.taken()
+    Attributes:
+        statistics: by the quantizer's key.
+        callbacks: for a pass of the float network.
+        streams: those statistics that grow in it.
+    """
 
-    shared_pass(images, run, "Calibrating", see, sums.add, moving)
-    return _joined(statistics, moving)
+    def __init__(self, student: Student) -> None:
+        self.statistics: dict[str, Statistics] = {}
+        watched: dict[str, list[Statistics]] = defaultdict(list)
+        for node in student.graph.graph.nodes:
+            if node.op != "call_module" or not _is_activation(student.graph, node):
+                continue
+            name = student.quantizer(str(node.target)).name
+            seen = self.statistics.setdefault(str(node.target), Statistics(name))
+            source = node.args[0]
+            if source.op == "get_attr":
+                seen.update(rewrite.get_tensor(student.graph, str(source.target)))
+            else:
+                watched[source.name].append(seen)
+        self.callbacks: dict[str, Callback] = {name: updating(*observers) for name, observers in watched.items()}
+        self.streams = [seen for observers in watched.values() for seen in observers]
 
+    def taken(self) -> list[Tensor]:
+        """Nothing: each process keeps what it has seen, until all have seen everything."""
+        return []
 
-def _joined(statistics: dict[str, Statistics], moving: list[Statistics]) -> dict[str, Statistics]:
-    """What all processes have seen together; stored operands were seen whole by each."""
-    still = {key for key, seen in statistics.items() if seen not in moving}
-    found, *others = together.collected({together.rank(): statistics}, together.processes())
-    for key in found.keys() - still:
-        for other in others:
-            found[key].absorb(other[key])
-    return found
+    def add(self, given: Sequence[Tensor]) -> None:
+        """Nothing."""
+
+    def joined(self) -> dict[str, Statistics]:
+        """What all processes have seen together; stored operands were seen whole by each."""
+        still = {key for key, seen in self.statistics.items() if seen not in self.streams}
+        found, *others = together.collected({together.rank(): self.statistics}, together.processes())
+        for key in found.keys() - still:
+            for other in others:
+                found[key].absorb(other[key])
+        return found
 
 
 class MeanSums:
@@ -231,21 +246,20 @@ class MeanSums:
 
     Args:
         means: by node name.
-        callbacks: of the pass that sees the inputs; the means' own are put beside them.
+
+    Attributes:
+        callbacks: of the pass that sees the inputs.
+        streams: none.
     """
 
-    def __init__(self, means: dict[str, MeanInput], callbacks: dict[str, Callback]) -> None:
+    streams: Sequence[Stream] = ()
+
+    def __init__(self, means: dict[str, MeanInput]) -> None:
         self.means, self._fresh = means, dict[str, tuple[Tensor, int]]()
-        for name in means:
-            callbacks[name] = self._seeing(callbacks.get(name))
+        self.callbacks: dict[str, Callback] = dict.fromkeys(means, self._see)
 
-    def _seeing(self, first: Callback | None) -> Callback:
-        def callback(node: fx.Node, value: Tensor) -> None:
-            if first is not None:
-                first(node, value)
-            self._fresh[node.name] = self.means[node.name].summed(value)
-
-        return callback
+    def _see(self, node: fx.Node, value: Tensor) -> None:
+        self._fresh[node.name] = self.means[node.name].summed(value)
 
     def taken(self) -> list[Tensor]:
         """The sums of the last batch, and of how many each is."""
@@ -257,6 +271,10 @@ class MeanSums:
         """Takes in what :meth:`taken` gave, here or in another process."""
         for mean, total, count in zip(self.means.values(), given, given[-1].tolist() if given else (), strict=False):
             mean.add(total, count)
+
+    def found(self) -> dict[str, Tensor]:
+        """The means, by node name."""
+        return {name: mean.mean for name, mean in self.means.items()}
 
 
 def _is_activation(graph: fx.GraphModule, node: fx.Node) -> bool:

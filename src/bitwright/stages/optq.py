@@ -17,12 +17,12 @@ from bitwright.graph import ops, rewrite
 from bitwright.graph.capture import Captured
 from bitwright.graph.patches import group_grams, layer_inputs
 from bitwright.graph.student import Student, has_quantized_weight, weight_of
-from bitwright.graph.watch import Callback, watch
+from bitwright.graph.watch import Callback
 from bitwright.quant import obq, optq
 from bitwright.stages.augment import ViewCount, Views, view_count
-from bitwright.stages.base import Run, Stage
+from bitwright.stages.base import Run, Stage, Sums
 from bitwright.stages.calibrate import MeanSums, correct_biases, mean_inputs, widen_for_biases
-from bitwright.stages.passes import dealt_tensors, shared_pass
+from bitwright.stages.passes import Several, dealt_tensors, sum_up
 
 AFFORDABLE = 5e11
 """Multiplications of a layer up to which its elements are rounded one by one: about two minutes."""
@@ -59,27 +59,28 @@ class Optq(Stage):
     bias_correction: bool = True
     """Give every output channel its mean back afterwards, as ``calibrate`` does (analytic)."""
 
-    def run(self, student: Student, teacher: Captured, images: Images, run: Run) -> Student:
-        """One pass over the images; memory is one matrix of inputs x inputs a layer."""
-        some = images.sample(min(self.images, len(images)), seed=run.seed)
-        samples = Views(some, view_count(some, self.views), run.seed)
-        grams = _Grams(student, teacher.graph, self.positions, run.seed)
+    def sums(self, student: Student, teacher: Captured, images: Images, run: Run) -> Sums | None:
+        """Where it takes all of the images, and one view of each."""
+        alike = len(images) <= self.images and view_count(images, self.views) == 1
+        return self._inputs(student, teacher, run) if alike else None
+
+    def _inputs(self, student: Student, teacher: Captured, run: Run) -> _Inputs:
         means = mean_inputs(teacher.graph) if self.bias_correction else {}
-        callbacks = grams.callbacks()
-        sums = MeanSums(means, callbacks)
+        return _Inputs(_Grams(student, teacher.graph, self.positions, run.seed), MeanSums(means))
 
-        def see(batch: Tensor) -> list[Tensor]:
-            watch(teacher.graph, batch, callbacks)
-            return [*grams.taken(), *sums.taken()]
-
-        def add(given: Sequence[Tensor]) -> None:
-            sums.add(grams.add(given))
-
-        shared_pass(samples, run, "Reading layer inputs", see, add, [grams])
+    def run(self, student: Student, teacher: Captured, images: Images, run: Run) -> Student:
+        """One pass over the images, if the stage before has not made it; memory is inputs x inputs for each layer."""
+        inputs, run.summed = run.summed, None
+        if not isinstance(inputs, _Inputs):
+            some = images.sample(min(self.images, len(images)), seed=run.seed)
+            samples = Views(some, view_count(some, self.views), run.seed)
+            inputs = self._inputs(student, teacher, run)
+            sum_up(teacher, samples, run, "Reading layer inputs", inputs)
+        grams, means = inputs.grams, inputs.means
         self._tell(teacher, list(grams.matrices))
         self._round_all(student, teacher, grams.matrices, run)
         if self.bias_correction:
-            correct_biases(student, teacher, {k: v.mean for k, v in means.items()})
+            correct_biases(student, teacher, means.found())
             widen_for_biases(student)
         return student
 
@@ -131,6 +132,14 @@ class Optq(Stage):
         return weight.shape[0] * float(weight[0].numel()) ** 3 <= AFFORDABLE
 
 
+class _Inputs(Several):
+    """What the layers read, summed up."""
+
+    def __init__(self, grams: _Grams, means: MeanSums) -> None:
+        super().__init__((grams, means))
+        self.grams, self.means = grams, means
+
+
 class _Grams:
     """``X X^T`` of every layer with a quantized weight, [groups, inputs, inputs], by the first of its nodes."""
 
@@ -147,8 +156,9 @@ class _Grams:
         self.nodes = [n for n in teacher.graph.nodes if n.name in quantized and ops.base_name(n) in COMPENSATED]
         for node in self.nodes:
             self.owner.setdefault(str(node.args[1].target), node)
+        self.callbacks, self.streams = self._callbacks(), [self]
 
-    def callbacks(self) -> dict[str, Callback]:
+    def _callbacks(self) -> dict[str, Callback]:
         """One for every tensor that such a layer reads, by node name."""
         readers: dict[str, list[fx.Node]] = defaultdict(list)
         for node in self.nodes:
@@ -183,11 +193,10 @@ class _Grams:
         self._order = [owner for owner, _ in fresh]
         return [gram for _, gram in fresh]
 
-    def add(self, given: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Takes in what :meth:`taken` gave, and returns what follows it."""
-        for owner, gram in zip(self._order, given, strict=False):
+    def add(self, given: Sequence[Tensor]) -> None:
+        """Takes in what :meth:`taken` gave, here or in another process."""
+        for owner, gram in zip(self._order, given, strict=True):
             self._take(owner, gram)
-        return given[len(self._order) :]
 
     def _draw(self, count: int) -> Tensor:
         """All places in random order."""

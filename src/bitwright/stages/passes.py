@@ -4,23 +4,71 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from bitwright import together
-from bitwright.stages.base import Run, Streamed
+from bitwright.graph.capture import Captured
+from bitwright.graph.watch import Callback, watch
+from bitwright.stages.base import Run, Stream, Streamed, Sums
 
 
-class Stream(Protocol):
-    """What depends on how many batches came before."""
+def sum_up(teacher: Captured, images: Streamed, run: Run, what: str, *sums: Sums) -> None:
+    """Shows the float network's values on the images to all of the sums in one pass.
 
-    def skip(self, batches: int) -> None:
-        """Goes past batches that another process sees, as large as the first one."""
+    Args:
+        teacher: the float network.
+        images: to go through.
+        run: batch size, device, progress.
+        what: goes on, for people.
+        sums: that are made.
+    """
+    whole = Several(sums)
 
-    def forget(self) -> None:
-        """The first batch counts in another process."""
+    def see(batch: Tensor) -> list[Tensor]:
+        watch(teacher.graph, batch, whole.callbacks)
+        return whole.taken()
+
+    shared_pass(images, run, what, see, whole.add, whole.streams)
+
+
+class Several:
+    """Sums that are made in one pass.
+
+    Args:
+        parts: those.
+    """
+
+    def __init__(self, parts: Sequence[Sums]) -> None:
+        self.parts = parts
+        self.streams = [stream for each in parts for stream in each.streams]
+        self.callbacks: dict[str, Callback] = {}
+        for name in dict.fromkeys(name for each in parts for name in each.callbacks):
+            self.callbacks[name] = _all_of([each.callbacks[name] for each in parts if name in each.callbacks])
+        self._lengths: list[int] = []
+
+    def taken(self) -> list[Tensor]:
+        """What the last batch adds to each, one behind the other."""
+        found = [each.taken() for each in self.parts]
+        self._lengths = list(map(len, found))
+        return [tensor for each in found for tensor in each]
+
+    def add(self, given: Sequence[Tensor]) -> None:
+        """Takes in what :meth:`taken` gave, here or in another process."""
+        start = 0
+        for each, length in zip(self.parts, self._lengths, strict=True):
+            each.add(given[start : start + length])
+            start += length
+
+
+def _all_of(callbacks: Sequence[Callback]) -> Callback:
+    def show(node: fx.Node, value: Any) -> None:
+        for callback in callbacks:
+            callback(node, value)
+
+    return show
 
 
 def shared_pass(
