@@ -62,25 +62,25 @@ def group_grams(node: fx.Node, value: Tensor, weight: Tensor, positions: int, dr
     pixels = pixels.movedim(-1, 0).flatten(1)  # [C, B pixels]
     images = torch.arange(len(value), device=value.device) * len(used)
     where = (where.unsqueeze(1) + images.unsqueeze(1)).int()  # [kh kw, B, P]
+    if not bool(inside.all()):
+        where.masked_fill_(~inside.unsqueeze(1), pixels.shape[1])
+        pixels = torch.nn.functional.pad(pixels, (0, 1))  # places outside read a zero behind the last pixel
     channels = len(pixels) // rewrite.groups(node)
     some = max(1, GATHERED // (channels * where.numel()))
     parts = torch.split(pixels, some * channels)
-    return torch.cat([_grams_of(part, where, inside, channels) for part in parts])
+    return torch.cat([_grams_of(part, where, channels) for part in parts])
 
 
-def _grams_of(pixels: Tensor, where: Tensor, inside: Tensor, channels: int) -> Tensor:
+def _grams_of(pixels: Tensor, where: Tensor, channels: int) -> Tensor:
     """Of some groups.
 
     Args:
         pixels: [C, B pixels], of which a group has so many ``channels``.
         where: the patches' pixels, [kh kw, B, P].
-        inside: whether they lie inside the image, [kh kw, P].
         channels: of one group.
     """
     taken = pixels.index_select(1, where.reshape(-1))  # of two axes: of three it takes ten times as long
-    if not bool(inside.all()):
-        taken.view(-1, *where.shape).mul_(inside.to(taken).unsqueeze(1))
-    rows = taken.reshape(len(pixels) // channels, channels * len(inside), -1)
+    rows = taken.reshape(len(pixels) // channels, channels * len(where), -1)
     return rows @ rows.transpose(1, 2)
 
 

@@ -14,6 +14,8 @@ from bitwright.recording import Repeated
 
 SPLIT, WIDTH = 512, 192
 """Inputs from which on a Gram matrix is computed in stripes, half of it, and how many a stripe has."""
+TRIANGLE = 192
+"""Rows up to which a triangular matrix is inverted by substitution."""
 
 
 def gram(x: Tensor) -> Tensor:
@@ -214,22 +216,40 @@ def _alive(hessian: Tensor) -> Tensor:
 def _inverse_factor(h: Tensor, damping: float) -> Tensor:
     """Upper Cholesky factor of the damped inverse, [G, K, K]; damped more where that is not positive definite.
 
-    ``h`` is damped in place.
+    With rows and columns in reverse order it is the inverse of the lower factor of ``h`` itself, whose own inverse
+    is never computed. ``h`` is damped in place.
     """
     diagonal = h.diagonal(dim1=-2, dim2=-1)
     plain, mean = diagonal.clone(), diagonal.mean(-1, keepdim=True)
-    upper: Tensor
     for attempt in range(8):
         if damping or attempt:
             diagonal.copy_(plain + mean * max(damping, 1e-10) * 10.0**attempt)
-        inverse, failed = torch.linalg.cholesky_ex(h)
-        if bool(failed.any()):
-            continue
-        inverse = torch.cholesky_inverse(inverse)
-        upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+        lower, failed = torch.linalg.cholesky_ex(h.flip(-2, -1))
         if not bool(failed.any()):
-            return upper
+            return _inverse_of_lower(lower).flip(-2, -1)
     return torch.eye(h.shape[1], dtype=h.dtype, device=h.device).expand_as(h)
+
+
+def _inverse_of_lower(lower: Tensor) -> Tensor:
+    """Of a triangular matrix, [G, K, K]; of a large one from those of its quarters, by products.
+
+    Example:
+        >>> _inverse_of_lower(torch.tensor([[[2.0, 0.0], [1.0, 1.0]]]))
+        tensor([[[ 0.5000,  0.0000],
+                 [-0.5000,  1.0000]]])
+    """
+    size = lower.shape[-1]
+    if size <= TRIANGLE:
+        ones = torch.eye(size, dtype=lower.dtype, device=lower.device).expand_as(lower)
+        small: Tensor = torch.linalg.solve_triangular(lower, ones, upper=False)
+        return small
+    half = size // 2
+    first, last = slice(None, half), slice(half, None)
+    found = torch.zeros_like(lower)
+    found[..., first, first] = _inverse_of_lower(lower[..., first, first])
+    found[..., last, last] = _inverse_of_lower(lower[..., last, last])
+    found[..., last, first] = -(found[..., last, last] @ lower[..., last, first]) @ found[..., first, first]
+    return found
 
 
 def _largest_first(h: Tensor) -> Tensor:
