@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import bitwright as bw
+from bitwright.graph import work
 
 
 def images(count: int = 16) -> Tensor:
@@ -97,3 +98,14 @@ def test_an_output_that_is_constant_in_float_too_is_no_fault() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         bw.quantize(Constant().eval(), images(), "rtn", weights=8)
+
+
+def test_a_large_network_is_looked_at_on_fewer_images_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = bw.quantize(Net().eval(), images(40), "rtn", weights=8)
+    assert found.result["checked"]["images"] == 32
+    monkeypatch.setattr(work, "MODEST", 1.0)
+    seen: list[str] = []
+    found = bw.quantize(Net().eval(), images(40), "rtn", weights=8, progress=lambda what, *_: seen.append(what))
+    assert found.result["checked"]["images"] == 8
+    assert "Checking the answers on 8 images instead of 32, since the network is large" in seen
+    assert "Looking for activations that need bits on 4 images instead of 8, since the network is large" in seen

@@ -15,6 +15,7 @@ import bitwright as bw
 from bitwright.cli import main
 from bitwright.errors import ParityError, UsageError
 from bitwright.given.arguments import as_flags
+from bitwright.graph import work
 from bitwright.run import job
 
 RECIPE, CALIBRATION, TEST = "eptq", "zoo:fashion[:64]", "zoo:fashion-test[:16]"
@@ -99,6 +100,23 @@ def test_true_measures_on_the_calibration_images(tmp_path: Path) -> None:
     assert "Evaluating" in told
     events = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [e["what"] for e in events if e["event"] == "done"] == ["Evaluating"]
+
+
+def test_a_large_network_is_measured_and_compared_on_fewer_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = bw.quantize(make("residual"), dataset(40), "rtn")
+    monkeypatch.setattr(work, "MODEST", 1.0)
+    made.save(tmp_path / "run", onnx=True, report=True)
+    found = result_in(tmp_path / "run")
+    assert found["data"]["evaluation"]["count"] == 32
+    assert found["parity"]["images"] == 8
+    events = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    said = [e["what"] for e in events if e["event"] == "done"]
+    assert "Evaluating on 32 images instead of 40, since the network is large" in said
+    assert "Writing ONNX and checking it in ONNX Runtime on 8 images instead of 32, since the network is large" in said
+    made.save(tmp_path / "others", evaluate=dataset(35))
+    assert result_in(tmp_path / "others")["data"]["evaluation"]["count"] == 35, "all of those that are given"
 
 
 def test_a_file_that_fails_its_check_costs_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,8 @@ from bitwright.runtimes.onnxruntime import session
 from bitwright.runtimes.openvino import OPENVINO, openvino_reads
 from bitwright.runtimes.session import Opener, Session
 
-CHECKED_IMAGES = 32
+CHECKED_IMAGES, LEAST_IMAGES = 32, 8
+"""Images on which a file is compared, and on how many at least where the network is large."""
 LAYER_IMAGES = 4
 MANY_WEIGHTS = 50_000_000
 """Weights of a network from which on a check gives memory back at once, which costs time."""

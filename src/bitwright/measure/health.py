@@ -11,6 +11,7 @@ from bitwright.errors import BitwrightError
 from bitwright.given.images import Images
 from bitwright.graph.student import Student
 from bitwright.graph.watch import Callback, watch
+from bitwright.graph.work import how_many, said
 from bitwright.measure.evaluation import AT_ONCE
 from bitwright.measure.metrics import Fidelity, OutputFidelity
 from bitwright.measure.task import over_batches
@@ -18,7 +19,8 @@ from bitwright.quant.quantizer import Quantizer
 from bitwright.run.record import CheckedAnswers
 from bitwright.stages.base import Run
 
-IMAGES = 32
+IMAGES, LEAST = 32, 8
+"""Images that are looked at, and of how many at least where the network is large."""
 SAYS = 40.0
 """Decibels between the energy of a float output and that of its change from image to image, from which on the output
 says next to nothing about the image in float either."""
@@ -37,13 +39,14 @@ def check_answers(student: Student, images: Images, run: Run) -> list[str]:
     """
     teacher = student.teacher
     assert teacher is not None
-    some = images.sample(min(IMAGES, len(images)), seed=run.seed)
+    wanted = min(IMAGES, len(images))
+    some = images.sample(how_many(student, wanted, LEAST), seed=run.seed)
     fidelity = Fidelity(student.outputs)
     ours: list[list[Tensor]] = []
     theirs: list[list[Tensor]] = []
-    for batch in run.batches(some, "Checking the answers", AT_ONCE):
+    for batch in run.batches(some, said("Checking the answers", len(some), wanted), AT_ONCE):
         with torch.no_grad():
-            expected, found = list(teacher.graph(batch)), student.flat(batch)
+            expected, found = teacher.flat(batch), student.flat(batch)
         _check_finite(student, batch, expected, found)
         fidelity.update(expected, found)
         theirs.append(expected)

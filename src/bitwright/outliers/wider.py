@@ -21,6 +21,7 @@ from bitwright.graph import ops
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.student import Student, insert_quantizers
 from bitwright.graph.watch import Callback, watch
+from bitwright.graph.work import how_many, said
 from bitwright.outliers.balance import NEGLIGIBLE_LOSS, own_quantizers, plain_ranges
 from bitwright.outliers.effects import see_gradients
 from bitwright.quant.quantizer import Calibration, as_if
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 WIDE, LEAST = 16, 8
 """Bits that tensors get; of schemes with fewer than the second, which have chosen to lose more, nothing is said."""
-IMAGES, BATCH, PROBES = 8, 4, 2
+IMAGES, LEAST_IMAGES, BATCH, PROBES = 8, 4, 4, 2
 EVERYTHING = f"*=a{WIDE}"
 """The rule that raises all activations."""
 MOST = 8
@@ -64,6 +65,7 @@ class Widening:
         cost: share of multiply-accumulates that read or make these tensors.
         suggestions: the most useful first; none where nothing that was tried helps.
         spread: of the float network's answers, from image to image, in the loss's unit.
+        images: on how many they are measured.
     """
 
     loss: float
@@ -71,6 +73,7 @@ class Widening:
     cost: float
     suggestions: list[Suggestion]
     spread: float
+    images: int
 
     def __str__(self) -> str:
         """The warning, in one line."""
@@ -79,7 +82,7 @@ class Widening:
             if math.isinf(self.spread)
             else f", {_percent(self.loss / self.spread)} of the difference between the answers to two images"
         )
-        lost = f"The loss from the float network is {self.loss:.2g} on {IMAGES} calibration images{share}"
+        lost = f"The loss from the float network is {self.loss:.2g} on {self.images} calibration images{share}"
         if not self.suggestions:
             return (
                 f"{lost}, and activations of 16 bits would leave {self.left:.2g}: the weights lose it, or the network "
@@ -148,7 +151,8 @@ def advise(student: Student, images: Images, run: Run) -> list[str]:
     few = scheme.activations is not None and scheme.activations < LEAST
     if few or WIDE not in scheme.target.activation_bits:
         return []
-    some = images.sample(min(IMAGES, len(images)), seed=run.seed).unlabelled()
+    wanted = min(IMAGES, len(images))
+    some = images.sample(how_many(student, wanted, LEAST_IMAGES), seed=run.seed).unlabelled()
     weights = scheme.weights is None or scheme.weights >= LEAST
     found = find_wider(student, teacher, some, run, loud=LOUD, share=1.0, say_all=weights)
     if found is None:
@@ -194,7 +198,9 @@ def find_wider(
         Suggestion(f"{escaped(quantizers[n].name)}=a{WIDE}", quantizers[n].name, without[n] - left, trial.cost([n]))
         for n in chosen
     ]
-    return Widening(loss, left, trial.cost(chosen), sorted(suggestions, key=lambda s: -s.predicted_gain), spread)
+    return Widening(
+        loss, left, trial.cost(chosen), sorted(suggestions, key=lambda s: -s.predicted_gain), spread, len(images)
+    )
 
 
 class _Trial:
@@ -206,14 +212,15 @@ class _Trial:
         self.readings = read_outputs(teacher.graph, images.batch([0]).to(run.device), teacher.outputs)
         self.wide: dict[str, Calibration] = {}
         self.expected: list[list[Tensor]] = []
+        self.what = said("Looking for activations that need bits", len(images), IMAGES)
 
     def loss(self, raised: Collection[str]) -> float:
         """Mean over the images, with those tensors at 16 bits."""
         total = 0.0
         with torch.no_grad(), as_if({self.quantizers[n]: self.wide[n] for n in raised}):
-            for position, batch in enumerate(self.run.batches(self.images, "Looking for activations that need bits")):
+            for position, batch in enumerate(self.run.batches(self.images, self.what)):
                 if position == len(self.expected):
-                    self.expected.append(list(self.teacher.graph(batch)))
+                    self.expected.append(self.teacher.flat(batch))
                 ours = self.student.flat(batch)
                 total += float(distance_of_outputs(ours, self.expected[position], self.readings).sum())
         return total / len(self.images)
@@ -246,7 +253,7 @@ class _Trial:
         left = self.loss(every)
         helps = bool(every) and left <= HELPS * loss
         rules = [Suggestion(EVERYTHING, "all activations", loss - left, 1.0)] if helps else []
-        return Widening(loss, left, 1.0, rules, spread)
+        return Widening(loss, left, 1.0, rules, spread, len(self.images))
 
     def read_ranges(self, names: Sequence[str]) -> None:
         """Grids of 16 bits that span what the tensors hold."""

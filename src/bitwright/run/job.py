@@ -23,7 +23,7 @@ from bitwright import report as pages
 from bitwright import together, words
 from bitwright.errors import BitwrightError, UsageError, one_line, quiet_libraries, step
 from bitwright.export.formats import named, write_format
-from bitwright.export.parity import CHECKED_IMAGES, export_checked, images_of
+from bitwright.export.parity import CHECKED_IMAGES, LEAST_IMAGES, export_checked, images_of
 from bitwright.export.verdict import Parity
 from bitwright.given.arguments import a_path, of_kind, one_of
 from bitwright.given.images import Images, load_images
@@ -32,6 +32,7 @@ from bitwright.given.models import reference_to
 from bitwright.given.two_stages import TwoStages
 from bitwright.graph.devices import device_of, exact_float32
 from bitwright.graph.student import Student, moved_to
+from bitwright.graph.work import how_many, said
 from bitwright.measure.class_maps import GivenClassMap
 from bitwright.measure.evaluation import NOTHING_SAID, LayerNoise, evaluation_of, read_outputs_of
 from bitwright.measure.metrics import Evaluation
@@ -52,8 +53,8 @@ from bitwright.sensitivity import diagnosis
 
 BATCH = 16
 """Images at a time, of which the activations of most networks stay in the memory that was faulted in."""
-SQNR_IMAGES = 32
-
+SQNR_IMAGES, MEASURED_IMAGES = 32, 32
+"""Images on which the noise of layers is measured, and calibration images on which a large network is at least."""
 
 CHECKS = {"full": CHECKED_IMAGES, "fast": 3}
 """Images on which an exported file is compared, by the thoroughness of the check."""
@@ -197,7 +198,7 @@ def save(
         folder: to write.
         force: replace a run that is there, and keep an ONNX file that fails its check.
         evaluate: images to measure accuracy, fidelity and the noise of every layer on; True for those it was
-            calibrated on.
+            calibrated on, of which a large network takes fewer.
         labels: of these images, as for :func:`bitwright.evaluate`, like the next four.
         task: that the labels belong to.
         metric: of the user's own, instead of the task's figures.
@@ -208,7 +209,7 @@ def save(
         onnx: write ``model.onnx`` and check it in ONNX Runtime.
         report: write ``report.html``; measures on the calibration images unless others are given.
         pictures: show on the page the few images whose answers differ.
-        check: ``full``, or ``fast``: the ONNX file is compared on three images instead of 32.
+        check: ``full``, or ``fast``: the ONNX file is compared on three images instead of 32, of a large network 8.
         progress: as for :func:`bitwright.quantize`.
 
     Raises:
@@ -274,7 +275,7 @@ def export(
     """
     place = a_path("path", path)
     of_kind("force", force, bool, "True or False")
-    count = CHECKS[one_of("check", check, tuple(CHECKS))]
+    count = how_many(model, CHECKS[one_of("check", check, tuple(CHECKS))], LEAST_IMAGES)
     made = named(to)
     with moved_to(model, "cpu"):
         if to == "onnx":
@@ -338,8 +339,7 @@ def add_measurements(model: Student, wanted: Wanted, journal: Journal) -> Answer
         journal: of what happens.
     """
     started = time.perf_counter()
-    given, images = wanted.images, wanted.images if wanted.images is not None else model.calibration
-    assert images is not None
+    given, images = wanted.images, _measured(model, wanted)
     readings = read_outputs_of(model, images)
     answers = Answers(model.outputs, readings)
     noise = None if model.teacher is None else LayerNoise(model, SQNR_IMAGES)
@@ -350,7 +350,7 @@ def add_measurements(model: Student, wanted: Wanted, journal: Journal) -> Answer
             readings,
             scoring=wanted.scoring,
             batch=BATCH,
-            progress=journal.progress,
+            progress=_naming(images, model.calibration if given is None else images, journal),
             each=answers.update,
             noise=noise,
         )
@@ -360,6 +360,22 @@ def add_measurements(model: Student, wanted: Wanted, journal: Journal) -> Answer
     add_evaluation(model.result, found, EvaluatedImages.of(images), decibels, same_as_calibration=given is None)
     _took(model, "evaluate", started)
     return answers
+
+
+def _naming(images: Images, all_images: Images | None, journal: Journal) -> Progress:
+    """The journal's progress, which names the number of images where it is not all of them."""
+    usual = len(images) if all_images is None else len(all_images)
+    return lambda what, *rest: journal.progress(said(what, len(images), usual), *rest)
+
+
+def _measured(model: Student, wanted: Wanted) -> Images:
+    """The images to measure on: those that are given, else those it was calibrated on, fewer of a large network."""
+    if wanted.images is not None:
+        return wanted.images
+    images = model.calibration
+    assert images is not None
+    count = how_many(model, len(images), MEASURED_IMAGES)
+    return images if count == len(images) else images.sample(count)
 
 
 def _with_decoder(found: Evaluation, scoring: Scoring, images: Images) -> Evaluation:
@@ -431,12 +447,13 @@ def _conclude(model: Student, failure: BitwrightError | None, journal: Journal, 
 def _export(model: Student, wanted: Wanted, path: Path, journal: Journal) -> BitwrightError | None:
     """Writes and checks the ONNX file; what went wrong is returned, so that hours of work are not thrown away."""
     started = time.perf_counter()
-    journal.begin("Writing ONNX and checking it in ONNX Runtime")
+    usual = CHECKS[wanted.checked]
+    count = how_many(model, usual, LEAST_IMAGES)
+    journal.begin(said("Writing ONNX and checking it in ONNX Runtime", count, usual))
     failure: BitwrightError | None = None
     parity, size = None, None
     try:
         with quiet_libraries():
-            count = CHECKS[wanted.checked]
             parity = export_checked(model, path, wanted.images, force=wanted.force, count=count)
         size = sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*"))
     except BitwrightError as error:
@@ -458,9 +475,8 @@ def _export(model: Student, wanted: Wanted, path: Path, journal: Journal) -> Bit
 def _show(model: Student, folder: Path, wanted: Wanted, answers: Answers, journal: Journal) -> None:
     """``report.html`` of a run that was just written, and what it is made from; no failure here undoes the run."""
     journal.begin("Writing the report")
-    images = wanted.images if wanted.images is not None else model.calibration
+    images = _measured(model, wanted)
     try:
-        assert images is not None
         with moved_to(model, "cpu"):
             found = facts.gather(model, images, answers, folder, pictures=wanted.pictures)
         found = replace(found, curve=facts.curve_beside(wanted.plan))
