@@ -88,14 +88,18 @@ def compensate(
 
 
 def _one_by_one(nearest: Callable[[Tensor, Tensor], Tensor], w: Tensor, steps: Tensor, upper: Tensor) -> Tensor:
-    """Columns just before they were rounded, and their errors, [2, G, R, K]: each makes those behind it move."""
+    """Columns just before they were rounded, and their errors, [2, G, R, K]: each makes those behind it move.
+
+    Inside, each column lies in one piece.
+    """
+    w, steps = (t.transpose(1, 2).contiguous() for t in (w, steps))
     errors = torch.empty_like(w)
-    for j in range(w.shape[2]):
-        column = w[:, :, j]
-        error = (column - nearest(column, steps[:, :, j])) / upper[:, j, j].unsqueeze(1)
-        w[:, :, j + 1 :] -= error.unsqueeze(2) * upper[:, j, j + 1 :].unsqueeze(1)
-        errors[:, :, j] = error
-    return torch.stack((w, errors))
+    for j in range(w.shape[1]):
+        column = w[:, j]
+        error = (column - nearest(column, steps[:, j])) / upper[:, j, j].unsqueeze(1)
+        w[:, j + 1 :] -= upper[:, j, j + 1 :].unsqueeze(2) * error.unsqueeze(1)
+        errors[:, j] = error
+    return torch.stack((w, errors)).transpose(2, 3)
 
 
 def sweep_codes(
