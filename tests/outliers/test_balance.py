@@ -109,6 +109,26 @@ def test_the_float_network_runs_once_for_all_losses() -> None:
     assert len(passes) == 2
 
 
+@pytest.mark.parametrize(("batch", "limit", "passes"), [(8, 1 << 20, 0), (4, 1 << 20, 2), (8, 1, 1)])
+def test_the_loss_takes_the_answers_of_the_pass_that_gave_the_ranges(
+    batch: int, limit: int, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they are those of one batch, and small."""
+    monkeypatch.setattr(module, "ANSWERS_BYTES", limit)
+    images, run = load_images(noise(8), None), Run(seed=0, batch=batch)
+    teacher = prepare_teacher(as_model(Wide()), images)
+    made = lambda network: insert_quantizers(network, Scheme(weights=3, activations=4))  # noqa: E731
+    trial = module._Trial(made, images, images, Calibrate(), run, [])
+    trial.readings = read_outputs(teacher.graph, noise(8), teacher.outputs)
+    seen = []
+    handle = teacher.graph.register_forward_hook(lambda *_: seen.append(1))
+    found = trial.of(teacher, [])
+    handle.remove()
+    assert len(seen) == passes
+    assert run.beside == ()
+    assert found.loss == pytest.approx(trial.losses(found.student, teacher, [{"weight"}])[0])
+
+
 def test_balanced_networks_are_written_loaded_and_checked(tmp_path: Path) -> None:
     network = Wide().eval()
     model, x = bw.quantize(network, noise(48), "mse", rules=["act_1=w8a16"]), noise(16, seed=2)

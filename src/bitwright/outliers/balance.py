@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from bitwright.graph.capture import Captured
     from bitwright.graph.student import Student
     from bitwright.recipes import Recipe
-    from bitwright.stages.base import Run
+    from bitwright.stages.base import Run, Stream
 
 Insert = Callable[["Captured"], "Student"]
 """Puts quantizers into a float network."""
@@ -57,6 +57,8 @@ NOT_WORSE = 1.1
 """Largest share of the loss of weights alone that may be there afterwards, where weights are coarse."""
 COARSE = 8
 """Bits of weights below which half of the exponents are tried as well, which change weights less."""
+ANSWERS_BYTES = 64 << 20
+"""Bytes of the float network's answers that are kept."""
 FINEST = -10
 """The least exponent, for channels with next to nothing in them."""
 
@@ -164,6 +166,33 @@ class _Outcome:
         return weights <= NOT_WORSE * weights_before and whole <= whole_before
 
 
+class _Answers:
+    """What the float network answers to the first batch of a pass; nothing where that is large.
+
+    Attributes:
+        outputs: of the batch.
+        callbacks: for the pass.
+        streams: none.
+    """
+
+    streams: Sequence[Stream] = ()
+
+    def __init__(self, teacher: Captured) -> None:
+        self.outputs: list[Tensor] | None = None
+        self.callbacks: dict[str, Callback] = {n.name: self._see for n in teacher.graph.graph.nodes if n.op == "output"}
+
+    def _see(self, _: fx.Node, value: Sequence[Tensor]) -> None:
+        if self.outputs is None and sum(o.nbytes for o in value) <= ANSWERS_BYTES:
+            self.outputs = list(value)
+
+    def taken(self) -> list[Tensor]:
+        """Nothing: each process sees the first batch."""
+        return []
+
+    def add(self, given: Sequence[Tensor]) -> None:
+        """Nothing."""
+
+
 def let_pass(student: Student, roles: Collection[str]) -> AbstractContextManager[None]:
     """Quantizers of these roles let everything pass, while inside."""
     return as_if({m: None for m in student.graph.modules() if isinstance(m, Quantizer) and m.role in roles})
@@ -195,22 +224,33 @@ class _Trial:
 
     def of(self, teacher: Captured, scales: list[ChannelScales]) -> _Outcome:
         """All that belongs to a changed network."""
-        student = self.student(teacher)
-        (loss,) = self.losses(student, teacher, [{"weight"} if has_coarse_weights(student) else set()])
+        answers = _Answers(teacher)
+        student = self.student(teacher, answers)
+        (loss,) = self.losses(student, teacher, [{"weight"} if has_coarse_weights(student) else set()], answers)
         return _Outcome(loss, self, teacher, student, scales)
 
-    def student(self, teacher: Captured) -> Student:
-        """Calibrated on the images."""
+    def student(self, teacher: Captured, answers: _Answers) -> Student:
+        """Calibrated on the images, in a pass that asks the float network too."""
         made = self.insert(teacher)
         made.to(self.run.device)
-        return self.ranges.run(made, teacher, self.images, self.run)
+        self.run.beside = (answers,)
+        try:
+            return self.ranges.run(made, teacher, self.images, self.run)
+        finally:
+            self.run.beside = ()
 
-    def losses(self, student: Student, teacher: Captured, passing: Sequence[set[str]]) -> list[float]:
-        """Means over the images, with quantizers of these roles letting everything pass; in float they run once."""
+    def losses(
+        self, student: Student, teacher: Captured, passing: Sequence[set[str]], answers: _Answers | None = None
+    ) -> list[float]:
+        """Means over the images, with quantizers of these roles letting everything pass; in float they run once.
+
+        Not even once where the answers of a single batch are there already.
+        """
         totals = [0.0] * len(passing)
+        known = None if answers is None or len(self.images) > self.run.batch else answers.outputs
         with torch.no_grad():
             for batch in self.run.batches(self.images, "Looking for outliers"):
-                expected = teacher.flat(batch)
+                expected = known or teacher.flat(batch)
                 for position, roles in enumerate(passing):
                     with let_pass(student, roles):
                         found = student.flat(batch)

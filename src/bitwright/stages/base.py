@@ -92,6 +92,7 @@ class Run:
         checked: how closely the outputs follow the float network's, looked at after the last stage.
         following: the stage that comes next, whose pass over the images may be made together with this one's.
         summed: what such a pass has added up for it.
+        beside: what else the next calibration sums up in its pass.
         steps_of_weights: that were found so far: outliers are looked for with the ranges of the stages to come.
     """
 
@@ -113,6 +114,7 @@ class Run:
     checked: CheckedAnswers | None = None
     following: Stage | None = None
     summed: Sums | None = None
+    beside: tuple[Sums, ...] = ()
     steps_of_weights: KeptSteps = field(default_factory=KeptSteps)
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ from bitwright.quant.quantizer import BiasQuantizer, Quantizer
 from bitwright.quant.ranges import RangeMethod, activation_range, spread_ratio, weight_scale
 from bitwright.quant.scheme import Scheme
 from bitwright.quant.statistics import MeanInput, Statistics
-from bitwright.stages.base import KeptSteps, Run, Stage, Stream, Sums
+from bitwright.stages.base import KeptSteps, Run, Stage, Stream
 from bitwright.stages.passes import sum_up
 from bitwright.stages.ptf import set_factors
 
@@ -69,8 +69,8 @@ class Calibrate(Stage):
         means = MeanSums(mean_inputs(teacher.graph) if self.bias_correction == "analytic" else {})
         seen, following = _Seen(student), run.following
         run.summed = None if following is None else following.sums(student, teacher, images, run)
-        sums: list[Sums] = [seen, means] if run.summed is None else [seen, means, run.summed]
-        sum_up(teacher, images, run, "Calibrating", *sums)
+        more = run.beside if run.summed is None else (*run.beside, run.summed)
+        sum_up(teacher, images, run, "Calibrating", seen, means, *more)
         statistics = seen.joined()
         self._set_weights(student, self._element_scores(teacher, images, run), run.steps_of_weights)
         if self.match_spread:
