@@ -10,7 +10,7 @@ from cases import dataset
 from torch import Tensor
 
 from bitwright.given.images import load_images
-from bitwright.stages.augment import Views
+from bitwright.stages.augment import FEW, MOST, Views, view_count
 
 SIZE = 16
 
@@ -117,3 +117,28 @@ def test_images_of_one_pixel_have_views() -> None:
     data = load_images(torch.rand(2, 3, 1, 1), None)
     every = Views(data, draws=2, smallest=0.01).batch(range(4))
     torch.testing.assert_close(every[:2], every[2:])
+
+
+@pytest.mark.parametrize(("count", "views"), [(5, MOST), (48, MOST), (64, 3), (FEW - 1, 2), (FEW, 1), (500, 1)])
+def test_few_pictures_become_enough_views_and_many_stay(count: int, views: int) -> None:
+    for shape, last in [((3, 8, 8), False), ((1, 8, 8), False), ((8, 9, 3), True)]:
+        pictures = load_images(torch.zeros(count, *shape), None, channels_last=last)
+        assert view_count(pictures, "auto") == views
+        assert view_count(pictures, 2) == 2
+
+
+@pytest.mark.parametrize("shape", [(12, 8, 8), (3, 4, 8, 8), (3, 20), (7,)])
+def test_what_is_no_picture_is_taken_once(shape: tuple[int, ...]) -> None:
+    assert view_count(load_images(torch.zeros(6, *shape), None), "auto") == 1
+
+
+def test_views_of_an_image_lie_together() -> None:
+    views = Views(dataset(5), draws=3)
+    order = views.by_image()
+    assert sorted(order) == list(range(15))
+    assert [i % 5 for i in order] == [i for i in range(5) for _ in range(3)]
+
+
+def test_two_of_many_channels_are_not_taken_for_pictures() -> None:
+    """Two pictures side by side have six."""
+    assert view_count(load_images(torch.zeros(6, 6, 8, 8), None), "auto") == 1

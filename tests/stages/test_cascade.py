@@ -24,6 +24,7 @@ from bitwright.pipeline import run_stages
 from bitwright.quant.scheme import Rule, Scheme
 from bitwright.recipes import recipe
 from bitwright.stages import cascade as module
+from bitwright.stages.augment import Views
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
 from bitwright.stages.cascade import Cascade
@@ -180,8 +181,27 @@ def test_few_images_for_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(module, "Walk", Spy)
     monkeypatch.setattr(module, "MEMORY", 1)
-    after(prepared("residual"), dataset(12))
+    after(prepared("residual"), dataset(12), views=3)
     assert seen == [module.FEWEST] * 2
+
+
+@pytest.mark.parametrize(("memory", "views"), [(1 << 40, 4), (1, 1)])
+def test_views_are_looked_at_as_far_as_memory_goes(memory: int, views: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+
+    class Spy(module._Batches):
+        def __getitem__(self, position: int) -> Tensor:
+            seen.append(super().__getitem__(position))
+            return seen[-1]
+
+    monkeypatch.setattr(module, "_Batches", Spy)
+    monkeypatch.setattr(module, "MEMORY", memory)
+    data = dataset(module.FEWEST)
+    after(prepared("residual"), data, views=4)
+    samples = Views(data, views)
+    expected = {row.numpy().tobytes() for row in samples.batch(range(len(samples)))}
+    assert {row.numpy().tobytes() for batch in seen for row in batch} == expected
+    assert len(expected) > (views - 1) * len(data)
 
 
 @pytest.mark.parametrize("name", ["called_twice", "conv_bn_relu6", "residual", "shifted_window", "transformer"])

@@ -41,9 +41,10 @@ def view_count(images: Images, wanted: int | Literal["auto"]) -> int:
 
 
 def _are_pictures(images: Images) -> bool:
-    shape = images.batch([0]).shape
-    pictures = len(shape) == 4 and (shape[1] in PICTURES or shape[3] in PICTURES)
-    return pictures and not any(part.flat for part in images.parts)
+    shape = images.batch([0]).shape[1:]
+    if len(shape) != 3 or any(part.flat for part in images.parts):
+        return False
+    return shape[-1 if has_channels_last(shape) else 0] in PICTURES
 
 
 class Views:
