@@ -13,13 +13,13 @@ from torch import Tensor
 from bitwright.given.images import Images
 from bitwright.given.preprocessing import has_channels_last
 
-FEW, MOST = 192, 4
+FEW, MOST = 256, 4
 """Views that make up for few images, and how many of each image at most: more gained nothing with 48 images."""
 PICTURES = (1, 3)
 """Channels of a picture."""
 
 ViewCount = Annotated[int, Field(ge=1)] | Literal["auto"]
-"""How many views of each image. ``auto`` is one, but as many as make few pictures 192, four at most."""
+"""How many views of each image. ``auto`` is one, but as many as make few pictures 256, four at most."""
 
 
 def view_count(images: Images, wanted: int | Literal["auto"]) -> int:
@@ -31,7 +31,7 @@ def view_count(images: Images, wanted: int | Literal["auto"]) -> int:
 
     Example:
         >>> from bitwright.given.images import load_images
-        >>> images = load_images(torch.rand(80, 3, 8, 8), None)
+        >>> images = load_images(torch.rand(100, 3, 8, 8), None)
         >>> view_count(images, "auto"), view_count(images, 8)
         (3, 8)
     """

@@ -213,7 +213,7 @@ class Reconstruct(Optimising):
 
     views: ViewCount = 1
     """Number of views of each image: 1 takes the images as they are, more add random crops and mirror images. ``auto``:
-    so many that few pictures become 192, four at most."""
+    so many that few pictures become 256, four at most."""
     never_worse: bool = True
     """Keep what an earlier stage left where that has the lower calibration loss."""
 
