@@ -119,7 +119,9 @@ def test_images_of_one_pixel_have_views() -> None:
     torch.testing.assert_close(every[:2], every[2:])
 
 
-@pytest.mark.parametrize(("count", "views"), [(5, MOST), (48, MOST), (64, MOST), (100, 3), (FEW - 1, 2), (FEW, 1), (500, 1)])
+@pytest.mark.parametrize(
+    ("count", "views"), [(5, MOST), (48, MOST), (64, MOST), (100, 3), (FEW - 1, 2), (FEW, 1), (500, 1)]
+)
 def test_few_pictures_become_enough_views_and_many_stay(count: int, views: int) -> None:
     for shape, last in [((3, 8, 8), False), ((1, 8, 8), False), ((8, 9, 3), True)]:
         pictures = load_images(torch.zeros(count, *shape), None, channels_last=last)
