@@ -110,6 +110,14 @@ def test_a_stage_without_settings_may_be_a_word(tmp_path: Path) -> None:
         ("name: a\nstages:\n- reconstruct: {full_steps: 3}\n", ["full_steps"]),
         ("name: a\nstages:\n- reconstruct: {rounding: free}\n", ["rounding", "straight-through"]),
         ("name: a\nstages:\n- reconstruct: {decide: {begin: 0.3, end: 0.9}}\n", ["decide", "begin"]),
+        (
+            "name: a\nstages:\n- optq: {views: 0}\n",
+            ["optq.views: expected a number greater than or equal to 1 or 'auto', found 0."],
+        ),
+        (
+            "name: a\nstages:\n- optq\n- cascade: {views: many}\n",
+            ["cascade.views: expected a whole number or 'auto', found 'many'."],
+        ),
         ("name: a\nstages:\n- calibrate: [3]\n", ["stages"]),
         ("name: a\nstages:\n- celebrate\n", ["celebrate", "calibrate"]),
         ("name: a\nstages:\n- {calibrate: {}, other: {}}\n", ["stages"]),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 import runpy
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +97,47 @@ def _read_stage(value: Any) -> Stage:
         raise ValueError(f"unknown stage '{kind}'; there are {', '.join(sorted(Stage.registry))}")
     if not isinstance(settings or {}, dict):
         raise ValueError(f"expected settings of '{kind}' like '{{weights: mse}}', found {settings!r}")
-    return Stage.registry[kind](**(settings or {}))
+    try:
+        return Stage.registry[kind](**(settings or {}))
+    except ValidationError as error:
+        raise ValueError(f"{kind}.{_fault(error)}") from error
+
+
+def _fault(error: ValidationError) -> str:
+    """The first setting that is wrong, everything that it may be, and what was found."""
+    errors = error.errors()
+    path = [str(part) for part in errors[0]["loc"]]
+    setting = list(takewhile(lambda part: re.fullmatch(r"\w+", part), path))  # what follows names a kind of value
+    kinds = [e for e in errors if len(e["loc"]) == len(path) and list(map(str, e["loc"][: len(setting)])) == setting]
+    text = " or ".join(dict.fromkeys(_wanted(e["msg"]) for e in (kinds if len(setting) < len(path) else kinds[:1])))
+    found = errors[0]["input"]
+    if text.startswith("expected ") and errors[0]["type"] != "value_error":
+        text = f"{text.replace(' or expected ', ' or ')}, found {repr(found)[:80]}"
+    named = [part for part in setting if not part[0].isupper()]  # others are classes
+    return f"{'.'.join(named)[:80] or 'the file'}: {text}"
+
+
+def _wanted(message: str) -> str:
+    """A message of pydantic in our words, on one line."""
+    text = " ".join(message.split())[:300].removeprefix("Value error, ")
+    text = re.sub(r"^Input should be (?=greater|less)", "expected a number ", text)
+    text = re.sub(r"^Input should be ", "expected ", text)
+    text = re.sub(r"^(expected .*?), (unable to|got a) .*", r"\1", text)
+    for theirs, ours in _WORDS.items():
+        text = text.replace(theirs, ours)
+    return text
+
+
+_WORDS = {
+    "Extra inputs are not permitted": "there is no such setting",
+    "Field required": "expected, found none",
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "a valid boolean": "true or false",
+    "a valid string": "a text",
+    "a valid tuple": "a list",
+}
+"""What pydantic says, and what a reader of YAML knows."""
 
 
 @cache
@@ -151,6 +193,4 @@ def _from_yaml(path: Path) -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(p) for p in first["loc"]) or "the file"
-        raise UsageError(f"In the recipe {path}, {field[:80]}: {' '.join(first['msg'].split())[:200]}.") from error
+        raise UsageError(f"In the recipe {path}, {_fault(error)}.") from error
