@@ -129,7 +129,7 @@ def test_few_pictures_become_enough_views_and_many_stay(count: int, views: int) 
         assert view_count(pictures, 2) == 2
 
 
-@pytest.mark.parametrize("shape", [(12, 8, 8), (3, 4, 8, 8), (3, 20), (7,)])
+@pytest.mark.parametrize("shape", [(12, 8, 8), (3, 4, 8, 8), (3, 20), (7,), (1, 1, 20), (3, 20, 1)])
 def test_what_is_no_picture_is_taken_once(shape: tuple[int, ...]) -> None:
     assert view_count(load_images(torch.zeros(6, *shape), None), "auto") == 1
 

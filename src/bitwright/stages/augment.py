@@ -26,7 +26,8 @@ def view_count(images: Images, wanted: int | Literal["auto"]) -> int:
     """How many views of each image.
 
     Args:
-        images: [C, H, W] or [H, W, C] each; others than pictures of one or three channels are taken once by ``auto``.
+        images: [C, H, W] or [H, W, C] each; others than pictures of one or three channels are taken once by ``auto``,
+            and so are signals in the shape of one, a row or a column.
         wanted: so many, or ``auto``.
 
     Example:
@@ -44,7 +45,8 @@ def _are_pictures(images: Images) -> bool:
     shape = images.batch([0]).shape[1:]
     if len(shape) != 3 or any(part.flat for part in images.parts):
         return False
-    return shape[-1 if has_channels_last(shape) else 0] in PICTURES
+    sides = shape[:-1] if has_channels_last(shape) else shape[1:]
+    return shape[-1 if has_channels_last(shape) else 0] in PICTURES and min(sides) > 1
 
 
 class Views:
