@@ -83,7 +83,7 @@ def test_losses_are_those_of_the_roundings_that_the_recipe_will_make() -> None:
         planning.planned(teacher, Scheme(), data, Goal.parse(weights="3,4"), builtin_recipes()[name], Run(), points=0)
         for name in ("mse", "eptq")
     )
-    choices = Choices((3, 4), (), refine=(Optq(),))
+    choices = Choices((3, 4), (), refine=(Optq(views="auto"),))
     expected = MeasuredLoss().measure(teacher, data, choices, Run()).weights
     assert rounded.losses.weights == {name: pytest.approx(row) for name, row in expected.items()}
     assert plain.losses.weights != rounded.losses.weights
