@@ -165,7 +165,7 @@ def test_biases_of_heads_stay_float_and_say_so() -> None:
 @pytest.mark.parametrize("method", ["optq", "eptq", "evolq", "eptq+evolq"])
 def test_stages_keep_the_scales_of_heads(method: str, tmp_path: Path) -> None:
     """What each of them yields lies on the grid of its heads: codes times one number a head."""
-    steps = {"eptq": 4, "evolq": 4, "eptq+evolq": (4, 4)}.get(method)
+    steps = {"eptq": 24, "evolq": 4, "eptq+evolq": (24, 4)}.get(method)
     scheme = Scheme(weights=3, granularity="head")
     model = bw.quantize(network("separate"), cases.dataset(), recipe=method, scheme=scheme, steps=steps)
     assert {n for n, g in granularities(model).items() if g == "head"} == set(PROJECTIONS["separate"])
