@@ -198,10 +198,12 @@ def test_views_are_looked_at_as_far_as_memory_goes(memory: int, views: int, monk
     monkeypatch.setattr(module, "MEMORY", memory)
     data = dataset(module.FEWEST)
     after(prepared("residual"), data, views=4)
-    samples = Views(data, views)
+    samples, count = Views(data, views), len(data)
     expected = {row.numpy().tobytes() for row in samples.batch(range(len(samples)))}
     assert {row.numpy().tobytes() for batch in seen for row in batch} == expected
-    assert len(expected) > (views - 1) * len(data)
+    assert len(expected) > (views - 1) * count
+    alone = [samples.batch([view * count + i for view in range(views)]) for i in range(count)]
+    assert all(any(torch.equal(batch, each) for each in alone) for batch in seen)  # nothing held out was learned from
 
 
 @pytest.mark.parametrize("name", ["called_twice", "conv_bn_relu6", "residual", "shifted_window", "transformer"])

@@ -45,8 +45,8 @@ def _are_pictures(images: Images) -> bool:
     shape = images.batch([0]).shape[1:]
     if len(shape) != 3 or any(part.flat for part in images.parts):
         return False
-    sides = shape[:-1] if has_channels_last(shape) else shape[1:]
-    return shape[-1 if has_channels_last(shape) else 0] in PICTURES and min(sides) > 1
+    *sides, channels = shape if has_channels_last(shape) else (*shape[1:], shape[0])
+    return channels in PICTURES and min(sides) > 1
 
 
 class Views:

@@ -166,7 +166,7 @@ class Run:
         finally:
             self.progress = told
 
-    def batches(self, images: Streamed, what: str, at_once: int | None = None) -> Iterator[torch.Tensor]:
+    def batches(self, images: Streamed, what: str, at_once: int | None = None) -> Iterator[Tensor]:
         """The images in batches on the device, [B, C, H, W], with progress; ``at_once`` of them, or :attr:`batch`."""
         done = 0
         self.progress(what, 0, len(images))
@@ -181,14 +181,14 @@ class Samples(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: Sequence[int] | torch.Tensor) -> torch.Tensor:
+    def batch(self, indices: Sequence[int] | Tensor) -> Tensor:
         """[B, C, H, W]."""
 
 
 class Streamed(Samples, Protocol):
     """The same, that can be had in order."""
 
-    def batches(self, size: int) -> Iterator[torch.Tensor]:
+    def batches(self, size: int) -> Iterator[Tensor]:
         """[B, C, H, W] each, of this many; the last may have fewer."""
 
 

@@ -342,7 +342,10 @@ class _Ahead:
 
 
 class _Batches(Sequence[Tensor]):
-    """Images [B, C, H, W] in parts, each made when it is asked for. Views of an image lie together."""
+    """Images [B, C, H, W] in parts, each made when it is asked for.
+
+    Views of an image lie together, so that parts that are held out show other images than the rest.
+    """
 
     def __init__(self, samples: Views, device: torch.device) -> None:
         self._samples, self._order, self._device = samples, samples.by_image(), device

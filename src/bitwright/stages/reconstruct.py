@@ -133,6 +133,8 @@ class ReconstructRecord(StageRecord):
     compiled: bool
     step_seconds: dict[str, float]
     seed: int
+    views: int = 1
+    """Of each image."""
     batch: int | None = None
     at_once: int | None = None
     teacher: Literal["kept", "live"] | None = None
@@ -301,7 +303,7 @@ class Reconstruct(Optimising):
 
         saved = KeptState.read(run) or KeptState(run, self._plan(lambda plan: _seconds(tuner_of(plan), plan), run))
         plan = saved.plan
-        record = ReconstructRecord(**vars(plan), seed=run.seed, scores=scores)
+        record = ReconstructRecord(**vars(plan), seed=run.seed, views=samples.draws, scores=scores)
         before = _sqnr(student, images, run)
         tuner = tuner_of(plan)
         if plan.steps:
@@ -457,7 +459,7 @@ class Reconstruct(Optimising):
         places = find_places(graph, teacher.graph, teacher.example.to(run.device), kind, reverse=reverse)
         saved = KeptState.read(run) or KeptState(run, self._plan_units(student, teacher, places, samples, run))
         plan, start = saved.plan, dict(student.graph.named_buffers())
-        record = ReconstructRecord(**vars(plan), seed=run.seed, units=[])
+        record = ReconstructRecord(**vars(plan), seed=run.seed, views=samples.draws, units=[])
         before = _sqnr(student, images, run)
         student.restore(Snapshot(saved.done, {}))
         for position, place in enumerate(places[len(saved.units) :], len(saved.units)):
