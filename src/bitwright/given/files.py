@@ -36,6 +36,19 @@ _UPRIGHT = {
 }
 
 
+def exists(path: Path) -> bool:
+    """Whether there is such a file; a name that no file system takes is none."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def is_file(path: Path) -> bool:
+    """Whether it is a file that can be read to its end: no folder, pipe or device."""
+    return exists(path) and path.is_file()
+
+
 class Source(Protocol):
     """Where images come from; an index counts over the whole source, before any slice."""
 

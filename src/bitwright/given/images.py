@@ -1,47 +1,32 @@
-"""Images: a sequence of preprocessed tensors, loaded from where users keep them, and their labels."""
+"""Images: a sequence of preprocessed tensors, with what is known of them."""
 
 from __future__ import annotations
 
 import copy
-import csv
 import hashlib
-import os
-import re
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
-import numpy as np
-import numpy.typing as npt
-import torch
 from PIL import Image
 from torch import Tensor
 
 from bitwright.errors import DataError, UsageError
-from bitwright.given.entries import MOST_CLASSES
-from bitwright.given.files import Encoded, Files, Joined, Source, Store, Tensors
+from bitwright.given.files import Encoded, Joined, Source, Store, Tensors
 from bitwright.given.items import evenly
-from bitwright.given.objects import AXES, Asked, of_array, read_object
+from bitwright.given.labels import given_labels
+from bitwright.given.objects import AXES, Asked
 from bitwright.given.placement import ImagePlacement
+from bitwright.given.places import find_images
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing, parse_input_size
-from bitwright.given.references import absolute_source
 from bitwright.given.several import InputPart
-from bitwright.given.shards import SHARDS, open_shards
-from bitwright.given.text import short
-from bitwright.given.truth import Truth, masks_of
+from bitwright.given.truth import Truth
 
 __all__ = ["Images", "PreprocessFunction", "Preprocessing", "load_images", "parse_input_size"]
 
-# fmt: off
-EXTENSIONS = frozenset({
-    ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
-    ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
-})
-# fmt: on
 CACHE_BYTES = 1 << 30
 GREY = frozenset({"1", "L", "I", "I;16", "F"})
 """Modes of Pillow images of one channel."""
@@ -148,7 +133,7 @@ class Images:
 
     def labelled(self, labels: str | Path | Sequence[int] | Tensor) -> Images:
         """Return the same images with these labels; see `load_images` for their forms."""
-        found = _explicit_labels(labels, self.names)
+        found = given_labels(labels, self.names)
         return Images(self._store, self._indices, found, place=self.place)
 
     def known(self, truth: Truth | None) -> Images:
@@ -316,203 +301,27 @@ def load_images(
     """
     if isinstance(source, Images):
         return source.labelled(labels) if labels is not None else source
-    window, named = None, None
     channels_last = channels_last or _is_channels_last(preprocessing)
-    asked = Asked(most, input_key, read_labels, channels_last, tuple(inputs))
-    if isinstance(source, str) and not source.strip():
-        raise DataError("Expected a folder of images, an .npz file or zoo:NAME, found nothing. Name one.")
-    if isinstance(source, str | os.PathLike):
-        named = absolute_source(os.fspath(source))
-        place, window = _split_slice(os.fspath(source))
-        found, known = _from_place(str(place), asked)
-    else:
-        place = f"the {type(source).__name__} given"
-        found, known = read_object(source, asked)
-    how = _fitted(preprocessing, found, str(place), in_memory=named is None, channels_last=channels_last)
-    store = Store(found, how, threads, cache_bytes, input_key)
-    if labels is not None:
-        known = _explicit_labels(labels, found.names)
-    truth, found_labels = (known, None) if isinstance(known, Truth) else (None, known)
-    images = Images(store, range(len(found.names)), found_labels, truth, named)
-    if window is not None:
-        images = images.take(range(len(images))[window])
-        if len(images) == 0:
-            raise DataError(
-                f"Expected images, the slice leaves none of the {len(found.names)} in {place}. Give one that leaves "
-                "some, such as [:256] or [0::2]."
-            )
+    found = find_images(source, Asked(most, input_key, read_labels, channels_last, tuple(inputs)))
+    in_memory = found.named is None
+    how = _fitted(preprocessing, found.source, found.place, in_memory=in_memory, channels_last=channels_last)
+    store, names = Store(found.source, how, threads, cache_bytes, input_key), found.source.names
+    known = found.known if labels is None else given_labels(labels, names)
+    truth, classes = (known, None) if isinstance(known, Truth) else (None, known)
+    images = Images(store, range(len(names)), classes, truth, found.named)
+    if found.window is not None:
+        images = _in_window(images, found.window, found.place)
     return images.readable() if skip_unreadable else images
 
 
-def _split_slice(text: str) -> tuple[str, slice | None]:
-    """Split off a trailing Python slice.
-
-    Example:
-        >>> _split_slice("photos[0::2]")
-        ('photos', slice(0, None, 2))
-    """
-    match = re.fullmatch(r"(.+)\[([^\[\]]*)\]", text, re.DOTALL)
-    if match is None or _exists(Path(text)):
-        return text, None
-    parts = [part.strip() for part in match[2].split(":")]
-    if len(parts) not in (2, 3) or not all(re.fullmatch(r"[+-]?[0-9]{1,18}|", part) for part in parts):
-        raise DataError(f"Expected a slice such as [0::2] or [:256] at the end of {text!r}, found [{match[2]}].")
-    window = slice(*(int(part) if part else None for part in parts))
-    if window.step == 0:
-        raise DataError(f"Expected a slice step other than 0 in {text!r}.")
-    return match[1], window
-
-
-def _from_place(text: str, asked: Asked) -> tuple[Source, Tensor | Truth | None]:
-    if text.startswith("zoo:"):
-        from bitwright import zoo
-
-        _check_no_key(asked, text)
-        pixels, labels = zoo.images(text.removeprefix("zoo:"))
-        return of_array(np.asarray(pixels), text), _of_zoo(labels, len(pixels), text)
-    path = Path(text).expanduser()
-    if not _exists(path):
+def _in_window(images: Images, window: slice, place: str) -> Images:
+    part = images.take(range(len(images))[window])
+    if len(part) == 0:
         raise DataError(
-            f"Expected a folder of images, an .npz file or zoo:NAME, {text!r} does not exist. Check the path."
+            f"Expected images, the slice leaves none of the {len(images)} in {place}. Give one that leaves "
+            "some, such as [:256] or [0::2]."
         )
-    if path.is_dir():
-        return _from_folder(path, asked)
-    if path.suffix.lower() == ".npz":
-        return _from_npz(path, asked)
-    if path.suffix.lower() in SHARDS and _is_file(path):
-        return open_shards([path], EXTENSIONS, asked.input_key, labels=asked.labels)
-    if path.suffix.lower() in EXTENSIONS:
-        _check_no_key(asked, text)
-        return Files(path.parent, [path.name]), None
-    raise DataError(
-        f"Expected a folder of images, an .npz file or zoo:NAME, found the file {text}. "
-        f"Give a folder; image files end in {', '.join(sorted(EXTENSIONS))}."
-    )
-
-
-def _of_zoo(labels: Any, count: int, text: str) -> Tensor | Truth | None:
-    """Classes, masks (N, H, W) or boxes that ship with the images."""
-    if isinstance(labels, list):
-        return Truth("other", labels, f"boxes of {text}")
-    return (
-        _as_masks(labels, count, text) if labels is not None and labels.ndim == 3 else _as_labels(labels, count, text)
-    )
-
-
-def _is_file(path: Path) -> bool:
-    """Whether it is a file that can be read to its end: no folder, pipe or device."""
-    return _exists(path) and path.is_file()
-
-
-def _exists(path: Path) -> bool:
-    """Whether there is such a file; a name that no file system takes is none."""
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False
-
-
-def _from_folder(root: Path, asked: Asked) -> tuple[Source, Tensor | None]:
-    names = sorted(_image_names(root))
-    shards = (
-        [] if names else sorted(path for path in root.rglob("*") if path.suffix.lower() in SHARDS and _is_file(path))
-    )
-    if shards:
-        return open_shards(shards, EXTENSIONS, asked.input_key, labels=asked.labels)
-    if not names:
-        raise DataError(
-            f"Expected images in {root}, found none. Give files that end in {', '.join(sorted(EXTENSIONS))}."
-        )
-    _check_no_key(asked, str(root))
-    return Files(root, names), _folder_labels(root, names)
-
-
-def _check_no_key(asked: Asked, where: str) -> None:
-    """A name of one entry is of no use where each file is one image."""
-    if asked.input_key is not None:
-        warnings.warn(
-            f"input_key='{asked.input_key}' is not used for {where}, where each image stands alone.",
-            UserWarning,
-            stacklevel=2,
-        )
-
-
-def _image_names(root: Path) -> Iterator[str]:
-    seen: set[str] = set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link back to a folder above
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not _hidden(name))
-        for name in files:
-            if Path(name).suffix.lower() in EXTENSIONS and not _hidden(name):
-                yield Path(folder, name).relative_to(root).as_posix()
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
-
-
-def _folder_labels(root: Path, names: list[str]) -> Tensor | None:
-    if any(name.count("/") != 1 for name in names):
-        return None
-    used = {name.split("/")[0] for name in names}
-    if len(used) < 2:
-        return None
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not _hidden(entry.name))
-    empty = [name for name in classes if name not in used]
-    if empty:
-        warnings.warn(
-            f"{len(empty)} class folders of {root} hold no image (first: {empty[0]}), but count as classes.",
-            UserWarning,
-            stacklevel=2,
-        )
-    index = {name: k for k, name in enumerate(classes)}
-    return torch.tensor([index[name.split("/")[0]] for name in names], dtype=torch.int64)
-
-
-NO_INPUTS = frozenset({"images", "labels", "masks"})
-"""Arrays of an ``.npz`` that have a meaning of their own."""
-
-
-def _from_npz(path: Path, asked: Asked) -> tuple[Source, Tensor | Truth | None]:
-    if not path.is_file():
-        raise DataError(f"Expected a file at {path}, found something else. Give an .npz file.")
-    key = asked.input_key or "images"
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            named = {name: file[name] for name in asked.inputs if name in file and asked.input_key is None}
-            named = {} if len(asked.inputs) > 1 and named.keys() == {"images"} else named
-            others = [n for n in file if n not in {*asked.inputs, *NO_INPUTS} and file[n].dtype.kind == "f"]
-            if named and others and len(named) < len(asked.inputs):
-                raise DataError(
-                    f"Expected inputs {', '.join(asked.inputs)} in {path}, found {', '.join(file)}. "
-                    "Name them as the network does, and leave out what is no input."
-                )
-            if key not in file and not named:
-                wanted = f", or inputs {', '.join(asked.inputs)}," if asked.inputs else ""
-                raise DataError(
-                    f"Expected an array '{key}'{wanted} in {path}, found {', '.join(file) or 'nothing'}. "
-                    "Name the one that holds the images as input_key=."
-                )
-            images = np.zeros(1) if key not in file else file[key]
-            labels, masks = file.get("labels"), file.get("masks")
-    except DataError:
-        raise
-    except Exception as error:
-        raise DataError(
-            f"Expected arrays of numbers in {path}, cannot read it ({short(error)}): "
-            "write it with numpy.savez(path, images=..., labels=...)."
-        ) from error
-    if images.ndim == 0:
-        return of_array(images, str(path), asked), None  # which says what is wrong
-    source = read_object(named, asked)[0] if named else of_array(images, str(path), asked)
-    masks = labels if masks is None and labels is not None and labels.ndim == 3 else masks
-    if masks is not None:
-        return source, _as_masks(masks, len(source.names), str(path))
-    return source, _as_labels(labels, len(source.names), str(path))
+    return part
 
 
 def _is_channels_last(how: Preprocessing | PreprocessFunction | None) -> bool:
@@ -569,128 +378,3 @@ def _check_floats(source: Tensors, how: Preprocessing | PreprocessFunction | Non
             f"holds {shape}. "
             "Give preprocessing= if the model takes that."
         )
-
-
-# ---------------------------------------------------------------------------------------------- labels
-
-
-def _as_labels(labels: Any, count: int, where: str) -> Tensor | None:
-    if labels is None:
-        return None
-    try:
-        array = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise DataError(f"Expected one whole class index for each image in {where} ({short(error)}).") from error
-    if array.ndim != 1 or len(array) != count or not np.issubdtype(array.dtype, np.integer):
-        raise DataError(
-            f"Expected one whole class index for each of {count} images in {where}, "
-            f"found labels of {array.dtype} {tuple(array.shape)}."
-        )
-    if array.min() < 0 or array.max() >= MOST_CLASSES:
-        wrong = array.min() if array.min() < 0 else array.max()
-        raise DataError(f"Expected class indices from 0 to {MOST_CLASSES - 1} in {where}, found {wrong}.")
-    return torch.from_numpy(array.astype(np.int64))
-
-
-def _as_masks(masks: npt.NDArray[Any], count: int, where: str) -> Truth:
-    if masks.ndim != 3 or len(masks) != count or masks.dtype.kind not in "biu":
-        raise DataError(
-            f"Expected masks as whole numbers ({count}, H, W) in {where}, found {masks.dtype} {masks.shape}."
-        )
-    return masks_of(masks, f"masks of {where}")
-
-
-def _explicit_labels(labels: str | Path | Sequence[int] | Tensor, names: list[str]) -> Tensor | None:
-    if isinstance(labels, str | os.PathLike):
-        return _match_labels(_read_labels(Path(labels)), names, Path(labels))
-    return _as_labels(labels, len(names), "the labels given")
-
-
-def _read_labels(path: Path) -> dict[str, int]:
-    if not _is_file(path.expanduser()):
-        raise DataError(
-            f"Expected labels as a CSV file with lines file,class_index, found no file {path}. Check the path."
-        )
-    try:
-        with path.expanduser().open(newline="", encoding="utf-8-sig") as file:
-            rows = [(number, row) for number, row in enumerate(csv.reader(file), 1) if any(row)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(
-            f"Expected labels as a CSV file with lines file,class_index, cannot read {path} "
-            f"({short(error)}). Give the path of such a file."
-        ) from error
-    table: dict[str, int] = {}
-    for position, (number, row) in enumerate(rows):
-        name, index = _label_row(row, f"line {number} of {path}", header=position == 0)
-        if index is None:
-            continue
-        if table.setdefault(name, index) != index:
-            raise DataError(
-                f"Expected one class for {name} in {path}, found {table[name]} and {index} (line {number}). "
-                "Remove one of the lines."
-            )
-    if not table:
-        raise DataError(f"Expected lines file,class_index in {path}, found none.")
-    return table
-
-
-def _label_row(row: list[str], where: str, *, header: bool) -> tuple[str, int | None]:
-    if len(row) != 2:
-        raise DataError(f"Expected file,class_index in {where}, found {len(row)} columns: {','.join(row)[:80]!r}.")
-    name = row[0].strip().replace("\\", "/").removeprefix("./")
-    text = row[1].strip()
-    if re.search(r"[\x00-\x08\x0b-\x1f]", "".join(row)):
-        raise DataError(f"Expected file,class_index in {where}, found {','.join(row)[:80]!r}. Write it as plain text.")
-    if re.fullmatch(r"[0-9]+", text):
-        if len(text) > 10 or int(text) >= MOST_CLASSES:
-            raise DataError(f"Expected a class index below {MOST_CLASSES} in {where}, found {text[:40]}.")
-        return name, int(text)
-    if header and not re.fullmatch(r"[+-]?[\d.]+", text):
-        return name, None
-    raise DataError(f"Expected a class index (0, 1, ...) in {where}, found {text!r}.")
-
-
-def _match_labels(table: dict[str, int], names: list[str], path: Path) -> Tensor:
-    """Return the labels in the order of ``names``; lines without an image are counted in a warning."""
-    known = set(names)
-    by_file: dict[str, list[str]] = {}
-    for key in table:
-        if key not in known:
-            by_file.setdefault(_file_name(key), []).append(key)
-    shared = _repeated(_file_name(name) for name in names if name not in table)
-    matched = {name: name if name in table else _by_file_name(name, by_file, shared, path) for name in names}
-    missing = [name for name, key in matched.items() if key is None]
-    if missing:
-        raise DataError(
-            f"Expected a label for every image in {path}, {len(missing)} of {len(names)} have none "
-            f"(first: {', '.join(missing[:3])}; of {len(table)} lines one is {next(iter(table))}). "
-            "Add them or slice the images."
-        )
-    keys = [key for key in matched.values() if key is not None]
-    used = set(keys)
-    idle = [key for key in table if key not in used]
-    if idle:
-        warnings.warn(
-            f"{len(idle)} of {len(table)} labels in {path} have no image (first: {idle[0]}).",
-            UserWarning,
-            stacklevel=2,
-        )
-    return torch.tensor([table[key] for key in keys], dtype=torch.int64)
-
-
-def _by_file_name(name: str, by_file: dict[str, list[str]], shared: set[str], path: Path) -> str | None:
-    keys = by_file.get(_file_name(name), [])
-    if len(keys) > 1 or (keys and _file_name(name) in shared):
-        raise DataError(
-            f"Expected one label for {name} in {path}, the file name {_file_name(name)} stands for several "
-            "images or lines. Write the path relative to the image folder."
-        )
-    return keys[0] if keys else None
-
-
-def _file_name(path: str) -> str:
-    return path.rsplit("/", 1)[-1]
-
-
-def _repeated(names: Iterable[str]) -> set[str]:
-    return {name for name, count in Counter(names).items() if count > 1}

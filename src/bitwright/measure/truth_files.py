@@ -15,7 +15,8 @@ from torch import Tensor
 
 from bitwright.errors import DataError
 from bitwright.given.entries import why_not
-from bitwright.given.images import EXTENSIONS, Images
+from bitwright.given.images import Images
+from bitwright.given.places import EXTENSIONS
 from bitwright.given.truth import Truth
 from bitwright.measure import boxes, masks
 from bitwright.measure.class_maps import CLASS_MAP_FILES, ClassMap, GivenClassMap
