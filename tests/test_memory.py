@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
+import weakref
 
 import pytest
 import torch
@@ -132,6 +134,18 @@ def test_each_kept_storage_counts_once() -> None:
     assert saved_bytes(lambda: x + 1) == 0
     with torch.no_grad():
         assert saved_bytes(x.exp) == 0
+
+
+def test_nothing_of_a_measured_pass_stays() -> None:
+    x, made = torch.rand(10, 7, requires_grad=True), []
+
+    def forward() -> torch.Tensor:
+        made.append(weakref.ref(result := x.exp()))  # an exponential keeps its result
+        return result.sum()
+
+    assert saved_bytes(forward) == x.nbytes
+    gc.collect()
+    assert made[0]() is None
 
 
 @pytest.mark.parametrize(("gigabytes", "expected"), [(0.5, 1 << 28), (8, PASS_BYTES), (512, PASS_BYTES)])

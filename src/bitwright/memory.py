@@ -35,17 +35,17 @@ def pass_budget(device: torch.device) -> int:
 
 
 def saved_bytes(forward: Callable[[], object]) -> int:
-    """Bytes of the tensors that a call keeps for its backward pass, each storage once."""
-    kept: dict[int, Tensor] = {}
+    """Bytes of the tensors that a call keeps for its backward pass, each storage once; none of them stays."""
+    kept: dict[int, torch.UntypedStorage] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
-        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)  # held, so that no address is used twice
-        return tensor
+    def keep(tensor: Tensor) -> None:  # to give the tensor back would tie it to the operator that made it, for good
+        storage = tensor.untyped_storage()
+        kept.setdefault(storage.data_ptr(), storage)  # held, so that no address is used twice
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
         result = forward()
     del result
-    return sum(t.untyped_storage().nbytes() for t in kept.values())
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 @contextlib.contextmanager
