@@ -21,7 +21,7 @@ from bitwright.given.models import Model
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing
 from bitwright.given.several import input_names
 from bitwright.graph.capture import Captured
-from bitwright.graph.devices import exact_float32, place_on
+from bitwright.graph.devices import place_on, undisturbed
 from bitwright.graph.student import Student, insert_quantizers
 from bitwright.measure.health import check_answers
 from bitwright.memory import keep_pages
@@ -43,7 +43,7 @@ from bitwright.stages.short_rows import keep_short_rows
 from bitwright.words import plural
 
 
-@exact_float32()
+@undisturbed()
 @step("Quantizing")
 def quantize(
     model: nn.Module | torch.export.ExportedProgram | Model | str | Path,
@@ -227,6 +227,7 @@ def mend_outliers(
     return teacher, scheme
 
 
+@undisturbed()
 def preview(
     model: nn.Module | torch.export.ExportedProgram | Model | str | Path,
     images: Any,

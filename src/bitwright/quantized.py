@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitwright.graph.devices import without_autocast
 from bitwright.graph.student import Student, insert_quantizers
 from bitwright.measure import evaluation
 from bitwright.run import folder as run_folder
@@ -14,6 +15,7 @@ from bitwright.run import glance, job
 from bitwright.run.glance import Figures
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from typing_extensions import Self
 
 __all__ = ["QuantizedModel", "insert_quantizers", "load"]
@@ -53,6 +55,14 @@ class QuantizedModel(Student):
         if mode:
             warnings.warn("A quantized network is integers and only evaluates: train() changes nothing.", stacklevel=2)
         return super().train(False)
+
+    def forward(self, images: Tensor | Mapping[str, Tensor]) -> Any:
+        """Outputs as the user's model arranges them, for [B, C, H, W]; several inputs by name.
+
+        They are those of integers also where ``torch.autocast`` would round what is between them.
+        """
+        with without_autocast():
+            return super().forward(images)
 
     def __repr__(self) -> str:
         return "\n".join(glance.lines(self, type(self).__name__))

@@ -28,7 +28,7 @@ from bitwright.given import inputs
 from bitwright.given.arguments import Given, check_alone, one_of, whole_number
 from bitwright.given.images import Images
 from bitwright.graph.capture import Captured
-from bitwright.graph.devices import exact_float32, place_on
+from bitwright.graph.devices import place_on, undisturbed
 from bitwright.graph.student import Student, insert_quantizers
 from bitwright.progress import Progress, watched
 from bitwright.quant.scheme import Rule, Scheme
@@ -181,7 +181,7 @@ class Measured:
         }
 
 
-@exact_float32()
+@undisturbed()
 def plan_bits(
     model: Any,
     images: Any,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+
+_ONE_AT_A_TIME = threading.RLock()
 
 
 def device_of(network: nn.Module) -> torch.device:
@@ -69,3 +72,34 @@ def exact_float32() -> Iterator[None]:
     finally:
         for switch, old in zip(switches, before, strict=False):
             switch.allow_tf32 = old
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Operators compute in the type of their tensors, also where the caller is under ``torch.autocast``."""
+    with ExitStack() as switches:
+        for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+            switches.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """What the caller has switched in PyTorch does not hold inside, and holds again behind; also a decorator.
+
+    Gradients are recorded (not under ``torch.no_grad`` or ``torch.inference_mode``), no operator is under
+    ``torch.autocast``, new tensors are float32, and products of float32 are exact (:func:`exact_float32`). Random
+    numbers that the caller draws afterwards are those that it would have drawn.
+
+    These switches belong to the process, and PyTorch captures one network at a time: other threads wait.
+    """
+    with _ONE_AT_A_TIME, ExitStack() as switches:
+        switches.enter_context(exact_float32())
+        switches.enter_context(torch.inference_mode(False))
+        switches.enter_context(torch.enable_grad())
+        switches.enter_context(without_autocast())
+        drawn_on = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+        switches.enter_context(torch.random.fork_rng(devices=drawn_on))
+        switches.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
+        yield

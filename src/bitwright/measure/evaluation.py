@@ -22,7 +22,7 @@ from bitwright.given.several import taking
 from bitwright.given.two_stages import Second, TwoStageBody, TwoStages, two_networks, unfilled
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.capture import Captured
-from bitwright.graph.devices import device_of, exact_float32
+from bitwright.graph.devices import device_of, undisturbed
 from bitwright.graph.explain import cannot_run
 from bitwright.graph.outputs import arrange, names
 from bitwright.graph.readings import Reading
@@ -47,7 +47,7 @@ Each = Callable[[int, list[Tensor], list[Tensor], Tensor | None], None]
 """Takes the position of a batch's first image, outputs of the reference and of the network, and labels [B] or None."""
 
 
-@exact_float32()
+@undisturbed()
 def evaluate(
     model: Student,
     source: Any,

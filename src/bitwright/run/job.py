@@ -30,7 +30,7 @@ from bitwright.given.images import Images, load_images
 from bitwright.given.inputs import find_device
 from bitwright.given.models import reference_to
 from bitwright.given.two_stages import TwoStages
-from bitwright.graph.devices import device_of, exact_float32
+from bitwright.graph.devices import device_of, undisturbed
 from bitwright.graph.student import Student, moved_to
 from bitwright.graph.work import how_many, said
 from bitwright.measure.class_maps import GivenClassMap
@@ -121,7 +121,7 @@ Make = Callable[[Path], tuple[Student, Wanted]]
 """Gives the network that is written and what is wanted with it; takes the folder for what a later call goes on from."""
 
 
-@exact_float32()
+@undisturbed()
 def do(folder: Path, make: Make, journal: Journal, *, force: bool = False, resume: bool = False) -> Done:
     """The job from an empty folder to a complete one; nothing is lost over a file that cannot be exported.
 
@@ -249,6 +249,7 @@ def save(
     return place
 
 
+@undisturbed()
 @step("The export")
 def export(
     model: Student,

@@ -20,7 +20,7 @@ from bitwright.given.models import Model
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing
 from bitwright.given.several import input_names
 from bitwright.graph.capture import Captured
-from bitwright.graph.devices import exact_float32, place_on
+from bitwright.graph.devices import place_on, undisturbed
 from bitwright.progress import Progress, watched
 from bitwright.quant.scheme import parse_weight_bits
 from bitwright.run.about import environment, peak_memory_bytes
@@ -147,7 +147,7 @@ class MeasuredCurvature:
     """None where nobody asked."""
 
 
-@exact_float32()
+@undisturbed()
 def sensitivity(
     model: nn.Module | Model | str | Path,
     images: Any,

@@ -23,7 +23,7 @@ from bitwright.given.inputs import as_model, find_device
 from bitwright.given.models import Model, load_model
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing
 from bitwright.given.several import input_names
-from bitwright.graph.devices import exact_float32
+from bitwright.graph.devices import undisturbed
 from bitwright.memory import keep_pages
 from bitwright.progress import Progress, watched
 from bitwright.recipes import recipe as find_recipe
@@ -69,7 +69,7 @@ def find_study(name: str, *, as_published: bool = False) -> Study:
     return found
 
 
-@exact_float32()
+@undisturbed()
 def study(
     name: str,
     model: nn.Module | torch.export.ExportedProgram | Model | str | Path | None = None,
