@@ -148,22 +148,24 @@ def test_images_that_a_file_of_a_free_batch_joins(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "inputs", "reason"),
     [
-        ({"direction": "reverse"}, "t w r b", "from the end alone"), ({"clip": 1.0}, "t w r b", "other functions"),
+        ({"layout": 1}, "t w r b", "has the images first"), ({"clip": 1.0}, "t w r b", "other functions"),
         ({"activations": ["Sigmoid", "Relu", "Tanh"]}, "t w r b", "other functions"),
         ({}, "t w r b - - - p", "peepholes"), ({"input_forget": 1}, "t w r b", "other functions"),
-        ({}, "t w r b - h", "its first state is not zero"),
+        ({}, "t w r b l", "of several lengths"), ({}, "t w r b - i", "its first state has no axis of images"),
+        ({}, "f w r b", "takes the images of a batch for its steps"),
     ],
 )  # fmt: skip
 def test_recurrent_operators_unlike_those_of_pytorch(
     settings: dict[str, Any], inputs: str, reason: str, tmp_path: Path
 ) -> None:
     nodes = [
-        node("Reshape", "x s", "f"), node("Transpose", "f", "t", perm=[1, 0, 2]),
+        node("Reshape", "x s", "f"), node("Transpose", "f", "t", perm=[1, 0, 2]), node("Slice", "f a0 a1 a2", "f0"),
+        node("Transpose", "f0", "i", perm=[1, 2, 0]),
         node("LSTM", inputs, "q", hidden_size=4, **settings), node("Squeeze", "q one"),
     ]  # fmt: skip
     stored = {
         "s": np.asarray([-1, 24, 10]), "w": weights(1, 16, 10), "r": weights(1, 16, 4), "b": weights(1, 32),
-        "h": weights(1, 1, 4), "p": weights(1, 12), "one": np.asarray([1]),
+        "p": weights(1, 12), "one": np.asarray([1]), "l": np.asarray([23], np.int32), "a0": np.asarray([0, 0]), "a1": np.asarray([1, 1]), "a2": np.asarray([1, 2]),
     }  # fmt: skip
     assert reason in refused(write(tmp_path / "tiny.onnx", nodes, (1, *MAP), stored, opset=14))
 

@@ -244,6 +244,36 @@ REDUCTIONS = ["Mean", "Sum", "Max", "Min", "Prod", "L1", "L2", "SumSquare", "Log
 COORDINATES = ["half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel", "half_pixel_symmetric"]
 
 
+GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
+DIRECTIONS = {"forward": 1, "reverse": 1, "bidirectional": 2}
+FIRST_STATES = ["zero", "stored", "of the images", "of their number", "of one cell"]
+
+
+def recurrent(kind: str, direction: str, first: str, **settings: Any) -> tuple[list[Any], dict[str, Any]]:
+    """A recurrent operator over the columns of the image, all that it gives read: the outputs q, h, and k of an LSTM."""
+    count, gates, cells = DIRECTIONS[direction], GATES[kind], ["k"] * (kind == "LSTM")
+    states = {"zero": "-", "stored": "h0", "of the images": "hi", "of their number": "hn", "of one cell": "-"}[first]
+    cell = {"stored": "c0", "of the images": "hi", "of their number": "hn", "of one cell": "c0"}.get(first, "-")
+    nodes = [
+        node("Reshape", "x s", "r"), node("Transpose", "r", "t", perm=[1, 0, 2]),
+        node("ReduceMean", "x", "m", axes=[2], keepdims=0), node("Reshape", "m ms", "mr"),
+        node("MatMul", "mr mw", "mm"), node("Reshape", "mm hs", "hm"), node("Transpose", "hm", "hi", perm=[1, 0, 2]),
+        node("Shape", "x", "sx"), node("Gather", "sx zero", "n"), node("Concat", "d n c", "nc", axis=0),
+        node("Expand", "h0 nc", "hn"),
+        node(kind, f"t w r0 b lengths {states} {cell}".removesuffix(f" {cell}" if kind != "LSTM" else ""),
+             " ".join(["q0", "h1", *cells]), hidden_size=4, direction=direction, **settings),
+        node("Transpose", "q0", "q", perm=[2, 0, 1, 3]), node("Transpose", "h1", "h", perm=[1, 0, 2]),
+    ]  # fmt: skip
+    nodes += [node("Transpose", "k", "y", perm=[1, 0, 2])] * (kind == "LSTM")
+    stored = {
+        "s": ints(-1, 24, 10), "ms": ints(-1, 30), "mw": weights(30, count * 4, seed=7), "hs": ints(-1, count, 4),
+        "zero": ints(0), "d": ints(count), "c": ints(4), "lengths": np.asarray([24], np.int32),
+        "w": weights(count, gates * 4, 10), "r0": weights(count, gates * 4, 4, seed=1),
+        "b": weights(count, gates * 8, seed=2), "h0": weights(count, 1, 4, seed=3), "c0": weights(count, 1, 4, seed=4),
+    }  # fmt: skip
+    return nodes, stored
+
+
 def written(folder: Path, name: str, batch: Any) -> Path:
     nodes, stored, shape, opset = CASES[name]
     return write(folder / "tiny.onnx", nodes, (batch, *shape), stored, opset=opset)
@@ -259,6 +289,22 @@ def test_operator_computes_what_the_runtime_does(name: str, batch: Any, tmp_path
     if batch == "N" and name in FIXED_ONLY:
         pytest.skip("the file says one image")
     same_as_runtime(written(tmp_path, name, batch))
+
+
+@pytest.mark.parametrize("first", FIRST_STATES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("kind", GATES)
+def test_recurrent_operators(kind: str, direction: str, first: str, tmp_path: Path) -> None:
+    settings = {"linear_before_reset": 1} if kind == "GRU" else {}
+    nodes, stored = recurrent(kind, direction, first, **settings)
+    outputs = "q h y" if kind == "LSTM" else "q h"
+    same_as_runtime(write(tmp_path / "tiny.onnx", nodes, (1, *MAP), stored, opset=14, outputs=outputs))
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_recurrent_operators_of_a_rectifier(direction: str, tmp_path: Path) -> None:
+    nodes, stored = recurrent("RNN", direction, "stored", activations=["Relu"] * DIRECTIONS[direction])
+    same_as_runtime(write(tmp_path / "tiny.onnx", nodes, (1, *MAP), stored, opset=14, outputs="q h"))
 
 
 @pytest.mark.parametrize("name", SIMPLE)
@@ -334,7 +380,7 @@ def test_every_operator_of_the_table_is_tested() -> None:
     tested = (
         {n.op_type for nodes, *_ in CASES.values() for n in nodes} | set(SIMPLE) | {f"Reduce{n}" for n in REDUCTIONS}
     )
-    tested |= {"Resize", "Upsample"}
+    tested |= {"Resize", "Upsample", *GATES}
     untested = {n for n in operators.OPERATORS if not n.startswith("bitwright.")} - tested
     assert untested <= {
         "Tan", "Atan", "IsNaN", "Or", "Xor", "Equal", "LessOrEqual", "CastLike", "Swish", "ArgMin", "ReduceLogSum",

@@ -230,7 +230,8 @@ class NodeReader:
     def _trace(self, node: Any, made: NodeCall) -> None:
         """Records the call, and what it gives for both sizes of the batch."""
         small, large = (self._run(made, large=which) for which in (False, True))
-        sources = tuple(self._source(operand, k, node) for k, operand in enumerate(made.operands))
+        places = made.sources or range(len(made.operands))
+        sources = tuple(self._source(operand, k, node) for k, operand in zip(places, made.operands, strict=True))
         names = tuple(name or f"{node.output[0]}.{k}" for k, name in enumerate(node.output))[: len(small)]
         for name, a, b in zip(names, small, large, strict=False):
             self.values[name] = Traced(name, a, b, _inner(made, a, b))

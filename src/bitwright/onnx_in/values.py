@@ -104,11 +104,13 @@ class NodeCall:
         function: of the operands.
         operands: in order.
         inner: of what it gives (:class:`Traced`); that of its operand if None.
+        sources: positions of the node's inputs that the operands were made of, which name them; their own if empty.
     """
 
     function: Callable[..., Any]
     operands: tuple[Operand, ...]
     inner: int | None = None
+    sources: tuple[int, ...] = ()
 
 
 def call(function: Callable[..., Any], *operands: Operand, **settings: Any) -> NodeCall:
