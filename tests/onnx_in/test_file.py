@@ -165,9 +165,30 @@ def test_recurrent_operators_unlike_those_of_pytorch(
     ]  # fmt: skip
     stored = {
         "s": np.asarray([-1, 24, 10]), "w": weights(1, 16, 10), "r": weights(1, 16, 4), "b": weights(1, 32),
-        "p": weights(1, 12), "one": np.asarray([1]), "l": np.asarray([23], np.int32), "a0": np.asarray([0, 0]), "a1": np.asarray([1, 1]), "a2": np.asarray([1, 2]),
+        "p": weights(1, 12), "one": np.asarray([1]), "l": np.asarray([23], np.int32),
+        "a0": np.asarray([0, 0]), "a1": np.asarray([1, 1]), "a2": np.asarray([1, 2]),
     }  # fmt: skip
     assert reason in refused(write(tmp_path / "tiny.onnx", nodes, (1, *MAP), stored, opset=14))
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"), [([1, 3, 8, 10], "over the images of a batch"), ([8, 30], "each image of a batch has 8 places")]
+)
+def test_means_over_images_are_refused(rows: list[int], reason: str, tmp_path: Path) -> None:
+    nodes = [
+        node("Reshape", "x s", "r"), node("ReduceMean", "r", "m", axes=[0]), node("Sub", "r m", "d"),
+        node("Reshape", "d t", "e"), node("Conv", "e w"),
+    ]  # fmt: skip
+    stored = {**CONV, "s": np.asarray(rows), "t": np.asarray([1, 3, 8, 10])}
+    assert reason in refused(write(tmp_path / "tiny.onnx", nodes, (1, *MAP), stored, opset=13))
+
+
+def test_means_over_a_first_axis_of_rows_are_read(tmp_path: Path) -> None:
+    nodes = [
+        node("Transpose", "x", "t", perm=[2, 0, 1, 3]), node("ReduceMean", "t", "m", axes=[0]), node("Sub", "t m", "d"),
+        node("Transpose", "d", "e", perm=[1, 2, 0, 3]), node("Conv", "e w"),
+    ]  # fmt: skip
+    same_as_runtime(write(tmp_path / "tiny.onnx", nodes, ("N", *MAP), CONV, opset=13))
 
 
 def test_operators_that_nobody_knows(tmp_path: Path) -> None:

@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 from onnx import TensorProto
 from onnx_files import node, same_as_runtime, weights, write
 
+from bitwright.errors import ModelError
 from bitwright.onnx_in import operators
 from bitwright.onnx_in.operators import moves
+from bitwright.onnx_in.source import OnnxFile
 from bitwright.onnx_in.values import Traced
 
 MAP = (3, 8, 10)
@@ -98,6 +100,29 @@ CASES: dict[str, tuple[list[Any], dict[str, Any], tuple[int, ...], int]] = {
     ),
     "average pool uneven": ([node("AveragePool", "x", kernel_shape=[3, 3], pads=[0, 0, 1, 2])], {}, MAP, 11),
     "average pool same": ([node("AveragePool", "x", kernel_shape=[2, 2], auto_pad="SAME_LOWER")], {}, MAP, 11),
+    "average pool dilated": (
+        [node("AveragePool", "x", kernel_shape=[3, 2], dilations=[2, 3], pads=[1, 1, 2, 0], strides=[1, 2])],
+        {}, MAP, 19,
+    ),
+    "average pool dilated counts": (
+        [node("AveragePool", "x", kernel_shape=[2, 3], dilations=[3, 2], pads=[1] * 4, count_include_pad=1)],
+        {}, MAP, 19,
+    ),
+    "average pool dilated up": (
+        [node("AveragePool", "x", kernel_shape=[3, 3], dilations=[2, 2], pads=[1, 1, 2, 1], strides=[2, 3], ceil_mode=1,
+              count_include_pad=1)], {}, MAP, 19,
+    ),
+    "average pool dilated row": (
+        [node("Reshape", "x s", "r"), node("AveragePool", "r", kernel_shape=[3], dilations=[4], strides=[2])],
+        {"s": ints(0, 3, 80)}, MAP, 19,
+    ),
+    "average pool uneven up": (
+        [node("AveragePool", "x", kernel_shape=[3, 3], pads=[0, 2, 2, 2], strides=[2, 2], ceil_mode=1)], {}, MAP, 19,
+    ),
+    "average pool uneven up, no window behind": (
+        [node("AveragePool", "x", kernel_shape=[3, 3], pads=[0, 1, 2, 2], strides=[4, 3], ceil_mode=1,
+              count_include_pad=1)], {}, MAP, 19,
+    ),
     "pad": ([node("Pad", "x p v")], {"p": ints(0, 0, 1, 2, 0, 0, 3, 0), "v": F(0.5)}, MAP, 13),
     "pad channels": ([node("Pad", "x", pads=[0, 1, 0, 0, 0, 2, 0, 0])], {}, MAP, 9),
     "pad reflect": ([node("Pad", "x p", mode="reflect")], {"p": ints(0, 0, 1, 2, 0, 0, 3, 1)}, MAP, 13),
@@ -250,7 +275,7 @@ FIRST_STATES = ["zero", "stored", "of the images", "of their number", "of one ce
 
 
 def recurrent(kind: str, direction: str, first: str, **settings: Any) -> tuple[list[Any], dict[str, Any]]:
-    """A recurrent operator over the columns of the image, all that it gives read: the outputs q, h, and k of an LSTM."""
+    """A recurrent operator over the columns of the image, with all that it gives: q, h, and y of an LSTM."""
     count, gates, cells = DIRECTIONS[direction], GATES[kind], ["k"] * (kind == "LSTM")
     states = {"zero": "-", "stored": "h0", "of the images": "hi", "of their number": "hn", "of one cell": "-"}[first]
     cell = {"stored": "c0", "of the images": "hi", "of their number": "hn", "of one cell": "c0"}.get(first, "-")
@@ -360,6 +385,56 @@ def test_factors_that_leave_all_lengths_copy(tmp_path: Path) -> None:
     made = node("Resize", "x - f", mode="linear", coordinate_transformation_mode="asymmetric")
     stored = {"f": np.asarray([1, 1, 1.1, 1.05], F)}
     same_as_runtime(write(tmp_path / "tiny.onnx", [made], (1, 3, 7, 8), stored, opset=13))
+
+
+@pytest.mark.parametrize("size", [(16, 20), (5, 13), (3, 10), (3, 4)])
+@pytest.mark.parametrize("mode", ["linear", "cubic"])
+@pytest.mark.parametrize("placed", ["half_pixel", "pytorch_half_pixel"])
+def test_resize_smooths_as_the_file_says(placed: str, mode: str, size: tuple[int, int], tmp_path: Path) -> None:
+    steep = {"cubic_coeff_a": -0.5} if mode == "cubic" else {}
+    made = node("Resize", "x - - s", mode=mode, coordinate_transformation_mode=placed, antialias=1, exclude_outside=1,
+                **steep)  # fmt: skip
+    same_as_runtime(write(tmp_path / "tiny.onnx", [made], (1, *MAP), {"s": ints(1, 3, *size)}, opset=19))
+
+
+@pytest.mark.parametrize("mode", ["linear", "cubic"])
+def test_what_grows_needs_no_smoothing(mode: str, tmp_path: Path) -> None:
+    linear = {"antialias": 1, "exclude_outside": 0}
+    settings = linear if mode == "linear" else {"cubic_coeff_a": -0.5, "exclude_outside": 1}
+    made = node("Resize", "x - - s", mode=mode, **settings)
+    same_as_runtime(write(tmp_path / "tiny.onnx", [made], (1, *MAP), {"s": ints(1, 3, 9, 25)}, opset=19))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"mode": "linear", "antialias": 1}, "exclude_outside=1 and half_pixel are read"),
+        ({"mode": "linear", "antialias": 1, "exclude_outside": 1, "coordinate_transformation_mode": "asymmetric"},
+         "exclude_outside=1 and half_pixel are read"),
+        ({"mode": "cubic", "antialias": 1, "exclude_outside": 1}, "cubic weights"),
+        ({"mode": "cubic", "cubic_coeff_a": -0.5, "exclude_outside": 1}, "cubic weights"),
+        ({"mode": "linear", "keep_aspect_ratio_policy": "not_larger"}, "keeps the aspect ratio"),
+    ],
+)  # fmt: skip
+def test_resize_unlike_that_of_pytorch(settings: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    made = [node("Resize", "x - - s", "r", **settings), node("Conv", "r w")]
+    stored = {"s": ints(1, 3, 4, 5), "w": weights(2, 3, 1, 1)}
+    with pytest.raises(ModelError, match=reason):
+        OnnxFile.read(write(tmp_path / "tiny.onnx", made, (1, *MAP), stored, opset=19))
+
+
+@pytest.mark.parametrize("mode", ["linear", "cubic"])
+@pytest.mark.parametrize("factors", [(2, 1), (1, 1.5)])
+@pytest.mark.parametrize("placed", ["half_pixel", "align_corners", "asymmetric"])
+def test_one_axis_is_resized(placed: str, factors: tuple[float, float], mode: str, tmp_path: Path) -> None:
+    made = node("Resize", "x - f", mode=mode, coordinate_transformation_mode=placed)
+    stored = {"f": np.asarray([1, 1, *factors], F)}
+    same_as_runtime(write(tmp_path / "tiny.onnx", [made], (1, *MAP), stored, opset=13))
+
+
+def test_two_axes_of_volumes_are_resized(tmp_path: Path) -> None:
+    made = node("Resize", "x - - s", mode="linear")
+    same_as_runtime(write(tmp_path / "tiny.onnx", [made], (1, 2, 3, 8, 10), {"s": ints(1, 2, 3, 12, 25)}, opset=13))
 
 
 @pytest.mark.parametrize("mode", ["nearest", "linear"])

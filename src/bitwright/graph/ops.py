@@ -80,6 +80,8 @@ POOL = SAMPLERS | frozenset(
         "sum",
         "upsample_bilinear2d",
         "upsample_bicubic2d",
+        "_upsample_bilinear2d_aa",
+        "_upsample_bicubic2d_aa",
         "upsample_linear1d",
         "upsample_trilinear3d",
     ]

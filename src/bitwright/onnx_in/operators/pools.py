@@ -61,9 +61,7 @@ def average_pool(node: Node) -> NodeCall:
     """The mean of each window, with what was added around counted or not."""
     window, up = _window(node), bool(node.whole("ceil_mode", 0))
     counts = bool(node.whole("count_include_pad", 0))
-    if max(window.dilation) > 1:
-        raise Unsupported("its windows are dilated")
-    if _fits(window):
+    if _fits(window) and max(window.dilation) == 1:
         return call(
             MEANS[len(window.kernel)],
             node.input(0),
@@ -73,21 +71,48 @@ def average_pool(node: Node) -> NodeCall:
             ceil_mode=up,
             count_include_pad=counts,
         )
-    if up:
-        raise Unsupported("its uneven padding is rounded up")
-    if counts:
-        return call(_padded_mean, node.input(0), window=window)
-    ones = torch.ones(1, 1, *shape_of(node.input(0))[2:])
-    share = _padded_mean(ones, window=window)
-    return call(_mean_of_part, node.input(0), Known.of(np.asarray(1 / share)), window=window)
+    if max(window.dilation) > 1 and len(window.kernel) > 2:
+        raise Unsupported("its windows are dilated and have three axes")
+    sizes = shape_of(node.input(0))[2:]
+    longer = _rounded_up(window, sizes) if up else window
+    further = tuple(a - b for a, b in zip(longer.after, window.after, strict=True))
+    counted = padded(torch.ones(1, 1, *sizes), window, float(counts))
+    counted = padded(counted, window._replace(before=(0,) * len(sizes), after=further), 0.0)
+    share = np.asarray(_mean_of_windows(counted, window=longer))
+    if (share == 1).all():
+        return call(_padded_mean, node.input(0), window=longer)
+    return call(_mean_of_part, node.input(0), Known.of(1 / share), window=longer)
+
+
+def _rounded_up(window: Window, sizes: tuple[int, ...]) -> Window:
+    """The window with so much added behind that a last one begins where one is begun, if not behind the image."""
+    after = []
+    for n, k, s, d, low, high in zip(sizes, *window, strict=True):
+        reach = d * (k - 1) + 1
+        last = -(-(n + low + high - reach) // s) * s
+        last -= s * (last >= n + low)
+        after.append(max(high, last + reach - n - low))
+    return window._replace(after=tuple(after))
 
 
 def _padded_mean(x: Tensor, *, window: Window) -> Tensor:
-    return MEANS[len(window.kernel)](padded(x, window, 0.0), window.kernel, window.stride)
+    return _mean_of_windows(padded(x, window, 0.0), window=window)
 
 
 def _mean_of_part(x: Tensor, factors: Tensor, *, window: Window) -> Tensor:
     return _padded_mean(x, window=window) * factors
+
+
+def _mean_of_windows(x: Tensor, *, window: Window) -> Tensor:
+    """Means of windows that lie within ``x`` [N, C, ...]; PyTorch's own have no dilation."""
+    kernel, stride, dilation = window[:3]
+    if max(dilation) == 1:
+        return MEANS[len(kernel)](x, kernel, stride)
+    lengths = [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(x.shape[2:], kernel, stride, dilation, strict=True)]
+    rows = (1,) * (2 - len(kernel))
+    plane = x if len(kernel) == 2 else x.unsqueeze(2)
+    parts = F.unfold(plane, (*rows, *kernel), dilation=(*rows, *dilation), stride=(*rows, *stride))
+    return parts.reshape(-1, x.shape[1], math.prod(kernel), *lengths).mean(2)
 
 
 @operator("GlobalAveragePool", "GlobalMaxPool")

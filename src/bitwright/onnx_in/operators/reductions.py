@@ -49,7 +49,12 @@ OPERATORS.update(dict.fromkeys(REDUCTIONS, _reduce))
 def _keep_images(node: Node, axes: tuple[int, ...]) -> None:
     x = node.input(0)
     if isinstance(x, Traced) and x.batch_axis in axes:
-        raise Unsupported("it reduces over the images of a batch")
+        rows = x.shape[x.batch_axis] // node.batch
+        raise Unsupported(
+            "it reduces over the images of a batch"
+            if rows == 1
+            else f"it reduces over an axis in which each image of a batch has {rows} places"
+        )
 
 
 @operator("ArgMax", "ArgMin")

@@ -40,17 +40,23 @@ def resize(node: Node) -> NodeCall:
         return call(_spread, x, sizes=tuple(axes[k].after if k in resized else -1 for k in range(len(axes))))
     mode, old = node.text("mode", "nearest"), node.kind == "Upsample" or node.opset < 11
     placed = "asymmetric" if old else node.text("coordinate_transformation_mode", "half_pixel")
-    if node.whole("antialias", 0) or node.text("keep_aspect_ratio_policy", "stretch") != "stretch":
-        raise Unsupported("it smooths before it resizes, or keeps the aspect ratio")
+    if node.text("keep_aspect_ratio_policy", "stretch") != "stretch":
+        raise Unsupported("it keeps the aspect ratio")
     chosen = [axes[k] for k in resized]
     if mode == "nearest":
         return _nearest(node, x, resized, chosen, placed, "floor" if old else node.text("nearest_mode", ""))
-    order = _last(resized, len(x.shape))
-    if mode == "cubic" and (node.whole("exclude_outside", 0) or node.number("cubic_coeff_a", -0.75) != -0.75):
-        raise Unsupported("its cubic weights are others than PyTorch's")
     if placed == "tf_crop_and_resize":
         raise Unsupported("it crops while it resizes")
-    return _smooth(x, order, chosen, mode, placed)
+    resized = _with_others(resized, x)
+    smooth = Smooth(mode, placed, _last(resized, len(x.shape)), tuple(axes[k] for k in resized))
+    return _as_pillow(x, smooth) if _is_as_pillow(node, smooth) else _smooth(x, smooth)
+
+
+def _with_others(resized: list[int], x: Traced) -> list[int]:
+    """The resized axes and, where PyTorch takes more of them at once, others that keep their length."""
+    others = [k for k in range(len(x.shape)) if k not in resized and k != x.batch_axis]
+    missing = len(x.shape) - 2 - len(resized)
+    return sorted([*resized, *others[len(others) - missing :]]) if 0 < missing <= len(others) else resized
 
 
 def _spread(x: Tensor, *, sizes: tuple[int, ...]) -> Tensor:
@@ -145,28 +151,81 @@ def _picked(x: Tensor, *places: Tensor, axes: tuple[int, ...]) -> Tensor:
 
 
 def _interpolate(
-    x: Tensor, *, order: tuple[int, ...], size: tuple[int, ...], mode: str, corners: bool | None
+    x: Tensor,
+    *,
+    order: tuple[int, ...],
+    size: tuple[int, ...],
+    mode: str,
+    corners: bool | None,
+    antialias: bool = False,
 ) -> Tensor:
-    return _turned(F.interpolate(_turned(x, order), size, mode=mode, align_corners=corners), order, back=True)
+    found = F.interpolate(_turned(x, order), size, mode=mode, align_corners=corners, antialias=antialias)
+    return _turned(found, order, back=True)
 
 
-def _smooth(x: Traced, order: tuple[int, ...], chosen: list[Resized], mode: str, placed: str) -> NodeCall:
+class Smooth(NamedTuple):
+    """A linear or cubic resizing: how it weighs and places pixels, the resized axes put last, and these."""
+
+    mode: str
+    placed: str
+    order: tuple[int, ...]
+    axes: tuple[Resized, ...]
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """The new lengths."""
+        return tuple(a.after for a in self.axes)
+
+    @property
+    def centred(self) -> bool:
+        """Whether it places pixels as PyTorch does without aligned corners."""
+        exact = all(math.isclose(a.factor, a.after / a.before, rel_tol=1e-7) for a in self.axes)  # float32's last bit
+        half = self.placed in {"half_pixel", "half_pixel_symmetric"}
+        return exact and (half or (self.placed == "pytorch_half_pixel" and min(self.size) > 1))
+
+
+def _is_as_pillow(node: Node, smooth: Smooth) -> bool:
+    """Whether it weighs pixels as Pillow does, and PyTorch with ``antialias``: those within the image, smoothed.
+
+    Raises:
+        Unsupported: it weighs them in a way that PyTorch has not.
+    """
+    smoothed, inside = bool(node.whole("antialias", 0)), bool(node.whole("exclude_outside", 0))
+    steep = node.number("cubic_coeff_a", -0.75) == -0.5
+    grows = all(a.after >= a.before for a in smooth.axes)
+    as_pillow = smooth.centred and len(smooth.axes) == 2 and (smoothed or grows)
+    if smooth.mode == "linear" and smoothed and not grows:
+        if as_pillow and inside:
+            return True
+        raise Unsupported("it smooths before it resizes and counts pixels outside of the image, or places them "
+                          "otherwise than PyTorch; exclude_outside=1 and half_pixel are read")  # fmt: skip
+    if smooth.mode == "cubic" and (smoothed or inside or node.number("cubic_coeff_a", -0.75) != -0.75):
+        if as_pillow and inside and steep:
+            return True
+        raise Unsupported("its cubic weights are others than PyTorch's, which are those of cubic_coeff_a=-0.75, or of "
+                          "-0.5 with exclude_outside=1 and half_pixel")  # fmt: skip
+    return False
+
+
+def _as_pillow(x: Traced, smooth: Smooth) -> NodeCall:
+    mode = {"linear": "bilinear", "cubic": "bicubic"}[smooth.mode]
+    return call(_interpolate, x, order=smooth.order, size=smooth.size, mode=mode, corners=False, antialias=True)
+
+
+def _smooth(x: Traced, smooth: Smooth) -> NodeCall:
     """Linear or cubic: as PyTorch does where that is the same, else by samples at the places themselves."""
     names = {"linear": {1: "linear", 2: "bilinear", 3: "trilinear"}, "cubic": {2: "bicubic"}}
+    mode, placed, order, axes = smooth
     if mode not in names:
         raise Unsupported(f"its mode is '{mode}'")
-    name = names[mode].get(len(chosen))
-    if len(x.shape) != len(chosen) + 2:
-        raise Unsupported(f"it resizes {len(chosen)} axes of {len(x.shape)}")
-    size = tuple(a.after for a in chosen)
-    exact = all(math.isclose(a.factor, a.after / a.before, rel_tol=1e-7) for a in chosen)  # to the last bit of float32
-    centred = placed == "half_pixel" or (placed == "pytorch_half_pixel" and min(size) > 1)
-    centred = centred or (placed == "half_pixel_symmetric" and exact)
-    if name is not None and (placed == "align_corners" or (centred and exact)):
-        return call(_interpolate, x, order=order, size=size, mode=name, corners=placed == "align_corners")
-    if len(chosen) != 2:
-        raise Unsupported(f"it resizes {len(chosen)} axes with coordinates '{placed}'")
-    rows, columns = (Known.of(_between_corners(places(a, placed), a)) for a in chosen)
+    name = names[mode].get(len(axes))
+    if len(x.shape) != len(axes) + 2:
+        raise Unsupported(f"it resizes {len(axes)} axes of {len(x.shape)}")
+    if name is not None and (placed == "align_corners" or smooth.centred):
+        return call(_interpolate, x, order=order, size=smooth.size, mode=name, corners=placed == "align_corners")
+    if len(axes) != 2:
+        raise Unsupported(f"it resizes {len(axes)} axes with coordinates '{placed}'")
+    rows, columns = (Known.of(_between_corners(places(a, placed), a)) for a in axes)
     sampling = {"linear": "bilinear", "cubic": "bicubic"}[mode]
     return call(_sampled, x, rows, columns, BatchSize(), order=order, mode=sampling)
 
