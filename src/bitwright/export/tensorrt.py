@@ -18,8 +18,9 @@ from bitwright.errors import UsageError
 from bitwright.export.edit import insert_node, shared
 from bitwright.export.frame import with_inputs_apart
 from bitwright.export.layers import activation_quantizers
-from bitwright.export.onnx import QdqForm, opset, replace_integers, to_onnx
+from bitwright.export.onnx import QdqForm, opset, to_onnx
 from bitwright.export.parity import check_once
+from bitwright.export.qdq import replace_integers
 from bitwright.export.verdict import Parity
 from bitwright.graph.student import Student
 from bitwright.quant.quantizer import Frozen, Quantizer

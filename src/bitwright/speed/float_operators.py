@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from bitwright.export.clips import IN_FLOAT
-from bitwright.export.onnx import NARROW
+from bitwright.export.qdq import NARROW
 from bitwright.speed.kernels import FLOAT_PRODUCTS, INTEGER_PRODUCTS
 from bitwright.speed.record import FloatOperator
 
