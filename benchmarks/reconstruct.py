@@ -29,7 +29,8 @@ from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
 from bitwright.stages.learner import Learner, Variables
 from bitwright.stages.reconstruct import Reconstruct
-from bitwright.stages.tuning import ImageFeed, Objective, Targets, Tuner
+from bitwright.stages.targets import ImageFeed, Targets
+from bitwright.stages.tuning import Objective, Tuner
 
 
 class PlainActivation(nn.Module):

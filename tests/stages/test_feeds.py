@@ -32,7 +32,8 @@ from bitwright.stages.calibrate import Calibrate
 from bitwright.stages.feeds import Fisher, UnitFeed, UnitPlace, find_places
 from bitwright.stages.reconstruct import Reconstruct
 from bitwright.stages.schedules import Anneal, Gradual, Learn
-from bitwright.stages.tuning import Objective, as_channels_last
+from bitwright.stages.targets import as_channels_last
+from bitwright.stages.tuning import Objective
 
 CALIBRATE = Calibrate(weights="minmax", activations="minmax")
 NAMES = ["residual", "transformer", "dense", "shifted_window"]

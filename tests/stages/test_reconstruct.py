@@ -22,15 +22,16 @@ from bitwright.memory import saved_bytes
 from bitwright.pipeline import run_stages
 from bitwright.quant.scheme import Scheme
 from bitwright.recipes import Recipe, recipe
+from bitwright.stages import pace, resume, schedules
 from bitwright.stages import reconstruct as module
-from bitwright.stages import resume, schedules
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate, parameters
 from bitwright.stages.optimizers import OptimizedPart
 from bitwright.stages.reconstruct import Reconstruct
 from bitwright.stages.resume import KeptState
 from bitwright.stages.schedules import Anneal, Dampen, Gradual, Learn
-from bitwright.stages.tuning import Batch, NotFiniteLossError, Tuner, seconds_per_step
+from bitwright.stages.targets import Batch
+from bitwright.stages.tuning import NotFiniteLossError, Tuner, seconds_per_step
 
 CALIBRATE = Calibrate(weights="minmax", activations="minmax", bias_correction="analytic")
 QUICK: dict[str, Any] = {"batch": 8, "steps": 60, "score_probes": 4, "never_worse": False}
@@ -291,7 +292,7 @@ def test_minutes_become_steps_that_repeat_the_run() -> None:
 def test_precision_is_measured_recorded_and_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     _, run = optimise(Reconstruct(**{**QUICK, "steps": 2}), precision="auto")
     assert keys(run)["reconstruct"]["precision"] == "float32"
-    monkeypatch.setattr(module, "SHORT", 0.0)
+    monkeypatch.setattr(pace, "SHORT", 0.0)
     _, run = optimise(Reconstruct(**{**QUICK, "steps": 2}), precision="auto")
     found = keys(run)["reconstruct"]
     assert set(found["step_seconds"]) == {"float32", "bfloat16"}

@@ -15,7 +15,7 @@ from bitwright.graph.units import Cut, Unit, UnitKind, cuts, find_units, float_n
 from bitwright.measure.metrics import as_log_probabilities
 from bitwright.stages.base import Samples
 from bitwright.stages.losses import kl_divergence
-from bitwright.stages.tuning import Batch, as_channels_last, kept_rows, rows
+from bitwright.stages.targets import Batch, as_channels_last, kept_rows, rows
 
 SCALED_ON = 64
 """Images whose mean squared gradient becomes 1."""

@@ -37,7 +37,8 @@ from bitwright.stages.base import Optimising, Run
 from bitwright.stages.calibrate import widen_for_biases
 from bitwright.stages.learner import Learner, Variables
 from bitwright.stages.optimizers import OptimizedPart, optimizers_of
-from bitwright.stages.resume import KeptState, Pace
+from bitwright.stages.pace import Pace
+from bitwright.stages.resume import KeptState
 from bitwright.stages.schedules import Learn
 from bitwright.stages.tuning import SHARED_PART
 

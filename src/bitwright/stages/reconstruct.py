@@ -9,13 +9,13 @@ from __future__ import annotations
 import itertools
 import time
 import warnings
-from collections.abc import Callable, Container
+from collections.abc import Container
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, Field, model_validator
-from torch import Tensor, fx
+from pydantic import Field, model_validator
+from torch import fx
 
 from bitwright import together
 from bitwright.curvature.label_free import Distribution, HessianScores, cached_scores, images_at_once, label_free_scores
@@ -34,40 +34,31 @@ from bitwright.run.record import StageRecord
 from bitwright.stages.augment import ViewCount, Views, view_count
 from bitwright.stages.base import Optimising, Run, Samples
 from bitwright.stages.calibrate import parameters, widen_for_biases
+from bitwright.stages.calibration_loss import MEASURED_IMAGES, CalibrationLoss
 from bitwright.stages.feeds import SCALED_ON, Fisher, UnitFeed, UnitPlace, find_places
 from bitwright.stages.learner import Learner, Variables
-from bitwright.stages.losses import weighted_distance
-from bitwright.stages.resume import KeptState, Pace
-from bitwright.stages.schedules import Anneal, Dampen, Gradual, Learn
-from bitwright.stages.tuning import (
-    Feed,
-    ImageFeed,
-    NotFiniteLossError,
-    Objective,
-    Targets,
-    Tuner,
-    held_on,
-    seconds_per_step,
+from bitwright.stages.outcome import (
+    LossRecord,
+    NoiseRecord,
+    ReconstructRecord,
+    ScoresRecord,
+    Stopped,
+    UnitRecord,
+    averaged,
 )
+from bitwright.stages.pace import Pace, choose_pace
+from bitwright.stages.resume import KeptState
+from bitwright.stages.schedules import Anneal, Dampen, Gradual, Learn
+from bitwright.stages.targets import Feed, ImageFeed, Targets, held_on
+from bitwright.stages.tuning import NotFiniteLossError, Objective, Tuner, seconds_per_step
 
 GOOD_EVERY = 25
 """Steps between the states that a run whose loss stops being finite falls back to."""
-CURVE_POINTS = 200
-"""Of the loss over the steps, as the result keeps it."""
-MEASURED_IMAGES = 256
 SCORED_AT_ONCE = 16
 """Images in one backward pass for scores, which holds the gradients at all points."""
 TEACHER_MEMORY, UNIT_MEMORY = 1 << 28, 1 << 30
 """Bytes that the float network's values may take on a CPU, or what a unit reads and gives; they are computed anew for
 every batch where it is not enough, which costs a unit all that lies ahead of it."""
-WORTH_IT = 1.3
-"""How much faster another precision, or a compiled network, must be to be taken."""
-SHORT, SHORT_ON_GPU = 30.0, 5.0
-"""Seconds of all steps in float32 below which nothing else is tried: two runs of one seed then take the same way."""
-LONG = 600.0
-"""Seconds of all steps from which PyTorch's compiler is tried on a GPU: for ResNet-18 it had not ended after 100 s."""
-OVERHEAD = 1.15
-"""A whole step over its forward and backward pass."""
 NOTHING = "There is nothing to optimise: no convolution or linear layer has weights or inputs to quantize."
 
 
@@ -79,84 +70,6 @@ WEIGHTS: dict[UnitSize, frozenset[Weigh]] = {
     "layer": frozenset({"ones", "fisher", "low-rank"}),
 }
 """What weighs the distances in units of each size."""
-
-
-class ScoresRecord(BaseModel):
-    """Label-free scores: of each layer (the trace of its Hessian), with the largest relative standard error."""
-
-    layers: dict[str, float]
-    relative_error: float
-    probes: int
-    images: int
-
-
-class LossRecord(BaseModel):
-    """The loss on calibration images: before rounding, of what is kept, and of what each stage left."""
-
-    soft: float | None
-    hard: float
-    by_stage: dict[str, float]
-
-
-class Stopped(BaseModel):
-    """Where the loss was not finite any more."""
-
-    layer: str
-    step: int
-
-
-class NoiseRecord(BaseModel):
-    """A layer's signal to noise in dB, before and after."""
-
-    before: float | None
-    after: float | None
-
-
-class UnitRecord(BaseModel):
-    """What became of one unit: its loss before and after, and whether what was found is kept."""
-
-    name: str
-    layers: list[str]
-    before: float
-    after: float
-    kept: bool
-    inputs: Literal["kept", "live"]
-    seconds: float
-
-
-class ReconstructRecord(StageRecord):
-    """What an optimisation did, filled in as it goes."""
-
-    kind: str = "reconstruct"
-    steps: int
-    precision: str
-    compiled: bool
-    step_seconds: dict[str, float]
-    seed: int
-    views: int = 1
-    """Of each image."""
-    batch: int | None = None
-    at_once: int | None = None
-    teacher: Literal["kept", "live"] | None = None
-    stopped: Stopped | None = None
-    curve: list[tuple[int, float]] | None = None
-    """(step, loss), averaged over stretches."""
-    seconds_per_step: float | None = None
-    loss: LossRecord | None = None
-    kept: str | None = None
-    """The stage whose result is kept."""
-    left_nearest: float | None = None
-    """Share of weights that are not at their nearest integer."""
-    sqnr_db: dict[str, NoiseRecord] | None = None
-    scores: ScoresRecord | None = None
-    units: list[UnitRecord] | None = None
-    """In the order in which they were optimised; the losses above are then sums over them."""
-
-    def keys(self) -> dict[str, Any]:
-        """Scores have a key of their own."""
-        own = self.told()
-        scores = {"scores": own.pop("scores")} if "scores" in own else {}
-        return {**scores, self.kind: own}
 
 
 class Reconstruct(Optimising):
@@ -283,8 +196,11 @@ class Reconstruct(Optimising):
             raise UsageError(
                 f"Expected a single size as unit=, got {', '.join(self.unit)}. Run the parts() of the stage."
             )
-        if self.unit != "network":
-            return self._run_units(student, teacher, images, run)
+        way = self._run_network if self.unit == "network" else self._run_units
+        return way(student, teacher, images, run)
+
+    def _run_network(self, student: Student, teacher: Captured, images: Images, run: Run) -> Student:
+        """All variables at once, compared at all layers; kept is the best that any stage has left."""
         points = linear_points(teacher.graph, teacher.example.to(run.device))
         learner = Learner(student, points, self._variables(student))
         if not points or not _learns(learner):
@@ -301,16 +217,21 @@ class Reconstruct(Optimising):
             targets.precision = getattr(torch, plan.precision)
             return self._tuner(learner, feed, objective, run, plan)
 
-        saved = KeptState.read(run) or KeptState(run, self._plan(lambda plan: _seconds(tuner_of(plan), plan), run))
+        def seconds_of(plan: Pace) -> float:
+            return _seconds(tuner_of(plan), plan)
+
+        # On a CPU the compiler takes minutes.
+        compiles = run.device.type == "cuda"
+        saved = KeptState.read(run) or KeptState(run, choose_pace(self.steps, run, seconds_of, compiles=compiles))
         plan = saved.plan
         record = ReconstructRecord(**vars(plan), seed=run.seed, views=samples.draws, scores=scores)
         before = _sqnr(student, images, run)
         tuner = tuner_of(plan)
         if plan.steps:
-            self._optimise(tuner, saved, run, record)
+            self._optimise(tuner, saved, run, record, _Shown("", 0, plan.steps))
             learner.absorb(student)
             widen_for_biases(student)
-        measure = _Measure(teacher, points, objective, images, run, tuner.at_once)
+        measure = CalibrationLoss(teacher, points, objective, images, run, tuner.at_once)
         self._choose(student, learner if plan.steps else None, measure, run, record)
         self._finish(record, student, teacher, images, run, before)
         return student
@@ -401,45 +322,6 @@ class Reconstruct(Optimising):
         with run.timed("scores"):
             return cached_scores(run.state, f"{run.identity} {chosen}", compute)
 
-    # -------------------------------------------------------------------------------------------- plan
-
-    def _plan(self, seconds_of: Callable[[Pace], float], run: Run, beside: Callable[[], float] = lambda: 0.0) -> Pace:
-        """Number of steps and precision: what was asked for, else measured.
-
-        Args:
-            seconds_of: measures a step, of all units.
-            run: what was asked for.
-            beside: seconds that are not for steps.
-        """
-        steps = self.steps if run.steps is None else run.steps
-        ways = [(p, False) for p in (["float32", "bfloat16"] if run.precision == "auto" else [run.precision])]
-        compiles = run.device.type == "cuda" and self.unit == "network"  # on a CPU it takes minutes, and for each unit
-        if (len(ways) == 1 and run.minutes is None and not compiles) or steps == 0:
-            return Pace(steps, *ways[0], {})
-        run.progress("Measuring the speed of a step", 0, 0)
-        seconds: dict[tuple[str, bool], float] = {}
-
-        def measure(way: tuple[str, bool]) -> None:
-            measured = seconds_of(Pace(1, *way, {}))
-            seconds[way] = together.from_first(lambda: round(measured, 5))
-
-        def fastest() -> tuple[str, bool]:
-            return min(seconds, key=lambda w: seconds[w] * (1 if w == ways[0] else WORTH_IT))
-
-        def left() -> float:
-            if run.minutes is None:
-                return seconds[fastest()] * steps
-            return run.minutes * 60 - (time.perf_counter() - run.started) - beside()
-
-        for way in ways:
-            if not seconds or run.minutes is not None or left() >= _short(run.device):
-                measure(way)
-        if compiles and together.from_first(left) >= LONG:
-            measure((fastest()[0], True))
-        if run.minutes is not None:
-            steps = together.from_first(lambda: max(1, int(left() / (seconds[fastest()] * OVERHEAD))))
-        return Pace(steps, *fastest(), {_name(way): found for way, found in seconds.items()})
-
     def _tuner(self, learner: Learner, feed: Feed, objective: Objective, run: Run, plan: Pace) -> Tuner:
         precision = getattr(torch, plan.precision)
         tuner = Tuner(learner, feed, objective, self, max(plan.steps, 1), precision, run.device, run.seed)
@@ -466,7 +348,7 @@ class Reconstruct(Optimising):
             work = self._work(student, teacher, place, samples, run)
             found = None
             if plan.steps and _learns(work.learner):
-                shown = (place.unit.name, position * plan.steps, len(places) * plan.steps)
+                shown = _Shown(place.unit.name, position * plan.steps, len(places) * plan.steps)
                 found = self._tune_unit(student, work, saved, run, record, shown)
             saved.units.append(None if found is None else found.model_dump())
             now = student.graph.named_buffers()
@@ -524,7 +406,7 @@ class Reconstruct(Optimising):
         saved: KeptState,
         run: Run,
         record: ReconstructRecord,
-        shown: tuple[str, int, int],
+        shown: _Shown,
     ) -> UnitRecord:
         """Optimises a unit and puts the result into the student, unless what was there had the lower loss."""
         started, place = time.perf_counter(), work.feed.place
@@ -567,27 +449,31 @@ class Reconstruct(Optimising):
                     total += _seconds(self._tuner(work.learner, work.feed, work.objective, run, plan), plan)
             return total
 
-        return self._plan(seconds_of, run, lambda: sum(filling.values()) * len(samples) / len(few))
+        return choose_pace(self.steps, run, seconds_of, beside=lambda: sum(filling.values()) * len(samples) / len(few))
 
     # ------------------------------------------------------------------------------------- optimisation
 
-    def _optimise(
-        self,
-        tuner: Tuner,
-        saved: KeptState,
-        run: Run,
-        record: ReconstructRecord,
-        shown: tuple[str, int, int] | None = None,
-    ) -> None:
-        """Takes the steps; ``shown`` has the unit's name, the steps of those before, and those of all."""
-        steps = saved.plan.steps
-        unit, done, total = shown or ("", 0, steps)
+    def _optimise(self, tuner: Tuner, saved: KeptState, run: Run, record: ReconstructRecord, shown: _Shown) -> None:
+        """Takes the steps, and says how they went."""
+        steps, room = saved.plan.steps, self._room(run.device)
         saved.load(tuner)
-        uses, room = steps * tuner.batch, self._room(run.device)
-        kept = tuner.step < steps and tuner.feed.keep(room, uses, tuner.at_once)
+        kept = tuner.step < steps and tuner.feed.keep(room, steps * tuner.batch, tuner.at_once)
         record.batch, record.at_once, record.teacher = tuner.batch, tuner.at_once, "kept" if kept else "live"
-        good, recent, decided = tuner.state_copy(), 0.0, ""
         started, first = time.perf_counter(), tuner.step
+        failed = self._take_steps(tuner, saved, run, shown)
+        if failed is not None:
+            record.stopped = Stopped(layer=failed.layer, step=failed.step)
+            _warn(f"{failed} The optimisation ends there, with its last good state.")
+        record.at_once = tuner.at_once
+        record.curve = averaged(saved.losses)
+        if tuner.step > first:
+            record.seconds_per_step = round((time.perf_counter() - started) / (tuner.step - first), 4)
+        tuner.finish()
+
+    def _take_steps(self, tuner: Tuner, saved: KeptState, run: Run, shown: _Shown) -> NotFiniteLossError | None:
+        """Takes the steps; where the loss is not finite any more, the last good state is back, and why is returned."""
+        steps, unit = saved.plan.steps, f"{shown.unit}, " * bool(shown.unit)
+        good, recent, decided = tuner.state_copy(), 0.0, ""
         try:
             while tuner.step < steps:
                 if tuner.step % GOOD_EVERY == 0:
@@ -598,8 +484,7 @@ class Reconstruct(Optimising):
                         decided = f", {tuner.learner.share_decided():.0%} decided"
                 loss = tuner.advance()
                 recent = _noted(saved, [] if loss is None else [loss], recent)
-                detail = f"{unit}, " * bool(unit) + f"loss {recent:.4g}{decided}"
-                run.progress("Optimising", done + tuner.step, total, detail)
+                run.progress("Optimising", shown.done + tuner.step, shown.total, f"{unit}loss {recent:.4g}{decided}")
                 if not tuner.pending and saved.is_due():
                     tuner.check_finite()  # what a resumed run begins with is what it may have to fall back to
                     good = tuner.state_copy()
@@ -609,19 +494,14 @@ class Reconstruct(Optimising):
         except NotFiniteLossError as error:
             tuner.load({n: t.clone() for n, t in good.items()}, tuner.step)
             tuner.pending.clear()
-            record.stopped = Stopped(layer=error.layer, step=error.step)
-            _warn(f"{error} The optimisation ends there, with its last good state.")
-        record.at_once = tuner.at_once
-        record.curve = averaged(saved.losses)
-        if tuner.step > first:
-            record.seconds_per_step = round((time.perf_counter() - started) / (tuner.step - first), 4)
-        tuner.finish()
+            return error
+        return None
 
     def _choose(
         self,
         student: Student,
         learner: Learner | None,
-        measure: _Measure,
+        measure: CalibrationLoss,
         run: Run,
         record: ReconstructRecord,
     ) -> None:
@@ -669,14 +549,6 @@ def _free(kind: str, taken: Container[str]) -> str:
     return next(n for n in names if n not in taken)
 
 
-def _short(device: torch.device) -> float:
-    return SHORT if device.type == "cpu" else SHORT_ON_GPU
-
-
-def _name(way: tuple[str, bool]) -> str:
-    return f"{way[0]}, compiled" if way[1] else way[0]
-
-
 def _seconds(tuner: Tuner, plan: Pace) -> float:
     """Of a step; infinite where the compiler gives up."""
     try:
@@ -689,6 +561,17 @@ def _seconds(tuner: Tuner, plan: Pace) -> float:
 
 def _learns(learner: Learner) -> bool:
     return any(p.requires_grad for p in learner.parameters())
+
+
+class _Shown(NamedTuple):
+    """What progress tells beside the steps of a unit."""
+
+    unit: str
+    """Its name; empty where it is the whole network."""
+    done: int
+    """Steps of the units before."""
+    total: int
+    """Steps of all units."""
 
 
 @dataclass(frozen=True)
@@ -712,66 +595,9 @@ class _Work:
         return total / count
 
 
-class _Measure:
-    """The loss of networks on a fixed part of the calibration images, without regularizer."""
-
-    def __init__(
-        self, teacher: Captured, points: list[Point], objective: Objective, images: Images, run: Run, at_once: int
-    ) -> None:
-        self.points, self.objective, self.run, self.at_once = points, objective, run, at_once
-        self.teacher = expose(teacher.graph, [p.node for p in points])
-        self.count = min(MEASURED_IMAGES, len(images))
-        self.images = images
-
-    def losses(
-        self, student: Student, states: dict[str, Snapshot], learner: Learner | None
-    ) -> tuple[dict[str, float], float | None]:
-        """Of the student in each state, and of the learner as it stands; each batch passes the teacher once."""
-        totals = dict.fromkeys(states, 0.0)
-        soft = 0.0
-        exposed = {}
-        for name, state in states.items():
-            student.restore(state)
-            exposed[name] = expose(student.graph, [p.node for p in self.points])
-        weights = self.objective.weights[: self.count]
-        if self.objective.normalise:
-            weights = weights / weights.mean(0).max().clamp_min(1e-30)
-        with torch.no_grad():
-            for start in range(0, self.count, self.at_once):
-                indices = torch.arange(start, min(start + self.at_once, self.count))
-                images = self.images.batch(indices).to(self.run.device)
-                chosen = weights[indices].to(self.run.device)
-                _, expected = self.teacher(images)
-                for name, state in states.items():
-                    student.restore(state)  # scales are in the quantizers, which all states share
-                    totals[name] += self._total(exposed[name](images)[1], expected, chosen)
-                if learner is not None:
-                    soft += self._total(learner(images)[1], expected, chosen)
-        return {n: t / self.count for n, t in totals.items()}, None if learner is None else soft / self.count
-
-    def _total(self, found: list[Tensor], expected: list[Tensor], weights: Tensor) -> float:
-        terms = [
-            weighted_distance(a, b, weights[:, i], p, over=self.objective.over)
-            for i, (p, a, b) in enumerate(zip(self.points, found, expected, strict=True))
-        ]
-        return float(torch.stack(terms).sum()) * len(weights)
-
-
 def _sqnr(student: Student, images: Images, run: Run) -> dict[str, float | None]:
     """Of every layer in dB, on a few images."""
     return layer_sqnr(student, images.batch(range(min(16, len(images)))).to(run.device))
-
-
-def averaged(losses: list[float], points: int = CURVE_POINTS) -> list[tuple[int, float]]:
-    """The loss over the steps: (last step, mean) of stretches of equal length, as few as fit into ``points``.
-
-    Example:
-        >>> averaged([4.0, 2.0, 3.0, 1.0, 1.0], points=3)
-        [(2, 3.0), (4, 2.0), (5, 1.0)]
-    """
-    length = max(1, -(-len(losses) // points))
-    stretches = (losses[i : i + length] for i in range(0, len(losses), length))
-    return [(min((k + 1) * length, len(losses)), sum(s) / len(s)) for k, s in enumerate(stretches)]
 
 
 def _left_nearest(student: Student, teacher: Captured, run: Run) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,23 +11,13 @@ from torch import Tensor
 
 from bitwright.run import checkpoint
 from bitwright.stages.base import Run
+from bitwright.stages.pace import Pace
 
 CHECKPOINT = "reconstruct.safetensors"
 CHECKPOINT_SECONDS = 20.0
 CHECKPOINT_SHARE = 0.01
 """Share of the time that checkpoints may take."""
 DONE = "done/"
-
-
-@dataclass(frozen=True)
-class Pace:
-    """How many steps are taken, of each unit, and how they are computed."""
-
-    steps: int
-    precision: str
-    compiled: bool
-    step_seconds: dict[str, float]
-    """Measured, for one step each way; of all units together."""
 
 
 class Resumable(Protocol):
