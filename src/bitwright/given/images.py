@@ -49,6 +49,7 @@ class Images:
         place: the path or name that they were loaded from, which holds from any folder; None where there is none.
 
     Example:
+        >>> import torch
         >>> images = load_images(torch.zeros(10, 3, 8, 8), None)
         >>> len(images), len(images[::2]), [tuple(b.shape) for b in images.batches(4)][-1]
         (10, 5, (2, 3, 8, 8))
