@@ -12,7 +12,9 @@ from torch import nn
 
 from bitwright.bits import planning
 from bitwright.bits.goal import MEASURE, Goal
+from bitwright.bits.measured import usable
 from bitwright.bits.plan import Plan, insert_plan
+from bitwright.bits.planned import Planning
 from bitwright.errors import UsageError, step
 from bitwright.given.arguments import SEEDS, a_path, a_time, check_alone, choices, of_kind, one_of, whole_number
 from bitwright.given.images import Images, load_images
@@ -136,9 +138,7 @@ def quantize(
     }
     _check_instead(scheme, goal, weights, activations, rules, runtime, measure, limits)
     _check_kinds(progress, preprocessing, output, input_key, skip_unreadable, cache)
-    raise_some = isinstance(activations, str) and activations == "auto"
-    if raise_some and (plan is not None or goal is not None or any(v is not None for v in limits.values())):
-        raise UsageError("Expected activations='auto', or a plan or a limit that decides their bits, found both.")
+    raise_some = _is_auto(activations, plan, goal, limits)
     state = None if state is None else a_path("state", state)
     samples = None if samples is None else whole_number("samples", samples, least=1)
     goal = goal or as_goal(weights, activations, measure, plan, **limits)
@@ -153,9 +153,8 @@ def quantize(
         given = calibration_images(
             images, network, samples, skip_unreadable, labelled=method.reads_labels, input_key=input_key
         )
-        network = sized_by(network, given)
+        network, data = sized_by(network, given), given.unlabelled()
         goal = goal and goal.beside(network.decode)
-        data = given.unlabelled()
         with run.timed("capture"):
             teacher = prepare_teacher(network, data, output)
             _check_stages(method, insert_as(teacher, scheme, plan), teacher, given)
@@ -164,26 +163,54 @@ def quantize(
         if goal is not None:
             decided, scheme = plan_within(goal, teacher, scheme, data, method, run, cache=cache, state=state)
             plan = decided.plan
-        student = insert_as(teacher, scheme, plan)
-        place_on(teacher.graph, run.device)
-        student.to(run.device)
-        budget = (run.steps_each, minutes, precision)
-        labels = f" {given.labels_sha256}" if method.reads_labels else ""
-        identity = f"{student.scheme} {method} {run.seed} {budget} {data.sha256} {tensor_digest(teacher.graph)}{labels}"
+        student = _on_device(insert_as(teacher, scheme, plan), teacher, run)
+        identity = _identity(student, teacher, method, run, data, given)
         student = run_stages(method, student, teacher, given, run, state=state, identity=identity)
         with run.timed("advice"):
             lines = [*check_answers(student, data, run), *advise(student, data, run)]
         for line in lines:
             warnings.warn(line, stacklevel=2)
 
+    student = _finished(student, teacher, network, data)
+    student.result = _record(student, network, method, data, run, said, decided, output).result()
+    return QuantizedModel.of(student)
+
+
+def _is_auto(activations: Any, plan: Any, goal: Goal | None, limits: Mapping[str, Any]) -> bool:
+    """Whether the few activations that need it get 16 bits.
+
+    Raises:
+        UsageError: a plan, or limits of one, would decide their bits too.
+    """
+    auto = isinstance(activations, str) and activations == "auto"
+    if auto and (plan is not None or goal is not None or any(v is not None for v in limits.values())):
+        raise UsageError("Expected activations='auto', or a plan or a limit that decides their bits, found both.")
+    return auto
+
+
+def _on_device(student: Student, teacher: Captured, run: Run) -> Student:
+    """Both networks, where the run computes."""
+    place_on(teacher.graph, run.device)
+    student.to(run.device)
+    return student
+
+
+def _identity(student: Student, teacher: Captured, method: Recipe, run: Run, images: Images, given: Images) -> str:
+    """What the stages depend on; ``given`` are the images with their labels, which few recipes read."""
+    budget = (run.steps_each, run.minutes, run.precision)
+    labels = f" {given.labels_sha256}" if method.reads_labels else ""
+    return f"{student.scheme} {method} {run.seed} {budget} {images.sha256} {tensor_digest(teacher.graph)}{labels}"
+
+
+def _finished(student: Student, teacher: Captured, network: Model, images: Images) -> Student:
+    """The student as integers, on the CPU, with what it takes to use it."""
     student.freeze()
     student.to("cpu")
     place_on(teacher.graph, "cpu")
-    student.preprocessing, student.calibration = network.preprocessing, data
-    student.has_parts(data.parts)
+    student.preprocessing, student.calibration = network.preprocessing, images
+    student.has_parts(images.parts)
     student.interface = None if network.source is None else network.source.names
-    student.result = _record(student, network, method, data, run, said, decided, output).result()
-    return QuantizedModel.of(student)
+    return student
 
 
 def insert_as(teacher: Captured, scheme: Scheme, plan: Plan | None) -> Student:
@@ -271,16 +298,12 @@ def preview(
     """
     network, scheme = as_model(model, preprocessing), scheme or Scheme()
     if goal is None:
-        data = (
-            images
-            if isinstance(images, Images)
-            else load_images(
-                images,
-                network.preprocessing,
-                inputs=input_names(network.module),
-                channels_last=network.channels_last,
-                most=2,
-            )
+        data = load_images(
+            images,
+            network.preprocessing,
+            inputs=input_names(network.module),
+            channels_last=network.channels_last,
+            most=2,
         )
         data = network.completed(data)
         return insert_as(prepare_teacher(network, data, output), scheme, _as_plan(plan, scheme))
@@ -344,12 +367,12 @@ def plan_within(
     *,
     cache: str | Path | None = None,
     state: Path | None = None,
-) -> tuple[planning.Planning, Scheme]:
+) -> tuple[Planning, Scheme]:
     """The plan of a goal, and the scheme for what it leaves open."""
-    folder = None if cache is None else planning.usable(Path(cache))
+    points = planning.SHOWN if goal.max_drop is None else planning.POINTS
+    how = planning.PlanningSettings(points=points, folder=None if cache is None else usable(Path(cache)))
     with run.timed("plan"):
-        points = planning.SHOWN if goal.max_drop is None else planning.POINTS
-        decided = planning.decide(teacher, scheme, images, goal, method, run, points=points, folder=folder, state=state)
+        decided = planning.decide(teacher, scheme, images, goal, method, run, how, state=state)
     return decided, planning.open_scheme(scheme, goal)
 
 
@@ -445,7 +468,7 @@ def _record(
     images: Images,
     run: Run,
     warned: list[str],
-    plan: planning.Planning | None,
+    plan: Planning | None,
     output: str | None,
 ) -> RunRecord:
     """Everything that is known of the run, once its network is frozen."""

@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 import bitwright as bw
-from bitwright.bits import planning
+from bitwright.bits import measured, planning
 from bitwright.bits.goal import Goal
 from bitwright.bits.plan import insert_plan
+from bitwright.bits.planned import Planning
 from bitwright.errors import UsageError
 from bitwright.measure.metrics import Fidelity
 from bitwright.quant.scheme import Scheme
@@ -30,7 +31,7 @@ from bitwright.stages.optq import Optq
 
 
 @cache
-def plan(name: str = "residual", count: int = 6, **settings: Any) -> planning.Planning:
+def plan(name: str = "residual", count: int = 6, **settings: Any) -> Planning:
     return bw.plan_bits(cases.model(name), cases.images(count), **{"weights": "2,4,8", "points": 5, **settings})
 
 
@@ -63,9 +64,8 @@ def test_the_plan_is_the_best_of_all_that_fit() -> None:
 def test_losses_are_those_of_the_measure() -> None:
     """KL of one rounded weight, from a network that is calibrated and run here."""
     teacher, data = cases.prepared("residual"), cases.dataset(6)
-    found = planning.planned(
-        teacher, Scheme(), data, Goal.parse(weights="4"), builtin_recipes()["mse"], Run(), points=0
-    )
+    goal, no_curve = Goal.parse(weights="4"), planning.PlanningSettings(points=0)
+    found = planning.planned(teacher, Scheme(), data, goal, builtin_recipes()["mse"], Run(), no_curve)
     student = bw.quantized.insert_quantizers(teacher, Scheme(weights=4, activations=None))
     student = Calibrate(bias_correction="none").run(student, teacher, data, Run())
     for module in student.graph.modules():
@@ -79,8 +79,9 @@ def test_losses_are_those_of_the_measure() -> None:
 
 def test_losses_are_those_of_the_roundings_that_the_recipe_will_make() -> None:
     teacher, data = cases.prepared("residual"), cases.dataset(6)
+    goal, no_curve = Goal.parse(weights="3,4"), planning.PlanningSettings(points=0)
     plain, rounded = (
-        planning.planned(teacher, Scheme(), data, Goal.parse(weights="3,4"), builtin_recipes()[name], Run(), points=0)
+        planning.planned(teacher, Scheme(), data, goal, builtin_recipes()[name], Run(), no_curve)
         for name in ("mse", "eptq")
     )
     choices = Choices((3, 4), (), refine=(Optq(views="auto"),))
@@ -91,12 +92,12 @@ def test_losses_are_those_of_the_roundings_that_the_recipe_will_make() -> None:
 
 def test_few_images_serve_a_large_network_and_many_a_small_one() -> None:
     found = plan("residual")
-    assert planning.affordable(found.student, found.variables) == 256
+    assert measured.affordable(found.student, found.variables) == 256
     macs, options = 1_000_000_000, 6
     layers = {str(i): SimpleNamespace(options=range(options)) for i in range(50)}
     found.student.layers[0].macs = macs
-    count = planning.affordable(found.student, layers)  # type: ignore[arg-type]
-    assert count * 50 * options / 2 * macs <= planning.WORK
+    count = measured.affordable(found.student, layers)  # type: ignore[arg-type]
+    assert count * 50 * options / 2 * macs <= measured.WORK
     assert 16 <= count < 256
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bitwright import together
 from bitwright.bits import planning
-from bitwright.bits.planning import Planning
+from bitwright.bits.planned import Planning
 from bitwright.cli import plans, tables
 from bitwright.cli.calls import PlanCall
 from bitwright.cli.sources import check_output, empty_removed, load_inputs, sources

@@ -142,19 +142,15 @@ def calibration_images(
     """
     if samples is not None:
         samples = whole_number("samples", samples, least=1)
-    images = (
-        source
-        if isinstance(source, Images)
-        else load_images(
-            source,
-            network.preprocessing,
-            inputs=input_names(network.module),
-            channels_last=network.channels_last,
-            skip_unreadable=skip_unreadable,
-            most=samples or (None if labelled else DEFAULT_SAMPLES),
-            input_key=input_key,
-            read_labels=labelled,
-        )
+    images = load_images(
+        source,
+        network.preprocessing,
+        inputs=input_names(network.module),
+        channels_last=network.channels_last,
+        skip_unreadable=skip_unreadable,
+        most=samples or (None if labelled else DEFAULT_SAMPLES),
+        input_key=input_key,
+        read_labels=labelled,
     )
     if samples is not None and samples > len(images):
         warnings.warn(f"{samples} images were asked for, there are {len(images)}; all are used.", stacklevel=3)

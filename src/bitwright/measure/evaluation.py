@@ -91,18 +91,13 @@ def evaluate(
     scoring = Scoring(task, metric, decode)
     scoring.check()
     most = None if samples is None else whole_number("samples", samples, least=1)
-    given = isinstance(source, Images)
-    images = (
-        source
-        if given
-        else load_images(
-            source,
-            model.preprocessing,
-            most=most,
-            input_key=input_key,
-            inputs=model.input_names,
-            channels_last=model.channels_last,
-        )
+    images = load_images(
+        source,
+        model.preprocessing,
+        most=most,
+        input_key=input_key,
+        inputs=model.input_names,
+        channels_last=model.channels_last,
     )
     images = labelled(images, labels, class_map)
     images = images if most is None else images.sample(most)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from bitwright.bits.plan import Plan
-from bitwright.bits.planning import Planning, nearest_uniform
+from bitwright.bits.planned import Planning
+from bitwright.bits.planning import nearest_uniform
 from bitwright.report.frame import Section, document, paragraph, shell
 from bitwright.report.markup import Child, tag
 from bitwright.report.panels import Panel, Series, single

@@ -29,7 +29,7 @@ SIZE_TOLERANCE = 0.02
 
 
 class PlanRecord(Protocol):
-    """How the bits of a run were chosen: a :class:`bitwright.bits.planning.Planning`."""
+    """How the bits of a run were chosen: a :class:`bitwright.bits.planned.Planning`."""
 
     def of_run(self) -> dict[str, Any]:
         """What ``result.json`` says of it."""
