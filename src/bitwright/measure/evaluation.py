@@ -90,6 +90,38 @@ def evaluate(
     of_kind("model", model, Student, "a quantized model")
     scoring = Scoring(task, metric, decode)
     scoring.check()
+    images = images_to_measure(model, source, labels, class_map, input_key=input_key, decode=decode, samples=samples)
+    readings = read_outputs_of(model, images, classes)
+    with watched(progress) as told:
+        found = evaluation_of(model, images, readings, scoring=scoring, batch=batch, progress=told)
+    check_figures(found)
+    return found.to_dict()
+
+
+def images_to_measure(
+    model: Student,
+    source: Any,
+    labels: Any = None,
+    class_map: GivenClassMap = None,
+    *,
+    input_key: str | None = None,
+    decode: Decode | None = None,
+    samples: int | None = None,
+) -> Images:
+    """Images with what is known of them, and with all that a network takes beside them.
+
+    Args:
+        model: that is measured.
+        source: images as everywhere.
+        labels: as for :func:`bitwright.measure.truth_files.labelled`.
+        class_map: as for the same function.
+        input_key: name of the images where items are dicts.
+        decode: of a detector of two stages, which chooses the regions that its second network takes.
+        samples: how many images to use, evenly spread; all if not given.
+
+    Raises:
+        DataError: images or labels cannot be read, or do not belong together.
+    """
     most = None if samples is None else whole_number("samples", samples, least=1)
     images = load_images(
         source,
@@ -101,12 +133,7 @@ def evaluate(
     )
     images = labelled(images, labels, class_map)
     images = images if most is None else images.sample(most)
-    images = decode.completed(images) if isinstance(decode, TwoStages) else images
-    readings = read_outputs_of(model, images, classes)
-    with watched(progress) as told:
-        found = evaluation_of(model, images, readings, scoring=scoring, batch=batch, progress=told)
-    check_figures(found)
-    return found.to_dict()
+    return decode.completed(images) if isinstance(decode, TwoStages) else images
 
 
 def evaluation_of(

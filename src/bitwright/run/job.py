@@ -26,19 +26,23 @@ from bitwright.export.formats import named, write_format
 from bitwright.export.parity import CHECKED_IMAGES, LEAST_IMAGES, export_checked, images_of
 from bitwright.export.verdict import Parity
 from bitwright.given.arguments import a_path, of_kind, one_of
-from bitwright.given.images import Images, load_images
+from bitwright.given.images import Images
 from bitwright.given.inputs import find_device
 from bitwright.given.models import reference_to
-from bitwright.given.two_stages import TwoStages
 from bitwright.graph.devices import device_of, undisturbed
 from bitwright.graph.student import Student, moved_to
 from bitwright.graph.work import how_many, said
 from bitwright.measure.class_maps import GivenClassMap
-from bitwright.measure.evaluation import NOTHING_SAID, LayerNoise, evaluation_of, read_outputs_of
+from bitwright.measure.evaluation import (
+    NOTHING_SAID,
+    LayerNoise,
+    evaluation_of,
+    images_to_measure,
+    read_outputs_of,
+)
 from bitwright.measure.metrics import Evaluation
 from bitwright.measure.task import Decode
 from bitwright.measure.tasks import Scoring, task_of
-from bitwright.measure.truth_files import labelled
 from bitwright.memory import keep_pages, return_pages
 from bitwright.progress import Progress, watched
 from bitwright.report import facts
@@ -226,15 +230,7 @@ def save(
         raise UsageError(f"Expected images as evaluate= beside labels=, found {evaluate!r}.")
     images = None
     if measured and evaluate is not True:
-        given = load_images(
-            evaluate,
-            model.preprocessing,
-            inputs=model.input_names,
-            channels_last=model.channels_last,
-            input_key=input_key,
-        )
-        images = labelled(given, labels, class_map)
-    images = decode.completed(images) if images is not None and isinstance(decode, TwoStages) else images
+        images = images_to_measure(model, evaluate, labels, class_map, input_key=input_key, decode=decode)
     scoring = Scoring(task, metric, decode)
     scoring.check()
     one_of("check", check, tuple(CHECKS))

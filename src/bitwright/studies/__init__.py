@@ -26,6 +26,7 @@ from bitwright.given.several import input_names
 from bitwright.graph.devices import undisturbed
 from bitwright.memory import keep_pages
 from bitwright.progress import Progress, watched
+from bitwright.recipes import Recipe
 from bitwright.recipes import recipe as find_recipe
 from bitwright.run.about import environment, peak_memory_bytes
 from bitwright.studies.base import KeptRows, Study, StudyResult, StudySettings, settings_facts
@@ -129,10 +130,7 @@ def study(
         steps=steps, weights=weights, activations=activations, seeds=seeds, samples=samples, recipe=recipe
     )
     method = find_recipe(settings.recipe or chosen.recipe)
-    if (model is None) != (images is None):
-        raise UsageError("Expected MODEL and IMAGES, or neither to run on the embedded networks, found one of them.")
-    if labels is not None and evaluate is None:
-        raise UsageError("Labels are used for evaluation only. Give the images they belong to with evaluate=.")
+    _check_together(model, images, evaluate, labels)
     where = find_device(device)
     subjects = []
     with watched(progress) as told:
@@ -142,12 +140,7 @@ def study(
             pool, held_out = _parts(images, evaluate, labels, network, {**reading, "skip_unreadable": skip_unreadable})
             subjects.append(Subject(network, pool, held_out, where, output))
         _warn_of_few(samples, subjects)
-        facts = {
-            **environment(where, settings.seeds[0]),
-            "settings": settings_facts(chosen, settings),
-            "recipe": None if settings.steps is None else method.settings(),
-            "networks": [s.facts() for s in subjects],
-        }
+        facts = _facts(chosen, settings, method, subjects, where)
         identity = json.dumps([facts[k] for k in ("bitwright", "settings", "recipe", "networks")], sort_keys=True)
         rows = KeptRows(kept, identity, resume=resume)
         for subject, about in zip(subjects, facts["networks"], strict=True):
@@ -155,6 +148,25 @@ def study(
         measured = _measure(chosen, subjects, settings, rows, told)
     facts["seconds"] = {"total": round(time.perf_counter() - started, 3)}
     return StudyResult(chosen, {**facts, "peak_memory_bytes": peak_memory_bytes(), "warnings": []}, measured)
+
+
+def _check_together(model: Any, images: Any, evaluate: Any, labels: Any) -> None:
+    if (model is None) != (images is None):
+        raise UsageError("Expected MODEL and IMAGES, or neither to run on the embedded networks, found one of them.")
+    if labels is not None and evaluate is None:
+        raise UsageError("Labels are used for evaluation only. Give the images they belong to with evaluate=.")
+
+
+def _facts(
+    chosen: Study, settings: StudySettings, method: Recipe, subjects: Sequence[Subject], where: torch.device
+) -> dict[str, Any]:
+    """What a result says of the study's circumstances."""
+    return {
+        **environment(where, settings.seeds[0]),
+        "settings": settings_facts(chosen, settings),
+        "recipe": None if settings.steps is None else method.settings(),
+        "networks": [s.facts() for s in subjects],
+    }
 
 
 def _parts(
