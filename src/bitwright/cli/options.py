@@ -219,7 +219,7 @@ class FigureOptions:
         Raises:
             UsageError: there is no such task or function.
         """
-        from bitwright.given.models import load_function
+        from bitwright.given.scripts import load_function
         from bitwright.measure.tasks import Scoring
 
         named = {"metric": self.metric, "decode": self.decode}

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
-import importlib.util
-import inspect
 import math
 import re
-import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -25,10 +19,11 @@ from torch.export import ExportedProgram
 
 from bitwright.errors import ModelError, UsageError
 from bitwright.given import detectors
-from bitwright.given.compat import import_timm, import_torchvision, with_torchvision
+from bitwright.given.compat import import_timm, import_torchvision
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing, parse_input_size
 from bitwright.given.references import absolute_reference
 from bitwright.given.saved_program import load_program
+from bitwright.given.scripts import builder_of, callables_in, preprocessing_function, run_script, seeded
 from bitwright.given.two_stages import TwoStageBody, TwoStages
 from bitwright.given.weights import (
     CHECKPOINTS,
@@ -139,7 +134,7 @@ def load_model(
         raise ModelError(f"Expected a model as {FORMS}, cannot read {said!r} ({on_one_line(error)}).") from error
     _check_weights(model)
     if preprocess is not None:
-        model = replace(model, preprocessing=_function(preprocess, settings))
+        model = replace(model, preprocessing=preprocessing_function(preprocess, settings))
     if detectors.is_detector(model.module):
         model = _without_decoding(model)
     named = {} if preprocess is None else {"preprocess": absolute_reference(str(preprocess))}
@@ -155,7 +150,7 @@ def _resolve(reference: str, settings: Settings) -> Model:
         return _from_script(Path(script[1]).expanduser(), script[2], script[3], settings)
     path = Path(reference).expanduser()
     if path.suffix == ".py":
-        raise UsageError(f"Expected file.py:callable, found {reference}. Name one of {_callables(path)}.")
+        raise UsageError(f"Expected file.py:callable, found {reference}. Name one of {callables_in(path)}.")
     if path.suffix == ".onnx":
         return _from_onnx(path, settings)
     if path.suffix == ".pt2":
@@ -345,7 +340,7 @@ def _with_weights(
     reference: str,
     other_classes: Callable[[nn.Module, Mapping[str, Tensor]], int | None] | None = None,
 ) -> nn.Module:
-    module = _seeded(build, reference)
+    module = seeded(build, reference)
     if not weights:
         warnings.warn(
             f"{reference} has random weights: none were given, and none are downloaded. "
@@ -357,38 +352,20 @@ def _with_weights(
     state = read_state_dict(weights)
     classes = (other_classes or other_classes_of)(module, state)
     if classes is not None:
-        module = _seeded(lambda: build(num_classes=classes), reference)
+        module = seeded(lambda: build(num_classes=classes), reference)
     load_weights(module, state, weights)
     return module
-
-
-def _seeded(build: Callable[[], nn.Module], reference: str) -> nn.Module:
-    with _same_random_numbers():
-        try:
-            return with_torchvision(build).eval()
-        except (Exception, SystemExit) as error:
-            raise ModelError(
-                f"Expected {reference} to build, it failed with {type(error).__name__}: {on_one_line(error)}."
-            ) from error
-
-
-@contextmanager
-def _same_random_numbers() -> Iterator[None]:
-    """Seed torch inside, so that one reference always gives one network; leave the caller's numbers alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
 
 
 # ------------------------------------------------------------------------------------- the user's files
 
 
 def _from_script(path: Path, name: str, weights: str | None, settings: Settings) -> Model:
-    script = _run_script(path)
+    script = run_script(path)
     if not hasattr(script, name):
-        raise ModelError(f"Expected {name!r} in {path}, it has {_callables(path)}.")
+        raise ModelError(f"Expected {name!r} in {path}, it has {callables_in(path)}.")
     made = getattr(script, name)
-    module = made if isinstance(made, nn.Module) else _seeded(_builder(made, path, name), f"{path}:{name}")
+    module = made if isinstance(made, nn.Module) else seeded(builder_of(made, path, name), f"{path}:{name}")
     check_on_a_device(module.state_dict(), name)
     tell_of_types(module.state_dict().values())
     module = module.eval().cpu().float()
@@ -400,119 +377,12 @@ def _from_script(path: Path, name: str, weights: str | None, settings: Settings)
     return Model(module, name, how, decode=decode if callable(decode) else None)
 
 
-def _run_script(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise ModelError(f"Expected a Python file, {path} does not exist. Check the path.")
-    spec = importlib.util.spec_from_file_location(f"_bitwright_{path.stem}", path.resolve())
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # classes in it look themselves up there
-    sys.path.insert(0, str(path.resolve().parent))
-    try:
-        with _same_random_numbers():
-            with_torchvision(partial(spec.loader.exec_module, module))
-    except (Exception, SystemExit) as error:
-        del sys.modules[spec.name]
-        raise ModelError(
-            f"Expected {path} to run, it raised {type(error).__name__} ({on_one_line(error)}). Try: python {path}"
-        ) from error
-    finally:
-        sys.path.remove(str(path.resolve().parent))
-    return module
-
-
-def load_function(reference: str, name: str) -> Callable[..., Any]:
-    """A function, or an object, that the user names as ``file.py:function``; the file is run.
-
-    Args:
-        reference: file and function.
-        name: of the argument, for messages.
-
-    Raises:
-        ModelError: there is no such file or function, or the file raises an error.
-    """
-    script = re.fullmatch(r"(.+\.py):([^:@]+)", reference)
-    if script is None:
-        raise UsageError(f"Expected file.py:function as {name}=, found {reference!r}.")
-    path = Path(script[1]).expanduser()
-    found = getattr(_run_script(path), script[2], None)
-    if found is None:
-        raise ModelError(f"Expected {script[2]!r} in {path} as {name}=, it has {_callables(path)}.")
-    function: Callable[..., Any] = found
-    return function
-
-
-def reference_to(function: object) -> str | None:
-    """The ``file.py:function`` that :func:`load_function` finds a user's function by; None for what is no such thing.
-
-    Example:
-        >>> reference_to(len) is None, reference_to(lambda outputs: outputs) is None
-        (True, True)
-    """
-    code, name = getattr(function, "__code__", None), getattr(function, "__qualname__", "")
-    if code is None or not name.isidentifier() or str(getattr(function, "__module__", "")).startswith("bitwright."):
-        return None
-    path = Path(code.co_filename)
-    return f"{path.resolve()}:{name}" if path.suffix == ".py" and path.is_file() else None
-
-
-def _builder(made: Any, path: Path, name: str) -> Callable[[], nn.Module]:
-    if not callable(made):
-        raise ModelError(f"Expected a callable {name} in {path}, found {type(made).__name__}.")
-    try:
-        inspect.signature(made).bind()
-    except TypeError as error:
-        raise ModelError(
-            f"Expected {name} in {path} to need no arguments ({on_one_line(error)}). Give them defaults."
-        ) from error
-    except ValueError:
-        pass  # no signature to look at
-
-    def build() -> nn.Module:
-        module = made()
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"it returned {type(module).__name__} instead of an nn.Module")
-        return module
-
-    return build
-
-
-def _callables(path: Path) -> str:
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ModelError(f"Expected a Python file, cannot read {path}: {on_one_line(error)}.") from error
-    names = [
-        node.name
-        for node in tree.body
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
-    ]
-    return ", ".join(names) or "no function or class"
-
-
 def preprocessing_of(base: Settings, given: Settings) -> Preprocessing | PreprocessFunction:
     """What was said of preprocessing: settings, of which the given ones come first, or the function that is named."""
     settings = {k: v for k, v in given.items() if k != "preprocess"}
     if "preprocess" in given:
-        return _function(given["preprocess"], settings)
+        return preprocessing_function(given["preprocess"], settings)
     return Preprocessing(**{**base, **settings})
-
-
-def _function(reference: str, settings: Settings) -> PreprocessFunction:
-    """The user's own preprocessing, in a file that this very call names."""
-    file, colon, name = reference.rpartition(":")
-    others = [key for key in settings if key != "input_size"]
-    if others:
-        raise UsageError(f"Expected preprocess= or {others[0]}=, found both. Leave one of them out.")
-    if not colon or not file.endswith(".py"):
-        raise UsageError(f"Expected file.py:function as preprocess=, found {reference!r}.")
-    path = Path(file).expanduser()
-    function = getattr(_run_script(path), name, None)
-    if not callable(function):
-        raise UsageError(f"Expected a function {name!r} in {path} as preprocess=, it has {_callables(path)}.")
-    typed: PreprocessFunction = function
-    return typed
 
 
 def _script_preprocessing(

@@ -28,7 +28,7 @@ from bitwright.export.verdict import Parity
 from bitwright.given.arguments import a_path, of_kind, one_of
 from bitwright.given.images import Images
 from bitwright.given.inputs import find_device
-from bitwright.given.models import reference_to
+from bitwright.given.scripts import reference_to
 from bitwright.graph.devices import device_of, undisturbed
 from bitwright.graph.student import Student, moved_to
 from bitwright.graph.work import how_many, said
