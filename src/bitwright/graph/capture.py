@@ -18,7 +18,7 @@ from bitwright.errors import ModelError, cause
 from bitwright.given import several
 from bitwright.given.arguments import of_kind
 from bitwright.given.several import InputPart
-from bitwright.graph import explain, ops, rewrite
+from bitwright.graph import canonical, constants, explain, ops, rewrite
 from bitwright.graph.layer import Unfolded
 from bitwright.graph.names import legible
 from bitwright.graph.outputs import arrange, names, tensors
@@ -295,14 +295,14 @@ def _to_graph(
     """
     root, graph = flat_graph(program, copies=copies)
     join_inputs(graph, parts)
-    coarse = rewrite.compute_in_float32(root, graph)
-    rewrite.fill_empties(graph)
-    rewrite.spell_shapes(graph)
-    rewrite.restore_batch_norms(graph)
-    rewrite.remove_dropout(graph)
-    rewrite.fold_constants(root, graph)
-    rewrite.spell_picks(root, graph)
-    rewrite.functionalize(graph)
+    coarse = canonical.compute_in_float32(root, graph)
+    canonical.fill_empties(graph)
+    canonical.spell_shapes(graph)
+    canonical.restore_batch_norms(graph)
+    canonical.remove_dropout(graph)
+    constants.fold_constants(root, graph)
+    constants.spell_picks(root, graph)
+    canonical.functionalize(graph)
     rewrite.prune(graph)
     _name_layers(graph)
     return fx.GraphModule(root, graph).eval(), coarse
@@ -375,7 +375,7 @@ def _check_single_input(graph: fx.GraphModule) -> None:
 
 
 def _check_norms(graph: fx.Graph) -> None:
-    for node in rewrite.norms_of_a_batch(graph):
+    for node in canonical.norms_of_a_batch(graph):
         raise ModelError(
             f"Expected stored statistics in the batch norm '{legible(_layer_name(node))}', found those of the batch: "
             "the answer depends on the other images. Train it with track_running_stats=True and call eval()."
