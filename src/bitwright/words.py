@@ -57,25 +57,25 @@ def percent(value: float | None, digits: int = 2) -> str:
     return signed(f"{100 * value:.{digits}f} %")
 
 
-def points(value: float, digits: int = 2) -> str:
+def points(value: float) -> str:
     """A difference of fractions in percentage points, with its sign.
 
     Example:
         >>> points(-0.0031), points(0.0), points(0.12)
         ('−0.31 points', '0.00 points', '+12.00 points')
     """
-    shown = f"{100 * value:+.{digits}f}"
+    shown = f"{100 * value:+.2f}"
     return signed(shown.lstrip("+-") if float(shown) == 0 else shown) + " points"
 
 
-def interval(ends: Sequence[float] | None, digits: int = 1) -> str:
+def interval(ends: Sequence[float] | None) -> str:
     """Two ends of an interval of fractions, in percent.
 
     Example:
         >>> interval([0.918, 0.928])
         '91.8 to 92.8 %'
     """
-    return NONE if ends is None else f"{_ends(ends, digits)} %"
+    return NONE if ends is None else f"{_ends(ends)} %"
 
 
 def estimate(value: float | None, ends: Sequence[float] | None) -> str:
@@ -85,11 +85,11 @@ def estimate(value: float | None, ends: Sequence[float] | None) -> str:
         >>> estimate(0.923, [0.918, 0.928]), estimate(None, None)
         ('92.30 % (91.8 to 92.8)', '–')
     """
-    return percent(value) + ("" if ends is None else f" ({_ends(ends, 1)})")
+    return percent(value) + ("" if ends is None else f" ({_ends(ends)})")
 
 
-def _ends(ends: Sequence[float], digits: int) -> str:
-    return signed(" to ".join(f"{100 * end:.{digits}f}" for end in ends))
+def _ends(ends: Sequence[float]) -> str:
+    return signed(" to ".join(f"{100 * end:.1f}" for end in ends))
 
 
 def size(count: float | None) -> str:

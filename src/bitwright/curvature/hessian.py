@@ -17,7 +17,7 @@ operator.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
 
 Name = TypeVar("Name", str, int)
 Matrix = Literal["fisher", "squared", "hessian"]
-LossFunction = Callable[[list[Tensor], Tensor], Tensor]
-"""``loss(outputs, targets)``, a scalar, summed over the images."""
 
 
 def cross_entropy(outputs: list[Tensor], labels: Tensor) -> Tensor:
@@ -129,18 +127,15 @@ class Curvature:
         data: images, with labels for ``hessian``.
         matrix: which of the three; see the module. With ``fisher``, outputs that are no class scores count as with
             ``squared``.
-        loss: of ``hessian``.
 
     Raises:
         UsageError: ``hessian`` without labels.
     """
 
-    def __init__(
-        self, graph: fx.GraphModule, data: Data, matrix: Matrix = "fisher", loss: LossFunction = cross_entropy
-    ) -> None:
+    def __init__(self, graph: fx.GraphModule, data: Data, matrix: Matrix = "fisher") -> None:
         if matrix == "hessian" and data.images.labels is None:
             raise UsageError("Expected labels for the Hessian of a loss, found none. Give labels=, or go without.")
-        self.data, self.matrix, self.loss = data, matrix, loss
+        self.data, self.matrix = data, matrix
         self.graph = differentiable(graph, [])
         self.readers = weights_of(graph)
         self.weights: dict[str, Tensor] = {}
@@ -188,7 +183,7 @@ class Curvature:
             if self.matrix != "hessian":
                 return _GaussNewton(outputs, self.weights, self.matrix)
             assert labels is not None
-            return _Hessian(self.loss(outputs, labels) if outputs else None, self.weights)
+            return _Hessian(cross_entropy(outputs, labels) if outputs else None, self.weights)
 
     def channels(self, path: str, elements: Tensor) -> Tensor:
         """Sums over the elements of each output channel of a weight, [C]."""

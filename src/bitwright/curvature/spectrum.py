@@ -19,6 +19,8 @@ from torch import Tensor
 
 EXHAUSTED = 1e-6
 """Times the largest Ritz value: a next vector that is shorter is rounding noise, and the space is invariant."""
+WIDTH = 0.01
+"""Standard deviation of a density's Gaussians, as a share of the range of eigenvalues."""
 
 
 class Lanczos:
@@ -132,8 +134,8 @@ class Spectrum:
         """Estimate of ``Tr H^power / n``, the moment of the spectral density."""
         return sum(float(w @ nodes**power) for nodes, w in self.quadratures) / len(self.quadratures)
 
-    def density(self, points: int = 512, width: float = 0.01) -> tuple[Tensor, Tensor]:
-        """The density on a grid of eigenvalues, each node a Gaussian of ``width`` of the range, [points] each.
+    def density(self, points: int = 512) -> tuple[Tensor, Tensor]:
+        """The density on a grid of eigenvalues, each node a Gaussian of :data:`WIDTH`, [points] each.
 
         Example:
             >>> one = torch.tensor([1.0], dtype=torch.float64)
@@ -144,7 +146,7 @@ class Spectrum:
         nodes = torch.cat([n for n, _ in self.quadratures])
         weights = torch.cat([w for _, w in self.quadratures]) / len(self.quadratures)
         low, high = min(0.0, float(nodes.min())), max(0.0, float(nodes.max()))
-        sigma = width * max(high - low, 1e-30)
+        sigma = WIDTH * max(high - low, 1e-30)
         grid = torch.linspace(low - 5 * sigma, high + 5 * sigma, points, dtype=torch.float64)
         bumps = torch.exp(-(((grid[:, None] - nodes) / sigma) ** 2) / 2) / (sigma * math.sqrt(2 * math.pi))
         return grid, bumps @ weights

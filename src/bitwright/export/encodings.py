@@ -87,7 +87,7 @@ def write_encodings(model: Student, path: Path, images: Tensor) -> Parity:
     noted = _Noted()
     program = to_onnx(model, form=QdqForm(noted.activation, noted.stored, lambda _: None, _opset))
     save_onnx(program, path)
-    write_json(path.with_suffix(SUFFIX), _document(model, noted))
+    write_json(path.with_suffix(SUFFIX), _document(noted))
     return check_once(model, simulated_program(path), images)
 
 
@@ -132,7 +132,7 @@ class _Noted:
 # ------------------------------------------------------------------------------------------- the encodings
 
 
-def _document(model: Student, noted: _Noted) -> dict[str, Any]:
+def _document(noted: _Noted) -> dict[str, Any]:
     """The content of the file."""
     weights = [f.quantizer for _, f in noted.parameters if isinstance(f.quantizer, Quantizer)]
     return {

@@ -232,12 +232,12 @@ def check_parity(
     return parity_of(name or _runtime_name(), images, plain, optimized, layers)
 
 
-def check_once(model: Student, program: ir.Model, images: Tensor, *, name: str | None = None) -> Parity:
+def check_once(model: Student, program: ir.Model, images: Tensor) -> Parity:
     """As :func:`check_parity` in ONNX Runtime, with the operators as the file has them and no optimisations."""
     layers = compare_layers(model, program, images[:LAYER_IMAGES])
     with session(program, optimize=False) as opened:
         found = compare_with(model, images, {"file": _runner(opened)})["file"]
-    return parity_of(name or _runtime_name(), images, found, found, layers)
+    return parity_of(_runtime_name(), images, found, found, layers)
 
 
 def _runtime_name() -> str:

@@ -206,7 +206,7 @@ def _multiplier(model: Student, node: fx.Node, arrays: dict[str, Array]) -> Tabl
     The multiplier is the product of the steps of both operands over the step of the result, per output channel.
     """
     name, (given, other) = ops.base_name(node), _operands(model, node)
-    end, clamp = _requantized(model, node)
+    end, clamp = _requantized(node)
     if given is None or other is None or end is None:
         return {}
     step = _quantizer(model, end)
@@ -264,7 +264,7 @@ def _quantizer(model: Student, node: fx.Node) -> Quantizer | None:
     return found if isinstance(found, Quantizer) else None
 
 
-def _requantized(model: Student, node: fx.Node) -> tuple[fx.Node | None, Clamp]:
+def _requantized(node: fx.Node) -> tuple[fx.Node | None, Clamp]:
     """The quantizer that alone reads an operator, and the clamping that stands between."""
     clamp = Clamp()
     while len(node.users) == 1:

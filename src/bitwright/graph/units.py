@@ -50,7 +50,7 @@ def find_units(graph: fx.GraphModule, kind: UnitKind) -> list[Unit]:
     order = {n: i for i, n in enumerate(nodes.values())}
     above = _ancestors(graph.graph)
     ends = sorted(_ends(graph, kind, nodes, above), key=lambda e: max(order[n] for n in e))
-    groups = _merged([(end,) for end in dict.fromkeys(ends)], above, order)
+    groups = _merged([(end,) for end in dict.fromkeys(ends)], above)
     found, seen = [], set[fx.Node]()
     for group in groups:
         exits = _last({n for end in group for n in end} - seen, above)
@@ -121,7 +121,7 @@ def _last(nodes: Collection[fx.Node], above: dict[fx.Node, set[fx.Node]]) -> set
 Ends = tuple[tuple[fx.Node, ...], ...]
 
 
-def _merged(groups: list[Ends], above: dict[fx.Node, set[fx.Node]], order: dict[fx.Node, int]) -> list[Ends]:
+def _merged(groups: list[Ends], above: dict[fx.Node, set[fx.Node]]) -> list[Ends]:
     """Puts together what shares a stored weight, and what lies between."""
     first: dict[str, int] = {}
     joined, seen = list(range(len(groups))), set[fx.Node]()

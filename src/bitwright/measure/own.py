@@ -19,7 +19,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,8 +32,6 @@ from bitwright.given.text import short
 from bitwright.given.truth import Boxes
 from bitwright.measure.segmentation import placed_masks
 from bitwright.measure.task import Decode, Draw, Mean, Outputs, Pictured, Tally, called, lent
-
-Metric: TypeAlias = Callable[[Any, Any], Any]
 
 
 def check(metric: Any) -> None:

@@ -69,13 +69,13 @@ def _round_step(wanted: float) -> float:
     return next(m * power for m in (1, 2, 5, 10) if m * power >= wanted * 0.9999)
 
 
-def logarithmic(low: float, high: float, name: str = "") -> Axis:
+def logarithmic(low: float, high: float) -> Axis:
     """An axis of powers of ten around positive values."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high) - 1e-9)
     last = min(max(last, first + 1), sys.float_info.max_10_exp)
     step = max(1, -(-(last - first) // 4))
     ticks = [(10.0**e, number(10.0**e, 1) if -3 <= e <= 3 else _power(e)) for e in range(first, last + 1, step)]
-    return Axis(10.0**first, 10.0**last, tuple(ticks), name, log=True)
+    return Axis(10.0**first, 10.0**last, tuple(ticks), log=True)
 
 
 def _power(exponent: int) -> str:

@@ -126,16 +126,15 @@ def front(places: Sequence[tuple[float, float]]) -> list[int]:
     return found
 
 
-def comparison(entries: Sequence[Entry], title: str = "") -> str:
+def comparison(entries: Sequence[Entry]) -> str:
     """The page.
 
     Args:
         entries: in the order of the table.
-        title: what they have in common; found out if not given.
     """
     runs = [e.run for e in entries if e.run is not None]
     models = sorted({r.result.model.name for r in runs})
-    name = title or words.listed(models) or "Comparison"
+    name = words.listed(models) or "Comparison"
     sections = [part(entries) for part in (_alike, _table, _outputs, _front, _failures, _repeat)]
     bits = {r.bits for r in runs}
     under = f"comparison of {words.plural(len(entries), 'run')}{f' · {bits.pop()}' if len(bits) == 1 else ''}"

@@ -38,8 +38,8 @@ def depth(run: Shown) -> Section | None:
     return Section("depth", "Along the network", [lead, figures])
 
 
-def _along(rows: Sequence[Any], *, named: bool = True) -> Axis:
-    found = linear(1, len(rows), "layer" if named else "", count=6)
+def _along(rows: Sequence[Any]) -> Axis:
+    found = linear(1, len(rows), "layer", count=6)
     ticks = tuple(t for t in found.ticks if 1 <= t[0] <= len(rows) and t[0] == int(t[0]))
     return Axis(0.5, len(rows) + 0.5, ticks, found.name)
 

@@ -6,7 +6,6 @@ import platform
 import resource
 import shlex
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +88,6 @@ def stored_values(model: Student) -> int:
     biases = {id(q.weight): m for m in frozen if isinstance(q := m.quantizer, BiasQuantizer)}
     weights = [m for m in frozen if not isinstance(m.quantizer, BiasQuantizer)]
     return count + sum(m.codes.numel() for m in (*weights, *biases.values()))
-
-
-def describe_unquantized(model: Student) -> list[dict[str, str]]:
-    """Tensors that stay float, with the reason."""
-    return [asdict(u) for u in model.unquantized]
 
 
 def sizes(model: Student) -> dict[str, int]:

@@ -46,13 +46,12 @@ def channel_scores(
     return scores
 
 
-def pruning_mask(scores: dict[str, Tensor], ratio: float, keep: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+def pruning_mask(scores: dict[str, Tensor], ratio: float) -> dict[str, Tensor]:
     """The channels that stay when that share of all of them goes, those of the least score first.
 
     Args:
-        scores: for each layer, [C].
+        scores: for each layer, [C]; the last one's channels are the network's outputs, and all of them stay.
         ratio: of the channels of layers that may be pruned, 0 to 1; less where the cap of each layer stops it.
-        keep: layers that keep everything; the last one if not given, whose channels are the network's outputs.
 
     Returns:
         For each layer, [C], true for what stays.
@@ -67,9 +66,9 @@ def pruning_mask(scores: dict[str, Tensor], ratio: float, keep: tuple[str, ...] 
     """
     if not 0 <= ratio <= 1:
         raise UsageError(f"Expected a ratio of channels to prune between 0 and 1, found {ratio}.")
-    kept = tuple(scores)[-1:] if keep is None else keep
+    last = tuple(scores)[-1:]
     masks = {name: torch.ones(len(s), dtype=torch.bool) for name, s in scores.items()}
-    room = {name: int(CAP * len(s)) for name, s in scores.items() if name not in kept}
+    room = {name: int(CAP * len(s)) for name, s in scores.items() if name not in last}
     order = sorted((float(x), name, i) for name in room for i, x in enumerate(scores[name]))
     left = int(ratio * len(order))
     for _, name, channel in order:

@@ -160,7 +160,8 @@ def positive(values: dict[str, float], what: str) -> tuple[dict[str, float], lis
     return {name: v if v > 0 else least for name, v in values.items()}, notes
 
 
-def _some(names: list[str], shown: int = 5) -> str:
+def _some(names: list[str]) -> str:
+    shown = 5
     return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 

@@ -191,7 +191,9 @@ class Evaluator:
         batches: images and targets.
         fitness: of outputs.
         memory: in bytes.
-        precision: of what lies behind the region's first layer.
+
+    Attributes:
+        precision: of what lies behind the region's first layer; float32 at first.
     """
 
     def __init__(
@@ -201,10 +203,9 @@ class Evaluator:
         batches: Batches,
         fitness: Fitness,
         memory: int,
-        precision: torch.dtype = torch.float32,
     ) -> None:
         self.student, self.regions, self.batches, self.fitness = student, regions, batches, fitness
-        self.memory, self.precision = memory, precision
+        self.memory, self.precision = memory, torch.float32
         self.kept: dict[int, dict[str, Any]] = {}
         self.group = range(0)
         self.at = -1

@@ -28,6 +28,8 @@ from bitwright.stages.targets import Batch, Feed, autocast
 
 SHARED_PART = 8
 """Samples whose gradients one process computes together, where several share a batch."""
+REPEATS = 3
+"""Steps whose median is taken for the time of one."""
 FEW = 4
 """Samples in a pass from which on more make it little faster."""
 
@@ -433,16 +435,16 @@ class Tuner:
 # ----------------------------------------------------------------------------------------- measurements
 
 
-def seconds_per_step(tuner: Tuner, repeats: int = 3) -> float:
+def seconds_per_step(tuner: Tuner) -> float:
     """Of a step, the median of a few after what warms it up; nothing is changed.
 
     On a CPU it is that of the forward and the backward pass, beside which the rest is little.
     """
     if tuner.recording is not None:
-        return _recorded_seconds(tuner, repeats)
+        return _recorded_seconds(tuner)
     times, patient = [], tuner.patient
     tuner.patient = True  # a loss that is no number takes as long as another, and is told where steps are taken
-    for _ in range(repeats + 1):
+    for _ in range(REPEATS + 1):
         start = time.perf_counter()
         tuner.backward(tuner.indices(0), 0.5)
         if tuner.device.type == "cuda":
@@ -454,13 +456,13 @@ def seconds_per_step(tuner: Tuner, repeats: int = 3) -> float:
     return statistics.median(times[1:])
 
 
-def _recorded_seconds(tuner: Tuner, repeats: int) -> float:
+def _recorded_seconds(tuner: Tuner) -> float:
     before, times = tuner.state_copy(), []
-    for _ in range(WARM + 1 + repeats):
+    for _ in range(WARM + 1 + REPEATS):
         start = time.perf_counter()
         tuner.take(0.5)
         torch.cuda.synchronize(tuner.device)
         times.append(time.perf_counter() - start)
     tuner.pending.clear()
     tuner.load(before, tuner.step)
-    return statistics.median(times[-repeats:])
+    return statistics.median(times[-REPEATS:])

@@ -90,8 +90,8 @@ def jumps(values: Tensor) -> float:
     return float(torch.cat([values.diff(n=2, dim=d).abs().flatten() for d in range(values.dim())]).mean())
 
 
-def noise_bends(side: int, axes: int, draws: int = 50) -> float:
+def noise_bends(side: int, axes: int) -> float:
     """What :func:`bends` gives for noise, independent and normal from point to point, on average."""
     generator = torch.Generator().manual_seed(0)
-    drawn = [torch.randn((side,) * axes, generator=generator) for _ in range(draws)]
-    return sum(bends(d) for d in drawn) / draws
+    drawn = [torch.randn((side,) * axes, generator=generator) for _ in range(50)]
+    return sum(bends(d) for d in drawn) / len(drawn)
