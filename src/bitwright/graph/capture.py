@@ -19,6 +19,7 @@ from bitwright.given import several
 from bitwright.given.arguments import of_kind
 from bitwright.given.several import InputPart
 from bitwright.graph import canonical, constants, explain, ops, rewrite
+from bitwright.graph.devices import device_of
 from bitwright.graph.layer import Unfolded
 from bitwright.graph.names import legible
 from bitwright.graph.outputs import arrange, names, tensors
@@ -512,6 +513,21 @@ def assert_outputs_equal(
                 f"Output '{name}' of {what} differs from the model by {difference:.2g} of its range. "
                 "The model may be random, keep state, or write into part of a tensor: make its forward a pure function."
             )
+
+
+def with_graph(captured: Captured, graph: fx.GraphModule, what: str) -> Captured:
+    """The same network with a changed graph, which is made ready to run.
+
+    Raises:
+        ModelError: it does not compute the same on the example.
+    """
+    graph.graph.lint()
+    graph.recompile()
+    example = captured.example.to(device_of(graph))
+    with torch.no_grad():
+        expected, found = captured.graph(example), graph(example)
+    assert_outputs_equal(expected, found, captured.outputs, what, TOLERANCE)
+    return replace(captured, graph=graph)
 
 
 def relative_difference(a: Tensor, b: Tensor) -> float:

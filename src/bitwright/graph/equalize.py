@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from bitwright.graph import fold, ops, rewrite
-from bitwright.graph.capture import TOLERANCE, Captured, assert_outputs_equal
+from bitwright.graph.capture import Captured, with_graph
 from bitwright.graph.devices import device_of
 
 COMMUTING = frozenset({"relu", "leaky_relu", "prelu"})
@@ -87,13 +87,7 @@ def equalized(captured: Captured, scales: Iterable[ChannelScales]) -> Captured:
         assert edits is not None, f"{each.node} cannot have scales of channels"
         scales = torch.tensor([1.0, *(2.0**e for e in each.exponents)], device=device_of(graph))
         _apply(graph, edits, scales)
-    graph.graph.lint()
-    graph.recompile()
-    example = captured.example.to(device_of(graph))
-    with torch.no_grad():
-        expected, found = captured.graph(example), graph(example)
-    assert_outputs_equal(expected, found, captured.outputs, "the balanced graph", TOLERANCE)
-    return replace(captured, graph=graph)
+    return with_graph(captured, graph, "the balanced graph")
 
 
 def reach(graph: fx.GraphModule, node: fx.Node) -> frozenset[str] | None:

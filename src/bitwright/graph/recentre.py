@@ -12,14 +12,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from bitwright.graph import fold, ops, rewrite
-from bitwright.graph.capture import TOLERANCE, Captured, assert_outputs_equal
+from bitwright.graph.capture import Captured, with_graph
 from bitwright.graph.devices import device_of
 from bitwright.graph.place import consumers
 
@@ -152,13 +152,7 @@ def recentred(captured: Captured, changes: Iterable[Recentring]) -> Captured:
         if change is not None:
             _apply(graph, site, change)
     assert not wanted, f"{next(iter(wanted))} cannot be shifted"
-    graph.graph.lint()
-    graph.recompile()
-    example = captured.example.to(device_of(graph))
-    with torch.no_grad():
-        expected, found = captured.graph(example), graph(example)
-    assert_outputs_equal(expected, found, captured.outputs, "the recentred graph", TOLERANCE)
-    return replace(captured, graph=graph)
+    return with_graph(captured, graph, "the recentred graph")
 
 
 def _apply(graph: fx.GraphModule, site: Site, change: Recentring) -> None:

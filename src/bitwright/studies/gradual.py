@@ -8,8 +8,8 @@ from functools import partial
 from bitwright.stages.schedules import Gradual
 from bitwright.studies import figures
 from bitwright.studies.base import Cell, Study, StudySettings
-from bitwright.studies.subject import Subject, eptq
-from bitwright.studies.variants import cells_of, summarise
+from bitwright.studies.subject import Subject
+from bitwright.studies.variants import cells_with, summarise
 
 SCHEDULES: dict[str, Gradual | None] = {
     "on": None,
@@ -21,9 +21,7 @@ SCHEDULES: dict[str, Gradual | None] = {
 
 def cells(subject: Subject, settings: StudySettings) -> Iterator[Cell]:
     """Recipe ``eptq`` with nothing but the schedule of the activations exchanged."""
-    _, stage = eptq()
-    stages = {n: stage.model_copy(update={"gradual": g, "steps": settings.steps}) for n, g in SCHEDULES.items()}
-    return cells_of(subject, settings, [({"variant": n}, s) for n, s in stages.items()])
+    return cells_with(subject, settings, "gradual", SCHEDULES)
 
 
 STUDY = Study(

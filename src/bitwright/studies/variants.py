@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from bitwright.given.images import Images
 from bitwright.progress import Progress
@@ -36,6 +37,20 @@ def cells_of(subject: Subject, settings: StudySettings, variants: Sequence[tuple
         for told, stage in variants:
             for seed in settings.seeds:
                 yield Cell({**key, **told, "seed": seed}, partial(begun, stage=stage, seed=seed))
+
+
+def cells_with(subject: Subject, settings: StudySettings, setting: str, values: Mapping[str, Any]) -> Iterator[Cell]:
+    """:func:`cells_of` recipe ``eptq`` with nothing but one setting of its optimisation exchanged.
+
+    Args:
+        subject: the network.
+        settings: of the study.
+        setting: name of a field of :class:`bitwright.stages.reconstruct.Reconstruct`.
+        values: of it, by what tells the variants apart.
+    """
+    _, stage = eptq()
+    stages = {name: stage.model_copy(update={setting: v, "steps": settings.steps}) for name, v in values.items()}
+    return cells_of(subject, settings, [({"variant": name}, own) for name, own in stages.items()])
 
 
 def measured(

@@ -7,17 +7,15 @@ from functools import partial
 
 from bitwright.studies import figures
 from bitwright.studies.base import Cell, Study, StudySettings
-from bitwright.studies.subject import Subject, eptq
-from bitwright.studies.variants import cells_of, summarise
+from bitwright.studies.subject import Subject
+from bitwright.studies.variants import cells_with, summarise
 
 WEIGHTS = ("ones", "lfh", "sla", "sla-log")
 
 
 def cells(subject: Subject, settings: StudySettings) -> Iterator[Cell]:
     """Recipe ``eptq`` with nothing but the weights exchanged."""
-    _, stage = eptq()
-    stages = {w: stage.model_copy(update={"weigh": w, "steps": settings.steps}) for w in WEIGHTS}
-    return cells_of(subject, settings, [({"variant": w}, s) for w, s in stages.items()])
+    return cells_with(subject, settings, "weigh", {name: name for name in WEIGHTS})
 
 
 STUDY = Study(
