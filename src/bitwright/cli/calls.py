@@ -89,7 +89,11 @@ class QuantizeCall(Call):
 
     @cached_property
     def goal(self) -> Goal | None:
-        """The limits within which bits are planned first; None without limits."""
+        """The limits within which bits are planned first; None without limits.
+
+        Raises:
+            UsageError: a limit cannot be read, there is a plan already, or several bits are given without a limit.
+        """
         if self.limits.given:
             if self.bits.plan is not None:
                 raise UsageError(f"Expected --plan or --{self.limits.given[0].replace('_', '-')}, found both.")

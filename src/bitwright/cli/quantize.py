@@ -38,7 +38,11 @@ class Inputs(NamedTuple):
 
 
 def quantize(call: QuantizeCall, terminal: Terminal) -> None:
-    """Does the whole job and shows its result, or what would be done with ``--dry-run``."""
+    """Does the whole job and shows its result, or what would be done with ``--dry-run``.
+
+    Raises:
+        BitwrightError: the job failed, or no ONNX file could be written beside the rest.
+    """
     if call.dry_run:
         _dry_run(call, terminal)
         return

@@ -65,7 +65,7 @@ class Data:
         return math.ceil(len(self.images) / self.batch)
 
     def part(self, position: int) -> tuple[Tensor, Tensor | None]:
-        """A batch, with its labels."""
+        """A batch [B, C, H, W] on the device, with its labels [B]."""
         some = range(position * self.batch, min((position + 1) * self.batch, len(self.images)))
         labels = None if self.images.labels is None else self.images.labels[some.start : some.stop].to(self.device)
         return self.images.batch(some).to(self.device), labels
@@ -177,7 +177,7 @@ class Curvature:
             total += torch.cat([found[p].reshape(-1) for p in block])
 
     def at(self, images: Tensor, labels: Tensor | None) -> _Local:
-        """The matrix of one batch, not divided by the number of its images."""
+        """The matrix of one batch [B, C, H, W] with labels [B], not divided by the number of its images."""
         with torch.enable_grad():
             outputs = [o for o in self.graph(images)[0] if o.requires_grad]
             if self.matrix != "hessian":

@@ -286,7 +286,7 @@ def _join(parts: list[_Batch], points: list[Point]) -> HessianScores:
 
 
 def draw(shape: torch.Size, distribution: Distribution, generator: torch.Generator) -> Tensor:
-    """A probe: random numbers with mean 0 and variance 1, float32."""
+    """A probe of this shape: random numbers with mean 0 and variance 1, float32, on the CPU."""
     if distribution == "gaussian":
         return torch.randn(shape, generator=generator)
     return torch.randint(0, 2, shape, generator=generator).mul_(2).sub_(1).float()

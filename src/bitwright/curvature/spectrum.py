@@ -67,7 +67,7 @@ class Lanczos:
         return self.steps + 1 >= len(self.basis) or self.betas[-1] <= EXHAUSTED * scale
 
     def take(self, product: Tensor) -> None:
-        """The product of the matrix with :attr:`vector`."""
+        """Takes the product of the matrix with :attr:`vector`, [n]."""
         known = self.basis[: self.steps + 1]
         self.alphas.append(float(torch.dot(known[-1].double(), product.double())))
         rest = product

@@ -101,7 +101,7 @@ def operators(node: fx.Node) -> str:
 
 
 def simulated_codes(model: Student, images: Tensor) -> dict[str, Tensor]:
-    """The simulation's codes by quantizer node, int32."""
+    """The simulation's codes by quantizer node, int32, each in the tensor's shape, for images [N, C, H, W]."""
     found: dict[str, Tensor] = {}
     quantizers = _calibrated(model)
     after = {n.args[0].name: n.name for n in model.graph.graph.nodes if n.name in quantizers}
@@ -142,7 +142,12 @@ class CutRuntime:
         self._exits.close()
 
     def run(self, codes: Mapping[str, Tensor], images: Tensor) -> dict[str, Tensor]:
-        """Codes of every layer, int32, each fed the given codes of those before it."""
+        """Codes of every layer by quantizer node, int32, each fed the given codes of those before it.
+
+        Args:
+            codes: int32, by quantizer node.
+            images: [N, C, H, W].
+        """
         found: dict[str, Tensor] = {}
         for names, opened in self.sessions:
             outputs = opened.run([f"{n}/codes" for n in names], self._feed(opened, codes, images))

@@ -60,7 +60,7 @@ class Span:
     high: int
 
     def value(self, code: int) -> npt.NDArray[Any]:
-        """What a code stands for, float32."""
+        """What a code stands for, a scalar in float32."""
         return np.asarray((code - self.zero) * self.scale, np.float32)
 
     def code(self, value: float) -> int:

@@ -49,7 +49,12 @@ class Passing:
 
 
 def simulated(model: Student, images: Tensor) -> dict[str, Passing]:
-    """Of every quantizer of an activation, by node name."""
+    """What passes every quantizer of an activation in the simulation, by node name.
+
+    Args:
+        model: frozen.
+        images: [N, C, H, W].
+    """
     quantizers = activation_quantizers(model)
     sources = {str(n.args[0]) for n in model.graph.graph.nodes if n.name in quantizers}
     values, _ = values_of(model.graph, images, [*quantizers, *sources])
@@ -60,7 +65,17 @@ def simulated(model: Student, images: Tensor) -> dict[str, Passing]:
 def compare_layers(
     model: Student, program: ir.Model, images: Tensor, opener: Opener | None = None
 ) -> list[LayerParity]:
-    """Every layer in the runtime, optimisations off."""
+    """Every layer in the runtime, optimisations off, fed the simulation's own inputs.
+
+    Args:
+        model: frozen.
+        program: its file.
+        images: [N, C, H, W].
+        opener: opens the program; ONNX Runtime if not given.
+
+    Returns:
+        One record a layer; none for a file that has no layer of the simulation's.
+    """
     quantizers = activation_quantizers(model)
     cut, names = _cut(program, set(quantizers))
     if not names:  # a file without the layers that the simulation has, since no output reads them
@@ -70,7 +85,7 @@ def compare_layers(
 
 
 def in_parts(model: Student, images: Tensor) -> tuple[Tensor, ...]:
-    """As many images at once as may be held of what goes through the quantizers, at least one."""
+    """Images [N, C, H, W] in parts, so large that what goes through the quantizers can be held; of at least one."""
     quantizers = activation_quantizers(model)
     each = sum(image_bytes(n) for n in model.graph.graph.nodes if n.name in quantizers)
     return torch.split(images, max(1, PASS_BYTES // max(1, 2 * each)))

@@ -249,7 +249,17 @@ def _runtime_name() -> str:
 def compare_outputs(
     model: Student, program: ir.Model, images: Tensor, opener: Opener | None = None
 ) -> tuple[list[OutputParity], list[OutputParity]]:
-    """Every output in the runtime against the simulation's, with its optimisations off and on, at two batch sizes."""
+    """Every output in the runtime against the simulation's, at two batch sizes.
+
+    Args:
+        model: frozen.
+        program: its file.
+        images: [N, C, H, W].
+        opener: opens the program; ONNX Runtime if not given.
+
+    Returns:
+        One record an output, with the runtime's optimisations off; and on.
+    """
     with ExitStack() as exits:
         runs: dict[str, Forward] = {}
         for level in (False, True):
@@ -265,7 +275,16 @@ def _runner(opened: Session) -> Forward:
 
 
 def compare_with(model: Student, images: Tensor, runs: dict[str, Forward]) -> dict[str, list[OutputParity]]:
-    """The simulation's outputs against those of whatever yields the same ones, at two batch sizes."""
+    """The simulation's outputs against those of whatever yields the same ones, at two batch sizes.
+
+    Args:
+        model: frozen.
+        images: [N, C, H, W].
+        runs: by name, what gives outputs for images.
+
+    Returns:
+        One record an output, by the names of ``runs``.
+    """
     quantizers = activation_quantizers(model)
 
     def shaken(batch: Tensor) -> list[Tensor]:
@@ -280,7 +299,7 @@ def compare_with(model: Student, images: Tensor, runs: dict[str, Forward]) -> di
 
 
 def batch_sizes(images: Tensor) -> tuple[int, int]:
-    """One image, and several as far as there are some."""
+    """One image, and as many as there are beside it, up to 8."""
     return 1, max(1, min(8, len(images) - 1))
 
 

@@ -70,7 +70,7 @@ class Integers(nn.Module):
         self.register_buffer("zero_point", None if zero is None else zero.detach().clone())
 
     def forward(self) -> Tensor:
-        """The parameter's values, float32."""
+        """The parameter's values, float32 in its shape."""
         codes = self.codes
         if self.width < 32:
             codes = unpack(codes, self.width)[: self.count].to(torch.int32) + self.low
@@ -175,7 +175,7 @@ def standalone(model: Student) -> Standalone:
 
 
 def inputs_in(model: Student, images: Tensor) -> dict[str, Tensor]:
-    """The inputs of a network by name, out of the tensor that holds them."""
+    """The inputs [N, ...] of a network by name, out of the tensor that holds them."""
     return {identifier(part.name): part.of(images) for part in model.parts.values()} or {"images": images}
 
 

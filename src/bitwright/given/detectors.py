@@ -56,7 +56,7 @@ class DetectorBody(nn.Module):
 
 
 def named_levels(features: Any) -> dict[str, Tensor]:
-    """What a backbone gives, by the name of its level, as torchvision calls the only one ``0``."""
+    """What a backbone gives, [N, C, h, w] by the name of its level, as torchvision calls the only one ``0``."""
     return {"0": features} if isinstance(features, Tensor) else dict(features)
 
 

@@ -85,7 +85,11 @@ class Encoded:
         raise NotImplementedError
 
     def read(self, index: int) -> Image.Image:
-        """Return one decoded image, upright."""
+        """Return one decoded image, upright.
+
+        Raises:
+            DataError: it cannot be decoded.
+        """
         with self._image(index) as image:
             try:
                 image.load()
@@ -99,7 +103,11 @@ class Encoded:
             pass
 
     def digest(self, index: int) -> bytes:
-        """Return the SHA-256 of the bytes."""
+        """Return the SHA-256 of the bytes.
+
+        Raises:
+            DataError: they cannot be read.
+        """
         try:
             with self.opened(index) as file:
                 return hashlib.sha256(file.read()).digest()
@@ -144,7 +152,11 @@ class Files(Encoded):
         return str(self.root / self.names[index])
 
     def opened(self, index: int) -> BinaryIO:
-        """Return the file; a pipe or a device, which may never end, is none."""
+        """Return the file; a pipe or a device, which may never end, is none.
+
+        Raises:
+            DataError: there is no such file.
+        """
         path = self.root / self.names[index]
         if not path.is_file():
             raise DataError(f"Expected an image, {path} is no file. Remove it, or pass skip_unreadable=True.")
@@ -290,7 +302,11 @@ class Store:
         return self
 
     def fetch(self, index: int) -> Pixels | Tensor | Image.Image:
-        """Return what a worker thread may prepare; a user's function is left to the caller's thread."""
+        """Return what a worker thread may prepare; a user's function is left to the caller's thread.
+
+        Raises:
+            DataError: the image cannot be decoded, or its pixels have no place in the network's channels.
+        """
         kept = self.cache.get(index)
         if kept is not None:
             return kept
@@ -328,7 +344,11 @@ class Store:
                 self.room -= value.nbytes
 
     def stack(self, indices: Sequence[int], fetched: list[Pixels | Tensor | Image.Image]) -> Tensor:
-        """Return float32 (B, C, H, W)."""
+        """Return float32 (B, C, H, W).
+
+        Raises:
+            DataError: the user's function gives several shapes.
+        """
         pixels = [item for item in fetched if isinstance(item, np.ndarray)]
         if isinstance(self.preprocessing, Preprocessing) and len(pixels) == len(fetched):
             return self.preprocessing.normalize(torch.from_numpy(np.stack(pixels)))
@@ -343,7 +363,11 @@ class Store:
         return torch.stack(tensors)
 
     def apply(self, index: int, item: Pixels | Tensor | Image.Image) -> Tensor:
-        """Return the tensor of one image, by the user's function unless it is one already."""
+        """Return the tensor (C, H, W) of one image, by the user's function unless it is one already.
+
+        Raises:
+            DataError: the function gives no such tensor of floats, or another one the second time.
+        """
         if isinstance(item, Tensor):
             return item
         assert isinstance(item, Image.Image)
@@ -412,7 +436,7 @@ class Joined(Store):
         self.parts = side_by_side(self._inputs([like], [self.fetch(like)]))[1]
 
     def stack(self, indices: Sequence[int], fetched: list[Pixels | Tensor | Image.Image]) -> Tensor:
-        """Return all inputs side by side, float32."""
+        """Return all inputs side by side, float32 (B, ...)."""
         return side_by_side(self._inputs(indices, fetched))[0]
 
     def _inputs(self, indices: Sequence[int], fetched: list[Pixels | Tensor | Image.Image]) -> dict[str, Tensor]:

@@ -232,7 +232,11 @@ def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:
 
 
 def from_pixels(pixels: Pixels) -> Image.Image:
-    """Return uint8 pixels (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) as an image."""
+    """Return uint8 pixels (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) as an image.
+
+    Raises:
+        DataError: they are of another type or shape.
+    """
     if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (1, 3, 4))):
         raise DataError(
             f"Expected uint8 pixels (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), found {pixels.dtype} {pixels.shape}."
@@ -244,6 +248,9 @@ def to_channels(image: Image.Image, channels: int) -> Image.Image:
     """Convert any Pillow mode to 8-bit RGB or greyscale.
 
     Transparency is dropped and the stored colours are kept, as the loaders of timm and torchvision do.
+
+    Raises:
+        DataError: the pixels are floats.
     """
     mode = "L" if channels == 1 else "RGB"
     if image.mode == mode:

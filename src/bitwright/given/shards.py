@@ -182,7 +182,11 @@ class ParquetRows(Encoded):
         return f"{self.names[index]} of {self._paths[self._rows[index].table].parent}"
 
     def opened(self, index: int) -> BinaryIO:
-        """Return the bytes of a row's image."""
+        """Return the bytes of a row's image.
+
+        Raises:
+            DataError: the row holds no bytes.
+        """
         table, group, row = self._rows[index]
         with self._lock:
             value = self._group(table, group)[row].as_py()

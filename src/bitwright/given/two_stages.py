@@ -56,7 +56,7 @@ class TwoStageBody(nn.Module):
         return {**self.first(images), **dict(zip(REGION_OUTPUTS, self.second(regions), strict=True))}
 
     def first(self, images: Tensor) -> dict[str, Tensor]:
-        """Features, and scores and boxes of anchors level by level."""
+        """Features, and scores and boxes of anchors, level by level, [N, K, h, w] each, for images [N, 3, H, W]."""
         levels = named_levels(self.backbone(images))
         scores, sides = self.rpn["head"](list(levels.values()))
         found = {f"{FEATURES}{i}": levels[name] for i, name in enumerate(self.pooled) if name in levels}
@@ -210,7 +210,7 @@ def _filled(found: DetectedBoxes, most: int) -> list[Tensor]:
 
 
 def unfilled(flat: Sequence[Tensor]) -> DetectedBoxes:
-    """The boxes that :meth:`TwoStages.behind` made tensors of."""
+    """The boxes of each of N images that :meth:`TwoStages.behind` made tensors [N, most, ...] of."""
     return [
         {name: values[each[1] > 0] for name, values in zip(BOXES, each, strict=True)}
         for each in zip(*flat, strict=True)

@@ -204,7 +204,11 @@ def other_classes_of(module: nn.Module, state: Mapping[str, Tensor]) -> int | No
 
 
 def check_on_a_device(state: Mapping[str, Any], model: str) -> None:
-    """Values without memory cannot be moved, nor read."""
+    """Values without memory can neither be moved nor read.
+
+    Raises:
+        ModelError: one is on the meta device; it is named.
+    """
     empty = next((name for name, value in state.items() if isinstance(value, Tensor) and value.is_meta), None)
     if empty is not None:
         raise ModelError(f"Expected weights in {model}, {empty} is on the meta device. Load them first.")

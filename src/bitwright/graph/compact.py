@@ -32,7 +32,7 @@ class HeldCodes:
         return cls(found, quantizer)
 
     def values(self) -> Tensor:
-        """The tensor, float32."""
+        """The tensor, float32, in the shape of the codes."""
         scale, zero_point = self.quantizer.expanded()
         found = torch.empty_like(self.codes, dtype=scale.dtype)
         for part, out in affine.pieces(self.codes, found):

@@ -195,7 +195,7 @@ def own_weight(node: fx.Node) -> bool:
 
 
 def replace_stored(module: fx.GraphModule, stored: fx.Node, tensor: Tensor) -> None:
-    """Puts another tensor in place of a stored one."""
+    """Puts another tensor, as float32, in place of a stored one."""
     tensor = tensor.to(torch.float32)
     rewrite.set_tensor(module, str(stored.target), tensor)
     stored.meta["val"] = tensor

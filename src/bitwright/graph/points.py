@@ -65,7 +65,7 @@ class Point:
         return means.reshape(self.rounds, count, -1, means.shape[1]).mean((0, 2))
 
     def positions(self, value: Tensor, count: int) -> int:
-        """Elements of one channel of one image."""
+        """Elements of one channel of one image, for the point's value of ``count`` images."""
         return max(1, value.numel() // (value.shape[self.channels] * (1 if self.constant else count)))
 
     def spread(self, per_sample: Tensor, value: Tensor) -> Tensor:
@@ -97,7 +97,13 @@ def linear_points(graph: fx.GraphModule, example: Tensor) -> list[Point]:
 
 
 def points_at(graph: fx.GraphModule, example: Tensor, nodes: Sequence[fx.Node]) -> list[Point]:
-    """The values of nodes of the teacher's graph as points; each carries one tensor."""
+    """The values of nodes of the teacher's graph as points; each carries one tensor.
+
+    Args:
+        graph: of the teacher.
+        example: images [B, C, H, W]; two and three copies of the first tell the axis of samples.
+        nodes: whose values are compared.
+    """
     pairs = _shapes(graph, example, [n.name for n in nodes])
     found: list[Point] = []
     for node in nodes:

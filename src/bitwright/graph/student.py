@@ -113,7 +113,7 @@ class Student(nn.Module):
         return pytree.tree_unflatten(self.flat(images), self.structure)
 
     def flat(self, images: Tensor) -> list[Tensor]:
-        """Outputs in the order of ``outputs``, for images in any floating type."""
+        """Outputs [B, ...] in the order of ``outputs``, for images [B, C, H, W] in any floating type."""
         return run_graph(self.graph, images.float() if images.is_floating_point() else images)
 
     @property

@@ -109,7 +109,7 @@ def class_scores(outputs: list[Tensor], labels: Tensor) -> Tensor:
 
 
 def check_classes(labels: Tensor, classes: int) -> None:
-    """Every label must be one of the network's classes.
+    """Every label, [N], must be one of the network's classes.
 
     Raises:
         DataError: a label is beyond them.

@@ -84,7 +84,11 @@ def _pixels(file: Path, *, channels: int = 1) -> TruthArray:
 
 
 def of_arrays(path: Path, count: int, class_map: GivenClassMap) -> Truth:
-    """The masks (N, h, w) of an ``.npz`` file, in the order of the images."""
+    """The masks (N, h, w) of an ``.npz`` file, in the order of the images.
+
+    Raises:
+        DataError: the file cannot be read, or holds no masks of ``count`` images.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             found = file.get("masks")

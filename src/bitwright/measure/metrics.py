@@ -455,7 +455,7 @@ class _OutputMeasure:
 
 
 def as_log_probabilities(output: Tensor) -> Tensor | None:
-    """Logarithms of class probabilities along axis 1, float64; None for outputs that are no class scores."""
+    """Logarithms of class probabilities, float64 [B, K, ...]; None for what is no class scores."""
     if output.dim() < 2:
         return None
     if output.shape[1] > 1:

@@ -274,7 +274,13 @@ class Judged:
         """Images on which the networks differ most."""
 
     def add(self, positions: range, found: list[Tensor], expected: list[Tensor] | None = None) -> None:
-        """Adds a batch: the outputs of the network, and of the float one if there is one."""
+        """Adds a batch.
+
+        Args:
+            positions: of its B images.
+            found: outputs of the network, [B, ...] each.
+            expected: those of the float network, if there is one.
+        """
         target = self.judge.target(positions)
         ours = self.judge.add(self._ours, found, target)
         if expected is None:

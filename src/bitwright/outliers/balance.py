@@ -80,7 +80,7 @@ class CostlyTensor:
     largest: Tensor | None = None
 
     def see(self, value: Tensor) -> None:
-        """Takes a batch of its values in."""
+        """Takes a batch of its values in, [B, ...]: the largest magnitude of every channel."""
         found = value.abs().movedim(self.axis, 0).flatten(1).amax(1).cpu()
         self.largest = found if self.largest is None else torch.maximum(self.largest, found)
 

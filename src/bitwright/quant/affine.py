@@ -32,7 +32,13 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | float, qmin: int, qm
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | float) -> Tensor:
-    """Values of integer codes: ``(codes - zero_point) * scale``, in the dtype of ``scale``."""
+    """Values of integer codes: ``(codes - zero_point) * scale``, in the dtype of ``scale``.
+
+    Args:
+        codes: of any shape.
+        scale: broadcastable to the codes, as is ``zero_point``.
+        zero_point: the code of 0.
+    """
     return (codes.to(scale.dtype) - zero_point).mul_(scale)
 
 

@@ -114,7 +114,7 @@ class Grid:
         return affine.quantize(x, scale, zero_point, self.qmin, self.qmax)
 
     def values(self, codes: Tensor, scale: Tensor, zero_point: Tensor | float = 0.0) -> Tensor:
-        """What codes stand for, in the dtype of ``scale``."""
+        """What codes of any shape stand for, in the dtype of ``scale``, which is broadcastable to them."""
         return affine.dequantize(codes, scale, zero_point)
 
     def nearest(self, x: Tensor, scale: Tensor, zero_point: Tensor | float = 0.0) -> Tensor:

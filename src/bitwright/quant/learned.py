@@ -189,11 +189,11 @@ class LearnedWeight(nn.Module):
             self.codes.lerp_(self.hard_codes(), share)
 
     def hard(self) -> Tensor:
-        """The weight with its integers."""
+        """The weight with its integers, in its shape."""
         return self.hard_codes() * self._expand(self.scale())
 
     def softness(self) -> Tensor:
-        """How far up each weight is rounded, in 0..1 (``soft`` only)."""
+        """How far up each weight is rounded, in 0..1, in its shape (``soft`` only)."""
         return rectified_sigmoid(self.codes)
 
     def decided(self) -> int:

@@ -143,19 +143,19 @@ class Quantizer(nn.Module):
             raise UsageError(f"Expected scales of {self.name} that are powers of two apart.")
 
     def expanded(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero point, broadcastable to the tensor."""
+        """Scale and zero point: scalars, or broadcastable to the tensor."""
         if self.block is None:
             scale = self.scale if self.scale.numel() > 1 else self.scale.reshape(())
             return scale, self.zero_point.reshape(())
         return self.spread(self.scale), self.spread(self.zero_point)
 
     def spread(self, per_block: Tensor) -> Tensor:
-        """One number per block of a weight, broadcastable to the weight."""
+        """Numbers of the blocks of a weight, [blocks], broadcastable to the weight."""
         assert self.block is not None
         return affine.expand_blocks(per_block, self.shape, self.block)
 
     def codes(self, x: Tensor) -> Tensor:
-        """Integer codes of ``x``, as int32."""
+        """Integer codes of ``x``, as int32 in its shape."""
         return self.grid.codes(x, *self.expanded()).to(torch.int32)
 
     def values(self, codes: Tensor) -> Tensor:
@@ -287,5 +287,5 @@ class Frozen(nn.Module):
         return self._quantizer[0]
 
     def forward(self, _: Tensor | None = None) -> Tensor:
-        """The parameter's values, float32."""
+        """The parameter's values, float32 in its shape."""
         return self.quantizer.values(self.codes)

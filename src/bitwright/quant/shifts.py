@@ -56,7 +56,7 @@ def nearest_power_scale(
 def activation_parameters(
     low: float, high: float, statistics: Statistics, grid: Grid, *, power: float = 2.0, cover: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero point for an interval that was chosen without regard to powers of two.
+    """Scale and zero point, [1] each, for an interval that was chosen without regard to powers of two.
 
     Args:
         low: of the interval, at most 0.

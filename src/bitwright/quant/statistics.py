@@ -167,7 +167,12 @@ class MeanInput:
         return found if ordered is x else found.permute(0, 3, 1, 2), len(x)
 
     def add(self, total: Tensor, count: int) -> None:
-        """Adds what :meth:`summed` gave."""
+        """Adds what :meth:`summed` gave.
+
+        Args:
+            total: a sum over samples, in the shape of one.
+            count: how many samples there were.
+        """
         self.total = total if self.total is None else self.total + total
         self.count += count
 

@@ -38,6 +38,9 @@ class DamagedError(BitwrightError):
 def hidden(path: Path, ending: str) -> Path:
     """A hidden name beside ``path`` that tells whose it is.
 
+    Raises:
+        UsageError: the path has no name of its own.
+
     Example:
         >>> hidden(Path("runs/cnn"), "lock").as_posix()
         'runs/.cnn.lock'

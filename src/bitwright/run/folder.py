@@ -204,7 +204,11 @@ def holds_run(path: Path) -> bool:
 
 
 def finish_swap(folder: Path) -> str | None:
-    """Finishes or undoes an interrupted replacement, and removes what dead processes left; a line that says so."""
+    """Finishes or undoes an interrupted replacement, and removes what dead processes left; a line that says so.
+
+    Raises:
+        BitwrightError: the folder cannot be brought back.
+    """
     try:
         said = recover(folder)
     except OSError as error:

@@ -28,7 +28,7 @@ class Codes:
 
     @property
     def centred(self) -> Tensor:
-        """``codes - zero_point`` in float64, exact."""
+        """``codes - zero_point`` in float64, exact, in the shape of the codes."""
         return self.codes - self.zero_point.double()
 
 

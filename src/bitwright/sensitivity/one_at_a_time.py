@@ -51,7 +51,11 @@ class MeasuredLoss(Measure):
     labels: bool = False
 
     def measure(self, teacher: Captured, images: Images, choices: Choices, run: Run) -> Table:
-        """A forward pass from the quantized tensor on, for each tensor and number of bits."""
+        """A forward pass from the quantized tensor on, for each tensor and number of bits.
+
+        Raises:
+            UsageError: labels are wanted and there are none.
+        """
         if self.labels and images.labels is None:
             raise UsageError("Expected labels to measure cross-entropy with, found none.")
         readings = read_outputs(teacher.graph, images.batch([0]).to(run.device), teacher.outputs)

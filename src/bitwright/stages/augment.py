@@ -79,7 +79,7 @@ class Views:
         return torch.stack([self._view(x, i) for x, i in zip(batch, chosen, strict=True)])
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """All views in order."""
+        """All views in order, [B, C, H, W]; B is ``size``, less in the last one."""
         for start in range(0, len(self), size):
             yield self.batch(range(start, min(start + size, len(self))))
 

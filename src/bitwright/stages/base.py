@@ -70,7 +70,7 @@ class KeptSteps:
         return known[1] if known is not None and known[0]() is weight else None
 
     def keep(self, weight: Tensor, settings: Hashable, steps: Tensor) -> None:
-        """Remembers them."""
+        """Remembers steps, [number of blocks], of this very weight with these settings."""
         self._found[id(weight), settings] = weakref.ref(weight), steps
 
 

@@ -87,7 +87,11 @@ class Calibrate(Stage):
         return student
 
     def check(self, student: Student, teacher: Captured, images: Images) -> None:
-        """Stretched steps are no powers of two."""
+        """Stretched steps are no powers of two.
+
+        Raises:
+            UsageError: steps would be stretched for a runtime that has powers of two.
+        """
         if self.match_spread and student.scheme.target.power_of_two_scales:
             raise UsageError(
                 f"match_spread stretches scales, which the runtime {student.scheme.runtime} has as powers of two only. "
@@ -262,7 +266,7 @@ class MeanSums:
         self._fresh[node.name] = self.means[node.name].summed(value)
 
     def taken(self) -> list[Tensor]:
-        """The sums of the last batch, and of how many each is."""
+        """The sums of the last batch in the shapes of one sample, and how many samples each is of."""
         fresh, self._fresh = [self._fresh[name] for name in self.means], {}
         counts = torch.tensor([count for _, count in fresh]).to(fresh[0][0].device) if fresh else None
         return [] if counts is None else [*(total for total, _ in fresh), counts]
@@ -273,7 +277,7 @@ class MeanSums:
             mean.add(total, count)
 
     def found(self) -> dict[str, Tensor]:
-        """The means, by node name."""
+        """The means in the shapes of one sample, by node name."""
         return {name: mean.mean for name, mean in self.means.items()}
 
 
@@ -298,7 +302,13 @@ def channel_mean(node: fx.Node, value: Tensor) -> Tensor:
 
 
 def correct_biases(student: Student, teacher: Captured, means: dict[str, Tensor]) -> None:
-    """Takes the mean output error of quantized weights off the biases, given mean inputs by node name."""
+    """Takes the mean output error of quantized weights off the biases.
+
+    Args:
+        student: whose biases change.
+        teacher: the float network.
+        means: mean inputs in the shape of one sample, by node name.
+    """
     twin = {n.name: n for n in student.graph.graph.nodes}
     corrections: dict[str, list[Tensor]] = defaultdict(list)
     for node in teacher.graph.graph.nodes:
@@ -319,7 +329,14 @@ def correct_biases(student: Student, teacher: Captured, means: dict[str, Tensor]
 
 
 def correct_biases_in_sequence(student: Student, teacher: Captured, batch: Tensor, run: Run) -> None:
-    """Gives each linear operator of the quantized network the float network's channel means, first to last."""
+    """Gives each linear operator of the quantized network the float network's channel means, first to last.
+
+    Args:
+        student: whose biases change.
+        teacher: the float network.
+        batch: images [B, C, H, W].
+        run: its device.
+    """
     batch = batch.to(run.device)
     expected: dict[str, Tensor] = {}
     linears = [n.name for n in teacher.graph.graph.nodes if ops.kind(n) == "linear" and "unbiased" not in n.meta]

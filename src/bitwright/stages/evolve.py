@@ -124,7 +124,11 @@ class Evolve(Optimising):
         return student
 
     def visits(self, student: Student, teacher: Captured, images: Images, run: Run) -> Iterator[int]:
-        """:meth:`run` block by block: the children so far after each visit, with the student as it is then."""
+        """:meth:`run` block by block: the children so far after each visit, with the student as it is then.
+
+        Raises:
+            UsageError: there is no block whose scales can be searched.
+        """
         some = images.sample(min(self.images, len(images)), seed=run.seed)
         hidden, seen = _split(some, self.held_out)
         searched = self.searched(student, teacher)
@@ -140,7 +144,11 @@ class Evolve(Optimising):
         run.records.append(search.finish())
 
     def check(self, student: Student, teacher: Captured, images: Images) -> None:
-        """Scales are free to move, blocks exist, and infoNCE has images to tell from each other."""
+        """Scales are free to move, blocks exist, and infoNCE has images to tell from each other.
+
+        Raises:
+            UsageError: one of these does not hold.
+        """
         if student.scheme.target.power_of_two_scales:
             raise UsageError(
                 f"Evolution moves scales a little, which the runtime {student.scheme.runtime} has as powers of two "

@@ -217,7 +217,7 @@ class Fisher:
         return [slope.square() for slope in self.slopes(images)]
 
     def slopes(self, images: Tensor) -> list[Tensor]:
-        """The gradient itself, at each exit."""
+        """The gradient itself, at each exit, for images [B, C, H, W]."""
         with torch.no_grad():
             values = dict(zip(self.names, self.before(images), strict=True))
             expected = self.expected(images)

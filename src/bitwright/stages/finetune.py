@@ -207,7 +207,7 @@ class Lesson:
         return "tutoring"
 
     def indices(self, step: int) -> Tensor:
-        """Views that a step takes: each image once an epoch, in an order that depends on seed and epoch alone."""
+        """Views that a step takes, [B]: each image once an epoch, in an order that depends on seed and epoch alone."""
         count = len(self.labels)
         epoch, position = divmod(step, max(1, count // self.batch))
         order = torch.randperm(count, generator=torch.Generator().manual_seed(self.run.seed * 7919 + epoch))

@@ -134,12 +134,21 @@ class Learner(nn.Module):
             node.args = (*node.args[:2], call, *node.args[3:])
 
     def forward(self, *inputs: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Outputs, and values at the points, for images or for what the part reads."""
+        """Outputs, and values at the points, [B, ...] each.
+
+        Args:
+            inputs: images [B, C, H, W], or the tensors that the part reads.
+        """
         outputs, values = self.graph(*inputs)
         return list(outputs), list(values)
 
     def set_mix(self, mix: float | Tensor, drop: float | Tensor = 0.0) -> None:
-        """The share of float in every activation, and the share of its elements that stay float."""
+        """How far activations are on their grids.
+
+        Args:
+            mix: the share of float in every activation, 0 to 1.
+            drop: the share of its elements that stay float.
+        """
         for activation in self.activations.values():
             activation.mix, activation.drop = mix, drop
 
@@ -155,7 +164,11 @@ class Learner(nn.Module):
         return found
 
     def measure_outputs(self, values: list[Tensor]) -> None:
-        """Tells every bias how large the output is that it is added to, given the float network's values of layers."""
+        """Tells every bias how large the output is that it is added to.
+
+        Args:
+            values: the float network's, [B, ...] of each layer.
+        """
         by_name = {n.name: n for n in self.graph.graph.nodes}
         for point, value in zip(self.layers, values, strict=True):
             call = by_name[point.node].args[2]

@@ -73,7 +73,12 @@ class Targets:
         return [rows(k, chosen) for k in self.kept]
 
     def bytes_of(self, images: Tensor, dtype: torch.dtype | None = None) -> int:
-        """What keeping one sample takes; 0 where values cannot be kept, because an axis mixes samples."""
+        """Bytes that keeping one sample takes; 0 where values cannot be kept, because an axis mixes samples.
+
+        Args:
+            images: [B, C, H, W] to measure with.
+            dtype: in which values would be kept; their own if not given.
+        """
         if not all(p.image_after_image for p in self.points):
             return 0
         values = self._compute(images)
@@ -94,7 +99,7 @@ class OnDevice:
         return len(self.whole)
 
     def batch(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """Some of them."""
+        """Some of them, [B, C, H, W]."""
         chosen = indices if isinstance(indices, Tensor) else torch.tensor(list(indices))
         return self.whole[sent(chosen, self.whole.device)]
 

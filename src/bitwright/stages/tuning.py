@@ -79,7 +79,7 @@ class Knobs(NamedTuple):
         return tuple(value for name, value in self._asdict().items() if name not in {*self.changing(), "rates"})
 
     def replaced(self, numbers: Tensor) -> Knobs:
-        """The same, with those that change, and the rates, from a vector."""
+        """The same, with those that change, and the rates, from a vector [changing + rates]."""
         each, names = list(numbers.unbind()), self.changing()
         return self._replace(**dict(zip(names, each, strict=False)), rates=tuple(each[len(names) :]))
 
@@ -183,7 +183,7 @@ class Tuner:
         return min(self.settings.batch, len(self.feed))
 
     def indices(self, step: int) -> Tensor:
-        """Which samples a step takes: each once an epoch, in an order that depends on seed and epoch alone."""
+        """Which samples a step takes, [B]: each once an epoch, in an order that depends on seed and epoch alone."""
         epoch, position = divmod(step, max(1, len(self.feed) // self.batch))
         order = torch.randperm(len(self.feed), generator=torch.Generator().manual_seed(self.seed * 7919 + epoch))
         return order[position * self.batch : (position + 1) * self.batch]

@@ -61,7 +61,7 @@ class Octaves(Grid):
 
 
 def softmax_of_codes(x: Tensor, dim: int, step: float, zero_point: float, bits: int) -> Tensor:
-    """Softmax of scores on a grid."""
+    """Softmax along an axis of scores, which a grid with this step and zero point rounds first."""
     return Grid(bits).nearest(x, torch.tensor(step), torch.tensor(zero_point)).softmax(dim)
 
 

@@ -168,7 +168,7 @@ def scan(
 
 
 def roughness(values: Tensor) -> Row:
-    """Figures of a surface or a line."""
+    """Figures of a surface [H, W] or a line [W]: its minima, bends and jumps, and its range."""
     spread = float(values.max() - values.min())
     return {"minima": strict_minima(values), "bends": bends(values), "jumps": jumps(values), "range": spread}
 

@@ -135,7 +135,11 @@ def _stage(bits: int) -> Evolve:
 
 
 def cells(subject: Subject, settings: StudySettings) -> Iterator[Cell]:
-    """For all bits and both grids of the softmax, if there is one: the start, then every way of choosing by seeds."""
+    """For all bits and both grids of the softmax, if there is one: the start, then every way of choosing by seeds.
+
+    Raises:
+        UsageError: there are not enough images to choose and to measure on.
+    """
     if len(subject.held_out) < 2:
         raise UsageError("Expected at least 2 images to measure on, one half of which chooses, found 1. Give more.")
     bench = _Bench(subject, settings)

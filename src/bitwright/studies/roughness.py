@@ -12,6 +12,9 @@ from torch import Tensor
 def directions(count: int, seed: int) -> Tensor:
     """Two random orthonormal directions, [2, count], float64.
 
+    Raises:
+        ValueError: there is only one number.
+
     Example:
         >>> d = directions(5, 0)
         >>> torch.allclose(d @ d.T, torch.eye(2, dtype=torch.float64))

@@ -98,7 +98,11 @@ class Bench:
 
 
 def cells(subject: Subject, settings: StudySettings) -> Iterator[Cell]:
-    """The start, then every method with every seed."""
+    """The start, then every method with every seed.
+
+    Raises:
+        UsageError: there are not enough images to search and to choose rates on.
+    """
     seen, hidden = split(subject.calibration(settings.samples, settings.seeds[0]))
     if len(hidden) < 2:
         raise UsageError(

@@ -50,7 +50,7 @@ class Straight(nn.Module):
         return self.scale * self.shift.exp()
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` on the grid."""
+        """``x`` on the grid, in its shape."""
         quantizer = self._quantizer[0]
         step, zero = quantizer.expanded()
         if self.shift.requires_grad:

@@ -48,7 +48,7 @@ class Up(nn.Module):
         self.near = ConvNorm(channels, channels, kernel=3, groups=channels, act=nn.Hardswish)
 
     def forward(self, x: Tensor, beside: Tensor) -> Tensor:
-        """Return the joined maps."""
+        """Return the joined maps [B, channels, 2h, 2w], for maps [B, below, h, w] and [B, beside, 2h, 2w]."""
         joined: Tensor = self.near(self.mix(torch.cat([F.interpolate(x, scale_factor=2.0), beside], 1)))
         return joined
 

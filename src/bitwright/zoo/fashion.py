@@ -44,7 +44,11 @@ def _idx(path: Path, magic: int, header: int) -> NDArray[np.uint8]:
 
 
 def read_split(folder: Path, split: Split) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Read a split of Fashion-MNIST: images (N, 28, 28, 1) and labels (N,), both uint8."""
+    """Read a split of Fashion-MNIST: images (N, 28, 28, 1) and labels (N,), both uint8.
+
+    Raises:
+        DataError: a file is missing or damaged, or the two do not belong together.
+    """
     prefix = _PREFIX[split]
     images = _idx(folder / f"{prefix}-images-idx3-ubyte.gz", _IMAGES_MAGIC, _IMAGES_HEADER)
     labels = _idx(folder / f"{prefix}-labels-idx1-ubyte.gz", _LABELS_MAGIC, _LABELS_HEADER)

@@ -41,7 +41,7 @@ class SqueezeExcite(nn.Module):
         self.gate = nn.Sigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return `x` with its channels scaled."""
+        """Return `x` [B, C, H, W] with its channels scaled."""
         gate: Tensor = self.gate(self.expand(self.act(self.reduce(self.pool(x)))))
         return x * gate
 
@@ -68,7 +68,7 @@ class InvertedResidual(nn.Module):
         self.project = ConvNorm(hidden, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the block's output."""
+        """Return the block's output [B, out, h, w] for maps [B, in, H, W]."""
         y: Tensor = self.project(self.se(self.depthwise(self.expand(x))))
         return x + y if self.residual else y
 
@@ -133,7 +133,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the mixed tokens."""
+        """Return the mixed tokens [B, N, D]."""
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)
@@ -152,7 +152,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the transformed tokens."""
+        """Return the transformed tokens [B, N, D]."""
         out: Tensor = self.fc2(self.act(self.fc1(x)))
         return out
 
@@ -168,7 +168,7 @@ class TransformerBlock(nn.Module):
         self.mlp = Mlp(dim, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the tokens after attention and MLP, each added to its input."""
+        """Return the tokens [B, N, D] after attention and MLP, each added to its input."""
         x = x + self.attn(self.norm1(x))
         out: Tensor = x + self.mlp(self.norm2(x))
         return out

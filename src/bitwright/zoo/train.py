@@ -132,7 +132,7 @@ def train(name: str, images: NDArray[np.uint8], labels: NDArray[np.uint8], epoch
 
 @torch.no_grad()
 def accuracy(model: nn.Module, inputs: Tensor, labels: NDArray[np.uint8]) -> float:
-    """Return the top-1 accuracy, 0 to 1."""
+    """Return the top-1 accuracy, 0 to 1, on inputs [N, C, H, W] with labels [N]."""
     found = torch.cat([model(x).argmax(1) for x in torch.split(inputs, 500)])
     return float((found.numpy() == labels).mean())
 
@@ -193,7 +193,11 @@ def training_options(module: str, described: str | None, names: Iterable[str]) -
 
 
 def run_training(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Runs, and says in one line what is wrong with the files."""
+    """Runs, and says in one line what is wrong with the files.
+
+    Raises:
+        SystemExit: with that line.
+    """
     try:
         run(args)
     except DataError as error:

@@ -36,7 +36,7 @@ CENTRE = 0.3
 
 
 def segmentation_loss(outputs: Tensor, scenes: Scenes, chosen: Any) -> Tensor:
-    """Cross-entropy over pixels."""
+    """Cross-entropy of scores [B, K, H, W] over the pixels of the chosen scenes."""
     return F.cross_entropy(outputs, torch.from_numpy(scenes.masks[chosen].astype(np.int64)))
 
 
