@@ -165,6 +165,39 @@ def measure_gap(
         return _measured(model, program, body, images, runtimes, batches, progress)
 
 
+@dataclass(frozen=True)
+class _Simulation:
+    """The outputs that all others are compared with, on the same N images."""
+
+    names: Sequence[str]
+    images: Tensor
+    readings: Sequence[Reading]
+    found: list[Tensor]
+    """[N, ...] each, in float64."""
+    shaken: list[Tensor]
+    """The same where a few codes come out one step off."""
+
+    @classmethod
+    def of(cls, model: Student, images: Tensor) -> _Simulation:
+        readings = read_outputs(model.graph, images, model.outputs)
+        found = outputs("The simulation", model.flat, images, COMPARED_AT_ONCE, readings)
+        with tipped(activation_quantizers(model)):
+            shaken = outputs("The simulation", model.flat, images, COMPARED_AT_ONCE, readings)
+        return cls(model.outputs, images, readings, found, shaken)
+
+    def outputs(self, who: str, network: Network, batch: int = COMPARED_AT_ONCE) -> list[Tensor]:
+        """Of another network on these images."""
+        return outputs(who, network, self.images, batch, self.readings)
+
+    def gaps(self, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> list[OutputGap]:
+        """Between the outputs of two networks on these images."""
+        return output_gaps(self.names, ours, theirs, self.readings)
+
+    def diverging(self, found: list[Tensor]) -> str | None:
+        """The first of a file's outputs that lies further away than it may."""
+        return _diverging(self.names, self.found, self.shaken, found)
+
+
 def _measured(
     model: Student,
     program: ir.Model,
@@ -174,38 +207,20 @@ def _measured(
     batches: Sequence[int],
     progress: Progress,
 ) -> Gap:
-    whole, names = images.batch(range(len(images))), model.outputs
-    readings = read_outputs(model.graph, whole, names)
-    gaps = partial(output_gaps, names, readings=readings)
+    whole = images.batch(range(len(images)))
     total = 2 + len(runtimes) * len(batches)
     progress("Comparing", 0, total, "integer reference")
-    simulated = outputs("The simulation", model.flat, whole, COMPARED_AT_ONCE, readings)
-    rules = model.scheme.runtime
-
-    def referred(x: Tensor) -> list[Tensor]:
-        return run_reference(model, x, rules, keep=False).outputs
-
-    reference = outputs("The reference", referred, whole, COMPARED_AT_ONCE, readings)
-    teacher, quantization = model.teacher, None
+    simulation = _Simulation.of(model, whole)
+    rules, teacher = model.scheme.runtime, model.teacher
+    reference = simulation.outputs("The reference", lambda x: run_reference(model, x, rules, keep=False).outputs)
+    quantization = None
     if teacher is not None:
-        expected = outputs("The float network", teacher.flat, whole, COMPARED_AT_ONCE, readings)
-        quantization = gaps(expected, simulated)
-    with tipped(activation_quantizers(model)):
-        shaken = outputs("The simulation", model.flat, whole, COMPARED_AT_ONCE, readings)
-    gap = Gap(quantization, [], gaps(reference, simulated), [])
+        quantization = simulation.gaps(simulation.outputs("The float network", teacher.flat), simulation.found)
+    gap = Gap(quantization, [], simulation.gaps(reference, simulation.found), [])
     for runtime in runtimes:
-        network = open_file(runtime, path)
-        rows: list[BatchGaps] = []
-        for batch in batches:
-            done = 1 + len(gap.runtimes) * len(batches) + len(rows)
-            progress("Comparing", done, total, f"{runtime.title}, batch {batch}")
-            found = outputs(runtime.title, network, whole, batch, readings)
-            if gap.diverging_output is None:
-                gap.judge(_diverging(names, simulated, shaken, found), runtime)
-            rows.append(BatchGaps(batch, gaps(simulated, found), gaps(reference, found)))
-        if runtime is OPENVINO and gap.diverging_in is None:
-            gap.rounding = _rounding(path, names, whole, simulated, shaken, readings)
-        gap.runtimes.append(RuntimeGaps(f"{runtime.name} {runtime.version}", rows))
+        done = 1 + len(gap.runtimes) * len(batches)
+        told = partial(_tell, progress, runtime, done, total)
+        gap.runtimes.append(_in_runtime(runtime, path, simulation, reference, batches, gap, told))
     progress("Comparing", total - 1, total, "layer by layer")
     gap.layers = compare_codes(model, program, whole, "onnxruntime")
     plain = compare_layers(model, program, whole[:LAYER_IMAGES])
@@ -214,23 +229,43 @@ def _measured(
     return gap
 
 
-def _rounding(
+def _tell(progress: Progress, runtime: Runtime, before: int, total: int, done: int, batch: int) -> None:
+    progress("Comparing", before + done, total, f"{runtime.title}, batch {batch}")
+
+
+def _in_runtime(
+    runtime: Runtime,
     path: Path,
-    names: Sequence[str],
-    whole: Tensor,
-    ours: list[Tensor],
-    shaken: list[Tensor],
-    readings: Sequence[Reading],
-) -> str | None:
+    simulation: _Simulation,
+    reference: list[Tensor],
+    batches: Sequence[int],
+    gap: Gap,
+    told: Callable[[int, int], None],
+) -> RuntimeGaps:
+    """The file in one runtime at every batch size; what diverges in it is noted in ``gap``."""
+    network = open_file(runtime, path)
+    rows: list[BatchGaps] = []
+    for done, batch in enumerate(batches):
+        told(done, batch)
+        found = simulation.outputs(runtime.title, network, batch)
+        if gap.diverging_output is None:
+            gap.judge(simulation.diverging(found), runtime)
+        rows.append(BatchGaps(batch, simulation.gaps(simulation.found, found), simulation.gaps(reference, found)))
+    if runtime is OPENVINO and gap.diverging_in is None:
+        gap.rounding = _rounding(path, simulation)
+    return RuntimeGaps(f"{runtime.name} {runtime.version}", rows)
+
+
+def _rounding(path: Path, simulation: _Simulation) -> str | None:
     """What OpenVINO loses where the processor has bfloat16, which it takes unless it is told otherwise."""
     kind = openvino().Core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name()
     if kind == "f32":
         return None
-    found = outputs("OpenVINO", _calls(compile_model(path)), whole, COMPARED_AT_ONCE, readings)
-    where = _diverging(names, ours, shaken, found)
+    found = simulation.outputs("OpenVINO", _calls(compile_model(path)))
+    where = simulation.diverging(found)
     if where is None:
         return None
-    share = max(g.max_abs / max(g.range, 1e-30) for g in output_gaps(names, ours, found))
+    share = max(g.max_abs / max(g.range, 1e-30) for g in output_gaps(simulation.names, simulation.found, found))
     return (
         f"OpenVINO rounds what is not integer to {kind} on this processor unless it is told otherwise: {where} then "
         f"leaves what was measured, by {100 * share:.1f} % of an output's range at most. Compile the model with "
