@@ -139,3 +139,28 @@ def test_views_of_an_image_lie_together() -> None:
     order = views.by_image()
     assert sorted(order) == list(range(15))
     assert [i % 5 for i in order] == [i for i in range(5) for _ in range(3)]
+
+
+@pytest.mark.parametrize("draws", [1, 3, 6])
+def test_an_unseen_view_is_none_of_those_drawn(draws: int) -> None:
+    data = load_images(torch.rand(4, 3, 96, 96, generator=torch.Generator().manual_seed(0)), None)
+    views = Views(data, draws, seed=3)
+    unseen = views.unseen()
+    found = unseen.batch(range(4))
+    assert len(unseen) == 4
+    assert torch.equal(torch.cat([unseen.batch([i]) for i in range(4)]), found)
+    drawn = Views(data, max(draws, MOST), seed=3)
+    seen = torch.cat(list(drawn.batches(8)))
+    assert not any(torch.equal(a, b) for a in found for b in seen)
+
+
+def test_an_unseen_view_shows_its_own_image() -> None:
+    flat = torch.arange(5.0).reshape(5, 1, 1, 1).expand(5, 3, 8, 8)
+    found = Views(load_images(flat, None), 2, seed=1).unseen().batch([3, 0, 4])
+    assert torch.allclose(found[:, 0, 0, 0], torch.tensor([3.0, 0.0, 4.0]))
+
+
+@pytest.mark.parametrize("shape", [(3, 40), (3, 4, 8, 8), (3, 3, 1, 8)])
+def test_inputs_that_are_no_pictures_are_their_own_unseen_views(shape: tuple[int, ...]) -> None:
+    data = load_images(torch.rand(shape), None)
+    assert torch.equal(Views(data, seed=1).unseen().batch(range(3)), data.batch(range(3)))

@@ -24,6 +24,7 @@ from bitwright.quant.scheme import Scheme
 from bitwright.recipes import Recipe, recipe
 from bitwright.stages import pace, resume, schedules
 from bitwright.stages import reconstruct as module
+from bitwright.stages.augment import Views
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate, parameters
 from bitwright.stages.optimizers import OptimizedPart
@@ -87,6 +88,11 @@ def assert_same(a: Student, b: Student) -> None:
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
+def unseen(seed: int) -> Tensor:
+    """One view of each of the images of a test that no stage has seen."""
+    return Views(dataset(16), seed=seed).unseen().batch(range(16))
+
+
 def loss_by_hand(student: Student, teacher: Captured, x: Tensor) -> float:
     """``1/L sum_l mean_{n, positions} sum_channels (student - teacher)^2`` with plain tensors, images in axis 0."""
     points = linear_points(teacher.graph, teacher.example)
@@ -100,9 +106,10 @@ def loss_by_hand(student: Student, teacher: Captured, x: Tensor) -> float:
     return total / len(points)
 
 
-def test_hard_loss_is_the_formula_on_the_rounded_network() -> None:
-    student, run = optimise(Reconstruct(weigh="ones", **QUICK))
-    expected = loss_by_hand(student, prepared("residual"), dataset(16).batch(range(16)))
+@pytest.mark.parametrize("views", [1, 2])
+def test_hard_loss_is_the_formula_on_the_rounded_network_and_unseen_views(views: int) -> None:
+    student, run = optimise(Reconstruct(weigh="ones", **QUICK, views=views))
+    expected = loss_by_hand(student, prepared("residual"), unseen(run.seed))
     assert keys(run)["reconstruct"]["loss"]["hard"] == pytest.approx(expected, rel=1e-4)
 
 
@@ -337,7 +344,7 @@ def test_a_second_optimisation_is_measured_against_the_first_and_kept() -> None:
     losses = keys(run)["reconstruct"]["loss"]["by_stage"]
     assert list(losses) == ["calibrate", "reconstruct", "reconstruct 2"]
     assert any(not torch.equal(second.tensors[k], v) for k, v in first.tensors.items())
-    x = dataset(16).batch(range(16))
+    x = unseen(run.seed)
     for kind, state in (("reconstruct", first), ("reconstruct 2", second)):
         student.restore(state)
         assert losses[kind] == pytest.approx(loss_by_hand(student, teacher, x), rel=1e-4)

@@ -134,7 +134,7 @@ class RunScores:
 
 @dataclass(frozen=True)
 class TuningLoss:
-    """The loss on calibration images of what is kept, and of what each stage left."""
+    """The loss on unseen views of the calibration images, of what is kept and of what each stage left."""
 
     hard: float
     by_stage: dict[str, float] | None = None

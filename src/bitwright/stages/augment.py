@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from bitwright.given.images import Images
 from bitwright.given.preprocessing import has_channels_last
+from bitwright.stages.base import Samples
 
 FEW, MOST = 256, 4
 """Views that make up for few images, and how many of each image at most: more gained nothing with 48 images."""
@@ -65,6 +67,13 @@ class Views:
     def __len__(self) -> int:
         return len(self.images) * self.draws
 
+    def unseen(self) -> Samples:
+        """A view of every image that is none of these, nor of those that ``auto`` draws; of what has none, itself."""
+        if self.draws == 1 and not _are_pictures(self.images):
+            return self.images
+        before = max(self.draws, MOST)
+        return _Later(Views(self.images, before + 1, self.seed, self.smallest), before * len(self.images))
+
     def batch(self, indices: Sequence[int] | Tensor) -> Tensor:
         """[B, C, H, W]; index ``i`` is view ``i // len(images)`` of image ``i % len(images)``.
 
@@ -104,3 +113,17 @@ class Views:
         view = view[0] if image.dim() == 3 else view.movedim(0, 1)
         view = view.flip(-1) if draw[3] < 0.5 else view
         return view.movedim(0, -1) if last else view
+
+
+@dataclass(frozen=True)
+class _Later:
+    """Views from one on."""
+
+    views: Views
+    first: int
+
+    def __len__(self) -> int:
+        return len(self.views) - self.first
+
+    def batch(self, indices: Sequence[int] | Tensor) -> Tensor:
+        return self.views.batch([self.first + int(i) for i in indices])

@@ -1,15 +1,14 @@
-"""The loss of networks on a fixed part of the calibration images, which says what of an optimisation is kept."""
+"""The loss of networks on a fixed part of the samples, which says what of an optimisation is kept."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from bitwright.given.images import Images
 from bitwright.graph.capture import Captured
 from bitwright.graph.points import Point, expose
 from bitwright.graph.student import Snapshot, Student
-from bitwright.stages.base import Run
+from bitwright.stages.base import Run, Samples
 from bitwright.stages.learner import Learner
 from bitwright.stages.losses import weighted_distance
 from bitwright.stages.tuning import Objective
@@ -24,18 +23,18 @@ class CalibrationLoss:
         teacher: the float network.
         points: where networks are compared with it.
         objective: how distances are weighted.
-        images: the first :data:`MEASURED_IMAGES` of these are looked at.
+        samples: the first :data:`MEASURED_IMAGES` of these are looked at.
         run: its device.
         at_once: images in one pass.
     """
 
     def __init__(
-        self, teacher: Captured, points: list[Point], objective: Objective, images: Images, run: Run, at_once: int
+        self, teacher: Captured, points: list[Point], objective: Objective, samples: Samples, run: Run, at_once: int
     ) -> None:
         self.points, self.objective, self.run, self.at_once = points, objective, run, at_once
         self.teacher = expose(teacher.graph, [p.node for p in points])
-        self.count = min(MEASURED_IMAGES, len(images))
-        self.images = images
+        self.count = min(MEASURED_IMAGES, len(samples))
+        self.samples = samples
 
     def losses(
         self, student: Student, states: dict[str, Snapshot], learner: Learner | None
@@ -53,7 +52,7 @@ class CalibrationLoss:
         with torch.no_grad():
             for start in range(0, self.count, self.at_once):
                 indices = torch.arange(start, min(start + self.at_once, self.count))
-                images = self.images.batch(indices).to(self.run.device)
+                images = self.samples.batch(indices).to(self.run.device)
                 chosen = weights[indices].to(self.run.device)
                 _, expected = self.teacher(images)
                 for name, state in states.items():

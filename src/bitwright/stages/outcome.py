@@ -22,7 +22,7 @@ class ScoresRecord(BaseModel):
 
 
 class LossRecord(BaseModel):
-    """The loss on calibration images: before rounding, of what is kept, and of what each stage left."""
+    """The loss on unseen views of the calibration images: before rounding, of what is kept, of what each stage left."""
 
     soft: float | None
     hard: float

@@ -130,7 +130,8 @@ class Reconstruct(Optimising):
     """Number of views of each image: 1 takes the images as they are, more add random crops and mirror images. ``auto``:
     so many that few pictures become 256, four at most."""
     never_worse: bool = True
-    """Keep what an earlier stage left where that has the lower calibration loss."""
+    """Keep what an earlier stage left where that has the lower loss: of the whole network on views of the calibration
+    images that no stage has seen, of a smaller unit on what it is optimised on."""
 
     @model_validator(mode="before")
     @classmethod
@@ -231,7 +232,7 @@ class Reconstruct(Optimising):
             self._optimise(tuner, saved, run, record, _Shown("", 0, plan.steps))
             learner.absorb(student)
             widen_for_biases(student)
-        measure = CalibrationLoss(teacher, points, objective, images, run, tuner.at_once)
+        measure = CalibrationLoss(teacher, points, objective, samples.unseen(), run, tuner.at_once)
         self._choose(student, learner if plan.steps else None, measure, run, record)
         self._finish(record, student, teacher, images, run, before)
         return student
@@ -517,8 +518,8 @@ class Reconstruct(Optimising):
         record.before, record.after = None if given is None else losses[given], losses[best]
         if best != own:
             _warn(
-                f"The optimisation did not lower the calibration loss ({losses[own]:.4g}, {best}: "
-                f"{losses[best]:.4g}): what '{best}' left is kept. More steps would help."
+                f"The optimisation did not lower the loss on unseen views of the calibration images "
+                f"({losses[own]:.4g}, {best}: {losses[best]:.4g}): what '{best}' left is kept. More steps would help."
             )
 
 

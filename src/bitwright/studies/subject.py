@@ -113,7 +113,7 @@ class Subject:
         """Runs the stage to its end in float32, whether or not the result is better than the start.
 
         Returns:
-            The student, its loss on the calibration images with the stage's own weights, and that of the start.
+            The student, its loss on unseen views with the stage's own weights, and that of the start.
         """
         run = Run(seed=seed, device=self.device, progress=progress, precision="float32")
         run.history.append(("start", student.snapshot()))
