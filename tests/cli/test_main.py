@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -225,6 +227,20 @@ def test_closed_standard_output_is_no_fault(here: Path, monkeypatch: pytest.Monk
     assert main(["inspect", "nowhere"]) == 2
     for stream in (sys.stdout, sys.stderr):
         stream.close()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_what_an_output_cannot_write_ends_no_command(
+    encoding: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = os.fsdecode(b"run-\xff-\xe2\x80\xa6")
+    (here / "run").rename(here / name)
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding=encoding, write_through=True))
+    assert main(["report", name]) == 0
+    assert b"report.html" in shown.getvalue()
+    assert main(["inspect", name]) == 0
+    assert b"stem" in shown.getvalue()
 
 
 def test_control_c_in_a_process(here: Path) -> None:

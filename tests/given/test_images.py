@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -431,11 +432,46 @@ def test_slice_keeps_the_classes_of_the_whole_folder(tmp_path: Path) -> None:
         "1.png,5\n2.png,6\n",
         "\ufeffx/1.png,5\nx/2.png,6\nx/2.png,6\n",
         "/data/1.png,5\nx/2.png,6\n",
+        "x/1.png 5\nx/2.png 6\n",
+        "file\tclass\nx/1.png\t5\nx/2.png\t 6 \n",
+        "file;class\nx/1.png;5\nx/2.png; 6\n",
     ],
 )
 def test_csv_labels(tmp_path: Path, text: str) -> None:
     folder_of(tmp_path / "images", "x/1.png x/2.png")
     assert labels_of(tmp_path / "images", write(tmp_path / "l.csv", text)) == [5, 6]
+
+
+def test_names_of_bytes_that_are_no_letters(tmp_path: Path) -> None:
+    """As archives of older systems leave them."""
+    names = [os.fsdecode(name) for name in (b"\xe9.png", b"a b \xff.png")]
+    for name in names:
+        Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+        (tmp_path / "x.png").rename(tmp_path / name)
+    (tmp_path / "l.csv").write_bytes(b"\xe9.png,5\na b \xff.png,6\n")
+    images = load_images(tmp_path, SMALL, labels=tmp_path / "l.csv")
+    assert dict(zip(images.names, images.labels.tolist(), strict=True)) == dict(zip(names, (5, 6), strict=True))
+    assert images.sha256 != load_images(tmp_path, SMALL)[:1].sha256
+
+
+def test_paths_stand_for_the_files_there(tmp_path: Path) -> None:
+    folder_of(tmp_path, "1.png 2.png 3.png")
+    paths = [tmp_path / f"{k}.png" for k in (1, 2, 3)]
+    expected = load_images(tmp_path, SMALL).batch(range(3))
+    for given in (paths, list(map(str, paths)), [paths[:2], paths[2:]], [{"file": str(p), "id": 1} for p in paths]):
+        key = "file" if isinstance(given[0], dict) else None
+        assert torch.equal(load_images(given, SMALL, input_key=key).batch(range(3)), expected)
+    labelled = load_images([(p, k) for k, p in enumerate(paths)], SMALL)  # as ImageFolder.samples
+    assert torch.equal(labelled.batch(range(3)), expected)
+    assert labelled.labels is not None
+    assert labelled.labels.tolist() == [0, 1, 2]
+    with fails("4.png"):
+        load_images([*paths, tmp_path / "4.png"], SMALL)
+
+
+def test_dicts_whose_keys_are_no_text() -> None:
+    with fails("0 and 1 can be images", "Give a list of images"):
+        load_images({0: torch.zeros(3, 8, 8), 1: torch.zeros(3, 8, 8)}, SMALL)
 
 
 def test_labels_without_images_are_counted(tmp_path: Path) -> None:
@@ -454,7 +490,8 @@ def test_labels_without_images_are_counted(tmp_path: Path) -> None:
         ("x/1.png,0\ny/1.png,1\nx/1.png,2\n", ["one class for x/1.png", "0 and 2", "line 3"]),
         ("a/1.png,0\nb/1.png,0\n", ["file name 1.png stands for several"]),
         ("1.png,0\n", ["file name 1.png stands for several"]),
-        ("x/1.png;0\n", ["1 columns", "x/1.png;0"]),
+        ("x/1.png\n", ["1 columns", "x/1.png"]),
+        ("x/1.png 0\ny/1.png dog\n", ["line 2", "'dog'"]),
         ("a,b,c\n", ["3 columns"]),
         ("file,class_index\n", ["found none"]),
     ],
@@ -477,7 +514,8 @@ def test_label_file_that_cannot_be_read(tmp_path: Path) -> None:
 def test_labels_given_as_numbers_must_be_as_many_and_whole() -> None:
     pixels = np.zeros((3, 8, 8, 3), np.uint8)
     assert labels_of(pixels, torch.tensor([2, 0, 1])) == [2, 0, 1]
-    for bad in ([1, 2], [0.5, 1.0, 2.0], [[1], [2], [3]]):
+    assert labels_of(pixels, np.array([[2], [0], [1]])) == [2, 0, 1]  # a column
+    for bad in ([1, 2], [0.5, 1.0, 2.0], [[1, 2], [2, 3], [3, 4]]):
         with fails("each of 3 images"):
             load_images(pixels, SMALL, labels=bad)  # type: ignore[arg-type]
     with fails("from 0", "found -1"):
@@ -577,7 +615,8 @@ def test_tensors_and_loaders() -> None:
         (torch.full((2, 3, 8, 8), torch.inf), "NaN or infinity"),
         ([], "found none. Give a list"),
         ([torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 9, 9)], "(3, 8, 8), then (3, 9, 9)"),
-        (["a.png"], "found str"),
+        (["a.png"], "a.png is no file"),
+        ([b"a.png"], "found bytes"),
         ([torch.zeros(2, 5)], "(2, 5)"),
         ({"x": 3}, "x (int)"),
     ],

@@ -6,7 +6,9 @@ under half a second.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -58,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 done, 1 the job failed, 2 the call was wrong, 130 interrupted.
     """
     _open_closed_streams()
+    _show_what_has_no_letter()
     given = list(sys.argv[1:] if arguments is None else arguments)
     # Threads that sleep while they wait; spinning ones make everything many times slower on a machine with other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -89,6 +92,14 @@ def _open_closed_streams() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process
+
+
+def _show_what_has_no_letter() -> None:
+    """An output of few letters gets the number of a sign that it lacks, and so it gets a name of odd bytes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            with contextlib.suppress(OSError):  # what cannot be written at all is said where it is written
+                stream.reconfigure(errors="backslashreplace")
 
 
 def _speaks(error: BitwrightError) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,7 @@ def entry(item: Any, input_key: str | None, where: str) -> ImagesAndLabel:
     """Tells the images of an item from what came with them.
 
     Args:
-        item: images, (images, label), a dict of both, or (dict, label).
+        item: images, (images, label), a dict of both, or (dict, label); a path stands for the image file there.
         input_key: name of the images in the dict; the one entry that can be images if not given.
         where: it comes from, for messages.
 
@@ -51,7 +52,7 @@ def entry(item: Any, input_key: str | None, where: str) -> ImagesAndLabel:
         >>> entry({"pixel_values": torch.zeros(2, 3, 8, 8), "labels": [0, 1]}, None, "the list given").label
         [0, 1]
     """
-    if isinstance(item, tuple | list) and item and not _are_pictures(item):
+    if isinstance(item, tuple | list) and item and not _are_pictures(item):  # several paths are no path and label
         first = entry(item[0], input_key, where)
         return ImagesAndLabel(first.images, item[1] if len(item) > 1 else first.label)
     if isinstance(item, Mapping):
@@ -60,20 +61,28 @@ def entry(item: Any, input_key: str | None, where: str) -> ImagesAndLabel:
         raise DataError(
             f"Expected dicts from {where} for input_key={input_key!r}, found {what_it_is(item)}. Leave input_key= out."
         )
-    return ImagesAndLabel(item)
+    return ImagesAndLabel(_opened(item))
 
 
 def _are_pictures(item: Sequence[Any]) -> bool:
-    return all(isinstance(x, Image.Image) for x in item)
+    return any(all(isinstance(x, kind) for x in item) for kind in (Image.Image, str | os.PathLike))
+
+
+def _opened(given: Any) -> Any:
+    """The image files at paths, as `is_encoded` knows them; anything else as it is."""
+    if isinstance(given, str | os.PathLike):
+        return {"path": os.fspath(given)}
+    return [_opened(each) for each in given] if isinstance(given, tuple | list) else given
 
 
 def _from_dict(item: Mapping[Any, Any], input_key: str | None, where: str) -> ImagesAndLabel:
     found = [key for key, value in item.items() if can_be_images(value)] if input_key is None else [input_key]
     if len(found) != 1:
         said = listed([f"{key} ({what_it_is(value)})" for key, value in item.items()]) or "nothing"
-        some = f"{listed(found)} can be images" if found else "none of them can be images"
+        some = f"{listed([str(key) for key in found])} can be images" if found else "none of them can be images"
         inner = [key for key, value in item.items() if isinstance(value, Mapping)]
-        remedy = f"Name it: input_key={str((found or ['image'])[0])!r}."
+        first = (found or ["image"])[0]
+        remedy = f"Name it: input_key={first!r}." if isinstance(first, str) else "Give a list of images."
         if inner and not found:
             remedy = f"Give what is in {str(inner[0])!r} in the place of the dict around it."
         raise DataError(f"Expected one entry of images in each dict from {where}, found {said}; {some}. {remedy}")
@@ -85,7 +94,7 @@ def _from_dict(item: Mapping[Any, Any], input_key: str | None, where: str) -> Im
     rest = {key: value for key, value in item.items() if key != found[0]}
     named = [key for key in rest if key in LABELS]
     label = rest[named[0]] if len(named) == 1 else next(iter(rest.values())) if len(rest) == 1 else rest or None
-    return ImagesAndLabel(item[found[0]], label)
+    return ImagesAndLabel(_opened(item[found[0]]), label)
 
 
 def can_be_images(value: Any) -> bool:

@@ -220,7 +220,7 @@ class Images:
         digest = hashlib.sha256(_identity(self.preprocessing).encode())
         with ThreadPoolExecutor(self._store.threads) as pool:
             for name, content in zip(self.names, pool.map(self._store.source.digest, self._indices), strict=True):
-                digest.update(hashlib.sha256(name.encode()).digest() + content)
+                digest.update(hashlib.sha256(name.encode(errors="surrogatepass")).digest() + content)
         return digest.hexdigest()
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import re
 import warnings
@@ -51,6 +52,8 @@ def class_indices(labels: Any, count: int, where: str) -> Tensor | None:
         array = labels.cpu().numpy() if isinstance(labels, Tensor) else np.asarray(labels)
     except (ValueError, TypeError, OverflowError) as error:
         raise DataError(f"Expected one whole class index for each image in {where} ({short(error)}).") from error
+    if array.ndim == 2 and array.shape[1] == 1:  # a column
+        array = array[:, 0]
     if array.ndim != 1 or len(array) != count or not np.issubdtype(array.dtype, np.integer):
         raise DataError(
             f"Expected one whole class index for each of {count} images in {where}, "
@@ -81,8 +84,10 @@ def _read_labels(path: Path) -> dict[str, int]:
             f"Expected labels as a CSV file with lines file,class_index, found no file {path}. Check the path."
         )
     try:
-        with path.expanduser().open(newline="", encoding="utf-8-sig") as file:
-            rows = [(number, row) for number, row in enumerate(csv.reader(file), 1) if any(row)]
+        content = path.expanduser().read_bytes()
+        # Names of files may be bytes that are no letters; zeros are in no text.
+        text = content.decode("utf-8-sig", "strict" if b"\0" in content else "surrogateescape")
+        rows = [(n, row) for n, row in enumerate(csv.reader(io.StringIO(text, newline="")), 1) if any(row)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(
             f"Expected labels as a CSV file with lines file,class_index, cannot read {path} "
@@ -104,6 +109,8 @@ def _read_labels(path: Path) -> dict[str, int]:
 
 
 def _label_row(row: list[str], where: str, *, header: bool) -> tuple[str, int | None]:
+    if len(row) == 1:  # a blank, a tab or a semicolon stands for the comma
+        row = re.split(r"[;\s]\s*(?=[^;\s]+$)", row[0].strip())
     if len(row) != 2:
         raise DataError(f"Expected file,class_index in {where}, found {len(row)} columns: {','.join(row)[:80]!r}.")
     name = row[0].strip().replace("\\", "/").removeprefix("./")

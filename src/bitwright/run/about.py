@@ -62,8 +62,8 @@ def environment(device: torch.device | str, seed: int) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """What was called, without the folder that the program is in."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    """What was called, without the folder that the program is in; odd bytes of names as numbers."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]).encode(errors="backslashreplace").decode()
 
 
 def peak_memory_bytes() -> int:

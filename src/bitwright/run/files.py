@@ -48,8 +48,9 @@ def hidden(path: Path, ending: str) -> Path:
     name = path.name
     if not name:
         raise UsageError(f"Expected a place with a name of its own, found {path}. Choose another folder=.")
-    if len(name.encode()) > LONGEST:
-        name = f"{name[: LONGEST // 4]}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+    coded = name.encode(errors="surrogatepass")  # a name may hold bytes that are no letters
+    if len(coded) > LONGEST:
+        name = f"{name[: LONGEST // 4]}-{hashlib.sha256(coded).hexdigest()[:12]}"
     return path.with_name(f".{name}.{ending}")
 
 
@@ -116,7 +117,7 @@ def move(file: Path, target: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """A text file, as UTF-8; see :func:`whole`."""
     with whole(path) as fresh:
-        fresh.write_text(text, encoding="utf-8")
+        fresh.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, data: Any) -> None:
