@@ -443,13 +443,16 @@ def _check_tail(reading: NodeReader, path: Path) -> None:
     if not weighted and any(_has_weight(made) for made in reading.functions):
         return
     first = reading.missing[0]
-    control = first.node.op_type in CONTROL
-    remedy = (
-        "Export it with fixed sizes, or simplify it first (onnxsim)"
-        if control
-        else "Export it in other operators, or cut the file before it (onnx.utils.extract_model)"
-    )
-    raise ModelError(f"Expected operators that can be captured in {path}, found {first}. {remedy}.")
+    raise ModelError(f"Expected operators that can be captured in {path}, found {first}. {_remedy(first.node)}.")
+
+
+def _remedy(node: Any) -> str:
+    """What to do about a node that has no counterpart here."""
+    if node.op_type in CONTROL:
+        return "Export it with fixed sizes, or simplify it first (onnxsim)"
+    if node.domain.startswith("com.microsoft"):
+        return "Give the file from before it was optimised for ONNX Runtime"
+    return "Export it in other operators, or cut the file before it (onnx.utils.extract_model)"
 
 
 def _has_weight(made: tuple[Callable[..., Any], Sequence[OperandSource], Sequence[str]]) -> bool:

@@ -418,6 +418,24 @@ def _part(nodes: Nodes, name: str) -> tuple[str, int, int, int] | None:
     return node.input[0], axis, start, end
 
 
+def part_of_sequence(nodes: Nodes, node: Any) -> list[Any] | None:
+    """One of the parts that a tensor was split into as a sequence, as PyTorch's older exporter writes them."""
+    split = nodes.maker(node.input[0], "SplitToSequence") if node.op_type == "SequenceAt" else None
+    position = nodes.number(node.input[1]) if split is not None else None
+    if split is None or position is None:
+        return None
+    return _new("Part", node, list(split.input), position=int(position), **{a.name: a.i for a in split.attribute})
+
+
+def joined_sequence(nodes: Nodes, node: Any) -> list[Any] | None:
+    """Tensors that were put into a sequence and are joined along an axis."""
+    listed = nodes.maker(node.input[0], "SequenceConstruct") if node.op_type == "ConcatFromSequence" else None
+    settings = {a.name: a.i for a in node.attribute}
+    if listed is None or settings.get("new_axis", 0):
+        return None
+    return [helper.make_node("Concat", list(listed.input), [node.output[0]], name=node.name, axis=settings["axis"])]
+
+
 def linear_bias(nodes: Nodes, node: Any) -> list[Any] | None:
     """A vector that is added to a product with a stored matrix."""
     if node.op_type != "Add":
@@ -434,6 +452,7 @@ def linear_bias(nodes: Nodes, node: Any) -> list[Any] | None:
 
 PATTERNS: tuple[Callable[[Nodes, Any], list[Any] | None], ...] = (
     silu, hard_swish, spelled_gelu, spelled_group_norm, affine_norm, scaled_norm, plain_norm, linear_bias,
-    spelled_affine, softmax_of_closed_rows, spelled_roll,
+    spelled_affine, softmax_of_closed_rows, spelled_roll, part_of_sequence,
+    joined_sequence,
 )  # fmt: skip
 """In this order: each gives the nodes that stand in the place of one, or None."""

@@ -173,17 +173,27 @@ def attention(node: Node) -> NodeCall:
     if node.has(3) and scalar(node.inputs[3]) is not None:
         raise Unsupported("its mask is a number")
     scale = node.number("scale", 0.0) or None
-    heads = node.whole("q_num_heads", 0)
-    if heads != node.whole("kv_num_heads", 0):
-        raise Unsupported("its queries and keys have different numbers of heads")
+    heads = (node.whole("q_num_heads", 0), node.whole("kv_num_heads", 0))
     mask = [node.input(3)] if node.has(3) else []
     return call(_attention, q, k, v, *mask, scale=scale, heads=heads, causal=bool(node.whole("is_causal", 0)))
 
 
 def _attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, scale: float | None, heads: int, causal: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float | None,
+    heads: tuple[int, int],
+    causal: bool,
 ) -> Tensor:
-    if heads:
-        q, k, v = (x.reshape(x.shape[0], x.shape[1], heads, -1).transpose(1, 2) for x in (q, k, v))
+    if any(heads):
+        q, k, v = (
+            x.reshape(x.shape[0], x.shape[1], count, -1).transpose(1, 2)
+            for x, count in zip((q, k, v), (heads[0], heads[1], heads[1]), strict=True)
+        )
+    queries = q.shape[1] // k.shape[1] if q.dim() == 4 else 1
+    k, v = (x.repeat_interleave(queries, 1) for x in (k, v)) if queries > 1 else (k, v)
     found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
-    return found.transpose(1, 2).flatten(2) if heads else found
+    return found.transpose(1, 2).flatten(2) if any(heads) else found

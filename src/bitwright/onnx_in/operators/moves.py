@@ -28,6 +28,7 @@ from bitwright.onnx_in.values import (
     sizes_of,
     spelled,
 )
+from bitwright.runtimes.session import Array
 
 
 def freed(x: Traced, target: Sequence[int]) -> tuple[int, ...]:
@@ -392,6 +393,76 @@ def pad(node: Node) -> NodeCall:
         return call(F.pad, x, pad=around, mode=mode)
     value = node.settings.get("value", scalar(node.inputs[2]) if node.has(2) else 0.0)
     return call(F.pad, x, pad=around, value=float(value or 0.0))
+
+
+@operator("Trilu")
+def triangle(node: Node) -> NodeCall:
+    """Zeros below or above a diagonal of the last two axes."""
+    function = torch.triu if node.whole("upper", 1) else torch.tril
+    return call(function, node.traced(), diagonal=node.whole("k", 0, 1))
+
+
+@operator("ScatterND")
+def entries_replaced(node: Node) -> NodeCall:
+    """Other values at the same places of every image, as exporters write assignments to parts of a tensor."""
+    x, places, values = node.traced(), node.input(1), node.input(2)
+    if node.text("reduction", "none") != "none" or not isinstance(places, Known) or x.batch_axis not in {0, None}:
+        raise Unsupported("it adds to what is there, or its places depend on the images")
+    columns = _of_one_image(places, len(x.shape), node.batch)
+    sizes = x.shape[1 : len(columns) + 1]
+    flat = np.ravel_multi_index([c % s for c, s in zip(columns, sizes, strict=True)], sizes).reshape(-1)
+    if len(np.unique(flat)) < flat.size:
+        raise Unsupported("it replaces the same entry twice")
+    if isinstance(values, Known):
+        values = for_each_image(values, 0, x)
+    return call(_replaced, x, Known.of(flat.astype(np.int64)), values, axes=len(sizes))
+
+
+def _of_one_image(places: Known, rank: int, batch: int) -> list[Array]:
+    """The places within an image, one array for each axis behind that of the images.
+
+    Raises:
+        Unsupported: they are not the same in every image, or not in every image.
+    """
+    kept = [(places.small, batch)] if places.fixed else [(places.small, batch), (places.large, 2 * batch)]
+    for array, images in kept:
+        if array.ndim < 2 or not 1 < array.shape[-1] <= rank or len(array) != images:
+            raise Unsupported("it takes some images of a batch")
+        if (array[..., 0] != np.arange(images).reshape(-1, *[1] * (array.ndim - 2))).any():
+            raise Unsupported("it takes some images of a batch")
+        if (array[..., 1:] != places.small[:1, ..., 1:]).any():
+            raise Unsupported("its places are not the same in every image")
+    return [places.small[0, ..., k] for k in range(1, places.small.shape[-1])]
+
+
+def _replaced(x: Tensor, places: Tensor, values: Tensor, *, axes: int) -> Tensor:
+    flat = x.flatten(1, axes)
+    new = values.reshape(-1, len(places), *flat.shape[2:])
+    index = places.reshape(-1, *[1] * (flat.dim() - 2)).expand_as(new)
+    return flat.scatter(1, index, new).reshape(x.shape)
+
+
+@operator("bitwright.Part")
+def part_of_sequence(node: Node) -> NodeCall:
+    """One of the parts along an axis that exporters write as a sequence."""
+    x = node.traced()
+    axis = from_front(node.whole("axis", 0), len(x.shape))
+    if axis == x.batch_axis:
+        raise Unsupported("it takes the images of a batch apart")
+    length, position = x.shape[axis], node.whole("position", 0)
+    given = node.given("split", 1)
+    if given is None:
+        part = (axis, from_front(position, length), from_front(position, length) + 1, 1)
+        return call(_slice_of_one, x, part=part, keep=bool(node.whole("keepdims", 1)))
+    each = int(given.reshape(-1)[0])
+    sizes = [int(s) for s in given] if given.ndim else [min(each, length - k) for k in range(0, length, each)]
+    start = sum(sizes[: from_front(position, len(sizes))])
+    return call(_slice, x, parts=((axis, start, start + sizes[position], 1),))
+
+
+def _slice_of_one(x: Tensor, *, part: tuple[int, int, int, int], keep: bool) -> Tensor:
+    found = _slice(x, parts=(part,))
+    return found if keep else found.squeeze(part[0])
 
 
 @operator("DepthToSpace")

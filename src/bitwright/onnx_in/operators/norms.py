@@ -88,6 +88,21 @@ def _group_norm(x: Tensor, scale: Tensor, bias: Tensor, *, groups: int, eps: flo
     return F.group_norm(x, groups, scale, bias, eps)
 
 
+@operator("MeanVarianceNormalization")
+def mean_variance_norm(node: Node) -> NodeCall:
+    """By the mean and deviation over axes, those of the pixels of a channel where the axes are no others."""
+    x = node.traced()
+    axes = tuple(sorted(from_front(a, len(x.shape)) for a in node.ints("axes") or (0, 2, 3)))
+    if x.batch_axis in axes:
+        raise Unsupported("it takes its statistics from the images of a batch")
+    return call(_centred_and_scaled, x, axes=axes)
+
+
+def _centred_and_scaled(x: Tensor, *, axes: tuple[int, ...]) -> Tensor:
+    centred = x - x.mean(axes, keepdim=True)
+    return centred / (centred.square().mean(axes, keepdim=True).sqrt() + 1e-9)
+
+
 @operator("LpNormalization")
 def lp_norm(node: Node) -> NodeCall:
     """Divided by its norm along an axis."""

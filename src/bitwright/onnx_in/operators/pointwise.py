@@ -15,14 +15,16 @@ from torch import Tensor
 
 from bitwright.errors import ModelError
 from bitwright.onnx_in.operators import OPERATORS, operator
-from bitwright.onnx_in.values import Known, Node, NodeCall, Operand, Unsupported, call, scalar, shape_of
+from bitwright.onnx_in.values import Known, Node, NodeCall, Operand, Unsupported, as_view, call, scalar, shape_of
 
 SIMPLE: dict[str, Callable[[Tensor], Tensor]] = {
     "Relu": F.relu, "Sigmoid": torch.sigmoid, "Tanh": torch.tanh, "HardSwish": F.hardswish, "Mish": F.mish,
     "Softplus": F.softplus, "Softsign": F.softsign, "Erf": torch.erf, "Exp": torch.exp, "Log": torch.log,
     "Sqrt": torch.sqrt, "Abs": torch.abs, "Neg": torch.neg, "Floor": torch.floor, "Ceil": torch.ceil,
     "Round": torch.round, "Sign": torch.sign, "Reciprocal": torch.reciprocal, "Sin": torch.sin, "Cos": torch.cos,
-    "Tan": torch.tan, "Atan": torch.atan, "Not": torch.logical_not, "IsNaN": torch.isnan,
+    "Tan": torch.tan, "Asin": torch.asin, "Acos": torch.acos, "Atan": torch.atan, "Sinh": torch.sinh,
+    "Cosh": torch.cosh, "Asinh": torch.asinh, "Acosh": torch.acosh, "Atanh": torch.atanh, "Not": torch.logical_not,
+    "IsNaN": torch.isnan,
     "bitwright.Silu": F.silu, "bitwright.Mish": F.mish, "bitwright.HardSwish": F.hardswish,
 }  # fmt: skip
 """Operators without settings."""
@@ -217,6 +219,30 @@ def thresholded_relu(node: Node) -> NodeCall:
     return call(F.threshold, node.input(0), threshold=node.number("alpha", 1.0), value=0.0)
 
 
+@operator("Shrink")
+def shrink(node: Node) -> NodeCall:
+    """Nothing up to a bound on both sides, beyond it nearer to zero."""
+    return call(_shrunk, node.input(0), bias=node.number("bias", 0.0), bound=node.number("lambd", 0.5))
+
+
+def _shrunk(x: Tensor, *, bias: float, bound: float) -> Tensor:
+    return torch.where(x < -bound, x + bias, torch.where(x > bound, x - bias, 0.0))
+
+
+@operator("IsInf")
+def is_infinite(node: Node) -> NodeCall:
+    """Whether a value is infinite, of one sign or both."""
+    signs = tuple(bool(node.whole(f"detect_{sign}", 1)) for sign in ("negative", "positive"))
+    return call(_is_infinite, node.input(0), signs=signs)
+
+
+def _is_infinite(x: Tensor, *, signs: tuple[bool, ...]) -> Tensor:
+    found = torch.isinf(x)
+    if all(signs):
+        return found
+    return found & (x < 0 if signs[0] else x > 0) if any(signs) else torch.zeros_like(found)
+
+
 @operator("HardSigmoid")
 def hard_sigmoid(node: Node) -> NodeCall:
     """A ramp from 0 to 1, by default of another slope than PyTorch's."""
@@ -263,7 +289,8 @@ def _single(node: Node, position: int) -> Operand:
 def cast(node: Node) -> NodeCall:
     """Another type of numbers; all floating ones are float32 here."""
     if node.kind == "CastLike":
-        raise Unsupported("its type is that of another tensor")
+        like = node.input(1)
+        return call(_cast, node.input(0), dtype=(as_view(like.small) if isinstance(like, Known) else like.small).dtype)
     wanted = TYPES.get(node.whole("to", 1))
     if wanted is None:
         raise Unsupported(f"there is no type number {node.whole('to', 1)} here")

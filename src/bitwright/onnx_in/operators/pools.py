@@ -121,3 +121,27 @@ def global_pool(node: Node) -> NodeCall:
     axes = tuple(range(2, len(shape_of(node.input(0)))))
     function = torch.mean if node.kind == "GlobalAveragePool" else torch.amax
     return call(function, node.input(0), dim=axes, keepdim=True)
+
+
+@operator("LpPool")
+def norm_pool(node: Node) -> NodeCall:
+    """The norm of each window."""
+    window = _window(node)
+    if node.whole("ceil_mode", 0) or max(window.dilation) > 1:
+        raise Unsupported("its windows are dilated or rounded up")
+    return call(_norms, node.input(0), window=window, p=node.whole("p", 2))
+
+
+def _norms(x: Tensor, *, window: Window, p: int) -> Tensor:
+    powers = padded(x.abs().pow(p), window, 0.0)
+    return (_mean_of_windows(powers, window=window) * math.prod(window.kernel)).pow(1 / p)
+
+
+@operator("GlobalLpPool")
+def global_norm_pool(node: Node) -> NodeCall:
+    """The norm of each channel."""
+    return call(_norm, node.input(0), p=node.whole("p", 2), axes=tuple(range(2, len(shape_of(node.input(0))))))
+
+
+def _norm(x: Tensor, *, p: int, axes: tuple[int, ...]) -> Tensor:
+    return x.abs().pow(p).sum(axes, keepdim=True).pow(1 / p)

@@ -70,7 +70,25 @@ def where_extreme(node: Node) -> NodeCall:
 
 @operator("CumSum")
 def running_sum(node: Node) -> NodeCall:
-    """Sums of all values up to each."""
-    if node.whole("exclusive", 0) or node.whole("reverse", 0):
-        raise Unsupported("it sums without the value itself, or from behind")
-    return call(torch.cumsum, node.input(0), dim=node.whole("axis", 0, 1))
+    """Sums of all values up to each, with or without that, from the front or from behind."""
+    axis = from_front(node.whole("axis", 0, 1), len(shape_of(node.input(0))))
+    _keep_images(node, (axis,))
+    without, back = bool(node.whole("exclusive", 0)), bool(node.whole("reverse", 0))
+    if not (without or back):
+        return call(torch.cumsum, node.input(0), dim=axis)
+    return call(_running_sum, node.input(0), axis=axis, without=without, back=back)
+
+
+def _running_sum(x: Tensor, *, axis: int, without: bool, back: bool) -> Tensor:
+    turned = x.flip(axis) if back else x
+    found = torch.cumsum(turned, axis)
+    found = found - turned if without else found
+    return found.flip(axis) if back else found
+
+
+@operator("TopK")
+def largest(node: Node) -> NodeCall:
+    """The largest or smallest values along an axis in their order, and where they lie."""
+    axis, count = from_front(node.whole("axis", -1), len(shape_of(node.input(0)))), node.whole("k", 1, 1)
+    _keep_images(node, (axis,))
+    return call(torch.topk, node.input(0), k=count, dim=axis, largest=bool(node.whole("largest", 1)))
