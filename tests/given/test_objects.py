@@ -122,6 +122,10 @@ def test_arrays_with_labels() -> None:
     ("source", "part"),
     [
         (PIXELS.astype(int), "Give images.astype(numpy.uint8)"),
+        (np.arange(12).reshape(3, 4), "Give vectors (N, F) as floats: images.astype(numpy.float32)"),
+        (torch.ones(3, 4, dtype=torch.uint8), "Give vectors (N, F) as floats: images.float()"),
+        (np.full((2, 3, 9), -7), "Give signals (N, C, T) as floats"),
+        (np.full((2, 3, 9, 9), 4000), "Give preprocessed values as floats"),
         (torch.from_numpy(PIXELS.astype(int)), "Give images.to(torch.uint8)"),
         (PIXELS[0], "found one: uint8 (10, 12, 3). Give [image]"),
         ({"train": [1], "test": [2]}, "found a dict of train and test. Give one of them: data['train']"),

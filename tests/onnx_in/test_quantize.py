@@ -113,6 +113,25 @@ def test_python_takes_tensors_in_the_files_own_order(classifier: Path, tmp_path:
     assert [layer.name for layer in quantized.layers if layer.weight] == ["stem_conv:0", "body_conv:0", "scores:0"]
 
 
+@pytest.mark.parametrize(
+    ("shape", "given", "said"),
+    [
+        ((10,), (12,), r"vectors of 10 for .*, found 12. Give an array of floats \(N, 10\)."),
+        ((3, 24), (3, 20), r"signals of 3x24 for .*, found 3x20. Give an array of floats \(N, 3, 24\)."),
+        ((1, 24, 3), (3, 1, 24), r"images of 1x24x3 for .*Give images.permute\(0, 2, 3, 1\)."),
+        ((3, 1, 24), (1, 24, 3), r"images of 3x1x24 for .*Give images.permute\(0, 3, 1, 2\)."),
+        ((3, 8, 8), (3, 8, 9), r"images of 3x8x8 for .*Give preprocessing= with the size"),
+    ],
+)
+def test_shapes_that_a_file_does_not_take(
+    shape: tuple[int, ...], given: tuple[int, ...], said: str, tmp_path: Path
+) -> None:
+    nodes = [node("Flatten", "x", "f"), node("Gemm", "f w")]
+    path = write(tmp_path / "tiny.onnx", nodes, ("N", *shape), {"w": weights(int(np.prod(shape)), 4)})
+    with pytest.raises(ModelError, match=said):
+        bw.quantize(str(path), images(4, given), "rtn")
+
+
 def test_a_preprocessing_that_says_no_size_takes_that_of_the_file(classifier: Path) -> None:
     how = bw.Preprocessing(mean=0.3, std=0.3)
     quantized = bw.quantize(classifier, "zoo:fashion[:8]", "rtn", preprocessing=how)

@@ -118,6 +118,16 @@ def test_a_stage_without_settings_may_be_a_word(tmp_path: Path) -> None:
             "name: a\nstages:\n- optq\n- cascade: {views: many}\n",
             ["cascade.views: expected a whole number or 'auto', found 'many'."],
         ),
+        (
+            "name: a\nstages:\n- optq: {views: true}\n",
+            ["optq.views: expected a whole number or 'auto', found 'true'."],
+        ),
+        (
+            "name: a\nstages:\n- optq: {views: 1000}\n",
+            ["optq.views: expected a number less than or equal to 64 or 'auto', found 1000."],
+        ),
+        ("name: a\nstages:\n- reconstruct: {steps: true}\n", ["steps: expected a whole number, found 'true'."]),
+        ("name: a\nstages:\n- reconstruct: {codes: {rate: true}}\n", ["rate: expected a number, found 'true'."]),
         ("name: a\nstages:\n- calibrate: [3]\n", ["stages"]),
         ("name: a\nstages:\n- celebrate\n", ["celebrate", "calibrate"]),
         ("name: a\nstages:\n- {calibrate: {}, other: {}}\n", ["stages"]),

@@ -129,7 +129,9 @@ def test_few_pictures_become_enough_views_and_many_stay(count: int, views: int) 
         assert view_count(pictures, 2) == 2
 
 
-@pytest.mark.parametrize("shape", [(6, 8, 8), (12, 8, 8), (3, 4, 8, 8), (3, 20), (7,), (1, 1, 20), (3, 20, 1)])
+@pytest.mark.parametrize(
+    "shape", [(6, 8, 8), (12, 8, 8), (3, 4, 8, 8), (3, 20), (7,), (1, 1, 20), (3, 20, 1), (1, 9, 3), (3, 4, 20)]
+)
 def test_what_is_no_picture_is_taken_once(shape: tuple[int, ...]) -> None:
     assert view_count(load_images(torch.zeros(6, *shape), None), "auto") == 1
 

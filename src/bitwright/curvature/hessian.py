@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from bitwright import together
-from bitwright.curvature.label_free import differentiable, draw
+from bitwright.curvature.label_free import NOT_FINITE, differentiable, draw
 from bitwright.curvature.spectrum import Lanczos, Spectrum
 from bitwright.errors import ModelError, UsageError
 from bitwright.graph import ops, rewrite
@@ -394,7 +394,7 @@ def traces(
             channels[path] = channels[path] + share if path in channels else share
     if not bool(torch.isfinite(mean).all()):
         worst = int((~torch.isfinite(mean)).nonzero()[0])
-        raise ModelError(f"The curvature at {wanted[worst].name} is not finite for some image.")
+        raise ModelError(f"The curvature at {wanted[worst].name} is not finite for some image. {NOT_FINITE}")
     return Traces(mean / len(data), variance.sqrt() / len(data), channels, max(each.probes for each in every))
 
 

@@ -32,6 +32,11 @@ from bitwright.memory import saved_bytes
 from bitwright.run import checkpoint
 
 Distribution = Literal["rademacher", "gaussian"]
+NOT_FINITE = (
+    "Roots, divisions and logarithms have no slope at 0: leave out images that bring one there (of one colour, say), "
+    "or take what needs no gradients, as the recipe optq."
+)
+"""What is said of gradients that are not finite."""
 
 
 @dataclass
@@ -273,7 +278,9 @@ def _join(parts: list[_Batch], points: list[Point]) -> HessianScores:
             elements[name] = share if name not in elements else elements[name] + share
     if not bool(torch.isfinite(trace).all()):
         worst = int((~torch.isfinite(trace)).any(0).nonzero()[0])
-        raise ModelError(f"The gradient at {points[worst].layer} is not finite for some calibration image.")
+        raise ModelError(
+            f"The gradient at {points[worst].layer} is not finite for some calibration image. {NOT_FINITE}"
+        )
     return HessianScores(
         [p.layer for p in points],
         outputs,

@@ -147,12 +147,16 @@ def _floats(array: Tensor | npt.NDArray[Any], where: str, asked: Asked, axes: tu
 
 
 def _as_pixels(array: Tensor | npt.NDArray[Any]) -> str:
-    """What mends whole numbers of another type than bytes."""
+    """What mends whole numbers: bytes where they can be pixels and are none, else floats."""
     tensor = isinstance(array, Tensor)
-    whole = str(array.dtype).removeprefix("torch.") in {"int8", "int16", "int32", "int64", "uint16", "uint32"}
-    if whole and array.ndim in (3, 4) and 0 not in array.shape and 0 <= array.min() <= array.max() <= 255:
+    kind = str(array.dtype).removeprefix("torch.")
+    whole = kind in {"int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"}
+    if not whole or array.ndim not in AXES_OF_ALL or 0 in array.shape:
+        return ""
+    if array.ndim in (3, 4) and 0 <= array.min() <= array.max() <= 255:
         return f" Give images.{'to(torch.uint8)' if tensor else 'astype(numpy.uint8)'}."
-    return ""
+    what = {2: "vectors (N, F)", 3: "signals (N, C, T)"}.get(array.ndim, "preprocessed values")
+    return f" Give {what} as floats: images.{'float()' if tensor else 'astype(numpy.float32)'}."
 
 
 def _checked(tensor: Tensor, where: str) -> Tensor:

@@ -35,11 +35,15 @@ def cannot_run(error: BaseException, images: torch.Tensor) -> ModelError:
         remedy = (
             "Give images as (N, C, H, W), a single one as image[None], and signals or vectors in the shape it takes"
         )
+    if remedy == OF_SHAPE[0] and images.dim() == 4 and images.shape[-1] in PICTURES:
+        remedy += "; if these have theirs last, images.permute(0, 3, 1, 2)"
     if remedy is None:
         remedy = f"Try it alone: model(torch.zeros(1, {', '.join(str(d) for d in images.shape[1:])}))"
     return ModelError(f"The model cannot run on images of {shape} ({said}){place}. {remedy}.")
 
 
+PICTURES = (1, 3)
+"""Channels of a picture."""
 OF_SHAPE = ("Give images with as many channels as it takes", "Give images of the shape that it takes (preprocessing=)")
 REMEDIES = (
     (("CUDA", "cuda", "same device", "MPS"), "Take devices out of forward, or use x.device"),

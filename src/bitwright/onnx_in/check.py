@@ -66,7 +66,7 @@ def check_import(program: OnnxProgram, body: Body, images: Sequence[Tensor], pat
     for image, given in zip(body.images, images, strict=True):
         if tuple(given.shape[1:]) != image.shape:
             alone = len(images) == 1
-            what = "images" if alone else f"the input '{image.name}'"
+            what = _named(image.shape) if alone else f"the input '{image.name}'"
             raise ModelError(
                 f"Expected {what} of {_by(image.shape)} for {path}, found {_by(given.shape[1:])}. "
                 f"Give {_remedy(image, tuple(given.shape[1:])) if alone else 'it in that shape'}."
@@ -91,10 +91,20 @@ def check_import(program: OnnxProgram, body: Body, images: Sequence[Tensor], pat
     return worst
 
 
+def _named(shape: Sequence[int]) -> str:
+    """What tensors of this shape are called: vectors, signals, images or videos."""
+    return {1: "vectors", 2: "signals", 4: "videos"}.get(len(shape), "images")
+
+
 def _remedy(image: Image, found: tuple[int, ...]) -> str:
     """What to give in place of images of a shape that the file does not take."""
-    if image.channels_last and found == (image.shape[2], *image.shape[:2]):
-        return "images.permute(0, 2, 3, 1)"
+    if len(image.shape) < 3:
+        return f"an array of floats (N, {', '.join(map(str, image.shape))})"
+    if len(image.shape) == len(found) == 3:
+        turned = {(0, 2, 3, 1): (*found[1:], found[0]), (0, 3, 1, 2): (found[2], *found[:2])}
+        order = next((order for order, shape in turned.items() if shape == image.shape), None)
+        if order is not None:
+            return f"images.permute{order}"
     return "preprocessing= with the size and order of axes that the file has"
 
 

@@ -19,8 +19,12 @@ FEW, MOST = 256, 4
 """Views that make up for few images, and how many of each image at most: more gained nothing with 48 images."""
 PICTURES = (1, 3)
 """Channels of a picture."""
+NO_SIDE = 4
+"""Pixels of a side that may as well be an axis of channels, of which pictures have up to four."""
 
-ViewCount = Annotated[int, Field(ge=1)] | Literal["auto"]
+LARGEST = 64
+"""As many as may be asked for: each is looked at as long as an image is, and 8 are the most that a paper takes."""
+ViewCount = Annotated[int, Field(ge=1, le=LARGEST)] | Literal["auto"]
 """How many views of each image. ``auto`` is one, but as many as make few pictures 256, four at most."""
 
 
@@ -29,7 +33,7 @@ def view_count(images: Images, wanted: int | Literal["auto"]) -> int:
 
     Args:
         images: [C, H, W] or [H, W, C] each; others than pictures of one or three channels are taken once by ``auto``,
-            and so are signals in the shape of one, a row or a column.
+            and so are signals in the shape of one, of four rows or columns at most.
         wanted: so many, or ``auto``.
 
     Example:
@@ -48,7 +52,7 @@ def _are_pictures(images: Images) -> bool:
     if len(shape) != 3 or any(part.flat for part in images.parts):
         return False
     *sides, channels = shape if has_channels_last(shape) else (*shape[1:], shape[0])
-    return channels in PICTURES and min(sides) > 1
+    return channels in PICTURES and min(sides) > NO_SIDE
 
 
 class Views:

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from bitwright.given.arguments import SEEDS, whole_number
 from bitwright.memory import return_pages
 from bitwright.progress import Progress, silent
 from bitwright.run.record import CheckedAnswers, Outliers, StageRecord
+from bitwright.stages.schedules import FrozenSettings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -192,10 +193,8 @@ class Streamed(Samples, Protocol):
         """[B, C, H, W] each, of this many; the last may have fewer."""
 
 
-class Stage(BaseModel):
+class Stage(FrozenSettings):
     """One step of a recipe. Subclasses set ``kind``, the name that recipe files use, and their settings as fields."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: ClassVar[str]
     layerwise: ClassVar[bool] = False

@@ -517,10 +517,32 @@ class Reconstruct(Optimising):
         record.loss, record.kept = LossRecord(soft=soft, hard=losses[best], by_stage=losses), best
         record.before, record.after = None if given is None else losses[given], losses[best]
         if best != own:
+            more = _more_steps(record.before, losses[own], record.curve or [])
             _warn(
                 f"The optimisation did not lower the loss on unseen views of the calibration images "
-                f"({losses[own]:.4g}, {best}: {losses[best]:.4g}): what '{best}' left is kept. More steps would help."
+                f"({losses[own]:.4g}, {best}: {losses[best]:.4g}): what '{best}' left is kept. {more}"
             )
+
+
+def _more_steps(began: float | None, ended: float, curve: list[tuple[int, float]]) -> str:
+    """Whether more steps promise anything: where those that were taken made the loss smaller, or were about to.
+
+    Args:
+        began: the loss before the first step; None where nothing was rounded then.
+        ended: the loss after the last one.
+        curve: of the steps, as :func:`~bitwright.stages.outcome.averaged` has it.
+
+    Example:
+        >>> _more_steps(1.0, 1.2, [(10, 3.0), (20, 2.0)]), _more_steps(1.0, 0.9, [])
+        ('More steps may help.', 'More steps may help.')
+        >>> _more_steps(1.0, 1.2, [(10, 2.0), (20, 3.0)])[:30]
+        'The loss did not fall on the w'
+    """
+    part = -(-len(curve) // 3)
+    first, last = (sum(loss for _, loss in stretch) for stretch in (curve[:part], curve[len(curve) - part :]))
+    if (began is not None and ended < began) or last < first:
+        return "More steps may help."
+    return "The loss did not fall on the way either: more images or more bits will help rather than more steps."
 
 
 def _noted(saved: KeptState, losses: list[float], recent: float) -> float:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -17,9 +17,22 @@ FULL_FROM = 300
 
 
 class FrozenSettings(BaseModel):
-    """A record of settings that cannot be changed."""
+    """A record of settings that cannot be changed; true and false are no numbers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truths_are_no_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """A truth as a word, which no number is, where the setting is a number and no truth."""
+        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        return str(value).lower() if isinstance(value, bool) and kinds & {int, float} and bool not in kinds else value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """What a setting may be, of all that stands in its annotation."""
+    inside = get_args(annotation)
+    return {annotation}.union(*map(_kinds, inside))
 
 
 def decay(schedule: Schedule, progress: float) -> float:
