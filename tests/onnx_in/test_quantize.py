@@ -222,6 +222,19 @@ def test_what_follows_the_body_is_in_the_file_that_comes_out(detector: Path, tmp
     bitwright(capsys, "parity", str(folder), str(tmp_path / "x.npz"), "--runtime", "onnxruntime")
 
 
+@pytest.mark.filterwarnings("ignore:The last")
+def test_what_is_chosen_is_part_of_the_network_where_layers_take_it(tmp_path: Path) -> None:
+    nodes = [
+        node("Conv", "x w", "c"), node("GlobalAveragePool", "c", "p"), node("Flatten", "p", "f"),
+        node("TopK", "f k", "best places", axis=1), node("Gemm", "best v", "z"), node("TopK", "z k", "last which"),
+    ]  # fmt: skip
+    stored = {"w": weights(6, 3, 3, 3), "v": weights(3, 5, seed=1), "k": np.asarray([3])}
+    path = write(tmp_path / "two.onnx", nodes, (1, 3, 8, 10), stored, opset=11, outputs="last which")
+    body = OnnxFile.read(path).body
+    assert [n.output[0] for n in body.behind.nodes] == ["last"]
+    assert body.network.outputs == ("z",)
+
+
 BOXES = """
 import torch
 

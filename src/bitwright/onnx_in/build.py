@@ -40,6 +40,9 @@ from bitwright.runtimes.session import Array
 
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Linear", "LSTM", "GRU", "RNN"})
 """Operators with weights that a quantizer would want; none may lie behind the body."""
+CHOOSING = frozenset({"TopK"})
+"""Operators whose results change at once where scores cross: they are read only if layers take what they chose, since
+two networks' choices cannot be compared output by output."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,8 @@ class NodeReader:
     stored: dict[str, Tensor] = field(default_factory=dict)
     missing: list[Missing] = field(default_factory=list)
     tail: list[Any] = field(default_factory=list)
+    last: frozenset[str] = frozenset()
+    """First outputs of nodes behind which no weights lie."""
     _kept: dict[tuple[Any, ...], str] = field(default_factory=dict)
     _shared: set[int] = field(default_factory=set)
 
@@ -188,6 +193,8 @@ class NodeReader:
             return
         if node.op_type in CONTROL:
             raise Unsupported("control flow")
+        if node.op_type in CHOOSING and node.output[0] in self.last:
+            raise Unsupported("no weights lie behind what it chooses")
         if node.domain in STANDARD and not any(isinstance(v, Traced) for v in inputs):
             found = computed(node, [v if isinstance(v, Known) else None for v in inputs], self.opset)
             self.values |= {name: v for name, v in zip(node.output, found, strict=False) if name}
@@ -430,10 +437,25 @@ def _read_all(program: Any, joined: Nodes, images: tuple[Image, ...]) -> NodeRea
         with reading.mode:
             small, large = (torch.empty(image.batch * k, *image.shape) for k in (1, 2))
         reading.values[image.name] = Traced(image.name, small, large)
+    reading.last = _behind_weights(joined.nodes)
     for node in joined.nodes:
         if not (node.op_type == "Constant" and node.output[0] in reading.values):
             reading.add(node)
     return reading
+
+
+def _behind_weights(nodes: Sequence[Any]) -> frozenset[str]:
+    """First outputs of the nodes that lead to no weights; none where there are no weights at all."""
+    if not any(node.op_type in WEIGHTED for node in nodes):
+        return frozenset()
+    read: set[str] = set()
+    last = set()
+    for node in reversed(nodes):
+        if node.op_type in WEIGHTED or read.intersection(node.output):
+            read.update(node.input)
+        else:
+            last.add(node.output[0])
+    return frozenset(last)
 
 
 def _check_tail(reading: NodeReader, path: Path) -> None:

@@ -22,9 +22,9 @@ PICTURES = (1, 3)
 NO_SIDE = 4
 """Pixels of a side that may as well be an axis of channels, of which pictures have up to four."""
 
-LARGEST = 64
+VIEWS_ALLOWED = 64
 """As many as may be asked for: each is looked at as long as an image is, and 8 are the most that a paper takes."""
-ViewCount = Annotated[int, Field(ge=1, le=LARGEST)] | Literal["auto"]
+ViewCount = Annotated[int, Field(ge=1, le=VIEWS_ALLOWED)] | Literal["auto"]
 """How many views of each image. ``auto`` is one, but as many as make few pictures 256, four at most."""
 
 

@@ -32,7 +32,7 @@ from bitwright.graph.points import linear_points
 from bitwright.graph.student import Student
 from bitwright.measure.classification import check_classes, class_scores
 from bitwright.run.record import StageRecord
-from bitwright.stages.augment import LARGEST, Views
+from bitwright.stages.augment import VIEWS_ALLOWED, Views
 from bitwright.stages.base import Optimising, Run
 from bitwright.stages.calibrate import widen_for_biases
 from bitwright.stages.learner import Learner, Variables
@@ -82,7 +82,7 @@ class Finetune(Optimising):
     bias: Learn | None = Learn(rate=1e-3)
     activation_step: Learn | None = Learn(rate=1e-3, relative=True)
     teacher: Learn = Learn(rate=1e-5)
-    views: int = Field(default=1, ge=1, le=LARGEST)
+    views: int = Field(default=1, ge=1, le=VIEWS_ALLOWED)
     """Views of each image: 1 takes the images as they are, more add random crops and mirror images."""
 
     def phases(self, steps: int) -> dict[Phase, int]:

@@ -443,7 +443,7 @@ def _replaced(x: Tensor, places: Tensor, values: Tensor, *, axes: int) -> Tensor
 
 
 @operator("bitwright.Part")
-def part_of_sequence(node: Node) -> NodeCall:
+def one_of_sequence(node: Node) -> NodeCall:
     """One of the parts along an axis that exporters write as a sequence."""
     x = node.traced()
     axis = from_front(node.whole("axis", 0), len(x.shape))
