@@ -144,25 +144,30 @@ def test_views_of_an_image_lie_together() -> None:
 
 
 @pytest.mark.parametrize("draws", [1, 3, 6])
-def test_an_unseen_view_is_none_of_those_drawn(draws: int) -> None:
+def test_unseen_views_are_none_of_those_drawn(draws: int) -> None:
     data = load_images(torch.rand(4, 3, 96, 96, generator=torch.Generator().manual_seed(0)), None)
     views = Views(data, draws, seed=3)
     unseen = views.unseen()
-    found = unseen.batch(range(4))
-    assert len(unseen) == 4
-    assert torch.equal(torch.cat([unseen.batch([i]) for i in range(4)]), found)
-    drawn = Views(data, max(draws, MOST), seed=3)
-    seen = torch.cat(list(drawn.batches(8)))
+    assert len(unseen) == 16
+    found = unseen.batch(range(16))
+    assert torch.equal(torch.cat([unseen.batch([i]) for i in range(16)]), found)
+    assert not any(torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])
+    seen = torch.cat(list(Views(data, max(draws, MOST), seed=3).batches(8)))
     assert not any(torch.equal(a, b) for a in found for b in seen)
 
 
-def test_an_unseen_view_shows_its_own_image() -> None:
-    flat = torch.arange(5.0).reshape(5, 1, 1, 1).expand(5, 3, 8, 8)
-    found = Views(load_images(flat, None), 2, seed=1).unseen().batch([3, 0, 4])
-    assert torch.allclose(found[:, 0, 0, 0], torch.tensor([3.0, 0.0, 4.0]))
+@pytest.mark.parametrize(("count", "each"), [(FEW, 1), (FEW - 1, 2), (100, 3), (5, MOST)])
+def test_unseen_views_show_their_own_image_and_are_more_of_few(count: int, each: int) -> None:
+    flat = torch.arange(float(count)).reshape(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+    unseen = Views(load_images(flat, None), 2, seed=1).unseen()
+    assert len(unseen) == each * count
+    found = unseen.batch([3, 0, len(unseen) - 1])
+    assert torch.allclose(found[:, 0, 0, 0], torch.tensor([3.0, 0.0, count - 1.0]))
 
 
 @pytest.mark.parametrize("shape", [(3, 40), (3, 4, 8, 8), (3, 3, 1, 8)])
 def test_inputs_that_are_no_pictures_are_their_own_unseen_views(shape: tuple[int, ...]) -> None:
     data = load_images(torch.rand(shape), None)
-    assert torch.equal(Views(data, seed=1).unseen().batch(range(3)), data.batch(range(3)))
+    unseen = Views(data, seed=1).unseen()
+    assert len(unseen) == 3
+    assert torch.equal(unseen.batch(range(3)), data.batch(range(3)))

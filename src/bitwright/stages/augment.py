@@ -44,7 +44,11 @@ def view_count(images: Images, wanted: int | Literal["auto"]) -> int:
     """
     if wanted != "auto":
         return wanted
-    return min(MOST, -(-FEW // len(images))) if _are_pictures(images) else 1
+    return _for_few(images) if _are_pictures(images) else 1
+
+
+def _for_few(images: Images) -> int:
+    return min(MOST, -(-FEW // len(images)))
 
 
 def _are_pictures(images: Images) -> bool:
@@ -72,11 +76,14 @@ class Views:
         return len(self.images) * self.draws
 
     def unseen(self) -> Samples:
-        """A view of every image that is none of these, nor of those that ``auto`` draws; of what has none, itself."""
+        """Views that are none of these, nor of those that ``auto`` draws; what has no views is taken as it is.
+
+        One of every image, but as many as make few images 256, four at most.
+        """
         if self.draws == 1 and not _are_pictures(self.images):
             return self.images
-        before = max(self.draws, MOST)
-        return _Later(Views(self.images, before + 1, self.seed, self.smallest), before * len(self.images))
+        before, more = max(self.draws, MOST), _for_few(self.images)
+        return _Later(Views(self.images, before + more, self.seed, self.smallest), before * len(self.images))
 
     def batch(self, indices: Sequence[int] | Tensor) -> Tensor:
         """[B, C, H, W]; index ``i`` is view ``i // len(images)`` of image ``i % len(images)``.

@@ -42,12 +42,21 @@ def weighted_distance(student: Tensor, teacher: Tensor, weights: Tensor, point: 
         point: how the tensor's axes are to be read.
         over: ``sum`` over channels, or ``mean`` over them too (EPTQ v1).
     """
-    count = len(weights)
-    scale = 1.0 / (count * point.positions(student, count))
-    if over == "mean":
-        scale /= student.shape[point.channels]
-    value: Tensor = _WeightedDistance.apply(student, teacher, weights * scale, point)  # type: ignore[no-untyped-call]
+    coefficients = weights * (_share(student, len(weights), point, over) / len(weights))
+    value: Tensor = _WeightedDistance.apply(student, teacher, coefficients, point)  # type: ignore[no-untyped-call]
     return value
+
+
+def weighted_distances(student: Tensor, teacher: Tensor, weights: Tensor, point: Point, *, over: str = "sum") -> Tensor:
+    """The same of each image, without a gradient: ``w_n mean_positions sum_channels (student - teacher)^2``, [N]."""
+    distances: Tensor = point.squared_norm(student.detach() - teacher, len(weights))
+    return distances * weights * _share(student, len(weights), point, over)
+
+
+def _share(student: Tensor, count: int, point: Point, over: str) -> float:
+    """Of one element in an image's mean over positions, and over channels where it is taken over them too."""
+    share = 1.0 / point.positions(student, count)
+    return share / student.shape[point.channels] if over == "mean" else share
 
 
 def info_nce(student: Tensor, teacher: Tensor, temperature: float = 3.0) -> Tensor:

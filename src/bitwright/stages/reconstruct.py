@@ -34,7 +34,7 @@ from bitwright.run.record import StageRecord
 from bitwright.stages.augment import ViewCount, Views, view_count
 from bitwright.stages.base import Optimising, Run, Samples
 from bitwright.stages.calibrate import parameters, widen_for_biases
-from bitwright.stages.calibration_loss import MEASURED_IMAGES, CalibrationLoss
+from bitwright.stages.calibration_loss import MEASURED_IMAGES, CalibrationLoss, surely_lower
 from bitwright.stages.feeds import SCALED_ON, Fisher, UnitFeed, UnitPlace, find_places
 from bitwright.stages.learner import Learner, Variables
 from bitwright.stages.outcome import (
@@ -131,7 +131,7 @@ class Reconstruct(Optimising):
     so many that few pictures become 256, four at most."""
     never_worse: bool = True
     """Keep what an earlier stage left where that has the lower loss: of the whole network on views of the calibration
-    images that no stage has seen, of a smaller unit on what it is optimised on."""
+    images that no stage has seen, by more than one standard error; of a smaller unit on what it is optimised on."""
 
     @model_validator(mode="before")
     @classmethod
@@ -232,7 +232,7 @@ class Reconstruct(Optimising):
             self._optimise(tuner, saved, run, record, _Shown("", 0, plan.steps))
             learner.absorb(student)
             widen_for_biases(student)
-        measure = CalibrationLoss(teacher, points, objective, samples.unseen(), run, tuner.at_once)
+        measure = CalibrationLoss(teacher, points, objective, samples, run, tuner.at_once)
         self._choose(student, learner if plan.steps else None, measure, run, record)
         self._finish(record, student, teacher, images, run, before)
         return student
@@ -511,8 +511,9 @@ class Reconstruct(Optimising):
         given = next(reversed(states), None)
         own = _free(self.kind, states)
         states[own] = student.snapshot()
-        losses, soft = measure.losses(student, states, learner)
-        best = min(losses, key=lambda k: (losses[k], k != own)) if self.never_worse else own
+        measured, soft = measure.losses(student, states, learner)
+        losses = {name: float(each.mean()) for name, each in measured.items()}
+        best = surely_lower(measured, own) if self.never_worse else own
         student.restore(states[best])
         record.loss, record.kept = LossRecord(soft=soft, hard=losses[best], by_stage=losses), best
         record.before, record.after = None if given is None else losses[given], losses[best]
