@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import collections
+import datetime
+import functools
 import math
 import os
 import warnings
@@ -385,7 +388,7 @@ def filled(value: float) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("key", ["state_dict", "model", "model_ema", "ema", "net"])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model.", "module._orig_mod."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.model.", "model._orig_mod.", "net.module.", "a.b.model."])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_nested_prefixed_and_half_checkpoints(tmp_path: Path, key: str, prefix: str, dtype: torch.dtype) -> None:
     state = {prefix + k: v.to(dtype) if v.is_floating_point() else v for k, v in filled(2).items()}
@@ -414,6 +417,41 @@ def test_network_whose_own_names_start_with_a_prefix() -> None:
     load_weights(module, dict(module.state_dict()))
 
 
+def test_network_that_is_wrapped_and_weights_that_are_not() -> None:
+    module = nn.ModuleDict({"model": nn.ModuleDict({"net": small()})})
+    load_weights(module, filled(2))
+    assert all((value == 2).all() for value in module.state_dict().values())
+
+
+@pytest.mark.parametrize("wrapper", ["module", "_orig_mod", "_fsdp_wrapped_module"])
+def test_wrapped_parts_of_a_network(wrapper: str) -> None:
+    module = nn.ModuleDict({"body": small(), "head": nn.Linear(2, 2)})
+    state = {name.replace("body.", f"body.{wrapper}."): value + 1 for name, value in module.state_dict().items()}
+    load_weights(module, state)
+    assert torch.equal(module["head"].weight, state["head.weight"])
+    assert torch.equal(module["body"][0].weight, state[f"body.{wrapper}.0.weight"])
+
+
+def test_compiled_network_takes_plain_weights() -> None:
+    module = small()
+    load_weights(torch.compile(module, backend="eager"), filled(2))
+    assert (module[0].weight == 2).all()
+
+
+def test_network_beside_what_only_training_reads() -> None:
+    module = small()
+    state = {f"model.{name}": value for name, value in filled(2).items()} | {"loss.weight": torch.ones(3)}
+    with pytest.warns(UserWarning, match=r"1 tensors \(loss.weight\) are left out"):
+        load_weights(module, state)
+    assert (module[0].weight == 2).all()
+
+
+def test_network_that_is_there_twice() -> None:
+    state = {f"{who}.{name}": value for who in ("student", "teacher") for name, value in filled(2).items()}
+    with fails("w.pt", "found it under student and under teacher"):
+        load_weights(small(), state, "w.pt")
+
+
 def test_old_checkpoints_may_lack_the_batch_counter() -> None:
     state = {name: value for name, value in filled(2).items() if "tracked" not in name}
     load_weights(small(), state)
@@ -433,16 +471,102 @@ def test_what_does_not_fit_is_listed() -> None:
         load_weights(small(), state, "w.pt")
 
 
+class Config(dict[str, int]):
+    """A dict of a trainer's own."""
+
+
+BOOKKEEPING: dict[str, Any] = {
+    "scalar": np.float64(0.5),
+    "array": np.arange(3),
+    "random state": np.random.get_state(),
+    "arguments": argparse.Namespace(out=Path("runs"), when=datetime.datetime(2026, 1, 1)),
+    "defaults": collections.defaultdict(list, {"loss": [1.0]}),
+    "recent": collections.deque([1, 2]),
+    "partial": functools.partial(torch.optim.SGD, lr=0.1),
+    "set": frozenset([1]),
+    "network": nn.ReLU(),
+}
+
+
+@pytest.mark.parametrize("key", BOOKKEEPING)
+def test_bookkeeping_beside_the_weights_is_passed_over(tmp_path: Path, key: str) -> None:
+    for content in ({"best": BOOKKEEPING[key], "state_dict": filled(2)}, {**filled(2), "best": BOOKKEEPING[key]}):
+        torch.save(content, tmp_path / "w.pt")
+        state = read_state_dict(tmp_path / "w.pt")
+        assert state.keys() == filled(2).keys()
+        assert all((value == 2).all() for value in state.values())
+
+
+def test_objects_of_others_are_passed_over_and_named(tmp_path: Path) -> None:
+    torch.save({"config": Config(a=1), "model": Config(filled(2))}, tmp_path / "w.pt")
+    with pytest.warns(UserWarning, match=r"not read: .*test_models.Config\."):
+        assert read_state_dict(tmp_path / "w.pt").keys() == filled(2).keys()
+
+
+class Never:
+    called = False
+
+    def __init__(self, *_: Any) -> None:
+        Never.called = True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Never, ("x",)
+
+    def __setstate__(self, state: Any) -> None:
+        Never.called = True
+
+
+def test_nothing_that_a_file_names_is_called(tmp_path: Path) -> None:
+    torch.save({"hook": Never(), "state_dict": filled(2)}, tmp_path / "w.pt")
+    Never.called = False
+    with pytest.warns(UserWarning, match="not read"):
+        read_state_dict(tmp_path / "w.pt")
+    assert not Never.called
+
+
+def test_tensors_of_a_class_of_their_own(tmp_path: Path) -> None:
+    torch.save({"x": torch.zeros(2).as_subclass(Own)}, tmp_path / "w.pt")
+    with fails("w.pt", "tensors of a class of their own", "test_models.Own", "Save plain ones"):
+        read_state_dict(tmp_path / "w.pt")
+
+
+class Own(torch.Tensor):
+    """A tensor of a library's own."""
+
+
+def test_programs_under_the_ending_of_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.script(small()).save("scripted.pt")
+    with fails("scripted.pt is a TorchScript program", "torch.jit.load('scripted.pt').state_dict()"):
+        read_state_dict("scripted.pt")
+    with pytest.raises(UsageError, match=r"scripted.pt is a TorchScript program"):
+        load_model("scripted.pt")
+    program = torch.export.export(small().eval(), (torch.zeros(1, 3, 8, 8),))
+    torch.export.save(program, "saved.pt2")
+    Path("saved.pt2").rename("saved.pt")
+    with fails("saved.pt is a program of torch.export", ".pt2"):
+        read_state_dict("saved.pt")
+
+
 class Dangerous:
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, ("touch /tmp/never",)
+
+
+class Evaluated:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return eval, ("1",)
 
 
 @pytest.mark.parametrize(
     ("content", "parts"),
     [
         (Dangerous(), ["wants to run code", "system", "refused"]),
+        ({"epoch": 3, "state_dict": filled(1), "x": Evaluated()}, ["wants to run code", "eval", "refused"]),
         (nn.Linear(2, 2), ["wants to run code", "Linear"]),
+        ({"epoch": 3, "model": nn.Linear(2, 2)}, ["wants to run code", "Linear"]),
         ([torch.zeros(2)], ["state dict", "found a list"]),
         ({"epoch": 3, "lr": 0.1}, ["found a dict of epoch, lr"]),
         ({}, ["an empty dict"]),

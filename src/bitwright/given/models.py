@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 from bitwright.errors import ModelError, UsageError
 from bitwright.given import detectors
 from bitwright.given.compat import import_timm, import_torchvision
+from bitwright.given.pickles import program_in
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing, parse_input_size
 from bitwright.given.references import absolute_reference
 from bitwright.given.saved_program import load_program
@@ -156,10 +157,19 @@ def _resolve(reference: str, settings: Settings) -> Model:
     if path.suffix == ".pt2":
         return _from_program(path, settings)
     if path.suffix in CHECKPOINTS:
+        _check_is_no_torchscript(path)
         raise UsageError(
             f"Expected a network, {reference} holds weights at most. Name the network too, as in timm:NAME@{reference}."
         )
     raise UsageError(f"Expected a model as {FORMS}, found {reference!r}.{_perhaps_zoo(reference)}")
+
+
+def _check_is_no_torchscript(path: Path) -> None:
+    if program_in(path) == "TorchScript":
+        raise UsageError(
+            f"Expected a network, {path} is a TorchScript program, which shows no layers. Give what it was made of, as "
+            f"file.py:callable@weights.pt; torch.jit.load({str(path)!r}).state_dict() gives the weights."
+        )
 
 
 def _without_decoding(model: Model) -> Model:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
-import pickle
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from bitwright.errors import BitwrightError, ModelError
+from bitwright.given.pickles import Skipped, read_pickle, runs_code
 from bitwright.given.text import short
+
+_Value = TypeVar("_Value")
 
 CHECKPOINTS = (".pt", ".pth", ".th", ".ckpt", ".bin", ".tar", ".safetensors")
 _AVERAGED = ("state_dict_ema", "model_ema", "ema")
 _NESTED = (*_AVERAGED, "state_dict", "model_state_dict", "model_state", "model", "net")
-_PREFIXES = ("module.", "_orig_mod.", "model.")
+# What torch.compile, FSDP and activation checkpointing write into the path of a module.
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 # Bookkeeping that some trainers save and no forward pass reads.
 _IDLE_KEYS = ("num_batches_tracked", "n_averaged", "relative_position_index", "attn_mask")
 
@@ -38,10 +40,11 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         raise ModelError(f"Expected a file of weights, {path} does not exist. Check the path.")
     if path.suffix not in CHECKPOINTS:
         raise ModelError(f"Expected weights in a file {', '.join(CHECKPOINTS)}, found {path}.")
-    loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    loaded = _read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
     state = _innermost(loaded, path)
     tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
+        _check_is_no_object(path, *state.values())
         raise ModelError(
             f"Expected a state dict (names and tensors) in {path}, found {_contents(loaded)}. Save model.state_dict()."
         )
@@ -74,28 +77,11 @@ def _read_safetensors(path: Path) -> Any:
         ) from error
 
 
-def _read_pickle(path: Path) -> Any:
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        if wanted is None and "weights_only" not in str(error):
-            raise _unreadable(path, error) from error
-        code = f" ({wanted[1]})" if wanted else ""
-        raise ModelError(
-            f"Expected plain tensors, {path} wants to run code when read{code} and is refused. "
-            "Save model.state_dict() where the model was made."
-        ) from error
-    except Exception as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> ModelError:
-    return ModelError(
-        f"Expected a PyTorch checkpoint, cannot read {path} ({on_one_line(error)}). Fetch or save it again."
-    )
+def _check_is_no_object(path: Path, *found: Any) -> None:
+    # A whole network, or a checkpoint in a class of a trainer's own.
+    for value in found:
+        if isinstance(value, Skipped):
+            raise runs_code(path, value.name)
 
 
 def _innermost(loaded: Any, path: Path) -> Mapping[str, Any]:
@@ -105,6 +91,7 @@ def _innermost(loaded: Any, path: Path) -> Mapping[str, Any]:
             break
         inner = [name for name in _NESTED if isinstance(state.get(name), Mapping)]
         if not inner:
+            _check_is_no_object(path, *(state.get(name) for name in _NESTED))
             return state
         if inner[0] in _AVERAGED and len(inner) > 1:
             warnings.warn(
@@ -114,6 +101,7 @@ def _innermost(loaded: Any, path: Path) -> Mapping[str, Any]:
             )
         state = state[inner[0]]
     if not isinstance(state, Mapping):
+        _check_is_no_object(path, loaded)
         raise ModelError(
             f"Expected a state dict (names and tensors) in {path}, found {_contents(loaded)}. Save model.state_dict()."
         )
@@ -130,12 +118,12 @@ def _contents(loaded: Any) -> str:
 def load_weights(module: nn.Module, state: Mapping[str, Tensor], where: str | Path = "the weights") -> None:
     """Put every tensor of ``state`` into ``module``; both must have the same names and shapes.
 
-    The prefixes ``module.``, ``_orig_mod.`` and ``model.`` are taken off when that makes the names match.
+    Prefixes that all names share and what wrappers add are taken off when that makes the names match.
     Values take the type of the module's own, so that a float16 file gives a float32 network.
 
     Raises:
         ModelError: with the count and the first three of the names that are missing, unexpected or of another
-            shape.
+            shape; or the network is in the file more than once.
     """
     wanted = module.state_dict()
     found = under_known_names(state, wanted)
@@ -152,31 +140,82 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], where: str | Pa
         ),
     ]
     if any(problems):
+        _check_is_there_once(state, wanted, where)
         raise ModelError(
             f"Expected {len(wanted)} tensors of {type(module).__name__} in {where}, found "
             f"{'; '.join(problem for problem in problems if problem)}. Give the weights of this very network."
         )
+    used = {id(value) for value in found.values()}
+    left = [name for name, value in state.items() if id(value) not in used and not _idle(_bare(name), wanted)]
+    if left:
+        warnings.warn(
+            f"{where} holds more than {type(module).__name__}: {len(left)} tensors ({_some(left)}) are left out.",
+            UserWarning,
+            stacklevel=2,
+        )
     module.load_state_dict(found)
 
 
+def _check_is_there_once(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str | Path) -> None:
+    places = _whole_under((_modern(_without(name, _WRAPPERS)) for name in state), wanted)
+    if len(places) > 1:
+        raise ModelError(
+            f"Expected one network in {where}, found it under {' and under '.join(places)}. Save the state dict of one."
+        )
+
+
 def under_known_names(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return ``state`` with those known prefixes taken off that make it share most names with the module."""
-    versions = [{_modern(name): value for name, value in state.items() if name != "n_averaged"}]
-    while True:
-        names = list(versions[-1])
-        prefix = next((p for p in _PREFIXES if names and all(name.startswith(p) for name in names)), None)
-        if prefix is None:
-            break
-        versions.append({name.removeprefix(prefix): value for name, value in versions[-1].items()})
-    best = max(versions, key=lambda version: len(version.keys() & wanted.keys()))
-    kept = {name: value for name, value in best.items() if name in wanted or not _idle(name, wanted)}
+    """Return ``state`` under the names of the module, as far as they are there.
+
+    Wrappers (``module.``, ``_orig_mod.``) and prefixes that all names share are taken off, on either side, where that
+    makes more names match. If the file holds more than the network, and the network once, the rest is left out.
+    """
+    own = {_without(name, _WRAPPERS): name for name in wanted}
+    named = {_modern(_without(name, _WRAPPERS)): value for name, value in state.items() if name != "n_averaged"}
+    bare = {_bare(name): value for name, value in named.items()}
+    versions = [*_stripped(named), *(_stripped(bare) if len(bare) == len(named) else [])]
+    pairs = [(version, names) for names in _stripped(own) for version in versions]
+    best, names = max(pairs, key=lambda pair: len(pair[0].keys() & pair[1].keys()))
+    places = _whole_under(named, own) if any(name not in best and not _idle(name, names) for name in names) else []
+    if len(places) == 1:
+        inside = f"{places[0]}."
+        names, best = own, {name.removeprefix(inside): named[name] for name in named if name.startswith(inside)}
+    found = {names.get(name, name): value for name, value in best.items()}
+    kept = {name: value for name, value in found.items() if name in wanted or not _idle(name, wanted)}
     for name, value in wanted.items():
         if name.endswith("num_batches_tracked"):  # absent in old checkpoints, and read in training only
             kept.setdefault(name, value)
     return kept
 
 
-def _idle(name: str, wanted: Mapping[str, Tensor]) -> bool:
+def _stripped(named: Mapping[str, _Value]) -> list[dict[str, _Value]]:
+    """The names as they are, and without one after another of the prefixes that all of them share."""
+    versions = [dict(named)]
+    while versions[-1] and all("." in name for name in versions[-1]):
+        if len({name.split(".", 1)[0] for name in versions[-1]}) > 1:
+            break
+        versions.append({name.split(".", 1)[1]: value for name, value in versions[-1].items()})
+    return versions
+
+
+def _whole_under(names: Iterable[str], wanted: Mapping[str, Any]) -> list[str]:
+    """The prefixes under which every name of the module is there, as ``student.`` and ``teacher.``."""
+    have, needed = set(names), [name for name in wanted if not _idle(name, wanted)]
+    if not needed:
+        return []
+    prefixes = [name.removesuffix(needed[0]) for name in have if name.endswith(f".{needed[0]}")]
+    return sorted(prefix[:-1] for prefix in prefixes if all(prefix + name in have for name in needed))
+
+
+def _bare(name: str) -> str:
+    return _without(name, (*_WRAPPERS, "module"))
+
+
+def _without(name: str, parts: Sequence[str]) -> str:
+    return ".".join(part for part in name.split(".") if part not in parts)
+
+
+def _idle(name: str, wanted: Iterable[str]) -> bool:
     # torchvision's segmentation checkpoints carry a second head that only training reads.
     second_head = name.startswith("aux_classifier.") and any(key.startswith("classifier.") for key in wanted)
     return second_head or name.rsplit(".", 1)[-1] in _IDLE_KEYS
@@ -188,7 +227,11 @@ def _modern(name: str) -> str:
 
 
 def _listed(what: str, names: list[str]) -> str:
-    return f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
+    return f"{len(names)} {what} ({_some(names)})" if names else ""
+
+
+def _some(names: list[str]) -> str:
+    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
 
 
 def other_classes_of(module: nn.Module, state: Mapping[str, Tensor]) -> int | None:
