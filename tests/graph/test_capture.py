@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from cases import CASES, captured, images, make, model, outputs, prepared
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
 
 from bitwright.errors import BitwrightError, ModelError, step
 from bitwright.graph import ops
@@ -73,6 +74,46 @@ def test_a_module_called_twice_is_one_target_and_two_layers() -> None:
     assert names[:2] == ["stem", "conv"]
     assert names[3] == "conv_1"
     assert names[2].startswith("conv_")
+
+
+class Scaled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 1.5 * weight
+
+
+class Parametrized(nn.Module):
+    """Layers of every kind that PyTorch derives a class from, one of them called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = parametrizations.weight_norm(nn.Conv2d(3, 8, 3))
+        self.act = nn.PReLU(8)
+        self.twice = parametrizations.spectral_norm(nn.Conv2d(8, 8, 3))
+        self.own = Shifted(8, 8, 1)
+        self.head = parametrizations.orthogonal(nn.Linear(8, 8))
+        for module, name in ((self.act, "weight"), (self.own, "weight"), (self.own, "bias")):
+            parametrize.register_parametrization(module, name, Scaled())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.own(self.twice(self.twice(self.act(self.stem(x)))))
+        return F.linear(y.mean((2, 3)), self.head.weight)
+
+
+class Shifted(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+def test_parametrized_layers_keep_their_paths() -> None:
+    module, x = Parametrized().eval(), images(2)
+    found = capture(module, x)
+    with torch.no_grad():
+        assert difference([module(x)], found.flat(x)) < 1e-6
+    linear = [n for n in found.graph.graph.nodes if ops.kind(n) == "linear"]
+    assert [n.meta["layer"] for n in linear] == ["stem", "twice", "twice_1", "own", "head"]
+    assert [n.args[1].target for n in linear] == [f"{p}.weight" for p in ("stem", "twice", "twice", "own", "head")]
+    assert linear[3].args[2].target == "own.bias"
+    assert "act" in {n.meta.get("layer") for n in found.graph.graph.nodes}
 
 
 def test_capture_leaves_a_training_model_as_it_was() -> None:

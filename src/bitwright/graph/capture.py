@@ -351,17 +351,24 @@ def _layer_name(node: fx.Node) -> str:
     if ops.kind(node) == "linear":
         weight = node.args[1]
         assert isinstance(weight, fx.Node)
-        if stack and str(stack[-1][1]).startswith(("torch.nn.modules.conv", "torch.nn.modules.linear", WHOLE)):
+        if stack and _kind(stack[-1]).startswith(("torch.nn.modules.conv", "torch.nn.modules.linear", WHOLE)):
             return str(stack[-1][0])
-        return str(weight.target).removesuffix(".weight")
+        return constants.known_as(str(weight.target)).removesuffix(".weight")
     if not stack:
         return operator
-    path, kind = stack[-1][0], str(stack[-1][1])
+    path, kind = stack[-1][0], _kind(stack[-1])
     if kind.startswith(WHOLE):
         inside = any(_innermost(user) == path for user in node.users)
         return f"{path}.{operator}" if inside else path
     standard = kind.startswith("torch.nn.modules") and "container" not in kind
     return path if standard and ops.kind(node) != "move" else f"{path}.{operator}"
+
+
+def _kind(entry: tuple[str, Any]) -> str:
+    """The class of a module by its full name; that which ``torch.nn.utils.parametrize`` derived a class from."""
+    kind = str(entry[1])
+    derived = kind.removeprefix("torch.nn.utils.parametrize.Parametrized")
+    return getattr(nn, derived).__module__ if derived != kind and hasattr(nn, derived) else kind
 
 
 def _innermost(node: fx.Node) -> str:

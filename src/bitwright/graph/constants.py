@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from functools import partial
 from typing import Any
 
@@ -53,13 +54,15 @@ def _known(module: nn.Module, graph: fx.Graph) -> tuple[dict[fx.Node, Any], Vers
 
 
 def _store_once(module: nn.Module, graph: fx.Graph, values: dict[fx.Node, Any], versions: Versions) -> None:
-    """Stores what was computed; what is only added or multiplied once for all that is alike."""
+    """Stores what was computed; a weight, and what is only added or multiplied, once for all that is alike."""
     taken = {str(n.target) for n in values if n.op == "get_attr" and any(u not in values for u in n.users)}
     shared: dict[tuple[Any, ...], fx.Node] = {}
     for node, found in versions.items():
         for tensor, readers in found:
-            key = (tensor.shape, tensor.dtype, hashlib.sha256(_bytes(tensor)).digest())
-            plain = all(ops.base_name(reader) in {"add", "mul"} for reader in readers)
+            weight = all(ops.base_name(reader) in ops.LINEAR and reader.args[0] is not node for reader in readers)
+            plain = weight or all(ops.base_name(reader) in {"add", "mul"} for reader in readers)
+            owner = _source(node).target if weight else ""  # a module that is called twice computes its weight twice
+            key = (owner, tensor.shape, tensor.dtype, hashlib.sha256(_bytes(tensor)).digest())
             if plain and key in shared:
                 for reader in readers:
                     reader.replace_input_with(node, shared[key])
@@ -117,10 +120,8 @@ def _store(
     module: nn.Module, graph: fx.Graph, node: fx.Node, tensor: Tensor, readers: list[fx.Node], taken: set[str]
 ) -> fx.Node:
     """Replaces a computed node by a stored tensor, named after the parameter that it was computed from."""
-    source = node
-    while source.op != "get_attr" and source.all_input_nodes:
-        source = source.all_input_nodes[0]
-    base = str(source.target) if source.op == "get_attr" else f"constants.{node.name}"
+    source = _source(node)
+    base = known_as(str(source.target)) if source.op == "get_attr" else f"constants.{node.name}"
     if hasattr(nn.Module, base.rpartition(".")[2]):  # such as "to"
         base += "_value"
     target, count = base, 0
@@ -135,6 +136,23 @@ def _store(
     for reader in readers:
         reader.replace_input_with(node, stored)
     return stored
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """The first of the stored tensors that a node is computed from; a node that is computed from none."""
+    while node.op != "get_attr" and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def known_as(target: str) -> str:
+    """The path under which the user knows a tensor that ``torch.nn.utils.parametrize`` computes.
+
+    Example:
+        >>> known_as("body.0.parametrizations.weight.original1"), known_as("body.0.weight")
+        ('body.0.weight', 'body.0.weight')
+    """
+    return re.sub(r"(^|\.)parametrizations\.([^.]+)\..*", r"\1\2", target)
 
 
 def spell_picks(module: nn.Module, graph: fx.Graph) -> None:
