@@ -16,6 +16,7 @@ import bitwright as bw
 from bitwright.cli import compare as command
 from bitwright.cli import main, quantize
 from bitwright.cli.calls import QuantizeCall
+from bitwright.recipes import builtin_recipes
 
 NET = """
 import torch
@@ -138,6 +139,7 @@ WRONG = {
     "one recipe": (("--recipes", "rtn"), "at least two recipes"),
     "twice": (("--recipes", "rtn,mse,rtn"), "found rtn twice"),
     "unknown": (("--recipes", "rtn,mze"), "Did you mean 'mse'"),
+    "all without a budget": (("--recipes", "all"), "--minutes or --steps with --recipes all"),
     "there already": (("--recipes", "rtn,mse"), "There are runs in"),
     "other seed": (("--recipes", "rtn,mse", "--resume", "--seed", "4"), "(seed: 3, now 4)"),
     "other bits": (("--recipes", "rtn,mse", "--resume", "--weights", "5"), "other settings (scheme"),
@@ -161,6 +163,12 @@ def test_foreign_files_are_not_replaced(here: Path, template: Path, capsys: pyte
     assert main(call(template, "--recipes", "mse,rtn", "--force")) == 2
     assert "mine.txt" in error(capsys)
     assert (here / "out" / "mse" / "result.json").is_file()
+
+
+def test_all_are_those_that_need_no_labels() -> None:
+    found = command.parse_recipes("all")
+    assert len(set(found)) == len(found)
+    assert builtin_recipes().keys() - set(found) == {"qkd"}
 
 
 def test_recipes_as_files_have_folders() -> None:

@@ -309,13 +309,13 @@ class CompareCall(Call):
     """Compares recipes on the same network, images, bits, seed and budget, in a table and on a page.
 
     Every recipe leaves a run folder. One that fails is shown as failed, and the others still run; the exit code is
-    then 1.
+    then 1. `--recipes all --minutes 2` tries every one that needs no labels.
 
     Example: `bitwright compare zoo:fashion_cnn zoo:fashion --recipes rtn,mse --weights 4`
     """
 
     network: opt.NetworkOptions
-    recipes: str = option("Names or files of recipes, such as rtn,mse,eptq", MISSING)
+    recipes: str = option("Names or files of recipes, such as rtn,mse,eptq, or all: those that need no labels", MISSING)
     weights: str = opt.weights_option()
     bits: opt.BitOptions = opt.BitOptions()
     data: opt.DataOptions = opt.DataOptions()

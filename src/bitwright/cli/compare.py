@@ -16,6 +16,7 @@ from bitwright.cli.calls import CompareCall, QuantizeCall
 from bitwright.errors import BitwrightError, UsageError, one_line
 from bitwright.given.references import absolute_reference, absolute_source
 from bitwright.given.text import read_json
+from bitwright.recipes import builtin_recipes
 from bitwright.recipes import recipe as find_recipe
 from bitwright.report import comparison
 from bitwright.report.comparison import Entry, RunFigures, figures_of
@@ -26,10 +27,12 @@ from bitwright.run.lock import held
 from bitwright.terminal import Terminal
 
 RECORD, PAGE = "compare.json", "compare.html"
+ALL = "all"
+"""Stands for every recipe that needs no labels."""
 
 
 def parse_recipes(text: str) -> tuple[str, ...]:
-    """Names out of ``"rtn,mse,eptq"``, checked.
+    """Names out of ``"rtn,mse,eptq"``, checked; ``all`` are those that need no labels.
 
     Raises:
         UsageError: fewer than two, one twice, or one that does not exist.
@@ -38,6 +41,8 @@ def parse_recipes(text: str) -> tuple[str, ...]:
         >>> parse_recipes("rtn, mse")
         ('rtn', 'mse')
     """
+    if text.strip() == ALL:
+        return tuple(name for name, made in builtin_recipes().items() if not made.reads_labels)
     names = tuple(filter(None, (part.strip() for part in text.split(","))))
     if len(names) < 2:
         raise UsageError(f"Expected at least two recipes to compare, found '{text}'. Such as --recipes rtn,mse,eptq.")
@@ -71,6 +76,8 @@ def compare(call: CompareCall, terminal: Terminal) -> None:
         BitwrightError: some of the runs failed, all of which it names.
     """
     recipes = parse_recipes(call.recipes)
+    if call.recipes.strip() == ALL and call.steps is None and call.minutes is None:
+        raise UsageError("Expected --minutes or --steps with --recipes all: the papers' own settings take hours each.")
     quantize.check_shared(call.each)
     out = (call.out or Path("comparison")).expanduser().absolute()
     folders = {recipe: out / folder_of_recipe(recipe) for recipe in recipes}
