@@ -87,7 +87,7 @@ def test_what_was_said_of_preprocessing_alone() -> None:
         "crop_pct": 0.9,
     }
     assert ImageOptions().preprocessing == {}
-    assert len(asdict(ImageOptions())) == 10
+    assert len(asdict(ImageOptions())) == 11
 
 
 def test_a_scheme_of_options() -> None:

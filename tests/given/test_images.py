@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import struct
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,7 @@ from bitwright.given import objects
 from bitwright.given.compat import import_timm
 from bitwright.given.files import Files
 from bitwright.given.images import Images, Preprocessing, load_images, parse_input_size
+from bitwright.given.spoilt import without_spoilt
 
 SMALL = Preprocessing(input_size=8)
 
@@ -206,6 +209,63 @@ def test_float_and_huge_pixels_are_refused(tmp_path: Path) -> None:
         images[0]
     with fails("b.tif", "16 bits"):
         images[1]
+
+
+def deep_files(root: Path, most: int) -> Path:
+    for k in range(4):
+        values = np.linspace(0, most, 64).round().astype(np.uint16).reshape(8, 8)
+        Image.fromarray(np.roll(values, k)).save(root / f"{k}.{'png' if k else 'tif'}")
+    return root
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14])
+def test_files_of_16_bits_that_hold_fewer_are_told_and_read(bits: int, tmp_path: Path) -> None:
+    deep_files(tmp_path, (1 << bits) - 1)
+    with pytest.warns(UserWarning, match=rf"of {bits} bits do, and come out dark. Give pixel_bits={bits}, or 16"):
+        without_spoilt(load_images(tmp_path, Preprocessing(input_size="1x8x8")))
+    with pytest.warns(UserWarning, match="come out dark. Save them as 8 bit"):
+        without_spoilt(load_images(tmp_path, lambda image: torch.from_numpy(np.array(image)).float().movedim(-1, 0)))
+    told = load_images(tmp_path, Preprocessing(input_size="1x8x8", pixel_bits=bits))
+    assert len(without_spoilt(told)) == 4  # and no warning
+    assert torch.allclose(told[1].flatten().roll(-1), torch.linspace(0, 1, 64), atol=0.5 / 255 + 0.5 / (1 << bits))
+    dark = load_images(tmp_path, Preprocessing(input_size="1x8x8", pixel_bits=16))
+    assert len(without_spoilt(dark)) == 4
+    assert dark[0].max() < 0.26
+
+
+def test_files_of_16_bits_that_use_them_are_not_told(tmp_path: Path) -> None:
+    assert len(without_spoilt(load_images(deep_files(tmp_path, 65535), Preprocessing(input_size="1x8x8")))) == 4
+
+
+def test_dark_colours_of_16_bits_are_told(tmp_path: Path) -> None:
+    for k in range(3):
+        write_deep_colours(tmp_path / f"{k}.png", [4095, 300 + k, 17])
+    with pytest.warns(UserWarning, match=r"colour images of 16 bits .* images of 12 bits do.* Save them as 8 bit"):
+        without_spoilt(load_images(tmp_path, SMALL))
+
+
+def write_deep_colours(path: Path, colour: list[int]) -> None:
+    """A PNG of 48 bits a pixel, which Pillow reads and does not write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + struct.pack(">3H", *colour) * 4 for _ in range(4))
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+
+
+@pytest.mark.parametrize("bits", ["twelve", 7, 12.5, 17])
+def test_pixel_bits_of_no_meaning(bits: object) -> None:
+    with fails("from 8 to 16 as pixel_bits=" if bits != "twelve" else "pixel_bits= as a number", kind=UsageError):
+        Preprocessing(pixel_bits=bits)
+
+
+def test_values_beyond_the_bits_that_were_said(tmp_path: Path) -> None:
+    images = load_images(deep_files(tmp_path, 4095), Preprocessing(input_size="1x8x8", pixel_bits=10))
+    with fails("at most 10 bits", "0 to 4095", "Give more as pixel_bits="):
+        images[0]
 
 
 # ------------------------------------------------------------------------------------- folders and slices

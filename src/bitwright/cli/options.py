@@ -270,6 +270,9 @@ class ImageOptions:
         "How an image of other sides fits: center (cut), squash (stretched) or border (filled)"
     )
     channel_order: str | None = reading_option("Order of the channels that the network takes: rgb or bgr")
+    pixel_bits: int | None = reading_option(
+        "Bits of the values of grey images whose files hold 16, such as 12 for those of many cameras and scanners"
+    )
     preprocess: str | None = reading_option(
         "Function that makes the network's input of an image, instead of all these: file.py:function, which is run"
     )

@@ -180,7 +180,7 @@ def is_code(reference: str) -> bool:
 
 def known_settings(recorded: Mapping[str, Any] | None) -> dict[str, Any]:
     """Settings of preprocessing in a result, without what nobody could have said on the command line."""
-    known = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "channel_order")
+    known = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode", "channel_order", "pixel_bits")
     return {k: recorded[k] for k in known if k in recorded} if recorded else {}
 
 

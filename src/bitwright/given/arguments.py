@@ -27,7 +27,7 @@ OPTIONS = frozenset([
     "evaluate", "float_model", "force", "granularity", "group_size", "images", "input_key", "interpolation", "labels",
     "matrix",
     "max_activation_size", "max_bops", "max_drop", "max_latency", "max_total_size", "mean", "measure", "metric",
-    "minutes", "output", "plan", "point", "points", "precision", "probes", "recipe", "recipes", "resume",
+    "minutes", "output", "pixel_bits", "plan", "point", "points", "precision", "probes", "recipe", "recipes", "resume",
     "rules", "runtime", "samples", "seconds", "seed", "seeds", "skip_unreadable", "spectrum_samples", "std",
     "steps", "target_size", "task", "threads", "to", "tolerance", "weights", "input_size", "preprocess",
     "preprocessing", "folder", "path",

@@ -36,6 +36,10 @@ _UPRIGHT = {
 }
 
 
+_CUT = "cut to 8 bits"
+"""In an image's ``info``: whether Pillow read the upper 8 bits of 16, as it does of colours."""
+
+
 def exists(path: Path) -> bool:
     """Whether there is such a file; a name that no file system takes is none."""
     try:
@@ -92,8 +96,11 @@ class Encoded:
         """
         with self._image(index) as image:
             try:
+                cut = any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())) and not _is_deep(image)
                 image.load()
-                return _upright(image)
+                upright = _upright(image)
+                upright.info[_CUT] = cut
+                return upright
             except Exception as error:  # decoders raise a dozen kinds for a broken file
                 raise self._broken(index, error) from error
 
@@ -256,6 +263,10 @@ class Tensors:
         return self.data.shape[-1], self.data.shape[-2]
 
 
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode.startswith("I")
+
+
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
@@ -296,6 +307,7 @@ class Store:
         """Where all images lie, whatever their sizes."""
         self.lock = threading.Lock()
         self.probed = False
+        self.deep: dict[str, int] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Store:
         """Copies share what is read and decoded."""
@@ -313,6 +325,7 @@ class Store:
         image = self.source.read(index)
         if isinstance(image, Tensor):
             return image
+        self._measure_depth(image)
         try:
             if not isinstance(self.preprocessing, Preprocessing):
                 return to_channels(image, 3)
@@ -321,6 +334,15 @@ class Store:
             raise DataError(f"{self.source.names[index]}: {error}") from error
         self.keep(index, pixels)
         return pixels
+
+    def _measure_depth(self, image: Image.Image) -> None:
+        cut = bool(image.info.get(_CUT))
+        if not cut and not _is_deep(image):
+            return
+        largest = int(np.asarray(image).max()) * (257 if cut else 1)
+        with self.lock:
+            kind = "colour" if cut else "grey"
+            self.deep[kind] = max(self.deep.get(kind, 0), largest)
 
     def placement(self, index: int) -> ImagePlacement:
         """Return where one image lies in the network's input; images of one size lie alike."""

@@ -82,6 +82,11 @@ class Images:
         """Which of several entries the images were, where somebody said so."""
         return self._store.input_key
 
+    @property
+    def deep(self) -> Mapping[str, int]:
+        """The largest value so far in files of 16 bits: ``grey``, and ``colour``, of which 8 bits are read."""
+        return self._store.deep
+
     def __len__(self) -> int:
         return len(self._indices)
 

@@ -92,6 +92,7 @@ def load_model(
     crop_pct: float | None = None,
     crop_mode: str | None = None,
     channel_order: str | None = None,
+    pixel_bits: int | None = None,
     preprocess: str | None = None,
 ) -> Model:
     """Return the network that ``reference`` names; nothing is ever downloaded.
@@ -112,6 +113,7 @@ def load_model(
         crop_pct: input size over resized size.
         crop_mode: ``center``, ``squash`` or ``border``.
         channel_order: ``rgb`` or ``bgr``.
+        pixel_bits: of grey images whose files hold 16 bits: 10, 12 or 14 for those of many cameras and scanners.
         preprocess: instead of all these, a function in a Python file, as ``file.py:name``, which is run.
 
     Raises:
@@ -126,6 +128,7 @@ def load_model(
         "crop_pct": crop_pct,
         "crop_mode": crop_mode,
         "channel_order": channel_order,
+        "pixel_bits": pixel_bits,
     }
     settings = {name: value for name, value in given.items() if value is not None}
     try:

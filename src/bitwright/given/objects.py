@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ from bitwright.given.entries import (
 )
 from bitwright.given.files import Arrays, Pictures, Source, Tensors, decoded
 from bitwright.given.items import items
+from bitwright.given.preprocessing import DEPTHS
 from bitwright.given.several import InputPart, side_by_side
 from bitwright.given.text import short
 from bitwright.given.truth import Truth
@@ -137,7 +139,8 @@ def _floats(array: Tensor | npt.NDArray[Any], where: str, asked: Asked, axes: tu
         in_one = " Give signals (N, C, T) or vectors (N, F) in one tensor of all." if real and axes is AXES else ""
         raise DataError(
             f"Expected uint8 images (N, H, W, C) or (N, C, H, W), preprocessed float images (N, C, H, W), or float "
-            f"videos (N, C, T, H, W), in {where}, found {what_it_is(array)}.{in_one}{_as_pixels(array)}"
+            f"videos (N, C, T, H, W), in {where}, found {what_it_is(array)}.{in_one}"
+            f"{_as_pixels(array, whole=axes is AXES_OF_ALL)}"
         )
     if isinstance(array, Tensor):
         return array.detach().to("cpu", torch.float32)
@@ -146,17 +149,33 @@ def _floats(array: Tensor | npt.NDArray[Any], where: str, asked: Asked, axes: tu
     return found.movedim(-1, 1) if last else found
 
 
-def _as_pixels(array: Tensor | npt.NDArray[Any]) -> str:
-    """What mends whole numbers: bytes where they can be pixels and are none, else floats."""
-    tensor = isinstance(array, Tensor)
+def _as_pixels(array: Tensor | npt.NDArray[Any], *, whole: bool) -> str:
+    """What mends whole numbers and truth values: bytes where they can be pixels, else floats.
+
+    Args:
+        array: that is no image yet.
+        whole: whether it holds all images, and so the largest value of all.
+    """
     kind = str(array.dtype).removeprefix("torch.")
-    whole = kind in {"int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"}
-    if not whole or array.ndim not in AXES_OF_ALL or 0 in array.shape:
+    if not re.fullmatch("u?int(8|16|32|64)|bool", kind) or array.ndim not in AXES_OF_ALL or 0 in array.shape:
         return ""
-    if array.ndim in (3, 4) and 0 <= array.min() <= array.max() <= 255:
-        return f" Give images.{'to(torch.uint8)' if tensor else 'astype(numpy.uint8)'}."
+    values = array.long() if isinstance(array, Tensor) else array  # PyTorch computes little with uint16
+    least, most = int(values.min()), int(values.max())
+    floats, to_bytes = ".float()", ".to(torch.uint8)"
+    if not isinstance(array, Tensor):
+        floats, to_bytes = ".astype(numpy.float32)", ".astype(numpy.uint8)"
     what = {2: "vectors (N, F)", 3: "signals (N, C, T)"}.get(array.ndim, "preprocessed values")
-    return f" Give {what} as floats: images.{'float()' if tensor else 'astype(numpy.float32)'}."
+    as_floats = f" Give {what} as floats: images{floats}."
+    if array.ndim not in (3, 4) or least < 0 or most >= 1 << max(DEPTHS):
+        return as_floats
+    if kind == "bool":
+        return f" Give (images * 255){to_bytes}."
+    bits = next(b for b in DEPTHS if most < 1 << b)
+    scaled = f"images{to_bytes}" if bits == 8 else f"(images{floats} * (255 / {(1 << bits) - 1})).round(){to_bytes}"
+    if whole and bits == 8:
+        return f" Give {scaled}."
+    others = "" if whole else ", if no other image has more"
+    return f" Values up to {most} are pixels of {bits} bits{others}: give {scaled}.{as_floats}"
 
 
 def _checked(tensor: Tensor, where: str) -> Tensor:

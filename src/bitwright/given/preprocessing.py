@@ -24,7 +24,9 @@ _RESAMPLING = {
 _CROP_MODES = ("center", "squash", "border")
 _ORDERS = ("rgb", "bgr")
 _LAYOUTS = ("channels_first", "channels_last")
-_YOUNGER = {"channel_order": "rgb", "layout": "channels_first"}
+DEPTHS = (8, 10, 12, 14, 16)
+"""Bits of the values of cameras and scanners."""
+_YOUNGER = {"channel_order": "rgb", "layout": "channels_first", "pixel_bits": None}
 """Settings that older runs do not have, with what they stood for: left out where they say just that."""
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
@@ -44,6 +46,9 @@ class Preprocessing(BaseModel):
 
     ``channel_order`` is that of the network's channels, and of ``mean`` and ``std``. ``layout`` is the order of the
     tensor's axes: ``"channels_last"`` gives (H, W, C).
+
+    ``pixel_bits`` says how many bits the values of grey images have whose files hold 16: 10, 12 or 14 for those of many
+    cameras and scanners, 16 without it.
 
     Settings may be given as on the command line: ``"224"``, ``"224x320"`` (height x width) or ``"1x28x28"``
     for ``input_size``, ``"0.485,0.456,0.406"`` or one number for ``mean`` and ``std``.
@@ -69,6 +74,7 @@ class Preprocessing(BaseModel):
     crop_mode: Literal["center", "squash", "border"] = "center"
     channel_order: Literal["rgb", "bgr"] = "rgb"
     layout: Literal["channels_first", "channels_last"] = "channels_first"
+    pixel_bits: int | None = None
 
     @model_serializer(mode="wrap")
     def _without_younger(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -123,6 +129,7 @@ class Preprocessing(BaseModel):
         _one_of("crop_mode", parsed.get("crop_mode", "center"), _CROP_MODES)
         _one_of("channel_order", parsed.get("channel_order", "rgb"), _ORDERS)
         _one_of("layout", parsed.get("layout", "channels_first"), _LAYOUTS)
+        parsed["pixel_bits"] = _pixel_bits(parsed.get("pixel_bits"))
         parsed["crop_pct"] = _number("crop_pct", parsed.get("crop_pct", 1.0))
         if not 0.1 <= parsed["crop_pct"] <= 10:
             raise UsageError(f"Expected crop_pct= between 0.1 and 10 (usually 0.875 to 1), found {parsed['crop_pct']}.")
@@ -143,7 +150,7 @@ class Preprocessing(BaseModel):
         """Return the resized and cropped pixels before normalisation: uint8 (H, W, C)."""
         if isinstance(image, np.ndarray):
             image = from_pixels(image)
-        image = _crop(_resize(to_channels(image, self.size[0]), self), self)
+        image = _crop(_resize(to_channels(image, self.size[0], self.pixel_bits or 16), self), self)
         pixels = np.array(image, dtype=np.uint8)
         return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
@@ -216,6 +223,15 @@ def _per_channel(name: str, value: Any, channels: int | None) -> tuple[float, ..
     return numbers
 
 
+def _pixel_bits(value: Any) -> int | None:
+    if value is None:
+        return None
+    bits = _number("pixel_bits", value)
+    if bits not in range(8, 17):
+        raise UsageError(f"Expected a whole number from 8 to 16 as pixel_bits=, found {value!r}.")
+    return int(bits)
+
+
 def _number(name: str, value: Any) -> float:
     try:
         number = float(value)
@@ -244,19 +260,19 @@ def from_pixels(pixels: Pixels) -> Image.Image:
     return Image.fromarray(pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
 
 
-def to_channels(image: Image.Image, channels: int) -> Image.Image:
-    """Convert any Pillow mode to 8-bit RGB or greyscale.
+def to_channels(image: Image.Image, channels: int, bits: int = 16) -> Image.Image:
+    """Convert any Pillow mode to 8-bit RGB or greyscale; values of more than 8 bits have ``bits``.
 
     Transparency is dropped and the stored colours are kept, as the loaders of timm and torchvision do.
 
     Raises:
-        DataError: the pixels are floats.
+        DataError: the pixels are floats, or have more bits.
     """
     mode = "L" if channels == 1 else "RGB"
     if image.mode == mode:
         return image
     if image.mode.startswith("I"):
-        image = _sixteen_to_eight(image)
+        image = _to_eight_bits(image, bits)
     elif image.mode == "F":
         raise DataError("Expected 8 or 16 bit pixels, found 32-bit float. Save it as 8 bit, or give tensors.")
     elif image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
@@ -264,14 +280,16 @@ def to_channels(image: Image.Image, channels: int) -> Image.Image:
     return image.convert(mode)
 
 
-def _sixteen_to_eight(image: Image.Image) -> Image.Image:
+def _to_eight_bits(image: Image.Image, bits: int) -> Image.Image:
     # Pillow's own conversion clips at 255 and so turns nearly every 16-bit image white.
     values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
+    most = (1 << bits) - 1
+    if values.min() < 0 or values.max() > most:
         raise DataError(
-            f"Expected pixels of at most 16 bits, found values from {values.min()} to {values.max()}. Save it as 8 bit."
+            f"Expected pixels of at most {bits} bits, found values from {values.min()} to {values.max()}. "
+            f"{'Save it as 8 bit.' if bits == 16 else 'Give more as pixel_bits=.'}"
         )
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    return Image.fromarray(((510 * values + most) // (2 * most)).astype(np.uint8))
 
 
 def resized_size(how: Preprocessing, size: tuple[int, int]) -> tuple[int, int]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitwright.given.images import Images
+from bitwright.given.images import Images, Preprocessing
+from bitwright.given.preprocessing import DEPTHS
 
 BATCH = 32
 USUAL = 0.99
@@ -36,6 +37,7 @@ def without_spoilt(images: Images) -> Images:
     One such value would stretch the ranges of every layer, and all other images would fall into a few codes.
     """
     reach = measure(images)
+    _tell_of_depth(images)
     if reach.alike:
         warnings.warn(
             f"All {len(images)} calibration images are the same. The ranges of that one suit no other: give images "
@@ -48,6 +50,22 @@ def without_spoilt(images: Images) -> Images:
     many = len(spoilt) > FEW * len(images)
     warnings.warn(_said(images, reach, spoilt, "Ranges follow it" if many else "It is left out"), stacklevel=3)
     return images if many else images.take([i for i in range(len(images)) if i not in set(spoilt)])
+
+
+def _tell_of_depth(images: Images) -> None:
+    """Warns where files of 16 bits all hold values of fewer, which come out dark."""
+    how = images.preprocessing
+    settings = how if isinstance(how, Preprocessing) else None
+    for kind, largest in images.deep.items():
+        bits = next((b for b in DEPTHS if largest < 1 << b), 16)
+        if bits == 16 or (kind == "grey" and settings is not None and settings.pixel_bits is not None):
+            continue
+        given = f"Give pixel_bits={bits}, or 16 if they are meant to be dark"
+        warnings.warn(
+            f"The {kind} images of 16 bits hold values of at most {largest}, as images of {bits} bits do, and come out "
+            f"dark. {given if kind == 'grey' and settings is not None else 'Save them as 8 bit'}.",
+            stacklevel=4,
+        )
 
 
 def _said(images: Images, reach: Magnitudes, spoilt: list[int], done: str) -> str:
