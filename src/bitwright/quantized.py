@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitwright.errors import UsageError
 from bitwright.graph.devices import without_autocast
 from bitwright.graph.student import Student, insert_quantizers
 from bitwright.measure import evaluation
@@ -78,6 +80,31 @@ class QuantizedModel(Student):
         See :func:`bitwright.evaluate`, which says what else may be given.
         """
         return Figures(evaluation.evaluate(self, images, labels=labels, classes=classes, **said))
+
+    def __copy__(self) -> Self:
+        return self._holding(dict(self.__dict__))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        memo[id(self)] = made = self._holding({})
+        memo[id(self.structure)] = self.structure  # which PyTorch does not copy without a warning
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
+
+    def _holding(self, state: dict[str, Any]) -> Self:
+        made = type(self).__new__(type(self))
+        made.__dict__.update(state)
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A pickle would lose the names of layers, and run code where it is read.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(
+            "Expected q.save('run') for a quantized network, found pickle or torch.save. bitwright.load('run') gives "
+            "it back, bit for bit, in another process too."
+        )
 
     save = job.save
     export = job.export

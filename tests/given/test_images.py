@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import pickle
 import re
 import struct
 import zlib
@@ -269,6 +270,15 @@ def test_values_beyond_the_bits_that_were_said(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------- folders and slices
+
+
+def test_images_go_to_another_process(tmp_path: Path) -> None:
+    images = load_images(folder_of(tmp_path, "a.png b.png c.png"), SMALL)
+    first = images[0]
+    sent = pickle.loads(pickle.dumps(images[1:]))
+    assert sent.names == ["b.png", "c.png"]
+    assert torch.equal(sent[1], images[2])
+    assert torch.equal(images[0], first)
 
 
 def test_folder_is_recursive_and_sorted_without_hidden_files(tmp_path: Path) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
+import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +163,25 @@ def test_a_loaded_network_is_measured_without_its_float_one(model: bw.QuantizedM
     with pytest.raises(UsageError, match="evaluate="):
         loaded.save(tmp_path / "third", onnx=True)
     assert not (tmp_path / "third").exists()
+
+
+@pytest.mark.parametrize("write", [pickle.dumps, lambda model: torch.save(model, io.BytesIO())])
+def test_a_pickle_is_refused_with_what_replaces_it(
+    model: bw.QuantizedModel, write: Callable[[bw.QuantizedModel], Any]
+) -> None:
+    with pytest.raises(UsageError, match=r"Expected q.save\('run'\) .* bitwright.load\('run'\)"):
+        write(model)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_is_as_good(
+    model: bw.QuantizedModel, tmp_path: Path, copied: Callable[[bw.QuantizedModel], bw.QuantizedModel]
+) -> None:
+    made = copied(model)
+    assert torch.equal(made(dataset(8).batch([0, 1])), model(dataset(8).batch([0, 1])))
+    assert (made.graph is model.graph) == (copied is copy.copy)
+    made.save(tmp_path / "run")
+    assert torch.equal(bw.load(tmp_path / "run")(dataset(8)[0][None]), model(dataset(8)[0][None]))
 
 
 def test_warnings_of_the_quantization_are_in_the_result() -> None:

@@ -313,6 +313,22 @@ class Store:
         """Copies share what is read and decoded."""
         return self
 
+    def __copy__(self) -> Store:
+        """Copies share what is read and decoded."""
+        made = type(self).__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs to read the same."""
+        room = self.room + sum(value.nbytes for value in self.cache.values())
+        return {k: v for k, v in self.__dict__.items() if k != "lock"} | {"cache": {}, "room": room}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Begins with nothing decoded."""
+        self.__dict__.update(state)
+        self.lock = threading.Lock()
+
     def fetch(self, index: int) -> Pixels | Tensor | Image.Image:
         """Return what a worker thread may prepare; a user's function is left to the caller's thread.
 
