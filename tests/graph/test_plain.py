@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -88,9 +89,9 @@ def test_scripted_modules_are_refused_with_the_remedy(compiled: Callable[[nn.Mod
 
 
 def test_a_network_without_values_is_refused() -> None:
-    with pytest.raises(ModelError, match="with weights, found none in 'weight'"):
+    with pytest.raises(ModelError, match=r"with weights, found none in 'stem.weight'"):
         capture(make("residual").to("meta"), images(2))
-    with pytest.raises(ModelError, match="with weights, found none in 'weight'"):
+    with pytest.raises(ModelError, match=r"with weights, found none in '0.weight'"):
         capture(nn.Sequential(nn.LazyConv2d(4, 3)), images(2))
 
 
@@ -124,3 +125,34 @@ def test_quantized_layers_are_refused() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), torch.ao.nn.quantized.dynamic.Linear(6, 5))
     with pytest.raises(ModelError, match="found a quantized layer at '1'"):
         capture(network, images(2))
+
+
+class Named(Tensor):
+    """A class that changes no operator, as libraries use to mark tensors."""
+
+
+class Own(Tensor):
+    """A class that computes in a way of its own, as torchao's."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def with_weight_of(kind: type[Tensor]) -> nn.Module:
+    module = Around(nn.Linear(4, 4)).eval()
+    module.inner.weight = nn.Parameter(torch.eye(4).as_subclass(kind))
+    return module
+
+
+def test_tensors_of_a_class_that_changes_nothing_are_taken_as_plain() -> None:
+    module, x = with_weight_of(Named), torch.rand(2, 3, 4, 4)
+    found = capture(module, x)
+    assert torch.allclose(answer(found, x), (x + module.inner.bias).detach().flatten())
+    assert {type(p) for p in found.graph.parameters()} <= {nn.Parameter}
+    assert isinstance(module.inner.weight, Named)
+
+
+def test_tensors_of_a_class_that_computes_otherwise_are_refused() -> None:
+    with pytest.raises(ModelError, match=r"plain float tensors in the model, 'inner.weight' is a test_plain.Own. Give"):
+        capture(with_weight_of(Own), torch.rand(2, 3, 4, 4))

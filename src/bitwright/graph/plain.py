@@ -52,20 +52,20 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     """Parameters and buffers in float32 on the CPU inside, the model's own again after.
 
     Raises:
-        ModelError: they have no values yet.
+        ModelError: they have no values yet, or are tensors of a class that computes in a way of its own.
     """
-    own: list[tuple[dict[str, Any], str, Tensor]] = _tensors(model)
+    own = _tensors(model)
     taken: dict[int, Tensor] = {}
     try:
-        for held, name, tensor in own:
+        for held, path, tensor in own:
             if id(tensor) not in taken:
-                taken[id(tensor)] = _in_float32(tensor, name)
-            held[name] = taken[id(tensor)]
+                taken[id(tensor)] = _in_float32(_plain(tensor, path), path)
+            held[path.rpartition(".")[2]] = taken[id(tensor)]
         tell_of_types(tensor for _, _, tensor in own)
         yield
     finally:
-        for held, name, tensor in own:
-            held[name] = tensor
+        for held, path, tensor in own:
+            held[path.rpartition(".")[2]] = tensor
 
 
 def tell_of_types(tensors: Iterable[Tensor]) -> None:
@@ -77,14 +77,42 @@ def tell_of_types(tensors: Iterable[Tensor]) -> None:
 
 
 def _tensors(model: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
-    """Where each tensor is held, under which name."""
-    held_by: list[dict[str, Any]] = [d for m in model.modules() for d in (m._parameters, m._buffers)]
-    return [(d, name, tensor) for d in held_by for name, tensor in d.items() if isinstance(tensor, Tensor)]
+    """What holds each tensor, and its path, which ends in the name that it has there."""
+    return [
+        (held, f"{path}.{name}" if path else name, tensor)
+        for path, module in model.named_modules()
+        for held in (module._parameters, module._buffers)
+        for name, tensor in held.items()
+        if isinstance(tensor, Tensor)
+    ]
 
 
-def _in_float32(tensor: Tensor, name: str) -> Tensor:
+def _plain(tensor: Tensor, path: str) -> Tensor:
+    """The same values in PyTorch's own class; a class that changes no operator may have others.
+
+    Raises:
+        ModelError: the class computes in a way of its own, as torchao's and DTensor do.
+    """
+    kind: Any = type(tensor)
+    if kind in (Tensor, nn.Parameter) or torch.nn.parameter.is_lazy(tensor):
+        return tensor
+    if any(_overrides(kind, hook) for hook in ("__torch_function__", "__torch_dispatch__")):
+        raise ModelError(
+            f"Expected plain float tensors in the model, '{path}' is a {kind.__module__}.{kind.__qualname__}. Give the "
+            "network as it was before, or put plain values there (full_tensor() of a DTensor, dequantize() of torchao)."
+        )
+    values = tensor.detach().as_subclass(Tensor)
+    return nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
+
+
+def _overrides(kind: type, hook: str) -> bool:
+    found, *usual = (getattr(owner, hook) for owner in (kind, Tensor, nn.Parameter))
+    return getattr(found, "__func__", found) not in [getattr(own, "__func__", own) for own in usual]
+
+
+def _in_float32(tensor: Tensor, path: str) -> Tensor:
     if tensor.is_meta or torch.nn.parameter.is_lazy(tensor):
-        raise ModelError(f"Expected a model with weights, found none in '{name}'. Load them before quantizing.")
+        raise ModelError(f"Expected a model with weights, found none in '{path}'. Load them before quantizing.")
     kind = torch.float32 if tensor.is_floating_point() else tensor.dtype
     found = tensor.detach().to("cpu", kind)
     if found.dtype == tensor.dtype and found.device == tensor.device:
