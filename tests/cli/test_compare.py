@@ -91,6 +91,14 @@ def test_every_recipe_has_a_run_of_its_own_on_the_same_terms(here: Path) -> None
     assert torch.equal(again(images), bw.load(here / "out" / "mse")(images))
 
 
+def test_a_budget_is_for_the_recipes_that_optimise(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(call(here, "--recipes", "rtn,eptq", "--steps", "2", "--out", "short")) == 0
+    assert "change nothing" not in capsys.readouterr().err
+    told = {name: json.loads((here / "short" / name / "result.json").read_text()) for name in ("rtn", "eptq")}
+    assert told["eptq"]["reconstruct"]["steps"] == 2
+    assert "reconstruct" not in told["rtn"]
+
+
 def test_a_failure_is_shown_and_stops_nobody(here: Path) -> None:
     assert not (here / "out" / "broken").exists()
     record = json.loads((here / "out" / "compare.json").read_text())

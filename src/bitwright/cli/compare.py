@@ -13,6 +13,7 @@ from bitwright import report as pages
 from bitwright.cli import quantize
 from bitwright.cli import report as report_command
 from bitwright.cli.calls import CompareCall, QuantizeCall
+from bitwright.cli.options import BudgetOptions
 from bitwright.errors import BitwrightError, UsageError, one_line
 from bitwright.given.references import absolute_reference, absolute_source
 from bitwright.given.text import read_json
@@ -85,7 +86,7 @@ def compare(call: CompareCall, terminal: Terminal) -> None:
     with held(out):
         check_folders(call, folders.values(), out)
         for recipe, folder in folders.items():
-            entries.append(_one(replace(call.each, recipe=recipe, out=folder), folder, terminal))
+            entries.append(_one(call_for(recipe, call.each, folder), folder, terminal))
             rows = [figures_of(e) for e in entries]
             record = {"settings": settings(call.each), "runs": [r.to_dict() for r in rows]}
             write_json(out / RECORD, record)
@@ -96,6 +97,13 @@ def compare(call: CompareCall, terminal: Terminal) -> None:
     failed = [f"{e.name} ({e.error})" for e in entries if e.error is not None]
     if failed:
         raise BitwrightError(f"{len(failed)} of {len(entries)} recipes failed: {'; '.join(failed)}")
+
+
+def call_for(recipe: str, shared: QuantizeCall, folder: Path) -> QuantizeCall:
+    """A recipe's run: what all share, without a budget where nothing is optimised."""
+    unlimited = BudgetOptions(precision=shared.budget.precision)
+    budget = shared.budget if find_recipe(recipe).optimises else unlimited
+    return replace(shared, recipe=recipe, out=folder, budget=budget)
 
 
 def check_folders(call: CompareCall, folders: Collection[Path], out: Path) -> None:
