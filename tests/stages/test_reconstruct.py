@@ -28,7 +28,7 @@ from bitwright.stages.augment import Views
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate, parameters
 from bitwright.stages.optimizers import OptimizedPart
-from bitwright.stages.reconstruct import Reconstruct, _more_steps
+from bitwright.stages.reconstruct import Reconstruct
 from bitwright.stages.resume import KeptState
 from bitwright.stages.schedules import Anneal, Dampen, Gradual, Learn
 from bitwright.stages.targets import Batch
@@ -322,20 +322,6 @@ def test_kept_targets_give_what_live_ones_give(monkeypatch: pytest.MonkeyPatch) 
 
 
 # ---------------------------------------------------------------------------------------------- bad input
-
-
-@pytest.mark.parametrize(
-    ("began", "ended", "losses", "help_"),
-    [
-        (1.0, 1.2, [9.0, 2.0, 2.0, 1.0], True), (1.0, 1.2, [1.0, 2.0, 9.0, 2.0], False), (1.0, 1.2, [1.0], False),
-        (1.0, 0.9, [1.0, 2.0], True), (None, 0.9, [1.0, 1.0], False),
-    ],
-)  # fmt: skip
-def test_more_steps_are_advised_where_they_made_the_loss_smaller(
-    began: float | None, ended: float, losses: list[float], help_: bool
-) -> None:
-    said = _more_steps(began, ended, list(enumerate(losses, 1)))
-    assert said.startswith("More steps may help" if help_ else "The loss did not fall on the way either")
 
 
 def test_a_worse_result_is_not_kept() -> None:

@@ -6,10 +6,8 @@ changes while it runs is in `schedules`, one step of it in `tuning`, its variabl
 
 from __future__ import annotations
 
-import itertools
 import time
 import warnings
-from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -34,7 +32,7 @@ from bitwright.run.record import StageRecord
 from bitwright.stages.augment import ViewCount, Views, view_count
 from bitwright.stages.base import Optimising, Run, Samples
 from bitwright.stages.calibrate import parameters, widen_for_biases
-from bitwright.stages.calibration_loss import MEASURED_IMAGES, CalibrationLoss, surely_lower
+from bitwright.stages.choice import MEASURED_IMAGES, UnseenLoss, left_by_stages, more_steps, numbered, surely_lower
 from bitwright.stages.feeds import SCALED_ON, Fisher, UnitFeed, UnitPlace, find_places
 from bitwright.stages.learner import Learner, Variables
 from bitwright.stages.outcome import (
@@ -232,7 +230,7 @@ class Reconstruct(Optimising):
             self._optimise(tuner, saved, run, record, _Shown("", 0, plan.steps))
             learner.absorb(student)
             widen_for_biases(student)
-        measure = CalibrationLoss(teacher, points, objective, samples, run, tuner.at_once)
+        measure = UnseenLoss(teacher, points, objective, samples, run, tuner.at_once)
         self._choose(student, learner if plan.steps else None, measure, run, record)
         self._finish(record, student, teacher, images, run, before)
         return student
@@ -358,7 +356,10 @@ class Reconstruct(Optimising):
         if not record.units:
             _warn(NOTHING)
         losses = [sum(u.before for u in record.units), sum(u.after for u in record.units)]
-        given, own = next(reversed(_named(run.history)), None), _free(self.kind, _named(run.history))
+        given, own = (
+            next(reversed(left_by_stages(run.history)), None),
+            numbered(self.kind, left_by_stages(run.history)),
+        )
         record.before, record.after, record.kept = losses[0], losses[1], own
         by_stage = ({} if given is None else {given: losses[0]}) | {own: losses[1]}
         record.loss = LossRecord(soft=None, hard=losses[1], by_stage=by_stage)
@@ -502,14 +503,14 @@ class Reconstruct(Optimising):
         self,
         student: Student,
         learner: Learner | None,
-        measure: CalibrationLoss,
+        measure: UnseenLoss,
         run: Run,
         record: ReconstructRecord,
     ) -> None:
         """Measures the rounded network against what earlier stages left, and keeps the best."""
-        states = _named(run.history)
+        states = left_by_stages(run.history)
         given = next(reversed(states), None)
-        own = _free(self.kind, states)
+        own = numbered(self.kind, states)
         states[own] = student.snapshot()
         measured, soft = measure.losses(student, states, learner)
         losses = {name: float(each.mean()) for name, each in measured.items()}
@@ -518,32 +519,11 @@ class Reconstruct(Optimising):
         record.loss, record.kept = LossRecord(soft=soft, hard=losses[best], by_stage=losses), best
         record.before, record.after = None if given is None else losses[given], losses[best]
         if best != own:
-            more = _more_steps(record.before, losses[own], record.curve or [])
+            more = more_steps(record.before, losses[own], record.curve or [])
             _warn(
                 f"The optimisation did not lower the loss on unseen views of the calibration images "
                 f"({losses[own]:.4g}, {best}: {losses[best]:.4g}): what '{best}' left is kept. {more}"
             )
-
-
-def _more_steps(began: float | None, ended: float, curve: list[tuple[int, float]]) -> str:
-    """Whether more steps promise anything: where those that were taken made the loss smaller, or were about to.
-
-    Args:
-        began: the loss before the first step; None where nothing was rounded then.
-        ended: the loss after the last one.
-        curve: of the steps, as :func:`~bitwright.stages.outcome.averaged` has it.
-
-    Example:
-        >>> _more_steps(1.0, 1.2, [(10, 3.0), (20, 2.0)]), _more_steps(1.0, 0.9, [])
-        ('More steps may help.', 'More steps may help.')
-        >>> _more_steps(1.0, 1.2, [(10, 2.0), (20, 3.0)])[:30]
-        'The loss did not fall on the w'
-    """
-    part = -(-len(curve) // 3)
-    first, last = (sum(loss for _, loss in stretch) for stretch in (curve[:part], curve[len(curve) - part :]))
-    if (began is not None and ended < began) or last < first:
-        return "More steps may help."
-    return "The loss did not fall on the way either: more images or more bits will help rather than more steps."
 
 
 def _noted(saved: KeptState, losses: list[float], recent: float) -> float:
@@ -552,25 +532,6 @@ def _noted(saved: KeptState, losses: list[float], recent: float) -> float:
     for loss in losses:
         recent = loss if not recent else 0.95 * recent + 0.05 * loss
     return recent
-
-
-def _named(history: list[tuple[str, Snapshot]]) -> dict[str, Snapshot]:
-    """What stages left, by their kind."""
-    found: dict[str, Snapshot] = {}
-    for kind, snapshot in history:
-        found[_free(kind, found)] = snapshot
-    return found
-
-
-def _free(kind: str, taken: Container[str]) -> str:
-    """The kind of a stage, numbered from its second stage on.
-
-    Example:
-        >>> _free("optq", {}), _free("reconstruct", {"reconstruct"})
-        ('optq', 'reconstruct 2')
-    """
-    names = (kind if i == 1 else f"{kind} {i}" for i in itertools.count(1))
-    return next(n for n in names if n not in taken)
 
 
 def _seconds(tuner: Tuner, plan: Pace) -> float:

@@ -1,8 +1,10 @@
-"""The loss of networks on a fixed part of the samples, which says what of an optimisation is kept."""
+"""Which of the networks that stages have left is kept: by their loss on views that none of them saw."""
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Container
 
 import torch
 from torch import Tensor
@@ -22,7 +24,7 @@ ERRORS = 1.0
 loss, so that it differs by several percent from one crop of them to the next."""
 
 
-class CalibrationLoss:
+class UnseenLoss:
     """Of networks at the points, without regularizer.
 
     Args:
@@ -100,3 +102,43 @@ def surely_lower(losses: dict[str, Tensor], own: str) -> str:
     gain = losses[own] - losses[best]
     error = float(gain.std()) / math.sqrt(len(gain)) if len(gain) > 1 else 0.0
     return best if finite[own] - finite[best] > ERRORS * error else own
+
+
+def left_by_stages(history: list[tuple[str, Snapshot]]) -> dict[str, Snapshot]:
+    """What stages left, by their kind."""
+    found: dict[str, Snapshot] = {}
+    for kind, snapshot in history:
+        found[numbered(kind, found)] = snapshot
+    return found
+
+
+def numbered(kind: str, taken: Container[str]) -> str:
+    """The kind of a stage, numbered from its second stage on.
+
+    Example:
+        >>> numbered("optq", {}), numbered("reconstruct", {"reconstruct"})
+        ('optq', 'reconstruct 2')
+    """
+    names = (kind if i == 1 else f"{kind} {i}" for i in itertools.count(1))
+    return next(n for n in names if n not in taken)
+
+
+def more_steps(began: float | None, ended: float, curve: list[tuple[int, float]]) -> str:
+    """Whether more steps promise anything: where those that were taken made the loss smaller, or were about to.
+
+    Args:
+        began: the loss before the first step; None where nothing was rounded then.
+        ended: the loss after the last one.
+        curve: of the steps, as :func:`~bitwright.stages.outcome.averaged` has it.
+
+    Example:
+        >>> more_steps(1.0, 1.2, [(10, 3.0), (20, 2.0)]), more_steps(1.0, 0.9, [])
+        ('More steps may help.', 'More steps may help.')
+        >>> more_steps(1.0, 1.2, [(10, 2.0), (20, 3.0)])[:30]
+        'The loss did not fall on the w'
+    """
+    part = -(-len(curve) // 3)
+    first, last = (sum(loss for _, loss in stretch) for stretch in (curve[:part], curve[len(curve) - part :]))
+    if (began is not None and ended < began) or last < first:
+        return "More steps may help."
+    return "The loss did not fall on the way either: more images or more bits will help rather than more steps."

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bitwright.stages.calibration_loss import surely_lower
+from bitwright.stages.choice import more_steps, surely_lower
 
 COUNT = 100
 
@@ -45,3 +45,17 @@ def test_a_loss_that_is_not_finite_is_never_kept(odd: float) -> None:
 
 def test_one_sample_has_no_error() -> None:
     assert surely_lower({"start": torch.tensor([1.0]), "end": torch.tensor([1.01])}, "end") == "start"
+
+
+@pytest.mark.parametrize(
+    ("began", "ended", "losses", "help_"),
+    [
+        (1.0, 1.2, [9.0, 2.0, 2.0, 1.0], True), (1.0, 1.2, [1.0, 2.0, 9.0, 2.0], False), (1.0, 1.2, [1.0], False),
+        (1.0, 0.9, [1.0, 2.0], True), (None, 0.9, [1.0, 1.0], False),
+    ],
+)  # fmt: skip
+def test_more_steps_are_advised_where_they_made_the_loss_smaller(
+    began: float | None, ended: float, losses: list[float], help_: bool
+) -> None:
+    said = more_steps(began, ended, list(enumerate(losses, 1)))
+    assert said.startswith("More steps may help" if help_ else "The loss did not fall on the way either")
