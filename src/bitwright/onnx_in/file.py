@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -74,15 +73,6 @@ def read_program(path: Path) -> OnnxProgram:
         widen(program.graph, stored)
     _sort(program.graph, path)
     return OnnxProgram(program, stored, kinds)
-
-
-def digest(path: Path) -> str:
-    """The sha256 of the file."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            found.update(chunk)
-    return found.hexdigest()
 
 
 def opset_of(program: Any) -> int:

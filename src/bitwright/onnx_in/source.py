@@ -10,12 +10,13 @@ from pathlib import Path
 from torch import Tensor
 
 from bitwright.errors import ModelError
+from bitwright.given.files import sha256_of
 from bitwright.given.several import InputPart
 from bitwright.given.text import short
 from bitwright.graph.outputs import Interface
 from bitwright.onnx_in.build import Body, Image, build, onnx_images, unread_inputs
 from bitwright.onnx_in.check import check_import
-from bitwright.onnx_in.file import OnnxProgram, digest, read_program
+from bitwright.onnx_in.file import OnnxProgram, read_program
 from bitwright.onnx_in.network import OnnxNetwork
 from bitwright.onnx_in.tail import Tail
 from bitwright.words import plural
@@ -54,7 +55,7 @@ class OnnxFile:
         """
         program = read_program(path)
         try:
-            file = cls(path, digest(path), program, build(program, onnx_images(program.proto, size, path), path))
+            file = cls(path, sha256_of(path), program, build(program, onnx_images(program.proto, size, path), path))
         except (LookupError, ValueError, TypeError, ArithmeticError, AttributeError) as error:
             raise ModelError(f"Expected an ONNX file, cannot read {path} ({short(error)}). Export it again.") from error
         if program.short:

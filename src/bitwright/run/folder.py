@@ -5,7 +5,6 @@ Nothing here imports PyTorch before a network is written or read.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import tempfile
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from bitwright.errors import UsageError, step
 from bitwright.given.arguments import a_path
+from bitwright.given.files import sha256_of
 from bitwright.given.text import read_json
 from bitwright.run import state as run_state
 from bitwright.run.files import cannot_write, is_partial, remove, sweep, temporary, told_of, write_json
@@ -258,7 +258,7 @@ def write_result(model: Student, folder: Path) -> None:
 
 def checksums(folder: Path) -> dict[str, str]:
     """The sha256 of the model's files, by name; those that there are."""
-    return {name: _sha256(folder / name) for name in CHECKED if (folder / name).is_file()}
+    return {name: sha256_of(folder / name) for name in CHECKED if (folder / name).is_file()}
 
 
 def renew_checksum(path: Path) -> None:
@@ -278,16 +278,8 @@ def check_file(folder: Path, name: str, files: Mapping[str, str] | None, advice:
     expected, path = (files or {}).get(name), folder / name
     if not path.is_file():
         raise UsageError(f"Expected {name} in {folder}, found none. {advice}")
-    if expected is not None and _sha256(path) != expected:
+    if expected is not None and sha256_of(path) != expected:
         raise UsageError(f"{path} is damaged or was changed: its sha256 is not the one in {RESULT}. {advice}")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def read_result(folder: str | Path) -> RunResult:
