@@ -413,8 +413,11 @@ def test_averaged_weights_win_and_say_so(tmp_path: Path) -> None:
 
 def test_network_whose_own_names_start_with_a_prefix() -> None:
     module = nn.ModuleDict({"model": nn.ModuleDict({"model": nn.Linear(2, 2)})})
-    load_weights(module, {f"module.{name}": value + 1 for name, value in module.state_dict().items()})
-    load_weights(module, dict(module.state_dict()))
+    own = {name: value.clone() for name, value in module.state_dict().items()}
+    load_weights(module, {f"module.{name}": value + 1 for name, value in own.items()})
+    assert all(torch.equal(value, own[name] + 1) for name, value in module.state_dict().items())
+    load_weights(module, own)
+    assert all(torch.equal(value, own[name]) for name, value in module.state_dict().items())
 
 
 def test_network_that_is_wrapped_and_weights_that_are_not() -> None:
@@ -454,8 +457,10 @@ def test_network_that_is_there_twice() -> None:
 
 def test_old_checkpoints_may_lack_the_batch_counter() -> None:
     state = {name: value for name, value in filled(2).items() if "tracked" not in name}
-    load_weights(small(), state)
-    load_weights(nn.Conv2d(3, 4, 3), {"weight": torch.zeros(4, 3, 3, 3), "bias": torch.zeros(4)})
+    module = small()
+    load_weights(module, state)
+    assert (module[1].running_var == 2).all()
+    assert module[1].num_batches_tracked == 0
 
 
 def test_what_does_not_fit_is_listed() -> None:

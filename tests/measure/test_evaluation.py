@@ -220,7 +220,9 @@ def test_calibration_says_nothing_of_masks(dense: tuple[bw.QuantizedModel, Tenso
     _, images, masks = dense
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        bw.quantize(nn.Conv2d(3, 4, 1).eval(), zip([images], [masks.float()], strict=True), "rtn")
+        found = bw.quantize(nn.Conv2d(3, 4, 1).eval(), zip([images], [masks.float()], strict=True), "rtn")
+    assert found.calibration is not None
+    assert found.calibration.truth is None
 
 
 def test_networks_of_other_outputs_are_not_compared() -> None:

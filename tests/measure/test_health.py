@@ -87,7 +87,8 @@ def test_an_output_that_no_longer_depends_on_the_image_is_named() -> None:
 def test_a_good_network_is_returned_without_a_word() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        bw.quantize(Net().eval(), images(), "rtn", weights=8)
+        found = bw.quantize(Net().eval(), images(), "rtn", weights=8)
+    assert not found.result["warnings"]
 
 
 def test_an_output_that_is_constant_in_float_too_is_no_fault() -> None:
@@ -97,7 +98,8 @@ def test_an_output_that_is_constant_in_float_too_is_no_fault() -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        bw.quantize(Constant().eval(), images(), "rtn", weights=8)
+        found = bw.quantize(Constant().eval(), images(), "rtn", weights=8)
+    assert not found.result["warnings"]
 
 
 def test_a_large_network_is_looked_at_on_fewer_images_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,5 +64,5 @@ def test_folders_above_are_made_and_taken_away_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("folder", ["/proc/run", "/dev/null/run"])
 def test_where_nothing_can_be_written_there_is_no_lock(folder: str) -> None:
-    with held(Path(folder)):
-        pass
+    with held(Path(folder)), held(Path(folder)):  # where there is one, the second is refused
+        assert not lock_file(Path(folder)).exists()
