@@ -181,42 +181,83 @@ def smallest(
     Raises:
         UsageError: even the largest plan changes more answers.
     """
-    fit, held_out = halves(images)
-    quick = method.model_copy(update={"stages": tuple(s for s in method.stages if not isinstance(s, Optimising))})
-    identity = f"2 {[p.model_dump_json() for p in curve]} {scheme} {quick} {run.seed} {images.sha256}"
-    follower = None if scored is None else Follower.of(teacher, held_out, scored)
-    identity += "" if follower is None else f" {follower.key} {follower.best}"
-    kept = _Kept(state, sha256(f"{identity} {tensor_digest(teacher.graph)}".encode()).hexdigest())
-    most = len(curve).bit_length() + 1
-
-    def agreement(index: int) -> float:
-        if index not in kept.found:
-            run.progress("Trying plans on held-out images", len(kept.found), max(most, len(kept.found) + 1))
-            given = (teacher, curve[index], scheme, quick, fit)
-            if follower is None:
-                found = _agreement(*given, held_out, run)
-                kept.add(index, found, _interval(found, held_out))
-            else:
-                kept.add(index, *follower.share(_tried(*given, run)[0]))
-        return kept.found[index]
-
-    search = first_that_holds(len(curve), agreement, 1 - drop)
+    trials = _Trials.begun(teacher, curve, scheme, method, images, run, state, scored)
+    search = first_that_holds(len(curve), trials.agreement, 1 - drop)
     run.progress("Trying plans on held-out images", len(search.tried), len(search.tried))
     if search.index is None:
-        last, named = len(curve) - 1, None if follower is None else named_figures(follower.key)
-        raise _out_of_reach(drop, curve[-1], search.tried[last], kept.intervals[last], held_out, named)
-    return curve[search.index], Estimate(
-        agreement=search.tried[search.index],
-        interval=kept.intervals[search.index],
-        drop=drop,
-        images=len(held_out),
-        calibrated_on=len(fit),
-        stages=[s.kind for s in quick.stages],
-        monotone=search.monotone,
-        trials=[Trial(**_size(curve[i]), agreement=v, interval=kept.intervals[i])
-                for i, v in sorted(search.tried.items())],
-        figure=None if follower is None else follower.key,
-    )  # fmt: skip
+        raise trials.out_of_reach(drop)
+    return curve[search.index], trials.estimate(search, drop)
+
+
+@dataclass
+class _Trials:
+    """Plans of a curve, tried on one half of the images and judged on the other, and what came of them."""
+
+    teacher: Captured
+    curve: Sequence[Plan]
+    scheme: Scheme
+    quick: Recipe
+    fit: Images
+    held_out: Images
+    follower: Follower | None
+    run: Run
+    kept: _Kept
+
+    @classmethod
+    def begun(
+        cls,
+        teacher: Captured,
+        curve: Sequence[Plan],
+        scheme: Scheme,
+        method: Recipe,
+        images: Images,
+        run: Run,
+        state: Path | None,
+        scored: Scoring | None,
+    ) -> _Trials:
+        """Goes on from what is kept in ``state``."""
+        fit, held_out = halves(images)
+        quick = method.model_copy(update={"stages": tuple(s for s in method.stages if not isinstance(s, Optimising))})
+        identity = f"2 {[p.model_dump_json() for p in curve]} {scheme} {quick} {run.seed} {images.sha256}"
+        follower = None if scored is None else Follower.of(teacher, held_out, scored)
+        identity += "" if follower is None else f" {follower.key} {follower.best}"
+        kept = _Kept(state, sha256(f"{identity} {tensor_digest(teacher.graph)}".encode()).hexdigest())
+        return cls(teacher, curve, scheme, quick, fit, held_out, follower, run, kept)
+
+    def agreement(self, index: int) -> float:
+        """What a plan of the curve reaches; asked for again, it is not tried again."""
+        done, most = len(self.kept.found), len(self.curve).bit_length() + 1
+        if index not in self.kept.found:
+            self.run.progress("Trying plans on held-out images", done, max(most, done + 1))
+            given = (self.teacher, self.curve[index], self.scheme, self.quick, self.fit)
+            if self.follower is None:
+                found = _agreement(*given, self.held_out, self.run)
+                self.kept.add(index, found, _interval(found, self.held_out))
+            else:
+                self.kept.add(index, *self.follower.share(_tried(*given, self.run)[0]))
+        return self.kept.found[index]
+
+    def estimate(self, search: Search, drop: float) -> Estimate:
+        """What is known of the plan that was found."""
+        assert search.index is not None
+        tried = sorted(search.tried.items())
+        return Estimate(
+            agreement=search.tried[search.index],
+            interval=self.kept.intervals[search.index],
+            drop=drop,
+            images=len(self.held_out),
+            calibrated_on=len(self.fit),
+            stages=[s.kind for s in self.quick.stages],
+            monotone=search.monotone,
+            trials=[Trial(**_size(self.curve[i]), agreement=v, interval=self.kept.intervals[i]) for i, v in tried],
+            figure=None if self.follower is None else self.follower.key,
+        )
+
+    def out_of_reach(self, drop: float) -> UsageError:
+        """What is said where even the largest plan, which was tried, changes more."""
+        last, named = len(self.curve) - 1, None if self.follower is None else named_figures(self.follower.key)
+        found, interval = self.kept.found[last], self.kept.intervals[last]
+        return _out_of_reach(drop, self.curve[last], found, interval, self.held_out, named)
 
 
 def _out_of_reach(
