@@ -53,15 +53,6 @@ def is_file(path: Path) -> bool:
     return exists(path) and path.is_file()
 
 
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 class Source(Protocol):
     """Where images come from; an index counts over the whole source, before any slice."""
 

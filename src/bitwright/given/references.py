@@ -1,9 +1,11 @@
-"""References to models and images that hold from any folder, so that a later command finds them again."""
+"""References to models and images that hold from any folder, and what tells whether a file is still the same."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+from pathlib import Path
 
 
 def absolute_reference(reference: str) -> str:
@@ -30,3 +32,12 @@ def absolute_source(source: str) -> str:
         'zoo:fashion[:8]'
     """
     return source if source.startswith("zoo:") else os.path.abspath(os.path.expanduser(source))
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from bitwright.errors import ModelError
-from bitwright.given.files import sha256_of
+from bitwright.given.references import sha256_of
 from bitwright.given.several import InputPart
 from bitwright.given.text import short
 from bitwright.graph.outputs import Interface

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from bitwright.errors import UsageError, step
 from bitwright.given.arguments import a_path
-from bitwright.given.files import sha256_of
+from bitwright.given.references import sha256_of
 from bitwright.given.text import read_json
 from bitwright.run import state as run_state
 from bitwright.run.files import cannot_write, is_partial, remove, sweep, temporary, told_of, write_json
