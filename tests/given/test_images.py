@@ -611,6 +611,23 @@ def test_npz_of_pixels_and_labels(tmp_path: Path) -> None:
     assert grey[0].shape == (3, 8, 8)
 
 
+def test_npy_of_pixels(tmp_path: Path) -> None:
+    pixels = np.stack([noise(8, 8, seed=k) for k in range(3)])
+    np.save(tmp_path / "a.npy", pixels)
+    images = load_images(f"{tmp_path / 'a.npy'}[1:]", SMALL)
+    assert len(images) == 2
+    assert torch.equal(images[0], SMALL(pixels[1]))
+    np.save(tmp_path / "b.npy", pixels.astype(np.uint16) * 16)
+    with fails("b.npy", "are pixels of 12 bits"):
+        load_images(tmp_path / "b.npy", SMALL)
+    np.save(tmp_path / "c.npy", np.array([None]))
+    with fails("c.npy", "write it with numpy.save"):
+        load_images(tmp_path / "c.npy", SMALL)
+    torch.save(torch.zeros(2, 3, 8, 8), tmp_path / "d.pt")
+    with fails("d.pt", "numpy.save('images.npy', tensor.numpy())"):
+        load_images(tmp_path / "d.pt", SMALL)
+
+
 def test_npz_of_floats_is_taken_as_preprocessed(tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(size=(2, 3, 8, 8))
     images = load_images(npz(tmp_path, images=values), SMALL)

@@ -35,7 +35,7 @@ model_argument = partial(
 images_argument = partial(
     argument,
     "IMAGES",
-    "A folder, an .npz, .tar or .parquet file or zoo:NAME, with an optional slice as in 'photos[0::2]'",
+    "A folder, an .npz, .npy, .tar or .parquet file or zoo:NAME, with an optional slice as in 'photos[0::2]'",
 )
 run_argument = partial(argument, "RUN", "A run folder with a model.onnx in it")
 recipe_option = partial(

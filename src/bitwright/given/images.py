@@ -278,7 +278,7 @@ def load_images(
 
     Args:
         source: a folder (recursive, sorted by path), one image file, a ``.tar`` archive (WebDataset) or ``.parquet``
-            table (Hugging Face) or a folder of them, ``zoo:NAME``, or an ``.npz`` file with
+            table (Hugging Face) or a folder of them, ``zoo:NAME``, a ``.npy`` file of images, or an ``.npz`` file with
             ``images`` and perhaps ``labels``; each with an optional slice as in ``photos[0::2]``. Or images in memory:
             an array, a tensor, or any iterable of them, such as a ``DataLoader``, a data set or a generator, which is
             read once. Images are 8-bit pixels (N, H, W, C), (N, C, H, W) or (N, H, W), Pillow images, or preprocessed

@@ -32,6 +32,8 @@ EXTENSIONS = frozenset({
 # fmt: on
 NO_INPUTS = frozenset({"images", "labels", "masks"})
 """Arrays of an ``.npz`` that have a meaning of their own."""
+TENSORS = frozenset({".pt", ".pth", ".safetensors"})
+_AS_ARRAY = ", or of tensors numpy.save('images.npy', tensor.numpy())"
 _Array = npt.NDArray[Any]
 
 
@@ -99,6 +101,9 @@ def _from_place(text: str, asked: Asked) -> tuple[Source, Tensor | Truth | None]
         return _from_folder(path, asked)
     if path.suffix.lower() == ".npz":
         return _from_npz(path, asked)
+    if path.suffix.lower() == ".npy" and is_file(path):
+        _check_no_key(asked, text)
+        return _from_npy(path, asked), None
     if path.suffix.lower() in SHARDS and is_file(path):
         return open_shards([path], EXTENSIONS, asked.input_key, labels=asked.labels)
     if path.suffix.lower() in EXTENSIONS:
@@ -106,7 +111,8 @@ def _from_place(text: str, asked: Asked) -> tuple[Source, Tensor | Truth | None]
         return Files(path.parent, [path.name]), None
     raise DataError(
         f"Expected a folder of images, an .npz file or zoo:NAME, found the file {text}. "
-        f"Give a folder; image files end in {', '.join(sorted(EXTENSIONS))}."
+        f"Give a folder{_AS_ARRAY if path.suffix in TENSORS else ''}; "
+        f"image files end in {', '.join(sorted(EXTENSIONS))}."
     )
 
 
@@ -204,6 +210,16 @@ def _from_npz(path: Path, asked: Asked) -> tuple[Source, Tensor | Truth | None]:
     if masks is not None:
         return source, class_masks(masks, len(source.names), str(path))
     return source, class_indices(labels, len(source.names), str(path))
+
+
+def _from_npy(path: Path, asked: Asked) -> Source:
+    try:
+        images = np.load(path, allow_pickle=False)
+    except Exception as error:
+        raise DataError(
+            f"Expected an array of numbers in {path}, cannot read it ({short(error)}): write it with numpy.save."
+        ) from error
+    return of_array(images, str(path), asked)
 
 
 def _inputs_in(file: Mapping[str, _Array], path: Path, asked: Asked) -> dict[str, _Array]:
