@@ -162,6 +162,7 @@ def test_biases_of_heads_stay_float_and_say_so() -> None:
     assert "mlp.0.bias" not in why
 
 
+@pytest.mark.filterwarnings("ignore:The optimisation did not lower")
 @pytest.mark.parametrize("method", ["optq", "eptq", "evolq", "eptq+evolq"])
 def test_stages_keep_the_scales_of_heads(method: str, tmp_path: Path) -> None:
     """What each of them yields lies on the grid of its heads: codes times one number a head."""

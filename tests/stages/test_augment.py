@@ -154,6 +154,7 @@ def test_unseen_views_are_none_of_those_drawn(draws: int) -> None:
     assert not any(torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])
     seen = torch.cat(list(Views(data, max(draws, MOST), seed=3).batches(8)))
     assert not any(torch.equal(a, b) for a in found for b in seen)
+    assert torch.equal(Views(data, draws, seed=4).unseen().batch(range(16)), found)
 
 
 @pytest.mark.parametrize(("count", "each"), [(FEW, 1), (FEW - 1, 2), (100, 3), (5, MOST)])

@@ -17,6 +17,8 @@ from bitwright.stages.base import Samples
 
 FEW, MOST = 256, 4
 """Views that make up for few images, and how many of each image at most: more gained nothing with 48 images."""
+UNSEEN = 4_200_000_000
+"""Seed of views that no stage sees."""
 PICTURES = (1, 3)
 """Channels of a picture."""
 NO_SIDE = 4
@@ -78,12 +80,14 @@ class Views:
     def unseen(self) -> Samples:
         """Views that are none of these, nor of those that ``auto`` draws; what has no views is taken as it is.
 
-        One of every image, but as many as make few images 256, four at most.
+        One of every image, but as many as make few images 256, four at most; the same whatever the seed, so that runs
+        can be compared.
         """
         if self.draws == 1 and not _are_pictures(self.images):
             return self.images
         before, more = max(self.draws, MOST), _for_few(self.images)
-        return _Later(Views(self.images, before + more, self.seed, self.smallest), before * len(self.images))
+        views = Views(self.images, before + more, UNSEEN, self.smallest)
+        return _Later(views, before * len(self.images))
 
     def batch(self, indices: Sequence[int] | Tensor) -> Tensor:
         """[B, C, H, W]; index ``i`` is view ``i // len(images)`` of image ``i % len(images)``.
