@@ -29,6 +29,7 @@ from bitwright.export.packed import LZMA
 from bitwright.given.images import load_images
 from bitwright.given.models import load_model
 from bitwright.given.saved_program import load_program
+from bitwright.given.weights import read_state_dict
 from bitwright.quant.scheme import Rule
 from bitwright.recipes import recipe
 from bitwright.run import folder as run_folder
@@ -45,6 +46,7 @@ SHARES = {
     "packed": 15,
     "pt2": 8,
     "onnx": 10,
+    "weights": 10,
 }
 ONNX: tuple[list[Any], dict[str, Any], tuple[Any, ...], int] = (
     [
@@ -253,6 +255,24 @@ def test_packed_files(data: st.DataObject, run: Path, tmp_path: Path) -> None:
         version = data.draw(st.sampled_from(["1", "1", "1", "-1", "0", "x", "9" * 5000, "\u0661", ""]))
         save_file(tensors | {"structure": torch.frombuffer(packed, dtype=torch.uint8)}, path, {"bitwright": version})
     refused_or_read(lambda: bw.load(path))
+
+
+@tried("weights")
+@given(data=st.data(), legacy=st.booleans())
+def test_checkpoints(data: st.DataObject, legacy: bool, tmp_path: Path) -> None:
+    """Of the newer form the bytes are damaged that name objects, and not the archive around them."""
+    path, state = tmp_path / "x.pt", {"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}
+    content = {"best": np.float64(0.5), "out": Path("runs"), "state_dict": state}
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    if legacy:
+        path.write_bytes(data.draw(damaged(path.read_bytes())))
+    else:
+        with zipfile.ZipFile(path) as old:
+            members = {name: old.read(name) for name in old.namelist()}
+        with zipfile.ZipFile(path, "w") as new:
+            for name, held in members.items():
+                new.writestr(name, data.draw(damaged(held)) if name.endswith("data.pkl") else held)
+    refused_or_read(lambda: read_state_dict(path))
 
 
 @tried("pt2")
