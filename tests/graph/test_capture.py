@@ -116,6 +116,19 @@ def test_parametrized_layers_keep_their_paths() -> None:
     assert "act" in {n.meta.get("layer") for n in found.graph.graph.nodes}
 
 
+def test_values_read_past_a_parameter_are_refused_with_the_line() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale.data
+
+    with pytest.raises(ModelError, match=r"read past it.*return x \* self.scale.data.*Use .detach\(\) there"):
+        capture(Net().eval(), images(2))
+
+
 def test_capture_leaves_a_training_model_as_it_was() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

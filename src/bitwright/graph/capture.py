@@ -92,6 +92,7 @@ def capture(
             returned = _run(model, images)
             reference = _arranged(model, returned)
             program = _tensors_alone(_export(model, images, returned))
+            _check_values_of_constants(program)
             _check_constants(program, model, images)
     if _writes(program):
         with suppress(ModelError):  # in-place activations, as most networks have them
@@ -127,6 +128,21 @@ def _checked(
         kinds = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in coarse))
         warnings.warn(f"The model computes a part in {kinds}. In float32 it is quantized.", stacklevel=2)
     return captured
+
+
+def _check_values_of_constants(program: torch.export.ExportedProgram) -> None:
+    """Each must have some: what is read past a parameter has none while the network is captured."""
+    from torch._subclasses import FakeTensor
+
+    fake = [name for name, value in program.constants.items() if isinstance(value, FakeTensor)]
+    stored = program.graph_signature.inputs_to_lifted_tensor_constants
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and stored.get(node.name) in fake:
+            line = next(filter(None, map(explain.recorded_line, node.users)), "")
+            raise ModelError(
+                f"The model cannot be captured: the values of a parameter are read past it{line}, as by .data. Use "
+                ".detach() there."
+            )
 
 
 def _check_constants(program: torch.export.ExportedProgram, model: nn.Module, images: Tensor) -> None:
