@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,9 @@ def network_boxes(count: int = 2) -> list[dict[str, Any]]:
     return [one] * count
 
 
+SMALL = {"id": 10, "file_name": "0.png", "width": 8, "height": 4}
+
+
 def write_coco(root: Path, **change: Any) -> Path:
     sides = [[x1, y1, x2 - x1, y2 - y1] for _, (x1, y1, x2, y2) in BOXES]
     told = {
@@ -305,6 +309,7 @@ def test_outputs_that_are_boxes_need_no_function(photos: Images, tmp_path: Path)
             r"found boxes \(3, 4\)",
         ),
         ([torch.zeros(3)] * 2, "found an array"),
+        ([{"box": torch.zeros(3, 4)}] * 2, "found dict of box for an image from decode"),
         ([{"boxes": [[1, 1, 2, 2]], "scores": [0.5], "labels": ["cat"]}] * 2, "Expected numbers as boxes, scores and"),
     ],
 )
@@ -324,7 +329,7 @@ def test_what_a_function_returns_is_checked(photos: Images, tmp_path: Path, deco
         (lambda r: write_yolo(r, "0 1.5 0.5 0.1 0.1"), "Expected boxes in an image of 80x40 pixels, found corners 116"),
         (lambda r: write_coco(r, annotations=[]), "Expected annotations in .* found an empty list"),
         (lambda r: write_coco(r, images=3), "Expected COCO's lists of images, annotations and categories"),
-        (lambda r: write_coco(r, images=[{"id": 10, "file_name": "0.png", "width": 8, "height": 4}]), "found 80x40"),
+        (lambda r: write_coco(r, images=[SMALL], annotations=[{"image_id": 10, "category_id": 3}]), "found 80x40"),
         (lambda r: write_coco(r, images=[{"id": 10, "file_name": "z.png"}]), "Expected names of the images"),
         (lambda r: write_coco(r, annotations=[{"image_id": 10, "category_id": 3, "bbox": [1]}]), "Expected bbox"),
         (lambda r: write_coco(r, annotations=[{"image_id": 10, "category_id": 5, "bbox": [1, 1, 2, 2]}]), "found '5'"),
@@ -364,3 +369,29 @@ def test_classes_that_are_numbered_otherwise_are_doubted(photos: Images, tmp_pat
     images = labelled(photos, str(write_yolo(tmp_path)))
     turned = [b | {"labels": 1 - b["labels"]} for b in network_boxes()]
     assert "Hardly a box is right. Check that class 0 is cat" in run(images, turned)["evaluation"]["notes"][0]
+
+
+@pytest.mark.parametrize("breaks", ["turned round", "no numbers"])
+def test_boxes_that_are_none_are_told(photos: Images, tmp_path: Path, breaks: str) -> None:
+    images = labelled(photos, str(write_yolo(tmp_path)))
+    whole = network_boxes()
+    broken = [
+        b | {"boxes": b["boxes"].float()[:, [2, 3, 0, 1]] * (1 if breaks == "turned round" else math.nan)}
+        for b in whole
+    ]
+    count = sum(len(b["boxes"]) for b in whole)
+    notes = run(images, broken)["evaluation"]["notes"]
+    assert notes[0].startswith(f"{count} of {count} boxes from the network are left out: corners are x1, y1, x2, y2")
+    empty = [{k: torch.cat([v, v[:1] * (0 if k == "boxes" else 1)]) for k, v in b.items()} for b in whole]
+    assert f"2 of {count + 2} boxes" in run(images, empty)["evaluation"]["notes"][0]
+
+
+def test_annotations_of_no_image_are_told(photos: Images, tmp_path: Path) -> None:
+    box = {"category_id": 3, "bbox": [1, 1, 5, 5]}
+    path = write_coco(tmp_path, annotations=[box | {"image_id": i} for i in (10, "11", 99, 99)])
+    with pytest.warns(
+        UserWarning, match="3 annotations in .* that it does not list are left out .first: image_id '11'"
+    ):
+        images = labelled(photos, str(path))
+    assert images.truth is not None
+    assert [len(b) for b in images.truth.items] == [1, 0]

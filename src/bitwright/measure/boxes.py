@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,7 @@ class Coco:
         classes, by_image = self.classes(given), defaultdict(list)
         for annotation in self.annotations:
             by_image[annotation["image_id"]].append(annotation)
+        self._tell_of_strangers(by_image)
         items: list[Boxes | None] = []
         for position, image in enumerate(there):
             if image is None:
@@ -104,6 +105,19 @@ class Coco:
         _check(items, images, str(self.path))
         known = len(self.categories) if given is None else None
         return items, Truth("detection", [], f"boxes of {self.path}", classes.names, known)
+
+    def _tell_of_strangers(self, by_image: Mapping[Any, Sequence[Any]]) -> None:
+        """Warns of boxes whose image the file does not have."""
+        known = {image["id"] for image in self.images}
+        strange = [number for number in by_image if number not in known]
+        if strange:
+            count = sum(len(by_image[number]) for number in strange)
+            warnings.warn(
+                f"{plural(count, 'annotation')} in {self.path} of images that it does not list are left out "
+                f"(first: image_id {strange[0]!r}).",
+                UserWarning,
+                stacklevel=5,
+            )
 
     def _check_size(self, image: dict[str, Any], size: tuple[int, int], where: str) -> None:
         drawn = (image.get("width"), image.get("height"))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -30,17 +30,23 @@ MOST = 100
 SIZES = ("small", "medium", "large")
 MANY = 20_000
 """Images times classes, above which fewer samples are drawn: a sample takes a second there."""
+BROKEN = 0.1
+"""Share of boxes without an area, from which on they are told of: decoders that cut boxes leave a few."""
 SURE = 0.3
 """The score above which boxes are drawn."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """Boxes that a network found in an image: corners (M, 4) in pixels of the image, scores (M,), classes (M,)."""
+    """Boxes that a network found in an image: corners (M, 4) in pixels of the image, scores (M,), classes (M,).
+
+    Beside them, ``broken`` more had a score and a class, but corners that make no box.
+    """
 
     corners: TruthArray
     scores: TruthArray
     labels: TruthArray
+    broken: int = 0
 
     def above(self, score: float) -> Found:
         """Those of a higher score."""
@@ -158,6 +164,8 @@ class AveragePrecision(Tally):
         """A hint where hardly a box is right: most often classes or coordinates are numbered in another way."""
         if not self.classes:
             return ["No box of the labels counts: all are crowds or too difficult."]
+        if broken := self._broken():
+            return broken
         if not any(len(f.labels) for f in self.found):
             return ["The network found no box in any image."]
         if self.figures().get("map50", 1.0) >= 0.01:
@@ -173,6 +181,16 @@ class AveragePrecision(Tally):
         return [
             f"Hardly a box is right. Check that class 0 is {first} for the network too (class_map= says otherwise), "
             "and that boxes are corners in pixels of the network's input (decode=)."
+        ]
+
+    def _broken(self) -> list[str]:
+        broken = sum(f.broken for f in self.found)
+        given = broken + sum(len(f.labels) for f in self.found)
+        if broken <= BROKEN * given:
+            return []
+        return [
+            f"{broken} of {plural(given, 'box', 'boxes')} from the network are left out: corners are x1, y1, x2, y2 "
+            "with x1 < x2 and y1 < y2, and finite numbers."
         ]
 
 
@@ -210,7 +228,7 @@ class _Judge:
                 f"the network. Say which of its classes each is: {_numbered_from_one(self.truth)} if it counts from 1, "
                 "class_map='ids' if it has the numbers of a COCO file."
             )
-        return Found(self.images.placement(position).to_image(found.corners), found.scores, found.labels)
+        return replace(found, corners=self.images.placement(position).to_image(found.corners))
 
     def tally(self, scores: list[Any]) -> Tally:
         return AveragePrecision(self.truth.items, scores, dict(self.truth.names))
@@ -282,7 +300,8 @@ def _one(item: Any, decode: Decode | None) -> Found:
             raise _no_boxes(f"an array {rows.shape} for an image", decode)
         return _rows(rows)
     if not isinstance(item, dict) or not {"boxes", "scores", "labels"} <= item.keys():
-        raise _no_boxes(f"{type(item).__name__} for an image", decode)
+        keys = f" of {', '.join(map(str, item)) or 'nothing'}" if isinstance(item, dict) else ""
+        raise _no_boxes(f"{type(item).__name__}{keys} for an image", decode)
     corners, scores, labels = (_array(item[k]) for k in ("boxes", "scores", "labels"))
     if corners.size != 4 * scores.size or labels.size != scores.size:
         raise _no_boxes(f"boxes {corners.shape}, scores {scores.shape} and labels {labels.shape}", decode)
@@ -295,8 +314,10 @@ def _rows(rows: TruthArray) -> Found:
 
 def _kept(corners: TruthArray, scores: TruthArray, labels: TruthArray) -> Found:
     """Without rows that only fill up an array: a score of 0 or less, or a negative class; and without broken ones."""
-    there = (scores > 0) & (labels >= 0) & np.isfinite(corners).all(1) & (corners[:, 2:] > corners[:, :2]).all(1)
-    return Found(corners[there].astype(np.float64), scores[there].astype(np.float64), labels[there].astype(np.int64))
+    meant = (scores > 0) & (labels >= 0)
+    there = meant & np.isfinite(corners).all(1) & (corners[:, 2:] > corners[:, :2]).all(1)
+    kept = Found(corners[there].astype(np.float64), scores[there].astype(np.float64), labels[there].astype(np.int64))
+    return replace(kept, broken=int(meant.sum() - there.sum()))
 
 
 def _array(values: Any) -> TruthArray:
