@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitwright.errors import UsageError
-from bitwright.graph.devices import without_autocast
+from bitwright.graph.devices import undisturbed, without_autocast
 from bitwright.graph.student import Student, insert_quantizers
 from bitwright.measure import evaluation
 from bitwright.run import folder as run_folder
@@ -110,6 +110,7 @@ class QuantizedModel(Student):
     export = job.export
 
 
+@undisturbed()
 def load(folder: str | Path) -> QuantizedModel:
     """The quantized model of a run folder (or of its ``model.safetensors``), bit for bit.
 

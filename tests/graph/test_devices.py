@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,6 +61,13 @@ def default_type(dtype: torch.dtype) -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
+@contextlib.contextmanager
+def default_device(device: str) -> Iterator[None]:
+    torch.set_default_device(device)
+    yield
+    torch.set_default_device(None)
+
+
 SWITCHED: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
@@ -66,6 +75,8 @@ SWITCHED: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "double": lambda: default_type(torch.float64),
     "bfloat16": lambda: default_type(torch.bfloat16),
+    "device": lambda: torch.device("meta"),
+    "default device": lambda: default_device("meta"),
 }
 
 
@@ -75,7 +86,9 @@ IMAGES, OTHERS = cases.images(16), cases.images(16, seed=1)
 def learned(model: nn.Module) -> tuple[Tensor, float]:
     """Answers after a few steps, and a figure of an evaluation."""
     quantized = bw.quantize(model, IMAGES, "eptq", weights=4, steps=3, precision="float32", progress=False)
-    return quantized(OTHERS), quantized.evaluate(OTHERS, progress=False)["fidelity"]["kl"]
+    with tempfile.TemporaryDirectory() as folder:
+        loaded = bw.load(quantized.save(Path(folder) / "run"))
+    return loaded(OTHERS), quantized.evaluate(OTHERS, progress=False)["fidelity"]["kl"]
 
 
 @pytest.fixture(scope="module")

@@ -88,8 +88,8 @@ def undisturbed() -> Iterator[None]:
     """What the caller has switched in PyTorch does not hold inside, and holds again behind; also a decorator.
 
     Gradients are recorded (not under ``torch.no_grad`` or ``torch.inference_mode``), no operator is under
-    ``torch.autocast``, new tensors are float32, and products of float32 are exact (:func:`exact_float32`). Random
-    numbers that the caller draws afterwards are those that it would have drawn.
+    ``torch.autocast``, new tensors are float32 and on the CPU, and products of float32 are exact
+    (:func:`exact_float32`). Random numbers that the caller draws afterwards are those that it would have drawn.
 
     These switches belong to the process, and PyTorch captures one network at a time: other threads wait.
     """
@@ -102,4 +102,6 @@ def undisturbed() -> Iterator[None]:
         switches.enter_context(torch.random.fork_rng(devices=drawn_on))
         switches.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
+        if torch.get_default_device().type != "cpu":
+            switches.enter_context(torch.device("cpu"))
         yield
