@@ -172,6 +172,25 @@ def test_what_integer_kernels_or_users_read_is_left_alone() -> None:
     assert multiplications(after) == 1  # relu6 does not commute: the scale goes back before it
 
 
+class Queries(nn.Module):
+    """Takes the places of the highest scores, and computes on with their features, as detectors with queries do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.scores, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 1), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = F.silu(self.features(x)).flatten(2).transpose(1, 2)
+        places = self.scores(found).squeeze(-1).topk(5).indices
+        return self.head(found.gather(1, places.unsqueeze(-1).expand(-1, -1, 6)))
+
+
+def test_what_is_moved_by_computed_places_into_integers_is_left_alone() -> None:
+    before = made(Queries())
+    silu = next(n for n in before.graph.graph.nodes if n.name == "silu")
+    assert reach(before.graph, silu) is None
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_every_tensor_that_can_be_scaled_can_be_without_a_change(name: str) -> None:
     before, x = prepared(name), images(4)

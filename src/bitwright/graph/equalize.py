@@ -225,6 +225,8 @@ def _passed(graph: fx.GraphModule, node: fx.Node, value: fx.Node, numbers: Tenso
     """
     if not _commutes(node) or not isinstance(ops.value(node), Tensor) or ops.RESCALES in node.meta:
         return None
+    if any(map(_is_computed_index, node.all_input_nodes)):
+        return None
     noise, scales = _noise(value), numbers.float()
     plain, scaled = (_run(graph, node, value, x, _noise) for x in (noise, noise * scales))
     alone = _run(graph, node, value, scales.expand_as(noise), lambda n: torch.zeros_like(_noise(n)))
@@ -236,6 +238,11 @@ def _passed(graph: fx.GraphModule, node: fx.Node, value: fx.Node, numbers: Tenso
         if torch.allclose(scaled, plain * found.clamp_min(1), rtol=1e-5, atol=1e-6 * float(scaled.abs().max())):
             return found.long()
     return None
+
+
+def _is_computed_index(node: fx.Node) -> bool:
+    """Whether the images say what an operator moves, so that it cannot be asked."""
+    return node.op != "get_attr" and isinstance(ops.value(node), Tensor) and not ops.is_float_tensor(node)
 
 
 def _run(graph: fx.GraphModule, node: fx.Node, value: fx.Node, x: Tensor, other: Callable[[fx.Node], Tensor]) -> Tensor:
