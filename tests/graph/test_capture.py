@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from bitwright.errors import BitwrightError, ModelError, step
 from bitwright.graph import ops
-from bitwright.graph.capture import capture, select_output
+from bitwright.graph.capture import capture
 from bitwright.graph.prepare import prepare
 from bitwright.graph.rewrite import get_tensor
 
@@ -302,16 +302,38 @@ def test_outputs_have_names() -> None:
     assert captured("residual").outputs == ("output",)
 
 
-def test_select_output() -> None:
-    made, x = capture(make("dict_output"), images(2)), images(3)
+def test_one_output_can_be_kept() -> None:
+    x = images(3)
     expected = outputs("dict_output", x)[1]
-    kept = select_output(made, "aux")
+    kept = capture(make("dict_output"), images(2), output="aux")
     assert kept.outputs == ("aux",)
     assert torch.equal(kept.graph(x)[0], expected)
     assert not [n for n in kept.graph.graph.nodes if n.meta.get("layer") == "head"]
-    with pytest.raises(ModelError, match="out of aux, found 'logits'"):
-        select_output(kept, "logits")
+    with pytest.raises(ModelError, match="out of logits, aux, found 'other'"):
+        capture(make("dict_output"), images(2), output="other")
     torch.testing.assert_close(prepare(kept).graph(x)[0], expected)
+
+
+class LayersFirst(nn.Module):
+    """Returns its answers, and those of all layers with the layers along the first axis, as detectors do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = [x.mean((2, 3))]
+        for layer in self.layers:
+            found.append(layer(found[-1]).relu())
+        return {"logits": found[-1], "all": torch.stack(found)}
+
+
+def test_nothing_is_asked_of_outputs_that_are_not_kept() -> None:
+    network, x = LayersFirst().eval(), images(3)
+    kept = capture(network, images(2), output="logits")
+    assert torch.equal(kept.graph(x)[0], network(x)["logits"])
+    with pytest.raises(ModelError, match=r"along the first axis, or keep one output .* output='logits'\."):
+        capture(network, images(2))
 
 
 def test_capture_and_prepare_share_no_memory_with_the_model() -> None:

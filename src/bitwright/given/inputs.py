@@ -23,7 +23,7 @@ from bitwright.given.preprocessing import PreprocessFunction, Preprocessing, has
 from bitwright.given.several import input_names, taking
 from bitwright.given.spoilt import without_spoilt
 from bitwright.given.two_stages import TwoStageBody, TwoStages
-from bitwright.graph.capture import Captured, capture, select_output
+from bitwright.graph.capture import Captured, capture
 from bitwright.graph.equalize import ChannelScales, equalized
 from bitwright.graph.prepare import prepare
 from bitwright.graph.recentre import Recentring, recentred
@@ -81,15 +81,14 @@ def prepare_teacher(
     example = images.batch(range(min(2, len(images))))
     if network.source is not None:
         network.source.check(example, images.parts)
-    module = network.module
-    if isinstance(module, nn.Module):
-        captured = capture(taking(module, images.parts), example)
-    else:
-        captured = capture(module, example, images.parts)
     if output is not None and not output:
         raise UsageError("Expected the name of an output as output=, found ''.")
-    name = output or network.output
-    teacher = prepare(captured if name is None else select_output(captured, name))
+    module, name = network.module, output or network.output
+    if isinstance(module, nn.Module):
+        captured = capture(taking(module, images.parts), example, output=name)
+    else:
+        captured = capture(module, example, images.parts, name)
+    teacher = prepare(captured)
     teacher = recentred(teacher, map(Recentring.read, (result or {}).get("recentred", [])))
     moved = (result or {}).get("balanced", [])
     return equalized(teacher, [ChannelScales(each["node"], tuple(each["exponents"])) for each in moved])

@@ -65,7 +65,10 @@ class Captured:
 
 
 def capture(
-    model: nn.Module | torch.export.ExportedProgram, example: Tensor, parts: Sequence[InputPart] = ()
+    model: nn.Module | torch.export.ExportedProgram,
+    example: Tensor,
+    parts: Sequence[InputPart] = (),
+    output: str | None = None,
 ) -> Captured:
     """Captures the model in evaluation mode and checks that the graph computes what the model computes.
 
@@ -73,6 +76,7 @@ def capture(
         model: any module of one image tensor, or a saved export program with a dynamic batch. Not changed.
         example: a few real images, [N >= 1, C, H, W].
         parts: inputs of a saved program of several, which the images hold side by side.
+        output: name of the one to keep, where there are several; nothing is asked of the others.
 
     Raises:
         ModelError: the model cannot run on the images, cannot be captured, or the graph disagrees with it.
@@ -96,9 +100,9 @@ def capture(
             _check_constants(program, model, images)
     if _writes(program):
         with suppress(ModelError):  # in-place activations, as most networks have them
-            return _checked(program, images, reference, parts)
+            return _checked(program, images, reference, parts, output)
         program = _without_writes(program)  # writes into parts of tensors
-    return _checked(program, images, reference, parts, copies=not getattr(model, "never_changes", False))
+    return _checked(program, images, reference, parts, output, copies=not getattr(model, "never_changes", False))
 
 
 def _tensors_alone(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
@@ -114,16 +118,19 @@ def _checked(
     images: Tensor,
     reference: Any,
     parts: Sequence[InputPart],
+    output: str | None,
     *,
     copies: bool = True,
 ) -> Captured:
     graph, coarse = _to_graph(program, parts, copies=copies)
     captured = Captured(graph, images, names(reference), pytree.tree_structure(reference))
+    expected = dict(zip(captured.outputs, tensors(reference), strict=True))
+    captured = captured if output is None else _with_one_output(captured, output)
     _check_single_input(graph)
     _check_norms(graph.graph)
     _check_values(graph.graph)
-    _check_batch_axis(graph.graph)
-    _check_equal(captured, tensors(reference), COARSE_TOLERANCE if coarse else TOLERANCE)
+    _check_batch_axis(captured)
+    _check_equal(captured, [expected[name] for name in captured.outputs], COARSE_TOLERANCE if coarse else TOLERANCE)
     if coarse:
         kinds = " and ".join(sorted(str(kind).removeprefix("torch.") for kind in coarse))
         warnings.warn(f"The model computes a part in {kinds}. In float32 it is quantized.", stacklevel=2)
@@ -428,9 +435,10 @@ def _reads_values(node: fx.Node, tags: set[torch.Tag]) -> bool:
     return val is None or bool(free_unbacked_symbols(val))  # F.one_hot with its number of classes has a fixed shape
 
 
-def _check_batch_axis(graph: fx.Graph) -> None:
+def _check_batch_axis(captured: Captured) -> None:
     """The images must be along the first axis of every output; blames the first operator that fixes that axis."""
-    (end,) = (n for n in graph.nodes if n.op == "output")
+    (end,) = (n for n in captured.graph.graph.nodes if n.op == "output")
+    several = f", or keep one output by its name, such as output='{captured.outputs[0]}'" * (len(captured.outputs) > 1)
     for node in end.all_input_nodes:
         blamed, source = None, node
         while source.op == "call_function" and not _has_batch(source):
@@ -442,7 +450,7 @@ def _check_batch_axis(graph: fx.Graph) -> None:
             continue
         raise ModelError(
             f"The model mixes the images of a batch, or fixes its size{explain.recorded_line(blamed)}. "
-            "Reshape with x.shape[0] or -1, and keep the images along the first axis."
+            f"Reshape with x.shape[0] or -1, and keep the images along the first axis{several}."
         )
 
 
@@ -561,7 +569,7 @@ def relative_difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max()) / max(float(a.abs().max()), 1e-6)
 
 
-def select_output(captured: Captured, name: str) -> Captured:
+def _with_one_output(captured: Captured, name: str) -> Captured:
     """Keeps one output of a model that returns several.
 
     Raises:
