@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from cases import CASES, captured, images, outputs, prepared
 from torch import Tensor, nn
 
+import bitwright as bw
 from bitwright.graph import ops
 from bitwright.graph.capture import Captured, capture
 from bitwright.graph.prepare import prepare
@@ -133,6 +134,28 @@ def test_products_with_stored_matrices_are_linear_layers() -> None:
     (linear,) = [n for n in graph.nodes if ops.kind(n) == "linear"]
     assert linear.meta["layer"] == "matrix"
     assert names(prepared("constant_matmul")).count("matmul") == 2  # stored on the left, and one matrix a channel
+
+
+class _Expects(nn.Module):
+    """The mean of a distribution over eight bins, as detectors make the sides of boxes: a layer of one row."""
+
+    def __init__(self, *, learned: bool) -> None:
+        super().__init__()
+        self.bins = nn.Parameter(torch.arange(8.0)) if learned else torch.arange(8.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.softmax(-1), self.bins)
+
+
+@pytest.mark.parametrize("learned", [True, False])
+def test_a_layer_of_one_row_is_a_matrix_of_one(learned: bool) -> None:
+    network, x = _Expects(learned=learned), images(4)
+    made = prepare(capture(network, images(2)))
+    torch.testing.assert_close(made.graph(x)[0], (x.softmax(-1) * torch.arange(8.0)).sum(-1))
+    (linear,) = (n for n in made.graph.graph.nodes if ops.base_name(n) == "linear")
+    assert list(ops.shape(linear.args[1])) == [1, 8]
+    quantized = bw.quantize(network, images(8), "mse", weights=8)
+    assert quantized.evaluate(images(8))["fidelity"]["sqnr_db"] > 30
 
 
 class _Writes(nn.Module):

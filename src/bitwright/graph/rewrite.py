@@ -74,6 +74,8 @@ def rewrite(graph_module: fx.GraphModule) -> None:
             _assignment_to_fill(graph_module, node)
         elif name in {"addmm", "matmul", "mm"}:
             _constant_matmul_to_linear(graph_module, node)
+        elif name == "linear" and len(ops.shape(node.args[1])) == 1:
+            _row_to_matrix(graph_module, node)
     for node in [n for n in graph.nodes if ops.base_name(n) in {"matmul", "bmm"}]:
         _scale_behind(graph, node)
     _give_biases(graph_module)
@@ -312,6 +314,23 @@ def _constant_matmul_to_linear(module: fx.GraphModule, node: fx.Node) -> None:
     module.graph.erase_node(node)
     if not weight.users:
         module.graph.erase_node(weight)
+
+
+def _row_to_matrix(module: fx.GraphModule, node: fx.Node) -> None:
+    """A linear operator of one row, ``x @ w`` with ``w`` [K], becomes one of [1, K] whose output loses that axis."""
+    x, row = node.args[:2]
+    assert isinstance(row, fx.Node)
+    layer = str(node.meta["layer"])
+    if row.op == "get_attr":
+        matrix = store(module, node, f"{row.target}_row", get_tensor(module, str(row.target))[None].clone())
+    else:
+        matrix = add_operator(module.graph, node, f"{layer}.row", aten.unsqueeze.default, row, 0)
+    linear = add_operator(module.graph, node, layer, aten.linear.default, x, matrix)
+    linear.meta["val"] = ops.value(node)[..., None]
+    node.replace_all_uses_with(add_operator(module.graph, node, f"{layer}.squeeze", aten.squeeze.dim, linear, -1))
+    module.graph.erase_node(node)
+    if not row.users:
+        module.graph.erase_node(row)
 
 
 def _give_biases(module: fx.GraphModule) -> None:
