@@ -318,15 +318,16 @@ def _constant_matmul_to_linear(module: fx.GraphModule, node: fx.Node) -> None:
 
 def _row_to_matrix(module: fx.GraphModule, node: fx.Node) -> None:
     """A linear operator of one row, ``x @ w`` with ``w`` [K], becomes one of [1, K] whose output loses that axis."""
-    x, row = node.args[:2]
+    (x, row), value = node.args[:2], ops.value(node)
     assert isinstance(row, fx.Node)
+    assert isinstance(value, Tensor)
     layer = str(node.meta["layer"])
     if row.op == "get_attr":
         matrix = store(module, node, f"{row.target}_row", get_tensor(module, str(row.target))[None].clone())
     else:
         matrix = add_operator(module.graph, node, f"{layer}.row", aten.unsqueeze.default, row, 0)
     linear = add_operator(module.graph, node, layer, aten.linear.default, x, matrix)
-    linear.meta["val"] = ops.value(node)[..., None]
+    linear.meta["val"] = value[..., None]
     node.replace_all_uses_with(add_operator(module.graph, node, f"{layer}.squeeze", aten.squeeze.dim, linear, -1))
     module.graph.erase_node(node)
     if not row.users:
