@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 
 Construct = Callable[["Odd", Tensor], Any]
@@ -122,6 +123,12 @@ REFUSED: dict[str, tuple[Construct, str]] = {
     ),
     "a loss": (lambda net, x: net.body(x).mean(), "along the first axis"),
     "images in a loop": (lambda net, x: torch.cat([net.body(part) for part in x.split(1)]), "mixes the images"),
+    "one tensor for each image": (lambda net, x: list(net.body(x)), "mixes the images"),
+    "the second image": (lambda net, x: net.body(x) + net.body(x)[1].mean(), "mixes the images"),
+    "suppressed boxes": (
+        lambda net, x: [y[torchvision.ops.nms(y[:, :4], y[:, 4], 0.5)] for y in net.body(x)[:, None].repeat(1, 4, 1)],
+        "box decoding",
+    ),
     "boxes": (lambda net, x: [{"boxes": net.body(i[None]), "scores": i.mean()} for i in x], "box decoding"),
     "nothing": (lambda net, x: None, "found NoneType"),
     "an array": (lambda net, x: net.body(x).numpy(), "found ndarray"),

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
@@ -417,9 +417,12 @@ def _check_values(graph: fx.Graph) -> None:
     """No number and no shape may be computed from the values of the images."""
     for node in graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and _reads_values(node, set(node.target.tags)):
+            tail = "Keep all rows, and mark those that count with torch.where."
+            if ops.base_name(node) == "nms":
+                tail = "Let forward end before its box decoding, and give what makes boxes of its outputs as decode=."
             raise ModelError(
                 f"The model cannot be captured: a number or a shape that depends on the values of a tensor"
-                f"{explain.recorded_line(node)}. Keep all rows, and mark those that count with torch.where."
+                f"{explain.recorded_line(node)}. {tail}"
             )
 
 
@@ -427,31 +430,31 @@ def _reads_values(node: fx.Node, tags: set[torch.Tag]) -> bool:
     if ops.base_name(node) == "index":
         picks = [ops.value(n) for n in node.all_input_nodes[1:]]
         return any(isinstance(v, Tensor) and v.dtype in {torch.bool, torch.uint8} for v in picks)
-    if not tags & {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output} or not node.users:
+    tagged = tags & {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+    foreign = getattr(node.target, "namespace", "aten") != "aten"  # torchvision's nms has no tag
+    if not (tagged or foreign) or not node.users:
         return False
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols  # sympy takes a second to import
 
     val = ops.value(node)
-    return val is None or bool(free_unbacked_symbols(val))  # F.one_hot with its number of classes has a fixed shape
+    if val is None:
+        return bool(tagged)
+    return bool(free_unbacked_symbols(val))  # F.one_hot with its number of classes has a fixed shape
 
 
 def _check_batch_axis(captured: Captured) -> None:
     """The images must be along the first axis of every output; blames the first operator that fixes that axis."""
     (end,) = (n for n in captured.graph.graph.nodes if n.op == "output")
-    several = f", or keep one output by its name, such as output='{captured.outputs[0]}'" * (len(captured.outputs) > 1)
     for node in end.all_input_nodes:
         blamed, source = None, node
         while source.op == "call_function" and not _has_batch(source):
-            inputs = [n for n in source.all_input_nodes if isinstance(ops.value(n), Tensor)]
+            inputs = [n for n in source.all_input_nodes if isinstance(ops.value(n), (Tensor, list, tuple))]
             if not inputs:
                 break
             blamed, source = source, inputs[0]
         if blamed is None or source.op == "get_attr":
             continue
-        raise ModelError(
-            f"The model mixes the images of a batch, or fixes its size{explain.recorded_line(blamed)}. "
-            f"Reshape with x.shape[0] or -1, and keep the images along the first axis{several}."
-        )
+        _blame_batch(captured, blamed)
 
 
 def _has_batch(node: fx.Node) -> bool:
@@ -474,8 +477,7 @@ def _check_equal(captured: Captured, expected: list[Tensor], tolerance: float) -
 
 def _check_apart(captured: Captured, of_both: list[Tensor], tolerance: float) -> None:
     """The answer to an image must not depend on the others of its batch."""
-    with torch.no_grad():
-        alone = captured.graph(captured.example[:1])
+    alone = _answers_alone(captured)
     if not any(_differs(a, b, tolerance) for a, b in zip(of_both, alone, strict=True)):
         return
     rows: dict[str, Tensor] = {}
@@ -496,6 +498,29 @@ def _check_apart(captured: Captured, of_both: list[Tensor], tolerance: float) ->
     raise ModelError(
         f"The answer to an image depends on the other images of its batch{where}. Take means and products over an "
         "image's own axes, not over the first."
+    )
+
+
+def _answers_alone(captured: Captured) -> list[Tensor]:
+    """What the graph gives for the first image without the second."""
+    done: set[str] = set()
+    steps = [n for n in captured.graph.graph.nodes if n.op == "call_function"]
+    try:
+        with torch.no_grad():
+            return list(captured.graph.forward(captured.example[:1]))  # called itself, it would print a traceback
+    except torch.OutOfMemoryError:
+        raise
+    except (IndexError, RuntimeError):
+        with suppress(IndexError, RuntimeError):
+            watch(captured.graph, captured.example[:1], {n.name: lambda node, _: done.add(node.name) for n in steps})
+    _blame_batch(captured, next((n for n in steps if n.name not in done), None))
+
+
+def _blame_batch(captured: Captured, node: fx.Node | None) -> NoReturn:
+    several = f", or keep one output by its name, such as output='{captured.outputs[0]}'" * (len(captured.outputs) > 1)
+    raise ModelError(
+        f"The model mixes the images of a batch, or fixes its size{explain.recorded_line(node) if node else ''}. "
+        f"Reshape with x.shape[0] or -1, and keep the images along the first axis{several}."
     )
 
 
