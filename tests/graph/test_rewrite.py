@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -139,17 +140,21 @@ def test_products_with_stored_matrices_are_linear_layers() -> None:
 class _Expects(nn.Module):
     """The mean of a distribution over eight bins, as detectors make the sides of boxes: a layer of one row."""
 
-    def __init__(self, *, learned: bool) -> None:
+    def __init__(self, product: Callable[[Tensor, Tensor], Tensor], *, learned: bool) -> None:
         super().__init__()
+        self.product = product
         self.bins = nn.Parameter(torch.arange(8.0)) if learned else torch.arange(8.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.softmax(-1), self.bins)
+        return self.product(x.softmax(-1), self.bins)
 
 
 @pytest.mark.parametrize("learned", [True, False])
-def test_a_layer_of_one_row_is_a_matrix_of_one(learned: bool) -> None:
-    network, x = _Expects(learned=learned), images(4)
+@pytest.mark.parametrize(
+    "product", [F.linear, torch.matmul, lambda x, row: torch.mv(x.flatten(0, 2), row).unflatten(0, x.shape[:3])]
+)
+def test_a_layer_of_one_row_is_a_matrix_of_one(product: Callable[[Tensor, Tensor], Tensor], learned: bool) -> None:
+    network, x = _Expects(product, learned=learned), images(4)
     made = prepare(capture(network, images(2)))
     torch.testing.assert_close(made.graph(x)[0], (x.softmax(-1) * torch.arange(8.0)).sum(-1))
     (linear,) = (n for n in made.graph.graph.nodes if ops.base_name(n) == "linear")

@@ -310,6 +310,8 @@ def test_outputs_that_are_boxes_need_no_function(photos: Images, tmp_path: Path)
         ),
         ([torch.zeros(3)] * 2, "found an array"),
         ([{"box": torch.zeros(3, 4)}] * 2, "found dict of box for an image from decode"),
+        ([{"boxes": [[1, 1, 2, 2]], "scores": [0.5], "labels": [1.5]}] * 2, "whole numbers as classes, found 1.5"),
+        ([{"boxes": [[1, 1, 2, 2]], "scores": [0.5], "labels": [math.nan]}] * 2, "whole numbers as classes, found nan"),
         ([{"boxes": [[1, 1, 2, 2]], "scores": [0.5], "labels": ["cat"]}] * 2, "Expected numbers as boxes, scores and"),
     ],
 )
@@ -382,6 +384,8 @@ def test_boxes_that_are_none_are_told(photos: Images, tmp_path: Path, breaks: st
     count = sum(len(b["boxes"]) for b in whole)
     notes = run(images, broken)["evaluation"]["notes"]
     assert notes[0].startswith(f"{count} of {count} boxes from the network are left out: corners are x1, y1, x2, y2")
+    unsure = [b | {"scores": b["scores"] * math.nan} for b in whole]
+    assert run(images, unsure)["evaluation"]["notes"][0].startswith(f"{count} of {count} boxes from the network")
     empty = [{k: torch.cat([v, v[:1] * (0 if k == "boxes" else 1)]) for k, v in b.items()} for b in whole]
     assert f"2 of {count + 2} boxes" in run(images, empty)["evaluation"]["notes"][0]
 

@@ -235,6 +235,22 @@ def test_what_is_chosen_is_part_of_the_network_where_layers_take_it(tmp_path: Pa
     assert body.network.outputs == ("z",)
 
 
+def test_layers_within_a_branch_take_what_was_chosen_too(tmp_path: Path) -> None:
+    def branch(kind: str) -> onnx.GraphProto:
+        inner, out = node(kind, "best v" if kind == "Gemm" else "best", "z"), helper.make_empty_tensor_value_info("z")
+        return helper.make_graph([inner], kind, [], [out])
+
+    nodes = [
+        node("Conv", "x w", "c"), node("GlobalAveragePool", "c", "p"), node("Flatten", "p", "f"),
+        node("TopK", "f k", "best places", axis=1),
+        node("If", "always", "y", then_branch=branch("Gemm"), else_branch=branch("Relu")),
+    ]  # fmt: skip
+    stored = {"w": weights(6, 3, 3, 3), "v": weights(3, 5, seed=1), "k": np.asarray([3]), "always": np.asarray(True)}
+    body = OnnxFile.read(write(tmp_path / "if.onnx", nodes, (1, 3, 8, 10), stored, opset=11, outputs="y")).body
+    assert not body.behind.nodes
+    assert body.network.outputs == ("y",)
+
+
 BOXES = """
 import torch
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bitwright.errors import ModelError
-from bitwright.given.text import short
+from bitwright.given.text import short, some
 
 SAVE_PLAIN = "Save model.state_dict() where the model was made."
 # Packages whose objects in a checkpoint are bookkeeping that nobody misses.
@@ -63,7 +63,7 @@ def read_pickle(path: Path) -> Any:
             raise _of_a_class(path, kinds) if "subclass" in str(error) else unreadable(path, error) from error
     foreign = [name for name in kinds if not _BOOKKEEPING.match(name)]
     if foreign:
-        warnings.warn(f"{path} holds objects that are not read: {_some(foreign)}.", UserWarning, stacklevel=6)
+        warnings.warn(f"{path} holds objects that are not read: {some(foreign)}.", UserWarning, stacklevel=6)
     return loaded
 
 
@@ -122,7 +122,7 @@ def runs_code(path: Path, name: str = "") -> ModelError:
 
 def _of_a_class(path: Path, kinds: Iterable[str]) -> ModelError:
     return ModelError(
-        f"Expected plain tensors, {path} holds tensors of a class of their own (of {_some(list(kinds))}). "
+        f"Expected plain tensors, {path} holds tensors of a class of their own (of {some(list(kinds))}). "
         "Save plain ones where the model was made."
     )
 
@@ -153,7 +153,3 @@ def _check_is_no_program(path: Path) -> None:
         )
     if program:
         raise ModelError(f"Expected weights, {path} is a program of {program}. Rename it to .pt2 and give it alone.")
-
-
-def _some(names: list[str]) -> str:
-    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"

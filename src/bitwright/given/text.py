@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,16 @@ def _check_plain(value: Any, path: Path) -> None:
     elif isinstance(value, list):
         for inner in value:
             _check_plain(inner, path)
+
+
+def some(names: Sequence[str]) -> str:
+    """The first three of many names.
+
+    Example:
+        >>> some(["a", "b", "c", "d"]), some(["a"])
+        ('a, b, c, ...', 'a')
+    """
+    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
 
 
 def short(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bitwright.errors import BitwrightError, ModelError
 from bitwright.given.pickles import Skipped, read_pickle, runs_code
-from bitwright.given.text import short
+from bitwright.given.text import short, some
 
 _Value = TypeVar("_Value")
 
@@ -149,7 +149,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], where: str | Pa
     left = [name for name, value in state.items() if id(value) not in used and not _idle(_bare(name), wanted)]
     if left:
         warnings.warn(
-            f"{where} holds more than {type(module).__name__}: {len(left)} tensors ({_some(left)}) are left out.",
+            f"{where} holds more than {type(module).__name__}: {len(left)} tensors ({some(left)}) are left out.",
             UserWarning,
             stacklevel=2,
         )
@@ -227,11 +227,7 @@ def _modern(name: str) -> str:
 
 
 def _listed(what: str, names: list[str]) -> str:
-    return f"{len(names)} {what} ({_some(names)})" if names else ""
-
-
-def _some(names: list[str]) -> str:
-    return f"{', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+    return f"{len(names)} {what} ({some(names)})" if names else ""
 
 
 def other_classes_of(module: nn.Module, state: Mapping[str, Tensor]) -> int | None:

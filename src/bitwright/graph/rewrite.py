@@ -72,10 +72,10 @@ def rewrite(graph_module: fx.GraphModule) -> None:
             _copy_to_expand(graph_module, node)
         elif name == "index_put":
             _assignment_to_fill(graph_module, node)
+        elif name in {"linear", "matmul", "mv"} and (row := _stored_row(node)) is not None:
+            _row_to_matrix(graph_module, node, row)
         elif name in {"addmm", "matmul", "mm"}:
             _constant_matmul_to_linear(graph_module, node)
-        elif name == "linear" and len(ops.shape(node.args[1])) == 1:
-            _row_to_matrix(graph_module, node)
     for node in [n for n in graph.nodes if ops.base_name(n) in {"matmul", "bmm"}]:
         _scale_behind(graph, node)
     _give_biases(graph_module)
@@ -316,17 +316,23 @@ def _constant_matmul_to_linear(module: fx.GraphModule, node: fx.Node) -> None:
         module.graph.erase_node(weight)
 
 
-def _row_to_matrix(module: fx.GraphModule, node: fx.Node) -> None:
-    """A linear operator of one row, ``x @ w`` with ``w`` [K], becomes one of [1, K] whose output loses that axis."""
-    (x, row), value = node.args[:2], ops.value(node)
-    assert isinstance(row, fx.Node)
+def _stored_row(node: fx.Node) -> fx.Node | None:
+    """The stored vector [K] that a product has as its second operand."""
+    row = node.args[1] if len(node.args) == 2 and not node.kwargs else None
+    known = isinstance(row, fx.Node) and row.op == "get_attr" and len(ops.shape(row)) == 1
+    x = node.args[0]
+    return row if known and isinstance(x, fx.Node) and x.op != "get_attr" else None  # type: ignore[return-value]
+
+
+def _row_to_matrix(module: fx.GraphModule, node: fx.Node, row: fx.Node) -> None:
+    """``x @ w`` with a stored ``w`` [K] becomes a linear operator of one row, [1, K], whose output loses that axis."""
+    value = ops.value(node)
     assert isinstance(value, Tensor)
-    layer = str(node.meta["layer"])
-    if row.op == "get_attr":
-        matrix = store(module, node, f"{row.target}_row", get_tensor(module, str(row.target))[None].clone())
-    else:
-        matrix = add_operator(module.graph, node, f"{layer}.row", aten.unsqueeze.default, row, 0)
-    linear = add_operator(module.graph, node, layer, aten.linear.default, x, matrix)
+    matrix = store(module, node, f"{row.target}_row", get_tensor(module, str(row.target))[None].clone())
+    named = str(row.target).removesuffix(".weight")
+    taken = {str(n.meta.get("layer")) for n in module.graph.nodes}
+    layer = str(node.meta["layer"]) if ops.base_name(node) == "linear" else free(named, taken)
+    linear = add_operator(module.graph, node, layer, aten.linear.default, node.args[0], matrix)
     linear.meta["val"] = value[..., None]
     node.replace_all_uses_with(add_operator(module.graph, node, f"{layer}.squeeze", aten.squeeze.dim, linear, -1))
     module.graph.erase_node(node)

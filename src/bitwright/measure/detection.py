@@ -40,7 +40,7 @@ SURE = 0.3
 class Found:
     """Boxes that a network found in an image: corners (M, 4) in pixels of the image, scores (M,), classes (M,).
 
-    Beside them, ``broken`` more had a score and a class, but corners that make no box.
+    Beside them, ``broken`` more had a class, but corners that make no box or a score that is no number.
     """
 
     corners: TruthArray
@@ -164,10 +164,12 @@ class AveragePrecision(Tally):
         """A hint where hardly a box is right: most often classes or coordinates are numbered in another way."""
         if not self.classes:
             return ["No box of the labels counts: all are crowds or too difficult."]
-        if broken := self._broken():
-            return broken
+        broken = self._broken()
         if not any(len(f.labels) for f in self.found):
-            return ["The network found no box in any image."]
+            return broken or ["The network found no box in any image."]
+        return broken + self._doubts()
+
+    def _doubts(self) -> list[str]:
         if self.figures().get("map50", 1.0) >= 0.01:
             return []
         given = {int(c) for f in self.found for c in f.labels}
@@ -190,7 +192,7 @@ class AveragePrecision(Tally):
             return []
         return [
             f"{broken} of {plural(given, 'box', 'boxes')} from the network are left out: corners are x1, y1, x2, y2 "
-            "with x1 < x2 and y1 < y2, and finite numbers."
+            "with x1 < x2 and y1 < y2, and all numbers finite."
         ]
 
 
@@ -314,8 +316,11 @@ def _rows(rows: TruthArray) -> Found:
 
 def _kept(corners: TruthArray, scores: TruthArray, labels: TruthArray) -> Found:
     """Without rows that only fill up an array: a score of 0 or less, or a negative class; and without broken ones."""
-    meant = (scores > 0) & (labels >= 0)
-    there = meant & np.isfinite(corners).all(1) & (corners[:, 2:] > corners[:, :2]).all(1)
+    meant = ~((scores <= 0) | (labels < 0))
+    parts = labels[meant & (labels % 1 != 0)]
+    if len(parts):
+        raise DataError(f"Expected whole numbers as classes, found {parts[0]:g} among those of the boxes.")
+    there = meant & np.isfinite(scores) & np.isfinite(corners).all(1) & (corners[:, 2:] > corners[:, :2]).all(1)
     kept = Found(corners[there].astype(np.float64), scores[there].astype(np.float64), labels[there].astype(np.int64))
     return replace(kept, broken=int(meant.sum() - there.sum()))
 

@@ -451,8 +451,8 @@ def _behind_weights(nodes: Sequence[Any]) -> frozenset[str]:
     read: set[str] = set()
     last = set()
     for node in reversed(nodes):
-        if node.op_type in WEIGHTED or read.intersection(node.output):
-            read.update(node.input)
+        if node.op_type in WEIGHTED | CONTROL or read.intersection(node.output):  # weights may lie in graphs inside
+            read.update(reads(node))
         else:
             last.add(node.output[0])
     return frozenset(last)

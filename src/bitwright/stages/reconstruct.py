@@ -356,10 +356,8 @@ class Reconstruct(Optimising):
         if not record.units:
             _warn(NOTHING)
         losses = [sum(u.before for u in record.units), sum(u.after for u in record.units)]
-        given, own = (
-            next(reversed(left_by_stages(run.history)), None),
-            numbered(self.kind, left_by_stages(run.history)),
-        )
+        states = left_by_stages(run.history)
+        given, own = next(reversed(states), None), numbered(self.kind, states)
         record.before, record.after, record.kept = losses[0], losses[1], own
         by_stage = ({} if given is None else {given: losses[0]}) | {own: losses[1]}
         record.loss = LossRecord(soft=None, hard=losses[1], by_stage=by_stage)
