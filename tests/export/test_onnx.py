@@ -125,6 +125,25 @@ def test_outputs_carry_the_names_of_the_model():
     assert [v.name for v in program.graph.outputs] == list(cases.prepared("dict_output").outputs)
 
 
+def test_stored_tensors_may_have_the_names_of_the_exporters_own_values():
+    class Named(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 4, 3)
+            for k in range(40):
+                self.register_buffer(f"val_{k}", torch.rand(4, 1, 1))
+
+        def forward(self, x):
+            y = self.conv(x)
+            for k in range(40):
+                y = y * getattr(self, f"val_{k}")
+            mask = (y > 0).to(torch.int64).float()  # which the one pass leaves to the whole exporter
+            return (y + mask).reshape(len(y), -1, y.shape[-1]).chunk(2, 1)
+
+    model = bw.quantize(Named(), cases.dataset(), "mse")
+    assert check_parity(model, to_onnx(model), cases.images(12)).passed
+
+
 def first_weight(model):
     return next(m for m in model.graph.modules() if isinstance(m, Quantizer) and m.role == "weight")
 

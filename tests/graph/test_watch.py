@@ -49,10 +49,15 @@ def test_values_are_let_go_of() -> None:
     names = [n.name for n in student.teacher.graph.graph.nodes if n.op == "call_function"]
     most = 0
 
+    def alive() -> list[Tensor]:
+        return [x for x in gc.get_objects() if type(x) is Tensor and x.dim() == 4 and len(x) == 64]
+
+    before = alive()
+    theirs = {id(x) for x in before}
+
     def see(_: str, __: Tensor, ___: Tensor) -> None:
         nonlocal most
-        alive = [x for x in gc.get_objects() if type(x) is Tensor and x.dim() == 4 and len(x) == 64]
-        most = max(most, len({x.untyped_storage().data_ptr() for x in alive}))
+        most = max(most, len({x.untyped_storage().data_ptr() for x in alive() if id(x) not in theirs}))
 
     watch_both(student.teacher.graph, student.graph, batch, dict(zip(names, names, strict=True)), see)
-    assert most <= 9 < 2 * len(names)
+    assert 1 < most <= 8 < 2 * len(names)

@@ -418,3 +418,17 @@ def test_a_file_that_runs_on_no_images_at_all(tmp_path: Path) -> None:
     file = OnnxFile.read(write(tmp_path / "none.onnx", [node("Conv", "x w")], (0, *MAP), CONV))
     with pytest.raises(ModelError, match="Expected a file that ONNX Runtime runs"):
         file.check(images(2, MAP))
+
+
+@pytest.mark.parametrize("by", [1e-7, 1e-3])
+def test_a_constant_that_is_expanded_to_the_images_may_differ_in_its_last_digits(by: float, tmp_path: Path) -> None:
+    """As the product of learned queries with a matrix does, whose kernel depends on the number of its rows."""
+    nodes = [node("Shape", "x", "n", start=0, end=1), node("Concat", "n rest", "s", axis=0)]
+    nodes += [node("Expand", "q s", "e"), node("Cast", "n", "f", to=TensorProto.FLOAT), node("Mul", "f by", "g")]
+    nodes += [node("Add", "one g", "h"), node("Mul", "e h", "k"), node("Add", "x k", "z"), node("Conv", "z w")]
+    stored = {**CONV, "q": weights(1, *MAP), "rest": np.asarray([1, 1, 1]), "by": np.float32([by])}
+    path = write(tmp_path / "rounded.onnx", nodes, ("N", *MAP), {**stored, "one": np.float32([1])})
+    if by < 1e-5:
+        same_as_runtime(path)
+    else:
+        assert "one of its constants depends on the number of images" in refused(path)

@@ -52,6 +52,8 @@ IR_VERSIONS = {OPSET: 8, OPSET_OF_GELU: 9, OPSET_OF_INT4: 10, OPSET_OF_INT2: 13}
 MARK, OFFSET, PART = "Mark", "Offset", "Part"
 BATCH_AXIS = "batch"
 """Name of the axis of images where the network was read from no file that has one."""
+NAME_OF_VALUES = re.compile(r"val_\d+(_\d+)?")
+"""What PyTorch's exporter calls values of its own, and so what files that it wrote call theirs."""
 TAKEN_FOR_ZERO = 1e-6
 """Magnitude of numbers whose addition goes past the exporter (onnxscript 0.7 takes up to 1e-8 for zero)."""
 
@@ -221,8 +223,18 @@ def _mark(model: Student) -> tuple[fx.GraphModule, dict[str, nn.Module]]:
     _keep_parts(marked.graph, model.parts)
     _split_batches(marked.graph)
     _keep_offsets(marked.graph)
+    _make_names_free(marked)
     marked.recompile()
     return marked, modules
+
+
+def _make_names_free(marked: fx.GraphModule) -> None:
+    """Stores under other names the tensors whose names the exporter gives to its own values."""
+    for node in marked.graph.nodes:
+        if node.op == "get_attr" and NAME_OF_VALUES.fullmatch(str(node.target)):
+            kept = f"stored_{node.target}"
+            rewrite.set_tensor(marked, kept, rewrite.get_tensor(marked, str(node.target)))
+            node.target = kept
 
 
 def _is_even(module: nn.Module) -> bool:

@@ -40,6 +40,8 @@ from bitwright.runtimes.session import Array
 
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Linear", "LSTM", "GRU", "RNN"})
 """Operators with weights that a quantizer would want; none may lie behind the body."""
+ROUNDING = 1e-5
+"""Share of a stored number, and of the largest beside it, by which the kernel for one image and for two differ."""
 CHOOSING = frozenset({"TopK"})
 """Operators whose results change at once where scores cross: they are read only if layers take what they chose, since
 two networks' choices cannot be compared output by output."""
@@ -287,10 +289,10 @@ class NodeReader:
         small, large = operand.small, operand.large
         if small.ndim == large.ndim:
             grown = [k for k, (a, b) in enumerate(zip(small.shape, large.shape, strict=True)) if a != b]
-            if len(grown) == 1 and np.array_equal(np.concatenate([small, small], grown[0]), large):
+            if len(grown) == 1 and _alike(np.concatenate([small, small], grown[0]), large):
                 batch = self.image.batch
                 part = np.split(small, batch, grown[0]) if small.shape[grown[0]] % batch == 0 else [small]
-                same = all(np.array_equal(part[0], p) for p in part)
+                same = all(_alike(part[0], p) for p in part)
                 kept = part[0] if same else small
                 return RepeatedTensor(self._keep(name, kept), grown[0], 1 if same else batch)
         raise Unsupported("one of its constants depends on the number of images")
@@ -387,6 +389,13 @@ def build(whole: OnnxProgram, images: tuple[Image, ...], path: Path) -> Body:
     found = frame(program, behind, [*made.items(), *((n, v) for n, v in ends.items() if n not in made)], kept)
     aside = tuple(name for name in outputs if name in kept or name in given)
     return Body(network.eval(), images, needed(program.graph.node, made), behind, reading.missing, found, aside)
+
+
+def _alike(a: Array, b: Array) -> bool:
+    """Whether arrays are the same; floats that were computed for another number of images differ in their last bits."""
+    if a.shape != b.shape or a.dtype.kind != "f":
+        return np.array_equal(a, b)
+    return bool(np.allclose(a, b, rtol=ROUNDING, atol=ROUNDING * float(np.abs(b).max(initial=0.0)), equal_nan=True))
 
 
 def _check_first_axis(name: str, value: Traced, path: Path) -> None:
