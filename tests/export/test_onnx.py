@@ -130,15 +130,16 @@ def test_stored_tensors_may_have_the_names_of_the_exporters_own_values():
         def __init__(self):
             super().__init__()
             self.conv = torch.nn.Conv2d(3, 4, 3)
-            for k in range(40):
-                self.register_buffer(f"val_{k}", torch.rand(4, 1, 1))
+            for k in range(3, 43):
+                self.register_buffer(f"val_{k}", torch.arange(4).reshape(4, 1, 1) == k)
 
         def forward(self, x):
             y = self.conv(x)
-            for k in range(40):
-                y = y * getattr(self, f"val_{k}")
-            mask = (y > 0).to(torch.int64).float()  # which the one pass leaves to the whole exporter
-            return (y + mask).reshape(len(y), -1, y.shape[-1]).chunk(2, 1)
+            for k in range(3, 43):
+                y = y.masked_fill(getattr(self, f"val_{k}"), 1.0)
+            y = y + (y > 0).to(torch.int64).float()  # which the one pass leaves to the whole exporter
+            z = y.flatten(2)
+            return z + z.mean(1, keepdim=True).expand(-1, 4, -1)  # whose sizes are folded into a value of that name
 
     model = bw.quantize(Named(), cases.dataset(), "mse")
     assert check_parity(model, to_onnx(model), cases.images(12)).passed

@@ -40,7 +40,7 @@ from bitwright.runtimes.session import Array
 
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Linear", "LSTM", "GRU", "RNN"})
 """Operators with weights that a quantizer would want; none may lie behind the body."""
-ROUNDING = 1e-5
+LAST_DIGITS = 1e-5
 """Share of a stored number, and of the largest beside it, by which the kernel for one image and for two differ."""
 CHOOSING = frozenset({"TopK"})
 """Operators whose results change at once where scores cross: they are read only if layers take what they chose, since
@@ -395,7 +395,8 @@ def _alike(a: Array, b: Array) -> bool:
     """Whether arrays are the same; floats that were computed for another number of images differ in their last bits."""
     if a.shape != b.shape or a.dtype.kind != "f":
         return np.array_equal(a, b)
-    return bool(np.allclose(a, b, rtol=ROUNDING, atol=ROUNDING * float(np.abs(b).max(initial=0.0)), equal_nan=True))
+    bound = LAST_DIGITS * float(np.abs(b).max(initial=0.0))
+    return bool(np.allclose(a, b, rtol=LAST_DIGITS, atol=bound, equal_nan=True))
 
 
 def _check_first_axis(name: str, value: Traced, path: Path) -> None:
