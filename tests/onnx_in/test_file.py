@@ -11,6 +11,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 from onnx_files import images, node, same_as_runtime, weights, write
+from PIL import Image
 
 import bitwright as bw
 from bitwright.errors import ModelError
@@ -88,8 +89,9 @@ def test_inputs_that_are_no_single_image(tmp_path: Path) -> None:
     more = [helper.make_tensor_value_info("z", TensorProto.FLOAT, ["N", *MAP])]
     two = write(tmp_path / "two.onnx", [node("Add", "x z")], (1, *MAP), more_inputs=more)
     assert "found x 1, z any number. Export it with one batch" in refused(two)
-    whole = [node("Cast", "x", to=TensorProto.FLOAT)]
-    assert "'x' is uint8" in refused(write(tmp_path / "b.onnx", whole, (1, *MAP), kind=TensorProto.UINT8))
+    cast = [node("Cast", "x", to=TensorProto.FLOAT)]
+    assert "'x' is bool" in refused(write(tmp_path / "b.onnx", cast, (1, *MAP), kind=TensorProto.BOOL))
+    assert "'x' is int64" in refused(write(tmp_path / "words.onnx", cast, (1, 77), kind=TensorProto.INT64))
     assert "'x' of 10" in refused(write(tmp_path / "c.onnx", [node("Relu", "x")], (10,)))
 
 
@@ -432,3 +434,38 @@ def test_a_constant_that_is_expanded_to_the_images_may_differ_in_its_last_digits
         same_as_runtime(path)
     else:
         assert "one of its constants depends on the number of images" in refused(path)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(TensorProto.UINT8, "uint8"), (TensorProto.INT32, "int32")])
+@pytest.mark.parametrize("shape", [("N", *MAP), (1, 8, 10, 3)])
+def test_pixels_that_a_file_takes_as_whole_numbers(
+    shape: tuple[Any, ...], kind: int, name: str, tmp_path: Path
+) -> None:
+    order = [0, 3, 1, 2] if shape[-1] == 3 else [0, 1, 2, 3]
+    nodes = [
+        node("Cast", "x", "f", to=TensorProto.FLOAT),
+        node("Div", "f d", "n"),
+        node("Transpose", "n", "t", perm=order),
+    ]
+    stored = {**CONV, "d": np.float32(127.5)}
+    path = write(tmp_path / "pixels.onnx", [*nodes, node("Conv", "t w")], shape, stored, kind=kind)
+    with pytest.warns(UserWarning, match=rf"takes whole numbers as 'x' \({name}\)"):
+        network = load_model(str(path))
+    black, white = (Image.new("RGB", (10, 8), (v, v, v)) for v in (0, 255))
+    how = network.preprocessing
+    assert isinstance(how, bw.Preprocessing)
+    pixels = torch.stack([how(black), how(white)])
+    assert pixels.shape[1:] == shape[1:]
+    assert pixels.round().unique().tolist() == [0, 255]
+    source = network.source
+    assert source is not None
+    with pytest.raises(ModelError, match=rf"Expected whole numbers from .*'x' \({name}\), found 0.5. Give pixels"):
+        source.check(torch.full((2, *shape[1:]), 0.5))
+    source.check(pixels)
+
+
+def test_a_file_in_float64(tmp_path: Path) -> None:
+    stored = {"w": weights(240, 4).astype(np.float64)}
+    nodes, kind = [node("Flatten", "x", "f"), node("MatMul", "f w")], TensorProto.DOUBLE
+    path = write(tmp_path / "double.onnx", nodes, (1, *MAP), stored, kind=kind, kinds=[kind])
+    OnnxFile.read(path).check(images(2, MAP))

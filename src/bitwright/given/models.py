@@ -461,7 +461,8 @@ def _from_onnx(path: Path, settings: Settings) -> Model:
     file = OnnxFile.read(path, None if given is None else parse_input_size(given))
     base = _of_one_image(file)
     said = {k: v for k, v in settings.items() if k != "input_size"}
-    preprocessing = _given_preprocessing(base, said, str(path)) if said and base else None
+    known = said or file.inputs[0].whole
+    preprocessing = _given_preprocessing(base, said, str(path)) if known and base else None
     return Model(file.network, path.stem, preprocessing, source=file)
 
 
@@ -470,9 +471,10 @@ def _of_one_image(file: OnnxFile) -> Settings:
     shape = file.image
     if len(file.inputs) > 1 or len(shape) != 3 or not (file.channels_last or shape[0] in (1, 3)):
         return {}
+    scale: Settings = {"std": 1 / 255} if file.inputs[0].whole else {}
     if file.channels_last:
-        return {"input_size": (shape[2], *shape[:2]), "layout": "channels_last"}
-    return {"input_size": shape}
+        return {"input_size": (shape[2], *shape[:2]), "layout": "channels_last", **scale}
+    return {"input_size": shape, **scale}
 
 
 def example_shapes(program: ExportedProgram) -> dict[str, tuple[int, ...]]:

@@ -42,6 +42,11 @@ WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Linear", "LSTM
 """Operators with weights that a quantizer would want; none may lie behind the body."""
 LAST_DIGITS = 1e-5
 """Share of a stored number, and of the largest beside it, by which the kernel for one image and for two differ."""
+WHOLE = {
+    TensorProto.UINT8: "uint8", TensorProto.INT8: "int8", TensorProto.UINT16: "uint16", TensorProto.INT16: "int16",
+    TensorProto.INT32: "int32",
+}  # fmt: skip
+"""Whole numbers that files take as pixels, by their names; they are floats here."""
 CHOOSING = frozenset({"TopK"})
 """Operators whose results change at once where scores cross: they are read only if layers take what they chose, since
 two networks' choices cannot be compared output by output."""
@@ -57,6 +62,7 @@ class Image:
         shape: of one image, as the file has it.
         free: whether the file takes any number of images.
         axis: name of the axis of images; empty where it has none.
+        whole: name of the type of whole numbers that the file takes; empty where it takes floats.
     """
 
     name: str
@@ -64,6 +70,7 @@ class Image:
     shape: tuple[int, ...]
     free: bool
     axis: str = ""
+    whole: str = ""
 
     @property
     def channels_last(self) -> bool:
@@ -117,16 +124,17 @@ def unread_inputs(graph: Any) -> list[str]:
 
 def _image(value: Any, size: tuple[int, int, int] | None, path: Path) -> Image:
     kind = value.type.tensor_type
-    if kind.elem_type not in {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE}:
-        found = TensorProto.DataType.Name(kind.elem_type).lower() if kind.elem_type else "no tensor"
-        raise ModelError(f"Expected an image input of floats in {path}, '{value.name}' is {found}. "
-                         "Keep what of the file follows the conversion (onnx.utils.extract_model).")  # fmt: skip
     sides = [int(d.dim_value) for d in kind.shape.dim]
+    whole = WHOLE.get(kind.elem_type, "") if len(sides) == 4 else ""
+    if not whole and kind.elem_type not in {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE}:
+        found = TensorProto.DataType.Name(kind.elem_type).lower() if kind.elem_type else "no tensor"
+        raise ModelError(f"Expected an image input of floats or pixels in {path}, '{value.name}' is {found}. "
+                         "Keep what of the file follows the conversion (onnx.utils.extract_model).")  # fmt: skip
     if len(sides) < 2:
         raise ModelError(f"Expected an image input [N, C, H, W] or [N, H, W, C] in {path}, found '{value.name}' of "
                          f"{'x'.join(str(s or '?') for s in sides) or 'no known shape'}.")  # fmt: skip
     shape = _sized(tuple(sides[1:]), size, value.name, path)
-    return Image(value.name, max(sides[0], 1), shape, sides[0] <= 0, str(kind.shape.dim[0].dim_param))
+    return Image(value.name, max(sides[0], 1), shape, sides[0] <= 0, str(kind.shape.dim[0].dim_param), whole)
 
 
 def _sized(shape: tuple[int, ...], size: tuple[int, int, int] | None, name: str, path: Path) -> tuple[int, ...]:

@@ -23,6 +23,8 @@ from bitwright.onnx_in.values import as_tensor
 from bitwright.runtimes.onnxruntime import patient_options
 from bitwright.runtimes.session import Array
 
+WHOLE_TOLERANCE = 1e-2
+"""How far pixels that were divided and multiplied by 255 may be from whole numbers."""
 RUNTIME_TOLERANCE = 1e-4
 """Largest difference, in units of an output's range, that kernels may make by summing in other orders."""
 
@@ -71,6 +73,8 @@ def check_import(program: OnnxProgram, body: Body, images: Sequence[Tensor], pat
                 f"Expected {what} of {_by(image.shape)} for {path}, found {_by(given.shape[1:])}. "
                 f"Give {_remedy(image, tuple(given.shape[1:])) if alone else 'it in that shape'}."
             )
+        _check_whole(image, given, path)
+    images = [x.round() if image.whole else x for image, x in zip(body.images, images, strict=True)]
     with torch.no_grad():
         found = returned(network(*images))
     names = network.outputs
@@ -89,6 +93,24 @@ def check_import(program: OnnxProgram, body: Body, images: Sequence[Tensor], pat
             "Please report it; until then export the network in other operators."
         )
     return worst
+
+
+def _check_whole(image: Image, given: Tensor, path: Any) -> None:
+    """Whether images are what a file of whole numbers takes.
+
+    Raises:
+        ModelError: they are not.
+    """
+    if not image.whole:
+        return
+    span = np.iinfo(image.whole)
+    outside = (given - given.round()).abs().gt(WHOLE_TOLERANCE) | (given < span.min - 0.5) | (given > span.max + 0.5)
+    if outside.any():
+        raise ModelError(
+            f"Expected whole numbers from {span.min} to {span.max}, which {path} takes as '{image.name}' "
+            f"({image.whole}), found {float(given[outside][0]):.4g}. Give pixels from 0 to 255: images as bytes, or "
+            "mean=0 and std=0.00392156863 for files."
+        )
 
 
 def _named(shape: Sequence[int]) -> str:
@@ -130,7 +152,7 @@ def run(
     session = _session(part, program.stored, path)
     count = len(images[0])
     batch = (at_once or count) if body.image.free else body.image.batch
-    kinds = {i.name: np.float16 if "float16" in i.type else np.float32 for i in session.get_inputs()}
+    kinds = {i.name: _numpy_kind(i.type) for i in session.get_inputs()}
     rows: list[list[Tensor]] = []
     for start in range(0, count, batch):
         missing = max(0, start + batch - count)
@@ -146,6 +168,17 @@ def run(
             raise _not_run(path, error) from error
         rows.append([_without(as_tensor(np.asarray(a)), missing, batch) for a in answers])
     return [torch.cat(column) if column[0].dim() else column[0] for column in zip(*rows, strict=True)]
+
+
+def _numpy_kind(said: str) -> str:
+    """Of a type as ONNX Runtime says it, such as ``tensor(float16)``.
+
+    Example:
+        >>> _numpy_kind("tensor(float)"), _numpy_kind("tensor(uint8)")
+        ('float32', 'uint8')
+    """
+    kind = said.removeprefix("tensor(").removesuffix(")")
+    return {"float": "float32", "double": "float64"}.get(kind, kind)
 
 
 def _without(answer: Tensor, images: int, batch: int) -> Tensor:

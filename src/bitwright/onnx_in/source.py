@@ -61,6 +61,13 @@ class OnnxFile:
         if program.short:
             kinds = " and ".join(program.short)
             warnings.warn(f"{path} computes in {kinds}. In float32 it is quantized, and takes images.", stacklevel=4)
+        whole = [f"'{image.name}' ({image.whole})" for image in file.inputs if image.whole]
+        if whole:
+            warnings.warn(
+                f"{path} takes whole numbers as {', '.join(whole)}. The network that is quantized, and model.onnx, "
+                "take the same values as floats.",
+                stacklevel=4,
+            )
         unread = unread_inputs(program.proto.graph)
         if unread:
             kind, what = ("an input", "It is") if len(unread) == 1 else ("inputs", "They are")
