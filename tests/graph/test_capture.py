@@ -33,6 +33,65 @@ def test_graph_equals_the_model(name: str, count: int) -> None:
         assert difference(outputs(name, x), captured(name).graph(x)) < 1e-6
 
 
+def guard_of_a_part(x: Tensor) -> Tensor:
+    x[:, 2:4].clamp_(max=4.0)
+    return x
+
+
+def guard_by_assignment(x: Tensor) -> Tensor:
+    x[:, 2:4] = x[:, 2:4].clamp(max=4.0)
+    return x
+
+
+def guard_by_a_mask(x: Tensor) -> Tensor:
+    x[:, :2].masked_fill_(x[:, 2:4] > 4, 0)
+    return x
+
+
+def guard_of_a_reshaped_tensor(x: Tensor) -> Tensor:
+    F.hardtanh_(x.flatten(2), -4, 4)
+    return x
+
+
+def guard_of_one_half(x: Tensor) -> Tensor:
+    x.chunk(2, 1)[0].clamp_(-4, 4)
+    return x
+
+
+def guard_seen_in_an_older_view(x: Tensor) -> Tensor:
+    part = x[:, :3]
+    x.clamp_(-4, 4)
+    return part
+
+
+def guard_of_the_whole(x: Tensor) -> Tensor:
+    return x.clamp_(-4, 4)[:, :3]
+
+
+GUARDS = [guard_of_a_part, guard_by_assignment, guard_by_a_mask, guard_of_a_reshaped_tensor, guard_of_one_half]
+GUARDS += [guard_seen_in_an_older_view, guard_of_the_whole]
+
+
+class Guarded(nn.Module):
+    """A box head that limits some of its outputs in place."""
+
+    def __init__(self, guard: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.head, self.guard = nn.Conv2d(3, 6, 3, padding=1), guard
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.guard(self.head(x))
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_a_write_that_the_first_images_do_not_show_is_kept(guard: Callable[[Tensor], Tensor]) -> None:
+    network, x = Guarded(guard).eval(), images(2)
+    large = 100 * x
+    with torch.no_grad():
+        assert float(network.head(x).abs().max()) < 4 < float(network.head(large).abs().max())
+        assert torch.equal(capture(network, x).graph(large)[0], network(large))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_layers_are_named_by_module_path(name: str) -> None:
     layers = [n for n in captured(name).graph.graph.nodes if n.op == "call_function" and ops.is_float_tensor(n)]

@@ -18,7 +18,7 @@ from bitwright.errors import ModelError, cause
 from bitwright.given import several
 from bitwright.given.arguments import of_kind
 from bitwright.given.several import InputPart
-from bitwright.graph import canonical, constants, explain, ops, rewrite
+from bitwright.graph import aliases, canonical, constants, explain, ops, rewrite
 from bitwright.graph.devices import device_of
 from bitwright.graph.layer import Unfolded
 from bitwright.graph.names import legible
@@ -99,8 +99,9 @@ def capture(
             _check_values_of_constants(program)
             _check_constants(program, model, images)
     if _writes(program):
-        with suppress(ModelError):  # in-place activations, as most networks have them
-            return _checked(program, images, reference, parts, output)
+        if not aliases.are_seen_elsewhere(program.graph):
+            with suppress(ModelError):  # in-place activations, as most networks have them
+                return _checked(program, images, reference, parts, output)
         program = _without_writes(program)  # writes into parts of tensors
     return _checked(program, images, reference, parts, output, copies=not getattr(model, "never_changes", False))
 
