@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import CASES, Outputs, captured, dataset, images, prepared
 from torch import Tensor, fx, nn
 
@@ -387,6 +389,68 @@ def test_what_a_layer_reads_or_a_rule_names_has_a_grid_all_the_same() -> None:
     named = heads("generic", Scheme(rules=(Rule.parse("cat=a16"),)))
     assert named.quantizer(str(quantizer_after(named, "cat"))).grid.bits == 16
     assert quantizer_after(named, "cat_1") is None
+
+
+def over_zeros(boxes: Tensor, scores: Tensor) -> Tensor:
+    found = boxes.new_zeros(len(boxes), 9, *boxes.shape[2:])
+    found[:, :4] = boxes
+    found[:, 4:] = scores
+    return found
+
+
+def over_a_part(boxes: Tensor, scores: Tensor) -> Tensor:
+    found = torch.cat([scores.mean(1, keepdim=True)] * 4 + [scores], 1) + 0 * scores[:, :1]
+    found[:, torch.arange(4)] = boxes
+    return found
+
+
+def by_a_mask(boxes: Tensor, scores: Tensor) -> Tensor:
+    ninth = torch.arange(9).reshape(1, 9, 1, 1)
+    return torch.where(ninth < 4, boxes.repeat(1, 3, 1, 1)[:, :9], scores.repeat(1, 2, 1, 1)[:, :9])
+
+
+def filled_up(boxes: Tensor, scores: Tensor) -> Tensor:
+    return F.pad(boxes, (0, 0, 0, 0, 0, 5)) + F.pad(scores, (0, 0, 0, 0, 4, 0))
+
+
+def by_factors(boxes: Tensor, scores: Tensor) -> Tensor:
+    del boxes
+    return torch.tensor([1.0, 1, 1, 64, 64]).reshape(5, 1, 1) * scores
+
+
+def to_its_place(boxes: Tensor, scores: Tensor) -> Tensor:
+    del scores
+    return boxes + torch.arange(64.0).reshape(8, 8)
+
+
+class Joined(nn.Module):
+    """Boxes and scores of one level, joined in a way of one's own; half of the outputs are then read by a layer."""
+
+    def __init__(self, joins: Callable[[Tensor, Tensor], Tensor], *, reads: bool) -> None:
+        super().__init__()
+        self.boxes, self.scores = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 5, 3, padding=1)
+        self.joins, self.reads = joins, reads
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.joins(self.boxes(x).exp(), self.scores(x).sigmoid())
+        if self.reads:
+            found = F.conv2d(found, torch.ones(2, found.shape[1], 1, 1))
+        return found.clamp(0.0, 0.9).exp()
+
+
+JOINS = {"slice_scatter": over_zeros, "index_put": over_a_part, "where": by_a_mask, "add": filled_up}
+JOINS |= {"mul": by_factors, "add_": to_its_place}
+
+
+@pytest.mark.parametrize("reads", [False, True])
+@pytest.mark.parametrize("operator", JOINS)
+def test_boxes_and_scores_share_no_grid_however_they_are_joined(operator: str, reads: bool) -> None:
+    network = Joined(JOINS[operator], reads=reads).eval()
+    made = insert_quantizers(prepare(capture(network, torch.randn(2, 3, 8, 8))), Scheme())
+    joined = [n for n in made.graph.graph.nodes if ops.base_name(n) == operator.strip("_")][-1]
+    listed = {u.name: u.reason for u in made.unquantized}
+    reason = listed.get(str(joined.meta["layer"]), "")
+    assert ("share no grid" in reason) != reads
 
 
 def test_outputs_stay_float_unless_asked() -> None:

@@ -106,7 +106,7 @@ def stays_float(node: fx.Node) -> bool:
 
 
 def _only_decoded(graph: fx.Graph) -> set[fx.Node]:
-    """Concatenations from which no layer is computed, and what is: detectors join their heads' outputs so.
+    """Tensors that join others and from which no layer is computed, and what is: detectors join their outputs so.
 
     A grid for them would be one for boxes and scores, whose ranges have nothing in common.
     """
@@ -116,7 +116,7 @@ def _only_decoded(graph: fx.Graph) -> set[fx.Node]:
             read.add(node)
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        joins = ops.kind(node) == "concat" and node not in read
+        joins = node not in read and "joins" in node.meta
         if joins or any(n in found for n in node.all_input_nodes):
             found.add(node)
     return {n for n in found if not all(r.op == "output" for r in consumers(n))}

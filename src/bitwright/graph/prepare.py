@@ -12,6 +12,7 @@ from bitwright.graph import branches, fold, rewrite
 from bitwright.graph.capture import TOLERANCE, Captured, assert_outputs_equal, relative_difference
 from bitwright.graph.choices import note_choices
 from bitwright.graph.divisors import note_divisors
+from bitwright.graph.joins import note_joins
 from bitwright.graph.marks import note_marks
 
 
@@ -37,6 +38,7 @@ def prepare(captured: Captured) -> Captured:
     note_marks(graph)
     note_divisors(graph)
     note_choices(graph)
+    note_joins(graph)
     _check(captured, graph)
     return replace(captured, graph=graph, unfolded=unfolded)
 
