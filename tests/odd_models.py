@@ -78,6 +78,9 @@ def places(x: Tensor) -> Tensor:
     return F.one_hot(torch.arange(5).expand(x.shape[0], -1).clamp(min=1), 5).float().mean(1)
 
 
+TURNED = torch.arange(8).roll(3)
+
+
 LEGAL: dict[str, Construct] = {
     "rows by len": lambda net, x: net.body(x).reshape(len(x), -1) + net.head.bias.sum().expand(len(x), 6),
     "rows beside": lambda net, x: torch.cat([net.body(x), torch.ones(len(x), 1)], 1),
@@ -102,6 +105,12 @@ LEGAL: dict[str, Construct] = {
     "the batch's size": lambda net, x: net.body(x) * x.shape[0] / x.shape[0],
     "the input": lambda net, x: x,
     "labels": lambda net, x: net.head(net.body(x)).argmax(1),
+    "places that count": lambda net, x: net.conv(x).take_along_dim(TURNED.view(1, 1, 1, 8), dim=-1),
+    "one place for all channels": lambda net, x: torch.take_along_dim(net.conv(x), x[:, :1].argmax(2, True), 2),
+    "a Kronecker product": lambda net, x: torch.kron(net.conv(x), torch.tensor([[1.0, -0.5]])),
+    "shuffled channels": lambda net, x: torch.native_channel_shuffle(net.conv(x), 2),
+    "a chain": lambda net, x: torch.linalg.multi_dot([net.body(x), torch.eye(6).roll(1, 0), net.head.weight.T]),
+    "differences": lambda net, x: sum(torch.gradient(net.conv(x), spacing=0.5, dim=(2, 3))),
 }
 
 REFUSED: dict[str, tuple[Construct, str]] = {

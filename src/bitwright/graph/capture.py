@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -20,6 +19,7 @@ from bitwright.given.arguments import of_kind
 from bitwright.given.several import InputPart
 from bitwright.graph import aliases, canonical, constants, explain, ops, rewrite
 from bitwright.graph.devices import device_of
+from bitwright.graph.free_sizes import free_sizes
 from bitwright.graph.layer import Unfolded
 from bitwright.graph.names import legible
 from bitwright.graph.outputs import arrange, names, tensors
@@ -264,25 +264,9 @@ def _export(model: nn.Module, images: Tensor, returned: Any) -> torch.export.Exp
 def _export_with(model: nn.Module, images: Tensor, batch: Any, strict: bool) -> torch.export.ExportedProgram:
     shapes: Any = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
     shapes[images] = {0: batch}
-    lengths = nullcontext() if strict else _symbolic_lengths()
-    with quiet(printing=True), lengths:
+    sizes = nullcontext() if strict else free_sizes()
+    with quiet(printing=True), sizes:
         return torch.export.export(model, (images,), dynamic_shapes=shapes, strict=strict)
-
-
-@contextmanager
-def _symbolic_lengths() -> Iterator[None]:
-    """Inside, ``len(tensor)`` of a free batch is free too; Python itself would make a plain number of it."""
-    own = builtins.len
-
-    def length(x: Any) -> Any:
-        size: Any = x.shape[0] if isinstance(x, Tensor) and x.dim() else None
-        return size if isinstance(size, torch.SymInt) else own(x)
-
-    builtins.len = length
-    try:
-        yield
-    finally:
-        builtins.len = own
 
 
 def _batch_is_dynamic(program: torch.export.ExportedProgram) -> bool:
