@@ -49,6 +49,12 @@ class ParityError(BitwrightError):
     """An exported file that does not compute what the simulation computes."""
 
 
+class Terminated(KeyboardInterrupt):
+    """The process was told to end (SIGTERM): an interruption like Ctrl-C, with an exit code of its own."""
+
+    exit_code = 143
+
+
 def debugging() -> bool:
     """Whether ``BITWRIGHT_DEBUG=1`` asks for tracebacks and for what libraries print."""
     return os.environ.get("BITWRIGHT_DEBUG", "0") not in {"", "0"}

@@ -19,7 +19,7 @@ from rich.console import Console, RenderableType
 from rich.progress import TaskID
 from rich.text import Text
 
-from bitwright.errors import debugging, one_line
+from bitwright.errors import Terminated, debugging, one_line
 from bitwright.given.arguments import as_flags
 from bitwright.progress import drawn_bars
 from bitwright.run.journal import Journal, speaks_to_user
@@ -52,7 +52,8 @@ class Terminal(Journal):
         super().__init__()
         self.as_json = as_json
         self.farewell = "Interrupted."
-        self._interrupted = False
+        self._interrupted: type[KeyboardInterrupt] | None = None
+        self._process = os.getpid()
         nowhere = open(os.devnull, "w", encoding="utf-8") if silent else None  # noqa: SIM115 - as long as the process
         self._stdout = nowhere or sys.stdout
         self._out, self._err = _console(nowhere or sys.stdout), _console(nowhere or sys.stderr)
@@ -68,6 +69,9 @@ class Terminal(Journal):
         warnings.showwarning = self._warn
         if threading.current_thread() is threading.main_thread():
             self._exits.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, self._interrupt))
+            if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # whoever calls this may have a way of its own
+                self._exits.callback(_take_back, signal.SIGTERM, self._terminate)
+                signal.signal(signal.SIGTERM, self._terminate)
             self._exits.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
             sys.unraisablehook = _without_interrupts(sys.unraisablehook)
         if self.as_json:
@@ -79,7 +83,8 @@ class Terminal(Journal):
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
         self._close(failed=failure is not None)
         if failure is not None and issubclass(failure, KeyboardInterrupt):
-            self.say(self.farewell)
+            how = "Terminated" if issubclass(failure, Terminated) else "Interrupted"
+            self.say(self.farewell.replace("Interrupted", how, 1))
         self._exits.close()
 
     def _close(self, *, failed: bool = False) -> None:
@@ -116,8 +121,8 @@ class Terminal(Journal):
 
     def progress(self, what: str, done: int, total: int, detail: str = "") -> None:
         """Shows how far ``what`` is, with the time left and figures; the callback that the library takes."""
-        if self._interrupted:  # and something between here and there swallowed it
-            raise KeyboardInterrupt
+        if self._interrupted is not None:  # and something between here and there swallowed it
+            raise self._interrupted
         if what != self._what:
             self._start(what, total)
         if self._task is not None:
@@ -164,8 +169,15 @@ class Terminal(Journal):
         self._ended = None
 
     def _interrupt(self, *_: object) -> None:
-        self._interrupted = True
+        self._interrupted = KeyboardInterrupt
         raise KeyboardInterrupt
+
+    def _terminate(self, *_: object) -> None:
+        if os.getpid() != self._process:  # a worker that the user's own code forked, and ends in this way
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGTERM)
+        self._interrupted = Terminated
+        raise Terminated
 
     def _warn(
         self,
@@ -188,7 +200,13 @@ def _console(stream: TextIO) -> Console:
 
 def _without_interrupts(hook: Callable[[Any], object]) -> Callable[[Any], object]:
     """A hook that says nothing of an interrupt that fell into a destructor: it is raised again at the next step."""
-    return lambda unraisable: None if unraisable.exc_type is KeyboardInterrupt else hook(unraisable)
+    return lambda unraisable: None if issubclass(unraisable.exc_type, KeyboardInterrupt) else hook(unraisable)
+
+
+def _take_back(number: int, handler: Callable[..., object]) -> None:
+    """A signal ends the process again, unless somebody has put another handler there since."""
+    if signal.getsignal(number) == handler:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def print_error(error: BaseException | str) -> None:

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -243,29 +244,61 @@ def test_what_an_output_cannot_write_ends_no_command(
     assert b"stem" in shown.getvalue()
 
 
-def test_control_c_in_a_process(here: Path) -> None:
+ENDED = pytest.mark.parametrize(
+    ("sent", "code", "said"), [(signal.SIGINT, 130, "Interrupted"), (signal.SIGTERM, 143, "Terminated")]
+)
+
+
+@ENDED
+def test_control_c_and_kill_in_a_process(sent: signal.Signals, code: int, said: str, here: Path) -> None:
     command = [sys.executable, "-m", "bitwright.cli", *NET, "photos", "--out", "new"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
             if line.startswith("Opening the images"):
                 break
-        process.send_signal(signal.SIGINT)
+        process.send_signal(sent)
         rest = process.stderr.read()
-        assert process.wait(timeout=60) == 130
+        assert process.wait(timeout=60) == code
     assert "Traceback" not in rest
-    assert "Interrupted" in rest
+    assert said in rest
     assert not Path("new").exists()
 
 
-def test_control_c_that_somebody_swallows_is_not_forgotten(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_that_the_users_code_forks_and_terminates_ends_without_a_word(
+    here: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = []
+
+    def work(*_: Any, **__: Any) -> None:
+        there, tells = os.pipe()
+        worker = os.fork()
+        if not worker:
+            os.write(tells, b"!")
+            time.sleep(20)
+            os._exit(0)
+        os.read(there, 1)
+        os.kill(worker, signal.SIGTERM)
+        ended.append(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]))
+
+    monkeypatch.setattr(quantize_command, "check_truth", work)
+    assert main([*NET, "photos", "--evaluate", "classes", "--out", "new"]) == 0
+    assert ended == [-signal.SIGTERM]
+    assert "Terminated" not in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@ENDED
+def test_control_c_that_somebody_swallows_is_not_forgotten(
+    sent: signal.Signals, code: int, said: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def swallow(*_: Any, **__: Any) -> None:
         with contextlib.suppress(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(sent)
 
     before = files_below(here)
     monkeypatch.setattr(quantize_command, "check_truth", swallow)
-    assert main([*NET, "photos", "--evaluate", "classes", "--out", "new"]) == 130
+    assert main([*NET, "photos", "--evaluate", "classes", "--out", "new"]) == code
     assert files_below(here) == before
 
 

@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; the entry point.
 
     Returns:
-        0 done, 1 the job failed, 2 the call was wrong, 130 interrupted.
+        0 done, 1 the job failed, 2 the call was wrong, 130 interrupted, 143 terminated.
     """
     _open_closed_streams()
     _show_what_has_no_letter()

@@ -17,7 +17,7 @@ import typer
 from typer.models import ArgumentInfo
 
 from bitwright.collector import uncollected
-from bitwright.errors import UsageError
+from bitwright.errors import Terminated, UsageError
 from bitwright.terminal import Terminal
 
 Record = TypeVar("Record")
@@ -71,14 +71,17 @@ def command(kind: type[Call]) -> Callable[..., None]:
         other = "MASTER_ADDR" in os.environ and os.environ.get("RANK", "0") != "0"
         if other and not call.shared:
             return
-        with Terminal(as_json=as_json, silent=other) as terminal:
-            _check_named(kind, given)
-            with _imports_stay(f"bitwright.cli.{call.verb()}"):
-                call.check()
-                if call.begins:
-                    terminal.begin(call.begins)
-                module = importlib.import_module(f"bitwright.cli.{call.verb()}")
-            getattr(module, call.verb())(call, terminal)
+        try:
+            with Terminal(as_json=as_json, silent=other) as terminal:
+                _check_named(kind, given)
+                with _imports_stay(f"bitwright.cli.{call.verb()}"):
+                    call.check()
+                    if call.begins:
+                        terminal.begin(call.begins)
+                    module = importlib.import_module(f"bitwright.cli.{call.verb()}")
+                getattr(module, call.verb())(call, terminal)
+        except Terminated as told:  # typer would end it as it ends any interruption
+            raise typer.Exit(told.exit_code) from None
 
     json = inspect.Parameter("as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Json)
     parameters = [*parameters_of(kind), json]
