@@ -13,8 +13,11 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 from onnx_files import images, in_runtime, node, weights, write
+from onnxruntime import InferenceSession
+from PIL import Image
 
 import bitwright as bw
+from bitwright.bits.goal import Goal
 from bitwright.cli import main
 from bitwright.errors import DataError, ModelError, UsageError
 from bitwright.given.images import load_images
@@ -519,3 +522,93 @@ def test_a_run_through_a_function_names_it_and_does_not_run_it(
     assert "top-1" in bitwright(
         capsys, "evaluate", str(folder / "model.onnx"), "zoo:fashion-test[:4]", "--preprocess", function
     )
+
+
+@pytest.fixture(params=[("NonMaxSuppression", 1), ("NonMaxSuppression", "N"), ("TopK", 2)])
+def detecting(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Boxes of three pixels at cells, of which the file itself leaves the best: any number of an image, or nine."""
+    kind, count = request.param
+    cells = np.stack(np.meshgrid(np.arange(10), np.arange(8)), -1).reshape(1, 80, 2).astype(np.float32)
+    nodes = [
+        node("Conv", "x w", "c", pads=[1, 1, 1, 1]), node("Relu", "c", "r"), node("Conv", "r v", "m"),
+        node("Reshape", "m s", "h"), node("Split", "h parts", "place raw", axis=1),
+        node("Transpose", "place", "t", perm=[0, 2, 1]), node("Sigmoid", "t", "within"),
+        node("Add", "within cells", "low"), node("Add", "low size", "high"),
+        node("Concat", "low high", "boxes", axis=2), node("Sigmoid", "raw", "sure"),
+    ]  # fmt: skip
+    stored = {
+        "w": weights(6, 3, 3, 3), "v": 3 * weights(5, 6, 1, 1, seed=1), "s": np.asarray([0, 5, 80]), "cells": cells / 2,
+        "parts": np.asarray([2, 3]), "size": np.float32(3), "nine": np.asarray([9]), "0": np.asarray([0]),
+        "1": np.asarray([1]), "2": np.asarray([2]), "3": np.asarray([3]), "one": np.asarray(1), "two": np.asarray(2),
+        "overlap": np.float32([0.3]), "least": np.float32([0.5]),
+    }  # fmt: skip
+    if kind == "TopK":
+        nodes += [
+            node("ReduceMax", "sure", "best", axes=[1], keepdims=0), node("TopK", "best nine", "det_scores where"),
+            node("ArgMax", "sure", "which", axis=1, keepdims=0),
+            node("GatherElements", "which where", "det_labels", axis=1), node("Unsqueeze", "where 2", "u"),
+            node("Concat", "u u u u", "u4", axis=2), node("GatherElements", "boxes u4", "det_boxes", axis=1),
+        ]  # fmt: skip
+    else:
+        nodes += [
+            node("NonMaxSuppression", "boxes sure nine overlap least", "kept"),
+            node("Gather", "kept one", "det_labels", axis=1), node("Gather", "kept two", "where", axis=1),
+            node("Squeeze", "boxes 0", "b"), node("Gather", "b where", "det_boxes"),
+            node("Slice", "kept 1 3 1", "pairs"), node("Squeeze", "sure 0", "z"),
+            node("GatherND", "z pairs", "det_scores"),
+        ]  # fmt: skip
+    names = "det_scores det_boxes det_labels"
+    return write(tmp_path / "own.onnx", nodes, (count, 3, 8, 10), stored, opset=17, outputs=names, kinds=[1, 1, 7])
+
+
+@pytest.mark.filterwarnings("ignore:The last", "ignore:The calibration", "ignore:.*loss from the float")
+def test_boxes_that_the_file_makes_itself_are_scored(detecting: Path, tmp_path: Path, capsys: Said) -> None:
+    (tmp_path / "pictures").mkdir()
+    for k in range(5):
+        Image.fromarray(np.random.default_rng(k).integers(0, 256, (8, 10, 3), np.uint8)).save(
+            tmp_path / f"pictures/{k}.png"
+        )
+    how = bw.Preprocessing(input_size=(3, 8, 10))
+    x, given = load_images(tmp_path / "pictures", how).batch(range(5)), OnnxFile.read(detecting).body.image.batch
+    runtime = InferenceSession(str(detecting), providers=["CPUExecutionProvider"])
+    truth, rows = [], []
+    for k in range(5):
+        _, boxes, labels = (a[0] if given > 1 else a for a in runtime.run(None, {"x": x[[k] * given].numpy()}))
+        truth.append({"boxes": boxes, "labels": labels})
+        rows += [
+            {
+                "id": len(rows) + i,
+                "image_id": k,
+                "category_id": int(c),
+                "bbox": [*b[:2].tolist(), *(b[2:] - b[:2]).tolist()],
+                "area": 1.0,
+            }
+            for i, (b, c) in enumerate(zip(boxes, labels, strict=True), 1)
+        ]
+    assert all(len(each["boxes"]) > 2 for each in truth)
+    quantized = bw.quantize(str(detecting), x, "rtn")
+    found = quantized.evaluate(x, labels=truth)
+    assert found["float"]["map"] == pytest.approx(1, abs=1e-6)
+    assert 0.5 < found["quantized"]["map"] <= 1
+    folder = quantized.save(tmp_path / "run", onnx=True)
+    assert bw.load(folder).evaluate(x, labels=truth)["quantized"]["map"] == found["quantized"]["map"]
+    goal = Goal.parse(max_drop=0.9, weights="8", task="detection")
+    assert bw.quantize(str(detecting), x, "rtn", goal=goal).result["plan"]
+
+    names = [{"id": c, "name": f"class {c}"} for c in range(3)]
+    pictures = [{"id": k, "file_name": f"{k}.png", "width": 10, "height": 8} for k in range(5)]
+    (tmp_path / "boxes.json").write_text(json.dumps({"images": pictures, "annotations": rows, "categories": names}))
+    for network, expected in ((detecting, 1.0), (folder / "model.onnx", found["quantized"]["map"])):
+        arguments = (str(network), str(tmp_path / "pictures"), "--labels", str(tmp_path / "boxes.json"))
+        said = bitwright(capsys, "evaluate", *arguments, "--mean", "0", "--std", "1", "--json")
+        assert json.loads(said)["quantized"]["map"] == pytest.approx(expected, abs=0.02)
+
+
+def test_outputs_of_a_file_that_are_no_boxes(tmp_path: Path) -> None:
+    nodes = [node("Conv", "x w", "c"), node("Swirl", "c", domain="acme")]
+    path = write(tmp_path / "tail.onnx", nodes, (1, 3, 8, 10), {"w": weights(6, 3, 3, 3)}, domains=["acme"])
+    truth = [{"boxes": np.float32([[1, 1, 3, 3]]), "labels": np.asarray([0])}] * 3
+    with pytest.warns(UserWarning, match="stay as they are"):
+        quantized = bw.quantize(str(path), images(3, (3, 8, 10)), "rtn")
+    with pytest.raises(DataError, match=r"operators behind the network that ONNX Runtime runs, .* Give decode= with"):
+        quantized.evaluate(images(3, (3, 8, 10)), labels=truth)

@@ -217,7 +217,22 @@ def _onnx(call: EvaluateCall, axes: Axes) -> Evaluated:
         found = [torch.from_numpy(np.asarray(o)) for o in session.run(None, {given.name: padded.numpy()})]
         return [o[: len(x)] if missing and o.dim() else o for o in found]
 
-    return _in_runtime(call, axes, session, run, images, network, about, fixed or BATCH)
+    at_once = fixed or (BATCH if _has_images_first(session, run, images) else 1)
+    return _in_runtime(call, axes, session, run, images, network, about, at_once)
+
+
+def _has_images_first(session: Any, run: Network, images: Images) -> bool:
+    """Whether all outputs of a file that takes any number of images have the axis of these first.
+
+    Where the file calls a first axis by another name, two images tell: what suppresses boxes gives as many as it kept.
+    """
+    axis = session.get_inputs()[0].shape[0]
+    if len(images) < 2 or all(o.shape and o.shape[0] == axis for o in session.get_outputs()):
+        return True
+    try:
+        return all(o.dim() and len(o) == 2 for o in run(images.batch(range(2))))
+    except Exception:  # of the runtime, which runs one image, or says more of it than of two
+        return False
 
 
 def _several(call: EvaluateCall, session: Any, axes: Axes, about: RunNetwork, network: Model | None) -> Evaluated:

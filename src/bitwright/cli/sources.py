@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from bitwright.cli.options import ImageOptions, NetworkOptions
 from bitwright.errors import BitwrightError, UsageError
 from bitwright.given.images import Images, load_images
-from bitwright.given.models import Model, decoder_beside, example_shapes, load_model, preprocessing_of
+from bitwright.given.models import Model, decoder_behind, decoder_beside, example_shapes, load_model, preprocessing_of
 from bitwright.given.preprocessing import PreprocessFunction, Preprocessing, has_channels_last
 from bitwright.given.references import absolute_reference, absolute_source
 from bitwright.given.several import input_names
@@ -139,9 +139,9 @@ def prepared_alike(
 
 
 def decoder_of(run: Student) -> Callable[[Any], Any] | None:
-    """What turns outputs of a run into boxes, where the name of its float network alone says that."""
+    """What turns outputs of a run into boxes, where its own file, or the name of its float network, says that."""
     about = RunResult.read(run.result).model
-    return decoder_beside(about.reference, known_settings(about.settings))
+    return decoder_behind(run.interface) or decoder_beside(about.reference, known_settings(about.settings))
 
 
 def with_regions(run: Student, images: Images) -> Images:

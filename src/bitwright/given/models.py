@@ -35,6 +35,7 @@ from bitwright.given.weights import (
     read_state_dict,
     under_known_names,
 )
+from bitwright.graph.outputs import Interface
 from bitwright.graph.plain import tell_of_types
 from bitwright.graph.program import input_shapes
 
@@ -214,6 +215,19 @@ def decoder_beside(reference: str | None, settings: Mapping[str, Any] | None = N
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its weights are random, and nobody asks for them
         return load_model(f"torchvision:{name}", **(settings or {})).decode
+
+
+def decoder_behind(names: Interface | None) -> Callable[[Any], Any] | None:
+    """What turns outputs of a network into boxes, where operators of the ONNX file that it came from follow it.
+
+    Args:
+        names: what is kept of the file.
+    """
+    if names is None or names.frame is None:
+        return None
+    from bitwright.onnx_in.tail import boxes_behind
+
+    return boxes_behind(names.frame, names.batch)
 
 
 def _torchvision_detectors() -> list[str]:
@@ -463,7 +477,7 @@ def _from_onnx(path: Path, settings: Settings) -> Model:
     said = {k: v for k, v in settings.items() if k != "input_size"}
     known = said or file.inputs[0].whole
     preprocessing = _given_preprocessing(base, said, str(path)) if known and base else None
-    return Model(file.network, path.stem, preprocessing, source=file)
+    return Model(file.network, path.stem, preprocessing, source=file, decode=decoder_behind(file.names))
 
 
 def _of_one_image(file: OnnxFile) -> Settings:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bitwright.errors import DataError, UsageError
 from bitwright.given.images import Images
+from bitwright.given.named_boxes import named_boxes
 from bitwright.given.text import short
 from bitwright.given.truth import Boxes, Truth, TruthArray
 from bitwright.measure.metrics import Part
@@ -267,7 +268,7 @@ def predictions(outputs: list[Tensor], how: Outputs, decode: Decode | None, coun
     Raises:
         DataError: the outputs are no boxes, or what ``decode`` returns is not.
     """
-    decoded = _boxes_among(outputs, how) if decode is None else called(decode, how.arranged(outputs))
+    decoded = _boxes_among(outputs, how, count) if decode is None else called(decode, how.arranged(outputs))
     if isinstance(decoded, Tensor | np.ndarray):
         rows = _array(decoded)
         if rows.ndim != 3 or rows.shape[2] != 6 or len(rows) != count:
@@ -279,15 +280,12 @@ def predictions(outputs: list[Tensor], how: Outputs, decode: Decode | None, coun
     return [_one(item, decode) for item in decoded]
 
 
-def _boxes_among(outputs: list[Tensor], how: Outputs) -> Any:
-    """Boxes of a network that decodes them itself: one (N, M, 6), or boxes, scores and labels by name."""
-    if len(outputs) == 1 and outputs[0].dim() == 3 and outputs[0].shape[2] == 6:
-        return outputs[0]
-    named = {
-        k: o for k in ("boxes", "scores", "labels") for n, o in zip(how.names, outputs, strict=False) if n.endswith(k)
-    }
-    if len(named) == 3 and named["boxes"].dim() == 3 and named["boxes"].shape[2] == 4:
-        return [dict(zip(named, row, strict=True)) for row in zip(*named.values(), strict=True)]
+def _boxes_among(outputs: list[Tensor], how: Outputs, count: int) -> list[Any]:
+    """Boxes of a network that decodes them itself."""
+    names = how.names or map(str, range(len(outputs)))
+    found = named_boxes(dict(zip(names, outputs, strict=False)), count)
+    if found is not None:
+        return found
     check_kind(DETECTION.truth, outputs)
     raise DataError(
         f"Expected boxes from the network to compare with labels, found outputs of {shapes_of(outputs)}. Give decode= "

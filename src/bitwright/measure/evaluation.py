@@ -17,7 +17,7 @@ from bitwright import together
 from bitwright.errors import BitwrightError, DataError, UsageError, cause
 from bitwright.given.arguments import of_kind, whole_number
 from bitwright.given.images import Images, load_images
-from bitwright.given.models import Model
+from bitwright.given.models import Model, decoder_behind
 from bitwright.given.several import taking
 from bitwright.given.two_stages import Second, TwoStageBody, TwoStages, two_networks, unfilled
 from bitwright.graph.axes import read_outputs
@@ -88,7 +88,7 @@ def evaluate(
         DataError: the labels do not fit the outputs, or give no figure.
     """
     of_kind("model", model, Student, "a quantized model")
-    scoring = Scoring(task, metric, decode)
+    scoring = Scoring(task, metric, decode, decoder_behind(model.interface))
     scoring.check()
     images = images_to_measure(model, source, labels, class_map, input_key=input_key, decode=decode, samples=samples)
     readings = read_outputs_of(model, images, classes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,15 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
+from bitwright.errors import DataError
+from bitwright.given.named_boxes import named_boxes
+from bitwright.given.text import short
 from bitwright.onnx_in.patterns import reads
 from bitwright.onnx_in.values import Known, Traced, Value
 from bitwright.runtimes.onnxruntime import patient_options
 from bitwright.runtimes.session import Array
 
+REMEDY = "Give decode= with a function of the network's own outputs."
 TENSOR_KINDS = {torch.float32: TensorProto.FLOAT, torch.int64: TensorProto.INT64, torch.int32: TensorProto.INT32,
          torch.bool: TensorProto.BOOL, torch.float64: TensorProto.DOUBLE}  # fmt: skip
 
@@ -161,3 +166,64 @@ class Tail:
             feed = {name: part.numpy() for name, part in zip(inputs, parts, strict=True)}
             found.append(dict(zip(self.names, self._session.run(None, feed), strict=True)))
         return found
+
+
+class BoxesBehind:
+    """Boxes that the file makes behind the body, which ONNX Runtime runs for as many images at once as the file takes.
+
+    Args:
+        content: of :func:`frame`.
+        batch: images that the file takes at once; None for any number, of which one is taken.
+    """
+
+    def __init__(self, content: bytes, *, batch: int | None) -> None:
+        self.content, self.batch = content, batch or 1
+
+    @cached_property
+    def _tail(self) -> Tail:
+        try:
+            return Tail(self.content, batch=self.batch)
+        except Exception as error:
+            raise DataError(f"Expected operators behind the network that ONNX Runtime runs, it cannot "
+                            f"({short(error)}). {REMEDY}") from error  # fmt: skip
+
+    def __call__(self, outputs: Any) -> list[Any]:
+        """Boxes of each image, as ``decode=`` returns them.
+
+        Args:
+            outputs: of the body: a tensor [N, ...], or several by name.
+
+        Raises:
+            DataError: the file gives no boxes.
+        """
+        given = list(outputs.values()) if isinstance(outputs, Mapping) else [outputs]
+        count = len(given[0])
+        missing = -count % self.batch
+        padded = [torch.cat([o, o[:1].expand(missing, *o.shape[1:])]) if missing else o for o in given]
+        found: list[Any] = []
+        for answer in self._answers(padded):
+            boxes = named_boxes(answer, self.batch, alone=True)
+            if boxes is None:
+                said = ", ".join(f"{name} {tuple(value.shape)}" for name, value in answer.items())
+                raise DataError(f"Expected boxes from the operators behind the network, found {said}. {REMEDY}")
+            found += boxes
+        return found[:count]
+
+    def _answers(self, outputs: Sequence[Tensor]) -> list[dict[str, Array]]:
+        try:
+            return self._tail(outputs)
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(f"Expected the operators behind the network to run on its outputs, they do not "
+                            f"({short(error)}). {REMEDY}") from error  # fmt: skip
+
+
+def boxes_behind(content: bytes, batch: int | None) -> BoxesBehind | None:
+    """What makes boxes of the outputs of a network from an ONNX file; None where nothing follows it there.
+
+    Args:
+        content: of :func:`frame`.
+        batch: images that the file takes at once; None for any number.
+    """
+    return BoxesBehind(content, batch=batch) if onnx.ModelProto.FromString(content).graph.node else None
