@@ -360,6 +360,33 @@ def test_names_of_the_file_that_integers_would_have(case: str, tmp_path: Path) -
     torch.testing.assert_close(quantized(x), theirs, atol=0.05, rtol=0.05)
 
 
+IMAGES = "quantizer_activation_input"
+
+
+def test_operators_may_have_names_that_those_of_integers_would_have(tmp_path: Path) -> None:
+    nodes = [node("Conv", "x w", "a"), node("Relu", "a", "b"), node("Conv", "b v", "c"), node("Relu", "c", "d"),
+             node("TopK", "d k", "y i", axis=-1)]  # fmt: skip
+    names = [
+        "node_conv2d_1",
+        "one",
+        "quantizer_weight_v/DequantizeLinear",
+        "node_relu",
+        f"{IMAGES}/codes/QuantizeLinear",
+    ]
+    for each, name in zip(nodes, names, strict=True):
+        each.name = name
+    stored = {"w": weights(4, 3, 3, 3), "v": weights(4, 4, 1, 1), "k": np.asarray([2])}
+    path = write(tmp_path / "names.onnx", nodes, ("N", 3, 8, 10), stored, outputs="y")
+    x = images(4, (3, 8, 10))
+    with pytest.warns(UserWarning, match="TopK"):
+        quantized = bw.quantize(str(path), x, "rtn")
+    folder = quantized.save(tmp_path / "run", onnx=True)
+    (theirs,) = in_runtime(folder / "model.onnx", x, one_by_one=False)
+    assert theirs.shape == (4, 4, 6, 2)
+    found = {n.name: n.op_type for n in onnx.load(folder / "model.onnx").graph.node}
+    assert [found[name] for name in names if name != "one"] == ["Conv", "Conv", "Relu", "TopK"]
+
+
 def renamed(path: Path, names: dict[str, str]) -> Path:
     """The file with other names of its tensors."""
     program = onnx.load(path)

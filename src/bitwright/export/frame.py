@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +52,7 @@ def framed(program: ir.Model, model: Student) -> ir.Model:
         said |= {node.output[0]: node for node in rest.graph.node}
     for name, node in left.items():
         _describe(node, said.get(name))
+    _name_apart(program.graph, left.values())
     said |= {value.name: value for value in rest.graph.output}
     for value in (*program.graph.inputs, *program.graph.outputs):
         _describe(value, said.get(str(value.name)))
@@ -236,6 +237,19 @@ def _rename(graph: ir.Graph, tensors: Mapping[str, str], nodes: Mapping[str, str
                 computed.name = nodes.get(str(value.name), value.name)
                 found[str(value.name)] = computed
     return found
+
+
+def _name_apart(graph: ir.Graph, theirs: Collection[ir.Node]) -> None:
+    """Gives operators that have the name of one of the file's another: ONNX Runtime reads no file that has one twice.
+
+    Example: PyTorch's exporter names operators after what they compute, the user's file as well as the body.
+    """
+    by_right = {node.name: node for node in theirs if node.name}
+    taken = {node.name for node in graph}
+    for node in graph:
+        if by_right.get(node.name, node) is not node:
+            node.name = free_name(str(node.name), taken, "/inner")
+            taken.add(node.name)
 
 
 def _before_codes(node: ir.Node) -> ir.Node:

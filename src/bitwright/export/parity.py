@@ -13,11 +13,12 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from bitwright.errors import BitwrightError, ParityError, UsageError
+from bitwright.errors import BitwrightError, ParityError, UsageError, one_line
 from bitwright.export.arbiter import compare_kernels
 from bitwright.export.deviation import Forward, output_parities, tipped
 from bitwright.export.forms import keep_in_float
 from bitwright.export.frame import framed
+from bitwright.export.functions import DOMAIN
 from bitwright.export.layers import activation_quantizers, compare_layers
 from bitwright.export.onnx import to_onnx, write_onnx
 from bitwright.export.recurrent import store_weights
@@ -27,6 +28,7 @@ from bitwright.graph import ops
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.student import Student
 from bitwright.memory import usual_pages
+from bitwright.onnx_in.file import STANDARD
 from bitwright.quant.quantizer import Frozen
 from bitwright.run.files import target_file
 from bitwright.runtimes.onnxruntime import session
@@ -102,7 +104,10 @@ def export_checked(
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise BitwrightError(f"This network could not be written as ONNX and checked ({reason}).") from error
     if parity.passed or force:
-        write_onnx(framed(program, model), path)
+        whole = framed(program, model)
+        if not force and (model.parts or model.interface is not None):
+            _assert_opens(whole)
+        write_onnx(whole, path)
     if not parity.passed and not force:
         worst = parity.worst_layer
         detail = f" (worst: {worst.name}, {worst.differing_fraction:.2%} of its values)" if worst else ""
@@ -113,6 +118,26 @@ def export_checked(
             "force=True keeps it."
         )
     return parity
+
+
+def _assert_opens(program: ir.Model) -> None:
+    """The whole file, with its user's names and what follows the body, must be one that ONNX Runtime reads.
+
+    A file with operators of another domain is its user's to open, where these are known.
+
+    Raises:
+        ParityError: it does not.
+    """
+    if not program.opset_imports.keys() <= STANDARD | {DOMAIN}:
+        return
+    try:
+        with session(program, optimize=False):
+            pass
+    except Exception as error:
+        raise ParityError(
+            f"ONNX Runtime does not open the ONNX file with the names and the last operators of yours: "
+            f"{one_line(str(error))[:200]} It was not written; force=True keeps it."
+        ) from error
 
 
 def _is_large(model: Student) -> bool:
