@@ -505,6 +505,10 @@ def test_slice_keeps_the_classes_of_the_whole_folder(tmp_path: Path) -> None:
         "x/1.png 5\nx/2.png 6\n",
         "file\tclass\nx/1.png\t5\nx/2.png\t 6 \n",
         "file;class\nx/1.png;5\nx/2.png; 6\n",
+        '"file";"class"\r\n"x/1.png";"5"\r\n"x/2.png";"6"\r\n',
+        "file;class;;\nx/1.png;5;;\nx/2.png;6;;\n",
+        "file,class,\nx/1.png,5,\nx/2.png,6,\n",
+        "x/1.png,5.0\nx/2.png,6.00\n",
     ],
 )
 def test_csv_labels(tmp_path: Path, text: str) -> None:

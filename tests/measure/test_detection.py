@@ -224,6 +224,29 @@ def test_every_format_holds_the_same_boxes(photos: Images, tmp_path: Path, write
     assert found["evaluation"]["task"] == "detection"
 
 
+def test_what_other_programs_write_into_coco_files_is_understood(photos: Images, tmp_path: Path) -> None:
+    """Ids as text or with a decimal point, paths of another system, areas left open, flags as text."""
+    plain = json.loads(write_coco(tmp_path).read_text())
+    images = [i | {"id": str(i["id"]), "file_name": f"C:\\data\\{i['file_name']}"} for i in plain["images"]]
+    notes = [
+        a | {"image_id": float(a["image_id"]), "category_id": float(a["category_id"]), "area": None, "iscrowd": "0"}
+        for a in plain["annotations"]
+    ]
+    truth = labelled(photos, str(write_coco(tmp_path, images=images, annotations=notes))).truth
+    assert truth is not None
+    for boxes in truth.items:
+        assert boxes.labels.tolist() == [0, 1]
+        assert boxes.areas.tolist() == [800, 3200]
+        assert not boxes.crowd.any()
+
+
+def test_boxes_in_bfloat16_are_boxes(photos: Images) -> None:
+    given = [{"boxes": torch.tensor([[2, 2, 9, 9]], dtype=torch.bfloat16), "labels": torch.tensor([1])}] * 2
+    truth = labelled(photos, given).truth
+    assert truth is not None
+    assert truth.items[0].corners.tolist() == [[2, 2, 9, 9]]
+
+
 def test_the_numbers_of_coco_can_be_kept(photos: Images, tmp_path: Path) -> None:
     images = labelled(photos, str(write_coco(tmp_path)), "ids")
     boxes = [b | {"labels": torch.tensor([3, 7])} for b in network_boxes()]
@@ -248,7 +271,16 @@ def test_classes_from_one_are_told_from_numbers_of_coco(photos: Images, tmp_path
     ("corners", "classes", "line"),
     [
         ([90, 5, 99, 9], 0, r"Expected boxes in an image of 80x40 pixels, found corners 90, 5, 99, 9 in the labels of"),
-        ([9, 5, 2, 9], 0, "found corners 9, 5, 2, 9"),
+        ([9, 5, 2, 9], 0, "Expected corners x1, y1, x2, y2 .* found 9, 5, 2, 9"),
+        (
+            [2, math.nan, 9, 9],
+            0,
+            "Expected corners that are finite numbers in the labels .* found 2, nan, 9, 9",
+        ),
+        ([2, 2, 9, 9j], 0, "Expected real numbers"),
+        ([0.1, 0.2, 0.5, 1.0], 0, "Expected corners in pixels in the labels given, found none above 1"),
+        ([2, 2, 9, 9], 1 << 31, "Expected a class below 2147483648"),
+        ([[2, 2], [9]], 0, "rows of several lengths"),
         ([2, 2, 9, 9], "cat", "Expected whole numbers from 0 as classes in the labels of image 0, found 'cat'"),
         ([2, 2, 9, 9], 1.5, "found 1.5"),
         ([2, 2, 9, 9], -1, "found -1"),
@@ -256,7 +288,7 @@ def test_classes_from_one_are_told_from_numbers_of_coco(photos: Images, tmp_path
     ],
 )
 def test_boxes_given_as_objects_are_checked(photos: Images, corners: Any, classes: Any, line: str) -> None:
-    given = [{"boxes": np.array([corners]), "labels": np.array([classes]).reshape(-1)}] * 2
+    given = [{"boxes": [corners], "labels": np.array([classes]).reshape(-1)}] * 2
     with pytest.raises(DataError, match=line):
         labelled(photos, given)
 
@@ -319,8 +351,9 @@ def test_what_a_function_returns_is_checked(photos: Images, tmp_path: Path, deco
     images = labelled(photos, str(write_yolo(tmp_path)))
     with pytest.raises(DataError, match=line):
         compare(lambda x: [x], None, images, scoring=Scoring(decode=lambda _: decoded))
-    with pytest.raises(DataError, match="Expected decode to return predictions, it raised ZeroDivisionError"):
-        compare(lambda x: [x], None, images, scoring=Scoring(decode=lambda _: 1 / 0))
+    for decode, raised in ((lambda _: 1 / 0, "ZeroDivisionError"), (lambda _: exit(3), "SystemExit: 3")):
+        with pytest.raises(DataError, match=f"Expected decode to return predictions, it raised {raised}"):
+            compare(lambda x: [x], None, images, scoring=Scoring(decode=decode))
 
 
 @pytest.mark.parametrize(
@@ -334,7 +367,12 @@ def test_what_a_function_returns_is_checked(photos: Images, tmp_path: Path, deco
         (lambda r: write_coco(r, images=[SMALL], annotations=[{"image_id": 10, "category_id": 3}]), "found 80x40"),
         (lambda r: write_coco(r, images=[{"id": 10, "file_name": "z.png"}]), "Expected names of the images"),
         (lambda r: write_coco(r, annotations=[{"image_id": 10, "category_id": 3, "bbox": [1]}]), "Expected bbox"),
-        (lambda r: write_coco(r, annotations=[{"image_id": 10, "category_id": 5, "bbox": [1, 1, 2, 2]}]), "found '5'"),
+        (lambda r: write_coco(r, annotations=[{"image_id": 10, "category_id": 5, "bbox": [1, 1, 2, 2]}]), "found 5"),
+        (lambda r: write_coco(r, images=[SMALL, SMALL | {"file_name": "1.png"}]), "each id .* several of 10"),
+        (lambda r: write_coco(r, images=[SMALL, SMALL | {"id": 9}]), "each file_name .* several of '0.png'"),
+        (lambda r: write_coco(r, images=[SMALL | {"id": [10]}]), "list as id"),
+        (lambda r: write_yolo(r, "9999999999 0.5 0.5 0.1 0.1"), "Expected a class below 2147483648"),
+        (lambda r: write_yolo(r, "inf 0.5 0.5 0.1 0.1"), "Expected 'class cx cy width height'"),
     ],
 )  # fmt: skip
 def test_bad_boxes_are_said_in_one_line(photos: Images, tmp_path: Path, write: Any, line: str) -> None:
@@ -348,6 +386,10 @@ def test_files_that_cannot_be_read(photos: Images, tmp_path: Path) -> None:
         (folder / "0.xml").write_text(text)
         with pytest.raises(DataError, match="Expected VOC XML with objects of a name and a bndbox, cannot read"):
             labelled(photos, str(folder))
+    texts = write_yolo(tmp_path)
+    (texts / "classes.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(DataError, match=r"Expected names of classes, cannot read .*classes\.txt"):
+        labelled(photos, str(texts))
     (tmp_path / "boxes.json").write_text("[")
     with pytest.raises(DataError, match="cannot be read as JSON"):
         labelled(photos, str(tmp_path / "boxes.json"))
@@ -392,10 +434,8 @@ def test_boxes_that_are_none_are_told(photos: Images, tmp_path: Path, breaks: st
 
 def test_annotations_of_no_image_are_told(photos: Images, tmp_path: Path) -> None:
     box = {"category_id": 3, "bbox": [1, 1, 5, 5]}
-    path = write_coco(tmp_path, annotations=[box | {"image_id": i} for i in (10, "11", 99, 99)])
-    with pytest.warns(
-        UserWarning, match="3 annotations in .* that it does not list are left out .first: image_id '11'"
-    ):
+    path = write_coco(tmp_path, annotations=[box | {"image_id": i} for i in (10, 98, 99, 99)])
+    with pytest.warns(UserWarning, match="3 annotations in .* that it does not list are left out .first: image_id 98"):
         images = labelled(photos, str(path))
     assert images.truth is not None
     assert [len(b) for b in images.truth.items] == [1, 0]

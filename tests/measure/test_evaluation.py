@@ -8,6 +8,7 @@ from typing import Any
 import cases
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -191,6 +192,29 @@ def test_masks_of_another_size_or_kind_are_not_left_out_in_silence(
     assert found["quantized"] == expected["quantized"]
     with pytest.raises(DataError, match="Expected masks of classes below 4, or 255"):
         model.evaluate((images, masks.clamp_max(9)))
+
+
+def test_labels_that_are_given_are_read_or_refused(dense: tuple[bw.QuantizedModel, Tensor, Tensor]) -> None:
+    model, images, masks = dense
+    right = model.evaluate(images, masks)["quantized"]
+    for same in (masks[:, None], masks[..., None].numpy(), [Image.fromarray(m.byte().numpy()) for m in masks]):
+        assert model.evaluate(images, same)["quantized"] == right
+    colours = masks[..., None].expand(-1, -1, -1, 3)
+    for given, said in (
+        (colours, "int64 of 24x10x10x3"),
+        (masks + 0.5, "float32 of 24x10x10"),
+        (list("ab" * 12), "type list"),
+    ):
+        with pytest.raises(DataError, match=f"Expected labels= to be class indices .* found labels .*{said}"):
+            model.evaluate(images, given)
+        seen: list[Any] = []
+        model.evaluate(images, given, metric=lambda o, t, seen=seen: seen.append(t) or 1.0)
+        assert len(seen) == 2 * len(images)
+    for given in (set(range(24)), dict.fromkeys(range(24), 0)):
+        with pytest.raises(DataError, match=f"Expected labels of 24 images, found one {type(given).__name__}"):
+            model.evaluate(images, given)
+    with pytest.raises(DataError, match="whole class index"):
+        model.evaluate(images, [1 << 70] * 24)
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,7 @@ def test_numbers_that_are_none_do_not_count(model: tuple[bw.QuantizedModel, Tens
         (lambda o, t: o, r"Expected a number from metric as lambda, found \(1, 4\)"),
         (lambda o, t: None, "Expected a number from metric as lambda, found NoneType"),
         (lambda o: 0, "Expected metric to return a number, it raised TypeError"),
+        (lambda o, t: exit(3), "Expected metric to return a number, it raised SystemExit: 3"),
     ],
 )
 def test_bad_metrics(model: tuple[bw.QuantizedModel, Tensor, Tensor], metric: Any, line: str) -> None:

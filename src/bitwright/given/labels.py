@@ -110,13 +110,15 @@ def _read_labels(path: Path) -> dict[str, int]:
 
 def _label_row(row: list[str], where: str, *, header: bool) -> tuple[str, int | None]:
     if len(row) == 1:  # a blank, a tab or a semicolon stands for the comma
-        row = re.split(r"[;\s]\s*(?=[^;\s]+$)", row[0].strip())
+        row = [part.strip().strip('"') for part in re.split(r"[;\s]\s*(?=[^;\s]+$)", row[0].strip(" \t;"))]
+    row = row[:2] if not any(row[2:]) else row  # what a table's empty columns leave
     if len(row) != 2:
         raise DataError(f"Expected file,class_index in {where}, found {len(row)} columns: {','.join(row)[:80]!r}.")
     name = row[0].strip().replace("\\", "/").removeprefix("./")
     text = row[1].strip()
     if re.search(r"[\x00-\x08\x0b-\x1f]", "".join(row)):
         raise DataError(f"Expected file,class_index in {where}, found {','.join(row)[:80]!r}. Write it as plain text.")
+    text = re.sub(r"\.0*$", "", text) if re.fullmatch(r"[0-9]+\.0*", text) else text
     if re.fullmatch(r"[0-9]+", text):
         if len(text) > 10 or int(text) >= MOST_CLASSES:
             raise DataError(f"Expected a class index below {MOST_CLASSES} in {where}, found {text[:40]}.")

@@ -74,6 +74,7 @@ class Truth:
         said: what they are, in words that follow "the", for messages.
         names: of classes, where they are known.
         known: how many classes there are, where a file says so.
+        asked: whether a user gave them to be compared with, so that leaving them out would be wrong.
     """
 
     kind: Kind
@@ -81,6 +82,7 @@ class Truth:
     said: str
     names: Mapping[int, str] = field(default_factory=dict)
     known: int | None = None
+    asked: bool = False
 
     def take(self, positions: Sequence[int]) -> Truth:
         """The same of some of the images, in the order given."""

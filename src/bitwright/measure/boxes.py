@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from bitwright.errors import DataError, UsageError
@@ -38,8 +39,8 @@ class Coco:
 
     Attributes:
         path: of the file.
-        images: their ``id``, ``file_name``, ``width`` and ``height``.
-        annotations: boxes, or the segments of images in a panoptic file.
+        images: their ``id``, ``file_name``, ``width`` and ``height``; no two have the same id or name.
+        annotations: boxes, or the segments of images in a panoptic file, with the ``image_id`` of theirs.
         categories: their ``id`` and ``name``, by ``id``.
     """
 
@@ -59,7 +60,8 @@ class Coco:
             found = read_json(path)
             parts = [found[k] for k in ("images", "annotations", "categories")]
             parts[2] = sorted(parts[2], key=lambda c: int(c["id"]))
-            _ = [(i["id"], i["file_name"]) for i in parts[0]], [a["image_id"] for a in parts[1]]
+            parts[0] = [i | {"id": _id(i["id"]), "file_name": _path(i["file_name"])} for i in parts[0]]
+            parts[1] = [a | {"image_id": _id(a["image_id"])} for a in parts[1]]
         except UsageError as error:
             raise DataError(str(error)) from error
         except (KeyError, TypeError, ValueError) as error:
@@ -67,6 +69,12 @@ class Coco:
                 f"Expected COCO's lists of images, annotations and categories in {path}, cannot find them "
                 f"({type(error).__name__}: {short(error)})."
             ) from error
+        for key in ("id", "file_name"):
+            twice = next((k for k, count in Counter(i[key] for i in parts[0]).items() if count > 1), None)
+            if twice is not None:
+                raise DataError(
+                    f"Expected one image of each {key} in {path}, found several of {twice!r}. Give each its own."
+                )
         if not parts[1]:
             raise DataError(f"Expected annotations in {path}, found an empty list. Name the file that has them.")
         return cls(path, *parts)
@@ -94,6 +102,8 @@ class Coco:
         for annotation in self.annotations:
             by_image[annotation["image_id"]].append(annotation)
         self._tell_of_strangers(by_image)
+        if given is None:
+            self._check_categories()
         items: list[Boxes | None] = []
         for position, image in enumerate(there):
             if image is None:
@@ -114,9 +124,19 @@ class Coco:
             count = sum(len(by_image[number]) for number in strange)
             warnings.warn(
                 f"{plural(count, 'annotation')} in {self.path} of images that it does not list are left out "
-                f"(first: image_id {strange[0]!r}).",
+                f"(first: image_id {strange[0]}).",
                 UserWarning,
                 stacklevel=5,
+            )
+
+    def _check_categories(self) -> None:
+        known = {int(c["id"]) for c in self.categories}
+        said = ((a["category_id"], a["image_id"]) for a in self.annotations if "category_id" in a)
+        strange = next((s for s in said if isinstance(s[0], int | float | str) and _id(s[0]) not in known), None)
+        if strange is not None:
+            raise DataError(
+                f"Expected category_id to be one of the {plural(len(known), 'category', 'categories')} in {self.path}, "
+                f"found {strange[0]!r} for image_id {strange[1]}. Add that category, or say its class with class_map=."
             )
 
     def _check_size(self, image: dict[str, Any], size: tuple[int, int], where: str) -> None:
@@ -128,6 +148,24 @@ class Coco:
             )
 
 
+def _id(value: Any) -> Any:
+    """An id as a number where it is one: programs write 7 as 7.0 or "7" too.
+
+    Raises:
+        TypeError: it is neither number nor text.
+    """
+    if not isinstance(value, int | float | str):
+        raise TypeError(f"{type(value).__name__} as id")
+    if isinstance(value, str):
+        return int(value) if value.isascii() and value.isdecimal() else value
+    return int(value) if value == value // 1 else value
+
+
+def _path(name: Any) -> Any:
+    """A path of any system."""
+    return name.replace("\\", "/").removeprefix("./") if isinstance(name, str) else name
+
+
 def images_differ(drawn: tuple[Any, Any], size: tuple[int, int]) -> bool:
     """Whether a file tells of an image of another size; 0 says nothing."""
     return all(isinstance(side, int) and side > 0 for side in drawn) and drawn != size
@@ -135,11 +173,12 @@ def images_differ(drawn: tuple[Any, Any], size: tuple[int, int]) -> bool:
 
 def _of_coco(found: list[dict[str, Any]], classes: ClassMap, where: str) -> Boxes:
     try:
-        kept = [(a, classes.of(a["category_id"], where)) for a in found]
+        kept = [(a, classes.of(_id(a["category_id"]), where)) for a in found]
         rows = [(a, c) for a, c in kept if c is not None]
         sides = np.array([a["bbox"] for a, _ in rows], np.float64).reshape(len(rows), 4)
-        areas = np.array([float(a.get("area", a["bbox"][2] * a["bbox"][3])) for a, _ in rows])
-        crowd = np.array([bool(a.get("iscrowd", 0)) for a, _ in rows], bool)
+        said = [a.get("area") for a, _ in rows]
+        areas = np.array([w * h if s is None else float(s) for s, (w, h) in zip(said, sides[:, 2:], strict=True)])
+        crowd = np.array([bool(int(a.get("iscrowd") or 0)) for a, _ in rows], bool)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise DataError(
             f"Expected bbox [x, y, width, height] and category_id for {where}, found something else ({short(error)})."
@@ -170,17 +209,13 @@ def of_yolo(
             stacklevel=4,
         )
     _check(items, images, str(where))
-    names = dict(enumerate(named.read_text(encoding="utf-8").splitlines())) if named.is_file() else {}
+    names = dict(enumerate(_lines(named, "names of classes"))) if named.is_file() else {}
     return items, Truth("detection", [], f"boxes of {where}", names or classes.names, len(names) or None)
 
 
 def _of_text(file: Path, size: tuple[int, int], classes: ClassMap) -> Boxes:
     rows, labels = [], []
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"Expected YOLO text, cannot read {file} ({short(error)}).") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_lines(file, "YOLO text"), 1):
         if not line.strip():
             continue
         where = f"line {number} of {file}"
@@ -194,11 +229,19 @@ def _of_text(file: Path, size: tuple[int, int], classes: ClassMap) -> Boxes:
     return Boxes.of(corners * np.tile(size, 2), np.array(labels, np.int64), where=str(file))
 
 
+def _lines(file: Path, what: str) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"Expected {what}, cannot read {file} ({short(error)}). Save it as UTF-8.") from error
+
+
 def _yolo_row(line: str, where: str) -> tuple[int, list[float]]:
     parts = line.split()
     try:
-        label, row = int(parts[0]), [float(p) for p in parts[1:]]
-    except ValueError:
+        number, row = float(parts[0]), [float(p) for p in parts[1:]]
+        label = int(number) if number == int(number) else -1
+    except (ValueError, OverflowError):
         label, row = -1, []
     if len(row) != 4 or label < 0 or not np.isfinite(row).all():
         raise DataError(
@@ -301,10 +344,10 @@ def boxes_of_items(truth: Truth, images: Images, class_map: GivenClassMap = None
 
     def one(position: int, item: dict[str, Any]) -> Boxes:
         where = f"the labels of image {position}"
-        corners, labels = (_array(item[k]) for k in ("boxes", "labels"))
+        corners, labels = (_array(item[k], where) for k in ("boxes", "labels"))
         _check_whole(labels, where)
-        crowd = _array(item.get("iscrowd", np.zeros(labels.size))).astype(bool).reshape(-1)
-        if corners.size != 4 * labels.size or len(crowd) != labels.size or not np.isfinite(corners).all():
+        crowd = _array(item.get("iscrowd", np.zeros(labels.size)), where).astype(bool).reshape(-1)
+        if corners.size != 4 * labels.size or len(crowd) != labels.size:
             raise DataError(
                 f"Expected boxes (G, 4) and labels (G,) in {where}, found {corners.shape} and {labels.shape}."
             )
@@ -334,12 +377,20 @@ def _check_whole(labels: TruthArray, where: str, *, least: float = -np.inf) -> N
         )
 
 
-def _array(values: Any) -> TruthArray:
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+def _array(values: Any, where: str) -> TruthArray:
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().float() if values.dtype == torch.bfloat16 else values.detach().cpu()
+    try:
+        found = np.asarray(values)
+    except ValueError as error:
+        raise DataError(f"Expected boxes (G, 4) and labels (G,) in {where}, found rows of several lengths.") from error
+    if found.dtype.kind == "c":
+        raise DataError(f"Expected real numbers in {where}, found {found.dtype}.")
+    return found
 
 
 def _check(items: Sequence[Boxes | None], images: Images, where: str) -> None:
-    """There must be boxes, of corners in order, and each must show at least a part of its image.
+    """There must be boxes, of finite corners in order, and each must show at least a part of its image.
 
     Raises:
         DataError: there is none, or one lies outside.
@@ -350,7 +401,18 @@ def _check(items: Sequence[Boxes | None], images: Images, where: str) -> None:
             continue
         size = np.tile(images.placement(position).image, 2).astype(float)
         low, high = found.corners[:, :2], found.corners[:, 2:]
-        wrong = (high < low).any(1) | (low >= size[:2]).any(1) | (high <= 0).any(1)
+        unknown = ~np.isfinite(found.corners).all(1)
+        if unknown.any():
+            said = ", ".join(f"{v:g}" for v in found.corners[unknown][0])
+            raise DataError(f"Expected corners that are finite numbers in {found.where}, found {said}. Remove the box.")
+        turned = (high < low).any(1)
+        if turned.any():
+            said = ", ".join(f"{v:g}" for v in found.corners[turned][0])
+            raise DataError(
+                f"Expected corners x1, y1, x2, y2 with x1 < x2 and y1 < y2 in {found.where}, found {said}. Give two "
+                "corners, or a width and a height above 0, as the format has them."
+            )
+        wrong = (low >= size[:2]).any(1) | (high <= 0).any(1)
         if wrong.any():
             said = ", ".join(f"{v:g}" for v in found.corners[wrong][0])
             raise DataError(
@@ -361,6 +423,9 @@ def _check(items: Sequence[Boxes | None], images: Images, where: str) -> None:
         beyond += [found.where] * int(outside.sum())
     if not any(found is not None and len(found) for found in items):
         raise DataError(f"Expected boxes of the images in {where}, found none. There is nothing to compare with.")
+    every = [found.corners for found in items if found is not None and len(found)]
+    if max(float(corners.max()) for corners in every) <= 1:
+        raise DataError(f"Expected corners in pixels in {where}, found none above 1. Multiply by the image's sides.")
     if beyond:
         warnings.warn(
             f"{plural(len(beyond), 'box', 'boxes')} in {where} reach beyond the image (first: {beyond[0]}).",

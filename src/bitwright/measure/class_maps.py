@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitwright.errors import DataError, UsageError
+from bitwright.given.entries import MOST_CLASSES
 from bitwright.given.text import read_json, short
 from bitwright.given.truth import IGNORED
 
@@ -80,6 +81,8 @@ class ClassMap:
         if OTHERS in self.table:
             return self.table[OTHERS]
         if self.identity and not isinstance(value, str):
+            if int(value) >= MOST_CLASSES:
+                raise DataError(f"Expected a class below {MOST_CLASSES} in {where}, found {int(value)}.")
             return int(value)
         raise DataError(
             f"Expected values of the class map, found {key!r} in {where}. Add it, or '{OTHERS}' for all others."
@@ -109,7 +112,8 @@ def _checked(given: Any, where: str) -> ClassMap:
     if not isinstance(given, Mapping) or not given:
         raise DataError(f"Expected classes by value in {where}, {_BESIDE}, found {type(given).__name__}.")
     wrong = next((v for v in given.values() if v is not None and (isinstance(v, bool) or not isinstance(v, int))), None)
-    wrong = wrong if wrong is not None else next((v for v in given.values() if v is not None and v < 0), None)
+    sizes = [v for v in given.values() if v is not None]
+    wrong = wrong if wrong is not None else next((v for v in sizes if not 0 <= v < MOST_CLASSES), None)
     if wrong is not None:
         raise DataError(f"Expected class indices (0, 1, ...) or null in {where}, found {str(wrong)[:40]!r}.")
     table = {str(k): v for k, v in given.items()}

@@ -352,7 +352,7 @@ def check_truth(network: Model, images: Images, scoring: Scoring = NOTHING_SAID)
     try:
         with torch.no_grad():
             found = module(images.batch([0, min(1, len(images) - 1)]))
-    except Exception:
+    except (Exception, SystemExit):
         return  # capture finds the same and says where
     if network.output is not None and isinstance(found, dict):
         found = found.get(network.output, found)

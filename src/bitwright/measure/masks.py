@@ -124,7 +124,9 @@ def masks_of_items(truth: Truth, class_map: GivenClassMap) -> Truth | None:
 
     def is_mask(item: Any) -> bool:
         whole = isinstance(item, Tensor | np.ndarray) and item.ndim == 2
-        return whole and (not item.is_floating_point() if isinstance(item, Tensor) else item.dtype.kind in "biu")
+        if not whole or 0 in item.shape:
+            return False
+        return not item.is_floating_point() if isinstance(item, Tensor) else item.dtype.kind in "biu"
 
     if not all(map(is_mask, truth.items)):
         return None

@@ -171,7 +171,7 @@ class OwnJudge:
                 return function(*map(lent, given))
         except (BitwrightError, Warning):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             kind = f"{type(error).__name__}: {short(error)}"
             raise DataError(f"Expected metric to return a number, it raised {kind}.") from cause(error)
 

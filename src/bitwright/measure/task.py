@@ -151,7 +151,7 @@ def called(decode: Decode, arranged: Any) -> Any:
             return decode(lent(arranged))
     except (BitwrightError, Warning):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         kind = f"{type(error).__name__}: {short(error)}"
         raise DataError(f"Expected decode to return predictions, it raised {kind}.") from cause(error)
 

@@ -77,7 +77,7 @@ def judges(images: Images, outputs: Outputs, scoring: Scoring) -> list[Judged]:
     """What compares networks on images: the task's figures, the user's own, or both if a task is said beside a metric.
 
     Raises:
-        DataError: there is nothing to compare with, where something was asked for.
+        DataError: there is nothing to compare with, where something was asked for or labels were given.
     """
     scoring.check()
     if scoring.metric is None and (read := masks.of_numbers(images.truth)) is not None:
@@ -91,4 +91,9 @@ def judges(images: Images, outputs: Outputs, scoring: Scoring) -> list[Judged]:
         found.append(Judged(own.OwnJudge(images, outputs, scoring.metric, scoring.decoder(task), taken), None))
     if scoring.decode is not None and not found:
         raise DataError("Expected labels= beside decode=, found none. There is nothing to compare boxes or maps with.")
+    if images.truth is not None and images.truth.asked and not found:
+        raise DataError(
+            "Expected labels= to be class indices [N], masks of classes [N, H, W] or one-hot [N, K, H, W], or boxes "
+            f"and labels of each image, found {images.truth.said}. Give one of these, or metric= for others."
+        )
     return found

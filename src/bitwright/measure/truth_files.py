@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from bitwright.errors import DataError
@@ -185,7 +187,7 @@ def _given(images: Images, labels: Any, class_map: GivenClassMap) -> Images:
     """Images with labels that were given as objects."""
     count = len(images)
     try:
-        several = len(labels)
+        several = -1 if isinstance(labels, Set | Mapping) else len(labels)
     except TypeError:
         several = -1
     if several != count:
@@ -193,23 +195,25 @@ def _given(images: Images, labels: Any, class_map: GivenClassMap) -> Images:
         raise DataError(f"Expected labels of {plural(count, 'image')}, found {many}. Give one for each image.")
     if isinstance(labels, Tensor | np.ndarray) and labels.ndim != 1:
         array = labels.detach().cpu().numpy() if isinstance(labels, Tensor) else labels
-        if array.ndim in {3, 4} and array.dtype.kind in "biu":
-            array = array.squeeze(1) if array.ndim == 4 and array.shape[1] == 1 else array
+        if array.ndim == 2 and array.shape[1] == 1 and array.dtype.kind in "iu":
+            return images.labelled(torch.as_tensor(array[:, 0].astype(np.int64)))
+        if array.ndim in {3, 4} and array.dtype.kind in "biu" and array.size:
+            one = next((axis for axis in (1, 3) if array.ndim == 4 and array.shape[axis] == 1), None)
+            array = array if one is None else array.squeeze(one)
             if array.ndim != 3:
                 return _known(images, labels, class_map)
             found = masks.of_masks(array, ClassMap.read(class_map))
             return images.known(found if class_map is not None else masks.with_foreground(found))
         return _known(images, labels, class_map)
-    if all(isinstance(x, int | np.integer) and not isinstance(x, bool) for x in labels) or isinstance(labels, Tensor):
-        return images.labelled(labels) if _whole(labels) else images.known(_other(labels))
+    if isinstance(labels, Tensor):
+        return images.known(_other(labels)) if labels.is_floating_point() else images.labelled(labels)
+    if all(isinstance(x, int | np.integer) and not isinstance(x, bool) for x in labels):
+        return images.labelled(labels)
     other = _other(labels)
+    pixels = replace(other, items=[np.asarray(x) if isinstance(x, Image.Image) else x for x in labels])
     return images.known(
-        boxes.boxes_of_items(other, images, class_map) or masks.masks_of_items(other, class_map) or other
+        boxes.boxes_of_items(other, images, class_map) or masks.masks_of_items(pixels, class_map) or other
     )
-
-
-def _whole(labels: Any) -> bool:
-    return not torch.as_tensor(labels).is_floating_point()
 
 
 def _known(images: Images, labels: Any, class_map: GivenClassMap) -> Images:
@@ -219,5 +223,8 @@ def _known(images: Images, labels: Any, class_map: GivenClassMap) -> Images:
 
 
 def _other(labels: Any) -> Truth:
+    said = f"labels of type {type(labels).__name__}"
+    if isinstance(labels, Tensor | np.ndarray):
+        said = f"labels {str(labels.dtype).removeprefix('torch.')} of {'x'.join(map(str, labels.shape))}"
     odd = why_not(labels) if isinstance(labels, list | tuple) else ""
-    return Truth("other", labels, f"labels of type {type(labels).__name__}{odd}")
+    return Truth("other", labels, f"{said}{odd}", asked=True)
