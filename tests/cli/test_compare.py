@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import interrupt
 
 import bitwright as bw
 from bitwright.cli import compare as command
@@ -20,6 +21,7 @@ from bitwright.recipes import builtin_recipes
 
 NET = """
 import torch
+from command_line import interrupt
 from torch import nn
 
 PREPROCESSING = {"input_size": (1, 28, 28), "mean": 0.5, "std": 0.25}
@@ -141,6 +143,46 @@ def test_an_interruption_keeps_the_runs_before_it(here: Path, template: Path, mo
     assert asked == ["rtn", "mse"]
     assert main([*given, "--resume"]) == 0
     assert asked == ["rtn", "mse", "mse"]
+
+
+def test_a_comparison_that_is_killed_in_its_first_run_goes_on(
+    here: Path, template: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = call(template, "--out", "again", "--recipes", "rtn,mse")
+    with monkeypatch.context() as patch:
+        patch.setattr("bitwright.run.job._show", interrupt)
+        assert main(given) == 130
+    assert "--resume goes on where it was" in capsys.readouterr().err
+    assert main([*given, "--resume"]) == 0
+    assert "rtn: finished before" in capsys.readouterr().err
+
+
+def test_a_comparison_that_left_nothing_leaves_no_file(
+    here: Path, template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitwright.stages.calibrate.Calibrate.run", interrupt)
+    assert main(call(template, "--out", "deep/new", "--recipes", "rtn,mse")) == 130
+    assert not (here / "deep").exists()
+
+
+def test_runs_of_before_are_not_taken_for_those_that_replace_them(
+    here: Path, template: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three bits take the place of four; the command ends after the first of two, and after that in the second."""
+    given = call(template, "--recipes", "rtn,mse", "--weights", "3")
+
+    def killed_in(recipe: str) -> Any:
+        return lambda call, terminal: interrupt() if call.recipe == recipe else original(call, terminal)
+
+    original = quantize.make_run
+    for recipe, more in (("rtn", "--force"), ("mse", "--resume")):
+        with monkeypatch.context() as patch:
+            patch.setattr(quantize, "make_run", killed_in(recipe))
+            assert main([*given, more]) == 130
+    assert main([*given, "--resume"]) == 0
+    for name in ("rtn", "mse"):
+        assert json.loads((here / "out" / name / "result.json").read_text())["bits"]["weights"] == 3
+    assert json.loads((here / "out" / "compare.json").read_text()).keys() == {"settings", "runs"}
 
 
 WRONG = {

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from bitwright.cli import quantize
 from bitwright.cli import report as report_command
 from bitwright.cli.calls import CompareCall, QuantizeCall
 from bitwright.cli.options import BudgetOptions
+from bitwright.cli.sources import empty_removed
 from bitwright.errors import BitwrightError, UsageError, one_line
 from bitwright.given.references import absolute_reference, absolute_source
 from bitwright.given.text import read_json
@@ -85,18 +87,64 @@ def compare(call: CompareCall, terminal: Terminal) -> None:
     entries: list[Entry] = []
     with held(out):
         check_folders(call, folders.values(), out)
-        for recipe, folder in folders.items():
-            entries.append(_one(call_for(recipe, call.each, folder), folder, terminal))
-            rows = [figures_of(e) for e in entries]
-            record = {"settings": settings(call.each), "runs": [r.to_dict() for r in rows]}
-            write_json(out / RECORD, record)
+        with _begun(call, out, folders.values(), terminal) as record:
+            for recipe, folder in folders.items():
+                each = call_for(recipe, call.each, folder)
+                each = replace(each, force=True, resume=False) if folder.name in record.old else each
+                entries.append(_one(each, folder, terminal))
+                rows = [figures_of(e) for e in entries]
+                record.write([r.to_dict() for r in rows])
         page = pages.save_page(comparison.comparison(entries), out / PAGE)
     verdict = comparison.comparison_verdict(entries)
-    terminal.result({"verdict": verdict, "runs": record["runs"], "out": str(out), "page": str(page)})
+    terminal.result({"verdict": verdict, "runs": record.runs, "out": str(out), "page": str(page)})
     show(rows, verdict, page, terminal)
     failed = [f"{e.name} ({e.error})" for e in entries if e.error is not None]
     if failed:
         raise BitwrightError(f"{len(failed)} of {len(entries)} recipes failed: {'; '.join(failed)}")
+
+
+@dataclass
+class Comparing:
+    """The file of a comparison: what the runs share, what came of them, and which folders hold runs of before."""
+
+    path: Path
+    settings: dict[str, Any]
+    old: list[str]
+    runs: list[dict[str, Any]] = field(default_factory=list)
+
+    def write(self, runs: list[dict[str, Any]]) -> None:
+        """The file once more, after a run; what was made now is not of before."""
+        self.runs, made = runs, {r["run"] for r in runs if r["error"] is None}
+        self.old = [name for name in self.old if name not in made]
+        old = {"old": self.old} if self.old else {}
+        write_json(self.path, {"settings": self.settings, "runs": runs} | old)
+
+
+@contextmanager
+def _begun(call: CompareCall, out: Path, folders: Collection[Path], terminal: Terminal) -> Iterator[Comparing]:
+    """While a comparison runs its file is there, by which ``--resume`` knows what it goes on with.
+
+    Where nothing else is kept after an interruption, the file is not kept either.
+    """
+    path = out / RECORD
+    going_on = call.resume and not call.force and path.is_file()
+    if going_on:
+        old = [str(name) for name in read_json(path).get("old", [])]
+    else:
+        old = [folder.name for folder in folders if _finished(folder)]
+    record = Comparing(path, settings(call.each), old)
+    with empty_removed(out):
+        try:
+            if not going_on:
+                out.mkdir(parents=True, exist_ok=True)
+                record.write([])
+            yield record
+        except KeyboardInterrupt:
+            if any(folder.exists() for folder in folders):
+                terminal.farewell = "Interrupted. The same command with --resume goes on where it was."
+            elif not going_on:
+                path.unlink(missing_ok=True)
+            raise
 
 
 def call_for(recipe: str, shared: QuantizeCall, folder: Path) -> QuantizeCall:
