@@ -631,6 +631,66 @@ def test_boxes_that_the_file_makes_itself_are_scored(detecting: Path, tmp_path: 
         assert json.loads(said)["quantized"]["map"] == pytest.approx(expected, abs=0.02)
 
 
+@pytest.fixture(params=[1, "N"])
+def scaling(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Boxes in shares of an image, which the file scales to sizes that it takes beside the images."""
+    nodes = [
+        node("Conv", "x w", "c", pads=[1, 1, 1, 1]), node("Relu", "c", "r"), node("Conv", "r v", "m"),
+        node("Reshape", "m s", "h"), node("Transpose", "h", "t", perm=[0, 2, 1]),
+        node("Split", "t parts", "place scores", axis=2), node("Sigmoid", "place", "p"),
+        node("Mul", "p near", "low"), node("Add", "low far", "high"),
+        node("Concat", "low high", "shares", axis=2), node("Cast", "sizes", "f", to=TensorProto.FLOAT),
+        node("Concat", "f f", "f2", axis=1), node("Unsqueeze", "f2 one", "f3"), node("Mul", "shares f3", "boxes"),
+        node("ArgMax", "scores", "labels", axis=2, keepdims=0),
+        node("ReduceMax", "scores", "most", axes=[2], keepdims=0), node("Sigmoid", "most", "top_scores"),
+    ]  # fmt: skip
+    stored = {
+        "w": weights(6, 3, 3, 3), "v": 3 * weights(5, 6, 1, 1, seed=1), "s": np.asarray([0, 5, 64]),
+        "parts": np.asarray([2, 3]), "near": np.float32(0.6), "far": np.float32(0.3), "one": np.asarray([1]),
+    }  # fmt: skip
+    beside = [helper.make_tensor_value_info("sizes", TensorProto.INT64, [request.param, 2])]
+    path, shape = tmp_path / "sized.onnx", (request.param, 3, 8, 8)
+    return write(
+        path, nodes, shape, stored, opset=17, outputs="boxes labels top_scores", kinds=[1, 7], more_inputs=beside
+    )
+
+
+@pytest.mark.filterwarnings("ignore:The last", "ignore:The calibration", "ignore:.*loss from the float")
+def test_what_a_file_takes_beside_images_stays_an_input(scaling: Path, tmp_path: Path) -> None:
+    x = images(4, (3, 8, 8))
+    with pytest.warns(UserWarning, match="takes sizes beside images"):
+        quantized = bw.quantize(str(scaling), x, "rtn")
+    folder = quantized.save(tmp_path / "run", onnx=True)
+    before, after = (
+        InferenceSession(str(p), providers=["CPUExecutionProvider"]) for p in (scaling, folder / "model.onnx")
+    )
+    assert [(i.name, i.type, i.shape) for i in after.get_inputs()] == [
+        (i.name, i.type, i.shape) for i in before.get_inputs()
+    ]
+    assert [o.name for o in after.get_outputs()] == ["boxes", "labels", "top_scores"]
+    truth = []
+    for image in x:
+        feed = {"x": image[None].numpy(), "sizes": np.asarray([[8, 8]])}
+        (boxes, labels, _), found = before.run(None, feed), after.run(None, feed)
+        assert np.abs(boxes - found[0]).max() < 0.4
+        truth.append({"boxes": boxes[0], "labels": labels[0]})
+    for model in (quantized, bw.load(folder)):
+        with pytest.warns(UserWarning, match="sizes is taken for the size that boxes are scaled to: 8 by 8"):
+            evaluated = model.evaluate(x, labels=truth)
+        assert evaluated["quantized"]["map"] > 0.3
+        if model is quantized:
+            assert evaluated["float"]["map50"] > 0.9
+
+
+def test_layers_on_what_a_file_takes_beside_images(tmp_path: Path) -> None:
+    nodes = [node("Conv", "x w", "c"), node("Cast", "words", "f", to=TensorProto.FLOAT), node("MatMul", "f v", "z")]
+    beside = [helper.make_tensor_value_info("words", TensorProto.INT64, [1, 7])]
+    stored = {"w": weights(6, 3, 3, 3), "v": weights(7, 4)}
+    path = write(tmp_path / "words.onnx", nodes, (1, 3, 8, 8), stored, outputs="c z", more_inputs=beside)
+    with pytest.raises(ModelError, match=r"layers that hang on images alone in .*, some hang on 'words' \(int64\)"):
+        load_model(str(path))
+
+
 def test_outputs_of_a_file_that_are_no_boxes(tmp_path: Path) -> None:
     nodes = [node("Conv", "x w", "c"), node("Swirl", "c", domain="acme")]
     path = write(tmp_path / "tail.onnx", nodes, (1, 3, 8, 10), {"w": weights(6, 3, 3, 3)}, domains=["acme"])

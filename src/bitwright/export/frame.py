@@ -102,9 +102,9 @@ def _end(program: ir.Model, rest: Any, batch: int | None) -> dict[str, ir.Node]:
             stacklevel=4,
         )
         return {}
-    added = {str(node.outputs[0].name): node for node in tail.graph}
+    added, images = {str(node.outputs[0].name): node for node in tail.graph}, list(program.graph.inputs)
     _append(program, tail)
-    for image in program.graph.inputs if batch is not None else ():
+    for image in images if batch is not None else ():
         assert image.shape is not None
         image.shape = ir.Shape([batch, *image.shape[1:]])
     return added
@@ -290,9 +290,12 @@ def _append(program: ir.Model, tail: ir.Model) -> None:
     body, rest = program.graph, tail.graph
     joints, images = ({value.name: value for value in ends} for ends in (body.outputs, body.inputs))
     make_way(body, names_in(rest), [*body.inputs, *body.outputs], "/body")
+    beside = [given for given in rest.inputs if given.name not in joints | images]
     for given in rest.inputs:
-        for use in tuple(given.uses()):
-            use.node.replace_input_with(use.idx, joints.get(given.name) or images.get(given.name) or body.inputs[0])
+        for use in tuple(given.uses()) if given not in beside else ():
+            use.node.replace_input_with(use.idx, joints.get(given.name) or images[str(given.name)])
+    rest.inputs.clear()
+    body.inputs.extend(beside)
     outputs = [joints.get(value.name) or images.get(value.name) or value for value in rest.outputs]
     rest.outputs.clear()
     for name, value in list(rest.initializers.items()):
@@ -329,10 +332,12 @@ def body_of(path: Path, program: ir.Model, model: Student) -> Iterator[Path]:
     made = {v.name: v for node in program.graph for v in node.outputs}
     program.graph.outputs.clear()
     program.graph.outputs.extend(made[name] for name in names.outputs.values())
-    (image,) = program.graph.inputs
+    drop_unused(program.graph)
+    image, *beside = program.graph.inputs
+    for value in beside:
+        program.graph.inputs.remove(value)
     assert image.shape is not None
     image.shape = ir.Shape(["N", *image.shape[1:]])
-    drop_unused(program.graph)
     with tempfile.TemporaryDirectory() as folder:
         body = Path(folder) / path.name
         save_onnx(program, body)

@@ -47,6 +47,8 @@ WHOLE = {
     TensorProto.INT32: "int32",
 }  # fmt: skip
 """Whole numbers that files take as pixels, by their names; they are floats here."""
+SETTINGS = frozenset({*WHOLE, TensorProto.INT64, TensorProto.BOOL})
+"""Whole numbers and truths that files take beside images."""
 CHOOSING = frozenset({"TopK"})
 """Operators whose results change at once where scores cross: they are read only if layers take what they chose, since
 two networks' choices cannot be compared output by output."""
@@ -103,7 +105,8 @@ def onnx_images(program: Any, size: tuple[int, int, int] | None, path: Path) -> 
     """
     unread = set(unread_inputs(program.graph))
     stored = {t.name for t in program.graph.initializer}
-    inputs = [v for v in program.graph.input if v.name not in stored | unread]
+    aside = {v.name for v in settings_beside(program.graph)}
+    inputs = [v for v in program.graph.input if v.name not in stored | unread | aside]
     if not inputs:
         raise ModelError(f"Expected an image input in {path}, found none. Export a network that takes images.")
     found = tuple(_image(value, size, path) for value in inputs)
@@ -120,6 +123,14 @@ def unread_inputs(graph: Any) -> list[str]:
     given = [value.name for value in graph.input if value.name not in stored]
     unread = [name for name in given if name not in wanted]
     return unread if len(unread) < len(given) else []
+
+
+def settings_beside(graph: Any) -> list[Any]:
+    """Inputs of whole numbers beside images, such as the sizes of the photos that boxes are scaled to, of few axes."""
+    stored, unread = {t.name for t in graph.initializer}, set(unread_inputs(graph))
+    inputs = [v for v in graph.input if v.name not in stored | unread]
+    found = [v for v in inputs if len(v.type.tensor_type.shape.dim) <= 2 and v.type.tensor_type.elem_type in SETTINGS]
+    return found if any(len(v.type.tensor_type.shape.dim) == 4 for v in inputs) else []
 
 
 def _image(value: Any, size: tuple[int, int, int] | None, path: Path) -> Image:
@@ -377,8 +388,9 @@ def build(whole: OnnxProgram, images: tuple[Image, ...], path: Path) -> Body:
     _check_order(program.graph, path)
     joined = join(program.graph, whole.stored)
     reading, given = _read_all(program, joined, images), [image.name for image in images]
-    if reading.missing:
-        _check_tail(reading, path)
+    settings = settings_beside(program.graph)
+    if reading.missing or settings:
+        _check_tail(reading, settings, path)
     behind = cut_behind(program.graph, reading.values, free=images[0].free)
     outputs = [v.name for v in program.graph.output]
     traced = {name: value for name in [*outputs, *behind.read] if (value := reading.values.get(name)) is not None
@@ -394,7 +406,7 @@ def build(whole: OnnxProgram, images: tuple[Image, ...], path: Path) -> Body:
                          "Give the float network.")  # fmt: skip
     network = OnnxNetwork(given, tuple(made), reading.functions, reading.stored)
     kept = kept_outputs(program.graph, reading.values)
-    found = frame(program, behind, [*made.items(), *((n, v) for n, v in ends.items() if n not in made)], kept)
+    found = frame(program, behind, [*made.items(), *((n, v) for n, v in ends.items() if n not in made)], settings, kept)
     aside = tuple(name for name in outputs if name in kept or name in given)
     return Body(network.eval(), images, needed(program.graph.node, made), behind, reading.missing, found, aside)
 
@@ -476,12 +488,16 @@ def _behind_weights(nodes: Sequence[Any]) -> frozenset[str]:
     return frozenset(last)
 
 
-def _check_tail(reading: NodeReader, path: Path) -> None:
-    """Only what follows the last weight may be left as it is."""
+def _check_tail(reading: NodeReader, settings: Sequence[Any], path: Path) -> None:
+    """Only what follows the last weight may be left as it is, and read inputs beside images."""
     stored = {n for n, v in reading.values.items() if isinstance(v, Known)}
     weighted = [n for n in reading.tail if n.op_type in WEIGHTED and stored.intersection(n.input)]
     if not weighted and any(_has_weight(made) for made in reading.functions):
         return
+    if not reading.missing:
+        said = TensorProto.DataType.Name(settings[0].type.tensor_type.elem_type).lower()
+        raise ModelError(f"Expected layers that hang on images alone in {path}, some hang on '{settings[0].name}' "
+                         f"({said}). Export the part that takes images.")  # fmt: skip
     first = reading.missing[0]
     raise ModelError(f"Expected operators that can be captured in {path}, found {first}. {_remedy(first.node)}.")
 

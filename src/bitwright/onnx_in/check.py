@@ -14,7 +14,7 @@ from torch import Tensor
 from bitwright.errors import ModelError
 from bitwright.given.text import short
 from bitwright.graph.capture import COARSE_TOLERANCE, relative_difference
-from bitwright.onnx_in.build import Body, Image, unread_inputs
+from bitwright.onnx_in.build import Body, Image, settings_beside, unread_inputs
 from bitwright.onnx_in.file import OnnxProgram, label_of
 from bitwright.onnx_in.network import OnnxNetwork, returned
 from bitwright.onnx_in.stored import elsewhere
@@ -38,8 +38,8 @@ def part_of(program: OnnxProgram, body: Body, outputs: Sequence[str], kinds: Seq
     tensors = [elsewhere(t, program.stored[t.name]) if t.name in program.stored else t for t in whole.initializer]
     graph = part.graph
     graph.name = whole.name or "part"
-    unread = unread_inputs(whole)
-    inputs = [value for value in whole.input if value.name not in unread]
+    left = {*unread_inputs(whole), *(value.name for value in settings_beside(whole))}
+    inputs = [value for value in whole.input if value.name not in left]
     for made, given in zip(
         (graph.node, graph.input, graph.output, graph.initializer, graph.sparse_initializer, graph.value_info),
         (body.nodes, inputs, ends, tensors, whole.sparse_initializer, whole.value_info),

@@ -14,7 +14,7 @@ from bitwright.given.references import sha256_of
 from bitwright.given.several import InputPart
 from bitwright.given.text import short
 from bitwright.graph.outputs import Interface
-from bitwright.onnx_in.build import Body, Image, build, onnx_images, unread_inputs
+from bitwright.onnx_in.build import Body, Image, build, onnx_images, settings_beside, unread_inputs
 from bitwright.onnx_in.check import check_import
 from bitwright.onnx_in.file import OnnxProgram, read_program
 from bitwright.onnx_in.network import OnnxNetwork
@@ -73,6 +73,13 @@ class OnnxFile:
             kind, what = ("an input", "It is") if len(unread) == 1 else ("inputs", "They are")
             said = f"Nothing reads {', '.join(unread)}, which {path} takes as {kind}. {what} left out."
             warnings.warn(said, stacklevel=4)
+        beside = [value.name for value in settings_beside(program.proto.graph)]
+        if beside:
+            warnings.warn(
+                f"{path} takes {', '.join(beside)} beside images, which what follows the network reads, in model.onnx "
+                "too.",
+                stacklevel=4,
+            )
         if file.body.aside:
             warnings.warn(
                 f"Outputs of {path} that are an input or stored stay as they are: {', '.join(file.body.aside)}. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,6 +51,7 @@ def cut_behind(graph: Any, values: dict[str, Value], *, free: bool) -> Rest:
         free: whether the file takes any number of images: what depends on it is computed behind the cut then.
     """
     makers = {name: node for node in graph.node for name in node.output if name}
+    given = {value.name for value in graph.input} - values.keys()
     inner = {name for node in graph.node for name in reads(node)} - makers.keys()
     needed: set[int] = set()
     read: list[str] = []
@@ -60,7 +62,7 @@ def cut_behind(graph: Any, values: dict[str, Value], *, free: bool) -> Rest:
         node = makers[waiting.pop()]
         needed.add(id(node))
         for name in reads(node):
-            if not name or name in seen or (name in inner and name not in values):
+            if not name or name in seen | given or (name in inner and name not in values):
                 continue
             seen.add(name)
             value = values.get(name)
@@ -78,7 +80,9 @@ def _varies(value: Value) -> bool:
     return isinstance(value, Known) and not value.fixed
 
 
-def frame(program: Any, behind: Rest, ends: Sequence[tuple[str, Tensor]], kept: Mapping[str, Array]) -> bytes:
+def frame(
+    program: Any, behind: Rest, ends: Sequence[tuple[str, Tensor]], settings: Sequence[Any], kept: Mapping[str, Array]
+) -> bytes:
     """The file without its body, serialized: names, metadata, outputs, and the tail with what it reads as inputs.
 
     What the file says of its inputs, and of nodes of the body by their first output, stands among the values.
@@ -87,6 +91,7 @@ def frame(program: Any, behind: Rest, ends: Sequence[tuple[str, Tensor]], kept: 
         program: the whole.
         behind: the tail.
         ends: name and example of every tensor that the body gives, in its order, and of images that are read.
+        settings: inputs of the file beside its images, which the tail alone reads.
         kept: outputs that are stored, by name.
     """
     graph = onnx.GraphProto(
@@ -103,6 +108,7 @@ def frame(program: Any, behind: Rest, ends: Sequence[tuple[str, Tensor]], kept: 
         helper.make_tensor_value_info(name, TENSOR_KINDS.get(like.dtype, TensorProto.FLOAT), None)
         for name, like in ends
     )
+    graph.input.extend(settings)
     graph.output.extend(program.graph.output)
     used = {name for node in behind.nodes for name in reads(node)}
     known = {n: a for n, a in behind.known.items() if n in used and n not in kept} | dict(kept)
@@ -133,7 +139,13 @@ def _notes(part: Any) -> list[Any]:
 
 
 class Tail:
-    """What follows the body, in ONNX Runtime: from what the body gives to the outputs of the file."""
+    """What follows the body, in ONNX Runtime: from what the body gives to the outputs of the file.
+
+    Attributes:
+        batch: images that the file takes at once; None for any number.
+        beside: what the file takes beside images, as it says of it.
+        images: shapes [N, ...] of its images, 0 where they are free.
+    """
 
     def __init__(self, content: bytes, *, batch: int | None) -> None:
         """Opens it.
@@ -147,24 +159,29 @@ class Tail:
         options = patient_options()
         options.log_severity_level = 4
         program = onnx.ModelProto.FromString(content)
+        shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in program.graph.value_info}
+        self.images = [shape for shape in shapes.values() if len(shape) == 4]
         del program.graph.value_info[:]
         whole = program.SerializeToString()
         self._session = onnxruntime.InferenceSession(whole, options, providers=["CPUExecutionProvider"])
+        inputs = [i.name for i in self._session.get_inputs()]
         self.batch = batch
+        self.beside = {v.name: v for v in program.graph.input if v.name in shapes and 0 < len(shapes[v.name]) <= 2}
+        self.inputs = tuple(name for name in inputs if name not in self.beside)
         self.names = tuple(o.name for o in self._session.get_outputs())
 
-    def __call__(self, outputs: Sequence[Tensor]) -> list[dict[str, Array]]:
+    def __call__(self, outputs: Sequence[Tensor], beside: Mapping[str, Array] | None = None) -> list[dict[str, Array]]:
         """Outputs of the file by name: one dict for each call of it, of ``batch`` images or of all.
 
         Args:
             outputs: of the body, each [B, ...], in their order.
+            beside: what the file takes beside images, for one call.
         """
         size = self.batch or len(outputs[0])
-        inputs = [i.name for i in self._session.get_inputs()]
         found = []
         for parts in zip(*(torch.split(o, size) for o in outputs), strict=True):
-            feed = {name: part.numpy() for name, part in zip(inputs, parts, strict=True)}
-            found.append(dict(zip(self.names, self._session.run(None, feed), strict=True)))
+            feed = {name: part.numpy() for name, part in zip(self.inputs, parts, strict=True)}
+            found.append(dict(zip(self.names, self._session.run(None, {**feed, **(beside or {})}), strict=True)))
         return found
 
 
@@ -209,10 +226,33 @@ class BoxesBehind:
             found += boxes
         return found[:count]
 
+    @cached_property
+    def _sizes(self) -> dict[str, Array]:
+        """What the file takes beside images, where that can be the sizes [N, 2] that boxes are scaled to.
+
+        Raises:
+            DataError: it is something else, or which of its two numbers is the height makes a difference.
+        """
+        found = {}
+        sides = {side for shape in self._tail.images for side in (shape[2], max(shape[1], shape[3]))}
+        for name, said in self._tail.beside.items():
+            shape = [d.dim_value for d in said.type.tensor_type.shape.dim]
+            if len(sides) != 1 or 0 in sides or len(shape) != 2 or shape[1] != 2:
+                raise DataError(
+                    f"Expected boxes that hang on images alone, the operators behind the network read {name} too. "
+                    f"{REMEDY}"
+                )
+            side = next(iter(sides))
+            warnings.warn(f"{name} is taken for the size that boxes are scaled to: {side} by {side}.", stacklevel=2)
+            found[name] = np.full(
+                (self.batch, 2), side, helper.tensor_dtype_to_np_dtype(said.type.tensor_type.elem_type)
+            )
+        return found
+
     def _answers(self, outputs: Sequence[Tensor]) -> list[dict[str, Array]]:
         try:
-            return self._tail(outputs)
-        except DataError:
+            return self._tail(outputs, self._sizes)
+        except (DataError, Warning):
             raise
         except Exception as error:
             raise DataError(f"Expected the operators behind the network to run on its outputs, they do not "
