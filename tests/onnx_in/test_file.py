@@ -422,6 +422,24 @@ def test_a_file_that_runs_on_no_images_at_all(tmp_path: Path) -> None:
         file.check(images(2, MAP))
 
 
+def test_rows_of_a_fixed_batch_begin_with_as_many_equal_ones(tmp_path: Path) -> None:
+    nodes = [node("Reshape", "x s", "r"), node("Shape", "r", "n"), node("Gather", "n zero", "m"),
+             node("Concat", "m five", "e", axis=0), node("Expand", "h e", "g"), node("Concat", "r g", "c", axis=1),
+             node("Reshape", "c t")]  # fmt: skip
+    stored = {"s": np.asarray([24, 10]), "zero": np.asarray([0]), "five": np.asarray([5]), "t": np.asarray([1, 24, 15])}
+    same_as_runtime(write(tmp_path / "rows.onnx", nodes, (1, *MAP), {**stored, "h": np.full((24, 5), 2, np.float32)}))
+    said = refused(write(tmp_path / "unlike.onnx", nodes, (1, *MAP), {**stored, "h": weights(24, 5)}))
+    assert "Expand" in said
+
+
+def test_what_a_file_of_one_image_computes_of_stored_numbers_comes_out_as_it_is(tmp_path: Path) -> None:
+    nodes = [node("Sigmoid", "k", "s"), node("Mul", "k s", "z"), node("Conv", "x w")]
+    path = write(tmp_path / "aside.onnx", nodes, (1, *MAP), {**CONV, "k": weights(1, 5)}, outputs="y z")
+    with pytest.warns(UserWarning, match="an input or stored stay as they are: z"):
+        quantized = bw.quantize(str(path), images(4, MAP), "rtn")
+    assert quantized(images(3, MAP)).shape == (3, 4, 6, 8)
+
+
 @pytest.mark.parametrize("by", [1e-7, 1e-3])
 def test_a_constant_that_is_expanded_to_the_images_may_differ_in_its_last_digits(by: float, tmp_path: Path) -> None:
     """As the product of learned queries with a matrix does, whose kernel depends on the number of its rows."""

@@ -122,6 +122,18 @@ def test_pattern_becomes_one_operator(name: str, tmp_path: Path) -> None:
     assert found.meta["layer"] == "y"
 
 
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_pattern_of_stored_numbers_is_computed_once(name: str, tmp_path: Path) -> None:
+    nodes, stored, _ = PATTERNS[name]
+    nodes = [
+        *[_renamed(n, {"x": "kept", "y": "made"}) for n in nodes],
+        node("ReduceMax", "made", "m9"),
+        node("Mul", "x m9"),
+    ]
+    made = captured(write(tmp_path / "tiny.onnx", nodes, (1, *MAP), {**stored, "kept": weights(1, *MAP)}, opset=13))
+    assert operators(made) == ["mul"]
+
+
 @pytest.mark.parametrize(
     "changed",
     [
@@ -136,16 +148,21 @@ def test_pattern_becomes_one_operator(name: str, tmp_path: Path) -> None:
 def test_what_only_looks_like_a_pattern_stays_as_it_is(changed: tuple[str, str, float], tmp_path: Path) -> None:
     name, key, value = changed
     nodes, stored, expected = PATTERNS[name]
-    nodes = [node("Abs", "x", "x1"), *[_renamed(n) for n in nodes]]  # a cube of negative numbers has no root
+    nodes = [
+        node("Abs", "x", "x1"),
+        *[_renamed(n, {"x": "x1"}) for n in nodes],
+    ]  # a cube of negative numbers has no root
     made = captured(
         write(tmp_path / "tiny.onnx", nodes, ("N", *MAP), {**stored, key: np.full_like(stored[key], value)}, opset=13)
     )
     assert expected not in operators(made)
 
 
-def _renamed(made: Any) -> Any:
+def _renamed(made: Any, names: dict[str, str]) -> Any:
     made = type(made).FromString(made.SerializeToString())
-    made.input[:] = ["x1" if name == "x" else name for name in made.input]
+    made.input[:] = [names.get(name, name) for name in made.input]
+    made.output[:] = [names.get(name, name) for name in made.output]
+    made.name = f"{made.op_type}_{made.output[0]}"
     return made
 
 

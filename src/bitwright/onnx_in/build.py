@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -216,22 +217,40 @@ class NodeReader:
             raise Unsupported("control flow")
         if node.op_type in CHOOSING and node.output[0] in self.last:
             raise Unsupported("no weights lie behind what it chooses")
-        if node.domain in STANDARD and not any(isinstance(v, Traced) for v in inputs):
-            found = computed(node, [v if isinstance(v, Known) else None for v in inputs], self.opset)
+        if node.domain in {*STANDARD, OWN_DOMAIN} and not any(isinstance(v, Traced) for v in inputs):
+            stored = [v if isinstance(v, Known) else None for v in inputs]
+            found = self._joined(node, stored) if node.domain == OWN_DOMAIN else computed(node, stored, self.opset)
             self.values |= {name: v for name, v in zip(node.output, found, strict=False) if name}
             return
+        made = self._built(node, inputs)
+        if isinstance(made, Known):
+            self.values[node.output[0]] = made
+        else:
+            self._trace(node, made)
+
+    def _built(self, node: Any, inputs: tuple[Value | None, ...]) -> NodeCall | Known:
         view = self._view(node, inputs)
         builder = operators.find(view.kind)
         if builder is None:
             raise Unsupported(f"unknown operator of the domain {node.domain or 'ai.onnx'}")
         try:
-            made = builder(view)
+            return builder(view)
         except (LookupError, ValueError, TypeError, ArithmeticError, AssertionError) as error:
             raise Unsupported(f"its settings cannot be read: {short(error)}") from error
+
+    def _joined(self, node: Any, stored: Sequence[Known | None]) -> list[Known]:
+        """What an operator that was joined of several gives for known arrays, for both sizes of the batch."""
+        first = stored[0]
+        assert first is not None
+        with self.mode:
+            small, large = (torch.empty_like(as_view(array)) for array in (first.small, first.large))
+        images = Traced(node.input[0], small, large)
+        made = self._built(node, (images, *stored[1:]))
         if isinstance(made, Known):
-            self.values[node.output[0]] = made
-        else:
-            self._trace(node, made)
+            return [made]
+        known = replace(made, operands=tuple(first if v is images else v for v in made.operands))
+        found = [self._run(known, large=large, mode=nullcontext()) for large in (False, True)]
+        return [Known(a.numpy(), b.numpy()) for a, b in zip(*found, strict=True)]
 
     def _branch(self, node: Any, *, taken: bool) -> None:
         """The branch of an ``If`` that is always taken, in its place."""
@@ -265,11 +284,13 @@ class NodeReader:
             self.values[name] = Traced(name, a, b, _inner(made, a, b))
         self.functions.append((made.function, sources, names))
 
-    def _run(self, made: NodeCall, *, large: bool) -> tuple[Tensor, ...]:
+    def _run(
+        self, made: NodeCall, *, large: bool, mode: AbstractContextManager[Any] | None = None
+    ) -> tuple[Tensor, ...]:
         images = self.image.batch * (2 if large else 1)
         operands = [self._fake(operand, images, large=large) for operand in made.operands]
         try:
-            with self.mode, torch.no_grad():
+            with mode or self.mode, torch.no_grad():
                 found = made.function(*operands)
         except Unsupported:
             raise

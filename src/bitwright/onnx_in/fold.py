@@ -33,8 +33,25 @@ def computed(node: Any, inputs: Sequence[Known | None], opset: int) -> list[Know
     small = _evaluate(node, [None if v is None else v.small for v in inputs], opset)
     if all(v is None or v.fixed for v in inputs):
         return [Known.of(v) for v in small]
-    large = _evaluate(node, [None if v is None else v.large for v in inputs], opset)
+    large = _evaluate(node, _for_more_images(node.op_type, inputs), opset)
     return [Known(a, b) for a, b in zip(small, large, strict=True)]
+
+
+def _for_more_images(kind: str, inputs: Sequence[Known | None]) -> list[Array | None]:
+    """The operands for twice as many images.
+
+    Where an array of a fixed batch is expanded, such as the zeros that a recurrent network begins with, rows that are
+    all the same become one, which can be repeated as often as it takes.
+    """
+    array, sizes = (*inputs, None, None)[:2]
+    if kind != "Expand" or array is None or sizes is None or not array.fixed or array.small.ndim != len(sizes.large):
+        return [None if v is None else v.large for v in inputs]
+    kept = array.small
+    for axis, (before, after) in enumerate(zip(sizes.small, sizes.large, strict=True)):
+        first = kept[(slice(None),) * axis + (slice(0, 1),)]
+        if 1 < before == kept.shape[axis] < after and np.array_equal(np.broadcast_to(first, kept.shape), kept):
+            kept = first
+    return [kept, sizes.large]
 
 
 MOST = 100_000_000
