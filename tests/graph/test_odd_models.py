@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import bitwright as bw
 from bitwright.errors import ModelError
+from bitwright.graph.capture import capture
 
 
 def flat(found: list[Tensor]) -> dict[str, Tensor]:
@@ -36,6 +37,32 @@ def test_legal_constructs_go_all_the_way(tmp_path: Path) -> None:
 def test_legal_constructs_are_exported(tmp_path: Path) -> None:
     some = [LEGAL[name] for name in ("numbers of a buffer", "double inside", "its own function", "an assignment")]
     model = bw.quantize(Odd(*some).eval(), dataset(), "rtn", activations="float")
+    assert model.export(tmp_path / "model.onnx").passed
+
+
+class Products(nn.Module):
+    """Maps of queries, of which there is one row for all images."""
+
+    def __init__(self, equation: str, queries: tuple[int, ...]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.queries, self.equation = nn.Conv2d(3, 8, 3, 2, 1), nn.Parameter(torch.randn(queries)), equation
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = torch.einsum(self.equation, self.queries, self.conv(x))
+        return nn.functional.interpolate(maps, size=x.shape[-2:], mode="bilinear")
+
+
+EQUATIONS = {"bqc, bchw -> bqhw": (1, 5, 8), "...qc,...chw->...qhw": (1, 5, 8), "bcij,bchw->bchw": (1, 8, 1, 1)}
+EQUATIONS |= {"qc,bchw->bqhw": (5, 8), "bq...,bqhw->bqhw": (1, 8, 1), "bqjw,bqhw->bqhw": (1, 1, 1, 4)}
+
+
+@pytest.mark.parametrize("equation", EQUATIONS)
+def test_a_row_that_einsum_repeats_for_all_images_is_exported(equation: str, tmp_path: Path) -> None:
+    network, x = Products(equation, EQUATIONS[equation]).eval(), images(6, seed=5)
+    with torch.no_grad():
+        torch.testing.assert_close(capture(network, x).graph(x[:5])[0], network(x[:5]))
+    model = bw.quantize(network, dataset(), "rtn")
     assert model.export(tmp_path / "model.onnx").passed
 
 

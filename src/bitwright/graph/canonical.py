@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from typing import Any
 
 import torch
@@ -58,6 +59,52 @@ def spell_shapes(graph: fx.Graph) -> None:
         if sizes.count(-1) > 1:
             continue
         node.target, node.args = aten.reshape.default, (source, sizes)
+
+
+def spell_einsums(graph: fx.Graph) -> None:
+    """Takes axes of length 1 out of einsum's operands where another operand has images, or more, along that axis.
+
+    PyTorch repeats them. ONNX lets a letter stand for one length, and runtimes may take the 1 for it.
+    """
+    for node in list(graph.nodes):
+        if ops.base_name(node) != "einsum" or "->" not in node.args[0]:
+            continue
+        equation, operands = node.args[:2]
+        shapes = [ops.shape(operand) for operand in operands]
+        terms, result = _letters(equation, [len(shape) for shape in shapes])
+        longer = {
+            a for t, shape in zip(terms, shapes, strict=True) for a, n in zip(t, shape, strict=True) if not _is_one(n)
+        }
+        kept, found = [], []
+        for term, operand, shape in zip(terms, operands, shapes, strict=True):
+            ones = [k for k, n in enumerate(shape) if _is_one(n) and term[k] in longer]
+            kept.append("".join(a for k, a in enumerate(term) if k not in ones))
+            found.append(_squeezed(graph, node, operand, ones) if ones else operand)
+        if found != list(operands):
+            node.args = (f"{','.join(kept)}->{result}", found, *node.args[2:])
+
+
+def _is_one(size: object) -> bool:
+    return isinstance(size, int) and size == 1
+
+
+def _letters(equation: str, ranks: list[int]) -> tuple[list[str], str]:
+    """A letter for each axis of the operands, and of the result: for those as well that dots stand for."""
+    left, _, result = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    hidden = [rank - len(t.replace("...", "")) if "..." in t else 0 for t, rank in zip(terms, ranks, strict=True)]
+    free = "".join(a for a in string.ascii_uppercase if a not in equation)[: max(hidden)]
+    spelled = [t.replace("...", free[len(free) - n :]) for t, n in zip(terms, hidden, strict=True)]
+    return spelled, result.replace("...", free)
+
+
+def _squeezed(graph: fx.Graph, before: fx.Node, operand: fx.Node, axes: list[int]) -> fx.Node:
+    with graph.inserting_before(before):
+        node = graph.call_function(aten.squeeze.dims, (operand, axes))
+    value = ops.value(operand)
+    assert isinstance(value, Tensor)
+    node.meta = {**before.meta, "val": value.squeeze(axes)}
+    return node
 
 
 def restore_batch_norms(graph: fx.Graph) -> None:

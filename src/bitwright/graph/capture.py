@@ -311,6 +311,7 @@ def _to_graph(
     canonical.remove_dropout(graph)
     constants.fold_constants(root, graph)
     constants.spell_picks(root, graph)
+    canonical.spell_einsums(graph)
     canonical.functionalize(graph)
     rewrite.prune(graph)
     _name_layers(graph)
