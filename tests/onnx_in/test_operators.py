@@ -289,6 +289,35 @@ CASES: dict[str, tuple[list[Any], dict[str, Any], tuple[int, ...], int]] = {
          "inner": ints(2, 0).reshape(1, 2, 1), "from": ints(0), "to": ints(2), "axes": ints(1)},
         (3, 8, 10), 15,
     ),
+    "rows replaced behind which the images lie": (
+        [node("Neg", "x", "n"), node("Transpose", "n", "m", perm=[2, 3, 1, 0]), node("Slice", "m from to", "u"),
+         node("Transpose", "x", "t", perm=[2, 3, 1, 0]), node("ScatterND", "t places u", "r"),
+         node("Transpose", "r", perm=[3, 2, 0, 1])],
+        {"from": ints(0), "to": ints(3), "places": ints(1, -2, 2).reshape(3, 1)}, MAP, 13,
+    ),
+    "entries replaced behind which the images lie": (
+        [node("Transpose", "x", "t", perm=[2, 3, 0, 1]), node("Gather", "t five", "u"),
+         node("Slice", "u zero two", "v"), node("ScatterND", "t places v", "r"),
+         node("Transpose", "r", perm=[2, 3, 0, 1])],
+        {"five": np.asarray(5, np.int64), "zero": ints(0), "two": ints(2), "places": ints(0, 3, 7, 9).reshape(2, 2)},
+        MAP, 13,
+    ),
+    "parts written into zeros": (
+        [node("Shape", "x", "s"), node("ConstantOfShape", "s", "z"), node("Transpose", "z", "t", perm=[1, 0, 2, 3]),
+         node("Slice", "x zero two one", "a"), node("Exp", "a", "e"), node("Transpose", "e", "u", perm=[1, 0, 2, 3]),
+         node("ScatterND", "t places u", "r"), node("Transpose", "r", perm=[1, 0, 2, 3])],
+        {"zero": ints(0), "one": ints(1), "two": ints(2), "places": ints(0, 2).reshape(2, 1)}, MAP, 13,
+    ),
+    "one place of an axis": (
+        [node("Gather", "x two", "g", axis=2), node("Unsqueeze", "g two1", "u"), node("Exp", "u", "e"),
+         node("Shape", "e", "s"), node("Expand", "k s", "i"), node("ScatterElements", "x i e", axis=2)],
+        {"two": np.asarray(2, np.int64), "two1": ints(2), "k": np.asarray(-3, np.int64)}, MAP, 13,
+    ),
+    "one place of an axis, of old": (
+        [node("Slice", "x from to axes", "u"), node("Shape", "u", "s"), node("Expand", "k s", "i"),
+         node("Scatter", "x i u", axis=1)],
+        {"from": ints(0), "to": ints(1), "axes": ints(1), "k": np.asarray(2, np.int64)}, MAP, 10,
+    ),
     "parts of a sequence": (
         [node("SplitToSequence", "x sizes", "q", axis=2), node("SequenceAt", "q zero", "a"),
          node("SequenceAt", "q back", "b"), node("Concat", "b a", axis=2)],
@@ -394,6 +423,14 @@ def test_operator_computes_what_the_runtime_does(name: str, batch: Any, tmp_path
     if batch == "N" and name in FIXED_ONLY:
         pytest.skip("the file says one image")
     same_as_runtime(written(tmp_path, name, batch))
+
+
+def test_parts_of_the_one_image_of_a_file(tmp_path: Path) -> None:
+    nodes = [node("Slice", "x zero two one", "s"), node("Reshape", "s c", "v"), node("Unsqueeze", "v zero", "u"),
+             node("Transpose", "u", "w", perm=[1, 0, 2, 3]), node("Transpose", "x", "t", perm=[1, 0, 2, 3]),
+             node("ScatterND", "t places w", "r"), node("Transpose", "r", perm=[1, 0, 2, 3])]  # fmt: skip
+    stored = {"zero": ints(0), "one": ints(1), "two": ints(2), "c": ints(2, 8, 10), "places": ints(0, 2).reshape(2, 1)}
+    same_as_runtime(write(tmp_path / "tiny.onnx", nodes, (1, *MAP), stored))
 
 
 @pytest.mark.parametrize("first", FIRST_STATES)

@@ -405,17 +405,107 @@ def triangle(node: Node) -> NodeCall:
 @operator("ScatterND")
 def entries_replaced(node: Node) -> NodeCall:
     """Other values at the same places of every image, as exporters write assignments to parts of a tensor."""
-    x, places, values = node.traced(), node.input(1), node.input(2)
-    if node.text("reduction", "none") != "none" or not isinstance(places, Known) or x.batch_axis not in {0, None}:
+    x, places, values = (node.input(k) for k in range(3))
+    if node.text("reduction", "none") != "none" or not isinstance(places, Known):
         raise Unsupported("it adds to what is there, or its places depend on the images")
-    columns = _of_one_image(places, len(x.shape), node.batch)
-    sizes = x.shape[1 : len(columns) + 1]
-    flat = np.ravel_multi_index([c % s for c, s in zip(columns, sizes, strict=True)], sizes).reshape(-1)
+    sizes, indexed, listed = x.small.shape, places.small.shape[-1], places.small.ndim - 1
+    axis = _images_axis(x)
+    if axis is None and isinstance(values, Traced) and values.batch_axis is not None:
+        axis = values.batch_axis + indexed - listed if values.batch_axis >= listed else 0
+    if axis is not None and axis >= indexed:  # the images lie behind what is replaced
+        flat = _distinct([places.small[..., k] for k in range(indexed)], sizes[:indexed])
+        at, shape = _turned(values, axis - indexed + listed)
+        x, values = _of_each(x, axis), _of_each(values, at)
+        return call(_rows_replaced, x, values, places=flat, axes=indexed, images=at, shape=shape)
+    if axis:
+        raise Unsupported("it takes some images of a batch")
+    _turned(values, 0)
+    columns = _of_one_image(places, len(sizes), node.batch)
+    flat = _distinct(columns, sizes[1 : len(columns) + 1])
+    x, values = _of_each(x, 0), _of_each(values, 0)
+    return call(_replaced, x, Known.of(np.asarray(flat, np.int64)), values, axes=len(columns))
+
+
+@operator("ScatterElements")
+@operator("Scatter")
+def elements_replaced(node: Node) -> NodeCall:
+    """Other values along one axis, as exporters write assignments to one place of it."""
+    x, places, values = (node.input(k) for k in range(3))
+    if node.text("reduction", "none") != "none" or not isinstance(places, Known) or not places.small.size:
+        raise Unsupported("it adds to what is there, or its places depend on the images")
+    axis = from_front(node.whole("axis", 0), places.small.ndim)
+    images = next((a for a in map(_images_axis, (x, values)) if a is not None), None)
+    whole = [k for k, (a, b) in enumerate(zip(places.small.shape, x.small.shape, strict=True)) if a == b or k == axis]
+    line = places.small[tuple(slice(None) if k == axis else slice(0, 1) for k in range(places.small.ndim))]
+    if axis == images or len(whole) < places.small.ndim or (places.small != line).any():
+        raise Unsupported("its places are not the same in every image, or not whole rows")
+    if images is not None:
+        if _turned(values, images)[1]:
+            raise Unsupported("it joins the images of a batch to what they lie in")
+        x, values = _of_each(x, images), _of_each(values, images)
+    return call(_parts_replaced, x, values, places=_distinct([line], x.small.shape[axis : axis + 1]), axis=axis)
+
+
+def _images_axis(value: Value) -> int | None:
+    """The axis that grows with the number of images."""
+    return Traced("", value.small, value.large).batch_axis  # type: ignore[arg-type]  # of arrays as of tensors
+
+
+def _of_each(value: Value, axis: int) -> Value:
+    """What a file of a fixed batch stores for its images, for as many as there are."""
+    if isinstance(value, Known) and value.fixed:
+        return Known(value.small, np.concatenate([value.small, value.small], axis))
+    return value
+
+
+def _turned(values: Value, axis: int) -> tuple[int, tuple[int, ...]]:
+    """The axis at which images must lie, and, if they do not, the shape for each image.
+
+    A file of one image may have taken the axis of images out and put another one in.
+
+    Raises:
+        Unsupported: they lie within other axes.
+    """
+    found = _images_axis(values)
+    if found is None or found == axis:
+        return axis, ()
+    if not isinstance(values, Traced) or values.inner * math.prod(values.shape[:found]) > 1:
+        raise Unsupported("it joins the images of a batch to what they lie in")
+    return axis, tuple(size for k, size in enumerate(values.shape) if k != axis)
+
+
+def _distinct(columns: Sequence[Array], sizes: Sequence[int]) -> tuple[int, ...]:
+    """The places as numbers of flat axes.
+
+    Raises:
+        Unsupported: one is named twice.
+    """
+    flat = np.ravel_multi_index([c % s for c, s in zip(columns, sizes, strict=True)], tuple(sizes)).reshape(-1)
     if len(np.unique(flat)) < flat.size:
         raise Unsupported("it replaces the same entry twice")
-    if isinstance(values, Known):
-        values = for_each_image(values, 0, x)
-    return call(_replaced, x, Known.of(flat.astype(np.int64)), values, axes=len(sizes))
+    return tuple(map(int, flat))
+
+
+def _rows_replaced(
+    x: Tensor, values: Tensor, *, places: tuple[int, ...], axes: int, images: int, shape: tuple[int, ...]
+) -> Tensor:
+    if shape:
+        values = values.reshape(-1, *shape).movedim(0, images)
+    rows = x.flatten(0, axes - 1)
+    return _parts_replaced(rows, values.reshape(-1, *rows.shape[1:]), places=places, axis=0).reshape(x.shape)
+
+
+def _parts_replaced(x: Tensor, values: Tensor, *, places: tuple[int, ...], axis: int) -> Tensor:
+    """Parts of both, one behind the other."""
+    new = {place: k for k, place in enumerate(places)}
+    runs: list[list[int]] = []
+    for row in range(x.shape[axis]):
+        source, at = int(row in new), new.get(row, row)
+        if runs and runs[-1][0] == source and runs[-1][2] == at:
+            runs[-1][2] += 1
+        else:
+            runs.append([source, at, at + 1])
+    return torch.cat([(x, values)[source].narrow(axis, a, b - a) for source, a, b in runs], axis)
 
 
 def _of_one_image(places: Known, rank: int, batch: int) -> list[Array]:
