@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bitwright.errors import UsageError
-from bitwright.run.lock import held, lock_file
+from bitwright.run.lock import command_line, held, lock_file
 
 HOLD = (
     "import sys, time; from pathlib import Path; from bitwright.run.lock import held\n"
@@ -44,6 +44,17 @@ def test_the_second_is_told_who_the_first_is_and_the_lock_of_the_dead_is_taken_o
     with held(folder):
         assert json.loads(lock_file(folder).read_text())["pid"] == os.getpid()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_python_inside_of_another_program_has_no_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["/a/b.py", "x y"])
+    assert command_line() == "b.py 'x y'"
+    monkeypatch.setattr(sys, "argv", [])
+    assert command_line() == ""
+    monkeypatch.delattr(sys, "argv")
+    assert command_line() == ""
+    with held(tmp_path / "run"):
+        assert json.loads(lock_file(tmp_path / "run").read_text())["command"] == ""
 
 
 def test_the_same_process_cannot_take_it_twice(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from bitwright.recipes import DEFAULT
 from bitwright.recipes import recipe as find_recipe
 from bitwright.run import folder as run_folder
 from bitwright.run import job
-from bitwright.run.about import command_line
+from bitwright.run.lock import command_line
 from bitwright.run.result import RunResult
 from bitwright.run.state import begin
 from bitwright.sensitivity import diagnosis

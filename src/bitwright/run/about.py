@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import platform
 import resource
-import shlex
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from bitwright._version import __version__
 from bitwright.graph import ops, rewrite
 from bitwright.graph.student import Student
 from bitwright.quant.quantizer import BiasQuantizer, Frozen
+from bitwright.run.lock import command_line
 from bitwright.run.result import LayerRow
 
 
@@ -59,11 +58,6 @@ def environment(device: torch.device | str, seed: int) -> dict[str, Any]:
         "seed": seed,
         "command": command_line(),
     }
-
-
-def command_line() -> str:
-    """What was called, without the folder that the program is in; odd bytes of names as numbers."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]).encode(errors="backslashreplace").decode()
 
 
 def peak_memory_bytes() -> int:

@@ -89,11 +89,20 @@ def _sign(path: Path) -> None:
     owner = {
         "pid": os.getpid(),
         "host": platform.node(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
         "since": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
     with contextlib.suppress(OSError):  # a full disk: the lock holds without a name on it
         path.write_text(json.dumps(owner) + "\n", encoding="utf-8")
+
+
+def command_line() -> str:
+    """What was called, without the folder that the program is in; odd bytes of names as numbers.
+
+    Where Python is part of another program there may be no command, and then the text is empty.
+    """
+    given = list(getattr(sys, "argv", ()))
+    return shlex.join([*(Path(g).name for g in given[:1]), *given[1:]]).encode(errors="backslashreplace").decode()
 
 
 def _owner(path: Path) -> str:
