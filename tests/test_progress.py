@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import re
 import sys
 import types
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from torch import nn
 
 import bitwright as bw
 from bitwright import progress, terminal
+from bitwright.cli.tables import table
 from bitwright.progress import Bars, Notebook, silent, watched
 from bitwright.run.job import save
 from bitwright.sensitivity.report import sensitivity
@@ -130,3 +132,17 @@ def test_what_is_piped_says_lines_and_a_repeated_step_once(
         "Reading 3/4",
     ]
     assert [line.split(" …")[0] for line in said.splitlines() if "…" in line] == ["Reading", "Looking", "Writing"]
+
+
+@pytest.mark.parametrize("columns", [20, 40, 60, 80, 200])
+def test_a_narrow_terminal_loses_no_cell_of_a_table(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Screen()
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    made = table("", ">float", ">quantized")
+    made.add_row("top-1 accuracy", "8.33 % (2.3 to 25.8)", "9.33 % (2.3 to 25.8)")
+    with Terminal() as shown:
+        shown.show(made)
+    said = re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue())
+    for text in ("top-1", "float", "quantized", "8.33 % (2.3 to 25.8)", "9.33 % (2.3 to 25.8)"):
+        assert text in said

@@ -13,10 +13,12 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 from rich.console import Console, RenderableType
+from rich.measure import Measurement
 from rich.progress import TaskID
+from rich.table import Table
 from rich.text import Text
 
 from bitwright.errors import Terminated, debugging, one_line
@@ -29,6 +31,8 @@ LINE_SECONDS = 15.0
 """Between two lines that say how far something is, where there is no terminal to draw on."""
 PIPE_WIDTH = 160
 """Columns of a table that goes into a file or a pipe."""
+LEAST_WIDTH, LEAST_TEXT, BETWEEN = 80, 10, 3
+"""Columns in which every table can be laid out, that a column of words needs, and between two columns."""
 
 
 @dataclass
@@ -111,7 +115,10 @@ class Terminal(Journal):
         self._close()
         if not self.as_json:
             for renderable in renderables:
-                self._out.print(renderable, soft_wrap=isinstance(renderable, str))
+                if isinstance(renderable, str):
+                    self._out.print(renderable, soft_wrap=True)
+                else:
+                    _wide_enough(self._out, renderable).print(renderable)
 
     def result(self, data: dict[str, Any]) -> None:
         """The result for a program on stdout; nothing without ``--json``. Nothing goes on after it."""
@@ -194,8 +201,21 @@ class Terminal(Journal):
             self._line(f"warning: {text}", style="yellow")
 
 
-def _console(stream: TextIO) -> Console:
-    return Console(file=stream, width=None if stream.isatty() else PIPE_WIDTH, markup=False, highlight=False)
+def _wide_enough(console: Console, shown: RenderableType) -> Console:
+    """A very narrow terminal breaks the lines of a table; squeezed into it, the table would lose cells."""
+    if not isinstance(shown, Table):
+        return console
+    options, needed = console.options.update_width(LEAST_WIDTH), 0
+    for column in shown.columns:
+        widths = [Measurement.get(console, options, each).maximum for each in (column.header, *column.cells)]
+        needed += BETWEEN + (max(widths) if column.no_wrap else min(max(widths), LEAST_TEXT))
+    needed = min(needed, LEAST_WIDTH)
+    return console if needed <= console.width else _console(console.file, needed)
+
+
+def _console(stream: IO[str], width: int | None = None) -> Console:
+    width = PIPE_WIDTH if width is None and not stream.isatty() else width
+    return Console(file=stream, width=width, markup=False, highlight=False)
 
 
 def _without_interrupts(hook: Callable[[Any], object]) -> Callable[[Any], object]:
