@@ -14,6 +14,8 @@ from pathlib import Path
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})
 """What another folder on the same disk does not help against."""
+NO_MEMORY = ("can't allocate memory", "bad_alloc", "not enough memory", "Cannot allocate memory")
+"""What errors say that have no type of their own."""
 _BREAKS = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]+")
 
 
@@ -65,16 +67,14 @@ def cause(error: BaseException) -> BaseException | None:
     return error if debugging() else None
 
 
-def of_the_machine(error: OSError | MemoryError) -> BitwrightError:
-    """A full disk, a name that no file system takes, a missing right, or no memory left, in one line.
+def of_the_machine(error: OSError) -> BitwrightError:
+    """A full disk, a name that no file system takes, or a missing right, in one line.
 
     Example:
         >>> import errno
         >>> str(of_the_machine(OSError(errno.EACCES, "Permission denied", "run/model.onnx")))
         "Expected to read or write 'run/model.onnx', found: Permission denied."
     """
-    if isinstance(error, MemoryError):
-        return BitwrightError("There is not enough memory for this. Take fewer or smaller images.")
     if error.errno in FULL:
         where = error.filename or f"What is printed, or a temporary file in {tempfile.gettempdir()},"
         return BitwrightError(
@@ -84,6 +84,26 @@ def of_the_machine(error: OSError | MemoryError) -> BitwrightError:
     name = name if len(name) <= 100 else f"{name[:97]}..."
     said = " ".join(str(error.strerror or error).split())[:200].rstrip(".")
     return UsageError(f"Expected to read or write {name!r}, found: {said}.")
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether there was no memory left: Python, PyTorch and C++ say it each in its own way.
+
+    Example:
+        >>> lacks_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes."))
+        True
+    """
+    said = isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+    return said or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def no_memory(error: BaseException) -> BitwrightError:
+    """What is said where there was no memory left."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return BitwrightError(
+            "There is not enough memory on the GPU for this. Take fewer or smaller images, or device='cpu'."
+        )
+    return BitwrightError("There is not enough memory for this. Take fewer or smaller images.")
 
 
 @contextmanager
@@ -102,10 +122,8 @@ def step(what: str) -> Iterator[None]:
     except Exception as error:
         if debugging() or raised_by_user(error) or _is_wrong_call(error):
             raise
-        if type(error).__name__ == "OutOfMemoryError":
-            raise BitwrightError(
-                "There is not enough memory on the GPU for this. Take fewer or smaller images, or device='cpu'."
-            ) from None
+        if lacks_memory(error):
+            raise no_memory(error) from None
         text = " ".join(str(error).split())[:200].rstrip(".")
         raise BitwrightError(
             f"{what} failed with an unexpected {type(error).__name__}: {text}. Please report what you called; "

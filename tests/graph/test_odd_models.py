@@ -11,7 +11,7 @@ from odd_models import LEGAL, REFUSED, Odd, legal
 from torch import Tensor, nn
 
 import bitwright as bw
-from bitwright.errors import ModelError
+from bitwright.errors import BitwrightError, ModelError
 from bitwright.graph.capture import capture
 
 
@@ -77,6 +77,16 @@ def test_what_no_graph_can_hold_is_one_line(name: str) -> None:
     assert "\n" not in line
     assert len(line) < 400
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+@pytest.mark.parametrize("while_captured", [False, True])
+def test_what_needs_more_memory_than_there_is_says_so(while_captured: bool) -> None:
+    def large(net: Odd, x: Tensor) -> Tensor:
+        captured = type(x.shape[0]) is not int
+        return net.body(x) + (torch.zeros(1 << 50)[:1] if captured or not while_captured else 0)
+
+    with pytest.raises(BitwrightError, match=r"^There is not enough memory for this\. Take fewer or smaller images\.$"):
+        bw.quantize(Odd(large).eval(), dataset(), "rtn")
 
 
 class Detector(nn.Module):

@@ -18,7 +18,7 @@ import typer
 
 from bitwright.cli.calls import CALLS
 from bitwright.cli.signature import command
-from bitwright.errors import BitwrightError, UsageError, debugging, of_the_machine, one_line
+from bitwright.errors import BitwrightError, UsageError, debugging, lacks_memory, no_memory, of_the_machine, one_line
 from bitwright.terminal import print_error
 
 app = typer.Typer(
@@ -122,8 +122,8 @@ def _other(error: Exception, given: list[str]) -> int:
         advice = f"bitwright {verb} --help" if verb in known else "bitwright --help"
         print_error(f"{one_line(str(describe())).rstrip('.')}. See {advice}.")
         return int(code)
-    if isinstance(error, OSError | MemoryError) and not debugging():
-        failure = of_the_machine(error)
+    if (isinstance(error, OSError) or lacks_memory(error)) and not debugging():
+        failure = of_the_machine(error) if isinstance(error, OSError) else no_memory(error)
         print_error(failure)
         return failure.exit_code
     hint = "" if debugging() else " BITWRIGHT_DEBUG=1 shows where."

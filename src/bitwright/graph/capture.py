@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import ConstantArgument, OutputKind
 from torch.utils import _pytree as pytree
 
-from bitwright.errors import ModelError, cause
+from bitwright.errors import ModelError, cause, lacks_memory
 from bitwright.given import several
 from bitwright.given.arguments import of_kind
 from bitwright.given.several import InputPart
@@ -494,9 +494,9 @@ def _answers_alone(captured: Captured) -> list[Tensor]:
     try:
         with torch.no_grad():
             return list(captured.graph.forward(captured.example[:1]))  # called itself, it would print a traceback
-    except torch.OutOfMemoryError:
-        raise
-    except (IndexError, RuntimeError):
+    except (IndexError, RuntimeError) as error:
+        if lacks_memory(error):
+            raise
         with suppress(IndexError, RuntimeError):
             watch(captured.graph, captured.example[:1], {n.name: lambda node, _: done.add(node.name) for n in steps})
     _blame_batch(captured, next((n for n in steps if n.name not in done), None))

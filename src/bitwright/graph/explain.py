@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import fx, nn
 
-from bitwright.errors import ModelError
+from bitwright.errors import BitwrightError, ModelError, lacks_memory, no_memory
 
 OURS = str(Path(__file__).parents[1])
 LIBRARY = sysconfig.get_paths()["stdlib"]
@@ -21,8 +21,10 @@ LONGEST = 160
 """Characters of another package's message that are shown."""
 
 
-def cannot_run(error: BaseException, images: torch.Tensor) -> ModelError:
+def cannot_run(error: BaseException, images: torch.Tensor) -> BitwrightError:
     """The model fails on the images, without any capture."""
+    if lacks_memory(error):
+        return no_memory(error)
     said, place, text = first_line(error), where(error), str(error)
     if isinstance(error, TypeError) and "argument" in text and not place:
         return ModelError(
@@ -66,10 +68,12 @@ REMEDIES = (
 """What to do where a message holds one of the words; the first that fits."""
 
 
-def cannot_capture(error: Exception | None, model: nn.Module, output: object) -> ModelError:
+def cannot_capture(error: Exception | None, model: nn.Module, output: object) -> BitwrightError:
     """The model runs, and cannot be made into a graph."""
     if isinstance(error, ModelError):
         return error
+    if error is not None and lacks_memory(error):
+        return no_memory(error)
     if error is None:
         return ModelError(
             "The model fixes its batch size while it runs (a shape taken as a plain number). "
