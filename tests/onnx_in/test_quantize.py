@@ -27,6 +27,7 @@ from bitwright.graph.outputs import Interface
 from bitwright.graph.prepare import prepare
 from bitwright.graph.student import insert_quantizers
 from bitwright.onnx_in.source import OnnxFile
+from bitwright.onnx_in.tail import Tail
 from bitwright.quant.scheme import Scheme
 
 CLASSIFIER = [
@@ -209,9 +210,7 @@ def test_what_follows_the_body_is_in_the_file_that_comes_out(detector: Path, tmp
     quantized = bw.quantize(str(detector), x, "rtn")
     assert quantized.outputs == ("best", "boxes")
     folder = quantized.save(tmp_path / "run", onnx=True)
-    tail = file.tail()
-    assert tail is not None
-    expected = tail(list(bw.load(folder).flat(x)))
+    expected = Tail(file.body.frame, batch=1)(list(bw.load(folder).flat(x)))
     scores, chosen = in_runtime(folder / "model.onnx", x, one_by_one=True)
     for k, one in enumerate(expected):
         np.testing.assert_allclose(scores[k : k + 1], one["scores"], atol=0.05)
@@ -629,6 +628,21 @@ def test_boxes_that_the_file_makes_itself_are_scored(detecting: Path, tmp_path: 
         arguments = (str(network), str(tmp_path / "pictures"), "--labels", str(tmp_path / "boxes.json"))
         said = bitwright(capsys, "evaluate", *arguments, "--mean", "0", "--std", "1", "--json")
         assert json.loads(said)["quantized"]["map"] == pytest.approx(expected, abs=0.02)
+
+
+def test_boxes_that_hang_on_more_than_the_networks_outputs(tmp_path: Path) -> None:
+    nodes = [
+        node("MatMul", "x w", "m"),
+        node("Transpose", "m", "s", perm=[0, 2, 1]),
+        node("NonMaxSuppression", "x s k"),
+    ]
+    stored = {"w": weights(4, 5), "k": np.asarray([3])}
+    path = write(tmp_path / "both.onnx", nodes, (1, 12, 4), stored, kinds=[TensorProto.INT64])
+    with pytest.warns(UserWarning, match="stay as they are"):
+        network = load_model(str(path))
+    assert network.decode is not None
+    with pytest.raises(DataError, match="hang on the network's outputs alone, the operators behind it read x too"):
+        network.decode(torch.zeros(2, 5, 12))
 
 
 @pytest.fixture(params=[1, "N"])

@@ -18,7 +18,6 @@ from bitwright.onnx_in.build import Body, Image, build, onnx_images, settings_be
 from bitwright.onnx_in.check import check_import
 from bitwright.onnx_in.file import OnnxProgram, read_program
 from bitwright.onnx_in.network import OnnxNetwork
-from bitwright.onnx_in.tail import Tail
 from bitwright.words import plural
 
 SEVERAL = "inputs"
@@ -138,12 +137,6 @@ class OnnxFile:
         }
         name = self.body.image.name if len(self.inputs) == 1 else SEVERAL
         return Interface.of(name, self.network.outputs, **about)
-
-    def tail(self) -> Tail | None:
-        """What follows the network, in ONNX Runtime; None where nothing does."""
-        if not self.body.behind.nodes:
-            return None
-        return Tail(self.body.frame, batch=self.names.batch)
 
     def check(self, images: Tensor, parts: Sequence[InputPart] = ()) -> None:
         """Compares the network with ONNX Runtime on images, the first time that it is asked.

@@ -214,6 +214,8 @@ class BoxesBehind:
             DataError: the file gives no boxes.
         """
         given = list(outputs.values()) if isinstance(outputs, Mapping) else [outputs]
+        if len(given) < len(self._tail.inputs):
+            raise self._read_more(self._tail.inputs[-1])
         count = len(given[0])
         missing = -count % self.batch
         padded = [torch.cat([o, o[:1].expand(missing, *o.shape[1:])]) if missing else o for o in given]
@@ -238,16 +240,19 @@ class BoxesBehind:
         for name, said in self._tail.beside.items():
             shape = [d.dim_value for d in said.type.tensor_type.shape.dim]
             if len(sides) != 1 or 0 in sides or len(shape) != 2 or shape[1] != 2:
-                raise DataError(
-                    f"Expected boxes that hang on images alone, the operators behind the network read {name} too. "
-                    f"{REMEDY}"
-                )
+                raise self._read_more(name)
             side = next(iter(sides))
             warnings.warn(f"{name} is taken for the size that boxes are scaled to: {side} by {side}.", stacklevel=2)
             found[name] = np.full(
                 (self.batch, 2), side, helper.tensor_dtype_to_np_dtype(said.type.tensor_type.elem_type)
             )
         return found
+
+    def _read_more(self, name: str) -> DataError:
+        return DataError(
+            f"Expected boxes that hang on the network's outputs alone, the operators behind it read {name} too. "
+            f"{REMEDY}"
+        )
 
     def _answers(self, outputs: Sequence[Tensor]) -> list[dict[str, Array]]:
         try:
