@@ -31,6 +31,12 @@ def ints(*values: int) -> Any:
     return np.asarray(values, np.int64)
 
 
+def random_places(below: int, *shape: int) -> Any:
+    """Places along the last axis but one, each once in its line, some of them from behind."""
+    found = np.random.default_rng(0).random((*shape[:2], below, shape[3])).argsort(2)[:, :, : shape[2]]
+    return np.where(found > below // 2, found - below, found)
+
+
 PLACES = np.stack(np.meshgrid([0], range(3), [1, 6], range(10), indexing="ij"), -1).astype(np.int64)
 """Of two rows of an image, as exporters write them for an assignment."""
 SIMPLE = [
@@ -308,6 +314,16 @@ CASES: dict[str, tuple[list[Any], dict[str, Any], tuple[int, ...], int]] = {
          node("ScatterND", "t places u", "r"), node("Transpose", "r", perm=[1, 0, 2, 3])],
         {"zero": ints(0), "one": ints(1), "two": ints(2), "places": ints(0, 2).reshape(2, 1)}, MAP, 13,
     ),
+    "places that the images say": (
+        [node("TopK", "x k", "v i", axis=2), node("Shape", "x", "s"), node("ConstantOfShape", "s", "z"),
+         node("Softmax", "v", "w", axis=2), node("ScatterElements", "z i w", axis=2)],
+        {"k": ints(3)}, MAP, 13,
+    ),
+    "places of one image": (
+        [node("GatherElements", "x i", "g", axis=2), node("ScatterElements", "x j g", axis=2)],
+        {"i": random_places(8, 1, 3, 2, 10), "j": random_places(8, 1, 3, 2, 10)[:, :, ::-1].copy()}, MAP, 13,
+    ),
+    "samples at the places of one image": ([node("GridSample", "x g")], {"g": weights(1, 5, 6, 2)}, MAP, 16),
     "one place of an axis": (
         [node("Gather", "x two", "g", axis=2), node("Unsqueeze", "g two1", "u"), node("Exp", "u", "e"),
          node("Shape", "e", "s"), node("Expand", "k s", "i"), node("ScatterElements", "x i e", axis=2)],
@@ -411,8 +427,8 @@ def written(folder: Path, name: str, batch: Any) -> Path:
 
 
 FIXED_ONLY = {
-    "concat stored", "reshape", "reshape to rows", "rows replaced", "rows replaced by stored ones",
-    "tokens before images",
+    "concat stored", "places of one image", "reshape", "reshape to rows", "rows replaced",
+    "rows replaced by stored ones", "samples at the places of one image", "tokens before images",
 }  # fmt: skip
 """Files that are wrong for any other batch than their own."""
 

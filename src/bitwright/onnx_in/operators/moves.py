@@ -157,6 +157,24 @@ def for_each_image(value: Known, axis: int, like: Traced) -> Known:
     return Known(value.small, np.concatenate([value.small, value.small], axis))
 
 
+def row_by_row(*values: Value) -> tuple[Value, ...]:
+    """Operands of which an operator reads an image's own rows: what a fixed batch stores is there for every image."""
+    axis = next((a for a in map(images_axis, values) if a is not None), None)
+    return values if axis is None else tuple(of_each(value, axis) for value in values)
+
+
+def images_axis(value: Value) -> int | None:
+    """The axis that grows with the number of images."""
+    return Traced("", value.small, value.large).batch_axis  # type: ignore[arg-type]  # of arrays as of tensors
+
+
+def of_each(value: Value, axis: int) -> Value:
+    """What a file of a fixed batch stores for its images, for as many as there are."""
+    if isinstance(value, Known) and value.fixed:
+        return Known(value.small, np.concatenate([value.small, value.small], axis))
+    return value
+
+
 @operator("bitwright.TwoParts")
 def two_parts(node: Node) -> NodeCall:
     """Two parts along an axis; a tensor that is rolled, where they are its end and all that is before."""
@@ -316,7 +334,18 @@ def _pick_of_first(x: Tensor, places: Tensor, *, axes: int) -> Tensor:
 @operator("GatherElements")
 def gather_elements(node: Node) -> NodeCall:
     """An entry along an axis for each place."""
-    return call(_gather, node.input(0), node.input(1), axis=node.whole("axis", 0))
+    x, places = row_by_row(node.input(0), node.input(1))
+    return call(_gather, x, _counted_from_front(places, x, axis := node.whole("axis", 0)), axis=axis)
+
+
+def _counted_from_front(places: Value, x: Value, axis: int) -> Value:
+    """Stored places along an axis without negative ones."""
+    if isinstance(places, Traced):
+        return places
+    length = x.small.shape[axis]
+    small = np.where(places.small < 0, places.small + length, places.small)
+    large = np.where(places.large < 0, places.large + length, places.large)
+    return Known(small, small if places.fixed else large)
 
 
 def _gather(x: Tensor, places: Tensor, *, axis: int) -> Tensor:
@@ -409,53 +438,45 @@ def entries_replaced(node: Node) -> NodeCall:
     if node.text("reduction", "none") != "none" or not isinstance(places, Known):
         raise Unsupported("it adds to what is there, or its places depend on the images")
     sizes, indexed, listed = x.small.shape, places.small.shape[-1], places.small.ndim - 1
-    axis = _images_axis(x)
+    axis = images_axis(x)
     if axis is None and isinstance(values, Traced) and values.batch_axis is not None:
         axis = values.batch_axis + indexed - listed if values.batch_axis >= listed else 0
     if axis is not None and axis >= indexed:  # the images lie behind what is replaced
         flat = _distinct([places.small[..., k] for k in range(indexed)], sizes[:indexed])
         at, shape = _turned(values, axis - indexed + listed)
-        x, values = _of_each(x, axis), _of_each(values, at)
+        x, values = of_each(x, axis), of_each(values, at)
         return call(_rows_replaced, x, values, places=flat, axes=indexed, images=at, shape=shape)
     if axis:
         raise Unsupported("it takes some images of a batch")
     _turned(values, 0)
     columns = _of_one_image(places, len(sizes), node.batch)
     flat = _distinct(columns, sizes[1 : len(columns) + 1])
-    x, values = _of_each(x, 0), _of_each(values, 0)
+    x, values = of_each(x, 0), of_each(values, 0)
     return call(_replaced, x, Known.of(np.asarray(flat, np.int64)), values, axes=len(columns))
 
 
 @operator("ScatterElements")
 @operator("Scatter")
 def elements_replaced(node: Node) -> NodeCall:
-    """Other values along one axis, as exporters write assignments to one place of it."""
-    x, places, values = (node.input(k) for k in range(3))
-    if node.text("reduction", "none") != "none" or not isinstance(places, Known) or not places.small.size:
-        raise Unsupported("it adds to what is there, or its places depend on the images")
+    """Other values along one axis, at places that are stored or computed."""
+    x, places, values = row_by_row(*(node.input(k) for k in range(3)))
+    if node.text("reduction", "none") != "none":
+        raise Unsupported("it adds to what is there")
     axis = from_front(node.whole("axis", 0), places.small.ndim)
-    images = next((a for a in map(_images_axis, (x, values)) if a is not None), None)
-    whole = [k for k, (a, b) in enumerate(zip(places.small.shape, x.small.shape, strict=True)) if a == b or k == axis]
-    line = places.small[tuple(slice(None) if k == axis else slice(0, 1) for k in range(places.small.ndim))]
-    if axis == images or len(whole) < places.small.ndim or (places.small != line).any():
-        raise Unsupported("its places are not the same in every image, or not whole rows")
-    if images is not None:
-        if _turned(values, images)[1]:
-            raise Unsupported("it joins the images of a batch to what they lie in")
-        x, values = _of_each(x, images), _of_each(values, images)
-    return call(_parts_replaced, x, values, places=_distinct([line], x.small.shape[axis : axis + 1]), axis=axis)
+    images = {images_axis(value) for value in (x, places, values)}
+    if len(images) > 1 or axis in images:
+        raise Unsupported("it takes some images of a batch, or joins them to what they lie in")
+    if isinstance(places, Known):
+        line = places.small[tuple(slice(None if k == axis else 1) for k in range(places.small.ndim))]
+        whole = all(a == b or k == axis for k, (a, b) in enumerate(zip(places.small.shape, x.small.shape, strict=True)))
+        if whole and (places.small == line).all():
+            flat = _distinct([line], x.small.shape[axis : axis + 1])
+            return call(_parts_replaced, x, values, places=flat, axis=axis)
+    return call(_scattered, x, _counted_from_front(places, x, axis), values, axis=axis)
 
 
-def _images_axis(value: Value) -> int | None:
-    """The axis that grows with the number of images."""
-    return Traced("", value.small, value.large).batch_axis  # type: ignore[arg-type]  # of arrays as of tensors
-
-
-def _of_each(value: Value, axis: int) -> Value:
-    """What a file of a fixed batch stores for its images, for as many as there are."""
-    if isinstance(value, Known) and value.fixed:
-        return Known(value.small, np.concatenate([value.small, value.small], axis))
-    return value
+def _scattered(x: Tensor, places: Tensor, values: Tensor, *, axis: int) -> Tensor:
+    return torch.scatter(x, axis, places.long(), values)
 
 
 def _turned(values: Value, axis: int) -> tuple[int, tuple[int, ...]]:
@@ -466,7 +487,7 @@ def _turned(values: Value, axis: int) -> tuple[int, tuple[int, ...]]:
     Raises:
         Unsupported: they lie within other axes.
     """
-    found = _images_axis(values)
+    found = images_axis(values)
     if found is None or found == axis:
         return axis, ()
     if not isinstance(values, Traced) or values.inner * math.prod(values.shape[:found]) > 1:

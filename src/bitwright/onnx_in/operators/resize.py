@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitwright.onnx_in.operators import operator
+from bitwright.onnx_in.operators.moves import row_by_row
 from bitwright.onnx_in.values import BatchSize, Known, Node, NodeCall, Traced, Unsupported, call
 
 Places = npt.NDArray[np.float32]
@@ -252,8 +253,7 @@ def grid_sample(node: Node) -> NodeCall:
     )  # fmt: skip
     return call(
         _grid_sample,
-        node.input(0),
-        node.input(1),
+        *row_by_row(node.input(0), node.input(1)),
         mode=mode,
         padding=node.text("padding_mode", "zeros"),
         corners=bool(node.whole("align_corners", 0)),
