@@ -281,6 +281,7 @@ def test_classes_from_one_are_told_from_numbers_of_coco(photos: Images, tmp_path
         ([0.1, 0.2, 0.5, 1.0], 0, "Expected corners in pixels in the labels given, found none above 1"),
         ([2, 2, 9, 9], 1 << 31, "Expected a class below 2147483648"),
         ([[2, 2], [9]], 0, "rows of several lengths"),
+        ([[2, 2, 4], [2, 2, 4], [9, 9, 8], [9, 9, 8]], [0, 0, 0], r"Expected boxes \(G, 4\) .* found \(1, 4, 3\)"),
         ([2, 2, 9, 9], "cat", "Expected whole numbers from 0 as classes in the labels of image 0, found 'cat'"),
         ([2, 2, 9, 9], 1.5, "found 1.5"),
         ([2, 2, 9, 9], -1, "found -1"),
@@ -339,6 +340,10 @@ def test_outputs_that_are_boxes_need_no_function(photos: Images, tmp_path: Path)
         (
             [{"boxes": torch.zeros(3, 4), "scores": torch.zeros(2), "labels": torch.zeros(2)}] * 2,
             r"found boxes \(3, 4\)",
+        ),
+        (
+            [{"boxes": torch.zeros(4, 3), "scores": torch.zeros(3), "labels": torch.zeros(3)}] * 2,
+            r"found boxes \(4, 3\)",
         ),
         ([torch.zeros(3)] * 2, "found an array"),
         ([{"box": torch.zeros(3, 4)}] * 2, "found dict of box for an image from decode"),

@@ -347,7 +347,7 @@ def boxes_of_items(truth: Truth, images: Images, class_map: GivenClassMap = None
         corners, labels = (_array(item[k], where) for k in ("boxes", "labels"))
         _check_whole(labels, where)
         crowd = _array(item.get("iscrowd", np.zeros(labels.size)), where).astype(bool).reshape(-1)
-        if corners.size != 4 * labels.size or len(crowd) != labels.size:
+        if not are_rows_of_four(corners, labels.size) or len(crowd) != labels.size:
             raise DataError(
                 f"Expected boxes (G, 4) and labels (G,) in {where}, found {corners.shape} and {labels.shape}."
             )
@@ -360,6 +360,12 @@ def boxes_of_items(truth: Truth, images: Images, class_map: GivenClassMap = None
     found = [one(i, x) for i, x in enumerate(truth.items)]
     _check(found, images, "the labels given")
     return Truth("detection", found, "boxes given", classes.names)
+
+
+def are_rows_of_four(corners: TruthArray, count: int) -> bool:
+    """Whether these are so many boxes, each four numbers one after the other, or two points."""
+    whole = corners.shape[-1:] == (4,) or corners.shape[-2:] == (2, 2)
+    return corners.size == 4 * count and (whole or not count)
 
 
 def _check_whole(labels: TruthArray, where: str, *, least: float = -np.inf) -> None:

@@ -20,6 +20,7 @@ from bitwright.given.images import Images
 from bitwright.given.named_boxes import named_boxes
 from bitwright.given.text import short
 from bitwright.given.truth import Boxes, Truth, TruthArray
+from bitwright.measure.boxes import are_rows_of_four
 from bitwright.measure.metrics import Part
 from bitwright.measure.named import TASK_FIGURES
 from bitwright.measure.task import Decode, Draw, Outputs, Pictured, Tally, Task, called, check_kind, shapes_of
@@ -303,7 +304,7 @@ def _one(item: Any, decode: Decode | None) -> Found:
         keys = f" of {', '.join(map(str, item)) or 'nothing'}" if isinstance(item, dict) else ""
         raise _no_boxes(f"{type(item).__name__}{keys} for an image", decode)
     corners, scores, labels = (_array(item[k]) for k in ("boxes", "scores", "labels"))
-    if corners.size != 4 * scores.size or labels.size != scores.size:
+    if not are_rows_of_four(corners, scores.size) or labels.size != scores.size:
         raise _no_boxes(f"boxes {corners.shape}, scores {scores.shape} and labels {labels.shape}", decode)
     return _kept(corners.reshape(-1, 4), scores.reshape(-1), labels.reshape(-1))
 
