@@ -332,6 +332,23 @@ def test_outputs_that_are_boxes_need_no_function(photos: Images, tmp_path: Path)
         compare(lambda _: [torch.zeros(2, 9, 85)], None, images)
 
 
+def test_of_thousands_of_boxes_those_of_the_highest_scores_count(photos: Images, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    corners = random.uniform(0, 30, (5000, 2))
+    boxes, labels = np.concatenate([corners, corners + random.uniform(1, 10, (5000, 2))], 1), np.arange(5000) % 2
+    boxes[:600, 2:] = boxes[:600, :2]
+    many = {"boxes": boxes, "scores": random.permutation(np.linspace(0.1, 0.9, 5000)), "labels": labels}
+    best = [i for k in (0, 1) for i in np.argsort(-many["scores"]) if labels[i] == k and i >= 600]
+    for corners, label in zip(*(network_boxes(1)[0][k].numpy() for k in ("boxes", "labels")), strict=True):
+        boxes[[i for i in best if labels[i] == label][80]] = corners
+    few = {k: v[[*best[:100], *[i for i in best if labels[i]][:100]]] for k, v in many.items()}
+    images = labelled(photos, str(write_yolo(tmp_path)))
+    found = [compare(lambda x: [x], None, images, scoring=Scoring(decode=lambda _, m=m: [m] * 2)) for m in (many, few)]
+    assert found[0].to_dict()["quantized"] == found[1].to_dict()["quantized"]
+    assert found[0].to_dict()["quantized"]["map"] > 0.01
+    assert "1200 of 10,000 boxes from the network are left out" in found[0].loss.notes[0]
+
+
 @pytest.mark.parametrize(
     ("decoded", "line"),
     [

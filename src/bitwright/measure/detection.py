@@ -42,28 +42,48 @@ SURE = 0.3
 class Found:
     """Boxes that a network found in an image: corners (M, 4) in pixels of the image, scores (M,), classes (M,).
 
-    Beside them, ``broken`` more had a class, but corners that make no box or a score that is no number.
+    Beside them, ``broken`` more had a class, but corners that make no box or a score that is no number, and ``beyond``
+    more are not among those of the highest scores that count.
     """
 
     corners: TruthArray
     scores: TruthArray
     labels: TruthArray
     broken: int = 0
+    beyond: int = 0
 
     def above(self, score: float) -> Found:
         """Those of a higher score."""
         kept = self.scores > score
         return Found(self.corners[kept], self.scores[kept], self.labels[kept])
 
+    def of(self, label: int) -> Found:
+        """Those of one class."""
+        kept = self.labels == label
+        return Found(self.corners[kept], self.scores[kept], self.labels[kept])
+
+    def counted(self) -> Found:
+        """Those that count, :data:`MOST` of each class: a decoder that suppresses none may return thousands."""
+        order = np.argsort(-self.scores, kind="stable")
+        kept = np.zeros(len(order), bool)
+        for label in np.unique(self.labels):
+            kept[order[self.labels[order] == label][:MOST]] = True
+        beyond = self.beyond + int((~kept).sum())
+        return Found(self.corners[kept], self.scores[kept], self.labels[kept], self.broken, beyond)
+
 
 def _alone(some: Found, others: Found) -> int:
     """How many boxes have none of their class among others that overlaps by a half."""
+    return sum(_alone_in_class(some.of(label), others.of(label)) for label in np.unique(some.labels))
+
+
+def _alone_in_class(some: Found, others: Found) -> int:
     low = np.maximum(some.corners[:, None, :2], others.corners[None, :, :2])
     high = np.minimum(some.corners[:, None, 2:], others.corners[None, :, 2:])
     shared = (high - low).clip(0).prod(-1)
     sizes = [(f.corners[:, 2:] - f.corners[:, :2]).prod(1) for f in (some, others)]
     near = shared >= 0.5 * (sizes[0][:, None] + sizes[1] - shared)
-    return int((~(near & (some.labels[:, None] == others.labels)).any(1)).sum())
+    return int((~near.any(1)).sum())
 
 
 class AveragePrecision(Tally):
@@ -189,7 +209,7 @@ class AveragePrecision(Tally):
 
     def _broken(self) -> list[str]:
         broken = sum(f.broken for f in self.found)
-        given = broken + sum(len(f.labels) for f in self.found)
+        given = broken + sum(len(f.labels) + f.beyond for f in self.found)
         if broken <= BROKEN * given:
             return []
         return [
@@ -232,6 +252,7 @@ class _Judge:
                 f"the network. Say which of its classes each is: {_numbered_from_one(self.truth)} if it counts from 1, "
                 "class_map='ids' if it has the numbers of a COCO file."
             )
+        found = found.counted()
         return replace(found, corners=self.images.placement(position).to_image(found.corners))
 
     def tally(self, scores: list[Any]) -> Tally:
