@@ -503,7 +503,9 @@ def _answers_alone(captured: Captured) -> list[Tensor]:
 
 
 def _blame_batch(captured: Captured, node: fx.Node | None) -> NoReturn:
-    several = f", or keep one output by its name, such as output='{captured.outputs[0]}'" * (len(captured.outputs) > 1)
+    returned: Any = captured.graph.graph.output_node().args[0]
+    whole = [name for name, each in zip(captured.outputs, returned, strict=True) if _has_batch(each)]
+    several = f", or keep one output by its name, such as output='{whole[0]}'" if len(returned) > 1 and whole else ""
     raise ModelError(
         f"The model mixes the images of a batch, or fixes its size{explain.recorded_line(node) if node else ''}. "
         f"Reshape with x.shape[0] or -1, and keep the images along the first axis{several}."
