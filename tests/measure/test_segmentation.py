@@ -128,8 +128,8 @@ def test_masks_that_are_no_classes_are_not_guessed(drawn: tuple[Tensor, Tensor])
     soft, both = masks + 0.25, scores(masks, 4)
     both[0, :, 0, 0] = 1
     for wrong in (soft, both):
-        with pytest.warns(UserWarning, match=r"are not used\. Labels are .* masks of classes \[N, H, W\] or one-hot"):
-            assert run(labelled(photos, wrong), scores(answers, 4))["quantized"] == {}
+        with pytest.raises(DataError, match=r"Expected labels= to be .* masks of classes \[N, H, W\] or one-hot"):
+            run(labelled(photos, wrong), scores(answers, 4))
     later = scores(masks, 4)
     later[5, :, 2, 2] = 0
     with pytest.raises(DataError, match=r"one-hot classes in mask 5 as in the first, found others"):
