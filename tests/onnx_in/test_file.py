@@ -127,6 +127,13 @@ def test_images_along_another_axis_than_the_first(tmp_path: Path) -> None:
     assert "'y' is [4, N, 6, 8] for N images. Cut the file before it" in said
 
 
+def test_an_operator_that_is_none_where_images_lie_along_another_axis_is_named(tmp_path: Path) -> None:
+    nodes = [node("Conv", "x w", "c"), node("Transpose", "c", "t", perm=[1, 0, 2, 3]), node("NonZero", "t")]
+    said = refused(write(tmp_path / "turned.onnx", nodes, ("N", *MAP), CONV, kinds=[7]))
+    assert "found NonZero at 'NonZero_y' (unknown operator" in said
+    assert "before which 't' is [4, N, 6, 8]" in said
+
+
 def test_images_of_a_batch_that_are_joined_behind_the_network_stay_joined(tmp_path: Path) -> None:
     nodes = [node("Conv", "x w", "c"), node("Reshape", "c s")]
     path = write(tmp_path / "joined.onnx", nodes, (2, *MAP), {**CONV, "s": np.asarray([1, 8, 48])})

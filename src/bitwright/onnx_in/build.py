@@ -417,7 +417,7 @@ def build(whole: OnnxProgram, images: tuple[Image, ...], path: Path) -> Body:
     traced = {name: value for name in [*outputs, *behind.read] if (value := reading.values.get(name)) is not None
               and isinstance(value, Traced)}  # fmt: skip
     for name, value in traced.items():
-        _check_first_axis(name, value, path)
+        _check_first_axis(name, value, path, None if name in outputs else next(iter(reading.missing), None))
     ends = {name: value.small for name, value in traced.items()}
     made = {name: value for name, value in ends.items() if name not in given}
     if not made or not reading.functions:
@@ -440,11 +440,17 @@ def _alike(a: Array, b: Array) -> bool:
     return bool(np.allclose(a, b, rtol=LAST_DIGITS, atol=bound, equal_nan=True))
 
 
-def _check_first_axis(name: str, value: Traced, path: Path) -> None:
-    """Images lie along the first axis of what the network gives."""
+def _check_first_axis(name: str, value: Traced, path: Path, cut_at: Missing | None) -> None:
+    """Images lie along the first axis of what the network gives, also where it ends before an operator that is none."""
     grown = [a != b for a, b in zip(value.small.shape, value.large.shape, strict=True)]
     if grown[:1] != [True] or any(grown[1:]):
         sides = ", ".join("N" if free else str(side) for side, free in zip(value.small.shape, grown, strict=True))
+        if cut_at is not None:
+            raise ModelError(
+                f"Expected operators that can be captured in {path}, found {cut_at}, before which '{name}' is "
+                f"[{sides}] for N images. Export it in other operators (such as torch.where for an assignment by a "
+                "mask), or cut the file where images lie along the first axis (onnx.utils.extract_model)."
+            )
         raise ModelError(
             f"Expected images along the first axis of what {path} gives, '{name}' is [{sides}] for N images. "
             "Cut the file before it (onnx.utils.extract_model), or export it without mixing images."
