@@ -208,6 +208,13 @@ def test_a_wrong_call_is_one_line_and_changes_nothing(
     assert {p: p.stat().st_mtime_ns for p in here.rglob("*") if "__pycache__" not in p.parts} == before
 
 
+def test_a_run_is_no_folder_for_several(here: Path, template: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = sorted(p.name for p in (here / "out" / "rtn").iterdir())
+    assert main(call(template, "--out", "out/rtn", "--recipes", "rtn,mse", "--force")) == 2
+    assert "is a run itself" in error(capsys)
+    assert sorted(p.name for p in (here / "out" / "rtn").iterdir()) == before
+
+
 def test_foreign_files_are_not_replaced(here: Path, template: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "out" / "rtn" / "mine.txt").write_text("keep")
     assert main(call(template, "--recipes", "mse,rtn", "--force")) == 2

@@ -18,6 +18,7 @@ from bitwright.cli.evaluate import parse_classes
 from bitwright.errors import DataError, UsageError
 from bitwright.given.images import load_images
 from bitwright.measure.evaluation import compare
+from bitwright.measure.truth_files import labelled
 from bitwright.run.result import RunResult
 
 pytestmark = pytest.mark.filterwarnings("ignore:Output '.*' of the quantized network")
@@ -215,6 +216,13 @@ def test_labels_that_are_given_are_read_or_refused(dense: tuple[bw.QuantizedMode
             model.evaluate(images, given)
     with pytest.raises(DataError, match="whole class index"):
         model.evaluate(images, [1 << 70] * 24)
+
+
+def test_a_class_map_beside_nothing_that_it_is_for_is_refused() -> None:
+    images = load_images(torch.zeros(4, 3, 2, 2), None)
+    for labels, said in ((None, "no labels"), ([0, 1, 2, 0], "class indices")):
+        with pytest.raises(DataError, match=f"masks or boxes beside class_map=, found {said}"):
+            labelled(images, labels, {"0": 1})
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,8 @@ def check_folders(call: CompareCall, folders: Collection[Path], out: Path) -> No
     """
     if out.exists() and not out.is_dir():
         raise UsageError(f"Expected a folder at {out}, found a file. Choose another --out.")
+    if _finished(out):
+        raise UsageError(f"Expected a folder for several runs, {out} is a run itself. Choose another --out.")
     there = (out / RECORD).is_file() or any(f.exists() for f in folders)
     if there and not call.resume and not call.force:
         raise UsageError(f"There are runs in {out} already. Go on with --resume, or replace them with --force.")

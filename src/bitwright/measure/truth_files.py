@@ -43,8 +43,19 @@ def labelled(images: Images, labels: Any, class_map: GivenClassMap = None) -> Im
             numbers of COCO files as they are.
 
     Raises:
-        DataError: the labels cannot be read, or belong to no image.
+        DataError: the labels cannot be read, belong to no image, or are none that a class map is for.
     """
+    found = _labelled(images, labels, class_map)
+    if class_map is not None and found.truth is None:
+        said = "no labels" if found.labels is None else "class indices"
+        raise DataError(
+            f"Expected masks or boxes beside class_map=, found {said}. Leave it out, and number classes as the network "
+            "does."
+        )
+    return found
+
+
+def _labelled(images: Images, labels: Any, class_map: GivenClassMap) -> Images:
     if labels is None:
         if images.truth is not None and images.truth.kind == "segmentation":
             return images.known(masks.with_foreground(images.truth)) if class_map is None else images
