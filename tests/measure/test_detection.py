@@ -404,7 +404,17 @@ def test_bad_boxes_are_said_in_one_line(photos: Images, tmp_path: Path, write: A
 
 def test_files_that_cannot_be_read(photos: Images, tmp_path: Path) -> None:
     folder = write_voc(tmp_path)
-    for text in ("<annotation", '<!DOCTYPE x [<!ENTITY a "b">]><annotation/>', "<annotation><object/></annotation>"):
+    nameless = "<annotation><object><name> </name><bndbox/></object></annotation>"
+    endless = "<annotation><size><width>1e999</width></size></annotation>"
+    unknown = "<?xml version='1.0' encoding='nonsense'?><annotation/>"
+    for text in (
+        nameless,
+        endless,
+        unknown,
+        "<annotation",
+        '<!DOCTYPE x [<!ENTITY a "b">]><annotation/>',
+        "<annotation><object/></annotation>",
+    ):
         (folder / "0.xml").write_text(text)
         with pytest.raises(DataError, match="Expected VOC XML with objects of a name and a bndbox, cannot read"):
             labelled(photos, str(folder))

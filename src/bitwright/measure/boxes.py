@@ -300,17 +300,28 @@ def _objects(file: Path) -> tuple[tuple[int, int], list[BoxRow]]:
         size = tuple(int(float(root.findtext(f"size/{k}") or 0)) for k in ("width", "height"))
         rows = [
             (
-                str(each.findtext("name")).strip(),
+                _named(each.findtext("name")),
                 [float(each.findtext(f"bndbox/{k}") or "none") for k in ("xmin", "ymin", "xmax", "ymax")],
                 (each.findtext("difficult") or "0").strip() == "1",
             )
             for each in root.iter("object")
         ]
-    except (OSError, ValueError, ElementTree.ParseError) as error:
+    except (OSError, ValueError, OverflowError, LookupError, ElementTree.ParseError) as error:
         raise DataError(
             f"Expected VOC XML with objects of a name and a bndbox, cannot read {file} ({short(error)})."
         ) from error
     return (size[0], size[1]), rows
+
+
+def _named(text: str | None) -> str:
+    """The name of an object.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if text is None or not text.strip():
+        raise ValueError("an object without a name")
+    return text.strip()
 
 
 def _of_xml(file: Path, found: tuple[tuple[int, int], list[BoxRow]], size: tuple[int, int], classes: ClassMap) -> Boxes:
