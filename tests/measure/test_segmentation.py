@@ -208,6 +208,19 @@ def test_a_class_map_beside_the_masks(photos: Path, name: str) -> None:
     assert found["evaluation"]["classes"][0]["name"] == ("cat" if name.endswith("csv") else None)
 
 
+def test_a_table_of_classes_may_have_semicolons(photos: Path) -> None:
+    (photos / "masks" / "classes.csv").write_bytes(b"\xef\xbb\xbfvalue;class;name;ignore\r\n7;1;cat;\r\n0;;;yes\r\n")
+    assert run(given(photos), halves())["evaluation"]["classes"][0]["name"] == "cat"
+
+
+def test_grey_masks_may_have_an_opacity(photos: Path) -> None:
+    expected = run(given(photos, class_map={7: 1, 0: 0}), halves())["quantized"]
+    for i in range(3):
+        path = photos / "masks" / f"{i}.png"
+        Image.open(path).convert("LA").save(path)
+    assert run(given(photos, class_map={7: 1, 0: 0}), halves())["quantized"] == expected
+
+
 def test_palettes_of_voc_hold_positions(photos: Path) -> None:
     mask = Image.fromarray(np.repeat([[1] * 12 + [0] * 11 + [255]], 16, 0).astype(np.uint8), "L").convert("P")
     mask.putpalette([0, 0, 0, 128, 0, 0] + [9] * 762)

@@ -125,7 +125,9 @@ def _from_csv(path: Path) -> ClassMap:
     """Lines of value, name and ignore, with a header; a column ``class`` says more than the value itself."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            header = file.readline()
+            file.seek(0)
+            rows = list(csv.DictReader(file, delimiter=";" if ";" in header and "," not in header else ","))
         kept = {r["value"].strip(): r for r in rows}
         table = {v: None if _is_yes(r.get("ignore")) else int(r.get("class") or v) for v, r in kept.items()}
         names = {c: kept[v]["name"].strip() for v, c in table.items() if c is not None and kept[v].get("name")}

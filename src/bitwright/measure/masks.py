@@ -73,6 +73,8 @@ def _pixels(file: Path, *, channels: int = 1) -> TruthArray:
         raise DataError(f"Expected a mask, cannot read {file} ({short(error)}). Repair or remove it.") from error
     if lossy:
         raise DataError(f"Expected a PNG as mask, {file} is a JPEG, which changes the numbers. Save it without loss.")
+    if channels == 1 and found.ndim == 3 and found.shape[2] == 2:  # grey and how opaque it is
+        found = found[..., 0]
     if channels == 1 and found.ndim == 3 and (found[..., :3] == found[..., :1]).all():
         found = found[..., 0]
     if found.ndim != 1 + min(channels, 2) or found.dtype.kind not in "biu":
