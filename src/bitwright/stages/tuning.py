@@ -27,7 +27,9 @@ from bitwright.stages.schedules import Anneal, Dampen
 from bitwright.stages.targets import Batch, Feed, autocast
 
 SHARED_PART = 8
-"""Samples whose gradients one process computes together, where several share a batch."""
+"""Samples whose gradients one process computes together, where several share a batch; twice as many of small ones."""
+SMALL_PASS = 256 << 20
+"""Bytes of activations up to which a pass over half of the samples takes well more than half of the time."""
 REPEATS = 3
 """Steps whose median is taken for the time of one."""
 FEW = 4
@@ -369,7 +371,8 @@ class Tuner:
         fitting = max(1, min(self.batch, max(budget // each, min(FEW, 3 * budget // each))))
         self.at_once = math.ceil(self.batch / math.ceil(self.batch / fitting))
         if together.is_shared():
-            self.at_once = min(self.at_once, SHARED_PART)
+            part = 2 * SHARED_PART if 2 * SHARED_PART * each <= SMALL_PASS else SHARED_PART
+            self.at_once = min(self.at_once, part)
 
     def _held(self, count: int) -> int:
         """Bytes of activations, and at each point of a target and of a difference, or a gradient, from it."""
