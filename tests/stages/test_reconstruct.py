@@ -22,7 +22,7 @@ from bitwright.memory import saved_bytes
 from bitwright.pipeline import run_stages
 from bitwright.quant.scheme import Scheme
 from bitwright.recipes import Recipe, recipe
-from bitwright.stages import pace, resume, schedules
+from bitwright.stages import pace, resume, schedules, tuning
 from bitwright.stages import reconstruct as module
 from bitwright.stages.augment import Views
 from bitwright.stages.base import Run
@@ -592,6 +592,16 @@ def test_parts_are_as_large_as_the_memory_allows(monkeypatch: pytest.MonkeyPatch
     assert keys(run)["reconstruct"]["at_once"] == 1
     losses = keys(run)["reconstruct"]["loss"]["by_stage"]
     assert losses["reconstruct"] < losses["calibrate"]
+
+
+def test_processes_share_parts_that_are_larger_where_samples_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuner = tuner_of(Reconstruct(**{**QUICK, "batch": 24}), monkeypatch)
+    monkeypatch.setattr(tuning.together, "is_shared", lambda: True)
+    each = tuner._held(2) - tuner._held(1)
+    for small, expected in ((16 * each, 16), (16 * each - 1, 8)):
+        monkeypatch.setattr(tuning, "SMALL_PASS", small)
+        tuner.fit_memory(1 << 30)
+        assert tuner.at_once == expected
 
 
 def test_half_the_samples_are_tried_where_memory_does_not_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
