@@ -630,7 +630,7 @@ def test_boxes_that_the_file_makes_itself_are_scored(detecting: Path, tmp_path: 
         assert json.loads(said)["quantized"]["map"] == pytest.approx(expected, abs=0.02)
 
 
-def test_boxes_that_hang_on_more_than_the_networks_outputs(tmp_path: Path) -> None:
+def test_boxes_that_depend_on_more_than_the_networks_outputs(tmp_path: Path) -> None:
     nodes = [
         node("MatMul", "x w", "m"),
         node("Transpose", "m", "s", perm=[0, 2, 1]),
@@ -641,7 +641,7 @@ def test_boxes_that_hang_on_more_than_the_networks_outputs(tmp_path: Path) -> No
     with pytest.warns(UserWarning, match="stay as they are"):
         network = load_model(str(path))
     assert network.decode is not None
-    with pytest.raises(DataError, match="hang on the network's outputs alone, the operators behind it read x too"):
+    with pytest.raises(DataError, match="depend on the network's outputs alone, the operators behind it read x too"):
         network.decode(torch.zeros(2, 5, 12))
 
 
@@ -701,7 +701,7 @@ def test_layers_on_what_a_file_takes_beside_images(tmp_path: Path) -> None:
     beside = [helper.make_tensor_value_info("words", TensorProto.INT64, [1, 7])]
     stored = {"w": weights(6, 3, 3, 3), "v": weights(7, 4)}
     path = write(tmp_path / "words.onnx", nodes, (1, 3, 8, 8), stored, outputs="c z", more_inputs=beside)
-    with pytest.raises(ModelError, match=r"layers that hang on images alone in .*, some hang on 'words' \(int64\)"):
+    with pytest.raises(ModelError, match=r"layers that depend on images alone in .*, some depend on 'words' \(int64\)"):
         load_model(str(path))
 
 

@@ -523,7 +523,7 @@ def _check_tail(reading: NodeReader, settings: Sequence[Any], path: Path) -> Non
         return
     if not reading.missing:
         said = TensorProto.DataType.Name(settings[0].type.tensor_type.elem_type).lower()
-        raise ModelError(f"Expected layers that hang on images alone in {path}, some hang on '{settings[0].name}' "
+        raise ModelError(f"Expected layers that depend on images alone in {path}, some depend on '{settings[0].name}' "
                          f"({said}). Export the part that takes images.")  # fmt: skip
     first = reading.missing[0]
     raise ModelError(f"Expected operators that can be captured in {path}, found {first}. {_remedy(first.node)}.")

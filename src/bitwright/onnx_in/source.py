@@ -75,8 +75,8 @@ class OnnxFile:
         beside = [value.name for value in settings_beside(program.proto.graph)]
         if beside:
             warnings.warn(
-                f"{path} takes {', '.join(beside)} beside images, which what follows the network reads, in model.onnx "
-                "too.",
+                f"{path} takes {', '.join(beside)} beside images. Only operators behind the network read that, and it "
+                "stays an input of model.onnx.",
                 stacklevel=4,
             )
         if file.body.aside:

@@ -250,7 +250,7 @@ class BoxesBehind:
 
     def _read_more(self, name: str) -> DataError:
         return DataError(
-            f"Expected boxes that hang on the network's outputs alone, the operators behind it read {name} too. "
+            f"Expected boxes that depend on the network's outputs alone, the operators behind it read {name} too. "
             f"{REMEDY}"
         )
 
