@@ -630,6 +630,31 @@ def test_boxes_that_the_file_makes_itself_are_scored(detecting: Path, tmp_path: 
         assert json.loads(said)["quantized"]["map"] == pytest.approx(expected, abs=0.02)
 
 
+@pytest.mark.parametrize("kind", [TensorProto.DOUBLE, TensorProto.FLOAT16])
+@pytest.mark.filterwarnings("ignore:The last", "ignore:.*computes in float16", "ignore:.*loss from the float")
+def test_what_follows_in_other_floats_runs_in_float32(kind: int, tmp_path: Path) -> None:
+    dtype = helper.tensor_dtype_to_np_dtype(kind)
+    nodes = [
+        node("Conv", "x w", "c"), node("Cast", "c", "wide", to=kind), node("Reshape", "wide s", "flat"),
+        node("Add", "flat shift", "moved"), node("TopK", "moved k", "best where"), node("Mul", "best step", "scaled"),
+        node("Cast", "scaled", "again", to=kind),
+    ]  # fmt: skip
+    stored = {"w": weights(4, 3, 3, 3), "s": np.asarray([0, 192]), "shift": np.linspace(0, 3, 192, dtype=dtype),
+              "k": np.asarray([5]), "step": np.asarray(2, dtype)}  # fmt: skip
+    kinds = [kind, TensorProto.INT64]
+    path = write(tmp_path / "other.onnx", nodes, ("N", 3, 8, 10), stored, outputs="again where", kinds=kinds)
+    x = images(4, (3, 8, 10))
+    folder = bw.quantize(str(path), x, "rtn").save(tmp_path / "run", onnx=True)
+    (expected, places), (found, ours) = (
+        InferenceSession(str(p), providers=["CPUExecutionProvider"]).run(None, {"x": x.numpy()})
+        for p in (path, folder / "model.onnx")
+    )
+    assert expected.dtype == dtype
+    assert found.dtype == np.float32
+    assert np.abs(expected - found).max() < 0.2
+    assert (places == ours).mean() > 0.5
+
+
 def test_boxes_that_depend_on_more_than_the_networks_outputs(tmp_path: Path) -> None:
     nodes = [
         node("MatMul", "x w", "m"),

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper
 from torch import Tensor
 
 from bitwright.errors import ModelError
@@ -18,7 +17,6 @@ from bitwright.onnx_in.build import Body, Image, settings_beside, unread_inputs
 from bitwright.onnx_in.file import OnnxProgram, label_of
 from bitwright.onnx_in.network import OnnxNetwork, returned
 from bitwright.onnx_in.stored import elsewhere
-from bitwright.onnx_in.tail import TENSOR_KINDS
 from bitwright.onnx_in.values import as_tensor
 from bitwright.runtimes.onnxruntime import patient_options
 from bitwright.runtimes.session import Array
@@ -29,12 +27,12 @@ RUNTIME_TOLERANCE = 1e-4
 """Largest difference, in units of an output's range, that kernels may make by summing in other orders."""
 
 
-def part_of(program: OnnxProgram, body: Body, outputs: Sequence[str], kinds: Sequence[int]) -> Any:
+def part_of(program: OnnxProgram, body: Body, outputs: Sequence[str]) -> Any:
     """The program from its input to these tensors; its large tensors are said to be given."""
     part, whole = onnx.ModelProto(), program.proto.graph
     part.ir_version = program.proto.ir_version
     part.opset_import.extend(program.proto.opset_import)
-    ends = [helper.make_tensor_value_info(n, k, None) for n, k in zip(outputs, kinds, strict=True)]
+    ends = [onnx.ValueInfoProto(name=name) for name in outputs]  # their types are what ONNX Runtime finds
     tensors = [elsewhere(t, program.stored[t.name]) if t.name in program.stored else t for t in whole.initializer]
     graph = part.graph
     graph.name = whole.name or "part"
@@ -78,12 +76,12 @@ def check_import(program: OnnxProgram, body: Body, images: Sequence[Tensor], pat
     with torch.no_grad():
         found = returned(network(*images))
     names = network.outputs
-    theirs = run(program, body, names, found, images, path)
+    theirs = run(program, body, names, images, path)
     worst = _worst(theirs, found)
     tolerance = COARSE_TOLERANCE if "float16" in program.short else RUNTIME_TOLERANCE
     if worst > tolerance and worst > 10 * _own_error(network, images, found):
         first = _first(program, body, images, path)
-        if body.image.free and _worst(run(program, body, names, found, images, path, at_once=1), found) <= tolerance:
+        if body.image.free and _worst(run(program, body, names, images, path, at_once=1), found) <= tolerance:
             raise ModelError(
                 f"Expected a file that answers for each image alone, {path} joins the images of a batch{first}. "
                 "Export it with a batch that is free in its reshapes too."
@@ -138,7 +136,6 @@ def run(
     program: OnnxProgram,
     body: Body,
     names: Sequence[str],
-    like: Sequence[Tensor],
     images: Sequence[Tensor],
     path: Any,
     *,
@@ -148,7 +145,7 @@ def run(
 
     Where it is free, ``at_once`` of them make a batch; all if not given.
     """
-    part = part_of(program, body, names, [_kind(program, n, v) for n, v in zip(names, like, strict=True)])
+    part = part_of(program, body, names)
     session = _session(part, program.stored, path)
     count = len(images[0])
     batch = (at_once or count) if body.image.free else body.image.batch
@@ -184,13 +181,6 @@ def _numpy_kind(said: str) -> str:
 def _without(answer: Tensor, images: int, batch: int) -> Tensor:
     """What a runtime gave for a batch, without its last images; several rows may belong to one image."""
     return answer[: len(answer) - len(answer) * images // batch] if images and answer.dim() else answer
-
-
-def _kind(program: OnnxProgram, name: str, like: Tensor) -> int:
-    """The type of a tensor in the file, where that says one."""
-    graph = program.proto.graph
-    said = [v.type.tensor_type.elem_type for v in (*graph.output, *graph.value_info) if v.name == name]
-    return int(said[0]) if said and said[0] else TENSOR_KINDS.get(like.dtype, TensorProto.FLOAT)
 
 
 def _session(part: Any, stored: Mapping[str, Array], path: Any) -> Any:
@@ -249,7 +239,7 @@ def _first(program: OnnxProgram, body: Body, images: Sequence[Tensor], path: Any
     makers = {name: node for node in body.nodes for name in node.output}
     shared = [n for n in ours if n in makers and isinstance(ours[n], Tensor)]
     try:
-        theirs = run(program, body, shared, [ours[n] for n in shared], images, path)
+        theirs = run(program, body, shared, images, path)
     except Exception:
         return ""
     for name, value in zip(shared, theirs, strict=True):

@@ -70,7 +70,7 @@ def read_program(path: Path) -> OnnxProgram:
     _check_float(program, path)
     kinds = short_kinds(program)
     if "bfloat16" in kinds:
-        widen(program.graph, stored)
+        widen(program.graph, stored, kinds={onnx.TensorProto.BFLOAT16})
     _sort(program.graph, path)
     return OnnxProgram(program, stored, kinds)
 

@@ -1,8 +1,8 @@
-"""Types of numbers that have few digits: which a file computes in, and bfloat16 as float32."""
+"""Types of numbers other than float32: which of few digits a file computes in, and what computes in float32 instead."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from bitwright.runtimes.session import Array
 
 SHORT = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16"}
 """Numbers of few digits by their names."""
+NOT_FLOAT32 = frozenset({*SHORT, TensorProto.DOUBLE})
+"""Numbers that are float32 in the network that is read."""
 KINDS = frozenset({"to", "dtype", "output_dtype", "stash_type"})
 """Attributes that name a type of numbers."""
 
@@ -36,15 +38,16 @@ def _attributes(graph: Any) -> Iterator[Any]:
                 yield from _attributes(inside)
 
 
-def widen(graph: Any, stored: dict[str, Array] | None = None) -> None:
-    """Writes bfloat16 as float32, which holds it exactly, and which every runtime computes in.
+def widen(graph: Any, stored: dict[str, Array] | None = None, *, kinds: Collection[int]) -> None:
+    """Writes numbers of some types as float32, which holds those of few digits exactly.
 
     Args:
         graph: changed, with graphs inside it.
-        stored: its large tensors by name; changed. None for a graph inside another, which has its own.
+        stored: its large tensors by name; changed. None for a graph that holds all of its own.
+        kinds: the types, as ONNX numbers them.
     """
     for tensor in graph.initializer:
-        if tensor.data_type == TensorProto.BFLOAT16:
+        if tensor.data_type in kinds:
             array = numpy_helper.to_array(tensor).astype(np.float32)
             tensor.data_type = TensorProto.FLOAT
             if stored is None or array.nbytes < KEPT_APART:
@@ -54,14 +57,14 @@ def widen(graph: Any, stored: dict[str, Array] | None = None) -> None:
                 tensor.CopyFrom(blank(tensor))
     for value in (*graph.input, *graph.output, *graph.value_info):
         kind = value.type.tensor_type
-        if kind.elem_type == TensorProto.BFLOAT16:
+        if kind.elem_type in kinds:
             kind.elem_type = TensorProto.FLOAT
     for node in graph.node:
         for attribute in node.attribute:
-            if attribute.name in KINDS and attribute.i == TensorProto.BFLOAT16:
+            if attribute.name in KINDS and attribute.i in kinds:
                 attribute.i = TensorProto.FLOAT
-            if attribute.HasField("t") and attribute.t.data_type == TensorProto.BFLOAT16:
+            if attribute.HasField("t") and attribute.t.data_type in kinds:
                 array = numpy_helper.to_array(attribute.t).astype(np.float32)
                 attribute.t.CopyFrom(numpy_helper.from_array(array, attribute.t.name))
             for inside in [attribute.g] if attribute.HasField("g") else attribute.graphs:
-                widen(inside)
+                widen(inside, kinds=kinds)

@@ -17,6 +17,7 @@ from torch import Tensor
 from bitwright.errors import DataError
 from bitwright.given.named_boxes import named_boxes
 from bitwright.given.text import short
+from bitwright.onnx_in.kinds import NOT_FLOAT32, widen
 from bitwright.onnx_in.patterns import reads
 from bitwright.onnx_in.values import Known, Traced, Value
 from bitwright.runtimes.onnxruntime import patient_options
@@ -113,6 +114,8 @@ def frame(
     used = {name for node in behind.nodes for name in reads(node)}
     known = {n: a for n, a in behind.known.items() if n in used and n not in kept} | dict(kept)
     graph.initializer.extend(numpy_helper.from_array(np.asarray(a), n) for n, a in known.items())
+    if behind.nodes:
+        widen(graph, kinds=NOT_FLOAT32)  # as the body computes: what it gives the tail is float32
     found = onnx.ModelProto(
         ir_version=program.ir_version, producer_name=program.producer_name, producer_version=program.producer_version,
         domain=program.domain, model_version=program.model_version, doc_string=program.doc_string, graph=graph,
