@@ -65,6 +65,15 @@ def test_by_hand() -> None:
     assert found["evaluation"]["classes"][0]["count"] == 2
 
 
+def test_corners_as_shares_of_the_input() -> None:
+    boxes = [torch.tensor([[8, 4, 40, 36.0]]), torch.tensor([[0, 0, 60, 20], [20, 4, 80, 40.0]])]
+    images = labelled(load_images(torch.zeros(2, 3, 40, 80), None), truth(*((b.tolist(), [0] * len(b)) for b in boxes)))
+    sides = torch.tensor([80, 40, 80, 40])
+    found = [{"boxes": b / sides, "scores": torch.ones(len(b)), "labels": torch.zeros(len(b))} for b in boxes]
+    with pytest.warns(UserWarning, match="lie between 0 and 1: they are taken as shares of the input's width"):
+        assert run(images, found)["quantized"]["map"] == pytest.approx(1)
+
+
 @pytest.fixture(scope="module")
 def scenes() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Twelve images with up to eight objects of five classes, and boxes near them and elsewhere."""

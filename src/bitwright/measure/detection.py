@@ -7,6 +7,7 @@ preprocessing, cut at its borders, and compared with the truth in the image's ow
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,7 +27,7 @@ from bitwright.measure.named import TASK_FIGURES
 from bitwright.measure.task import Decode, Draw, Outputs, Pictured, Tally, Task, called, check_kind, shapes_of
 from bitwright.words import plural
 
-FORMS = "a list of {'boxes', 'scores', 'labels'} per image, or (N, M, 6) of x1, y1, x2, y2, score, class"
+BOX_FORMS = "a list of {'boxes', 'scores', 'labels'} per image, or (N, M, 6) of x1, y1, x2, y2, score, class"
 MOST = 100
 """Boxes per image and class that count, those of the highest scores, as in COCO."""
 SIZES = ("small", "medium", "large")
@@ -34,6 +35,8 @@ MANY = 20_000
 """Images times classes, above which fewer samples are drawn: a sample takes a second there."""
 BROKEN = 0.1
 """Share of boxes without an area, from which on they are told of: decoders that cut boxes leave a few."""
+SHARES = (-0.5, 1.5)
+"""Between which all corners lie that are shares of the input's sides, some of them beyond its borders."""
 SURE = 0.3
 """The score above which boxes are drawn."""
 
@@ -70,6 +73,16 @@ class Found:
             kept[order[self.labels[order] == label][:MOST]] = True
         beyond = self.beyond + int((~kept).sum())
         return Found(self.corners[kept], self.scores[kept], self.labels[kept], self.broken, beyond)
+
+    def of_shares(self, size: tuple[int, int]) -> Found:
+        """Those whose corners are shares of an input of this width and height, in its pixels."""
+        return replace(self, corners=self.corners * np.tile(size, 2))
+
+
+def _are_shares(found: Sequence[Found]) -> bool:
+    """Whether corners of boxes are shares of the input's sides, not pixels: none lies beyond."""
+    corners = np.concatenate([f.corners for f in found])
+    return len(corners) > 0 and bool(((corners >= SHARES[0]) & (corners <= SHARES[1])).all())
 
 
 def _alone(some: Found, others: Found) -> int:
@@ -204,7 +217,7 @@ class AveragePrecision(Tally):
         first = self.names.get(0, "the first class")
         return [
             f"Hardly a box is right. Check that class 0 is {first} for the network too (class_map= says otherwise), "
-            "and that boxes are corners in pixels of the network's input (decode=)."
+            "and that boxes are corners x1, y1, x2, y2, x before y, in pixels of the network's input (decode=)."
         ]
 
     def _broken(self) -> list[str]:
@@ -224,14 +237,28 @@ class _Judge:
         _check_library()
         self.images, self.outputs, self.decode = images, outputs, decode
         self.truth: Truth = images.truth
+        self._shares: bool | None = None
 
     def target(self, positions: range) -> range:
         return positions
 
     def add(self, scores: list[Any], outputs: list[Tensor], target: range) -> Sequence[Any]:
         found = predictions(outputs, self.outputs, self.decode, len(target))
+        if self._in_shares(found):
+            found = [f.of_shares(self.images.placement(i).input) for f, i in zip(found, target, strict=True)]
         scores += (in_image := [self._in_image(f, i) for f, i in zip(found, target, strict=True)])
         return in_image
+
+    def _in_shares(self, found: Sequence[Found]) -> bool:
+        """Whether boxes are shares of the input, as the first ones tell."""
+        if self._shares is None and any(len(f.labels) for f in found):
+            self._shares = _are_shares(found)
+            if self._shares:
+                warnings.warn(
+                    "All boxes lie between 0 and 1: they are taken as shares of the input's width and height.",
+                    stacklevel=2,
+                )
+        return bool(self._shares)
 
     def differ(self, position: int, expected: Found, found: Found, truth: int) -> Pictured:
         """By the share of sure boxes that only one of the networks has."""
@@ -311,7 +338,7 @@ def _boxes_among(outputs: list[Tensor], how: Outputs, count: int) -> list[Any]:
     check_kind(DETECTION.truth, outputs)
     raise DataError(
         f"Expected boxes from the network to compare with labels, found outputs of {shapes_of(outputs)}. Give decode= "
-        f"with a function that returns {FORMS}."
+        f"with a function that returns {BOX_FORMS}."
     )
 
 
@@ -339,7 +366,8 @@ def _kept(corners: TruthArray, scores: TruthArray, labels: TruthArray) -> Found:
     meant = ~((scores <= 0) | (labels < 0))
     parts = labels[meant & (labels % 1 != 0)]
     if len(parts):
-        raise DataError(f"Expected whole numbers as classes, found {parts[0]:g} among those of the boxes.")
+        raise DataError(f"Expected whole numbers as classes, found {parts[0]:g} among those of the boxes. Rows are x1, "
+                        "y1, x2, y2, score, class.")  # fmt: skip
     there = meant & np.isfinite(scores) & np.isfinite(corners).all(1) & (corners[:, 2:] > corners[:, :2]).all(1)
     kept = Found(corners[there].astype(np.float64), scores[there].astype(np.float64), labels[there].astype(np.int64))
     return replace(kept, broken=int(meant.sum() - there.sum()))
@@ -354,12 +382,14 @@ def _array(values: Any) -> TruthArray:
 
 def _no_boxes(found: str, decode: Decode | None) -> DataError:
     who = "the network" if decode is None else "decode"
-    return DataError(f"Expected {FORMS}, found {found} from {who}.")
+    return DataError(f"Expected {BOX_FORMS}, found {found} from {who}.")
 
 
 def _answers(outputs: list[Tensor], how: Outputs, decode: Decode | None, size: tuple[int, int]) -> list[Boxes]:
     """Boxes that the network is sure of, cut at the borders of its input."""
-    sure = [each.above(SURE) for each in predictions(outputs, how, decode, len(outputs[0]))]
+    found = predictions(outputs, how, decode, len(outputs[0]))
+    found = [each.of_shares(size[::-1]) for each in found] if _are_shares(found) else found
+    sure = [each.above(SURE) for each in found]
     inside = [each.corners.clip(0, (*size[::-1], *size[::-1])) for each in sure]
     return [Boxes.of(corners, each.labels) for corners, each in zip(inside, sure, strict=True)]
 
