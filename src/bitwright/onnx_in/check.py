@@ -16,6 +16,7 @@ from bitwright.graph.capture import COARSE_TOLERANCE, relative_difference
 from bitwright.onnx_in.build import Body, Image, settings_beside, unread_inputs
 from bitwright.onnx_in.file import OnnxProgram, label_of
 from bitwright.onnx_in.network import OnnxNetwork, returned
+from bitwright.onnx_in.patterns import reads
 from bitwright.onnx_in.stored import elsewhere
 from bitwright.onnx_in.values import as_tensor
 from bitwright.runtimes.onnxruntime import patient_options
@@ -33,7 +34,9 @@ def part_of(program: OnnxProgram, body: Body, outputs: Sequence[str]) -> Any:
     part.ir_version = program.proto.ir_version
     part.opset_import.extend(program.proto.opset_import)
     ends = [onnx.ValueInfoProto(name=name) for name in outputs]  # their types are what ONNX Runtime finds
-    tensors = [elsewhere(t, program.stored[t.name]) if t.name in program.stored else t for t in whole.initializer]
+    used = set[str]().union(*(reads(node) for node in body.nodes))
+    stored = [t for t in whole.initializer if t.name in used]  # what follows the body may have tensors of its own
+    tensors = [elsewhere(t, program.stored[t.name]) if t.name in program.stored else t for t in stored]
     graph = part.graph
     graph.name = whole.name or "part"
     left = {*unread_inputs(whole), *(value.name for value in settings_beside(whole))}
@@ -149,7 +152,7 @@ def run(
     session = _session(part, program.stored, path)
     count = len(images[0])
     batch = (at_once or count) if body.image.free else body.image.batch
-    kinds = {i.name: _numpy_kind(i.type) for i in session.get_inputs()}
+    kinds = {i.name: dtype_of(i.type) for i in session.get_inputs()}
     rows: list[list[Tensor]] = []
     for start in range(0, count, batch):
         missing = max(0, start + batch - count)
@@ -167,11 +170,11 @@ def run(
     return [torch.cat(column) if column[0].dim() else column[0] for column in zip(*rows, strict=True)]
 
 
-def _numpy_kind(said: str) -> str:
-    """Of a type as ONNX Runtime says it, such as ``tensor(float16)``.
+def dtype_of(said: str) -> str:
+    """Name in NumPy of a type as ONNX Runtime says it, such as ``tensor(float16)``.
 
     Example:
-        >>> _numpy_kind("tensor(float)"), _numpy_kind("tensor(uint8)")
+        >>> dtype_of("tensor(float)"), dtype_of("tensor(uint8)")
         ('float32', 'uint8')
     """
     kind = said.removeprefix("tensor(").removesuffix(")")
