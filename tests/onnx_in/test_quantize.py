@@ -670,6 +670,94 @@ def test_boxes_that_depend_on_more_than_the_networks_outputs(tmp_path: Path) -> 
         network.decode(torch.zeros(2, 5, 12))
 
 
+def pictures(folder: Path, count: int, size: tuple[int, int]) -> list[np.ndarray]:
+    """Files of noise, and their pixels (H, W, 3)."""
+    folder.mkdir()
+    found = [np.random.default_rng(k).integers(0, 256, (*size, 3), np.uint8) for k in range(count)]
+    for k, pixels in enumerate(found):
+        Image.fromarray(pixels).save(folder / f"{k}.png")
+    return found
+
+
+def write_coco(path: Path, truth: list[tuple[np.ndarray, np.ndarray]], size: tuple[int, int]) -> Path:
+    """Boxes and classes of each image, as COCO has them."""
+    rows = [
+        (k, b.clip(0, [*size[::-1], *size[::-1]]), int(c))
+        for k, each in enumerate(truth)
+        for b, c in zip(*each, strict=True)
+    ]
+    said = [
+        {"id": i, "image_id": k, "category_id": c, "bbox": [*b[:2].tolist(), *(b[2:] - b[:2]).tolist()], "area": 1.0}
+        for i, (k, b, c) in enumerate(rows, 1)
+    ]
+    every = [{"id": k, "file_name": f"{k}.png", "width": size[1], "height": size[0]} for k in range(len(truth))]
+    names = [{"id": c, "name": f"class {c}"} for c in range(3)]
+    path.write_text(json.dumps({"images": every, "annotations": said, "categories": names}))
+    return path
+
+
+MANY = {"scale_factor": TensorProto.FLOAT, "sizes": TensorProto.INT64, "im_shape": TensorProto.FLOAT}
+
+
+@pytest.mark.parametrize("kind", [TensorProto.FLOAT, TensorProto.UINT8, TensorProto.FLOAT16])
+@pytest.mark.parametrize("beside", ["", *MANY])
+@pytest.mark.filterwarnings(
+    "ignore:The last", "ignore:The calibration", "ignore:.*loss from the float", "ignore:.*beside images",
+    "ignore:.*computes in float16", "ignore:.*takes whole numbers", "ignore:.*is taken for", "ignore:All boxes lie",
+)  # fmt: skip
+def test_a_whole_file_is_evaluated(kind: int, beside: str, tmp_path: Path, capsys: Said) -> None:
+    """Rows (M, 6) of the best, scaled by what the file takes before its images; whatever type these have."""
+    size, dtype = (24, 32), helper.tensor_dtype_to_np_dtype(kind)
+    cells = np.stack(np.meshgrid(np.arange(32), np.arange(24)), -1).reshape(1, 768, 2).astype(np.float32)
+    nodes = [
+        node("Cast", "x", "f", to=TensorProto.FLOAT), node("Conv", "f w", "c", pads=[1] * 4), node("Relu", "c", "r"),
+        node("Conv", "r v", "m"), node("Reshape", "m s", "raw"), node("Sigmoid", "raw", "sure"),
+        node("ReduceMax", "sure", "best", axes=[1], keepdims=0), node("ArgMax", "sure", "which", axis=1, keepdims=0),
+        node("TopK", "best nine", "score where"), node("GatherElements", "which where", "label", axis=1),
+        node("Unsqueeze", "where last", "u"), node("Concat", "u u u u", "u4", axis=2),
+        node("GatherElements", "boxes u4", "b", axis=1), node("Squeeze", "b first", "pixels"),
+        node("Div", "pixels sides", "shares"), node("Cast", "label", "g", to=TensorProto.FLOAT),
+        node("Unsqueeze", "score last", "s1"), node("Squeeze", "s1 first", "s2"),
+        node("Unsqueeze", "label last", "g1"), node("Squeeze", "g1 first", "g2"),
+        node("Cast", "g2", "g3", to=TensorProto.FLOAT), node("Concat", "ends s2 g3", "rows", axis=1),
+    ]  # fmt: skip
+    value = {"scale_factor": [[1, 1]], "sizes": [[32, 24]], "im_shape": [[32, 24]]}.get(beside, [[]])
+    scaling = [node("Cast", beside, "n", to=TensorProto.FLOAT), node("Concat", "n n", "n4", axis=1)]
+    if beside == "":
+        nodes.insert(-1, node("Identity", "pixels", "ends"))
+    else:
+        origin, operator = ("pixels", "Div") if beside == "scale_factor" else ("shares", "Mul")
+        nodes[-1:-1] = [*scaling, node(operator, f"{origin} n4", "ends")]
+    stored = {
+        "w": weights(6, 3, 3, 3) / (255 if kind == TensorProto.UINT8 else 1), "v": 3 * weights(3, 6, 1, 1, seed=1),
+        "s": np.asarray([0, 3, 768]), "nine": np.asarray([9]), "first": np.asarray([0]), "last": np.asarray([2]),
+        "boxes": np.concatenate([cells - 3, cells + 4], 2), "sides": np.float32([32, 24, 32, 24]),
+    }  # fmt: skip
+    path = write(tmp_path / "own.onnx", nodes, (1, 3, *size), stored, opset=17, outputs="rows", kind=kind)
+    if beside:
+        program = onnx.load(path)
+        program.graph.input.insert(0, helper.make_tensor_value_info(beside, MANY[beside], [1, 2]))
+        onnx.save(program, path)
+    runtime, truth = InferenceSession(str(path), providers=["CPUExecutionProvider"]), []
+    for pixels in pictures(tmp_path / "pictures", 5, size):
+        x = pixels.transpose(2, 0, 1)[None] if kind == TensorProto.UINT8 else pixels.transpose(2, 0, 1)[None] / 255
+        feed = {beside: np.asarray(value, helper.tensor_dtype_to_np_dtype(MANY[beside]))} if beside else {}
+        (rows,) = runtime.run(None, {"x": x.astype(dtype), **feed})
+        truth.append((rows[:, :4], rows[:, 5]))
+    labels = write_coco(tmp_path / "boxes.json", truth, size)
+    how = () if kind == TensorProto.UINT8 else ("--mean", "0", "--std", "1")
+    arguments = (str(tmp_path / "pictures"), "--labels", str(labels), *how, "--json")
+    found = json.loads(bitwright(capsys, "evaluate", str(path), *arguments))
+    assert found["quantized"]["map"] == pytest.approx(1)
+    run = tmp_path / "run"
+    options = ("--recipe", "rtn", "--evaluate", str(tmp_path / "pictures"), "--no-report", "--out", str(run))
+    found = json.loads(bitwright(capsys, "quantize", str(path), *arguments, *options))
+    assert found["float"]["map"] == pytest.approx(1, abs=0.01)
+    assert [i.name for i in onnx.load(run / "model.onnx").graph.input] == ([beside] if beside else []) + ["x"]
+    after = json.loads(bitwright(capsys, "evaluate", str(run / "model.onnx"), *arguments))
+    assert after["quantized"]["map"] == pytest.approx(found["quantized"]["map"], abs=0.02)
+
+
 @pytest.fixture(params=[1, "N"])
 def scaling(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """Boxes in shares of an image, which the file scales to sizes that it takes beside the images."""

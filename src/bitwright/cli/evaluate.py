@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
+import onnx
 import torch
 from rich.table import Table
 from torch import Tensor
@@ -29,21 +30,26 @@ from bitwright.cli.sources import (
     prepared_alike,
     with_regions,
 )
-from bitwright.errors import BitwrightError, ModelError, UsageError, one_line
+from bitwright.errors import BitwrightError, DataError, ModelError, UsageError, one_line
 from bitwright.given.images import Images
 from bitwright.given.inputs import prepare_teacher
 from bitwright.given.models import Model, load_model, preprocessing_of
+from bitwright.given.named_boxes import named_boxes
 from bitwright.given.preprocessing import has_channels_last
 from bitwright.given.two_stages import IMAGE_INPUT, REGION_INPUT, TwoStages
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.capture import Captured
 from bitwright.graph.readings import Reading
 from bitwright.graph.student import Student
+from bitwright.measure.detection import BOX_FORMS
 from bitwright.measure.evaluation import Network, Seconds, check_figures, compare, outputs_of, seconds_of
 from bitwright.measure.metrics import Evaluation
 from bitwright.measure.shown import metric_rows
 from bitwright.measure.task import Outputs
 from bitwright.measure.tasks import Scoring, task_of
+from bitwright.onnx_in.build import unread_inputs
+from bitwright.onnx_in.check import dtype_of
+from bitwright.onnx_in.tail import STORE, setting
 from bitwright.run import folder as run_folder
 from bitwright.run.record import EvaluatedImages
 from bitwright.run.result import RunNetwork, RunResult
@@ -198,35 +204,76 @@ def _onnx(call: EvaluateCall, axes: Axes) -> Evaluated:
     network = _named_float(call, about)
     if {i.name for i in session.get_inputs()} == {IMAGE_INPUT, REGION_INPUT}:
         return _two_stages(call, session, axes, about, network)
-    if len(session.get_inputs()) > 1:
+    given, beside = _apart(session.get_inputs())
+    if given is None or (beside and Path(call.images).suffix == ".npz"):
         return _several(call, session, axes, about, network)
-    (given,) = session.get_inputs()
     if len(given.shape) < 2:
         raise ModelError(f"Expected one image input [N, C, H, W] in {call.model}, found {_inputs(session)}.")
-    images = _images(call, network or _file_alone(path, about, given.shape, call.reading))
+    images = _images(call, network or _file_alone(path, about, given, call.reading))
     shape = tuple(images[0].shape)
     if not _fits(shape, given.shape[1:]):
         raise UsageError(
             f"Expected images of {_by(given.shape[1:])} for {call.model}, found {_by(shape)}. Give --input-size."
         )
     fixed = given.shape[0] if isinstance(given.shape[0], int) else None
+    unread = unread_inputs(onnx.load(path, load_external_data=False).graph) if beside else []
+    settings = {each.name: 0 if each.name in unread else _setting(each, shape, call) for each in beside}
 
     def run(x: Tensor) -> list[Tensor]:
         missing = (fixed or len(x)) - len(x)
         padded = torch.cat([x, x[:1].expand(missing, *x.shape[1:])]) if missing else x
-        found = [torch.from_numpy(np.asarray(o)) for o in session.run(None, {given.name: padded.numpy()})]
+        feed = {given.name: _fed(padded, given)}
+        feed |= {
+            each.name: np.full(_sides(each, len(padded)), settings[each.name], dtype_of(each.type)) for each in beside
+        }
+        found = [torch.from_numpy(np.asarray(o)) for o in session.run(None, feed)]
         return [o[: len(x)] if missing and o.dim() else o for o in found]
 
-    at_once = fixed or (BATCH if _has_images_first(session, run, images) else 1)
+    at_once = fixed or (BATCH if _has_images_first(session, run, given, images) else 1)
     return _in_runtime(call, axes, session, run, images, network, about, at_once)
 
 
-def _has_images_first(session: Any, run: Network, images: Images) -> bool:
+def _apart(inputs: Sequence[Any]) -> tuple[Any, list[Any]]:
+    """The image input of a file, None where it takes others, and what it takes beside it, such as sizes of photos."""
+    images = [each for each in inputs if len(each.shape) == 4] if len(inputs) > 1 else list(inputs)
+    beside = [each for each in inputs if each not in images]
+    alone = len(images) == 1 and all(len(each.shape) <= 2 for each in beside)
+    return (images[0], beside) if alone else (None, beside)
+
+
+def _setting(each: Any, image: Sequence[int], call: EvaluateCall) -> int:
+    """What a file gets beside images of a shape.
+
+    Raises:
+        UsageError: nobody knows.
+    """
+    last = has_channels_last(tuple(image))
+    value = setting(each.name, _sides(each, 0), set(image[:2] if last else image[1:]))
+    if value is None:
+        raise UsageError(
+            f"Expected inputs beside the images that are their size or a scale, found {each.name} [{_by(each.shape)}] "
+            f"in {call.model}. {STORE}"
+        )
+    return value
+
+
+def _sides(each: Any, count: int) -> list[int]:
+    """The shape of an input for a number of images."""
+    return [side if isinstance(side, int) else count for side in each.shape]
+
+
+def _fed(x: Tensor, given: Any) -> Any:
+    """A tensor in the numbers that an input of a file takes; files of whole numbers take pixels."""
+    kind = np.dtype(dtype_of(given.type))
+    return (x if kind.kind == "f" else x.round()).numpy().astype(kind, copy=False)
+
+
+def _has_images_first(session: Any, run: Network, given: Any, images: Images) -> bool:
     """Whether all outputs of a file that takes any number of images have the axis of these first.
 
     Where the file calls a first axis by another name, two images tell: what suppresses boxes gives as many as it kept.
     """
-    axis = session.get_inputs()[0].shape[0]
+    axis = given.shape[0]
     if len(images) < 2 or all(o.shape and o.shape[0] == axis for o in session.get_outputs()):
         return True
     try:
@@ -253,14 +300,17 @@ def _several(call: EvaluateCall, session: Any, axes: Axes, about: RunNetwork, ne
 
 def _by_name(session: Any, images: Images) -> Network:
     """A file of several inputs, called with the tensor that holds them."""
-    return lambda x: [torch.from_numpy(o) for o in session.run(None, {p.name: p.of(x).numpy() for p in images.parts})]
+    inputs = {each.name: each for each in session.get_inputs()}
+    return lambda x: [
+        torch.from_numpy(o) for o in session.run(None, {p.name: _fed(p.of(x), inputs[p.name]) for p in images.parts})
+    ]
 
 
 def _two_stages(call: EvaluateCall, session: Any, axes: Axes, about: RunNetwork, network: Model | None) -> Evaluated:
     """A detector of two stages, whose file holds both networks side by side."""
     path = Path(call.model).expanduser()
     given, names = {i.name: i for i in session.get_inputs()}, [o.name for o in session.get_outputs()]
-    images = _images(call, network or _file_alone(path, about, given[IMAGE_INPUT].shape, call.reading))
+    images = _images(call, network or _file_alone(path, about, given[IMAGE_INPUT], call.reading))
     first, second = (_part_of(path, *ends) for ends in ((IMAGE_INPUT, names[:-2]), (REGION_INPUT, names[-2:])))
     between = _of_run_beside(path, tuple(names), call.compared.scoring)[1].beside
     if isinstance(between, TwoStages):
@@ -277,7 +327,6 @@ def _two_stages(call: EvaluateCall, session: Any, axes: Axes, about: RunNetwork,
 
 def _part_of(path: Path, given: str, outputs: list[str]) -> Network:
     """What a file computes of one of its inputs."""
-    import onnx
     import onnxruntime
     from onnx.utils import Extractor
 
@@ -300,12 +349,46 @@ def _in_runtime(
     names = tuple(o.name for o in session.get_outputs())
     if network is None:
         outputs, scoring = _of_run_beside(Path(call.model).expanduser(), names, call.compared.scoring)
+        if scoring.beside is None:
+            scoring = replace(scoring, beside=BoxesOfFile(names, batch))
         return Evaluated("onnx", run, None, images, outputs, scoring, batch)
     teacher = prepare_teacher(network, images, call.output or about.output)
     reference, readings = _reading(teacher, images, axes)
     outputs, scoring = outputs_of(teacher, readings), call.compared.beside(network)
     run = _of_names(run, names, () if network.source is None else network.source.network.outputs)
     return Evaluated("onnx", run, reference, images, outputs, scoring, batch)
+
+
+@dataclass(frozen=True)
+class BoxesOfFile:
+    """Boxes that a whole file gives.
+
+    Attributes:
+        names: of its outputs.
+        batch: images that it takes at once, or fewer where it takes any number.
+    """
+
+    names: Sequence[str]
+    batch: int
+
+    def __call__(self, outputs: Any) -> list[Any]:
+        """Boxes of each image, as ``decode=`` returns them.
+
+        Raises:
+            DataError: the outputs are none.
+        """
+        flat = list(outputs.values()) if isinstance(outputs, dict) else outputs
+        flat = [flat] if isinstance(flat, Tensor) else flat
+        answer = dict(zip(self.names, flat, strict=True))
+        count = 1 if self.batch == 1 or not flat[0].dim() else len(flat[0])
+        found = named_boxes(answer, count, alone=True)
+        if found is None:
+            said = ", ".join(f"{name} {tuple(value.shape)}" for name, value in answer.items())
+            raise DataError(
+                f"Expected boxes from the file to compare with labels, found {said}. Give --decode with a function of "
+                f"its outputs that returns {BOX_FORMS}."
+            )
+        return found
 
 
 def _of_names(run: Network, names: Sequence[str], wanted: Sequence[str]) -> Network:
@@ -357,8 +440,10 @@ def _session(path: Path) -> Any:
 
     if not path.is_file():
         raise ModelError(f"Expected an ONNX file, {path} does not exist. Check the path.")
+    options = patient_options()
+    options.log_severity_level = 4  # what it cannot do is said here
     try:
-        return onnxruntime.InferenceSession(str(path), patient_options(), providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise ModelError(f"ONNX Runtime cannot load {path} ({one_line(str(error))[:200]}). Export it again.") from error
 
@@ -396,12 +481,17 @@ def _named_float(call: EvaluateCall, about: RunNetwork) -> Model | None:
     return prepared_alike(network, how, call.reading)
 
 
-def _file_alone(path: Path, about: RunNetwork, shape: list[Any], reading: ImageOptions) -> Model | None:
-    """An ONNX file as a network: with the preprocessing given, else the one recorded in its run folder."""
+def _file_alone(path: Path, about: RunNetwork, given: Any, reading: ImageOptions) -> Model | None:
+    """An ONNX file as a network: with the preprocessing given, else the one recorded in its run folder.
+
+    Whole numbers are pixels from 0 to 255, as where the file is read.
+    """
     base, settings = dict(about.preprocessing or {}), reading.preprocessing
+    sides = tuple(given.shape[1:])
+    if not base and len(sides) == 3 and np.dtype(dtype_of(given.type)).kind in "iu":
+        base["std"] = 1 / 255
     if not base and not settings:
         return None
-    sides = tuple(shape[1:])
     last = all(isinstance(side, int) for side in sides) and has_channels_last(sides)
     if "input_size" not in settings and "input_size" not in base:
         base["input_size"] = "x".join(map(str, (sides[2], *sides[:2]) if last else sides))

@@ -53,6 +53,10 @@ def framed(program: ir.Model, model: Student) -> ir.Model:
     for name, node in left.items():
         _describe(node, said.get(name))
     _name_apart(program.graph, left.values())
+    order = {name: place for place, name in enumerate(said)}
+    inputs = sorted(program.graph.inputs, key=lambda value: order.get(str(value.name), len(order)))
+    program.graph.inputs.clear()
+    program.graph.inputs.extend(inputs)
     said |= {value.name: value for value in rest.graph.output}
     for value in (*program.graph.inputs, *program.graph.outputs):
         _describe(value, said.get(str(value.name)))
@@ -333,9 +337,9 @@ def body_of(path: Path, program: ir.Model, model: Student) -> Iterator[Path]:
     program.graph.outputs.clear()
     program.graph.outputs.extend(made[name] for name in names.outputs.values())
     drop_unused(program.graph)
-    image, *beside = program.graph.inputs
-    for value in beside:
-        program.graph.inputs.remove(value)
+    (image,) = (value for value in program.graph.inputs if value.name == names.input)
+    program.graph.inputs.clear()
+    program.graph.inputs.append(image)
     assert image.shape is not None
     image.shape = ir.Shape(["N", *image.shape[1:]])
     with tempfile.TemporaryDirectory() as folder:

@@ -50,6 +50,8 @@ WHOLE = {
 """Whole numbers that files take as pixels, by their names; they are floats here."""
 SETTINGS = frozenset({*WHOLE, TensorProto.INT64, TensorProto.BOOL})
 """Whole numbers and truths that files take beside images."""
+CHOOSING_BOXES = frozenset({"NonMaxSuppression", "TopK", "NonZero"})
+"""Operators that detectors end in."""
 CHOOSING = frozenset({"TopK"})
 """Operators whose results change at once where scores cross: they are read only if layers take what they chose, since
 two networks' choices cannot be compared output by output."""
@@ -127,11 +129,30 @@ def unread_inputs(graph: Any) -> list[str]:
 
 
 def settings_beside(graph: Any) -> list[Any]:
-    """Inputs of whole numbers beside images, such as the sizes of the photos that boxes are scaled to, of few axes."""
+    """Inputs of few axes beside images, such as the sizes of the photos that boxes are scaled to.
+
+    Whole numbers are settings. So are floats that no layer reads, in files that choose boxes.
+    """
     stored, unread = {t.name for t in graph.initializer}, set(unread_inputs(graph))
     inputs = [v for v in graph.input if v.name not in stored | unread]
-    found = [v for v in inputs if len(v.type.tensor_type.shape.dim) <= 2 and v.type.tensor_type.elem_type in SETTINGS]
-    return found if any(len(v.type.tensor_type.shape.dim) == 4 for v in inputs) else []
+    if not any(len(v.type.tensor_type.shape.dim) == 4 for v in inputs):
+        return []
+    few = [v for v in inputs if len(v.type.tensor_type.shape.dim) <= 2]
+    whole = [v.name for v in few if v.type.tensor_type.elem_type in SETTINGS]
+    chooses = any(node.op_type in CHOOSING_BOXES for node in graph.node)
+    floats = [v.name for v in few if v.name not in whole and chooses and not _reaches_layers(graph, v.name)]
+    return [v for v in few if v.name in {*whole, *floats}]
+
+
+def _reaches_layers(graph: Any, name: str) -> bool:
+    """Whether an operator with weights depends on an input."""
+    reached = {name}
+    for node in graph.node:
+        if reached.intersection(reads(node)):
+            if node.op_type in WEIGHTED:
+                return True
+            reached.update(node.output)
+    return False
 
 
 def _image(value: Any, size: tuple[int, int, int] | None, path: Path) -> Image:

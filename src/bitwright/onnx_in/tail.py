@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,6 +24,7 @@ from bitwright.runtimes.onnxruntime import patient_options
 from bitwright.runtimes.session import Array
 
 REMEDY = "Give decode= with a function of the network's own outputs."
+STORE = "Store its value in the file, as an initializer of that name."
 TENSOR_KINDS = {torch.float32: TensorProto.FLOAT, torch.int64: TensorProto.INT64, torch.int32: TensorProto.INT32,
          torch.bool: TensorProto.BOOL, torch.float64: TensorProto.DOUBLE}  # fmt: skip
 
@@ -236,25 +237,23 @@ class BoxesBehind:
         """What the file takes beside images, where that can be the sizes [N, 2] that boxes are scaled to.
 
         Raises:
-            DataError: it is something else, or which of its two numbers is the height makes a difference.
+            DataError: it is something else.
         """
-        found = {}
         sides = {side for shape in self._tail.images for side in (shape[2], max(shape[1], shape[3]))}
+        found = {}
         for name, said in self._tail.beside.items():
-            shape = [d.dim_value for d in said.type.tensor_type.shape.dim]
-            if len(sides) != 1 or 0 in sides or len(shape) != 2 or shape[1] != 2:
-                raise self._read_more(name)
-            side = next(iter(sides))
-            warnings.warn(f"{name} is taken for the size that boxes are scaled to: {side} by {side}.", stacklevel=2)
-            found[name] = np.full(
-                (self.batch, 2), side, helper.tensor_dtype_to_np_dtype(said.type.tensor_type.elem_type)
-            )
+            kind = said.type.tensor_type
+            value = setting(name, [d.dim_value for d in kind.shape.dim], sides)
+            if value is None:
+                raise self._read_more(name, STORE)
+            dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type)
+            found[name] = np.full([d.dim_value or self.batch for d in kind.shape.dim], value, dtype)
         return found
 
-    def _read_more(self, name: str) -> DataError:
+    def _read_more(self, name: str, remedy: str = REMEDY) -> DataError:
         return DataError(
             f"Expected boxes that depend on the network's outputs alone, the operators behind it read {name} too. "
-            f"{REMEDY}"
+            f"{remedy}"
         )
 
     def _answers(self, outputs: Sequence[Tensor]) -> list[dict[str, Array]]:
@@ -265,6 +264,30 @@ class BoxesBehind:
         except Exception as error:
             raise DataError(f"Expected the operators behind the network to run on its outputs, they do not "
                             f"({short(error)}). {REMEDY}") from error  # fmt: skip
+
+
+def setting(name: str, shape: Sequence[int], sides: Collection[int]) -> int | None:
+    """What a file takes beside images so that its boxes lie in the images that it sees; None where nobody knows.
+
+    A scale is 1. Two numbers are a size, that of images with equal sides. For others, nothing says which of the two is
+    the height: of a size of 1 by 1, boxes are shares.
+
+    Args:
+        name: of the input.
+        shape: of it; 0 for any number of images.
+        sides: of the images; 0 for one that is free.
+    """
+    if "scale" in name.lower():
+        value, what = 1, "the scale of boxes: 1"
+    elif shape[-1:] == [2] and len(sides) == 1 and 0 not in sides:
+        (value,) = sides
+        what = f"the size that boxes are scaled to: {value} by {value}"
+    elif shape[-1:] == [2]:
+        value, what = 1, "the size that boxes are scaled to: 1 by 1, so that they are shares of the images"
+    else:
+        return None
+    warnings.warn(f"{name} is taken for {what}.", stacklevel=2)
+    return value
 
 
 def boxes_behind(content: bytes, batch: int | None) -> BoxesBehind | None:
