@@ -111,3 +111,10 @@ def test_a_large_network_is_looked_at_on_fewer_images_and_that_is_said(monkeypat
     assert found.result["checked"]["images"] == 8
     assert "Checking the answers on 8 images instead of 32, since the network is large" in seen
     assert "Looking for activations that need bits on 4 images instead of 8, since the network is large" in seen
+
+
+def test_few_images_make_no_network_large() -> None:
+    seen: list[str] = []
+    bw.quantize(Net().eval(), images(6), "rtn", weights=8, progress=lambda what, *_: seen.append(what))
+    assert "Looking for activations that need bits" in seen
+    assert not [what for what in seen if "large" in what]

@@ -154,7 +154,7 @@ def advise(student: Student, images: Images, run: Run) -> list[str]:
     wanted = min(IMAGES, len(images))
     some = images.sample(how_many(student, wanted, LEAST_IMAGES), seed=run.seed).unlabelled()
     weights = scheme.weights is None or scheme.weights >= LEAST
-    found = find_wider(student, teacher, some, run, loud=LOUD, share=1.0, say_all=weights)
+    found = find_wider(student, teacher, some, run, loud=LOUD, share=1.0, say_all=weights, usual=wanted)
     if found is None:
         return []
     run.outliers.suggestions = found.suggestions
@@ -170,6 +170,7 @@ def find_wider(
     loud: float,
     share: float,
     say_all: bool = False,
+    usual: int = 0,
 ) -> Widening | None:
     """The few activations that need 16 bits; None where the loss is below ``loud``, or no few tensors mend it.
 
@@ -181,8 +182,10 @@ def find_wider(
         loud: the loss from which on they are looked for, less where the answers hardly differ from image to image.
         share: of the multiply-accumulates, that may read or make these tensors.
         say_all: whether what no few tensors mend is said as well.
+        usual: how many images a small network would have been looked at on.
     """
     trial = _Trial(student, teacher, images, run)
+    trial.what = said(trial.what, len(images), usual)
     loss = trial.loss(())
     spread = trial.spread()
     if not loss >= loud * min(1.0, OF_SPREAD * spread / LOUD):
@@ -212,7 +215,7 @@ class _Trial:
         self.readings = read_outputs(teacher.graph, images.batch([0]).to(run.device), teacher.outputs)
         self.wide: dict[str, Calibration] = {}
         self.expected: list[list[Tensor]] = []
-        self.what = said("Looking for activations that need bits", len(images), IMAGES)
+        self.what = "Looking for activations that need bits"
 
     def loss(self, raised: Collection[str]) -> float:
         """Mean over the images, with those tensors at 16 bits."""
