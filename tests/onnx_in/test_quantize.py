@@ -550,6 +550,9 @@ def test_a_run_through_a_function_names_it_and_does_not_run_it(
     )
 
 
+NO_MEMORY = {"peak_bytes": 1, "above_start_bytes": 1}
+
+
 @pytest.fixture(params=[("NonMaxSuppression", 1), ("NonMaxSuppression", "N"), ("TopK", 2)])
 def detecting(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """Boxes of three pixels at cells, of which the file itself leaves the best: any number of an image, or nine."""
@@ -618,6 +621,8 @@ def test_boxes_that_the_file_makes_itself_are_scored(detecting: Path, tmp_path: 
     assert 0.5 < found["quantized"]["map"] <= 1
     folder = quantized.save(tmp_path / "run", onnx=True)
     assert bw.load(folder).evaluate(x, labels=truth)["quantized"]["map"] == found["quantized"]["map"]
+    timed = bw.bench(folder, runtimes=["onnxruntime"], threads=[1], seconds=0.01, memory=lambda *_: NO_MEMORY)
+    assert [row["batch"] for row in timed["rows"]] == [given]  # the tail takes no other number of images
     goal = Goal.parse(max_drop=0.9, weights="8", task="detection")
     assert bw.quantize(str(detecting), x, "rtn", goal=goal).result["plan"]
 
@@ -754,8 +759,13 @@ def test_a_whole_file_is_evaluated(kind: int, beside: str, tmp_path: Path, capsy
     found = json.loads(bitwright(capsys, "quantize", str(path), *arguments, *options))
     assert found["float"]["map"] == pytest.approx(1, abs=0.01)
     assert [i.name for i in onnx.load(run / "model.onnx").graph.input] == ([beside] if beside else []) + ["x"]
-    after = json.loads(bitwright(capsys, "evaluate", str(run / "model.onnx"), *arguments))
-    assert after["quantized"]["map"] == pytest.approx(found["quantized"]["map"], abs=0.02)
+    beside_float = ("--float", str(path))
+    for more in ((), beside_float):
+        after = json.loads(bitwright(capsys, "evaluate", str(run / "model.onnx"), *arguments, *more))
+        assert after["quantized"]["map"] == pytest.approx(found["quantized"]["map"], abs=0.02)
+    assert after["float"]["map"] == found["float"]["map"]
+    same = json.loads(bitwright(capsys, "evaluate", str(path), *arguments, *beside_float))
+    assert same["fidelity"]["agreement"] == 1
 
 
 @pytest.fixture(params=[1, "N"])

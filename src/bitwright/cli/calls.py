@@ -373,7 +373,9 @@ class BenchCall(Call):
 
     begins: ClassVar[str] = ""
     run: str = opt.run_argument()
-    batch: str = opt.batch_option("1,32")
+    batch: str | None = option(
+        "Images in one call; several numbers are measured one by one  [default: 1 and 32, where the file takes them]"
+    )
     threads: str | None = option(
         "Threads of the runtime; several numbers are measured one by one  [default: 1, and one per core]"
     )

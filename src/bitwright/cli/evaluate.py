@@ -48,12 +48,13 @@ from bitwright.measure.shown import metric_rows
 from bitwright.measure.task import Outputs
 from bitwright.measure.tasks import Scoring, task_of
 from bitwright.onnx_in.build import unread_inputs
-from bitwright.onnx_in.check import dtype_of
+from bitwright.onnx_in.patterns import needed
 from bitwright.onnx_in.tail import STORE, setting
 from bitwright.run import folder as run_folder
 from bitwright.run.record import EvaluatedImages
 from bitwright.run.result import RunNetwork, RunResult
 from bitwright.runtimes.onnxruntime import patient_options
+from bitwright.runtimes.session import dtype_of
 from bitwright.terminal import Terminal
 
 BATCH = 50
@@ -205,6 +206,8 @@ def _onnx(call: EvaluateCall, axes: Axes) -> Evaluated:
     if {i.name for i in session.get_inputs()} == {IMAGE_INPUT, REGION_INPUT}:
         return _two_stages(call, session, axes, about, network)
     given, beside = _apart(session.get_inputs())
+    if given is not None and network is not None and (wanted := _inside(path, session, network)):
+        session, beside = _session_of(path, given.name, wanted), []
     if given is None or (beside and Path(call.images).suffix == ".npz"):
         return _several(call, session, axes, about, network)
     if len(given.shape) < 2:
@@ -325,13 +328,43 @@ def _two_stages(call: EvaluateCall, session: Any, axes: Axes, about: RunNetwork,
     return found._replace(seconds=(second, None if reference is None else reference[0]))
 
 
+def _session_of(path: Path, given: str, outputs: Sequence[str]) -> Any:
+    """The part of a file that computes tensors of one of its inputs."""
+    import onnxruntime
+
+    program = onnx.load(path)
+    graph = program.graph
+    nodes, inputs = needed(graph.node, outputs), [value for value in graph.input if value.name == given]
+    for field, kept in ((graph.node, nodes), (graph.input, inputs), (graph.output, [])):
+        del field[:]
+        field.extend(kept)
+    graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
+    return onnxruntime.InferenceSession(
+        program.SerializeToString(), patient_options(), providers=["CPUExecutionProvider"]
+    )
+
+
+def _inside(path: Path, session: Any, network: Model) -> tuple[str, ...]:
+    """The tensors that a float network from another file ends in, where the file has operators behind them.
+
+    Raises:
+        UsageError: the file does not have them.
+    """
+    wanted = () if network.source is None or network.decode is None else network.source.network.outputs
+    if set(wanted) <= {o.name for o in session.get_outputs()}:
+        return ()
+    made = {name for node in onnx.load(path, load_external_data=False).graph.node for name in node.output}
+    if not set(wanted) <= made:
+        raise UsageError(
+            f"Expected tensors {', '.join(wanted)} in {path}, in which the network of --float ends, found none of some "
+            "of these names. Evaluate both files without --float."
+        )
+    return wanted
+
+
 def _part_of(path: Path, given: str, outputs: list[str]) -> Network:
     """What a file computes of one of its inputs."""
-    import onnxruntime
-    from onnx.utils import Extractor
-
-    part = Extractor(onnx.load(path)).extract_model([given], outputs).SerializeToString()
-    session = onnxruntime.InferenceSession(part, patient_options(), providers=["CPUExecutionProvider"])
+    session = _session_of(path, given, outputs)
     return lambda x: [torch.from_numpy(o) for o in session.run(None, {given: x.numpy()})]
 
 

@@ -20,7 +20,7 @@ from bitwright.onnx_in.patterns import reads
 from bitwright.onnx_in.stored import elsewhere
 from bitwright.onnx_in.values import as_tensor
 from bitwright.runtimes.onnxruntime import patient_options
-from bitwright.runtimes.session import Array
+from bitwright.runtimes.session import Array, dtype_of
 
 WHOLE_TOLERANCE = 1e-2
 """How far pixels that were divided and multiplied by 255 may be from whole numbers."""
@@ -168,17 +168,6 @@ def run(
             raise _not_run(path, error) from error
         rows.append([_without(as_tensor(np.asarray(a)), missing, batch) for a in answers])
     return [torch.cat(column) if column[0].dim() else column[0] for column in zip(*rows, strict=True)]
-
-
-def dtype_of(said: str) -> str:
-    """Name in NumPy of a type as ONNX Runtime says it, such as ``tensor(float16)``.
-
-    Example:
-        >>> dtype_of("tensor(float)"), dtype_of("tensor(uint8)")
-        ('float32', 'uint8')
-    """
-    kind = said.removeprefix("tensor(").removesuffix(")")
-    return {"float": "float32", "double": "float64"}.get(kind, kind)
 
 
 def _without(answer: Tensor, images: int, batch: int) -> Tensor:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bitwright.runtimes.record import Runtime
-from bitwright.runtimes.session import Array, save_onnx
+from bitwright.runtimes.session import Array, dtype_of, save_onnx
 from bitwright.runtimes.target import ALL_BITS, CLAMPING, Target, Weights
 
 if TYPE_CHECKING:
@@ -88,8 +88,9 @@ def _load_onnxruntime(path: Path, threads: int, feed: Mapping[str, Array]) -> Ca
             str(path), onnxruntime_options(threads), providers=["CPUExecutionProvider"]
         )
         bound = session.io_binding()
+        kinds = {each.name: dtype_of(each.type) for each in session.get_inputs()}
         for name, array in feed.items():
-            bound.bind_cpu_input(name, np.ascontiguousarray(array))
+            bound.bind_cpu_input(name, np.ascontiguousarray(array, kinds[name]))
         for output in session.get_outputs():
             bound.bind_output(output.name)
         session.run_with_iobinding(bound)

@@ -48,3 +48,14 @@ def save_onnx(program: ir.Model, path: Path) -> None:
 
     size = sum(v.const_value.nbytes for v in program.graph.initializers.values() if v.const_value is not None)
     onnx_ir.save(program, path, external_data=f"{path.name}.data" if size > LARGEST_FILE else None)
+
+
+def dtype_of(said: str) -> str:
+    """Name in NumPy of a type as ONNX Runtime says it, such as ``tensor(float16)``.
+
+    Example:
+        >>> dtype_of("tensor(float)"), dtype_of("tensor(uint8)")
+        ('float32', 'uint8')
+    """
+    kind = said.removeprefix("tensor(").removesuffix(")")
+    return {"float": "float32", "double": "float64"}.get(kind, kind)

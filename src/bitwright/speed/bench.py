@@ -21,8 +21,9 @@ from bitwright.run.files import write_json
 from bitwright.run.folder import BENCH, ONNX, RESULT, STATE, check_file, check_takes_files
 from bitwright.run.result import RunResult
 from bitwright.runtimes import absent, chosen
-from bitwright.runtimes.onnxruntime import ONNXRUNTIME
+from bitwright.runtimes.onnxruntime import ONNXRUNTIME, patient_options
 from bitwright.runtimes.record import Runtime
+from bitwright.runtimes.session import dtype_of
 from bitwright.speed import kernels
 from bitwright.speed.float_operators import float_operators
 from bitwright.speed.machine import cores, cpu_name
@@ -55,11 +56,38 @@ class _Files:
     quantized: Path
     float: Path
     inputs: Shapes
-    """Shape of one image's, of each input by name."""
+    """Shape of each input by name; 0 for the number of images."""
+    batch: int | None
+    """Images that the file takes at once; None for any number."""
+    doubtful: bool
+    """Whether its outputs do not say that they have the axis of images first."""
 
     def of(self, batch: int) -> Shapes:
         """The same for so many images."""
-        return {name: (batch, *shape) for name, shape in self.inputs.items()}
+        return {name: tuple(side or batch for side in shape) for name, shape in self.inputs.items()}
+
+    @property
+    def usual(self) -> tuple[int, ...]:
+        """Images in one call, where nobody says: as many as the file fixes, or those of :data:`BATCHES` that it takes.
+
+        What suppresses boxes behind a network may take one image alone, which only running it tells.
+        """
+        if self.batch is not None:
+            return (self.batch,)
+        return tuple(batch for batch in BATCHES if batch == 1 or not self.doubtful or self._takes(batch))
+
+    def _takes(self, batch: int) -> bool:
+        import onnxruntime
+
+        options = patient_options()
+        options.log_severity_level = 4
+        try:
+            session = onnxruntime.InferenceSession(str(self.quantized), options, providers=["CPUExecutionProvider"])
+            kinds, shapes = {i.name: dtype_of(i.type) for i in session.get_inputs()}, self.of(batch)
+            session.run(None, {name: np.zeros(shape, kinds[name]) for name, shape in shapes.items()})
+        except Exception:
+            return False
+        return True
 
 
 def bench(
@@ -78,7 +106,8 @@ def bench(
     Args:
         run: a finished run folder with a ``model.onnx`` in it.
         runtimes: out of onnxruntime and openvino; those that are installed if not given.
-        batches: images in one call, each measured for itself; 1 and 32 if not given.
+        batches: images in one call, each measured for itself; if not given, 1 and 32 where the file takes them, else
+            as many as it takes.
         threads: of the runtime, each measured for itself; 1 and all if not given.
         seconds: for all timings together, warming up left out. Five rounds are run even where that takes longer.
         measure: times some calls; :func:`bitwright.speed.timing.in_turn` if not given.
@@ -99,13 +128,13 @@ def bench(
     path = _exported(folder)
     places = chosen(runtimes)
     threads = tuple(dict.fromkeys((1, cores()) if threads is None else threads))
-    batches = tuple(dict.fromkeys(BATCHES if batches is None else batches))
-    _check(batches, threads, seconds)
+    _check(BATCHES if batches is None else batches, threads, seconds)
     check_takes_files(folder)
-    settings = [(r, t, b) for r in places for t in threads for b in batches]
-    timer = measure or partial(in_turn, seconds=seconds / len(settings))
     with tempfile.TemporaryDirectory() as scratch, watched(progress) as told:
         files = _files(path, Path(scratch))
+        sizes = files.usual if batches is None else tuple(dict.fromkeys(batches))
+        settings = [(r, t, b) for r in places for t in threads for b in sizes]
+        timer = measure or partial(in_turn, seconds=seconds / len(settings))
         rows = []
         for done, (where, count, batch) in enumerate(settings):
             told("Timing", done, len(settings), f"{where.title}, {_threads(count)}, batch {batch}")
@@ -162,11 +191,21 @@ def _files(path: Path, scratch: Path) -> _Files:
 
     try:
         program: ir.Model = onnx_ir.load(path)
-        inputs = {str(v.name): tuple(int(side) for side in list(v.shape or ())[1:]) for v in program.graph.inputs}
+        given = {str(v.name): list(v.shape or ()) for v in program.graph.inputs}
+        inputs = {name: _shape(sides) for name, sides in given.items()}
+        first = {str(sides[0]) for sides in given.values() if len(sides) > 1}
+        doubtful = any(not v.shape or str(v.shape[0]) not in first for v in program.graph.outputs)
+        fixed = [sides[0] for sides in given.values() if len(sides) > 1 and isinstance(sides[0], int)]
     except Exception as error:
         raise UsageError(f"{path} is not a file that bitwright exported. Export the run again.") from error
     save_onnx(float_twin(program), scratch / FLOAT_FILE)
-    return _Files(path, scratch / FLOAT_FILE, inputs)
+    return _Files(path, scratch / FLOAT_FILE, inputs, fixed[0] if fixed else None, doubtful)
+
+
+def _shape(sides: Sequence[Any]) -> tuple[int, ...]:
+    """That of an input, 0 for the number of images, which numbers beside them have no axis for."""
+    first = sides[:1] if len(sides) == 1 and isinstance(sides[0], int) else [0] * len(sides[:1])
+    return tuple(int(side) for side in (*first, *sides[1:]))
 
 
 # ------------------------------------------------------------------------------------------------ what is measured
