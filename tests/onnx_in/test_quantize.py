@@ -768,6 +768,43 @@ def test_a_whole_file_is_evaluated(kind: int, beside: str, tmp_path: Path, capsy
     assert same["fidelity"]["agreement"] == 1
 
 
+@pytest.mark.parametrize(("batch", "count"), [(2, 5), (4, 1), ("N", 5)])
+@pytest.mark.filterwarnings("ignore:The last", "ignore:The calibration", "ignore:.*loss from the float")
+def test_rows_that_number_their_image_are_evaluated(batch: Any, count: int, tmp_path: Path, capsys: Said) -> None:
+    size, cells = (8, 10), np.stack(np.meshgrid(np.arange(10), np.arange(8)), -1).reshape(80, 2).astype(np.float32)
+    nodes = [
+        node("Conv", "x w", "c", pads=[1] * 4), node("Relu", "c", "r"), node("Conv", "r v", "m"),
+        node("Reshape", "m s", "raw"), node("Sigmoid", "raw", "sure"), node("Shape", "x", "sides"),
+        node("Gather", "sides zero", "n", axis=0), node("Concat", "n rest", "to", axis=0),
+        node("Expand", "boxes to", "many"), node("NonMaxSuppression", "many sure nine overlap least", "kept"),
+        node("Gather", "kept zero", "image", axis=1), node("Gather", "kept one", "label", axis=1),
+        node("Gather", "kept two", "where", axis=1), node("Squeeze", "where one", "place"),
+        node("Gather", "stored place", "corners"), node("GatherND", "sure kept", "score"),
+        node("Unsqueeze", "score one", "s1"), node("Cast", "image", "i1", to=TensorProto.FLOAT),
+        node("Cast", "label", "l1", to=TensorProto.FLOAT), node("Concat", "i1 corners l1 s1", "rows", axis=1),
+    ]  # fmt: skip
+    stored = {
+        "w": weights(6, 3, 3, 3), "v": 3 * weights(3, 6, 1, 1, seed=1), "s": np.asarray([0, 3, 80]),
+        "zero": np.asarray([0]), "one": np.asarray([1]), "two": np.asarray([2]), "rest": np.asarray([80, 4]),
+        "boxes": np.concatenate([cells, cells + 3], 1)[None], "stored": np.concatenate([cells, cells + 3], 1),
+        "nine": np.asarray([9]), "overlap": np.float32([0.3]), "least": np.float32([0.5]),
+    }  # fmt: skip
+    path = write(tmp_path / "rows.onnx", nodes, (batch, 3, *size), stored, opset=17, outputs="rows")
+    runtime, truth = InferenceSession(str(path), providers=["CPUExecutionProvider"]), []
+    for pixels in pictures(tmp_path / "pictures", count, size):
+        x = np.repeat(pixels.transpose(2, 0, 1)[None] / np.float32(255), 1 if batch == "N" else batch, 0)
+        (rows,) = runtime.run(None, {"x": x})
+        own = rows[rows[:, 0] == 0]
+        truth.append((own[:, 1:5], own[:, 5]))
+    labels = write_coco(tmp_path / "boxes.json", truth, size)
+    arguments = (str(tmp_path / "pictures"), "--labels", str(labels), "--mean", "0", "--std", "1", "--json")
+    found = json.loads(bitwright(capsys, "evaluate", str(path), *arguments))
+    assert found["quantized"]["map"] == pytest.approx(1)
+    options = ("--recipe", "rtn", "--evaluate", arguments[0], "--no-report", "--out", str(tmp_path / "run"))
+    found = json.loads(bitwright(capsys, "quantize", str(path), *arguments, *options))
+    assert found["float"]["map"] == pytest.approx(1)
+
+
 @pytest.fixture(params=[1, "N"])
 def scaling(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """Boxes in shares of an image, which the file scales to sizes that it takes beside the images."""

@@ -222,18 +222,19 @@ def _onnx(call: EvaluateCall, axes: Axes) -> Evaluated:
     unread = unread_inputs(onnx.load(path, load_external_data=False).graph) if beside else []
     settings = {each.name: 0 if each.name in unread else _setting(each, shape, call) for each in beside}
 
+    def whole(x: Tensor) -> list[Tensor]:
+        feed = {given.name: _fed(x, given)}
+        feed |= {each.name: np.full(_sides(each, len(x)), settings[each.name], dtype_of(each.type)) for each in beside}
+        return [torch.from_numpy(np.asarray(o)) for o in session.run(None, feed)]
+
     def run(x: Tensor) -> list[Tensor]:
         missing = (fixed or len(x)) - len(x)
         padded = torch.cat([x, x[:1].expand(missing, *x.shape[1:])]) if missing else x
-        feed = {given.name: _fed(padded, given)}
-        feed |= {
-            each.name: np.full(_sides(each, len(padded)), settings[each.name], dtype_of(each.type)) for each in beside
-        }
-        found = [torch.from_numpy(np.asarray(o)) for o in session.run(None, feed)]
-        return [o[: len(x)] if missing and o.dim() else o for o in found]
+        return [o[: len(x)] if missing and first and o.dim() else o for o in whole(padded)]
 
-    at_once = fixed or (BATCH if _has_images_first(session, run, given, images) else 1)
-    return _in_runtime(call, axes, session, run, images, network, about, at_once)
+    first = _has_images_first(session, whole, given, images)
+    at_once = (fixed or BATCH) if first else 1
+    return _in_runtime(call, axes, session, run, images, network, about, at_once, fixed if not first else None)
 
 
 def _apart(inputs: Sequence[Any]) -> tuple[Any, list[Any]]:
@@ -272,15 +273,18 @@ def _fed(x: Tensor, given: Any) -> Any:
 
 
 def _has_images_first(session: Any, run: Network, given: Any, images: Images) -> bool:
-    """Whether all outputs of a file that takes any number of images have the axis of these first.
+    """Whether all outputs of a file have the axis of images first, where it takes more than one at once.
 
-    Where the file calls a first axis by another name, two images tell: what suppresses boxes gives as many as it kept.
+    Where the file calls a first axis by another name, two images tell, or as many as it takes: what suppresses boxes
+    gives as many as it kept.
     """
     axis = given.shape[0]
-    if len(images) < 2 or all(o.shape and o.shape[0] == axis for o in session.get_outputs()):
+    count = axis if isinstance(axis, int) else 2
+    alone = len(images) < 2 and count != axis
+    if count == 1 or alone or all(o.shape and o.shape[0] == axis for o in session.get_outputs()):
         return True
     try:
-        return all(o.dim() and len(o) == 2 for o in run(images.batch(range(2))))
+        return all(o.dim() and len(o) == count for o in run(images.batch([k % len(images) for k in range(count)])))
     except Exception:  # of the runtime, which runs one image, or says more of it than of two
         return False
 
@@ -377,13 +381,14 @@ def _in_runtime(
     network: Model | None,
     about: RunNetwork,
     batch: int,
+    copies: int | None = None,
 ) -> Evaluated:
-    """A file, beside the float network if there is one."""
+    """A file, beside the float network if there is one; it takes one image as so many copies, if it takes no fewer."""
     names = tuple(o.name for o in session.get_outputs())
     if network is None:
         outputs, scoring = _of_run_beside(Path(call.model).expanduser(), names, call.compared.scoring)
         if scoring.beside is None:
-            scoring = replace(scoring, beside=BoxesOfFile(names, batch))
+            scoring = replace(scoring, beside=BoxesOfFile(names, batch, copies or 1))
         return Evaluated("onnx", run, None, images, outputs, scoring, batch)
     teacher = prepare_teacher(network, images, call.output or about.output)
     reference, readings = _reading(teacher, images, axes)
@@ -398,11 +403,13 @@ class BoxesOfFile:
 
     Attributes:
         names: of its outputs.
-        batch: images that it takes at once, or fewer where it takes any number.
+        batch: images that it is given at once, or fewer where it takes any number.
+        copies: of one image, where it takes no fewer and its outputs do not have the axis of images first.
     """
 
     names: Sequence[str]
     batch: int
+    copies: int = 1
 
     def __call__(self, outputs: Any) -> list[Any]:
         """Boxes of each image, as ``decode=`` returns them.
@@ -413,7 +420,7 @@ class BoxesOfFile:
         flat = list(outputs.values()) if isinstance(outputs, dict) else outputs
         flat = [flat] if isinstance(flat, Tensor) else flat
         answer = dict(zip(self.names, flat, strict=True))
-        count = 1 if self.batch == 1 or not flat[0].dim() else len(flat[0])
+        count = self.copies if self.batch == 1 or not flat[0].dim() else len(flat[0])
         found = named_boxes(answer, count, alone=True)
         if found is None:
             said = ", ".join(f"{name} {tuple(value.shape)}" for name, value in answer.items())
@@ -421,7 +428,7 @@ class BoxesOfFile:
                 f"Expected boxes from the file to compare with labels, found {said}. Give --decode with a function of "
                 f"its outputs that returns {BOX_FORMS}."
             )
-        return found
+        return found[:1] if self.copies > 1 else found
 
 
 def _of_names(run: Network, names: Sequence[str], wanted: Sequence[str]) -> Network:

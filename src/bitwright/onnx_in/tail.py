@@ -25,6 +25,8 @@ from bitwright.runtimes.session import Array
 
 REMEDY = "Give decode= with a function of the network's own outputs."
 STORE = "Store its value in the file, as an initializer of that name."
+ONLY_SHAPES = frozenset({"Shape", "Size"})
+"""Operators that read no values."""
 TENSOR_KINDS = {torch.float32: TensorProto.FLOAT, torch.int64: TensorProto.INT64, torch.int32: TensorProto.INT32,
          torch.bool: TensorProto.BOOL, torch.float64: TensorProto.DOUBLE}  # fmt: skip
 
@@ -149,6 +151,7 @@ class Tail:
         batch: images that the file takes at once; None for any number.
         beside: what the file takes beside images, as it says of it.
         images: shapes [N, ...] of its images, 0 where they are free.
+        shapes: of one image, by input, where nothing but its shape is read behind the body.
     """
 
     def __init__(self, content: bytes, *, batch: int | None) -> None:
@@ -172,6 +175,8 @@ class Tail:
         self.batch = batch
         self.beside = {v.name: v for v in program.graph.input if v.name in shapes and 0 < len(shapes[v.name]) <= 2}
         self.inputs = tuple(name for name in inputs if name not in self.beside)
+        for_values = {name for node in program.graph.node if node.op_type not in ONLY_SHAPES for name in reads(node)}
+        self.shapes = {n: s[1:] for n, s in shapes.items() if n in self.inputs and n not in for_values and all(s[1:])}
         self.names = tuple(o.name for o in self._session.get_outputs())
 
     def __call__(self, outputs: Sequence[Tensor], beside: Mapping[str, Array] | None = None) -> list[dict[str, Array]]:
@@ -218,9 +223,11 @@ class BoxesBehind:
             DataError: the file gives no boxes.
         """
         given = list(outputs.values()) if isinstance(outputs, Mapping) else [outputs]
-        if len(given) < len(self._tail.inputs):
-            raise self._read_more(self._tail.inputs[-1])
         count = len(given[0])
+        for name in self._tail.inputs[len(given) :]:
+            if name not in self._tail.shapes:
+                raise self._read_more(name)
+            given.append(torch.zeros(count, *self._tail.shapes[name]))
         missing = -count % self.batch
         padded = [torch.cat([o, o[:1].expand(missing, *o.shape[1:])]) if missing else o for o in given]
         found: list[Any] = []
