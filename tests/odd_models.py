@@ -118,6 +118,7 @@ REFUSED: dict[str, tuple[Construct, str]] = {
     "a number": (lambda net, x: net.body(x)[:, : int(x.abs().sum()) % 3 + 1], "depends on the values"),
     "numpy's number": (lambda net, x: net.body(x) * float(np.mean(x.numpy())), "values of a tensor"),
     "rows that count": (lambda net, x: net.body(x)[x.mean((1, 2, 3)) > -9], "values of a tensor"),
+    "places that count": (lambda net, x: net.body(x)[torch.where(x.mean((1, 2, 3)) > -9)], "shape that depends on the"),
     "cond": (lambda net, x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (net.body(x),)), "torch.where"),
     "random": (lambda net, x: net.body(x) + torch.rand(6), "random"),
     "a GPU": (lambda net, x: net.body(x.to("cuda" if not torch.cuda.is_available() else "meta")), "x.device"),

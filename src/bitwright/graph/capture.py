@@ -412,13 +412,17 @@ def _check_values(graph: fx.Graph) -> None:
             )
 
 
+FINDING = frozenset({"where", "argwhere", "nonzero_numpy"})
+"""Operators without a tag that list the places of what is not zero, ``where`` if it is given nothing else."""
+
+
 def _reads_values(node: fx.Node, tags: set[torch.Tag]) -> bool:
     if ops.base_name(node) == "index":
         picks = [ops.value(n) for n in node.all_input_nodes[1:]]
         return any(isinstance(v, Tensor) and v.dtype in {torch.bool, torch.uint8} for v in picks)
     tagged = tags & {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
     foreign = getattr(node.target, "namespace", "aten") != "aten"  # torchvision's nms has no tag
-    if not (tagged or foreign) or not node.users:
+    if not (tagged or foreign or ops.base_name(node) in FINDING) or not node.users:
         return False
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols  # sympy takes a second to import
 
