@@ -25,6 +25,7 @@ from bitwright.given.several import input_names
 from bitwright.graph.capture import Captured
 from bitwright.graph.devices import place_on, undisturbed
 from bitwright.graph.student import Student, insert_quantizers
+from bitwright.graph.walk import images_in_pass
 from bitwright.measure.health import check_answers
 from bitwright.memory import keep_pages
 from bitwright.outliers.balance import balance
@@ -157,6 +158,7 @@ def quantize(
         goal = goal and goal.beside(network.decode)
         with run.timed("capture"):
             teacher = prepare_teacher(network, data, output)
+            run.batch = images_in_pass(teacher.graph.graph, run.device)
             _check_stages(method, insert_as(teacher, scheme, plan), teacher, given)
         teacher, scheme = mend_outliers(teacher, scheme, plan, data, method, run, raise_some=raise_some)
         decided = None
@@ -310,7 +312,8 @@ def preview(
     data = calibration_images(images, network, samples, skip_unreadable)
     goal = goal.beside(network.decode)
     teacher = prepare_teacher(network, data, output)
-    run = Run(seed=seed, device=find_device(device), progress=progress)
+    where = find_device(device)
+    run = Run(seed=seed, batch=images_in_pass(teacher.graph.graph, where), device=where, progress=progress)
     decided, scheme = plan_within(goal, teacher, scheme, data, find_recipe(recipe), run, cache=cache)
     place_on(teacher.graph, "cpu")
     student = insert_plan(teacher, decided.plan, scheme)

@@ -7,7 +7,7 @@ import torch
 from cases import CASES, images, prepared
 from torch import fx
 
-from bitwright.graph.compact import HeldCodes, grid_of
+from bitwright.graph.compact import HeldCodes, Room, grid_of
 from bitwright.graph.student import insert_quantizers
 from bitwright.quant import affine
 from bitwright.quant.grid import Grid
@@ -84,3 +84,22 @@ def test_every_value_that_is_said_to_lie_on_a_grid_does(name: str) -> None:
                 assert held is not None, node.name
                 assert torch.equal(held.values(), value)
     assert seen > 0
+
+
+def test_tensors_of_batches_lie_in_one_piece() -> None:
+    room, own = Room(3), [torch.rand(2, 3, 4, 5).contiguous(memory_format=torch.channels_last) for _ in range(2)]
+    own.append(torch.rand(1, 3, 4, 5))
+    taken = [room.take(tensor) for tensor in own]
+    assert len({t.untyped_storage().data_ptr() for t in taken}) == 1
+    for found, tensor in zip(taken, own, strict=True):
+        assert torch.equal(found, tensor)
+        assert found.stride() == tensor.stride()
+        assert found.data_ptr() != tensor.data_ptr()
+
+
+def test_tensors_that_find_no_place_stay_as_they_are() -> None:
+    room, whole = Room(1), torch.rand(4, 4)
+    assert room.take(whole[:2]).data_ptr() == whole.data_ptr()  # a part of another
+    assert room.take(whole).data_ptr() != whole.data_ptr()
+    assert room.take(whole) is whole  # there is no more
+    assert Room(1).take(expanded := torch.rand(4, 1).expand(4, 4)) is expanded

@@ -11,7 +11,14 @@ from bitwright.graph import ops, rewrite
 from bitwright.graph import walk as walk_module
 from bitwright.graph.compact import HeldCodes
 from bitwright.graph.student import insert_quantizers
-from bitwright.graph.walk import Walk, peak_bytes
+from bitwright.graph.walk import (
+    Walk,
+    image_bytes,
+    images_in_pass,
+    images_with_gradients,
+    pass_bytes,
+    peak_bytes,
+)
 from bitwright.graph.watch import values_of
 from bitwright.quant.quantizer import Quantizer
 from bitwright.quant.scheme import Scheme
@@ -57,6 +64,20 @@ def test_the_most_that_is_held_of_an_image() -> None:
     assert peak_bytes(graph, {c}, parts=1000) == 4 * 40
     assert peak_bytes(graph, {c}, parts=1000, behind=True) == 4 * 30
     assert peak_bytes(graph, {a}, parts=1000) == 4 * 10
+    assert pass_bytes(graph) == 4 * (20 + 20 + 30)  # a, b and c
+
+
+def test_large_images_pass_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph, cpu = prepared("residual").graph.graph, torch.device("cpu")
+    each, every = pass_bytes(graph), sum(map(image_bytes, graph.nodes))
+    for size, expected in ((32 * each, 32), (8 * each - 1, 7), (1, 2)):
+        assert images_in_pass(graph, cpu, within=size) == expected
+        assert images_in_pass(graph, cpu, 4, size) == min(4, expected)
+    for size, expected in ((4 * every, 4), (4 * every - 1, 3), (1, 2)):
+        monkeypatch.setattr(walk_module, "WITH_GRADIENTS", size)
+        assert images_with_gradients(graph, cpu, 4) == expected
+    assert images_in_pass(graph, torch.device("cuda")) == 32
+    assert images_with_gradients(graph, torch.device("cuda"), 4) == 4
 
 
 @pytest.mark.parametrize("name", sorted(CASES))

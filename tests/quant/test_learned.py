@@ -8,13 +8,15 @@ from collections import defaultdict
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitwright.quant.grid import Grid
 from bitwright.quant.learned import (
     LearnedActivation,
     LearnedBias,
     LearnedWeight,
+    RoundedBias,
+    held_values,
     inverse_rectified_sigmoid,
     rectified_sigmoid,
     rounding_regularizer,
@@ -437,3 +439,45 @@ def test_a_bias_is_itself_and_has_a_memory_of_its_own() -> None:
     assert stored.tolist() == [1, -2]
     assert learned(stored).tolist() == [2, -1]
     assert not LearnedBias(stored, learn=False).bias.requires_grad
+
+
+# ------------------------------------------------------------------------------------------- held for passes
+
+
+@pytest.mark.parametrize("rounding", ["soft", "straight-through"])
+def test_weights_that_are_held_are_computed_once_and_get_all_gradients(
+    rounding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, quantizer, _ = weight_of("conv")
+    learned = LearnedWeight(weight, quantizer, rounding)
+    randomise(learned)
+    rounded = RoundedBias(LearnedBias(noise(4)), lambda: torch.tensor(0.125))
+    network, counted = nn.ModuleList([learned, rounded]), []
+    own = LearnedWeight.value
+    monkeypatch.setattr(LearnedWeight, "value", lambda self: counted.append(1) or own(self))
+
+    def passes() -> None:
+        for factor in (1.0, 3.0):
+            ((learned() * factor).sin().sum() + (rounded() * factor).cos().sum()).backward()
+
+    passes()
+    expected = {name: p.grad.clone() for name, p in network.named_parameters()}
+    network.zero_grad()
+    counted.clear()
+    with held_values(network.modules()):
+        passes()
+    assert len(counted) == 1
+    assert len(expected) == 3
+    for name, p in network.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-5, atol=1e-6)
+    assert learned.held is None
+    assert rounded.held is None
+
+
+def test_what_is_held_is_let_go_of_after_an_error() -> None:
+    weight, quantizer, _ = weight_of("conv")
+    learned = LearnedWeight(weight, quantizer)
+    with pytest.raises(ZeroDivisionError), held_values([learned]):
+        raise ZeroDivisionError
+    assert learned.held is None
+    assert learned.codes.grad is None

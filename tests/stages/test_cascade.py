@@ -206,6 +206,27 @@ def test_views_are_looked_at_as_far_as_memory_goes(memory: int, views: int, monk
     assert all(any(torch.equal(batch, each) for each in alone) for batch in seen)  # nothing held out was learned from
 
 
+@pytest.mark.parametrize("name", ["called_twice", "conv_bn_relu6", "residual", "transformer"])
+def test_parts_of_large_images_pass_in_smaller_batches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All positions are drawn where there are few, so that only the order of sums differs."""
+    teacher, data, sizes, found = prepared(name), dataset(24), [], []
+
+    class Spy(module._Batches):
+        def __getitem__(self, position: int) -> Tensor:
+            batch = super().__getitem__(position)
+            sizes.append(len(batch))
+            return batch
+
+    monkeypatch.setattr(module, "_Batches", Spy)
+    for most, expected in ((100, 3), (2, 2)):
+        monkeypatch.setattr(module, "images_in_pass", lambda *_, most=most: most)
+        sizes.clear()
+        found.append(tensors(after(teacher, data, positions=10_000)))
+        assert max(sizes) == expected
+    for key, tensor in found[0].items():
+        torch.testing.assert_close(found[1][key], tensor, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["called_twice", "conv_bn_relu6", "residual", "shifted_window", "transformer"])
 def test_how_far_the_float_network_runs_ahead_does_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, data, found = prepared(name), dataset(12), []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from bitwright.graph.prepare import prepare
 from bitwright.graph.student import Student, insert_quantizers
 from bitwright.memory import saved_bytes
 from bitwright.pipeline import run_stages
+from bitwright.quant.learned import LearnedWeight
 from bitwright.quant.scheme import Scheme
 from bitwright.recipes import Recipe, recipe
 from bitwright.stages import pace, resume, schedules, tuning
@@ -580,11 +582,34 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole(weigh: Any, monkeypatch
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max()))
 
 
+def test_the_parts_of_a_batch_share_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuner, seen = tuner_of(Reconstruct(**QUICK), monkeypatch), []
+    own = LearnedWeight.value
+    monkeypatch.setattr(LearnedWeight, "value", lambda self: seen.append(self.name) or own(self))
+    for at_once, times in ((8, 1), (2, 1)):
+        tuner.at_once = at_once
+        seen.clear()
+        tuner.backward(tuner.indices(0), 0.5)
+        assert len(seen) == times * len(tuner.learner.weights)
+    tuner.network = partial(tuner.learner)  # as if it were compiled, which takes no other tensors
+    seen.clear()
+    tuner.backward(tuner.indices(0), 0.5)
+    assert len(seen) == 4 * len(tuner.learner.weights)
+
+
 def test_parts_are_as_large_as_the_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     tuner = tuner_of(Reconstruct(**QUICK), monkeypatch)
     three, one = (saved_bytes(lambda n=n: tuner.learner(images(n))) for n in (3, 1))  # type: ignore[misc]
     each = (three - one) // 2 + 2 * sum(t.nbytes for t in tuner.feed(torch.arange(1)).targets)
-    for budget, expected in ((1, 1), (each, 3), (each - 1, 2), (2 * each, 4), (7 * each, 4), (8 * each, 8)):
+    for budget, expected in (
+        (1, 1),
+        (each // 2, 1),
+        (each, 2),
+        (2 * each, 2),
+        (4 * each, 4),
+        (7 * each, 4),
+        (8 * each, 8),
+    ):
         tuner.fit_memory(budget)
         assert tuner.at_once == expected
     monkeypatch.setattr(module, "pass_budget", lambda device: 1)

@@ -29,6 +29,7 @@ from bitwright.given.images import Images
 from bitwright.graph.capture import Captured
 from bitwright.graph.devices import place_on, undisturbed
 from bitwright.graph.student import Student, insert_quantizers
+from bitwright.graph.walk import images_in_pass
 from bitwright.progress import Progress, watched
 from bitwright.quant.scheme import Rule, Scheme
 from bitwright.recipes import Recipe
@@ -179,8 +180,8 @@ def plan_bits(
     scheme = scheme or Scheme(runtime=runtime, rules=tuple(r if isinstance(r, Rule) else Rule.parse(r) for r in rules))
     data = inputs.calibration_images(images, network, None, skip_unreadable, input_key=input_key)
     with watched(progress) as told:
-        run = Run(seed=seed, device=inputs.find_device(device), progress=told)
-        teacher = inputs.prepare_teacher(network, data, output)
+        where, teacher = inputs.find_device(device), inputs.prepare_teacher(network, data, output)
+        run = Run(seed=seed, batch=images_in_pass(teacher.graph.graph, where), device=where, progress=told)
         folder = None if cache is None else usable(Path(cache))
         how = PlanningSettings(along, samples, points, latency, folder)
         return decide(teacher, scheme, data, goal, find_recipe(recipe), run, how)

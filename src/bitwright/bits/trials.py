@@ -282,7 +282,7 @@ def _tried(teacher: Captured, plan: Plan, scheme: Scheme, quick: Recipe, fit: Im
     """A plan's network after the quick stages, and what they shared."""
     student = insert_plan(teacher, plan, scheme)
     student.to(run.device)
-    own = Run(seed=run.seed, device=run.device, progress=silent)
+    own = Run(seed=run.seed, batch=run.batch, device=run.device, progress=silent)
     return run_stages(quick, student, teacher, fit, own), own
 
 

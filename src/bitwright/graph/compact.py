@@ -40,6 +40,33 @@ class HeldCodes:
         return found
 
 
+class Room:
+    """Memory for a tensor of every batch, in one piece.
+
+    Tensors that stay would else lie in the holes that those of the next batch fit into, and the heap would grow to
+    twice of what is in use.
+
+    Args:
+        batches: how many there will be; the first has as many elements as any.
+    """
+
+    def __init__(self, batches: int) -> None:
+        self._batches, self._taken = batches, 0
+        self._all: Tensor | None = None
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """A copy of a tensor [...] in its place, itself where it is a part of another or there is no place."""
+        if tensor.untyped_storage().nbytes() != tensor.nbytes:
+            return tensor
+        if self._all is None:
+            self._all = tensor.new_empty(tensor.numel() * self._batches)
+        if tensor.dtype != self._all.dtype or self._taken + tensor.numel() > len(self._all):
+            return tensor
+        found = self._all.as_strided(tensor.shape, tensor.stride(), self._taken).copy_(tensor)
+        self._taken += tensor.numel()
+        return found
+
+
 def grid_of(graph: fx.GraphModule, node: fx.Node) -> Quantizer | None:
     """The quantizer on whose grid a node's values lie, if their codes fit a byte: its own, or that of what it moves."""
     while node.op == "call_function" and ops.kind(node) == "move":

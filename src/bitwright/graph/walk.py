@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from bitwright.graph import ops, rewrite
-from bitwright.graph.compact import HeldCodes, grid_of
+from bitwright.graph.compact import HeldCodes, Room, grid_of
 from bitwright.quant.quantizer import Quantizer
 
 COMPACT = 1 << 25
-"""Bytes of a node's values for all images, from which on they are held as codes if each fits a byte."""
+"""Bytes of a node's values for all images, from which on they are held in one piece, as codes if each fits a byte."""
+
+PASS = 5 << 26
+"""Bytes of a network's values in a pass on a CPU, from which on more images in it do not make it faster."""
+
+WITH_GRADIENTS = 1 << 28
+"""The same where all of its values are kept."""
 
 Showing = Callable[[int, Tensor], None]
 
@@ -82,14 +89,7 @@ class Walk:
 
     def bytes_behind(self, nodes: Sequence[fx.Node]) -> list[int]:
         """What it holds of one image when it stops behind each of these nodes, in float32."""
-        alike, held, found = set[fx.Node](), 0, dict[fx.Node, int]()
-        for node in self._nodes:
-            if _is_alike(node, alike):
-                alike.add(node)
-                continue
-            read = [b for b in node.all_input_nodes if b not in alike and self._last[b] is node]
-            held += image_bytes(node) - sum(map(image_bytes, read))
-            found[node] = held
+        found = {node: behind for node, _, behind in _held_bytes(self._nodes, self._last)}
         return [found[node] for node in nodes]
 
     def refresh(self, node: Any) -> None:
@@ -109,6 +109,7 @@ class Walk:
                 self._alike.add(node)
         left = [n for n in nodes if n in self._last and self._places[self._last[n]] >= end and n not in self._alike]
         grids = {n: grid for n in left if (grid := grid_of(self._graph, n)) is not None}
+        rooms = {n: Room(len(self.batches)) for n in left}
         with torch.no_grad():
             for batch in range(len(self.batches)):
                 for node in nodes:
@@ -116,8 +117,8 @@ class Walk:
                         self._compute(node, batch)
                         if node in seeing:
                             seeing[node](batch, self._value(node, batch))
-                for node, grid in grids.items():
-                    self._compress(node, batch, grid)
+                for node, room in rooms.items():
+                    self._keep(node, batch, grids.get(node), room)
         for before in [b for b in self._values if b in self._last and self._places[self._last[b]] < end]:
             del self._values[before]
         self._at = max(self._at, end)
@@ -129,11 +130,13 @@ class Walk:
             if self._last[before] is node and before not in self._alike:
                 self._values[before][batch] = None
 
-    def _compress(self, node: fx.Node, batch: int, grid: Quantizer) -> None:
-        """Holds a value as its codes, where that is worth it."""
+    def _keep(self, node: fx.Node, batch: int, grid: Quantizer | None, room: Room) -> None:
+        """Holds a value where large ones lie beside each other, and as its codes where it has some."""
         value = self._values[node][batch]
-        if value.device.type == "cpu" and value.nbytes * len(self.batches) >= COMPACT:
-            self._values[node][batch] = HeldCodes.of(value, grid) or value
+        if not isinstance(value, Tensor) or value.device.type != "cpu" or value.nbytes * len(self.batches) < COMPACT:
+            return
+        codes = None if grid is None else HeldCodes.of(value, grid)
+        self._values[node][batch] = room.take(value) if codes is None else replace(codes, codes=room.take(codes.codes))
 
     def _run(self, node: fx.Node, batch: int) -> Any:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._value(n, batch))
@@ -153,6 +156,41 @@ def _is_alike(node: fx.Node, alike: Container[fx.Node]) -> bool:
     return node.op != "placeholder" and all(b in alike for b in node.all_input_nodes)
 
 
+def _held_bytes(nodes: Iterable[fx.Node], last: Mapping[fx.Node, fx.Node]) -> Iterator[tuple[fx.Node, int, int]]:
+    """Every node that depends on the images, with what is held of one while it is computed, and behind it."""
+    alike, held = set[fx.Node](), 0
+    for node in nodes:
+        if _is_alike(node, alike):
+            alike.add(node)
+            continue
+        new, read = image_bytes(node), [b for b in node.all_input_nodes if b not in alike and last[b] is node]
+        yield node, held + new, held + new - sum(map(image_bytes, read))
+        held += new - sum(map(image_bytes, read))
+
+
+def pass_bytes(graph: fx.Graph) -> int:
+    """The most that a forward pass holds of one image, in float32; the recorded shapes are those of two images."""
+    return max((within for _, within, _ in _held_bytes(graph.nodes, _last_readers(graph))), default=0)
+
+
+def images_in_pass(graph: fx.Graph, device: torch.device, most: int = 32, within: int = PASS) -> int:
+    """How many images may pass at once: fewer than ``most`` where they are large and pass on a CPU, at least two.
+
+    Args:
+        graph: of the float network, shapes recorded for two images.
+        device: on which it runs; a CPU takes less memory for fewer images, and is as fast.
+        most: at once.
+        within: bytes of their values.
+    """
+    return most if device.type != "cpu" else max(2, min(most, within // max(1, pass_bytes(graph))))
+
+
+def images_with_gradients(graph: fx.Graph, device: torch.device, most: int) -> int:
+    """How many images may pass at once where all values are kept for gradients: fewer of large ones, two at least."""
+    every = sum(image_bytes(node) for node, _, _ in _held_bytes(graph.nodes, _last_readers(graph)))
+    return most if device.type != "cpu" else max(2, min(most, WITH_GRADIENTS // max(1, every)))
+
+
 def peak_bytes(graph: fx.Graph, stops: Container[fx.Node], parts: int, *, behind: bool = False) -> int:
     """The most that a :class:`Walk` holds of one image, in float32; the recorded shapes are those of two images.
 
@@ -162,17 +200,11 @@ def peak_bytes(graph: fx.Graph, stops: Container[fx.Node], parts: int, *, behind
         parts: batches into which the images are split.
         behind: it stops behind these nodes instead of before them.
     """
-    last, alike, held, before, inside, most = _last_readers(graph), set[fx.Node](), 0, 0, 0, 0
-    for node in graph.nodes:
-        if _is_alike(node, alike):
-            alike.add(node)
-            continue
-        new, read = image_bytes(node), [b for b in node.all_input_nodes if b not in alike and last[b] is node]
-        old = sum(image_bytes(b) for b in read)
+    held, before, inside, most = 0, 0, 0, 0
+    for node, within, after in _held_bytes(graph.nodes, _last_readers(graph)):
         if node in stops and not behind:
             most, before, inside = max(most, max(before, held) + inside // parts), held, 0
-        inside = max(inside, held + new)
-        held += new - old
+        inside, held = max(inside, within), after
         if node in stops and behind:
             most, before, inside = max(most, max(before, held) + inside // parts), held, 0
     return most

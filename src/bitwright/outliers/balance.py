@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, fx
 
+from bitwright import together
 from bitwright.errors import ModelError
 from bitwright.graph import equalize
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.equalize import ChannelScales
 from bitwright.graph.readings import Reading
+from bitwright.graph.walk import images_with_gradients
 from bitwright.graph.watch import Callback, watch
 from bitwright.outliers.effects import see_gradients
 from bitwright.quant.quantizer import Quantizer, as_if
@@ -167,10 +169,10 @@ class _Outcome:
 
 
 class _Answers:
-    """What the float network answers to the first batch of a pass; nothing where that is large.
+    """What the float network answers in a pass, as far as it is small; processes that share it keep the first batch.
 
     Attributes:
-        outputs: of the batch.
+        outputs: of each batch.
         callbacks: for the pass.
         streams: none.
     """
@@ -178,12 +180,14 @@ class _Answers:
     streams: Sequence[Stream] = ()
 
     def __init__(self, teacher: Captured) -> None:
-        self.outputs: list[Tensor] | None = None
+        self.outputs: list[list[Tensor]] = []
+        self._bytes = 0
         self.callbacks: dict[str, Callback] = {n.name: self._see for n in teacher.graph.graph.nodes if n.op == "output"}
 
     def _see(self, _: fx.Node, value: Sequence[Tensor]) -> None:
-        if self.outputs is None and sum(o.nbytes for o in value) <= ANSWERS_BYTES:
-            self.outputs = list(value)
+        self._bytes += sum(o.nbytes for o in value)
+        if self._bytes <= ANSWERS_BYTES and not (self.outputs and together.is_shared()):
+            self.outputs.append(list(value))
 
     def taken(self) -> list[Tensor]:
         """Nothing: each process sees the first batch."""
@@ -244,13 +248,12 @@ class _Trial:
     ) -> list[float]:
         """Means over the images, with quantizers of these roles letting everything pass; in float they run once.
 
-        Not even once where the answers of a single batch are there already.
+        Not even once for batches whose answers are there already.
         """
-        totals = [0.0] * len(passing)
-        known = None if answers is None or len(self.images) > self.run.batch else answers.outputs
+        totals, known = [0.0] * len(passing), [] if answers is None else answers.outputs
         with torch.no_grad():
-            for batch in self.run.batches(self.images, "Looking for outliers"):
-                expected = known or teacher.flat(batch)
+            for place, batch in enumerate(self.run.batches(self.images, "Looking for outliers")):
+                expected = known[place] if place < len(known) else teacher.flat(batch)
                 for position, roles in enumerate(passing):
                     with let_pass(student, roles):
                         found = student.flat(batch)
@@ -293,7 +296,8 @@ class _Trial:
             each = error.movedim(axes[name], -1).reshape(len(error), -1, error.shape[axes[name]]).sum(1)
             found[name] = found.get(name, torch.zeros(())) + each.double().square().sum(0).cpu()
 
-        batches = (b.to(self.run.device) for b in self.images.batches(BATCH))
+        at_once = images_with_gradients(teacher.graph.graph, self.run.device, BATCH)
+        batches = (b.to(self.run.device) for b in self.images.batches(at_once))
         see_gradients(
             teacher.graph, batches, quantizers, see, readings=self.readings, probes=PROBES, seed=self.run.seed
         )

@@ -20,6 +20,7 @@ from bitwright.given.arguments import as_rules
 from bitwright.graph import ops
 from bitwright.graph.axes import read_outputs
 from bitwright.graph.student import Student, insert_quantizers
+from bitwright.graph.walk import images_with_gradients
 from bitwright.graph.watch import Callback, watch
 from bitwright.graph.work import how_many, said
 from bitwright.outliers.balance import NEGLIGIBLE_LOSS, own_quantizers, plain_ranges
@@ -230,7 +231,8 @@ class _Trial:
 
     def spread(self) -> float:
         """Of the float network's answers, from image to image."""
-        return min(spread_of_outputs(batch, self.readings) for batch in self.expected)
+        every = zip(*self.expected, strict=True)
+        return spread_of_outputs([torch.cat(each) if each[0].dim() else each[0] for each in every], self.readings)
 
     def worst(self, share: float) -> list[str]:
         """The tensors whose rounding adds most, within that share of operations, the worst first."""
@@ -240,7 +242,8 @@ class _Trial:
             error = (self.quantizers[name](value) - value).mul_(gradient)
             effects[name] += float(error.flatten(1).sum(1).double().square().sum())
 
-        batches = (b.to(self.run.device) for b in self.images.batches(BATCH))
+        at_once = images_with_gradients(self.teacher.graph.graph, self.run.device, BATCH)
+        batches = (b.to(self.run.device) for b in self.images.batches(at_once))
         how: dict[str, Any] = {"readings": self.readings, "probes": PROBES, "seed": self.run.seed}
         see_gradients(self.teacher.graph, batches, self.quantizers, see, **how)
         found: list[str] = []

@@ -6,9 +6,10 @@ gives plain integers and scales back at the end.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -128,7 +129,45 @@ class _Instead(torch.autograd.Function):
 Rounding = Literal["soft", "straight-through"]
 
 
-class LearnedWeight(nn.Module):
+class _Holding(nn.Module):
+    """What variables alone decide: computed anew in each pass, or held for several."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: Tensor | None = None
+
+    def forward(self, stored: Tensor | None = None) -> Tensor:
+        """The tensor for one pass."""
+        return self.value() if self.held is None else self.held
+
+    def value(self) -> Tensor:
+        """The same, from the variables."""
+        raise NotImplementedError
+
+
+@contextlib.contextmanager
+def held_values(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """While inside, each weight and bias is computed once for all passes; their gradients reach the variables behind.
+
+    Args:
+        modules: of the network; those that variables alone decide are held.
+    """
+    found = [m for m in dict.fromkeys(modules) if isinstance(m, _Holding)]
+    values = [m.value() for m in found]
+    for module, value in zip(found, values, strict=True):
+        module.held = value.detach().requires_grad_(value.requires_grad)
+    try:
+        yield
+        pairs = [(v, m.held.grad) for m, v in zip(found, values, strict=True) if m.held is not None]
+        pairs = [(v, g) for v, g in pairs if g is not None]
+        if pairs:
+            torch.autograd.backward([v for v, _ in pairs], [g for _, g in pairs])
+    finally:
+        for module in found:
+            module.held = None
+
+
+class LearnedWeight(_Holding):
     """A weight as ``step * code`` with variables for both.
 
     Args:
@@ -158,8 +197,8 @@ class LearnedWeight(nn.Module):
             self.codes = nn.Parameter(real.clone())
         self.step = nn.Parameter(torch.ones_like(self.initial))
 
-    def forward(self, stored: Tensor | None = None) -> Tensor:
-        """The weight for one pass, [O, I, ...]."""
+    def value(self) -> Tensor:
+        """The weight, [O, I, ...]."""
         qmin, qmax = self.grid.qmin, self.grid.qmax
         if self.rounding == "soft":
             assert self.base is not None
@@ -331,7 +370,7 @@ class LearnedBias(nn.Module):
         return self.bias
 
 
-class RoundedBias(nn.Module):
+class RoundedBias(_Holding):
     """A learned bias in one of its places, rounded to that layer's step; the gradient passes.
 
     Args:
@@ -343,7 +382,7 @@ class RoundedBias(nn.Module):
         super().__init__()
         self.learned, self.step = learned, step
 
-    def forward(self, stored: Tensor | None = None) -> Tensor:
+    def value(self) -> Tensor:
         """The bias, [C_out]."""
         step = self.step().detach()
-        return _apply(_Round, self.learned(stored) / step) * step
+        return _apply(_Round, self.learned() / step) * step

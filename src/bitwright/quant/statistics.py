@@ -173,7 +173,10 @@ class MeanInput:
             total: a sum over samples, in the shape of one.
             count: how many samples there were.
         """
-        self.total = total if self.total is None else self.total + total
+        if self.total is None:
+            self.total = total.clone()
+        else:
+            self.total += total
         self.count += count
 
     @property

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -19,7 +18,7 @@ from bitwright.graph.capture import Captured
 from bitwright.graph.patches import layer_inputs, layer_outputs
 from bitwright.graph.student import Student, has_quantized_weight, weight_of
 from bitwright.graph.units import quantized
-from bitwright.graph.walk import Walk, image_bytes, peak_bytes
+from bitwright.graph.walk import Walk, image_bytes, images_in_pass, peak_bytes
 from bitwright.quant import optq
 from bitwright.quant.quantizer import Quantizer
 from bitwright.stages.augment import ViewCount, Views, view_count
@@ -29,8 +28,10 @@ from bitwright.stages.optq import COMPENSATED, DESCENDS
 
 MEMORY = 3 << 30
 """Bytes that the values of both networks may take for all images."""
+BETWEEN = 1 << 26
+"""Bytes of the values of one batch between two stops."""
 FEWEST, PARTS = 8, 8
-"""Images that are taken at least, and batches into which they are split: every fourth is held out."""
+"""Images that are taken at least, and parts into which they are split: every fourth is held out."""
 REACH = 2.0
 """By how much a row's step may grow or shrink."""
 ENOUGH, PER_INPUT = 8192, 32
@@ -84,14 +85,15 @@ class Cascade(Stage):
         most = max(FEWEST, MEMORY // _bytes_of_image(student, teacher, layers))
         some = images.sample(min(self.images, len(images), most), seed=run.seed)
         samples = Views(some, min(view_count(some, self.views), max(1, most // len(some))), run.seed)
-        batches, count = _Batches(samples, run.device), len(samples)
+        count = len(samples)
+        batches = _Batches(samples, run.device, images_in_pass(student.graph.graph, run.device, count, BETWEEN))
         ours, theirs = Walk(student.graph, batches), Walk(teacher.graph, batches)
         drawn = [self._drawn(node, twins[node.name], ours, theirs, run, count) for node in layers]
         ahead = _Ahead(theirs, drawn, count)
         for position, layer in enumerate(drawn):
             run.progress("Rounding layer after layer", position, len(layers))
             ours.until(layer.node)
-            self._round(student, teacher, layer.node, _moments(layer, ours, ahead.wanted(layer)))
+            self._round(student, teacher, layer.node, _moments(layer, ours, ahead.wanted(layer), batches.parts))
             for stored in layer.node.args[1:3]:
                 ours.refresh(stored)
         run.progress("Rounding layer after layer", len(layers), len(layers))
@@ -342,31 +344,41 @@ class _Ahead:
 
 
 class _Batches(Sequence[Tensor]):
-    """Images [B, C, H, W] in parts, each made when it is asked for.
+    """Images [B, C, H, W], each batch made when it is asked for.
 
     Views of an image lie together, so that parts that are held out show other images than the rest.
+
+    Attributes:
+        parts: how many batches each of at most :data:`PARTS` parts has.
     """
 
-    def __init__(self, samples: Views, device: torch.device) -> None:
-        self._samples, self._order, self._device = samples, samples.by_image(), device
-        self._size = -(-len(samples) // PARTS)
-        self._count = math.ceil(len(samples) / self._size)
+    def __init__(self, samples: Views, device: torch.device, at_once: int) -> None:
+        self._samples, self._device = samples, device
+        parts = torch.split(torch.tensor(samples.by_image()), -(-len(samples) // PARTS))
+        split = [part.tensor_split(-(-len(part) // at_once)) for part in parts]
+        self.parts = list(map(len, split))
+        self._each = list(itertools.chain.from_iterable(split))
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._each)
 
     def __getitem__(self, position: Any) -> Any:
-        if position >= len(self):
-            raise IndexError(position)
-        return self._samples.batch(self._order[position * self._size :][: self._size]).to(self._device)
+        return self._samples.batch(self._each[position]).to(self._device)
 
 
-def _moments(layer: _Drawn, ours: Walk, wanted: list[Tensor]) -> Iterator[_Moments]:
-    """What the layer reads in the quantized network, and what it should give, of each batch."""
+def _moments(layer: _Drawn, ours: Walk, wanted: list[Tensor], parts: Iterable[int]) -> Iterator[_Moments]:
+    """What the layer reads in the quantized network, and what it should give, of each part: so many batches."""
+    pairs = _pairs(layer, ours, wanted)
+    for count in parts:
+        inputs, outputs = zip(*itertools.islice(pairs, count), strict=True)
+        yield _Moments.of(torch.cat(inputs, 1), torch.cat(outputs, 1))
+
+
+def _pairs(layer: _Drawn, ours: Walk, wanted: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """[G, N, K] of what the layer reads in each batch, and [G, N, R] of what it should give."""
     beside = [None] * len(wanted) if layer.beside is None else ours.values(layer.beside[0])
     for i, (read, given, added) in enumerate(zip(ours.read(layer.node), wanted, beside, strict=True)):
-        outputs = given if added is None else given - layer.outputs(added, i)
-        yield _Moments.of(layer.inputs(read, i), outputs)
+        yield layer.inputs(read, i), given if added is None else given - layer.outputs(added, i)
 
 
 def _split(parts: Iterator[_Moments]) -> tuple[_Moments, _Moments, _Moments]:

@@ -184,7 +184,10 @@ class _Grams:
         return optq.gram(layer_inputs(node, value, weight, self.positions, self._draw))
 
     def _take(self, owner: fx.Node, gram: Tensor) -> None:
-        self.matrices[owner] = self.matrices[owner] + gram if owner in self.matrices else gram
+        if owner in self.matrices:
+            self.matrices[owner] += gram
+        else:
+            self.matrices[owner] = gram.clone()
 
     def taken(self) -> list[Tensor]:
         """What the last batch adds; nothing where a single process has added it already."""

@@ -295,7 +295,7 @@ class Reconstruct(Optimising):
         size = min(SCORED_AT_ONCE, count)
         if size > 1:
             pair = samples.batch([0, 1]).to(run.device)
-            size = min(size, images_at_once(teacher.graph, pair, points, pass_budget(run.device)))
+            size = min(size, images_at_once(teacher.graph, pair, points, 2 * pass_budget(run.device) // 3))
 
         def compute() -> HessianScores:
             def batches() -> Any:

@@ -18,7 +18,7 @@ from bitwright.errors import NotFiniteError
 from bitwright.graph.devices import sent
 from bitwright.graph.points import Point
 from bitwright.memory import saved_bytes
-from bitwright.quant.learned import Rounding, rounding_regularizer
+from bitwright.quant.learned import Rounding, held_values, rounding_regularizer
 from bitwright.recording import WARM, Recording, can_record, tidy
 from bitwright.stages.learner import Learner
 from bitwright.stages.losses import weighted_distance
@@ -32,8 +32,8 @@ SMALL_PASS = 256 << 20
 """Bytes of activations up to which a pass over half of the samples takes well more than half of the time."""
 REPEATS = 3
 """Steps whose median is taken for the time of one."""
-FEW = 4
-"""Samples in a pass from which on more make it little faster."""
+FEW = 2
+"""Samples in a pass from which on more make it little faster, an eighth where a step has many small operators."""
 
 
 class TuningSettings(Rates, Protocol):
@@ -295,20 +295,26 @@ class Tuner:
     def _backward_alone(self, indices: Tensor, weights: Tensor, mean: Tensor, knobs: Knobs) -> float | None:
         """The same, in as few parts as memory allows."""
         regularizer, loss, terms = self._regularizer(mean, knobs), 0.0, list[Tensor]()
-        for start in range(0, len(indices), self.at_once):
-            part = slice(start, start + self.at_once)
-            each = torch.stack(self._terms(self.feed(indices[part]), weights[part]))
-            distance, share = each.sum(), len(indices[part]) / len(indices)
-            if self.patient:
-                terms.append(each.detach() * share)
-            else:
-                self._check(each.detach(), self.step)
-                loss += float(distance.detach() * share)
-            torch.autograd.backward(distance * share + (regularizer if start == 0 else 0.0))
+        with self._held_weights(len(indices)):
+            for start in range(0, len(indices), self.at_once):
+                part = slice(start, start + self.at_once)
+                each = torch.stack(self._terms(self.feed(indices[part]), weights[part]))
+                distance, share = each.sum(), len(indices[part]) / len(indices)
+                if self.patient:
+                    terms.append(each.detach() * share)
+                else:
+                    self._check(each.detach(), self.step)
+                    loss += float(distance.detach() * share)
+                torch.autograd.backward(distance * share + (regularizer if start == 0 else 0.0))
         if not self.patient:
             return loss
         self.pending.append(torch.stack(terms).sum(0))
         return None
+
+    def _held_weights(self, samples: int) -> contextlib.AbstractContextManager[None]:
+        """Weights are the same for all parts of a batch."""
+        compiled = self.network is not self.learner
+        return contextlib.nullcontext() if compiled or samples <= self.at_once else held_values(self.learner.modules())
 
     def look(self) -> list[float]:
         """The losses of the steps since it was called last: one wait for the device.

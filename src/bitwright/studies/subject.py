@@ -15,6 +15,7 @@ from bitwright.graph.axes import read_outputs
 from bitwright.graph.capture import Captured
 from bitwright.graph.devices import place_on
 from bitwright.graph.student import Snapshot, Student, insert_quantizers
+from bitwright.graph.walk import images_in_pass
 from bitwright.measure.evaluation import compare
 from bitwright.measure.metrics import Evaluation, worst_figures
 from bitwright.measure.task import Outputs
@@ -98,7 +99,8 @@ class Subject:
         if self._begun is None or self._begun[0] != key:
             student = insert_quantizers(self.teacher, scheme)
             student.to(self.device)
-            run = Run(seed=seed, device=self.device, progress=progress)
+            at_once = images_in_pass(self.teacher.graph.graph, self.device)
+            run = Run(seed=seed, batch=at_once, device=self.device, progress=progress)
             for stage in stages:
                 torch.manual_seed(seed)
                 student = stage.run(student, self.teacher, images, run)
