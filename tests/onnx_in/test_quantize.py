@@ -621,6 +621,8 @@ def test_boxes_that_the_file_makes_itself_are_scored(detecting: Path, tmp_path: 
     assert 0.5 < found["quantized"]["map"] <= 1
     folder = quantized.save(tmp_path / "run", onnx=True)
     assert bw.load(folder).evaluate(x, labels=truth)["quantized"]["map"] == found["quantized"]["map"]
+    with pytest.warns(UserWarning, match=r"What follows the network .* is in model.onnx alone: to='pt2' ends in"):
+        quantized.export(tmp_path / "own.pt2", x, to="pt2")
     timed = bw.bench(folder, runtimes=["onnxruntime"], threads=[1], seconds=0.01, memory=lambda *_: NO_MEMORY)
     assert [row["batch"] for row in timed["rows"]] == [given]  # the tail takes no other number of images
     goal = Goal.parse(max_drop=0.9, weights="8", task="detection")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx
 from torch import Tensor
 
 from bitwright.errors import ParityError, UsageError
@@ -103,6 +105,7 @@ def write_format(
         if write is None:
             parity = export_checked(model, partial, images, force=force, count=count)
         else:
+            _say_what_is_left_out(model, to)
             parity = write(model, partial, images.batch(range(min(count, len(images)))))
             if not parity.passed and not force:
                 raise ParityError(
@@ -113,3 +116,17 @@ def write_format(
         for file in reversed(written):  # the one that is named comes last
             move(file, path.parent / file.name)
     return parity, [path.parent / file.name for file in written]
+
+
+def _say_what_is_left_out(model: Student, to: str) -> None:
+    """Formats without the user's own file around the network hold nothing of what follows there."""
+    names = model.interface
+    following = onnx.ModelProto.FromString(names.frame).graph.node if names and names.frame else ()
+    if names is None or not following:
+        return
+    kinds, ends = dict.fromkeys(node.op_type for node in following), (names.outputs.get(o, o) for o in model.outputs)
+    warnings.warn(
+        f"What follows the network in its own file ({', '.join(kinds)}) is in model.onnx alone: to={to!r} "
+        f"ends in {', '.join(ends)}.",
+        stacklevel=3,
+    )
