@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import bitwright as bw
-from bitwright.export import arbiter, layers
+from bitwright.export import arbiter, layers, parity
 from bitwright.export.arbiter import compare_kernels
 from bitwright.export.layers import Passing, compare_layer, compare_layers, simulated
 from bitwright.export.onnx import to_onnx
@@ -138,3 +138,11 @@ def test_kernels_of_many_layers_are_asked_for_in_several_sessions(monkeypatch):
     assert sum(len(part.graph) for part in opened) < 2 * len(program.graph), "each has only what it needs"
     assert any(layer.diverges for layer in whole.values()), "the case needs a layer that differs"
     assert any(layer.kernel == "QLinearConv" for layer in whole.values())
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes"), [((32, 3, 224, 224), 8), ((32, 3, 640, 640), 3), ((32, 3, 1024, 1024), 2), ((3, 3, 8, 8), 2)]
+)
+def test_large_images_are_compared_a_few_at_a_time(shape: tuple[int, ...], sizes: int) -> None:
+    assert parity.batch_sizes(torch.empty(shape, device="meta")) == (1, sizes)
+    assert parity.batch_sizes(torch.empty(1, 3, 1024, 1024, device="meta")) == (1, 1)

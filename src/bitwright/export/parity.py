@@ -37,6 +37,8 @@ from bitwright.runtimes.session import Opener, Session
 
 CHECKED_IMAGES, LEAST_IMAGES = 32, 8
 """Images on which a file is compared, and on how many at least where the network is large."""
+TOGETHER = 1 << 22
+"""Values of images in one batch of a check: two runtimes and the simulation hold what they make of them."""
 LAYER_IMAGES = 4
 MANY_WEIGHTS = 50_000_000
 """Weights of a network from which on a check gives memory back at once, which costs time."""
@@ -317,15 +319,15 @@ def compare_with(model: Student, images: Tensor, runs: dict[str, Forward]) -> di
             return model.flat(batch)
 
     with torch.no_grad():
-        readings = read_outputs(model.graph, images, model.outputs)
+        readings = read_outputs(model.graph, images[: batch_sizes(images)[-1]], model.outputs)
         return output_parities(
             model.outputs, readings, _in_batches(images, batch_sizes(images)), model.flat, shaken, runs
         )
 
 
 def batch_sizes(images: Tensor) -> tuple[int, int]:
-    """One image, and as many as there are beside it, up to 8."""
-    return 1, max(1, min(8, len(images) - 1))
+    """One image, and as many as there are beside it, up to 8, or 2 of large ones."""
+    return 1, max(1, min(8, len(images) - 1, max(2, TOGETHER // max(1, images[0].numel()))))
 
 
 def _in_batches(images: Tensor, sizes: tuple[int, ...]) -> Iterator[Tensor]:

@@ -27,6 +27,7 @@ from bitwright.graph.explain import cannot_run
 from bitwright.graph.outputs import arrange, names
 from bitwright.graph.readings import Reading
 from bitwright.graph.student import Student, moved_to
+from bitwright.graph.walk import images_in_pass
 from bitwright.graph.watch import watch_both
 from bitwright.measure.class_maps import GivenClassMap
 from bitwright.measure.metrics import Evaluation, Fidelity, SignalToNoise
@@ -154,7 +155,7 @@ def evaluation_of(
         images: with or without labels.
         readings: how each output is read, from :func:`read_outputs_of`.
         scoring: how outputs are scored.
-        batch: images at a time.
+        batch: images at a time, fewer where they are large.
         progress: called as it goes.
         each: shown the outputs of every batch, if there is a teacher.
         noise: of every layer, measured on the way.
@@ -170,7 +171,7 @@ def evaluation_of(
             images,
             outputs=outputs_of(model, readings),
             scoring=scoring,
-            batch=batch,
+            batch=images_in_pass(model.graph.graph, device, batch),
             progress=progress,
             each=each,
             noise=noise,
@@ -405,6 +406,6 @@ class LayerNoise:
 def layer_sqnr(model: Student, images: Tensor) -> dict[str, float | None]:
     """:class:`LayerNoise` of a few images [B, C, H, W] in dB."""
     noise = LayerNoise(model, len(images))
-    for part in torch.split(images, AT_ONCE):
+    for part in torch.split(images, images_in_pass(model.graph.graph, images.device, AT_ONCE)):
         noise.run(part)
     return noise.decibels()

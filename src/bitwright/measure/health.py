@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from bitwright.errors import BitwrightError
 from bitwright.given.images import Images
 from bitwright.graph.student import Student
+from bitwright.graph.walk import images_in_pass
 from bitwright.graph.watch import Callback, watch
 from bitwright.graph.work import how_many, said
 from bitwright.measure.evaluation import AT_ONCE
@@ -44,7 +45,8 @@ def check_answers(student: Student, images: Images, run: Run) -> list[str]:
     fidelity = Fidelity(student.outputs)
     ours: list[list[Tensor]] = []
     theirs: list[list[Tensor]] = []
-    for batch in run.batches(some, said("Checking the answers", len(some), wanted), AT_ONCE):
+    at_once = images_in_pass(student.graph.graph, run.device, AT_ONCE)
+    for batch in run.batches(some, said("Checking the answers", len(some), wanted), at_once):
         with torch.no_grad():
             expected, found = teacher.flat(batch), student.flat(batch)
         _check_finite(student, batch, expected, found)
