@@ -13,7 +13,9 @@ from bitwright.bits.plan import Plan
 from bitwright.errors import BitwrightError
 from bitwright.given.images import Images
 from bitwright.given.text import read_json
+from bitwright.graph.devices import device_of
 from bitwright.graph.student import Student
+from bitwright.graph.walk import images_in_pass
 from bitwright.report.answers import Answers
 from bitwright.report.histograms import HISTOGRAM_IMAGES, histograms, worst_layers
 from bitwright.report.kept import FileParts, Histograms, PageFacts
@@ -22,6 +24,8 @@ from bitwright.run import folder as run_folder
 from bitwright.run.result import Curve, RunResult, read_as
 
 CURVE = "pareto.json"
+PAGE_BYTES = 1 << 28
+"""Bytes of values in the pass that histograms are read from, which keeps those of some layers."""
 KEPT = frozenset({"bits", "loss", "weight_bytes", "activation_bytes", "total_bytes", "bit_operations", "latency"})
 """Of a point of the curve, what a run keeps."""
 
@@ -38,7 +42,10 @@ def gather(model: Student, images: Images, answers: Answers, folder: Path, *, pi
     """
     worst = worst_layers(RunResult.read(model.result).layers, model.layers)
     calibration = model.calibration or images
-    batch = calibration.batch(range(min(HISTOGRAM_IMAGES, len(calibration))))
+    assert model.teacher is not None
+    graph = model.teacher.graph
+    most = images_in_pass(graph.graph, device_of(graph), HISTOGRAM_IMAGES, PAGE_BYTES)
+    batch = calibration.batch(range(min(most, len(calibration))))
     return PageFacts(
         histograms=Histograms(len(batch), histograms(model, batch, worst)),
         answers=answers.facts(images, pictures=pictures),
