@@ -416,6 +416,19 @@ def test_dropping_keeps_a_share_of_elements_float_anew_in_every_pass(p: float) -
     assert float(slope) == pytest.approx(float(total) / math.sqrt(x.numel() * 5), rel=1e-3)
 
 
+@pytest.mark.parametrize("size", [4, 3, 1])
+def test_the_gradient_of_a_step_does_not_depend_on_how_a_batch_is_split(size: int) -> None:
+    x, gradient = noise(7, 5), noise(7, 5, seed=1)
+    found = []
+    for parts in (7, size):
+        learned = LearnedActivation(activation())
+        for part, upstream in zip(x.split(parts), gradient.split(parts), strict=True):
+            learned.share = len(part) / len(x)
+            learned(part).backward(upstream)
+        found.append(learned.step.grad)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
+
+
 def test_a_step_that_is_not_learned_has_no_gradient() -> None:
     x = noise(10).requires_grad_(True)
     learned = LearnedActivation(activation(), learn=False)

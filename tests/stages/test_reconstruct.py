@@ -21,7 +21,7 @@ from bitwright.graph.prepare import prepare
 from bitwright.graph.student import Student, insert_quantizers
 from bitwright.memory import saved_bytes
 from bitwright.pipeline import run_stages
-from bitwright.quant.learned import LearnedWeight
+from bitwright.quant.learned import LearnedActivation, LearnedWeight
 from bitwright.quant.scheme import Scheme
 from bitwright.recipes import Recipe, recipe
 from bitwright.stages import pace, resume, schedules, tuning
@@ -582,15 +582,30 @@ def test_a_batch_in_parts_has_the_gradients_of_the_whole(weigh: Any, monkeypatch
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * float(b.abs().max()))
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_parts_tell_activations_their_share_of_the_batch(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuner, seen = tuner_of(Reconstruct(**QUICK), monkeypatch), []
+    monkeypatch.setattr(tuning.together, "is_shared", lambda: shared)
+    activation, own = next(iter(tuner.learner.activations.values())), LearnedActivation.forward
+    monkeypatch.setattr(
+        LearnedActivation, "forward", lambda self, x: (self is activation and seen.append(self.share)) or own(self, x)
+    )
+    for at_once, expected in ((3, [3 / 8, 3 / 8, 2 / 8]), (8, [1.0])):
+        tuner.at_once = at_once
+        seen.clear()
+        tuner.backward(tuner.indices(0), 0.5)
+        assert seen == expected
+
+
 def test_the_parts_of_a_batch_share_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     tuner, seen = tuner_of(Reconstruct(**QUICK), monkeypatch), []
     own = LearnedWeight.value
     monkeypatch.setattr(LearnedWeight, "value", lambda self: seen.append(self.name) or own(self))
-    for at_once, times in ((8, 1), (2, 1)):
+    for at_once in (8, 2):
         tuner.at_once = at_once
         seen.clear()
         tuner.backward(tuner.indices(0), 0.5)
-        assert len(seen) == times * len(tuner.learner.weights)
+        assert len(seen) == len(tuner.learner.weights)
     tuner.network = partial(tuner.learner)  # as if it were compiled, which takes no other tensors
     seen.clear()
     tuner.backward(tuner.indices(0), 0.5)
@@ -634,17 +649,17 @@ def test_half_the_samples_are_tried_where_memory_does_not_suffice(monkeypatch: p
     expected = tuner.backward(tuner.indices(0), 0.5)
     own, sizes = tuner._terms, []
 
-    def terms(batch: Batch, weights: Tensor) -> list[Tensor]:
+    def terms(batch: Batch, weights: Tensor, share: float) -> list[Tensor]:
         sizes.append(len(weights))
         if len(weights) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return own(batch, weights)
+        return own(batch, weights, share)
 
     monkeypatch.setattr(tuner, "_terms", terms)
     assert tuner.backward(tuner.indices(0), 0.5) == pytest.approx(expected, rel=1e-5)
     assert tuner.at_once == 2
     assert sizes[:3] == [8, 4, 2]
-    monkeypatch.setattr(tuner, "_terms", lambda batch, weights: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    monkeypatch.setattr(tuner, "_terms", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
     with pytest.raises(torch.OutOfMemoryError):
         tuner.backward(tuner.indices(0), 0.5)
 

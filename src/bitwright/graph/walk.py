@@ -177,7 +177,7 @@ def images_in_pass(graph: fx.Graph, device: torch.device, most: int = 32, within
     """How many images may pass at once: fewer than ``most`` where they are large and pass on a CPU, at least two.
 
     Args:
-        graph: of the float network, shapes recorded for two images.
+        graph: shapes recorded for two images.
         device: on which it runs; a CPU takes less memory for fewer images, and is as fast.
         most: at once.
         within: bytes of their values.

@@ -311,7 +311,8 @@ class LearnedActivation(nn.Module):
 
     ``mix`` is the share of the float activation in the output: 1 gives it bit for bit, 0 the quantized one. ``drop`` is
     the share of elements, drawn anew in every pass, that stay float. Both are numbers, or scalar tensors between 0 and
-    1 that may change between two passes of one recording.
+    1 that may change between two passes of one recording. ``share`` is that of a batch's samples in one pass: the scale
+    of the step's gradient is the batch's, however it is split.
     """
 
     zero_point: Tensor
@@ -326,7 +327,7 @@ class LearnedActivation(nn.Module):
         scale = quantizer.scale.detach().float()
         self.register_buffer("ratios", scale / scale.min() if scale.numel() > 1 else None)
         self.step = nn.Parameter(scale.min().clone(), requires_grad=learn)
-        self.mix, self.drop = 0.0, 0.0
+        self.mix, self.drop, self.share = 0.0, 0.0, 1.0
         zero = float(self.zero_point)
         self._low, self._high = self.grid.qmin - zero, self.grid.qmax - zero
 
@@ -334,7 +335,7 @@ class LearnedActivation(nn.Module):
         """The activation, same shape and dtype."""
         if any(not isinstance(share, Tensor) and share >= 1.0 for share in (self.mix, self.drop)):
             return x
-        factor = (x.numel() * max(self._high, 1.0)) ** -0.5
+        factor = (x.numel() / self.share * max(self._high, 1.0)) ** -0.5
         ratios = None if self.ratios is None else self.ratios.to(x.dtype)
         reduced = x if ratios is None else x / ratios
         if self.grid.even:

@@ -152,6 +152,11 @@ class Learner(nn.Module):
         for activation in self.activations.values():
             activation.mix, activation.drop = mix, drop
 
+    def set_share(self, share: float) -> None:
+        """What part of a batch's samples the next pass has, above 0 and up to 1."""
+        for activation in self.activations.values():
+            activation.share = share
+
     def of_point(self) -> list[LearnedWeight | None]:
         """The weight of each linear operator; None where it is float."""
         by_name = {n.name: n for n in self.graph.graph.nodes}

@@ -298,8 +298,9 @@ class Tuner:
         with self._held_weights(len(indices)):
             for start in range(0, len(indices), self.at_once):
                 part = slice(start, start + self.at_once)
-                each = torch.stack(self._terms(self.feed(indices[part]), weights[part]))
-                distance, share = each.sum(), len(indices[part]) / len(indices)
+                share = len(indices[part]) / len(indices)
+                each = torch.stack(self._terms(self.feed(indices[part]), weights[part], share))
+                distance = each.sum()
                 if self.patient:
                     terms.append(each.detach() * share)
                 else:
@@ -338,7 +339,7 @@ class Tuner:
                 torch.manual_seed((self.seed * 1_000_003 + self.step) * len(starts) + position)
             part = slice(starts[position], starts[position] + self.at_once)
             share = len(indices[part]) / len(indices)
-            terms = torch.stack(self._terms(self.feed(indices[part]), weights[part])) * share
+            terms = torch.stack(self._terms(self.feed(indices[part]), weights[part], share)) * share
             torch.autograd.backward(terms.sum() + (0.0 if position else self._regularizer(mean, knobs)))
             return terms
 
@@ -349,8 +350,9 @@ class Tuner:
         self.pending.append(terms)
         return None
 
-    def _terms(self, batch: Batch, weights: Tensor) -> list[Tensor]:
-        """Weighted distances of a batch, point by point."""
+    def _terms(self, batch: Batch, weights: Tensor, share: float = 1.0) -> list[Tensor]:
+        """Weighted distances, point by point, of this share of a step's samples."""
+        self.learner.set_share(share)
         with autocast(self.device, self.precision):
             _, student = self.network(*batch.inputs)
         return self.objective.distances(student, batch, weights, self.learner.points)
