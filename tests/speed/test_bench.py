@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import statistics
+from contextlib import nullcontext
 from dataclasses import replace
 
 import cases
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
 import bitwright as bw
 from bitwright import cli, runtimes
@@ -89,6 +92,21 @@ def test_memory_is_that_of_the_file_alone(run):
     found = peak_memory(ONNXRUNTIME, run / "model.onnx", {"images": (1, 3, 8, 8)}, 1)
     assert found["peak_bytes"] < 300_000_000
     del ballast
+
+
+@pytest.mark.filterwarnings("error")
+def test_runtimes_that_do_not_read_the_integers_of_a_file_are_left_out_and_told_of(tmp_path, monkeypatch):
+    monkeypatch.setitem(runtimes.RUNTIMES, "openvino", there := replace(OPENVINO, package="onnx"))
+    everywhere = [ONNXRUNTIME, there]
+    for kind, expected in ((TensorProto.INT2, [ONNXRUNTIME]), (TensorProto.INT4, everywhere)):
+        stored = helper.make_tensor("w", kind, [4], [0, 1, 1, 0])
+        graph = helper.make_graph([], "g", [], [helper.make_tensor_value_info("w", kind, [4])], [stored])
+        onnx.save(helper.make_model(graph), path := tmp_path / "model.onnx")
+        left = expected != everywhere
+        said = pytest.warns(UserWarning, match="OpenVINO is left out, .* 2 bits, which model.onnx holds")
+        with said if left else nullcontext():
+            assert runtimes.chosen(None, path) == expected
+        assert runtimes.chosen(["openvino"], path) == [there]  # whoever asks for it gets its own line
 
 
 def test_a_file_that_does_not_load_is_named(tmp_path):

@@ -46,9 +46,9 @@ def _compared(run: str, call: ParityCall, terminal: Terminal) -> ParityRecord:
     Raises:
         UsageError: the run is unfinished, a file of it is missing or damaged, or a runtime is not installed.
     """
-    batches, chosen = counts(call.batch, "--batch") or (), _runtimes(call.runtime)
-    folder = Path(run).expanduser()
+    batches, folder = counts(call.batch, "--batch") or (), Path(run).expanduser()
     folder = folder.parent if folder.is_file() else folder
+    places = _runtimes(call.runtime, folder / run_folder.ONNX)
     terminal.begin("Loading")
     files, path = run_folder.read_result(folder).files, folder / run_folder.ONNX
     run_folder.check_file(
@@ -64,7 +64,7 @@ def _compared(run: str, call: ParityCall, terminal: Terminal) -> ParityRecord:
     why = _attach_float(model, call.float_model, found, call.reading)
     terminal.finish()
     with quiet_libraries():
-        gap = measure_gap(model, path, found, chosen, batches=batches, progress=terminal.progress)
+        gap = measure_gap(model, path, found, places, batches=batches, progress=terminal.progress)
     if gap.rounding is not None:
         warnings.warn(gap.rounding, stacklevel=2)
     record = gap.record(str(folder), found, recorded, why or "measured")
@@ -72,8 +72,8 @@ def _compared(run: str, call: ParityCall, terminal: Terminal) -> ParityRecord:
     return record
 
 
-def _runtimes(names: list[str] | None) -> list[Runtime]:
-    found = chosen(names)
+def _runtimes(names: list[str] | None, path: Path) -> list[Runtime]:
+    found = chosen(names, path)
     ONNXRUNTIME.require()  # the codes of the layers are read there
     return found
 

@@ -5,14 +5,16 @@ A new runtime is a file with a record, and its name in :data:`RUNTIMES`.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
+from pathlib import Path
 
 from bitwright.errors import UsageError
 from bitwright.runtimes.executorch import EXECUTORCH
 from bitwright.runtimes.generic import GENERIC, GENERIC_POT
 from bitwright.runtimes.onnxruntime import ONNXRUNTIME
 from bitwright.runtimes.openvino import OPENVINO
-from bitwright.runtimes.record import Runtime
+from bitwright.runtimes.record import Runtime, narrowest
 from bitwright.runtimes.target import FAMILIES, Target
 from bitwright.runtimes.tensorrt import TENSORRT
 
@@ -56,8 +58,8 @@ def running() -> list[Runtime]:
     return [r for r in RUNTIMES.values() if r.runs_here]
 
 
-def chosen(names: Iterable[str] | None) -> list[Runtime]:
-    """Those that are asked for, or all that are installed.
+def chosen(names: Iterable[str] | None, path: Path) -> list[Runtime]:
+    """Those that are asked for, or all that are installed and read the integers of an ONNX file; others are told of.
 
     Raises:
         UsageError: one is not installed or does not exist, or none is there.
@@ -65,7 +67,14 @@ def chosen(names: Iterable[str] | None) -> list[Runtime]:
     found = [runtime(n) for n in dict.fromkeys(names)] if names else [r for r in running() if r.installed]
     for each in found or running():
         each.require()
-    return found
+    bits = None if names else narrowest(path)
+    for each in found:
+        if not names and not each.reads(bits):
+            warnings.warn(
+                f"{each.title} is left out, since it does not read integers of {bits} bits, which {path.name} holds.",
+                stacklevel=3,
+            )
+    return [each for each in found if names or each.reads(bits)]
 
 
 def absent() -> list[dict[str, str]]:

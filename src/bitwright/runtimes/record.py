@@ -90,10 +90,14 @@ class Runtime:
         assert self.load is not None, f"{self.title} runs nothing here"
         return self.load(path, threads, feed)
 
+    def reads(self, bits: int | None) -> bool:
+        """Whether it reads files whose smallest integers have so many bits; None for those without any."""
+        return bits is None or bits >= min(self.target.stores)
+
     def refusal(self, path: Path, error: Exception) -> BitwrightError:
         """What to say of a file that it does not run, whose own error says little."""
         bits = narrowest(path)
-        if bits is not None and bits < min(self.target.stores):
+        if not self.reads(bits):
             return UsageError(
                 f"{path.name} holds integers of {bits} bits, which {self.title} does not read. Quantize with "
                 f"runtime='{self.name}'."

@@ -126,7 +126,7 @@ def bench(
     """
     folder = Path(run).expanduser()
     path = _exported(folder)
-    places = chosen(runtimes)
+    places = chosen(runtimes, path)
     threads = tuple(dict.fromkeys((1, cores()) if threads is None else threads))
     _check(BATCHES if batches is None else batches, threads, seconds)
     check_takes_files(folder)
