@@ -199,8 +199,8 @@ def test_other_numbers_are_found_out(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_in_one_process_stops_all_at_the_same_step(tmp_path: Path) -> None:
     own = Tuner._terms
 
-    def terms(tuner: Tuner, indices: torch.Tensor, weights: torch.Tensor) -> list[torch.Tensor]:
-        found = own(tuner, indices, weights)
+    def terms(tuner: Tuner, *given: Any) -> list[torch.Tensor]:
+        found = own(tuner, *given)
         return [f * torch.nan for f in found] if together.rank() == 1 and tuner.step == 2 else found
 
     def work() -> tuple[str, Any]:
