@@ -26,6 +26,7 @@ from bitwright.run.journal import heard
 from bitwright.run.record import StageRecord
 from bitwright.run.state import claim, other_settings
 from bitwright.stages.base import Optimising, Run, Stage
+from bitwright.transfer import fetched
 
 
 def run_stages(
@@ -118,10 +119,10 @@ def tensor_digest(graph: nn.Module) -> str:
 def _check_finite(student: Student, teacher: Captured) -> None:
     """What the float network stores may be infinite, such as a bound or a mask; what a stage makes may not."""
     own = dict(teacher.graph.named_buffers())
-    for name, tensor in student.graph.named_buffers():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            if name in own and not bool(torch.isfinite(own[name]).all()):
-                continue
+    floats = {name: t for name, t in student.graph.named_buffers() if t.is_floating_point()}
+    whole = fetched([torch.isfinite(t).all() for t in floats.values()])
+    for name in (name for name, finite in zip(floats, whole, strict=True) if not finite):
+        if name not in own or bool(torch.isfinite(own[name]).all()):
             raise BitwrightError(f"{name} is not finite after the last stage. Please report this with the command.")
 
 

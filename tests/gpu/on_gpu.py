@@ -36,6 +36,7 @@ from torch import nn
 
 import bitwright as bw
 from bitwright import api, pipeline
+from bitwright.curvature import label_free
 from bitwright.graph import points
 from bitwright.graph.devices import place_on
 from bitwright.graph.student import Student, moved_to
@@ -43,7 +44,7 @@ from bitwright.measure import evaluation
 from bitwright.recipes import Recipe
 from bitwright.run import job
 from bitwright.sensitivity import MEASURES, Choices, diagnosis
-from bitwright.stages import tuning
+from bitwright.stages import calibrate, optq, tuning
 from bitwright.stages.base import Run, Stage
 from bitwright.stages.calibrate import Calibrate
 from bitwright.stages.evolve import Evolve
@@ -226,6 +227,43 @@ def patient(method: str, **said: Any) -> None:
     assert not any(seen), f"steps wait: {seen}"
 
 
+def awaited() -> None:
+    """Calibration waits once for each batch, and scores once for a probe: not once for each tensor."""
+    if REAL:
+        return
+    batches, counts = COUNT // 2, dict[str, list[int]]()
+
+    def counted(where: Any, name: str, what: str) -> Any:
+        own = getattr(where, name)
+
+        def call(*args: Any, **named: Any) -> Any:
+            before = waits.total()
+            try:
+                return own(*args, **named)
+            finally:
+                counts.setdefault(what, []).append(waits.total() - before)
+
+        return mock.patch.object(where, name, call)
+
+    with (
+        mock.patch.object(api, "images_in_pass", return_value=COUNT // batches),
+        counted(calibrate, "sum_up", "ranges"),
+        counted(optq, "sum_up", "layer inputs"),
+        counted(label_free._Batch, "add", "a probe"),
+        counted(label_free, "_join", "scores"),
+        counted(pipeline, "_check_finite", "what a stage leaves"),
+    ):
+        ranges = Calibrate(bias_correction="analytic")
+        scored = Reconstruct(weigh="lfh", over="mean", score_probes=6, **_SOFT)
+        for make in (cases.SqueezeExcite, cases.Transformer):
+            runs(make, Recipe(name="own", summary="", paper="", stages=(ranges, Optq(), scored)), steps=2)
+            runs(make, Recipe(name="own", summary="", paper="", stages=(ranges, Optq(views=2))), weights=3)
+    allowed = {"ranges": batches, "layer inputs": 0, "a probe": 0, "scores": 1, "what a stage leaves": 1}
+    for what, most in allowed.items():
+        if max(counts[what]) > most:
+            raise AssertionError(f"{what}: waits {max(counts[what])} times")
+
+
 def recorded(make: Callable[[], nn.Module], method: Any, **said: Any) -> None:
     """Steps that are played from a recording lead where the same steps lead operator by operator."""
     if not REAL:
@@ -295,6 +333,7 @@ MEASURED: dict[str, Any] = {f"sensitivity {name}": partial(measured, name) for n
 REST: dict[str, Any] = {
     "a step waits for nothing": partial(patient, "eptq", steps=3),
     "a step of soft roundings waits for nothing": partial(patient, "eptq-paper", steps=3),
+    "calibration and scores wait for no tensor": awaited,
     "recorded steps": partial(recorded, cases.SqueezeExcite, "eptq", steps=12),
     "recorded steps, bfloat16": partial(recorded, cases.Transformer, "eptq", steps=12, precision="bfloat16"),
     "recorded steps of soft roundings": partial(recorded, cases.Residual, stages(_VIEWS), steps=12),

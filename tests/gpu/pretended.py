@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 GPU = torch.device("cuda", 0)
 MOVES = {"_to_copy", "copy_", "_copy_from"}
+WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "unique_dim", "_unique2"}
 INDEXES = {"index", "index_put", "index_put_", "_index_put_impl_"}
 
 
@@ -77,10 +78,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     _check(name, args, tensors, there)
     if device is not None and device.type == "cuda" and getattr(kwargs.get("generator"), "device", GPU).type != "cuda":
         raise DeviceMixError(f"{name}: a generator of the CPU for numbers on the GPU")
-    if there and (
-        name in {"_local_scalar_dense", "nonzero", "equal", "bincount", "unique_dim", "_unique2"}
-        or (name == "_to_copy" and device is not None and device.type == "cpu")
-    ):
+    if _waits(name, args, kwargs, device, there):
         waits[name] += 1
     wrapped = there if device is None else device.type == "cuda"
     plain_args, plain_kwargs = tree_map(_plain, (args, kwargs))
@@ -90,6 +88,18 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if written is not None:
         return written
     return _wrapped(found) if wrapped else found
+
+
+def _waits(name: str, args: Any, kwargs: dict[str, Any], device: torch.device | None, there: bool) -> bool:
+    """Whether a real GPU would let the host wait: for numbers that it has to know, or for a copy of pageable memory."""
+    if name == "_to_copy" and device is not None:
+        return there != (device.type == "cuda") and not (device.type == "cuda" and kwargs.get("non_blocking"))
+    if name == "copy_":
+        return isinstance(args[0], OnGpu) != isinstance(args[1], OnGpu) and not any(args[2:])
+    if name in INDEXES:
+        picks = [t for t in args[1] if isinstance(t, Tensor)]
+        return there and any(t.dtype == torch.bool or not isinstance(t, OnGpu) for t in picks)
+    return there and name in WAITING
 
 
 def _wrapped(found: Any) -> Any:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bitwright.errors import DataError
-from bitwright.quant.statistics import BINS, SAMPLE, MeanInput, Statistics
+from bitwright.quant.statistics import BINS, SAMPLE, MeanInput, Statistics, add_noted, to_cpu
 
 
 def values(count: int = 4000, seed: int = 0) -> Tensor:
@@ -165,6 +165,30 @@ def test_what_two_saw_in_turn_is_what_one_saw() -> None:
     assert (first.minimum, first.maximum, first.count) == (whole.minimum, whole.maximum, whole.count)
     for ours, theirs in zip(first.histogram(), whole.histogram(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_what_is_noted_and_added_later_is_what_is_added_at_once() -> None:
+    """Of several tensors, in batches of which each reaches farther; one tensor is noted twice in a batch."""
+    parts = [values(600, seed) * scale for seed, scale in enumerate((1e-3, 1.0, 700.0))]
+    at_once = [streamed([p * factor for p in parts for _ in range(times)]) for factor, times in ((1.0, 1), (-3.0, 2))]
+    later = [Statistics("first"), Statistics("second")]
+    for part in parts:
+        later[0].note(part)
+        later[1].note(-3.0 * part)
+        later[1].note(-3.0 * part)
+        add_noted(later)
+    to_cpu(later)
+    for ours, theirs in zip(later, at_once, strict=True):
+        assert (ours.minimum, ours.maximum, ours.count) == (theirs.minimum, theirs.maximum, theirs.count)
+        assert all(map(torch.equal, ours.histogram(), theirs.histogram()))
+
+
+def test_the_first_of_several_tensors_that_is_not_finite_is_named() -> None:
+    layers = [Statistics(name) for name in ("good", "first", "second")]
+    for each, value in zip(layers, (1.0, float("nan"), float("inf")), strict=True):
+        each.note(torch.tensor([0.0, value]))
+    with pytest.raises(DataError, match="output of first is not finite"):
+        add_noted(layers)
 
 
 BATCHES = [(1.0, -20.0), (3.0, 0.0), (0.1, -30.0), (9.0, 2.0)]

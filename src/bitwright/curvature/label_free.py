@@ -30,6 +30,7 @@ from bitwright.graph import ops, rewrite
 from bitwright.graph.points import Point, expose
 from bitwright.memory import saved_bytes
 from bitwright.run import checkpoint
+from bitwright.transfer import fetched, sent
 
 Distribution = Literal["rademacher", "gaussian"]
 NOT_FINITE = (
@@ -136,6 +137,7 @@ def label_free_scores(
             del gradients, weights  # before those of the next probe come to lie beside them
             if part.probes >= least and float(part.relative_error().max()) <= tolerance * share**0.5:
                 break
+        part.settle()
         part.outputs = probe.outputs
         parts[position] = part
     if together.processes() > 1:  # also where one process has taken every batch: the others wait for it
@@ -187,7 +189,7 @@ class _Probe:
                 self.outputs = sum(o.shape[1] for o in flat)
                 wanted = [v for v in values if v.requires_grad] + list(weights.values())
                 for step in range(probes if flat and wanted else 0):
-                    directions = [draw(o.shape, distribution, generator).to(o.device) for o in flat]
+                    directions = [sent(draw(o.shape, distribution, generator), o.device) for o in flat]
                     more = step + 1 < probes
                     yield _by_kind(  # in no variable, which would hold them until those of the next probe are there
                         torch.autograd.grad(flat, wanted, directions, retain_graph=more, allow_unused=True),
@@ -218,15 +220,17 @@ class _Batch:
         self.totals = torch.zeros(len(points), dtype=torch.float64)
         self.channels: list[Tensor | None] = [None] * len(points)
         self.elements: dict[str, Tensor] = {}
+        self._noted: list[tuple[list[int], Tensor]] = []
 
     def on_cpu(self) -> _Batch:
         """As other processes can take it."""
-        self.channels = [None if c is None else c.cpu() for c in self.channels]
-        self.elements = {name: t.cpu() for name, t in self.elements.items()}
+        there = iter(fetched([c for c in self.channels if c is not None]))
+        self.channels = [None if c is None else next(there) for c in self.channels]
+        self.elements = dict(zip(self.elements, fetched(list(self.elements.values())), strict=True))
         return self
 
     def add(self, gradients: list[Tensor | None], weights: dict[str, Tensor]) -> None:
-        """Takes the gradients of one probe."""
+        """Takes the gradients of one probe; :meth:`settle` adds them."""
         self.probes += 1
         found: dict[int, Tensor] = {}
         for i, (point, gradient) in enumerate(zip(self.points, gradients, strict=True)):
@@ -239,17 +243,30 @@ class _Batch:
             found[i] = means.double().sum(1) * point.positions(gradient, self.count)
             before = self.channels[i]
             self.channels[i] = means if before is None else before + means
-        rows = torch.stack(list(found.values())).cpu() if found else ()  # one wait for a GPU
-        for i, norms in zip(found, rows, strict=True):
-            self.sum[:, i] += norms
-            self.totals[i] += norms.mean()
-            self.squares[i] += norms.mean() ** 2
+        if found:
+            self._noted.append((list(found), torch.stack(list(found.values()))))
         for name, gradient in weights.items():
             squares = gradient.float().square()
             self.elements[name] = squares if name not in self.elements else self.elements[name].add_(squares)
 
+    def settle(self) -> None:
+        """Adds what the probes have brought, with one wait for a GPU."""
+        for (found, _), rows in zip(self._noted, fetched([rows for _, rows in self._noted]), strict=True):
+            for i, norms in zip(found, rows, strict=True):
+                self.sum[:, i] += norms
+                self.totals[i] += norms.mean()
+                self.squares[i] += norms.mean() ** 2
+        self._noted = []
+
+    def attention(self) -> Tensor:
+        """Largest over the channels of each point, [B, L], where the gradients were."""
+        given = next((c for c in self.channels if c is not None), self.sum)
+        none = torch.zeros(self.count, device=given.device)
+        return torch.stack([none if c is None else (c / self.probes).amax(1).float() for c in self.channels], 1)
+
     def relative_error(self) -> Tensor:
         """Of each point's mean over the batch, [L]; zero where there is no gradient at all."""
+        self.settle()
         if self.probes < 2:
             return torch.where(self.totals > 0, float("inf"), 0.0)
         mean = self.totals / self.probes
@@ -261,13 +278,7 @@ def _join(parts: list[_Batch], points: list[Point]) -> HessianScores:
     count, outputs = sum(p.count for p in parts), max((p.outputs for p in parts), default=0)
     factor = 2 / max(outputs, 1)
     trace = torch.cat([p.sum / max(p.probes, 1) for p in parts]) * factor
-    attention = torch.zeros(count, len(points))
-    start = 0
-    for part in parts:
-        for i, channels in enumerate(part.channels):
-            if channels is not None:
-                attention[start : start + part.count, i] = (channels / part.probes).amax(1).float().cpu()
-        start += part.count
+    attention = torch.cat(fetched([part.attention() for part in parts]))
     variance = sum((p.relative_error() * p.totals / max(p.probes, 1) * p.count) ** 2 for p in parts)
     mean = trace.sum(0) / factor
     error = torch.where(mean > 0, torch.as_tensor(variance).sqrt() / mean.clamp_min(1e-300), 0.0)

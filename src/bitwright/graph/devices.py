@@ -8,7 +8,19 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
+
+from bitwright.transfer import sent
+
+__all__ = [
+    "device_of",
+    "exact_float32",
+    "keep_together",
+    "place_on",
+    "sent",
+    "undisturbed",
+    "without_autocast",
+]
 
 _ONE_AT_A_TIME = threading.RLock()
 
@@ -28,13 +40,6 @@ def place_on(graph: fx.GraphModule, device: torch.device | str) -> None:
     """Moves a graph, with the operators that make tensors of their own (zeros, an arange) as it runs."""
     graph.to(device)
     keep_together(graph)
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on a device; nothing waits until it is there."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def keep_together(graph: fx.GraphModule) -> None:

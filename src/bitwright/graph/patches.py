@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from bitwright.graph import ops, rewrite
+from bitwright.transfer import sent
 
 GATHERED = 1 << 21
 """Elements of patches that are multiplied together: those of many groups do not fit a cache."""
@@ -27,7 +28,7 @@ def layer_outputs(node: fx.Node, value: Tensor, groups: int, positions: int, dra
     if ops.base_name(node) == "linear":
         return _rows(value, positions, draw).unsqueeze(0)
     flat = value.flatten(2)
-    taken = flat[:, :, draw(flat.shape[2])[:positions].to(flat.device)].transpose(1, 2)
+    taken = flat[:, :, sent(draw(flat.shape[2])[:positions], flat.device)].transpose(1, 2)
     return taken.reshape(taken.shape[0] * taken.shape[1], groups, -1).transpose(0, 1).float()
 
 
@@ -37,16 +38,16 @@ def _rows(value: Tensor, positions: int, draw: Callable[[int], Tensor]) -> Tenso
     per_image = max(1, rows.shape[0] // max(1, value.shape[0]))
     keep = min(rows.shape[0], positions * max(1, value.shape[0]))
     if per_image > positions:
-        rows = rows[draw(rows.shape[0])[:keep].to(rows.device)]
+        rows = rows[sent(draw(rows.shape[0])[:keep], rows.device)]
     return rows.float()
 
 
 def _patches(node: fx.Node, value: Tensor, weight: Tensor, positions: int, draw: Callable[[int], Tensor]) -> Tensor:
     places, inside = _places(node, value, weight, positions, draw)
-    taken = value.movedim(1, -1).flatten(1, -2).index_select(1, places.reshape(-1))
+    taken = value.movedim(1, -1).flatten(1, -2).index_select(1, sent(places.reshape(-1), value.device))
     taken = taken.reshape(len(value), *places.shape, -1)  # [B, kh kw, P, C]
     if not bool(inside.all()):
-        taken = taken * inside.to(taken).unsqueeze(-1)
+        taken = taken * sent(inside, value.device).to(taken).unsqueeze(-1)
     taken = taken.permute(0, 2, 3, 1).reshape(len(value) * places.shape[1], rewrite.groups(node), -1)
     return taken.transpose(0, 1).float()
 
@@ -58,15 +59,16 @@ def group_grams(node: fx.Node, value: Tensor, weight: Tensor, positions: int, dr
     """
     places, inside = _places(node, value, weight, positions, draw)
     used, where = torch.unique(places, return_inverse=True)
-    pixels = value.movedim(1, -1).flatten(1, -2).index_select(1, used).float()
+    pixels = value.movedim(1, -1).flatten(1, -2).index_select(1, sent(used, value.device)).float()
     pixels = pixels.movedim(-1, 0).flatten(1)  # [C, B pixels]
-    images = torch.arange(len(value), device=value.device) * len(used)
+    images = torch.arange(len(value)) * len(used)
     where = (where.unsqueeze(1) + images.unsqueeze(1)).int()  # [kh kw, B, P]
     if not bool(inside.all()):
         where.masked_fill_(~inside.unsqueeze(1), pixels.shape[1])
         pixels = torch.nn.functional.pad(pixels, (0, 1))  # places outside read a zero behind the last pixel
     channels = len(pixels) // rewrite.groups(node)
     some = max(1, GATHERED // (channels * where.numel()))
+    where = sent(where, value.device)
     parts = torch.split(pixels, some * channels)
     return torch.cat([_grams_of(part, where, channels) for part in parts])
 
@@ -90,7 +92,7 @@ def _places(
     """The pixels that each element of a kernel meets at some output positions, and which lie inside the image.
 
     Returns:
-        Both [kh kw, P], on the device of the value; a place outside is that of the nearest pixel inside.
+        Both [kh kw, P], on the CPU; a place outside is that of the nearest pixel inside.
     """
     kernel = weight.shape[2:]
     stride, dilation = (_each(node, i, len(kernel)) for i in (3, 5))
@@ -110,7 +112,7 @@ def _places(
         at = offset.unsqueeze(1) + start
         inside = inside & (at >= 0) & (at < size)
         places = places * size + at.clamp(0, size - 1)
-    return places.to(value.device), inside.to(value.device)
+    return places, inside
 
 
 def _each(node: fx.Node, index: int, axes: int, default: int = 1) -> list[int]:

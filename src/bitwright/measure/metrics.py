@@ -65,10 +65,12 @@ class SignalToNoise:
 
     def update(self, reference: Tensor, other: Tensor) -> None:
         """Adds a pair of tensors of one shape."""
+        import torch
+
         for a, b in _pieces(reference, other):
             a, b = a.double(), b.double()
             error = a - b
-            signal, noise = float(a.dot(a)), float(error.dot(error))
+            signal, noise = torch.stack((a.dot(a), error.dot(error))).tolist()  # one wait for a GPU
             if not math.isfinite(signal + noise):
                 same = (a == b) | (a.isnan() & b.isnan())
                 signal = float(a.square().masked_fill(~a.isfinite(), 0).sum())

@@ -28,6 +28,7 @@ from bitwright.outliers.effects import see_gradients
 from bitwright.quant.quantizer import Quantizer, as_if
 from bitwright.sensitivity.one_at_a_time import distance_of_outputs, spread_of_outputs
 from bitwright.stages.calibrate import Calibrate
+from bitwright.transfer import fetched
 
 if TYPE_CHECKING:
     from bitwright.given.images import Images
@@ -83,7 +84,7 @@ class CostlyTensor:
 
     def see(self, value: Tensor) -> None:
         """Takes a batch of its values in, [B, ...]: the largest magnitude of every channel."""
-        found = value.abs().movedim(self.axis, 0).flatten(1).amax(1).cpu()
+        found = value.abs().movedim(self.axis, 0).flatten(1).amax(1)
         self.largest = found if self.largest is None else torch.maximum(self.largest, found)
 
     def exponents(self, divisor: int = 1) -> Tensor:
@@ -294,14 +295,15 @@ class _Trial:
         def see(name: str, value: Tensor, gradient: Tensor) -> None:
             error = (quantizers[name](value) - value).mul_(gradient)
             each = error.movedim(axes[name], -1).reshape(len(error), -1, error.shape[axes[name]]).sum(1)
-            found[name] = found.get(name, torch.zeros(())) + each.double().square().sum(0).cpu()
+            found[name] = found.get(name, torch.zeros(())) + each.double().square().sum(0)
 
         at_once = images_with_gradients(teacher.graph.graph, self.run.device, BATCH)
         batches = (b.to(self.run.device) for b in self.images.batches(at_once))
         see_gradients(
             teacher.graph, batches, quantizers, see, readings=self.readings, probes=PROBES, seed=self.run.seed
         )
-        return {name: total / (len(self.images) * PROBES) for name, total in found.items()}
+        totals = zip(found, fetched(list(found.values())), strict=True)
+        return {name: total / (len(self.images) * PROBES) for name, total in totals}
 
     def _read_ranges(self, teacher: Captured, suspects: Sequence[CostlyTensor]) -> None:
         by_node = {s.node: s for s in suspects}
@@ -313,6 +315,8 @@ class _Trial:
             callbacks: dict[str, Callback] = dict.fromkeys(by_node, see)
             for batch in self.run.batches(self.more, "Looking for outliers"):
                 watch(teacher.graph, batch, callbacks)
+        for each in suspects:
+            each.largest = None if each.largest is None else each.largest.cpu()
 
 
 def own_quantizers(student: Student) -> dict[str, Quantizer]:

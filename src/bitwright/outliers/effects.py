@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from bitwright.graph.products import fast_products
 from bitwright.graph.readings import Reading
+from bitwright.transfer import sent
 
 See = Callable[[str, Tensor, Tensor], None]
 """Takes a node's name, its value [B, ...] and ``v^T J``, in the shape of the value."""
@@ -67,7 +68,7 @@ def _along_random(output: Tensor, how: Reading, generator: torch.Generator) -> T
         logs = output
         each = output.detach().float().square().mean().clamp_min(1e-30) * max(1, output[0].numel())
         weights = each.rsqrt().expand_as(output)
-    noise = torch.randn(logs.shape, generator=generator).to(logs.device, logs.dtype)
+    noise = sent(torch.randn(logs.shape, generator=generator), logs.device).to(logs.dtype)
     return (logs * noise * weights.to(logs.dtype)).sum().float()
 
 

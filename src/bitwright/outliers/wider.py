@@ -29,6 +29,7 @@ from bitwright.quant.quantizer import Calibration, as_if
 from bitwright.quant.scheme import Rule, Scheme, escaped
 from bitwright.run.record import Raised, Suggestion
 from bitwright.sensitivity.one_at_a_time import distance_of_outputs, spread_of_outputs
+from bitwright.transfer import fetched
 
 if TYPE_CHECKING:
     from bitwright.given.images import Images
@@ -236,16 +237,17 @@ class _Trial:
 
     def worst(self, share: float) -> list[str]:
         """The tensors whose rounding adds most, within that share of operations, the worst first."""
-        effects = dict.fromkeys(self.quantizers, 0.0)
+        sums = dict.fromkeys(self.quantizers, torch.zeros((), dtype=torch.float64))
 
         def see(name: str, value: Tensor, gradient: Tensor) -> None:
             error = (self.quantizers[name](value) - value).mul_(gradient)
-            effects[name] += float(error.flatten(1).sum(1).double().square().sum())
+            sums[name] = sums[name] + error.flatten(1).sum(1).double().square().sum()
 
         at_once = images_with_gradients(self.teacher.graph.graph, self.run.device, BATCH)
         batches = (b.to(self.run.device) for b in self.images.batches(at_once))
         how: dict[str, Any] = {"readings": self.readings, "probes": PROBES, "seed": self.run.seed}
         see_gradients(self.teacher.graph, batches, self.quantizers, see, **how)
+        effects = {name: float(total) for name, total in zip(sums, fetched(list(sums.values())), strict=True)}
         found: list[str] = []
         for name in sorted(effects, key=lambda n: -effects[n]):
             if len(found) < MOST and effects[name] > 0 and self.cost([*found, name]) <= share:
@@ -263,17 +265,18 @@ class _Trial:
 
     def read_ranges(self, names: Sequence[str]) -> None:
         """Grids of 16 bits that span what the tensors hold."""
-        ends: dict[str, tuple[float, float]] = dict.fromkeys(names, (0.0, 0.0))
+        ends: dict[str, Tensor] = {}
 
         def see(node: fx.Node, value: Tensor) -> None:
-            low, high = (float(v) for v in torch.aminmax(value))
-            ends[node.name] = min(low, ends[node.name][0]), max(high, ends[node.name][1])
+            found = torch.stack(torch.aminmax(value))
+            ends[node.name] = torch.stack(torch.aminmax(torch.cat([found, ends.get(node.name, found)])))
 
         callbacks: dict[str, Callback] = dict.fromkeys(names, see)
         for batch in self.run.batches(self.images, "Reading ranges"):
             watch(self.teacher.graph, batch, callbacks)
-        for name, (low, high) in ends.items():
-            self.wide[name] = self.quantizers[name].spanning(low, high, WIDE)
+        for name, found in zip(ends, fetched(list(ends.values())), strict=True):
+            low, high = found.tolist()
+            self.wide[name] = self.quantizers[name].spanning(min(low, 0.0), max(high, 0.0), WIDE)
 
     def together(self, worst: Sequence[str], loss: float) -> tuple[float, list[str]]:
         """The fewest of the worst that together come close to the least loss, and that loss."""

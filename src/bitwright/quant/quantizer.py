@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bitwright.errors import UsageError
 from bitwright.quant import affine
 from bitwright.quant.grid import Grid
+from bitwright.transfer import sent
 
 Role = Literal["weight", "activation", "parameter"]
 TINY = 2.0**-60  # so that the product of two steps is still a normal float32
@@ -111,15 +112,15 @@ class Quantizer(nn.Module):
             UsageError: a scale is not finite and positive, or a zero point is off the grid.
         """
         device = self.scale.device
-        scale = scale.detach().reshape(-1).to(device, torch.float32).clamp_min(TINY)
+        scale = scale.detach().reshape(-1).float().clamp_min(TINY)
         if self.power_of_two:
             scale = affine.next_power_of_two(scale)
         if zero_point is None:
             zero = torch.zeros_like(scale if self.block is not None else scale[:1])
         else:
-            zero = zero_point.detach().reshape(-1).to(device, torch.float32)
-        self.scale, self.zero_point = scale, zero
-        self.validate()
+            zero = zero_point.detach().reshape(-1).to(scale.device, torch.float32)
+        self._check(scale, zero)  # where they are: what comes from the CPU waits for no GPU
+        self.scale, self.zero_point = sent(scale, device), sent(zero, device)
 
     def validate(self) -> None:
         """Checks the invariants listed on the class.
@@ -127,19 +128,27 @@ class Quantizer(nn.Module):
         Raises:
             UsageError: one of them does not hold.
         """
-        if not bool((torch.isfinite(self.scale) & (self.scale > 0)).all()):
-            raise UsageError(f"Expected finite positive scales for {self.name}, found {self.scale.tolist()[:4]}.")
+        self._check(self.scale, self.zero_point)
+
+    def _check(self, scale: Tensor, zero: Tensor) -> None:
         low, high = self.grid.levels if self.grid.has_zero_point else (0, 0)
-        if not bool(
-            ((self.zero_point == self.zero_point.round()) & (self.zero_point >= low) & (self.zero_point <= high)).all()
-        ):
+        mantissa = torch.frexp(scale).mantissa
+        holds = [
+            (torch.isfinite(scale) & (scale > 0)).all(),
+            ((zero == zero.round()) & (zero >= low) & (zero <= high)).all(),
+            (mantissa == 0.5).all(),
+            (mantissa == mantissa[:1]).all(),
+        ]
+        positive, whole, powers, apart = torch.stack(holds).tolist()  # one wait for a GPU
+        if not positive:
+            raise UsageError(f"Expected finite positive scales for {self.name}, found {scale.tolist()[:4]}.")
+        if not whole:
             raise UsageError(f"Expected integer zero points in [{low}, {high}] for {self.name}.")
-        if self.block is None and self.zero_point.numel() != 1:
-            raise UsageError(f"Expected one zero point for {self.name}, found {self.zero_point.numel()}.")
-        mantissa = torch.frexp(self.scale).mantissa
-        if self.power_of_two and bool((mantissa != 0.5).any()):
-            raise UsageError(f"Expected scales of {self.name} that are powers of two, found {self.scale.tolist()[:4]}.")
-        if self.block is None and bool((mantissa != mantissa[0]).any()):
+        if self.block is None and zero.numel() != 1:
+            raise UsageError(f"Expected one zero point for {self.name}, found {zero.numel()}.")
+        if self.power_of_two and not powers:
+            raise UsageError(f"Expected scales of {self.name} that are powers of two, found {scale.tolist()[:4]}.")
+        if self.block is None and not apart:
             raise UsageError(f"Expected scales of {self.name} that are powers of two apart.")
 
     def expanded(self) -> tuple[Tensor, Tensor]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from bitwright.errors import DataError
+from bitwright.transfer import fetched
 
 BINS = 8192
 SMALLEST = 2.0**-100
@@ -31,6 +33,7 @@ class Statistics:
 
     def __init__(self, name: str) -> None:
         self.name, self._each = name, 0
+        self._noted: list[tuple[Tensor, int, Tensor]] = []
         self.forget()
 
     def forget(self) -> None:
@@ -48,24 +51,38 @@ class Statistics:
         Raises:
             DataError: a value is not finite; names the layer.
         """
+        self.note(x)
+        add_noted([self])
+
+    def note(self, x: Tensor) -> None:
+        """Takes in a batch of any shape that :func:`add_noted` will add; nothing waits for a GPU."""
         flat = _in_memory_order(x.detach()).reshape(len(x) if x.dim() > 1 else 1, -1)
-        low, high = (float(v) for v in torch.aminmax(flat))
+        self._noted.append((torch.stack(torch.aminmax(flat)).double(), x.numel(), self._sampled(flat)))
+
+    def take_noted(self) -> list[tuple[Tensor, int, Tensor]]:
+        """What was noted since, for each batch: both extremes [2], the number of values, and some of them."""
+        noted, self._noted = self._noted, []
+        return noted
+
+    def _add(self, low: float, high: float, count: int, chosen: Tensor) -> None:
+        """Adds a batch: its extremes, how many values it has, and those that are counted."""
         if not (abs(low) < float("inf") and abs(high) < float("inf")):
             raise DataError(
                 f"The output of {self.name} is not finite on the calibration images. "
                 "Check the preprocessing (mean, std) and the weights before it."
             )
+        if not self.count:
+            self._counts = torch.zeros(BINS, dtype=torch.float64, device=chosen.device)
         self.minimum = min(low, self.minimum) if self.count else low
         self.maximum = max(high, self.maximum) if self.count else high
-        self.count += x.numel()
+        self.count += count
         self._grow(max(abs(low), abs(high)), low < 0)
-        chosen = self._sampled(flat)
         if self._reach == 0:
             self._counts[0 if not self._two_sided else BINS // 2] += chosen.numel()
             return
         width = self._reach / (BINS // 2 if self._two_sided else BINS)  # a power of two: the division is exact
         places = (chosen.float() / width).floor().long() + (BINS // 2 if self._two_sided else 0)
-        self._counts += torch.bincount(places.reshape(-1), minlength=BINS).double().cpu()
+        self._counts.scatter_add_(0, places.reshape(-1), self._counts.new_ones(()).expand(places.numel()))
 
     def _sampled(self, rows: Tensor) -> Tensor:
         """At most ``SAMPLE`` elements of each row, [R, K] of [R, N]; where they start differs from row to row."""
@@ -104,7 +121,7 @@ class Statistics:
         while magnitude >= self._reach > 0:
             halved = self._counts.reshape(-1, 2).sum(1)
             if self._two_sided:
-                quarter = torch.zeros(BINS // 4, dtype=torch.float64)
+                quarter = torch.zeros_like(halved[: BINS // 4])
                 self._counts = torch.cat([quarter, halved, quarter])
             else:
                 self._counts = torch.cat([halved, torch.zeros_like(halved)])
@@ -120,8 +137,27 @@ class Statistics:
         width = (self._reach - start) / BINS
         middles = start + width * (torch.arange(BINS, dtype=torch.float64) + 0.5)
         middles[BINS // 2 if self._two_sided else 0] = 0.0
-        filled = self._counts > 0
-        return middles[filled].clamp(self.minimum, self.maximum), self._counts[filled]
+        counts = self._counts.cpu()
+        filled = counts > 0
+        return middles[filled].clamp(self.minimum, self.maximum), counts[filled]
+
+
+def add_noted(statistics: Iterable[Statistics]) -> None:
+    """Adds all that was noted, with one wait for a GPU, however many tensors there are.
+
+    Raises:
+        DataError: a value is not finite; names the layer.
+    """
+    noted = [(each, *what) for each in statistics for what in each.take_noted()]
+    ends = torch.stack([extremes for _, extremes, _, _ in noted]).tolist() if noted else ()
+    for (each, _, count, chosen), (low, high) in zip(noted, ends, strict=True):
+        each._add(low, high, count, chosen)
+
+
+def to_cpu(statistics: Sequence[Statistics]) -> None:
+    """Brings all histograms to the CPU, with one wait for a GPU."""
+    for each, counts in zip(statistics, fetched([each._counts for each in statistics]), strict=True):
+        each._counts = counts
 
 
 def _above(magnitude: float) -> float:

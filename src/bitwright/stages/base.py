@@ -18,6 +18,7 @@ from bitwright.memory import return_pages
 from bitwright.progress import Progress, silent
 from bitwright.run.record import CheckedAnswers, Outliers, StageRecord
 from bitwright.stages.schedules import FrozenSettings
+from bitwright.transfer import sent
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -172,7 +173,7 @@ class Run:
         done = 0
         self.progress(what, 0, len(images))
         for batch in images.batches(at_once or self.batch):
-            yield batch.to(self.device)
+            yield sent(batch, self.device)
             done += len(batch)
             self.progress(what, done, len(images))
 

@@ -18,12 +18,12 @@ from bitwright.graph import ops, rewrite
 from bitwright.graph.capture import Captured
 from bitwright.graph.points import linear_points
 from bitwright.graph.student import Student
-from bitwright.graph.watch import Callback, updating, watch
+from bitwright.graph.watch import Callback, watch
 from bitwright.quant import shifts
 from bitwright.quant.quantizer import BiasQuantizer, Quantizer
 from bitwright.quant.ranges import RangeMethod, activation_range, spread_ratio, weight_scale
 from bitwright.quant.scheme import Scheme
-from bitwright.quant.statistics import MeanInput, Statistics
+from bitwright.quant.statistics import MeanInput, Statistics, add_noted, to_cpu
 from bitwright.stages.base import KeptSteps, Run, Stage, Stream
 from bitwright.stages.passes import sum_up
 from bitwright.stages.ptf import set_factors
@@ -214,7 +214,7 @@ class _Seen:
 
     def __init__(self, student: Student) -> None:
         self.statistics: dict[str, Statistics] = {}
-        watched: dict[str, list[Statistics]] = defaultdict(list)
+        self._watched: dict[str, list[Statistics]] = defaultdict(list)
         for node in student.graph.graph.nodes:
             if node.op != "call_module" or not _is_activation(student.graph, node):
                 continue
@@ -222,14 +222,23 @@ class _Seen:
             seen = self.statistics.setdefault(str(node.target), Statistics(name))
             source = node.args[0]
             if source.op == "get_attr":
-                seen.update(rewrite.get_tensor(student.graph, str(source.target)))
+                seen.note(rewrite.get_tensor(student.graph, str(source.target)))
             else:
-                watched[source.name].append(seen)
-        self.callbacks: dict[str, Callback] = {name: updating(*observers) for name, observers in watched.items()}
-        self.streams = [seen for observers in watched.values() for seen in observers]
+                self._watched[source.name].append(seen)
+        self.callbacks: dict[str, Callback] = dict.fromkeys(self._watched, self._see)
+        add_noted(self.statistics.values())
+        self.streams = [seen for observers in self._watched.values() for seen in observers]
+
+    def _see(self, node: fx.Node, value: Tensor) -> None:
+        observers = self._watched[node.name]
+        for seen in observers:
+            seen.note(value)
+        if value.device.type == "cpu":  # it waits for nothing, and what was noted holds memory
+            add_noted(observers)
 
     def taken(self) -> list[Tensor]:
         """Nothing: each process keeps what it has seen, until all have seen everything."""
+        add_noted(self.streams)
         return []
 
     def add(self, given: Sequence[Tensor]) -> None:
@@ -237,6 +246,7 @@ class _Seen:
 
     def joined(self) -> dict[str, Statistics]:
         """What all processes have seen together; stored operands were seen whole by each."""
+        to_cpu(list(self.statistics.values()))
         still = {key for key, seen in self.statistics.items() if seen not in self.streams}
         found, *others = together.collected({together.rank(): self.statistics}, together.processes())
         for key in found.keys() - still:
@@ -268,8 +278,10 @@ class MeanSums:
     def taken(self) -> list[Tensor]:
         """The sums of the last batch in the shapes of one sample, and how many samples each is of."""
         fresh, self._fresh = [self._fresh[name] for name in self.means], {}
-        counts = torch.tensor([count for _, count in fresh]).to(fresh[0][0].device) if fresh else None
-        return [] if counts is None else [*(total for total, _ in fresh), counts]
+        counts = torch.tensor([count for _, count in fresh])
+        if fresh and together.processes() > 1:  # tensors that processes exchange lie together; else nothing waits
+            counts = counts.to(fresh[0][0].device)
+        return [*(total for total, _ in fresh), counts] if fresh else []
 
     def add(self, given: Sequence[Tensor]) -> None:
         """Takes in what :meth:`taken` gave, here or in another process."""

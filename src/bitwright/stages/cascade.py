@@ -121,7 +121,7 @@ class Cascade(Stage):
         if not everything.is_finite():
             return  # the line that names the layer is for who checks the answers of the whole network
         layer = _Rows.of(weight, quantizer, len(everything.own))
-        losses = [held.error(values) for values, _, _ in self._solve(layer, seen, self.shares)]
+        losses = torch.stack([held.error(values) for values, _, _ in self._solve(layer, seen, self.shares)]).tolist()
         best = self.shares[losses.index(min(losses))]
         values, between, factors = next(self._solve(layer, everything, [best]))
         quantizer.set_range(quantizer.scale * _by_block(factors.flatten().float(), quantizer))
@@ -240,7 +240,7 @@ class _Moments:
 
     def is_finite(self) -> bool:
         """Whether every value that was summed is."""
-        return all(bool(torch.isfinite(each).all()) for each in self._sums())
+        return bool(torch.stack([torch.isfinite(each).all() for each in self._sums()]).all())
 
     def _sums(self) -> tuple[Tensor, ...]:
         return self.own, self.cross, self.inputs, self.outputs
@@ -251,10 +251,11 @@ class _Moments:
         own = self.own / self.count - x.unsqueeze(2) * x.unsqueeze(1)
         return own, self.cross / self.count - y.unsqueeze(2) * x.unsqueeze(1)
 
-    def error(self, values: Tensor) -> float:
-        """Squared distance of the outputs from the wanted ones, but for a constant."""
+    def error(self, values: Tensor) -> Tensor:
+        """Squared distance of the outputs from the wanted ones, but for a constant: a scalar."""
         own, cross = self.centred()
-        return float(((values @ own - 2 * cross) * values).sum())
+        found: Tensor = ((values @ own - 2 * cross) * values).sum()
+        return found
 
     def biases(self, values: Tensor) -> Tensor:
         """With which rows have the wanted means, [G, R]."""

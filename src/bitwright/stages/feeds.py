@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, fx
 
 from bitwright.graph import ops
-from bitwright.graph.devices import sent
 from bitwright.graph.points import Point, points_at
 from bitwright.graph.segments import truncate
 from bitwright.graph.units import Cut, Unit, UnitKind, cuts, find_units, float_node, part, quantized
@@ -16,6 +15,7 @@ from bitwright.measure.metrics import as_log_probabilities
 from bitwright.stages.base import Samples
 from bitwright.stages.losses import kl_divergence
 from bitwright.stages.targets import Batch, as_channels_last, kept_rows, rows
+from bitwright.transfer import sent
 
 SCALED_ON = 64
 """Images whose mean squared gradient becomes 1."""

@@ -8,9 +8,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, fx
 
-from bitwright.graph.devices import sent
 from bitwright.graph.points import Point
 from bitwright.stages.base import Samples
+from bitwright.transfer import sent
 
 PLACED = 64
 """Samples that are copied to a GPU together."""
