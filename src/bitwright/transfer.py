@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+CPU = torch.device("cpu")
+
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on a device; nothing waits until it is there."""

@@ -24,6 +24,7 @@ from bitwright.given import objects
 from bitwright.given.compat import import_timm
 from bitwright.given.files import Files
 from bitwright.given.images import Images, Preprocessing, load_images, parse_input_size
+from bitwright.given.preprocessing import Compact
 from bitwright.given.spoilt import without_spoilt
 
 SMALL = Preprocessing(input_size=8)
@@ -103,6 +104,38 @@ def test_values_are_scaled_then_normalised_by_channel() -> None:
     how = Preprocessing(input_size=4, mean="0.5,0.25,0", std=(0.5, 0.25, 1))
     assert how(np.full((4, 4, 3), 255, np.uint8))[:, 0, 0].tolist() == [1.0, 3.0, 1.0]
     assert how(np.zeros((4, 4, 3), np.uint8))[:, 0, 0].tolist() == [-1.0, -1.0, 0.0]
+
+
+@pytest.mark.parametrize("settings", [{}, {"channel_order": "bgr"}, {"layout": "channels_last"}])
+def test_every_byte_becomes_the_float_of_single_precision(settings: dict[str, Any]) -> None:
+    """Quotients of float32, which products with a reciprocal are not; a GPU takes the same steps."""
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    how = Preprocessing(input_size=(3, 16, 16), mean=mean, std=std, **settings)
+    every = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    pixels = np.stack([every, every.T, every[::-1]], -1)
+    ordered = pixels[:, :, ::-1] if how.channel_order == "bgr" else pixels
+    expected = (ordered.astype(np.float32) / np.float32(255) - np.float32(mean)) / np.float32(std)
+    expected = expected if how.layout == "channels_last" else expected.transpose(2, 0, 1)
+    assert np.array_equal(how(pixels).numpy(), expected)
+    kept = Compact(torch.from_numpy(np.stack([pixels, pixels[::-1]])), how)
+    assert np.array_equal(kept.rows(torch.tensor([0])).floats()[0].numpy(), expected)
+
+
+def test_pictures_are_kept_as_bytes_and_nothing_else_is(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 6, 6, 3), np.uint8)
+    Image.fromarray(pixels[0]).save(tmp_path / "one.png")
+    how, floats = Preprocessing(mean=0.5, std=0.25), torch.rand(5, 3, 6, 6)
+    for source, given, dtype in (
+        (pixels, how, torch.uint8),
+        (tmp_path, how.sized((3, 6, 6)), torch.uint8),
+        (pixels, as_tensor, torch.float32),
+        (floats, None, torch.float32),
+    ):
+        images = load_images(source, given)
+        found = images.compact([len(images) - 1, 0])
+        assert found.values.dtype == dtype
+        assert torch.equal(found.floats(), images.batch([len(images) - 1, 0]))
+        assert torch.equal(torch.cat(list(images.batches(2))), images.batch(range(len(images))))
 
 
 def test_settings_survive_json() -> None:

@@ -35,8 +35,9 @@ from pretended import OnGpu, waits
 from torch import nn
 
 import bitwright as bw
-from bitwright import api, pipeline
+from bitwright import api, pipeline, transfer
 from bitwright.curvature import label_free
+from bitwright.given import preprocessing
 from bitwright.graph import points
 from bitwright.graph.devices import place_on
 from bitwright.graph.student import Student, moved_to
@@ -45,12 +46,14 @@ from bitwright.recipes import Recipe
 from bitwright.run import job
 from bitwright.sensitivity import MEASURES, Choices, diagnosis
 from bitwright.stages import calibrate, optq, tuning
+from bitwright.stages.augment import Views
 from bitwright.stages.base import Run, Stage
 from bitwright.stages.calibrate import Calibrate
 from bitwright.stages.evolve import Evolve
 from bitwright.stages.optq import Optq
 from bitwright.stages.reconstruct import Reconstruct
 from bitwright.stages.schedules import Anneal, Gradual, Learn
+from bitwright.stages.targets import OnDevice, held_on
 
 REAL = __name__ == "__main__" and sys.argv[1] == "real"
 GPU = torch.device("cuda", 0)
@@ -264,6 +267,42 @@ def awaited() -> None:
             raise AssertionError(f"{what}: waits {max(counts[what])} times")
 
 
+def pictures() -> None:
+    """Pictures come to the GPU as bytes and stay there as bytes; the floats that they become are the CPU's."""
+    how = bw.Preprocessing(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    every = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).expand(1, 16, 16, 3)
+    same("every byte", how.normalize(every.to(GPU)), how.normalize(every))
+    pixels = torch.randint(0, 256, (COUNT, 8, 8, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    made, sizes = bw.load_images(pixels.numpy(), how), list[int]()
+
+    def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        sizes.append(tensor.nbytes if device == GPU and tensor.dim() > 1 else 0)
+        return transfer.sent(tensor, device)
+
+    with mock.patch.object(preprocessing, "sent", sent):
+        same("a batch", made.batch([3, 1], GPU), made.batch([3, 1]))
+        same("batches", torch.cat(list(made.batches(3, GPU))), made.batch(range(COUNT)))
+    if sum(sizes) != (2 + COUNT) * pixels[0].numel():
+        raise AssertionError(f"sent {sum(sizes)} bytes")
+    for draws, kept in ((1, torch.uint8), (2, torch.float32)):
+        views = Views(made, draws)
+        last = views.compact([len(views) - 1]).values.nbytes
+        held = held_on(views, GPU, last * len(views))
+        assert isinstance(held, OnDevice)
+        assert held.whole.values.dtype == kept
+        same("held", held.batch(torch.tensor([7, 0]), GPU), views.batch([7, 0]))
+        assert held_on(views, GPU, last * len(views) - 1) is views
+    with mock.patch.dict(globals(), images=lambda: made):
+        same_integers(cases.SqueezeExcite, "optq")
+        runs(cases.Residual, "eptq", steps=3)
+
+
+def same(what: str, found: torch.Tensor, expected: torch.Tensor) -> None:
+    """On the GPU, to the last bit."""
+    if not on_gpu(found) or not torch.equal(found.cpu(), expected):
+        raise AssertionError(f"{what}: not on the GPU, or other numbers than on the CPU")
+
+
 def recorded(make: Callable[[], nn.Module], method: Any, **said: Any) -> None:
     """Steps that are played from a recording lead where the same steps lead operator by operator."""
     if not REAL:
@@ -334,6 +373,7 @@ REST: dict[str, Any] = {
     "a step waits for nothing": partial(patient, "eptq", steps=3),
     "a step of soft roundings waits for nothing": partial(patient, "eptq-paper", steps=3),
     "calibration and scores wait for no tensor": awaited,
+    "pictures": pictures,
     "recorded steps": partial(recorded, cases.SqueezeExcite, "eptq", steps=12),
     "recorded steps, bfloat16": partial(recorded, cases.Transformer, "eptq", steps=12, precision="bfloat16"),
     "recorded steps of soft roundings": partial(recorded, cases.Residual, stages(_VIEWS), steps=12),

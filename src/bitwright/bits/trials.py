@@ -291,7 +291,7 @@ def _agreement(
 ) -> float:
     """Share of held-out images with the float network's answer, of the worst output, after the quick stages."""
     student, own = _tried(teacher, plan, scheme, quick, fit, run)
-    readings = read_outputs(teacher.graph, held_out.batch([0]).to(run.device), teacher.outputs)
+    readings = read_outputs(teacher.graph, held_out.batch([0], run.device), teacher.outputs)
     fidelity = Fidelity(teacher.outputs, readings)
     for batch in own.batches(held_out, ""):
         with torch.no_grad():

@@ -35,6 +35,7 @@ from bitwright.graph.blocks import find_blocks
 from bitwright.measure.classification import class_scores
 from bitwright.progress import Progress, silent
 from bitwright.quant.affine import to_blocks
+from bitwright.transfer import CPU
 
 if TYPE_CHECKING:
     from bitwright.given.images import Images
@@ -68,7 +69,7 @@ class Data:
         """A batch [B, C, H, W] on the device, with its labels [B]."""
         some = range(position * self.batch, min((position + 1) * self.batch, len(self.images)))
         labels = None if self.images.labels is None else self.images.labels[some.start : some.stop].to(self.device)
-        return self.images.batch(some).to(self.device), labels
+        return self.images.batch(some, self.device or CPU), labels
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         return map(self.part, range(self.parts))

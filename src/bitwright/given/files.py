@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bitwright.errors import DataError
 from bitwright.given.placement import ImagePlacement, placement
-from bitwright.given.preprocessing import Pixels, PreprocessFunction, Preprocessing, from_pixels, to_channels
+from bitwright.given.preprocessing import Compact, Pixels, PreprocessFunction, Preprocessing, from_pixels, to_channels
 from bitwright.given.several import InputPart, side_by_side
 from bitwright.given.text import short
 
@@ -381,15 +381,15 @@ class Store:
                 self.cache[index] = value
                 self.room -= value.nbytes
 
-    def stack(self, indices: Sequence[int], fetched: list[Pixels | Tensor | Image.Image]) -> Tensor:
-        """Return float32 (B, C, H, W).
+    def stack(self, indices: Sequence[int], fetched: list[Pixels | Tensor | Image.Image]) -> Compact:
+        """Return float32 (B, C, H, W), or the pixels that become that.
 
         Raises:
             DataError: the user's function gives several shapes.
         """
         pixels = [item for item in fetched if isinstance(item, np.ndarray)]
         if isinstance(self.preprocessing, Preprocessing) and len(pixels) == len(fetched):
-            return self.preprocessing.normalize(torch.from_numpy(np.stack(pixels)))
+            return Compact(torch.from_numpy(np.stack(pixels)), self.preprocessing)
         tensors = [self.apply(i, item) for i, item in zip(indices, fetched, strict=True)]
         for i, tensor in zip(indices, tensors, strict=True):
             if tensor.shape != tensors[0].shape:
@@ -398,7 +398,7 @@ class Store:
                     f"Expected preprocess to give one shape, found {tuple(tensors[0].shape)} for {first} "
                     f"and {tuple(tensor.shape)} for {name}. Resize or crop in it."
                 )
-        return torch.stack(tensors)
+        return Compact(torch.stack(tensors))
 
     def apply(self, index: int, item: Pixels | Tensor | Image.Image) -> Tensor:
         """Return the tensor (C, H, W) of one image, by the user's function unless it is one already.
@@ -422,8 +422,8 @@ class Store:
         self.keep(index, tensor)
         return tensor
 
-    def stream(self, groups: Iterable[Sequence[int]]) -> Iterator[Tensor]:
-        """Yield one (B, C, H, W) for each group, while threads decode the group after it."""
+    def stream(self, groups: Iterable[Sequence[int]]) -> Iterator[Compact]:
+        """Yield what :meth:`stack` gives for each group, while threads decode the group after it."""
         pool = ThreadPoolExecutor(self.threads)
         waiting: deque[tuple[Sequence[int], list[Future[Pixels | Tensor | Image.Image]]]] = deque()
         try:
@@ -436,7 +436,7 @@ class Store:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _next(self, waiting: deque[tuple[Sequence[int], list[Future[Pixels | Tensor | Image.Image]]]]) -> Tensor:
+    def _next(self, waiting: deque[tuple[Sequence[int], list[Future[Pixels | Tensor | Image.Image]]]]) -> Compact:
         group, futures = waiting.popleft()
         return self.stack(group, [future.result() for future in futures])
 
@@ -473,12 +473,12 @@ class Joined(Store):
         self.made: dict[int, dict[str, Tensor]] = {}
         self.parts = side_by_side(self._inputs([like], [self.fetch(like)]))[1]
 
-    def stack(self, indices: Sequence[int], fetched: list[Pixels | Tensor | Image.Image]) -> Tensor:
+    def stack(self, indices: Sequence[int], fetched: list[Pixels | Tensor | Image.Image]) -> Compact:
         """Return all inputs side by side, float32 (B, ...)."""
-        return side_by_side(self._inputs(indices, fetched))[0]
+        return Compact(side_by_side(self._inputs(indices, fetched))[0])
 
     def _inputs(self, indices: Sequence[int], fetched: list[Pixels | Tensor | Image.Image]) -> dict[str, Tensor]:
-        images = super().stack(indices, fetched)
+        images = super().stack(indices, fetched).floats()
         rows = [self.made.get(i) or self._kept(i, self.beside(images[k : k + 1])) for k, i in enumerate(indices)]
         return {self.name: images, **{key: torch.cat([row[key] for row in rows]) for key in rows[0]}}
 

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import overload
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -21,9 +22,10 @@ from bitwright.given.labels import given_labels
 from bitwright.given.objects import AXES, Asked
 from bitwright.given.placement import ImagePlacement
 from bitwright.given.places import find_images
-from bitwright.given.preprocessing import PreprocessFunction, Preprocessing, parse_input_size
+from bitwright.given.preprocessing import Compact, PreprocessFunction, Preprocessing, parse_input_size
 from bitwright.given.several import InputPart
 from bitwright.given.truth import Truth
+from bitwright.transfer import CPU
 
 __all__ = ["Images", "PreprocessFunction", "Preprocessing", "load_images", "parse_input_size"]
 
@@ -107,8 +109,8 @@ class Images:
         for batch in self.batches(32):
             yield from batch
 
-    def batches(self, size: int) -> Iterator[Tensor]:
-        """Yield float32 (B, C, H, W) in order; B is ``size``, less in the last one.
+    def batches(self, size: int, device: torch.device = CPU) -> Iterator[Tensor]:
+        """Yield float32 (B, C, H, W) on a device in order; B is ``size``, less in the last one.
 
         Raises:
             DataError: for an unreadable file, when its batch is reached.
@@ -117,10 +119,22 @@ class Images:
         if size < 1:
             raise UsageError(f"Expected a batch size of at least 1, found {size}.")
         starts = range(0, len(self), size)
-        return self._store.stream(self._indices[start : start + size] for start in starts)
+        groups = (self._indices[start : start + size] for start in starts)
+        return (found.on(device).floats() for found in self._store.stream(groups))
 
-    def batch(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """Return float32 (B, C, H, W) for positions in this sequence, in the order given.
+    def batch(self, indices: Sequence[int] | Tensor, device: torch.device = CPU) -> Tensor:
+        """Return float32 (B, C, H, W) on a device for positions in this sequence, in the order given.
+
+        Pictures come to a GPU as bytes, and become floats there.
+
+        Raises:
+            IndexError: for a position outside the sequence.
+            UsageError: when there is none.
+        """
+        return self.compact(indices).on(device).floats()
+
+    def compact(self, indices: Sequence[int] | Tensor) -> Compact:
+        """Return what :meth:`batch` gives, pictures as bytes.
 
         Raises:
             IndexError: for a position outside the sequence.

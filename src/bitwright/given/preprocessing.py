@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, model
 from torch import Tensor
 
 from bitwright.errors import DataError, UsageError
+from bitwright.transfer import sent
 
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -155,13 +157,48 @@ class Preprocessing(BaseModel):
         return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """Return float32 (B, C, H, W), or (B, H, W, C) with the channels last, from uint8 pixels (B, H, W, C)."""
-        mean = torch.tensor(self.mean, dtype=torch.float32).view(-1, 1, 1)
-        std = torch.tensor(self.std, dtype=torch.float32).view(-1, 1, 1)
+        """Return float32 (B, C, H, W), or (B, H, W, C) with the channels last, from uint8 pixels (B, H, W, C).
+
+        The same bits on every device.
+        """
+        # As a plain number, a GPU would multiply by the reciprocal of 255, which gives other last bits.
+        numbers = sent(torch.tensor([255, *self.mean, *self.std], dtype=torch.float32), pixels.device).view(-1, 1, 1)
+        full, mean, std = torch.split(numbers, [1, len(self.mean), len(self.std)])
         pixels = pixels.flip(-1) if self.channel_order == "bgr" else pixels
         values = pixels.permute(0, 3, 1, 2).contiguous().to(torch.float32)
-        values = values.div_(255).sub_(mean).div_(std)
+        values = values.div_(full).sub_(mean).div_(std)
         return values if self.layout == "channels_first" else values.permute(0, 2, 3, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class Compact:
+    """Some inputs as they are kept: floats that a network reads, or the bytes of pictures, a quarter as large.
+
+    Attributes:
+        values: float32 (B, ...), or uint8 pixels (B, H, W, C).
+        how: makes floats of the pixels; None where there are floats.
+
+    Example:
+        >>> how = Preprocessing(input_size=(1, 2, 2), mean=0.5, std=0.5)
+        >>> kept = Compact(torch.full((3, 2, 2, 1), 255, dtype=torch.uint8), how)
+        >>> kept.values.nbytes, kept.floats().nbytes, kept.rows(torch.tensor([2])).floats().flatten().tolist()
+        (12, 48, [1.0, 1.0, 1.0, 1.0])
+    """
+
+    values: Tensor
+    how: Preprocessing | None = None
+
+    def floats(self) -> Tensor:
+        """Return what the network reads, float32 (B, ...), where the values are."""
+        return self.values if self.how is None else self.how.normalize(self.values)
+
+    def on(self, device: torch.device) -> Compact:
+        """Return the same on a device; nothing waits until it is there."""
+        return replace(self, values=sent(self.values, device))
+
+    def rows(self, chosen: Tensor) -> Compact:
+        """Return some of them, by positions (B,) on the same device."""
+        return replace(self, values=self.values[chosen])
 
 
 PreprocessFunction: TypeAlias = Callable[[Image.Image], Tensor]

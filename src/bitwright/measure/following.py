@@ -59,7 +59,7 @@ class Follower:
             DataError: there is no figure, or none above 0, of the float network against itself.
         """
         device = device_of(teacher.graph)
-        readings = read_outputs(teacher.graph, images.batch([0]).to(device), teacher.outputs)
+        readings = read_outputs(teacher.graph, images.batch([0], device), teacher.outputs)
         outputs = outputs_of(teacher, readings)
         known = _with_answers(teacher, images, outputs, scoring)
         made = cls(known, outputs, scoring, "", 1.0)

@@ -117,7 +117,7 @@ def balance(
     """
     some = images.sample(min(IMAGES, len(images)), seed=run.seed).unlabelled()
     more = images.sample(min(RANGE_IMAGES, len(images)), seed=run.seed).unlabelled()
-    readings = read_outputs(teacher.graph, some.batch([0]).to(run.device), teacher.outputs)
+    readings = read_outputs(teacher.graph, some.batch([0], run.device), teacher.outputs)
     trial = _Trial(insert, some, more, plain_ranges(method), run, readings)
     found: list[ChannelScales] = []
     now = trial.of(teacher, [])
@@ -263,7 +263,7 @@ class _Trial:
 
     def spread(self, teacher: Captured) -> float:
         """Of the float network's answers, from image to image."""
-        batch = self.images.batch(range(min(BATCH, len(self.images)))).to(self.run.device)
+        batch = self.images.batch(range(min(BATCH, len(self.images))), self.run.device)
         with torch.no_grad():
             return spread_of_outputs(teacher.flat(batch), self.readings)
 
@@ -298,7 +298,7 @@ class _Trial:
             found[name] = found.get(name, torch.zeros(())) + each.double().square().sum(0)
 
         at_once = images_with_gradients(teacher.graph.graph, self.run.device, BATCH)
-        batches = (b.to(self.run.device) for b in self.images.batches(at_once))
+        batches = self.images.batches(at_once, self.run.device)
         see_gradients(
             teacher.graph, batches, quantizers, see, readings=self.readings, probes=PROBES, seed=self.run.seed
         )

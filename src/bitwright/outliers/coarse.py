@@ -207,7 +207,7 @@ class _Trial:
 
     def look(self, teacher: Captured) -> None:
         """Remembers what the float network answers."""
-        self.readings = read_outputs(teacher.graph, self.fit.batch([0]).to(self.run.device), teacher.outputs)
+        self.readings = read_outputs(teacher.graph, self.fit.batch([0], self.run.device), teacher.outputs)
         with torch.no_grad():
             self.expected = [teacher.flat(batch) for batch in self.run.batches(self.held, WHAT)]
 

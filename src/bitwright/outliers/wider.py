@@ -214,7 +214,7 @@ class _Trial:
     def __init__(self, student: Student, teacher: Captured, images: Images, run: Run) -> None:
         self.student, self.teacher, self.images, self.run = student, teacher, images, run
         self.quantizers = {n: q for n, q in own_quantizers(student).items() if q.grid.bits < WIDE}
-        self.readings = read_outputs(teacher.graph, images.batch([0]).to(run.device), teacher.outputs)
+        self.readings = read_outputs(teacher.graph, images.batch([0], run.device), teacher.outputs)
         self.wide: dict[str, Calibration] = {}
         self.expected: list[list[Tensor]] = []
         self.what = "Looking for activations that need bits"
@@ -244,7 +244,7 @@ class _Trial:
             sums[name] = sums[name] + error.flatten(1).sum(1).double().square().sum()
 
         at_once = images_with_gradients(self.teacher.graph.graph, self.run.device, BATCH)
-        batches = (b.to(self.run.device) for b in self.images.batches(at_once))
+        batches = self.images.batches(at_once, self.run.device)
         how: dict[str, Any] = {"readings": self.readings, "probes": PROBES, "seed": self.run.seed}
         see_gradients(self.teacher.graph, batches, self.quantizers, see, **how)
         effects = {name: float(total) for name, total in zip(sums, fetched(list(sums.values())), strict=True)}

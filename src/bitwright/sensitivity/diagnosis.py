@@ -161,7 +161,7 @@ class _Patient:
         self.graph, self.teacher = model.graph, model.teacher
         self.nodes: dict[str, fx.Node] = {n.name: n for n in self.graph.graph.nodes}
         self.theirs: dict[str, fx.Node] = {n.name: n for n in self.teacher.graph.graph.nodes}
-        self.readings = read_outputs(self.teacher.graph, images.batch([0]).to(run.device), model.outputs)
+        self.readings = read_outputs(self.teacher.graph, images.batch([0], run.device), model.outputs)
         self.suspects = self._suspects()
         self.calls: dict[str, list[fx.Node]] = {s.key: [] for s in self.suspects}
         by_target = {s.called: s.key for s in self.suspects}
@@ -283,7 +283,7 @@ class _Patient:
         chosen = order[:count]
         for start in range(0, len(chosen), at_once):
             self.run.progress("Looking for what was lost", start, len(chosen))
-            images = self.images.batch(chosen[start : start + at_once]).to(self.run.device)
+            images = self.images.batch(chosen[start : start + at_once], self.run.device)
             self.parts.append(_Images(images, watch(self.teacher.graph, images, callbacks)))
         self.run.progress("Looking for what was lost", len(chosen), len(chosen))
         self.means = {name: mean.mean for name, mean in means.items()}
@@ -296,7 +296,7 @@ class _Patient:
             nonlocal held
             held += segments.tensor_bytes({"": value})
 
-        images = self.images.batch(first).to(self.run.device)
+        images = self.images.batch(first, self.run.device)
         operators = [name for name, node in self.theirs.items() if node.op == "call_function"]
         started = self.clock()
         outputs = watch(self.teacher.graph, images, dict.fromkeys(operators, see))

@@ -58,7 +58,7 @@ class MeasuredLoss(Measure):
         """
         if self.labels and images.labels is None:
             raise UsageError("Expected labels to measure cross-entropy with, found none.")
-        readings = read_outputs(teacher.graph, images.batch([0]).to(run.device), teacher.outputs)
+        readings = read_outputs(teacher.graph, images.batch([0], run.device), teacher.outputs)
         judge = _added_cross_entropy if self.labels else _distance_of_outputs(readings)
         return _OneAtATime(teacher, choices, run).table(self.name, images, [], judge)
 

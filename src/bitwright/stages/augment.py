@@ -12,8 +12,9 @@ from pydantic import Field
 from torch import Tensor
 
 from bitwright.given.images import Images
-from bitwright.given.preprocessing import has_channels_last
+from bitwright.given.preprocessing import Compact, has_channels_last
 from bitwright.stages.base import Samples
+from bitwright.transfer import CPU
 
 FEW, MOST = 256, 4
 """Views that make up for few images, and how many of each image at most: more gained nothing with 48 images."""
@@ -89,23 +90,29 @@ class Views:
         views = Views(self.images, before + more, UNSEEN, self.smallest)
         return _Later(views, before * len(self.images))
 
-    def batch(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """[B, C, H, W]; index ``i`` is view ``i // len(images)`` of image ``i % len(images)``.
+    def batch(self, indices: Sequence[int] | Tensor, device: torch.device = CPU) -> Tensor:
+        """[B, C, H, W] on a device, as :meth:`compact` finds them."""
+        return self.compact(indices).on(device).floats()
+
+    def compact(self, indices: Sequence[int] | Tensor) -> Compact:
+        """[B, C, H, W], or the pixels of whole pictures.
+
+        Index ``i`` is view ``i // len(images)`` of image ``i % len(images)``.
 
         Inputs of different shapes, which lie one after another, have no views: each would be cut otherwise. Nor have
         signals and vectors.
         """
         chosen = [int(i) for i in indices]
-        batch = self.images.batch([i % len(self.images) for i in chosen])
-        uncut = batch.dim() < 4 or any(part.flat for part in self.images.parts)
+        batch = self.images.compact([i % len(self.images) for i in chosen])
+        uncut = batch.values.dim() < 4 or any(part.flat for part in self.images.parts)
         if uncut or all(i < len(self.images) for i in chosen):
             return batch
-        return torch.stack([self._view(x, i) for x, i in zip(batch, chosen, strict=True)])
+        return Compact(torch.stack([self._view(x, i) for x, i in zip(batch.floats(), chosen, strict=True)]))
 
-    def batches(self, size: int) -> Iterator[Tensor]:
-        """All views in order, [B, C, H, W]; B is ``size``, less in the last one."""
+    def batches(self, size: int, device: torch.device = CPU) -> Iterator[Tensor]:
+        """All views in order, [B, C, H, W] on a device; B is ``size``, less in the last one."""
         for start in range(0, len(self), size):
-            yield self.batch(range(start, min(start + size, len(self))))
+            yield self.batch(range(start, min(start + size, len(self))), device)
 
     def by_image(self) -> list[int]:
         """The indices in another order: all views of an image one after another."""
@@ -140,5 +147,5 @@ class _Later:
     def __len__(self) -> int:
         return len(self.views) - self.first
 
-    def batch(self, indices: Sequence[int] | Tensor) -> Tensor:
-        return self.views.batch([self.first + int(i) for i in indices])
+    def batch(self, indices: Sequence[int] | Tensor, device: torch.device = CPU) -> Tensor:
+        return self.views.batch([self.first + int(i) for i in indices], device)

@@ -18,7 +18,7 @@ from bitwright.memory import return_pages
 from bitwright.progress import Progress, silent
 from bitwright.run.record import CheckedAnswers, Outliers, StageRecord
 from bitwright.stages.schedules import FrozenSettings
-from bitwright.transfer import sent
+from bitwright.transfer import CPU
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -172,8 +172,8 @@ class Run:
         """The images in batches on the device, [B, C, H, W], with progress; ``at_once`` of them, or :attr:`batch`."""
         done = 0
         self.progress(what, 0, len(images))
-        for batch in images.batches(at_once or self.batch):
-            yield sent(batch, self.device)
+        for batch in images.batches(at_once or self.batch, self.device):
+            yield batch
             done += len(batch)
             self.progress(what, done, len(images))
 
@@ -183,15 +183,15 @@ class Samples(Protocol):
 
     def __len__(self) -> int: ...
 
-    def batch(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """[B, C, H, W]."""
+    def batch(self, indices: Sequence[int] | Tensor, device: torch.device = CPU) -> Tensor:
+        """[B, C, H, W] on a device."""
 
 
 class Streamed(Samples, Protocol):
     """The same, that can be had in order."""
 
-    def batches(self, size: int) -> Iterator[Tensor]:
-        """[B, C, H, W] each, of this many; the last may have fewer."""
+    def batches(self, size: int, device: torch.device = CPU) -> Iterator[Tensor]:
+        """[B, C, H, W] each on a device, of this many; the last may have fewer."""
 
 
 class Stage(FrozenSettings):

@@ -159,7 +159,7 @@ class Batches:
 
     def load(self, part: Tensor) -> Tensor:
         """[B, C, H, W] on the device."""
-        return self.images.batch(part).to(self.device)
+        return self.images.batch(part, self.device)
 
     def __iter__(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
         for part, targets in zip(self.parts, self.targets, strict=True):

@@ -364,7 +364,7 @@ class _Batches(Sequence[Tensor]):
         return len(self._each)
 
     def __getitem__(self, position: Any) -> Any:
-        return self._samples.batch(self._each[position]).to(self._device)
+        return self._samples.batch(self._each[position], self._device)
 
 
 def _moments(layer: _Drawn, ours: Walk, wanted: list[Tensor], parts: Iterable[int]) -> Iterator[_Moments]:

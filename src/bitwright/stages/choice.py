@@ -64,7 +64,7 @@ class UnseenLoss:
         with torch.no_grad():
             for start in range(0, self.count, self.at_once):
                 indices = torch.arange(start, min(start + self.at_once, self.count))
-                samples = self.samples.batch(indices).to(self.run.device)
+                samples = self.samples.batch(indices, self.run.device)
                 chosen = weights[indices].to(self.run.device)
                 _, expected = self.teacher(samples)
                 for name, state in states.items():

@@ -171,7 +171,7 @@ class UnitFeed:
         return [*inputs, *values[:at], *(v * r for v, r in zip(values[at:], roots, strict=True)), *roots]
 
     def _images(self, indices: Tensor) -> Tensor:
-        return as_channels_last(sent(self.samples.batch(indices), self.device))
+        return as_channels_last(self.samples.batch(indices, self.device))
 
     def _empty(self, indices: Tensor) -> Tensor:
         """In the place of images of which only the size is read."""

@@ -252,7 +252,7 @@ class Lesson:
 
     def _part(self, indices: Tensor, phase: Phase, share: float) -> float:
         """Both losses of some images, times their share of the batch."""
-        images = self.views.batch(indices).to(self.run.device)
+        images = self.views.batch(indices, self.run.device)
         labels = self.labels[indices % len(self.labels)].to(self.run.device)
         student = class_scores(self.learner(images)[0], labels)
         loss = functional.cross_entropy(student, labels)
@@ -321,7 +321,7 @@ def _answers(student: Student, images: Images, run: Run) -> tuple[float, float]:
         run.progress("Training images", position, len(parts))
         part = parts[position]
         labels = known[part].to(run.device)
-        scores = class_scores(student.flat(images.batch(part).to(run.device)), labels)
+        scores = class_scores(student.flat(images.batch(part, run.device)), labels)
         total = functional.cross_entropy(scores, labels, reduction="sum")
         return float(total), int((scores.argmax(1) == labels).sum())
 

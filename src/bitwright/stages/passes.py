@@ -115,7 +115,7 @@ def shared_pass(
 
 def _batch(images: Streamed, run: Run, position: int) -> Tensor:
     start = position * run.batch
-    return images.batch(range(start, min(start + run.batch, len(images)))).to(run.device)
+    return images.batch(range(start, min(start + run.batch, len(images))), run.device)
 
 
 def dealt_tensors(

@@ -208,7 +208,7 @@ class Reconstruct(Optimising):
         samples = Views(images, view_count(images, self.views), run.seed)
         objective, scores = self._objective(teacher, samples, points, run)
         targets = Targets(expose(teacher.graph, [p.node for p in points]), points, torch.float32)
-        first = samples.batch(range(min(8, len(images)))).to(run.device)
+        first = samples.batch(range(min(8, len(images))), run.device)
         learner.measure_outputs(targets(torch.arange(len(first)), first))
         feed = ImageFeed(held_on(samples, run.device, pass_budget(run.device) // 8), targets, run.device)
 
@@ -294,7 +294,7 @@ class Reconstruct(Optimising):
             count = min(self.score_images, count)
         size = min(SCORED_AT_ONCE, count)
         if size > 1:
-            pair = samples.batch([0, 1]).to(run.device)
+            pair = samples.batch([0, 1], run.device)
             size = min(size, images_at_once(teacher.graph, pair, points, 2 * pass_budget(run.device) // 3))
 
         def compute() -> HessianScores:
@@ -302,7 +302,7 @@ class Reconstruct(Optimising):
                 for position, start in enumerate(range(0, count, size)):
                     run.progress("Scoring layers", start, count)
                     mine = together.is_mine(position)
-                    yield samples.batch(range(start, min(start + size, count))).to(run.device) if mine else None
+                    yield samples.batch(range(start, min(start + size, count)), run.device) if mine else None
                 run.progress("Scoring layers", count, count)
 
             return label_free_scores(
@@ -380,7 +380,7 @@ class Reconstruct(Optimising):
         learner = Learner(
             student, place.exits, self._variables(student), part(graph, place.cut), place.layers, place.fixed
         )
-        first = samples.batch(range(min(SCALED_ON, len(samples)))).to(run.device)
+        first = samples.batch(range(min(SCALED_ON, len(samples))), run.device)
         learner.measure_outputs(truncate(teacher.graph, place.unit.nodes)(first[:8]))
         weights = None
         if self.weigh in {"fisher", "low-rank"} and _learns(learner):
@@ -580,7 +580,7 @@ class _Work:
 
 def _sqnr(student: Student, images: Images, run: Run) -> dict[str, float | None]:
     """Of every layer in dB, on a few images."""
-    return layer_sqnr(student, images.batch(range(min(16, len(images)))).to(run.device))
+    return layer_sqnr(student, images.batch(range(min(16, len(images))), run.device))
 
 
 def _left_nearest(student: Student, teacher: Captured, run: Run) -> float:

@@ -130,7 +130,7 @@ def _rows(teacher: Captured, student: Student, ends: list[_End], images: Images,
     def compare(node: fx.Node, value: Tensor) -> None:
         found[node.name].update(exact[node.name], value, axes[node.name])
 
-    for batch in (b.to(run.device) for b in images.batches(8)):
+    for batch in images.batches(8, run.device):
         watch(teacher.graph, batch, dict.fromkeys(axes, remember))
         watch(student.graph, batch, dict.fromkeys(axes, compare))
     return found

@@ -8,9 +8,11 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, fx
 
+from bitwright.given.preprocessing import Compact
 from bitwright.graph.points import Point
+from bitwright.stages.augment import Views
 from bitwright.stages.base import Samples
-from bitwright.transfer import sent
+from bitwright.transfer import CPU, sent
 
 PLACED = 64
 """Samples that are copied to a GPU together."""
@@ -63,7 +65,7 @@ class Targets:
 
     def keep(self, samples: Samples, at_once: int, device: torch.device, dtype: torch.dtype | None = None) -> None:
         """Computes them for all samples, and keeps them in that type if one is given."""
-        self.kept = kept_rows(len(samples), at_once, lambda part: self._compute(samples.batch(part).to(device)), dtype)
+        self.kept = kept_rows(len(samples), at_once, lambda part: self._compute(samples.batch(part, device)), dtype)
 
     def __call__(self, indices: Tensor, images: Tensor) -> list[Tensor]:
         """Values for the samples at these positions, [N ...] each."""
@@ -90,28 +92,33 @@ class Targets:
 
 
 class OnDevice:
-    """Samples that lie where they are computed with, [N, C, H, W]."""
+    """Samples that lie where they are computed with, [N, C, H, W] or as bytes."""
 
-    def __init__(self, whole: Tensor) -> None:
+    def __init__(self, whole: Compact) -> None:
         self.whole = whole
 
     def __len__(self) -> int:
-        return len(self.whole)
+        return len(self.whole.values)
 
-    def batch(self, indices: Sequence[int] | Tensor) -> Tensor:
-        """Some of them, [B, C, H, W]."""
+    def batch(self, indices: Sequence[int] | Tensor, device: torch.device = CPU) -> Tensor:
+        """Some of them, [B, C, H, W]; on a device."""
         chosen = indices if isinstance(indices, Tensor) else torch.tensor(list(indices))
-        return self.whole[sent(chosen, self.whole.device)]
+        return self.whole.rows(sent(chosen, self.whole.values.device)).on(device).floats()
 
 
-def held_on(samples: Samples, device: torch.device, budget: int) -> Samples:
-    """The samples on a GPU, if all of them fit into a budget of bytes; else as they are, copied batch by batch."""
-    one = samples.batch([0])
-    if device.type == "cpu" or one.nbytes * len(samples) > budget:
+def held_on(samples: Views, device: torch.device, budget: int) -> Samples:
+    """The samples on a GPU, if all of them fit into a budget of bytes; else as they are, copied batch by batch.
+
+    Whole pictures are kept as bytes; where some are views, which are floats, all are floats.
+    """
+    last = samples.compact([len(samples) - 1]).values  # a view, if there are any
+    if device.type == "cpu" or last.nbytes * len(samples) > budget:
         return samples
     starts = range(0, len(samples), PLACED)
-    parts = (samples.batch(range(s, min(s + PLACED, len(samples)))).to(device) for s in starts)
-    return OnDevice(torch.cat([as_channels_last(part) for part in parts]))
+    parts = [samples.compact(range(s, min(s + PLACED, len(samples)))).on(device) for s in starts]
+    if last.dtype == torch.uint8:
+        return OnDevice(Compact(torch.cat([part.values for part in parts]), parts[0].how))
+    return OnDevice(Compact(torch.cat([as_channels_last(part.floats()) for part in parts])))
 
 
 class ImageFeed:
@@ -125,12 +132,12 @@ class ImageFeed:
 
     def __call__(self, indices: Tensor) -> Batch:
         """Images and the float network's values."""
-        images = as_channels_last(sent(self.samples.batch(indices), self.device))
+        images = as_channels_last(self.samples.batch(indices, self.device))
         return Batch([images], self.targets(indices, images))
 
     def keep(self, budget: int, uses: int, at_once: int) -> bool:
         """Keeps the float network's values where they fit, in bfloat16 if need be: taking rows is faster."""
-        one = self.samples.batch([0]).to(self.device)
+        one = self.samples.batch([0], self.device)
         for dtype in (None, torch.bfloat16):
             if 0 < self.targets.bytes_of(one, dtype) * len(self) <= budget and uses >= 2 * len(self):
                 self.targets.keep(self.samples, at_once, self.device, dtype)

@@ -34,7 +34,7 @@ def cells(subject: Subject, settings: StudySettings) -> Iterator[Cell]:
     """The start, then evolution with every loss that suits the network's outputs, with every seed."""
     images = subject.calibration(settings.samples, settings.seeds[0])
     with torch.no_grad():
-        outputs = list(subject.teacher.graph(images.batch(range(min(2, len(images)))).to(subject.device)))
+        outputs = list(subject.teacher.graph(images.batch(range(min(2, len(images))), subject.device)))
     losses = [m for m in get_args(FitnessMeasure) if suits(m, outputs)]
     shown = cache(partial(_held_out, subject))
     for bits in settings.weights:

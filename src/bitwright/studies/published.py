@@ -72,7 +72,7 @@ class _Bench:
         subject, held_out = self.subject, self.subject.held_out
         run = Run(seed=0, device=subject.device)
         batches = Batches(subject.teacher, held_out.unlabelled(), TOGETHER, run, "Teacher's outputs")
-        first = held_out.batch([0]).to(subject.device)
+        first = held_out.batch([0], subject.device)
         answers = RightAndFar(readings=tuple(read_outputs(subject.teacher.graph, first, subject.teacher.outputs)))
         if held_out.labels is not None:
             for part, targets in zip(batches.parts, batches.targets, strict=True):

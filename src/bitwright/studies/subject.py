@@ -143,7 +143,7 @@ class Subject:
             return [o.cpu() for o in student.flat(x.to(self.device))]
 
         names = self.teacher.outputs
-        readings = read_outputs(self.teacher.graph, images.batch([0]).to(self.device), names)
+        readings = read_outputs(self.teacher.graph, images.batch([0], self.device), names)
         outputs = Outputs(names, readings)
         return compare(network, self._teacher, images, outputs=outputs, batch=BATCH, progress=progress)
 

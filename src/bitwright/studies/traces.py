@@ -22,6 +22,7 @@ from bitwright.errors import ModelError
 from bitwright.given.images import Images
 from bitwright.graph.points import Point
 from bitwright.progress import Progress, silent
+from bitwright.transfer import CPU
 
 BATCH = 16
 
@@ -82,7 +83,7 @@ def hessian_traces(
     generator = torch.Generator().manual_seed(seed)
     for start in range(0, len(images), BATCH):
         where = range(start, min(start + BATCH, len(images)))
-        batch = images.batch(where).to(device)
+        batch = images.batch(where, device or CPU)
         found = _probe(exposed, batch, loss, loss.targets[start : where.stop].to(device), probes, generator)
         mean += found.mean(0)
         variance += found.var(0) / probes
