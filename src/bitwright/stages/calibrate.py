@@ -27,6 +27,7 @@ from bitwright.quant.statistics import MeanInput, Statistics, add_noted, to_cpu
 from bitwright.stages.base import KeptSteps, Run, Stage, Stream
 from bitwright.stages.passes import sum_up
 from bitwright.stages.ptf import set_factors
+from bitwright.transfer import fetched
 
 BIAS_IMAGES = 128
 """Images that ``sequential`` corrects biases on, in one batch."""
@@ -376,6 +377,7 @@ def widen_for_biases(student: Student) -> None:
 
     Such channels have next to no weights (dead ones have none), so that a wider step costs nothing.
     """
+    found: list[tuple[Quantizer, Tensor]] = []
     for node in student.graph.graph.nodes:
         if node.op != "call_module":
             continue
@@ -385,4 +387,8 @@ def widen_for_biases(student: Student) -> None:
         bias = rewrite.get_tensor(student.graph, str(node.args[0].target)).abs()
         weight = quantizer.weight
         needed = bias * 2.0**weight.shift / (BIAS_REACH * quantizer.source.scale)
-        weight.set_range(torch.maximum(weight.scale, needed if weight.scale.numel() > 1 else needed.max()))
+        found.append((weight, needed if weight.scale.numel() > 1 else needed.max()))
+    enough = fetched([(needed <= weight.scale).all() for weight, needed in found])
+    for (weight, needed), fits in zip(found, enough, strict=True):
+        if not fits:
+            weight.set_range(torch.maximum(weight.scale, needed))
