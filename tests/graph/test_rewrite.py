@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES, captured, images, outputs, prepared
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bitwright as bw
-from bitwright.graph import ops
+from bitwright.graph import ops, rewrite
 from bitwright.graph.capture import Captured, capture
 from bitwright.graph.prepare import prepare
 
@@ -320,3 +321,35 @@ def test_what_several_blocks_compute_alike_is_stored_once() -> None:
     made = capture(_Turns(), x)
     assert len([n for n in made.graph.graph.nodes if n.op == "get_attr"]) == 4
     torch.testing.assert_close(made.graph(x)[0], _Turns()(x))
+
+
+class _Alike(nn.Module):
+    """Operators that differ in a number, in an order of memory or in the type of their operand alone."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        rows = [x[:, :2] + 1, x[:, :3] + 1, x[:, :3] + 1.0, x.double()[:, :3] + 1]
+        return [*rows, x.contiguous(memory_format=torch.channels_last)[:, :3] + 1, x.flatten(1), x.flatten(2)]
+
+
+def _described(node: fx.Node) -> object:
+    values = ops.value(node) if isinstance(ops.value(node), list | tuple) else [ops.value(node)]
+    assert isinstance(values, list | tuple)
+    return [(v.shape, v.stride(), v.dtype, v.device) if isinstance(v, Tensor) else v for v in values]
+
+
+@pytest.mark.parametrize("name", [*CASES, "operators that are nearly alike"])
+def test_shapes_that_are_recorded_once_for_several_are_those_of_each(name: str) -> None:
+    example = images(2)
+    graph = prepared(name).graph if name in CASES else prepare(capture(_Alike(), example)).graph
+    rewrite.propagate(graph, example)
+    shared = {n.name: _described(n) for n in graph.graph.nodes}
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, torch.no_grad():
+
+        class Each(fx.Interpreter):
+            def run_node(self, n: fx.Node) -> object:
+                n.meta["val"] = super().run_node(n)
+                return n.meta["val"]
+
+        Each(graph).run(mode.from_tensor(example))
+    assert shared == {n.name: _described(n) for n in graph.graph.nodes}
