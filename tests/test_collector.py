@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from bitwright.collector import uncollected
+from bitwright.collector import imports_stay, uncollected
 
 
 def test_the_collector_waits_inside_and_is_as_it_was_behind() -> None:
@@ -25,3 +25,13 @@ def test_the_collector_waits_inside_and_is_as_it_was_behind() -> None:
         assert (inside(False), gc.isenabled()) == (False, False)  # whoever turned it off turns it on
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("before", [0, 9])
+def test_imports_are_frozen_where_those_before_were(before: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen: list[bool] = []
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: before)
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(True))
+    with imports_stay():
+        assert not gc.isenabled()
+    assert (gc.isenabled(), bool(frozen)) == (True, bool(before))

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import ConstantArgument, OutputKind
 from torch.utils import _pytree as pytree
 
+from bitwright.collector import imports_stay
 from bitwright.errors import ModelError, cause, lacks_memory
 from bitwright.given import several
 from bitwright.given.arguments import of_kind
@@ -89,7 +90,8 @@ def capture(
         _check_program(model, parts)
         program, reference = model, _run_program(model, images, parts)
     else:
-        from torch import _dynamo  # noqa: F401 - lines and reasons of errors come from it; no start-up waits for it
+        with imports_stay():
+            from torch import _dynamo  # noqa: F401 - reasons of errors come from it; no start-up waits for it
 
         model = unwrapped(model)
         with _evaluation_mode(model), in_float32(model), _without_autocast():
