@@ -102,7 +102,7 @@ def build(model: str, size: int, batch: int, precision: torch.dtype) -> tuple[An
     settings = Reconstruct(weigh="ones", batch=batch)
     learner = Learner(student, points, Variables(rounding="straight-through"))
     targets = Targets(expose(teacher.graph, [p.node for p in points]), points, precision)
-    weights = Objective(torch.ones(batch, len(points)), "sum", normalise=False)
+    weights = Objective(points, torch.ones(batch, len(points)), "sum", normalise=False)
     feed = ImageFeed(Views(images), targets, torch.device("cpu"))
     tuner = Tuner(learner, feed, weights, settings, 1000, precision, torch.device("cpu"), 0)
     return teacher, points, images, tuner

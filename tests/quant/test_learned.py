@@ -10,16 +10,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bitwright.quant.affine import nearest_multiple
 from bitwright.quant.grid import Grid
 from bitwright.quant.learned import (
     LearnedActivation,
     LearnedBias,
     LearnedWeight,
     RoundedBias,
+    _FakeQuantize,
+    _gradients_without_waiting,
+    _nearest_on_gpu,
+    dampen,
     held_values,
     inverse_rectified_sigmoid,
+    one_pass,
     rectified_sigmoid,
-    rounding_regularizer,
+    rounding_regularizers,
+    values_of,
 )
 from bitwright.quant.quantizer import Quantizer
 
@@ -43,11 +50,11 @@ def test_rectified_sigmoid_and_its_inverse_equal_the_formula() -> None:
 def test_regularizer_is_the_written_sum_and_zero_only_where_all_is_decided(beta: float) -> None:
     h = torch.rand(50, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     expected = sum(1 - abs(2 * v - 1) ** beta for v in h.tolist())
-    assert float(rounding_regularizer(h, beta)) == pytest.approx(expected, rel=1e-12)
+    assert float(rounding_regularizers([h], beta)) == pytest.approx(expected, rel=1e-12)
     decided = (h > 0.5).double()
-    assert float(rounding_regularizer(decided, beta)) == 0
+    assert float(rounding_regularizers([decided], beta)) == 0
     decided[3] = 0.999
-    assert float(rounding_regularizer(decided, beta)) > 0
+    assert float(rounding_regularizers([decided], beta)) > 0
 
 
 @pytest.mark.parametrize("beta", [2.0, 20.0])
@@ -55,7 +62,7 @@ def test_regularizer_leaves_decided_roundings_alone_and_moves_all_others(beta: f
     bound = math.log(11)  # beyond it the rectified sigmoid is flat at 0 or 1
     a = torch.tensor([-50.0, -bound - 0.01, -bound + 0.01, -0.5, 0.5, bound - 0.01, bound + 0.01, 50.0])
     a.requires_grad_(True)
-    (slope,) = torch.autograd.grad(rounding_regularizer(rectified_sigmoid(a), beta), a)
+    (slope,) = torch.autograd.grad(rounding_regularizers([rectified_sigmoid(a)], beta), a)
     assert slope[[0, 1, 6, 7]].tolist() == [0, 0, 0, 0]
     assert bool((slope[[2, 3]] > 0).all())  # down a slope, towards 0
     assert bool((slope[[4, 5]] < 0).all())
@@ -299,13 +306,13 @@ def test_dampening_takes_a_share_of_the_way_to_the_integer_and_changes_none(kind
     learned = LearnedWeight(weight, quantizer, "straight-through")
     randomise(learned)
     before, hard = learned.codes.detach().clone(), learned.hard_codes()
-    learned.dampen(0.25)
+    dampen([learned], 0.25)
     for index in owner:
         code = float(before[index])
         expected = 0.75 * code + 0.25 * min(max(round(code), -4), 3)
         assert float(learned.codes.detach()[index]) == pytest.approx(expected, abs=1e-5)
     assert torch.equal(learned.hard_codes(), hard)
-    learned.dampen(1.0)
+    dampen([learned], 1.0)
     assert torch.equal(learned.hard_codes(), hard)
     torch.testing.assert_close(learned().detach(), learned.hard())
 
@@ -429,6 +436,63 @@ def test_the_gradient_of_a_step_does_not_depend_on_how_a_batch_is_split(size: in
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("mix", [0.0, 0.25])
+def test_a_gpu_finds_the_same_values_and_gradients_by_other_operators(mix: float) -> None:
+    low, high, factor = -2.0, 5.0, 0.125
+    x, gradient, step = noise(4, 3, 5, 5), noise(4, 3, 5, 5, seed=1), torch.tensor(0.25)
+    y = nearest_multiple(x, step, low, high)
+    assert torch.equal(_nearest_on_gpu(x, step, low, high), y)
+    inputs = x.clone().requires_grad_(True), step.clone().requires_grad_(True)
+    expected = torch.autograd.grad(_FakeQuantize.apply(*inputs, low, high, factor, mix), inputs, gradient)
+    for given in (mix, torch.tensor(mix)):
+        inside, slope = _gradients_without_waiting(gradient, x, y, step, (low, high, factor, given), learned=True)
+        assert slope is not None
+        torch.testing.assert_close(torch.lerp(inside, gradient, mix), expected[0])
+        torch.testing.assert_close(slope, expected[1], rtol=1e-4, atol=1e-6)
+    assert _gradients_without_waiting(gradient, x, y, step, (low, high, factor, mix), learned=False)[1] is None
+
+
+def test_dampening_by_a_share_on_the_device_is_dampening() -> None:
+    weight, quantizer, _ = weight_of("conv")
+    both = [LearnedWeight(weight, quantizer, "straight-through") for _ in range(2)]
+    for learned, share in zip(both, (0.25, torch.tensor(0.25)), strict=True):
+        randomise(learned)
+        dampen([learned], share)
+    torch.testing.assert_close(both[1].codes, both[0].codes)
+
+
+@pytest.mark.parametrize("rounding", ["soft", "straight-through"])
+def test_weights_together_are_what_each_is_alone(rounding: str) -> None:
+    """Grids, blocks and shapes differ; of what is not learned there is no gradient."""
+    learned = [LearnedWeight(*weight_of(kind)[:2], rounding) for kind in KINDS]
+    for weight in learned:
+        randomise(weight)
+    learned[0].codes.requires_grad_(False)
+    learned[1].step.requires_grad_(False)
+    variables = [p for w in learned for p in w.parameters() if p.requires_grad]
+    found = []
+    for values in (values_of(learned), [w.value() for w in learned]):
+        slopes = torch.autograd.grad(sum((v * v.detach().sin()).sum() for v in values), variables)
+        found.append([*values, *slopes])
+    assert len(variables) == 2 * len(learned) - 2
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_a_pass_shares_is_let_go_of() -> None:
+    weight, learned = LearnedWeight(*weight_of("conv")[:2]), LearnedActivation(activation())
+    x = noise(10)
+    expected = weight(), learned(x)
+    with one_pass([weight], [learned]):
+        assert learned.used is not None
+        assert torch.equal(weight(), expected[0])
+        assert torch.equal(learned(x), expected[1])
+    with pytest.raises(ZeroDivisionError), one_pass([weight], [learned]):
+        raise ZeroDivisionError
+    assert weight.held is None
+    assert learned.used is None
+
+
 def test_a_step_that_is_not_learned_has_no_gradient() -> None:
     x = noise(10).requires_grad_(True)
     learned = LearnedActivation(activation(), learn=False)
@@ -466,8 +530,8 @@ def test_weights_that_are_held_are_computed_once_and_get_all_gradients(
     randomise(learned)
     rounded = RoundedBias(LearnedBias(noise(4)), lambda: torch.tensor(0.125))
     network, counted = nn.ModuleList([learned, rounded]), []
-    own = LearnedWeight.value
-    monkeypatch.setattr(LearnedWeight, "value", lambda self: counted.append(1) or own(self))
+    own = LearnedWeight.expand
+    monkeypatch.setattr(LearnedWeight, "expand", lambda self, steps: counted.append(1) or own(self, steps))
 
     def passes() -> None:
         for factor in (1.0, 3.0):

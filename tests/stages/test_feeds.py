@@ -299,16 +299,16 @@ def test_the_low_rank_part_is_the_squared_product_of_error_and_gradient() -> Non
         (target,) = truncate(teacher.graph, place.unit.exits)(x)
     (slope,), error = fisher.slopes(x), (values[0] - target).double()
     along = (error * slope.double()).flatten(1).sum(1).square() / fisher.scale
-    plain = Objective(torch.ones(16, 1), "sum", normalise=False)
+    plain = Objective(place.exits, torch.ones(16, 1), "sum", normalise=False)
     diagonal, both = (
-        float(o.distances(values, batch, torch.ones(8, 1), place.exits)[0]) for o in (plain, replace(plain, along=0.5))
+        float(o.distances(values, batch, torch.ones(8, 1))[0]) for o in (plain, replace(plain, along=0.5))
     )
     assert diagonal == pytest.approx(
         float((error * slope).square().flatten(1).sum(1).mean()) / fisher.scale / 64, rel=1e-4
     )
     assert both - diagonal == pytest.approx(0.5 * float(along.mean()), rel=1e-3)
-    even = plain.with_rank_one(values, batch, place.exits, 8)
-    assert float(even.distances(values, batch, torch.ones(8, 1), place.exits)[0]) == pytest.approx(2 * diagonal)
+    even = plain.with_rank_one(values, batch, 8)
+    assert float(even.distances(values, batch, torch.ones(8, 1))[0]) == pytest.approx(2 * diagonal)
 
 
 @pytest.mark.parametrize("weigh", ["fisher", "low-rank"])

@@ -29,7 +29,7 @@ from bitwright.stages import reconstruct as module
 from bitwright.stages.augment import Views
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate, parameters
-from bitwright.stages.optimizers import OptimizedPart
+from bitwright.stages.optimizers import OptimizedPart, move
 from bitwright.stages.reconstruct import Reconstruct
 from bitwright.stages.resume import KeptState
 from bitwright.stages.schedules import Anneal, Dampen, Gradual, Learn
@@ -211,7 +211,7 @@ def test_signs_of_gradients_move_no_code_further_than_half_a_step() -> None:
     for step in range(200):
         parameter.grad = torch.tensor([1e-9, -40.0, 0.0])
         part.set_rate(step / 200)
-        part.step()
+        move([part], [part.rate])
     torch.testing.assert_close(parameter.detach(), torch.tensor([-0.3, -2.5, 0.0]), rtol=0, atol=3e-3)
 
 
@@ -599,8 +599,8 @@ def test_parts_tell_activations_their_share_of_the_batch(shared: bool, monkeypat
 
 def test_the_parts_of_a_batch_share_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     tuner, seen = tuner_of(Reconstruct(**QUICK), monkeypatch), []
-    own = LearnedWeight.value
-    monkeypatch.setattr(LearnedWeight, "value", lambda self: seen.append(self.name) or own(self))
+    own = LearnedWeight.expand
+    monkeypatch.setattr(LearnedWeight, "expand", lambda self, steps: seen.append(self.name) or own(self, steps))
     for at_once in (8, 2):
         tuner.at_once = at_once
         seen.clear()

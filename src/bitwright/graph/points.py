@@ -50,9 +50,12 @@ class Point:
 
     def squared_norm(self, value: Tensor, count: int) -> Tensor:
         """Sum of squares of each image, [N] for ``count`` = N images; in float32."""
+        return self._fold(self._norm(value).square(), count)
+
+    def _norm(self, value: Tensor) -> Tensor:
+        """Along the axis of images, in float32."""
         others = [d for d in range(value.dim()) if d != self._axis]
-        norm = torch.linalg.vector_norm(value, dim=others, dtype=torch.float32) if others else value.float().abs()
-        return self._fold(norm.square(), count)
+        return torch.linalg.vector_norm(value, dim=others, dtype=torch.float32) if others else value.float().abs()
 
     def channel_means(self, squares: Tensor, count: int) -> Tensor:
         """Mean over positions for each image and channel, [N, C]."""
@@ -74,7 +77,11 @@ class Point:
             return per_sample.sum()
         repeats = value.shape[self._axis] // (len(per_sample) * self.rounds)
         shape = [-1 if d == self._axis else 1 for d in range(value.dim())]
-        return per_sample.repeat_interleave(repeats).repeat(self.rounds).reshape(shape)
+        if repeats > 1:
+            per_sample = per_sample.repeat_interleave(repeats)
+        if self.rounds > 1:
+            per_sample = per_sample.repeat(self.rounds)
+        return per_sample.reshape(shape)
 
     @property
     def _axis(self) -> int:
@@ -83,7 +90,17 @@ class Point:
     def _fold(self, sums: Tensor, count: int) -> Tensor:
         if self.constant:
             return sums.sum().expand(count)
+        if len(sums) == count:
+            return sums
         return sums.reshape(self.rounds, count, -1).sum((0, 2))
+
+
+def squared_norms(points: Sequence[Point], values: Sequence[Tensor], count: int) -> Tensor:
+    """:meth:`Point.squared_norm` of a value at each point, [L, N] for ``count`` = N images."""
+    norms = [p._norm(v) for p, v in zip(points, values, strict=True)]
+    if all(len(norm) == count and not p.constant for p, norm in zip(points, norms, strict=True)):
+        return torch.stack(norms).square()
+    return torch.stack([p._fold(norm.square(), count) for p, norm in zip(points, norms, strict=True)])
 
 
 def linear_points(graph: fx.GraphModule, example: Tensor) -> list[Point]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -51,14 +51,41 @@ def inverse_rectified_sigmoid(h: Tensor) -> Tensor:
     return -torch.log((ZETA - GAMMA) / (h - GAMMA) - 1)
 
 
-def rounding_regularizer(h: Tensor, beta: float | Tensor) -> Tensor:
-    """``sum(1 - |2h - 1|^beta)``: zero exactly where every rounding is decided (AdaRound, equation 24).
+def rounding_regularizers(ups: Sequence[Tensor], beta: float | Tensor) -> Tensor:
+    """``sum(1 - |2h - 1|^beta)``: zero exactly where every rounding is decided (AdaRound, equation 24), [L].
+
+    Args:
+        ups: how far up each weight is rounded, L tensors.
+        beta: the exponent.
 
     Example:
-        >>> rounding_regularizer(torch.tensor([0.0, 0.5, 1.0]), 20.0)
-        tensor(1.)
+        >>> rounding_regularizers([torch.tensor([0.0, 0.5, 1.0])], 20.0)
+        tensor([1.])
     """
-    return (1 - (2 * h - 1).abs().pow(beta)).sum()
+    return _apply(_Regularizers, beta, *ups)
+
+
+class _Regularizers(torch.autograd.Function):
+    """In few operators on a GPU; the powers of the gradient give those of the value."""
+
+    @staticmethod
+    def forward(ctx: Any, beta: float | Tensor, *ups: Tensor) -> Tensor:
+        ctx.offsets = torch._foreach_mul(ups, 2)
+        torch._foreach_sub_(ctx.offsets, 1)
+        sizes = torch._foreach_abs(ctx.offsets)
+        exponent = beta - 1
+        ctx.powers, ctx.beta = [size.pow(exponent) for size in sizes], beta
+        left = torch._foreach_neg(torch._foreach_mul(ctx.powers, sizes))
+        torch._foreach_add_(left, 1)
+        return torch.stack(torch._foreach_norm(left, 1))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        slopes = torch._foreach_mul(ctx.powers, ctx.beta)
+        torch._foreach_mul_(slopes, list(gradients[0].neg().unbind()))
+        torch._foreach_mul_(slopes, torch._foreach_sign(ctx.offsets))
+        torch._foreach_mul_(slopes, 2)
+        return None, *slopes
 
 
 # ------------------------------------------------------------------------------------------------ weights
@@ -70,25 +97,29 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
 
 
 class _Within(torch.autograd.Function):
-    """Clamps, and rounds if asked to; the gradient passes where nothing was clamped.
+    """Clamps; the gradient passes where nothing was clamped."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.bounds = (low, high)
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        return _passed(gradients[0], x, *ctx.bounds), None, None
+
+
+def _passed(gradient: Tensor, x: Tensor, low: float, high: float) -> Tensor:
+    """The gradient where ``x`` lies within these ends or on them, zero elsewhere.
 
     PyTorch's own backward pass of a clamp takes five operators, and this one: an interval without its ends, for which
     the ends are moved to the next number outside.
     """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, low: float, high: float, rounds: bool) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.bounds = (low, high)
-        clamped = x.clamp(low, high)
-        return clamped.round_() if rounds else clamped
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        (x,) = ctx.saved_tensors
-        low, high = ctx.bounds
-        outside = _next(low, -math.inf), _next(high, math.inf)
-        return torch.ops.aten.hardtanh_backward(gradients[0], x, *outside), None, None, None
+    outside = _next(low, -math.inf), _next(high, math.inf)
+    found: Tensor = torch.ops.aten.hardtanh_backward(gradient, x, *outside)
+    return found
 
 
 @functools.cache
@@ -98,8 +129,8 @@ def _next(x: float, towards: float) -> float:
 
 
 def _positive(step: Tensor) -> Tensor:
-    """A learned step as it is used: its magnitude, above zero."""
-    return _apply(_Within, step.abs(), TINY, math.inf, False)
+    """Learned steps as they are used: their magnitude, above zero."""
+    return _apply(_Within, step.abs(), TINY, math.inf)
 
 
 class _Round(torch.autograd.Function):
@@ -129,6 +160,82 @@ class _Instead(torch.autograd.Function):
 Rounding = Literal["soft", "straight-through"]
 
 
+class _Softness(torch.autograd.Function):
+    """The rectified sigmoid of many tensors, in as few operators on a GPU as of one."""
+
+    @staticmethod
+    def forward(ctx: Any, *logits: Tensor) -> tuple[Tensor, ...]:
+        curves = torch._foreach_sigmoid(logits)
+        ctx.save_for_backward(*curves)
+        found = _stretched(curves)
+        torch._foreach_clamp_min_(found, 0)
+        torch._foreach_clamp_max_(found, 1)
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        curves = ctx.saved_tensors
+        pairs = zip(gradients, _stretched(curves), strict=True)
+        found = [_passed(g, h, 0, 1) for g, h in pairs]
+        torch._foreach_mul_(found, ZETA - GAMMA)
+        down = torch._foreach_neg(curves)
+        torch._foreach_add_(down, 1)
+        torch._foreach_mul_(found, down)
+        torch._foreach_mul_(found, curves)
+        return tuple(found)
+
+
+def _stretched(curves: tuple[Tensor, ...]) -> list[Tensor]:
+    found = torch._foreach_mul(curves, ZETA - GAMMA)
+    torch._foreach_add_(found, GAMMA)
+    return list(found)
+
+
+class _OnGrids(torch.autograd.Function):
+    """Many weights from their real codes and steps, in few operators on a GPU; rounded if asked to.
+
+    Args:
+        ends: lowest and highest code of each, L pairs.
+        rounds: whether codes are rounded; their gradient passes, where nothing was clamped.
+        tensors: L of real codes, and L of steps in shapes that broadcast to them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, ends: Sequence[tuple[int, int]], rounds: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+        reals, steps = tensors[: len(ends)], tensors[len(ends) :]
+        codes = _within(reals, ends, rounds)
+        ctx.ends = ends
+        ctx.save_for_backward(*reals, *steps, *codes)
+        return tuple(c * s for c, s in zip(codes, steps, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        count, saved = len(ctx.ends), ctx.saved_tensors
+        reals, steps, codes = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        needed = ctx.needs_input_grad[2:]
+        moved: Sequence[Tensor | None] = [None] * count
+        slopes: Sequence[Tensor | None] = [None] * count
+        if any(needed[:count]):
+            quads = zip(gradients, steps, reals, ctx.ends, strict=True)
+            moved = [_passed(g * s, real, *ends) for g, s, real, ends in quads]
+        if any(needed[count:]):
+            products = torch._foreach_mul(gradients, codes)
+            slopes = [p.sum_to_size(s.shape) for p, s in zip(products, steps, strict=True)]
+        return None, None, *moved, *slopes
+
+
+def _within(reals: Sequence[Tensor], ends: Sequence[tuple[int, int]], rounds: bool) -> list[Tensor]:
+    """Clamped, and rounded if asked to."""
+    if not reals[0].is_cuda:
+        clamped = [r.clamp(low, high) for r, (low, high) in zip(reals, ends, strict=True)]
+        return [c.round_() for c in clamped] if rounds else clamped
+    found = list(torch._foreach_clamp_min(list(reals), [low for low, _ in ends]))
+    torch._foreach_clamp_max_(found, [high for _, high in ends])
+    if rounds:
+        torch._foreach_round_(found)
+    return found
+
+
 class _Holding(nn.Module):
     """What variables alone decide: computed anew in each pass, or held for several."""
 
@@ -145,6 +252,63 @@ class _Holding(nn.Module):
         raise NotImplementedError
 
 
+def values_of(modules: Sequence[_Holding]) -> list[Tensor]:
+    """What each is, in its shape; all weights together, which takes a GPU few operators.
+
+    Args:
+        modules: weights and biases.
+    """
+    found: dict[_Holding, Tensor] = {}
+    for rounding in ("soft", "straight-through"):
+        alike = [m for m in modules if isinstance(m, LearnedWeight) and m.rounding == rounding]
+        if alike:
+            found.update(zip(alike, _weights(alike), strict=True))
+    return [found[m] if m in found else m.value() for m in modules]
+
+
+def _weights(learned: Sequence[LearnedWeight]) -> tuple[Tensor, ...]:
+    """Of one kind of rounding."""
+    soft, ends = learned[0].rounding == "soft", [(w.grid.qmin, w.grid.qmax) for w in learned]
+    reals = _soft_reals(learned) if soft else [w.codes for w in learned]
+    factors = _apply(_Within, torch.cat([w.step for w in learned]), FLOOR, math.inf)
+    per_block = torch.cat([w.initial for w in learned]) * factors
+    parts = torch.split(per_block, [w.step.numel() for w in learned])
+    steps = [w.expand(s) for w, s in zip(learned, parts, strict=True)]
+    found: tuple[Tensor, ...] = _OnGrids.apply(ends, not soft, *reals, *steps)  # type: ignore[no-untyped-call]
+    return found
+
+
+def _soft_reals(learned: Sequence[LearnedWeight]) -> list[Tensor]:
+    return list(torch._foreach_add([w.base for w in learned if w.base is not None], softness_of(learned)))
+
+
+def softness_of(learned: Sequence[LearnedWeight]) -> list[Tensor]:
+    """How far up each weight is rounded, in 0..1, in its shape (``soft`` only).
+
+    Args:
+        learned: weights, one or more.
+    """
+    return list(_Softness.apply(*(w.codes for w in learned)))  # type: ignore[no-untyped-call]
+
+
+@torch.no_grad()
+def dampen(learned: Sequence[LearnedWeight], share: float | Tensor) -> None:
+    """Moves every code by this share of its way to the integer it rounds to (not ``soft``).
+
+    Args:
+        learned: weights, one or more.
+        share: 0 to 1.
+    """
+    codes: list[Tensor] = [w.codes for w in learned]
+    hard = _within(codes, [(w.grid.qmin, w.grid.qmax) for w in learned], rounds=True)
+    if not isinstance(share, Tensor):
+        torch._foreach_lerp_(codes, hard, share)
+        return
+    torch._foreach_sub_(hard, codes)
+    torch._foreach_mul_(hard, share)
+    torch._foreach_add_(codes, hard)
+
+
 @contextlib.contextmanager
 def held_values(modules: Iterable[nn.Module]) -> Iterator[None]:
     """While inside, each weight and bias is computed once for all passes; their gradients reach the variables behind.
@@ -153,7 +317,7 @@ def held_values(modules: Iterable[nn.Module]) -> Iterator[None]:
         modules: of the network; those that variables alone decide are held.
     """
     found = [m for m in dict.fromkeys(modules) if isinstance(m, _Holding)]
-    values = [m.value() for m in found]
+    values = values_of(found)
     for module, value in zip(found, values, strict=True):
         module.held = value.detach().requires_grad_(value.requires_grad)
     try:
@@ -199,14 +363,7 @@ class LearnedWeight(_Holding):
 
     def value(self) -> Tensor:
         """The weight, [O, I, ...]."""
-        qmin, qmax = self.grid.qmin, self.grid.qmax
-        if self.rounding == "soft":
-            assert self.base is not None
-            real = self.base + rectified_sigmoid(self.codes)
-        else:
-            real = self.codes
-        step = self._expand(self.initial * _apply(_Within, self.step, FLOOR, math.inf, False))
-        return _apply(_Within, real, qmin, qmax, self.rounding == "straight-through") * step
+        return values_of([self])[0]
 
     def hard_codes(self) -> Tensor:
         """The integers, float32, in the shape of the weight."""
@@ -222,18 +379,13 @@ class LearnedWeight(_Holding):
         """The steps, [number of blocks]."""
         return self.initial * self.step.detach().clamp_min(FLOOR)
 
-    def dampen(self, share: float | Tensor) -> None:
-        """Moves every code by this share of its way to the integer it rounds to (not ``soft``)."""
-        with torch.no_grad():
-            self.codes.lerp_(self.hard_codes(), share)
-
     def hard(self) -> Tensor:
         """The weight with its integers, in its shape."""
-        return self.hard_codes() * self._expand(self.scale())
+        return self.hard_codes() * self.expand(self.scale())
 
     def softness(self) -> Tensor:
         """How far up each weight is rounded, in 0..1, in its shape (``soft`` only)."""
-        return rectified_sigmoid(self.codes)
+        return softness_of([self])[0]
 
     def decided(self) -> int:
         """How many roundings are within 1e-3 of up or down; all, where they are straight-through."""
@@ -243,7 +395,8 @@ class LearnedWeight(_Holding):
             h = self.softness()
             return int(((h < DECIDED) | (h > 1 - DECIDED)).sum())
 
-    def _expand(self, per_block: Tensor) -> Tensor:
+    def expand(self, per_block: Tensor) -> Tensor:
+        """Of each block, in a shape that broadcasts to the weight."""
         return affine.expand_blocks(per_block, self._shape, self._block)
 
 
@@ -262,7 +415,7 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, step: Tensor, low: float, high: float, factor: float, mix: float | Tensor
     ) -> Tensor:
-        y = affine.nearest_multiple(x, step, low, high)
+        y = _nearest_on_gpu(x, step, low, high) if _on_gpu(x) else affine.nearest_multiple(x, step, low, high)
         ctx.save_for_backward(x, y, step)
         ctx.bounds = (low, high, factor, mix)
         return _blend(y, x, mix)
@@ -272,17 +425,58 @@ class _FakeQuantize(torch.autograd.Function):
         x, y, step = ctx.saved_tensors
         low, high, factor, mix = ctx.bounds
         gradient = gradients[0]
-        if gradient.is_cuda or torch.compiler.is_compiling():  # no number may be waited for
-            s = step.detach()
-            inside = torch.where((x > low * s) & (x < high * s), gradient, 0)
+        if gradient.is_cuda or torch.compiler.is_compiling():
+            inside, slope = _gradients_without_waiting(gradient, x, y, step, ctx.bounds, ctx.needs_input_grad[1])
         else:
-            s = float(step.detach())
+            s, slope = float(step.detach()), None
             inside = torch.ops.aten.hardtanh_backward(gradient, x, low * s, high * s)
-        slope = None
-        if ctx.needs_input_grad[1]:
-            slope = (_dot(gradient, y) - _dot(inside, x)) * (factor * (1 - mix) / s)
-            slope = slope.to(step.dtype).reshape(step.shape)
+            if ctx.needs_input_grad[1]:
+                slope = (_dot(gradient, y) - _dot(inside, x)) * (factor * (1 - mix) / s)
+        slope = None if slope is None else slope.to(step.dtype).reshape(step.shape)
         return _blend(inside, gradient, mix), slope, None, None, None, None
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda and not torch.compiler.is_compiling()
+
+
+def _nearest_on_gpu(x: Tensor, step: Tensor, low: float, high: float) -> Tensor:
+    """``clamp(round(x / step), low, high) * step``, in one operator; a quotient between two integers may go either way.
+
+    PyTorch multiplies by the inverse of the step, and takes the step from the device, so that nothing waits for it.
+    """
+    zero, one, _ = _constants(x.device)
+    found: Tensor = torch.ops.aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams(
+        x, step, zero, one, int(low), int(high)
+    )[0]
+    return found
+
+
+@functools.cache
+def _constants(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """A zero point of nothing, a switch that is on, and nothing."""
+    zero = torch.zeros(1, dtype=torch.int32, device=device)
+    return zero, torch.ones(1, dtype=torch.int64, device=device), torch.zeros((), device=device)
+
+
+def _gradients_without_waiting(
+    gradient: Tensor, x: Tensor, y: Tensor, step: Tensor, bounds: tuple[Any, ...], learned: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Of ``x``, and of its step where that is learned; no number is looked at on the way.
+
+    The sum is over products with the differences, which in bfloat16 are exact to its eight bits where the two dot
+    products would cancel.
+    """
+    (low, high, factor, mix), s = bounds, step.detach()
+    real = x / s
+    inside: Tensor = torch.ops.aten.hardtanh_backward(gradient, real, low, high)
+    if not learned:
+        return inside, None
+    within = torch.ops.aten.hardtanh_backward(x, real, low, high)
+    total = (gradient * (y - within)).sum(dtype=torch.float32)
+    zero = torch.zeros_like(total) if torch.compiler.is_compiling() else _constants(x.device)[2]
+    kept = 1.0 if isinstance(mix, Tensor) else 1 - mix
+    return inside, _blend(torch.addcdiv(zero, total, s, value=factor * kept), zero, mix if kept == 1.0 else 0.0)
 
 
 def _blend(y: Tensor, x: Tensor, mix: float | Tensor) -> Tensor:
@@ -328,6 +522,7 @@ class LearnedActivation(nn.Module):
         self.register_buffer("ratios", scale / scale.min() if scale.numel() > 1 else None)
         self.step = nn.Parameter(scale.min().clone(), requires_grad=learn)
         self.mix, self.drop, self.share = 0.0, 0.0, 1.0
+        self.used: Tensor | None = None
         zero = float(self.zero_point)
         self._low, self._high = self.grid.qmin - zero, self.grid.qmax - zero
 
@@ -338,10 +533,11 @@ class LearnedActivation(nn.Module):
         factor = (x.numel() / self.share * max(self._high, 1.0)) ** -0.5
         ratios = None if self.ratios is None else self.ratios.to(x.dtype)
         reduced = x if ratios is None else x / ratios
+        step = _positive(self.step) if self.used is None else self.used
         if self.grid.even:
-            y = _apply(_FakeQuantize, reduced, _positive(self.step), self._low, self._high, factor, self.mix)
+            y = _apply(_FakeQuantize, reduced, step, self._low, self._high, factor, self.mix)
         else:
-            nearest = self.grid.nearest(reduced.detach(), _positive(self.step.detach()), self.zero_point)
+            nearest = self.grid.nearest(reduced.detach(), step.detach(), self.zero_point)
             y = _apply(_Instead, reduced, _blend(nearest, reduced.detach(), self.mix))
         if ratios is not None:
             y = y * ratios
@@ -353,6 +549,31 @@ class LearnedActivation(nn.Module):
         """The step, a scalar; one for each channel where the quantizer had several, [C]."""
         step = _positive(self.step.detach())
         return step if self.ratios is None else step * self.ratios
+
+
+@contextlib.contextmanager
+def one_pass(weights: Iterable[_Holding], activations: Iterable[LearnedActivation]) -> Iterator[None]:
+    """While inside, for a single pass, what variables alone decide is there already: computed together.
+
+    On a GPU each operator is a launch, and small ones take as long as large ones.
+
+    Args:
+        weights: and biases; those that are held stay what they are.
+        activations: whose steps are used.
+    """
+    free, learned = [w for w in weights if w.held is None], [a for a in activations if a.step.requires_grad]
+    steps = _positive(torch.stack([a.step for a in learned])).unbind() if learned else ()
+    try:
+        for module, value in zip(free, values_of(free), strict=True):
+            module.held = value
+        for activation, step in zip(learned, steps, strict=True):
+            activation.used = step
+        yield
+    finally:
+        for module in free:
+            module.held = None
+        for activation in learned:
+            activation.used = None
 
 
 class LearnedBias(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Container
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,7 @@ from torch import Tensor, fx, nn
 from bitwright.graph import ops, rewrite
 from bitwright.graph.points import Point, expose
 from bitwright.graph.student import Student
-from bitwright.quant.learned import LearnedActivation, LearnedBias, LearnedWeight, RoundedBias, Rounding
+from bitwright.quant.learned import LearnedActivation, LearnedBias, LearnedWeight, RoundedBias, Rounding, one_pass
 from bitwright.quant.quantizer import BiasQuantizer, Quantizer
 from bitwright.runtimes.target import FINE
 from bitwright.stages.depthwise import speed_up_depthwise
@@ -71,6 +72,7 @@ class Learner(nn.Module):
         self._round_biases()
         self._find_biases(variables)
         speed_up_depthwise(self.graph.graph)
+        self._holding = [m for m in self.graph.modules() if isinstance(m, LearnedWeight | RoundedBias)]
         self.graph.graph.lint()
         self.graph.recompile()
 
@@ -139,7 +141,9 @@ class Learner(nn.Module):
         Args:
             inputs: images [B, C, H, W], or the tensors that the part reads.
         """
-        outputs, values = self.graph(*inputs)
+        compiled = torch.compiler.is_compiling()
+        with contextlib.nullcontext() if compiled else one_pass(self._holding, self.activations.values()):
+            outputs, values = self.graph(*inputs)
         return list(outputs), list(values)
 
     def set_mix(self, mix: float | Tensor, drop: float | Tensor = 0.0) -> None:

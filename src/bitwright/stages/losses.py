@@ -9,42 +9,78 @@ from torch import Tensor
 from torch.nn import functional
 
 from bitwright.errors import UsageError
-from bitwright.graph.points import Point
+from bitwright.graph.devices import sent
+from bitwright.graph.points import Point, squared_norms
 from bitwright.measure.metrics import as_log_probabilities
 
 
-class _WeightedDistance(torch.autograd.Function):
-    """``sum_n c_n ||a_n - b_n||^2`` with the difference computed once for value and gradient."""
+class _Distances(torch.autograd.Function):
+    """``sum_n c_n ||a_n - b_n||^2`` of several pairs, with each difference computed once for value and gradient.
+
+    All at once, so that what is done with one number per image is one operator for all of them.
+    """
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, coefficients: Tensor, point: Point) -> Tensor:
-        difference = a - b
-        ctx.save_for_backward(difference, coefficients)
-        ctx.point = point
-        return (point.squared_norm(difference, len(coefficients)) * coefficients).sum()
+    def forward(ctx: Any, points: list[Point], coefficients: Tensor, *pairs: Tensor) -> Tensor:
+        students, teachers = pairs[: len(points)], pairs[len(points) :]
+        count = coefficients.shape[1]
+        differences = [a - b for a, b in zip(students, teachers, strict=True)]
+        ctx.save_for_backward(coefficients, *differences)
+        ctx.points = points
+        return (squared_norms(points, differences, count) * coefficients).sum(1)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        difference, coefficients = ctx.saved_tensors
-        factors = ctx.point.spread(2 * gradients[0] * coefficients, difference)
-        return difference * factors.to(difference.dtype), None, None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        coefficients, *differences = ctx.saved_tensors
+        factors = 2 * gradients[0].unsqueeze(1) * coefficients
+        rows = {d.dtype: factors.to(d.dtype).unbind() for d in differences}
+        for i, (point, difference) in enumerate(zip(ctx.points, differences, strict=True)):
+            difference.mul_(point.spread(rows[difference.dtype][i], difference))
+        return None, None, *differences, *[None] * len(differences)
+
+
+class WeightedDistances:
+    """``mean_n w_n mean_positions sum_channels (student - teacher)^2`` at points, in float32.
+
+    EPTQ v2's distances (methods, section 1.4). Gradients flow to the student alone.
+
+    Args:
+        points: how the axes of their tensors are to be read.
+        over: ``sum`` over channels, or ``mean`` over them too (EPTQ v1).
+    """
+
+    def __init__(self, points: list[Point], over: str = "sum") -> None:
+        self.points, self.over = points, over
+        self._shares: dict[tuple[object, ...], Tensor] = {}
+
+    def __call__(self, students: list[Tensor], teachers: list[Tensor], weights: Tensor) -> Tensor:
+        """The distances, [L].
+
+        Args:
+            students: the interest tensors of N images, L of them.
+            teachers: the same of the float network.
+            weights: [N, L].
+        """
+        count = len(weights)
+        each = [_share(s, count, p, self.over) / count for s, p in zip(students, self.points, strict=True)]
+        key = (*each, weights.device)
+        if key not in self._shares:  # once, so that no step waits for numbers on their way to a GPU
+            self._shares[key] = sent(torch.tensor(each), weights.device).unsqueeze(1)
+        coefficients = weights.float().T * self._shares[key]
+        return _Distances.apply(self.points, coefficients, *students, *teachers)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def weighted_distance(student: Tensor, teacher: Tensor, weights: Tensor, point: Point, *, over: str = "sum") -> Tensor:
-    """``mean_n w_n mean_positions sum_channels (student - teacher)^2``, a scalar in float32.
-
-    EPTQ v2's distance at one layer (methods, section 1.4). The gradient flows to the student alone.
+    """The same at one point, a scalar.
 
     Args:
         student: the interest tensor of N images.
         teacher: the same of the float network.
         weights: [N].
         point: how the tensor's axes are to be read.
-        over: ``sum`` over channels, or ``mean`` over them too (EPTQ v1).
+        over: as in :class:`WeightedDistances`.
     """
-    coefficients = weights * (_share(student, len(weights), point, over) / len(weights))
-    value: Tensor = _WeightedDistance.apply(student, teacher, coefficients, point)  # type: ignore[no-untyped-call]
-    return value
+    return WeightedDistances([point], over)([student], [teacher], weights.unsqueeze(1))[0]
 
 
 def weighted_distances(student: Tensor, teacher: Tensor, weights: Tensor, point: Point, *, over: str = "sum") -> Tensor:

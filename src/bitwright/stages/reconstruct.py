@@ -267,7 +267,7 @@ class Reconstruct(Optimising):
     ) -> tuple[Objective, ScoresRecord | None]:
         """Weights of all samples and points, and the scores they come from."""
         count = len(samples)
-        alike = Objective(torch.full((count, len(points)), 1 / len(points)), self.over, normalise=False)
+        alike = Objective(points, torch.full((count, len(points)), 1 / len(points)), self.over, normalise=False)
         if self.weigh == "ones":
             return alike, None
         scores = self.scores(teacher, samples, points, run)
@@ -283,9 +283,9 @@ class Reconstruct(Optimising):
             )
             return alike, told
         if self.weigh == "sla":
-            return Objective(scores.attention, self.over, normalise=True), told
+            return Objective(points, scores.attention, self.over, normalise=True), told
         weights = scores.log_weights().expand(count, -1) if self.weigh == "lfh" else scores.log_attention()
-        return Objective(weights, self.over, normalise=False), told
+        return Objective(points, weights, self.over, normalise=False), told
 
     def scores(self, teacher: Captured, samples: Views, points: list[Point], run: Run) -> HessianScores:
         """Label-free scores of the samples, kept beside the run."""
@@ -390,13 +390,12 @@ class Reconstruct(Optimising):
             weights = None
         feed = UnitFeed(samples, place, graph, teacher.graph, self.float_inputs, run.device, weights)
         count = len(place.exits)
-        objective = Objective(torch.full((len(samples), count), 1 / count), self.over, normalise=False)
+        alike = torch.full((len(samples), count), 1 / count)
+        objective = Objective(place.exits, alike, self.over, normalise=False)
         if weights is not None and weights.signed:
             batch = feed(torch.arange(len(first)), mixed=False)
             with torch.no_grad():
-                objective = objective.with_rank_one(
-                    part(graph, place.cut)(*batch.inputs)[1], batch, place.exits, len(first)
-                )
+                objective = objective.with_rank_one(part(graph, place.cut)(*batch.inputs)[1], batch, len(first))
         return _Work(learner, feed, objective)
 
     def _tune_unit(
@@ -573,8 +572,8 @@ class _Work:
                 indices = torch.arange(start, min(start + run.batch, count))
                 batch = self.feed(indices, mixed=False)
                 weights = self.objective.weights[indices].to(run.device)
-                terms = self.objective.distances(network(*batch.inputs)[1], batch, weights, self.learner.points)
-                total += float(torch.stack(terms).sum()) * len(indices)
+                terms = self.objective.distances(network(*batch.inputs)[1], batch, weights)
+                total += float(terms.sum()) * len(indices)
         return total / count
 
 

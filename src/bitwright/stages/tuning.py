@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import statistics
 import time
@@ -18,11 +19,11 @@ from bitwright.errors import NotFiniteError
 from bitwright.graph.devices import sent
 from bitwright.graph.points import Point
 from bitwright.memory import saved_bytes
-from bitwright.quant.learned import Rounding, held_values, rounding_regularizer
+from bitwright.quant.learned import Rounding, dampen, held_values, rounding_regularizers, softness_of
 from bitwright.recording import WARM, Recording, can_record, tidy
 from bitwright.stages.learner import Learner
-from bitwright.stages.losses import weighted_distance
-from bitwright.stages.optimizers import Rates, optimizers_of
+from bitwright.stages.losses import WeightedDistances
+from bitwright.stages.optimizers import Rates, move, optimizers_of
 from bitwright.stages.schedules import Anneal, Dampen
 from bitwright.stages.targets import Batch, Feed, autocast
 
@@ -101,11 +102,12 @@ class NotFiniteLossError(NotFiniteError):
 class Objective:
     """Weights of the distances: for each sample and point, and the number that the whole is divided by.
 
-    ``weights`` [N, L]; ``normalise``: divide by the largest mean over the batch of any point (EPTQ v2). ``along``: the
-    weight of a second term, the square of each image's sum over the differences that roots have weighted, which is a
-    matrix of rank one for each image beside the diagonal one (FIMA-Q, arXiv:2506.11543).
+    ``points``: L of them. ``weights`` [N, L]; ``normalise``: divide by the largest mean over the batch of any point
+    (EPTQ v2). ``along``: the weight of a second term, the square of each image's sum over the differences that roots
+    have weighted, which is a matrix of rank one for each image beside the diagonal one (FIMA-Q, arXiv:2506.11543).
     """
 
+    points: list[Point]
     weights: Tensor
     over: Literal["sum", "mean"]
     normalise: bool
@@ -120,34 +122,31 @@ class Objective:
             return weights / largest, mean / largest
         return weights, mean
 
-    def distances(self, values: list[Tensor], batch: Batch, weights: Tensor, points: list[Point]) -> list[Tensor]:
-        """Between values at the points and a batch's targets, a scalar each.
+    @functools.cached_property
+    def _distances(self) -> WeightedDistances:
+        return WeightedDistances(self.points, self.over)
+
+    def distances(self, values: list[Tensor], batch: Batch, weights: Tensor) -> Tensor:
+        """Between values at the points and a batch's targets, [L].
 
         Args:
             values: [B, ...] each.
             batch: what they should be.
             weights: [B, L].
-            points: L of them.
         """
         if batch.roots is not None:
             values = [v * r for v, r in zip(values, batch.roots, strict=True)]
-        found = [
-            weighted_distance(a, b, weights[:, i], point, over=self.over)
-            for i, (point, a, b) in enumerate(zip(points, values, batch.targets, strict=True))
-        ]
+        found = self._distances(values, batch.targets, weights)
         if self.along and batch.roots is not None:
-            triples = zip(points, values, batch.targets, strict=True)
-            sums = [point.per_sample((a - b).float(), len(weights)) for point, a, b in triples]
-            found = [f + self.along * (w * s.square()).mean() for f, w, s in zip(found, weights.T, sums, strict=True)]
+            triples = zip(self.points, values, batch.targets, strict=True)
+            sums = torch.stack([point.per_sample((a - b).float(), len(weights)) for point, a, b in triples])
+            found = found + self.along * (weights.T * sums.square()).mean(1)
         return found
 
-    def with_rank_one(self, values: list[Tensor], batch: Batch, points: list[Point], count: int) -> Objective:
+    def with_rank_one(self, values: list[Tensor], batch: Batch, count: int) -> Objective:
         """The same, whose second term counts for these samples as much as the first; itself where it is nothing."""
         weights = self.weights[:count].to(values[0].device)
-        first, both = (
-            float(torch.stack(made.distances(values, batch, weights, points)).sum())
-            for made in (self, replace(self, along=1.0))
-        )
+        first, both = (float(made.distances(values, batch, weights).sum()) for made in (self, replace(self, along=1.0)))
         return replace(self, along=first / (both - first)) if both > first else self
 
 
@@ -176,6 +175,7 @@ class Tuner:
         """Whether losses stay on the device until :meth:`look`, so that no step waits for it."""
         self.pending: list[Tensor] = []
         self.of_point = learner.of_point()
+        self.rounded = sent(torch.tensor([i for i, w in enumerate(self.of_point) if w is not None]).long(), device)
         self.parts = optimizers_of(learner, settings)
         self.recording = Recording(device) if can_record(device) and not together.is_shared() else None
 
@@ -252,7 +252,7 @@ class Tuner:
         """The whole of a step whose batch passes at once; its terms, [L]."""
         self._forget_gradients()
         self.learner.set_mix(knobs.mix, knobs.drop)
-        terms = torch.stack(self._terms(batch, weights))
+        terms = self._terms(batch, weights)
         torch.autograd.backward(terms.sum() + self._regularizer(mean, knobs))
         self._move(knobs)
         return terms.detach()
@@ -263,12 +263,9 @@ class Tuner:
 
     def _move(self, knobs: Knobs) -> None:
         """Moves all variables, from the gradients there are."""
-        for part, rate in zip(self.parts, knobs.rates, strict=True):
-            part.rate = rate
-            part.step()
+        move(self.parts, knobs.rates)
         if isinstance(knobs.share, Tensor) or knobs.share:
-            for weight in self.learner.weights.values():
-                weight.dampen(knobs.share)
+            dampen(list(self.learner.weights.values()), knobs.share)
 
     def backward(self, indices: Tensor, progress: float) -> float | None:
         """Gradients of the loss on a batch; the loss without regularizer, None where it was not looked at yet."""
@@ -299,7 +296,7 @@ class Tuner:
             for start in range(0, len(indices), self.at_once):
                 part = slice(start, start + self.at_once)
                 share = len(indices[part]) / len(indices)
-                each = torch.stack(self._terms(self.feed(indices[part]), weights[part], share))
+                each = self._terms(self.feed(indices[part]), weights[part], share)
                 distance = each.sum()
                 if self.patient:
                     terms.append(each.detach() * share)
@@ -339,7 +336,7 @@ class Tuner:
                 torch.manual_seed((self.seed * 1_000_003 + self.step) * len(starts) + position)
             part = slice(starts[position], starts[position] + self.at_once)
             share = len(indices[part]) / len(indices)
-            terms = torch.stack(self._terms(self.feed(indices[part]), weights[part], share)) * share
+            terms = self._terms(self.feed(indices[part]), weights[part], share) * share
             torch.autograd.backward(terms.sum() + (0.0 if position else self._regularizer(mean, knobs)))
             return terms
 
@@ -350,12 +347,12 @@ class Tuner:
         self.pending.append(terms)
         return None
 
-    def _terms(self, batch: Batch, weights: Tensor, share: float = 1.0) -> list[Tensor]:
-        """Weighted distances, point by point, of this share of a step's samples."""
+    def _terms(self, batch: Batch, weights: Tensor, share: float = 1.0) -> Tensor:
+        """Weighted distances at the points, [L], of this share of a step's samples."""
         self.learner.set_share(share)
         with autocast(self.device, self.precision):
             _, student = self.network(*batch.inputs)
-        return self.objective.distances(student, batch, weights, self.learner.points)
+        return self.objective.distances(student, batch, weights)
 
     def _check(self, terms: Tensor, step: int) -> None:
         """Raises where the terms of a step's loss, [L], do not have a finite sum.
@@ -391,13 +388,11 @@ class Tuner:
     def _regularizer(self, mean: Tensor, knobs: Knobs) -> Tensor | float:
         if not isinstance(knobs.strength, Tensor) and not knobs.strength:
             return 0.0
-        scale = mean if self.objective.normalise else mean.new_ones(len(self.of_point))
-        terms = [
-            rounding_regularizer(w.softness(), knobs.beta) * s
-            for w, s in zip(self.of_point, scale, strict=True)
-            if w is not None
-        ]
-        return knobs.strength * torch.stack(terms).sum() if terms else 0.0
+        weights = [w for w in self.of_point if w is not None]
+        if not weights:
+            return 0.0
+        found = rounding_regularizers(softness_of(weights), knobs.beta)
+        return knobs.strength * (found * mean[self.rounded] if self.objective.normalise else found).sum()
 
     def check_finite(self) -> None:
         """Looks at all variables.
