@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cases
 import pretended
 import torch
-from pretended import OnGpu, waits
+from pretended import OnGpu, launches, waits
 from torch import nn
 
 import bitwright as bw
@@ -244,6 +244,23 @@ def patient(method: str, **said: Any) -> None:
     assert not any(seen), f"steps wait: {seen}"
 
 
+def frugal(method: str, each: int, **said: Any) -> None:
+    """A step takes so many operators for each quantizer of a weight or an activation, those of the networks with it."""
+    own, seen, quantizers = tuning.Tuner.advance, [], []
+
+    def advance(tuner: tuning.Tuner) -> Any:
+        before = launches.total()
+        found = own(tuner)
+        seen.append(launches.total() - before)
+        quantizers.append(len(tuner.learner.weights) + len(tuner.learner.activations))
+        return found
+
+    with mock.patch.object(tuning.Tuner, "advance", advance):
+        runs(cases.Transformer, method, **said)
+    if not REAL and max(seen) > each * quantizers[0]:
+        raise AssertionError(f"{max(seen)} operators for {quantizers[0]} quantizers")
+
+
 def awaited() -> None:
     """Calibration waits once for each batch, and scores once for a probe: not once for each tensor."""
     if REAL:
@@ -386,6 +403,8 @@ MEASURED: dict[str, Any] = {f"sensitivity {name}": partial(measured, name) for n
 REST: dict[str, Any] = {
     "a step waits for nothing": partial(patient, "eptq", steps=3),
     "a step of soft roundings waits for nothing": partial(patient, "eptq-paper", steps=3),
+    "a step takes few operators": partial(frugal, "eptq", 20, steps=3),
+    "a step of soft roundings takes few operators": partial(frugal, "eptq-paper", 28, steps=3),
     "calibration and scores wait for no tensor": awaited,
     "pictures": pictures,
     "recorded steps": partial(recorded, cases.SqueezeExcite, "eptq", steps=12),

@@ -67,6 +67,8 @@ class OnGpu(Tensor):
 
 waits: Counter[str] = Counter()
 """How often the host waited for the device, by operator."""
+launches: Counter[str] = Counter()
+"""How many operators computed on the device, by name; what only looks at memory otherwise does not count."""
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -78,6 +80,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     _check(name, args, tensors, there)
     if device is not None and device.type == "cuda" and getattr(kwargs.get("generator"), "device", GPU).type != "cuda":
         raise DeviceMixError(f"{name}: a generator of the CPU for numbers on the GPU")
+    if there and not any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns):
+        launches[name] += 1
     if _waits(name, args, kwargs, device, there):
         waits[name] += 1
     wrapped = there if device is None else device.type == "cuda"

@@ -23,10 +23,10 @@ from bitwright.quant.learned import (
     dampen,
     held_values,
     inverse_rectified_sigmoid,
+    learned_values,
     one_pass,
     rectified_sigmoid,
     rounding_regularizers,
-    values_of,
 )
 from bitwright.quant.quantizer import Quantizer
 
@@ -471,7 +471,7 @@ def test_weights_together_are_what_each_is_alone(rounding: str) -> None:
     learned[1].step.requires_grad_(False)
     variables = [p for w in learned for p in w.parameters() if p.requires_grad]
     found = []
-    for values in (values_of(learned), [w.value() for w in learned]):
+    for values in (learned_values(learned), [w.value() for w in learned]):
         slopes = torch.autograd.grad(sum((v * v.detach().sin()).sum() for v in values), variables)
         found.append([*values, *slopes])
     assert len(variables) == 2 * len(learned) - 2

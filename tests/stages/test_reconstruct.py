@@ -29,7 +29,7 @@ from bitwright.stages import reconstruct as module
 from bitwright.stages.augment import Views
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate, parameters
-from bitwright.stages.optimizers import OptimizedPart, move
+from bitwright.stages.optimizers import OptimizedPart, move_parts
 from bitwright.stages.reconstruct import Reconstruct
 from bitwright.stages.resume import KeptState
 from bitwright.stages.schedules import Anneal, Dampen, Gradual, Learn
@@ -211,7 +211,7 @@ def test_signs_of_gradients_move_no_code_further_than_half_a_step() -> None:
     for step in range(200):
         parameter.grad = torch.tensor([1e-9, -40.0, 0.0])
         part.set_rate(step / 200)
-        move([part], [part.rate])
+        move_parts([part], [part.rate])
     torch.testing.assert_close(parameter.detach(), torch.tensor([-0.3, -2.5, 0.0]), rtol=0, atol=3e-3)
 
 

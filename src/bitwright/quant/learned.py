@@ -252,7 +252,7 @@ class _Holding(nn.Module):
         raise NotImplementedError
 
 
-def values_of(modules: Sequence[_Holding]) -> list[Tensor]:
+def learned_values(modules: Sequence[_Holding]) -> list[Tensor]:
     """What each is, in its shape; all weights together, which takes a GPU few operators.
 
     Args:
@@ -317,7 +317,7 @@ def held_values(modules: Iterable[nn.Module]) -> Iterator[None]:
         modules: of the network; those that variables alone decide are held.
     """
     found = [m for m in dict.fromkeys(modules) if isinstance(m, _Holding)]
-    values = values_of(found)
+    values = learned_values(found)
     for module, value in zip(found, values, strict=True):
         module.held = value.detach().requires_grad_(value.requires_grad)
     try:
@@ -363,7 +363,7 @@ class LearnedWeight(_Holding):
 
     def value(self) -> Tensor:
         """The weight, [O, I, ...]."""
-        return values_of([self])[0]
+        return learned_values([self])[0]
 
     def hard_codes(self) -> Tensor:
         """The integers, float32, in the shape of the weight."""
@@ -564,7 +564,7 @@ def one_pass(weights: Iterable[_Holding], activations: Iterable[LearnedActivatio
     free, learned = [w for w in weights if w.held is None], [a for a in activations if a.step.requires_grad]
     steps = _positive(torch.stack([a.step for a in learned])).unbind() if learned else ()
     try:
-        for module, value in zip(free, values_of(free), strict=True):
+        for module, value in zip(free, learned_values(free), strict=True):
             module.held = value
         for activation, step in zip(learned, steps, strict=True):
             activation.used = step

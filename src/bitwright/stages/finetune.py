@@ -36,7 +36,7 @@ from bitwright.stages.augment import VIEWS_ALLOWED, Views
 from bitwright.stages.base import Optimising, Run
 from bitwright.stages.calibrate import widen_for_biases
 from bitwright.stages.learner import Learner, Variables
-from bitwright.stages.optimizers import OptimizedPart, move, optimizers_of
+from bitwright.stages.optimizers import OptimizedPart, move_parts, optimizers_of
 from bitwright.stages.pace import Pace
 from bitwright.stages.resume import KeptState
 from bitwright.stages.schedules import Learn
@@ -229,7 +229,7 @@ class Lesson:
             raise NotFiniteError(
                 f"The loss of training is not finite at step {self.step}. Try a lower rate or more bits."
             )
-        move(used, [part.rate for part in used])
+        move_parts(used, [part.rate for part in used])
         self.step += 1
         return loss
 

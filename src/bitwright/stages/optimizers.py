@@ -144,7 +144,7 @@ def _optimizer(learn: Learn, groups: list[dict[str, list[nn.Parameter]]], there:
 
 
 @torch.no_grad()
-def move(parts: Sequence[OptimizedPart], rates: Sequence[float | Tensor]) -> None:
+def move_parts(parts: Sequence[OptimizedPart], rates: Sequence[float | Tensor]) -> None:
     """Moves all parameters, from the gradients there are.
 
     Args:

@@ -23,7 +23,7 @@ from bitwright.quant.learned import Rounding, dampen, held_values, rounding_regu
 from bitwright.recording import WARM, Recording, can_record, tidy
 from bitwright.stages.learner import Learner
 from bitwright.stages.losses import WeightedDistances
-from bitwright.stages.optimizers import Rates, move, optimizers_of
+from bitwright.stages.optimizers import Rates, move_parts, optimizers_of
 from bitwright.stages.schedules import Anneal, Dampen
 from bitwright.stages.targets import Batch, Feed, autocast
 
@@ -263,7 +263,7 @@ class Tuner:
 
     def _move(self, knobs: Knobs) -> None:
         """Moves all variables, from the gradients there are."""
-        move(self.parts, knobs.rates)
+        move_parts(self.parts, knobs.rates)
         if isinstance(knobs.share, Tensor) or knobs.share:
             dampen(list(self.learner.weights.values()), knobs.share)
 
