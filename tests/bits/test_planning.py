@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Iterator
@@ -17,10 +18,14 @@ from torch import nn
 
 import bitwright as bw
 from bitwright.bits import measured, planning
+from bitwright.bits.costs import overhead_bytes
 from bitwright.bits.goal import Goal
 from bitwright.bits.plan import insert_plan
 from bitwright.bits.planned import Planning
 from bitwright.errors import UsageError
+from bitwright.graph.capture import capture
+from bitwright.graph.prepare import prepare
+from bitwright.graph.student import Student, insert_quantizers
 from bitwright.measure.metrics import Fidelity
 from bitwright.quant.scheme import Scheme
 from bitwright.recipes import builtin_recipes
@@ -166,6 +171,34 @@ def test_the_second_plan_measures_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     assert not other.measured.reused
     assert other.losses != first.losses
     assert plan(cache=tmp_path / "kept", activations="16").losses.weights == first.losses.weights
+
+
+def test_the_bytes_of_a_description_are_kept_for_this_network_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def student(model: nn.Module, **settings: Any) -> Student:
+        return insert_quantizers(prepare(capture(model, cases.images(2))), Scheme(weights=8, activations=8, **settings))
+
+    class Renamed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.the_whole_of_it = cases.model("residual")
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.the_whole_of_it(x)
+
+    own = student(cases.model("residual"))
+    found = measured.kept_overhead(own, tmp_path)
+    assert found == overhead_bytes(own)
+    with monkeypatch.context() as patch:
+        patch.setattr(measured, "overhead_bytes", lambda _: pytest.fail("measured again"))
+        assert measured.kept_overhead(student(cases.model("residual")), tmp_path) == found
+    changed = copy.deepcopy(cases.model("residual"))
+    with torch.no_grad():
+        next(changed.parameters()).mul_(1.5)
+    others = [student(Renamed()), student(changed), student(cases.model("residual"), granularity="tensor")]
+    monkeypatch.setattr(measured, "overhead_bytes", lambda _: -1)
+    assert [measured.kept_overhead(other, tmp_path) for other in others] == [-1, -1, -1]
 
 
 def test_damaged_losses_are_named_and_measured_again(tmp_path: Path) -> None:

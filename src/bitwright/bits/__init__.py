@@ -1,7 +1,7 @@
 """Which tensor gets how many bits: costs of every choice, and the choice that loses least within limits.
 
-``tables.py``, ``program.py`` and ``solve.py`` are mathematics on tables of numbers; ``costs.py`` makes such tables of a
-network; ``allocate.py`` joins them with measured losses and gives a plan.
+``tables.py``, ``program.py`` and ``solve.py`` are mathematics on tables of numbers; ``costs.py`` makes
+such tables of a network; ``allocate.py`` joins them with measured losses and gives a plan.
 """
 
 from bitwright.bits.allocate import Losses, allocate, allocations, plan_for, problem_of

@@ -97,8 +97,9 @@ def problem_of(
     activations: Sequence[int] = ACTIVATION_CHOICES,
     ties: Sequence[Sequence[str]] = (),
     latency: Latency | None = None,
+    overhead: int | None = None,
 ) -> Problem:
-    """The integer program of a network; arguments as for :func:`allocate`.
+    """The integer program of a network; arguments as for :func:`allocate` and :func:`bitwright.bits.costs.costs_of`.
 
     Raises:
         UsageError: a loss is missing, or names a layer that has no such bits to choose.
@@ -114,7 +115,7 @@ def problem_of(
     return Problem(
         {key: v.options for key, v in variables.items()},
         tuple(terms),
-        costs_of(student, variables, latency),
+        costs_of(student, variables, latency, overhead),
         tuple(tuple(tie) for tie in ties),
         {key: v.label for key, v in variables.items()},
     )

@@ -127,7 +127,9 @@ def _check(student: Student) -> None:
 # ------------------------------------------------------------------------------------------------------- costs
 
 
-def costs_of(student: Student, variables: Mapping[str, Variable], latency: Latency | None = None) -> dict[str, Cost]:
+def costs_of(
+    student: Student, variables: Mapping[str, Variable], latency: Latency | None = None, overhead: int | None = None
+) -> dict[str, Cost]:
     """Tables of costs over the variables' options.
 
     =================  ==============================================================================================
@@ -142,13 +144,14 @@ def costs_of(student: Student, variables: Mapping[str, Variable], latency: Laten
         student: with quantizers, not frozen.
         variables: of :func:`variables_of`.
         latency: seconds of every linear layer, for each pair of bits that it may have.
+        overhead: what :func:`overhead_bytes` has found for this student; found here if not given.
 
     Raises:
         UsageError: the table of latencies lacks a layer or a pair of bits.
     """
     _check(student)
     network = _Network(student, variables)
-    stored = network.weight_row()
+    stored = network.weight_row(overhead_bytes(student) if overhead is None else overhead)
     peaks = network.activation_rows()
     costs = {
         "weight_bytes": Cost(stored, unit="B"),
@@ -182,9 +185,9 @@ class _Network:
         source = self.placement.source.get(node, node)
         return self.layers[source.name].activation if source in self.placement.points else None
 
-    def weight_row(self) -> TermSum:
+    def weight_row(self, overhead: int) -> TermSum:
         """Codes at each width; the rest of the file does not depend on bits."""
-        constant, terms = float(overhead_bytes(self.student)), []
+        constant, terms = float(overhead), []
         sizes, rest = _stored(self.student)
         for key, count in sizes.items():
             codes = [-(-count * b // 8) for b in self.bits_of(key)]

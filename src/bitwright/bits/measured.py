@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import warnings
@@ -11,17 +13,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitwright import together
+from bitwright._version import __version__
 from bitwright.bits.allocate import Losses
-from bitwright.bits.costs import ACTIVATION_CHOICES, Latency, Variable
+from bitwright.bits.costs import ACTIVATION_CHOICES, Latency, Variable, overhead_bytes
 from bitwright.bits.goal import Goal
 from bitwright.errors import UsageError
 from bitwright.given.images import Images
 from bitwright.graph.capture import Captured
 from bitwright.graph.devices import place_on
 from bitwright.graph.student import Student
+from bitwright.pipeline import tensor_digest
 from bitwright.quant.scheme import Scheme
 from bitwright.recipes import Recipe
 from bitwright.run.about import totals
+from bitwright.run.files import DamagedError, read_checked, write_checked
 from bitwright.sensitivity import MEASURES, Choices, Measure, MeasuredLoss, Table, predicted_losses
 from bitwright.stages.base import Run
 
@@ -37,6 +42,8 @@ WITH_ACTIVATIONS = frozenset({"loss", "distance"})
 """Measures that predict what bits of activations cost; for the others, ``loss`` does."""
 OTHER_SCALE = frozenset({"eigenvalue", "q-bert"})
 """Measures whose numbers are no nats."""
+DESCRIPTION = 1
+"""Version of what a file's description holds; what was kept under another one is not used."""
 LatencyOf = Callable[[Student], Latency]
 
 
@@ -169,6 +176,49 @@ def losses_of(measured: Measured, variables: Mapping[str, Variable]) -> Losses:
 def _row(table: Table, variable: Variable) -> Mapping[int, float] | None:
     rows: Mapping[str, Mapping[int, float]] = table.weights if variable.kind == "weight" else table.activations
     return next((rows[name] for name in variable.layers if name in rows), None)
+
+
+def kept_overhead(student: Student, folder: Path | None) -> int:
+    """What :func:`bitwright.bits.costs.overhead_bytes` finds, kept under a key of all that it depends on.
+
+    Args:
+        student: whose file it is of.
+        folder: where it is kept; None keeps nothing.
+    """
+    if folder is None:
+        return overhead_bytes(student)
+    path = folder / f"description-{_description_key(student)}.json"
+    kept = together.from_first(lambda: _read_overhead(path))
+    if kept is not None:
+        return kept
+    found = overhead_bytes(student)
+    if together.is_first():
+        write_checked(path, {"overhead_bytes": found})
+    return found
+
+
+def _read_overhead(path: Path) -> int | None:
+    if path.is_file():
+        try:
+            return int(read_checked(path)["overhead_bytes"])
+        except DamagedError as error:
+            warnings.warn(f"{error} The description of the file is measured again.", UserWarning, stacklevel=4)
+    return None
+
+
+def _description_key(student: Student) -> str:
+    assert student.teacher is not None
+    graph = student.teacher.graph
+    parts = {
+        "version": DESCRIPTION,
+        "bitwright": __version__,
+        "network": tensor_digest(graph),
+        "code": graph.code,
+        "layers": repr([student.layers, student.unquantized]),
+        "given": repr([student.outputs, student.structure, student.input_shape]),
+        "scheme": student.scheme.model_dump(mode="json"),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def time_layers(

@@ -17,10 +17,9 @@ from bitwright.bits import trials
 from bitwright.bits.allocate import Losses, plans_for, problem_of
 from bitwright.bits.costs import ACTIVATION_CHOICES, Latency, Variable, variables_of
 from bitwright.bits.goal import MEASURE, Goal
-from bitwright.bits.measured import LatencyOf, affordable, losses_of, measure_losses, time_layers, usable
+from bitwright.bits.measured import LatencyOf, affordable, kept_overhead, losses_of, measure_losses, time_layers, usable
 from bitwright.bits.planned import Planning
-from bitwright.bits.solve import Solution, pareto, reachable, solutions_of, solve
-from bitwright.bits.tables import Problem
+from bitwright.bits.solve import Solution, Solver
 from bitwright.collector import uncollected
 from bitwright.errors import UsageError
 from bitwright.given import inputs
@@ -255,14 +254,15 @@ def planned(
     seconds, timing = _seconds(student, some, goal, run, how)
     run.progress("Planning", 0, 0)
     losses = losses_of(measured, variables)
-    problem = _problem(student, losses, goal, seconds, explained=bool(measured.notes))
-    float_bytes, uniform = 4 * totals(student)["parameters"], _uniform(problem, variables, goal)
+    overhead = kept_overhead(student, how.folder)
+    solver = _solver(student, losses, goal, seconds, overhead, explained=bool(measured.notes))
+    float_bytes, uniform = 4 * totals(student)["parameters"], _uniform(solver, variables, goal)
     limits = goal.limits(float_bytes)
     if not goal.asked:
         limits["weight_bytes"] = uniform[nearest_uniform(goal)].costs["weight_bytes"]
     along = how.along or ("weight_bytes" if goal.max_drop is not None else next(iter(limits)))
-    chosen = _within(problem, limits, goal, float_bytes)
-    curve = _curve(problem, along, limits, how.points) if how.points else []
+    chosen = _within(solver, limits, goal, float_bytes)
+    curve = _curve(solver, along, limits, how.points) if how.points else []
     plan, *others = plans_for(student, [chosen, *curve, *uniform.values()])
     return Planning(
         plan=plan,
@@ -357,30 +357,36 @@ def _open(teacher: Captured, scheme: Scheme, goal: Goal) -> tuple[Student, dict[
 
 
 @uncollected()
-def _problem(student: Student, losses: Losses, goal: Goal, latency: Latency | None, *, explained: bool) -> Problem:
+def _solver(
+    student: Student, losses: Losses, goal: Goal, latency: Latency | None, overhead: int, *, explained: bool
+) -> Solver:
     """The integer program of a goal; losses that are not finite are warned of unless a note explains them."""
     with warnings.catch_warnings():
         if explained:
             warnings.filterwarnings("ignore", message="Losses that are not finite")
-        return problem_of(
-            student, losses, weights=goal.weights, activations=goal.activations or ACTIVATION_CHOICES, latency=latency
+        activations = goal.activations or ACTIVATION_CHOICES
+        return Solver(
+            problem_of(
+                student, losses, weights=goal.weights, activations=activations, latency=latency, overhead=overhead
+            )
         )
 
 
-def _within(problem: Problem, limits: Mapping[str, float], goal: Goal, float_bytes: int) -> Solution:
+@uncollected()
+def _within(solver: Solver, limits: Mapping[str, float], goal: Goal, float_bytes: int) -> Solution:
     """The solution within the limits; a little below a size that was asked for, where that can be."""
     size = goal.target_size is not None or goal.compression is not None
     if size:
         try:
-            return solve(problem, {**limits, "weight_bytes": limits["weight_bytes"] * (1 - SLACK) - SLACK_BYTES})
+            return solver.solve({**limits, "weight_bytes": limits["weight_bytes"] * (1 - SLACK) - SLACK_BYTES})
         except UsageError:
             pass
     try:
-        return solve(problem, limits)
+        return solver.solve(limits)
     except UsageError as error:
         if goal.compression is None:
             raise
-        reach = reachable(problem)["weight_bytes"]
+        reach = solver.reach("weight_bytes")
         raise UsageError(
             f"A compression of {goal.compression:g} is a file of {amount(limits['weight_bytes'], 'B')}; reachable are "
             f"{_down(float_bytes / reach.most)} to {_down(float_bytes / reach.least)}. {error}"
@@ -394,24 +400,24 @@ def _down(value: float) -> str:
 
 
 @uncollected()
-def _curve(problem: Problem, along: str, limits: Mapping[str, float], points: int) -> list[Solution]:
+def _curve(solver: Solver, along: str, limits: Mapping[str, float], points: int) -> list[Solution]:
     """The curve without repeated solutions."""
     others = {name: limit for name, limit in limits.items() if name != along}
     found: list[Solution] = []
-    for solution in pareto(problem, along, count=points, limits=others):
+    for solution in solver.pareto(along, count=points, limits=others):
         if not found or solution.bits != found[-1].bits:
             found.append(solution)
     return found
 
 
-def _uniform(problem: Problem, variables: Mapping[str, Variable], goal: Goal) -> dict[int, Solution]:
+def _uniform(solver: Solver, variables: Mapping[str, Variable], goal: Goal) -> dict[int, Solution]:
     """The same bits in every weight that is free; activations at 8 bits, or what is nearest."""
     wanted = min(goal.activations, key=lambda b: (abs(b - 8), b), default=8)
     chosen = [
         {
-            key: min(problem.options[key], key=lambda b: (abs(b - (bits if v.kind == "weight" else wanted)), b))
+            key: min(solver.problem.options[key], key=lambda b: (abs(b - (bits if v.kind == "weight" else wanted)), b))
             for key, v in variables.items()
         }
         for bits in goal.weights
     ]
-    return dict(zip(goal.weights, solutions_of(problem, chosen), strict=True))
+    return dict(zip(goal.weights, map(solver.solution_of, chosen), strict=True))

@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -105,24 +106,23 @@ class Program:
         self.count = count + len(self.largest)
         self.upper = np.ones(self.count)
         self.upper[self.largest] = np.inf
+        self.shifted = self.objective.common.shifted()
+        self.constant = self.shifted.constant
         self.unit = self._scale(known)
-        self.constant = self.objective.common.shifted().constant
         self.lines: list[tuple[npt.NDArray[np.intp], Numbers]] = []
         self.right: list[float] = []
         self.goal = self._goal()
         for w, column in zip(self.wanted, self.largest[1:], strict=True):
             self._limit(w, column)
-        self.equal = self._equalities()
 
     def _scale(self, known: float | None) -> float:
-        shifted = [form.shifted() for form in self.objective.forms]
-        tables = [t for form in shifted for t in [*form.single.values(), *form.pairs.values()]]
-        largest = max((float(t.max()) for t in tables), default=0.0)
-        scale = largest if known is None else known - shifted[0].constant
+        forms = [self.shifted, *(row.shifted() for row in self.objective.rows)]
+        largest = max((float(s.values.max()) for f in forms for s in (f.stack, f.pair_stack) if s.shapes), default=0.0)
+        scale = largest if known is None else known - self.constant
         return (scale if scale > 0 else largest or 1.0) / LOSS_SCALE
 
     def _goal(self) -> Numbers:
-        goal = self._vector(self.objective.common.shifted()) / self.unit
+        goal = self._vector(self.shifted) / self.unit
         if self.objective.rows:
             goal[self.largest[0]] = 1.0
             least = max(row.shifted().constant for row in self.objective.rows)
@@ -169,16 +169,16 @@ class Program:
 
     def _vector(self, form: Form) -> Numbers:
         vector = np.zeros(self.count)
-        for where, table in [*form.single.items(), *form.pairs.items()]:
-            vector[self.start[where] : self.start[where] + table.size] = table.ravel()
+        for stack in (form.stack, form.pair_stack):
+            vector[stack.columns(self.start)] = stack.values
         return vector
 
-    def _equalities(self) -> tuple[sparse.csr_array, Numbers]:
-        rows: list[tuple[npt.NDArray[np.intp], Numbers]] = []
-        right = []
-        for v, o in self.options.items():
-            rows.append((self.start[v] + np.arange(len(o)), np.ones(len(o))))
-            right.append(1.0)
+    @cached_property
+    def equal(self) -> tuple[sparse.csr_array, Numbers]:
+        """What makes shares sum to 1, and products agree with the choices they are of."""
+        columns, ones = np.arange(self.whole), np.ones(self.whole)
+        rows = [(columns[self.start[v] :][: len(o)], ones[: len(o)]) for v, o in self.options.items()]
+        right = [1.0] * len(rows)
         for key, start in self.start.items():
             if not isinstance(key, tuple):
                 continue
@@ -205,10 +205,10 @@ class Program:
 
     def relax(self) -> Relaxed | None:
         """The linear program: a bound, how far options are taken, and what taking them must cost."""
-        from scipy.optimize import linprog
-
         if not self.options:
             return None
+        from scipy.optimize import linprog
+
         limits = {"A_ub": self._sparse(self.lines), "b_ub": np.array(self.right)} if self.lines else {}
         bounds = np.column_stack([np.zeros(self.count), np.where(self.upper == 0, 0.0, np.inf)])
         found = linprog(self.goal, A_eq=self.equal[0], b_eq=self.equal[1], bounds=bounds, method="highs", **limits)

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bitwright.bits.program import Limit, Program, forms_of
-from bitwright.bits.tables import Assignment, Form, Numbers, Problem, Sum, Tables, Term, cheapest, is_least
+from bitwright.bits.tables import Assignment, Form, Numbers, Problem, Stack, Sum, Tables, Term, cheapest, is_least
 from bitwright.errors import UsageError
 from bitwright.words import amount
 
@@ -64,18 +64,12 @@ def solve(problem: Problem, limits: Mapping[str, float] | None = None) -> Soluti
     Raises:
         UsageError: no choice meets the limits. The line names what is reachable and the variables that bind.
     """
-    return _Prepared(problem).solve(dict(limits or {}))
+    return Solver(problem).solve(dict(limits or {}))
 
 
 def solution_of(problem: Problem, bits: Mapping[str, int]) -> Solution:
     """Loss and costs of given bits."""
-    return solutions_of(problem, [bits])[0]
-
-
-def solutions_of(problem: Problem, several: Sequence[Mapping[str, int]]) -> list[Solution]:
-    """The same of each of several; the problem is read once."""
-    prepared = _Prepared(problem)
-    return [prepared.solution({v: bits[v] for v in problem.options}) for bits in several]
+    return Solver(problem).solution_of(bits)
 
 
 def pareto(
@@ -86,40 +80,24 @@ def pareto(
     count: int = 21,
     limits: Mapping[str, float] | None = None,
 ) -> list[Solution]:
-    """The least loss for each budget of one cost, cheapest first; a larger budget never loses more.
-
-    Args:
-        problem: losses and costs.
-        cost: what the budgets limit.
-        budgets: to solve for; ``count`` evenly spaced ones, from the least that is reachable to what the solution
-            without this limit costs, if not given.
-        count: of budgets.
-        limits: of the other costs.
-
-    Raises:
-        UsageError: a budget is below what is reachable, or the other limits cannot be met.
-    """
-    others = {name: limit for name, limit in (limits or {}).items() if name != cost}
-    prepared = _Prepared(problem)
-    prepared.check({**others, cost: 0.0})
-    if budgets is None:
-        most = prepared.solve(others).costs[cost]
-        budgets = [*np.linspace(prepared.least_beside(cost, others), most, max(count, 2))[:-1], most]
-    curve: list[Solution] = []
-    for budget in sorted(budgets):
-        found = prepared.solve({**others, cost: float(budget)}, curve[-1].bits if curve else None)
-        curve.append(curve[-1] if curve and curve[-1].loss <= found.loss else found)
-    return curve
+    """The least loss for each budget of one cost; see :meth:`Solver.pareto`."""
+    return Solver(problem).pareto(cost, budgets=budgets, count=count, limits=limits)
 
 
 def reachable(problem: Problem) -> dict[str, CostRange]:
     """The least and the most that each cost can be, each for itself."""
-    prepared = _Prepared(problem)
-    return {name: prepared.reach(name) for name in problem.costs}
+    return Solver(problem).reachable()
 
 
-class _Prepared:
-    """A problem, checked and read once."""
+class Solver:
+    """A problem, checked and read once, for all that is asked about it.
+
+    Args:
+        problem: losses and costs.
+
+    Raises:
+        UsageError: tied variables have no number of bits in common, or a term has not as many numbers as options.
+    """
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -131,6 +109,7 @@ class _Prepared:
         self.limited: dict[tuple[str, ...], Tables] = {}
 
     def check(self, limits: Mapping[str, float]) -> None:
+        """Refuses a limit of what is no cost, and one that is no number."""
         for name, limit in limits.items():
             if name not in self.problem.costs:
                 raise UsageError(f"Expected a limit of {', '.join(self.problem.costs)}, found '{name}'.")
@@ -138,6 +117,12 @@ class _Prepared:
                 raise UsageError(f"Expected a number as the limit of {name}, found nan.")
 
     def solve(self, limits: Mapping[str, float], start: Assignment | None = None) -> Solution:
+        """The bits with the least loss within the limits; :func:`solve` says more.
+
+        Args:
+            limits: largest values.
+            start: bits that are within them, if some are known.
+        """
         self.check(limits)
         names = tuple(limits)
         if names not in self.limited:
@@ -147,6 +132,45 @@ class _Prepared:
             raise UsageError(_explain(self, limits))
         return self.solution(found[0], found[1])
 
+    def pareto(
+        self,
+        cost: str,
+        *,
+        budgets: Sequence[float] | None = None,
+        count: int = 21,
+        limits: Mapping[str, float] | None = None,
+    ) -> list[Solution]:
+        """The least loss for each budget of one cost, cheapest first; a larger budget never loses more.
+
+        Args:
+            cost: what the budgets limit.
+            budgets: to solve for; ``count`` evenly spaced ones, from the least that is reachable to what the solution
+                without this limit costs, if not given.
+            count: of budgets.
+            limits: of the other costs.
+
+        Raises:
+            UsageError: a budget is below what is reachable, or the other limits cannot be met.
+        """
+        others = {name: limit for name, limit in (limits or {}).items() if name != cost}
+        self.check({**others, cost: 0.0})
+        if budgets is None:
+            most = self.solve(others).costs[cost]
+            budgets = [*np.linspace(self.least_beside(cost, others), most, max(count, 2))[:-1], most]
+        curve: list[Solution] = []
+        for budget in sorted(budgets):
+            found = self.solve({**others, cost: float(budget)}, curve[-1].bits if curve else None)
+            curve.append(curve[-1] if curve and curve[-1].loss <= found.loss else found)
+        return curve
+
+    def reachable(self) -> dict[str, CostRange]:
+        """The least and the most that each cost can be, each for itself."""
+        return {name: self.reach(name) for name in self.problem.costs}
+
+    def solution_of(self, bits: Mapping[str, int]) -> Solution:
+        """Loss and costs of given bits."""
+        return self.solution({v: bits[v] for v in self.problem.options})
+
     def solution(self, bits: Assignment, gap: float = 0.0) -> Solution:
         """Loss and costs of the bits of all variables, or one of each group of tied ones."""
         choice = {v: self.tables.options[v].index(bits[v]) for v in self.tables.options}
@@ -154,6 +178,7 @@ class _Prepared:
         return Solution({v: bits[g] for v, g in self.group.items()}, self.tables.loss.at(choice), costs, gap)
 
     def reach(self, cost: str) -> CostRange:
+        """What a cost can be."""
         bits = least_bits(self.tables, cost)
         return CostRange(self.solution(bits).costs[cost], most_of(self.tables, cost), self.solution(bits).bits)
 
@@ -172,7 +197,7 @@ class _Prepared:
 def least_bits(tables: Tables, cost: str) -> Assignment:
     """The bits with which a cost is least."""
     total = tables.costs[cost]
-    choice = cheapest(tables.options, total.forms)
+    choice = cheapest(tables, total.forms)
     if not all(is_least(form, choice) for form in total.forms):
         found = Program(tables.options, total, []).solve()
         assert found is not None
@@ -188,7 +213,7 @@ def most_of(tables: Tables, cost: str) -> float:
 
 def _most(tables: Tables, forms: Sequence[Form]) -> float:
     turned = [form.negative() for form in forms]
-    choice = cheapest(tables.options, turned)
+    choice = cheapest(tables, turned)
     if not all(is_least(form, choice) for form in turned):
         found = Program(tables.options, Sum(turned[0], tuple(turned[1:])), []).solve()
         assert found is not None
@@ -211,7 +236,7 @@ def _minimise(
         return None
     tables = affordable
     wanted = _wanted(tables, limits)
-    choice = cheapest(tables.options, forms_of(wanted) or [tables.loss])
+    choice = cheapest(tables, forms_of(wanted) or [tables.loss])
     best = tables.bits(choice) if all(w.met(choice) for w in wanted) else None
     good = None if start is None else _affordable(tables, wanted, start)
     best = good or best
@@ -253,7 +278,7 @@ def _loss_at(tables: Tables, bits: Assignment | None) -> float | None:
 
 def _drop_unaffordable(tables: Tables, limits: Mapping[str, float]) -> Tables | None:
     """Without options that alone exceed what a limit leaves above the least; None if even the least exceeds it."""
-    keep: dict[str, npt.NDArray[np.bool_]] = {}
+    keep = _everything(tables)
     for name, limit in limits.items():
         common, rows = tables.costs[name].common.shifted(), [row.shifted() for row in tables.costs[name].rows]
         room = limit - common.constant + 1e-12 * abs(limit)
@@ -261,14 +286,12 @@ def _drop_unaffordable(tables: Tables, limits: Mapping[str, float]) -> Tables | 
         for rest, left in [(common, room - least), *((row, room - row.constant) for row in rows)]:
             if left < 0:
                 return None
-            for v, table in rest.single.items():
-                keep[v] = keep.get(v, True) & (table <= left)
+            keep[rest.stack.columns(tables.start)] &= rest.stack.values <= left
             for (u, v), table in rest.pairs.items():
-                keep[u] = keep.get(u, True) & (table.min(axis=1) <= left)
-                keep[v] = keep.get(v, True) & (table.min(axis=0) <= left)
-    if not all(k.any() for k in keep.values()):
-        return None
-    return tables.restricted(_places(tables, keep))
+                keep[tables.start[u] :][: table.shape[0]] &= table.min(axis=1) <= left
+                keep[tables.start[v] :][: table.shape[1]] &= table.min(axis=0) <= left
+    starts = np.fromiter(tables.start.values(), np.intp, len(tables.start))
+    return tables.kept(keep) if np.logical_or.reduceat(keep, starts).all() else None
 
 
 def _drop_worse(tables: Tables, limits: Mapping[str, float], best: Assignment) -> tuple[Tables, Assignment]:
@@ -277,7 +300,9 @@ def _drop_worse(tables: Tables, limits: Mapping[str, float], best: Assignment) -
     assert known is not None
     rest = tables.loss.shifted()
     room = max(0.0, known - rest.constant) * (1 + 1e-9)
-    tables = _keep(tables, {v: table <= room for v, table in rest.single.items()}, best)
+    keep = _everything(tables)
+    keep[rest.stack.columns(tables.start)] = rest.stack.values <= room
+    tables = _keep(tables, keep, best)
     wanted = _wanted(tables, limits)
     relaxed = Program(tables.options, Sum(tables.loss), wanted, known).relax()
     if relaxed is None:
@@ -286,31 +311,30 @@ def _drop_worse(tables: Tables, limits: Mapping[str, float], best: Assignment) -
     if rounded is not None and tables.loss.at(rounded) < known:
         best, known = tables.bits(rounded), tables.loss.at(rounded)
     room = (known - relaxed.bound) * (1 + 1e-6) + 1e-6 * relaxed.unit
-    return _keep(tables, {v: reduced <= room for v, reduced in relaxed.reduced.items()}, best), best
+    keep = _everything(tables)
+    reduced = Stack(relaxed.reduced)
+    keep[reduced.columns(tables.start)] = reduced.values <= room
+    return _keep(tables, keep, best), best
 
 
-def _keep(tables: Tables, wanted: Mapping[str, npt.NDArray[np.bool_]], best: Assignment) -> Tables:
+def _everything(tables: Tables) -> npt.NDArray[np.bool_]:
+    """A mask over the options of all variables that keeps each."""
+    return np.ones(sum(map(len, tables.options.values())), dtype=np.bool_)
+
+
+def _keep(tables: Tables, mask: npt.NDArray[np.bool_], best: Assignment) -> Tables:
     """The tables with the options that are wanted, and those of the best solution."""
-    keep = {}
-    for v, mask in wanted.items():
-        keep[v] = mask.copy()
-        keep[v][tables.options[v].index(best[v])] = True
-    return tables.restricted(_places(tables, keep))
-
-
-def _places(tables: Tables, keep: Mapping[str, npt.NDArray[np.bool_]]) -> dict[str, npt.NDArray[np.intp]]:
-    """Where the options are that are kept; all of a variable that nothing is said of."""
-    every = {count: np.arange(count) for count in {len(o) for o in tables.options.values()}}
-    return {v: np.flatnonzero(keep[v]) if v in keep else every[len(o)] for v, o in tables.options.items()}
+    mask[[start + tables.options[v].index(best[v]) for v, start in tables.start.items()]] = True
+    return tables.kept(mask)
 
 
 def _rounded(tables: Tables, wanted: Sequence[Limit], shares: Mapping[str, Numbers]) -> dict[str, int] | None:
     """Whole choices near those of the linear program: the larger shares, else the cheapest where shares are divided."""
     choice = dict.fromkeys(tables.options, 0) | {v: int(s.argmax()) for v, s in shares.items()}
-    divided = [v for v, s in shares.items() if s.max() < 1 - 1e-6]
+    divided = [v for v, most in zip(shares, Stack(shares).most().tolist(), strict=True) if most < 1 - 1e-6]
     if all(w.met(choice) for w in wanted):
         return choice
-    cheap = cheapest(tables.options, forms_of(wanted))
+    cheap = cheapest(tables, forms_of(wanted))
     choice |= {v: cheap[v] for v in divided}
     if not all(w.met(choice) for w in wanted):
         return None
@@ -378,7 +402,7 @@ def _label(problem: Problem, variable: str) -> str:
     return problem.labels.get(variable, variable)
 
 
-def _explain(prepared: _Prepared, limits: Mapping[str, float]) -> str:
+def _explain(prepared: Solver, limits: Mapping[str, float]) -> str:
     """One line: what is reachable, and where most of the least is."""
     costs = prepared.problem.costs
     reach = {name: prepared.reach(name) for name in limits}
@@ -404,7 +428,7 @@ def _explain(prepared: _Prepared, limits: Mapping[str, float]) -> str:
     return f"These limits cannot be met together: {'; '.join(parts)}. Raise one of them."
 
 
-def _binding(prepared: _Prepared, cost: str, bits: Assignment) -> str:
+def _binding(prepared: Solver, cost: str, bits: Assignment) -> str:
     """The variables that most of a cost comes from."""
     problem, total = prepared.problem, prepared.tables.costs[cost]
     choice = {v: o.index(bits[v]) for v, o in prepared.tables.options.items()}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -71,9 +73,46 @@ class Problem:
     """What variables are called in messages."""
 
 
+class Stack:
+    """Tables one after another in one array, so that a step over all of them is one step of NumPy.
+
+    Example: of ``{"a": [4.0, 1.0], "b": [3.0]}`` the values are [4.0, 1.0, 3.0], the starts [0, 2], the sizes [2, 1].
+    """
+
+    def __init__(self, tables: Mapping[Any, Numbers]) -> None:
+        self.shapes = {where: table.shape for where, table in tables.items()}
+        self.sizes = np.array([table.size for table in tables.values()], dtype=np.intp)
+        self.starts = np.cumsum(self.sizes) - self.sizes
+        self.values = np.concatenate([t.ravel() for t in tables.values()]) if tables else np.zeros(0)
+
+    def least(self) -> Numbers:
+        """The least of each table."""
+        return np.minimum.reduceat(self.values, self.starts) if self.shapes else self.values
+
+    def most(self) -> Numbers:
+        """The largest of each table."""
+        return np.maximum.reduceat(self.values, self.starts) if self.shapes else self.values
+
+    def split(self, values: npt.NDArray[Any]) -> dict[Any, npt.NDArray[Any]]:
+        """Tables of these values instead, which are as many."""
+        places = zip(self.shapes.items(), self.starts.tolist(), self.sizes.tolist(), strict=True)
+        return {
+            where: values[start : start + size] if len(shape) == 1 else values[start : start + size].reshape(shape)
+            for (where, shape), start, size in places
+        }
+
+    def columns(self, start: Mapping[Any, int]) -> npt.NDArray[np.intp]:
+        """Where the values go if each table begins where ``start`` says."""
+        begin = np.fromiter((start[where] for where in self.shapes), np.intp, len(self.shapes))
+        return np.repeat(begin - self.starts, self.sizes) + np.arange(self.values.size)
+
+
 @dataclass(frozen=True)
 class Form:
-    """A sum of terms, one table a variable and one a pair of variables (in the order of the problem's variables)."""
+    """A sum of terms, one table a variable and one a pair of variables (in the order of the problem's variables).
+
+    Tables are never changed.
+    """
 
     constant: float
     single: dict[str, Numbers]
@@ -109,19 +148,28 @@ class Form:
             math.fsum([self.constant, *fixed]), {v: t for v, t in self.single.items() if t.size > 1}, self.pairs
         )
 
+    @cached_property
+    def stack(self) -> Stack:
+        """The tables of single variables."""
+        return Stack(self.single)
+
+    @cached_property
+    def pair_stack(self) -> Stack:
+        """Those of pairs."""
+        return Stack(self.pairs)
+
     def shifted(self) -> Form:
         """The same without constants: the least of every table is 0."""
-        single, pairs = ({where: float(t.min()) for where, t in tables.items()} for tables in (self.single, self.pairs))
-        return Form(
-            self.constant + sum([*single.values(), *pairs.values()]),
-            {v: t - single[v] for v, t in self.single.items()},
-            {p: t - pairs[p] for p, t in self.pairs.items()},
-        )
+        stacks = self.stack, self.pair_stack
+        least = [stack.least() for stack in stacks]
+        moved = [
+            stack.split(stack.values - np.repeat(each, stack.sizes)) for stack, each in zip(stacks, least, strict=True)
+        ]
+        return Form(self.constant + sum([*least[0].tolist(), *least[1].tolist()]), moved[0], moved[1])
 
     def most(self) -> float:
         """No smaller than any of its values; exact without pairs."""
-        tables = [*self.single.values(), *self.pairs.values()]
-        return math.fsum([self.constant, *(float(t.max()) for t in tables)])
+        return math.fsum([self.constant, *self.stack.most().tolist(), *self.pair_stack.most().tolist()])
 
     def negative(self) -> Form:
         """The same with the opposite sign."""
@@ -140,9 +188,17 @@ class Sum:
         """All of its parts."""
         return (self.common, *self.rows)
 
+    @cached_property
+    def _open(self) -> tuple[tuple[Form, ...], list[float]]:
+        """The rows that choices change, and the values of the others."""
+        free = tuple(row for row in self.rows if row.pairs or any(t.size > 1 for t in row.single.values()))
+        fixed = [row for row in self.rows if not row.pairs and all(t.size == 1 for t in row.single.values())]
+        return free, [row.at(dict.fromkeys(row.single, 0)) for row in fixed]
+
     def at(self, choice: Mapping[str, int]) -> float:
         """Its value where variable v takes option ``choice[v]``."""
-        return self.common.at(choice) + max((row.at(choice) for row in self.rows), default=0.0)
+        free, fixed = self._open
+        return self.common.at(choice) + max([*fixed, *(row.at(choice) for row in free)], default=0.0)
 
     def most(self) -> float:
         """No smaller than any of its values."""
@@ -174,6 +230,24 @@ class Tables:
             for name, cost in problem.costs.items()
         }
         return Tables(dict(problem.options), form_of(TermSum(problem.losses), order), costs)
+
+    @cached_property
+    def start(self) -> dict[str, int]:
+        """Where the options of each variable begin in an array over the options of all."""
+        sizes = [len(o) for o in self.options.values()]
+        return dict(zip(self.options, itertools.accumulate([0, *sizes[:-1]]), strict=True))
+
+    def kept(self, mask: npt.NDArray[np.bool_]) -> Tables:
+        """The same with the options that a mask over all of them keeps, at least one of each variable."""
+        if mask.all():
+            return self
+        starts = np.fromiter(self.start.values(), np.intp, len(self.start))
+        sizes = np.diff(starts, append=mask.size)
+        places = (np.arange(mask.size) - np.repeat(starts, sizes))[mask]
+        ends = np.cumsum(np.add.reduceat(mask, starts, dtype=np.intp)).tolist()
+        return self.restricted(
+            {v: places[begin:end] for v, begin, end in zip(self.options, [0, *ends[:-1]], ends, strict=True)}
+        )
 
     def restricted(self, keep: Mapping[str, npt.NDArray[np.intp]]) -> Tables:
         """The same with some options only."""
@@ -231,17 +305,16 @@ def _undominated(features: list[Numbers], count: int) -> npt.NDArray[np.intp]:
     return np.flatnonzero(~(beats & (~same | lower)).any(axis=0))
 
 
-def cheapest(options: Mapping[str, tuple[int, ...]], rows: Sequence[Form]) -> dict[str, int]:
+def cheapest(tables: Tables, rows: Sequence[Form]) -> dict[str, int]:
     """Options with the least sum over rows, each row measured by its own spread, tables of pairs by their means."""
-    weights = {v: np.zeros(len(o)) for v, o in options.items()}
+    weights = np.zeros(sum(map(len, tables.options.values())))
     for row in rows:
         spread = row.most() + row.negative().most() or 1.0
-        for v, table in row.single.items():
-            weights[v] += table / spread
+        weights[row.stack.columns(tables.start)] += row.stack.values / spread
         for (u, v), table in row.pairs.items():
-            weights[u] += table.mean(axis=1) / spread
-            weights[v] += table.mean(axis=0) / spread
-    return {v: int(w.argmin()) for v, w in weights.items()}
+            weights[tables.start[u] :][: table.shape[0]] += table.mean(axis=1) / spread
+            weights[tables.start[v] :][: table.shape[1]] += table.mean(axis=0) / spread
+    return {v: int(weights[start : start + len(tables.options[v])].argmin()) for v, start in tables.start.items()}
 
 
 def is_least(row: Form, choice: Mapping[str, int]) -> bool:
