@@ -21,6 +21,7 @@ from bitwright.graph.capture import Captured
 from bitwright.graph.student import Student, insert_quantizers, weight_of
 from bitwright.graph.watch import values_of
 from bitwright.pipeline import run_stages
+from bitwright.quant.quantizer import Frozen
 from bitwright.quant.scheme import Rule, Scheme
 from bitwright.recipes import recipe
 from bitwright.stages import cascade as module
@@ -208,7 +209,7 @@ def test_views_are_looked_at_as_far_as_memory_goes(memory: int, views: int, monk
 
 @pytest.mark.parametrize("name", ["called_twice", "conv_bn_relu6", "residual", "transformer"])
 def test_parts_of_large_images_pass_in_smaller_batches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All positions are drawn where there are few, so that only the order of sums differs."""
+    """Only the order of sums differs."""
     teacher, data, sizes, found = prepared(name), dataset(24), [], []
 
     class Spy(module._Batches):
@@ -228,11 +229,22 @@ def test_parts_of_large_images_pass_in_smaller_batches(name: str, monkeypatch: p
 
 
 @pytest.mark.parametrize("name", ["called_twice", "conv_bn_relu6", "residual", "shifted_window", "transformer"])
+def test_integers_do_not_depend_on_how_many_images_pass_at_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, data, found = prepared(name), dataset(64), []
+    for most in (100, 4, 3):
+        monkeypatch.setattr(module, "images_in_pass", lambda *_, most=most: most)
+        student = after(teacher, data, positions=2).freeze()
+        found.append({k: m.codes for k, m in student.graph.named_modules() if isinstance(m, Frozen)})
+    for codes in found[1:]:
+        assert all(torch.equal(codes[key], found[0][key]) for key in found[0])
+
+
+@pytest.mark.parametrize("name", ["called_twice", "conv_bn_relu6", "residual", "shifted_window", "transformer"])
 def test_how_far_the_float_network_runs_ahead_does_not_matter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher, data, found = prepared(name), dataset(12), []
     for most in (1, 2, 1000):
 
-        def some(self: module._Ahead, most: int = most) -> list[module._Drawn]:
+        def some(self: module._Ahead, most: int = most) -> list[module._Seen]:
             taken, self._waiting = self._waiting[:most], self._waiting[most:]
             return taken
 
@@ -250,7 +262,7 @@ def test_of_the_float_network_little_more_is_held_than_what_is_drawn(monkeypatch
     teacher = prepare_teacher(as_model(network.eval(), None), data)
     run = module._Ahead._run
 
-    def spy(self: module._Ahead, layers: list[module._Drawn]) -> None:
+    def spy(self: module._Ahead, layers: list[module._Seen]) -> None:
         run(self, layers)
         values = [v for n, each in self._walk._values.items() if n.op != "get_attr" for v in each]
         held.append(sum(t.nbytes for t in [*values, *(t for each in self._found.values() for t in each)]))

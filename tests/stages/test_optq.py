@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
@@ -14,10 +13,11 @@ from torch import Tensor, fx, nn
 from bitwright.given.images import Images, load_images
 from bitwright.graph import ops, rewrite
 from bitwright.graph.capture import Captured, capture
-from bitwright.graph.patches import group_grams, layer_inputs
+from bitwright.graph.patches import Drawn, group_grams, layer_inputs, layer_outputs
 from bitwright.graph.prepare import prepare
 from bitwright.graph.student import Student, insert_quantizers
 from bitwright.graph.watch import watch
+from bitwright.quant.quantizer import Frozen
 from bitwright.quant.scheme import Rule, Scheme
 from bitwright.stages.base import Run
 from bitwright.stages.calibrate import Calibrate
@@ -33,11 +33,12 @@ def calibrated(teacher: Captured, data: Images, **scheme: object) -> Student:
 
 
 def optimised(
-    teacher: Captured, data: Images, *, seed: int = 0, scheme: dict | None = None, **stage: object
+    teacher: Captured, data: Images, *, seed: int = 0, batch: int = 5, scheme: dict | None = None, **stage: object
 ) -> Student:
     """A student after OPTQ over all positions."""
     settings = {"positions": ALL, "damping": 0.01, "bias_correction": False, **stage}
-    return Optq(**settings).run(calibrated(teacher, data, **(scheme or {})), teacher, data, Run(seed=seed, batch=5))
+    run = Run(seed=seed, batch=batch)
+    return Optq(**settings).run(calibrated(teacher, data, **(scheme or {})), teacher, data, run)
 
 
 def linears(graph: fx.GraphModule) -> list[fx.Node]:
@@ -122,11 +123,11 @@ def test_gram_of_a_convolution_is_that_of_all_its_patches(name: str) -> None:
     teacher, x = prepare(capture(NETWORKS[name].eval(), images(2))), images(3, seed=2)
     node = linears(teacher.graph)[-1]
     value, weight = read_by(teacher.graph, node, x), weight_of(teacher.graph, node)
-    found = layer_inputs(node, value, weight, ALL, torch.randperm)
+    found = layer_inputs(node, value, weight, Drawn(ALL, 0))
     expected = patches(node, value, weight)
     assert found.shape == expected.shape
     torch.testing.assert_close(gram(found), gram(expected), rtol=1e-4, atol=1e-4)
-    by_groups = group_grams(node, value, weight, ALL, torch.randperm)
+    by_groups = group_grams(node, value, weight, Drawn(ALL, 0))
     torch.testing.assert_close(by_groups, gram(expected), rtol=1e-4, atol=1e-4)
     layer = NETWORKS[name].conv
     if isinstance(layer, nn.Conv2d) and not isinstance(layer.padding, str):
@@ -141,7 +142,7 @@ def test_gram_of_a_linear_layer_is_that_of_all_its_rows(name: str) -> None:
     for node in (n for n in linears(prepared(name).graph) if ops.base_name(n) == "linear"):
         value, weight = read_by(prepared(name).graph, node, x), weight_of(prepared(name).graph, node)
         rows = value.reshape(-1, weight.shape[1])
-        found = layer_inputs(node, value, weight, ALL, torch.randperm)
+        found = layer_inputs(node, value, weight, Drawn(ALL, 0))
         torch.testing.assert_close(gram(found)[0], sum(torch.outer(r, r) for r in rows), rtol=1e-4, atol=1e-4)
 
 
@@ -152,9 +153,8 @@ def test_positions_are_drawn_from_the_patches_of_every_image_without_preference(
     value, weight = read_by(teacher.graph, node, x), weight_of(teacher.graph, node)
     every = patches(node, value, weight)
     mean, count = 0.0, 600
-    draw = partial(torch.randperm, generator=torch.Generator().manual_seed(0))
-    for _ in range(count):
-        some = layer_inputs(node, value, weight, 4, draw)
+    for seed in range(count):
+        some = layer_inputs(node, value, weight, Drawn(4, seed))
         assert some.shape == (len(every), 3 * 4, every.shape[2])
         mean = mean + gram(some) / count
     distances = torch.cdist(some, every, compute_mode="donot_use_mm_for_euclid_dist").min(2)
@@ -169,11 +169,32 @@ def test_rows_of_a_linear_layer_are_drawn_without_preference() -> None:
     graph, x = prepared("transformer").graph, images(3, seed=2)
     node = next(n for n in linears(graph) if n.meta["layer"] == "mlp.0")  # five tokens an image
     value, weight = read_by(graph, node, x), weight_of(graph, node)
-    draw = partial(torch.randperm, generator=torch.Generator().manual_seed(0))
-    grams = [gram(layer_inputs(node, value, weight, 2, draw))[0] for _ in range(400)]
-    assert layer_inputs(node, value, weight, 2, draw).shape == (1, 2 * 3, 8)
+    grams = [gram(layer_inputs(node, value, weight, Drawn(2, seed)))[0] for seed in range(400)]
+    assert layer_inputs(node, value, weight, Drawn(2, 0)).shape == (1, 2 * 3, 8)
     full = gram(value.reshape(-1, 8)) * 6 / 15
     assert float((sum(grams) / 400 - full).norm() / full.norm()) < 0.05
+
+
+@pytest.mark.parametrize("name", ["2d_padded", "2d_depthwise", "1d_strided", "linear"])
+def test_an_image_gives_the_same_positions_whatever_images_it_is_seen_with(name: str) -> None:
+    graph = prepared("transformer").graph if name == "linear" else prepare(capture(NETWORKS[name], images(2))).graph
+    node = linears(graph)[-1]
+    if name == "linear":
+        node = next(n for n in linears(graph) if n.meta["layer"] == "mlp.0")
+    value, weight = read_by(graph, node, images(7, seed=2)), weight_of(graph, node)
+    together = layer_inputs(node, value, weight, Drawn(2, seed=5))
+    for size in (1, 2, 3):
+        parts = [layer_inputs(node, v, weight, Drawn(2, 5, size * i)) for i, v in enumerate(value.split(size))]
+        assert torch.equal(torch.cat(parts, 1), together)
+
+
+def test_all_positions_are_taken_alike_often() -> None:
+    places = Drawn(most=6, seed=1).of(20, 15)
+    assert places.shape == (20, 6)
+    assert places.flatten().bincount(minlength=15).tolist() == [8] * 15
+    assert all(len(set(row)) == 6 for row in places.tolist())
+    assert not torch.equal(places, Drawn(most=6, seed=2).of(20, 15))
+    assert torch.equal(places[7:], Drawn(most=6, seed=1, first=7).of(13, 15))
 
 
 # -------------------------------------------------------------------------------------------- whole stage
@@ -357,6 +378,18 @@ def test_seeds_draw_the_positions_and_the_same_one_the_same() -> None:
     assert not torch.equal(a, c)
 
 
+@pytest.mark.parametrize("name", ["residual", "transformer", "shifted_window", "shuffle"])
+def test_integers_do_not_depend_on_how_many_images_pass_at_once(name: str) -> None:
+    teacher, data = prepared(name), dataset(32)
+    first, *others = (optimised(teacher, data, positions=2, batch=size).freeze() for size in (4, 8, 32, 5))
+    codes = [
+        {k: m.codes for k, m in found.graph.named_modules() if isinstance(m, Frozen)} for found in (first, *others)
+    ]
+    assert len(codes[0]) > 1
+    for found in codes[1:]:
+        assert all(torch.equal(codes[0][key], found[key]) for key in codes[0])
+
+
 def test_it_takes_as_many_images_as_asked() -> None:
     """Eight images, of which only those that were drawn are not black."""
     teacher = prepared("residual")
@@ -375,7 +408,7 @@ def test_it_takes_as_many_images_as_asked() -> None:
 @pytest.mark.parametrize("axes", [1, 2, 3])
 @pytest.mark.parametrize(("padding", "groups", "stride"), [("same", 1, 1), ("valid", 2, 2), (1, 2, 2), (0, 1, 1)])
 def test_patches_times_the_weight_are_the_convolution(axes: int, padding: Any, groups: int, stride: int) -> None:
-    """Of any number of axes; positions come in any order, so that the sum of squares is compared."""
+    """Of any number of axes; positions in the order of the output's."""
     generator = torch.Generator().manual_seed(0)
     value = torch.randn(2, 4, *range(6, 6 + axes), generator=generator)
     weight = torch.randn(6, 4 // groups, *[3, 2, 3][:axes], generator=generator)
@@ -384,8 +417,13 @@ def test_patches_times_the_weight_are_the_convolution(axes: int, padding: Any, g
     packet = getattr(torch.ops.aten, f"conv{axes}d")
     settings = [[stride] * axes, padding if isinstance(padding, str) else [padding] * axes, [1] * axes, groups]
     node = graph.call_function(packet.padding if isinstance(padding, str) else packet.default, (x, w, None, *settings))
-    found = layer_inputs(node, value, weight, 10_000, torch.randperm)
+    found = layer_inputs(node, value, weight, Drawn(10_000, 0))
     ours = torch.einsum("gsi,goi->gso", found, weight.reshape(groups, 6 // groups, -1).float())
     expected = packet(value, weight, None, *settings)
-    assert ours.numel() == expected.numel()
-    assert float(ours.square().sum()) == pytest.approx(float(expected.square().sum()), rel=1e-5)
+    given = layer_outputs(node, expected, groups, Drawn(10_000, 0))
+    torch.testing.assert_close(ours, given, rtol=1e-4, atol=1e-5)
+    some = Drawn(5, seed=3, first=7)
+    drawn = torch.einsum(
+        "gsi,goi->gso", layer_inputs(node, value, weight, some), weight.reshape(groups, 6 // groups, -1).float()
+    )
+    torch.testing.assert_close(drawn, layer_outputs(node, expected, groups, some), rtol=1e-4, atol=1e-5)

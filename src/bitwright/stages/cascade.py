@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from bitwright.given.images import Images
 from bitwright.graph import ops, rewrite
 from bitwright.graph.capture import Captured
-from bitwright.graph.patches import layer_inputs, layer_outputs
+from bitwright.graph.patches import Drawn, layer_inputs, layer_outputs
 from bitwright.graph.student import Student, has_quantized_weight, weight_of
 from bitwright.graph.units import quantized
 from bitwright.graph.walk import Walk, image_bytes, images_in_pass, peak_bytes
@@ -88,7 +88,10 @@ class Cascade(Stage):
         count = len(samples)
         batches = _Batches(samples, run.device, images_in_pass(student.graph.graph, run.device, count, BETWEEN))
         ours, theirs = Walk(student.graph, batches), Walk(teacher.graph, batches)
-        drawn = [self._drawn(node, twins[node.name], ours, theirs, run, count) for node in layers]
+        drawn = [
+            self._looked_at(node, twins[node.name], ours, theirs, batches, run.seed * 7919 + position)
+            for position, node in enumerate(layers)
+        ]
         ahead = _Ahead(theirs, drawn, count)
         for position, layer in enumerate(drawn):
             run.progress("Rounding layer after layer", position, len(layers))
@@ -105,13 +108,13 @@ class Cascade(Stage):
         found = (m for m in student.graph.children() if isinstance(m, Quantizer) and m.role == "activation")
         return any(m.grid.bits <= self.activations for m in found)
 
-    def _drawn(self, node: fx.Node, twin: fx.Node, ours: Walk, theirs: Walk, run: Run, count: int) -> _Drawn:
-        """Where a layer is looked at."""
+    def _looked_at(self, node: fx.Node, twin: fx.Node, ours: Walk, theirs: Walk, batches: _Batches, seed: int) -> _Seen:
+        """A layer, and where it is looked at."""
         weight, beside = theirs.tensor(twin.args[1]), _beside(node, twin)
         if beside is not None and ours.place(beside[0]) > ours.place(node):
             beside = None
-        positions = min(self.positions, -(-max(ENOUGH, PER_INPUT * weight[0].numel()) // count))
-        return _Drawn(node, twin, beside, weight, positions, partial(_draw, run))
+        positions = min(self.positions, -(-max(ENOUGH, PER_INPUT * weight[0].numel()) // batches.images))
+        return _Seen(node, twin, beside, weight, positions, seed, batches.before)
 
     def _round(self, student: Student, teacher: Captured, node: fx.Node, parts: Iterator[_Moments]) -> None:
         """Rounds a layer once more, from the moments of each batch."""
@@ -264,10 +267,10 @@ class _Moments:
 
 
 @dataclass(frozen=True)
-class _Drawn:
+class _Seen:
     """A layer, its twin in the float network, what is added to both outputs, and the positions where it is looked at.
 
-    ``draw(i)`` gives what draws those of a batch, the same ones each time.
+    ``before`` says how many images there are before each batch, and before the end.
     """
 
     node: fx.Node
@@ -275,16 +278,22 @@ class _Drawn:
     beside: tuple[fx.Node, fx.Node] | None
     weight: Tensor
     positions: int
-    draw: Callable[[int], Callable[[int], Tensor]]
+    seed: int
+    before: tuple[int, ...]
 
     def inputs(self, value: Tensor, batch: int) -> Tensor:
         """[G, N, K] of what it reads."""
-        return layer_inputs(self.node, value, self.weight, self.positions, self.draw(batch))
+        return layer_inputs(self.node, value, self.weight, self._drawn(value, batch))
 
     def outputs(self, value: Tensor, batch: int) -> Tensor:
         """[G, N, R] of what it gives, or of what is added to that."""
         groups = 1 if ops.base_name(self.node) == "linear" else rewrite.groups(self.node)
-        return layer_outputs(self.node, value, groups, self.positions, self.draw(batch))
+        return layer_outputs(self.node, value, groups, self._drawn(value, batch))
+
+    def _drawn(self, value: Tensor, batch: int) -> Drawn:
+        """The same positions whenever it is asked for a batch; an image may lie in several rows, such as windows."""
+        before, after = self.before[batch : batch + 2]
+        return Drawn(self.positions, self.seed, before * len(value) // (after - before))
 
     @property
     def bytes_of_image(self) -> int:
@@ -300,17 +309,17 @@ class _Ahead:
     least memory.
     """
 
-    def __init__(self, walk: Walk, layers: list[_Drawn], count: int) -> None:
+    def __init__(self, walk: Walk, layers: list[_Seen], count: int) -> None:
         self._walk, self._count, self._waiting = walk, count, layers
         self._found: dict[fx.Node, list[Tensor]] = {}
 
-    def wanted(self, layer: _Drawn) -> list[Tensor]:
+    def wanted(self, layer: _Seen) -> list[Tensor]:
         """[G, N, R] of each batch: the float network's output, with what is added to it."""
         if layer.node not in self._found:
             self._run(self._next())
         return self._found.pop(layer.node)
 
-    def _next(self) -> list[_Drawn]:
+    def _next(self) -> list[_Seen]:
         behind = self._walk.bytes_behind([layer.twin for layer in self._waiting])
         drawn = itertools.accumulate(layer.bytes_of_image for layer in self._waiting)
         totals = [a + b for a, b in zip(behind, drawn, strict=True)]
@@ -318,8 +327,8 @@ class _Ahead:
         found, self._waiting = self._waiting[:last], self._waiting[last:]
         return found
 
-    def _run(self, layers: list[_Drawn]) -> None:
-        seeing: dict[fx.Node, list[_Drawn]] = {}
+    def _run(self, layers: list[_Seen]) -> None:
+        seeing: dict[fx.Node, list[_Seen]] = {}
         for layer in layers:
             self._found[layer.node] = []
             for node in (layer.twin, *(layer.beside or ())[1:]):
@@ -336,7 +345,7 @@ class _Ahead:
         last = max(seeing, key=self._walk.place)
         self._walk.through(last, {node: partial(see, node) for node in seeing})
 
-    def _add(self, layer: _Drawn, batch: int, value: Tensor) -> None:
+    def _add(self, layer: _Seen, batch: int, value: Tensor) -> None:
         found, more = self._found[layer.node], layer.outputs(value, batch)
         if batch < len(found):
             found[batch] = found[batch] + more
@@ -351,6 +360,8 @@ class _Batches(Sequence[Tensor]):
 
     Attributes:
         parts: how many batches each of at most :data:`PARTS` parts has.
+        images: how many there are.
+        before: how many of them are before each batch, and all of them at the end.
     """
 
     def __init__(self, samples: Views, device: torch.device, at_once: int) -> None:
@@ -359,6 +370,8 @@ class _Batches(Sequence[Tensor]):
         split = [part.tensor_split(-(-len(part) // at_once)) for part in parts]
         self.parts = list(map(len, split))
         self._each = list(itertools.chain.from_iterable(split))
+        self.before = tuple(itertools.accumulate(map(len, self._each), initial=0))
+        self.images = self.before[-1]
 
     def __len__(self) -> int:
         return len(self._each)
@@ -367,7 +380,7 @@ class _Batches(Sequence[Tensor]):
         return self._samples.batch(self._each[position], self._device)
 
 
-def _moments(layer: _Drawn, ours: Walk, wanted: list[Tensor], parts: Iterable[int]) -> Iterator[_Moments]:
+def _moments(layer: _Seen, ours: Walk, wanted: list[Tensor], parts: Iterable[int]) -> Iterator[_Moments]:
     """What the layer reads in the quantized network, and what it should give, of each part: so many batches."""
     pairs = _pairs(layer, ours, wanted)
     for count in parts:
@@ -375,7 +388,7 @@ def _moments(layer: _Drawn, ours: Walk, wanted: list[Tensor], parts: Iterable[in
         yield _Moments.of(torch.cat(inputs, 1), torch.cat(outputs, 1))
 
 
-def _pairs(layer: _Drawn, ours: Walk, wanted: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+def _pairs(layer: _Seen, ours: Walk, wanted: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """[G, N, K] of what the layer reads in each batch, and [G, N, R] of what it should give."""
     beside = [None] * len(wanted) if layer.beside is None else ours.values(layer.beside[0])
     for i, (read, given, added) in enumerate(zip(ours.read(layer.node), wanted, beside, strict=True)):
@@ -410,11 +423,6 @@ def _beside(node: fx.Node, twin: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         found.append(others[0])
     same = tuple(ops.shape(found[1])) == tuple(ops.shape(twin))
     return (found[0], found[1]) if same else None
-
-
-def _draw(run: Run, batch: int) -> Callable[[int], Tensor]:
-    """Draws the same positions whenever it is called for a batch."""
-    return partial(torch.randperm, generator=torch.Generator().manual_seed(run.seed * 7919 + batch))
 
 
 def _readers(node: fx.Node) -> int:

@@ -15,7 +15,7 @@ from bitwright import together
 from bitwright.given.images import Images
 from bitwright.graph import ops, rewrite
 from bitwright.graph.capture import Captured
-from bitwright.graph.patches import group_grams, layer_inputs
+from bitwright.graph.patches import Drawn, group_grams, layer_inputs
 from bitwright.graph.student import Student, has_quantized_weight, weight_of
 from bitwright.graph.watch import Callback
 from bitwright.quant import obq, optq
@@ -144,14 +144,13 @@ class _Grams:
     """``X X^T`` of every layer with a quantized weight, [groups, inputs, inputs], by the first of its nodes."""
 
     def __init__(self, student: Student, teacher: fx.GraphModule, positions: int, seed: int) -> None:
-        self.teacher, self.positions = teacher, positions
-        self.generator = torch.Generator().manual_seed(seed)
+        self.teacher, self.positions, self.seed = teacher, positions, seed
         self.matrices: dict[fx.Node, Tensor] = {}
         self.owner: dict[str, fx.Node] = {}
         self._fresh: list[tuple[fx.Node, Tensor]] = []
         self._order: list[fx.Node] = []
-        self._drawn: list[int] = []
-        self._draws: list[int] = []
+        self._seen: dict[fx.Node, int] = {}
+        self._first: dict[fx.Node, int] = {}
         quantized = {n.name for n in student.graph.graph.nodes if has_quantized_weight(n)}
         self.nodes = [n for n in teacher.graph.nodes if n.name in quantized and ops.base_name(n) in COMPENSATED]
         for node in self.nodes:
@@ -179,9 +178,13 @@ class _Grams:
         return collect
 
     def _gram(self, node: fx.Node, value: Tensor, weight: Tensor) -> Tensor:
+        before = self._seen.setdefault(node, 0)
+        self._seen[node] += len(value)
+        self._first.setdefault(node, len(value))
+        drawn = Drawn(self.positions, self.seed * 7919 + self.nodes.index(node), before)
         if ops.base_name(node) != "linear" and rewrite.groups(node) > 1:
-            return group_grams(node, value, weight, self.positions, self._draw)
-        return optq.gram(layer_inputs(node, value, weight, self.positions, self._draw))
+            return group_grams(node, value, weight, drawn)
+        return optq.gram(layer_inputs(node, value, weight, drawn))
 
     def _take(self, owner: fx.Node, gram: Tensor) -> None:
         if owner in self.matrices:
@@ -192,7 +195,6 @@ class _Grams:
     def taken(self) -> list[Tensor]:
         """What the last batch adds; nothing where a single process has added it already."""
         fresh, self._fresh = self._fresh, []
-        self._draws, self._drawn = self._drawn, []
         self._order = [owner for owner, _ in fresh]
         return [gram for _, gram in fresh]
 
@@ -201,15 +203,10 @@ class _Grams:
         for owner, gram in zip(self._order, given, strict=True):
             self._take(owner, gram)
 
-    def _draw(self, count: int) -> Tensor:
-        """All places in random order."""
-        self._drawn.append(count)
-        return torch.randperm(count, generator=self.generator)
-
     def skip(self, batches: int) -> None:
-        """Draws what a batch as large as the first one would have drawn."""
-        for count in self._draws * batches:
-            torch.randperm(count, generator=self.generator)
+        """Counts the images of batches as large as the first one, since each image has positions of its own."""
+        for node, count in self._first.items():
+            self._seen[node] += count * batches
 
     def forget(self) -> None:
         """Its sums are added in order, whoever saw them."""
