@@ -201,6 +201,16 @@ def test_one_variable_alone():
     assert solve(one([1.0, 0.0], [10, 20]), {"size": 19}).bits == {"a": 4}
 
 
+def test_without_variables_there_is_what_is_constant():
+    problem = Problem({}, (), {"size": Cost(TermSum((), 3.0))})
+    found = solve(problem, {"size": 4})
+    assert (found.bits, found.loss, found.costs) == ({}, 0.0, {"size": 3.0})
+    assert [point.costs for point in pareto(problem, "size", budgets=[3.0, 5.0])] == [{"size": 3.0}] * 2
+    assert (reachable(problem)["size"].least, reachable(problem)["size"].most) == (3.0, 3.0)
+    with pytest.raises(UsageError):
+        solve(problem, {"size": 2})
+
+
 def test_of_equal_losses_the_cheaper_option_is_taken():
     assert solve(one([0.0, 0.0], [10, 20])).bits == {"a": 4}
     assert solve(one([0.5, 0.7], [10, 20])).bits == {"a": 4}

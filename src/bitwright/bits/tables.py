@@ -234,8 +234,8 @@ class Tables:
     @cached_property
     def start(self) -> dict[str, int]:
         """Where the options of each variable begin in an array over the options of all."""
-        sizes = [len(o) for o in self.options.values()]
-        return dict(zip(self.options, itertools.accumulate([0, *sizes[:-1]]), strict=True))
+        starts = itertools.accumulate((len(o) for o in self.options.values()), initial=0)
+        return dict(zip(self.options, starts, strict=False))  # the last one is where all end
 
     def kept(self, mask: npt.NDArray[np.bool_]) -> Tables:
         """The same with the options that a mask over all of them keeps, at least one of each variable."""
