@@ -74,8 +74,8 @@ def resnet50() -> nn.Module:
 
 
 def vit_large() -> nn.Module:
-    """ViT-L/16."""
-    return seeded("vit_large_patch16_224")
+    """ViT-L/14."""
+    return seeded("vit_large_patch14_224")
 
 
 def convnext_large() -> nn.Module:
