@@ -75,7 +75,7 @@ def _shares_at_four_bits() -> list[float]:
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     row = re.search(r"^\| EfficientNet-Lite0 \| W4A8 \| [\d.]+ \|(.*)$", page, flags=re.MULTILINE)
     assert row is not None
-    return [float(cell.strip(" *").split()[0]) / 100 for cell in row[1].split("|")[:3]]
+    return [float(cell.replace("*", "").split()[0]) / 100 for cell in row[1].split("|")[:3]]
 
 
 def svg() -> str:

@@ -25,7 +25,7 @@ from bitwright.quant.learned import (
     inverse_rectified_sigmoid,
     learned_values,
     one_pass,
-    rectified_sigmoid,
+    rectified_sigmoids,
     rounding_regularizers,
 )
 from bitwright.quant.quantizer import Quantizer
@@ -41,9 +41,11 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 def test_rectified_sigmoid_and_its_inverse_equal_the_formula() -> None:
     for a in torch.linspace(-6, 6, 101).tolist():
         expected = min(max(1 / (1 + math.exp(-a)) * 1.2 - 0.1, 0), 1)
-        assert float(rectified_sigmoid(torch.tensor(a, dtype=torch.float64))) == pytest.approx(expected, abs=1e-12)
+        assert float(rectified_sigmoids([torch.tensor(a, dtype=torch.float64)])[0]) == pytest.approx(
+            expected, abs=1e-12
+        )
     h = torch.linspace(0, 1, 1001, dtype=torch.float64)
-    torch.testing.assert_close(rectified_sigmoid(inverse_rectified_sigmoid(h)), h, rtol=0, atol=1e-14)
+    torch.testing.assert_close(rectified_sigmoids([inverse_rectified_sigmoid(h)])[0], h, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("beta", [2.0, 7.5, 20.0])
@@ -62,7 +64,7 @@ def test_regularizer_leaves_decided_roundings_alone_and_moves_all_others(beta: f
     bound = math.log(11)  # beyond it the rectified sigmoid is flat at 0 or 1
     a = torch.tensor([-50.0, -bound - 0.01, -bound + 0.01, -0.5, 0.5, bound - 0.01, bound + 0.01, 50.0])
     a.requires_grad_(True)
-    (slope,) = torch.autograd.grad(rounding_regularizers([rectified_sigmoid(a)], beta), a)
+    (slope,) = torch.autograd.grad(rounding_regularizers(rectified_sigmoids([a]), beta), a)
     assert slope[[0, 1, 6, 7]].tolist() == [0, 0, 0, 0]
     assert bool((slope[[2, 3]] > 0).all())  # down a slope, towards 0
     assert bool((slope[[4, 5]] < 0).all())

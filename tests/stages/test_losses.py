@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bitwright.graph.points import Point
 from bitwright.stages import losses
-from bitwright.stages.losses import weighted_distance
+from bitwright.stages.losses import WeightedDistances
 
 COUNT = 3
 LAYOUTS = {
@@ -36,6 +36,11 @@ def owners(point: Point, shape: tuple[int, ...]) -> Tensor:
     each = shape[point.samples] // (COUNT * point.rounds)
     along = [i // each % COUNT for i in range(shape[point.samples])]
     return torch.tensor(along).reshape([-1 if d == point.samples else 1 for d in range(len(shape))]).expand(shape)
+
+
+def weighted_distance(a: Tensor, b: Tensor, weights: Tensor, point: Point, over: str = "sum") -> Tensor:
+    """At one point, a scalar."""
+    return WeightedDistances([point], over)([a], [b], weights.unsqueeze(1))[0]
 
 
 def formula(a: Tensor, b: Tensor, weights: Tensor, point: Point, over: str) -> Tensor:

@@ -10,18 +10,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from bitwright.transfer import sent
-
-__all__ = [
-    "device_of",
-    "exact_float32",
-    "keep_together",
-    "place_on",
-    "sent",
-    "undisturbed",
-    "without_autocast",
-]
-
 _ONE_AT_A_TIME = threading.RLock()
 
 

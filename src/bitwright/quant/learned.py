@@ -29,24 +29,27 @@ FLOOR = 2.0**-16
 # ------------------------------------------------------------------------------------------ soft rounding
 
 
-def rectified_sigmoid(a: Tensor) -> Tensor:
-    """How far up each weight is rounded, in 0..1: ``clamp(sigmoid(a) (zeta - gamma) + gamma, 0, 1)``.
+def rectified_sigmoids(logits: Sequence[Tensor]) -> list[Tensor]:
+    """How far up each weight is rounded, in 0..1: ``clamp(sigmoid(a) (zeta - gamma) + gamma, 0, 1)`` of each tensor.
 
     AdaRound, arXiv:2004.10568, equation 23 (methods, section 0.3).
 
+    Args:
+        logits: one tensor or more.
+
     Example:
-        >>> rectified_sigmoid(torch.tensor([-9.0, 0.0, 9.0]))
-        tensor([0.0000, 0.5000, 1.0000])
+        >>> rectified_sigmoids([torch.tensor([-9.0, 0.0, 9.0])])
+        [tensor([0.0000, 0.5000, 1.0000])]
     """
-    return torch.sigmoid(a).mul(ZETA - GAMMA).add(GAMMA).clamp(0, 1)
+    return list(_RectifiedSigmoids.apply(*logits))  # type: ignore[no-untyped-call]
 
 
 def inverse_rectified_sigmoid(h: Tensor) -> Tensor:
     """The ``a`` whose rectified sigmoid is ``h``.
 
     Example:
-        >>> rectified_sigmoid(inverse_rectified_sigmoid(torch.tensor([0.0, 0.25, 0.5])))
-        tensor([0.0000, 0.2500, 0.5000])
+        >>> rectified_sigmoids([inverse_rectified_sigmoid(torch.tensor([0.0, 0.25, 0.5]))])
+        [tensor([0.0000, 0.2500, 0.5000])]
     """
     return -torch.log((ZETA - GAMMA) / (h - GAMMA) - 1)
 
@@ -160,8 +163,8 @@ class _Instead(torch.autograd.Function):
 Rounding = Literal["soft", "straight-through"]
 
 
-class _Softness(torch.autograd.Function):
-    """The rectified sigmoid of many tensors, in as few operators on a GPU as of one."""
+class _RectifiedSigmoids(torch.autograd.Function):
+    """Of many tensors in as few operators on a GPU as of one."""
 
     @staticmethod
     def forward(ctx: Any, *logits: Tensor) -> tuple[Tensor, ...]:
@@ -279,16 +282,8 @@ def _weights(learned: Sequence[LearnedWeight]) -> tuple[Tensor, ...]:
 
 
 def _soft_reals(learned: Sequence[LearnedWeight]) -> list[Tensor]:
-    return list(torch._foreach_add([w.base for w in learned if w.base is not None], softness_of(learned)))
-
-
-def softness_of(learned: Sequence[LearnedWeight]) -> list[Tensor]:
-    """How far up each weight is rounded, in 0..1, in its shape (``soft`` only).
-
-    Args:
-        learned: weights, one or more.
-    """
-    return list(_Softness.apply(*(w.codes for w in learned)))  # type: ignore[no-untyped-call]
+    ups = rectified_sigmoids([w.codes for w in learned])
+    return list(torch._foreach_add([w.base for w in learned if w.base is not None], ups))
 
 
 @torch.no_grad()
@@ -385,7 +380,7 @@ class LearnedWeight(_Holding):
 
     def softness(self) -> Tensor:
         """How far up each weight is rounded, in 0..1, in its shape (``soft`` only)."""
-        return softness_of([self])[0]
+        return rectified_sigmoids([self.codes])[0]
 
     def decided(self) -> int:
         """How many roundings are within 1e-3 of up or down; all, where they are straight-through."""

@@ -15,7 +15,7 @@ from bitwright.graph.student import Snapshot, Student
 from bitwright.stages.augment import Views
 from bitwright.stages.base import Run
 from bitwright.stages.learner import Learner
-from bitwright.stages.losses import weighted_distances
+from bitwright.stages.losses import distances_by_image
 from bitwright.stages.tuning import Objective
 
 MEASURED_IMAGES = 256
@@ -76,7 +76,7 @@ class UnseenLoss:
 
     def _each(self, found: list[Tensor], expected: list[Tensor], weights: Tensor) -> Tensor:
         terms = [
-            weighted_distances(a, b, weights[:, i], p, over=self.objective.over).double()
+            distances_by_image(a, b, weights[:, i], p, over=self.objective.over).double()
             for i, (p, a, b) in enumerate(zip(self.points, found, expected, strict=True))
         ]
         return torch.stack(terms).sum(0).cpu()

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from bitwright.errors import UsageError
-from bitwright.graph.devices import sent
 from bitwright.graph.points import Point, squared_norms
 from bitwright.measure.metrics import as_log_probabilities
+from bitwright.transfer import sent
 
 
 class _Distances(torch.autograd.Function):
@@ -70,21 +70,8 @@ class WeightedDistances:
         return _Distances.apply(self.points, coefficients, *students, *teachers)  # type: ignore[no-untyped-call, no-any-return]
 
 
-def weighted_distance(student: Tensor, teacher: Tensor, weights: Tensor, point: Point, *, over: str = "sum") -> Tensor:
-    """The same at one point, a scalar.
-
-    Args:
-        student: the interest tensor of N images.
-        teacher: the same of the float network.
-        weights: [N].
-        point: how the tensor's axes are to be read.
-        over: as in :class:`WeightedDistances`.
-    """
-    return WeightedDistances([point], over)([student], [teacher], weights.unsqueeze(1))[0]
-
-
-def weighted_distances(student: Tensor, teacher: Tensor, weights: Tensor, point: Point, *, over: str = "sum") -> Tensor:
-    """The same of each image, without a gradient: ``w_n mean_positions sum_channels (student - teacher)^2``, [N]."""
+def distances_by_image(student: Tensor, teacher: Tensor, weights: Tensor, point: Point, *, over: str = "sum") -> Tensor:
+    """Of each image, without a gradient: ``w_n mean_positions sum_channels (student - teacher)^2``, [N]."""
     distances: Tensor = point.squared_norm(student.detach() - teacher, len(weights))
     return distances * weights * _share(student, len(weights), point, over)
 

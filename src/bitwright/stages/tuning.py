@@ -16,16 +16,16 @@ from torch import Tensor
 
 from bitwright import together
 from bitwright.errors import NotFiniteError
-from bitwright.graph.devices import sent
 from bitwright.graph.points import Point
 from bitwright.memory import saved_bytes
-from bitwright.quant.learned import Rounding, dampen, held_values, rounding_regularizers, softness_of
+from bitwright.quant.learned import Rounding, dampen, held_values, rectified_sigmoids, rounding_regularizers
 from bitwright.recording import WARM, Recording, can_record, tidy
 from bitwright.stages.learner import Learner
 from bitwright.stages.losses import WeightedDistances
 from bitwright.stages.optimizers import Rates, move_parts, optimizers_of
 from bitwright.stages.schedules import Anneal, Dampen
 from bitwright.stages.targets import Batch, Feed, autocast
+from bitwright.transfer import sent
 
 SHARED_PART = 8
 """Samples whose gradients one process computes together, where several share a batch; twice as many of small ones."""
@@ -391,7 +391,7 @@ class Tuner:
         weights = [w for w in self.of_point if w is not None]
         if not weights:
             return 0.0
-        found = rounding_regularizers(softness_of(weights), knobs.beta)
+        found = rounding_regularizers(rectified_sigmoids([w.codes for w in weights]), knobs.beta)
         return knobs.strength * (found * mean[self.rounded] if self.objective.normalise else found).sum()
 
     def check_finite(self) -> None:
