@@ -55,15 +55,15 @@ class PlainWeight(nn.Module):
     def forward(self, stored: Tensor) -> Tensor:
         w = self.learned
         r = w.codes.clamp(w.grid.qmin, w.grid.qmax)
-        return (r + (torch.round(r) - r).detach()) * w._expand(w.initial * w.step)
+        return (r + (torch.round(r) - r).detach()) * w.expand(w.initial * w.step)
 
 
-def plain_step(learner: Learner, teacher: Any, points: list[Point], images: Tensor, parts: list[Any]) -> None:
+def plain_step(student: Any, teacher: Any, points: list[Point], images: Tensor, parts: list[Any]) -> None:
     for part in parts:
         part.optimizer.zero_grad()
     with torch.no_grad():
         _, expected = teacher(images)
-    _, found = learner(images)
+    _, found = student(images)
     loss: Any = 0.0
     for point, a, b in zip(points, found, expected, strict=True):
         loss = loss + ((a - b) ** 2).sum(point.channels).mean()
@@ -138,7 +138,7 @@ def measure(model: str, size: int, batch: int, repeats: int) -> dict[str, object
     rows: dict[str, float] = {}
     for name, tuner in (("float32", ours), ("bfloat16", half)):
         seconds: list[float] = []
-        slow, _ = fastest(lambda: plain_step(plain.learner, exposed, points, pixels, plain.parts), kept(tuner), repeats)
+        slow, _ = fastest(lambda: plain_step(graph, exposed, points, pixels, plain.parts), kept(tuner), repeats)
         rows["plain"] = min(slow, rows.get("plain", slow))
         rows[name] = min(seconds)
     best = min(rows["float32"], rows["bfloat16"])
