@@ -10,7 +10,7 @@ import pytest
 from scipy import optimize
 
 from bitwright.bits import Cost, Problem, Term, TermSum, pareto, reachable, solution_of, solve
-from bitwright.bits.program import Program
+from bitwright.bits.one_limit import OneLimit
 from bitwright.errors import UsageError
 
 WIDTHS = [2, 3, 4, 5, 6, 8]
@@ -144,13 +144,13 @@ def test_a_curve_without_budgets_goes_from_the_least_to_what_no_limit_would_cost
 
 
 def test_points_of_a_curve_begin_at_the_one_before_and_end_as_they_would_alone(monkeypatch):
-    problem, relaxed = large_problem(100, seed=2), []
-    reach, relax = reachable(problem)["size"], Program.relax
+    problem, looked = large_problem(100, seed=2), []
+    reach, bounded = reachable(problem)["size"], OneLimit.bounded
     budgets = np.linspace(reach.least, reach.most, 10)[1:-1]
     alone = [solve(problem, {"size": budget}) for budget in budgets]
-    monkeypatch.setattr(Program, "relax", lambda self: [relaxed.append(1), relax(self)][1])
+    monkeypatch.setattr(OneLimit, "bounded", lambda self: [looked.append(1), bounded(self)][1])
     assert pareto(problem, "size", budgets=budgets) == alone
-    assert len(relaxed) == 2 + len(budgets[1:])
+    assert len(looked) == 2 + len(budgets[1:])
 
 
 def test_the_same_call_gives_the_same_bits():

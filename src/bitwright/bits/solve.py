@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from bitwright.bits.one_limit import OneLimit
 from bitwright.bits.program import Limit, Program, forms_of
 from bitwright.bits.tables import Assignment, Form, Numbers, Problem, Stack, Sum, Tables, Term, cheapest, is_least
 from bitwright.errors import UsageError
@@ -303,18 +304,41 @@ def _drop_worse(tables: Tables, limits: Mapping[str, float], best: Assignment) -
     keep = _everything(tables)
     keep[rest.stack.columns(tables.start)] = rest.stack.values <= room
     tables = _keep(tables, keep, best)
-    wanted = _wanted(tables, limits)
+    looked = _looked_at(tables, _wanted(tables, limits), known)
+    if looked is None:
+        return tables, best
+    if looked.choice is not None and tables.loss.at(looked.choice) < known:
+        best, known = tables.bits(looked.choice), tables.loss.at(looked.choice)
+    room = (known - looked.bound) * (1 + 1e-6) + looked.tolerance
+    return _keep(tables, looked.rises <= room, best), best
+
+
+@dataclass(frozen=True)
+class _Looked:
+    """What the problem without whole choices says."""
+
+    bound: float
+    rises: Numbers
+    """Least rise of the bound if an option is taken, for the options of all variables."""
+    choice: dict[str, int] | None
+    """A good choice within the limits, if one was found."""
+    tolerance: float
+    """How exact bound and rises are."""
+
+
+def _looked_at(tables: Tables, wanted: Sequence[Limit], known: float) -> _Looked | None:
+    one = OneLimit.of(tables, wanted)
+    if one is not None:
+        found = one.bounded()
+        choice = one.choice(one.exchanged(found.taken))
+        tolerance = 1e-9 * (known - tables.loss.shifted().constant)
+        return _Looked(found.bound, found.rises, choice if wanted[0].met(choice) else None, tolerance)
     relaxed = Program(tables.options, Sum(tables.loss), wanted, known).relax()
     if relaxed is None:
-        return tables, best
-    rounded = _rounded(tables, wanted, relaxed.shares)
-    if rounded is not None and tables.loss.at(rounded) < known:
-        best, known = tables.bits(rounded), tables.loss.at(rounded)
-    room = (known - relaxed.bound) * (1 + 1e-6) + 1e-6 * relaxed.unit
-    keep = _everything(tables)
-    reduced = Stack(relaxed.reduced)
-    keep[reduced.columns(tables.start)] = reduced.values <= room
-    return _keep(tables, keep, best), best
+        return None
+    rises, reduced = np.zeros(sum(map(len, tables.options.values()))), Stack(relaxed.reduced)
+    rises[reduced.columns(tables.start)] = reduced.values
+    return _Looked(relaxed.bound, rises, _rounded(tables, wanted, relaxed.shares), 1e-6 * relaxed.unit)
 
 
 def _everything(tables: Tables) -> npt.NDArray[np.bool_]:
