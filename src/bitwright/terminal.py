@@ -203,7 +203,7 @@ class Terminal(Journal):
 
 def _wide_enough(console: Console, shown: RenderableType) -> Console:
     """A very narrow terminal breaks the lines of a table; squeezed into it, the table would lose cells."""
-    if not isinstance(shown, Table):
+    if not isinstance(shown, Table) or console.width >= LEAST_WIDTH:
         return console
     options, needed = console.options.update_width(LEAST_WIDTH), 0
     for column in shown.columns:

@@ -149,3 +149,19 @@ def test_large_tensors_are_rounded_in_pieces_to_the_same_bits(order: str, monkey
         assert torch.equal(a, b)
         assert a.stride() == b.stride()
     assert not affine._is_large(x.clone().requires_grad_(), scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("zero_point", [0.0, 3.0, 255.0])
+def test_extreme_values_are_rounded_in_pieces_to_the_same_bits(
+    dtype: torch.dtype, zero_point: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edges = torch.tensor([0.0, -0.0, 1e-30, -1e-30, 3e38, -3e38, float("inf"), float("-inf"), 0.5, -0.5, 1.5, 2.0**24])
+    x = torch.cat([edges, edges * 0.37, 0.37 * (torch.arange(-300, 300) + 0.5)]).to(dtype)
+    scale, zero = torch.tensor(0.37), torch.tensor(zero_point)
+    whole = affine.fake_quantize(x, scale, zero, 0, 255)
+    monkeypatch.setattr(affine, "LARGE", 1)
+    monkeypatch.setattr(affine, "PIECE", 100)
+    parts = affine.fake_quantize(x, scale, zero, 0, 255)
+    assert torch.equal(parts, whole)
+    assert torch.equal(parts.signbit(), whole.signbit())

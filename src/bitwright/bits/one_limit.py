@@ -19,7 +19,7 @@ import numpy.typing as npt
 from bitwright.bits.program import Limit, forms_of
 from bitwright.bits.tables import Form, Numbers, Tables
 
-Places = npt.NDArray[np.intp]
+Taken = npt.NDArray[np.intp]
 """Of the options that are taken, one of each variable, in an array over the options of all."""
 PRICES, EXCHANGES = 100, 200
 """Most prices that are looked at, and most pairs of options that are exchanged; a few are usual."""
@@ -33,7 +33,7 @@ class Bounded:
     """No choice within the limit loses less."""
     rises: Numbers
     """By how much the bound rises if an option is taken, for all options."""
-    taken: Places
+    taken: Taken
     """A choice within the limit, rounding of sums aside."""
 
 
@@ -64,11 +64,11 @@ class OneLimit:
         values[form.stack.columns(self.tables.start)] = form.stack.values
         return values
 
-    def choice(self, taken: Places) -> dict[str, int]:
+    def choice(self, taken: Taken) -> dict[str, int]:
         """The options by variable."""
         return dict(zip(self.tables.options, (taken - self.starts).tolist(), strict=True))
 
-    def places(self, choice: Mapping[str, int]) -> Places:
+    def places(self, choice: Mapping[str, int]) -> Taken:
         """Where options by variable stand."""
         return self.starts + np.fromiter((choice[v] for v in self.tables.options), np.intp, self.starts.size)
 
@@ -86,18 +86,18 @@ class OneLimit:
             dear, cheap = (dear, between) if self.costs[between].sum() <= self.room else (between, cheap)
         return self._at(price, cheap)
 
-    def _at(self, price: float, taken: Places) -> Bounded:
+    def _at(self, price: float, taken: Taken) -> Bounded:
         values = self.losses + price * self.costs
         least = np.minimum.reduceat(values, self.starts)
         bound = float(least.sum() - price * self.room) + self.tables.loss.constant
         return Bounded(bound, values - least[self.owner], taken)
 
-    def _best(self, values: Numbers) -> Places:
+    def _best(self, values: Numbers) -> Taken:
         """The first least of each variable."""
         least = np.flatnonzero(values == np.minimum.reduceat(values, self.starts)[self.owner])
         return least[np.searchsorted(self.owner[least], np.arange(self.starts.size))]
 
-    def exchanged(self, taken: Places) -> Places:
+    def exchanged(self, taken: Taken) -> Taken:
         """The choice with other options of one or two variables at a time, as long as that lowers the loss.
 
         Args:
@@ -112,7 +112,7 @@ class OneLimit:
             found[self.owner[moves]] = moves
         return found
 
-    def _moves(self, taken: Places, left: float) -> Places | None:
+    def _moves(self, taken: Taken, left: float) -> Taken | None:
         """The two options, of two variables, that lower the loss most together; one of them may be taken already."""
         gain, price = self.losses - self.losses[taken][self.owner], self.costs - self.costs[taken][self.owner]
         order = np.argsort(price, kind="stable")

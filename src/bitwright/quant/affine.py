@@ -53,9 +53,20 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | float, qmin: in
     if found is None:
         codes = (x / scale).round_().add_(zero_point).clamp_(qmin, qmax)  # bounds that are tensors are slow
         return codes.sub_(zero_point).mul_(scale)
+    if x.dtype == torch.float32:
+        _fake_quantize_into(found, x, scale, float(zero_point), qmin, qmax)
+        return found
     for part, out in pieces(x, found):
         torch.div(part, scale, out=out).round_().add_(zero_point).clamp_(qmin, qmax).sub_(zero_point).mul_(scale)
     return found
+
+
+def _fake_quantize_into(found: Tensor, x: Tensor, scale: Tensor, zero_point: float, qmin: int, qmax: int) -> None:
+    """The same bits in four steps instead of six: float32 holds a code and a zero point without rounding."""
+    low, high, step, zero = qmin - zero_point, qmax - zero_point, float(scale), torch.zeros((), dtype=x.dtype)
+    for part, out in pieces(x, found):
+        torch.div(part, scale, out=out).round_().clamp_(low, high)
+        torch.add(zero, out, alpha=step, out=out)  # 0 is never negative, as where a zero point is added
 
 
 def nearest_multiple(x: Tensor, step: Tensor, low: float, high: float) -> Tensor:
