@@ -183,7 +183,12 @@ def give(layer, part, **values):
         ("residual", give("relu", "weight", bits=4), "'relu' bits of weights, but it has no weight"),
         ("residual", give("input", "activation", symmetric=True), "all symmetric, or none"),
         ("residual", give("conv", "activation", shares_scale_with=["input"]), "'conv' share its scale with input"),
-        ("tied_weights", give("second", "weight", bits=4), "shared with 'first', which has 8"),
+        (
+            "tied_weights",
+            give("second", "weight", bits=4),
+            "'first' and 'second' 8 and 4 bits of weights, but they have one",
+        ),
+        ("tied_weights", give("first", "weight", bits="float"), "'first' and 'second' float and 8 bits of weights"),
         ("residual", give("head", "activation", bits=8), "nothing is quantized there"),
         (
             "transposed",

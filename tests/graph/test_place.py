@@ -275,6 +275,19 @@ def test_wildcards() -> None:
     assert bits == expected
 
 
+@pytest.mark.parametrize("named", ["first", "second"])
+@pytest.mark.parametrize(("rule", "bits"), [("w3", 3), ("wfloat", None)])
+def test_a_rule_on_any_layer_of_a_weight_decides_for_all_of_them(named: str, rule: str, bits: int | None) -> None:
+    made = with_rules("tied_weights", "*=w5", f"{named}={rule}")
+    keys = {layer.name: layer.weight for layer in made.layers if layer.name in {"first", "second"}}
+    assert len(keys) == 2
+    assert len(set(keys.values())) == 1
+    for key in keys.values():
+        assert (None if key is None else made.quantizer(key).grid.bits) == bits
+    floats = [u.name for u in made.unquantized if u.op == "weight"]
+    assert floats == (["first.weight"] if bits is None else [])
+
+
 def test_a_rule_for_nothing_names_the_three_closest() -> None:
     with pytest.raises(UsageError) as caught:
         with_rules("transformer", "attention.prok=w4")

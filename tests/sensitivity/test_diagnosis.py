@@ -171,7 +171,7 @@ def test_rules_are_read_back_literally() -> None:
             for text in rules_for(suspect):
                 scheme = Scheme(rules=(Rule.parse(text),))
                 for layer, expected in ((name, True), ("odd0x", False)):
-                    ruled = scheme.rules_weights(layer), scheme.rules_activations([layer])
+                    ruled = scheme.rules_weights([layer]), scheme.rules_activations([layer])
                     assert any(ruled) is expected
     assert rules_for(Suspect("", "weight", 8, "", "head")) == ["head=wfloat"]
     assert rules_for(Suspect("", "activation", 16, "", "head")) == ["head=afloat"]

@@ -87,7 +87,7 @@ def variables_of(
     users, points = _readers(student)
     found = {}
     for key, layers in users.items():
-        fixed = scheme.rules_weights(layers[0])
+        fixed = scheme.rules_weights(layers)
         options = (student.quantizer(key).grid.bits,) if fixed else offered["weight"]
         found[key] = Variable(key, "weight", tuple(layers), options)
     for key, layers in points.items():

@@ -69,7 +69,7 @@ class Plan(BaseModel):
 
     Example:
         >>> plan = Plan(layers={"head": LayerPlan(weight=WeightPlan(bits=8))})
-        >>> plan.scheme(Scheme(weights=4)).weight_bits("head")
+        >>> plan.scheme(Scheme(weights=4)).weight_bits(["head"])
         8
     """
 
@@ -174,8 +174,8 @@ class Plan(BaseModel):
         keys = {layer.name: layer for layer in student.layers}
         for name, asked in self.layers.items():
             got = made.layers.get(name, LayerPlan())
-            if asked.weight is not None and not scheme.rules_weights(_first_reader(student.layers, name)):
-                _check_weight(name, asked.weight, got.weight, keys.get(name), student.layers)
+            if asked.weight is not None and not scheme.rules_weights(_readers(student.layers, name)):
+                _check_weight(name, asked.weight, got.weight, keys.get(name))
             key = keys[name].activation if name in keys else None
             members = [name] if key is None else sharing[key]
             if asked.activation is not None and not scheme.rules_activations(members):
@@ -303,26 +303,17 @@ def _choice(layer: LayerPlan) -> Choice:
     )
 
 
-def _first_reader(layers: list[Layer], name: str) -> str:
-    """The layer that decides the bits of the weight that this one reads."""
+def _readers(layers: list[Layer], name: str) -> list[str]:
+    """The layers that read the weight that this one reads."""
     key = next((x.weight for x in layers if x.name == name), None)
-    return name if key is None else next(x.name for x in layers if x.weight == key)
+    return [name] if key is None else [x.name for x in layers if x.weight == key]
 
 
-def _check_weight(
-    name: str, asked: WeightPlan, got: WeightPlan | None, layer: Layer | None, layers: list[Layer]
-) -> None:
+def _check_weight(name: str, asked: WeightPlan, got: WeightPlan | None, layer: Layer | None) -> None:
     from bitwright.graph import ops
 
     if got is None:
         raise UsageError(f"The plan gives '{name}' bits of weights, but it has no weight.")
-    if asked.bits != got.bits:
-        key = None if layer is None else layer.weight
-        others = [x.name for x in layers if x.weight == key and x.name != name]
-        raise UsageError(
-            f"The plan gives the weight of '{name}' {asked.bits} bits, but it is shared with '{others[0]}', which has "
-            f"{got.bits}. Give both the same."
-        )
     wide = asked.granularity == "tensor" and got.granularity != "tensor"
     narrow = asked.granularity == "channel" and got.granularity == "group"
     groups = asked.granularity == "group" and layer is not None and layer.op in ops.CONV_TRANSPOSE

@@ -50,10 +50,10 @@ def insert(teacher: fx.GraphModule, scheme: Scheme) -> Inserted:
     keys = _insert_activations(student, placement, twin, scheme)
     layers = _describe(teacher.graph, placement, keys)
     unquantized = list(placement.unquantized)
-    by_node = {layer.node: layer for layer in layers}
+    by_node, weights = {layer.node: layer for layer in layers}, _weight_bits(placement, scheme)
     for node in placement.linears:
         source = keys.get(placement.source[_first(node)])
-        layer, bits = by_node[node.name], _weight_bits(node, placement, scheme)
+        layer, bits = by_node[node.name], weights[_weight_key(node)]
         _insert_weight(student, twin[node], layer, bits, source, scheme, heads.get(node.name), unquantized)
     check_supported(student, layers, scheme)
     _at_first_use(student.graph)
@@ -77,9 +77,7 @@ def bits_by_key(teacher: fx.GraphModule, scheme: Scheme) -> dict[str, int | None
     for point in placement.points.values():
         leader = placement.leader(point)
         found[module_key(leader.role, leader.name)] = leader.bits
-    for node in placement.linears:
-        found.setdefault(_weight_key(node), _weight_bits(node, placement, scheme))
-    return found
+    return found | _weight_bits(placement, scheme)
 
 
 def _weight_key(node: fx.Node) -> str:
@@ -88,10 +86,19 @@ def _weight_key(node: fx.Node) -> str:
     return module_key("weight", str(stored.target).removesuffix(".weight"))
 
 
-def _weight_bits(node: fx.Node, placement: Placement, scheme: Scheme) -> int | None:
-    """Of a linear operator's weight; None for float."""
-    head = all(reader.op == "output" for reader in consumers(placement.ends.get(node, node)))
-    return scheme.weight_bits(str(node.meta["layer"]), head=head)
+def _weight_bits(placement: Placement, scheme: Scheme) -> dict[str, int | None]:
+    """Of the weights of linear operators, by the keys of their quantizers; None for float."""
+    readers: dict[str, list[fx.Node]] = {}
+    for node in placement.linears:
+        readers.setdefault(_weight_key(node), []).append(node)
+    return {
+        key: scheme.weight_bits([str(n.meta["layer"]) for n in nodes], head=_is_head(nodes[0], placement))
+        for key, nodes in readers.items()
+    }
+
+
+def _is_head(node: fx.Node, placement: Placement) -> bool:
+    return all(reader.op == "output" for reader in consumers(placement.ends.get(node, node)))
 
 
 def _heads(teacher: fx.GraphModule, scheme: Scheme) -> dict[str, Heads]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
@@ -27,6 +27,8 @@ WEIGHT_BITS = range(2, 9)
 ACTIVATION_BITS = (*range(2, 9), 16)
 Bits = int | None
 """A number of bits, or None for float."""
+Said = int | Literal["float"] | None
+"""What a rule or a plan says of bits, or None if it says nothing."""
 Granularity = Literal["channel", "tensor", "group", "head"]
 GRANULARITIES = get_args(Granularity)
 GROUP_SIZE = 64
@@ -113,6 +115,10 @@ class Rule(BaseModel):
         )
 
 
+def _number(said: Said) -> Bits:
+    return said if isinstance(said, int) else None
+
+
 def escaped(name: str) -> str:
     """A layer's name as a pattern that only this name matches.
 
@@ -133,8 +139,8 @@ class Choice(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    weights: int | Literal["float"] | None = None
-    activations: int | Literal["float"] | None = None
+    weights: Said = None
+    activations: Said = None
     granularity: Granularity | None = None
     group_size: int | None = None
 
@@ -148,7 +154,7 @@ class Scheme(BaseModel):
 
     Example:
         >>> scheme = Scheme(weights=4, activations=8, rules=[Rule.parse("head=w8")])
-        >>> scheme.weight_bits("blocks.0"), scheme.weight_bits("head")
+        >>> scheme.weight_bits(["blocks.0"]), scheme.weight_bits(["head"])
         (4, 8)
     """
 
@@ -196,19 +202,22 @@ class Scheme(BaseModel):
         """The runtime's abilities."""
         return target(self.runtime)
 
-    def weight_bits(self, layer: str, *, head: bool = False) -> Bits:
-        """Bits of the layer's weight; the last rule that matches decides, then the plan.
+    def weight_bits(self, layers: Iterable[str], *, head: bool = False) -> Bits:
+        """Bits of a weight; the last rule that matches any of its layers decides, then the plan.
 
         Args:
-            layer: its name.
-            head: whether it gives an output of the network.
+            layers: names of those that it is the weight of.
+            head: whether the first gives an output of the network.
+
+        Raises:
+            UsageError: the plan gives the layers different bits.
         """
-        planned = self._planned(layer).weights
-        default = None if head and self.target.float_heads else self.weights
-        bits = default if planned is None else None if planned == "float" else planned
+        names = list(layers)
+        found = self._agreed("weights", {n: self._planned(n).weights for n in names}, "have one weight in common")
+        bits = (None if head and self.target.float_heads else self.weights) if found is None else _number(found)
         for rule in self.rules:
-            if rule.weights is not None and fnmatchcase(layer, rule.pattern):
-                bits = None if rule.weights == "float" else rule.weights
+            if rule.weights is not None and any(fnmatchcase(n, rule.pattern) for n in names):
+                bits = _number(rule.weights)
         return bits
 
     def activation_bits(self, layers: Iterable[str]) -> Bits:
@@ -217,20 +226,27 @@ class Scheme(BaseModel):
         Raises:
             UsageError: the plan gives the layers of the group different bits.
         """
-        bits, names = self.activations, list(layers)
-        planned = {n: b for n in names if (b := self._planned(n).activations) is not None}
-        for name, choice in planned.items():
-            first = next(iter(planned))
-            if choice != planned[first]:
-                raise UsageError(
-                    f"The plan gives '{first}' and '{name}' {planned[first]} and {choice} bits of activations, but "
-                    "they are computed as one and share them. Give both the same."
-                )
-            bits = None if choice == "float" else choice
+        names = list(layers)
+        planned = {n: self._planned(n).activations for n in names}
+        found = self._agreed("activations", planned, "are computed as one and share them")
+        bits = self.activations if found is None else _number(found)
         for rule in self.rules:
             if rule.activations is not None and any(fnmatchcase(n, rule.pattern) for n in names):
-                bits = None if rule.activations == "float" else rule.activations
+                bits = _number(rule.activations)
         return bits
+
+    @staticmethod
+    def _agreed(what: str, planned: Mapping[str, Said], why: str) -> Said:
+        """What the plan gives layers that cannot differ; None if it gives none of them anything."""
+        given = {name: bits for name, bits in planned.items() if bits is not None}
+        first = next(iter(given), "")
+        for name, bits in given.items():
+            if bits != given[first]:
+                raise UsageError(
+                    f"The plan gives '{first}' and '{name}' {given[first]} and {bits} bits of {what}, but they {why}. "
+                    "Give both the same."
+                )
+        return given.get(first)
 
     def stored_bits(self, name: str) -> Bits:
         """Bits of a stored operand of activations: ``parameter_bits``, unless its plan or a rule says otherwise."""
@@ -250,9 +266,10 @@ class Scheme(BaseModel):
         """Whether the weight of any layer is to have a scale per head."""
         return "head" in {self.granularity, *(c.granularity for c in self.plan.values())}
 
-    def rules_weights(self, layer: str) -> bool:
-        """Whether a rule decides the bits of the layer's weight."""
-        return any(r.weights is not None and fnmatchcase(layer, r.pattern) for r in self.rules)
+    def rules_weights(self, layers: Iterable[str]) -> bool:
+        """Whether a rule decides the bits of the weight of these layers."""
+        names = list(layers)
+        return any(r.weights is not None and any(fnmatchcase(n, r.pattern) for n in names) for r in self.rules)
 
     def rules_activations(self, layers: Iterable[str]) -> bool:
         """Whether a rule decides the bits of what a group of fused layers yields."""
