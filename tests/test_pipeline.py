@@ -18,12 +18,14 @@ from bitwright.errors import BitwrightError, UsageError
 from bitwright.graph import rewrite
 from bitwright.graph.student import Student, insert_quantizers
 from bitwright.pipeline import run_stages
+from bitwright.quant.quantizer import Quantizer
 from bitwright.quant.scheme import Scheme
 from bitwright.recipes import Recipe
 from bitwright.run.record import StageRecord
 from bitwright.stages.base import Run, Stage
 from bitwright.stages.calibrate import Calibrate
 from bitwright.stages.optq import Optq
+from bitwright.stages.reconstruct import Reconstruct
 
 SCHEME = Scheme(weights=4, activation_grid="symmetric")
 
@@ -254,6 +256,26 @@ def test_a_resumed_run_says_again_what_finished_stages_said(tmp_path: Path) -> N
         with pytest.warns(UserWarning, match="What is left") as said:
             run(tmp_path / "state", recipe=recipe)
         assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("stages", "expected"),
+    [
+        ((Optq(),), "before 'optq' in the recipe 'early'"),
+        ((Optq(), Calibrate()), "before 'optq'"),
+        ((Shake(), Reconstruct(steps=1)), "before 'reconstruct'"),
+        ((), "among its stages"),
+        ((Shake(),), "among its stages"),
+    ],
+)
+def test_a_recipe_without_ranges_is_refused(stages: tuple[Stage, ...], expected: str) -> None:
+    with pytest.raises(UsageError, match=f"Expected 'calibrate' {expected}"):
+        run(recipe=Recipe(name="early", stages=stages))
+
+
+def test_a_stage_without_need_of_ranges_may_come_first() -> None:
+    shaken = run(recipe=Recipe(name="late", stages=(Shake(), Calibrate(weights="minmax"), Optq(positions=16))))
+    assert all(m.calibrated for m in shaken.graph.modules() if isinstance(m, Quantizer))
 
 
 def test_calibration_makes_the_pass_of_the_stage_behind_it() -> None:

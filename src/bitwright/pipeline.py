@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 from bitwright import together
-from bitwright.errors import BitwrightError, NotFiniteError
+from bitwright.errors import BitwrightError, NotFiniteError, UsageError
 from bitwright.given.images import Images
 from bitwright.graph.capture import Captured
 from bitwright.graph.student import Snapshot, Student
 from bitwright.measure.health import check_answers
 from bitwright.memory import keep_pages
 from bitwright.quant.grid import Grid
+from bitwright.quant.quantizer import Quantizer
 from bitwright.recipes import Recipe
 from bitwright.run import checkpoint
 from bitwright.run.journal import heard
@@ -64,6 +65,8 @@ def run_stages(
             if state is not None and _restore(student, state, position, run, identity):
                 run.summed = None
                 continue
+            if stage.needs_ranges:
+                _check_ranges(student, recipe, f"before '{stage.kind}'")
             torch.manual_seed(run.seed + position)
             with run.before(recipe.stages, position):
                 student = _record(stage, student, teacher, images, run.of(recipe.stages, position))
@@ -74,7 +77,15 @@ def run_stages(
                 together.check_same(tensor_digest(student.graph))
             if state is not None:
                 _keep(left, state, position, stage.kind, run, identity)
+    _check_ranges(student, recipe, "among its stages")
     return student
+
+
+def _check_ranges(student: Student, recipe: Recipe, where: str) -> None:
+    """Refuses to go on if no stage has given any quantizer its range."""
+    calibrated = [m.calibrated for m in student.graph.modules() if isinstance(m, Quantizer)]
+    if calibrated and not any(calibrated):
+        raise UsageError(f"Expected 'calibrate' {where} in the recipe '{recipe.name}': nothing has a range yet.")
 
 
 def _remember(run: Run, kind: str, left: Snapshot) -> None:

@@ -164,6 +164,17 @@ def test_the_fingerprint_is_of_names_and_shapes_not_of_weights():
     assert structure_digest(student().graph) != structure_digest(other.graph)
 
 
+def test_all_layers_of_a_group_may_be_given_float_activations(tmp_path):
+    def change(layers):
+        for name in ("stem", "relu"):
+            layers.setdefault(name, {})["activation"] = {"bits": "float"}
+
+    made = insert_plan(cases.prepared("residual"), edited(plan_of(student("residual")), tmp_path / "plan.json", change))
+    quantized = {layer.name for layer in made.layers if layer.activation is not None}
+    assert not {"stem", "relu"} & quantized
+    assert "conv" in quantized
+
+
 def give(layer, part, **values):
     """A change of one entry of a plan."""
     return lambda layers: layers.setdefault(layer, {}).setdefault(part, {"bits": 8}).update(values)

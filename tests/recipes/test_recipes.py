@@ -128,6 +128,17 @@ def test_a_stage_without_settings_may_be_a_word(tmp_path: Path) -> None:
         ),
         ("name: a\nstages:\n- reconstruct: {steps: true}\n", ["steps: expected a whole number, found 'true'."]),
         ("name: a\nstages:\n- reconstruct: {codes: {rate: true}}\n", ["rate: expected a number, found 'true'."]),
+        (
+            "name: a\nstages:\n- reconstruct: {codes: {rate: 1.0e+30}}\n",
+            ["codes.rate: expected a number less than or equal to 1000000"],
+        ),
+        (
+            "name: a\nstages:\n- reconstruct: {decide: {pull: -1}}\n",
+            ["decide.pull: expected a number greater than 0, found -1"],
+        ),
+        ("name: a\nstages:\n- cascade: {shares: [2.0]}\n", ["shares", "less than or equal to 1"]),
+        ("name: a\nstages:\n- calibrate: {weights: mse, weights: minmax}\n", ["'weights' stands twice", "line 3"]),
+        ("name: a\nname: b\nstages: []\n", ["'name' stands twice", "line 1"]),
         ("name: a\nstages:\n- calibrate: [3]\n", ["stages"]),
         ("name: a\nstages:\n- celebrate\n", ["celebrate", "calibrate"]),
         ("name: a\nstages:\n- {calibrate: {}, other: {}}\n", ["stages"]),

@@ -326,6 +326,8 @@ def _check_weight(name: str, asked: WeightPlan, got: WeightPlan | None, layer: L
 
 
 def _check_activation(name: str, asked: ActivationPlan, got: ActivationPlan | None, members: list[str]) -> None:
+    if got is None and asked.bits == "float":
+        return
     if got is None:
         raise UsageError(
             f"The plan gives '{name}' bits of activations, but nothing is quantized there; "

@@ -45,7 +45,7 @@ def read_yaml(path: Path) -> Any:
     """What a YAML file holds, in plain values under names.
 
     Raises:
-        UsageError: it cannot be read, is not YAML, is too large, or has names that are no text.
+        UsageError: it cannot be read, is not YAML, is too large, or has names that are no text or stand twice.
     """
     try:
         content = path.read_bytes()
@@ -57,6 +57,7 @@ def read_yaml(path: Path) -> Any:
             return None
         if _count(tree, {}) > VALUES:
             raise UsageError(f"Expected at most {VALUES} values in {path}, found more (aliases written out).")
+        _check_names(tree, path, set())
         found = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UsageError(f"{path} is not YAML: {short(error)}.") from error
@@ -77,6 +78,21 @@ def _count(node: yaml.Node, seen: dict[int, int]) -> int:
     total = 1 + sum(_count(n, seen) for part in parts for n in (part if isinstance(part, tuple) else (part,)))
     seen[id(node)] = total
     return total
+
+
+def _check_names(node: yaml.Node, path: Path, seen: set[int]) -> None:
+    """YAML's reader would take the last of two values of one name, without a word."""
+    if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.MappingNode):
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for name in (name for place, name in enumerate(names) if name in names[:place]):
+            line = node.start_mark.line + 1
+            raise UsageError(f"'{name[:80]}' stands twice in the same mapping in {path}, which begins in line {line}.")
+    for part in node.value:
+        for inner in part if isinstance(part, tuple) else (part,):
+            _check_names(inner, path, seen)
 
 
 def _check_plain(value: Any, path: Path) -> None:

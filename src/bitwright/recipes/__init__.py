@@ -105,7 +105,7 @@ def _read_stage(value: Any) -> Stage:
 
 def _fault(error: ValidationError) -> str:
     """The first setting that is wrong, everything that it may be, and what was found."""
-    errors = error.errors()
+    errors = sorted(error.errors(), key=lambda e: e["type"] == "extra_forbidden")  # another kind of value may have it
     path = [str(part) for part in errors[0]["loc"]]
     setting = list(takewhile(lambda part: re.fullmatch(r"\w+", part), path))  # what follows names a kind of value
     kinds = [e for e in errors if len(e["loc"]) == len(path) and list(map(str, e["loc"][: len(setting)])) == setting]

@@ -200,6 +200,8 @@ class Stage(FrozenSettings):
     kind: ClassVar[str]
     layerwise: ClassVar[bool] = False
     """Whether it rounds each layer by itself, from the float network's values: other layers' bits do not matter."""
+    needs_ranges: ClassVar[bool] = False
+    """Whether a stage before it must have given the quantizers their ranges."""
     reads_labels: ClassVar[bool] = False
     """Whether it is given the images' labels. Every other stage is given images without."""
     record: ClassVar[type[StageRecord]] = StageRecord
@@ -237,6 +239,8 @@ class Stage(FrozenSettings):
 
 class Optimising(Stage):
     """A stage that takes steps, so that a budget of steps or minutes means something to it."""
+
+    needs_ranges: ClassVar[bool] = True
 
     share: float = Field(default=1.0, gt=0)
     """Of a budget of minutes, relative to the recipe's other stages that take steps."""

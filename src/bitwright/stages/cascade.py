@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -56,6 +56,7 @@ class Cascade(Stage):
     """
 
     kind: ClassVar[str] = "cascade"
+    needs_ranges: ClassVar[bool] = True
 
     bits: int = Field(default=3, ge=2, le=8)
     """Of weights up to which a layer is rounded again."""
@@ -70,7 +71,9 @@ class Cascade(Stage):
     """Output positions drawn from each view of an image at most; fewer are enough for layers of few inputs."""
     damping: float = Field(default=0.1, gt=0)
     """Share of the mean diagonal that is added to the diagonal."""
-    shares: tuple[float, ...] = Field(default=(0.0, 0.25, 0.5, 0.75, 1.0), min_length=1)
+    shares: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(
+        default=(0.0, 0.25, 0.5, 0.75, 1.0), min_length=1, max_length=100
+    )
     """Of the way to choose from."""
     sweeps: int = Field(default=3, ge=0)
     """Of coordinate descent over the codes of 2-bit weights."""

@@ -39,6 +39,7 @@ class Optq(Stage):
     """
 
     kind: ClassVar[str] = "optq"
+    needs_ranges: ClassVar[bool] = True
     layerwise: ClassVar[bool] = True
 
     images: int = Field(default=512, ge=1)

@@ -12,6 +12,8 @@ Schedule = Literal["constant", "linear", "cosine"]
 START, END, WARMUP = 20.0, 2.0, 0.2
 """The regularizer's exponent at first and at last, and the share of a run before it falls: as in AdaRound and its
 successors."""
+LARGEST_RATE = 1e6
+"""Of learning: no network learns with it, and float32 still holds what comes of it."""
 FULL_FROM = 300
 """Steps that codes need to gather between integers."""
 
@@ -52,7 +54,7 @@ class Learn(FrozenSettings):
 
     optimizer: Literal["adam", "radam", "sgd", "sign"] = "adam"
     """``sign`` goes by the rate along the sign of each gradient, whatever its size."""
-    rate: float = Field(gt=0)
+    rate: float = Field(gt=0, le=LARGEST_RATE)
     schedule: Schedule = "cosine"
     relative: bool = False
     """The rate is a share: of each step that is learned, and for a bias of the spread of its layer's output."""
