@@ -156,3 +156,33 @@ def test_tensors_of_a_class_that_changes_nothing_are_taken_as_plain() -> None:
 def test_tensors_of_a_class_that_computes_otherwise_are_refused() -> None:
     with pytest.raises(ModelError, match=r"plain float tensors in the model, 'inner.weight' is a test_plain.Own. Give"):
         capture(with_weight_of(Own), torch.rand(2, 3, 4, 4))
+
+
+class Counting(nn.Module):
+    """Counts its calls and keeps a running mean, in evaluation mode as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = make("residual")
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("both", torch.arange(6.0))
+        self.register_buffer("first", self.both[:3])
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.mean = 0.9 * self.mean + 0.1 * x.mean((0, 2, 3))
+        return self.inner(x)
+
+
+def test_what_a_model_writes_down_while_it_runs_stays_as_it_was() -> None:
+    model = Counting().eval()
+    before, own = {name: b.clone() for name, b in model.named_buffers()}, dict(model.named_buffers())
+    found = capture(model, images(2))
+    assert torch.equal(answer(found, images(4)), plain())
+    for name, buffer in model.named_buffers():
+        assert buffer is own[name]
+        assert torch.equal(buffer, before[name])
+    assert model.first.data_ptr() == model.both.data_ptr()
+    model(images(1))
+    assert float(model.calls) == 1

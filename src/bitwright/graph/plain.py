@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -51,15 +52,19 @@ def _inside(model: Any) -> nn.Module | None:
 def in_float32(model: nn.Module) -> Iterator[None]:
     """Parameters and buffers in float32 on the CPU inside, the model's own again after.
 
+    Buffers inside are copies, since there are models that write into theirs whenever they run.
+
     Raises:
         ModelError: they have no values yet, or are tensors of a class that computes in a way of its own.
     """
     own = _tensors(model)
+    written = set() if getattr(model, "never_changes", False) else _own_buffers(own)
     taken: dict[int, Tensor] = {}
     try:
         for held, path, tensor in own:
             if id(tensor) not in taken:
-                taken[id(tensor)] = _in_float32(_plain(tensor, path), path)
+                found = _in_float32(_plain(tensor, path), path)
+                taken[id(tensor)] = found.clone() if found is tensor and id(tensor) in written else found
             held[path.rpartition(".")[2]] = taken[id(tensor)]
         tell_of_types(tensor for _, _, tensor in own)
         yield
@@ -85,6 +90,18 @@ def _tensors(model: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
         for name, tensor in held.items()
         if isinstance(tensor, Tensor)
     ]
+
+
+def _own_buffers(own: Iterable[tuple[dict[str, Any], str, Tensor]]) -> set[int]:
+    """The buffers whose memory is that of no other tensor, which would not follow a copy."""
+    plain = (t for _, _, t in own if type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided and not t.is_meta)
+    tensors = {id(t): t for t in plain}
+    memory = Counter(t.untyped_storage().data_ptr() for t in tensors.values())
+    return {
+        key
+        for key, t in tensors.items()
+        if not isinstance(t, nn.Parameter) and memory[t.untyped_storage().data_ptr()] == 1
+    }
 
 
 def _plain(tensor: Tensor, path: str) -> Tensor:
