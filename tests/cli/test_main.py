@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import json
@@ -300,6 +301,23 @@ def test_control_c_that_somebody_swallows_is_not_forgotten(
     monkeypatch.setattr(quantize_command, "check_truth", swallow)
     assert main([*NET, "photos", "--evaluate", "classes", "--out", "new"]) == code
     assert files_below(here) == before
+
+
+class Odd(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Odd, GeneratorExit, asyncio.CancelledError])
+def test_what_is_no_exception_is_one_line_too(
+    kind: type[BaseException], here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise kind("thing")
+
+    monkeypatch.setattr("bitwright.stages.calibrate.Calibrate.run", fail)
+    assert main([*NET, "photos", "--out", "new"]) == 1
+    said = errors_in(capsys.readouterr().err)
+    assert said == [f"error: unexpected {kind.__name__}: thing. BITWRIGHT_DEBUG=1 shows where."]
 
 
 def test_the_unexpected_is_one_line_too(

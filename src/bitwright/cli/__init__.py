@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
         print_error(f"A Python file ended the command (sys.exit({left.code!r})). Take that out of it.")
         return UsageError.exit_code
-    except Exception as error:
+    except BaseException as error:  # a Python file of the user's may raise what is no Exception
         return _other(error, given)
     return status if isinstance(status, int) else 0
 
@@ -111,7 +111,7 @@ def _speaks(error: BitwrightError) -> bool:
     return together.speaks(error)
 
 
-def _other(error: Exception, given: list[str]) -> int:
+def _other(error: BaseException, given: list[str]) -> int:
     """A wrong call, as typer sees it, or something that nobody expected."""
     if type(error).__name__ == "Abort":
         return 130
