@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from contextlib import nullcontext
 from dataclasses import replace
@@ -189,6 +190,31 @@ def test_command_prints_a_table_or_json(run, made_up_times, capsys):
     assert "QuantizeLinear 1 the images become codes" in text
     assert cli.main([*arguments, "--json"]) == 0
     assert [r["batch"] for r in json.loads(capsys.readouterr().out)["rows"]] == [1, 2]
+
+
+def test_several_runs_are_timed_each_for_itself(run, made_up_times, capsys, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    arguments = ["--batch", "1", "--threads", "1", "--runtime", "onnxruntime"]
+    assert cli.main(["bench", str(run), str(other), *arguments, "--json"]) == 0
+    records = json.loads(capsys.readouterr().out)["runs"]
+    assert [r["run"] for r in records] == [str(run), str(other)]
+    assert json.loads((other / "bench.json").read_text())["run"] == str(other)
+    assert cli.main(["bench", str(run), str(other), *arguments]) == 0
+    assert capsys.readouterr().out.count("Written: bench.json in") == 2
+
+
+def test_several_runs_are_looked_at_before_one_is_timed(run, made_up_times, capsys, tmp_path):
+    other = tmp_path / "mine"
+    shutil.copytree(run, other)
+    (other / "bench.json").unlink(missing_ok=True)
+    for second, why in (
+        (tmp_path / "none", "Expected a run folder"),
+        (other / ".." / "mine", "found one of them twice"),
+    ):
+        assert cli.main(["bench", str(other), str(second)]) == 2
+        assert why in capsys.readouterr().err
+    assert not (other / "bench.json").exists()
 
 
 @pytest.mark.parametrize("given", [["--batch", "1,x"], ["--threads", "0"], ["--runtime", "tvm"], ["--seconds", "-1"]])

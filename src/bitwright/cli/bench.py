@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from rich.console import RenderableType
 
@@ -14,6 +15,7 @@ from bitwright.run.folder import BENCH, exclusive
 from bitwright.run.result import read_as
 from bitwright.runtimes import RUNTIMES
 from bitwright.speed.bench import bench as measured
+from bitwright.speed.bench import exported_file
 from bitwright.speed.record import BenchRecord, FloatOperator
 from bitwright.terminal import Terminal
 
@@ -37,20 +39,31 @@ def counts(text: str | None, option: str) -> tuple[int, ...] | None:
 
 
 def bench(call: BenchCall, terminal: Terminal) -> None:
-    """Times the run; see :func:`bitwright.bench`."""
+    """Times the runs one after the other; see :func:`bitwright.bench`.
+
+    Raises:
+        UsageError: a run is named twice or cannot be timed, which is said before any is.
+    """
     batches, threads = counts(call.batch, "--batch"), counts(call.threads, "--threads")
-    terminal.begin("Taking the quantizers out for the float file")
-    found = exclusive(measured)(
-        call.run,
-        runtimes=call.runtime,
-        batches=batches,
-        threads=threads,
-        seconds=call.seconds,
-        progress=terminal.progress,
-    )
-    terminal.finish()
-    terminal.result(found)
-    terminal.show(*views(read_as(BenchRecord, found)))
+    if len({Path(run).expanduser().resolve() for run in call.runs}) < len(call.runs):
+        raise UsageError("Expected different runs, found one of them twice. Name each once.")
+    for run in call.runs[1:]:
+        exported_file(Path(run).expanduser())
+    records = []
+    for run in call.runs:
+        terminal.begin("Taking the quantizers out for the float file")
+        timed = exclusive(measured)(
+            run,
+            runtimes=call.runtime,
+            batches=batches,
+            threads=threads,
+            seconds=call.seconds,
+            progress=terminal.progress,
+        )
+        terminal.finish()
+        records.append(timed)
+    terminal.result(records[0] if len(records) == 1 else {"runs": records})
+    terminal.show(*(view for record in records for view in views(read_as(BenchRecord, record))))
 
 
 def views(found: BenchRecord) -> list[RenderableType]:

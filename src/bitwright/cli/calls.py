@@ -366,20 +366,21 @@ class BenchCall(Call):
     """Measures latency, throughput and memory of a run's ONNX file and of the float network, and writes bench.json.
 
     The two are timed in turn, so that a machine that speeds up or slows down does so for both. The result has the
-    median and quartiles of each and of their ratio. Close other programs first.
+    median and quartiles of each and of their ratio. Of several runs each is timed beside its own float network, one run
+    after the other. Close other programs first.
 
     Example, after `bitwright demo`: `bitwright bench demo/fashion_cnn --seconds 5`
     """
 
     begins: ClassVar[str] = ""
-    run: str = opt.run_argument()
+    runs: list[str] = argument("RUN...", "A run folder, or several")
     batch: str | None = option(
         "Images in one call; several numbers are measured one by one  [default: 1 and 32, where the file takes them]"
     )
     threads: str | None = option(
         "Threads of the runtime; several numbers are measured one by one  [default: 1, and one per core]"
     )
-    seconds: float = option("Seconds for all timings together, not counting warm-up", 20.0)
+    seconds: float = option("Seconds for all timings of a run together, not counting warm-up", 20.0)
     runtime: list[str] | None = opt.runtime_option()
 
     def check(self) -> None:

@@ -125,7 +125,7 @@ def bench(
         BitwrightError: a runtime does not run the file.
     """
     folder = Path(run).expanduser()
-    path = _exported(folder)
+    path = exported_file(folder)
     places = chosen(runtimes, path)
     threads = tuple(dict.fromkeys((1, cores()) if threads is None else threads))
     _check(BATCHES if batches is None else batches, threads, seconds)
@@ -157,8 +157,12 @@ def bench(
 # -------------------------------------------------------------------------------------------------- what is asked
 
 
-def _exported(folder: Path) -> Path:
-    """The ONNX file of a finished run."""
+def exported_file(folder: Path) -> Path:
+    """The ONNX file of a finished run.
+
+    Raises:
+        UsageError: there is no finished run, or no such file in it, or another one than the run wrote.
+    """
     if not folder.is_dir():
         raise UsageError(f"Expected a run folder, found none at {folder}. Check the path.")
     if (folder / STATE).is_dir() and not (folder / RESULT).is_file():
