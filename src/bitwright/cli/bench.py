@@ -15,7 +15,7 @@ from bitwright.run.folder import BENCH, exclusive
 from bitwright.run.result import read_as
 from bitwright.runtimes import RUNTIMES
 from bitwright.speed.bench import bench as measured
-from bitwright.speed.bench import exported_file
+from bitwright.speed.bench import file_to_time
 from bitwright.speed.record import BenchRecord, FloatOperator
 from bitwright.terminal import Terminal
 
@@ -48,7 +48,7 @@ def bench(call: BenchCall, terminal: Terminal) -> None:
     if len({Path(run).expanduser().resolve() for run in call.runs}) < len(call.runs):
         raise UsageError("Expected different runs, found one of them twice. Name each once.")
     for run in call.runs[1:]:
-        exported_file(Path(run).expanduser())
+        file_to_time(Path(run).expanduser())
     records = []
     for run in call.runs:
         terminal.begin("Taking the quantizers out for the float file")

@@ -125,7 +125,7 @@ def bench(
         BitwrightError: a runtime does not run the file.
     """
     folder = Path(run).expanduser()
-    path = exported_file(folder)
+    path = file_to_time(folder)
     places = chosen(runtimes, path)
     threads = tuple(dict.fromkeys((1, cores()) if threads is None else threads))
     _check(BATCHES if batches is None else batches, threads, seconds)
@@ -157,7 +157,7 @@ def bench(
 # -------------------------------------------------------------------------------------------------- what is asked
 
 
-def exported_file(folder: Path) -> Path:
+def file_to_time(folder: Path) -> Path:
     """The ONNX file of a finished run.
 
     Raises:
